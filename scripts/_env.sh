@@ -1,0 +1,119 @@
+# Sourced by the other scripts: makes sure that .venv in the project's root is whole and current, then sets
+# $root and $python (the environment's interpreter). Needs Python 3.10 or newer and nothing else.
+#
+#   PYTHON=/path/to/python3.12 ./scripts/test     builds the environment with that interpreter
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv
+python=$venv/bin/python
+stamp=$venv/.ucp-stamp
+deepspeed_version=0.19.8
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 2; }
+
+# What the environment was made from. The text itself is the stamp: comparing it needs no hashing tool.
+# Line 1 decides whether an old environment can be updated in place (an environment cannot be moved).
+describe_inputs() {
+    printf 'ucp environment 1, root %s, python %s\n' "$root" "$1"
+    cat -- "$root/pyproject.toml" "$root/scripts/constraints.txt"
+}
+
+python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_usable_python "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer that can make virtual environments"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do
+        if command -v "$candidate" >/dev/null 2>&1 && is_usable_python "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.10 or newer with the venv module found on PATH (on Debian and Ubuntu: apt install python3-venv); PYTHON=... names one elsewhere"
+}
+
+is_usable_python() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+is_current() {
+    [ -f "$stamp" ] || return 1 # the stamp is written last: without it an environment was never finished
+    local version
+    version=$(python_version "$python") || return 1
+    describe_inputs "$version" | cmp -s - "$stamp"
+}
+
+# Held from here until unlock_env or the end of the process, so that two runs do not build one environment at once.
+lock_env() {
+    if command -v flock >/dev/null 2>&1; then
+        exec 9>"$root/.venv.lock"
+        flock -n 9 && return
+        say "waiting for another run that is making .venv"
+        flock 9
+        return
+    fi
+    local holder
+    until mkdir "$root/.venv.lock.d" 2>/dev/null; do
+        holder=$(cat "$root/.venv.lock.d/pid" 2>/dev/null || true)
+        if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
+            rm -rf -- "$root/.venv.lock.d" # its owner died
+            continue
+        fi
+        [ -n "${waiting_said:-}" ] || say "waiting for another run that is making .venv"
+        waiting_said=1
+        sleep 1
+    done
+    printf '%s\n' $$ >"$root/.venv.lock.d/pid"
+    trap 'rm -rf -- "$root/.venv.lock.d"' EXIT
+}
+
+unlock_env() {
+    if command -v flock >/dev/null 2>&1; then
+        exec 9>&-
+    else
+        rm -rf -- "$root/.venv.lock.d"
+        trap - EXIT
+    fi
+}
+
+pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint "$root/scripts/constraints.txt" "$@"; }
+
+build_env() {
+    local base version
+    version=$(python_version "$python" || true)
+    if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$(describe_inputs "$version" | head -n 1)" ]; then
+        say "updating .venv: pyproject.toml or scripts/constraints.txt has changed"
+    else
+        base=$(find_python) || exit 2
+        say "making .venv with $base (Python $(python_version "$base")); downloads torch and DeepSpeed, which takes a few minutes"
+        if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+            die "$venv exists and is no virtual environment; move it away"
+        fi
+        "$base" -m venv --clear "$venv" || die "$base could not make a virtual environment in $venv"
+    fi
+    rm -f -- "$stamp"
+
+    # torch comes first because DeepSpeed's setup.py imports it; for the same reason DeepSpeed is built without
+    # isolation, with its build tools installed beforehand. DS_BUILD_OPS=0: no compiled kernels, so no compiler is needed.
+    pip_install 'setuptools>=77' wheel packaging || die "pip could not install the build tools (its message is above)"
+    pip_install torch numpy ninja psutil py-cpuinfo || die "pip could not install torch (its message is above)"
+    DS_BUILD_OPS=0 pip_install --no-build-isolation "deepspeed==$deepspeed_version" ||
+        die "pip could not install DeepSpeed (its message is above)"
+    pip_install --no-build-isolation --editable "$root[deepspeed,test]" ||
+        die "pip could not install this project (its message is above)"
+
+    describe_inputs "$(python_version "$python")" >"$stamp.new"
+    mv -- "$stamp.new" "$stamp"
+}
+
+ensure_env() {
+    is_current && return
+    lock_env
+    is_current || build_env
+    unlock_env
+}
