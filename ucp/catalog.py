@@ -1,0 +1,155 @@
+"""The catalog: what a checkpoint holds, whoever wrote it, and where every element of it lies.
+
+A checkpoint is a set of logical tensors, one for each (parameter, state), plus the training state that is not a
+tensor of a parameter. A format's reader makes a Catalog from files; everything else (reading a region, converting,
+resuming, verifying) works on the Catalog and never asks which format it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ucp.errors import DamagedCheckpoint
+from ucp.geometry import Blocks, Ints, Shape, coverage_gap, numel
+from ucp.parallel.mesh import Layout
+from ucp.storage.dtypes import itemsize
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that fragments lie in. path: absolute; size: bytes; mtime_ns: when it was last written."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """One state of one parameter, whole: unsharded, unpadded, and where its fragments lie.
+
+    blocks: its boxes; ``blocks.buffers`` is an index into the catalog's files, ``blocks.starts`` counts elements of
+    this dtype from the byte ``bases`` of that file ((n,) int64), so any byte offset can be said exactly.
+    """
+
+    name: str
+    state: str
+    shape: Shape
+    dtype: str
+    blocks: Blocks
+    bases: Ints
+
+    @property
+    def nbytes(self) -> int:
+        return numel(self.shape) * itemsize(self.dtype)
+
+    def check_coverage(self) -> None:
+        """Raise DamagedCheckpoint unless the fragments hold every element exactly once."""
+        gap = coverage_gap(self.shape, self.blocks)
+        if gap:
+            raise DamagedCheckpoint(
+                f"'{self.name}' ({self.state}, shape {list(self.shape)}): {gap}; the checkpoint is incomplete or its "
+                "files do not belong together"
+            )
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter or buffer of the model.
+
+    states: state name -> dtype of the logical tensors kept for it. ``param`` is the weight itself.
+    scalars: per-parameter optimizer values that are no tensors of its shape, such as ``step``.
+    kind: 'parameter', 'frozen' (a parameter that no optimizer updates) or 'buffer'.
+    aliases: other names of the same storage (tied parameters).
+    """
+
+    name: str
+    shape: Shape
+    states: Mapping[str, str]
+    kind: str = "parameter"
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """An optimizer param group: the parameters in it, in order, and its hyperparameters.
+
+    options is None where the checkpoint did not record them (DeepSpeed's elastic checkpoints).
+    """
+
+    names: tuple[str, ...]
+    options: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a training run that is not a tensor of a parameter. None means: the checkpoint has none.
+
+    loss_scaler: {'dynamic': bool, 'cur_scale': float, ...} in DeepSpeed's own attribute names.
+    dp_world_size, global_batch_size: of the run that saved it.
+    extra: further state by name, such as data_sampler and random_ltd.
+    client_state: what the caller gave to save_checkpoint (rank 0's).
+    """
+
+    param_groups: tuple[ParamGroup, ...] = ()
+    lr_scheduler: Any = None
+    loss_scaler: Mapping[str, Any] | None = None
+    clip_grad: float | None = None
+    global_steps: int | None = None
+    global_samples: int | None = None
+    skipped_steps: int | None = None
+    dp_world_size: int | None = None
+    global_batch_size: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    client_state: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All logical tensors of a checkpoint, with the files that their fragments lie in.
+
+    format: the name of the format it was read from; writer: framework and version, for people.
+    chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
+    """
+
+    format: str
+    writer: str
+    layout: Layout
+    files: tuple[SourceFile, ...]
+    parameters: Mapping[str, ParameterInfo]
+    tensors: Mapping[tuple[str, str], LogicalTensor]
+    training_state: TrainingState
+    chunk_digests: Mapping[int, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""
+        sizes = np.array([f.size for f in self.files], np.int64)
+        for tensor in self.tensors.values():
+            tensor.check_coverage()
+            if not len(tensor.blocks):
+                continue
+            b = tensor.blocks
+            last = b.starts + np.sum((b.sizes - 1) * b.strides, axis=1, dtype=np.int64)
+            ends = tensor.bases + (last + 1) * itemsize(tensor.dtype)
+            over = np.flatnonzero((ends > sizes[b.buffers]) | (tensor.bases + b.starts < 0))
+            if len(over):
+                file = self.files[int(b.buffers[over[0]])]
+                raise DamagedCheckpoint(
+                    f"{file.path}: '{tensor.name}' ({tensor.state}) needs bytes up to {int(ends[over[0]])}, but the "
+                    f"file has {file.size}; it is truncated or not the file that was saved"
+                )
+
+    def resolve(self, name: str) -> str:
+        """The name under which a parameter is kept: itself, or the owner of a tied alias. KeyError if unknown."""
+        if name in self.parameters:
+            return name
+        for info in self.parameters.values():
+            if name in info.aliases:
+                return info.name
+        raise KeyError(name)

@@ -1,0 +1,1 @@
+"""Layouts of a training run, and which part of every parameter each rank holds under them."""

@@ -1,0 +1,57 @@
+"""The layout of a training run: its mesh dimensions and ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ucp.errors import BadArgument
+
+_FIELDS = ("dp", "tp", "pp", "ep", "zero")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each mesh dimension has, and the ZeRO stage.
+
+    ``ep`` divides ``dp`` and adds no ranks of its own. ``zero`` is DeepSpeed's stage, 0 to 3.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    zero: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    def __str__(self) -> str:
+        parts = [f"dp={self.dp}"]
+        parts += [f"{name}={getattr(self, name)}" for name in ("tp", "pp", "ep") if getattr(self, name) != 1]
+        return ",".join([*parts, f"zero={self.zero}"])
+
+
+def parse_layout(text: str) -> Layout:
+    """Read ``dp=4,tp=2,zero=3``; what is not named is 1 (the ZeRO stage: 0).
+
+    Raises BadArgument for an unknown name, a number that is none or out of range.
+    """
+    values: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, number = part.partition("=")
+        if name not in _FIELDS:
+            raise BadArgument(f"layout '{text}': unknown name '{name}'; use {', '.join(_FIELDS)}")
+        if name in values:
+            raise BadArgument(f"layout '{text}': '{name}' is given twice")
+        try:
+            values[name] = int(number)
+        except ValueError:
+            raise BadArgument(f"layout '{text}': '{name}' needs a whole number, found '{number}'") from None
+        low, high = (0, 3) if name == "zero" else (1, 2**31)
+        if not low <= values[name] <= high:
+            raise BadArgument(f"layout '{text}': {name}={number} is out of range ({low} to {high})")
+    layout = Layout(**values)
+    if layout.dp % layout.ep:
+        raise BadArgument(f"layout '{text}': ep={layout.ep} does not divide dp={layout.dp}")
+    return layout

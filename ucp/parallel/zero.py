@@ -1,0 +1,98 @@
+"""How ZeRO cuts a rank's parameters over its data-parallel group: two rules, as blocks.
+
+Stages 1 and 2 lay a param group's parameters end to end in one flat buffer and cut that into equal partitions
+(DeepSpeed ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``); stage 3 cuts every parameter by itself
+into ceil-sized pieces (``runtime/zero/partition_parameters.py``). In both, ``buffers`` of the blocks returned is the
+data-parallel rank and ``starts`` the position in that rank's partition. Padding is what no block covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ucp.geometry import Blocks, empty, flat_ranges, numel
+
+# DeepSpeed's nccl_start_alignment_factor: partitions start on 4-byte boundaries in 16-bit elements.
+ALIGNMENT = 2
+
+
+def flat_offsets(numels: Sequence[int], paddings: Sequence[int] | None = None) -> tuple[list[int], int]:
+    """Each parameter's offset in its group's flat buffer, and the total, in elements.
+
+    ``paddings[i]`` elements follow parameter i (``zero_optimization.parameter_alignment``).
+    """
+    offsets, at = [], 0
+    for i, n in enumerate(numels):
+        offsets.append(at)
+        at += n + (paddings[i] if paddings else 0)
+    return offsets, at
+
+
+def alignment_paddings(numels: Sequence[int], alignment_bytes: int, itemsize: int) -> list[int]:
+    """Elements of padding after each parameter under ``parameter_alignment``; the last parameter gets none."""
+    step = max(alignment_bytes // itemsize, 1)
+    out, at = [], 0
+    for i, n in enumerate(numels):
+        at += n
+        out.append(0 if i == len(numels) - 1 else -at % step)
+        at += out[-1]
+    return out
+
+
+def partition_size(total: int, dp: int, alignment: int = ALIGNMENT) -> int:
+    """Elements in each rank's partition of a flat buffer of ``total`` elements (stages 1 and 2)."""
+    unit = alignment * dp
+    return -(-total // unit) * unit // dp
+
+
+def round_robin(count: int, dp: int) -> list[int]:
+    """The order in which ``round_robin_gradients`` lays out a group's parameters: by index modulo dp, then index."""
+    return [i for first in range(min(dp, count)) for i in range(first, count, dp)]
+
+
+def flat_partition(shape: Sequence[int], offset: int, size: int) -> Blocks:
+    """Stages 1 and 2: a parameter that begins at ``offset`` of a flat buffer cut into partitions of ``size``."""
+    n = numel(shape)
+    if n == 0:
+        return empty(len(shape))
+    ranks = np.arange(offset // size, (offset + n - 1) // size + 1)
+    first = np.maximum(ranks * size - offset, 0)
+    last = np.minimum((ranks + 1) * size - offset, n)
+    return flat_ranges(shape, first, last, offset + first - ranks * size, ranks)
+
+
+def ceil_size(n: int, dp: int) -> int:
+    """Stage 3: elements of every rank's piece of a parameter of n elements, padding included."""
+    return -(-n // dp)
+
+
+def ceil_partition(shape: Sequence[int], offset: int, dp: int) -> Blocks:
+    """Stage 3: a parameter whose piece begins at ``offset`` of every rank's subgroup partition."""
+    n = numel(shape)
+    piece = ceil_size(n, dp)
+    ranks = np.arange(dp)
+    first = np.minimum(ranks * piece, n)
+    last = np.minimum((ranks + 1) * piece, n)
+    return flat_ranges(shape, first, last, np.full(dp, offset), ranks)
+
+
+def subgroups(pieces: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Stage 3: the indices of one param group's parameters, split into subgroups.
+
+    ``pieces`` are per-rank element counts, ``limit`` is ``sub_group_size``: a subgroup is closed by the parameter
+    that brings it to the limit, so the split depends on dp (``stage3.py: _create_fp16_sub_groups``).
+    """
+    if limit is None or limit >= sum(pieces):
+        return [list(range(len(pieces)))]
+    out: list[list[int]] = []
+    current: list[int] = []
+    held = 0
+    for i, n in enumerate(pieces):
+        current.append(i)
+        held += n
+        if held >= limit or i == len(pieces) - 1:
+            out.append(current)
+            current, held = [], 0
+    return out
