@@ -1,0 +1,1 @@
+"""Moving elements from a checkpoint's fragments to wherever a target wants them."""
