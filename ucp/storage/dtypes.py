@@ -121,7 +121,7 @@ def from_safetensors(code: str) -> str:
 
 
 def numpy_view(name: str) -> np.dtype:
-    """The little-endian numpy type to view such elements with: same width, and same meaning where numpy has the type."""
+    """The little-endian numpy type to view such elements with: same width, and the same meaning if numpy has it."""
     return np.dtype(_row(name).numpy).newbyteorder("<")
 
 

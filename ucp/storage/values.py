@@ -1,0 +1,125 @@
+"""What a checkpoint file's object graph is made of when neither torch nor DeepSpeed is there to build it.
+
+Containers, numbers, strings, numpy arrays and `argparse.Namespace` are themselves. A tensor is a `TensorRef`: the place
+of its bytes. A torch.Size, torch.device or torch.dtype is one of the small values here, and an object of a DeepSpeed
+class is a `Standin` that has its attributes and none of its code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ucp.storage import dtypes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor that lies in a file.
+
+    `offset` is that of the tensor's first element, in bytes from the file's start; `strides` are in elements, as
+    torch's are. Two tensors of one file that share a storage have the same `storage` (its key, and its length in
+    elements of the type it was written with).
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: str
+    storage: tuple[str, int]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, without gaps between them."""
+        return self.numel * dtypes.itemsize(self.dtype)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie row-major without gaps, as one byte range."""
+        return self.numel == 0 or all(
+            size == 1 or stride == wanted
+            for size, stride, wanted in zip(self.shape, self.strides, contiguous_strides(self.shape), strict=True)
+        )
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The byte range `[start, stop)` of the file that holds all elements, gaps included."""
+        if self.numel == 0:
+            return self.offset, self.offset
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset, self.offset + (last + 1) * dtypes.itemsize(self.dtype)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides of a shape, in elements; like torch's, an axis of size 0 counts as 1."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+class Size(tuple[int, ...]):
+    """A torch.Size: a tuple of ints that remembers that it was one."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Size({list(self)})"
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeName:
+    """A torch.dtype: `name` is its short name ("bfloat16")."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceName:
+    """A torch.device: `name` is what torch prints ("cuda:0", "cpu")."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(slots=True)
+class Standin:
+    """An object of a class that is not imported: its name, constructor arguments and attributes, without its code.
+
+    Attributes read as on the original (`standin.cur_scale`); an enum member, which pickles as its class called with its
+    value, has `.value`.
+    """
+
+    class_module: str
+    class_name: str
+    class_args: tuple[Any, ...] = ()
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for names that are not fields. The dunder guard keeps copy and pickle from finding hooks here.
+        if not name.startswith("__"):
+            state = object.__getattribute__(self, "state")
+            if name in state:
+                return state[name]
+            args = object.__getattribute__(self, "class_args")
+            if name == "value" and len(args) == 1:
+                return args[0]
+        raise AttributeError(f"the checkpoint's {self.class_module}.{self.class_name} object has no attribute {name!r}")
+
+    def __hash__(self) -> int:
+        return hash((self.class_module, self.class_name, self.class_args))
