@@ -8,6 +8,7 @@ digests every chunk is verified as it passes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -52,8 +53,11 @@ class Want:
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """One strided copy, in elements of the source's dtype on the source side and of the target's on the other."""
+class Copy:
+    """One strided copy, in elements of the source's dtype on the source side and of the target's on the other.
+
+    sizes, steps, target_steps: elements, one per dimension, the innermost last.
+    """
 
     file: int
     at: int  # byte offset of the first element in the file
@@ -67,7 +71,22 @@ class _Copy:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.sizes, dtype=np.int64)) * itemsize(self.source_dtype)
+        """Bytes of payload, in the source's dtype."""
+        return math.prod(self.sizes) * itemsize(self.source_dtype)
+
+    def narrow(self, axis: int, first: int, count: int) -> Copy:
+        """The part of the copy at indices ``[first, first + count)`` of dimension ``axis``."""
+        return Copy(
+            self.file,
+            self.at + first * self.steps[axis] * itemsize(self.source_dtype),
+            self.buffer,
+            self.to + first * self.target_steps[axis] * itemsize(self.target_dtype),
+            (*self.sizes[:axis], count, *self.sizes[axis + 1 :]),
+            self.steps,
+            self.target_steps,
+            self.source_dtype,
+            self.target_dtype,
+        )
 
 
 class Reader:
@@ -124,13 +143,13 @@ class Reader:
         return cache[key]
 
 
-def plan(wants: Sequence[Want]) -> list[_Copy]:
+def plan(wants: Sequence[Want]) -> list[Copy]:
     """The copies that serve all wants, ordered by file and offset for sequential reading.
 
     Raises Mismatch where a conversion of element types would lose bits, DamagedCheckpoint where the source does not
     hold an element that is wanted.
     """
-    out: list[_Copy] = []
+    out: list[Copy] = []
     for want in wants:
         tensor = want.tensor
         check_exact(tensor, want.dtype)
@@ -147,7 +166,7 @@ def plan(wants: Sequence[Want]) -> list[_Copy]:
         buffers = want.blocks.buffers[copies.target]
         to = want.base + copies.target_starts * target_size
         out.extend(
-            _Copy(*row, source_dtype=tensor.dtype, target_dtype=want.dtype)
+            Copy(*row, source_dtype=tensor.dtype, target_dtype=want.dtype)
             for row in zip(
                 files.tolist(),
                 at.tolist(),
@@ -173,18 +192,18 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
     total = sum(c.nbytes for c in copies)
     workers = min(threads or min(os.cpu_count() or 1, 8), 1 + total // (4 << 20))
     if workers <= 1:
-        _run(reader, copies, buffers)
+        execute(reader, copies, buffers)
         return total
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(_run, reader, part, buffers) for part in _split(copies, total, workers)]:
+        for done in [pool.submit(execute, reader, part, buffers) for part in _split(copies, total, workers)]:
             done.result()
     return total
 
 
-def _split(copies: list[_Copy], total: int, parts: int) -> Iterator[list[_Copy]]:
+def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
     """Consecutive copies of about equal bytes; one huge contiguous copy is cut, so that all threads have work."""
     limit = max(total // parts, 1)
-    current: list[_Copy] = []
+    current: list[Copy] = []
     held = 0
     for copy in copies:
         for piece in _cut(copy, limit):
@@ -197,7 +216,7 @@ def _split(copies: list[_Copy], total: int, parts: int) -> Iterator[list[_Copy]]
         yield current
 
 
-def _cut(copy: _Copy, limit: int) -> Iterator[_Copy]:
+def _cut(copy: Copy, limit: int) -> Iterator[Copy]:
     """The copy in pieces of at most about ``limit`` bytes, along its outermost dimension that is longer than 1."""
     if copy.nbytes <= limit:
         yield copy
@@ -210,24 +229,15 @@ def _cut(copy: _Copy, limit: int) -> Iterator[_Copy]:
     rows = max(n * limit // copy.nbytes, 1)
     for first in range(0, n, rows):
         count = min(rows, n - first)
-        piece = _Copy(
-            copy.file,
-            copy.at + first * copy.steps[axis] * itemsize(copy.source_dtype),
-            copy.buffer,
-            copy.to + first * copy.target_steps[axis] * itemsize(copy.target_dtype),
-            (*copy.sizes[:axis], count, *copy.sizes[axis + 1 :]),
-            copy.steps,
-            copy.target_steps,
-            copy.source_dtype,
-            copy.target_dtype,
-        )
+        piece = copy.narrow(axis, first, count)
         if count == 1 and piece.nbytes > limit:
             yield from _cut(piece, limit)
         else:
             yield piece
 
 
-def _run(reader: Reader, copies: Sequence[_Copy], buffers: Sequence[Bytes]) -> None:
+def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
+    """Run planned copies in the calling thread, in their order."""
     cache: OrderedDict[tuple[int, int], bytes] = OrderedDict()
     for copy in copies:
         size = itemsize(copy.source_dtype)
@@ -244,24 +254,24 @@ def _run(reader: Reader, copies: Sequence[_Copy], buffers: Sequence[Bytes]) -> N
                 _through_scratch(reader, piece, buffers, cache)
 
 
-def _span(copy: _Copy) -> int:
+def _span(copy: Copy) -> int:
     """Bytes from the copy's first element to the end of its last, gaps included."""
     last = sum((n - 1) * s for n, s in zip(copy.sizes, copy.steps, strict=True))
     return (last + 1) * itemsize(copy.source_dtype)
 
 
-def _gap(copy: _Copy) -> float:
+def _gap(copy: Copy) -> float:
     """Mean bytes between the copy's contiguous runs, in the file."""
     count = max(int(np.prod(copy.sizes[:-1], dtype=np.int64)), 1)
     return (_span(copy) - copy.nbytes) / count
 
 
-def _payload_for_scratch(copy: _Copy) -> int:
+def _payload_for_scratch(copy: Copy) -> int:
     """How much payload to take at a time so that the span around it fits the scratch buffer."""
     return max(int(SCRATCH * copy.nbytes / max(_span(copy), 1)), 1)
 
 
-def _expand(copy: _Copy) -> Iterator[tuple[int, int, int]]:
+def _expand(copy: Copy) -> Iterator[tuple[int, int, int]]:
     """The contiguous runs of a strided copy: (file offset, buffer offset, bytes)."""
     size, outer = itemsize(copy.source_dtype), copy.sizes[:-1]
     for index in np.ndindex(*outer):
@@ -271,7 +281,7 @@ def _expand(copy: _Copy) -> Iterator[tuple[int, int, int]]:
 
 
 def _through_scratch(
-    reader: Reader, copy: _Copy, buffers: Sequence[Bytes], cache: OrderedDict[tuple[int, int], bytes]
+    reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: OrderedDict[tuple[int, int], bytes]
 ) -> None:
     span = _span(copy)
     scratch = np.empty(span, np.uint8)
