@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -113,20 +113,20 @@ def to_safetensors(name: str) -> str:
 
 
 def from_safetensors(code: str) -> str:
-    """The name for a safetensors code. Raises `DamagedCheckpoint` for an unknown code."""
+    """The name for a safetensors code. Raises `Unsupported` for an unknown code."""
     if code not in _BY_SAFETENSORS:
         known = ", ".join(sorted(_BY_SAFETENSORS))
-        raise DamagedCheckpoint(f"unknown safetensors dtype {code!r}; known are {known}")
+        raise Unsupported(f"unknown safetensors dtype {code!r}; known are {known}")
     return _BY_SAFETENSORS[code]
 
 
-def numpy_view(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
     """The little-endian numpy type to view such elements with: same width, and the same meaning if numpy has it."""
     return np.dtype(_row(name).numpy).newbyteorder("<")
 
 
 def is_numpy_native(name: str) -> bool:
-    """Whether `numpy_view` has the meaning of the type too, not only its width."""
+    """Whether `numpy_dtype` has the meaning of the type too, not only its width."""
     return _row(name).numpy == name
 
 

@@ -73,9 +73,7 @@ class Unpickler:
             raise DamagedCheckpoint(f"{self._path}: its pickle asks for more memory than there is") from error
         except Exception as error:
             # What damage can raise is open-ended (any operation on any wrong operand), so that all of it is caught.
-            raise DamagedCheckpoint(
-                f"{self._path}: not a readable pickle: {type(error).__name__}: {error}"
-            ) from error
+            raise DamagedCheckpoint(f"{self._path}: not a readable pickle: {type(error).__name__}: {error}") from error
 
     # --- bytes and stack ---------------------------------------------------------------------------------------------
 
@@ -134,7 +132,7 @@ class Unpickler:
         if not self._trust:
             raise UnsafePickle(
                 f"{self._path}: its pickle names {module}.{name}, which is not on the list of classes that are safe to "
-                f'read; nothing was run. If you trust whoever wrote the file, allow it with trust=True (in a DeepSpeed '
+                f"read; nothing was run. If you trust whoever wrote the file, allow it with trust=True (in a DeepSpeed "
                 f'config "ucp": {{"trust_client_state": true}}), which runs code from the file'
             )
         target: Any = importlib.import_module(module)

@@ -34,8 +34,8 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
     """The object graph of a `torch.save` file; every tensor is a `TensorRef` into that file.
 
     `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
-    chose. Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a class outside the allow-list, and `Unsupported` for tensors that are not plain strided
-    ones.
+    chose. Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a
+    class outside the allow-list, and `Unsupported` for tensors that are not plain strided ones.
     """
     name = os.fspath(path)
     try:

@@ -1,0 +1,132 @@
+"""Byte ranges of local files, read by many threads at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ucp.errors import DamagedCheckpoint
+
+
+@dataclass
+class _Open:
+    fd: int
+    users: int = 0
+    dropped: bool = False
+
+
+class Files:
+    """Reads byte ranges of local files; a context manager.
+
+    At most `keep_open` files that nobody reads at the moment stay open. All methods may be called from several threads.
+    `bytes_read` counts what `read_into` has read so far.
+    """
+
+    def __init__(self, keep_open: int = 64) -> None:
+        self.bytes_read = 0
+        self._keep_open = keep_open
+        self._files: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files. Reads still under way in other threads finish; the object may be used again afterwards."""
+        with self._lock:
+            self._shrink(0)
+
+    def size(self, path: str | os.PathLike[str]) -> int:
+        """Length of the file in bytes. Raises `DamagedCheckpoint` if it is missing or cannot be read."""
+        return self._stat(os.fspath(path)).st_size
+
+    def mtime_ns(self, path: str | os.PathLike[str]) -> int:
+        """When the file was last changed, in nanoseconds. Raises `DamagedCheckpoint` if it is missing."""
+        return self._stat(os.fspath(path)).st_mtime_ns
+
+    def read_into(self, path: str | os.PathLike[str], offset: int, buffer: Any) -> None:
+        """Fill a writable contiguous buffer with the file's bytes from `offset` (bytes) on.
+
+        Raises `DamagedCheckpoint` if the file is missing, cannot be read, or ends before the buffer is full.
+        """
+        name = os.fspath(path)
+        view = memoryview(buffer)
+        if view.nbytes == 0:
+            return
+        view = view.cast("B")
+        done = 0
+        with self._opened(name) as fd:
+            while done < len(view):
+                try:
+                    count = os.preadv(fd, [view[done:]], offset + done)
+                except OSError as error:
+                    raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+                if count == 0:
+                    raise DamagedCheckpoint(
+                        f"{name}: the file is truncated: bytes {offset} to {offset + len(view)} are wanted, "
+                        f"and it has {os.fstat(fd).st_size}"
+                    )
+                done += count
+        with self._lock:
+            self.bytes_read += done
+
+    @staticmethod
+    def _stat(name: str) -> os.stat_result:
+        try:
+            return os.stat(name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        with self._lock:
+            file = self._files.get(name)
+            if file is not None:
+                file.users += 1
+        if file is None:
+            # Opened without the lock: on a network file system this can take long.
+            try:
+                fd = os.open(name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+            with self._lock:
+                file = self._files.get(name)
+                if file is None:
+                    file = self._files[name] = _Open(fd)
+                else:
+                    os.close(fd)  # another thread was faster
+                file.users += 1
+        try:
+            yield file.fd
+        finally:
+            with self._lock:
+                file.users -= 1
+                if not file.dropped:
+                    self._files.move_to_end(name)
+                    self._shrink(self._keep_open)
+                elif file.users == 0:
+                    os.close(file.fd)
+
+    def _shrink(self, keep: int) -> None:
+        for name in list(self._files):
+            if len(self._files) <= keep:
+                break
+            file = self._files[name]
+            if file.users == 0:
+                os.close(file.fd)
+            elif keep:
+                continue
+            else:
+                file.dropped = True  # its last reader closes it
+            del self._files[name]
