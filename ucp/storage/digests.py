@@ -1,7 +1,7 @@
 """Digests of a file's chunks, so that a partial read verifies just the chunks that it touches.
 
-Chunk k of a file is its bytes `[k * CHUNK, (k + 1) * CHUNK)`; the last one may be shorter. The digest is xxh3_64 (8 bytes,
-big-endian): it finds damage, not forgery.
+Chunk k of a file is its bytes `[k * CHUNK, (k + 1) * CHUNK)`; the last one may be shorter. The digest is xxh3_64 (8
+bytes, big-endian): it finds damage, not forgery.
 """
 
 from __future__ import annotations

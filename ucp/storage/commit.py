@@ -1,0 +1,253 @@
+"""Writing a folder, or a file, so that a reader finds all of it or nothing.
+
+A folder is written under a temporary name beside its destination, flushed to disk, and renamed: on one file system a
+rename is atomic. What stood at the destination before is exchanged with the new folder in the same way. A process that
+dies leaves its temporary folder behind; the next commit to the same destination from this machine removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from ucp.errors import DestinationError
+
+log = logging.getLogger(__name__)
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `dest` when the block ends without an exception, and vanishes otherwise.
+
+    Before the block: raises `DestinationError` if `dest` exists (unless `replace`), if its place cannot be written, or if
+    less than `needed_bytes` are free there. With `replace`, `dest` is the old folder until it is the new one.
+    """
+    target = Path(os.path.abspath(dest))
+    check_destination(target, needed_bytes=needed_bytes, replace=replace)
+    made = _make_parents(target.parent)
+    try:
+        _sweep(target)
+        temporary = _make_temporary(target)
+        try:
+            yield temporary
+            sync_tree(temporary)
+            _publish(temporary, target, replace)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise DestinationError(f"{target}: the file system became full while it was written") from error
+            raise
+        finally:
+            # After an exchange this is the old folder; after an error, the unfinished new one.
+            _remove(temporary)
+    except BaseException:
+        for folder in reversed(made):
+            _remove_if_empty(folder)
+        raise
+    for folder in (target, *reversed(made)):
+        _sync(folder.parent)
+
+
+def check_destination(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = False) -> None:
+    """Raise `DestinationError` unless a folder of that many bytes can be made at `dest`; nothing is changed."""
+    target = Path(os.path.abspath(dest))
+    if not target.name:
+        raise DestinationError(f"{target}: cannot be a destination; name a folder that does not exist yet")
+    if os.path.lexists(target):
+        if not replace:
+            raise DestinationError(f"{target}: the destination exists already; choose another or remove it")
+        if target.is_symlink() or not target.is_dir():
+            raise DestinationError(f"{target}: the destination to be replaced is not a folder")
+    place = target.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise DestinationError(f"{target}: cannot be made, since {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DestinationError(f"{target}: cannot be made, since the folder {place} is not writable")
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise DestinationError(f"{target}: cannot tell how much space is left: {error.strerror or error}") from error
+    if free < needed_bytes:
+        raise DestinationError(f"{target}: {needed_bytes} bytes are needed, and {free} are free in {place}")
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file such as `latest`: a reader finds the old content or the new. Raises `DestinationError`."""
+    target = Path(os.path.abspath(path))
+    temporary = _temporary_name(target)
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise DestinationError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and itself, to disk."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _place_of_process() -> str:
+    # A process number means something only on its machine, and there within its container.
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return xxhash.xxh32_hexdigest(f"{socket.gethostname()} {namespace}")
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f".ucp-tmp-{target.name}-{os.getpid()}-{_place_of_process()}{secrets.token_hex(4)}")
+
+
+def _make_temporary(target: Path) -> Path:
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise DestinationError(f"{target}: cannot be made: {error.strerror or error}") from error
+    return temporary
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    missing = []
+    folder = parent
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    made = []
+    for folder in reversed(missing):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another process was faster
+        except OSError as error:
+            for other in reversed(made):
+                _remove_if_empty(other)
+            raise DestinationError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        made.append(folder)
+    return made
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that died have left of commits to this destination."""
+    pattern = re.compile(rf"\.ucp-(tmp|old)-{re.escape(target.name)}-(\d+)-([0-9a-f]{{8}})[0-9a-f]{{8}}")
+    here = _place_of_process()
+    for entry in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        if match is None or entry.is_symlink():
+            continue
+        kind, process, place = match.groups()
+        if place != here:
+            log.warning("%s was left by a commit on another machine; remove it if none is under way", entry)
+        elif not _is_alive(int(process)):
+            if kind == "old" and not os.path.lexists(target):
+                # Died between the two renames of a replacement: the old folder is the one to keep.
+                os.rename(entry, target)
+            else:
+                _remove(entry)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+# --- renaming --------------------------------------------------------------------------------------------------------
+
+
+def _publish(temporary: Path, target: Path, replace: bool) -> None:
+    try:
+        if not os.path.lexists(target):
+            if not _rename_with(temporary, target, _RENAME_NOREPLACE):
+                os.rename(temporary, target)
+        elif not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        elif not _rename_with(temporary, target, _RENAME_EXCHANGE):
+            old = target.with_name(temporary.name.replace(".ucp-tmp-", ".ucp-old-", 1))
+            os.rename(target, old)
+            os.rename(temporary, target)
+            _remove(old)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise DestinationError(f"{target}: cannot be put in place: {error.strerror or error}") from error
+
+
+def _rename_with(source: Path, target: Path, flags: int) -> bool:
+    """Linux's renameat2; False where the system or the file system does not have it."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+# --- small steps -----------------------------------------------------------------------------------------------------
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(fd)
+
+
+def _remove(folder: Path) -> None:
+    def complain(function: object, path: str, info: object) -> None:
+        log.warning("%s could not be removed", path)
+
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, onerror=complain)
+    elif os.path.lexists(folder):
+        folder.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        log.debug("%s was kept: it is in use by now", folder)

@@ -1,0 +1,401 @@
+"""Plain Python values as JSON data and back, exactly, without pickle.
+
+None, booleans, finite floats, ordinary ints, text, lists and dicts with text keys are JSON's own. Everything else is an
+object with the key "$", which names its kind. Tensors are handed to a callback, which stores them and returns a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import math
+import pathlib
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
+from ucp.storage import dtypes
+from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef
+
+# Ints beyond this are written in hexadecimal: decimal digits of any number take Python quadratic time, and it refuses.
+_ORDINARY_INT = 1 << 64
+
+_FACTORIES: dict[str, Any] = {
+    "dict": dict,
+    "list": list,
+    "set": set,
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "tuple": tuple,
+    "OrderedDict": collections.OrderedDict,
+    "Counter": collections.Counter,
+}
+_FACTORY_NAMES = {factory: name for name, factory in _FACTORIES.items()}
+
+Put = Callable[[Any], Any]
+Get = Callable[[Any], Any]
+
+
+def encode(value: Any, put: Put | None = None, where: str = "value") -> Any:
+    """JSON-able data for a plain value; `json.dumps` and `json.loads` with their defaults keep it exact.
+
+    `put(tensor)` stores a tensor (a `TensorRef` or a torch.Tensor) and returns a JSON-able key. `where` begins the path
+    that an error names. Containers are copied where they are shared. Raises `Unsupported` for a value of another class,
+    for a structure that contains itself, and for one nested too deeply.
+    """
+    try:
+        return _Encoder(put).encode(value, where)
+    except RecursionError as error:
+        raise Unsupported(f"{where}: nested too deeply to be stored") from error
+
+
+def decode(data: Any, get: Get | None = None, *, torch_values: bool = False) -> Any:
+    """The value that `encode` was given; `get(key)` returns a stored tensor.
+
+    A torch.Size, torch.dtype or torch.device comes back as such with `torch_values` (which imports torch), and as the
+    torch-free `Size`, `DtypeName` or `DeviceName` otherwise. Raises `DamagedCheckpoint` for data that `encode` does not
+    make, `Unsupported` for a kind that only a newer release knows.
+    """
+    try:
+        return _Decoder(get, torch_values).decode(data)
+    except UcpError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error, RecursionError) as error:
+        raise DamagedCheckpoint(f"stored values are damaged: {type(error).__name__}: {error}") from error
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    def __init__(self, put: Put | None) -> None:
+        self._put = put
+        self._open: set[int] = set()  # containers that are being encoded
+
+    def encode(self, value: Any, where: str) -> Any:
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        encoder = _ENCODERS.get(kind)
+        if encoder is not None:
+            return encoder(value)
+        if kind in _CONTAINERS:
+            if id(value) in self._open:
+                raise Unsupported(f"{where}: contains itself, which cannot be stored")
+            self._open.add(id(value))
+            try:
+                return _CONTAINERS[kind](self, value, where)
+            finally:
+                self._open.discard(id(value))
+        if isinstance(value, np.ndarray | np.generic | np.dtype):
+            return _encode_numpy(value, where)
+        if isinstance(value, pathlib.PurePath):
+            return _encode_path(value, where)
+        return self._encode_torch(value, where)
+
+    def items(self, values: Any, where: str) -> list[Any]:
+        return [self.encode(item, f"{where}[{index}]") for index, item in enumerate(values)]
+
+    def pairs(self, values: dict[Any, Any], where: str) -> list[list[Any]]:
+        return [
+            [self.encode(key, f"{where} key {key!r}"), self.encode(item, f"{where}[{key!r}]")]
+            for key, item in values.items()
+        ]
+
+    def mapping(self, values: dict[Any, Any], where: str) -> Any:
+        if all(type(key) is str and not key.startswith("$") and _is_unicode(key) for key in values):
+            return {key: self.encode(item, f"{where}[{key!r}]") for key, item in values.items()}
+        return {"$": "dict", "v": self.pairs(values, where)}
+
+    def attributes(self, value: Any, where: str) -> list[list[Any]]:
+        return [[name, self.encode(item, f"{where}.{name}")] for name, item in value.items()]
+
+    def tensor(self, value: Any, where: str) -> Any:
+        if self._put is None:
+            raise Unsupported(f"{where}: a tensor, where only plain values can be stored")
+        return {"$": "tensor", "v": self._put(value)}
+
+    def _encode_torch(self, value: Any, where: str) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            if isinstance(value, torch.Tensor):
+                return self.tensor(value, where)
+            if isinstance(value, torch.Size):
+                return _encode_size(value)
+            if isinstance(value, torch.device):
+                return {"$": "torch.device", "v": str(value)}
+            if isinstance(value, torch.dtype):
+                return {"$": "torch.dtype", "v": str(value).removeprefix("torch.")}
+        kind = type(value)
+        if (kind.__module__, kind.__qualname__) == ("torch.torch_version", "TorchVersion"):
+            return str(value)
+        raise Unsupported(
+            f"{where}: a value of class {kind.__module__}.{kind.__qualname__} cannot be stored; plain Python data, numpy "
+            "arrays, tensors and argparse.Namespace can"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    # Lone surrogates (undecodable file names) are legal in a str, and in no UTF-8 file.
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _encode_str(value: str) -> Any:
+    if _is_unicode(value):
+        return value
+    return {"$": "str", "v": value.encode("utf-8", "surrogatepass").hex()}
+
+
+def _encode_int(value: int) -> Any:
+    return value if abs(value) < _ORDINARY_INT else {"$": "int", "v": hex(value)}
+
+
+def _encode_float(value: float) -> Any:
+    # JSON has neither infinities nor NaN; the bits keep a NaN's payload.
+    return value if math.isfinite(value) else {"$": "float", "v": struct.pack(">d", value).hex(), "text": str(value)}
+
+
+def _encode_complex(value: complex) -> Any:
+    return {"$": "complex", "v": [_encode_float(value.real), _encode_float(value.imag)]}
+
+
+def _encode_bytes(value: bytes | bytearray) -> Any:
+    return {"$": type(value).__name__, "v": base64.b64encode(value).decode("ascii")}
+
+
+def _encode_range(value: range) -> Any:
+    return {"$": "range", "v": [_encode_int(part) for part in (value.start, value.stop, value.step)]}
+
+
+def _encode_size(value: tuple[int, ...]) -> Any:
+    return {"$": "torch.Size", "v": list(value)}
+
+
+def _encode_numpy(value: Any, where: str) -> Any:
+    dtype = value if isinstance(value, np.dtype) else value.dtype
+    if dtype.kind not in "biufcSUMm" or (dtype.itemsize == 0 and not isinstance(value, np.ndarray | np.generic)):
+        raise Unsupported(f"{where}: a numpy value of type {dtype} cannot be stored; plain numbers and text can")
+    if isinstance(value, np.dtype):
+        return {"$": "numpy.dtype", "v": dtype.str}
+    if isinstance(value, np.generic):
+        return {"$": "numpy.scalar", "dtype": dtype.str, "v": _base64(value.tobytes())}
+    if type(value) is not np.ndarray:
+        raise Unsupported(f"{where}: a numpy array of class {type(value).__name__} cannot be stored")
+    order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
+    data = _base64(value.tobytes(order))
+    return {"$": "numpy.ndarray", "dtype": dtype.str, "shape": list(value.shape), "order": order, "v": data}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _encode_path(value: pathlib.PurePath, where: str) -> Any:
+    text = _encode_str(str(value))
+    if isinstance(value, pathlib.Path):
+        return {"$": "path", "kind": "Path", "v": text}
+    if type(value) in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
+        return {"$": "path", "kind": type(value).__name__, "v": text}
+    raise Unsupported(f"{where}: a path of class {type(value).__name__} cannot be stored")
+
+
+def _encode_set(self: _Encoder, value: Any, where: str) -> Any:
+    # Sorted by their text, so that the same set is always stored alike.
+    items = sorted(self.items(value, where), key=repr)
+    return {"$": type(value).__name__, "v": items}
+
+
+def _encode_ordered(self: _Encoder, value: collections.OrderedDict[Any, Any], where: str) -> Any:
+    data = {"$": "OrderedDict", "v": self.pairs(value, where)}
+    metadata = vars(value).get("_metadata")
+    if metadata is not None:  # torch's state_dict keeps version numbers there
+        data["metadata"] = self.encode(metadata, f"{where}._metadata")
+    return data
+
+
+def _encode_defaultdict(self: _Encoder, value: collections.defaultdict[Any, Any], where: str) -> Any:
+    factory = value.default_factory
+    name = None if factory is None else _FACTORY_NAMES.get(factory)  # type: ignore[arg-type]
+    if factory is not None and name is None:
+        raise Unsupported(f"{where}: a defaultdict of {factory!r} cannot be stored; one of a built-in class can")
+    return {"$": "defaultdict", "factory": name, "v": self.pairs(value, where)}
+
+
+def _encode_standin(self: _Encoder, value: Standin, where: str) -> Any:
+    return {
+        "$": "standin",
+        "class": [value.class_module, value.class_name],
+        "args": self.items(value.class_args, f"{where}.class_args"),
+        "v": self.attributes(value.state, where),
+    }
+
+
+_ENCODERS: dict[type, Callable[[Any], Any]] = {
+    str: _encode_str,
+    int: _encode_int,
+    float: _encode_float,
+    complex: _encode_complex,
+    bytes: _encode_bytes,
+    bytearray: _encode_bytes,
+    range: _encode_range,
+    Size: _encode_size,
+    DtypeName: lambda value: {"$": "torch.dtype", "v": value.name},
+    DeviceName: lambda value: {"$": "torch.device", "v": value.name},
+}
+
+_CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
+    list: lambda self, value, where: self.items(value, where),
+    tuple: lambda self, value, where: {"$": "tuple", "v": self.items(value, where)},
+    dict: _Encoder.mapping,
+    set: _encode_set,
+    frozenset: _encode_set,
+    slice: lambda self, value, where: {"$": "slice", "v": self.items((value.start, value.stop, value.step), where)},
+    collections.deque: lambda self, value, where: {
+        "$": "deque",
+        "maxlen": value.maxlen,
+        "v": self.items(value, where),
+    },
+    collections.Counter: lambda self, value, where: {"$": "Counter", "v": self.pairs(value, where)},
+    collections.OrderedDict: _encode_ordered,
+    collections.defaultdict: _encode_defaultdict,
+    argparse.Namespace: lambda self, value, where: {"$": "Namespace", "v": self.attributes(vars(value), where)},
+    Standin: _encode_standin,
+    TensorRef: _Encoder.tensor,
+}
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+class _Decoder:
+    def __init__(self, get: Get | None, torch_values: bool) -> None:
+        self._get = get
+        self._torch_values = torch_values
+
+    def decode(self, data: Any) -> Any:
+        if isinstance(data, list):
+            return [self.decode(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        if "$" not in data:
+            return {key: self.decode(item) for key, item in data.items()}
+        kind = data["$"]
+        if kind == "tensor":
+            if self._get is None:
+                raise DamagedCheckpoint("stored values refer to a tensor, where only plain values can be")
+            return self._get(data["v"])
+        if kind in _TORCH_KINDS:
+            return self._torch(kind, data["v"])
+        decoder = _DECODERS.get(kind)
+        if decoder is None:
+            raise Unsupported(f"stored values hold a {kind!r}, which this release does not know")
+        return decoder(self, data)
+
+    def items(self, data: dict[str, Any]) -> list[Any]:
+        if not isinstance(data["v"], list):
+            raise TypeError(f"a {data['$']} without its items")
+        return [self.decode(item) for item in data["v"]]
+
+    def pairs(self, data: dict[str, Any]) -> list[tuple[Any, Any]]:
+        return [(self.decode(key), self.decode(item)) for key, item in data["v"]]
+
+    def _torch(self, kind: str, value: Any) -> Any:
+        if not self._torch_values:
+            return {"torch.Size": Size, "torch.dtype": DtypeName, "torch.device": DeviceName}[kind](value)
+        import torch
+
+        if kind == "torch.dtype":
+            return dtypes.to_torch(value)
+        return torch.Size(value) if kind == "torch.Size" else torch.device(value)
+
+
+_TORCH_KINDS = ("torch.Size", "torch.dtype", "torch.device")
+
+
+def _bytes(data: dict[str, Any]) -> bytes:
+    return base64.b64decode(data["v"], validate=True)
+
+
+def _decode_ordered(self: _Decoder, data: dict[str, Any]) -> Any:
+    ordered = collections.OrderedDict(self.pairs(data))
+    if "metadata" in data:
+        vars(ordered)["_metadata"] = self.decode(data["metadata"])
+    return ordered
+
+
+def _decode_defaultdict(self: _Decoder, data: dict[str, Any]) -> Any:
+    factory = None if data["factory"] is None else _FACTORIES[data["factory"]]
+    return collections.defaultdict(factory, self.pairs(data))
+
+
+def _decode_counter(self: _Decoder, data: dict[str, Any]) -> Any:
+    return collections.Counter(dict(self.pairs(data)))
+
+
+def _decode_dtype(text: Any) -> np.dtype[Any]:
+    dtype = np.dtype(str(text))
+    if dtype.kind not in "biufcSUMm":
+        raise ValueError(f"a numpy type {text!r}")
+    return dtype
+
+
+def _decode_array(self: _Decoder, data: dict[str, Any]) -> Any:
+    dtype, shape = _decode_dtype(data["dtype"]), tuple(data["shape"])
+    content = bytearray(_bytes(data))
+    if dtype.itemsize == 0:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(content, dtype).reshape(shape, order=data["order"])
+
+
+def _decode_scalar(self: _Decoder, data: dict[str, Any]) -> Any:
+    dtype = _decode_dtype(data["dtype"])
+    return np.frombuffer(_bytes(data), dtype, count=1)[0] if dtype.itemsize else dtype.type()
+
+
+def _decode_namespace(self: _Decoder, data: dict[str, Any]) -> Any:
+    namespace = argparse.Namespace()
+    vars(namespace).update(self.pairs(data))
+    return namespace
+
+
+def _decode_path(self: _Decoder, data: dict[str, Any]) -> Any:
+    kinds = {"Path": pathlib.Path, "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath}
+    return kinds[data["kind"]](self.decode(data["v"]))
+
+
+def _decode_standin(self: _Decoder, data: dict[str, Any]) -> Any:
+    module, name = data["class"]
+    return Standin(module, name, tuple(self.decode(data["args"])), dict(self.pairs(data)))
+
+
+_DECODERS: dict[str, Callable[[_Decoder, dict[str, Any]], Any]] = {
+    "dict": lambda self, data: dict(self.pairs(data)),
+    "str": lambda self, data: bytes.fromhex(data["v"]).decode("utf-8", "surrogatepass"),
+    "int": lambda self, data: int(data["v"], 16),
+    "float": lambda self, data: struct.unpack(">d", bytes.fromhex(data["v"]))[0],
+    "complex": lambda self, data: complex(*self.items(data)),
+    "bytes": lambda self, data: _bytes(data),
+    "bytearray": lambda self, data: bytearray(_bytes(data)),
+    "range": lambda self, data: range(*self.items(data)),
+    "tuple": lambda self, data: tuple(self.items(data)),
+    "set": lambda self, data: set(self.items(data)),
+    "frozenset": lambda self, data: frozenset(self.items(data)),
+    "slice": lambda self, data: slice(*self.items(data)),
+    "deque": lambda self, data: collections.deque(self.items(data), data["maxlen"]),
+    "Counter": _decode_counter,
+    "OrderedDict": _decode_ordered,
+    "defaultdict": _decode_defaultdict,
+    "Namespace": _decode_namespace,
+    "numpy.dtype": lambda self, data: _decode_dtype(data["v"]),
+    "numpy.scalar": _decode_scalar,
+    "numpy.ndarray": _decode_array,
+    "path": _decode_path,
+    "standin": _decode_standin,
+}
