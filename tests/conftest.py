@@ -1,0 +1,31 @@
+"""Fixtures for the whole session: real ranks, and the checkpoints that real engines wrote. Both start when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engines.pool import RankPool
+    from tests.engines.sources import Sources
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Real DeepSpeed ranks; tests that use them are marked slow."""
+    from tests.engines.pool import RankPool
+
+    with RankPool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sources]:
+    """Checkpoints by case, each made once in a session; read-only."""
+    from tests.engines.sources import Sources
+
+    made = Sources(ranks, tmp_path_factory.mktemp("sources"))
+    yield made
+    made.close()

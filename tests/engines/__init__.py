@@ -1,0 +1,1 @@
+"""Real DeepSpeed engines on several ranks, and the truth about what they hold, for tests."""
