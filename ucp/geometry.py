@@ -217,70 +217,92 @@ class Copies:
 
 
 def _candidates(a_lo: Ints, a_hi: Ints, b_lo: Ints, b_hi: Ints) -> tuple[Ints, Ints]:
-    """Pairs (i, j) that contain every pair of overlapping intervals; found by sorting, not by trying all pairs."""
-    order = np.argsort(b_lo, kind="stable")
-    starts = b_lo[order]
-    ends = np.maximum.accumulate(b_hi[order]) if len(order) else starts
-    left = np.searchsorted(ends, a_lo, side="right")
-    right = np.searchsorted(starts, a_hi, side="left")
-    counts = np.maximum(right - left, 0)
-    i = np.repeat(np.arange(len(a_lo)), counts)
-    within = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return i, order[np.repeat(left, counts) + within]
+    """All pairs (i, j) of overlapping non-empty intervals, each once; found by sorting, not by trying all pairs."""
+    # Of two that overlap, either b begins inside a, or a begins inside b, after b's beginning.
+    order_b, order_a = np.argsort(b_lo, kind="stable"), np.argsort(a_lo, kind="stable")
+    first_b, first_a = b_lo[order_b], a_lo[order_a]
+    i, at = _spread(np.searchsorted(first_b, a_lo, "left"), np.searchsorted(first_b, a_hi, "left"))
+    j, at_a = _spread(np.searchsorted(first_a, b_lo, "right"), np.searchsorted(first_a, b_hi, "left"))
+    return np.concatenate([i, order_a[at_a]]), np.concatenate([order_b[at], j])
+
+
+def _spread(first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    """Every (k, p) with ``first[k] <= p < last[k]``, as two columns."""
+    counts = np.maximum(last - first, 0)
+    k = np.repeat(np.arange(len(counts)), counts)
+    return k, np.arange(len(k)) - np.repeat(np.cumsum(counts) - counts, counts) + first[k]
+
+
+def _pair_count(a_lo: Ints, a_hi: Ints, b_lo: Ints, b_hi: Ints) -> int:
+    """How many pairs ``_candidates`` would return, without listing them."""
+    begun = np.searchsorted(np.sort(b_lo), a_hi, "left").sum()
+    ended = np.searchsorted(np.sort(b_hi), a_lo, "right").sum()
+    return int(begun - ended)
+
+
+def _overlapping(a: Blocks, b: Blocks) -> tuple[Ints, Ints]:
+    """Pairs of blocks whose boxes may overlap: those that do on the axis that tells most of them apart.
+
+    The axes tried are the tensor's own and its row-major order, in which a box reaches from its first element to its
+    last: pieces of one row overlap on every axis but that one, column shards on that one but not on their own.
+    """
+    a_end, b_end = a.offsets + a.sizes, b.offsets + b.sizes
+    strides = np.array(row_major(np.maximum(a_end.max(axis=0), b_end.max(axis=0)).tolist()), np.int64)
+    axes = [
+        (a.offsets @ strides, (a_end - 1) @ strides + 1, b.offsets @ strides, (b_end - 1) @ strides + 1),
+        *((a.offsets[:, k], a_end[:, k], b.offsets[:, k], b_end[:, k]) for k in range(a.ndim)),
+    ]
+    # Choosing costs a few sorts; it is not worth that where all pairs are few.
+    best = axes[0] if len(a) * len(b) < 4096 else min(axes, key=lambda axis: _pair_count(*axis))
+    return _candidates(*best)
 
 
 def intersect(source: Blocks, target: Blocks) -> Copies:
     """What must be copied so that the target's blocks hold what the source's blocks hold, box by box."""
     d = source.ndim
-    if d == 0:
-        i, j = (g.ravel() for g in np.meshgrid(np.arange(len(source)), np.arange(len(target)), indexing="ij"))
-        lo = np.zeros((len(i), 0), np.int64)
-        sizes = lo
+    # A block of no elements overlaps nothing, and would break the intervals' order.
+    a, b = (np.flatnonzero(np.all(blocks.sizes > 0, axis=1)) for blocks in (source, target))
+    if d == 0 or not len(a) or not len(b):
+        i, j = np.repeat(a, len(b)), np.tile(b, len(a))
     else:
-        i, j = _candidates(
-            source.offsets[:, 0],
-            source.offsets[:, 0] + source.sizes[:, 0],
-            target.offsets[:, 0],
-            target.offsets[:, 0] + target.sizes[:, 0],
-        )
-        lo = np.maximum(source.offsets[i], target.offsets[j])
-        hi = np.minimum(source.offsets[i] + source.sizes[i], target.offsets[j] + target.sizes[j])
-        keep = np.all(hi > lo, axis=1)
-        i, j, lo, sizes = i[keep], j[keep], lo[keep], (hi - lo)[keep]
+        i, j = _overlapping(source.take(a), target.take(b))
+        i, j = a[i], b[j]
+    for k in range(d):
+        # One axis at a time, so that pairs which fall apart on it are gone before the next one is looked at.
+        lo = np.maximum(source.offsets[i, k], target.offsets[j, k])
+        hi = np.minimum(source.offsets[i, k] + source.sizes[i, k], target.offsets[j, k] + target.sizes[j, k])
+        keep = hi > lo
+        i, j = i[keep], j[keep]
+    lo = np.maximum(source.offsets[i], target.offsets[j])
+    hi = np.minimum(source.offsets[i] + source.sizes[i], target.offsets[j] + target.sizes[j])
     return Copies(
         source=i,
         target=j,
         source_starts=source.starts[i] + np.sum((lo - source.offsets[i]) * source.strides[i], axis=1, dtype=np.int64),
         target_starts=target.starts[j] + np.sum((lo - target.offsets[j]) * target.strides[j], axis=1, dtype=np.int64),
-        sizes=sizes,
+        sizes=hi - lo,
         source_strides=source.strides[i],
         target_strides=target.strides[j],
     )
 
 
 def collapse(copies: Copies) -> Copies:
-    """The same copies with dimensions merged wherever both sides are dense across them.
+    """The same copies with d + 1 dimensions, of which the last is a run that is contiguous on both sides.
 
-    Merged dimensions become size 1 and the product moves inward, so that afterwards the last dimension is the longest
-    run that is contiguous on both sides (if both last strides are 1).
+    Its strides are 1 on both sides, and it is as long as the copy allows (1 where neighbours lie apart on either
+    side). The others follow the source's order, widest stride first; those merged away have size 1.
     """
-    d = copies.sizes.shape[1]
-    if d == 0:
-        ones = np.ones((len(copies), 1), np.int64)
-        return Copies(
-            copies.source, copies.target, copies.source_starts, copies.target_starts, ones, ones.copy(), ones.copy()
-        )
-    sizes, s, t = copies.sizes.copy(), copies.source_strides.copy(), copies.target_strides.copy()
-    # A dimension of size 1 is never stepped along: give it the stride that lets its neighbours merge across it.
-    for k in range(d - 1, -1, -1):
-        single = sizes[:, k] == 1
-        if k == d - 1:
-            s[single, k] = t[single, k] = 1
-        else:
-            s[single, k] = s[single, k + 1] * sizes[single, k + 1]
-            t[single, k] = t[single, k + 1] * sizes[single, k + 1]
-    for k in range(d - 1):
-        # Merge dimension k into k+1; since k+1 may already hold k-1's product, walk from the outside inward.
+    n, d = copies.sizes.shape
+    # Dimensions of size 1 are never stepped along; outermost, they cannot come between two that merge.
+    reach = np.where(copies.sizes == 1, np.iinfo(np.int64).max, copies.source_strides)
+    order = np.argsort(-reach, axis=1, kind="stable")
+    one = np.ones((n, 1), np.int64)
+    sizes, s, t = (
+        np.concatenate([np.take_along_axis(column, order, axis=1), one], axis=1)
+        for column in (copies.sizes, copies.source_strides, copies.target_strides)
+    )
+    for k in range(d):
+        # Merge dimension k into k+1; since k+1 may be merged in turn, walk from the outside inward.
         joint = (s[:, k] == s[:, k + 1] * sizes[:, k + 1]) & (t[:, k] == t[:, k + 1] * sizes[:, k + 1])
         sizes[joint, k + 1] *= sizes[joint, k]
         sizes[joint, k] = 1
@@ -293,20 +315,14 @@ def runs(copies: Copies) -> tuple[Ints, Ints, Ints, Ints]:
     A run is contiguous on both sides. Vectorised: strided copies are expanded by their outer dimensions.
     """
     c = collapse(copies)
-    d = c.sizes.shape[1]
-    dense = (c.source_strides[:, -1] == 1) & (c.target_strides[:, -1] == 1)
-    length = np.where(dense, c.sizes[:, -1], 1)
-    outer = c.sizes.copy()
-    outer[:, -1] = np.where(dense, 1, c.sizes[:, -1])
-    counts = np.prod(outer, axis=1, dtype=np.int64)
-    which = np.repeat(np.arange(len(c)), counts)
-    rest = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    outer = c.sizes[:, :-1]
+    which, at = _spread(np.zeros(len(c), np.int64), np.prod(outer, axis=1, dtype=np.int64))
     s, t = c.source_starts[which], c.target_starts[which]
-    for k in range(d - 1, -1, -1):
-        rest, at = np.divmod(rest, outer[which, k])
-        s = s + at * c.source_strides[which, k]
-        t = t + at * c.target_strides[which, k]
-    return which, s, t, length[which]
+    for k in range(outer.shape[1] - 1, -1, -1):
+        at, index = np.divmod(at, outer[which, k])
+        s = s + index * c.source_strides[which, k]
+        t = t + index * c.target_strides[which, k]
+    return which, s, t, c.sizes[which, -1]
 
 
 def region(shape: Sequence[int], slices: Sequence[slice] | None) -> tuple[Shape, Shape]:
@@ -335,7 +351,8 @@ def coverage_gap(shape: Sequence[int], blocks: Blocks) -> str | None:
     disjoint and as many elements in all as the tensor has, cover it.
     """
     size = np.array([int(s) for s in shape], np.int64)
-    if np.any(blocks.offsets < 0) or np.any(blocks.offsets + blocks.sizes > size):
+    # Compared without adding: the numbers may come from a damaged file, and a sum of two could overflow.
+    if np.any((blocks.sizes < 0) | (blocks.offsets < 0) | (blocks.offsets > size - blocks.sizes)):
         return "a fragment lies outside the tensor"
     total, held = numel(shape), int(blocks.counts.sum())
     if len(blocks) > 1:
@@ -343,8 +360,6 @@ def coverage_gap(shape: Sequence[int], blocks: Blocks) -> str | None:
         twice = int(pairs.counts[pairs.source < pairs.target].sum())
         if twice:
             return f"{twice} elements are held more than once"
-    elif held > total:
-        return f"{held - total} elements are held more than once"
     if held != total:
         return f"{total - held} of {total} elements are missing"
     return None
