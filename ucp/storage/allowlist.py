@@ -238,7 +238,8 @@ def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) 
         raise TypeError(f"a tensor of class {tensor_class!r}")
     if type(function) is not Global or (function.module, function.name) not in _TENSOR_BUILDERS:
         raise TypeError(f"a tensor built by {function!r}")
-    return call(function, tuple(args))
+    ref: TensorRef = call(function, tuple(args))
+    return ref
 
 
 _TENSOR_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -405,7 +406,8 @@ def _numpy_reconstruct(array_class: Any, shape: Any, kind: Any) -> np.ndarray[An
 def _set_array(array: np.ndarray[Any, Any], state: Any) -> None:
     _, shape, dtype, fortran, data = state
     _check_array(dtype, shape, data)
-    array.__setstate__((1, shape, dtype, bool(fortran), bytes(data)))  # type: ignore[no-untyped-call]
+    state = (1, shape, dtype, bool(fortran), bytes(data))
+    array.__setstate__(state)  # type: ignore[arg-type]  # numpy's stub has the version as a shape
 
 
 def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:

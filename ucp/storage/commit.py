@@ -35,8 +35,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `dest` when the block ends without an exception, and vanishes otherwise.
 
-    Before the block: raises `DestinationError` if `dest` exists (unless `replace`), if its place cannot be written, or if
-    less than `needed_bytes` are free there. With `replace`, `dest` is the old folder until it is the new one.
+    Before the block: raises `DestinationError` if `dest` exists (unless `replace`), if its place cannot be written, or
+    if less than `needed_bytes` are free there. With `replace`, `dest` is the old folder until it is the new one.
     """
     target = Path(os.path.abspath(dest))
     check_destination(target, needed_bytes=needed_bytes, replace=replace)
@@ -122,7 +122,7 @@ def _place_of_process() -> str:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         namespace = 0
-    return xxhash.xxh32_hexdigest(f"{socket.gethostname()} {namespace}")
+    return xxhash.xxh32_hexdigest(f"{socket.gethostname()} {namespace}".encode())
 
 
 def _temporary_name(target: Path) -> Path:
@@ -139,12 +139,12 @@ def _make_temporary(target: Path) -> Path:
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    missing = []
+    missing: list[Path] = []
     folder = parent
     while not os.path.lexists(folder):
         missing.append(folder)
         folder = folder.parent
-    made = []
+    made: list[Path] = []
     for folder in reversed(missing):
         try:
             folder.mkdir()

@@ -148,7 +148,7 @@ def to_torch(name: str) -> torch.dtype:
 
     _row(name)
     dtype = getattr(torch, name, None)
-    if dtype is None:
+    if not isinstance(dtype, torch.dtype):
         raise Unsupported(f"dtype {name!r} needs a newer torch than {torch.__version__}")
     return dtype
 

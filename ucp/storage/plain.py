@@ -14,7 +14,7 @@ import pathlib
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -137,8 +137,8 @@ class _Encoder:
         if (kind.__module__, kind.__qualname__) == ("torch.torch_version", "TorchVersion"):
             return str(value)
         raise Unsupported(
-            f"{where}: a value of class {kind.__module__}.{kind.__qualname__} cannot be stored; plain Python data, numpy "
-            "arrays, tensors and argparse.Namespace can"
+            f"{where}: a value of class {kind.__module__}.{kind.__qualname__} cannot be stored; plain Python "
+            "data, numpy arrays, tensors and argparse.Namespace can"
         )
 
 
@@ -188,7 +188,7 @@ def _encode_numpy(value: Any, where: str) -> Any:
         return {"$": "numpy.scalar", "dtype": dtype.str, "v": _base64(value.tobytes())}
     if type(value) is not np.ndarray:
         raise Unsupported(f"{where}: a numpy array of class {type(value).__name__} cannot be stored")
-    order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
+    order: Literal["C", "F"] = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
     data = _base64(value.tobytes(order))
     return {"$": "numpy.ndarray", "dtype": dtype.str, "shape": list(value.shape), "order": order, "v": data}
 
@@ -222,7 +222,7 @@ def _encode_ordered(self: _Encoder, value: collections.OrderedDict[Any, Any], wh
 
 def _encode_defaultdict(self: _Encoder, value: collections.defaultdict[Any, Any], where: str) -> Any:
     factory = value.default_factory
-    name = None if factory is None else _FACTORY_NAMES.get(factory)  # type: ignore[arg-type]
+    name = None if factory is None else _FACTORY_NAMES.get(factory)
     if factory is not None and name is None:
         raise Unsupported(f"{where}: a defaultdict of {factory!r} cannot be stored; one of a built-in class can")
     return {"$": "defaultdict", "factory": name, "v": self.pairs(value, where)}

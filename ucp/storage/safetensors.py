@@ -1,9 +1,9 @@
-"""safetensors files without torch: their header read and checked, or planned so that ranges can be written in any order.
+"""safetensors files without torch: headers read and checked, or planned so that ranges can be written in any order.
 
 The format, as its own README states it: 8 bytes with the header's length N (unsigned, little-endian, at most 100 MB), N
-bytes of JSON that begin with "{" and may end with spaces, then the data. The JSON maps each tensor's name to its dtype,
-shape and `data_offsets` (begin and end, in bytes from the data's start), and `__metadata__` to a map of text to text. The
-tensors lie row-major, little-endian, and cover the data without holes or overlaps.
+bytes of JSON that begin with "{" and may end with spaces, then the data. The JSON maps each tensor's name to its
+dtype, shape and `data_offsets` (begin and end, in bytes from the data's start), and `__metadata__` to a map of text to
+text. The tensors lie row-major, little-endian, and cover the data without holes or overlaps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise DamagedCheckpoint(
-                    f"{name}: not a safetensors file, or truncated: a header of {length} bytes does not fit the file's {size}"
+                    f"{name}: not a safetensors file, or truncated: its header should have {length} bytes, the file has {size}"
                 )
             if length > MAX_HEADER:
                 raise DamagedCheckpoint(f"{name}: a header of {length} bytes is more than the {MAX_HEADER} allowed")
@@ -79,8 +79,9 @@ def plan_file(
 ) -> FilePlan:
     """Lay out a file for tensors given as (name, dtype, shape).
 
-    Wider element types come first, so that every tensor is aligned to its element; otherwise the order is the one given.
-    Raises `BadArgument` for names used twice, `Unsupported` for types or a number of tensors that the format cannot hold.
+    Wider element types come first, so that every tensor is aligned to its element; otherwise the order is the one
+    given. Raises `BadArgument` for names used twice, `Unsupported` for types or so many tensors that the format cannot
+    hold them.
     """
     fields: dict[str, Any] = {}
     if metadata:
@@ -114,7 +115,8 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not begin with '{'")
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        fields: dict[str, Any] = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        return fields
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: its safetensors header is not valid: {error}") from error
 
@@ -138,8 +140,8 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorRef:
     wanted = numel * dtypes.itemsize(dtype)
     if offsets[1] - offsets[0] != wanted:
         raise DamagedCheckpoint(
-            f"{path}: tensor {name!r} is {dtype} of shape {tuple(shape)}, {wanted} bytes, and its data_offsets {offsets} "
-            f"hold {offsets[1] - offsets[0]}"
+            f"{path}: tensor {name!r} is {dtype} of shape {tuple(shape)}, {wanted} bytes, and its data_offsets "
+            f"{offsets} hold {offsets[1] - offsets[0]}"
         )
     shape = tuple(shape)
     return TensorRef(path, data_start + offsets[0], dtype, shape, contiguous_strides(shape), "cpu", (name, numel))
@@ -151,7 +153,7 @@ def _check_coverage(path: str, tensors: dict[str, TensorRef], data_start: int, s
         if ref.offset != at:
             what = "a hole" if ref.offset > at else "an overlap"
             raise DamagedCheckpoint(
-                f"{path}: {what} before tensor {name!r}: it begins at byte {ref.offset}, and what precedes it ends at {at}"
+                f"{path}: {what} before tensor {name!r}, which begins at byte {ref.offset}; what precedes ends at {at}"
             )
         at += ref.nbytes
     if at != size:
