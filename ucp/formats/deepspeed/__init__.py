@@ -1,0 +1,190 @@
+"""DeepSpeed's native checkpoints, read straight from their files.
+
+No DeepSpeed and no torch is needed: the files' pickles are read with an allow-list, and every tensor in them is a byte
+range. Covered are ZeRO stages 0 to 3 and BF16_Optimizer under data parallelism.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import Catalog, ParamGroup, TrainingState
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed import folder as folders
+from ucp.formats.deepspeed import stage0, stage3, stage12
+from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.model import ModelFile, tied_by_storage
+from ucp.parallel.mesh import Layout
+from ucp.storage.files import Files
+from ucp.storage.values import Standin
+
+NAME = "deepspeed"
+
+log = logging.getLogger(__name__)
+
+
+def detect(path: Path) -> bool:
+    """Whether this folder is a DeepSpeed checkpoint (one tag's folder)."""
+    return folders.looks_like(path)
+
+
+def read(
+    path: Path,
+    files: Files,
+    *,
+    trust_client_state: bool = False,
+    param_names: Sequence[Sequence[str]] | None = None,
+) -> Catalog:
+    """The catalog of one tag's folder.
+
+    trust_client_state: unpickle classes outside the allow-list for real, which runs their code.
+    param_names: each param group's parameters in the optimizer's order, where the caller knows them; needed only for
+    stage-0 checkpoints that leave it open.
+
+    Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what cannot be
+    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list.
+    """
+    folder = folders.scan(path)
+    models = {r: ModelFile(p, folders.load(p, trust_client_state)) for r, p in folder.model.items()}
+    if 0 not in models:
+        raise DamagedCheckpoint(f"{path}: rank 0's model file 'zero_pp_rank_0_mp_rank_00_model_states.pt' is missing")
+    model = models[0]
+    dp = int(model.need("dp_world_size"))
+    _refuse_unsupported(model)
+    if folder.partitioned_model:
+        folders.check_ranks(
+            "model", folder.model, dp, path, "zero_pp_rank_{}_mp_rank_00_model_states.pt", model.path
+        )
+        for key in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
+            same_on_all_ranks(f"'{key}'", {m.path: m.raw.get(key) for m in models.values()})
+    builder = Builder(files)
+    module, buffers = model.module, model.buffers
+    shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
+    owners = set(_trainable_names(model))
+    shared = _toward_owners(shared, owners)
+    aliases: dict[str, list[str]] = defaultdict(list)
+    for alias, owner in shared.items():
+        aliases[owner].append(alias)
+
+    first_state: Mapping[str, Any] = {}
+    stage = 0
+    if model.raw.get("param_shapes") is not None:
+        prefix = "bf16_" if folder.bf16 else ""
+        pattern = prefix + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        folders.check_ranks("optimizer", folder.optim, dp, path, pattern, model.path)
+        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r])) for r in range(dp)}
+        first_state = optim[0][1]
+        stage = same_on_all_ranks("the ZeRO stage", {p: _stage(sd) for p, sd in optim.values()})
+        if (stage == 3) != folder.partitioned_model:
+            raise DamagedCheckpoint(
+                f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
+            )
+        reader = stage3.read if stage == 3 else stage12.read
+        groups = reader(builder, optim, model.param_shapes, aliases)
+        if stage == 3:
+            stage3.read_frozen(builder, models, aliases)
+    elif isinstance(model.raw.get("optimizer"), Mapping):
+        candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
+        groups = stage0.read(builder, model, candidates, aliases, param_names)
+        first_state = model.raw["optimizer"]
+    else:
+        groups = []
+    for name, ref in module.items():
+        if name in builder.parameters or name in shared or (stage == 3 and name not in buffers):
+            continue
+        kind = "buffer" if name in buffers else "frozen"
+        builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+    catalog = Catalog(
+        format=NAME,
+        writer=f"deepspeed {model.raw.get('ds_version', 'of unknown version')}",
+        layout=Layout(dp=dp, zero=stage),
+        files=tuple(builder.sources),
+        parameters=builder.parameters,
+        tensors=builder.tensors,
+        training_state=_training_state(model, groups, first_state, dp),
+    )
+    catalog.check()
+    return catalog
+
+
+def _refuse_unsupported(model: ModelFile) -> None:
+    if int(model.raw.get("mp_world_size") or 1) > 1:
+        raise Unsupported(
+            f"{model.path}: was saved by {model.raw['mp_world_size']} tensor or pipeline ranks; not supported yet"
+        )
+    zero = model.config.get("zero_optimization")
+    if isinstance(zero, Mapping) and int(zero.get("mics_shard_size", -1) or -1) > 0:
+        raise Unsupported(f"{model.path}: was saved under MiCS ('mics_shard_size'), whose cuts are not supported")
+
+
+def _trainable_names(model: ModelFile) -> list[str]:
+    found = model.raw.get("param_shapes")
+    return [str(n) for g in found for n in g] if isinstance(found, (list, tuple)) else []
+
+
+def _toward_owners(shared: Mapping[str, str], owners: set[str]) -> dict[str, str]:
+    """Alias -> owner, with the owner being the name that the optimizer knows."""
+    out = {}
+    for alias, owner in shared.items():
+        if alias in owners and owner not in owners:
+            alias, owner = owner, alias
+        if alias != owner:
+            out[alias] = owner
+    return out
+
+
+def _optimizer_state(path: Path) -> Mapping[str, Any]:
+    found = folders.load(path, trust=False).get("optimizer_state_dict")
+    if not isinstance(found, Mapping):
+        raise DamagedCheckpoint(f"{path}: the key 'optimizer_state_dict' is missing; this is no optimizer file")
+    return found
+
+
+def _stage(sd: Mapping[str, Any]) -> int:
+    """The ZeRO stage. BF16_Optimizer, which is a stage 1, does not write it."""
+    found = sd.get("zero_stage", 1)
+    return int(found.value if isinstance(found, Standin) else found)
+
+
+def _training_state(
+    model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int
+) -> TrainingState:
+    config = model.config
+    batch = config.get("train_batch_size")
+    steps, samples = model.integer("global_steps"), model.integer("global_samples")
+    if not isinstance(batch, int) and steps and samples:
+        batch = samples // steps
+    clip = optimizer.get("clip_grad")
+    return TrainingState(
+        param_groups=tuple(groups),
+        lr_scheduler=model.raw.get("lr_scheduler"),
+        loss_scaler=_loss_scaler(optimizer),
+        clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
+        global_steps=steps,
+        global_samples=samples,
+        skipped_steps=model.integer("skipped_steps"),
+        dp_world_size=dp,
+        global_batch_size=batch if isinstance(batch, int) else None,
+        extra={k: model.raw[k] for k in ("data_sampler", "random_ltd") if model.raw.get(k) is not None},
+        client_state=model.client_state,
+        config=config,
+    )
+
+
+def _loss_scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The loss scaler's attributes by DeepSpeed's names (``runtime/fp16/loss_scaler.py``), with 'dynamic'."""
+    scaler = optimizer.get("loss_scaler")
+    if isinstance(scaler, Standin):
+        return {k: v for k, v in scaler.state.items() if isinstance(v, (bool, int, float))}
+    if "cur_scale" in optimizer:
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+        found = {k: optimizer[k] for k in keys if k in optimizer}
+        return {"dynamic": bool(optimizer.get("dynamic_loss_scale")), **found}
+    return None
+
+
+

@@ -1,0 +1,167 @@
+"""Collects logical tensors while a DeepSpeed checkpoint is read, and what every optimizer file has in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.geometry import Blocks, Shape, box, empty, numel
+from ucp.storage.dtypes import itemsize, numpy_dtype
+from ucp.storage.files import Files
+from ucp.storage.values import TensorRef
+
+Scalar = int | float | bool
+
+
+@dataclass
+class Builder:
+    """The files, parameters and tensors found so far."""
+
+    files: Files
+    paths: dict[str, int] = field(default_factory=dict)
+    sources: list[SourceFile] = field(default_factory=list)
+    parameters: dict[str, ParameterInfo] = field(default_factory=dict)
+    tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
+
+    def file(self, path: str | Path) -> int:
+        """The index of a file, entered at first use."""
+        path = str(path)
+        if path not in self.paths:
+            stat = os.stat(path)
+            self.paths[path] = len(self.sources)
+            self.sources.append(SourceFile(path, stat.st_size, stat.st_mtime_ns))
+        return self.paths[path]
+
+    def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:
+        """A tensor that lies in one piece in one file."""
+        if numel(ref.shape):
+            blocks = box([0] * len(ref.shape), ref.shape, 0, ref.strides, self.file(ref.file))
+        else:
+            blocks = empty(len(ref.shape))
+        return LogicalTensor(name, state, ref.shape, ref.dtype, blocks, np.full(len(blocks), ref.offset, np.int64))
+
+    def pieces(
+        self, name: str, state: str, shape: Shape, blocks: Blocks, refs: Mapping[int, TensorRef]
+    ) -> LogicalTensor:
+        """A tensor cut over ranks: ``blocks.buffers`` are ranks, and ``refs[rank]`` is that rank's flat buffer."""
+        ranks = np.unique(blocks.buffers).tolist()
+        dtypes = {refs[r].dtype for r in refs}
+        if len(dtypes) > 1:
+            raise DamagedCheckpoint(
+                f"{refs[min(refs)].file}: '{name}' ({state}) has element types {sorted(dtypes)} on different ranks; "
+                "files of two runs are mixed"
+            )
+        file_of, base_of = np.zeros(max(refs) + 1, np.int64), np.zeros(max(refs) + 1, np.int64)
+        for r in ranks:
+            file_of[r], base_of[r] = self.file(refs[r].file), refs[r].offset
+        placed = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, file_of[blocks.buffers])
+        return LogicalTensor(name, state, shape, next(iter(dtypes)), placed, base_of[blocks.buffers])
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        tensors: Sequence[LogicalTensor],
+        scalars: Mapping[str, Scalar] | None = None,
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Enter a parameter or buffer with its states."""
+        states = {t.state: t.dtype for t in tensors}
+        shape = tensors[0].shape
+        self.parameters[name] = ParameterInfo(name, shape, states, kind, dict(scalars or {}), tuple(aliases))
+        for t in tensors:
+            self.tensors[name, t.state] = t
+
+    def scalar(self, ref: TensorRef) -> Scalar:
+        """The value of a 0-d tensor."""
+        raw = np.empty(itemsize(ref.dtype), np.uint8)
+        self.files.read_into(ref.file, ref.offset, memoryview(raw))
+        if ref.dtype == "bfloat16":
+            return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
+        return raw.view(numpy_dtype(ref.dtype))[0].item()
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """A flat buffer's optimizer states on one rank, told apart. tensors: as long as the buffer; scalars: the rest."""
+
+    tensors: Mapping[str, TensorRef]
+    scalars: Mapping[str, Scalar]
+
+
+def split_state(builder: Builder, path: Path, where: str, state: Mapping[str, Any], lengths: Sequence[int]) -> FlatState:
+    """Tell tensors of one of these lengths from scalars; refuse by name what is neither.
+
+    Adafactor's factors and block-quantised states, for example, have a shape that a flat buffer's cut says nothing of.
+    """
+    tensors: dict[str, TensorRef] = {}
+    scalars: dict[str, Scalar] = {}
+    for key, value in state.items():
+        if value is None:
+            continue
+        if isinstance(value, TensorRef) and value.shape == ():
+            scalars[key] = builder.scalar(value)
+        elif isinstance(value, TensorRef) and len(value.shape) == 1 and value.shape[0] in lengths:
+            tensors[key] = value
+        elif isinstance(value, (bool, int, float)):
+            scalars[key] = value
+        else:
+            found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
+            raise Unsupported(
+                f"{path}: optimizer state '{key}' of {where} has {found}, neither the parameters' shape nor a single "
+                "value; checkpoints of this optimizer cannot be resharded"
+            )
+    return FlatState(tensors, scalars)
+
+
+def same_on_all_ranks(what: str, values: Mapping[Path, Any]) -> Any:
+    """The common value. Raises DamagedCheckpoint naming two files that disagree."""
+    first_path, first = next(iter(values.items()))
+    for path, value in values.items():
+        if value != first:
+            raise DamagedCheckpoint(
+                f"{path}: {what} is {_short(value)}, but '{first_path.name}' says {_short(first)}; files of two runs "
+                "are mixed"
+            )
+    return first
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def join_states(
+    what: str, ranks: Mapping[int, tuple[Path, FlatState]]
+) -> tuple[dict[str, dict[int, TensorRef]], dict[str, Scalar]]:
+    """One flat group's states over all ranks: state -> rank -> buffer, and the scalars that all ranks agree on."""
+    names = same_on_all_ranks(f"the list of optimizer states of {what}", {p: sorted(s.tensors) for p, s in ranks.values()})
+    scalars = same_on_all_ranks(f"the optimizer values of {what}", {p: dict(s.scalars) for p, s in ranks.values()})
+    return {n: {r: s.tensors[n] for r, (_, s) in ranks.items()} for n in names}, scalars
+
+
+def flat_refs(path: Path, key: str, value: Any) -> list[TensorRef]:
+    """A list of flat 1-d buffers, checked to be that."""
+    if not isinstance(value, (list, tuple)):
+        raise DamagedCheckpoint(f"{path}: '{key}' is missing or no list of flat buffers")
+    for i, ref in enumerate(value):
+        if not isinstance(ref, TensorRef):
+            raise Unsupported(
+                f"{path}: '{key}[{i}]' is {type(ref).__name__}, not a tensor; states offloaded to NVMe are not in the "
+                "checkpoint's own files and cannot be read"
+            )
+        if len(ref.shape) != 1 or not ref.is_contiguous:
+            raise DamagedCheckpoint(f"{path}: '{key}[{i}]' has shape {list(ref.shape)}; a flat buffer is expected")
+    return list(value)
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group's hyperparameters: everything but its parameters."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}

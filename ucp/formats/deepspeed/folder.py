@@ -1,0 +1,107 @@
+"""The files of a DeepSpeed checkpoint folder: which rank wrote which, and whether they all are there.
+
+Names follow DeepSpeed's ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.storage import torchfile
+
+_MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+_OPTIM = re.compile(r"^(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+_PIPELINE = re.compile(r"^layer_\d+(-model_\d+)?-model_states\.pt$")
+_EXPERT = re.compile(r"^(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$|^expp_rank_\d+_mp_rank_\d+_optim_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Paths by data-parallel rank. model: one file at stages 0 to 2 (key 0), one per rank at stage 3."""
+
+    path: Path
+    model: Mapping[int, Path]
+    optim: Mapping[int, Path]
+    bf16: bool
+
+    @property
+    def partitioned_model(self) -> bool:
+        """Whether every rank wrote a model file of its own (stage 3)."""
+        return self.model[min(self.model)].name.startswith("zero_pp_rank_")
+
+
+def looks_like(path: Path) -> bool:
+    """Whether this folder holds files with the names that DeepSpeed gives to a checkpoint's."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return any(_MODEL.match(n) or _OPTIM.match(n) or _PIPELINE.match(n) for n in names)
+
+
+def scan(path: Path) -> Folder:
+    """Find the files. Raises Unsupported for layouts other than ZeRO and data parallelism, DamagedCheckpoint for
+    a folder without a model file or with files of both stage 3 and other stages."""
+    whole: dict[int, Path] = {}
+    parts: dict[int, Path] = {}
+    optim: dict[int, Path] = {}
+    prefixes: set[bool] = set()
+    for name in sorted(os.listdir(path)):
+        if _PIPELINE.match(name):
+            raise Unsupported(f"{path}: '{name}' was written by pipeline parallelism, which is not supported yet")
+        if _EXPERT.match(name):
+            raise Unsupported(f"{path}: '{name}' was written by expert parallelism, which is not supported yet")
+        model, opt = _MODEL.match(name), _OPTIM.match(name)
+        found = model or opt
+        if not found:
+            continue
+        if int(found["mp"]):
+            raise Unsupported(f"{path}: '{name}' was written by tensor or pipeline parallelism; not supported yet")
+        if opt:
+            prefixes.add(bool(opt["bf16"]))
+            optim[int(opt["dp"])] = path / name
+        elif found["dp"] is None:
+            whole[0] = path / name
+        else:
+            parts[int(found["dp"])] = path / name
+    if whole and parts:
+        raise DamagedCheckpoint(
+            f"{path}: holds both '{whole[0].name}' (stages 0 to 2) and '{parts[min(parts)].name}' (stage 3); "
+            "files of two checkpoints are mixed"
+        )
+    if len(prefixes) > 1:
+        raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
+    if not whole and not parts:
+        raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
+    return Folder(path, whole or parts, optim, prefixes == {True})
+
+
+def load(path: Path, trust: bool) -> dict[str, Any]:
+    """The object graph of one file, which DeepSpeed always writes as a dict."""
+    found = torchfile.load(path, trust=trust)
+    if not isinstance(found, dict):
+        raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__} where DeepSpeed writes a dict")
+    return found
+
+
+def check_ranks(what: str, files: Mapping[int, Path], dp: int, path: Path, pattern: str, said_by: Path) -> None:
+    """Raise DamagedCheckpoint unless there is exactly one file for each of the ranks 0 to dp - 1."""
+    missing = [r for r in range(dp) if r not in files]
+    if missing:
+        names = ", ".join(pattern.format(r) for r in missing[:4]) + (", …" if len(missing) > 4 else "")
+        raise DamagedCheckpoint(
+            f"{path}: {len(missing)} of {dp} {what} files are missing ({names}); '{said_by.name}' says that {dp} "
+            "data-parallel ranks saved"
+        )
+    extra = sorted(r for r in files if r >= dp)
+    if extra:
+        raise DamagedCheckpoint(
+            f"{files[extra[0]]}: there is a file of rank {extra[0]}, but '{said_by.name}' says that {dp} "
+            "data-parallel ranks saved; files of two runs are mixed"
+        )

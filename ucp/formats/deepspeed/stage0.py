@@ -1,0 +1,284 @@
+"""Optimizer state of stage 0, which lies in the model file and names no parameters.
+
+Sources: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py`` and, in fp32, the optimizer's own
+state dict. Three forms: one master per parameter (``fp32_groups``), one flat master per param group
+(``fp32_groups_flat``), or no masters at all. torch numbers parameters through the param groups in turn, so a number has
+to be given its name:
+
+1. by the names that the optimizer itself recorded (torch's ``param_names``), or those that the caller gives;
+2. else by the module's own order: of the names with a slot's shape, in the order in which the module lists them,
+   confirmed by the values: a master rounded to the module's element type is the module's weight.
+
+Where neither decides, because parameters of one shape lie in several groups (or some of them are frozen) and no masters
+tell them apart, the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import ParamGroup
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.build import Builder, Scalar, options_of
+from ucp.formats.deepspeed.model import ModelFile
+from ucp.geometry import Shape, numel
+from ucp.storage.dtypes import itemsize
+from ucp.storage.values import TensorRef, contiguous_strides
+
+# Elements of each tensor that are compared to recognise a parameter by its values.
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter of the optimizer, not yet named. shape: None where nothing tells it."""
+
+    group: int
+    shape: Shape | None
+    master: TensorRef | None
+    states: Mapping[str, TensorRef]
+    scalars: Mapping[str, Scalar]
+
+
+def read(
+    builder: Builder,
+    model: ModelFile,
+    trainable: Mapping[str, TensorRef],
+    aliases: Mapping[str, list[str]],
+    names: Sequence[Sequence[str]] | None,
+) -> list[ParamGroup]:
+    """Enter all parameters that the optimizer updates.
+
+    trainable: candidates, in the module's order: the module's tensors but for buffers and tied aliases.
+    names: each param group's parameters in order, where the caller knows them (a live engine's, say).
+    """
+    saved = model.raw["optimizer"]
+    inner = saved.get("optimizer_state_dict", saved)
+    if not isinstance(inner, Mapping) or "param_groups" not in inner:
+        raise Unsupported(f"{model.path}: 'optimizer' is in a form that is not understood; it has {sorted(saved)}")
+    groups = inner["param_groups"]
+    recorded = [g.get("param_names") for g in groups]
+    if names is None and all(recorded):
+        names = recorded
+    if "fp32_groups_flat" in saved:
+        named = _flat(builder, model, inner, saved["fp32_groups_flat"], trainable, names)
+    else:
+        slots = _slots(builder, model, inner, saved.get("fp32_groups"))
+        named = _name(builder, model, slots, trainable, names, [len(g["params"]) for g in groups])
+    members: list[list[str]] = [[] for _ in groups]
+    for name, slot in named:
+        members[slot.group].append(name)
+        tensors = [builder.whole(name, "param", slot.master or trainable[name])]
+        tensors += [builder.whole(name, state, ref) for state, ref in slot.states.items()]
+        scalars = dict(slot.scalars)
+        if "step" in groups[slot.group]:
+            scalars.setdefault("step", groups[slot.group]["step"])
+        builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+    return [
+        ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
+        for m, g in zip(members, groups, strict=True)
+    ]
+
+
+def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:
+    slots = []
+    for g, group in enumerate(inner["param_groups"]):
+        for i, number in enumerate(group["params"]):
+            state = inner["state"].get(number, {})
+            master = masters[g][i] if masters is not None else None
+            shape = master.shape if master is not None else None
+            tensors: dict[str, TensorRef] = {}
+            scalars: dict[str, Scalar] = {}
+            for key, value in state.items():
+                if value is None:
+                    continue
+                if isinstance(value, TensorRef) and value.shape == () and (shape or key == "step"):
+                    scalars[key] = builder.scalar(value)
+                elif isinstance(value, TensorRef) and (shape is None or value.shape == shape):
+                    tensors[key] = value
+                elif isinstance(value, (bool, int, float)):
+                    scalars[key] = value
+                else:
+                    found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
+                    raise Unsupported(
+                        f"{model.path}: optimizer state '{key}' of parameter {number} has {found}, neither the "
+                        f"parameter's shape {list(shape or ())} nor a single value; checkpoints of this optimizer "
+                        "cannot be resharded"
+                    )
+            shapes = {t.shape for t in tensors.values()}
+            if shape is None and len(shapes) > 1:
+                raise Unsupported(
+                    f"{model.path}: optimizer states {sorted(tensors)} of parameter {number} have different shapes "
+                    f"{sorted(map(list, shapes))}; checkpoints of this optimizer cannot be resharded"
+                )
+            slots.append(_Slot(g, shape or next(iter(shapes), None), master, tensors, scalars))
+    return slots
+
+
+def _name(
+    builder: Builder,
+    model: ModelFile,
+    slots: list[_Slot],
+    trainable: Mapping[str, TensorRef],
+    names: Sequence[Sequence[str]] | None,
+    counts: list[int],
+) -> list[tuple[str, _Slot]]:
+    if names is not None:
+        if [len(g) for g in names] != counts:
+            raise DamagedCheckpoint(
+                f"{model.path}: the optimizer has param groups of {counts} parameters, but the names given are for "
+                f"groups of {[len(g) for g in names]}"
+            )
+        pairs = list(zip((n for g in names for n in g), slots, strict=True))
+        for name, slot in pairs:
+            if name not in trainable or slot.shape not in (None, trainable[name].shape):
+                found = list(trainable[name].shape) if name in trainable else "no such parameter"
+                raise DamagedCheckpoint(
+                    f"{model.path}: a parameter of group {slot.group} has optimizer state of shape "
+                    f"{list(slot.shape or ())}, but '{name}', which it should be, has {found}"
+                )
+        return pairs
+    if all(s.shape is None for s in slots):  # no states at all: only the groups are to be told
+        if len(counts) == 1 and counts[0] == len(trainable):
+            return list(zip(trainable, slots, strict=True))
+        raise _undecided(model, list(trainable))
+    by_shape: dict[Shape | None, list[int]] = defaultdict(list)
+    for i, slot in enumerate(slots):
+        by_shape[slot.shape].append(i)
+    if None in by_shape:
+        raise _undecided(model, list(trainable))
+    found: dict[int, str] = {}
+    for shape, members in by_shape.items():
+        candidates = [n for n, ref in trainable.items() if ref.shape == shape]
+        found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, trainable))
+    return [(found[i], slot) for i, slot in enumerate(slots)]
+
+
+def _match(
+    builder: Builder,
+    model: ModelFile,
+    slots: list[tuple[int, _Slot]],
+    candidates: list[str],
+    trainable: Mapping[str, TensorRef],
+) -> dict[int, str]:
+    """Give slots of one shape their names, in order, confirmed by values where there are masters."""
+    if len(candidates) < len(slots):
+        raise DamagedCheckpoint(
+            f"{model.path}: the optimizer has {len(slots)} parameters of shape {list(slots[0][1].shape or ())}, the "
+            f"module {len(candidates)}"
+        )
+    if slots[0][1].master is None:
+        one_group = len({s.group for _, s in slots}) == 1
+        if not one_group or len(candidates) != len(slots):
+            raise _undecided(model, candidates)
+        return {i: n for (i, _), n in zip(slots, candidates, strict=True)}
+    left = list(candidates)
+    out: dict[int, str] = {}
+    for i, slot in slots:
+        hits = [n for n in left if slot.master is not None and _rounds_to(builder, slot.master, trainable[n])]
+        if not hits:
+            raise DamagedCheckpoint(
+                f"{model.path}: no weight of the module equals the rounded master of optimizer parameter {i}; the "
+                "module and the optimizer are not of the same step"
+            )
+        if len(hits) > 1 and not _interchangeable(slots, hits, candidates):
+            raise _undecided(model, hits)
+        out[i] = hits[0]
+        left.remove(hits[0])
+    return out
+
+
+def _interchangeable(slots: list[tuple[int, _Slot]], hits: list[str], candidates: list[str]) -> bool:
+    """Equal weights (norms at their initial ones, say) leave only the order to tell them apart: trust it where all
+    slots of the shape lie in one group and none of the candidates is left over."""
+    return len({s.group for _, s in slots}) == 1 and len(slots) == len(candidates)
+
+
+def _flat(
+    builder: Builder,
+    model: ModelFile,
+    inner: Mapping[str, Any],
+    masters: Sequence[TensorRef],
+    trainable: Mapping[str, TensorRef],
+    names: Sequence[Sequence[str]] | None,
+) -> list[tuple[str, _Slot]]:
+    """One flat master per group: parameters end to end, recognised one after the other by their values."""
+    out: list[tuple[str, _Slot]] = []
+    left = list(trainable)
+    for g, flat in enumerate(masters):
+        number = inner["param_groups"][g]["params"][0]
+        state = inner["state"].get(number, {})
+        at, wanted = 0, list(names[g]) if names is not None else None
+        while at < flat.numel:
+            options = wanted[:1] if wanted is not None else left
+            hits = [n for n in options if _rounds_to(builder, _slice(flat, at, trainable[n].shape), trainable[n])]
+            if not hits:
+                raise DamagedCheckpoint(
+                    f"{model.path}: no weight of the module equals the rounded master at element {at} of flat group {g}"
+                )
+            name = hits[0]
+            if len(hits) > 1 and len(masters) > 1:
+                raise _undecided(model, hits)
+            shape = trainable[name].shape
+            tensors = {k: _slice(v, at, shape) for k, v in state.items() if isinstance(v, TensorRef) and v.shape}
+            scalars = {k: v if not isinstance(v, TensorRef) else builder.scalar(v) for k, v in state.items() if k not in tensors}
+            out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, scalars)))
+            at += numel(shape)
+            left.remove(name)
+            if wanted is not None:
+                wanted.pop(0)
+    return out
+
+
+def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
+    """A parameter inside a flat buffer."""
+    offset = flat.offset + at * itemsize(flat.dtype)
+    return TensorRef(flat.file, offset, flat.dtype, shape, contiguous_strides(shape), flat.device, flat.storage)
+
+
+def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
+    """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
+    last = master.storage[1] * itemsize(master.dtype)
+    if master.shape != weight.shape or numel(master.shape) * itemsize(master.dtype) > last:
+        return False
+    a, b = _sample(builder, master), _sample(builder, weight)
+    return a is not None and b is not None and np.array_equal(round_to(a, master.dtype, weight.dtype), b)
+
+
+def _sample(builder: Builder, ref: TensorRef) -> np.ndarray | None:
+    """Up to SAMPLE elements from the beginning and the end, as bits."""
+    size, n = itemsize(ref.dtype), ref.numel
+    if not ref.is_contiguous:
+        return None
+    k = min(n, SAMPLE // 2)
+    raw = np.empty(2 * k * size, np.uint8)
+    builder.files.read_into(ref.file, ref.offset, memoryview(raw[: k * size]))
+    builder.files.read_into(ref.file, ref.offset + (n - k) * size, memoryview(raw[k * size :]))
+    return raw.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
+
+
+def round_to(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Bits of ``source`` elements rounded to the nearest (ties to even) of ``target``, as bits."""
+    if source == target:
+        return bits
+    if source != "float32" or target not in ("bfloat16", "float16"):
+        return bits
+    if target == "float16":
+        with np.errstate(over="ignore"):
+            return bits.view(np.float32).astype(np.float16).view(np.uint16)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return rounded.astype(np.uint16)
+
+
+def _undecided(model: ModelFile, names: Sequence[str]) -> Unsupported:
+    shown = ", ".join(f"'{n}'" for n in names[:4]) + (", …" if len(names) > 4 else "")
+    return Unsupported(
+        f"{model.path}: a stage-0 checkpoint does not name the optimizer's parameters, and nothing in it tells {shown} "
+        "apart; load it into the engine that has the same param groups, whose order then decides"
+    )
+

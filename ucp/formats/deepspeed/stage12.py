@@ -1,0 +1,125 @@
+"""Optimizer files of stages 1 and 2 and of BF16_Optimizer.
+
+Sources: ``runtime/zero/stage_1_and_2.py: state_dict`` and ``runtime/bf16_optimizer.py: state_dict``. A group's
+parameters lie in one flat buffer in the order of the model file's ``param_shapes`` (which is the round-robin order where
+that is on; the files' ``param_slice_mappings`` are wrong there and are not used), with the elements of
+``param_alignment_paddings`` between them; the buffer is cut into equal partitions. The master weights of stages 1 and 2
+are saved without the padding at their end, everything else with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import ParamGroup
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.deepspeed.build import (
+    Builder,
+    FlatState,
+    flat_refs,
+    join_states,
+    options_of,
+    same_on_all_ranks,
+    split_state,
+)
+from ucp.geometry import Shape, numel
+from ucp.parallel.zero import flat_offsets, flat_partition
+from ucp.storage.values import TensorRef
+
+MASTERS = "single_partition_of_fp32_groups"
+
+
+def read(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    groups: list[dict[str, Shape]],
+    aliases: Mapping[str, list[str]],
+) -> list[ParamGroup]:
+    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
+    out: list[ParamGroup] = []
+    for r, (path, _) in optim.items():
+        if len(masters[r]) != len(groups):
+            raise DamagedCheckpoint(
+                f"{path}: holds {len(masters[r])} param groups, but the model file describes {len(groups)}; files of "
+                "two runs are mixed"
+            )
+    for g, shapes in enumerate(groups):
+        padding = {r: _padding(sd, g) for r, (_, sd) in optim.items()}
+        sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
+        if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
+            sizes = {r: masters[r][g].shape[0] for r in optim}
+        size = same_on_all_ranks(f"the partition size of group {g}", {optim[r][0]: sizes[r] for r in optim})
+        _check_count(optim, g, dp)
+        between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(sd, g) for p, sd in optim.values()})
+        offsets, total = flat_offsets([numel(s) for s in shapes.values()], between)
+        if not total <= size * dp < total + max(size, 1) + 2 * dp * dp:
+            raise DamagedCheckpoint(
+                f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
+                f"need {total}; files of two runs are mixed"
+            )
+        held = {r: (path, _state(builder, path, sd, g, (size, size - padding[r]))) for r, (path, sd) in optim.items()}
+        states, scalars = join_states(f"group {g}", held)
+        for (name, shape), offset in zip(shapes.items(), offsets, strict=True):
+            blocks = flat_partition(shape, offset, size)
+            by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
+            tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
+            builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+        options = same_on_all_ranks(f"the param group {g}", {p: _options(sd, g) for p, sd in optim.values()})
+        if options and "step" in options:
+            _step_into_scalars(builder, shapes, options.pop("step"))
+        out.append(ParamGroup(tuple(shapes), options))
+    return out
+
+
+def _padding(sd: Mapping[str, Any], g: int) -> int:
+    paddings = sd.get("group_paddings")
+    return int(paddings[g]) if paddings else 0
+
+
+def _alignment(sd: Mapping[str, Any], g: int) -> list[int] | None:
+    paddings = sd.get("param_alignment_paddings")
+    return [int(n) for n in paddings[g]] if paddings else None
+
+
+def _check_count(optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, dp: int) -> None:
+    for path, sd in optim.values():
+        count = sd.get("partition_count")
+        count = count[g] if isinstance(count, (list, tuple)) else count
+        if count is not None and int(count) != dp:
+            raise DamagedCheckpoint(
+                f"{path}: group {g} was cut into {int(count)} partitions, but there are {dp} optimizer files; files "
+                "are missing or of two runs"
+            )
+
+
+def _state(builder: Builder, path: Path, sd: Mapping[str, Any], g: int, lengths: tuple[int, ...]) -> FlatState:
+    """One rank's states of one group. An elastic checkpoint keeps a list of states, without the padding."""
+    base = sd.get("base_optimizer_state")
+    if isinstance(base, (list, tuple)):
+        state = dict(base[g])
+        if "base_optimizer_state_step" in sd:
+            state.setdefault("step", sd["base_optimizer_state_step"])
+    elif isinstance(base, Mapping):
+        params = base["param_groups"][g]["params"]
+        state = base["state"].get(params[0], {}) if params else {}
+    else:
+        raise DamagedCheckpoint(f"{path}: 'base_optimizer_state' is missing; this is no complete optimizer file")
+    return split_state(builder, path, f"group {g}", state, lengths)
+
+
+def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
+    base = sd["base_optimizer_state"]
+    return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
+
+
+def _step_into_scalars(builder: Builder, names: Mapping[str, Shape], step: Any) -> None:
+    """FusedAdam and DeepSpeedCPUAdam (once it was loaded) count steps in the param group: one count per parameter."""
+    from dataclasses import replace
+
+    for name in names:
+        info = builder.parameters[name]
+        builder.parameters[name] = replace(info, scalars={"step": step, **info.scalars})
