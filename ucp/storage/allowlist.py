@@ -170,7 +170,7 @@ def _attributes(state: Any) -> dict[str, Any]:
     slots: Any = {}
     if isinstance(state, tuple) and len(state) == 2:
         state, slots = state
-    merged = {**(state or {}), **(slots or {})}
+    merged: dict[str, Any] = dict(state or {}, **(slots or {}))
     if not all(isinstance(name, str) for name in merged):
         raise TypeError("attribute names must be text")
     return merged
@@ -406,8 +406,8 @@ def _numpy_reconstruct(array_class: Any, shape: Any, kind: Any) -> np.ndarray[An
 def _set_array(array: np.ndarray[Any, Any], state: Any) -> None:
     _, shape, dtype, fortran, data = state
     _check_array(dtype, shape, data)
-    state = (1, shape, dtype, bool(fortran), bytes(data))
-    array.__setstate__(state)  # type: ignore[arg-type]  # numpy's stub has the version as a shape
+    fields: Any = (1, shape, dtype, bool(fortran), bytes(data))
+    array.__setstate__(fields)
 
 
 def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:

@@ -57,7 +57,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise DamagedCheckpoint(
-                    f"{name}: not a safetensors file, or truncated: its header should have {length} bytes, the file has {size}"
+                    f"{name}: not a safetensors file, or truncated: a header of {length} bytes in a file of {size}"
                 )
             if length > MAX_HEADER:
                 raise DamagedCheckpoint(f"{name}: a header of {length} bytes is more than the {MAX_HEADER} allowed")
