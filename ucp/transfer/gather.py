@@ -8,12 +8,12 @@ digests every chunk is verified as it passes.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
 
 Bytes = NDArray[np.uint8]
+# A thread's verified chunks: (file, chunk) -> its bytes.
+Cache = OrderedDict[tuple[int, int], bytes]
 
 # Runs shorter than this are fetched together, with the gaps between them, when that costs less than separate reads.
 SHORT_RUN = 32 << 10
@@ -52,11 +54,11 @@ class Want:
     base: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """One strided copy, in elements of the source's dtype on the source side and of the target's on the other.
 
-    sizes, steps, target_steps: elements, one per dimension, the innermost last.
+    The last dimension is contiguous on both sides; the others follow the file, widest step first.
     """
 
     file: int
@@ -71,11 +73,17 @@ class Copy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of payload, in the source's dtype."""
-        return math.prod(self.sizes) * itemsize(self.source_dtype)
+        """Bytes read from the file, without the gaps."""
+        return prod(self.sizes) * itemsize(self.source_dtype)
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from the first element to the end of the last, gaps included."""
+        last = sum((n - 1) * step for n, step in zip(self.sizes, self.steps, strict=True))
+        return (last + 1) * itemsize(self.source_dtype)
 
     def narrow(self, axis: int, first: int, count: int) -> Copy:
-        """The part of the copy at indices ``[first, first + count)`` of dimension ``axis``."""
+        """The part with ``count`` indices of one dimension, from ``first`` on."""
         return Copy(
             self.file,
             self.at + first * self.steps[axis] * itemsize(self.source_dtype),
@@ -97,11 +105,11 @@ class Reader:
         self._files = files
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
 
-    def read_into(self, file: int, offset: int, out: Bytes, cache: OrderedDict[tuple[int, int], bytes]) -> None:
+    def read_into(self, file: int, offset: int, out: Bytes, cache: Cache) -> None:
         """Read ``len(out)`` bytes at ``offset``; ``cache`` is the calling thread's own store of verified chunks."""
         path, digests = self._paths[file], self._digests.get(file)
         if digests is None:
-            self._files.read_into(path, offset, memoryview(out))
+            self._files.read_into(path, offset, out.data)
             return
         at, stop = offset, offset + len(out)
         if stop > digests.size:
@@ -117,8 +125,8 @@ class Reader:
             if whole:
                 end = min(at + whole * CHUNK, stop)
                 part = out[at - offset : end - offset]
-                self._files.read_into(path, at, memoryview(part))
-                verify_chunks(path, digests, index, memoryview(part))
+                self._files.read_into(path, at, part.data)
+                verify_chunks(path, digests, index, part.data)
                 at = end
                 continue
             end = min((index + 1) * CHUNK, stop)
@@ -126,9 +134,7 @@ class Reader:
             out[at - offset : end - offset] = np.frombuffer(chunk, np.uint8)[within : within + end - at]
             at = end
 
-    def _chunk(
-        self, file: int, path: str, digests: ChunkDigests, index: int, cache: OrderedDict[tuple[int, int], bytes]
-    ) -> bytes:
+    def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> bytes:
         key = (file, index)
         if key in cache:
             cache.move_to_end(key)
@@ -161,23 +167,20 @@ def plan(wants: Sequence[Want]) -> list[Copy]:
                 f"'{tensor.name}' ({tensor.state}): {wanted} elements are wanted, but the checkpoint's fragments hold "
                 f"{found} of them"
             )
-        files = tensor.blocks.buffers[copies.source]
-        at = tensor.bases[copies.source] + copies.source_starts * source_size
-        buffers = want.blocks.buffers[copies.target]
-        to = want.base + copies.target_starts * target_size
-        out.extend(
-            Copy(*row, source_dtype=tensor.dtype, target_dtype=want.dtype)
-            for row in zip(
-                files.tolist(),
-                at.tolist(),
-                buffers.tolist(),
-                to.tolist(),
-                map(tuple, copies.sizes.tolist()),
-                map(tuple, copies.source_strides.tolist()),
-                map(tuple, copies.target_strides.tolist()),
-                strict=True,
-            )
+        columns = zip(
+            tensor.blocks.buffers[copies.source].tolist(),
+            (tensor.bases[copies.source] + copies.source_starts * source_size).tolist(),
+            want.blocks.buffers[copies.target].tolist(),
+            (want.base + copies.target_starts * target_size).tolist(),
+            map(tuple, copies.sizes.tolist()),
+            map(tuple, copies.source_strides.tolist()),
+            map(tuple, copies.target_strides.tolist()),
+            strict=True,
         )
+        out += [
+            Copy(file, at, buffer, to, sizes, steps, target_steps, tensor.dtype, want.dtype)
+            for file, at, buffer, to, sizes, steps, target_steps in columns
+        ]
     out.sort(key=lambda c: (c.file, c.at))
     return out
 
@@ -200,6 +203,13 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
     return total
 
 
+def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
+    """Do these copies in this order, in the calling thread; memory beside the buffers is about ``SCRATCH`` bytes."""
+    cache: Cache = OrderedDict()
+    for copy in copies:
+        _serve(reader, copy, buffers, cache)
+
+
 def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
     """Consecutive copies of about equal bytes; one huge contiguous copy is cut, so that all threads have work."""
     limit = max(total // parts, 1)
@@ -218,82 +228,56 @@ def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
 
 def _cut(copy: Copy, limit: int) -> Iterator[Copy]:
     """The copy in pieces of at most about ``limit`` bytes, along its outermost dimension that is longer than 1."""
-    if copy.nbytes <= limit:
-        yield copy
-        return
-    axis = next((k for k, n in enumerate(copy.sizes) if n > 1), None)
-    if axis is None:
+    axis = _outermost(copy)
+    if copy.nbytes <= limit or axis is None:
         yield copy
         return
     n = copy.sizes[axis]
-    rows = max(n * limit // copy.nbytes, 1)
-    for first in range(0, n, rows):
-        count = min(rows, n - first)
-        piece = copy.narrow(axis, first, count)
-        if count == 1 and piece.nbytes > limit:
+    count = max(n * limit // copy.nbytes, 1)
+    for first in range(0, n, count):
+        piece = copy.narrow(axis, first, min(count, n - first))
+        if count == 1:
             yield from _cut(piece, limit)
         else:
             yield piece
 
 
-def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
-    """Run planned copies in the calling thread, in their order."""
-    cache: OrderedDict[tuple[int, int], bytes] = OrderedDict()
-    for copy in copies:
-        size = itemsize(copy.source_dtype)
-        dense = copy.steps[-1] == 1 and copy.target_steps[-1] == 1
-        single = dense and all(n == 1 for n in copy.sizes[:-1])
-        same = copy.source_dtype == copy.target_dtype
-        if same and single:
+def _outermost(copy: Copy) -> int | None:
+    """The first dimension that is longer than 1; None for a single element."""
+    return next((k for k, n in enumerate(copy.sizes) if n > 1), None)
+
+
+def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+    axis = _outermost(copy)
+    if axis is None or axis == len(copy.sizes) - 1:  # one contiguous run
+        if copy.source_dtype == copy.target_dtype:
             reader.read_into(copy.file, copy.at, buffers[copy.buffer][copy.to : copy.to + copy.nbytes], cache)
-        elif same and dense and (copy.sizes[-1] * size >= SHORT_RUN or _gap(copy) >= LONG_GAP):
-            for at, to, n in _expand(copy):
-                reader.read_into(copy.file, at, buffers[copy.buffer][to : to + n], cache)
         else:
-            for piece in _cut(copy, SCRATCH if single else _payload_for_scratch(copy)):
-                _through_scratch(reader, piece, buffers, cache)
+            _through_scratch(reader, copy, buffers, cache)
+        return
+    size = itemsize(copy.source_dtype)
+    gap = copy.steps[axis] * size - copy.narrow(axis, 0, 1).span
+    if gap >= LONG_GAP or copy.sizes[-1] * size >= SHORT_RUN:
+        for index in range(copy.sizes[axis]):
+            _serve(reader, copy.narrow(axis, index, 1), buffers, cache)
+    else:
+        _through_scratch(reader, copy, buffers, cache)
 
 
-def _span(copy: Copy) -> int:
-    """Bytes from the copy's first element to the end of its last, gaps included."""
-    last = sum((n - 1) * s for n, s in zip(copy.sizes, copy.steps, strict=True))
-    return (last + 1) * itemsize(copy.source_dtype)
+def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+    """Read the copy with its gaps, as much at a time as fits the scratch, and place it by array assignment."""
+    size, wide = itemsize(copy.source_dtype), itemsize(copy.target_dtype)
+    # A conversion makes up to two arrays of the wider type beside the bytes read.
+    share = SCRATCH if copy.source_dtype == copy.target_dtype else SCRATCH * size // (size + 2 * wide)
+    for piece in _cut(copy, max(share * copy.nbytes // copy.span, 1)):
+        scratch = np.empty(piece.span, np.uint8)
+        reader.read_into(piece.file, piece.at, scratch, cache)
+        source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
+        target = _strided(buffers[piece.buffer], piece.to, piece.sizes, piece.target_steps, piece.target_dtype)
+        target[...] = widen(source, piece.source_dtype, piece.target_dtype)
 
 
-def _gap(copy: Copy) -> float:
-    """Mean bytes between the copy's contiguous runs, in the file."""
-    count = max(int(np.prod(copy.sizes[:-1], dtype=np.int64)), 1)
-    return (_span(copy) - copy.nbytes) / count
-
-
-def _payload_for_scratch(copy: Copy) -> int:
-    """How much payload to take at a time so that the span around it fits the scratch buffer."""
-    return max(int(SCRATCH * copy.nbytes / max(_span(copy), 1)), 1)
-
-
-def _expand(copy: Copy) -> Iterator[tuple[int, int, int]]:
-    """The contiguous runs of a strided copy: (file offset, buffer offset, bytes)."""
-    size, outer = itemsize(copy.source_dtype), copy.sizes[:-1]
-    for index in np.ndindex(*outer):
-        at = sum(i * s for i, s in zip(index, copy.steps, strict=False))
-        to = sum(i * s for i, s in zip(index, copy.target_steps, strict=False))
-        yield copy.at + at * size, copy.to + to * size, copy.sizes[-1] * size
-
-
-def _through_scratch(
-    reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: OrderedDict[tuple[int, int], bytes]
-) -> None:
-    span = _span(copy)
-    scratch = np.empty(span, np.uint8)
-    reader.read_into(copy.file, copy.at, scratch, cache)
-    source = _strided(scratch, 0, copy.sizes, copy.steps, copy.source_dtype)
-    target = _strided(buffers[copy.buffer], copy.to, copy.sizes, copy.target_steps, copy.target_dtype)
-    target[...] = widen(source, copy.source_dtype, copy.target_dtype)
-
-
-def _strided(
-    buffer: Bytes, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], dtype: str
-) -> NDArray[np.generic]:
+def _strided(buffer: Bytes, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     size = itemsize(dtype)
     return np.ndarray(sizes, numpy_dtype(dtype), buffer.data, at, tuple(s * size for s in steps))
 
@@ -321,6 +305,10 @@ def widen(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.g
     if source == target:
         return values
     if source == "bfloat16":
-        wide = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return wide if target == "float32" else wide.astype(np.float64)
-    return values.astype(numpy_dtype(target))
+        bits = values.astype(np.uint32)
+        bits <<= np.uint32(16)
+        values = bits.view(np.float32)
+        if target == "float32":
+            return values
+    with np.errstate(invalid="ignore"):  # a signalling not-a-number becomes a quiet one
+        return values.astype(numpy_dtype(target))
