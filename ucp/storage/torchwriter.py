@@ -104,8 +104,8 @@ def scalar_tensor(value: float, dtype: str = "float32") -> Placeholder:
 def plan_torch_file(obj: Any) -> TorchFilePlan:
     """Plan the file that ``torch.save(obj)`` would write with tensors in the placeholders' stead.
 
-    ``obj`` is made of plain Python values, numpy arrays, placeholders, `Standin`, `Size`, `DtypeName`, `DeviceName` and,
-    if torch is there anyway, real tensors (embedded). Raises `Unsupported` for a `TensorRef`: its bytes are elsewhere.
+    ``obj`` is made of plain Python values, numpy arrays, placeholders, `Standin`, `Size`, `DtypeName`, `DeviceName`
+    and real tensors (embedded). Raises `Unsupported` for a `TensorRef`: its bytes are elsewhere.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream)
@@ -136,7 +136,11 @@ class _Name:
     name: str
 
 
-class _Pickler(pickle._Pickler):
+# The pickler in Python, for its methods' sake; type stubs know the class without them.
+_PythonPickler: Any = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):
     """Protocol 2, as torch writes it; classes that are not here are named, not looked up."""
 
     def __init__(self, stream: io.BytesIO) -> None:
@@ -145,6 +149,7 @@ class _Pickler(pickle._Pickler):
         self.placed: dict[Placeholder, int] = {}
         self._keys: dict[Storage, int] = {}
         self._names: dict[_Name, _Name] = {}
+        self._embedded: dict[int, tuple[Placeholder, Any]] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         kind = type(obj)
@@ -167,10 +172,11 @@ class _Pickler(pickle._Pickler):
             self._call(_Name("torch", "Size"), (tuple(obj),), obj)
         elif kind is TensorRef:
             raise Unsupported(
-                f"{obj.file}: a tensor of shape {list(obj.shape)} is referred to where its data are needed"
+                f"{obj.file}: a tensor of shape {list(obj.shape)} lies there, and its data are needed here"
             )
         elif kind.__module__.startswith("torch") and hasattr(obj, "detach"):
-            self.save(_embedded(obj))
+            # The tensor is kept beside its placeholder, so that no other object gets its identity meanwhile.
+            self.save(self._embedded.setdefault(id(obj), (_embedded(obj), obj))[0])
         else:
             super().save(obj, save_persistent_id)
         return None
