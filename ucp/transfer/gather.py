@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from ucp.geometry import Blocks, collapse, intersect
 from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
+from ucp.storage.rounding import ROUNDED, round_to
 
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
@@ -45,13 +47,15 @@ class Want:
 
     blocks: which elements and where they go: ``blocks.buffers`` is an index into the buffers being filled and
     ``blocks.starts`` counts elements of ``dtype`` from byte ``base`` of that buffer. dtype: the target's element
-    type, the tensor's own or one that holds all its values exactly.
+    type, the tensor's own or one that holds all its values exactly. round: the target is a rounded copy by its nature
+    (a mixed-precision engine's weights), so ``dtype`` may be narrower.
     """
 
     tensor: LogicalTensor
     blocks: Blocks
     dtype: str
     base: int = 0
+    round: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,8 @@ def plan(wants: Sequence[Want]) -> list[Copy]:
     out: list[Copy] = []
     for want in wants:
         tensor = want.tensor
-        check_exact(tensor, want.dtype)
+        if not (want.round and (tensor.dtype, want.dtype) in ROUNDED):
+            check_exact(tensor, want.dtype)
         source_size, target_size = itemsize(tensor.dtype), itemsize(want.dtype)
         copies = collapse(intersect(tensor.blocks, want.blocks))
         found, wanted = int(copies.counts.sum()), int(want.blocks.counts.sum())
@@ -274,7 +279,13 @@ def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache
         reader.read_into(piece.file, piece.at, scratch, cache)
         source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
         target = _strided(buffers[piece.buffer], piece.to, piece.sizes, piece.target_steps, piece.target_dtype)
-        target[...] = widen(source, piece.source_dtype, piece.target_dtype)
+        target[...] = _converted(source, piece.source_dtype, piece.target_dtype)
+
+
+def _converted(values: NDArray[np.generic], source: str, target: str) -> NDArray[Any]:
+    if (source, target) in ROUNDED:
+        return round_to(widen(values, source, "float32").view(np.float32), target)
+    return widen(values, source, target)
 
 
 def _strided(buffer: Bytes, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
@@ -282,7 +293,8 @@ def _strided(buffer: Bytes, at: int, sizes: tuple[int, ...], steps: tuple[int, .
     return np.ndarray(sizes, numpy_dtype(dtype), buffer.data, at, tuple(s * size for s in steps))
 
 
-_EXACT = {
+# (from, to): every value of the first is one of the second.
+EXACT = {
     ("bfloat16", "float32"),
     ("bfloat16", "float64"),
     ("float16", "float32"),
@@ -293,7 +305,7 @@ _EXACT = {
 
 def check_exact(tensor: LogicalTensor, dtype: str) -> None:
     """Raise Mismatch unless elements of this dtype hold all of the tensor's values exactly."""
-    if tensor.dtype != dtype and (tensor.dtype, dtype) not in _EXACT:
+    if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
         raise Mismatch(
             f"'{tensor.name}' ({tensor.state}) is {tensor.dtype} in the checkpoint and {dtype} in the target; that "
             "would lose bits, so it is not done: use the checkpoint's element type in the target"
