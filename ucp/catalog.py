@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, coverage_gap, numel
@@ -129,21 +130,38 @@ class Catalog:
 
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""
-        sizes = np.array([f.size for f in self.files], np.int64)
+        sizes = np.array([f.size for f in self.files], np.float64)
         for tensor in self.tensors.values():
             tensor.check_coverage()
-            if not len(tensor.blocks):
-                continue
-            b = tensor.blocks
-            last = b.starts + np.sum((b.sizes - 1) * b.strides, axis=1, dtype=np.int64)
-            ends = tensor.bases + (last + 1) * itemsize(tensor.dtype)
-            over = np.flatnonzero((ends > sizes[b.buffers]) | (tensor.bases + b.starts < 0))
-            if len(over):
-                file = self.files[int(b.buffers[over[0]])]
+            if len(tensor.blocks):
+                self._check_ranges(tensor, sizes)
+
+    def _check_ranges(self, tensor: LogicalTensor, sizes: NDArray[np.float64]) -> None:
+        b, width = tensor.blocks, itemsize(tensor.dtype)
+        label = f"'{tensor.name}' ({tensor.state})"
+        unknown = np.flatnonzero((b.buffers < 0) | (b.buffers >= len(sizes)))
+        if len(unknown):
+            raise DamagedCheckpoint(
+                f"{label} lies in file {int(b.buffers[unknown[0]])}, and there are {len(sizes)}; the checkpoint's "
+                "metadata is damaged"
+            )
+        # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
+        reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
+        first = tensor.bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
+        ends = tensor.bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
+        over = np.flatnonzero((first < 0) | (ends > sizes[b.buffers]))
+        if len(over):
+            k = over[0]
+            file = self.files[int(b.buffers[k])]
+            if first[k] < 0:
                 raise DamagedCheckpoint(
-                    f"{file.path}: '{tensor.name}' ({tensor.state}) needs bytes up to {int(ends[over[0]])}, but the "
-                    f"file has {file.size}; it is truncated or not the file that was saved"
+                    f"{file.path}: {label} needs bytes that lie {int(-first[k])} before the file's beginning; the "
+                    "checkpoint's metadata is damaged"
                 )
+            raise DamagedCheckpoint(
+                f"{file.path}: {label} needs bytes up to {int(ends[k])}, but the file has {file.size}; it is truncated "
+                "or not the file that was saved"
+            )
 
     def resolve(self, name: str) -> str:
         """The name under which a parameter is kept: itself, or the owner of a tied alias. KeyError if unknown."""
