@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ucp.errors import BadArgument
@@ -39,15 +40,14 @@ def parse_layout(text: str) -> Layout:
     """
     values: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, number = part.partition("=")
+        name, number = (side.strip() for side in part.partition("=")[::2])
         if name not in _FIELDS:
             raise BadArgument(f"layout '{text}': unknown name '{name}'; use {', '.join(_FIELDS)}")
         if name in values:
             raise BadArgument(f"layout '{text}': '{name}' is given twice")
-        try:
-            values[name] = int(number)
-        except ValueError:
-            raise BadArgument(f"layout '{text}': '{name}' needs a whole number, found '{number}'") from None
+        if not re.fullmatch("-?[0-9]{1,18}", number):
+            raise BadArgument(f"layout '{text}': '{name}' needs a whole number, found '{number}'")
+        values[name] = int(number)
         low, high = (0, 3) if name == "zero" else (1, 2**31)
         if not low <= values[name] <= high:
             raise BadArgument(f"layout '{text}': {name}={number} is out of range ({low} to {high})")
