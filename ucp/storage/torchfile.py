@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
     try:
         with open(name, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            start = stream.read(16)
+            start = stream.read(32)
             stream.seek(0)
             if size == 0:
                 raise DamagedCheckpoint(f"{name}: the file is empty (0 bytes)")
