@@ -5,7 +5,8 @@ state dict. Three forms: one master per parameter (``fp32_groups``), one flat ma
 (``fp32_groups_flat``), or no masters at all. torch numbers parameters through the param groups in turn, so a number has
 to be given its name:
 
-1. by the names that the optimizer itself recorded (torch's ``param_names``), or those that the caller gives;
+1. by the names that the optimizer itself recorded (torch's ``param_names``), else by those that the caller gives, if
+   they are as many in every group and name this module's parameters;
 2. else by the module's own order: of the names with a slot's shape, in the order in which the module lists them,
    confirmed by the values: a master rounded to the module's element type is the module's weight.
 
@@ -63,8 +64,10 @@ def read(
         raise Unsupported(f"{model.path}: 'optimizer' is in a form that is not understood; it has {sorted(saved)}")
     groups = inner["param_groups"]
     recorded = [g.get("param_names") for g in groups]
-    if names is None and all(recorded):
+    if all(recorded):
         names = recorded
+    elif names is not None and not _plausible(names, groups, trainable):
+        names = None
     if "fp32_groups_flat" in saved:
         named = _flat(builder, model, inner, saved["fp32_groups_flat"], trainable, names)
     else:
@@ -83,6 +86,13 @@ def read(
         ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
         for m, g in zip(members, groups, strict=True)
     ]
+
+
+def _plausible(
+    names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, TensorRef]
+) -> bool:
+    """Whether the caller's groups can be the checkpoint's. An engine may well have other groups than the source had."""
+    return [len(g) for g in names] == [len(g["params"]) for g in groups] and all(n in trainable for g in names for n in g)
 
 
 def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:

@@ -1,0 +1,54 @@
+"""The DeepSpeed plugin: resume a DeepSpeed run from a checkpoint of any layout.
+
+    import ucp.deepspeed
+    engine, optimizer, loader, scheduler = ucp.deepspeed.initialize(model=model, config=ds_config, ...)
+    engine.load_checkpoint(folder)        # saved at any ZeRO stage, on any number of ranks
+
+``initialize`` has ``deepspeed.initialize``'s signature and return; the plugin is on where the config says
+``"ucp": {"enabled": true}``. Programs that call ``deepspeed.initialize`` themselves import `ucp.deepspeed.auto`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+try:
+    import deepspeed
+except ImportError as error:  # pragma: no cover - depends on the environment
+    raise ImportError(
+        "ucp.deepspeed needs DeepSpeed, which is not installed: pip install 'universal-checkpoint[deepspeed]'"
+    ) from error
+
+from ucp.deepspeed import config as configs
+from ucp.deepspeed.engine import EngineUcp, bind
+from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
+
+# Kept from before `ucp.deepspeed.auto` may replace it.
+_initialize = deepspeed.initialize
+
+
+@functools.wraps(_initialize)
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """As ``deepspeed.initialize``; the engine is bound if its config says ``"ucp": {"enabled": true}``."""
+    given = inspect.signature(_initialize).bind_partial(*args, **kwargs).arguments
+    found = configs.find(given.get("args"), given.get("config"), given.get("config_params"))
+    config = configs.parse(found)
+    if config.enabled:
+        check_version(config.allow_untested_version)
+    result = _initialize(*args, **kwargs)
+    if config.enabled:
+        bind(result[0], config)
+    return result
+
+
+def attach(engine: Any) -> Any:
+    """Bind an engine that exists already, whatever its config's ``enabled`` says; returns the engine."""
+    config = configs.parse(engine._config._param_dict)
+    check_version(config.allow_untested_version)
+    bind(engine, config)
+    return engine
+
+
+__all__ = ["TESTED_VERSIONS", "EngineUcp", "attach", "initialize"]

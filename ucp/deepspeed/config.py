@@ -1,0 +1,83 @@
+"""The ``"ucp"`` section of a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ucp.errors import BadArgument
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the section says.
+
+    enabled: bind the engine. allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
+    verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
+    allow_untested_version: try a DeepSpeed that the tests have not run.
+    """
+
+    enabled: bool = False
+    allow_missing: tuple[str, ...] = ()
+    allow_unused: tuple[str, ...] = ()
+    verify: bool = True
+    trust_client_state: bool = False
+    allow_untested_version: bool = False
+
+
+_TOP = {"enabled": bool, "load": dict, "trust_client_state": bool, "allow_untested_version": bool}
+_LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
+
+
+def parse(config: Mapping[str, Any]) -> Config:
+    """Read the section of a DeepSpeed config dict; without one, nothing is enabled.
+
+    Raises BadArgument for unknown keys and wrong types.
+    """
+    section = config.get("ucp")
+    if section is None:
+        return Config()
+    _check('"ucp"', section, _TOP)
+    load = section.get("load", {})
+    _check('"ucp": {"load"}', load, _LOAD)
+    for key in ("allow_missing", "allow_unused"):
+        if not all(isinstance(p, str) for p in load.get(key, [])):
+            raise BadArgument(f'"ucp": {{"load": {{"{key}"}}}} needs a list of name patterns, found {load[key]!r}')
+    return Config(
+        enabled=section.get("enabled", False),
+        allow_missing=tuple(load.get("allow_missing", ())),
+        allow_unused=tuple(load.get("allow_unused", ())),
+        verify=load.get("verify", True),
+        trust_client_state=section.get("trust_client_state", False),
+        allow_untested_version=section.get("allow_untested_version", False),
+    )
+
+
+def _check(where: str, section: Any, known: Mapping[str, type]) -> None:
+    if not isinstance(section, Mapping):
+        raise BadArgument(f"{where} in the DeepSpeed config needs an object, found {section!r}")
+    for key, value in section.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+            raise BadArgument(f"{where} in the DeepSpeed config has the unknown key '{key}'{hint}")
+        wanted = known[key]
+        if not isinstance(value, (Mapping if wanted is dict else (list, tuple) if wanted is list else wanted)):
+            raise BadArgument(f"{where}: '{key}' needs a {wanted.__name__}, found {value!r}")
+
+
+def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:
+    """The config dict that ``deepspeed.initialize`` will use, from any of the places that it takes one from."""
+    source = config if config is not None else config_params
+    for name in ("deepspeed_config", "deepscale_config"):
+        given = getattr(args, name, None) if args is not None else None
+        if given is not None and source is None:
+            source = given
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        with open(source, encoding="utf-8") as f:
+            source = json.load(f)
+    return source if isinstance(source, Mapping) else {}

@@ -1,0 +1,126 @@
+"""A DeepSpeed engine whose ``load_checkpoint`` takes a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+from deepspeed.utils import log_dist
+
+from ucp.catalog import Catalog
+from ucp.checkpoint import open as open_checkpoint
+from ucp.deepspeed.config import Config
+from ucp.deepspeed.live import LiveEngine
+from ucp.deepspeed.live.state import warn_of_clipping
+from ucp.deepspeed.supported import check_engine
+from ucp.errors import NotACheckpoint, Unsupported
+from ucp.training import ranks
+from ucp.training.load import LoadReport, load
+from ucp.training.match import Wish
+
+log = logging.getLogger(__name__)
+
+
+class EngineUcp:
+    """What a bound engine offers as ``engine.ucp``. last_load: the report of the last load, None before one."""
+
+    def __init__(self, engine: Any, config: Config) -> None:
+        self._engine = engine
+        self.config = config
+        self.last_load: LoadReport | None = None
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of the training data that this run has consumed, over all layouts it has had."""
+        return self._engine.global_samples
+
+
+def bind(engine: Any, config: Config) -> None:
+    """Replace this one engine's ``load_checkpoint``; no class and no other engine is touched."""
+    engine.ucp = EngineUcp(engine, config)
+    engine.load_checkpoint = MethodType(load_checkpoint, engine)
+
+
+def load_checkpoint(
+    engine: Any,
+    load_dir: str,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Callable[..., Any] | None = None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Restore the engine from a checkpoint of any supported format and layout, exactly, or refuse.
+
+    The arguments are those of DeepSpeed's own method. Returns (path, client state), or (None, None) with a warning
+    where ``tag`` is None and the folder holds no checkpoint. Collective: every rank calls it; all refuse together, and
+    then nothing has changed.
+
+    Raises Mismatch when anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
+    DamagedCheckpoint, UnsafePickle.
+    """
+    config: Config = engine.ucp.config
+    ranks.together(lambda: _check(engine, custom_load_fn))
+    target = LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
+    names = [g.names for g in target.groups]
+    found = ranks.from_first(lambda: _open(load_dir, tag, config, names))
+    if found is None:
+        if ranks.rank() == 0:
+            log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
+        return None, None
+    path, catalog = found
+    wish = Wish(
+        weights_only=load_module_only,
+        optimizer=load_optimizer_states,
+        strict=load_module_strict,
+        allow_missing=config.allow_missing,
+        allow_unused=config.allow_unused,
+    )
+    report = load(catalog, target, wish, verify=config.verify)
+    engine.ucp.last_load = report
+    for text in (*report.plan.notes, *_weights_notes(report)):
+        if ranks.rank() == 0:
+            log.warning("%s", text)
+    if not load_module_only:
+        warn_of_clipping(engine, catalog.training_state)
+    log_dist(f"ucp: {report} ({path})", ranks=[0])
+    return _returned_path(path), dict(catalog.training_state.client_state)
+
+
+def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
+    if custom_load_fn is not None:
+        raise Unsupported("custom_load_fn is not supported: weights are restored by name, never through a function")
+    check_engine(engine)
+
+
+def _open(load_dir: str, tag: str | None, config: Config, names: Sequence[Sequence[str]]) -> tuple[str, Catalog] | None:
+    """The checkpoint's folder and its catalog, its training state with real tensors; None if there is no checkpoint."""
+    try:
+        with open_checkpoint(
+            load_dir, tag=tag, trust_client_state=config.trust_client_state, param_names=names
+        ) as checkpoint:
+            return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
+    except NotACheckpoint:
+        if tag is not None:
+            raise
+        return None
+
+
+def _weights_notes(report: LoadReport) -> list[str]:
+    rounded = report.plan.rounded
+    if not rounded:
+        return []
+    return [f"{len(rounded)} frozen parameters are kept in fewer bits here than in the checkpoint ('{rounded[0]}', …): rounded"]
+
+
+def _returned_path(path: str) -> str:
+    """What DeepSpeed returns for its own checkpoints: the model file; for others the checkpoint's folder."""
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    return path

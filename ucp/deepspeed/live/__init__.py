@@ -1,0 +1,105 @@
+"""A live DeepSpeed engine as a target: its optimizer's flat buffers, frozen parameters and buffers, as slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ucp.catalog import TrainingState
+from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot
+from ucp.deepspeed.live.stage0 import Stage0
+from ucp.deepspeed.live.stage3 import Stage3
+from ucp.deepspeed.live.stage12 import Stage12
+from ucp.deepspeed.live.state import check_state, restore_state
+from ucp.errors import Unsupported
+from ucp.parallel.mesh import Layout
+from ucp.training.target import Group, Loaded, Slot
+
+
+class LiveEngine:
+    """The training state of one rank of a DeepSpeed engine. Built anew for every load: engines change."""
+
+    def __init__(self, engine: Any, *, load_lr_scheduler: bool = True) -> None:
+        self.engine = engine
+        self._load_lr_scheduler = load_lr_scheduler
+        self._optimizer = _adapter(engine)
+        keys = iter(range(1 << 62))
+        self._held: dict[int, HeldTensor] = {}
+        slots = [] if self._optimizer is None else self._optimizer.make_slots(keys)
+        trained = {m.name for s in slots for m in s.members}
+        for kind, name, held in self._outside(trained):
+            slot = held_slot(next(keys), kind, name, held)
+            self._held[slot.key] = held
+            slots.append(slot)
+        self._slots = tuple(slots)
+
+    def _outside(self, trained: set[str]) -> Iterator[tuple[str, str, HeldTensor]]:
+        """Parameters that the optimizer does not update, and persistent buffers."""
+        for name, param in self.engine.module.named_parameters():
+            if name not in trained:
+                yield "frozen", name, HeldTensor.of_parameter(param)
+        for name, buffer in persistent_buffers(self.engine.module):
+            yield "buffer", name, HeldTensor.of_tensor(buffer)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(dp=self.engine.seq_dp_world_size, zero=self.engine.zero_optimization_stage())
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        return self._slots
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        return () if self._optimizer is None else self._optimizer.groups()
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        if key in self._held:
+            return self._held[key].host() if state == "param" else None
+        return None if self._optimizer is None else self._optimizer.current(key, state)
+
+    def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
+        """Raise before anything is changed if the rest of the training state does not fit this engine."""
+        check_state(self.engine, training_state, sources, len(self.groups), self._load_lr_scheduler)
+
+    @torch.no_grad()
+    def apply(self, loaded: Loaded) -> None:
+        if self._optimizer is not None:
+            self._optimizer.begin()
+        for key, held in self._held.items():
+            if (key, "param") in loaded.tensors:
+                held.put(loaded.tensors[key, "param"])
+        if self._optimizer is not None:
+            self._optimizer.put(loaded)
+            self._optimizer.finish()
+        if loaded.training_state is not None:
+            restore_state(self.engine, loaded.training_state, self._load_lr_scheduler, loaded.sources)
+        if self._optimizer is not None:
+            self._optimizer.set_options(loaded.options)
+
+
+def _adapter(engine: Any) -> Optimizer | None:
+    """The adapter for the engine's optimizer, by the class that DeepSpeed made."""
+    optimizer = engine.optimizer
+    if optimizer is None:
+        return None
+    for kind in (Stage12, Stage3, Stage0):
+        if kind.fits(optimizer):
+            return kind(engine)
+    raise Unsupported(
+        f"the engine's optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, whose buffers are not "
+        "known; nothing was changed"
+    )
+
+
+def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the buffers that a state dict holds, each tensor once."""
+    seen: set[int] = set()
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name in child._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            yield (f"{prefix}.{name}" if prefix else name), buffer

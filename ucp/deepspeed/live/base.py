@@ -1,0 +1,128 @@
+"""What the adapters of DeepSpeed's optimizers share: states in place, the type of 'step', tensors held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ucp.geometry import Blocks, box, empty, numel
+from ucp.parallel.zero import ceil_partition
+from ucp.storage.dtypes import from_torch
+from ucp.training.target import Group, Loaded, Member, Slot
+
+
+class Optimizer(Protocol):
+    """An adapter: one class of DeepSpeed optimizer as slots."""
+
+    def make_slots(self, keys: Iterator[int]) -> list[Slot]: ...
+
+    def groups(self) -> Sequence[Group]: ...
+
+    def current(self, key: int, state: str) -> torch.Tensor | None: ...
+
+    def begin(self) -> None: ...
+
+    def put(self, loaded: Loaded) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None: ...
+
+
+def on_rank(blocks: Blocks, rank: int) -> Blocks:
+    """The blocks that this data-parallel rank holds, in its one buffer."""
+    return blocks.take(np.flatnonzero(blocks.buffers == rank)).in_buffer(0)
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor outside the optimizer: whole, or at stage 3 this rank's ceil-sized piece of it."""
+
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    blocks: Blocks
+
+    @classmethod
+    def of_tensor(cls, tensor: torch.Tensor) -> HeldTensor:
+        shape = tuple(tensor.shape)
+        blocks = box([0] * len(shape), shape) if numel(shape) else empty(len(shape))
+        return cls(tensor, shape, blocks)
+
+    @classmethod
+    def of_parameter(cls, param: torch.nn.Parameter) -> HeldTensor:
+        if not hasattr(param, "ds_tensor"):
+            return cls.of_tensor(param.data)
+        group = param.ds_process_group
+        rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        shape = tuple(param.ds_shape)
+        return cls(param.ds_tensor, shape, on_rank(ceil_partition(shape, 0, count), rank))
+
+    def host(self) -> torch.Tensor:
+        return self.tensor.detach().cpu().reshape(-1).clone()
+
+    def put(self, values: torch.Tensor) -> None:
+        """Copy flat values in, rounded to the tensor's element type where that is narrower."""
+        self.tensor.data.copy_(values.view(self.tensor.shape))
+
+
+def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:
+    member = Member(name, held.shape, held.blocks)
+    return Slot(key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,))
+
+
+def state_dtypes(state: Mapping[str, Any], length: int) -> dict[str, str]:
+    """Names and element types of the states that exist now as tensors of the buffer's length."""
+    return {
+        k: from_torch(v.dtype) for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() and v.numel() == length
+    }
+
+
+def put_states(
+    optimizer: torch.optim.Optimizer, param: torch.Tensor, key: int, loaded: Loaded, group: Mapping[str, Any]
+) -> None:
+    """Give one optimizer parameter exactly the states that were loaded for it; none at all if none were saved."""
+    if key not in loaded.scalars:
+        return
+    tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}
+    if not tensors and not loaded.scalars[key]:
+        optimizer.state.pop(param, None)
+        return
+    state = optimizer.state[param]
+    for name, values in tensors.items():
+        live = state.get(name)
+        if isinstance(live, torch.Tensor) and live.shape == param.shape:
+            live.data.copy_(values.view(param.shape))
+        else:
+            state[name] = values.view(param.shape).to(param.device)
+    for name, value in loaded.scalars[key].items():
+        state[name] = scalar_like(state.get(name), optimizer, param, group, value)
+
+
+def scalar_like(
+    live: Any, optimizer: torch.optim.Optimizer, param: torch.Tensor, group: Mapping[str, Any], value: Any
+) -> Any:
+    """A value in the type that this optimizer keeps it in: a 0-d tensor in torch's own, a plain number elsewhere."""
+    if isinstance(live, torch.Tensor):
+        return torch.full_like(live, value)
+    if live is None and type(optimizer).__module__.startswith("torch.optim"):
+        device = param.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+        return torch.tensor(float(value), dtype=torch.float32, device=device)
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def set_group_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        live = group.get(name)
+        if isinstance(live, torch.Tensor) and not isinstance(value, torch.Tensor):
+            live.fill_(value)
+        else:
+            group[name] = value
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().reshape(-1).clone()

@@ -1,0 +1,106 @@
+"""Stage 0: masters whole on every rank, per parameter (unfused, fp32) or flat per param group (fused)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+from ucp.deepspeed.live.base import host_copy, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.expects import expected_states
+from ucp.geometry import whole
+from ucp.parallel.zero import flat_offsets
+from ucp.storage.dtypes import from_torch
+from ucp.training.target import Group, Loaded, Member, Slot
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A tensor that the optimizer steps, and the parameters whose masters (or who themselves) lie in it."""
+
+    group: int
+    master: torch.Tensor
+    params: tuple[torch.nn.Parameter, ...]
+
+
+class Stage0:
+    @staticmethod
+    def fits(optimizer: Any) -> bool:
+        return isinstance(optimizer, (FP16_UnfusedOptimizer, FP16_Optimizer, torch.optim.Optimizer))
+
+    def __init__(self, engine: Any) -> None:
+        self._wrapper = engine.optimizer
+        self._names = engine.param_names
+        self._inner: torch.optim.Optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
+        self._units = list(self._find())
+        self._keys: list[int] = []
+
+    def _find(self) -> Iterator[_Unit]:
+        if isinstance(self._wrapper, FP16_Optimizer):
+            for g, (flat, params) in enumerate(
+                zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)
+            ):
+                yield _Unit(g, flat, tuple(params))
+        elif isinstance(self._wrapper, FP16_UnfusedOptimizer):
+            for g, (masters, params) in enumerate(zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)):
+                for master, param in zip(masters, params, strict=True):
+                    yield _Unit(g, master, (param,))
+        else:
+            for g, group in enumerate(self._inner.param_groups):
+                for param in group["params"]:
+                    yield _Unit(g, param, (param,))
+
+    def make_slots(self, keys: Iterator[int]) -> list[Slot]:
+        slots = []
+        for unit in self._units:
+            offsets, _ = flat_offsets([p.numel() for p in unit.params])
+            members = tuple(
+                Member(self._names[p], tuple(p.shape), whole(tuple(p.shape), at))
+                for p, at in zip(unit.params, offsets, strict=True)
+            )
+            self._keys.append(next(keys))
+            size = unit.master.numel()
+            states = state_dtypes(self._inner.state.get(unit.master, {}), size)
+            dtype = from_torch(unit.master.dtype)
+            slots.append(Slot(self._keys[-1], "parameter", size, dtype, members, unit.group, states))
+        return slots
+
+    def groups(self) -> list[Group]:
+        names: list[list[str]] = [[] for _ in self._inner.param_groups]
+        for unit in self._units:
+            names[unit.group] += [self._names[p] for p in unit.params]
+        return [
+            Group(tuple(n), options, expected_states(self._inner, options))
+            for n, options in zip(names, self._inner.param_groups, strict=True)
+        ]
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        master = self._units[self._keys.index(key)].master
+        found = master if state == "param" else self._inner.state.get(master, {}).get(state)
+        return None if found is None else host_copy(found)
+
+    def begin(self) -> None:
+        pass
+
+    def put(self, loaded: Loaded) -> None:
+        for key, unit in zip(self._keys, self._units, strict=True):
+            if (key, "param") in loaded.tensors:
+                unit.master.data.copy_(loaded.tensors[key, "param"].view(unit.master.shape))
+            put_states(self._inner, unit.master, key, loaded, self._inner.param_groups[unit.group])
+
+    def finish(self) -> None:
+        """Round the masters into the model."""
+        if isinstance(self._wrapper, FP16_Optimizer):
+            for flat, low in zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups_flat, strict=True):
+                low.data.copy_(flat.data)
+        elif isinstance(self._wrapper, FP16_UnfusedOptimizer):
+            for unit in self._units:
+                unit.params[0].data.copy_(unit.master.data)
+
+    def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
+        for g, values in options.items():
+            set_group_options(self._inner.param_groups[g], values)

@@ -1,0 +1,85 @@
+"""Stages 1 and 2 (DeepSpeedZeroOptimizer) and BF16_Optimizer: one flat partition per param group.
+
+A parameter's place is its offset in the group's flat buffer, taken from the optimizer's own list in its flat order
+(``round_robin_bit16_groups``), never from ``_hp_mapping``, which is wrong under ``round_robin_gradients``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ucp.deepspeed.live.base import host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.expects import expected_states
+from ucp.parallel.zero import flat_offsets, flat_partition
+from ucp.storage.dtypes import from_torch
+from ucp.training.target import Group, Loaded, Member, Slot
+
+
+class Stage12:
+    @staticmethod
+    def fits(optimizer: Any) -> bool:
+        return isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer))
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self._names = engine.param_names
+        self._inner: torch.optim.Optimizer = self._zero.optimizer
+        self._keys: list[int] = []
+        if isinstance(self._zero, BF16_Optimizer):
+            self._flats: Sequence[torch.Tensor] = self._zero.fp32_groups_flat_partition
+            self._params: Sequence[Sequence[torch.nn.Parameter]] = self._zero.bf16_groups
+            self._offsets = [flat_offsets([p.numel() for p in g])[0] for g in self._params]
+        else:
+            self._flats = self._zero.single_partition_of_fp32_groups
+            self._params = self._zero.round_robin_bit16_groups
+            self._offsets = [list(o) for o in self._zero.round_robin_bit16_offsets]
+
+    def make_slots(self, keys: Iterator[int]) -> list[Slot]:
+        slots = []
+        for g, flat in enumerate(self._flats):
+            rank = torch.distributed.get_rank(self._zero.real_dp_process_group[g])
+            size = flat.numel()
+            members = tuple(
+                Member(self._names[p], tuple(p.shape), on_rank(flat_partition(tuple(p.shape), at, size), rank))
+                for p, at in zip(self._params[g], self._offsets[g], strict=True)
+            )
+            self._keys.append(next(keys))
+            states = state_dtypes(self._inner.state.get(flat, {}), size)
+            slots.append(Slot(self._keys[-1], "parameter", size, from_torch(flat.dtype), members, g, states))
+        return slots
+
+    def groups(self) -> list[Group]:
+        return [
+            Group(tuple(self._names[p] for p in params), options, expected_states(self._inner, options))
+            for params, options in zip(self._params, self._inner.param_groups, strict=True)
+        ]
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        flat = self._flats[self._keys.index(key)]
+        found = flat if state == "param" else self._inner.state.get(flat, {}).get(state)
+        return None if found is None else host_copy(found)
+
+    def begin(self) -> None:
+        pass
+
+    def put(self, loaded: Loaded) -> None:
+        for g, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
+            if (key, "param") in loaded.tensors:
+                flat.data.copy_(loaded.tensors[key, "param"])
+            put_states(self._inner, flat, key, loaded, self._inner.param_groups[g])
+
+    def finish(self) -> None:
+        """Round the masters into the model, and let DeepSpeed's per-parameter views find the new states."""
+        self._zero._hp_optimizer_states_linked = False
+        if all(self._inner.state.get(flat) for flat in self._flats):
+            self._zero._lazy_init_hp_params_optimizer_state()
+        self._zero.update_lp_params()
+
+    def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
+        for g, values in options.items():
+            set_group_options(self._inner.param_groups[g], values)

@@ -1,0 +1,89 @@
+"""Stage 3 (DeepSpeedZeroOptimizer_Stage3): one flat partition per subgroup, every parameter's ceil-sized piece in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from ucp.deepspeed.live.base import host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.expects import expected_states
+from ucp.errors import Unsupported
+from ucp.parallel.zero import ceil_partition, ceil_size
+from ucp.storage.dtypes import from_torch
+from ucp.training.target import Group, Loaded, Member, Slot
+
+
+class Stage3:
+    @staticmethod
+    def fits(optimizer: Any) -> bool:
+        return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self._names = engine.param_names
+        self._inner: torch.optim.Optimizer = self._zero.optimizer
+        self._flats: Sequence[torch.Tensor] = self._zero.fp32_partitioned_groups_flat
+        self._keys: list[int] = []
+
+    def make_slots(self, keys: Iterator[int]) -> list[Slot]:
+        slots = []
+        for s, flat in enumerate(self._flats):
+            members, at = [], 0
+            for param in self._zero.fp16_groups[s]:
+                name, shape, piece = self._names[param], tuple(param.ds_shape), param.partition_numel()
+                group = param.ds_process_group
+                dp, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+                if piece != ceil_size(param.ds_numel, dp):
+                    raise Unsupported(
+                        f"'{name}' has {piece} elements on this rank where stage 3 cuts {param.ds_numel} over {dp} ranks "
+                        f"into {ceil_size(param.ds_numel, dp)}; this kind of partition is not supported"
+                    )
+                members.append(Member(name, shape, on_rank(ceil_partition(shape, at, dp), rank)))
+                at += piece
+            self._keys.append(next(keys))
+            states = state_dtypes(self._inner.state.get(flat, {}), flat.numel())
+            index = self._zero.sub_group_to_group_id[s]
+            slots.append(
+                Slot(self._keys[-1], "parameter", flat.numel(), from_torch(flat.dtype), tuple(members), index, states)
+            )
+        return slots
+
+    def groups(self) -> list[Group]:
+        names: list[list[str]] = [[] for _ in self._inner.param_groups]
+        for s, params in enumerate(self._zero.fp16_groups):
+            names[self._zero.sub_group_to_group_id[s]] += [self._names[p] for p in params]
+        return [
+            Group(tuple(n), options, expected_states(self._inner, options))
+            for n, options in zip(names, self._inner.param_groups, strict=True)
+        ]
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        flat = self._flats[self._keys.index(key)]
+        found = flat if state == "param" else self._inner.state.get(flat, {}).get(state)
+        return None if found is None else host_copy(found)
+
+    def begin(self) -> None:
+        """Partition every parameter that is gathered now, so that its piece is the only copy."""
+        self._zero.checkpoint_event_prologue()
+
+    def put(self, loaded: Loaded) -> None:
+        for s, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
+            group = self._inner.param_groups[self._zero.sub_group_to_group_id[s]]
+            if (key, "param") in loaded.tensors:
+                flat.data.copy_(loaded.tensors[key, "param"])
+            put_states(self._inner, flat, key, loaded, group)
+
+    def finish(self) -> None:
+        """Round the masters into the model's pieces, and gather again what stays whole on every rank."""
+        for s, flat in enumerate(self._flats):
+            if flat.numel():
+                self._zero.fp16_partitioned_groups_flat[s].data.copy_(flat.data)
+                self._zero._unflatten_partitioned_parameters(s)
+        self._zero.checkpoint_event_epilogue()
+
+    def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
+        for g, values in options.items():
+            set_group_options(self._inner.param_groups[g], values)

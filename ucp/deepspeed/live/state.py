@@ -1,0 +1,118 @@
+"""The rest of a DeepSpeed engine's training state: counters, lr scheduler, loss scaler, samplers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ucp.catalog import TrainingState
+from ucp.errors import Mismatch
+from ucp.training import ranks
+
+log = logging.getLogger(__name__)
+
+# What a loss scaler has come to; the rest of its attributes are configuration and stay the target's.
+_SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALER_CONFIG = ("scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
+# Entries of torch.optim.lr_scheduler state dicts that have one element per param group.
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
+
+
+def check_state(
+    engine: Any, state: TrainingState, sources: Mapping[int, int], groups: int, load_lr_scheduler: bool
+) -> None:
+    """Raise Mismatch if the lr scheduler's state does not fit this engine. Changes nothing."""
+    if not load_lr_scheduler or engine.lr_scheduler is None:
+        return
+    if state.lr_scheduler is None:
+        raise Mismatch(
+            f"nothing was loaded: the engine has an lr scheduler ({type(engine.lr_scheduler).__name__}), the checkpoint "
+            "has no state for one; pass load_lr_scheduler_states=False to keep the engine's"
+        )
+    _scheduler_state(state, sources, groups)
+
+
+def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, sources: Mapping[int, int]) -> None:
+    """Set everything that is not a tensor of a parameter, as DeepSpeed's own load does."""
+    groups = len(engine.optimizer.param_groups) if engine.optimizer is not None else 0
+    if load_lr_scheduler and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(_scheduler_state(state, sources, groups))
+    elif load_lr_scheduler and state.lr_scheduler is not None:
+        warn("the checkpoint's lr scheduler state is not used: this engine has no lr scheduler")
+    _restore_scaler(engine, state.loss_scaler)
+    sampler = state.extra.get("data_sampler")
+    if sampler is not None and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        engine.training_dataloader.data_sampler.load_state_dict(sampler)
+    random_ltd = state.extra.get("random_ltd")
+    if random_ltd is not None and engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
+        engine.random_ltd_scheduler.load_state_dict(random_ltd)
+    if state.global_steps is not None:
+        engine.global_steps = state.global_steps
+        samples = state.global_samples
+        engine.global_samples = state.global_steps * engine.train_batch_size() if samples is None else samples
+    if state.skipped_steps is not None:
+        engine.skipped_steps = state.skipped_steps
+    engine.loaded_checkpoint_dp_world_size = state.dp_world_size
+    engine.loaded_checkpoint_mp_world_size = 1
+    batch = engine.train_batch_size()
+    if state.global_batch_size is not None and state.global_batch_size != batch:
+        warn(
+            f"the global batch size changes from {state.global_batch_size} to {batch} samples with this resume; "
+            f"engine.ucp.samples_seen ({engine.global_samples}) says where the data stands"
+        )
+
+
+def warn_of_clipping(engine: Any, state: TrainingState) -> None:
+    """Gradient clipping follows the engine's configuration; say so where the checkpoint's differs."""
+    live = getattr(engine.optimizer, "clip_grad", None)
+    if isinstance(live, (int, float)) and state.clip_grad is not None and float(live) != state.clip_grad:
+        warn(f"gradient clipping is {float(live)} by this engine's configuration; the checkpoint's run had {state.clip_grad}")
+
+
+def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: int) -> Any:
+    """The lr scheduler's state, its per-group entries in the order of the live param groups."""
+    saved = state.lr_scheduler
+    if not isinstance(saved, Mapping):
+        return saved
+    count = len(state.param_groups)
+    lists = [k for k in _PER_GROUP if isinstance(saved.get(k), (list, tuple)) and len(saved[k]) == count]
+    order = [sources.get(g) for g in range(groups)]
+    if not lists or order == list(range(count)):
+        return dict(saved)
+    if any(i is None for i in order):
+        raise Mismatch(
+            f"nothing was loaded: the lr scheduler's '{lists[0]}' has one value for each of the checkpoint's {count} param "
+            f"groups, and the engine's {groups} groups are no rearrangement of them; pass load_lr_scheduler_states=False"
+        )
+    return {k: [v[i] for i in order if i is not None] if k in lists else v for k, v in saved.items()}
+
+
+def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
+    """fp16's dynamic loss scale goes on where it was. Static scales are configuration."""
+    live = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+    if live is None or saved is None:
+        return
+    live_dynamic = bool(getattr(live, "dynamic", getattr(live, "dynamic_loss_scale", False)))
+    saved_dynamic = bool(saved.get("dynamic"))
+    if not live_dynamic or not saved_dynamic:
+        if live_dynamic != saved_dynamic:
+            says = {True: "dynamic", False: "static"}
+            warn(
+                f"the loss scaling here is {says[live_dynamic]}, the checkpoint's {says[saved_dynamic]}: its scale of "
+                f"{saved.get('cur_scale')} is not restored, {getattr(live, 'cur_scale', None)} stays"
+            )
+        return
+    for name in _SCALER_PROGRESS:
+        if name in saved and hasattr(live, name):
+            setattr(live, name, saved[name])
+    changed = [n for n in _SCALER_CONFIG if n in saved and hasattr(live, n) and getattr(live, n) != saved[n]]
+    if changed:
+        n = changed[0]
+        warn(f"loss scaling's '{n}' is {getattr(live, n)} by this engine's configuration; the checkpoint's run had {saved[n]}")
+
+
+def warn(text: str) -> None:
+    """Once per job, on rank 0."""
+    if ranks.rank() == 0:
+        log.warning("%s", text)

@@ -1,0 +1,72 @@
+"""Which DeepSpeed versions and engines are supported; everything else is refused by name, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+
+from ucp.errors import Mismatch, Unsupported
+
+# Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
+TESTED_VERSIONS = ("0.19.8",)
+
+
+def check_version(allow_untested: bool) -> None:
+    """Raise Unsupported for a DeepSpeed that the tests have not run."""
+    if deepspeed.__version__ not in TESTED_VERSIONS and not allow_untested:
+        raise Unsupported(
+            f"DeepSpeed {deepspeed.__version__} has not been tested with this project (tested: "
+            f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
+        )
+
+
+def check_engine(engine: Any) -> None:
+    """Raise Unsupported naming the first feature of this engine whose state cannot be restored exactly."""
+    for feature in _unsupported(engine):
+        raise Unsupported(f"this engine uses {feature}, which is not supported; nothing was changed")
+    steps = engine.gradient_accumulation_steps()
+    if engine.micro_steps % steps:
+        raise Mismatch(
+            f"load_checkpoint was called in the middle of gradient accumulation ({engine.micro_steps % steps} of {steps} "
+            "micro-steps done); call it right after a step; nothing was changed"
+        )
+
+
+def _unsupported(engine: Any) -> Iterator[str]:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    config = engine._config
+    zero = config.zero_config
+    if isinstance(engine, PipelineEngine):
+        yield "pipeline parallelism (PipelineModule)"
+    if engine.has_moe_layers:
+        yield "mixture-of-experts layers (expert parallelism)"
+    if engine.mp_world_size > 1 or engine.autotp_size() > 1:
+        yield "tensor parallelism"
+    if engine.zero_optimization_partition_weights():
+        if getattr(zero, "zero_hpz_partition_size", 1) > 1:
+            yield "ZeRO++ hierarchical partitioning (zero_hpz_partition_size)"
+        if getattr(zero, "zero_quantized_weights", False):
+            yield "ZeRO++ quantized weights (zero_quantized_weights)"
+        if getattr(zero, "zero_quantized_nontrainable_weights", False):
+            yield "ZeRO++ quantized frozen weights (zero_quantized_nontrainable_weights)"
+    if (getattr(zero, "mics_shard_size", -1) or -1) > 0:
+        yield "MiCS (mics_shard_size)"
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, name, None)
+        device = getattr(getattr(offload, "device", None), "value", None)
+        if device == "nvme":
+            yield f"NVMe offload ({name}.device)"
+        if name == "offload_optimizer" and offload is not None and device == "cpu":
+            if getattr(offload, "ratio", 1.0) < 1.0:
+                yield "partial optimizer offload (offload_optimizer.ratio below 1)"
+            if getattr(offload, "super_offload", False):
+                yield "SuperOffload (offload_optimizer.super_offload)"
+    if getattr(zero, "zenflow", None) is not None:
+        yield "ZenFlow (zero_optimization.zenflow)"
+    if engine.use_node_local_storage():
+        yield "node-local checkpoint storage (checkpoint.use_node_local_storage): every rank must see all files"
+    if getattr(engine.optimizer, "offloaded_states", None):
+        yield "states that are offloaded at this moment (offload_states); call reload_states first"

@@ -1,0 +1,77 @@
+"""The ranks of a training job, agreeing: what one of them finds wrong, all of them refuse."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ucp.errors import UcpError
+
+T = TypeVar("T")
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return dist.get_rank() if _many() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _many() else 1
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; if it raises on any, every rank raises.
+
+    A rank of its own error re-raises that; the others raise the first failing rank's, with its number. Collective:
+    every rank has to call it at the same place, and ``work`` itself must not communicate.
+    """
+    result, error = _attempt(work)
+    if _many():
+        found: list[bytes | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, _portable(error))
+        failed = [(r, pickle.loads(e)) for r, e in enumerate(found) if e is not None]  # noqa: S301 - this job's own
+        if error is None and failed:
+            first, (kind, message) = failed[0]
+            raise kind(f"rank {first}: {message}")
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 only and give its result to every rank; an error there is raised everywhere."""
+    if not _many():
+        return work()
+    result, error = _attempt(work) if dist.get_rank() == 0 else (None, None)
+    box: list[Any] = [(_portable(error), result if error is None else None)]
+    dist.broadcast_object_list(box, src=0)
+    portable, shared = box[0]
+    if error is not None:
+        raise error
+    if portable is not None:
+        kind, message = pickle.loads(portable)  # noqa: S301 - this job's own
+        raise kind(f"rank 0: {message}")
+    return shared
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(error: Exception | None) -> bytes | None:
+    """The error's class, if it is one of ours, and text: what every rank can rebuild."""
+    if error is None:
+        return None
+    kind = type(error) if isinstance(error, UcpError) else RuntimeError
+    text = str(error) if isinstance(error, UcpError) else f"{type(error).__name__}: {error}"
+    return pickle.dumps((kind, text))

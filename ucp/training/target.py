@@ -1,0 +1,100 @@
+"""What a live training process offers to be filled: the nouns between a framework's engine and the loader.
+
+A framework's adapter describes the memory of one rank as slots, each a flat buffer with the same blocks that describe
+a file's fragments, and takes the loaded values back. The loader knows nothing of the framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ucp.catalog import TrainingState
+from ucp.geometry import Blocks, Shape
+from ucp.parallel.mesh import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter (or buffer) of the model, and what of it this rank's slot holds.
+
+    name: the live module's own. shape: the whole parameter's. blocks: places in the slot's flat buffer, in elements;
+    none where this rank holds nothing of it.
+    """
+
+    name: str
+    shape: Shape
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One flat buffer of this rank that an optimizer treats as one tensor, or one tensor outside the optimizer.
+
+    key: unique, in the adapter's order. kind: 'parameter' (an optimizer updates it), 'frozen' or 'buffer'.
+    length: elements, padding included. dtype: of the most precise weights held here. members: all parameters that lie
+    in this slot on any rank, so that all ranks judge alike. group: index of the param group. states: the optimizer
+    states that exist now -> dtype (a fresh optimizer has none yet).
+    """
+
+    key: int
+    kind: str
+    length: int
+    dtype: str
+    members: tuple[Member, ...]
+    group: int | None = None
+    states: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A live param group. expects: the names of the optimizer states that its optimizer keeps, None if unknown."""
+
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+    expects: frozenset[str] | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
+
+    tensors: flat 1-d tensors of the slot's length, padding zero. scalars: slot key -> {'step': ...}; a slot that is
+    named here gets exactly the states brought for it. options: param group index -> hyperparameters to set.
+    sources: param group index -> the checkpoint's group with the same parameters. training_state: None where only weights were asked for.
+    """
+
+    tensors: Mapping[tuple[int, str], torch.Tensor]
+    scalars: Mapping[int, Mapping[str, Any]]
+    options: Mapping[int, Mapping[str, Any]]
+    sources: Mapping[int, int]
+    training_state: TrainingState | None
+
+
+class Target(Protocol):
+    """A live training process, seen from one rank."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def slots(self) -> Sequence[Slot]: ...
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        """A host copy of what the slot holds now, flat; None if it has no such state yet."""
+        ...
+
+    def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
+        """Raise Mismatch if the training state does not fit; ``sources`` as in Loaded. Changes nothing."""
+        ...
+
+    def apply(self, loaded: Loaded) -> None:
+        """Put the values in place. Called on all ranks or on none; may communicate."""
+        ...
