@@ -245,17 +245,17 @@ def print_table(reference: list[float], columns: list[Column], bound: float) -> 
 
     print()
     heading("Losses, step by step")
-    print(
-        f"{'':>{first_width + width + 2}}{' resumed on ':─^{3 * width - 2}}  {' wrong on purpose ':─^{2 * width - 2}}".rstrip()
-    )
+    resumed = " resumed on ".center(3 * width - 2, "─")
+    wrong = " wrong on purpose ".center(2 * width - 2, "─")
+    print(" " * (first_width + width + 2) + f"{resumed}  {wrong}")
     row("", ["uninter-"] + [column.heading[0] for column in columns])
     row("step", ["rupted"] + [column.heading[1] for column in columns])
     for index, loss in enumerate(reference):
         row(f"{SAVE_AT + 1 + index:>4}", [f"{loss:.6f}"] + [f"{column.losses[index]:.6f}" for column in columns])
     row("off by: first", [""] + [f"{short(differences(column.losses, reference)[0], 1)}" for column in columns])
     row("      largest", [""] + [f"{short(max(differences(column.losses, reference)), 1)}" for column in columns])
-    allowed = {"close": short(bound), "equal": "0", "control": f"over {short(bound)}"}
-    row("asked", [""] + [allowed[column.kind] for column in columns])
+    allowed = {"close": f"≤ {short(bound)}", "equal": "0", "control": f"> {short(bound)}"}
+    row("must be", [""] + [allowed[column.kind] for column in columns])
     row("", [""] + [column.verdict(reference, bound)[1] for column in columns])
     print()
 
