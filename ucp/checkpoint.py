@@ -1,0 +1,342 @@
+"""Open a checkpoint of any supported format, and read regions of its logical tensors.
+
+    with ucp.open("runs/llama") as checkpoint:
+        rows = checkpoint.read("model.embed_tokens.weight", "exp_avg", region=(slice(0, 16),))
+
+Opening reads metadata only. A read touches the bytes that the region needs, and where the checkpoint has digests, the
+chunks that those lie in, each verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import logging
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ucp import formats
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
+from ucp.geometry import box, numel, region
+from ucp.parallel.mesh import Layout
+from ucp.storage.digests import verify_range
+from ucp.storage.dtypes import itemsize, to_torch
+from ucp.storage.files import Files
+from ucp.storage.values import DeviceName, DtypeName, Size, TensorRef
+from ucp.transfer.gather import Reader, Want, gather
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+
+
+class Checkpoint:
+    """An open checkpoint: its catalog, and reading from it. A context manager; reads may come from several threads."""
+
+    def __init__(self, path: Path, catalog: Catalog, files: Files, verify: bool = True) -> None:
+        self.path = path
+        self.catalog = catalog
+        self._files = files
+        self._reader = Reader(catalog, files, verify)
+        self._training_state: TrainingState | None = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Reading afterwards opens them again."""
+        self._files.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, format={self.format!r}, layout='{self.layout}')"
+
+    @property
+    def format(self) -> str:
+        """The format it was read from: 'universal', 'deepspeed'."""
+        return self.catalog.format
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run that saved it."""
+        return self.catalog.layout
+
+    @property
+    def parameters(self) -> Mapping[str, ParameterInfo]:
+        """Every parameter and buffer by its own name; tied ones are listed once, under the name that owns them."""
+        return self.catalog.parameters
+
+    @property
+    def reader(self) -> Reader:
+        """Byte ranges of the catalog's files, for `ucp.transfer`."""
+        return self._reader
+
+    @property
+    def training_state(self) -> TrainingState:
+        """Everything that is not a tensor of a parameter. Tensors in it (client state, schedulers) are torch tensors,
+        read when this is first used."""
+        if self._training_state is None:
+            self._training_state = _with_tensors(self.catalog.training_state, self._load)
+        return self._training_state
+
+    def read(self, name: str, state: str = "param", region: Sequence[slice] | None = None) -> torch.Tensor:
+        """One region of a logical tensor, as a new torch tensor on the CPU in the checkpoint's element type.
+
+        name: a parameter or buffer, or another name of a tied one. state: 'param' or an optimizer state. region: one
+        slice for each leading dimension (step 1; what is not given is whole); the result has one dimension for each of
+        the tensor's.
+
+        Raises BadArgument for a name, state or region that the checkpoint does not have (it lists near names),
+        DigestMismatch where a chunk that holds some of the region is damaged.
+        """
+        import torch
+
+        tensor = self._tensor(name, state)
+        offsets, sizes = _region(name, tensor.shape, region)
+        width = itemsize(tensor.dtype)
+        raw = torch.empty(numel(sizes) * width, dtype=torch.uint8)
+        if numel(sizes):
+            gather(self._reader, [Want(tensor, box(offsets, sizes), tensor.dtype)], [raw.numpy()])
+        return raw.view(to_torch(tensor.dtype)).reshape(sizes)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Read every byte that has a digest and check it; returns how many bytes that were (0: it has no digests).
+
+        Raises DigestMismatch at the first damaged chunk.
+        """
+        tables = self.catalog.chunk_digests
+        total, done = sum(table.size for table in tables.values()), 0
+        for index, table in tables.items():
+            verify_range(self._files, self.catalog.files[index].path, table, 0, table.size)
+            done += table.size
+            if progress is not None:
+                progress(done, total)
+        return total
+
+    def _tensor(self, name: str, state: str) -> LogicalTensor:
+        try:
+            owner = self.catalog.resolve(name)
+        except KeyError:
+            everyone = [n for info in self.parameters.values() for n in (info.name, *info.aliases)]
+            raise BadArgument(f"{self.path}: no parameter '{name}'; {_nearest(name, everyone)}") from None
+        found = self.catalog.tensors.get((owner, state))
+        if found is None:
+            info = self.parameters[owner]
+            scalar = " (it is a single value: see parameters[...].scalars)" if state in info.scalars else ""
+            raise BadArgument(
+                f"{self.path}: '{name}' has no state '{state}'{scalar}; it has {', '.join(info.states) or 'none'}"
+            )
+        return found
+
+    def _load(self, ref: TensorRef) -> torch.Tensor:
+        """A tensor of the training state."""
+        import torch
+
+        index = next((k for k, file in enumerate(self.catalog.files) if file.path == ref.file), None)
+        start, stop = ref.span
+        raw = np.empty(stop - start, np.uint8)
+        if raw.size:
+            if index is None:
+                self._files.read_into(ref.file, start, memoryview(raw.data))
+            else:
+                self._reader.read_into(index, start, raw, OrderedDict())
+        flat = torch.from_numpy(raw).view(to_torch(ref.dtype))
+        return flat.as_strided(ref.shape, ref.strides).clone() if ref.numel else flat.reshape(ref.shape)
+
+
+def open(  # noqa: A001 (`ucp.open` is the public name)
+    path: str | os.PathLike[str],
+    spec: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    *,
+    trust_client_state: bool = False,
+    param_names: Sequence[Sequence[str]] | None = None,
+    verify: bool = True,
+) -> Checkpoint:
+    """Open a checkpoint, or one of a folder of checkpoints.
+
+    path: a checkpoint's folder, or a folder of them as DeepSpeed writes it: then the one that the file ``latest``
+    names; where that file or that checkpoint is missing or damaged, the newest whole one, with a logged warning that
+    names it and says why. tag: the one to take, whatever ``latest`` says; a damaged one is an error then.
+    spec: patterns of tensor-parallel checkpoints; not supported yet.
+    trust_client_state: DeepSpeed formats only: unpickle classes outside the allow-list, which runs their code.
+    param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
+    group's parameters in order, where the caller knows them.
+    verify: check digests, where the checkpoint has them, while reading.
+
+    Raises NotACheckpoint where nothing is recognised, DamagedCheckpoint where files are missing, truncated, mixed or
+    contradict each other, Unsupported and UnsafePickle as the format's reader does.
+    """
+    if spec is not None:
+        raise BadArgument(f"spec '{os.fspath(spec)}': specs are not supported yet; open the checkpoint without one")
+    folder = Path(os.path.abspath(path))
+    files = Files()
+    options = {"trust_client_state": trust_client_state, "param_names": param_names}
+    try:
+        where, catalog = _find(folder, tag, files, options)
+    except BaseException:
+        files.close()
+        raise
+    return Checkpoint(where, catalog, files, verify)
+
+
+def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:
+    if tag is not None:
+        return _tagged(folder, tag, files, options)
+    if formats.find(folder) is not None:
+        return folder, _read(folder, files, options)
+    candidates = _checkpoints_in(folder)
+    pointer = folder / LATEST
+    if not candidates:
+        reason = f"'{pointer}' names a checkpoint, but none is there: " if pointer.is_file() else ""
+        error = formats.explain_unknown(folder)
+        raise NotACheckpoint(f"{reason}{error}")
+    try:
+        chosen = _latest(pointer, candidates)
+        return chosen, _read(chosen, files, options)
+    except (NotACheckpoint, DamagedCheckpoint) as error:
+        return _newest_whole(candidates, error, files, options)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is a checkpoint or a folder of them, by the names in it."""
+    return formats.find(folder) is not None or bool(_checkpoints_in(folder))
+
+
+def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:
+    if not tag or tag in (".", "..") or "/" in tag or "\0" in tag:
+        raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
+    where = folder / tag
+    if formats.find(where) is None:
+        names = [c.name for c in _checkpoints_in(folder)]
+        hint = _nearest(tag, names) if names else "there is no checkpoint at all"
+        raise NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
+    return where, _read(where, files, options)
+
+
+def _latest(pointer: Path, candidates: Sequence[Path]) -> Path:
+    """The checkpoint that ``latest`` names. Raises DamagedCheckpoint where it names none of those that are there."""
+    try:
+        tag = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{pointer}: is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedCheckpoint(f"{pointer}: cannot be read: {error}") from error
+    for candidate in candidates:
+        if candidate.name == tag:
+            return candidate
+    raise DamagedCheckpoint(f"{pointer}: names '{tag[:200]}', which is no checkpoint in this folder")
+
+
+def _newest_whole(
+    candidates: Sequence[Path], reason: Exception, files: Files, options: Mapping[str, Any]
+) -> tuple[Path, Catalog]:
+    """The newest checkpoint that can be read, with a warning; ``reason`` is raised where there is none."""
+    for candidate in sorted(candidates, key=_written_ns, reverse=True):
+        try:
+            catalog = _read(candidate, files, options)
+        except (NotACheckpoint, DamagedCheckpoint) as error:
+            log.debug("%s is not whole: %s", candidate, error)
+            continue
+        log.warning("taking '%s', the newest whole checkpoint of '%s': %s", candidate.name, candidate.parent, reason)
+        return candidate, catalog
+    raise reason
+
+
+def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
+    """The catalog of one checkpoint's folder."""
+    reader = formats.find(folder)
+    if reader is None:
+        raise formats.explain_unknown(folder)
+    if reader is formats.deepspeed:
+        return formats.deepspeed.read(folder, files, **options)
+    return reader.read(folder, files)
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders in this one that are checkpoints; unfinished ones (names with a leading dot) are left out."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [e for e in entries if not e.name.startswith(".") and e.is_dir() and formats.find(e) is not None]
+
+
+def _written_ns(folder: Path) -> int:
+    """When the newest file of a checkpoint was written."""
+    with os.scandir(folder) as entries:
+        return max((entry.stat().st_mtime_ns for entry in entries if entry.is_file()), default=0)
+
+
+def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes. Raises BadArgument for what is no region of the tensor."""
+    if isinstance(wanted, slice):
+        wanted = (wanted,)
+    if wanted is not None and (not isinstance(wanted, Sequence) or not all(isinstance(s, slice) for s in wanted)):
+        raise BadArgument(
+            f"region of '{name}': give a tuple of slices, one for each leading dimension; found {wanted!r}"
+        )
+    try:
+        return region(shape, wanted)
+    except (ValueError, TypeError) as error:
+        raise BadArgument(f"region of '{name}' (shape {list(shape)}): {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    shown = ", ".join(repr(n) for n in known[:3])
+    return f"there are {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
+
+
+def _with_tensors(value: Any, load: Callable[[TensorRef], Any]) -> Any:
+    """A copy of a plain value with torch's own tensors, dtypes, sizes and devices where it has stand-ins for them."""
+    import torch
+
+    def convert(item: Any) -> Any:
+        return _with_tensors(item, load)
+
+    if isinstance(value, TensorRef):
+        return load(value)
+    if isinstance(value, DtypeName):
+        return to_torch(value.name)
+    if isinstance(value, DeviceName):
+        return torch.device(value.name)
+    if isinstance(value, Size):
+        return torch.Size(value)
+    if isinstance(value, (TrainingState, ParamGroup)):
+        return dataclasses.replace(
+            value, **{f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    if type(value) is list:
+        return [convert(item) for item in value]
+    if type(value) is tuple:
+        return tuple(convert(item) for item in value)
+    if isinstance(value, deque):
+        return deque((convert(item) for item in value), value.maxlen)
+    if isinstance(value, dict):  # OrderedDict and defaultdict keep their class
+        out = copy.copy(value)
+        for key in value:
+            out[key] = convert(value[key])
+        return out
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**{name: convert(item) for name, item in vars(value).items()})
+    return value
