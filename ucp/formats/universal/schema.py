@@ -1,0 +1,386 @@
+"""What a manifest says, and the catalog that it describes: one schema for all physical forms.
+
+The body is kept in columns, so that a checkpoint of millions of fragments stays arrays of numbers:
+
+- ``files``: ``path``, ``size`` (bytes), ``mtime_ns`` (null for the checkpoint's own files, which must lie in its
+  folder; a file of another checkpoint is only pointed at, and must not have changed since), ``digests`` (base64 of 8
+  bytes xxh3_64 for each chunk of 1 MiB, or null)
+- ``parameters``: ``name``, ``shape``, ``kind``, ``scalars`` (an index into the list ``scalars``, since most parameters
+  share one step count); ``aliases`` maps an owner to its other names
+- ``tensors``: ``parameter`` (index), ``state`` and ``dtype`` (indices into ``states`` and ``dtypes``), ``blocks`` (how
+  many of the following blocks are this tensor's)
+- ``blocks``: ``file`` (index), ``byte`` (offset of the first element in the file), ``box`` (for each block its offsets,
+  then its sizes, in elements), ``strides`` ({``block``: indices, ``values``: strides in elements}; a block that is not
+  named lies densely in row-major order)
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
+from ucp.errors import DamagedCheckpoint, UcpError
+from ucp.formats.universal import training
+from ucp.formats.universal.manifest import VERSION
+from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.parallel.mesh import Layout
+from ucp.storage import plain, safetensors
+from ucp.storage.digests import ChunkDigests
+from ucp.storage.dtypes import itemsize
+from ucp.storage.dtypes import names as dtype_names
+
+FORMS = ("consolidated", "virtual", "fragmented")
+KINDS = ("parameter", "frozen", "buffer")
+_LAYOUT = ("dp", "tp", "pp", "ep", "zero")
+_LIMIT = 1 << 62
+
+
+def encode(
+    catalog: Catalog,
+    *,
+    form: str,
+    writer: str,
+    paths: Sequence[str],
+    mtimes: Sequence[int | None],
+    digests: Mapping[int, ChunkDigests],
+    training_state: dict[str, Any],
+    source: tuple[str, str],
+) -> dict[str, Any]:
+    """The manifest's body.
+
+    paths: the files' names as the manifest shall have them. mtimes: None for the checkpoint's own files. source: format
+    and writer of the checkpoint that this one was made from.
+    """
+    states = sorted({state for _, state in catalog.tensors})
+    dtypes = sorted({t.dtype for t in catalog.tensors.values()})
+    position = {name: k for k, name in enumerate(catalog.parameters)}
+    infos = list(catalog.parameters.values())
+    scalars = [plain.encode(dict(info.scalars), where=f"'{info.name}'") for info in infos]
+    distinct: dict[str, int] = {}
+    shared: list[Any] = []
+    scalar_of = []
+    for value in scalars:
+        key = repr(value)
+        if key not in distinct:
+            distinct[key] = len(shared)
+            shared.append(value)
+        scalar_of.append(distinct[key])
+    tensors = list(catalog.tensors.values())
+    return {
+        "ucp": VERSION,
+        "writer": writer,
+        "kind": "training",
+        "form": form,
+        "source": {"format": source[0], "writer": source[1]},
+        "layout": {name: getattr(catalog.layout, name) for name in _LAYOUT},
+        "spec": None,
+        "files": {
+            "path": list(paths),
+            "size": [file.size for file in catalog.files],
+            "mtime_ns": list(mtimes),
+            "digests": [digests[k].text if k in digests else None for k in range(len(catalog.files))],
+        },
+        "parameters": {
+            "name": [info.name for info in infos],
+            "shape": [list(info.shape) for info in infos],
+            "kind": [info.kind for info in infos],
+            "scalars": scalar_of,
+        },
+        "aliases": {info.name: list(info.aliases) for info in infos if info.aliases},
+        "scalars": shared,
+        "states": states,
+        "dtypes": dtypes,
+        "tensors": {
+            "parameter": [position[t.name] for t in tensors],
+            "state": [states.index(t.state) for t in tensors],
+            "dtype": [dtypes.index(t.dtype) for t in tensors],
+            "blocks": [len(t.blocks) for t in tensors],
+        },
+        "blocks": _encode_blocks(tensors),
+        "training_state": training_state,
+    }
+
+
+def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
+    file: list[int] = []
+    byte: list[int] = []
+    boxes: list[int] = []
+    strided: list[int] = []
+    strides: list[int] = []
+    for tensor in tensors:
+        b = tensor.blocks
+        odd = np.flatnonzero(np.any((b.strides != _dense(b.sizes)) & (b.sizes > 1), axis=1))
+        strided += (odd + len(file)).tolist()
+        strides += b.strides[odd].ravel().tolist()
+        file += b.buffers.tolist()
+        byte += (tensor.bases + b.starts * itemsize(tensor.dtype)).tolist()
+        boxes += np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
+    return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
+
+
+def _dense(sizes: Ints) -> Ints:
+    """(n, d) row-major strides of boxes of these sizes."""
+    out = np.ones_like(sizes)
+    for k in range(sizes.shape[1] - 2, -1, -1):
+        out[:, k] = out[:, k + 1] * sizes[:, k + 1]
+    return out
+
+
+def decode(path: str, body: dict[str, Any]) -> Catalog:
+    """The catalog that a manifest describes; ``path`` is the manifest's own.
+
+    Every name, index and range is checked before it is used. Raises DamagedCheckpoint where the manifest contradicts
+    itself or its files, and where a file of a form that keeps its files beside the manifest lies outside its folder.
+    """
+    fields = _Fields(path, body)
+    form = fields.choice("form", FORMS)
+    fields.choice("kind", ("training",))
+    files = _decode_files(fields, os.path.dirname(path), form)
+    digests = _decode_digests(fields, files)
+    parameters = _decode_parameters(fields)
+    tensors = _decode_tensors(fields, parameters, len(files))
+    states: dict[str, dict[str, str]] = {info.name: {} for info in parameters}
+    for tensor in tensors.values():
+        states[tensor.name][tensor.state] = tensor.dtype
+    named = {
+        info.name: ParameterInfo(info.name, info.shape, states[info.name], info.kind, info.scalars, info.aliases)
+        for info in parameters
+    }
+    source = fields.mapping("source")
+    catalog = Catalog(
+        format="universal",
+        writer=f"{fields.text('writer')}, from {source.get('writer')}",
+        layout=_decode_layout(fields),
+        files=files,
+        parameters=named,
+        tensors=tensors,
+        training_state=training.decode(path, body.get("training_state"), _training_tensors(path, files)),
+        chunk_digests=digests,
+    )
+    try:
+        catalog.check()
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    return catalog
+
+
+def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, ...]:
+    paths = fields.column("files", "path", str)
+    sizes = fields.integers("files", "size", len(paths)).tolist()
+    mtimes = fields.column("files", "mtime_ns", (int, type(None)))
+    if len(set(paths)) != len(paths) or len(mtimes) != len(paths):
+        raise fields.damaged("'files' names a file twice, or its columns differ in length")
+    if form != "virtual" and any(mtime is not None for mtime in mtimes):
+        raise fields.damaged(f"a {form} checkpoint cannot point at another checkpoint's files")
+    inside = os.path.realpath(folder)
+    out = []
+    for name, size, mtime in zip(paths, sizes, mtimes, strict=True):
+        if mtime is None:
+            full = _inside(fields, inside, name)
+        else:
+            full = os.path.normpath(os.path.join(inside, name))
+        try:
+            stat = os.stat(full)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"{full}: cannot be read ({error.strerror or error}), but the manifest '{fields.path}' needs it"
+            ) from error
+        if stat.st_size != size:
+            what = "is truncated or was changed" if stat.st_size < size else "was changed"
+            raise DamagedCheckpoint(f"{full}: the file {what}: the manifest says {size} bytes, found {stat.st_size}")
+        if mtime is not None and stat.st_mtime_ns != mtime:
+            raise DamagedCheckpoint(
+                f"{full}: the file was changed after the virtual checkpoint '{folder}' was made (its modification time "
+                "differs); make the virtual checkpoint again"
+            )
+        out.append(SourceFile(full, size, stat.st_mtime_ns))
+    return tuple(out)
+
+
+def _inside(fields: _Fields, folder: str, name: str) -> str:
+    """The full path of a file that must lie in the manifest's folder, whatever links there are."""
+    parts = name.split("/")
+    full = os.path.realpath(os.path.join(folder, name))
+    if os.path.isabs(name) or ".." in parts or "\0" in name or os.path.commonpath([folder, full]) != folder:
+        raise fields.damaged(f"points at '{name}', outside its own folder; such a manifest is not followed")
+    return full
+
+
+def _decode_digests(fields: _Fields, files: Sequence[SourceFile]) -> dict[int, ChunkDigests]:
+    texts = fields.column("files", "digests", (str, type(None)))
+    if len(texts) != len(files):
+        raise fields.damaged(f"'files.digests' has {len(texts)} entries for {len(files)} files")
+    out = {}
+    for index, (file, text) in enumerate(zip(files, texts, strict=True)):
+        if text is not None:
+            try:
+                out[index] = ChunkDigests.from_text(file.size, text)
+            except UcpError as error:
+                raise fields.damaged(f"digests of '{file.path}': {error}") from error
+    return out
+
+
+def _decode_layout(fields: _Fields) -> Layout:
+    found = fields.mapping("layout")
+    values: dict[str, int] = {}
+    for name in _LAYOUT:
+        value = found.get(name)
+        if type(value) is not int or not (0 if name == "zero" else 1) <= value < 1 << 31:
+            raise fields.damaged(f"'layout.{name}' is {value!r}")
+        values[name] = value
+    return Layout(**values)
+
+
+def _decode_parameters(fields: _Fields) -> list[ParameterInfo]:
+    names = fields.column("parameters", "name", str)
+    shapes = fields.column("parameters", "shape", list)
+    kinds = fields.column("parameters", "kind", str)
+    shared = [plain.decode(value) for value in fields.listing("scalars")]
+    which = fields.integers("parameters", "scalars", len(names), below=len(shared))
+    aliases = fields.mapping("aliases")
+    if not len(names) == len(shapes) == len(kinds):
+        raise fields.damaged("the columns of 'parameters' differ in length")
+    if not set(aliases) <= set(names):
+        raise fields.damaged(f"'aliases' names '{min(set(aliases) - set(names))}', which is no parameter")
+    if not all(
+        isinstance(group, list) and all(isinstance(alias, str) for alias in group) for group in aliases.values()
+    ):
+        raise fields.damaged("'aliases' should map names to lists of names")
+    used = Counter([*names, *(alias for group in aliases.values() for alias in group)])
+    twice = next((name for name, times in used.items() if times > 1), None)
+    if twice is not None:
+        raise fields.damaged(f"parameter name '{twice}' is used twice")
+    out = []
+    for name, shape, kind, scalar in zip(names, shapes, kinds, which.tolist(), strict=True):
+        if kind not in KINDS:
+            raise fields.damaged(f"'{name}' is of kind '{kind}'; known are {', '.join(KINDS)}")
+        if any(type(n) is not int or not 0 <= n < _LIMIT for n in shape) or numel(shape) >= _LIMIT:
+            raise fields.damaged(f"'{name}' has the impossible shape {shape}")
+        if not isinstance(shared[scalar], dict):
+            raise fields.damaged(f"'scalars[{scalar}]' is not an object")
+        out.append(ParameterInfo(name, tuple(shape), {}, kind, shared[scalar], tuple(aliases.get(name, ()))))
+    return out
+
+
+def _decode_tensors(
+    fields: _Fields, parameters: Sequence[ParameterInfo], files: int
+) -> dict[tuple[str, str], LogicalTensor]:
+    states = [str(state) for state in fields.listing("states")]
+    dtypes = [str(dtype) for dtype in fields.listing("dtypes")]
+    unknown = sorted(set(dtypes) - set(dtype_names()))
+    if unknown:
+        raise fields.damaged(f"names the unknown element type '{unknown[0]}'")
+    parameter = fields.integers("tensors", "parameter", below=len(parameters))
+    count = len(parameter)
+    state = fields.integers("tensors", "state", count, below=len(states))
+    dtype = fields.integers("tensors", "dtype", count, below=len(dtypes))
+    shapes = [parameters[p].shape for p in parameter.tolist()]
+    blocks = _decode_blocks(fields, shapes, fields.integers("tensors", "blocks", count), files)
+    out: dict[tuple[str, str], LogicalTensor] = {}
+    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), blocks, strict=True)
+    for p, s, d, (block, bases) in rows:
+        key = (parameters[p].name, states[s])
+        if key in out:
+            raise fields.damaged(f"'{key[0]}' ({key[1]}) is described twice")
+        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], block, bases)
+    return out
+
+
+def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files: int) -> Iterator[tuple[Blocks, Ints]]:
+    """Each tensor's blocks and their byte offsets."""
+    total = sum(counts.tolist())
+    file = fields.integers("blocks", "file", total, below=files)
+    byte = fields.integers("blocks", "byte", total)
+    boxes = fields.integers("blocks", "box")
+    dims = np.array([len(shape) for shape in shapes], np.int64)
+    ends = np.cumsum(counts * dims * 2)
+    if len(boxes) != (int(ends[-1]) if len(ends) else 0):
+        raise fields.damaged(f"'blocks.box' has {len(boxes)} numbers, which do not fit the tensors' shapes")
+    table = fields.mapping("blocks").get("strides")
+    strided = _Fields(fields.path, {"strides": table if isinstance(table, dict) else {}})
+    which = strided.integers("strides", "block", below=total)
+    values = strided.integers("strides", "values")
+    if np.any(np.diff(which) <= 0):
+        raise fields.damaged("'blocks.strides.block' is not in ascending order")
+    first = at = used = 0
+    for shape, count, end in zip(shapes, counts.tolist(), ends.tolist(), strict=True):
+        d = len(shape)
+        pair = boxes[at:end].reshape(count, 2, d)
+        offsets, sizes = pair[:, 0], pair[:, 1]
+        strides = _dense(sizes)
+        odd = which[np.searchsorted(which, first) : np.searchsorted(which, first + count)] - first
+        if len(odd):
+            if used + len(odd) * d > len(values):
+                raise fields.damaged("'blocks.strides.values' is too short")
+            strides[odd] = values[used : used + len(odd) * d].reshape(len(odd), d)
+            used += len(odd) * d
+        limit = np.array(shape, np.int64)
+        if np.any(sizes < 1) or np.any(sizes > limit) or np.any(offsets > limit - sizes):
+            raise fields.damaged(f"a block lies outside its tensor of shape {list(shape)}")
+        # In floating point first: a product of hostile numbers must not wrap around to a harmless one.
+        if np.any(np.sum((sizes - 1.0) * strides, axis=1) >= float(1 << 57)):
+            raise fields.damaged("a block's strides lead beyond any file")
+        buffers = file[first : first + count]
+        yield Blocks(offsets, sizes, np.zeros(count, np.int64), strides, buffers), byte[first : first + count]
+        first, at = first + count, end
+    if used != len(values):
+        raise fields.damaged("'blocks.strides.values' is too long")
+
+
+def _training_tensors(path: str, files: Sequence[SourceFile]) -> dict[str, Any]:
+    wanted = os.path.join(os.path.realpath(os.path.dirname(path)), training.TENSORS_FILE)
+    if any(file.path == wanted for file in files):
+        return dict(safetensors.read_header(wanted).tensors)
+    return {}
+
+
+class _Fields:
+    """A manifest's fields, checked as they are taken."""
+
+    def __init__(self, path: str, body: Mapping[str, Any]) -> None:
+        self.path = path
+        self._body = body
+
+    def damaged(self, what: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"{self.path}: {what}")
+
+    def _typed(self, name: str, kind: type) -> Any:
+        value = self._body.get(name)
+        if not isinstance(value, kind):
+            raise self.damaged(f"'{name}' should be a {kind.__name__} and is {type(value).__name__}")
+        return value
+
+    def text(self, name: str) -> str:
+        return self._typed(name, str)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        return self._typed(name, dict)
+
+    def listing(self, name: str) -> list[Any]:
+        return self._typed(name, list)
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str:
+        value = self._body.get(name)
+        if value not in allowed:
+            raise self.damaged(f"'{name}' is {value!r}; known are {', '.join(allowed)}")
+        return str(value)
+
+    def column(self, table: str, name: str, kind: Any) -> list[Any]:
+        values = self.mapping(table).get(name)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise self.damaged(f"'{table}.{name}' is missing or holds something else than it should")
+        return values
+
+    def integers(self, table: str, name: str, count: int | None = None, below: int = _LIMIT) -> Ints:
+        """A column of integers from 0 to ``below``, exclusive."""
+        values = self.column(table, name, int)
+        if count is not None and len(values) != count:
+            raise self.damaged(f"'{table}.{name}' has {len(values)} entries where {count} are expected")
+        if values and (min(values) < 0 or max(values) >= below):
+            raise self.damaged(f"'{table}.{name}' holds a number outside 0 to {below - 1}")
+        return np.array(values, np.int64).reshape(len(values))

@@ -1,0 +1,97 @@
+"""The virtual form: a manifest that points at byte ranges of somebody else's checkpoint, which stays where it is.
+
+It is made in the time that reading the source's metadata takes. The files it points at are told by size and
+modification time, and are refused once they differ; with digests, damage inside them is found too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import Catalog, SourceFile
+from ucp.formats.universal import manifest, schema, training
+from ucp.storage.digests import ChunkDigests
+from ucp.transfer.targets import TargetFile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A virtual checkpoint before it is written.
+
+    source: the catalog to read the training state's tensors from. files: at most one, with those tensors. result: the
+    catalog of what is pointed at, which has only the files that tensors lie in; the files of ``files`` come last in it.
+    """
+
+    source: Catalog
+    files: tuple[TargetFile, ...]
+    result: Catalog
+    training_state: dict[str, Any]
+
+    @property
+    def foreign(self) -> tuple[SourceFile, ...]:
+        """The files of the other checkpoint, in the order in which digests are numbered."""
+        return self.result.files[: len(self.result.files) - len(self.files)]
+
+    def manifest(
+        self,
+        digests: Mapping[str, ChunkDigests],
+        writer: str,
+        folder: str,
+        foreign_digests: Mapping[int, ChunkDigests] | None = None,
+    ) -> bytes:
+        """The manifest's bytes. digests: those of ``files`` by name. folder: the path that the manifest will lie in.
+
+        foreign_digests: those of the files pointed at, by their index in ``foreign``, where they were made.
+        """
+        count = len(self.foreign)
+        tables = {**self.result.chunk_digests, **(foreign_digests or {})}
+        tables.update({count + k: digests[file.name] for k, file in enumerate(self.files) if file.name in digests})
+        body = schema.encode(
+            self.result,
+            form="virtual",
+            writer=writer,
+            paths=[*(_pointer(file.path, folder) for file in self.foreign), *(file.name for file in self.files)],
+            mtimes=[*(file.mtime_ns for file in self.foreign), *(None for _ in self.files)],
+            digests=tables,
+            training_state=self.training_state,
+            source=(self.source.format, self.source.writer),
+        )
+        return manifest.frame(body)
+
+
+def plan(catalog: Catalog) -> Plan:
+    """Describe a catalog where it is. Raises Unsupported for training state that is not plain data."""
+    met = training.Tensors()
+    training_state = training.encode(catalog.training_state, met)
+    source = training.with_sources(catalog, met)
+    extra = training.tensors_file(source, met)
+    files = () if extra is None else (extra,)
+    used = np.unique(np.concatenate([np.zeros(0, np.int64), *(t.blocks.buffers for t in catalog.tensors.values())]))
+    place = np.full(len(catalog.files), -1, np.int64)
+    place[used] = np.arange(len(used))
+    tensors = {
+        key: dataclasses.replace(t, blocks=dataclasses.replace(t.blocks, buffers=place[t.blocks.buffers]))
+        for key, t in catalog.tensors.items()
+    }
+    result = dataclasses.replace(
+        catalog,
+        files=(*(catalog.files[k] for k in used.tolist()), *(SourceFile(f.name, f.size, 0) for f in files)),
+        tensors=tensors,
+        chunk_digests={int(place[k]): table for k, table in catalog.chunk_digests.items() if place[k] >= 0},
+    )
+    return Plan(source, files, result, training_state)
+
+
+def _pointer(path: str, folder: str) -> str:
+    """How the manifest names a file outside: relative where both share a folder below the root, so that they may move
+    together; absolute otherwise."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.commonpath([path, folder]) == os.sep:
+        return path
+    return os.path.relpath(path, folder)
