@@ -1,0 +1,70 @@
+"""Universal checkpoints: open, convert and resume any DeepSpeed ZeRO checkpoint on any ZeRO stage and number of ranks.
+
+    import ucp
+    with ucp.open(path) as checkpoint:
+        checkpoint.read("model.norm.weight", "exp_avg", region=(slice(0, 16),))
+    ucp.convert(source, dest)
+
+The live side is `ucp.deepspeed`. Importing this package imports neither torch nor numpy; the names below load what they
+need when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ucp import _neighbours
+
+if TYPE_CHECKING:
+    from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
+    from ucp.checkpoint import Checkpoint, open  # noqa: A004 (`ucp.open` is the public name, as `gzip.open` is)
+    from ucp.conversion import ConversionReport, convert
+    from ucp.errors import UcpError
+    from ucp.parallel.mesh import Layout
+
+__all__ = [
+    "open",
+    "convert",
+    "Checkpoint",
+    "ConversionReport",
+    "Layout",
+    "ParameterInfo",
+    "ParamGroup",
+    "TrainingState",
+    "UcpError",
+    "__version__",
+]
+
+_HOMES = {
+    "open": "ucp.checkpoint",
+    "Checkpoint": "ucp.checkpoint",
+    "convert": "ucp.conversion",
+    "ConversionReport": "ucp.conversion",
+    "Layout": "ucp.parallel.mesh",
+    "ParameterInfo": "ucp.catalog",
+    "ParamGroup": "ucp.catalog",
+    "TrainingState": "ucp.catalog",
+    "UcpError": "ucp.errors",
+}
+
+_neighbours.refuse_ucx_py()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("universal-checkpoint")
+        except PackageNotFoundError:  # running from a source tree that was never installed
+            return "0+unknown"
+    if name in _HOMES:
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+    raise AttributeError(f"module 'ucp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
