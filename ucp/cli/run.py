@@ -1,0 +1,125 @@
+"""What all commands share: exit codes, one-line errors, sizes on the command line and progress on a terminal.
+
+Exit codes: 0 done; 1 the answer is no; 2 the input or the arguments are at fault; 3 an internal error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from ucp.errors import UcpError
+
+DONE, NO, AT_FAULT, INTERNAL = 0, 1, 2, 3
+INTERRUPTED = 130  # as shells count a program that ended by Ctrl-C
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(AT_FAULT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def size(text: str) -> int:
+    """Bytes of ``2GiB``, ``500MB``, ``1.5G`` or ``1048576``. For argparse: raises ArgumentTypeError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; use bytes or a unit, such as 2GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1. For argparse: raises ArgumentTypeError otherwise."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def guarded(program: str, job: Callable[[], int], debug: bool) -> int:
+    """Run a command's job and turn what goes wrong into one line on stderr and an exit code."""
+    try:
+        return job()
+    except UcpError as error:
+        if debug:
+            logging.getLogger(program).debug("traceback", exc_info=True)
+        say(f"{program}: error: {error}")
+        return AT_FAULT
+    except KeyboardInterrupt:
+        say(f"{program}: interrupted")
+        return INTERRUPTED
+    except Exception as error:  # the last line of defence: whatever it is, it becomes exit code 3
+        if debug:
+            logging.getLogger(program).debug("traceback", exc_info=True)
+        hint = "" if debug else " (run again with --debug for where it happened, and report it)"
+        say(f"{program}: internal error: {type(error).__name__}: {error}{hint}")
+        return INTERNAL
+
+
+def start_logging(program: str, quiet: bool, debug: bool) -> None:
+    """Send the library's warnings (everything, with ``debug``) to stderr, each as a line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line(program))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
+    for name in ("ucp", program):
+        logging.getLogger(name).setLevel(level)
+
+
+class _Line(logging.Formatter):
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self._program = program
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = f"{self._program}: {record.levelname.lower()}: {record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def say(line: str) -> None:
+    """A line on stderr; a message of several lines is joined, so that it stays one."""
+    sys.stderr.write(" ".join(line.splitlines()) + "\n")
+
+
+class ProgressBar:
+    """A line on stderr that is rewritten a few times a second; nothing at all where stderr is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._shown = not quiet and sys.stderr.isatty()
+        self._started = self._last = time.monotonic()
+        self._drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._shown or (now - self._last < 0.2 and done < total):
+            return
+        self._last, self._drawn = now, True
+        rate = done / max(now - self._started, 1e-6)
+        share = done / total if total else 1.0
+        bar = "#" * int(30 * share)
+        sys.stderr.write(
+            f"\r[{bar:<30}] {share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s "
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the line, so that what follows begins on its own."""
+        if self._drawn:
+            sys.stderr.write("\n")

@@ -1,0 +1,329 @@
+"""Convert a checkpoint into another form, layout or format.
+
+A conversion is planned whole before its first byte is written: the source's catalog is checked, every file of the
+destination is laid out, and its space is compared with what is free. It is then written into a temporary folder beside
+the destination, which takes the destination's place in one rename; whatever fails, the destination is as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ucp import checkpoint, formats
+from ucp.catalog import Catalog, SourceFile
+from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
+from ucp.formats.universal import consolidated, manifest, virtual
+from ucp.parallel.mesh import Layout, parse_layout
+from ucp.storage.commit import check_destination, staged
+from ucp.storage.digests import ChunkDigests, digest_file
+from ucp.storage.files import Files
+from ucp.transfer.gather import Reader
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.write import Progress, budget, check_files, write_files
+
+log = logging.getLogger(__name__)
+
+# Space kept free for the manifest, folders and the file system's own bookkeeping.
+_SLACK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or would do (``dry_run``).
+
+    layout: of the run that saved the source; target_layout: of the destination, where it has one of its own. tag: the
+    folder below the destination that holds the checkpoint, for DeepSpeed's formats. parameters, tensors: counts (a
+    tensor is one state of one parameter). files, bytes_written: of the destination. bytes_read: what was read of the
+    source's tensors. seconds: from opening the source to the end.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    to: str
+    virtual: bool
+    layout: str
+    target_layout: str | None
+    tag: str | None
+    parameters: int
+    tensors: int
+    files: int
+    bytes_written: int
+    bytes_read: int
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        target = self.to + (" (virtual)" if self.virtual else "")
+        if self.target_layout is not None:
+            target += f" ({self.target_layout})"
+        did = "would write" if self.dry_run else "wrote"
+        return (
+            f"{did} {self.destination}: {self.tensors} tensors of {self.parameters} parameters, {self.files} files, "
+            f"{self.bytes_written / 1e9:.3f} GB, from {self.source_format} ({self.layout}) to {target} in "
+            f"{self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the writers need to know besides the catalog."""
+
+    layout: Layout | None
+    ds_config: Mapping[str, Any] | None
+    virtual: bool
+    destination: str
+    tag: str
+    digests: bool
+    workers: int | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A planned conversion. finish: small files that depend on the digests of what was written: name -> bytes."""
+
+    source: Catalog
+    files: tuple[TargetFile, ...]
+    finish: Callable[[dict[str, ChunkDigests]], dict[str, bytes]]
+    digests: bool
+    tag: str | None = None
+    target_layout: Layout | None = None
+
+
+def convert(
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    to: str = "universal",
+    layout: str | Layout | None = None,
+    spec: str | os.PathLike[str] | None = None,
+    *,
+    virtual: bool = False,
+    tag: str | None = None,
+    digests: bool = False,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    trust_client_state: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint of any supported format; returns what was done.
+
+    source, tag, spec, trust_client_state: as for `ucp.open`.
+    dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
+        ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it.
+    to: 'universal', 'deepspeed' or 'deepspeed-universal'.
+    layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
+    virtual: 'universal' only: write a manifest that points into the source, which stays where it is.
+    digests: virtual only: read the source once for digests of its chunks. Other forms always have them.
+    workers: threads; default is the number of processors, at most 8. max_memory: bytes for buffers.
+    overwrite: replace a checkpoint at ``dest`` (never anything else, and never one that the source is part of).
+    dry_run: plan and check everything, the free space too, and write nothing.
+    ds_config: 'deepspeed' only: a DeepSpeed config (a path or a mapping) for what the layout leaves open; default is
+        the source's recorded one.
+    progress: called with (bytes done, bytes in all).
+
+    Raises a UcpError: BadArgument, DestinationError, and what `ucp.open` and reading raise. The destination is
+    untouched then.
+    """
+    started = time.monotonic()
+    destination = os.path.abspath(dest)
+    if to not in _WRITERS:
+        raise _unknown_target(to)
+    parsed = parse_layout(layout) if isinstance(layout, str) else layout
+    _check_flags(to, parsed, virtual, digests, ds_config)
+    budget(workers, max_memory)
+    with checkpoint.open(source, spec, tag, trust_client_state=trust_client_state) as opened:
+        options = _Options(parsed, _load_config(ds_config), virtual, destination, _target_tag(opened), digests, workers)
+        job = _WRITERS[to](opened.catalog, options)
+        total = sum(file.size for file in job.files)
+        _check_replaced(Path(destination), job.source, overwrite)
+        check_destination(destination, needed_bytes=total + _SLACK, replace=overwrite)
+        check_files(job.files)
+        finished: dict[str, bytes] = {}
+        with Files() as files:
+            if not dry_run:
+                with staged(destination, needed_bytes=total + _SLACK, replace=overwrite) as folder:
+                    found = write_files(
+                        Reader(job.source, files),
+                        folder,
+                        job.files,
+                        threads=workers,
+                        max_memory=max_memory,
+                        digests=job.digests,
+                        progress=progress,
+                    )
+                    finished = job.finish(found)
+                    for name, raw in finished.items():
+                        _write(folder / name, raw)
+                    _check_unchanged(job.source.files)
+            read = files.bytes_read
+    return ConversionReport(
+        source=os.path.abspath(source),
+        destination=destination,
+        source_format=opened.format,
+        to=to,
+        virtual=virtual,
+        layout=str(opened.layout),
+        target_layout=None if job.target_layout is None else str(job.target_layout),
+        tag=job.tag,
+        parameters=len(opened.parameters),
+        tensors=len(opened.catalog.tensors),
+        files=len(job.files) + len(finished),
+        bytes_written=total + sum(map(len, finished.values())),
+        bytes_read=read,
+        seconds=time.monotonic() - started,
+        dry_run=dry_run,
+    )
+
+
+# --- writers: one for each target format -----------------------------------------------------------------------------
+
+
+def _to_universal(catalog: Catalog, options: _Options) -> _Job:
+    writer = _writer_name()
+    if not options.virtual:
+        whole = consolidated.plan(catalog)
+        return _Job(
+            whole.source, whole.files, lambda digests: {manifest.NAME: whole.manifest(digests, writer)}, digests=True
+        )
+    pointing = virtual.plan(catalog)
+
+    def finish(digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
+        foreign = _digests_of(pointing.foreign, options.workers) if options.digests else {}
+        _check_unchanged(pointing.foreign)
+        return {manifest.NAME: pointing.manifest(digests, writer, options.destination, foreign)}
+
+    return _Job(pointing.source, pointing.files, finish, digests=True)
+
+
+def _to_deepspeed(catalog: Catalog, options: _Options) -> _Job:
+    from ucp.formats.deepspeed import write_native
+
+    if options.layout is None:
+        raise BadArgument("converting to 'deepspeed' needs a layout to write for, such as dp=4,zero=3")
+    files = write_native.plan(catalog, options.layout, options.ds_config)
+    return _tagged_job(catalog, files, options.tag, "latest", options.layout)
+
+
+def _to_deepspeed_universal(catalog: Catalog, options: _Options) -> _Job:
+    from ucp.formats.deepspeed import write_universal
+
+    return _tagged_job(catalog, write_universal.plan(catalog), options.tag, "latest_universal", None)
+
+
+def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> _Job:
+    """A job in DeepSpeed's convention: everything in a folder named by the tag, and a file beside it that names it."""
+    placed = [dataclasses.replace(file, name=f"{tag}/{file.name}") for file in files]
+    text = tag.encode("utf-8")
+    placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
+    return _Job(catalog, tuple(placed), lambda digests: {}, digests=False, tag=tag, target_layout=layout)
+
+
+_WRITERS: dict[str, Callable[[Catalog, _Options], _Job]] = {
+    "universal": _to_universal,
+    "deepspeed": _to_deepspeed,
+    "deepspeed-universal": _to_deepspeed_universal,
+}
+
+_PLANNED = ("dcp", "huggingface", "megatron")
+
+
+# --- checks and small steps ------------------------------------------------------------------------------------------
+
+
+def _unknown_target(to: str) -> Exception:
+    known = ", ".join(f"'{name}'" for name in _WRITERS)
+    if to in _PLANNED:
+        return Unsupported(f"converting to '{to}' is not supported yet; supported are {known}")
+    return BadArgument(f"unknown target format '{to}'; supported are {known}")
+
+
+def _check_flags(to: str, layout: Layout | None, virtual: bool, digests: bool, ds_config: Any) -> None:
+    if virtual and to != "universal":
+        raise BadArgument(f"the virtual form exists in the universal format only, not in '{to}'")
+    if digests and not virtual:
+        raise BadArgument("digests can be asked for in the virtual form only; the consolidated form always has them")
+    if layout is not None and to != "deepspeed":
+        raise BadArgument(f"a layout is for 'deepspeed' only: '{to}' checkpoints have none, and resume in any")
+    if ds_config is not None and to != "deepspeed":
+        raise BadArgument(f"a DeepSpeed config is for 'deepspeed' only, not for '{to}'")
+
+
+def _load_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if config is None or isinstance(config, Mapping):
+        return config
+    path = os.fspath(config)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except OSError as error:
+        raise BadArgument(f"{path}: the DeepSpeed config cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadArgument(f"{path}: the DeepSpeed config is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadArgument(f"{path}: the DeepSpeed config is not a JSON object")
+    return found
+
+
+def _target_tag(opened: checkpoint.Checkpoint) -> str:
+    """The tag to write under: the source's own where it has one, else DeepSpeed's default for its step count."""
+    if opened.format == formats.deepspeed.NAME:
+        return opened.path.name
+    return f"global_step{opened.catalog.training_state.global_steps or 0}"
+
+
+def _check_replaced(destination: Path, source: Catalog, overwrite: bool) -> None:
+    """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
+    if not overwrite or not os.path.lexists(destination):
+        return
+    if not checkpoint.is_checkpoint(destination):
+        raise DestinationError(f"{destination}: holds no checkpoint, so it is not replaced; choose another destination")
+    inside = os.path.realpath(destination)
+    for file in source.files:
+        if os.path.commonpath([inside, os.path.realpath(file.path)]) == inside:
+            raise DestinationError(
+                f"{destination}: holds '{file.path}', which is part of the source, so it is not replaced; choose "
+                "another destination"
+            )
+
+
+def _check_unchanged(files: tuple[SourceFile, ...]) -> None:
+    """Raise DamagedCheckpoint where a source file is not what it was when it was opened."""
+    for file in files:
+        try:
+            stat = os.stat(file.path)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{file.path}: went away during the conversion: {error.strerror}") from error
+        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise DamagedCheckpoint(
+                f"{file.path}: was changed during the conversion; convert again once it is complete"
+            )
+
+
+def _digests_of(files: tuple[SourceFile, ...], workers: int | None) -> dict[int, ChunkDigests]:
+    with Files() as source, ThreadPoolExecutor(budget(workers, None)[0]) as pool:
+        return dict(enumerate(pool.map(lambda file: digest_file(file.path, source), files)))
+
+
+def _write(path: Path, raw: bytes) -> None:
+    try:
+        path.write_bytes(raw)
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _writer_name() -> str:
+    import ucp
+
+    return f"universal-checkpoint {ucp.__version__}"
