@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -432,6 +433,36 @@ def test_what_would_lose_bits_is_refused(tmp_path: Path, source: str, target: st
     assert set(out.tolist()) == {7}
 
 
+@pytest.mark.usefixtures("constants")
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16")],
+)
+def test_a_want_that_is_a_rounded_copy_gets_torchs_rounding(tmp_path: Path, source: str, target: str) -> None:
+    torch = pytest.importorskip("torch")
+    shape = (13, 7, 11)
+    rng = np.random.default_rng(16)
+    values = torch.from_numpy(rng.standard_normal(shape)).to(getattr(torch, source))
+    bits = values.view(torch.uint32 if source == "float32" else torch.uint16).numpy()
+    truth = values.to(getattr(torch, target)).view(torch.uint16).numpy()
+    blocks, lengths = p.partitions(rng, shape)
+    tensor, files = write_tensor(rng, tmp_path, "w", blocks, lengths, bits, source)
+    held = catalog(files, [tensor])
+    for _ in range(6):
+        goal, lengths = p.partitions(rng, shape)
+        buffers = [rng.integers(0, 256, n * 2 + 3, np.uint8) for n in lengths]
+        wanted = expected(goal, 3, truth, buffers)
+        read(held, [Want(tensor, goal, target, 3, round=True)], buffers)
+        for got, want in zip(buffers, wanted, strict=True):
+            assert np.array_equal(got, want)
+
+
+def test_rounding_is_for_training_types_only(tmp_path: Path) -> None:
+    held, tensor = simple(tmp_path, np.zeros(4, np.float64), "float64")
+    with pytest.raises(Mismatch, match="float64 in the checkpoint and bfloat16"):
+        read(held, [Want(tensor, whole((4,)), "bfloat16", round=True)], [np.zeros(8, np.uint8)])
+
+
 # ---- what is missing or damaged
 
 
@@ -547,3 +578,20 @@ def test_a_fragment_may_be_wanted_twice(tmp_path: Path) -> None:
     both = concat([whole((4, 6)), whole((4, 6), 0, 1)], 2)
     read(held, [Want(tensor, both, "float32")], out)
     assert out[0].tobytes() == out[1].tobytes() == bits.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_memory_beside_the_buffers_is_the_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(room, "SCRATCH", 1 << 20)
+    shape = (2048, 1024)
+    held, tensor = simple(tmp_path, np.ones(shape, np.float32), "float32")
+    out = np.zeros(numel(shape) * DTYPES[dtype], np.uint8)
+    want = Want(tensor, box((0, 0), shape, 0, (1, shape[0])), dtype, round=True)
+    read(held, [want], [out], threads=1)
+    tracemalloc.start()
+    try:
+        read(held, [want], [out], threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 << 20) + (1 << 18)

@@ -271,15 +271,18 @@ def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -
 
 def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
     """Read the copy with its gaps, as much at a time as fits the scratch, and place it by array assignment."""
-    size, wide = itemsize(copy.source_dtype), itemsize(copy.target_dtype)
-    # A conversion makes up to two arrays of the wider type beside the bytes read.
-    share = SCRATCH if copy.source_dtype == copy.target_dtype else SCRATCH * size // (size + 2 * wide)
+    # A conversion makes up to seven arrays of the bytes' size beside the bytes read (two when widening to double).
+    share = SCRATCH if copy.source_dtype == copy.target_dtype else SCRATCH // 8
     for piece in _cut(copy, max(share * copy.nbytes // copy.span, 1)):
-        scratch = np.empty(piece.span, np.uint8)
-        reader.read_into(piece.file, piece.at, scratch, cache)
-        source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
-        target = _strided(buffers[piece.buffer], piece.to, piece.sizes, piece.target_steps, piece.target_dtype)
-        target[...] = _converted(source, piece.source_dtype, piece.target_dtype)
+        _place(reader, piece, buffers, cache)
+
+
+def _place(reader: Reader, piece: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+    scratch = np.empty(piece.span, np.uint8)
+    reader.read_into(piece.file, piece.at, scratch, cache)
+    source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
+    target = _strided(buffers[piece.buffer], piece.to, piece.sizes, piece.target_steps, piece.target_dtype)
+    target[...] = _converted(source, piece.source_dtype, piece.target_dtype)
 
 
 def _converted(values: NDArray[np.generic], source: str, target: str) -> NDArray[Any]:
