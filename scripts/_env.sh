@@ -13,9 +13,10 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 2; }
 
 # What the environment was made from. The text itself is the stamp: comparing it needs no hashing tool.
-# Line 1 decides whether an old environment can be updated in place (an environment cannot be moved).
+# Where its first line still holds, an old environment can be updated in place (one cannot be moved to another root).
+describe_base() { printf 'ucp environment 1, root %s, python %s\n' "$root" "$1"; }
 describe_inputs() {
-    printf 'ucp environment 1, root %s, python %s\n' "$root" "$1"
+    describe_base "$1"
     cat -- "$root/pyproject.toml" "$root/scripts/constraints.txt"
 }
 
@@ -41,10 +42,13 @@ is_usable_python() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
 
+is_wanted_version() { [ -z "${PYTHON:-}" ] || [ "$(python_version "$PYTHON")" = "$1" ]; }
+
 is_current() {
     [ -f "$stamp" ] || return 1 # the stamp is written last: without it an environment was never finished
     local version
     version=$(python_version "$python") || return 1
+    is_wanted_version "$version" || return 1
     describe_inputs "$version" | cmp -s - "$stamp"
 }
 
@@ -81,29 +85,32 @@ unlock_env() {
     fi
 }
 
-pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint "$root/scripts/constraints.txt" "$@"; }
+pip_install() { "$python" -m pip install -qq --disable-pip-version-check --constraint "$root/scripts/constraints.txt" "$@"; }
 
 build_env() {
     local base version
     version=$(python_version "$python" || true)
-    if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$(describe_inputs "$version" | head -n 1)" ]; then
+    if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$(describe_base "$version")" ] && is_wanted_version "$version"; then
         say "updating .venv: pyproject.toml or scripts/constraints.txt has changed"
     else
         base=$(find_python) || exit 2
-        say "making .venv with $base (Python $(python_version "$base")); downloads torch and DeepSpeed, which takes a few minutes"
+        say "making .venv with $base (Python $(python_version "$base")); this downloads torch, which takes a few minutes"
         if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
             die "$venv exists and is no virtual environment; move it away"
         fi
         "$base" -m venv --clear "$venv" || die "$base could not make a virtual environment in $venv"
     fi
-    rm -f -- "$stamp"
+    rm -f -- "$stamp" # from here until the end, this environment counts as unfinished
 
     # torch comes first because DeepSpeed's setup.py imports it; for the same reason DeepSpeed is built without
     # isolation, with its build tools installed beforehand. DS_BUILD_OPS=0: no compiled kernels, so no compiler is needed.
+    say "  build tools, torch"
     pip_install 'setuptools>=77' wheel packaging || die "pip could not install the build tools (its message is above)"
     pip_install torch numpy ninja psutil py-cpuinfo || die "pip could not install torch (its message is above)"
+    say "  DeepSpeed"
     DS_BUILD_OPS=0 pip_install --no-build-isolation "deepspeed==$deepspeed_version" ||
         die "pip could not install DeepSpeed (its message is above)"
+    say "  universal-checkpoint, and what its tests need"
     pip_install --no-build-isolation --editable "$root[deepspeed,test]" ||
         die "pip could not install this project (its message is above)"
 
