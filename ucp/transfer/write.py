@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import zlib
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ucp.errors import BadArgument, DestinationError
+from ucp.storage.crc32 import Crc32Entry, combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
@@ -76,6 +79,7 @@ def write_files(
                 progress(done, total)
         while open_files and open_files[0].is_complete:
             output = open_files.popleft()
+            output.seal()
             if digests:
                 results[output.file.name] = output.digests()
             flusher.close(output)
@@ -140,6 +144,7 @@ class _Output:
     remaining: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     unflushed: int = 0
+    crcs: defaultdict[Crc32Entry, list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def create(cls, folder: str, file: TargetFile, digests: bool) -> _Output:
@@ -176,8 +181,42 @@ class _Output:
         with self.lock:
             self.remaining -= count
 
+    def note_crcs(self, start: int, window: memoryview) -> None:
+        """Keep the CRC-32 of each part of an entry that lies in this window, which begins at byte ``start``."""
+        entries = self.file.crc32_entries
+        stop = start + len(window)
+        for index in range(bisect_right(entries, start, key=_end_of), len(entries)):
+            entry = entries[index]
+            if entry.offset >= stop:
+                break
+            first, last = max(entry.offset, start), min(_end_of(entry), stop)
+            crc = zlib.crc32(window[first - start : last - start])
+            with self.lock:
+                self.crcs[entry].append((first, last - first, crc))
+
+    def seal(self) -> None:
+        """Store the CRCs where the file wants them, and digest the chunks around them anew. The file is complete."""
+        touched: set[int] = set()
+        try:
+            for entry, parts in self.crcs.items():
+                crc = combine_all((crc, size) for _, size, crc in sorted(parts))
+                for position in entry.positions:
+                    os.pwrite(self.fd, crc.to_bytes(4, "little"), position)
+                    touched.update((position // CHUNK, (position + 3) // CHUNK))
+            if self.table is None:
+                return
+            for chunk in touched:
+                raw = os.pread(self.fd, min(CHUNK, self.file.size - chunk * CHUNK), chunk * CHUNK)
+                self.table[chunk * WIDTH : (chunk + 1) * WIDTH] = digest_chunks(raw)
+        except OSError as error:
+            raise _failed(self.path, error) from error
+
     def digests(self) -> ChunkDigests:
         return ChunkDigests(self.file.size, bytes(self.table or b""))
+
+
+def _end_of(entry: Crc32Entry) -> int:
+    return entry.offset + entry.size
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -264,6 +303,8 @@ def _write_window(reader: Reader, output: _Output, index: int, window: int, work
         found = digest_chunks(filled)
         first = start // CHUNK * WIDTH
         output.table[first : first + len(found)] = found
+    if output.file.crc32_entries:
+        output.note_crcs(start, filled)
     try:
         done = 0
         while done < size:
