@@ -398,7 +398,7 @@ def test_entries_of_the_same_name_are_damaged(tmp_path: Path) -> None:
 
 
 @each_format
-@law(300)
+@law(150)
 @given(data=st.data())
 def test_any_damage_is_reported_as_ours(
     tmp_path_factory: pytest.TempPathFactory, file_format: str, data: st.DataObject

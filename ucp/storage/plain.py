@@ -11,6 +11,7 @@ import base64
 import collections
 import math
 import pathlib
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 # Ints beyond this are written in hexadecimal: decimal digits of any number take Python quadratic time, and it refuses.
 _ORDINARY_INT = 1 << 64
+
+# What `numpy.dtype.str` is for the types that are stored.
+_NUMPY_TYPE = re.compile(r"[<>|](?:[biufc]\d{1,2}|[SU]\d{1,9}|[Mm]8(?:\[\w{1,12}\])?)", re.ASCII)
 
 _FACTORIES: dict[str, Any] = {
     "dict": dict,
@@ -340,10 +344,9 @@ def _decode_counter(self: _Decoder, data: dict[str, Any]) -> Any:
 
 
 def _decode_dtype(text: Any) -> np.dtype[Any]:
-    dtype = np.dtype(str(text))
-    if dtype.kind not in "biufcSUMm":
+    if not _NUMPY_TYPE.fullmatch(text):
         raise ValueError(f"a numpy type {text!r}")
-    return dtype
+    return np.dtype(text)
 
 
 def _decode_array(self: _Decoder, data: dict[str, Any]) -> Any:
