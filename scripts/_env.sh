@@ -119,8 +119,10 @@ build_env() {
 }
 
 ensure_env() {
-    is_current && return
-    lock_env
-    is_current || build_env
-    unlock_env
+    if ! is_current; then
+        lock_env
+        is_current || build_env
+        unlock_env
+    fi
+    export PATH=$venv/bin:$PATH # DeepSpeed looks for ninja there
 }

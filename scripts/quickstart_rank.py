@@ -92,6 +92,8 @@ def start_process_group(device: str) -> torch.device:
         torch.cuda.set_device(index)
         deepspeed.init_distributed("nccl")
         return torch.device("cuda", index)
+    # DeepSpeed would look for a compiler and build a kernel for inference, which takes a minute and is not used here.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("gloo")
     return torch.device("cpu")
 
