@@ -29,7 +29,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
 from ucp.storage.digests import verify_range
-from ucp.storage.dtypes import itemsize, to_torch
+from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
 from ucp.storage.values import DeviceName, DtypeName, Size, TensorRef
 from ucp.transfer.gather import Reader, Want, gather
@@ -109,11 +109,11 @@ class Checkpoint:
 
         tensor = self._tensor(name, state)
         offsets, sizes = _region(name, tensor.shape, region)
-        width = itemsize(tensor.dtype)
-        raw = torch.empty(numel(sizes) * width, dtype=torch.uint8)
+        out = torch.empty(sizes, dtype=to_torch(tensor.dtype))
         if numel(sizes):
-            gather(self._reader, [Want(tensor, box(offsets, sizes), tensor.dtype)], [raw.numpy()])
-        return raw.view(to_torch(tensor.dtype)).reshape(sizes)
+            raw = out.reshape(-1).view(torch.uint8).numpy()
+            gather(self._reader, [Want(tensor, box(offsets, sizes), tensor.dtype)], [raw])
+        return out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Read every byte that has a digest and check it; returns how many bytes that were (0: it has no digests).
@@ -148,16 +148,17 @@ class Checkpoint:
         """A tensor of the training state."""
         import torch
 
+        dtype = to_torch(ref.dtype)
+        if not ref.numel:
+            return torch.empty(ref.shape, dtype=dtype)
         index = next((k for k, file in enumerate(self.catalog.files) if file.path == ref.file), None)
         start, stop = ref.span
         raw = np.empty(stop - start, np.uint8)
-        if raw.size:
-            if index is None:
-                self._files.read_into(ref.file, start, memoryview(raw.data))
-            else:
-                self._reader.read_into(index, start, raw, OrderedDict())
-        flat = torch.from_numpy(raw).view(to_torch(ref.dtype))
-        return flat.as_strided(ref.shape, ref.strides).clone() if ref.numel else flat.reshape(ref.shape)
+        if index is None:
+            self._files.read_into(ref.file, start, memoryview(raw.data))
+        else:
+            self._reader.read_into(index, start, raw, OrderedDict())
+        return torch.from_numpy(raw).view(dtype).as_strided(ref.shape, ref.strides).clone()
 
 
 def open(  # noqa: A001 (`ucp.open` is the public name)
