@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,16 @@ HEADER = 24  # bytes before the data of each file
 class Raw:
     """A catalog, and what every logical tensor in it really is (bfloat16 as uint16 bits)."""
 
-    catalog: Catalog
-    truth: Mapping[tuple[str, str], Array]
+    catalog: Catalog = field(repr=False)
+    truth: Mapping[tuple[str, str], Array] = field(repr=False)
 
     def tensor(self, name: str, state: str) -> torch.Tensor:
         """The truth as torch has it."""
         found = self.catalog.tensors[name, state]
-        flat = torch.from_numpy(np.array(self.truth[name, state]).reshape(-1).view(np.uint8).copy())
-        return flat.view(to_torch(found.dtype)).reshape(found.shape)
+        out = torch.empty(found.shape, dtype=to_torch(found.dtype))
+        if out.numel():
+            out.reshape(-1).view(torch.uint8).numpy()[:] = np.array(self.truth[name, state]).reshape(-1).view(np.uint8)
+        return out
 
 
 def make(
