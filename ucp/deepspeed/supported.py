@@ -66,6 +66,8 @@ def _unsupported(engine: Any) -> Iterator[str]:
                 yield "SuperOffload (offload_optimizer.super_offload)"
     if getattr(zero, "zenflow", None) is not None:
         yield "ZenFlow (zero_optimization.zenflow)"
+    if getattr(engine.optimizer, "save_muon_momentum_buffer_in_memory", False):
+        yield "Muon's momentum outside the optimizer's state (zero_optimization.save_muon_momentum_buffer_in_memory)"
     if engine.use_node_local_storage():
         yield "node-local checkpoint storage (checkpoint.use_node_local_storage): every rank must see all files"
     if getattr(engine.optimizer, "offloaded_states", None):

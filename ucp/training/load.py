@@ -97,7 +97,7 @@ def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -
         current = target.current(slot.key, state)
         if current is not None:
             return current.to(to_torch(dtype))
-    return torch.zeros(slot.length, dtype=to_torch(dtype))
+    return torch.zeros(slot.placement(state).length, dtype=to_torch(dtype))
 
 
 def _threads() -> int:

@@ -174,6 +174,7 @@ def _states(
         names_of &= expects
     elif expects is None:
         found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(names_of)}")
+    places = {state: dict(zip(slot.members, slot.placement(state).blocks, strict=True)) for state in names_of}
     for state in sorted(names_of):
         for member, info in members:
             tensor = catalog.tensors[info.name, state]
@@ -184,7 +185,7 @@ def _states(
                     "here, which would lose bits"
                 )
                 return
-            wants.setdefault((slot.key, state, dtype), []).append(Want(tensor, member.blocks, dtype))
+            wants.setdefault((slot.key, state, dtype), []).append(Want(tensor, places[state][member], dtype))
     scalars[slot.key] = dict(first.scalars) if names_of or first.scalars and not never_stepped else {}
 
 

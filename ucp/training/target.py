@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """A parameter (or buffer) of the model, and what of it this rank's slot holds.
 
@@ -32,13 +32,22 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a state lies that an optimizer lays out otherwise than the weights: its flat length, in elements, and the
+    blocks of each member, in the members' order."""
+
+    length: int
+    blocks: tuple[Blocks, ...]
+
+
+@dataclass(frozen=True)
 class Slot:
     """One flat buffer of this rank that an optimizer treats as one tensor, or one tensor outside the optimizer.
 
     key: unique, in the adapter's order. kind: 'parameter' (an optimizer updates it), 'frozen' or 'buffer'.
     length: elements, padding included. dtype: of the most precise weights held here. members: all parameters that lie
     in this slot on any rank, so that all ranks judge alike. group: index of the param group. states: the optimizer
-    states that exist now -> dtype (a fresh optimizer has none yet).
+    states that exist now -> dtype (a fresh optimizer has none yet). placed: states that lie otherwise than the weights.
     """
 
     key: int
@@ -48,6 +57,11 @@ class Slot:
     members: tuple[Member, ...]
     group: int | None = None
     states: Mapping[str, str] = field(default_factory=dict)
+    placed: Mapping[str, Placement] = field(default_factory=dict)
+
+    def placement(self, state: str) -> Placement:
+        """Where a state of this slot lies; ``placed`` where it says so, else as the weights do."""
+        return self.placed.get(state) or Placement(self.length, tuple(m.blocks for m in self.members))
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Group:
 class Loaded:
     """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
 
-    tensors: flat 1-d tensors of the slot's length, padding zero. scalars: slot key -> {'step': ...}; a slot that is
+    tensors: flat 1-d tensors of the placement's length, padding zero. scalars: slot key -> {'step': ...}; a slot that is
     named here gets exactly the states brought for it. options: param group index -> hyperparameters to set.
     sources: param group index -> the checkpoint's group with the same parameters. training_state: None where only weights were asked for.
     """

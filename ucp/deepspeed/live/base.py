@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
 from ucp.parallel.zero import ceil_partition
 from ucp.storage.dtypes import from_torch
@@ -93,11 +94,12 @@ def put_states(
         return
     state = optimizer.state[param]
     for name, values in tensors.items():
+        shape = param.shape if values.numel() == param.numel() else values.shape
         live = state.get(name)
-        if isinstance(live, torch.Tensor) and live.shape == param.shape:
-            live.data.copy_(values.view(param.shape))
+        if isinstance(live, torch.Tensor) and live.shape == shape:
+            live.data.copy_(values.view(shape))
         else:
-            state[name] = values.view(param.shape).to(param.device)
+            state[name] = values.view(shape).to(param.device)
     for name, value in loaded.scalars[key].items():
         state[name] = scalar_like(state.get(name), optimizer, param, group, value)
 
@@ -122,6 +124,18 @@ def set_group_options(group: dict[str, Any], options: Mapping[str, Any]) -> None
             live.fill_(value)
         else:
             group[name] = value
+
+
+def check_groups(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Raise Unsupported if the inner optimizer has not one param group for each of DeepSpeed's.
+
+    DeepSpeed makes torch's Adagrad anew with a single group, and cannot train it then if there were several.
+    """
+    if len(optimizer.param_groups) != count:
+        raise Unsupported(
+            f"{type(optimizer).__name__} has {len(optimizer.param_groups)} param groups where the engine has {count}: "
+            "DeepSpeed lost them; use one param group with this optimizer"
+        )
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:

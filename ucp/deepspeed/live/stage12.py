@@ -13,11 +13,22 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ucp.deepspeed.live.base import host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import expected_states
+from ucp.geometry import empty, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition
 from ucp.storage.dtypes import from_torch
-from ucp.training.target import Group, Loaded, Member, Slot
+from ucp.training.target import Group, Loaded, Member, Placement, Slot
+
+
+def whole_in_partition(members: Sequence[Member]) -> Placement:
+    """Every parameter of which this rank's partition holds some part, whole, end to end without padding."""
+    blocks, at = [], 0
+    for member in members:
+        held = len(member.blocks) > 0
+        blocks.append(whole(member.shape, at) if held else empty(len(member.shape)))
+        at += numel(member.shape) if held else 0
+    return Placement(at, tuple(blocks))
 
 
 class Stage12:
@@ -38,6 +49,7 @@ class Stage12:
             self._flats = self._zero.single_partition_of_fp32_groups
             self._params = self._zero.round_robin_bit16_groups
             self._offsets = [list(o) for o in self._zero.round_robin_bit16_offsets]
+        check_groups(self._inner, len(self._flats))
 
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         slots = []
@@ -50,8 +62,18 @@ class Stage12:
             )
             self._keys.append(next(keys))
             states = state_dtypes(self._inner.state.get(flat, {}), size)
-            slots.append(Slot(self._keys[-1], "parameter", size, from_torch(flat.dtype), members, g, states))
+            placed = {}
+            if self._keeps_whole_momentum(g):
+                placed["momentum_buffer"] = whole_in_partition(members)
+                states |= state_dtypes(self._inner.state.get(flat, {}), placed["momentum_buffer"].length)
+            slots.append(Slot(self._keys[-1], "parameter", size, from_torch(flat.dtype), members, g, states, placed))
         return slots
+
+    def _keeps_whole_momentum(self, g: int) -> bool:
+        """Stages 1 and 2 without offload: Muon orthogonalises whole matrices, so every rank keeps the momentum of every
+        matrix that its partition touches (``stage_1_and_2.py: _muon_momentum_buffer``)."""
+        stage12 = isinstance(self._zero, DeepSpeedZeroOptimizer) and not self._zero.cpu_offload
+        return stage12 and bool(self._inner.param_groups[g].get("use_muon"))
 
     def groups(self) -> list[Group]:
         return [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ucp.deepspeed.live.base import host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import expected_states
 from ucp.errors import Unsupported
 from ucp.parallel.zero import ceil_partition, ceil_size
@@ -27,6 +27,7 @@ class Stage3:
         self._inner: torch.optim.Optimizer = self._zero.optimizer
         self._flats: Sequence[torch.Tensor] = self._zero.fp32_partitioned_groups_flat
         self._keys: list[int] = []
+        check_groups(self._inner, 1 + max(self._zero.sub_group_to_group_id.values(), default=-1))
 
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         slots = []

@@ -83,10 +83,11 @@ def read(
             raise DamagedCheckpoint(
                 f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
             )
-        reader = stage3.read if stage == 3 else stage12.read
-        groups = reader(builder, optim, model.param_shapes, aliases)
         if stage == 3:
+            groups = stage3.read(builder, optim, model.param_shapes, aliases)
             stage3.read_frozen(builder, models, aliases)
+        else:
+            groups = stage12.read(builder, optim, model.param_shapes, aliases, _offloads_optimizer(model))
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
         groups = stage0.read(builder, model, candidates, aliases, param_names)
@@ -119,6 +120,12 @@ def _refuse_unsupported(model: ModelFile) -> None:
     zero = model.config.get("zero_optimization")
     if isinstance(zero, Mapping) and int(zero.get("mics_shard_size", -1) or -1) > 0:
         raise Unsupported(f"{model.path}: was saved under MiCS ('mics_shard_size'), whose cuts are not supported")
+
+
+def _offloads_optimizer(model: ModelFile) -> bool:
+    zero = model.config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    return isinstance(offload, Mapping) and offload.get("device") in ("cpu", "nvme")
 
 
 def _trainable_names(model: ModelFile) -> list[str]:

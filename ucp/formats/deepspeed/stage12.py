@@ -10,6 +10,7 @@ are saved without the padding at their end, everything else with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from ucp.formats.deepspeed.build import (
     same_on_all_ranks,
     split_state,
 )
-from ucp.geometry import Shape, numel
+from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition
 from ucp.storage.values import TensorRef
 
+MOMENTUM = "momentum_buffer"
 MASTERS = "single_partition_of_fp32_groups"
 
 
@@ -36,8 +38,10 @@ def read(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
     groups: list[dict[str, Shape]],
     aliases: Mapping[str, list[str]],
+    offloaded: bool,
 ) -> list[ParamGroup]:
-    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``."""
+    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``; offloaded: the
+    optimizer's states were kept on the host (``offload_optimizer``)."""
     dp = len(optim)
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
     out: list[ParamGroup] = []
@@ -61,18 +65,56 @@ def read(
                 f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
                 f"need {total}; files of two runs are mixed"
             )
-        held = {r: (path, _state(builder, path, sd, g, (size, size - padding[r]))) for r, (path, sd) in optim.items()}
+        cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
+        momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, offloaded) else None
+        held = {
+            r: (path, _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None))
+            for r, (path, sd) in optim.items()
+        }
         states, scalars = join_states(f"group {g}", held)
-        for (name, shape), offset in zip(shapes.items(), offsets, strict=True):
-            blocks = flat_partition(shape, offset, size)
-            by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
-            tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
+        by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
+        for name, shape in shapes.items():
+            tensors = []
+            for state, refs in by_rank.items():
+                cut = momentum.blocks[name] if momentum and state == MOMENTUM else cuts[name]
+                tensors.append(builder.pieces(name, state, shape, cut, refs))
             builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
         options = same_on_all_ranks(f"the param group {g}", {p: _options(sd, g) for p, sd in optim.values()})
         if options and "step" in options:
             _step_into_scalars(builder, shapes, options.pop("step"))
         out.append(ParamGroup(tuple(shapes), options))
     return out
+
+
+@dataclass(frozen=True)
+class _Momentum:
+    """Muon's momentum buffers: their length on each rank, and where each parameter's lies, on the first rank with it."""
+
+    lengths: Mapping[int, int]
+    blocks: Mapping[str, Blocks]
+
+
+def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> bool:
+    """Whether this is a group of Muon's that keeps momenta of whole matrices, not of partitions.
+
+    Stages 1 and 2 without offload: every rank keeps, end to end, the momentum of every matrix that its partition
+    touches, so that a matrix cut by a boundary has its momentum on both sides (``_muon_momentum_buffer``).
+    """
+    base = sd.get("base_optimizer_state")
+    return (
+        "zero_stage" in sd and not offloaded and isinstance(base, Mapping) and bool(base["param_groups"][g].get("use_muon"))
+    )
+
+
+def _whole_momentum(shapes: Mapping[str, Shape], cuts: Mapping[str, Blocks], dp: int) -> _Momentum:
+    lengths = dict.fromkeys(range(dp), 0)
+    blocks: dict[str, Blocks] = {}
+    for name, shape in shapes.items():
+        for r in sorted(set(cuts[name].buffers.tolist())):
+            blocks.setdefault(name, whole(shape, lengths[r], r))
+            lengths[r] += numel(shape)
+        blocks.setdefault(name, cuts[name])
+    return _Momentum(lengths, blocks)
 
 
 def _padding(sd: Mapping[str, Any], g: int) -> int:
@@ -96,7 +138,9 @@ def _check_count(optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, dp
             )
 
 
-def _state(builder: Builder, path: Path, sd: Mapping[str, Any], g: int, lengths: tuple[int, ...]) -> FlatState:
+def _state(
+    builder: Builder, path: Path, sd: Mapping[str, Any], g: int, lengths: tuple[int, ...], momentum: int | None
+) -> FlatState:
     """One rank's states of one group. An elastic checkpoint keeps a list of states, without the padding."""
     base = sd.get("base_optimizer_state")
     if isinstance(base, (list, tuple)):
@@ -108,7 +152,11 @@ def _state(builder: Builder, path: Path, sd: Mapping[str, Any], g: int, lengths:
         state = base["state"].get(params[0], {}) if params else {}
     else:
         raise DamagedCheckpoint(f"{path}: 'base_optimizer_state' is missing; this is no complete optimizer file")
-    return split_state(builder, path, f"group {g}", state, lengths)
+    if momentum is None:
+        return split_state(builder, path, f"group {g}", state, lengths)
+    rest = split_state(builder, path, f"group {g}", {k: v for k, v in state.items() if k != MOMENTUM}, lengths)
+    own = split_state(builder, path, f"group {g}", {k: v for k, v in state.items() if k == MOMENTUM}, (momentum,))
+    return FlatState({**rest.tensors, **own.tensors}, {**rest.scalars, **own.scalars})
 
 
 def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
@@ -118,8 +166,6 @@ def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
 
 def _step_into_scalars(builder: Builder, names: Mapping[str, Shape], step: Any) -> None:
     """FusedAdam and DeepSpeedCPUAdam (once it was loaded) count steps in the param group: one count per parameter."""
-    from dataclasses import replace
-
     for name in names:
         info = builder.parameters[name]
         builder.parameters[name] = replace(info, scalars={"step": step, **info.scalars})
