@@ -186,9 +186,10 @@ def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, 
             full = os.path.normpath(os.path.join(inside, name))
         try:
             stat = os.stat(full)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the name cannot be a file's
+            reason = getattr(error, "strerror", None) or error
             raise DamagedCheckpoint(
-                f"{full}: cannot be read ({error.strerror or error}), but the manifest '{fields.path}' needs it"
+                f"{full}: cannot be read ({reason}), but the manifest '{fields.path}' needs it"
             ) from error
         if stat.st_size != size:
             what = "is truncated or was changed" if stat.st_size < size else "was changed"
@@ -204,9 +205,10 @@ def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, 
 
 def _inside(fields: _Fields, folder: str, name: str) -> str:
     """The full path of a file that must lie in the manifest's folder, whatever links there are."""
-    parts = name.split("/")
-    full = os.path.realpath(os.path.join(folder, name))
-    if os.path.isabs(name) or ".." in parts or "\0" in name or os.path.commonpath([folder, full]) != folder:
+    full = ""
+    if not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name:
+        full = os.path.realpath(os.path.join(folder, name))
+    if not full or os.path.commonpath([folder, full]) != folder:
         raise fields.damaged(f"points at '{name}', outside its own folder; such a manifest is not followed")
     return full
 

@@ -73,13 +73,40 @@ def decode(path: str, data: Any, tensors: Mapping[str, TensorRef]) -> TrainingSt
             )
         return tensors[key]
 
+    listed = data.get("param_groups")
+    if not isinstance(listed, list):
+        raise DamagedCheckpoint(f"{path}: the training state has no list of param groups")
     groups = []
-    for group in data.get("param_groups", []):
+    for group in listed:
         if not isinstance(group, dict) or not isinstance(group.get("names"), list):
             raise DamagedCheckpoint(f"{path}: a param group has no list of names")
-        groups.append(ParamGroup(tuple(map(str, group["names"])), plain.decode(group.get("options"), get)))
+        options = plain.decode(group.get("options"), get)
+        _check(path, "param group options", options, (dict, type(None)))
+        groups.append(ParamGroup(tuple(map(str, group["names"])), options))
     values = {name: plain.decode(data[name], get) for name in _PLAIN if name in data}
+    for name, value in values.items():
+        _check(path, name, value, _TYPES.get(name, (object,)))
     return TrainingState(param_groups=tuple(groups), **values)
+
+
+_NUMBER = (int, type(None))
+_TYPES: dict[str, tuple[type, ...]] = {
+    "loss_scaler": (dict, type(None)),
+    "clip_grad": (int, float, type(None)),
+    "global_steps": _NUMBER,
+    "global_samples": _NUMBER,
+    "skipped_steps": _NUMBER,
+    "dp_world_size": _NUMBER,
+    "global_batch_size": _NUMBER,
+    "extra": (dict,),
+    "client_state": (dict,),
+    "config": (dict,),
+}
+
+
+def _check(path: str, name: str, value: Any, types: tuple[type, ...]) -> None:
+    if not isinstance(value, types):
+        raise DamagedCheckpoint(f"{path}: the training state's {name} is a {type(value).__name__}")
 
 
 def with_sources(catalog: Catalog, tensors: Tensors) -> Catalog:
