@@ -191,6 +191,39 @@ def test_a_short_pickle_cannot_take_much_memory(bomb: str) -> None:
         tracemalloc.stop()
 
 
+DEEP = b")" + b"\x85" * 200_000
+SHARED = b"K\x01" + b"2\x86" * 5_000  # a tuple of itself twice, over and over: small to write, endless to hash
+
+
+@pytest.mark.parametrize("key", [DEEP, SHARED])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (b"}", b"K\x01s."),
+        (b"}(", b"K\x01u."),
+        (b"(", b"K\x01d."),
+        (b"\x8f(", b"\x90."),
+        (b"(", b"\x91."),
+        (b"cbuiltins\nset\n](", b"e\x85R."),
+        (b"cbuiltins\nfrozenset\n](", b"e\x85R."),
+        (b"ccollections\nOrderedDict\n](", b"K\x01\x86e\x85R."),
+        (b"ccollections\nCounter\n](", b"K\x01\x86e\x85R."),
+    ],
+)
+def test_keys_cannot_overflow_the_stack(key: bytes, start: bytes, end: bytes) -> None:
+    with pytest.raises(DamagedCheckpoint, match="more than a thousand parts"):
+        run(b"\x80\x04" + start + key + end)
+
+
+def test_deep_values_are_no_danger() -> None:
+    value = run(b"\x80\x04" + DEEP + b".")
+    depth = 0
+    while value:
+        (value,) = value
+        depth += 1
+    assert depth == 200_000
+
+
 def test_classes_cannot_be_changed() -> None:
     before = dict(vars(argparse.Namespace))
     state = b"N}X\x08\x00\x00\x00__init__NsX\x04\x00\x00\x00evilK\x01s\x86"

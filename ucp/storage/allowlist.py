@@ -11,7 +11,7 @@ import collections
 import math
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,8 @@ class Storage:
         self.start = start
 
 
-# DeepSpeed classes seen in its checkpoints; they become `Standin`s. The older places are those of releases 0.3 to 0.8.
+# DeepSpeed classes seen in its checkpoints; they become `Standin`s. Releases of 2022 had `fragment_address` in
+# bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
 STANDINS = frozenset(
     {
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -69,7 +70,6 @@ STANDINS = frozenset(
         ("deepspeed.runtime.zero.offload_config", "OffloadDeviceEnum"),
         ("deepspeed.runtime.config", "DtypeEnum"),
         ("deepspeed.utils.tensor_fragment", "fragment_address"),
-        ("deepspeed.utils.mixed_precision_linkage", "fragment_address"),
         ("deepspeed.runtime.bf16_optimizer", "fragment_address"),
         ("deepspeed.pt.loss_scaler", "LossScaler"),
         ("deepspeed.pt.loss_scaler", "DynamicLossScaler"),
@@ -144,6 +144,28 @@ def call(target: Global, args: tuple[Any, ...]) -> Any:
     if key in STANDINS:
         return Standin(target.module, target.name, args)
     raise TypeError(f"{target} is not something that a checkpoint calls")
+
+
+def checked_keys(keys: Iterable[Any]) -> Any:
+    """The same keys, after a look at their size; raises ValueError for one of more than a thousand parts.
+
+    Python hashes nested tuples without any limit: a short pickle would overflow the stack and end the process, or take
+    years.
+    """
+    for key in keys:
+        if type(key) in _NESTING:
+            todo, seen = [key], 0
+            while todo:
+                item = todo.pop()
+                seen += 1
+                if seen > 1000:
+                    raise ValueError("a key of more than a thousand parts")
+                if type(item) in _NESTING:
+                    todo.extend(item if isinstance(item, tuple) else item.class_args)
+    return keys
+
+
+_NESTING = (tuple, Standin)
 
 
 def build(obj: Any, state: Any) -> None:
@@ -279,8 +301,14 @@ def _namespace(*args: Any) -> argparse.Namespace:
     return argparse.Namespace()
 
 
+def _pairs(items: Any) -> list[tuple[Any, Any]]:
+    pairs = list(items.items()) if isinstance(items, dict) else [(key, value) for key, value in _sequence(items)]
+    checked_keys(key for key, _ in pairs)
+    return pairs
+
+
 def _ordered_dict(items: Any = ()) -> collections.OrderedDict[Any, Any]:
-    return collections.OrderedDict(items)
+    return collections.OrderedDict(_pairs(items))
 
 
 def _defaultdict(factory: Any = None, items: Any = ()) -> collections.defaultdict[Any, Any]:
@@ -288,11 +316,11 @@ def _defaultdict(factory: Any = None, items: Any = ()) -> collections.defaultdic
         if type(factory) is not Global or (factory.module, factory.name) not in FACTORIES:
             raise TypeError(f"a defaultdict of {factory}, whose factory is not a plain built-in class")
         factory = FACTORIES[factory.module, factory.name]
-    return collections.defaultdict(factory, items)
+    return collections.defaultdict(factory, _pairs(items))
 
 
 def _counter(items: Any = ()) -> collections.Counter[Any]:
-    return collections.Counter(dict(items))
+    return collections.Counter(dict(_pairs(items)))
 
 
 def _deque(items: Any = (), maxlen: Any = None) -> collections.deque[Any]:
@@ -442,8 +470,8 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "Counter"): _counter,
     ("collections", "deque"): _deque,
     ("_codecs", "encode"): _encode,
-    ("builtins", "set"): lambda items=(): set(_sequence(items)),
-    ("builtins", "frozenset"): lambda items=(): frozenset(_sequence(items)),
+    ("builtins", "set"): lambda items=(): set(checked_keys(_sequence(items))),
+    ("builtins", "frozenset"): lambda items=(): frozenset(checked_keys(_sequence(items))),
     ("builtins", "slice"): lambda *args: slice(*args),
     ("builtins", "complex"): _complex,
     ("builtins", "bytes"): _bytes,

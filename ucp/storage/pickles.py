@@ -198,6 +198,7 @@ class Unpickler:
             raise ValueError("a key without its value")
         if type(target) not in _DICTS and (not self._trust or _is_inert(target)):
             raise TypeError(f"items are set in a {type(target).__name__}")
+        allowlist.checked_keys(items[::2])
         for at in range(0, len(items), 2):
             target[items[at]] = items[at + 1]
 
@@ -258,7 +259,7 @@ _pusher(b")", lambda self: ())  # EMPTY_TUPLE
 _pusher(b"\x8f", lambda self: set())  # EMPTY_SET
 _pusher(b"t", lambda self: tuple(self._pop_to_mark()))  # TUPLE
 _pusher(b"l", lambda self: self._pop_to_mark())  # LIST
-_pusher(b"\x91", lambda self: frozenset(self._pop_to_mark()))  # FROZENSET
+_pusher(b"\x91", lambda self: frozenset(allowlist.checked_keys(self._pop_to_mark())))  # FROZENSET
 _pusher(b"\x85", lambda self: (self._pop(),))  # TUPLE1
 _pusher(b"(", lambda self: _MARK)  # MARK
 
@@ -350,7 +351,7 @@ def _add_items(self: Unpickler) -> None:
     target = self._top()
     if type(target) is not set:
         raise TypeError(f"items are added to a {type(target).__name__}")
-    target.update(items)
+    target.update(allowlist.checked_keys(items))
 
 
 @_opcode(b"q")  # BINPUT
