@@ -214,6 +214,16 @@ def test_one_column_of_long_rows_does_not_read_the_rows(tmp_path: Path, dtype: s
     assert np.array_equal(out.view(dtype), values[:, 99].astype(dtype))
 
 
+def test_gaps_between_long_runs_are_not_read(tmp_path: Path) -> None:
+    """Most of each 80 KB row, 12 KB left out: long enough to be worth a read of its own, however short the gap."""
+    shape = (30, 20_000)
+    bits = np.random.default_rng(17).integers(0, 2**32, shape, np.uint32)
+    held, tensor = simple(tmp_path, bits, "float32")
+    out = np.zeros(30 * 17_000 * 4, np.uint8)
+    assert read(held, [Want(tensor, box((0, 2000), (30, 17_000)), "float32")], [out]) == out.nbytes
+    assert out.tobytes() == bits[:, 2000:19_000].tobytes()
+
+
 def test_a_narrow_column_shard_is_read_in_one_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs with short gaps: a few long reads, not one for each row."""
     shape = (4000, 100)
@@ -515,6 +525,10 @@ def test_a_flipped_bit_is_noticed_in_the_chunks_that_are_touched(tmp_path: Path,
             assert out.tobytes() == bits[first : first + 50, columns].tobytes()
     assert touched
     assert missed
+    out = np.zeros(bits.nbytes, np.uint8)
+    for target in (whole(shape), box((0, 0), shape, 0, (1, 1000))):  # chunks read in place, and through scratch
+        with pytest.raises(DigestMismatch, match=f"chunk {chunk} "):
+            read(held, [Want(tensor, target, "float32")], [out], threads=1)
     with Files() as files:  # and not at all by who asks not to verify
         gather(
             Reader(held, files, verify=False), [Want(tensor, whole(shape), "float32")], [np.zeros(3_600_000, np.uint8)]
