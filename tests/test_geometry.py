@@ -52,7 +52,7 @@ def test_numel_and_row_major_are_numpys(shape: tuple[int, ...]) -> None:
 
 
 @given(p.with_empty, p.generators, st.integers(1, 9))
-@p.law(150)
+@p.law(100)
 def test_flat_ranges_hold_exactly_the_range_once(shape, rng, count) -> None:
     n = numel(shape)
     ends = np.sort(rng.integers(0, n + 1, (count, 2)), axis=1)
@@ -131,14 +131,14 @@ def test_box_lies_densely_unless_strides_say_otherwise() -> None:
 def test_take_in_buffer_and_concat(shape, rng) -> None:
     blocks, _ = p.partitions(rng, shape)
     index = rng.permutation(len(blocks))
-    taken = blocks.take(index)
-    assert [e.tolist() for e, _ in p.held(taken, shape)] == [p.held(blocks, shape)[i][0].tolist() for i in index]
+    taken, parts = p.held(blocks.take(index), shape), p.held(blocks, shape)
+    assert all(np.array_equal(taken[k], parts[i]) for k, i in enumerate(index))
     mask = rng.random(len(blocks)) < 0.5
     both = concat([blocks.take(mask), empty(len(shape)), blocks.take(~mask)], len(shape))
     assert same(both, blocks.take(np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)])))
     shifted = blocks.in_buffer(7, 100)
     assert set(shifted.buffers.tolist()) == {7}
-    for (e, w), (e2, w2) in zip(p.held(blocks, shape), p.held(shifted, shape), strict=True):
+    for (e, w), (e2, w2) in zip(parts, p.held(shifted, shape), strict=True):
         assert np.array_equal(e, e2)
         assert np.array_equal(w + 100, w2)
 
@@ -226,7 +226,7 @@ def test_boxes_that_lie_about_themselves_are_outside() -> None:
 
 
 @given(p.shapes, p.generators)
-@p.law(200)
+@p.law(120)
 def test_any_source_to_any_target_equals_the_direct_cut(shape, rng) -> None:
     source, source_lengths = p.partitions(rng, shape)
     target, target_lengths = p.partitions(rng, shape)
@@ -234,8 +234,8 @@ def test_any_source_to_any_target_equals_the_direct_cut(shape, rng) -> None:
     buffers = p.cut(source, source_lengths, tensor)
     copies = intersect(source, target)
     assert int(copies.counts.sum()) == numel(shape)
-    written = [(int(target.buffers[j]), int(at)) for _, j, _, write in p.moved(copies) for at in write]
-    assert len(set(written)) == len(written) == numel(shape)
+    written = [np.stack([np.full(write.shape, target.buffers[j]), write]) for _, j, _, write in p.moved(copies)]
+    assert np.unique(np.concatenate(written, axis=1), axis=1).shape[1] == numel(shape)
     expected = p.cut(target, target_lengths, tensor)
     for got, want in zip(p.copied(copies, source, target, buffers, target_lengths), expected, strict=True):
         assert np.array_equal(got, want)
@@ -289,7 +289,7 @@ def test_scalars() -> None:
 
 
 @given(p.generators, st.integers(0, 40), st.integers(0, 40), st.sampled_from([4, 20, 200]))
-@p.law(150)
+@p.law(100)
 def test_candidates_are_all_overlapping_pairs_once(rng, many, more, span) -> None:
     a_lo, b_lo = rng.integers(0, span, many), rng.integers(0, span, more)
     # Some very long ones among short ones: what a running maximum would stumble over.
@@ -319,37 +319,34 @@ def test_many_blocks_agree_with_trying_all_pairs(rng, shape) -> None:
 # ---- collapse and runs
 
 
-def pairs(source: np.ndarray, read: np.ndarray, write: np.ndarray) -> list[tuple[int, int, int]]:
-    return sorted(zip(source.tolist(), read.tolist(), write.tolist(), strict=True))
+def expanded(copies: Copies) -> np.ndarray:
+    """Every element copied: (which copy, position read, position written), from the copies as they are, sorted."""
+    rows = [np.stack([np.full(read.shape, i), read, write]) for i, (_, _, read, write) in enumerate(p.moved(copies))]
+    return in_order(np.concatenate(rows, axis=1))
 
 
-def expanded(copies: Copies) -> list[tuple[int, int, int]]:
-    """Every element copied: (which copy, position read, position written), from the copies as they are."""
-    out: list[tuple[int, int, int]] = []
-    for i, (_, _, read, write) in enumerate(p.moved(copies)):
-        out += pairs(np.full(len(read), i), read, write)
-    return sorted(out)
+def in_order(columns: np.ndarray) -> np.ndarray:
+    return columns[:, np.lexsort(columns[::-1])]
 
 
 @given(p.shapes, p.generators)
-@p.law(150)
+@p.law(100)
 def test_collapsed_copies_and_runs_move_the_same_elements(shape, rng) -> None:
     source, _ = p.partitions(rng, shape)
     target, _ = p.partitions(rng, shape)
     copies = intersect(source, target)
     collapsed = collapse(copies)
     truth = expanded(copies)
-    assert expanded(collapsed) == truth
+    assert np.array_equal(expanded(collapsed), truth)
     assert np.all(collapsed.source_strides[:, -1] == 1)
     assert np.all(collapsed.target_strides[:, -1] == 1)
 
     which, read, write, length = runs(copies)
     spelled = [
-        (int(w), int(r) + k, int(t) + k)
+        np.stack([np.full(n, w), np.arange(r, r + n), np.arange(t, t + n)])
         for w, r, t, n in zip(which, read, write, length, strict=True)
-        for k in range(n)
     ]
-    assert sorted(spelled) == truth
+    assert np.array_equal(in_order(np.concatenate(spelled, axis=1)), truth)
 
 
 @given(p.shapes, p.generators)

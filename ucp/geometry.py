@@ -217,7 +217,10 @@ class Copies:
 
 
 def _candidates(a_lo: Ints, a_hi: Ints, b_lo: Ints, b_hi: Ints) -> tuple[Ints, Ints]:
-    """All pairs (i, j) of overlapping non-empty intervals, each once; found by sorting, not by trying all pairs."""
+    """All pairs (i, j) of overlapping intervals, each once; found by sorting, not by trying all pairs.
+
+    An interval without elements may come with pairs that don't overlap.
+    """
     # Of two that overlap, either b begins inside a, or a begins inside b, after b's beginning.
     order_b, order_a = np.argsort(b_lo, kind="stable"), np.argsort(a_lo, kind="stable")
     first_b, first_a = b_lo[order_b], a_lo[order_a]
@@ -260,13 +263,11 @@ def _overlapping(a: Blocks, b: Blocks) -> tuple[Ints, Ints]:
 def intersect(source: Blocks, target: Blocks) -> Copies:
     """What must be copied so that the target's blocks hold what the source's blocks hold, box by box."""
     d = source.ndim
-    # A block of no elements overlaps nothing, and would break the intervals' order.
-    a, b = (np.flatnonzero(np.all(blocks.sizes > 0, axis=1)) for blocks in (source, target))
-    if d == 0 or not len(a) or not len(b):
-        i, j = np.repeat(a, len(b)), np.tile(b, len(a))
+    if d == 0 or not len(source) or not len(target):
+        i = np.repeat(np.arange(len(source)), len(target))
+        j = np.tile(np.arange(len(target)), len(source))
     else:
-        i, j = _overlapping(source.take(a), target.take(b))
-        i, j = a[i], b[j]
+        i, j = _overlapping(source, target)
     for k in range(d):
         # One axis at a time, so that pairs which fall apart on it are gone before the next one is looked at.
         lo = np.maximum(source.offsets[i, k], target.offsets[j, k])
