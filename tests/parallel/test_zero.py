@@ -196,6 +196,8 @@ def test_subgroups_close_with_the_parameter_that_fills_them() -> None:
     assert subgroups([4, 4, 4], 5) == [[0, 1], [2]]
     assert subgroups([4, 4, 4], 4) == [[0], [1], [2]]
     assert subgroups([1, 9, 1, 1], 2) == [[0, 1], [2, 3]]
+    assert subgroups([4, 0], 4) == [[0, 1]]
+    assert subgroups([4, 0, 4], 4) == [[0], [1, 2]]
 
 
 # ---- DeepSpeed's own functions
