@@ -237,11 +237,10 @@ def _sync(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    def complain(function: object, path: str, info: object) -> None:
-        log.warning("%s could not be removed", path)
-
     if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder, onerror=complain)
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            log.warning("%s could not be removed", folder)
     elif os.path.lexists(folder):
         folder.unlink()
 
