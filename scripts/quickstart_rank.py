@@ -53,6 +53,7 @@ def main() -> None:
         config["ucp"] = {"enabled": True}
         engine, *_ = ucp.deepspeed.initialize(model=model, model_parameters=param_groups(model), config=config)
         engine.load_checkpoint(str(args.checkpoint))
+        report["load"] = str(engine.ucp.last_load)
         report["state"] = compare_with_truth(engine, args.truth)
         resumed = range(args.save_at, args.steps)
         report["losses"] = train(engine, resumed, device)

@@ -100,16 +100,16 @@ def quickstart(args: argparse.Namespace) -> bool:
         step.note(f"saved after step {SAVE_AT}, went on to step {STEPS}: the uninterrupted run")
     with Step(f"Resume on {direct}, straight from DeepSpeed's files") as step:
         resumed_direct = launcher.run("resume", direct, "native")
-        step.note(state_line(resumed_direct))
+        note_load(step, resumed_direct)
     with Step("Convert: ucp-convert native universal") as step:
         launcher.convert("native", "universal")
         step.note(f"{megabytes(folder / 'native')} MB became {megabytes(folder / 'universal')} MB")
     with Step(f"Resume on {universal}, from the universal folder") as step:
         resumed_universal = launcher.run("resume", universal, "universal")
-        step.note(state_line(resumed_universal))
+        note_load(step, resumed_universal)
     with Step(f"Resume on {source} again, then twice wrongly on purpose") as step:
         resumed_same = launcher.run("resume", source, "native", "--controls")
-        step.note(state_line(resumed_same))
+        note_load(step, resumed_same)
 
     reference = trained["losses"][SAVE_AT:]
     columns = [
@@ -189,7 +189,13 @@ class Launcher:
     def _call(self, name: str, command: list[str]) -> None:
         self.count += 1
         log = self.folder / f"{self.count}-{name}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",  # there may be more ranks than cores
+            "TORCHDYNAMO_DISABLE": "1",  # nothing here is compiled, and loading the compiler costs each rank seconds
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
         if self.device == "cpu":
             environment["DS_ACCELERATOR"] = "cpu"
         else:
@@ -297,11 +303,13 @@ def differences(losses: list[float], reference: list[float]) -> tuple[float, flo
     return first, max(later)
 
 
-def state_line(report: dict[str, Any]) -> str:
+def note_load(step: Step, report: dict[str, Any]) -> None:
     state = report["state"]
+    step.note(report["load"])
     if state["differing"]:
-        return f"{mark(False)} state after loading: {len(state['differing'])} differences"
-    return f"{mark(True)} state after loading: all {state['tensors']} tensors bit-equal"
+        step.note(f"{mark(False)} the state differs from the one saved in {len(state['differing'])} places")
+    else:
+        step.note(f"{mark(True)} all {state['tensors']} tensors are bit-equal to those saved")
 
 
 def column_heading(layout: Layout) -> tuple[str, str]:
