@@ -9,10 +9,13 @@ data-parallel rank and ``starts`` the position in that rank's partition. Padding
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from ucp.geometry import Blocks, empty, flat_ranges, numel
+
+T = TypeVar("T")
 
 # DeepSpeed's nccl_start_alignment_factor: partitions start on 4-byte boundaries in 16-bit elements.
 ALIGNMENT = 2
@@ -50,6 +53,12 @@ def partition_size(total: int, dp: int, alignment: int = ALIGNMENT) -> int:
 def round_robin(count: int, dp: int) -> list[int]:
     """The order in which ``round_robin_gradients`` lays out a group's parameters: by index modulo dp, then index."""
     return [i for first in range(min(dp, count)) for i in range(first, count, dp)]
+
+
+def undo_round_robin(items: Sequence[T], dp: int) -> list[T]:
+    """The original order of what ``round_robin_gradients`` laid out in this order."""
+    original = dict(zip(round_robin(len(items), dp), items, strict=True))
+    return [original[i] for i in range(len(items))]
 
 
 def flat_partition(shape: Sequence[int], offset: int, size: int) -> Blocks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ucp.formats.deepspeed import stage0, stage3, stage12
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.model import ModelFile, tied_by_storage
 from ucp.parallel.mesh import Layout
+from ucp.parallel.zero import undo_round_robin
 from ucp.storage.files import Files
 from ucp.storage.values import Standin
 
@@ -88,6 +90,9 @@ def read(
             stage3.read_frozen(builder, models, aliases)
         else:
             groups = stage12.read(builder, optim, model.param_shapes, aliases, _offloads_optimizer(model))
+            if _is_round_robin(model, first_state):
+                # The files list parameters as the flat buffer has them; a group's order is the optimizer's.
+                groups = [replace(g, names=tuple(undo_round_robin(g.names, dp))) for g in groups]
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
         groups = stage0.read(builder, model, candidates, aliases, param_names)
@@ -126,6 +131,12 @@ def _offloads_optimizer(model: ModelFile) -> bool:
     zero = model.config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
     return isinstance(offload, Mapping) and offload.get("device") in ("cpu", "nvme")
+
+
+def _is_round_robin(model: ModelFile, optimizer: Mapping[str, Any]) -> bool:
+    """Whether a group's parameters lie in the order of ``round_robin_gradients`` (BF16_Optimizer has none)."""
+    zero = model.config.get("zero_optimization")
+    return isinstance(zero, Mapping) and bool(zero.get("round_robin_gradients")) and "zero_stage" in optimizer
 
 
 def _trainable_names(model: ModelFile) -> list[str]:

@@ -29,9 +29,10 @@ class EngineConfig:
 
     raw: the config as the files record it. dtype: of the module's weights; master_dtype: of the optimizer's.
     sub_group_size: elements of a rank's partition (stage 3). alignment: bytes between parameters' boundaries, 0 for
-    none (stages 1, 2). bf16_optimizer: DeepSpeed uses its BF16_Optimizer. optimizer: the optimizer's type in small
-    letters, '' where the program makes it itself. step_is_tensor: whether that optimizer counts its steps in a 0-d
-    tensor; None where the config doesn't tell. fused: the optimizer is FusedAdam; None likewise.
+    none (stages 1, 2). offloads_optimizer: to the host. bf16_optimizer: DeepSpeed uses its BF16_Optimizer. optimizer:
+    the optimizer's type in small letters, '' where the program makes it itself. step_is_tensor: whether that optimizer
+    counts its steps in a 0-d tensor; None where the config doesn't tell. fused: the optimizer is FusedAdam; None
+    likewise.
     """
 
     raw: Mapping[str, Any]
@@ -42,6 +43,7 @@ class EngineConfig:
     clip_grad: float
     round_robin: bool
     alignment: int
+    offloads_optimizer: bool
     bf16_optimizer: bool
     optimizer: str
     step_is_tensor: bool | None
@@ -98,6 +100,11 @@ def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], 
         raise Unsupported(
             "the target's config asks for elastic_checkpoint, which DeepSpeed refuses at stage 3; drop it"
         )
+    if stage == 3 and str(_section(raw, "optimizer").get("type")).lower() == "adagrad" and offload != "cpu":
+        raise Unsupported(
+            "DeepSpeed 0.19.8 loads no checkpoint of Adagrad at stage 3, its own included (it numbers the optimizer's "
+            "parameters twice); choose zero=0, 1 or 2, or another optimizer"
+        )
     accumulation = _section(raw, "data_types").get("grad_accum_dtype")
     optimizer, step_is_tensor, fused = _optimizer(raw, offload == "cpu")
     return EngineConfig(
@@ -109,6 +116,7 @@ def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], 
         clip_grad=_number(raw, "gradient_clipping", _CLIP_DEFAULT),
         round_robin=_flag(zero, "round_robin_gradients"),
         alignment=_ALIGNMENT if _flag(zero, "parameter_alignment") else 0,
+        offloads_optimizer=offload == "cpu",
         bf16_optimizer=use_bf16 and stage == 1 and accumulation in _FP32 and offload != "cpu",
         optimizer=optimizer,
         step_is_tensor=step_is_tensor,

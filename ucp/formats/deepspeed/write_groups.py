@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
-from ucp.geometry import Blocks, numel
+from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torchwriter import Placeholder, scalar_tensor
@@ -27,7 +27,8 @@ class Flat:
 
     names: its parameters in order. size: elements of every rank's partition. lean: for each rank, the elements before
     the padding at the end. between: elements of padding after each parameter. states: the optimizer states that all
-    its parameters have, with their element type. scalars: the values that they share.
+    its parameters have, with their element type. scalars: the values that they share. whole_states: those states that
+    every rank keeps whole for each parameter it holds any part of, end to end, instead of a partition.
     """
 
     group: int
@@ -37,7 +38,7 @@ class Flat:
     between: tuple[int, ...]
     states: Mapping[str, str]
     scalars: Mapping[str, Any]
-    _blocks: Mapping[str, Blocks] = field(repr=False, default_factory=dict)
+    whole_states: frozenset[str] = frozenset()
     _by_rank: Mapping[int, tuple[tuple[str, Blocks], ...]] = field(repr=False, default_factory=dict)
 
     def held(self, rank: int) -> tuple[tuple[str, Blocks], ...]:
@@ -74,7 +75,12 @@ def _cut_flat(catalog: Catalog, config: EngineConfig, group: int, infos: list[Pa
     size = zero.partition_size(total, dp)
     blocks = {i.name: zero.flat_partition(i.shape, at, size) for i, at in zip(infos, offsets, strict=True)}
     lean = tuple(min(max(total - rank * size, 0), size) for rank in range(dp))
-    return _flat(catalog, group, infos, size, lean, between, blocks)
+    flat = _flat(catalog, group, infos, size, lean, between, blocks)
+    muon = (catalog.training_state.param_groups[group].options or {}).get("use_muon")
+    if muon and config.stage in (1, 2) and not config.bf16_optimizer and not config.offloads_optimizer:
+        # stage_1_and_2.py: _muon_momentum_buffer. Muon orthogonalises whole matrices.
+        return replace(flat, whole_states=frozenset({"momentum_buffer"} & set(flat.states)))
+    return flat
 
 
 def _cut_ceil(catalog: Catalog, group: int, infos: list[ParameterInfo], dp: int) -> Flat:
@@ -105,7 +111,6 @@ def _flat(
         between=tuple(between),
         states=_common_states(catalog, infos),
         scalars=_common_scalars(infos),
-        _blocks=blocks,
         _by_rank={rank: tuple(held) for rank, held in by_rank.items()},
     )
 
@@ -157,6 +162,11 @@ def _shown(info: ParameterInfo, keys: Sequence[str]) -> str:
 def partition(file: FileBuilder, flat: Flat, state: str, dtype: str, rank: int, trimmed: bool = False) -> Placeholder:
     """One rank's partition of a flat buffer, with the padding or (``trimmed``) without it."""
     tensors = file.catalog.tensors
+    if state in flat.whole_states:
+        held = [tensors[name, state] for name, _ in flat.held(rank)]
+        offsets, total = zero.flat_offsets([numel(tensor.shape) for tensor in held])
+        placed = [Piece(t, whole(t.shape, at)) for t, at in zip(held, offsets, strict=True)]
+        return file.tensor((total,), dtype, placed)
     pieces = [Piece(tensors[name, state], blocks) for name, blocks in flat.held(rank)]
     return file.tensor((flat.lean[rank] if trimmed else flat.size,), dtype, pieces)
 
