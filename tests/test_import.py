@@ -1,0 +1,56 @@
+"""Importing the package: quick, lazy, and with a clear word beside the other project of the same name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ucp
+from ucp._neighbours import refuse_ucx_py
+
+ROOT = Path(ucp.__file__).resolve().parents[1]
+
+
+def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    search = ":".join(map(str, [*path, ROOT]))
+    return subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": search}, capture_output=True, text=True, check=False
+    )
+
+
+def test_importing_loads_neither_torch_nor_numpy() -> None:
+    done = python("import sys, ucp, ucp.cli.convert; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there() -> None:
+    for name in ucp.__all__:
+        assert getattr(ucp, name) is not None
+        assert name in dir(ucp)
+    with pytest.raises(AttributeError, match="no attribute 'close'"):
+        ucp.close  # noqa: B018
+
+
+def test_beside_ucx_py_it_says_so(tmp_path: Path) -> None:
+    """A distribution of ucx-py as an installer leaves it: its metadata folder on the path."""
+    (tmp_path / "ucx_py_cu12-0.41.0.dist-info").mkdir()
+    done = python("import ucp", tmp_path)
+    assert done.returncode != 0
+    assert "ImportError: RAPIDS' ucx-py is installed in" in done.stderr
+    assert str(tmp_path) in done.stderr
+
+
+def test_over_ucx_py_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "core.py").write_text("")
+    (tmp_path / "_libs").mkdir()
+    with pytest.raises(ImportError, match=r"holds files of RAPIDS' ucx-py \(_libs, core\.py\)"):
+        refuse_ucx_py([], str(tmp_path))
+
+
+def test_other_packages_are_no_reason(tmp_path: Path) -> None:
+    (tmp_path / "ucx_pyramid-1.0").mkdir()
+    (tmp_path / "libucx_cu12-1.0.dist-info").mkdir()
+    refuse_ucx_py([str(tmp_path), str(tmp_path / "missing.zip"), ""])
