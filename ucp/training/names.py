@@ -15,7 +15,7 @@ def bare(name: str) -> str:
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts.pop(0)
-    return ".".join(p for p in parts if p != "_orig_mod")
+    return ".".join([*(p for p in parts[:-1] if p != "_orig_mod"), parts[-1]])
 
 
 def match(catalog: Catalog, targets: Iterable[str]) -> dict[str, str]:
