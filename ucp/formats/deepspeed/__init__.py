@@ -16,7 +16,7 @@ from typing import Any
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
-from ucp.formats.deepspeed import stage0, stage3, stage12
+from ucp.formats.deepspeed import mixed, stage0, stage3, stage12
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.model import ModelFile, tied_by_storage
 from ucp.parallel.mesh import Layout
@@ -90,6 +90,7 @@ def read(
             stage3.read_frozen(builder, models, aliases)
         else:
             groups = stage12.read(builder, optim, model.param_shapes, aliases, _offloads_optimizer(model))
+            mixed.check(builder, module)
             if _is_round_robin(model, first_state):
                 # The files list parameters as the flat buffer has them; a group's order is the optimizer's.
                 groups = [replace(g, names=tuple(undo_round_robin(g.names, dp))) for g in groups]

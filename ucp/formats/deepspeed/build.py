@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import Blocks, Shape, box, empty, numel
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
+from ucp.storage.rounding import round_to
 from ucp.storage.values import TensorRef
 
 Scalar = int | float | bool
@@ -79,6 +81,13 @@ class Builder:
         for t in tensors:
             self.tensors[name, t.state] = t
 
+    def bits(self, path: str, at: int, count: int, dtype: str) -> NDArray[Any]:
+        """``count`` elements from byte ``at`` of a file, as unsigned integers."""
+        size = itemsize(dtype)
+        raw = np.empty(count * size, np.uint8)
+        self.files.read_into(path, at, memoryview(raw))
+        return raw.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
+
     def scalar(self, ref: TensorRef) -> Scalar:
         """The value of a 0-d tensor."""
         raw = np.empty(itemsize(ref.dtype), np.uint8)
@@ -86,6 +95,19 @@ class Builder:
         if ref.dtype == "bfloat16":
             return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
         return raw.view(numpy_dtype(ref.dtype))[0].item()
+
+
+def rounds_to(high: NDArray[Any], source: str, low: NDArray[Any], target: str) -> bool | None:
+    """Whether masters (bits of ``source`` elements) round to these weights, bit for bit; None if that says nothing.
+
+    A not-a-number is any not-a-number: its bits depend on the torch that rounded it.
+    """
+    if source == target:
+        return bool(np.array_equal(high, low))
+    if source != "float32" or target not in ("bfloat16", "float16"):
+        return None
+    found = round_to(high.view(np.float32), target).view(np.uint16)
+    return bool(np.all((found == low) | np.isnan(high.view(np.float32))))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.build import Builder, Scalar, options_of
+from ucp.formats.deepspeed.build import Builder, Scalar, options_of, rounds_to
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.geometry import Shape, numel
 from ucp.storage.dtypes import itemsize
@@ -256,33 +256,17 @@ def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
     last = master.storage[1] * itemsize(master.dtype)
     if master.shape != weight.shape or numel(master.shape) * itemsize(master.dtype) > last:
         return False
-    a, b = _sample(builder, master), _sample(builder, weight)
-    return a is not None and b is not None and np.array_equal(round_to(a, master.dtype, weight.dtype), b)
+    if not master.is_contiguous or not weight.is_contiguous:
+        return False
+    n, k = master.numel, min(master.numel, SAMPLE // 2)
+    return all(
+        rounds_to(_at(builder, master, first, k), master.dtype, _at(builder, weight, first, k), weight.dtype)
+        for first in (0, n - k)
+    )
 
 
-def _sample(builder: Builder, ref: TensorRef) -> np.ndarray | None:
-    """Up to SAMPLE elements from the beginning and the end, as bits."""
-    size, n = itemsize(ref.dtype), ref.numel
-    if not ref.is_contiguous:
-        return None
-    k = min(n, SAMPLE // 2)
-    raw = np.empty(2 * k * size, np.uint8)
-    builder.files.read_into(ref.file, ref.offset, memoryview(raw[: k * size]))
-    builder.files.read_into(ref.file, ref.offset + (n - k) * size, memoryview(raw[k * size :]))
-    return raw.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
-
-
-def round_to(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Bits of ``source`` elements rounded to the nearest (ties to even) of ``target``, as bits."""
-    if source == target:
-        return bits
-    if source != "float32" or target not in ("bfloat16", "float16"):
-        return bits
-    if target == "float16":
-        with np.errstate(over="ignore"):
-            return bits.view(np.float32).astype(np.float16).view(np.uint16)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return rounded.astype(np.uint16)
+def _at(builder: Builder, ref: TensorRef, first: int, count: int) -> NDArray[Any]:
+    return builder.bits(ref.file, ref.offset + first * itemsize(ref.dtype), count, ref.dtype)
 
 
 def _undecided(model: ModelFile, names: Sequence[str]) -> Unsupported:
