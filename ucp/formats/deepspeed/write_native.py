@@ -44,7 +44,7 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
     _refuse_layout(layout)
     state = catalog.training_state
     config = engine_config(ds_config, state.config, layout.zero)
-    _check_groups(catalog)
+    check_groups(catalog)
     if state.clip_grad is not None and state.clip_grad != config.clip_grad:
         log.warning(
             "gradient clipping was %s in the source and is %s in the target's config; the checkpoint gets the latter",
@@ -64,7 +64,7 @@ def _refuse_layout(layout: Layout) -> None:
             raise Unsupported(f"layout '{layout}': native checkpoints with {name} other than 1 cannot be written")
 
 
-def _check_groups(catalog: Catalog) -> None:
+def check_groups(catalog: Catalog) -> None:
     """Refuse a source whose optimizer's groups don't hold exactly the trained parameters."""
     groups = catalog.training_state.param_groups
     grouped = [name for group in groups for name in group.names]
@@ -92,7 +92,7 @@ def _model_file(catalog: Catalog, config: EngineConfig, layout: Layout, rank: in
     prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
     file = FileBuilder(f"{prefix}mp_rank_00_model_states.pt", catalog)
     frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
-    module = _partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
+    module = partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
     shapes = fragments = None
     if layout.zero >= 2:
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
@@ -163,7 +163,7 @@ def whole_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Pl
     return module
 
 
-def _partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
+def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
     """The same at stage 3: buffers are whole, parameters empty, since their partitions lie elsewhere."""
     module: OrderedDict[str, Placeholder] = OrderedDict()
     for info in file.catalog.parameters.values():
