@@ -21,7 +21,7 @@ from typing import Any
 from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
-from ucp.formats.universal import consolidated, manifest, virtual
+from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.storage.commit import check_destination, staged
 from ucp.storage.digests import ChunkDigests, digest_file
@@ -212,14 +212,16 @@ def _to_deepspeed(catalog: Catalog, options: _Options) -> _Job:
 
     if options.layout is None:
         raise BadArgument("converting to 'deepspeed' needs a layout to write for, such as dp=4,zero=3")
-    files = write_native.plan(catalog, options.layout, options.ds_config)
-    return _tagged_job(catalog, files, options.tag, "latest", options.layout)
+    source = training.with_sources_of_state(catalog)
+    files = write_native.plan(source, options.layout, options.ds_config)
+    return _tagged_job(source, files, options.tag, "latest", options.layout)
 
 
 def _to_deepspeed_universal(catalog: Catalog, options: _Options) -> _Job:
     from ucp.formats.deepspeed import write_universal
 
-    return _tagged_job(catalog, write_universal.plan(catalog), options.tag, "latest_universal", None)
+    source = training.with_sources_of_state(catalog)
+    return _tagged_job(source, write_universal.plan(source), options.tag, "latest_universal", None)
 
 
 def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> _Job:

@@ -78,8 +78,9 @@ def write_files(
             if progress is not None:
                 progress(done, total)
         while open_files and open_files[0].is_complete:
-            output = open_files.popleft()
+            output = open_files[0]
             output.seal()
+            open_files.popleft()  # from here on the flusher owns its descriptor
             if digests:
                 results[output.file.name] = output.digests()
             flusher.close(output)

@@ -127,6 +127,13 @@ def with_sources(catalog: Catalog, tensors: Tensors) -> Catalog:
     return dataclasses.replace(catalog, files=(*catalog.files, *added))
 
 
+def with_sources_of_state(catalog: Catalog) -> Catalog:
+    """The catalog with the files of its training state's tensors. Raises Unsupported for state that is not plain."""
+    met = Tensors()
+    encode(catalog.training_state, met)
+    return with_sources(catalog, met)
+
+
 def tensors_file(catalog: Catalog, tensors: Tensors) -> TargetFile | None:
     """The file that holds the tensors, or None if there are none. ``catalog`` knows their sources."""
     if not tensors.entries:
