@@ -13,7 +13,6 @@ import torch
 
 import ucp
 from tests.formats import raw
-from tests.formats.test_universal import write_form
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
 
 
@@ -21,7 +20,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, raw.Raw]:
     folder = tmp_path_factory.mktemp("one")
     made = raw.make(folder / "source", aliases={"embed.weight": ("head.weight",)})
-    return write_form("consolidated", folder / "checkpoint", made), made
+    return raw.write_form("consolidated", folder / "checkpoint", made), made
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
-from ucp.formats.universal import manifest, virtual
+from ucp.formats.universal import consolidated, manifest, virtual
 from ucp.geometry import whole
 from ucp.parallel.mesh import Layout
 from ucp.parallel.zero import ceil_partition, flat_partition
@@ -160,6 +160,32 @@ def virtual_checkpoint(folder: Path, raw: Raw) -> Path:
         digests = write_files(Reader(plan.source, files), folder, plan.files)
     (folder / manifest.NAME).write_bytes(plan.manifest(digests, "test", str(folder)))
     return folder
+
+
+def write_consolidated(folder: Path, catalog: Catalog, max_shard: int = consolidated.SHARD) -> Path:
+    """A consolidated universal checkpoint."""
+    folder.mkdir(parents=True)
+    plan = consolidated.plan(catalog, max_shard)
+    with Files() as files:
+        digests = write_files(Reader(plan.source, files), folder, plan.files)
+    (folder / manifest.NAME).write_bytes(plan.manifest(digests, "test"))
+    return folder
+
+
+def write_form(form: str, folder: Path, made: Raw) -> Path:
+    """A universal checkpoint in the form of that name."""
+    if form == "virtual":
+        return virtual_checkpoint(folder, made)
+    return write_consolidated(folder, made.catalog)
+
+
+def flip(path: Path, at: int, mask: int) -> None:
+    """Change bits of one byte of a file."""
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        (byte,) = stream.read(1)
+        stream.seek(at)
+        stream.write(bytes([byte ^ mask]))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -24,25 +24,7 @@ from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, Unsupported
 from ucp.formats.universal import consolidated, manifest, virtual
 from ucp.storage.digests import CHUNK, digest_file
-from ucp.storage.files import Files
 from ucp.storage.values import TensorRef
-from ucp.transfer.gather import Reader
-from ucp.transfer.write import write_files
-
-
-def write_consolidated(folder: Path, catalog: Catalog, max_shard: int = consolidated.SHARD) -> Path:
-    folder.mkdir(parents=True)
-    plan = consolidated.plan(catalog, max_shard)
-    with Files() as files:
-        digests = write_files(Reader(plan.source, files), folder, plan.files)
-    (folder / manifest.NAME).write_bytes(plan.manifest(digests, "test"))
-    return folder
-
-
-def write_form(form: str, folder: Path, made: raw.Raw) -> Path:
-    if form == "virtual":
-        return raw.virtual_checkpoint(folder, made)
-    return write_consolidated(folder, made.catalog)
 
 
 @pytest.fixture(scope="module", params=["consolidated 1", "consolidated 3", "virtual 1", "virtual 3"])
@@ -51,7 +33,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     form, stage = request.param.split()
     folder = tmp_path_factory.mktemp("universal")
     made = raw.make(folder / "source", stage=int(stage), dp=4, aliases={"embed.weight": ("head.weight",)})
-    return write_form(form, folder / "checkpoint", made), made
+    return raw.write_form(form, folder / "checkpoint", made), made
 
 
 def test_everything_is_there(written: tuple[Path, raw.Raw]) -> None:
@@ -88,7 +70,7 @@ def test_any_region_is_the_slice_of_the_truth(written: tuple[Path, raw.Raw], dat
 def test_the_consolidated_files_are_ordinary_safetensors(tmp_path: Path) -> None:
     """Read by the safetensors library, which knows nothing of the manifest."""
     made = raw.make(tmp_path / "source")
-    path = write_consolidated(tmp_path / "checkpoint", made.catalog, max_shard=500)
+    path = raw.write_consolidated(tmp_path / "checkpoint", made.catalog, max_shard=500)
     for stem, state in (("model", "param"), ("optimizer.exp_avg", "exp_avg"), ("optimizer.exp_avg_sq", "exp_avg_sq")):
         index = json.loads((path / f"{stem}.safetensors.index.json").read_text())
         expected = {name for name, s in made.truth if s == state}
@@ -142,7 +124,7 @@ def test_training_state_comes_back_exactly(tmp_path: Path) -> None:
     )
     made = raw.make(tmp_path / "source", training_state=state)
     for form in ("consolidated", "virtual"):
-        path = write_form(form, tmp_path / form, made)
+        path = raw.write_form(form, tmp_path / form, made)
         with ucp.open(path) as checkpoint:
             found = checkpoint.training_state
         client = found.client_state
@@ -186,7 +168,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     state = TrainingState(client_state={"noise": torch.randn(400_000)})
     made = raw.make(folder / "source", shapes={"a": (1200, 500), "b": (700, 300)}, training_state=state)
-    return write_consolidated(folder / "checkpoint", made.catalog)
+    return raw.write_consolidated(folder / "checkpoint", made.catalog)
 
 
 def read_all(checkpoint: Any) -> None:
@@ -207,7 +189,7 @@ def test_every_flipped_bit_is_found(large: Path, tmp_path: Path) -> None:
         size = victim.stat().st_size
         for at in {0, size - 1, *rng.integers(0, size, 12).tolist()}:
             mask = 1 << int(rng.integers(8))
-            flip(victim, at, mask)
+            raw.flip(victim, at, mask)
             if name == manifest.NAME:
                 with pytest.raises(DamagedCheckpoint, match=r"ucp\.json"):
                     ucp.open(path)
@@ -218,25 +200,17 @@ def test_every_flipped_bit_is_found(large: Path, tmp_path: Path) -> None:
             else:
                 with pytest.raises(DamagedCheckpoint, match=name), ucp.open(path) as checkpoint:
                     checkpoint.verify()
-            flip(victim, at, mask)
+            raw.flip(victim, at, mask)
     with ucp.open(path) as checkpoint:
         read_all(checkpoint)
         assert checkpoint.verify() == sum(p.stat().st_size for p in path.iterdir() if p.name != manifest.NAME)
-
-
-def flip(path: Path, at: int, mask: int) -> None:
-    with path.open("r+b") as stream:
-        stream.seek(at)
-        (byte,) = stream.read(1)
-        stream.seek(at)
-        stream.write(bytes([byte ^ mask]))
 
 
 def test_only_touched_chunks_are_read_and_checked(large: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy"
     shutil.copytree(large, path)
     victim = path / "model-00001-of-00001.safetensors"
-    flip(victim, victim.stat().st_size - 1, 1)  # in the last chunk
+    raw.flip(victim, victim.stat().st_size - 1, 1)  # in the last chunk
     with ucp.open(path) as checkpoint:
         before = checkpoint._files.bytes_read
         checkpoint.read("a", region=(slice(0, 1),))
@@ -251,7 +225,7 @@ def test_only_touched_chunks_are_read_and_checked(large: Path, tmp_path: Path) -
 @pytest.mark.parametrize("change", ["truncate", "empty", "lengthen", "remove"])
 def test_a_file_of_another_length_is_refused(tmp_path: Path, form: str, change: str) -> None:
     made = raw.make(tmp_path / "source")
-    path = write_form(form, tmp_path / "checkpoint", made)
+    path = raw.write_form(form, tmp_path / "checkpoint", made)
     victims = {"consolidated": path / "model-00001-of-00001.safetensors", "virtual": tmp_path / "source/rank1.bin"}
     victim = victims[form]
     content = victim.read_bytes()
@@ -286,7 +260,7 @@ def test_a_virtual_checkpoint_with_digests_finds_damage(tmp_path: Path) -> None:
         assert checkpoint.read("embed.weight").equal(made.tensor("embed.weight", "param"))
     victim = tmp_path / "source/rank0.bin"
     times = victim.stat()
-    flip(victim, raw.HEADER + 5, 4)
+    raw.flip(victim, raw.HEADER + 5, 4)
     os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))  # damage that left the time as it was
     with ucp.open(path) as checkpoint, pytest.raises(DigestMismatch, match=r"rank0\.bin"):
         checkpoint.read("embed.weight")
@@ -304,7 +278,7 @@ def test_a_virtual_view_of_a_consolidated_checkpoint(tmp_path: Path) -> None:
     """It keeps the digests, and does not take the other's training-state file for its own."""
     state = TrainingState(client_state={"x": torch.arange(3)})
     made = raw.make(tmp_path / "source", training_state=state)
-    inner = write_consolidated(tmp_path / "inner", made.catalog)
+    inner = raw.write_consolidated(tmp_path / "inner", made.catalog)
     with ucp.open(inner) as opened:
         path = raw.virtual_checkpoint(tmp_path / "outer", raw.Raw(opened.catalog, made.truth))
     with ucp.open(path) as checkpoint:
@@ -352,7 +326,7 @@ def test_transformers_opens_the_folder(tmp_path: Path, tied: bool) -> None:
             "tensors": {k: v for k, v in made.catalog.tensors.items() if k[0] not in buffers},
         }
     )
-    path = write_consolidated(tmp_path / "checkpoint", catalog, max_shard=8000)
+    path = raw.write_consolidated(tmp_path / "checkpoint", catalog, max_shard=8000)
     config.save_pretrained(path)
     loaded, report = transformers.LlamaForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not report["missing_keys"]

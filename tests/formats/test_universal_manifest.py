@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import ucp
 from tests.formats import raw
-from tests.formats.test_universal import write_form
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, UcpError, Unsupported
 from ucp.formats.universal import manifest
 
@@ -28,7 +27,7 @@ from ucp.formats.universal import manifest
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose manifest the tests rewrite."""
     root = tmp_path_factory.mktemp("manifest")
-    return write_form(request.param, root / "checkpoint", raw.make(root / "source", aliases={"scale": ("gain",)}))
+    return raw.write_form(request.param, root / "checkpoint", raw.make(root / "source", aliases={"scale": ("gain",)}))
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(folder: Path, body: dict[s
 @pytest.fixture
 def own(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A consolidated checkpoint, and a file outside its folder with the bytes of its weights."""
-    path = write_form("consolidated", tmp_path / "checkpoint", raw.make(tmp_path / "source"))
+    path = raw.write_form("consolidated", tmp_path / "checkpoint", raw.make(tmp_path / "source"))
     (tmp_path / "secret").write_bytes((path / "model-00001-of-00001.safetensors").read_bytes())
     found = json.loads((path / manifest.NAME).read_bytes())
     del found["digest"]
