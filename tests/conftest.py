@@ -1,4 +1,4 @@
-"""Fixtures for the whole session: real ranks, and the checkpoints that real engines wrote. Both start when first used."""
+"""Fixtures for the whole session: real ranks, and the checkpoints that real engines wrote, from the first use on."""
 
 from __future__ import annotations
 

@@ -29,6 +29,14 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fused_muon": ("Muon", {"lr": 3e-3, "weight_decay": 0.01}),
 }
 
+# Optimizers that DeepSpeed compiles on first use, with the builder of what they need.
+OPERATORS: Mapping[str, str] = {
+    "fused_adam": "FusedAdamBuilder",
+    "fused_muon": "FusedAdamBuilder",
+    "cpu_adam": "CPUAdamBuilder",
+    "lion": "CPULionBuilder",
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,6 +50,7 @@ class Case:
     model: str = "odd"
     frozen: bool = False
     buffers: bool = True
+    cube: bool = True  # a three-dimensional parameter
     tied: bool = False
     wrapped: bool = False  # names with the prefix _orig_mod.
     seed: int = 0
@@ -105,6 +114,8 @@ def make_config(case: Case) -> dict[str, Any]:
         zero["round_robin_gradients"] = True
     if case.elastic:
         zero["elastic_checkpoint"] = True
+    if "muon" in case.optimizer and case.stage == 3:
+        zero["reduce_scatter"] = False  # DeepSpeed refuses the two together
     zero.update(case.zero)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // case.dp,

@@ -25,14 +25,14 @@ class Odd(nn.Module):
     seen: Tensor
     positions: Tensor
 
-    def __init__(self, frozen: bool = False, tied: bool = False, buffers: bool = True) -> None:
+    def __init__(self, frozen: bool = False, tied: bool = False, buffers: bool = True, cube: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 7)
         self.gain = nn.Parameter(torch.ones(1))
         self.up = nn.Linear(7, 53)
         self.middle = nn.Linear(53, 37)
         self.norm = nn.LayerNorm(37)
-        self.cube = nn.Parameter(torch.randn(2, 3, 5) * 0.1)
+        self.cube = nn.Parameter(torch.randn(2, 3, 5) * 0.1) if cube else None
         self.down = nn.Linear(37, 7)
         self.shift = nn.Parameter(torch.zeros(3))
         self.head = nn.Linear(7, VOCABULARY, bias=False)
@@ -58,7 +58,8 @@ class Odd(nn.Module):
             # DeepSpeed leaves fp32 buffers as they are when it casts the parameters.
             hidden = (hidden + self.positions[:, None] + 0.01 * self.running).to(hidden.dtype)
         inner = self.norm(self.middle(nn.functional.gelu(self.up(hidden))))
-        inner = torch.cat([inner[..., :5] * self.cube.sum(dim=(0, 1)), inner[..., 5:]], dim=-1)
+        if self.cube is not None:
+            inner = torch.cat([inner[..., :5] * self.cube.sum(dim=(0, 1)), inner[..., 5:]], dim=-1)
         hidden = hidden + self.down(inner) * self.gain
         if self.adapter is not None:
             hidden = hidden + self.adapter(hidden)[..., :7] * self.adapter_gain
@@ -96,7 +97,9 @@ def llama(tied: bool = False) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def build(kind: str, *, seed: int = 0, frozen: bool = False, tied: bool = False, buffers: bool = True) -> nn.Module:
+def build(
+    kind: str, *, seed: int = 0, frozen: bool = False, tied: bool = False, buffers: bool = True, cube: bool = True
+) -> nn.Module:
     """Build the model ``kind`` ("odd" or "llama") with weights that depend on ``seed`` alone."""
     torch.manual_seed(seed)
     if kind == "llama":
@@ -105,7 +108,7 @@ def build(kind: str, *, seed: int = 0, frozen: bool = False, tied: bool = False,
             parameter.requires_grad_(not (frozen and "k_proj" in name))
         return model
     if kind == "odd":
-        return Odd(frozen=frozen, tied=tied, buffers=buffers)
+        return Odd(frozen=frozen, tied=tied, buffers=buffers, cube=cube)
     raise ValueError(f"unknown model kind {kind!r}; known: odd, llama")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tests.engines import models
-from tests.engines.configs import OPTIMIZERS, Case, make_config, parameter_groups
+from tests.engines.configs import OPERATORS, OPTIMIZERS, Case, make_config, parameter_groups
 from tests.engines.lion import Lion
 from tests.engines.pool import RankPool
 from tests.engines.resume import continue_training
@@ -45,7 +45,9 @@ def build_model(case: Case) -> torch.nn.Module:
     """The module that ``case`` trains, before DeepSpeed sees it."""
 
     def build() -> torch.nn.Module:
-        model = models.build(case.model, seed=case.seed, frozen=case.frozen, tied=case.tied, buffers=case.buffers)
+        model = models.build(
+            case.model, seed=case.seed, frozen=case.frozen, tied=case.tied, buffers=case.buffers, cube=case.cube
+        )
         return models.Wrapped(model) if case.wrapped else model
 
     if case.zero_init:
@@ -99,8 +101,13 @@ def resume_native(case: Case, folder: str, tag: str | None, steps: int, further:
 
 
 def preload_for(case: Case) -> tuple[str, ...]:
-    """Modules that the ranks of ``case`` need, worth importing before they are forked."""
-    return ("transformers.models.llama.modeling_llama",) if case.model == "llama" else ()
+    """What the ranks of ``case`` need beforehand (``RankPool.attempt``'s ``preload``)."""
+    needed = []
+    if case.model == "llama":
+        needed.append("transformers.models.llama.modeling_llama")
+    if case.optimizer in OPERATORS:
+        needed.append(f"operator:{OPERATORS[case.optimizer]}")
+    return tuple(needed)
 
 
 class Sources:

@@ -6,6 +6,8 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_compare_sees_every_kind_of_difference() -> None:
         lr_scheduler=None,
     )
     assert compare(truth, pickle.loads(pickle.dumps(truth))) == []
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"params": {"w": {"param": nan, "exp_avg": torch.tensor([0.0, -0.0])}}},
         {"params": {"w": {"param": nan}}},
         {"scalars": {"w": {"step": torch.tensor(4.0)}}},
@@ -66,7 +68,8 @@ def test_compare_sees_every_kind_of_difference() -> None:
         {"groups": ({"names": ["w"], "lr": 0.2},)},
         {"counters": {"global_steps": 2}},
         {"loss_scaler": {}},
-    ):
+    )
+    for change in changes:
         other = dataclasses.replace(truth, **change)
         assert len(compare(truth, other)) == 1, change
         if "params" in change or "buffers" in change:
@@ -105,7 +108,7 @@ def test_ranks_that_wait_for_a_failed_one_are_freed(ranks: RankPool) -> None:
     assert [(f.rank, f.kind) for f in caught.value.failures] == [(0, "blocked"), (1, "raised"), (2, "blocked")]
     assert not caught.value.outcome.all_raised
     outcome = ranks.attempt(rig_jobs.exit_at_once, 0, 9, world_size=2, grace=0.5)
-    assert [(f.kind, f.message) for f in outcome.failures][0] == ("died", "exit code 9")
+    assert (outcome.failures[0].kind, outcome.failures[0].message) == ("died", "exit code 9")
     outcome = ranks.attempt(rig_jobs.exit_at_once, -1, 0, world_size=2, timeout=0.7)
     assert [f.kind for f in outcome.failures] == ["blocked", "blocked"]
     assert ranks.run(rig_jobs.add_ranks, 0, world_size=2)[1] == (1, 2, 1.0)
@@ -118,13 +121,15 @@ def test_a_failure_shows_what_the_ranks_printed(ranks: RankPool) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_of_the_pool_equals_a_fresh_process(ranks: RankPool, sources: Sources, tmp_path_factory) -> None:
+def test_a_rank_of_the_pool_equals_a_fresh_process(ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
     for case in (Case(stage=3, dtype="bf16", dp=1), Case(stage=2, dp=1, groups=2)):
-        folder = tmp_path_factory.mktemp("fresh")
+        folder = tmp_path / case.label
+        folder.mkdir()
         script = (
             "import os, pickle, sys\n"
             "from tests.engines.zygote import ENVIRONMENT\n"
-            "os.environ.update(ENVIRONMENT, RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')\n"
+            "os.environ.update(ENVIRONMENT, RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')\n"
+            "os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0')\n"
             "import deepspeed, torch\n"
             "torch.set_num_threads(1)\n"
             f"deepspeed.init_distributed('gloo', init_method='file://{folder}/store', rank=0, world_size=1)\n"
@@ -142,7 +147,7 @@ def test_a_rank_of_the_pool_equals_a_fresh_process(ranks: RankPool, sources: Sou
 
 
 @pytest.mark.slow
-def test_the_same_case_gives_the_same_truth_again(ranks: RankPool, tmp_path) -> None:
+def test_the_same_case_gives_the_same_truth_again(ranks: RankPool, tmp_path: Path) -> None:
     case = Case(stage=3, dtype="bf16", dp=4, groups=2, frozen=True)
     first = ranks.run(train, case, str(tmp_path / "a"), world_size=4)[0]
     second = ranks.run(train, case, str(tmp_path / "b"), world_size=4)[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 PARAM = "param"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Truth:
     """The whole state of an engine, unsharded and unpadded; names are the module's own."""
 
@@ -35,7 +35,7 @@ class Truth:
     lr_scheduler: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """Some elements of one state of one parameter, as one rank holds them."""
 
@@ -43,9 +43,10 @@ class Piece:
     state: str
     start: int  # in elements of the flattened parameter
     values: Tensor  # 1-d
+    replica: bool = False  # other ranks may hold the same elements, and then the same values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Slot:
     """Where a rank's elements of a parameter lie: ``length`` elements from ``offset`` of ``flat``."""
 
@@ -55,6 +56,8 @@ class _Slot:
     offset: int
     length: int
     states: Mapping[str, Any]  # the inner optimizer's state of ``flat``
+    only: str | None = None  # the one state that is meant; by default the master and all that lie like it
+    replica: bool = False
 
 
 def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
@@ -86,7 +89,7 @@ def gather(engine: Any) -> Truth | None:
         found = {
             state: _plain(value)
             for state, value in slot.states.items()
-            if not (isinstance(value, Tensor) and value.numel() == slot.flat.numel() and value.dim() > 0)
+            if not (isinstance(value, Tensor) and value.dim() > 0)
         }
         scalars.setdefault(slot.name, {}).update(found)
     mine = (pieces, scalars, fingerprint_of(weights))
@@ -190,12 +193,23 @@ def _slots_of_stages_1_and_2(optimizer: Any, names: Any) -> Iterator[_Slot]:
     import torch.distributed as dist
 
     for index, partition in enumerate(optimizer.single_partition_of_fp32_groups):
+        states = dict(optimizer.optimizer.state.get(partition, {}))
+        if optimizer.param_groups[index].get("use_muon") and not optimizer.cpu_offload and "momentum_buffer" in states:
+            # Muon works on matrices: without offload, a rank's buffer holds whole every parameter that its partition
+            # touches, so that one cut by a partition boundary is held by both ranks.
+            whole = states.pop("momentum_buffer")
+            offset = 0
+            for param in optimizer.params_in_partition[index]:
+                yield _Slot(names[param], 0, whole, offset, param.numel(), {}, "momentum_buffer", replica=True)
+                offset += param.numel()
+            if offset != whole.numel():
+                raise ValueError(f"Muon's buffer of group {index} has {whole.numel()} elements instead of {offset}")
         yield from _slots_of_flat(
             optimizer.round_robin_bit16_groups[index],
             optimizer.round_robin_bit16_offsets[index],
             partition,
             dist.get_rank(group=optimizer.real_dp_process_group[index]),
-            optimizer.optimizer.state.get(partition, {}),
+            states,
             names,
         )
 
@@ -234,13 +248,15 @@ def _slots_of_stage_3(optimizer: Any, names: Any) -> Iterator[_Slot]:
 def _pieces(slot: _Slot) -> Iterator[Piece]:
     if slot.length == 0:
         return
-    flats = {PARAM: slot.flat}
+    flats = {slot.only or PARAM: slot.flat}
     for state, value in slot.states.items():
-        if isinstance(value, Tensor) and value.numel() == slot.flat.numel() and value.dim() > 0:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.numel() != slot.flat.numel():
+                raise ValueError(f"{slot.name} {state}: {value.numel()} elements beside {slot.flat.numel()} masters")
             flats[state] = value
     for state, flat in flats.items():
         values = flat.detach().reshape(-1)[slot.offset : slot.offset + slot.length]
-        yield Piece(slot.name, state, slot.start, values.cpu().clone())
+        yield Piece(slot.name, state, slot.start, values.cpu().clone(), slot.replica)
 
 
 def _assemble(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, Tensor]]:
@@ -251,14 +267,20 @@ def _assemble(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str
     params: dict[str, dict[str, Tensor]] = {}
     for (name, state), parts in grouped.items():
         parts.sort(key=lambda piece: piece.start)
+        chosen: list[Piece] = []
         end = 0
         for part in parts:
+            if part.replica and chosen and part.start == chosen[-1].start:
+                if not _same(part.values, chosen[-1].values):
+                    raise ValueError(f"{name} {state}: two ranks hold it whole, and differ")
+                continue
             if part.start != end:
                 raise ValueError(f"{name} {state}: a piece starts at {part.start}, the one before ends at {end}")
+            chosen.append(part)
             end += part.values.numel()
         if end != shapes[name].numel():
             raise ValueError(f"{name} {state}: the pieces end at {end}, the parameter at {shapes[name].numel()}")
-        params.setdefault(name, {})[state] = torch.cat([part.values for part in parts]).reshape(shapes[name])
+        params.setdefault(name, {})[state] = torch.cat([part.values for part in chosen]).reshape(shapes[name])
     return params
 
 

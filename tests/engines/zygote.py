@@ -27,6 +27,7 @@ import traceback
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+OPERATOR = "operator:"  # in a job's preload: one of DeepSpeed's native operators, by its builder's name
 
 # Environment of every rank, set before anything is imported. One thread each: the machines that run these tests have
 # fewer cores than the jobs have ranks.
@@ -119,7 +120,7 @@ def run_rank(job: dict[str, Any], rank: int, listener: socket.socket) -> tuple[A
             init_process_group(rank, job["world_size"], listener)
         value = function(*args, **kwargs)
         return ("value", pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
-    except BaseException as error:  # a rank must report whatever stopped it, SystemExit included
+    except BaseException as error:  # noqa: BLE001 - a rank reports whatever stopped it, SystemExit included
         kind = type(error)
         return ("raised", f"{kind.__module__}.{kind.__qualname__}", str(error), traceback.format_exc())
 
@@ -170,8 +171,11 @@ def run_job(job: dict[str, Any]) -> dict[int, tuple[Any, ...]]:
     # Imported here, before the fork, so that the next job finds them warm. What they raise, the ranks will report.
     for name in (*job["preload"], job["function"].partition(":")[0]):
         try:
-            importlib.import_module(name)
-        except Exception:
+            if name.startswith(OPERATOR):
+                load_operator(name.removeprefix(OPERATOR))
+            else:
+                importlib.import_module(name)
+        except Exception:  # noqa: BLE001 - a module of the tests may raise anything
             traceback.print_exc()
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     children: dict[int, int] = {}
@@ -203,6 +207,20 @@ def run_job(job: dict[str, Any]) -> dict[int, tuple[Any, ...]]:
             os.close(fd)
 
 
+def load_operator(builder_name: str) -> None:
+    """Build one of DeepSpeed's native operators unless it is built, and load it.
+
+    Never in a rank: a build takes minutes, and a rank that is ended in the middle of one leaves a lock behind on which
+    every later build waits for ever.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None:
+        raise LookupError(f"this DeepSpeed has no operator {builder_name}")
+    builder.load(verbose=False)
+
+
 def warm_up() -> None:
     import logging
 
@@ -223,12 +241,10 @@ def warm_up() -> None:
     ):
         importlib.import_module(name)
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
-    type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True  # type: ignore[method-assign]
+    type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     # DeepSpeed probes its native operators (compiler runs included) when it first joins a process group: once, here.
-    getattr(deepspeed.ops, "__compatible_ops__")
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()
+    # The one it would then build and use serves inference only; building it takes minutes of the first test's time.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def main(request_fd: int, response_fd: int) -> None:
