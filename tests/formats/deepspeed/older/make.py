@@ -1,0 +1,114 @@
+"""Makes the checkpoints in this folder with an older DeepSpeed, each with the truth from its engine's own buffers.
+
+In an environment of its own that has that DeepSpeed (and any torch that runs it):
+
+    DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 make.py FOLDER STAGE DTYPE
+
+FOLDER gets the checkpoint and ``truth.safetensors``, whose names are ``parameter|state``. Nothing here uses this
+project's library; offsets are those that the optimizer itself steps with.
+"""
+
+import json
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 7)
+        self.up = torch.nn.Linear(7, 13)
+        self.norm = torch.nn.LayerNorm(13)
+        self.head = torch.nn.Linear(13, 11, bias=False)
+        self.gain = torch.nn.Parameter(torch.ones(1))
+        self.frozen = torch.nn.Parameter(torch.randn(5, 3), requires_grad=False)
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, tokens):
+        hidden = self.norm(self.up(self.embed(tokens)))
+        return (self.head(hidden) * self.gain).float().logsumexp(-1).mean()
+
+
+def pieces(engine, stage):
+    """(name, state, first element, values) of all that this rank holds of the trained parameters."""
+    optimizer, names, rank = engine.optimizer, engine.param_names, dist.get_rank()
+    inner = optimizer.optimizer
+    if hasattr(optimizer, "bf16_groups"):
+        flats, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+    elif stage in (1, 2):
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
+    if stage == 0 and not hasattr(optimizer, "bf16_groups"):
+        for masters, params in zip(optimizer.fp32_groups, optimizer.fp16_groups):
+            for master, param in zip(masters, params):
+                for state, found in (("param", master), *((s, inner.state[master][s]) for s in STATES)):
+                    yield names[param], state, 0, found.reshape(-1)
+    elif stage == 3:
+        for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups):
+            at = 0
+            for param in params:
+                piece = param.partition_numel()
+                held = min(piece, max(param.ds_numel - rank * piece, 0))
+                for state, found in (("param", flat), *((s, inner.state[flat][s]) for s in STATES)):
+                    yield names[param], state, rank * piece, found[at : at + held]
+                at += piece
+    else:
+        for flat, params in zip(flats, groups):
+            first, at = rank * flat.numel(), 0
+            for param in params:
+                lo, hi = max(at, first), min(at + param.numel(), first + flat.numel())
+                if hi > lo:
+                    for state, found in (("param", flat), *((s, inner.state[flat][s]) for s in STATES)):
+                        yield names[param], state, lo - at, found[lo - first : hi - first]
+                at += param.numel()
+
+
+def main() -> None:
+    folder, stage, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(0)
+    model = Model()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    frozen = model.frozen.detach().clone()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for step in range(3):
+        loss = engine((torch.arange(6).reshape(2, 3) + step + dist.get_rank()) % 11)
+        engine.backward(loss)
+        engine.step()
+    engine.save_checkpoint(folder, client_state={"note": "older"})
+    mine = [(n, s, at, v.detach().clone()) for n, s, at, v in pieces(engine, stage)]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        truth = {"frozen|param": frozen.to(torch.bfloat16 if dtype == "bf16" else torch.float32)}
+        for found in everyone:
+            for name, state, at, values in found:
+                whole = truth.setdefault(f"{name}|{state}", torch.full(shapes[name], float("nan")))
+                whole.view(-1)[at : at + values.numel()] = values
+        assert not any(t.isnan().any() for t in truth.values())
+        save_file({k: v.contiguous() for k, v in truth.items()}, f"{folder}/truth.safetensors")
+        with open(f"{folder}/made_with.json", "w") as f:
+            json.dump({"deepspeed": deepspeed.__version__, "torch": torch.__version__}, f)
+
+
+if __name__ == "__main__":
+    main()
