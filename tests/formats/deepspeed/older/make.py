@@ -44,12 +44,12 @@ def pieces(engine, stage):
     elif stage in (1, 2):
         flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
     if stage == 0 and not hasattr(optimizer, "bf16_groups"):
-        for masters, params in zip(optimizer.fp32_groups, optimizer.fp16_groups):
-            for master, param in zip(masters, params):
+        for masters, params in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, param in zip(masters, params, strict=True):
                 for state, found in (("param", master), *((s, inner.state[master][s]) for s in STATES)):
                     yield names[param], state, 0, found.reshape(-1)
     elif stage == 3:
-        for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups):
+        for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             at = 0
             for param in params:
                 piece = param.partition_numel()
@@ -58,7 +58,7 @@ def pieces(engine, stage):
                     yield names[param], state, rank * piece, found[at : at + held]
                 at += piece
     else:
-        for flat, params in zip(flats, groups):
+        for flat, params in zip(flats, groups, strict=True):
             first, at = rank * flat.numel(), 0
             for param in params:
                 lo, hi = max(at, first), min(at + param.numel(), first + flat.numel())
