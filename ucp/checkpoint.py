@@ -91,9 +91,10 @@ class Checkpoint:
     def training_state(self) -> TrainingState:
         """Everything that is not a tensor of a parameter. Tensors in it (client state, schedulers) are torch tensors,
         read when this is first used."""
-        if self._training_state is None:
-            self._training_state = _with_tensors(self.catalog.training_state, self._load)
-        return self._training_state
+        state = self._training_state
+        if state is None:
+            state = self._training_state = _with_tensors(self.catalog.training_state, self._load)
+        return state
 
     def read(self, name: str, state: str = "param", region: Sequence[slice] | None = None) -> torch.Tensor:
         """One region of a logical tensor, as a new torch tensor on the CPU in the checkpoint's element type.
@@ -308,7 +309,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"there are {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
 
 
-def _with_tensors(value: Any, load: Callable[[TensorRef], Any]) -> Any:
+def _with_tensors(value: Any, load: Callable[[TensorRef], torch.Tensor]) -> Any:
     """A copy of a plain value with torch's own tensors, dtypes, sizes and devices where it has stand-ins for them."""
     import torch
 

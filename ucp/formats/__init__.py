@@ -18,13 +18,18 @@ from ucp.storage.files import Files
 class Format(Protocol):
     """What a format's module offers to readers."""
 
-    NAME: str
+    @property
+    def NAME(self) -> str:
+        """What `Catalog.format` says."""
+        ...
 
     def detect(self, path: Path, /) -> bool:
         """Whether the folder is a checkpoint of this format."""
+        ...
 
     def read(self, path: Path, files: Files, /) -> Catalog:
         """The folder's catalog."""
+        ...
 
 
 # In the order of trial: a manifest of ours is the surer sign.
