@@ -66,7 +66,9 @@ def load_checkpoint(
     """
     config: Config = engine.ucp.config
     ranks.together(lambda: _check(engine, custom_load_fn))
-    target = LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
+    target = ranks.together(
+        lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
+    )
     names = [g.names for g in target.groups]
     found = ranks.from_first(lambda: _open(load_dir, tag, config, names))
     if found is None:

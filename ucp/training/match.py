@@ -86,7 +86,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
         options, sources = _options(catalog, target, names, found)
     _refuse(catalog, target, found)
     return Plan(
-        wants, scalars, options, sources, tuple(found.left), tuple(found.spared), tuple(rounded), tuple(found.notes)
+        wants, scalars, options, sources, tuple(found.left), tuple(found.spared), tuple(rounded), tuple(dict.fromkeys(found.notes))
     )
 
 
