@@ -56,7 +56,8 @@ def _unsupported(engine: Any) -> Iterator[str]:
         yield "MiCS (mics_shard_size)"
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(zero, name, None)
-        device = getattr(getattr(offload, "device", None), "value", None)
+        device = getattr(offload, "device", None)
+        device = getattr(device, "value", device)  # an enum, or its value
         if device == "nvme":
             yield f"NVMe offload ({name}.device)"
         if name == "offload_optimizer" and offload is not None and device == "cpu":
