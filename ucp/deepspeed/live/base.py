@@ -110,7 +110,9 @@ def scalar_like(
     """A value in the type that this optimizer keeps it in: a 0-d tensor in torch's own, a plain number elsewhere."""
     if isinstance(live, torch.Tensor):
         return torch.full_like(live, value)
-    if live is None and type(optimizer).__module__.startswith("torch.optim"):
+    # DeepSpeed's Muon has another optimizer, sharing its states, step what it does not orthogonalise.
+    stepping = getattr(optimizer, "aux_optimizer", None) or optimizer
+    if live is None and type(stepping).__module__.startswith("torch.optim"):
         device = param.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
         return torch.tensor(float(value), dtype=torch.float32, device=device)
     number = value.item() if isinstance(value, torch.Tensor) else value
