@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import TrainingState
@@ -89,27 +89,33 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
 
 
 def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
-    """fp16's dynamic loss scale goes on where it was. Static scales are configuration."""
+    """fp16's dynamic loss scale goes on where it was. A static one is configuration, beside the iterations it counts."""
     live = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
     if live is None or saved is None:
         return
     live_dynamic = bool(getattr(live, "dynamic", getattr(live, "dynamic_loss_scale", False)))
     saved_dynamic = bool(saved.get("dynamic"))
     if not live_dynamic or not saved_dynamic:
-        if live_dynamic != saved_dynamic:
+        if live_dynamic == saved_dynamic:
+            _set_progress(live, saved, ("cur_iter",))
+        else:
             says = {True: "dynamic", False: "static"}
             warn(
                 f"the loss scaling here is {says[live_dynamic]}, the checkpoint's {says[saved_dynamic]}: its scale of "
                 f"{saved.get('cur_scale')} is not restored, {getattr(live, 'cur_scale', None)} stays"
             )
         return
-    for name in _SCALER_PROGRESS:
-        if name in saved and hasattr(live, name):
-            setattr(live, name, saved[name])
+    _set_progress(live, saved, _SCALER_PROGRESS)
     changed = [n for n in _SCALER_CONFIG if n in saved and hasattr(live, n) and getattr(live, n) != saved[n]]
     if changed:
         n = changed[0]
         warn(f"loss scaling's '{n}' is {getattr(live, n)} by this engine's configuration; the checkpoint's run had {saved[n]}")
+
+
+def _set_progress(live: Any, saved: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name in saved and hasattr(live, name):
+            setattr(live, name, saved[name])
 
 
 def warn(text: str) -> None:
