@@ -92,8 +92,15 @@ def slot(
     return Slot(key, kind, at, dtype, tuple(placed), group if kind == "parameter" else None, dict(states or {}))
 
 
-def group(*names: str, expects: Sequence[str] | None = ADAM, **options: Any) -> Group:
-    return Group(names, {**OPTIONS, **options}, None if expects is None else frozenset(expects))
+def group(
+    *names: str, expects: Sequence[str] | None = ADAM, values: Sequence[str] | None = None, **options: Any
+) -> Group:
+    return Group(
+        names,
+        {**OPTIONS, **options},
+        None if expects is None else frozenset(expects),
+        None if values is None else frozenset(values),
+    )
 
 
 def target(*slots: Slot, groups: Sequence[Group] | None = None) -> FakeTarget:

@@ -116,14 +116,24 @@ def states(*names: str, **more: Any) -> Catalog:
 
 def test_states_of_another_optimizer_are_refused_by_name_in_both_directions() -> None:
     text = refusal(states("momentum_buffer", step=None), target(slot(0, {"a": SHAPE})))
-    assert "optimizer state 'exp_avg' of 'a' [2, 3], optimizer state 'exp_avg_sq' of 'a' [2, 3]" in text
+    assert "2 would stay unrestored: optimizer state 'exp_avg' of 'a' [2, 3], optimizer state 'exp_avg_sq' of" in text
     assert "1 of the checkpoint would stay unused: optimizer state 'momentum_buffer' of 'a' [2, 3]" in text
 
 
-def test_allowed_states_are_left_and_unused() -> None:
+def test_states_are_listed_by_name_with_some_of_their_parameters() -> None:
+    shapes = {f"p{i}": (i,) for i in range(1, 6)}
+    saved = catalog({n: Saved(s, states=()) for n, s in shapes.items()})
+    text = refusal(saved, target(slot(0, shapes)))
+    assert "10 would stay unrestored: optimizer state 'exp_avg' of 'p1' [1], 'p2' [2], 'p3' [3] and 2 more, " in text
+
+
+def test_allowed_states_stay_and_others_go_unused() -> None:
     wish = Wish(allow_missing=("a:exp_avg_sq",), allow_unused=("*:momentum_buffer",))
     found = plan(states("exp_avg", "momentum_buffer"), target(slot(0, {"a": SHAPE})), wish)
-    assert wanted(found) == {(0, "param"): ["a"], (0, "exp_avg"): ["a"]}
+    # exp_avg_sq is made of what there is: nothing is read for it.
+    assert wanted(found) == {(0, "param"): ["a"], (0, "exp_avg"): ["a"], (0, "exp_avg_sq"): []}
+    assert found.left == ("a:exp_avg_sq",)
+    assert found.unused == ("a:momentum_buffer",)
     refusal(states("exp_avg", "momentum_buffer"), target(slot(0, {"a": SHAPE})), Wish(allow_missing=("a:exp_avg_sq",)))
     refusal(states("exp_avg"), target(slot(0, {"a": SHAPE})), Wish(allow_missing=("b:exp_avg_sq",)))
 
@@ -132,6 +142,32 @@ def test_an_optimizer_of_unknown_states_gets_all_of_them_and_that_is_said() -> N
     found = plan(states("odd_state"), target(slot(0, {"a": SHAPE}), groups=[group("a", expects=None)]), Wish())
     assert (0, "odd_state") in wanted(found)
     assert any("odd_state" in note for note in found.notes)
+
+
+def test_a_slot_of_which_no_state_is_brought_keeps_all_of_its_own() -> None:
+    wish = Wish(allow_missing=("*:exp_avg*",), allow_unused=("*:momentum_buffer",))
+    found = plan(states("momentum_buffer", step=None), target(slot(0, {"a": SHAPE})), wish)
+    assert wanted(found) == {(0, "param"): ["a"]}
+    assert found.scalars == {}
+
+
+def test_a_parameter_that_was_frozen_may_start_without_states() -> None:
+    saved = catalog({"a": Saved(), "b": Saved(kind="frozen")})
+    found = plan(saved, target(slot(0, {"a": SHAPE, "b": SHAPE})), Wish(allow_missing=("b:*",)))
+    assert wanted(found) == {(0, "param"): ["a", "b"], (0, "exp_avg"): ["a"], (0, "exp_avg_sq"): ["a"]}
+    assert found.scalars == {0: {"step": 4.0}}
+    assert found.left == ("b:exp_avg", "b:exp_avg_sq")
+
+
+def test_values_that_the_optimizer_does_not_keep_are_not_given_to_it() -> None:
+    at = target(slot(0, {"a": SHAPE}), groups=[group("a", expects=("exp_avg",), values=())])
+    assert plan(states("exp_avg"), at, Wish()).scalars == {0: {}}
+
+
+def test_a_missing_step_count_is_a_missing_state() -> None:
+    at = target(slot(0, {"a": SHAPE}), groups=[group("a", values=("step",))])
+    assert "optimizer state 'step' of 'a' [2, 3]" in refusal(states(*ADAM, step=None), at)
+    assert plan(states(*ADAM, step=None), at, Wish(allow_missing=("a:step",))).scalars == {0: {}}
 
 
 def test_an_optimizer_without_states_takes_a_checkpoint_without() -> None:
@@ -155,12 +191,14 @@ def test_one_buffer_has_one_step_count_and_one_set_of_states() -> None:
     found = plan(saved, target(slot(0, {"a": SHAPE}), slot(1, {"b": SHAPE}), groups=[group("a", "b")]), Wish())
     assert found.scalars == {0: {"step": 4.0}, 1: {"step": 5.0}}
     saved = catalog({"a": Saved(), "b": Saved(states=("exp_avg",))})
-    assert "but one flat buffer holds both here" in refusal(saved, target(slot(0, {"a": SHAPE, "b": SHAPE})))
+    text = refusal(saved, target(slot(0, {"a": SHAPE, "b": SHAPE})))
+    assert "1 would stay unrestored: optimizer state 'exp_avg_sq' of 'b' [2, 3]" in text
 
 
 def test_frozen_at_the_source_trained_here_and_back() -> None:
     saved = catalog({"a": Saved(), "b": Saved(kind="frozen")})
-    assert "optimizer states" in refusal(saved, target(slot(0, {"a": SHAPE, "b": SHAPE})))
+    text = refusal(saved, target(slot(0, {"a": SHAPE, "b": SHAPE})))
+    assert "2 would stay unrestored: optimizer state 'exp_avg' of 'b' [2, 3]" in text
     text = refusal(saved, target(slot(0, {"b": SHAPE}), slot(1, {"a": SHAPE}, "frozen")))
     assert "optimizer state 'exp_avg' of 'a', which is not trained here" in text
     both = Wish(allow_missing=("b:*",), allow_unused=("a:*",))
@@ -176,15 +214,20 @@ def test_values_in_fewer_bits_are_taken_as_they_are(kept: str, here: str) -> Non
 
 
 @pytest.mark.parametrize(("kept", "here"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float16")])
-def test_masters_states_and_buffers_are_never_rounded(kept: str, here: str) -> None:
+def test_masters_and_states_are_never_rounded(kept: str, here: str) -> None:
     weights = catalog({"a": Saved(dtype=kept, state_dtype=here)})
     assert f"parameter 'a' [2, 3] is {kept} in the checkpoint and {here} here" in refusal(
         weights, target(slot(0, {"a": SHAPE}, dtype=here))
     )
     moments = catalog({"a": Saved(dtype=here, state_dtype=kept)})
     assert f"'exp_avg' of 'a' is {kept}" in refusal(moments, target(slot(0, {"a": SHAPE}, dtype=here)))
-    buffer = catalog({"a": Saved(kind="buffer", dtype=kept)})
-    assert "which would lose bits" in refusal(buffer, target(slot(0, {"a": SHAPE}, "buffer", dtype=here)))
+
+
+@pytest.mark.parametrize(("kept", "here"), [("int64", "int32"), ("float32", "int64"), ("int64", "float32")])
+def test_buffers_and_frozen_weights_of_other_kinds_of_numbers_are_refused(kept: str, here: str) -> None:
+    for kind in ("buffer", "frozen"):
+        saved = catalog({"a": Saved(kind=kind, dtype=kept)})
+        assert "which would lose bits" in refusal(saved, target(slot(0, {"a": SHAPE}, kind, dtype=here)))
 
 
 def test_states_may_have_an_element_type_of_their_own() -> None:
@@ -197,9 +240,10 @@ def test_states_may_have_an_element_type_of_their_own() -> None:
     }
 
 
-def test_frozen_weights_are_rounded_and_named() -> None:
-    saved = catalog({"a": Saved(), "f": Saved(kind="frozen")})
-    found = plan(saved, target(slot(0, {"a": SHAPE}), slot(1, {"f": SHAPE}, "frozen", dtype="bfloat16")), Wish())
+@pytest.mark.parametrize("kind", ["frozen", "buffer"])
+def test_what_the_model_keeps_in_fewer_bits_is_rounded_and_named(kind: str) -> None:
+    saved = catalog({"a": Saved(), "f": Saved(kind=kind)})
+    found = plan(saved, target(slot(0, {"a": SHAPE}), slot(1, {"f": SHAPE}, kind, dtype="bfloat16")), Wish())
     assert found.rounded == ("f",)
     assert (1, "param", "float32") in found.wants
 

@@ -117,7 +117,10 @@ def _weights_notes(report: LoadReport) -> list[str]:
     rounded = report.plan.rounded
     if not rounded:
         return []
-    return [f"{len(rounded)} frozen parameters are kept in fewer bits here than in the checkpoint ('{rounded[0]}', …): rounded"]
+    return [
+        f"{len(rounded)} frozen parameters or buffers are kept in fewer bits here than in the checkpoint "
+        f"('{rounded[0]}'{', …' if len(rounded) > 1 else ''}): rounded"
+    ]
 
 
 def _returned_path(path: str) -> str:

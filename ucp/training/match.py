@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ucp.catalog import Catalog
+from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Mismatch
+from ucp.storage.rounding import ROUNDED
 from ucp.training.names import match
-from ucp.training.target import Slot, Target
+from ucp.training.target import Member, Slot, Target
 from ucp.transfer.gather import EXACT, Want
 
 # What a param group says of its implementation or its identity rather than of the training: always the target's.
@@ -26,8 +27,8 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Wish:
-    """What the caller of a load asked for. allow_missing, allow_unused: glob patterns of names, or of
-    ``name:state`` for optimizer states. strict: refuse missing and unused parameters and buffers."""
+    """What the caller of a load asked for. allow_missing, allow_unused: glob patterns of names, or of ``name:state``
+    for optimizer states; what is missing stays as it is. strict: refuse missing and unused parameters and buffers."""
 
     weights_only: bool = False
     optimizer: bool = True
@@ -43,8 +44,8 @@ class Plan:
 
     wants: (slot key, state, element type to read) -> what to gather. scalars: slots whose optimizer state will be
     set. options: by param group. sources: param group -> index of the checkpoint's group.
-    left, unused: what stays as it is and what is not read, by the caller's leave. rounded: frozen weights that the
-    live model keeps in fewer bits.
+    left, unused: what stays as it is and what is not read, by the caller's leave (names, and ``name:state``). rounded:
+    frozen weights and buffers that the live model keeps in fewer bits.
     """
 
     wants: Mapping[tuple[int, str, str], list[Want]]
@@ -65,6 +66,22 @@ class _Findings:
     left: list[str] = field(default_factory=list)
     spared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
+    unplaced: dict[str, list[str]] = field(default_factory=dict)
+
+    def lacks(self, member: Member, state: str, allowed: bool) -> None:
+        """The checkpoint has no such state of a parameter."""
+        if allowed:
+            self.left.append(f"{member.name}:{state}")
+        else:
+            self.lacking.setdefault(state, []).append(f"'{member.name}' {list(member.shape)}")
+
+    def leaves(self, member: Member, state: str, allowed: bool) -> None:
+        """The live optimizer has no place for a state of a parameter."""
+        if allowed:
+            self.spared.append(f"{member.name}:{state}")
+        else:
+            self.unplaced.setdefault(state, []).append(f"'{member.name}' {list(member.shape)}")
 
 
 def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
@@ -86,7 +103,14 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
         options, sources = _options(catalog, target, names, found)
     _refuse(catalog, target, found)
     return Plan(
-        wants, scalars, options, sources, tuple(found.left), tuple(found.spared), tuple(rounded), tuple(dict.fromkeys(found.notes))
+        wants,
+        scalars,
+        options,
+        sources,
+        tuple(found.left),
+        tuple(found.spared),
+        tuple(rounded),
+        tuple(dict.fromkeys(found.notes)),
     )
 
 
@@ -122,7 +146,7 @@ def _weights(
             continue
         dtype = slot.dtype
         if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
-            if slot.kind != "frozen":
+            if slot.kind == "parameter" or (tensor.dtype, dtype) not in ROUNDED:
                 found.wrong.append(f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
                 continue
             rounded.append(member.name)
@@ -140,53 +164,67 @@ def _states(
     wants: dict[tuple[int, str, str], list[Want]],
     scalars: dict[int, dict[str, Any]],
 ) -> None:
-    """The optimizer states of one slot: all of its members bring the same ones, with the same values of 'step'."""
+    """The optimizer states of one slot, which has the same ones for all of its members, and one value of 'step'."""
     members = [(m, catalog.parameters[names[m.name]]) for m in slot.members if m.name in names]
     if not members:
         return
-    first = members[0][1]
-    expects = target.groups[slot.group].expects if slot.group is not None else None
-    names_of = set(first.states) - {"param"}
-    for member, info in members[1:]:
-        others = set(info.states) - {"param"}
-        if others != names_of:
-            found.wrong.append(
-                f"'{member.name}' has optimizer states {sorted(others)} and '{first.name}' {sorted(names_of)}, but one "
-                "flat buffer holds both here"
-            )
-            return
-        if names_of and dict(info.scalars) != dict(first.scalars):
-            found.wrong.append(
-                f"'{member.name}' has {_values(info.scalars)} and '{first.name}' {_values(first.scalars)}, but one flat "
-                "buffer has one value here"
-            )
-            return
-    never_stepped = not names_of and _steps_taken(catalog) == 0
-    if expects is not None and not never_stepped:
-        for state in sorted(expects - names_of):
-            for member, _ in members:
-                if not _allowed(member.name, state, wish.allow_missing):
-                    found.missing.append(f"optimizer state '{state}' of '{member.name}' {list(member.shape)}")
-        for state in sorted(names_of - expects):
-            for member, _ in members:
-                if not _allowed(member.name, state, wish.allow_unused):
-                    found.unused.append(f"optimizer state '{state}' of '{member.name}' {list(member.shape)}")
-        names_of &= expects
-    elif expects is None:
-        found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(names_of)}")
-    places = {state: dict(zip(slot.members, slot.placement(state).blocks, strict=True)) for state in names_of}
-    for state in sorted(names_of):
+    kept = {m.name: set(info.states) - {"param"} for m, info in members}
+    brought = set().union(*kept.values())
+    if not brought and _steps_taken(catalog) == 0:
+        scalars[slot.key] = {}
+        return
+    group = target.groups[slot.group] if slot.group is not None else None
+    if group is None or group.expects is None:
+        expects = brought
+        found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(brought)}")
+    else:
+        expects = set(group.expects)
+    for member, _ in members:
+        for state in sorted(expects - kept[member.name]):
+            found.lacks(member, state, _allowed(member.name, state, wish.allow_missing))
+        for state in sorted(kept[member.name] - expects):
+            found.leaves(member, state, _allowed(member.name, state, wish.allow_unused))
+    values = _common_values([(m, info) for m, info in members if kept[m.name] or info.scalars], found)
+    if group is not None and group.values is not None:
+        values = {k: v for k, v in values.items() if k in group.values}
+        if brought & expects:
+            for value in sorted(group.values - set(values)):
+                for member, _ in members:
+                    found.lacks(member, value, _allowed(member.name, value, wish.allow_missing))
+    if not (brought & expects or values):
+        return
+    scalars[slot.key] = values
+    places = {state: dict(zip(slot.members, slot.placement(state).blocks, strict=True)) for state in expects}
+    for state in sorted(expects):
+        dtype = slot.states.get(state, slot.dtype)
+        # A state that nobody brings (by the caller's leave) stays, or starts from zero where there is none yet.
+        of_state = wants.setdefault((slot.key, state, dtype), [])
         for member, info in members:
+            if state not in kept[member.name]:
+                continue
             tensor = catalog.tensors[info.name, state]
-            dtype = slot.states.get(state, slot.dtype)
             if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
                 found.wrong.append(
                     f"optimizer state '{state}' of '{member.name}' is {tensor.dtype} in the checkpoint and {dtype} "
                     "here, which would lose bits"
                 )
                 return
-            wants.setdefault((slot.key, state, dtype), []).append(Want(tensor, places[state][member], dtype))
-    scalars[slot.key] = dict(first.scalars) if names_of or first.scalars and not never_stepped else {}
+            of_state.append(Want(tensor, places[state][member], dtype))
+
+
+def _common_values(members: Sequence[tuple[Member, ParameterInfo]], found: _Findings) -> dict[str, Any]:
+    """The values (such as 'step') that all of a slot's members have."""
+    if not members:
+        return {}
+    first, values = members[0][0], dict(members[0][1].scalars)
+    for member, info in members[1:]:
+        if dict(info.scalars) != values:
+            found.wrong.append(
+                f"'{member.name}' has {_values(info.scalars)} and '{first.name}' {_values(values)}, but one flat "
+                "buffer has one value here"
+            )
+            break
+    return values
 
 
 def _steps_taken(catalog: Catalog) -> int | None:
@@ -217,7 +255,9 @@ def _unused(
         states = set(catalog.parameters[source].states) - {"param"}
         if live not in trained:
             for state in sorted(states):
-                if not _allowed(live, state, wish.allow_unused):
+                if _allowed(live, state, wish.allow_unused):
+                    found.spared.append(f"{live}:{state}")
+                else:
                     found.unused.append(f"optimizer state '{state}' of '{live}', which is not trained here")
 
 
@@ -267,16 +307,28 @@ def _refuse(catalog: Catalog, target: Target, found: _Findings) -> None:
     parts = []
     if found.wrong:
         parts.append(f"{len(found.wrong)} do not fit: {_list(found.wrong)}")
-    if found.missing:
-        parts.append(f"{len(found.missing)} would stay unrestored: {_list(found.missing)}")
-    if found.unused:
-        parts.append(f"{len(found.unused)} of the checkpoint would stay unused: {_list(found.unused)}")
+    for listed, by_state, text in (
+        (found.missing, found.lacking, "would stay unrestored"),
+        (found.unused, found.unplaced, "of the checkpoint would stay unused"),
+    ):
+        count = len(listed) + sum(map(len, by_state.values()))
+        if count:
+            parts.append(f"{count} {text}: {_list([*listed, *_by_state(by_state)])}")
     if parts:
         raise Mismatch(
             f"nothing was loaded: the checkpoint ({catalog.layout}) and the engine ({target.layout}) do not match; "
             + "; ".join(parts)
             + '; to load all the same, name them in "ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}'
         )
+
+
+def _by_state(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """One item for each state, however many parameters it is of."""
+    out = []
+    for state, names in found.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        out.append(f"optimizer state '{state}' of {', '.join(names[:3])}{more}")
+    return out
 
 
 def _list(items: Sequence[str]) -> str:

@@ -66,11 +66,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """A live param group. expects: the names of the optimizer states that its optimizer keeps, None if unknown."""
+    """A live param group. expects: the names of the optimizer states that its optimizer keeps for a parameter, tensors
+    of its shape; values: those of single values, such as 'step'. None where that is unknown."""
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
     expects: frozenset[str] | None
+    values: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

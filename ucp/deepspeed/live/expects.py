@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ucp.training.target import Group
 
 # DeepSpeed's own optimizers (deepspeed/ops/*): states that have the parameter's shape.
 _DEEPSPEED = {
@@ -19,22 +22,38 @@ _DEEPSPEED = {
 }
 
 
-def expected_states(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> frozenset[str] | None:
-    """Names of the param-shaped states that this optimizer keeps under this group's options; None if unknown.
+@dataclass(frozen=True)
+class Expected:
+    """What an optimizer keeps for a parameter: names of tensors of its shape, and of single values. None: unknown."""
 
-    torch's own optimizers are asked: a twin of the same class and options takes one step on a single element.
+    tensors: frozenset[str] | None
+    values: frozenset[str] | None
+
+
+def expected(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Expected:
+    """What this optimizer keeps for the parameters of a group with these options.
+
+    torch's own optimizers are asked: a twin of the same class and options takes one step on a few elements.
     """
     kind = type(optimizer)
     if kind.__name__ in _DEEPSPEED:
-        return frozenset(_DEEPSPEED[kind.__name__])
+        return Expected(frozenset(_DEEPSPEED[kind.__name__]), frozenset(("step",)))
     if kind.__name__ == "MuonWithAuxAdam":
-        return frozenset(("momentum_buffer",) if group.get("use_muon") else ("exp_avg", "exp_avg_sq"))
+        if options.get("use_muon"):
+            return Expected(frozenset(("momentum_buffer",)), frozenset())
+        return Expected(frozenset(("exp_avg", "exp_avg_sq")), frozenset(("step",)))
     if kind.__module__.startswith("torch.optim"):
-        return _of_twin(kind, group)
-    return None
+        return _of_twin(kind, options)
+    return Expected(None, None)
 
 
-def _of_twin(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> frozenset[str]:
+def live_group(names: Sequence[str], optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Group:
+    """A param group as a target's."""
+    keeps = expected(optimizer, options)
+    return Group(tuple(names), options, keeps.tensors, keeps.values)
+
+
+def _of_twin(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> Expected:
     accepted = inspect.signature(kind.__init__).parameters
     options = {k: v for k, v in group.items() if k in accepted and k not in ("params", "fused", "capturable")}
     probe = torch.zeros(2, 2, requires_grad=True)
@@ -42,5 +61,6 @@ def _of_twin(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> fro
         twin = kind([probe], **options)
         probe.grad = torch.ones_like(probe)
         twin.step()
-    state = twin.state.get(probe, {})
-    return frozenset(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == probe.shape)
+    state = {k: v for k, v in twin.state.get(probe, {}).items() if v is not None}
+    tensors = frozenset(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == probe.shape)
+    return Expected(tensors, frozenset(state) - tensors)

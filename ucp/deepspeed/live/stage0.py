@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from ucp.deepspeed.live.base import host_copy, put_states, set_group_options, state_dtypes
-from ucp.deepspeed.live.expects import expected_states
+from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import whole
 from ucp.parallel.zero import flat_offsets
 from ucp.storage.dtypes import from_torch
@@ -74,7 +74,7 @@ class Stage0:
         for unit in self._units:
             names[unit.group] += [self._names[p] for p in unit.params]
         return [
-            Group(tuple(n), options, expected_states(self._inner, options))
+            live_group(n, self._inner, options)
             for n, options in zip(names, self._inner.param_groups, strict=True)
         ]
 

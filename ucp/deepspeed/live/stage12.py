@@ -14,7 +14,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
-from ucp.deepspeed.live.expects import expected_states
+from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition
 from ucp.storage.dtypes import from_torch
@@ -77,7 +77,7 @@ class Stage12:
 
     def groups(self) -> list[Group]:
         return [
-            Group(tuple(self._names[p] for p in params), options, expected_states(self._inner, options))
+            live_group([self._names[p] for p in params], self._inner, options)
             for params, options in zip(self._params, self._inner.param_groups, strict=True)
         ]
 

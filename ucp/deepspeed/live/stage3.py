@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
-from ucp.deepspeed.live.expects import expected_states
+from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
 from ucp.parallel.zero import ceil_partition, ceil_size
 from ucp.storage.dtypes import from_torch
@@ -57,7 +57,7 @@ class Stage3:
         for s, params in enumerate(self._zero.fp16_groups):
             names[self._zero.sub_group_to_group_id[s]] += [self._names[p] for p in params]
         return [
-            Group(tuple(n), options, expected_states(self._inner, options))
+            live_group(n, self._inner, options)
             for n, options in zip(names, self._inner.param_groups, strict=True)
         ]
 
