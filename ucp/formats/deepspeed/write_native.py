@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
@@ -54,8 +55,9 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
     if layout.zero == 0:
         return [_stage0(catalog, config, layout)]
     cut = flats(catalog, config, layout.dp)
-    models = [_model_file(catalog, config, layout, rank, cut) for rank in _model_ranks(layout)]
-    return models + [_optimizer_file(catalog, config, layout, rank, cut) for rank in range(layout.dp)]
+    return _model_files(catalog, config, layout, cut) + [
+        _optimizer_file(catalog, config, layout, rank, cut) for rank in range(layout.dp)
+    ]
 
 
 def _refuse_layout(layout: Layout) -> None:
@@ -80,17 +82,27 @@ def check_groups(catalog: Catalog) -> None:
         raise Unsupported(f"'{name}' {what}; a native DeepSpeed checkpoint has every trained parameter in one group")
 
 
-def _model_ranks(layout: Layout) -> range:
-    """The data-parallel ranks that write a model file: all of them at stage 3, where each holds frozen fragments."""
-    return range(layout.dp if layout.zero == 3 else 1)
-
-
 # --- model files -----------------------------------------------------------------------------------------------------
 
 
-def _model_file(catalog: Catalog, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+def _model_files(catalog: Catalog, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
+    """One file; at stage 3, where each rank holds its pieces of the frozen parameters, one for every rank."""
+    if layout.zero < 3:
+        return [_model_file(catalog, config, layout, 0, cut)]
+    if any(info.kind == "frozen" for info in catalog.parameters.values()):
+        return [_model_file(catalog, config, layout, rank, cut) for rank in range(layout.dp)]
+    # Rank 0 knows the tied names; the others' files are all the same.
+    out = [_model_file(catalog, config, layout, rank, cut) for rank in range(min(layout.dp, 2))]
+    return out + [replace(out[1], name=_model_name(layout, rank)) for rank in range(2, layout.dp)]
+
+
+def _model_name(layout: Layout, rank: int) -> str:
     prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
-    file = FileBuilder(f"{prefix}mp_rank_00_model_states.pt", catalog)
+    return f"{prefix}mp_rank_00_model_states.pt"
+
+
+def _model_file(catalog: Catalog, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+    file = FileBuilder(_model_name(layout, rank), catalog)
     frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
     module = partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
     shapes = fragments = None
@@ -166,9 +178,9 @@ def whole_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Pl
 def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
     """The same at stage 3: buffers are whole, parameters empty, since their partitions lie elsewhere."""
     module: OrderedDict[str, Placeholder] = OrderedDict()
+    nothing = file.tensor((0,), config.dtype)
     for info in file.catalog.parameters.values():
-        tensor = file.catalog.tensors[info.name, PARAM]
-        weight = file.whole(tensor) if info.kind == "buffer" else file.tensor((0,), config.dtype)
+        weight = file.whole(file.catalog.tensors[info.name, PARAM]) if info.kind == "buffer" else nothing
         module.update(dict.fromkeys((info.name, *info.aliases), weight))
     return module
 
@@ -303,7 +315,7 @@ def _address(count: int, start: int) -> Standin:
 
 def _stage0(catalog: Catalog, config: EngineConfig, layout: Layout) -> TargetFile:
     """Everything in one file. In low precision DeepSpeed wraps the optimizer: FusedAdam by flat masters, others not."""
-    file = FileBuilder("mp_rank_00_model_states.pt", catalog)
+    file = FileBuilder(_model_name(layout, 0), catalog)
     groups = [group_options(catalog, config, i) for i in range(len(catalog.training_state.param_groups))]
     saved = catalog.training_state.loss_scaler
     optimizer: dict[str, Any]
