@@ -6,6 +6,7 @@ geometry.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import zipfile
@@ -275,13 +276,16 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
     rank0 = raw.catalog.files[0].path
     ref = TensorRef(rank0, 24, "float32", (2, 3), (3, 1), "cpu", ("0", 6))
     state = dataclasses.replace(
-        raw.catalog.training_state, client_state={"rng": [ref, {"again": ref}], "plain": np.arange(3)}
+        raw.catalog.training_state,
+        client_state={"rng": [ref, {"again": ref}], "plain": np.arange(3), "args": argparse.Namespace(lr=1, t=(ref,))},
     )
     catalog = dataclasses.replace(raw.catalog, training_state=state)
     model = write(catalog, tmp_path / "out", Layout(zero=1), None)["mp_rank_00_model_states.pt"]
     wanted = torch.from_numpy(np.fromfile(rank0, "<f4", 6, offset=24).reshape(2, 3))
     assert same(model["rng"][0], wanted)
     assert model["rng"][1]["again"] is model["rng"][0]
+    assert model["args"].t[0] is model["rng"][0]
+    assert model["args"].lr == 1
     assert model["plain"].tolist() == [0, 1, 2]
 
 
@@ -306,6 +310,8 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
             "offloads the optimizer to NVMe",
         ),
         (Layout(zero=3), {"zero_optimization": {"elastic_checkpoint": True}}, Unsupported, "elastic_checkpoint"),
+        (Layout(zero=3), {"zero_optimization": {"mics_shard_size": 2}}, Unsupported, "mics_shard_size"),
+        (Layout(zero=1), {"tensor_parallel": {"autotp_size": 2}}, Unsupported, "autotp_size"),
         (Layout(zero=3), {"optimizer": {"type": "Adagrad"}}, Unsupported, "Adagrad at stage 3"),
         (
             Layout(zero=1),

@@ -96,6 +96,10 @@ def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], 
             "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
             "which are not written: use 'cpu' or no offload"
         )
+    if _integer(_section(raw, "tensor_parallel"), "autotp_size", 1) > 1:
+        raise Unsupported("the target's config asks for tensor parallelism ('autotp_size'), and the layout has tp=1")
+    if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
+        raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
     if stage == 3 and _flag(zero, "elastic_checkpoint"):
         raise Unsupported(
             "the target's config asks for elastic_checkpoint, which DeepSpeed refuses at stage 3; drop it"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, box, empty, numel, whole
 from ucp.storage.torchwriter import Placeholder, plan_torch_file
-from ucp.storage.values import TensorRef
+from ucp.storage.values import Standin, TensorRef
 from ucp.transfer.gather import Want, check_exact
 from ucp.transfer.targets import TargetFile
 
@@ -70,6 +71,12 @@ class FileBuilder:
         """The same tree with placeholders for references; containers without any stay the objects they are."""
         if isinstance(value, TensorRef):
             return self._reference(value)
+        if isinstance(value, argparse.Namespace):
+            found = self._resolve(vars(value))
+            return value if found is vars(value) else argparse.Namespace(**found)
+        if isinstance(value, Standin):
+            found = self._resolve(value.state)
+            return value if found is value.state else replace(value, state=found)
         if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
             found = {k: self._resolve(v) for k, v in value.items()}
             if all(found[k] is v for k, v in value.items()):
