@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
-
-from deepspeed.utils import log_dist
 
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
@@ -90,8 +89,17 @@ def load_checkpoint(
             log.warning("%s", text)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
-    log_dist(f"ucp: {report} ({path})", ranks=[0])
+    if ranks.rank() == 0:
+        _say(f"{report} ({path})")
     return _returned_path(path), dict(catalog.training_state.client_state)
+
+
+def _say(summary: str) -> None:
+    """The one line after every load. It must be seen: where the program shows no INFO records, stderr does."""
+    if log.isEnabledFor(logging.INFO) and log.hasHandlers():
+        log.info("%s", summary)
+    else:
+        sys.stderr.write(f"ucp: {summary}\n")
 
 
 def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
