@@ -18,7 +18,9 @@ import ucp
 from tests.deepspeed.agree import differences
 from tests.engines.configs import Case, make_config
 from tests.engines.pool import RankPool
-from tests.engines.sources import CLIENT_STATE, FURTHER, Run, Sources, resume_native
+from tests.engines.resume import resume
+from tests.engines.runs import CLIENT_STATE, FURTHER, Run
+from tests.engines.sources import Sources, preload_for
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +58,9 @@ NATIVE = [
     (Case(2, "bf16", 2, optimizer="nadam"), Case(0, "bf16", 3, optimizer="nadam")),
     (Case(2, "bf16", 2, optimizer="lion_reference"), Case(3, "bf16", 3, optimizer="lion_reference")),
     (Case(2, "bf16", 2, optimizer="muon"), Case(1, "bf16", 3, optimizer="muon")),
+    (Case(2, "bf16", 2, optimizer="muon"), Case(3, "bf16", 3, optimizer="muon")),
+    (Case(3, "bf16", 2, optimizer="muon"), Case(2, "bf16", 4, optimizer="muon")),
+    (Case(3, "bf16", 2, optimizer="muon"), Case(0, "bf16", 2, optimizer="muon")),
 ]
 UNIVERSAL = [
     (Case(1, "bf16", 2, groups=2), Case(2, "bf16", 3, groups=2)),
@@ -81,7 +86,9 @@ def label(pair: tuple[Case, Case]) -> str:
 
 
 def load_with_deepspeed(ranks: RankPool, case: Case, folder: Path, run: Run) -> Run:
-    loaded: Run = ranks.run(resume_native, case, str(folder), None, run.steps, world_size=case.dp)[0]
+    loaded: Run = ranks.run(resume, case, str(folder), None, run.steps, world_size=case.dp, preload=preload_for(case))[
+        0
+    ]
     return loaded
 
 
