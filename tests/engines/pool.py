@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.engines import operators
 from tests.engines.zygote import ENVIRONMENT, read_frame, write_frame
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,12 @@ class RankPool:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env=self._environment(),
+                env={
+                    **os.environ,
+                    **ENVIRONMENT,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "TORCH_EXTENSIONS_DIR": str(operators.folder()),
+                },
             )
         os.close(request_read)
         os.close(response_write)
@@ -123,8 +129,9 @@ class RankPool:
 
         ``function`` is a module-level function of an importable module. ``timeout`` seconds bound the whole job; once
         a rank has failed, the others have ``grace`` seconds. ``preload`` names modules that are worth importing once
-        for all later jobs, or with ``operator:CPUAdamBuilder`` a native operator of DeepSpeed to build (which takes
-        minutes where it was never built, and does not count as the job's time). ``distributed=False`` leaves the process group to the function.
+        for all later jobs, or with ``operator:CPUAdamBuilder`` a native operator of DeepSpeed to build; that takes
+        minutes where it was never built, and does not count as the job's time. ``distributed=False`` leaves the
+        process group to the function.
         """
         self.start()
         logs = [str(Path(self._folder.name) / f"rank-{rank}.log") for rank in range(world_size)]
@@ -170,14 +177,6 @@ class RankPool:
         """End the warm process and remove the logs."""
         self._stop()
         self._folder.cleanup()
-
-    @staticmethod
-    def _environment() -> dict[str, str]:
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # Operators are built anew whenever an include path differs: two environments that share torch's default
-        # folder would rebuild each other's, for minutes each time.
-        environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-        return environment
 
     def _receive(self) -> Any:
         try:

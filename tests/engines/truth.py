@@ -153,6 +153,8 @@ def _slots(engine: Any) -> Iterator[_Slot]:
         yield from _slots_of_bf16_optimizer(optimizer, names)
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
         yield from _slots_of_stage_3(optimizer, names)
+    elif kind not in ("FP16_UnfusedOptimizer", "FP16_Optimizer") and not isinstance(optimizer, torch.optim.Optimizer):
+        raise NotImplementedError(f"no truth is known of a {kind}")
     elif _is_first_rank():  # stage 0: every rank holds everything; one of them is enough
         if kind == "FP16_UnfusedOptimizer":
             for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
