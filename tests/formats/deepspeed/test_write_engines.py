@@ -149,11 +149,18 @@ def test_universal_folder(pair: tuple[Case, Case], ranks: RankPool, sources: Sou
     assert len(loaded.further) == FURTHER
 
 
+@pytest.mark.parametrize("by_way_of", [None, "consolidated", "virtual"])
 @pytest.mark.parametrize("case", AS_WRITTEN, ids=lambda case: case.label)
-def test_files_are_those_that_deepspeed_writes(case: Case, sources: Sources, tmp_path: Path) -> None:
+def test_files_are_those_that_deepspeed_writes(
+    case: Case, by_way_of: str | None, sources: Sources, tmp_path: Path
+) -> None:
     """For the source's own layout: the same files with the same keys, values, types and bits."""
     run = sources.get(case)
-    ucp.convert(run.folder, tmp_path / "out", to="deepspeed", layout=f"dp={case.dp},zero={case.stage}")
+    source = run.folder
+    if by_way_of:
+        source = str(tmp_path / "universal")
+        ucp.convert(run.folder, source, virtual=by_way_of == "virtual")
+    ucp.convert(source, tmp_path / "out", to="deepspeed", layout=f"dp={case.dp},zero={case.stage}")
     theirs, ours = Path(run.folder, run.tag), tmp_path / "out" / run.tag
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
     assert (tmp_path / "out" / "latest").read_text() == run.tag
