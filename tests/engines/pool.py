@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,11 @@ class RankPool:
             )
         os.close(request_read)
         os.close(response_write)
+        if not select.select([self._response_fd], [], [], self._start_timeout)[0]:
+            self._process.kill()
+            raise RuntimeError(
+                f"the warm process is not ready after {self._start_timeout:g} s:\n{_read_text(str(self._server_log))}"
+            )
         greeting = self._receive()
         if greeting["threads"] != 1:
             raise RuntimeError(f"the warm process has {greeting['threads']} threads; forking it is not safe")
