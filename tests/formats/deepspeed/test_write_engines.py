@@ -16,6 +16,7 @@ import torch
 
 import ucp
 from tests.deepspeed.agree import differences
+from tests.engines import operators
 from tests.engines.configs import Case, make_config
 from tests.engines.pool import RankPool
 from tests.engines.resume import resume
@@ -62,6 +63,15 @@ NATIVE = [
     (Case(3, "bf16", 2, optimizer="muon"), Case(2, "bf16", 4, optimizer="muon")),
     (Case(3, "bf16", 2, optimizer="muon"), Case(0, "bf16", 2, optimizer="muon")),
 ]
+# Optimizers that count their steps in Python numbers; FusedAdam has flat masters at stage 0.
+COMPILED = [
+    (Case(2, "bf16", 2, optimizer="cpu_adam", offload=True), Case(3, "bf16", 3, optimizer="cpu_adam", offload=True)),
+    (Case(2, "bf16", 2, optimizer="cpu_adam", offload=True), Case(1, "bf16", 3)),
+    (Case(1, "bf16", 3), Case(2, "bf16", 2, optimizer="cpu_adam", offload=True)),
+    (Case(1, "bf16", 3, groups=2), Case(0, "bf16", 2, groups=2, optimizer="fused_adam")),
+    (Case(2, "fp32", 2, optimizer="fused_adam"), Case(0, "fp16", 2, optimizer="fused_adam")),
+    (Case(0, "fp16", 2, optimizer="fused_adam"), Case(3, "fp16", 2, optimizer="fused_adam")),
+]
 UNIVERSAL = [
     (Case(1, "bf16", 2, groups=2), Case(2, "bf16", 3, groups=2)),
     (Case(1, "bf16", 2, groups=2), Case(3, "bf16", 3, groups=2)),
@@ -94,6 +104,19 @@ def load_with_deepspeed(ranks: RankPool, case: Case, folder: Path, run: Run) -> 
 
 @pytest.mark.parametrize("pair", NATIVE, ids=label)
 def test_native_checkpoint(pair: tuple[Case, Case], ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
+    check_native(pair, ranks, sources, tmp_path)
+
+
+@pytest.mark.parametrize("pair", COMPILED, ids=label)
+def test_native_checkpoint_for_deepspeeds_compiled_optimizers(
+    pair: tuple[Case, Case], ranks: RankPool, sources: Sources, tmp_path: Path
+) -> None:
+    if not all(operators.is_built(case.optimizer) for case in pair):
+        pytest.skip("DeepSpeed's operators are not built: python -m tests.engines.operators")
+    check_native(pair, ranks, sources, tmp_path)
+
+
+def check_native(pair: tuple[Case, Case], ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
     source, target = pair
     run = sources.get(source)
     layout = f"dp={target.dp},zero={target.stage}"

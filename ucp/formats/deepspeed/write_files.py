@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,12 +82,14 @@ class FileBuilder:
             found = {k: self._resolve(v) for k, v in value.items()}
             if all(found[k] is v for k, v in value.items()):
                 return value
-            copied = value.copy()  # type: ignore[attr-defined]  # every built-in mapping has it
+            copied: Any = copy.copy(value)  # keeps the kind of mapping, and its order
             copied.update(found)
             return copied
         if type(value) in (list, tuple):
             items = [self._resolve(v) for v in value]
-            return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            return tuple(items) if isinstance(value, tuple) else items
         return value
 
     def _reference(self, ref: TensorRef) -> Placeholder:
