@@ -41,3 +41,7 @@ class BadArgument(UcpError):
 
 class DestinationError(UcpError):
     """The destination exists already, cannot be written, or has too little space."""
+
+
+class SaveFailed(UcpError):
+    """A save was given up, because of one of its ranks; the checkpoints that were there before are as they were."""

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,10 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_LEFTOVER = re.compile(r"\.ucp-(tmp|old)-(.+)-(\d+)-([0-9a-f]{8})[0-9a-f]{8}")
+
+STALE = 3600
+"""Seconds without a write after which a temporary folder of another machine is taken for a dead process's."""
 
 
 @contextmanager
@@ -61,6 +65,82 @@ def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = F
         raise
     for folder in (target, *reversed(made)):
         _sync(folder.parent)
+
+
+# --- the same in steps, for several processes that fill one folder ---------------------------------------------------
+
+
+def reserve(dest: str | os.PathLike[str], keep: Collection[str] = ()) -> Path:
+    """Make a temporary folder beside `dest` for this and other processes to fill, then `publish` or `discard`.
+
+    First removes what dead processes have left of any commit in `dest`'s folder; what was left on another machine, once
+    it has not been written for `STALE` seconds. keep: names of temporary folders of this process that are in use.
+    Raises `DestinationError`.
+    """
+    target = Path(os.path.abspath(dest))
+    made = _make_parents(target.parent)
+    try:
+        temporary = _make_temporary(target)
+    except DestinationError:
+        for folder in reversed(made):
+            _remove_if_empty(folder)
+        raise
+    try:
+        _sweep_all(target.parent, {*keep, temporary.name}, temporary.stat().st_mtime)
+        for folder in reversed(made):
+            _sync(folder.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise DestinationError(f"{target.parent}: cannot be used: {error.strerror or error}") from error
+    return temporary
+
+
+def publish(temporary: Path, dest: str | os.PathLike[str]) -> None:
+    """Put a reserved folder whose files are on disk already in the place of `dest`, whatever folder stood there.
+
+    `dest` is the old folder until it is the new one. Raises `DestinationError`.
+    """
+    target = Path(os.path.abspath(dest))
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+        raise DestinationError(f"{target}: the destination to be replaced is not a folder")
+    _sync(temporary)
+    _publish(temporary, target, replace=True)
+    _sync(target.parent)
+    _remove(temporary)  # after an exchange this is the old folder
+
+
+def discard(temporary: Path) -> None:
+    """Remove a reserved folder that will not be published."""
+    _remove(temporary)
+
+
+def _sweep_all(folder: Path, keep: Collection[str], now: float) -> None:
+    here = _place_of_process()
+    for entry in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or entry.is_symlink() or entry.name in keep:
+            continue
+        kind, name, process, place = match.groups()
+        if kind == "old" and not os.path.lexists(folder / name):
+            if place == here and not _is_alive(int(process)):
+                os.rename(entry, folder / name)  # see _sweep
+            continue
+        if place == here:
+            # A process number that is this one's was another's before: what is in use is in `keep`.
+            unused = int(process) == os.getpid() or not _is_alive(int(process))
+        else:
+            unused = now - _newest(entry) > STALE
+        if unused:
+            _remove(entry)
+
+
+def _newest(entry: Path) -> float:
+    """When the entry, or a file in it, was last written; in seconds."""
+    times = [entry.stat().st_mtime]
+    if entry.is_dir():
+        with os.scandir(entry) as inside:
+            times += [item.stat(follow_symlinks=False).st_mtime for item in inside]
+    return max(times)
 
 
 def check_destination(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = False) -> None:

@@ -131,8 +131,9 @@ def _dense(sizes: Ints) -> Ints:
     return out
 
 
-def decode(path: str, body: dict[str, Any]) -> Catalog:
-    """The catalog that a manifest describes; ``path`` is the manifest's own.
+def decode(path: str, body: dict[str, Any], *, complete: bool = True) -> Catalog:
+    """The catalog that a manifest describes; ``path`` is the manifest's own. complete: it must hold every element, as
+    all manifests do but those of one rank's share.
 
     Every name, index and range is checked before it is used. Raises DamagedCheckpoint where the manifest contradicts
     itself or its files, and where a file of a form that keeps its files beside the manifest lies outside its folder.
@@ -163,7 +164,8 @@ def decode(path: str, body: dict[str, Any]) -> Catalog:
         chunk_digests=digests,
     )
     try:
-        catalog.check()
+        if complete:
+            catalog.check()
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{path}: {error}") from error
     return catalog
@@ -335,10 +337,13 @@ def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files
 
 
 def _training_tensors(path: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    wanted = os.path.join(os.path.realpath(os.path.dirname(path)), training.TENSORS_FILE)
-    if any(file.path == wanted for file in files):
-        return dict(safetensors.read_header(wanted).tensors)
-    return {}
+    folder = os.path.realpath(os.path.dirname(path))
+    found: dict[str, Any] = {}
+    for file in files:
+        parent, name = os.path.split(file.path)
+        if parent == folder and training.is_tensors_file(name):
+            found.update(safetensors.read_header(file.path).tensors)
+    return found
 
 
 class _Fields:

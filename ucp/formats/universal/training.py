@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,15 @@ from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile
 
 TENSORS_FILE = "training-state.safetensors"
+# Those of the ranks after the first, where ranks save by themselves.
+RANK_TENSORS_FILE = "training-state-{rank:05d}.safetensors"
+_TENSORS_FILES = re.compile(r"training-state(-\d{5,})?\.safetensors")
+
+
+def is_tensors_file(name: str) -> bool:
+    """Whether a file in a checkpoint's folder holds tensors of the training state."""
+    return _TENSORS_FILES.fullmatch(name) is not None
+
 
 # Kept in one JSON object each; param groups are taken apart below.
 _PLAIN = tuple(f.name for f in dataclasses.fields(TrainingState) if f.name != "param_groups")
@@ -30,6 +40,7 @@ class Tensors:
     """Tensors met while a training state is encoded. Equal references are stored once."""
 
     entries: dict[str, TensorRef | Any] = field(default_factory=dict)
+    prefix: str = "t"  # of the keys: different ranks' tensors need different ones
     _keys: dict[Any, str] = field(default_factory=dict)
 
     def put(self, tensor: Any) -> str:
@@ -39,7 +50,7 @@ class Tensors:
         else:
             identity = id(tensor)  # kept alive by `entries`
         if identity not in self._keys:
-            self._keys[identity] = f"t{len(self.entries)}"
+            self._keys[identity] = f"{self.prefix}{len(self.entries)}"
             self.entries[self._keys[identity]] = tensor
         return self._keys[identity]
 
@@ -134,7 +145,7 @@ def with_sources_of_state(catalog: Catalog) -> Catalog:
     return with_sources(catalog, met)
 
 
-def tensors_file(catalog: Catalog, tensors: Tensors) -> TargetFile | None:
+def tensors_file(catalog: Catalog, tensors: Tensors, name: str = TENSORS_FILE) -> TargetFile | None:
     """The file that holds the tensors, or None if there are none. ``catalog`` knows their sources."""
     if not tensors.entries:
         return None
@@ -156,7 +167,7 @@ def tensors_file(catalog: Catalog, tensors: Tensors) -> TargetFile | None:
             key, "training state", shape, dtype, blocks, np.full(len(blocks), tensor.offset, np.int64)
         )
         wants.append(Want(source, whole(shape), dtype, layout.offsets[key]))
-    return TargetFile(TENSORS_FILE, layout.size, tuple(literals), tuple(wants))
+    return TargetFile(name, layout.size, tuple(literals), tuple(wants))
 
 
 def _bytes_of(tensor: Any) -> bytes:

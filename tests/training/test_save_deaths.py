@@ -1,0 +1,124 @@
+"""Ranks killed with SIGKILL at every step of a save: the old checkpoint or the new one, whole, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ucp
+from tests.training import save_jobs as jobs
+from tests.training.save_jobs import Death
+from ucp.errors import NotACheckpoint
+
+WORLD = 3
+OLD, NEW = (jobs.values(seed, small=True) for seed in (11, 12))
+OLD_DIGEST, NEW_DIGEST = jobs.digest(OLD), jobs.digest(NEW)
+
+
+def made(values: dict[tuple[str, str], jobs.torch.Tensor], seed: int) -> list[jobs.Source]:
+    return [jobs.source(values, rank, WORLD, seed) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    """A folder whose flushes cost nothing: SIGKILL loses no file system's cache, so a disk would show nothing more."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def before(memory: Path) -> Path:
+    """A folder with the old state under the tag 'old'."""
+    assert jobs.save(memory / "before", "old", made(OLD, 11)).code == 0
+    assert jobs.digest_of(memory / "before") == OLD_DIGEST
+    return memory / "before"
+
+
+def fresh(before: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=before.parent)) / "runs"
+    shutil.copytree(before, folder)
+    return folder
+
+
+def check(folder: Path, tag: str, ended: jobs.Ended, again: bool) -> str:
+    """Which of the two states is there now; with ``again`` that the next save works and leaves nothing lying about."""
+    found = jobs.digest_of(folder)
+    assert found in (OLD_DIGEST, NEW_DIGEST)
+    if ended.code == 0:
+        assert found == NEW_DIGEST
+    if tag != "old":
+        try:
+            assert jobs.digest_of(folder, tag) == NEW_DIGEST
+        except NotACheckpoint:
+            assert found == OLD_DIGEST
+        assert jobs.digest_of(folder, "old") == OLD_DIGEST
+    with ucp.open(folder) as checkpoint:
+        assert checkpoint.verify() > 0
+        assert checkpoint.training_state.global_steps == (12 if found == NEW_DIGEST else 11)
+    # What people glob for are checkpoints.
+    assert {p.name for p in folder.glob("[!.]*")} <= {"old", tag, "latest"}
+    if again:
+        after = jobs.save(folder, tag, made(NEW, 12))
+        assert after.code == 0, after.text
+        assert jobs.digest_of(folder) == NEW_DIGEST
+        assert set(os.listdir(folder)) == {"old", tag, "latest"}
+    shutil.rmtree(folder.parent)
+    return "new" if found == NEW_DIGEST else "old"
+
+
+def deaths(before: Path, tag: str, rank: int, everyone: bool) -> list[str]:
+    """The outcomes of dying before each operation of a save, one after the other, until none is left."""
+    outcomes = []
+    for operation in range(1000):
+        folder = fresh(before)
+        death = Death(rank, operation, everyone)
+        ended = jobs.save(folder, tag, made(NEW, 12), death=death, timeout=0.4 if rank else 20)
+        outcomes.append(check(folder, tag, ended, again=operation % 3 == 0))
+        if ended.operations[rank] >= 0:
+            assert rank or ended.code == 0, ended.text  # after another rank, the first one's patience may have ended
+            return outcomes
+        assert rank or ended.code == -9
+    raise AssertionError("the save never ends")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tag", ["new", "old"])
+@pytest.mark.parametrize("everyone", [False, True], ids=["alone", "everyone"])
+def test_the_first_rank_dies_at_every_step(before: Path, tag: str, everyone: bool) -> None:
+    outcomes = deaths(before, tag, 0, everyone)
+    assert len(outcomes) > 20
+    # It is the old state up to one step, and the new one from there on.
+    turn = outcomes.index("new")
+    assert "old" not in outcomes[turn:]
+    # With another tag there is more to do after the rename: `latest`.
+    assert len(outcomes) - turn > 3 if tag == "old" else turn > 20
+
+
+@pytest.mark.slow
+def test_another_rank_dies_at_every_step(before: Path) -> None:
+    outcomes = deaths(before, "new", 1, everyone=False)
+    assert len(outcomes) > 5
+    assert outcomes[0] == "old"
+
+
+@pytest.mark.slow
+def test_all_ranks_are_killed_at_any_moment(before: Path) -> None:
+    randomly = random.Random(5)
+    folder = fresh(before)
+    started = time.monotonic()
+    jobs.save(folder, "new", made(NEW, 12))
+    usual = time.monotonic() - started
+    shutil.rmtree(folder.parent)
+    for attempt in range(40):
+        folder = fresh(before)
+        tag = randomly.choice(["new", "old"])
+        ended = jobs.save(folder, tag, made(NEW, 12), kill_all_after=randomly.uniform(0, 1.2 * usual))
+        check(folder, tag, ended, again=attempt % 3 == 0)

@@ -1,0 +1,158 @@
+"""The fragmented form: many fragments per tensor, each rank's in a file of its own, written without talking.
+
+A rank that has written its files leaves a *receipt*: a manifest of what it wrote, digests included, beside the save's
+number and its own. The receipts of all ranks are the checkpoint's manifest: `merge` joins them, and checks that they
+hold every element exactly once before anything is published.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
+from ucp.errors import DamagedCheckpoint, SaveFailed
+from ucp.formats.universal import manifest, schema, training
+from ucp.geometry import concat
+from ucp.storage import plain
+from ucp.storage.digests import ChunkDigests
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose receipt it is. save: the save's own number, so that nothing of another save is taken for it."""
+
+    save: str
+    rank: int
+    world: int
+
+
+def file_name(rank: int, world: int) -> str:
+    """The file that a rank's fragments lie in."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def receipt(
+    identity: Identity,
+    catalog: Catalog,
+    digests: Mapping[str, ChunkDigests],
+    training_state: dict[str, Any],
+    own: dict[str, Any],
+    writer: str,
+) -> bytes:
+    """A receipt's bytes.
+
+    catalog: all parameters of the model, and of their tensors the fragments that this rank wrote; its files' paths are
+    relative to the folder. training_state: as `training.encode` made it; the first rank's counts. own: what only this
+    rank knows (its RNG), as `plain.encode` made it.
+    """
+    body = schema.encode(
+        catalog,
+        form="fragmented",
+        writer=writer,
+        paths=[file.path for file in catalog.files],
+        mtimes=[None] * len(catalog.files),
+        digests={k: digests[file.path] for k, file in enumerate(catalog.files) if file.path in digests},
+        training_state=training_state,
+        source=("training", writer),
+    )
+    return manifest.frame({**body, "receipt": {**vars(identity), "own": own}})
+
+
+def empty_state() -> dict[str, Any]:
+    """The training state in the receipts of all ranks but the first."""
+    return training.encode(TrainingState(), training.Tensors())
+
+
+def merge(folder: str, receipts: Sequence[str], save: str) -> bytes:
+    """The manifest of what all ranks wrote. receipts: their paths, by rank, anywhere; folder: where the files lie.
+
+    Raises SaveFailed where ranks contradict each other or do not hold every element exactly once, DamagedCheckpoint
+    where a file is not what its receipt says.
+    """
+    shares: list[tuple[Catalog, dict[str, Any]]] = []
+    for rank, path in enumerate(receipts):
+        body = manifest.load(path)
+        marks = body.get("receipt")
+        wanted = {"save": save, "rank": rank, "world": len(receipts)}
+        if not isinstance(marks, dict) or {k: marks.get(k) for k in wanted} != wanted:
+            raise SaveFailed(f"{path}: is not the receipt of rank {rank} of {len(receipts)} in this save; save again")
+        where = os.path.join(folder, f"receipt of rank {rank}")
+        shares.append((schema.decode(where, body, complete=False), body))
+    body = shares[0][1]
+    catalog = _join([share for share, _ in shares])
+    try:
+        catalog.check()
+    except DamagedCheckpoint as error:
+        raise SaveFailed(f"nothing was saved, since what the ranks wrote does not fit together: {error}") from error
+    joined = schema.encode(
+        catalog,
+        form="fragmented",
+        writer=body["writer"],
+        paths=[os.path.relpath(file.path, os.path.realpath(folder)) for file in catalog.files],
+        mtimes=[None] * len(catalog.files),
+        digests=dict(catalog.chunk_digests),
+        training_state=_training_state([b for _, b in shares]),
+        source=(body["source"]["format"], body["source"]["writer"]),
+    )
+    return manifest.frame(joined)
+
+
+def _join(shares: Sequence[Catalog]) -> Catalog:
+    first = shares[0]
+    files = [file for share in shares for file in share.files]
+    bases = np.cumsum([0, *(len(share.files) for share in shares)])
+    for rank, share in enumerate(shares):
+        _check_same_model(first, share, rank)
+    tensors: dict[tuple[str, str], LogicalTensor] = {}
+    for key, tensor in first.tensors.items():
+        held = [share.tensors[key] for share in shares]
+        odd = next((rank for rank, t in enumerate(held) if t.dtype != tensor.dtype), None)
+        if odd is not None:
+            raise SaveFailed(
+                f"'{key[0]}' ({key[1]}) is {tensor.dtype} on rank 0 and {held[odd].dtype} on rank {odd}; nothing was "
+                "saved"
+            )
+        shifted = [
+            replace(t.blocks, buffers=t.blocks.buffers + base) for t, base in zip(held, bases.tolist(), strict=False)
+        ]
+        blocks = concat(shifted, len(tensor.shape))
+        tensors[key] = replace(tensor, blocks=blocks, bases=np.concatenate([t.bases for t in held]))
+    digests: dict[int, Any] = {}
+    for base, share in zip(bases.tolist(), shares, strict=False):
+        digests.update({base + k: table for k, table in share.chunk_digests.items()})
+    return replace(first, files=tuple(files), tensors=tensors, chunk_digests=digests)
+
+
+def _check_same_model(first: Catalog, share: Catalog, rank: int) -> None:
+    def described(info: ParameterInfo) -> tuple[Any, ...]:
+        return info.shape, info.kind, plain.encode(dict(info.scalars)), info.aliases
+
+    for name in {**first.parameters, **share.parameters}:
+        ours, theirs = first.parameters.get(name), share.parameters.get(name)
+        if ours is None or theirs is None:
+            raise SaveFailed(f"'{name}' exists on rank {0 if theirs is None else rank} only; nothing was saved")
+        if described(ours) != described(theirs):
+            raise SaveFailed(
+                f"'{name}' is {described(ours)} on rank 0 and {described(theirs)} on rank {rank}; nothing was saved"
+            )
+    if first.tensors.keys() != share.tensors.keys():
+        name, state = min(first.tensors.keys() ^ share.tensors.keys())
+        raise SaveFailed(f"'{name}' has the state '{state}' on some ranks only; nothing was saved")
+
+
+def _training_state(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first rank's, with what each rank has of its own as ``extra['ranks']``, in order of rank."""
+    state = dict(bodies[0]["training_state"])
+    if "$" in state["extra"]:
+        raise DamagedCheckpoint("the training state's further entries have names that are not plain text")
+    own = [body["receipt"]["own"] for body in bodies]
+    for entry in own[1:]:
+        if entry.get("client_state") == state["client_state"]:
+            entry.pop("client_state", None)
+    state["extra"] = {**state["extra"], "ranks": own}
+    return state

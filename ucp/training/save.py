@@ -1,0 +1,158 @@
+"""Save a live training process: every rank writes its share by itself, and the first one commits.
+
+Nothing but two small messages passes between the ranks: where to write, at the beginning, and what became of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
+from ucp.formats.universal import fragmented, training
+from ucp.formats.universal.fragmented import Identity
+from ucp.geometry import concat, empty
+from ucp.parallel.mesh import Layout
+from ucp.storage import plain
+from ucp.storage.digests import ChunkDigests
+from ucp.training import commit, ranks
+from ucp.training.commit import Session
+from ucp.training.share import Piece, assign, contents, lay_out, write_file
+from ucp.training.source import Source
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did.
+
+    nbytes: of all the checkpoint's files; written: of tensors, by this rank. seconds: by stage, on this rank.
+    """
+
+    path: str
+    tag: str
+    nbytes: int
+    written: int
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        return f"saved {self.path} ({self.nbytes / 1e9:.3f} GB) in {total:.2f} s"
+
+
+def save(
+    source: Source,
+    folder: str | os.PathLike[str],
+    tag: str,
+    *,
+    latest: bool = True,
+    timeout: float = commit.TIMEOUT,
+) -> SaveReport:
+    """Write the checkpoint ``folder/tag``. Collective; the first rank's folder, tag and ``latest`` count.
+
+    latest: let the file ``latest`` in the folder name this checkpoint. timeout: seconds that the first rank waits for
+    the others' files. Returns once the checkpoint is whole and on disk.
+
+    Raises on every rank, with everything as it was: DestinationError (no space, not writable), Unsupported (training
+    state that is not plain data), SaveFailed (a rank failed or hangs, or ranks contradict each other).
+    """
+    clock = [time.perf_counter()]
+    session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest))
+    rank = ranks.rank()
+    written, error = 0, None
+    try:
+        written = write_share(session, rank, source)
+    except Exception as caught:  # noqa: BLE001 - raised below, on all ranks
+        error = caught
+        if rank:
+            commit.leave_failure(session, rank, caught)
+    clock.append(time.perf_counter())
+
+    def finish() -> int:
+        if error is not None:
+            commit.abandon(session)
+            raise error
+        return commit.commit(session, timeout=timeout)
+
+    try:
+        nbytes = ranks.from_first(finish)
+    except Exception:
+        if error is not None:
+            raise error from None
+        raise
+    clock.append(time.perf_counter())
+    seconds = dict(zip(("write", "commit"), np.diff(clock).tolist(), strict=True))
+    return SaveReport(os.fspath(session.destination), session.tag, nbytes, written, seconds)
+
+
+def write_share(session: Session, rank: int, source: Source) -> int:
+    """Write this rank's files and leave its receipt; talks to nobody. Returns the bytes of its tensors' file.
+
+    Raises DestinationError and Unsupported; the caller says `commit.leave_failure` then.
+    """
+    met = training.Tensors(prefix=f"r{rank}t" if rank else "t")
+    first = rank == 0
+    state = training.encode(source.training_state, met) if first else fragmented.empty_state()
+    own = plain.encode(dict(source.own), met.put, f"rank {rank}'s own state")
+    plan, pieces = lay_out(assign(source.holdings, rank))
+    name = fragmented.file_name(rank, session.world)
+    digests: dict[str, ChunkDigests] = {
+        name: write_file(session.path(name), chain([plan.header], contents(pieces)), plan.size)
+    }
+    files = [SourceFile(name, plan.size, 0)]
+    extra = _tensors_file(met, rank)
+    if extra is not None:
+        digests[extra[0]] = write_file(session.path(extra[0]), extra[1], sum(map(len, extra[1])))
+        files.append(SourceFile(extra[0], digests[extra[0]].size, 0))
+    catalog = Catalog(
+        format="universal",
+        writer=writer_name(),
+        layout=source.layout,
+        files=tuple(files),
+        parameters=source.parameters,
+        tensors=_placed(source, pieces),
+        training_state=TrainingState(),
+    )
+    identity = Identity(session.save, rank, session.world)
+    commit.leave_receipt(session, rank, fragmented.receipt(identity, catalog, digests, state, own, catalog.writer))
+    return plan.size
+
+
+def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:
+    """All tensors of the model, with the fragments that this rank wrote, in its first file."""
+    out: dict[tuple[str, str], LogicalTensor] = {}
+    for holding in source.holdings:
+        key = (holding.name, holding.state)
+        if key not in out:
+            none = empty(len(holding.shape))
+            out[key] = LogicalTensor(*key, holding.shape, holding.dtype, none, np.zeros(0, np.int64))
+    for piece in pieces:
+        holding = piece.holding
+        tensor = out[holding.name, holding.state]
+        out[holding.name, holding.state] = replace(
+            tensor,
+            blocks=concat([tensor.blocks, piece.blocks], len(holding.shape)),
+            bases=np.concatenate([tensor.bases, np.full(len(piece.blocks), piece.start, np.int64)]),
+        )
+    return out
+
+
+def _tensors_file(met: training.Tensors, rank: int) -> tuple[str, list[bytes]] | None:
+    """The file of the training state's tensors, as the bytes to write one after the other."""
+    nothing = Catalog("universal", "", Layout(), (), {}, {}, TrainingState())
+    name = training.RANK_TENSORS_FILE.format(rank=rank) if rank else training.TENSORS_FILE
+    planned = training.tensors_file(nothing, met, name)
+    if planned is None:
+        return None
+    return name, [raw for _, raw in sorted(planned.literals)]
+
+
+def writer_name() -> str:
+    """This project's name and version, as manifests have it."""
+    import ucp
+
+    return f"universal-checkpoint {ucp.__version__}"

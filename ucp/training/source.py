@@ -1,0 +1,48 @@
+"""What a live training process offers to be saved: the nouns between a framework's engine and the saver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ucp.catalog import ParameterInfo, TrainingState
+from ucp.geometry import Blocks, Shape
+from ucp.parallel.mesh import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What this rank holds of one logical tensor.
+
+    tensor: the memory, on any device; read as one flat row-major buffer. blocks: which elements, and where in it, in
+    elements. holders: the global ranks that hold exactly these elements, with the same values, in ascending order; they
+    share the work of writing them. Every holder lists what it holds together with the same ranks in the same order.
+    """
+
+    name: str
+    state: str
+    shape: Shape
+    dtype: str
+    tensor: torch.Tensor
+    blocks: Blocks
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The training state of one rank.
+
+    parameters: all of the model, the same on every rank. holdings: every tensor of every one of them, with no blocks
+    where this rank has none of its elements. training_state: the first rank's is saved. own: plain values that only
+    this rank knows, such as its RNG's state.
+    """
+
+    layout: Layout
+    parameters: Mapping[str, ParameterInfo]
+    holdings: Sequence[Holding]
+    training_state: TrainingState
+    own: Mapping[str, Any] = field(default_factory=dict)
