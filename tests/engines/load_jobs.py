@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.engines.build import build_engine
 from tests.engines.configs import Case
 from tests.engines.resume import continue_training
-from tests.engines.sources import FURTHER, build_engine
+from tests.engines.runs import FURTHER
 from tests.engines.truth import Truth, gather
 
 
@@ -26,10 +27,8 @@ class Resumed:
 def build_target(case: Case, section: Mapping[str, Any] | None = None, trained: int = 0) -> Any:
     """A bound engine. section: the config's "ucp" section beside "enabled"; trained: steps it has done already, on
     data of their own."""
-    import ucp.deepspeed
-
     extra = {"ucp": {"enabled": True, **(section or {})}}
-    engine = build_engine(case, initialize=ucp.deepspeed.initialize, extra=extra)
+    engine = build_engine(case, "ucp.deepspeed:initialize", extra)
     continue_training(engine, case, 50, trained)
     return engine
 

@@ -1,0 +1,240 @@
+"""Jobs that run on the ranks: several loads into one engine, and models that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engines import build
+from tests.engines.configs import Case
+from tests.engines.load_jobs import build_target
+from tests.engines.resume import continue_training
+from tests.engines.truth import Truth, compare, gather
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One call of load_checkpoint. options: its further arguments."""
+
+    folder: str
+    tag: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What came of an attempt on one rank: the error's class and text ("" if there was none), and what it changed."""
+
+    kind: str
+    text: str
+    changed: tuple[str, ...]  # known to rank 0
+
+
+def wider_gain(model: Any) -> None:
+    """Another shape than the checkpoint's."""
+    model.gain = nn.Parameter(torch.ones(3))
+
+
+def another_buffer(model: Any) -> None:
+    model.register_buffer("extra_buffer", torch.zeros(2))
+
+
+def another_parameter(model: Any) -> None:
+    model.extra = nn.Parameter(torch.ones(2, 3))
+
+
+def no_shift(model: Any) -> None:
+    """One parameter less."""
+    del model.shift
+
+
+ALTER: Mapping[str, Callable[[Any], None]] = {
+    f.__name__: f for f in (wider_gain, another_buffer, another_parameter, no_shift)
+}
+
+
+def altered(change: str) -> None:
+    """Have every model of this process changed so. A rank's process lives for one job."""
+    original = build.build_model
+
+    def build_and_change(case: Case) -> nn.Module:
+        model = original(case)
+        ALTER[change](model)
+        return model
+
+    build.build_model = build_and_change
+
+
+def attempts(
+    case: Case,
+    tries: Sequence[Attempt],
+    *,
+    change: str = "",
+    trained: int = 1,
+    section: Mapping[str, Any] | None = None,
+) -> list[Refusal]:
+    """Make every attempt in turn on one engine."""
+    from ucp.errors import UcpError
+
+    if change:
+        altered(change)
+        trained = 0  # its forward pass would not fit
+    engine = build_target(case, section, trained)
+    out = []
+    for attempt in tries:
+        before, outside = gather(engine), rng_and_counters(engine)
+        kind = text = ""
+        try:
+            engine.load_checkpoint(attempt.folder, attempt.tag, **attempt.options)
+        except UcpError as error:
+            kind, text = type(error).__name__, str(error)
+        after = gather(engine)
+        changed = [] if before is None or after is None else compare(before, after)
+        if outside != rng_and_counters(engine):
+            changed.append("random numbers or the engine's own counters")
+        out.append(Refusal(kind, text, tuple(changed)))
+    return out
+
+
+def rng_and_counters(engine: Any) -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), engine.micro_steps, engine.global_steps, engine.loaded_checkpoint_dp_world_size
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A load that left something by the caller's leave: truths before and after it (rank 0), and its report."""
+
+    before: Truth | None
+    after: Truth | None
+    left: tuple[str, ...]
+    unused: tuple[str, ...]
+    nbytes: int
+    client_state: Mapping[str, Any] | None
+
+
+def partial(
+    case: Case,
+    attempt: Attempt,
+    *,
+    change: str = "",
+    trained: int = 2,
+    section: Mapping[str, Any] | None = None,
+) -> Partial:
+    """Load, with permissions; where the model is as it was, train a step on to show that it still can."""
+    if change:
+        altered(change)
+        trained = 0
+    engine = build_target(case, section, trained)
+    before = gather(engine)
+    _, client_state = engine.load_checkpoint(attempt.folder, attempt.tag, **attempt.options)
+    after = gather(engine)
+    report = engine.ucp.last_load
+    if not change:
+        continue_training(engine, case, 3, 1)
+    return Partial(before, after, report.plan.left, report.plan.unused, report.nbytes, client_state)
+
+
+def version(found: str, allow: bool) -> str:
+    """The refusal of a DeepSpeed that calls itself ``found``; '' if the engine was made."""
+    import deepspeed
+
+    from ucp.errors import Unsupported
+
+    deepspeed.__version__ = found
+    try:
+        engine = build_target(Case(dp=1), {"allow_untested_version": allow})
+    except Unsupported as error:
+        return str(error)
+    return "" if hasattr(engine, "ucp") else "not bound"
+
+
+def bad_section(section: Any) -> str:
+    """What ``initialize`` says of this "ucp" section."""
+    import ucp.deepspeed
+    from tests.engines.configs import make_config
+    from ucp.errors import BadArgument
+
+    try:
+        ucp.deepspeed.initialize(model=nn.Linear(2, 2), config=make_config(Case(dp=1)) | {"ucp": section})
+    except BadArgument as error:
+        return str(error)
+    return ""
+
+
+def mid_accumulation(case: Case, folder: str, tag: str) -> tuple[str, str, str]:
+    """Load after the first of two micro-steps: refused; after the second: loaded."""
+    from tests.engines import models
+    from ucp.errors import UcpError
+
+    engine = build_target(case)
+    kind = text = ""
+    for micro in range(2):
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        engine.backward(models.loss(case.model, engine, *models.batch(case.model, micro, rank, world_size)))
+        engine.step()
+        if micro == 0:
+            try:
+                engine.load_checkpoint(folder, tag)
+            except UcpError as error:
+                kind, text = type(error).__name__, str(error)
+    engine.load_checkpoint(folder, tag)
+    return kind, text, "loaded"
+
+
+def unsupported(case: Case, zero: dict[str, Any], folder: str, tag: str) -> tuple[str, str, tuple[str, ...]]:
+    """Load into an engine whose ZeRO configuration has become this one."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from ucp.errors import UcpError
+
+    engine = build_target(case)
+    engine._config.zero_config = DeepSpeedZeroConfig(stage=case.stage, **zero)
+    before = gather(engine)
+    try:
+        engine.load_checkpoint(folder, tag)
+    except UcpError as error:
+        after = gather(engine)
+        assert before is not None
+        assert after is not None
+        return type(error).__name__, str(error), tuple(compare(before, after))
+    return "", "", ()
+
+
+def pipeline(folder: str, tag: str) -> tuple[str, str]:
+    from deepspeed.pipe import PipelineModule
+
+    import ucp.deepspeed
+    from tests.engines.configs import make_config
+    from ucp.errors import UcpError
+
+    model = PipelineModule([nn.Linear(3, 3), nn.Linear(3, 3)], num_stages=2, loss_fn=nn.functional.mse_loss)
+    config = make_config(Case(stage=0, dp=1)) | {"ucp": {"enabled": True}}
+    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
+    return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
+
+
+def experts(folder: str, tag: str) -> tuple[str, str]:
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    import ucp.deepspeed
+    from tests.engines.configs import make_config
+    from ucp.errors import UcpError
+
+    model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2, ep_size=2))
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    config = make_config(Case(stage=1, dp=2)) | {"ucp": {"enabled": True}}
+    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=groups)
+    return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
+
+
+def _refusal(work: Callable[[], Any], kind: type[Exception]) -> tuple[str, str]:
+    try:
+        work()
+    except kind as error:
+        return type(error).__name__, str(error)
+    return "", ""
