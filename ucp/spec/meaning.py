@@ -105,9 +105,10 @@ def parts(expression: Expression, cut: Cut, n: int, cutting: Cutting) -> list[tu
     for name, count in zip(cut.over, ranks, strict=True):
         if cutting.rule == "exact" and any((last - first) % count for first, last in out):
             raise expression.refuse(
-                cut, f"'{spell(cut)}' cuts {out[0][1] - out[0][0]} in equal parts for {count} ranks of {name}, which "
-                "don't divide it; the rule 'balanced' or 'ceil', or the widths of an uneven cut, must be given"
-            )  # fmt: skip
+                cut,
+                f"'{spell(cut)}' cuts {out[0][1] - out[0][0]} in equal parts for {count} ranks of {name}, which "
+                "don't divide it; the rule 'balanced' or 'ceil', or the widths of an uneven cut, must be given",
+            )
         out = [p for first, last in out for p in _even(first, last, count, cutting.rule)]
     return out
 

@@ -1,0 +1,346 @@
+"""Read a spec: YAML with the place of every word, so that each refusal can point at what it means.
+
+The reference of the language, with examples, is the README beside the catalogue. A `Spec` is what a file says;
+`ucp.spec.bound` joins it with a model's config.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ucp.spec import arithmetic, axes, patterns
+from ucp.spec.arithmetic import Formula
+from ucp.spec.axes import Expression
+from ucp.spec.patterns import Pattern, Template
+from ucp.spec.places import Place, Source, SpecError, suggestion
+
+VERSION = 1
+_SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line under parameters.
+
+    otherwise: the expression where ``when`` does not hold; without one the line does not count then.
+    optional: the model may have no such parameter.
+    """
+
+    pattern: Pattern
+    expression: Expression
+    when: Formula | None = None
+    otherwise: Expression | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One line under tied: the names that match are other names of ``to``."""
+
+    pattern: Pattern
+    to: Template
+    when: Formula | None = None
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """One line under a framework's names: where its parameter comes from.
+
+    axes: how the sources lie in it, None for a plain renaming. stack: capture of the sources -> the axis it counts.
+    """
+
+    pattern: Pattern
+    sources: tuple[Template, ...]
+    expression: Expression | None = None
+    stack: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a spec says. defaults: config keys that config.json may leave out, and what they are then."""
+
+    file: str
+    models: tuple[str, ...]
+    about: str
+    defaults: Mapping[str, Any]
+    sizes: Mapping[str, Formula]
+    lines: tuple[Line, ...]
+    ties: tuple[Tie, ...]
+    names: Mapping[str, tuple[Renaming, ...]]
+    layouts: Mapping[str, tuple[Line, ...]]
+
+
+def load(path: str | os.PathLike[str]) -> Spec:
+    """Read a spec's file. Raises SpecError, which points at the first thing that is wrong, and OSError."""
+    with open(path, encoding="utf-8") as stream:
+        try:
+            text = stream.read()
+        except UnicodeDecodeError as error:
+            raise SpecError(
+                Place(os.fspath(path), 1, 1), f"not UTF-8 text ({error.reason} at byte {error.start})"
+            ) from None
+    return loads(text, os.fspath(path))
+
+
+def loads(text: str, file: str = "spec") -> Spec:
+    """Read a spec from its text; ``file`` names it in refusals."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 1, 1)
+        words = " ".join(str(w) for w in (error.context, error.problem) if w)
+        raise SpecError(
+            place, f"not YAML: {words}; put quotes around names and expressions with special signs"
+        ) from None
+    except yaml.YAMLError as error:
+        raise SpecError(Place(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
+    return _Reader(file).spec(root)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: Source
+    value: yaml.Node
+
+
+class _Reader:
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.depth = 0
+
+    def place(self, node: yaml.Node) -> Place:
+        return Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def refuse(self, node: yaml.Node, message: str) -> SpecError:
+        return SpecError(self.place(node), message)
+
+    def text(self, node: yaml.Node, what: str) -> Source:
+        """A scalar as it stands, and where its first character is."""
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.refuse(node, f"{what} must be a text")
+        place = self.place(node)
+        return Source(node.value, place.right(1) if node.style in ('"', "'") else place)
+
+    def entries(self, node: yaml.Node | None, what: str, allowed: tuple[str, ...] = ()) -> Iterator[_Entry]:
+        if not isinstance(node, yaml.MappingNode):
+            if node is None:
+                raise SpecError(
+                    Place(self.file, 1, 1), f"{what} is empty; it must be a mapping, 'name: value' in each line"
+                )
+            raise self.refuse(node, f"{what} must be a mapping, 'name: value' in each line")
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            source = self.text(key, f"a key of {what}")
+            if allowed and source.text not in allowed:
+                raise source.refuse(
+                    (0, len(source.text)), f"'{source.text}' is no part of {what}{suggestion(source.text, allowed)}"
+                )
+            if source.text in seen:
+                raise source.refuse(
+                    (0, len(source.text)),
+                    f"'{source.text}' is given twice in {what}, first in line {seen[source.text]}",
+                )
+            seen[source.text] = source.place.line
+            yield _Entry(source, value)
+
+    def spec(self, root: yaml.Node | None) -> Spec:
+        parts = {e.key.text: e.value for e in self.entries(root, "a spec", _SECTIONS)}
+        start = Place(self.file, 1, 1)
+        for needed in ("ucp", "model", "parameters"):
+            if needed not in parts:
+                raise SpecError(start, f"the spec has no '{needed}:'; it needs ucp: {VERSION}, model: and parameters:")
+        version = self.text(parts["ucp"], "ucp")
+        if version.text != str(VERSION):
+            raise version.refuse(
+                (0, len(version.text)), f"version {version.text} of the language; this program reads version {VERSION}"
+            )
+        spec = Spec(
+            self.file,
+            self.models(parts["model"]),
+            " ".join(self.text(parts["about"], "about").text.split()) if "about" in parts else "",
+            {e.key.text: self.constant(e.value) for e in self.section(parts, "defaults")},
+            {e.key.text: self.size(e) for e in self.section(parts, "sizes")},
+            tuple(self.line(e) for e in self.section(parts, "parameters")),
+            tuple(self.tie(e) for e in self.section(parts, "tied")),
+            {e.key.text: self.renamings(e) for e in self.section(parts, "names")},
+            {
+                e.key.text: tuple(self.line(i) for i in self.entries(e.value, f"layouts: {e.key.text}"))
+                for e in self.section(parts, "layouts")
+            },
+        )
+        _check(spec)
+        return spec
+
+    def section(self, parts: Mapping[str, yaml.Node], name: str) -> Iterator[_Entry]:
+        return self.entries(parts[name], f"{name}:") if name in parts else iter(())
+
+    def models(self, node: yaml.Node) -> tuple[str, ...]:
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        out = tuple(self.text(n, "model").text for n in nodes)
+        if not out or not all(out):
+            raise self.refuse(node, "model: names no model; write the model_type of its config.json")
+        return out
+
+    def constant(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.refuse(node, "a default must be a number, true, false, null or a text")
+        return yaml.SafeLoader("").construct_object(node)
+
+    def size(self, entry: _Entry) -> Formula:
+        name = entry.key
+        if not _NAME.fullmatch(name.text) or name.text in axes.RESERVED:
+            why = "is a word of the language" if name.text in axes.RESERVED else "is no name (letters, digits and _)"
+            raise name.refuse((0, len(name.text)), f"'{name.text}' {why}; call the size something else")
+        return arithmetic.parse(self.text(entry.value, f"the size '{name.text}'"))
+
+    def condition(self, node: yaml.Node) -> Formula:
+        return arithmetic.parse(self.text(node, "when"))
+
+    def boolean(self, node: yaml.Node, what: str) -> bool:
+        source = self.text(node, what)
+        if source.text not in ("true", "false"):
+            raise source.refuse((0, len(source.text)), f"{what} is true or false")
+        return source.text == "true"
+
+    def line(self, entry: _Entry) -> Line:
+        pattern = patterns.parse(entry.key)
+        if not isinstance(entry.value, yaml.MappingNode):
+            return Line(pattern, axes.parse(self.text(entry.value, "an expression")))
+        what = f"'{entry.key.text}'"
+        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("axes", "when", "else", "optional"))}
+        if "axes" not in more:
+            raise self.refuse(entry.value, f"{what} has no 'axes:', the expression of its dimensions")
+        if "else" in more and "when" not in more:
+            raise self.refuse(more["else"], f"'else' of {what} needs a 'when'")
+        return Line(
+            pattern,
+            axes.parse(self.text(more["axes"], "axes")),
+            self.condition(more["when"]) if "when" in more else None,
+            axes.parse(self.text(more["else"], "else")) if "else" in more else None,
+            self.boolean(more["optional"], "optional") if "optional" in more else False,
+        )
+
+    def tie(self, entry: _Entry) -> Tie:
+        pattern = patterns.parse(entry.key)
+        when = None
+        if isinstance(entry.value, yaml.MappingNode):
+            what = f"'{entry.key.text}'"
+            more = {e.key.text: e.value for e in self.entries(entry.value, what, ("to", "when"))}
+            if "to" not in more:
+                raise self.refuse(entry.value, f"{what} has no 'to:', the parameter that it is tied to")
+            to = patterns.template(self.text(more["to"], "to"))
+            when = self.condition(more["when"]) if "when" in more else None
+        else:
+            to = patterns.template(self.text(entry.value, "the parameter that it is tied to"))
+        _known_captures(to, pattern.captures)
+        return Tie(pattern, to, when)
+
+    def renamings(self, entry: _Entry) -> tuple[Renaming, ...]:
+        return tuple(self.renaming(e) for e in self.entries(entry.value, f"names: {entry.key.text}"))
+
+    def renaming(self, entry: _Entry) -> Renaming:
+        pattern = patterns.parse(entry.key)
+        if not isinstance(entry.value, yaml.MappingNode):
+            to = patterns.template(self.text(entry.value, "the parameter that it renames"))
+            _known_captures(to, pattern.captures)
+            return Renaming(pattern, (to,))
+        what = f"'{entry.key.text}'"
+        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("from", "as", "stack"))}
+        if "from" not in more:
+            raise self.refuse(entry.value, f"{what} has no 'from:', the parameters that it is made of")
+        node = more["from"]
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        sources = tuple(patterns.template(self.text(n, "from")) for n in nodes)
+        stack = {}
+        for e in self.entries(more["stack"], "stack") if "stack" in more else ():
+            stack[e.key.text] = self.text(e.value, "stack").text
+        for source in sources:
+            _known_captures(source, (*pattern.captures, *stack))
+        if "as" not in more and (len(sources) != 1 or stack):
+            raise self.refuse(
+                entry.value, f"{what} is made of several parameters and has no 'as:', which says how they lie in it"
+            )
+        return Renaming(pattern, sources, axes.parse(self.text(more["as"], "as")) if "as" in more else None, stack)
+
+
+def _known_captures(template: Template, known: tuple[str, ...]) -> None:
+    for capture in template.captures:
+        if capture not in known:
+            at = template.source.text.index("{" + capture) if "{" + capture in template.source.text else 0
+            raise template.source.refuse(
+                (at, at + len(capture) + 1), f"nothing captures '{capture}'{suggestion(capture, known)}"
+            )
+
+
+def _check(spec: Spec) -> None:
+    """What can be told from the spec alone: names without a size, circles, captures that count no axis."""
+    sizes = spec.sizes
+    for formula in sizes.values():
+        for reference in formula.references():
+            if not reference.name.startswith("config.") and reference.name not in sizes:
+                raise formula.source.refuse(
+                    reference.span,
+                    f"'{reference.name}' is no size of this spec{suggestion(reference.name, sizes)} "
+                    "(keys of the model's config begin with 'config.')",
+                )
+    _refuse_circles(sizes)
+    every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
+    for line in every:
+        for expression in (line.expression, *([line.otherwise] if line.otherwise else []), *line.pattern.cuts):
+            _known_names(expression, sizes)
+        _condition(line.when, sizes)
+    for tie in spec.ties:
+        _condition(tie.when, sizes)
+    for renamings in spec.names.values():
+        for renaming in renamings:
+            if renaming.expression:
+                _known_names(renaming.expression, sizes)
+            for axis in renaming.stack.values():
+                if axis not in sizes:
+                    raise renaming.pattern.refuse(f"stack: '{axis}' is no size of this spec{suggestion(axis, sizes)}")
+
+
+def _known_names(expression: Expression, sizes: Mapping[str, Formula]) -> None:
+    for axis in axes.names(expression):
+        if axis.name not in sizes:
+            raise expression.refuse(
+                axis,
+                f"'{axis.name}' is no size of this spec{suggestion(axis.name, sizes)}"
+                if sizes
+                else f"'{axis.name}' has no size; add it under sizes:",
+            )
+
+
+def _condition(formula: Formula | None, sizes: Mapping[str, Formula]) -> None:
+    for reference in formula.references() if formula else ():
+        if formula and not reference.name.startswith("config.") and reference.name not in sizes:
+            raise formula.source.refuse(
+                reference.span,
+                f"'{reference.name}' is neither a size nor a key of the config (config.{reference.name})",
+            )
+
+
+def _refuse_circles(sizes: Mapping[str, Formula]) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            formula = sizes[path[-1]]
+            span = next(r.span for r in formula.references() if r.name == name)
+            raise formula.source.refuse(span, f"the size '{name}' needs itself: {' → '.join([*path, name])}")
+        if name not in done:
+            for reference in sizes[name].references():
+                if reference.name in sizes:
+                    visit(reference.name, (*path, name))
+            done.add(name)
+
+    for name in sizes:
+        visit(name, ())
