@@ -33,12 +33,13 @@ _initialize = deepspeed.initialize
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """As ``deepspeed.initialize``; the engine is bound if its config says ``"ucp": {"enabled": true}``."""
     given = inspect.signature(_initialize).bind_partial(*args, **kwargs).arguments
-    found = configs.find(given.get("args"), given.get("config"), given.get("config_params"))
-    config = configs.parse(found)
+    early = configs.parse(configs.find(given.get("args"), given.get("config"), given.get("config_params")))
+    if early.enabled:
+        check_version(early.allow_untested_version)
+    result = _initialize(*args, **kwargs)
+    config = configs.parse(result[0]._config._param_dict)
     if config.enabled:
         check_version(config.allow_untested_version)
-    result = _initialize(*args, **kwargs)
-    if config.enabled:
         bind(result[0], config)
     return result
 

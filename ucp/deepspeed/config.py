@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
-import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import hjson  # DeepSpeed's own requirement, and its way to read config files
+
 from ucp.errors import BadArgument
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,27 @@ def _check(where: str, section: Any, known: Mapping[str, type]) -> None:
 
 
 def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:
-    """The config dict that ``deepspeed.initialize`` will use, from any of the places that it takes one from."""
+    """The config dict that ``deepspeed.initialize`` will use, so that mistakes in it are told before an engine is made.
+
+    It may be a dict, a file's path or base64 text, in JSON with comments (``runtime/config.py: DeepSpeedConfig``). What
+    cannot be read is left to DeepSpeed, which says so: {} then.
+    """
     source = config if config is not None else config_params
     for name in ("deepspeed_config", "deepscale_config"):
         given = getattr(args, name, None) if args is not None else None
         if given is not None and source is None:
             source = given
-    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-        with open(source, encoding="utf-8") as f:
-            source = json.load(f)
+    if isinstance(source, (str, os.PathLike)):
+        source = _text(source)
     return source if isinstance(source, Mapping) else {}
+
+
+def _text(source: str | os.PathLike[str]) -> Any:
+    try:
+        if os.path.exists(source):
+            with open(source, encoding="utf-8") as f:
+                return hjson.load(f)
+        return hjson.loads(base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        log.debug("the DeepSpeed config cannot be read beforehand: %s", error)
+        return None

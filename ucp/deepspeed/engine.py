@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 from ucp.catalog import Catalog
+from ucp.checkpoint import LATEST
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
@@ -57,8 +58,8 @@ def load_checkpoint(
     """Restore the engine from a checkpoint of any supported format and layout, exactly, or refuse.
 
     The arguments are those of DeepSpeed's own method. Returns (path, client state), or (None, None) with a warning
-    where ``tag`` is None and the folder holds no checkpoint. Collective: every rank calls it; all refuse together, and
-    then nothing has changed.
+    where ``tag`` is None and the folder holds no checkpoint and no ``latest``. Collective: every rank calls it; all
+    refuse together, and then nothing has changed.
 
     Raises Mismatch when anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
     DamagedCheckpoint, UnsafePickle.
@@ -116,7 +117,7 @@ def _open(load_dir: str, tag: str | None, config: Config, names: Sequence[Sequen
         ) as checkpoint:
             return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
     except NotACheckpoint:
-        if tag is not None:
+        if tag is not None or os.path.lexists(os.path.join(load_dir, LATEST)):
             raise
         return None
 
