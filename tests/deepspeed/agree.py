@@ -16,7 +16,9 @@ from torch import Tensor
 from tests.engines.truth import Truth
 
 # How an engine computes rather than what it has learnt; and where it keeps its step count.
-IMPLEMENTATION = frozenset(("names", "params", "foreach", "fused", "capturable", "differentiable", "step", "use_muon", "name"))
+IMPLEMENTATION = frozenset(
+    ("names", "params", "foreach", "fused", "capturable", "differentiable", "step", "use_muon", "name")
+)
 # Of a dynamic loss scaler: how far it has come. Stage 0 keeps no hysteresis.
 PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -72,7 +74,9 @@ def _masters(source: Truth, target: Truth, optimizer: bool, lines: list[str]) ->
         if not torch.equal(_bits(a["param"].to(module.dtype)), _bits(module)):
             lines.append(f"{name}: the module's weight is not the source's master, rounded")
         if optimizer:
-            _steps(name, source.scalars.get(ours[name], {}), target.scalars.get(theirs[name], {}), source, target, lines)
+            _steps(
+                name, source.scalars.get(ours[name], {}), target.scalars.get(theirs[name], {}), source, target, lines
+            )
 
 
 def _steps(
@@ -97,7 +101,9 @@ def _held(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], l
     if a.keys() != b.keys():
         lines.append(f"{what}: {sorted(a.keys() ^ b.keys())} on one side only")
     for name in a.keys() & b.keys():
-        _tensors(f"{what} {name}", a[name].to(b[name].dtype) if a[name].is_floating_point() else a[name], b[name], lines)
+        _tensors(
+            f"{what} {name}", a[name].to(b[name].dtype) if a[name].is_floating_point() else a[name], b[name], lines
+        )
 
 
 def _tensors(what: str, a: Tensor, b: Tensor, lines: list[str]) -> None:

@@ -101,7 +101,12 @@ def attempts(
 
 
 def rng_and_counters(engine: Any) -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), engine.micro_steps, engine.global_steps, engine.loaded_checkpoint_dp_world_size
+    return (
+        torch.get_rng_state().tolist(),
+        engine.micro_steps,
+        engine.global_steps,
+        engine.loaded_checkpoint_dp_world_size,
+    )
 
 
 @dataclass(frozen=True)

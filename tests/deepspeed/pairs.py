@@ -92,12 +92,16 @@ OPTIONS = [
     *both(MORE_STAGE3.but(scheduler=True), Case(stage=1, dp=3, groups=3, scheduler=True)),
     *both(Case(stage=2, dp=2, offload=True), Case(stage=3, dp=3, offload=True, offload_parameters=True)),
     Pair(Case(stage=0, dp=2), Case(stage=3, dp=2, offload=True), trained=2),
-    *both(Case(stage=3, dp=2, dtype="bf16", zero_init=True, frozen=True), Case(stage=1, dp=2, dtype="bf16", frozen=True)),
+    *both(
+        Case(stage=3, dp=2, dtype="bf16", zero_init=True, frozen=True), Case(stage=1, dp=2, dtype="bf16", frozen=True)
+    ),
     # flat orders and paddings of stages 1 and 2
     *both(Case(stage=2, dp=3, round_robin=True, groups=2), Case(stage=3, dp=2, groups=2)),
     Pair(Case(stage=1, dp=4, groups=2), Case(stage=2, dp=4, round_robin=True, groups=2), trained=2),
     same(Case(stage=2, dp=3, round_robin=True, groups=2)),
-    *both(Case(stage=1, dp=3, parameter_alignment=True), Case(stage=2, dp=2, parameter_alignment=True, round_robin=True)),
+    *both(
+        Case(stage=1, dp=3, parameter_alignment=True), Case(stage=2, dp=2, parameter_alignment=True, round_robin=True)
+    ),
     *both(Case(stage=2, dp=2, parameter_alignment=True, dtype="bf16"), Case(stage=3, dp=4, dtype="bf16")),
     # files
     Pair(Case(stage=1, dp=2, elastic=True), Case(stage=3, dp=3)),
@@ -154,7 +158,9 @@ COMPILED = [
     *_through("cpu_adam", (2, 2), (3, 3), (1, 2), offload=True, groups=2),
     Pair(Case(stage=2, dp=2, optimizer="cpu_adam", offload=True), Case(stage=3, dp=2)),
     Pair(Case(stage=1, dp=3), Case(stage=2, dp=2, optimizer="cpu_adam", offload=True), trained=2),
-    *both(Case(stage=0, dp=2, optimizer="fused_adam", dtype="bf16", groups=2), Case(stage=2, dp=3, dtype="bf16", groups=2)),
+    *both(
+        Case(stage=0, dp=2, optimizer="fused_adam", dtype="bf16", groups=2), Case(stage=2, dp=3, dtype="bf16", groups=2)
+    ),
     # DeepSpeed's kernels multiply up the powers of the betas while they run, and raise them anew after any load.
     *(
         Pair(case, case, losses="native")

@@ -39,7 +39,11 @@ MISFITS: list[tuple[Case, str, list[str]]] = [
         [r"optimizer state 'exp_avg_sq' of", r"optimizer state 'momentum_buffer' of", "would stay unused"],
     ),
     (PLAIN.but(optimizer="plain_sgd"), "Mismatch", [r"would stay unrestored: optimizer state 'exp_avg' of"]),
-    (PLAIN.but(groups=2), "Mismatch", [r"param group 0 here holds parameters of the checkpoint's groups 0 and 1", "weight_decay"]),
+    (
+        PLAIN.but(groups=2),
+        "Mismatch",
+        [r"param group 0 here holds parameters of the checkpoint's groups 0 and 1", "weight_decay"],
+    ),
     (
         PLAIN.but(tied=True),
         "Mismatch",
@@ -114,11 +118,25 @@ def test_engines_that_ask_for_more(ranks: RankPool, sources: Sources) -> None:
         (Case(stage=1, dp=2, tied=True), plain, [r"unused: parameter 'head\.weight' \[29, 7\]"]),
         (Case(stage=3, dp=2), tied, [r"1 would stay unrestored: parameter 'head\.weight' \[29, 7\]"]),
         (Case(stage=3, dp=2, frozen=True), plain, [r"3 would stay unrestored: parameter 'adapter_gain' \[1\], "]),
-        (Case(stage=2, dp=3, scheduler=True), plain, ["has an lr scheduler .WarmupLR., the checkpoint has no state for one"]),
+        (
+            Case(stage=2, dp=3, scheduler=True),
+            plain,
+            ["has an lr scheduler .WarmupLR., the checkpoint has no state for one"],
+        ),
         (Case(stage=0, dp=2, optimizer="sgd"), plain, ["would stay unrestored: optimizer state 'momentum_buffer' of"]),
-        (Case(stage=3, dp=2, groups=2), three, [r"groups 0 and 2, whose 'betas' differ \(\[0.9, 0.98\] and \(0.8, 0.95\)\)|"
-                                                 r"groups 0 and 2, whose '\w+' differ"]),
-        (Case(stage=2, dp=2, dtype="bf16", low_masters=True, low_states=True), plain, ["float32 in the checkpoint and bfloat16 here, which would lose bits"]),
+        (
+            Case(stage=3, dp=2, groups=2),
+            three,
+            [
+                r"groups 0 and 2, whose 'betas' differ \(\[0.9, 0.98\] and \(0.8, 0.95\)\)|"
+                r"groups 0 and 2, whose '\w+' differ"
+            ],
+        ),
+        (
+            Case(stage=2, dp=2, dtype="bf16", low_masters=True, low_states=True),
+            plain,
+            ["float32 in the checkpoint and bfloat16 here, which would lose bits"],
+        ),
     ):
         found = ranks.run(jobs.attempts, target, [Attempt(run.folder, run.tag)], world_size=target.dp)
         check(found, 0, "Mismatch", patterns)
@@ -131,7 +149,9 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("target", [Case(stage=3, dp=3), Case(stage=0, dp=2, dtype="bf16")], ids=lambda case: case.label)
+@pytest.mark.parametrize(
+    "target", [Case(stage=3, dp=3), Case(stage=0, dp=2, dtype="bf16")], ids=lambda case: case.label
+)
 def test_damaged_checkpoints(ranks: RankPool, sources: Sources, target: Case, tmp_path: Path) -> None:
     run = sources.copy(PLAIN, tmp_path / "truncated")
     part = Path(run.folder) / run.tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -154,7 +174,9 @@ def test_damaged_checkpoints(ranks: RankPool, sources: Sources, target: Case, tm
 def test_in_the_middle_of_accumulation(ranks: RankPool, sources: Sources) -> None:
     run = sources.get(PLAIN)
     for stage in (1, 3):
-        outcomes = ranks.run(jobs.mid_accumulation, Case(stage=stage, dp=2, accumulation=2), run.folder, run.tag, world_size=2)
+        outcomes = ranks.run(
+            jobs.mid_accumulation, Case(stage=stage, dp=2, accumulation=2), run.folder, run.tag, world_size=2
+        )
         for kind, text, second in outcomes:
             assert kind == "Mismatch"
             assert "in the middle of gradient accumulation (1 of 2 micro-steps done)" in text
@@ -307,7 +329,9 @@ class TestPermissions:
             assert found.left == ("extra",)
             assert after.params["extra"]["param"].tolist() == before.params["extra"]["param"].tolist()
             for name, states in truth.params.items():
-                assert {s: t.tolist() for s, t in after.params[name].items()} == {s: t.tolist() for s, t in states.items()}
+                assert {s: t.tolist() for s, t in after.params[name].items()} == {
+                    s: t.tolist() for s, t in states.items()
+                }
 
     def test_not_strict(self, ranks: RankPool, sources: Sources) -> None:
         run = sources.get(PLAIN.but(buffers=False, frozen=True))

@@ -262,7 +262,10 @@ def apart() -> tuple[Any, Any]:
 
 def test_groups_are_matched_by_names_not_by_index() -> None:
     found = plan(pair([B, A]), target(*apart(), groups=[group("a"), group("b")]), Wish())
-    assert found.options == {0: {"lr": 0.1, "weight_decay": 0.0, "initial_lr": 0.5}, 1: {"lr": 0.2, "weight_decay": 0.0}}
+    assert found.options == {
+        0: {"lr": 0.1, "weight_decay": 0.0, "initial_lr": 0.5},
+        1: {"lr": 0.2, "weight_decay": 0.0},
+    }
     assert found.sources == {0: 1, 1: 0}
 
 
@@ -274,7 +277,9 @@ def test_a_split_group_gives_both_its_hyperparameters() -> None:
 
 def test_merged_groups_must_agree() -> None:
     text = refusal(pair([A, B]), target(slot(0, {"a": SHAPE, "b": SHAPE})))
-    assert re.search(r"param group 0 here holds parameters of the checkpoint's groups 0 and 1, whose 'initial_lr'", text)
+    assert re.search(
+        r"param group 0 here holds parameters of the checkpoint's groups 0 and 1, whose 'initial_lr'", text
+    )
     agreeing = pair([ParamGroup(("a",), {"lr": 0.3}), ParamGroup(("b",), {"lr": 0.3})])
     found = plan(agreeing, target(slot(0, {"a": SHAPE, "b": SHAPE})), Wish())
     assert (found.options, found.sources) == ({0: {"lr": 0.3}}, {})

@@ -141,7 +141,11 @@ def check_regions(checkpoint: Checkpoint, truth: Truth) -> None:
             for n in tensor.shape[: choose.randint(0, tensor.dim())]:
                 first = choose.randint(0, n)
                 region.append(slice(first, choose.randint(first, n)))
-            assert same(checkpoint.read(name, state, tuple(region)), tensor[tuple(region)].clone()), (name, state, region)
+            assert same(checkpoint.read(name, state, tuple(region)), tensor[tuple(region)].clone()), (
+                name,
+                state,
+                region,
+            )
 
 
 def check_parameters(checkpoint: Checkpoint, truth: Truth) -> None:
@@ -236,7 +240,9 @@ def test_every_target_rank_gets_its_partition(sources: Sources, case: Case) -> N
             for state in states:
                 for name in names:
                     blocks = places[name]
-                    moved = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers + len(buffers))
+                    moved = Blocks(
+                        blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers + len(buffers)
+                    )
                     wants.append(Want(checkpoint.catalog.tensors[name, state], moved, "float32"))
                 buffers += [np.zeros(length * 4, np.uint8) for _ in ranks]
             gather(reader, wants, buffers)

@@ -1,0 +1,296 @@
+"""Jobs that run on the ranks: how the plugin meets a program that uses DeepSpeed."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.engines import build
+from tests.engines.build import build_engine
+from tests.engines.configs import Case, make_config
+from tests.engines.load_jobs import Resumed, build_target
+from tests.engines.resume import continue_training
+from tests.engines.truth import Truth, gather
+
+ENABLED = {"ucp": {"enabled": True}}
+
+
+class OfTheProgram:
+    """A class that only the training program knows."""
+
+    def __init__(self) -> None:
+        self.epoch = 3
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OfTheProgram) and other.epoch == self.epoch
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def signatures() -> tuple[str, str]:
+    import deepspeed
+
+    import ucp.deepspeed
+
+    return str(inspect.signature(deepspeed.initialize)), str(inspect.signature(ucp.deepspeed.initialize))
+
+
+def returned() -> tuple[list[str], list[str]]:
+    """The types that both functions return, for a program that hands over everything."""
+    import deepspeed
+
+    import ucp.deepspeed
+
+    types = []
+    for initialize in (deepspeed.initialize, ucp.deepspeed.initialize):
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters())
+        found = initialize(
+            None,
+            model,
+            optimizer,
+            list(model.parameters()),
+            torch.utils.data.TensorDataset(torch.zeros(24, 3)),
+            lr_scheduler=torch.optim.lr_scheduler.LinearLR(optimizer),
+            config=make_config(Case(dp=1)) | (ENABLED if initialize is ucp.deepspeed.initialize else {}),
+        )
+        types.append([f"{type(x).__module__}.{type(x).__qualname__}" for x in found])
+    return types[0], types[1]
+
+
+def ways_to_configure(folder: str) -> dict[str, bool]:
+    """Is the engine bound, by the way in which its config came?"""
+    import ucp.deepspeed
+
+    config = make_config(Case(dp=1)) | ENABLED
+    plain, commented = Path(folder) / "plain.json", Path(folder) / "commented.json"
+    plain.write_text(json.dumps(config))
+    commented.write_text("# DeepSpeed reads Hjson\n" + json.dumps(config))
+    text = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
+    ways: dict[str, dict[str, Any]] = {
+        "config": {"config": config},
+        "config path": {"config": str(plain)},
+        "config path with comments": {"config": str(commented)},
+        "config in base64": {"config": text},
+        "config_params": {"config_params": config},
+        "config_params path": {"config_params": str(plain)},
+        "args.deepspeed_config": {"args": argparse.Namespace(deepspeed_config=str(plain), local_rank=0)},
+        "enabled is false": {"config": config | {"ucp": {"enabled": False}}},
+        "no section": {"config": make_config(Case(dp=1))},
+        "empty section": {"config": config | {"ucp": {}}},
+    }
+    found = {}
+    for way, arguments in ways.items():
+        model = nn.Linear(3, 3)
+        engine, *_ = ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), **arguments)
+        found[way] = is_bound(engine)
+    return found
+
+
+def is_bound(engine: Any) -> bool:
+    """Whether this engine is bound; an engine that is not has to be DeepSpeed's own, untouched."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    if not hasattr(engine, "ucp"):
+        for name in ("load_checkpoint", "save_checkpoint"):
+            assert name not in vars(engine)
+            assert getattr(type(engine), name) is getattr(DeepSpeedEngine, name)
+        return False
+    assert "load_checkpoint" not in vars(DeepSpeedEngine) or DeepSpeedEngine.load_checkpoint.__module__.startswith(
+        "deepspeed"
+    )
+    assert inspect.signature(engine.load_checkpoint) is not None
+    stock = inspect.signature(DeepSpeedEngine.load_checkpoint).parameters
+    ours = inspect.signature(engine.load_checkpoint).parameters
+    assert [(n, p.default) for n, p in ours.items()] == [(n, p.default) for n, p in stock.items() if n != "self"]
+    return True
+
+
+def attached(folder: str, tag: str) -> tuple[bool, bool, bool]:
+    """Attach to an engine whose config does not even have the section, and load."""
+    import ucp.deepspeed
+
+    case = Case(stage=3, dp=2, seed=5)
+    engine = build_engine(case)
+    before = is_bound(engine)
+    same = ucp.deepspeed.attach(engine) is engine
+    path, _ = engine.load_checkpoint(folder, tag)
+    return before, same and is_bound(engine), path is not None
+
+
+def what_auto_replaces() -> tuple[list[str], bool, bool]:
+    """Every attribute of every DeepSpeed module and of the engine's classes that importing ``auto`` changes; and
+    whether ``deepspeed.initialize`` then binds with the section and leaves alone without."""
+    import deepspeed
+
+    import ucp.deepspeed
+
+    before = everything_of_deepspeed()
+    import ucp.deepspeed.auto  # noqa: F401 - for what the import does
+
+    after = everything_of_deepspeed()
+    changed = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
+    bound = []
+    for extra in (ENABLED, {}):
+        model = nn.Linear(3, 3)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=make_config(Case(dp=1)) | extra
+        )
+        bound.append(is_bound(engine))
+    return changed, bound[0], bound[1]
+
+
+def everything_of_deepspeed() -> dict[str, int]:
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "deepspeed":
+            for key, value in vars(module).items():
+                found[f"{name}.{key}"] = id(value)
+                if isinstance(value, type) and value.__module__.startswith("deepspeed"):
+                    found |= {f"{name}.{key}.{k}": id(v) for k, v in vars(value).items()}
+    return found
+
+
+def both_returns(case: Case, folder: str, tag: str | None) -> list[tuple[str | None, dict[str, Any]]]:
+    """What DeepSpeed's own load returns, and what ours does, for the same checkpoint."""
+    out = []
+    for initialize in ("deepspeed:initialize", "ucp.deepspeed:initialize"):
+        engine = build_engine(case, initialize, ENABLED)
+        path, client_state = engine.load_checkpoint(folder, tag)
+        out.append((path, client_state))
+    return out
+
+
+@dataclass(frozen=True)
+class Told:
+    """One load: what it returned, the records that it logged here, and what the engine is like then."""
+
+    path: str | None
+    client_state: Any
+    warnings: tuple[str, ...]
+    summaries: tuple[str, ...]
+    samples_seen: int
+    clip: float
+    truth: Truth | None
+
+
+def load_and_listen(
+    case: Case,
+    folder: str,
+    tag: str | None = None,
+    section: Mapping[str, Any] | None = None,
+    trained: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Told:
+    import logging
+
+    warnings: list[str] = []
+    summaries: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            (warnings if record.levelno >= logging.WARNING else summaries).append(record.getMessage())
+
+    engine = build_target(case, section, trained)
+    logger = logging.getLogger("ucp")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Listener())
+    path, client_state = engine.load_checkpoint(folder, tag, **(options or {}))
+    clip = float(getattr(engine.optimizer, "clip_grad", 0.0))
+    return Told(path, client_state, tuple(warnings), tuple(summaries), engine.ucp.samples_seen, clip, gather(engine))
+
+
+def save_client_state(case: Case, folder: str, kind: str) -> None:
+    engine = build_engine(case)
+    continue_training(engine, case, 0, 1)
+    engine.save_checkpoint(folder, "tag", client_state=client_state(kind))
+
+
+def client_state(kind: str) -> dict[str, Any]:
+    if kind == "custom":
+        return {"mine": OfTheProgram()}
+    if kind == "numpy scalar":
+        return {"best": np.float64(0.25)}
+    return {
+        "tensor": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(),
+        "rng": torch.get_rng_state()[:16],
+        "array": np.arange(12, dtype=np.int16).reshape(3, 4)[:, ::2],
+        "number": np.float32(1.5),
+        "args": argparse.Namespace(lr=0.1, layers=[1, 2], nested=argparse.Namespace(a=None)),
+        "plain": {"a": (1, 2.5, "b"), "c": [True, b"bytes", {1, 2}], 3: complex(1, 2)},
+        "dtype": torch.float16,
+    }
+
+
+def load_client_state(case: Case, folder: str, trust: bool) -> tuple[str, str, Any]:
+    from ucp.errors import UcpError
+
+    engine = build_target(case, {"trust_client_state": trust})
+    before = gather(engine)
+    try:
+        _, found = engine.load_checkpoint(folder, "tag")
+    except UcpError as error:
+        after = gather(engine)
+        changed = before is not None and after is not None and before.params.keys() != after.params.keys()
+        return type(error).__name__, str(error), changed
+    return "", "", found
+
+
+def save_several(case: Case, folder: str, tags: Sequence[str]) -> list[Truth | None]:
+    """A run that saves after each of its steps; the truths."""
+    engine = build_engine(case)
+    truths = []
+    for step, tag in enumerate(tags):
+        continue_training(engine, case, step, 1)
+        truths.append(gather(engine))
+        engine.save_checkpoint(folder, tag)
+    return truths
+
+
+def load_each(case: Case, places: Sequence[tuple[str, str | None]]) -> list[Truth | None]:
+    """Load all of these, one after the other, into one engine."""
+    engine = build_target(case, trained=1)
+    out = []
+    for folder, tag in places:
+        engine.load_checkpoint(folder, tag)
+        out.append(gather(engine))
+    return out
+
+
+def reversed_groups(case: Case, folder: str, tag: str, steps: int, scheduler: bool) -> Resumed:
+    """Into an engine whose param groups come in the reverse order."""
+    original = build.parameter_groups
+
+    def turned(*arguments: Any) -> Any:
+        return original(*arguments)[::-1]
+
+    build.parameter_groups = turned
+    extra: dict[str, Any] = {}
+    if scheduler:
+        extra["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    engine = build_engine(case, "ucp.deepspeed:initialize", ENABLED, **extra)
+    path, found = engine.load_checkpoint(folder, tag)
+    truth = gather(engine)
+    after = continue_training(engine, case, steps, 2)
+    return Resumed(str(path), found or {}, truth, tuple(after), gather(engine))
+
+
+def train_with_torch_scheduler(case: Case, folder: str) -> Resumed:
+    """A source with torch's own scheduler, whose state has one value for each group."""
+    engine = build_engine(case, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5))
+    continue_training(engine, case, 0, 3)
+    truth = gather(engine)
+    engine.save_checkpoint(folder, "tag")
+    after = continue_training(engine, case, 3, 2)
+    return Resumed(folder, {}, truth, tuple(after), gather(engine))
