@@ -17,6 +17,7 @@ from ucp.spec.axes import Axis, Cut, Expression, Number, Padded, Product, Sum, c
 from ucp.spec.bound import Bound, Found
 from ucp.spec.cuts import Coordinate, Observed, solve_cuts
 from ucp.spec.meaning import Cutting, Mesh, axis_size, shard
+from ucp.spec.patterns import Pattern
 from ucp.spec.places import Place, SpecError
 
 Shards = Sequence[tuple[Coordinate, NDArray]]
@@ -47,11 +48,10 @@ class Report:
     absent: tuple[str, ...] = ()
 
 
-def words(found: Found) -> str:
+def words(pattern: Pattern, expression: Expression) -> str:
     """The pattern in the paper's words, such as ``fragment over tp (dimension 0, 3 segments)``."""
-    expression = found.expression
     out = []
-    for inside in found.pattern.cuts:
+    for inside in pattern.cuts:
         out.append(f"unique to a rank of {'/'.join(cuts(inside)[0].over)}")
     for k, dim in enumerate(expression.dims):
         over = list(dict.fromkeys(m for a in walk(dim) if isinstance(a, Cut) for m in a.over))
@@ -130,7 +130,9 @@ def check_names(
                 observed.append(one)
                 for statement in trusted(found.expression, bound.sizes):
                     trust.setdefault(statement, []).append(name)
-            checked.append(Checked(name, tuple(shape), found, words(found) if found else "replicated"))
+            checked.append(
+                Checked(name, tuple(shape), found, words(found.pattern, found.expression) if found else "replicated")
+            )
         except SpecError as error:
             problems.append(error)
     padding: Mapping[str, int] = {}

@@ -133,13 +133,9 @@ class _Solver:
         keys = list(dict.fromkeys(spell(c) for c in self.unknown(o, k)))
         if len(keys) > 1:
             return False
-        if keys:
-            self.one_cut(o, k, next(c for c in cuts if spell(c) == keys[0]))
-        else:
-            for cut in cuts if len({spell(c) for c in cuts}) == 1 else []:
-                self.one_cut(o, k, cut)
-                return True
-            self.verify(o, k, dim)
+        if keys or len({spell(c) for c in cuts}) == 1:
+            return self.one_cut(o, k, next(c for c in cuts if not keys or spell(c) == keys[0]))
+        self.verify(o, k, dim)
         return True
 
     def uncut(self, o: Observed, k: int, dim: Axis) -> None:
@@ -150,9 +146,10 @@ class _Solver:
         expected = axis_size(o.expression, dim, self.sizes, {})
         for at, shape in o.shards:
             if shape[k] != expected:
+                verb = "sums to" if any(isinstance(a, Sum) for a in walk(dim)) else "is"
                 raise o.expression.refuse(
                     dim,
-                    f"'{spell(dim)}' is {expected} and is not cut, but '{o.name}' has {shape[k]} in dimension {k}"
+                    f"'{spell(dim)}' {verb} {expected} ({self.sized(dim)}), but '{o.name}' has {shape[k]} in dimension {k}"
                     f"{_where(at)}",
                 )
 
@@ -179,14 +176,21 @@ class _Solver:
             return width if spelled == key else self.fixed[spelled].widths[position(axis, self.mesh, at)]
         return axis_size(o.expression, axis, self.sizes, {})
 
-    def one_cut(self, o: Observed, k: int, cut: Cut) -> None:
-        """Find the one cut of this dimension that is unknown (or check the only one) from the shards' widths."""
+    def one_cut(self, o: Observed, k: int, cut: Cut) -> bool:
+        """Find the one cut of this dimension that is unknown (or check the only one) from the shards' widths.
+
+        False where some rank's part can't be told from them, since another cut leaves nothing there.
+        """
         dim, key = o.expression.dims[k], spell(cut)
         m = numel([self.mesh.get(d, 1) for d in cut.over])
         found: dict[int, tuple[int, Coordinate]] = {}
+        hidden: set[int] = set()
         for at, shape in o.shards:
             none = self.extent(o, dim, key, 0, at)
             unit = self.extent(o, dim, key, 1, at) - none
+            if unit == 0 and shape[k] == none:
+                hidden.add(position(cut, self.mesh, at))
+                continue
             if unit <= 0 or (shape[k] - none) % unit or shape[k] < none:
                 more = f" after {none} that are not cut by it" if none else ""
                 raise o.expression.refuse(
@@ -201,7 +205,10 @@ class _Solver:
                     f"'{o.name}' is {width} of '{spell(cut.axis)}' wide{_where(at)}, but {found[here][0]}"
                     f"{_where(found[here][1])}, and no cut tells these ranks apart",
                 )
+        if hidden - set(found):
+            return key in self.fixed
         self.settle(o, cut, tuple(found.get(r, (0, {}))[0] for r in range(m)))
+        return True
 
     def settle(self, o: Observed, cut: Cut, widths: tuple[int, ...]) -> None:
         key, m = spell(cut), len(widths)

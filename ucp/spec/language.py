@@ -344,3 +344,20 @@ def _refuse_circles(sizes: Mapping[str, Formula]) -> None:
 
     for name in sizes:
         visit(name, ())
+
+
+def unused_sizes(spec: Spec) -> tuple[str, ...]:
+    """The sizes that no expression, condition or other size uses."""
+    every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
+    used = {cut.name for line in every for e in line.pattern.cuts for cut in axes.names(e)}
+    for line in every:
+        for expression in (line.expression, line.otherwise):
+            used |= {a.name for a in axes.names(expression)} if expression else set()
+    conditions = [*(line.when for line in every), *(tie.when for tie in spec.ties)]
+    formulas = [*spec.sizes.values(), *(c for c in conditions if c)]
+    used |= {r.name for formula in formulas for r in formula.references()}
+    for renamings in spec.names.values():
+        for renaming in renamings:
+            used |= {a.name for a in axes.names(renaming.expression)} if renaming.expression else set()
+            used |= set(renaming.stack.values())
+    return tuple(name for name in spec.sizes if name not in used)

@@ -1,0 +1,312 @@
+"""``ucp-spec``: check a spec, alone or against a model's config or a checkpoint; show the catalogue.
+
+Also ``python -m ucp.cli.spec``. Nothing heavy is imported before the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ucp.cli import run
+from ucp.errors import BadArgument
+
+if TYPE_CHECKING:
+    from ucp.spec.bound import Bound
+    from ucp.spec.check import Report
+    from ucp.spec.language import Line, Spec
+
+PROGRAM = "ucp-spec"
+log = logging.getLogger(PROGRAM)
+
+_EPILOG = """\
+examples:
+  ucp-spec show                                       the specs that come with the package
+  ucp-spec show llama                                 one of them, line by line, in the words of the paper
+  ucp-spec check my.yaml                              its syntax
+  ucp-spec check my.yaml --config model/config.json   every size and shape for this model
+  ucp-spec check llama universal                      every parameter of a checkpoint, and what is taken on trust
+
+exit codes: 0 done, 2 the spec, the input or the arguments are at fault (stderr says how), 3 an internal error
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = run.Parser(
+        prog=PROGRAM,
+        description="Check and show specs: how a model family's parameters may be cut over ranks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=run.Parser)
+    check = commands.add_parser("check", help="check a spec: its syntax, its sizes, and a checkpoint's parameters")
+    check.add_argument("spec", metavar="SPEC", help="a spec's file, or the name of one in the catalogue")
+    check.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint whose parameters to check")
+    check.add_argument("--config", metavar="FILE", help="the model's config.json (default: the one in CHECKPOINT)")
+    check.add_argument(
+        "--set", action="append", default=[], metavar="NAME=N", help="a size, or a key as config.KEY=N; may be repeated"
+    )
+    check.add_argument("--section", metavar="NAME", help="the section under layouts: that counts, such as autotp")
+    check.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    show = commands.add_parser("show", help="list the catalogue, or show one spec line by line")
+    show.add_argument("spec", metavar="NAME", nargs="?", help="a name in the catalogue, or a spec's file")
+    for command in (check, show):
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument("--quiet", action="store_true", help="no result, no warnings")
+        command.add_argument("--debug", action="store_true", help="log what happens, with tracebacks")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(arguments)
+    run.start_logging(PROGRAM, args.quiet, args.debug)
+    return run.guarded(PROGRAM, lambda: _command(args), args.debug)
+
+
+def _command(args: argparse.Namespace) -> int:
+    from ucp.spec.places import SpecError
+
+    try:
+        return _check(args) if args.command == "check" else _show(args)
+    except SpecError as error:
+        return _refused([error])
+
+
+def _refused(errors: Sequence[Any]) -> int:
+    """Each refusal as one line, with the text that it means and a mark below it."""
+    for error in errors[:20]:
+        run.say(f"{PROGRAM}: error: {error}")
+        if error.picture:
+            sys.stderr.write(error.picture + "\n")
+    if len(errors) > 20:
+        run.say(f"{PROGRAM}: error: and {len(errors) - 20} more of these")
+    return run.AT_FAULT
+
+
+def _print(args: argparse.Namespace, result: Mapping[str, Any] | Sequence[Any], lines: Sequence[str]) -> None:
+    if args.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    elif not args.quiet:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, int]:
+    out = {}
+    for pair in pairs:
+        name, sign, number = pair.partition("=")
+        if not sign or not number.strip().isascii() or not number.strip().isdigit():
+            raise BadArgument(f"--set {pair}: write NAME=N with a whole number, such as --set vocab=32000")
+        out[name.strip()] = int(number)
+    return out
+
+
+def _config(path: Path, needed: bool) -> dict[str, Any] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if needed:
+            raise BadArgument(f"{path}: there is no such file; give the model's config.json") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"{path}: can't be read as a model's config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise BadArgument(f"{path}: is no config.json; it must hold one JSON object")
+    return config
+
+
+def _check(args: argparse.Namespace) -> int:
+    from ucp.spec import catalogue
+    from ucp.spec.bound import bind
+
+    spec = catalogue.find(args.spec)
+    _unused_sizes(spec)
+    settings = _settings(args.set)
+    if args.section is not None and args.section not in spec.layouts:
+        known = ", ".join(spec.layouts) or "none"
+        raise BadArgument(f"--section {args.section}: {spec.file} has no such section under layouts: (it has {known})")
+    config = _config(Path(args.config), True) if args.config else None
+    if args.checkpoint is None:
+        if config is None and not settings:
+            return _syntax(args, spec)
+        return _sizes(args, bind(spec, config, settings, args.section))
+    import ucp
+
+    with ucp.open(args.checkpoint, tag=args.tag) as checkpoint:
+        parameters = dict(checkpoint.parameters)
+        folder = checkpoint.path
+    if config is None:
+        config = _config(Path(folder) / "config.json", False)
+        if config is None and not settings:
+            raise BadArgument(f"{folder} has no config.json; give the model's with --config, or sizes with --set")
+    from ucp.spec.check import check_names
+
+    bound = bind(spec, config, settings, args.section)
+    report = check_names(
+        bound,
+        {name: info.shape for name, info in parameters.items()},
+        [name for name, info in parameters.items() if info.kind == "buffer"],
+        {alias: info.name for info in parameters.values() for alias in info.aliases},
+    )
+    if report.problems:
+        return _refused(report.problems)
+    _report(args, bound, report)
+    return run.DONE
+
+
+def _unused_sizes(spec: Spec) -> None:
+    from ucp.spec.language import unused_sizes
+
+    for name in unused_sizes(spec):
+        log.warning(f"{spec.sizes[name].source.place}: nothing uses the size '{name}'")
+
+
+def _syntax(args: argparse.Namespace, spec: Spec) -> int:
+    result = {"spec": spec.file, "models": spec.models, "lines": len(spec.lines), "sizes": list(spec.sizes)}
+    text = f"{spec.file}: {len(spec.lines)} lines and {len(spec.sizes)} sizes are well formed; "
+    _print(args, result, [text + "give --config or a checkpoint to check what they say"])
+    return run.DONE
+
+
+def _sizes(args: argparse.Namespace, bound: Bound) -> int:
+    """Every size, and the shape of every line. A size that is absent is refused where a line can't do without it."""
+    from ucp.spec.axes import names
+    from ucp.spec.meaning import shape_of
+
+    needed = {
+        axis.name
+        for line in bound.lines
+        if not line.optional
+        for axis in names(line.expression)
+        if axis.name in bound.absent
+    }
+    if needed:
+        return _refused([bound.absent[name] for name in bound.absent if name in needed])
+    rows, shapes = [], {}
+    for line in bound.lines:
+        if any(axis.name in bound.absent for axis in names(line.expression)):
+            continue
+        shape = shape_of(line.expression, bound.sizes)
+        shapes[str(line.pattern)] = list(shape)
+        rows.append((f"  {line.pattern}", str(list(shape)), str(line.expression)))
+    sizes = [f"{name}={n}" for name, n in bound.sizes.items()]
+    sizes += [f"{name}: none" for name in bound.absent]
+    _print(
+        args, {"spec": bound.spec.file, "sizes": dict(bound.sizes), "shapes": shapes}, [", ".join(sizes), *_table(rows)]
+    )
+    return run.DONE
+
+
+def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
+    groups: dict[str, list[Any]] = {}
+    for one in report.checked:
+        groups.setdefault(str(one.found.pattern) if one.found else "(buffers without a line)", []).append(one)
+    rows = []
+    for pattern, members in groups.items():
+        shapes = {str(list(one.shape)) for one in members}
+        shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+        rows.append((f"  {pattern}", f"{len(members)} ×", shape, members[0].words))
+    lines = [f"{len(report.checked)} names match {bound.spec.file}:", *_table(rows)]
+    lines += [f"padding: {name} is {bound.sizes[name]}, kept as {n}" for name, n in report.padding.items()]
+    if report.absent:
+        lines.append(f"not in this checkpoint: {', '.join(report.absent)}")
+    if report.trust:
+        lines.append("taken on trust from the spec, since neither shapes nor copies can show it:")
+        for statement, names in report.trust.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"  {statement} ({names[0]}{more})")
+    result = {
+        "spec": bound.spec.file,
+        "sizes": dict(bound.sizes),
+        "parameters": {
+            one.name: {
+                "shape": list(one.shape),
+                "line": str(one.found.pattern) if one.found else None,
+                "axes": str(one.found.expression) if one.found else None,
+                "pattern": one.words,
+            }
+            for one in report.checked
+        },
+        "padding": dict(report.padding),
+        "absent": list(report.absent),
+        "trust": {statement: list(names) for statement, names in report.trust.items()},
+    }
+    _print(args, result, lines)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from ucp.spec import catalogue
+
+    if args.spec is None:
+        specs = [(name, catalogue.find(name)) for name in catalogue.names()]
+        result = [{"name": name, "models": spec.models, "about": spec.about, "file": spec.file} for name, spec in specs]
+        _print(args, result, _table([(name, ", ".join(spec.models), spec.about) for name, spec in specs]))
+        return run.DONE
+    spec = catalogue.find(args.spec)
+    lines = [f"{spec.file}: {', '.join(spec.models)}"]
+    lines += [spec.about] if spec.about else []
+    lines += ["sizes:", *_table([(f"  {name}", formula.source.text) for name, formula in spec.sizes.items()])]
+    lines += ["parameters:", *_lines(spec.lines)]
+    for name, more in spec.layouts.items():
+        lines += [f"under {name}:", *_lines(more)]
+    lines += ["tied:"] if spec.ties else []
+    lines += [
+        f"  {tie.pattern} to {tie.to}" + (f", when {tie.when.source.text}" if tie.when else "") for tie in spec.ties
+    ]
+    lines += [f"names of {name}: {len(maps)}" for name, maps in spec.names.items()]
+    _print(args, _as_json(spec), lines)
+    return run.DONE
+
+
+def _lines(lines: Sequence[Line]) -> list[str]:
+    from ucp.spec.check import words
+
+    rows = []
+    for line in lines:
+        when = f"when {line.when.source.text}" if line.when else "optional" if line.optional else ""
+        rows.append((f"  {line.pattern}", str(line.expression), words(line.pattern, line.expression), when))
+        if line.otherwise:
+            rows.append(("", str(line.otherwise), words(line.pattern, line.otherwise), "else"))
+    return _table(rows)
+
+
+def _as_json(spec: Spec) -> dict[str, Any]:
+    from ucp.spec.check import words
+
+    return {
+        "file": spec.file,
+        "models": spec.models,
+        "about": spec.about,
+        "sizes": {name: formula.source.text for name, formula in spec.sizes.items()},
+        "parameters": {
+            str(line.pattern): {
+                "axes": str(line.expression),
+                "pattern": words(line.pattern, line.expression),
+                "when": line.when.source.text if line.when else None,
+                "else": str(line.otherwise) if line.otherwise else None,
+                "optional": line.optional,
+            }
+            for line in spec.lines
+        },
+        "tied": {str(tie.pattern): str(tie.to) for tie in spec.ties},
+        "layouts": list(spec.layouts),
+        "names": list(spec.names),
+    }
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows with their columns below each other; the last one as long as it is."""
+    if not rows:
+        return []
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]) - 1)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
