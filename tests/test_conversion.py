@@ -306,6 +306,16 @@ def test_client_state_that_cannot_be_kept(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise error
+
+    with pytest.raises(error):
+        ucp.convert(source, tmp_path / "new/dest", progress=interrupt)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["raw", "source"]
+
+
 KILLED = """
 import os, signal, sys
 import ucp

@@ -24,7 +24,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsuppo
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.storage.commit import check_destination, staged
-from ucp.storage.digests import ChunkDigests, digest_file
+from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
@@ -32,7 +32,7 @@ from ucp.transfer.write import Progress, budget, check_files, write_files
 
 log = logging.getLogger(__name__)
 
-# Space kept free for the manifest, folders and the file system's own bookkeeping.
+# Space kept free for folders and the file system's own bookkeeping.
 _SLACK = 1 << 20
 
 
@@ -147,13 +147,14 @@ def convert(
         options = _Options(parsed, _load_config(ds_config), virtual, destination, _target_tag(opened), digests, workers)
         job = _WRITERS[to](opened.catalog, options)
         total = sum(file.size for file in job.files)
+        needed = total + _manifest_bound(opened.catalog, total) + _SLACK
         _check_replaced(Path(destination), job.source, overwrite)
-        check_destination(destination, needed_bytes=total + _SLACK, replace=overwrite)
+        check_destination(destination, needed_bytes=needed, replace=overwrite)
         check_files(job.files)
         finished: dict[str, bytes] = {}
         with Files() as files:
             if not dry_run:
-                with staged(destination, needed_bytes=total + _SLACK, replace=overwrite) as folder:
+                with staged(destination, needed_bytes=needed, replace=overwrite) as folder:
                     found = write_files(
                         Reader(job.source, files),
                         folder,
@@ -283,6 +284,13 @@ def _target_tag(opened: checkpoint.Checkpoint) -> str:
     if opened.format == formats.deepspeed.NAME:
         return opened.path.name
     return f"global_step{opened.catalog.training_state.global_steps or 0}"
+
+
+def _manifest_bound(catalog: Catalog, written: int) -> int:
+    """About the most bytes that a manifest has: digests in base64, and text for each block, tensor and name."""
+    digested = max(written, sum(file.size for file in catalog.files))
+    blocks = sum(len(tensor.blocks) for tensor in catalog.tensors.values())
+    return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 300
 
 
 def _check_replaced(destination: Path, source: Catalog, overwrite: bool) -> None:

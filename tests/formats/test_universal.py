@@ -22,7 +22,7 @@ import ucp
 from tests.formats import raw
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, Unsupported
-from ucp.formats.universal import consolidated, manifest, virtual
+from ucp.formats.universal import consolidated, manifest, schema, training, virtual
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.values import TensorRef
 
@@ -65,6 +65,30 @@ def test_any_region_is_the_slice_of_the_truth(written: tuple[Path, raw.Raw], dat
     expected = truth[region]
     assert found.shape == expected.shape
     assert found.reshape(-1).view(torch.uint8).equal(expected.contiguous().reshape(-1).view(torch.uint8))
+
+
+def test_the_fragmented_form_is_read(tmp_path: Path) -> None:
+    """Many fragments a tensor, in files of the checkpoint's own."""
+    folder = tmp_path / "checkpoint"
+    made = raw.make(folder, dp=4, stage=3)
+    body = schema.encode(
+        made.catalog,
+        form="fragmented",
+        writer="test",
+        paths=[Path(file.path).name for file in made.catalog.files],
+        mtimes=[None] * len(made.catalog.files),
+        digests={k: digest_file(file.path) for k, file in enumerate(made.catalog.files)},
+        training_state=training.encode(made.catalog.training_state, training.Tensors()),
+        source=("test", "test"),
+    )
+    (folder / manifest.NAME).write_bytes(manifest.frame(body))
+    folder.rename(tmp_path / "moved")
+    with ucp.open(tmp_path / "moved") as checkpoint:
+        assert len(checkpoint.catalog.tensors["embed.weight", "param"].blocks) > 3
+        for name, state in made.truth:
+            found = checkpoint.read(name, state)
+            assert found.reshape(-1).view(torch.uint8).equal(made.tensor(name, state).reshape(-1).view(torch.uint8))
+        assert checkpoint.verify() > 0
 
 
 def test_the_consolidated_files_are_ordinary_safetensors(tmp_path: Path) -> None:
