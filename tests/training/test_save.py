@@ -241,6 +241,9 @@ def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
             "parameters": infos | {"extra": replace(infos["gain"], name="extra", aliases=())}
         },
         "'embed.weight' is .* on rank 0 and .* on rank 1": {
+            "parameters": infos | {"embed.weight": replace(infos["embed.weight"], kind="frozen")}
+        },
+        "'embed.weight' has step 1 on rank 1 and 4 on an earlier one": {
             "parameters": infos | {"embed.weight": replace(infos["embed.weight"], scalars={"step": 1})}
         },
         "'gain' .* is float32 on rank 0 and int32 on rank 1": {

@@ -23,7 +23,8 @@ class Config:
 
     enabled: bind the engine. allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
     verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
-    allow_untested_version: try a DeepSpeed that the tests have not run.
+    allow_untested_version: try a DeepSpeed that the tests have not run. save_format: 'universal', or 'deepspeed' for
+    DeepSpeed's own save. save_timeout: seconds that the first rank waits for the others' files.
     """
 
     enabled: bool = False
@@ -32,10 +33,21 @@ class Config:
     verify: bool = True
     trust_client_state: bool = False
     allow_untested_version: bool = False
+    save_format: str = "deepspeed"
+    save_timeout: float = 1800.0
 
 
-_TOP = {"enabled": bool, "load": dict, "trust_client_state": bool, "allow_untested_version": bool}
+_TOP: dict[str, Any] = {
+    "enabled": bool,
+    "load": dict,
+    "save": dict,
+    "trust_client_state": bool,
+    "allow_untested_version": bool,
+}
 _LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
+_SAVE: dict[str, Any] = {"format": str, "timeout": float}
+_ACCEPTED: dict[type, Any] = {dict: Mapping, list: (list, tuple), float: (int, float)}
+FORMATS = ("universal", "deepspeed")
 
 
 def parse(config: Mapping[str, Any]) -> Config:
@@ -52,6 +64,12 @@ def parse(config: Mapping[str, Any]) -> Config:
     for key in ("allow_missing", "allow_unused"):
         if not all(isinstance(p, str) for p in load.get(key, [])):
             raise BadArgument(f'"ucp": {{"load": {{"{key}"}}}} needs a list of name patterns, found {load[key]!r}')
+    save = section.get("save", {})
+    _check('"ucp": {"save"}', save, _SAVE)
+    if save.get("format", FORMATS[0]) not in FORMATS:
+        raise BadArgument(f'"ucp": {{"save": {{"format"}}}} is one of {", ".join(FORMATS)}; found {save["format"]!r}')
+    if not save.get("timeout", 1) > 0:
+        raise BadArgument(f'"ucp": {{"save": {{"timeout"}}}} needs seconds above 0, found {save["timeout"]!r}')
     return Config(
         enabled=section.get("enabled", False),
         allow_missing=tuple(load.get("allow_missing", ())),
@@ -59,6 +77,8 @@ def parse(config: Mapping[str, Any]) -> Config:
         verify=load.get("verify", True),
         trust_client_state=section.get("trust_client_state", False),
         allow_untested_version=section.get("allow_untested_version", False),
+        save_format=save.get("format", "deepspeed"),
+        save_timeout=float(save.get("timeout", 1800.0)),
     )
 
 
@@ -71,7 +91,7 @@ def _check(where: str, section: Any, known: Mapping[str, type]) -> None:
             hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
             raise BadArgument(f"{where} in the DeepSpeed config has the unknown key '{key}'{hint}")
         wanted = known[key]
-        if not isinstance(value, (Mapping if wanted is dict else (list, tuple) if wanted is list else wanted)):
+        if not isinstance(value, _ACCEPTED.get(wanted, wanted)) or (wanted is float and isinstance(value, bool)):
             raise BadArgument(f"{where}: '{key}' needs a {wanted.__name__}, found {value!r}")
 
 

@@ -16,22 +16,28 @@ from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.live.state import warn_of_clipping
-from ucp.deepspeed.supported import check_engine
+from ucp.deepspeed.save import save_checkpoint
+from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import NotACheckpoint, Unsupported
 from ucp.training import ranks
 from ucp.training.load import LoadReport, load
 from ucp.training.match import Wish
+from ucp.training.save import SaveReport
 
 log = logging.getLogger(__name__)
 
 
 class EngineUcp:
-    """What a bound engine offers as ``engine.ucp``. last_load: the report of the last load, None before one."""
+    """What a bound engine offers as ``engine.ucp``.
+
+    last_load, last_save: the reports of the last load and save, None before one.
+    """
 
     def __init__(self, engine: Any, config: Config) -> None:
         self._engine = engine
         self.config = config
         self.last_load: LoadReport | None = None
+        self.last_save: SaveReport | None = None
 
     @property
     def samples_seen(self) -> int:
@@ -40,9 +46,14 @@ class EngineUcp:
 
 
 def bind(engine: Any, config: Config) -> None:
-    """Replace this one engine's ``load_checkpoint``; no class and no other engine is touched."""
+    """Replace this one engine's ``load_checkpoint``, and ``save_checkpoint`` where the config says so; no class and no
+    other engine is touched."""
+    if config.save_format == "universal":
+        check_features(engine, 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does')
     engine.ucp = EngineUcp(engine, config)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
+    if config.save_format == "universal":
+        engine.save_checkpoint = MethodType(save_checkpoint, engine)
 
 
 def load_checkpoint(
@@ -92,7 +103,15 @@ def load_checkpoint(
         warn_of_clipping(engine, catalog.training_state)
     if ranks.rank() == 0:
         _say(f"{report} ({path})")
-    return _returned_path(path), dict(catalog.training_state.client_state)
+    return _returned_path(path), _client_state(catalog)
+
+
+def _client_state(catalog: Catalog) -> dict[str, Any]:
+    """What this rank had given to the save where as many ranks resume, else what the first one had."""
+    own = catalog.training_state.extra.get("ranks", ())
+    if len(own) == ranks.world_size() and "client_state" in own[ranks.rank()]:
+        return dict(own[ranks.rank()]["client_state"])
+    return dict(catalog.training_state.client_state)
 
 
 def _say(summary: str) -> None:

@@ -24,14 +24,19 @@ def check_version(allow_untested: bool) -> None:
 
 def check_engine(engine: Any) -> None:
     """Raise Unsupported naming the first feature of this engine whose state cannot be restored exactly."""
-    for feature in _unsupported(engine):
-        raise Unsupported(f"this engine uses {feature}, which is not supported; nothing was changed")
+    check_features(engine, "nothing was changed")
     steps = engine.gradient_accumulation_steps()
     if engine.micro_steps % steps:
         raise Mismatch(
             f"load_checkpoint was called in the middle of gradient accumulation ({engine.micro_steps % steps} of {steps} "
             "micro-steps done); call it right after a step; nothing was changed"
         )
+
+
+def check_features(engine: Any, consequence: str) -> None:
+    """Raise Unsupported naming the first feature of this engine whose state is not understood, then the consequence."""
+    for feature in _unsupported(engine):
+        raise Unsupported(f"this engine uses {feature}, which is not supported; {consequence}")
 
 
 def _unsupported(engine: Any) -> Iterator[str]:

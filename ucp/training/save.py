@@ -97,7 +97,7 @@ def write_share(session: Session, rank: int, source: Source) -> int:
     met = training.Tensors(prefix=f"r{rank}t" if rank else "t")
     first = rank == 0
     state = training.encode(source.training_state, met) if first else fragmented.empty_state()
-    own = plain.encode(dict(source.own), met.put, f"rank {rank}'s own state")
+    own = {name: plain.encode(value, met.put, f"rank {rank}'s {name}") for name, value in source.own.items()}
     plan, pieces = lay_out(assign(source.holdings, rank))
     name = fragmented.file_name(rank, session.world)
     digests: dict[str, ChunkDigests] = {

@@ -33,11 +33,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a state lies that an optimizer lays out otherwise than the weights: its flat length, in elements, and the
-    blocks of each member, in the members' order."""
+    """Where a state lies that an optimizer lays out otherwise than the weights.
+
+    length: of the flat buffer, in elements. blocks: of each member, in the members' order. holders: for each member the
+    global ranks that hold the same elements of it, () for this rank alone.
+    """
 
     length: int
     blocks: tuple[Blocks, ...]
+    holders: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Slot:
     length: elements, padding included. dtype: of the most precise weights held here. members: all parameters that lie
     in this slot on any rank, so that all ranks judge alike. group: index of the param group. states: the optimizer
     states that exist now -> dtype (a fresh optimizer has none yet). placed: states that lie otherwise than the weights.
+    holders: the global ranks that hold the same slot with the same values; () for this rank alone.
     """
 
     key: int
@@ -58,10 +63,13 @@ class Slot:
     group: int | None = None
     states: Mapping[str, str] = field(default_factory=dict)
     placed: Mapping[str, Placement] = field(default_factory=dict)
+    holders: tuple[int, ...] = ()
 
     def placement(self, state: str) -> Placement:
         """Where a state of this slot lies; ``placed`` where it says so, else as the weights do."""
-        return self.placed.get(state) or Placement(self.length, tuple(m.blocks for m in self.members))
+        return self.placed.get(state) or Placement(
+            self.length, tuple(m.blocks for m in self.members), (self.holders,) * len(self.members)
+        )
 
 
 @dataclass(frozen=True)

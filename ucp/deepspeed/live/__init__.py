@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from ucp.catalog import TrainingState
-from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot
+from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
+from ucp.deepspeed.live.saving import make_source
 from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
 from ucp.deepspeed.live.stage12 import Stage12
 from ucp.deepspeed.live.state import check_state, restore_state
 from ucp.errors import Unsupported
 from ucp.parallel.mesh import Layout
+from ucp.training.source import Source
 from ucp.training.target import Group, Loaded, Slot
 
 
@@ -56,9 +58,18 @@ class LiveEngine:
         return () if self._optimizer is None else self._optimizer.groups()
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
-        if key in self._held:
-            return self._held[key].host() if state == "param" else None
-        return None if self._optimizer is None else self._optimizer.current(key, state)
+        found = self.live(key)[0] if state == "param" else self.live(key)[1].get(state)
+        return None if found is None else host_copy(found)
+
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """A slot's weights and the optimizer's state of them, no copies."""
+        if key in self._held or self._optimizer is None:
+            return self._held[key].tensor, {}
+        return self._optimizer.live(key)
+
+    def source(self, client_state: Mapping[str, Any], *, frozen: bool = True) -> Source:
+        """What of the engine's state this rank saves. frozen: with the parameters that are not trained."""
+        return make_source(self, self._slots, client_state, frozen)
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Raise before anything is changed if the rest of the training state does not fit this engine."""

@@ -23,7 +23,9 @@ class Optimizer(Protocol):
 
     def groups(self) -> Sequence[Group]: ...
 
-    def current(self, key: int, state: str) -> torch.Tensor | None: ...
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """A slot's masters, and the optimizer's state of them: what it steps itself, no copies."""
+        ...
 
     def begin(self) -> None: ...
 
@@ -34,6 +36,11 @@ class Optimizer(Protocol):
     def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None: ...
 
 
+def everyone() -> tuple[int, ...]:
+    """All ranks: those that hold what is not cut, under data parallelism alone."""
+    return tuple(range(torch.distributed.get_world_size()))
+
+
 def on_rank(blocks: Blocks, rank: int) -> Blocks:
     """The blocks that this data-parallel rank holds, in its one buffer."""
     return blocks.take(np.flatnonzero(blocks.buffers == rank)).in_buffer(0)
@@ -41,17 +48,21 @@ def on_rank(blocks: Blocks, rank: int) -> Blocks:
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A tensor outside the optimizer: whole, or at stage 3 this rank's ceil-sized piece of it."""
+    """A tensor outside the optimizer: whole, or at stage 3 this rank's ceil-sized piece of it.
+
+    holders: the ranks that hold the same elements; () for this one alone.
+    """
 
     tensor: torch.Tensor
     shape: tuple[int, ...]
     blocks: Blocks
+    holders: tuple[int, ...] = ()
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> HeldTensor:
         shape = tuple(tensor.shape)
         blocks = box([0] * len(shape), shape) if numel(shape) else empty(len(shape))
-        return cls(tensor, shape, blocks)
+        return cls(tensor, shape, blocks, everyone())
 
     @classmethod
     def of_parameter(cls, param: torch.nn.Parameter) -> HeldTensor:
@@ -62,9 +73,6 @@ class HeldTensor:
         shape = tuple(param.ds_shape)
         return cls(param.ds_tensor, shape, on_rank(ceil_partition(shape, 0, count), rank))
 
-    def host(self) -> torch.Tensor:
-        return self.tensor.detach().cpu().reshape(-1).clone()
-
     def put(self, values: torch.Tensor) -> None:
         """Copy flat values in, rounded to the tensor's element type where that is narrower."""
         self.tensor.data.copy_(values.view(self.tensor.shape))
@@ -72,7 +80,9 @@ class HeldTensor:
 
 def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:
     member = Member(name, held.shape, held.blocks)
-    return Slot(key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,))
+    return Slot(
+        key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,), holders=held.holders
+    )
 
 
 def state_dtypes(state: Mapping[str, Any], length: int) -> dict[str, str]:

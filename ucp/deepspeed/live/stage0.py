@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-from ucp.deepspeed.live.base import host_copy, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import whole
 from ucp.parallel.zero import flat_offsets
@@ -66,7 +66,9 @@ class Stage0:
             size = unit.master.numel()
             states = state_dtypes(self._inner.state.get(unit.master, {}), size)
             dtype = from_torch(unit.master.dtype)
-            slots.append(Slot(self._keys[-1], "parameter", size, dtype, members, unit.group, states))
+            slots.append(
+                Slot(self._keys[-1], "parameter", size, dtype, members, unit.group, states, holders=everyone())
+            )
         return slots
 
     def groups(self) -> list[Group]:
@@ -78,10 +80,9 @@ class Stage0:
             for n, options in zip(names, self._inner.param_groups, strict=True)
         ]
 
-    def current(self, key: int, state: str) -> torch.Tensor | None:
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         master = self._units[self._keys.index(key)].master
-        found = master if state == "param" else self._inner.state.get(master, {}).get(state)
-        return None if found is None else host_copy(found)
+        return master, self._inner.state.get(master, {})
 
     def begin(self) -> None:
         pass

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, on_rank, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition
@@ -21,14 +22,14 @@ from ucp.storage.dtypes import from_torch
 from ucp.training.target import Group, Loaded, Member, Placement, Slot
 
 
-def whole_in_partition(members: Sequence[Member]) -> Placement:
+def whole_in_partition(members: Sequence[Member], holders: Sequence[tuple[int, ...]]) -> Placement:
     """Every parameter of which this rank's partition holds some part, whole, end to end without padding."""
     blocks, at = [], 0
     for member in members:
         held = len(member.blocks) > 0
         blocks.append(whole(member.shape, at) if held else empty(len(member.shape)))
         at += numel(member.shape) if held else 0
-    return Placement(at, tuple(blocks))
+    return Placement(at, tuple(blocks), tuple(holders))
 
 
 class Stage12:
@@ -54,17 +55,21 @@ class Stage12:
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         slots = []
         for g, flat in enumerate(self._flats):
-            rank = torch.distributed.get_rank(self._zero.real_dp_process_group[g])
-            size = flat.numel()
+            group = self._zero.real_dp_process_group[g]
+            rank, size = torch.distributed.get_rank(group), flat.numel()
+            places = zip(self._params[g], self._offsets[g], strict=True)
+            cuts = [flat_partition(tuple(p.shape), at, size) for p, at in places]
             members = tuple(
-                Member(self._names[p], tuple(p.shape), on_rank(flat_partition(tuple(p.shape), at, size), rank))
-                for p, at in zip(self._params[g], self._offsets[g], strict=True)
+                Member(self._names[p], tuple(p.shape), on_rank(cut, rank))
+                for p, cut in zip(self._params[g], cuts, strict=True)
             )
             self._keys.append(next(keys))
             states = state_dtypes(self._inner.state.get(flat, {}), size)
             placed = {}
             if self._keeps_whole_momentum(g):
-                placed["momentum_buffer"] = whole_in_partition(members)
+                globally = torch.distributed.get_process_group_ranks(group)
+                holders = [tuple(globally[r] for r in np.unique(cut.buffers).tolist()) for cut in cuts]
+                placed["momentum_buffer"] = whole_in_partition(members, holders)
                 states |= state_dtypes(self._inner.state.get(flat, {}), placed["momentum_buffer"].length)
             slots.append(Slot(self._keys[-1], "parameter", size, from_torch(flat.dtype), members, g, states, placed))
         return slots
@@ -81,10 +86,9 @@ class Stage12:
             for params, options in zip(self._params, self._inner.param_groups, strict=True)
         ]
 
-    def current(self, key: int, state: str) -> torch.Tensor | None:
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         flat = self._flats[self._keys.index(key)]
-        found = flat if state == "param" else self._inner.state.get(flat, {}).get(state)
-        return None if found is None else host_copy(found)
+        return flat, self._inner.state.get(flat, {})
 
     def begin(self) -> None:
         pass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ucp.deepspeed.live.base import check_groups, host_copy, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, on_rank, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
 from ucp.parallel.zero import ceil_partition, ceil_size
@@ -61,10 +61,9 @@ class Stage3:
             for n, options in zip(names, self._inner.param_groups, strict=True)
         ]
 
-    def current(self, key: int, state: str) -> torch.Tensor | None:
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         flat = self._flats[self._keys.index(key)]
-        found = flat if state == "param" else self._inner.state.get(flat, {}).get(state)
-        return None if found is None else host_copy(found)
+        return flat, self._inner.state.get(flat, {})
 
     def begin(self) -> None:
         """Partition every parameter that is gathered now, so that its piece is the only copy."""

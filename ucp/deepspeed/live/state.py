@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import TrainingState
+from ucp.deepspeed.live import rng
 from ucp.errors import Mismatch
 from ucp.training import ranks
 
@@ -53,6 +54,7 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
         engine.global_samples = state.global_steps * engine.train_batch_size() if samples is None else samples
     if state.skipped_steps is not None:
         engine.skipped_steps = state.skipped_steps
+    _restore_rng(engine, state.extra.get("ranks", ()))
     engine.loaded_checkpoint_dp_world_size = state.dp_world_size
     engine.loaded_checkpoint_mp_world_size = 1
     batch = engine.train_batch_size()
@@ -60,6 +62,19 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
         warn(
             f"the global batch size changes from {state.global_batch_size} to {batch} samples with this resume; "
             f"engine.ucp.samples_seen ({engine.global_samples}) says where the data stands"
+        )
+
+
+def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Each rank's generators go on where as many ranks resume as saved; see `rng`."""
+    if not saved:
+        return
+    if len(saved) == ranks.world_size():
+        rng.restore(engine, saved[ranks.rank()]["rng"])
+    else:
+        warn(
+            f"random number generators stay as this program seeded them: {len(saved)} ranks saved theirs, and "
+            f"{ranks.world_size()} resume"
         )
 
 

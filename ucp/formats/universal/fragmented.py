@@ -17,7 +17,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
 from ucp.errors import DamagedCheckpoint, SaveFailed
 from ucp.formats.universal import manifest, schema, training
-from ucp.geometry import concat
+from ucp.geometry import concat, empty
 from ucp.storage import plain
 from ucp.storage.digests import ChunkDigests
 
@@ -108,9 +108,11 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     bases = np.cumsum([0, *(len(share.files) for share in shares)])
     for rank, share in enumerate(shares):
         _check_same_model(first, share, rank)
+    parameters = {name: replace(info, scalars=_scalars(name, shares)) for name, info in first.parameters.items()}
     tensors: dict[tuple[str, str], LogicalTensor] = {}
-    for key, tensor in first.tensors.items():
-        held = [share.tensors[key] for share in shares]
+    for key, tensor in {key: t for share in reversed(shares) for key, t in share.tensors.items()}.items():
+        # A rank that holds nothing of a parameter may not know what states it has.
+        held = [share.tensors.get(key, _nothing_of(tensor)) for share in shares]
         odd = next((rank for rank, t in enumerate(held) if t.dtype != tensor.dtype), None)
         if odd is not None:
             raise SaveFailed(
@@ -125,12 +127,28 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     digests: dict[int, Any] = {}
     for base, share in zip(bases.tolist(), shares, strict=False):
         digests.update({base + k: table for k, table in share.chunk_digests.items()})
-    return replace(first, files=tuple(files), tensors=tensors, chunk_digests=digests)
+    return replace(first, files=tuple(files), parameters=parameters, tensors=tensors, chunk_digests=digests)
+
+
+def _nothing_of(tensor: LogicalTensor) -> LogicalTensor:
+    return replace(tensor, blocks=empty(len(tensor.shape)), bases=np.zeros(0, np.int64))
+
+
+def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
+    """A parameter's values, of which a rank that holds nothing of it may know none."""
+    out: dict[str, Any] = {}
+    for rank, share in enumerate(shares):
+        for key, value in share.parameters[name].scalars.items():
+            if plain.encode(out.setdefault(key, value)) != plain.encode(value):
+                raise SaveFailed(
+                    f"'{name}' has {key} {value!r} on rank {rank} and {out[key]!r} on an earlier one; nothing was saved"
+                )
+    return out
 
 
 def _check_same_model(first: Catalog, share: Catalog, rank: int) -> None:
     def described(info: ParameterInfo) -> tuple[Any, ...]:
-        return info.shape, info.kind, plain.encode(dict(info.scalars)), info.aliases
+        return info.shape, info.kind, info.aliases
 
     for name in {**first.parameters, **share.parameters}:
         ours, theirs = first.parameters.get(name), share.parameters.get(name)
@@ -140,9 +158,6 @@ def _check_same_model(first: Catalog, share: Catalog, rank: int) -> None:
             raise SaveFailed(
                 f"'{name}' is {described(ours)} on rank 0 and {described(theirs)} on rank {rank}; nothing was saved"
             )
-    if first.tensors.keys() != share.tensors.keys():
-        name, state = min(first.tensors.keys() ^ share.tensors.keys())
-        raise SaveFailed(f"'{name}' has the state '{state}' on some ranks only; nothing was saved")
 
 
 def _training_state(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:

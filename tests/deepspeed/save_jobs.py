@@ -1,0 +1,137 @@
+"""Jobs that run on the ranks: real engines that save in the universal format, and what became of it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tests.engines.build import build_engine
+from tests.engines.configs import Case
+from tests.engines.load_jobs import build_target
+from tests.engines.resume import continue_training
+from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
+from tests.engines.truth import Truth, gather
+
+SAVE = {"save": {"format": "universal"}}
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """A run that saved, went on, and was resumed in the same layout by an engine of another seed.
+
+    Truths on rank 0 only.
+
+    draws: numbers that this rank's generators gave right after the save; resumed_draws: right after the load.
+    """
+
+    losses: tuple[float, ...]
+    further: tuple[float, ...]
+    truth: Truth | None
+    truth_after: Truth | None
+    draws: tuple[float, ...]
+    returned: Any
+    written: int
+    nbytes: int
+    resumed_further: tuple[float, ...] = ()
+    resumed: Truth | None = None
+    resumed_after: Truth | None = None
+    resumed_draws: tuple[float, ...] = ()
+    client_state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draws() -> tuple[float, ...]:
+    """One number of each generator."""
+    return (torch.rand(()).item(), float(np.random.rand()), random.random())
+
+
+def unequal_generators() -> None:
+    """Different on every rank, and each somewhere within its stream."""
+    rank = dist.get_rank()
+    torch.manual_seed(100 + rank)
+    np.random.seed(200 + rank)
+    random.seed(300 + rank)
+    torch.randn(7 + rank)
+    np.random.randn(3)
+
+
+def save_and_resume(case: Case, folder: str, tag: str | None = None, steps: int = STEPS) -> Saved:
+    """Train, save, go on; then load into a fresh engine of the same layout and go on again."""
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **SAVE}})
+    losses = continue_training(engine, case, 0, steps)
+    unequal_generators()
+    truth = gather(engine)
+    client_state = {**CLIENT_STATE, "rank": dist.get_rank(), "table": torch.arange(3) + dist.get_rank()}
+    returned = engine.save_checkpoint(folder, tag, client_state=client_state)
+    drawn = draws()
+    report = engine.ucp.last_save
+    further = continue_training(engine, case, steps, FURTHER)
+    after = gather(engine)
+    other = build_target(case.but(seed=5), SAVE)
+    path, found = other.load_checkpoint(folder)
+    if path is None:
+        raise FileNotFoundError(folder)
+    resumed_draws = draws()
+    resumed = gather(other)
+    resumed_further = continue_training(other, case, steps, FURTHER)
+    return Saved(
+        tuple(losses),
+        tuple(further),
+        truth,
+        after,
+        drawn,
+        returned,
+        report.written,
+        report.nbytes,
+        tuple(resumed_further),
+        resumed,
+        gather(other),
+        resumed_draws,
+        found,
+    )
+
+
+def save_twice(case: Case, folder: str) -> list[list[str]]:
+    """The folder's names after saves under one tag, without `latest`, and of another step by default tags."""
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **SAVE}})
+    names = []
+    for tag, latest in (("pytorch_model", False), ("pytorch_model", True), (None, True), (None, True)):
+        continue_training(engine, case, len(names), 1)
+        engine.save_checkpoint(folder, tag, save_latest=latest)
+        names.append(sorted(os.listdir(folder)))
+    return names
+
+
+def save_without_frozen(case: Case, folder: str) -> None:
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **SAVE}})
+    continue_training(engine, case, 0, 1)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+
+
+def refused_saves(case: Case, folder: str, good: str) -> list[tuple[str, str]]:
+    """The errors of saves that cannot be done; and that the engine saves well after them."""
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **SAVE}})
+    continue_training(engine, case, 0, 1)
+    rank = dist.get_rank()
+    attempts: list[dict[str, Any]] = [
+        {"save_dir": good, "tag": "a/b"},
+        {"save_dir": good, "client_state": {"socket": object()}},
+        {"save_dir": good, "client_state": {"socket": object()} if rank else {}},
+        {"save_dir": os.path.join(folder, "file", "below")},
+    ]
+    found = []
+    for attempt in attempts:
+        try:
+            engine.save_checkpoint(**attempt)
+        except Exception as error:  # noqa: BLE001 - it is what the test is about
+            found.append((type(error).__name__, str(error)))
+        else:
+            found.append(("", ""))
+    engine.save_checkpoint(good)
+    return found

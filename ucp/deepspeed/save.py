@@ -1,0 +1,58 @@
+"""An engine's ``save_checkpoint`` in the universal format's fragmented form."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ucp.deepspeed.config import Config
+from ucp.deepspeed.live import LiveEngine
+from ucp.deepspeed.supported import check_features
+from ucp.training import ranks
+from ucp.training.save import save
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    engine: Any,
+    save_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    client_state: Mapping[str, Any] = {},  # as DeepSpeed's own signature has it; never changed
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """Save the engine's whole training state as ``save_dir/tag``, to be resumed on any layout; returns True.
+
+    The arguments are those of DeepSpeed's own method: without a tag it is ``global_step{N}``; all ranks have to give
+    the same one. client_state: plain data and tensors; every rank's own is kept. Collective: every rank calls it. It
+    returns once the checkpoint is on disk; until that instant what was there before is untouched.
+
+    Raises on every rank: DestinationError (no space, not writable), Unsupported (by name), SaveFailed (a rank failed).
+    """
+    if not save_dir:
+        raise ValueError(f"save_dir must name a folder, found {save_dir!r}")
+    config: Config = engine.ucp.config
+    name = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    engine._checkpoint_tag_validation(name)
+    source = ranks.together(lambda: _source(engine, client_state, not exclude_frozen_parameters))
+    report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout)
+    engine.ucp.last_save = report
+    if ranks.rank() == 0:
+        log.info("%s", report)
+    return True
+
+
+def _source(engine: Any, client_state: Mapping[str, Any], frozen: bool) -> Any:
+    check_features(engine, 'nothing was saved; "ucp": {"save": {"format": "deepspeed"}} saves as DeepSpeed does')
+    steps = engine.gradient_accumulation_steps()
+    if engine.micro_steps % steps and ranks.rank() == 0:
+        log.warning(
+            "save_checkpoint was called in the middle of gradient accumulation (%d of %d micro-steps done): the "
+            "gradients so far are not part of a checkpoint, and it can be loaded after a step only",
+            engine.micro_steps % steps,
+            steps,
+        )
+    return LiveEngine(engine).source(client_state, frozen=frozen)
