@@ -149,8 +149,8 @@ class _Solver:
                 verb = "sums to" if any(isinstance(a, Sum) for a in walk(dim)) else "is"
                 raise o.expression.refuse(
                     dim,
-                    f"'{spell(dim)}' {verb} {expected} ({self.sized(dim)}), but '{o.name}' has {shape[k]} in dimension {k}"
-                    f"{_where(at)}",
+                    f"'{spell(dim)}' {verb} {expected} ({self.sized(dim)}), but '{o.name}' has {shape[k]} in dimension "
+                    f"{k}{_where(at)}",
                 )
 
     def pad(self, o: Observed, dim: Padded, width: int, at: Coordinate) -> None:

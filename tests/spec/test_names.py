@@ -1,0 +1,205 @@
+"""Other frameworks' parameters made of a spec's own: against numpy, and against what transformers itself writes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from tests.property import cut, generators, law
+from tests.spec.models import MODELS, config_of
+from ucp.spec import catalogue
+from ucp.spec.bound import Bound, bind
+from ucp.spec.language import loads
+from ucp.spec.names import Assembled, assemble
+from ucp.spec.places import SpecError
+
+SIZES = {"h": 5, "kv": 2, "q": 3, "d": 4, "f": 7, "e": 3}
+HEAD = "ucp: 1\nmodel: test\nsizes: {h: config.h, kv: config.kv, q: config.q, d: config.d, f: config.f, e: config.e}\n"
+
+
+def bound_of(parameters: str, names: str) -> Bound:
+    return bind(loads(f"{HEAD}parameters:\n{parameters}\nnames:\n  other:\n{names}\n"), SIZES)
+
+
+def made(found: Assembled | None, tensors: dict[str, NDArray]) -> NDArray:
+    """The tensor from its sources, and each source from it again: both directions of every part."""
+    assert found is not None
+    out = np.full(found.shape, -1, np.int64)
+    for part in found.parts:
+        source = tensors[part.source].reshape(-1)
+        for k in range(len(part.into)):
+            b = part.into
+            box = tuple(slice(o, o + n) for o, n in zip(b.offsets[k], b.sizes[k], strict=True))
+            steps = tuple(int(s) * 8 for s in b.strides[k])
+            assert (out[box] == -1).all()
+            out[box] = np.lib.stride_tricks.as_strided(source[int(b.starts[k]) :], tuple(b.sizes[k]), steps)
+    assert (out >= 0).all()
+    for part in found.parts:
+        source = tensors[part.source]
+        again = np.full(source.shape, -1, np.int64)
+        for k in range(len(part.back)):
+            b = part.back
+            box = tuple(slice(o, o + n) for o, n in zip(b.offsets[k], b.sizes[k], strict=True))
+            steps = tuple(int(s) * 8 for s in b.strides[k])
+            again[box] = np.lib.stride_tricks.as_strided(out.reshape(-1)[int(b.starts[k]) :], tuple(b.sizes[k]), steps)
+        np.testing.assert_array_equal(again, source)
+        assert cut(part.back, [out.size], source)[0].max() == source.max()
+    return out
+
+
+def numbered(*shapes: tuple[int, ...]) -> list[NDArray]:
+    """Tensors whose elements are all different."""
+    out, at = [], 0
+    for shape in shapes:
+        n = int(np.prod(shape))
+        out.append(np.arange(at, at + n).reshape(shape))
+        at += n
+    return out
+
+
+def test_separate_heads_to_groups() -> None:
+    bound = bound_of(
+        '  q: "(kv/tp q d) h"\n  k: "(kv/tp d) h"\n  v: "(kv/tp d) h"',
+        '    qkv: {from: [q, k, v], as: "(kv (q | 1 | 1) d) h"}',
+    )
+    q, k, v = numbered((24, 5), (8, 5), (8, 5))
+    expected = np.concatenate([q.reshape(2, 3, 4, 5), k.reshape(2, 1, 4, 5), v.reshape(2, 1, 4, 5)], 1).reshape(40, 5)
+    np.testing.assert_array_equal(made(assemble(bound, "other", "qkv"), {"q": q, "k": k, "v": v}), expected)
+
+
+def test_segments_to_interleaved_segments_and_a_transposition() -> None:
+    bound = bound_of('  c: "h (q/tp d | q/tp d | q/tp d)"', '    qkv: {from: c, as: "(q (1 | 1 | 1) d) h"}')
+    (c,) = numbered((5, 36))
+    expected = c.reshape(5, 3, 3, 4).transpose(2, 1, 3, 0).reshape(36, 5)
+    np.testing.assert_array_equal(made(assemble(bound, "other", "qkv"), {"c": c}), expected)
+
+
+def test_experts_stacked() -> None:
+    bound = bound_of(
+        '  x.{n}.w1: "f/tp h"\n  x.{n}.w3: "f/tp h"\n  x.{n}.w2: "h f/tp"',
+        '    up: {from: ["x.{n}.w1", "x.{n}.w3"], stack: {n: e}, as: "e (f | f) h"}\n'
+        '    down: {from: ["x.{n}.w2"], stack: {n: e}, as: "e h f"}\n'
+        '    interleaved: {from: ["x.{n}.w1", "x.{n}.w3"], stack: {n: e}, as: "e h (f (1 | 1))"}',
+    )
+    one = dict(zip([f"x.{n}.{w}" for n in range(3) for w in ("w1", "w3")], numbered(*[(7, 5)] * 6), strict=True))
+    up = np.stack([np.concatenate([one[f"x.{n}.w1"], one[f"x.{n}.w3"]]) for n in range(3)])
+    np.testing.assert_array_equal(made(assemble(bound, "other", "up"), one), up)
+    mixed = np.stack([np.stack([one[f"x.{n}.w1"].T, one[f"x.{n}.w3"].T], 2).reshape(5, 14) for n in range(3)])
+    np.testing.assert_array_equal(made(assemble(bound, "other", "interleaved"), one), mixed)
+    down = dict(zip([f"x.{n}.w2" for n in range(3)], numbered(*[(5, 7)] * 3), strict=True))
+    np.testing.assert_array_equal(made(assemble(bound, "other", "down"), down), np.stack(list(down.values())))
+
+
+@given(generators)
+@law(60)
+def test_another_order_of_the_same_axes_is_a_transposition(rng: np.random.Generator) -> None:
+    names = [str(n) for n in rng.permutation(list(SIZES))[: rng.integers(1, 6)]]
+
+    def side() -> tuple[str, list[str], tuple[int, ...]]:
+        order = [str(n) for n in rng.permutation(names)]
+        borders = sorted({0, len(order), *rng.integers(0, len(order), 2).tolist()})
+        groups = [order[a:b] for a, b in itertools.pairwise(borders)]
+        text = " ".join(f"({' '.join(g)})" for g in groups)
+        return text, order, tuple(int(np.prod([SIZES[n] for n in g])) for g in groups)
+
+    (a, a_order, a_shape), (b, b_order, b_shape) = side(), side()
+    bound = bound_of(f'  a: "{a}"', f'    b: {{from: a, as: "{b}"}}')
+    (tensor,) = numbered(a_shape)
+    expected = (
+        tensor.reshape([SIZES[n] for n in a_order]).transpose([a_order.index(n) for n in b_order]).reshape(b_shape)
+    )
+    np.testing.assert_array_equal(made(assemble(bound, "other", "b"), {"a": tensor}), expected)
+
+
+MIXTRAL = """
+ucp: 1
+model: mixtral
+sizes: {hidden: config.hidden_size, experts: config.num_local_experts, ffn: config.intermediate_size}
+parameters:
+  model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight: "ffn/tp hidden"
+  model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight: "hidden ffn/tp"
+  model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight: "ffn/tp hidden"
+names:
+  modules:
+    model.layers.{i}.mlp.experts.gate_up_proj:
+      from:
+        - model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight
+        - model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight
+      stack: {e: experts}
+      as: "experts (ffn | ffn) hidden"
+    model.layers.{i}.mlp.experts.down_proj:
+      from: model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight
+      stack: {e: experts}
+      as: "experts hidden ffn"
+"""
+
+
+def test_the_files_of_mixtral_make_its_modules(tmp_path: Path) -> None:
+    """transformers writes an expert at a time and holds all of a layer in one parameter: the truth is its own."""
+    torch.manual_seed(0)
+    module = MODELS["mixtral"].make("cpu")
+    module.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    bound = bind(loads(MIXTRAL), config_of(module))
+    used = 0
+    for name, parameter in module.named_parameters():
+        found = assemble(bound, "modules", name)
+        if found is not None:
+            used += 1
+            tensors = {p.source: files[p.source].view(torch.int32).long().abs().numpy() for p in found.parts}
+            expected = parameter.detach().view(torch.int32).long().abs().numpy()
+            assert made(found, tensors).tolist() == expected.tolist()
+    assert used == 4
+
+
+def test_gpt2_in_megatrons_layout_is_heads_of_q_k_and_v() -> None:
+    bound = bind(catalogue.find("gpt2"), config_of(MODELS["gpt2"].make()))
+    found = assemble(bound, "megatron_gpt", "3.self_attention.query_key_value.weight")
+    assert found is not None
+    assert [p.source for p in found.parts] == ["transformer.h.1.attn.c_attn.weight"]
+    (weight,) = numbered((24, 72))
+    x = np.random.default_rng(0).integers(0, 9, (2, 24))
+    y = (x @ made(found, {found.parts[0].source: weight}).T).reshape(
+        2, 4, 3, 6
+    )  # Megatron: tokens, heads, (q k v), dim
+    for j, part in enumerate(np.split(x @ weight, 3, axis=1)):  # GPT-2: q, k, v, each all heads
+        np.testing.assert_array_equal(y[:, :, j], part.reshape(2, 4, 6))
+    plain = assemble(bound, "megatron_gpt", "2.mlp.dense_h_to_4h.bias")
+    assert plain is not None
+    assert [p.source for p in plain.parts] == ["transformer.h.0.mlp.c_fc.bias"]
+    assert assemble(bound, "megatron_gpt", "9.nothing") is None
+    assert assemble(bound, "elsewhere", "9.nothing") is None
+
+
+def test_llama_in_megatrons_layout() -> None:
+    bound = bind(catalogue.find("llama"), config_of(MODELS["llama"].make()))
+    found = assemble(bound, "megatron", "decoder.layers.1.mlp.linear_fc1.weight")
+    assert found is not None
+    gate, up = numbered((20, 24), (20, 24))
+    sources = [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up")]
+    expected = np.concatenate([gate, up])
+    np.testing.assert_array_equal(made(found, dict(zip(sources, (gate, up), strict=True))), expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "names", "message"),
+    [
+        ('  q: "(kv d) h"', '    t: {from: q, as: "(kv q) h"}', "don't match by name: only here q, only there d"),
+        ('  q: "d h"\n  k: "d h"', '    t: {from: [q, k], as: "d h"}', "has 1 segments, and its sources 2"),
+        ('  q: "d h"', '    t: {from: q, as: "(d | d) h"}', "has 2 segments, and its sources 1"),
+        ('  q: "(3 d) h"', '    t: {from: q, as: "(d 3) h"}', "the number 3 can't be matched by name"),
+        ('  q: "d d"', '    t: {from: q, as: "d d"}', "'d' stands twice, so it can't be matched by name"),
+        ('  q: "d h"', '    t: {from: p, as: "d h"}', "'t' is made of 'p', which no line names"),
+        ('  q: "(d | d) (f | f)"', '    t: {from: q, as: "(d | d) (f | f)"}', "only one '\\( | \\)' can be filled"),
+    ],
+)
+def test_renamings_that_are_refused(parameters: str, names: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        assemble(bound_of(parameters, names), "other", "t")
