@@ -86,6 +86,15 @@ DTYPES = [
 ]
 
 OPTIONS = [
+    # a group of one element, of which most ranks hold padding only
+    *both(Case(stage=1, dp=4, groups=4), Case(stage=3, dp=4, groups=4), trained=2),
+    *both(Case(stage=0, dp=1, groups=4, dtype="bf16"), Case(stage=2, dp=3, groups=4, dtype="bf16")),
+    Pair(
+        Case(stage=3, dp=3, groups=4, sub_group_size=20),
+        Case(stage=1, dp=3, groups=4, dtype="bf16_optimizer"),
+        losses="",
+        why="another precision",
+    ),
     # stage 3's subgroups, persistent parameters, its own offload
     Pair(MORE_STAGE3, MORE_STAGE3.but(dp=4, sub_group_size=100, persistence=0)),
     same(MORE_STAGE3, trained=2),

@@ -294,3 +294,63 @@ def train_with_torch_scheduler(case: Case, folder: str) -> Resumed:
     engine.save_checkpoint(folder, "tag")
     after = continue_training(engine, case, 3, 2)
     return Resumed(folder, {}, truth, tuple(after), gather(engine))
+
+
+def data_pipeline(clusters: str) -> dict[str, Any]:
+    """A config section: a curriculum over the samples, and random layer-token dropping."""
+    schedule = {"min_difficulty": 2, "max_difficulty": 40, "schedule_type": "fixed_linear"}
+    metric = {
+        "difficulty_type": "value",
+        "clustering_type": "single_cluster",
+        **schedule,
+        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 1},
+    }
+    curriculum = {"enabled": True, "data_cluster_path": clusters, "curriculum_metrics": {"length": metric}}
+    dropping = {
+        "enabled": True,
+        "total_layer_num": 3,
+        "random_ltd_layer_num": 1,
+        "random_ltd_layer_id": [1],
+        "model_mask_name": None,
+        "model_type": "decoder",
+        "hidden_state_order": "seq_batch_dim",
+        "random_ltd_schedule": {
+            "min_value": 2,
+            "max_value": 9,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"require_steps": 10, "seq_per_step": 1},
+        },
+        "random_ltd_layer_token_lr_schedule": {"enabled": False},
+    }
+    return {
+        "data_efficiency": {
+            "enabled": True,
+            "seed": 7,
+            "data_sampling": {"enabled": True, "num_epochs": 4, "num_workers": 0, "curriculum_learning": curriculum},
+            "data_routing": {"enabled": True, "random_ltd": dropping},
+        }
+    }
+
+
+def through_a_data_pipeline(case: Case, folder: str, clusters: str, save: bool) -> tuple[Any, Any, int]:
+    """The data sampler's and the dropping schedule's state: after some batches and a save, or after a load."""
+    data = torch.utils.data.TensorDataset(torch.arange(96.0))
+    engine = build_engine(case, "ucp.deepspeed:initialize", ENABLED | data_pipeline(clusters), training_data=data)
+    if save:
+        batches = iter(engine.training_dataloader)
+        for step in range(3):
+            next(batches)
+            continue_training(engine, case, step, 1)
+        engine.save_checkpoint(folder, "tag")
+    else:
+        engine.load_checkpoint(folder)
+    sampler = engine.training_dataloader.data_sampler.state_dict()
+    return sampler, engine.random_ltd_scheduler.state_dict(), engine.global_steps
+
+
+def save_without_frozen(case: Case, folder: str) -> Truth | None:
+    engine = build_engine(case)
+    continue_training(engine, case, 0, 2)
+    truth = gather(engine)
+    engine.save_checkpoint(folder, "tag", exclude_frozen_parameters=True)
+    return truth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import ucp
-from tests.deepspeed import plugin_jobs
+from tests.deepspeed import jobs, plugin_jobs
 from tests.deepspeed.agree import differences
+from tests.deepspeed.jobs import Attempt
 from tests.engines import load_jobs
 from tests.engines.configs import Case
 from tests.engines.pool import RankPool
@@ -313,3 +315,42 @@ def test_loading_again_and_again(ranks: RankPool, sources: Sources) -> None:
         for run, truth in zip(runs, found, strict=True):
             assert differences(known(run.truth), known(truth)) == []
         assert compare(known(found[0]), known(found[-1])) == []
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_data_sampler_and_layer_token_dropping(ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    folder, clusters = str(tmp_path / "saved"), str(tmp_path / "clusters")
+    saved = ranks.run(
+        plugin_jobs.through_a_data_pipeline, Case(stage=stage, dp=2), folder, clusters, True, world_size=2
+    )[0]
+    loaded = ranks.run(
+        plugin_jobs.through_a_data_pipeline, Case(stage=4 - stage, dp=3), folder, clusters, False, world_size=3
+    )
+    sampler, dropping, steps = saved
+    assert sampler["consumed_samples"] > 0
+    assert dropping["consumed_layer_tokens"] > 0
+    for rank_sampler, rank_dropping, rank_steps in loaded:
+        assert rank_dropping == dropping
+        assert rank_steps == steps == 3
+        for key, value in sampler.items():
+            if key == "np_rng_state":
+                assert [np.asarray(x).tolist() for x in rank_sampler[key]] == [np.asarray(x).tolist() for x in value]
+            else:
+                assert rank_sampler[key] == value, key
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoints_without_frozen_parameters(ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    """As adapters are trained: the base model's weights come from elsewhere, and are not saved every time."""
+    case = Case(stage=stage, dp=2, frozen=True)
+    saved = known(ranks.run(plugin_jobs.save_without_frozen, case, str(tmp_path), world_size=2)[0])
+    target = Case(stage=4 - stage, dp=3, frozen=True, seed=5)
+    (refusal,) = ranks.run(jobs.attempts, target, [Attempt(str(tmp_path))], world_size=3)[0]
+    assert refusal.kind == "Mismatch"
+    assert "3 would stay unrestored: parameter 'adapter" in refusal.text
+    found = ranks.run(jobs.partial, target, Attempt(str(tmp_path), None, {"load_module_strict": False}), world_size=3)[
+        0
+    ]
+    before, after = known(found.before), known(found.after)
+    assert sorted(found.left) == sorted(saved.frozen)
+    assert differences(replace(saved, frozen=before.frozen), after) == []

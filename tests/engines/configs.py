@@ -46,7 +46,8 @@ class Case:
     dtype: str = "fp32"
     dp: int = 2
     optimizer: str = "adamw"
-    groups: int = 1  # 1; 2 splits decayed from undecayed; 3 also gives the head its own lr and betas
+    # 1; 2 splits decayed from undecayed; 3 gives the head its own lr and betas, too; 4 has a group of one element
+    groups: int = 1
     model: str = "odd"
     frozen: bool = False
     buffers: bool = True
@@ -173,7 +174,9 @@ def parameter_groups(case: Case, model: nn.Module) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         index = 0
-        if case.groups > 2 and ("head" in name or "embed" in name):
+        if case.groups > 3 and parameter.numel() == 1:
+            index = 3
+        elif case.groups > 2 and ("head" in name or "embed" in name):
             index = 2
         elif case.groups > 1 and parameter.dim() < 2:
             index = 1

@@ -41,6 +41,9 @@ MATRIX = [
     *(Case(dtype="bf16_optimizer", dp=dp, groups=2) for dp in (1, 2, 3, 4)),
 ]
 OPTIONS = [
+    Case(stage=1, dp=4, groups=4),
+    Case(stage=2, dp=3, groups=4, dtype="bf16", round_robin=True),
+    Case(stage=3, dp=4, groups=4),
     Case(stage=3, dp=2, sub_group_size=150, groups=3, dtype="bf16"),
     Case(stage=3, dp=4, sub_group_size=40, groups=3),
     Case(stage=2, dp=3, round_robin=True, groups=2, dtype="bf16"),
