@@ -22,6 +22,7 @@ from ucp.spec.places import Place, Source, SpecError, suggestion
 
 VERSION = 1
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
+_CONSTANTS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "str"))
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -100,6 +101,8 @@ def loads(text: str, file: str = "spec") -> Spec:
         raise SpecError(
             place, f"not YAML: {words}; put quotes around names and expressions with special signs"
         ) from None
+    except RecursionError:
+        raise SpecError(Place(file, 1, 1), "nested too deep to be a spec") from None
     except yaml.YAMLError as error:
         raise SpecError(Place(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
     return _Reader(file).spec(root)
@@ -192,7 +195,12 @@ class _Reader:
     def constant(self, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode):
             raise self.refuse(node, "a default must be a number, true, false, null or a text")
-        return yaml.SafeLoader("").construct_object(node)
+        if node.tag not in _CONSTANTS:
+            raise self.refuse(node, f"a default must be a number, true, false, null or a text, and this is {node.tag}")
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise self.refuse(node, f"'{node.value}' can't be read as {node.tag.rpartition(':')[2]}") from None
 
     def size(self, entry: _Entry) -> Formula:
         name = entry.key
