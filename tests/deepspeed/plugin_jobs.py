@@ -354,3 +354,33 @@ def save_without_frozen(case: Case, folder: str) -> Truth | None:
     truth = gather(engine)
     engine.save_checkpoint(folder, "tag", exclude_frozen_parameters=True)
     return truth
+
+
+def load_to_compute(case: Case, folder: str, tag: str, persistent: int) -> tuple[dict[str, Any], float, Any, str]:
+    """An engine without an optimizer: its weights after a load, a loss, the client state and the summary."""
+    import ucp.deepspeed
+    from tests.engines import models
+    from tests.engines.truth import _module_weights
+
+    config = make_config(case) | ENABLED
+    del config["optimizer"]
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
+    engine, *_ = ucp.deepspeed.initialize(model=build.build_model(case), config=config)
+    _, found = engine.load_checkpoint(folder, tag)
+    engine.eval()
+    with torch.no_grad():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        loss = models.loss(case.model, engine, *models.batch(case.model, 7, rank, world_size))
+    torch.distributed.all_reduce(loss)
+    buffers = {n: b.detach().clone() for n, b in engine.module.named_buffers()}
+    return {**_module_weights(engine), **buffers}, loss.item() / world_size, found, str(engine.ucp.last_load)
+
+
+def reference_loss(case: Case, weights: Mapping[str, Any]) -> float:
+    """The loss of the plain module with these weights."""
+    from tests.engines import models
+
+    model = build.build_model(case).eval()
+    model.load_state_dict({n: t for n, t in weights.items() if n in model.state_dict()})
+    with torch.no_grad():
+        return models.loss(case.model, model, *models.batch(case.model, 7, 0, 1)).item()

@@ -354,3 +354,22 @@ def test_checkpoints_without_frozen_parameters(ranks: RankPool, tmp_path: Path, 
     before, after = known(found.before), known(found.after)
     assert sorted(found.left) == sorted(saved.frozen)
     assert differences(replace(saved, frozen=before.frozen), after) == []
+
+
+@pytest.mark.parametrize(("stage", "persistent"), [(0, 0), (3, 0), (3, 60)])
+def test_engines_that_only_compute(ranks: RankPool, sources: Sources, stage: int, persistent: int) -> None:
+    """Without an optimizer there is no place for its states; the weights are all that is asked for."""
+    for source in (Case(stage=1, dp=2, frozen=True), Case(stage=3, dp=3, frozen=True)):
+        run = sources.get(source)
+        case = Case(stage=stage, dp=2, frozen=True, seed=5)
+        weights, loss, client_state, summary = ranks.run(
+            plugin_jobs.load_to_compute, case, run.folder, run.tag, persistent, world_size=2
+        )[0]
+        truth = known(run.truth)
+        expected = {**truth.module, **truth.buffers}
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name], tensor), name
+        assert client_state == CLIENT_STATE
+        assert f"to dp=2,zero={stage}" in summary
+        (reference,) = ranks.run(plugin_jobs.reference_loss, case, expected, world_size=1)
+        assert loss == pytest.approx(reference, abs=1e-5)

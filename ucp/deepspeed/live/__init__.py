@@ -14,6 +14,7 @@ from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
 from ucp.deepspeed.live.stage12 import Stage12
 from ucp.deepspeed.live.state import check_state, restore_state
+from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.parallel.mesh import Layout
 from ucp.training.source import Source
@@ -52,6 +53,11 @@ class LiveEngine:
     @property
     def slots(self) -> Sequence[Slot]:
         return self._slots
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an optimizer."""
+        return self._optimizer is not None and not isinstance(self._optimizer, WeightsOnly)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -96,7 +102,7 @@ def _adapter(engine: Any) -> Optimizer | None:
     optimizer = engine.optimizer
     if optimizer is None:
         return None
-    for kind in (Stage12, Stage3, Stage0):
+    for kind in (Stage12, Stage3, Stage0, WeightsOnly):
         if kind.fits(optimizer):
             return kind(engine)
     raise Unsupported(

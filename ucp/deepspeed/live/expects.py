@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from ucp.training.target import Group
+
+log = logging.getLogger(__name__)
 
 # DeepSpeed's own optimizers (deepspeed/ops/*): states that have the parameter's shape.
 _DEEPSPEED = {
@@ -56,11 +59,17 @@ def live_group(names: Sequence[str], optimizer: torch.optim.Optimizer, options: 
 def _of_twin(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> Expected:
     accepted = inspect.signature(kind.__init__).parameters
     options = {k: v for k, v in group.items() if k in accepted and k not in ("params", "fused", "capturable")}
-    probe = torch.zeros(2, 2, requires_grad=True)
-    with torch.enable_grad():
-        twin = kind([probe], **options)
-        probe.grad = torch.ones_like(probe)
-        twin.step()
+    # Some keep other states for matrices than for the flat buffers of stages 1 to 3 (Adafactor).
+    flat = all(p.dim() < 2 for p in group.get("params", ()))
+    probe = torch.zeros(4 if flat else (2, 2), requires_grad=True)
+    try:
+        with torch.enable_grad():
+            twin = kind([probe], **options)
+            probe.grad = torch.ones_like(probe)
+            twin.step()
+    except (RuntimeError, TypeError, ValueError) as error:  # one for sparse gradients, say
+        log.debug("%s does not tell its states beforehand: %s", kind.__name__, error)
+        return Expected(None, None)
     state = {k: v for k, v in twin.state.get(probe, {}).items() if v is not None}
     tensors = frozenset(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == probe.shape)
     return Expected(tensors, frozenset(state) - tensors)

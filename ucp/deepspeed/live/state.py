@@ -36,7 +36,7 @@ def check_state(
 
 def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, sources: Mapping[int, int]) -> None:
     """Set everything that is not a tensor of a parameter, as DeepSpeed's own load does."""
-    groups = len(engine.optimizer.param_groups) if engine.optimizer is not None else 0
+    groups = len(getattr(engine.optimizer, "param_groups", ()))
     if load_lr_scheduler and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(_scheduler_state(state, sources, groups))
     elif load_lr_scheduler and state.lr_scheduler is not None:

@@ -1,0 +1,45 @@
+"""Stage 3 without an optimizer (DeepSpeedZeRoOffload): an engine that only computes, its weights cut like frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+from ucp.training.target import Group, Loaded, Slot
+
+
+class WeightsOnly:
+    @staticmethod
+    def fits(optimizer: Any) -> bool:
+        return isinstance(optimizer, DeepSpeedZeRoOffload)
+
+    def __init__(self, engine: Any) -> None:
+        self._offload = engine.optimizer
+
+    def make_slots(self, keys: Iterator[int]) -> list[Slot]:
+        return []
+
+    def groups(self) -> Sequence[Group]:
+        return ()
+
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        raise KeyError(key)
+
+    def begin(self) -> None:
+        """Partition every parameter that is gathered now, so that its piece is the only copy."""
+        self._offload.partition_all_parameters()
+
+    def put(self, loaded: Loaded) -> None:
+        pass
+
+    def finish(self) -> None:
+        """Gather again what stays whole on every rank."""
+        persistent = self._offload.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
+        pass
