@@ -135,3 +135,61 @@ def refused_saves(case: Case, folder: str, good: str) -> list[tuple[str, str]]:
             found.append(("", ""))
     engine.save_checkpoint(good)
     return found
+
+
+def save_in_background(case: Case, folder: str) -> tuple[Truth | None, Truth | None, list[float], list[str]]:
+    """Two saves while training goes on, the second still under way when the process group is destroyed.
+
+    Returns the truths at both saves, the losses, and what the folder has in the end.
+    """
+    section = {"save": {"format": "universal", "async": True}}
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
+    losses = continue_training(engine, case, 0, 2)
+    first = gather(engine)
+    engine.save_checkpoint(folder)
+    losses += continue_training(engine, case, 2, 2)
+    second = gather(engine)
+    engine.save_checkpoint(folder)
+    if engine.ucp.last_save.tag != "global_step2":
+        raise ValueError(f"the second save did not wait for the first: {engine.ucp.last_save}")
+    losses += continue_training(engine, case, 4, 1)
+    dist.barrier()
+    dist.destroy_process_group()
+    engine.ucp.wait()
+    if engine.ucp.last_save.tag != "global_step4":
+        raise ValueError(f"the second save was not finished: {engine.ucp.last_save}")
+    return first, second, losses, sorted(os.listdir(folder))
+
+
+def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[str, str]]:
+    """One rank cannot flush: what every rank is told at the next save, and that the one after it works."""
+    from ucp.training import background
+
+    section = {"save": {"format": "universal", "async": True}}
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
+    continue_training(engine, case, 0, 1)
+    engine.save_checkpoint(folder)
+    engine.ucp.wait()
+    write = background.write
+    if dist.get_rank() == failing:
+
+        def fail(*args: Any) -> None:
+            raise OSError("the disk is gone")
+
+        background.write = fail
+    continue_training(engine, case, 1, 1)
+    engine.save_checkpoint(folder)
+    told = []
+    try:
+        engine.save_checkpoint(folder, "again")
+    except Exception as error:  # noqa: BLE001 - it is what the test is about
+        told.append((type(error).__name__, str(error)))
+    background.write = write
+    engine.save_checkpoint(folder, "again")
+    path, _ = engine.load_checkpoint(folder)  # waits
+    return [*told, ("", os.path.basename(path))]
+
+
+def plain_losses(case: Case, steps: int) -> list[float]:
+    """Those of a run that saves nothing."""
+    return continue_training(build_engine(case), case, 0, steps)

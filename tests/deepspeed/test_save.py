@@ -182,3 +182,30 @@ def test_refusals_leave_everything_as_it_was(ranks: RankPool, tmp_path: Path) ->
     assert "rank 1's client_state['socket']: a value of class builtins.object" in found[1][1][1]
     assert "rank 1's client_state['socket']: a value of class builtins.object" in found[0][2][1]
     assert sorted(os.listdir(tmp_path / "good")) == ["global_step1", "latest"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(stage=1, dp=2, dtype="bf16", frozen=True), Case(stage=3, dp=2), Case(stage=0, dp=3, dtype="fp16")],
+    ids=lambda case: case.label,
+)
+def test_in_the_background(ranks: RankPool, tmp_path: Path, case: Case) -> None:
+    folder = str(tmp_path / "runs")
+    found = ranks.run(save_jobs.save_in_background, case, folder, world_size=case.dp)
+    first, second, losses, names = found[0]
+    assert names == ["global_step2", "global_step4", "latest"]
+    check_contents(folder, known(second), case)
+    check_contents(str(tmp_path / "runs/global_step2"), known(first), case)
+    # Training is not disturbed.
+    plain = ranks.run(save_jobs.plain_losses, case, 5, world_size=case.dp)
+    assert plain[0] == losses
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_in_the_background(ranks: RankPool, tmp_path: Path, failing: int) -> None:
+    found = ranks.run(save_jobs.failure_in_background, Case(stage=2, dp=2), str(tmp_path), failing, world_size=2)
+    for rank, (told, loaded) in enumerate(found):
+        assert told[0] == ("OSError" if rank == failing else "SaveFailed")
+        assert "the disk is gone" in told[1]
+        assert loaded == ("", "again")
+    assert sorted(os.listdir(tmp_path)) == ["again", "global_step1", "latest"]

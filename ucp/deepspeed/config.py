@@ -24,7 +24,8 @@ class Config:
     enabled: bind the engine. allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
     verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
     allow_untested_version: try a DeepSpeed that the tests have not run. save_format: 'universal', or 'deepspeed' for
-    DeepSpeed's own save. save_timeout: seconds that the first rank waits for the others' files.
+    DeepSpeed's own save. save_async: flush in the background. save_timeout: seconds that the first rank waits for the
+    others' files.
     """
 
     enabled: bool = False
@@ -34,6 +35,7 @@ class Config:
     trust_client_state: bool = False
     allow_untested_version: bool = False
     save_format: str = "deepspeed"
+    save_async: bool = False
     save_timeout: float = 1800.0
 
 
@@ -45,7 +47,7 @@ _TOP: dict[str, Any] = {
     "allow_untested_version": bool,
 }
 _LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
-_SAVE: dict[str, Any] = {"format": str, "timeout": float}
+_SAVE: dict[str, Any] = {"format": str, "async": bool, "timeout": float}
 _ACCEPTED: dict[type, Any] = {dict: Mapping, list: (list, tuple), float: (int, float)}
 FORMATS = ("universal", "deepspeed")
 
@@ -68,6 +70,8 @@ def parse(config: Mapping[str, Any]) -> Config:
     _check('"ucp": {"save"}', save, _SAVE)
     if save.get("format", FORMATS[0]) not in FORMATS:
         raise BadArgument(f'"ucp": {{"save": {{"format"}}}} is one of {", ".join(FORMATS)}; found {save["format"]!r}')
+    if save.get("async") and save.get("format") != "universal":
+        raise BadArgument('"ucp": {"save": {"async": true}} needs "format": "universal" beside it')
     if not save.get("timeout", 1) > 0:
         raise BadArgument(f'"ucp": {{"save": {{"timeout"}}}} needs seconds above 0, found {save["timeout"]!r}')
     return Config(
@@ -78,6 +82,7 @@ def parse(config: Mapping[str, Any]) -> Config:
         trust_client_state=section.get("trust_client_state", False),
         allow_untested_version=section.get("allow_untested_version", False),
         save_format=save.get("format", "deepspeed"),
+        save_async=save.get("async", False),
         save_timeout=float(save.get("timeout", 1800.0)),
     )
 

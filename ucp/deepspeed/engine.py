@@ -20,6 +20,7 @@ from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import NotACheckpoint, Unsupported
 from ucp.training import ranks
+from ucp.training.background import Saver
 from ucp.training.load import LoadReport, load
 from ucp.training.match import Wish
 from ucp.training.save import SaveReport
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class EngineUcp:
     """What a bound engine offers as ``engine.ucp``.
 
-    last_load, last_save: the reports of the last load and save, None before one.
+    last_load, last_save: the reports of the last load and the last finished save, None before one.
     """
 
     def __init__(self, engine: Any, config: Config) -> None:
@@ -38,6 +39,15 @@ class EngineUcp:
         self.config = config
         self.last_load: LoadReport | None = None
         self.last_save: SaveReport | None = None
+        self.saver = Saver(self._saved) if config.save_async else None
+
+    def wait(self) -> None:
+        """Return once no save of this rank is under way in the background; raises what went wrong with the last one."""
+        if self.saver is not None:
+            self.saver.wait()
+
+    def _saved(self, report: SaveReport) -> None:
+        self.last_save = report
 
     @property
     def samples_seen(self) -> int:
@@ -76,6 +86,7 @@ def load_checkpoint(
     DamagedCheckpoint, UnsafePickle.
     """
     config: Config = engine.ucp.config
+    ranks.together(engine.ucp.wait)
     ranks.together(lambda: _check(engine, custom_load_fn))
     target = ranks.together(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
@@ -89,7 +100,7 @@ def load_checkpoint(
     path, catalog = found
     wish = Wish(
         weights_only=load_module_only,
-        optimizer=load_optimizer_states and target.trains,
+        optimizer=load_optimizer_states,
         strict=load_module_strict,
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,

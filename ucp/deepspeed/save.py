@@ -27,8 +27,11 @@ def save_checkpoint(
     """Save the engine's whole training state as ``save_dir/tag``, to be resumed on any layout; returns True.
 
     The arguments are those of DeepSpeed's own method: without a tag it is ``global_step{N}``; all ranks have to give
-    the same one. client_state: plain data and tensors; every rank's own is kept. Collective: every rank calls it. It
-    returns once the checkpoint is on disk; until that instant what was there before is untouched.
+    the same one. client_state: plain data and tensors; every rank's own is kept. Collective: every rank calls it.
+
+    It returns once the checkpoint is on disk; with ``"async": true`` in the config once everything is copied to host
+    memory, and what goes wrong later is raised at the next save or load, at ``engine.ucp.wait()`` or at exit. What was
+    there before is untouched until the new checkpoint is whole.
 
     Raises on every rank: DestinationError (no space, not writable), Unsupported (by name), SaveFailed (a rank failed).
     """
@@ -38,6 +41,9 @@ def save_checkpoint(
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     engine._checkpoint_tag_validation(name)
     source = ranks.together(lambda: _source(engine, client_state, not exclude_frozen_parameters))
+    if engine.ucp.saver is not None:
+        engine.ucp.saver.save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout)
+        return True
     report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout)
     engine.ucp.last_save = report
     if ranks.rank() == 0:

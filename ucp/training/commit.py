@@ -13,6 +13,7 @@ next save removes it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -26,6 +27,8 @@ from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.storage import commit as storage
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0
 """Seconds that the first rank waits for the others' receipts."""
@@ -41,7 +44,7 @@ _in_use: set[str] = set()
 class Session:
     """One save, the same on all its ranks. folder: where tags lie, absolute. temporary: the folder that is filled.
 
-    save: the save's own number. world: how many ranks take part.
+    save: the save's own number. world: how many ranks take part. inode: of the temporary folder.
     """
 
     folder: str
@@ -50,6 +53,7 @@ class Session:
     save: str
     world: int
     latest: bool
+    inode: int
 
     @property
     def destination(self) -> Path:
@@ -64,6 +68,11 @@ class Session:
 
     def failure(self, rank: int) -> Path:
         return Path(self.temporary, _RECEIPTS, f"{rank:05d}.failed")
+
+    @property
+    def verdict(self) -> Path:
+        """Where the first rank says that the save failed; it succeeded when the temporary folder is another or gone."""
+        return Path(self.temporary, _RECEIPTS, "verdict.failed")
 
 
 def begin(folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True) -> Session:
@@ -83,7 +92,8 @@ def begin(folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool 
             raise DestinationError(f"{target}: exists already and holds no checkpoint, so it is not replaced")
     temporary = storage.reserve(target, keep=_in_use)
     _in_use.add(temporary.name)
-    session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest)
+    inode = temporary.stat().st_ino
+    session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode)
     try:
         Path(temporary, _RECEIPTS).mkdir()
     except OSError as error:
@@ -99,16 +109,22 @@ def leave_receipt(session: Session, rank: int, receipt: bytes) -> None:
 
 def leave_failure(session: Session, rank: int, error: BaseException) -> None:
     """Say that this rank has given up, and why, so that the first rank need not wait for it. Never raises."""
+    _note(session.failure(rank), error)
+
+
+def _note(path: Path, error: BaseException) -> None:
     kind = type(error).__name__ if isinstance(error, UcpError) else ""
     text = str(error) if kind else f"{type(error).__name__}: {error}"
     try:
-        storage.write_atomic(session.failure(rank), json.dumps({"kind": kind, "text": text}).encode())
+        storage.write_atomic(path, json.dumps({"kind": kind, "text": text}).encode())
     except UcpError as second:
-        storage.log.warning("rank %d cannot say that it failed (%s): %s", rank, text, second)
+        log.warning("%s: cannot say that the save failed (%s): %s", path, text, second)
 
 
-def commit(session: Session, *, timeout: float = TIMEOUT) -> int:
+def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False) -> int:
     """Wait for all receipts, then publish the checkpoint. On the first rank; returns the bytes of all its files.
+
+    watched: the other ranks look for the verdict in files (`await_verdict`), so leave one where the save fails.
 
     Raises SaveFailed (or the rank's own error) where a rank gave up or left no receipt within ``timeout`` seconds;
     then, as after any other error, the temporary folder is gone and everything is as it was.
@@ -126,8 +142,11 @@ def commit(session: Session, *, timeout: float = TIMEOUT) -> int:
                 f"{session.destination}: the manifest cannot be written: {error.strerror or error}"
             ) from error
         storage.publish(Path(session.temporary), session.destination)
-    except BaseException:
-        abandon(session)
+    except BaseException as error:
+        if watched:
+            condemn(session, error)
+        else:
+            abandon(session)
         raise
     _in_use.discard(os.path.basename(session.temporary))
     if session.latest:
@@ -141,6 +160,37 @@ def abandon(session: Session) -> None:
     _in_use.discard(os.path.basename(session.temporary))
 
 
+def condemn(session: Session, error: BaseException) -> None:
+    """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises."""
+    for path in Path(session.temporary).glob("*.safetensors"):
+        path.unlink(missing_ok=True)
+    _note(session.verdict, error)
+    _in_use.discard(os.path.basename(session.temporary))
+
+
+def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
+    """Return once the first rank has published the checkpoint. On the other ranks.
+
+    Raises what the first rank noted where it gave up, SaveFailed where it does neither within ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    pause = _POLL[0]
+    while True:
+        try:
+            if os.stat(session.temporary).st_ino != session.inode:
+                return
+        except FileNotFoundError:
+            return
+        if session.verdict.exists():
+            raise _noted(session.verdict, f"{session.destination}: nothing was saved: ")
+        if time.monotonic() > deadline:
+            raise SaveFailed(
+                f"{session.destination}: was not published by rank 0 within {timeout:g} seconds; it died or hangs"
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, _POLL[1])
+
+
 def _await(session: Session, timeout: float) -> None:
     missing = set(range(session.world))
     deadline = time.monotonic() + timeout
@@ -150,7 +200,8 @@ def _await(session: Session, timeout: float) -> None:
             if session.receipt(rank).exists():
                 missing.discard(rank)
             elif session.failure(rank).exists():
-                raise _failed(session, rank)
+                start = f"{session.destination}: nothing was saved, since rank {rank} failed: "
+                raise _noted(session.failure(rank), start)
         if not missing:
             return
         if time.monotonic() > deadline:
@@ -163,11 +214,13 @@ def _await(session: Session, timeout: float) -> None:
         pause = min(pause * 1.5, _POLL[1])
 
 
-def _failed(session: Session, rank: int) -> UcpError:
-    note: dict[str, Any] = json.loads(session.failure(rank).read_text())
+def _noted(path: Path, start: str) -> UcpError:
+    """The error that a rank left a note of."""
+    note: dict[str, Any] = json.loads(path.read_text())
     kind = getattr(errors, note["kind"], None) if note["kind"] else None
     found = kind if isinstance(kind, type) and issubclass(kind, UcpError) else SaveFailed
-    return found(f"{session.destination}: nothing was saved, since rank {rank} failed: {note['text']}")
+    text = note["text"]
+    return found(text if text.startswith(start[:-2]) else start + text)
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

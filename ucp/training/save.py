@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
 from ucp.storage import plain
 from ucp.storage.digests import ChunkDigests
+from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.share import Piece, assign, contents, lay_out, write_file
@@ -89,25 +91,34 @@ def save(
     return SaveReport(os.fspath(session.destination), session.tag, nbytes, written, seconds)
 
 
-def write_share(session: Session, rank: int, source: Source) -> int:
-    """Write this rank's files and leave its receipt; talks to nobody. Returns the bytes of its tensors' file.
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one rank will write, decided and checked: everything but the tensors' bytes is in it.
 
-    Raises DestinationError and Unsupported; the caller says `commit.leave_failure` then.
+    name: of the tensors' file, whose header and pieces are ``plan`` and ``pieces``. extra: the name of the file with
+    the training state's tensors, and its bytes. catalog, state, own: as for `fragmented.receipt`.
     """
+
+    name: str
+    plan: FilePlan
+    pieces: list[Piece]
+    extra: tuple[str, list[bytes]] | None
+    catalog: Catalog
+    state: dict[str, Any]
+    own: dict[str, Any]
+
+
+def prepare(source: Source, rank: int, world: int) -> Share:
+    """This rank's share; talks to nobody and writes nothing. Raises Unsupported for what cannot be stored."""
     met = training.Tensors(prefix=f"r{rank}t" if rank else "t")
-    first = rank == 0
-    state = training.encode(source.training_state, met) if first else fragmented.empty_state()
+    state = fragmented.empty_state() if rank else training.encode(source.training_state, met)
     own = {name: plain.encode(value, met.put, f"rank {rank}'s {name}") for name, value in source.own.items()}
     plan, pieces = lay_out(assign(source.holdings, rank))
-    name = fragmented.file_name(rank, session.world)
-    digests: dict[str, ChunkDigests] = {
-        name: write_file(session.path(name), chain([plan.header], contents(pieces)), plan.size)
-    }
-    files = [SourceFile(name, plan.size, 0)]
+    name = fragmented.file_name(rank, world)
     extra = _tensors_file(met, rank)
+    files = [SourceFile(name, plan.size, 0)]
     if extra is not None:
-        digests[extra[0]] = write_file(session.path(extra[0]), extra[1], sum(map(len, extra[1])))
-        files.append(SourceFile(extra[0], digests[extra[0]].size, 0))
+        files.append(SourceFile(extra[0], sum(map(len, extra[1])), 0))
     catalog = Catalog(
         format="universal",
         writer=writer_name(),
@@ -117,9 +128,31 @@ def write_share(session: Session, rank: int, source: Source) -> int:
         tensors=_placed(source, pieces),
         training_state=TrainingState(),
     )
+    return Share(name, plan, pieces, extra, catalog, state, own)
+
+
+def write(session: Session, rank: int, share: Share, image: memoryview | None = None) -> None:
+    """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
+
+    image: the tensors' file as it is to be; without it, the bytes are taken from the tensors now.
+    """
+    parts: Iterable[memoryview | bytes] = (
+        chain([share.plan.header], contents(share.pieces)) if image is None else [image]
+    )
+    digests: dict[str, ChunkDigests] = {share.name: write_file(session.path(share.name), parts, share.plan.size)}
+    if share.extra is not None:
+        name, raw = share.extra
+        digests[name] = write_file(session.path(name), raw, sum(map(len, raw)))
     identity = Identity(session.save, rank, session.world)
-    commit.leave_receipt(session, rank, fragmented.receipt(identity, catalog, digests, state, own, catalog.writer))
-    return plan.size
+    receipt = fragmented.receipt(identity, share.catalog, digests, share.state, share.own, share.catalog.writer)
+    commit.leave_receipt(session, rank, receipt)
+
+
+def write_share(session: Session, rank: int, source: Source) -> int:
+    """`prepare` and `write`. Returns the bytes of this rank's tensors' file."""
+    share = prepare(source, rank, session.world)
+    write(session, rank, share)
+    return share.plan.size
 
 
 def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:

@@ -139,17 +139,23 @@ def _packed(blocks: Blocks) -> Blocks:
 
 def contents(pieces: Iterable[Piece]) -> Iterator[memoryview]:
     """The pieces' bytes, in order, in host memory: views of it where they lie there already."""
+    for part in _parts(pieces):
+        yield from _host(part)
+
+
+def _parts(pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
+    """The pieces' elements, in order, as flat tensors where they lie."""
     for piece in pieces:
         flat = piece.holding.tensor.detach().reshape(-1)
         if piece.dense is not None:
             first, count = piece.dense
-            yield from _host(flat[first : first + count])
+            yield flat[first : first + count]
             continue
         blocks = piece.holding.blocks
         for sizes, strides, start in zip(
             blocks.sizes.tolist(), blocks.strides.tolist(), blocks.starts.tolist(), strict=True
         ):
-            yield from _host(flat.as_strided(sizes, strides, flat.storage_offset() + start).reshape(-1))
+            yield flat.as_strided(sizes, strides, flat.storage_offset() + start).reshape(-1)
 
 
 def _host(flat: torch.Tensor) -> Iterator[memoryview]:
@@ -159,6 +165,32 @@ def _host(flat: torch.Tensor) -> Iterator[memoryview]:
     for at in range(0, flat.numel(), step):
         part = flat[at : at + step].cpu().contiguous().view(torch.uint8)
         yield part.numpy().data.cast("B")
+
+
+class Staging:
+    """Host memory for the file of one save, kept for the next one; pinned where tensors come from a device."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def fill(self, plan: safetensors.FilePlan, pieces: Sequence[Piece]) -> memoryview:
+        """The whole file's bytes, copied: what the tensors become afterwards does not matter."""
+        import torch
+
+        device = any(piece.holding.tensor.is_cuda for piece in pieces)
+        if self._memory is None or self._memory.numel() < plan.size:
+            self._memory = None  # the old one goes before the new one comes
+            self._memory = torch.empty(plan.size, dtype=torch.uint8, pin_memory=device)
+        image = self._memory[: plan.size]
+        image[: len(plan.header)] = torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)
+        at = len(plan.header)
+        for part in _parts(pieces):
+            raw = part.contiguous().view(torch.uint8)
+            image[at : at + raw.numel()].copy_(raw, non_blocking=device)
+            at += raw.numel()
+        if device:
+            torch.cuda.current_stream().synchronize()
+        return image.numpy().data.cast("B")
 
 
 def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> ChunkDigests:
