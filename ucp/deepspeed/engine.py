@@ -100,7 +100,7 @@ def load_checkpoint(
     path, catalog = found
     wish = Wish(
         weights_only=load_module_only,
-        optimizer=load_optimizer_states,
+        optimizer=load_optimizer_states and target.trains,
         strict=load_module_strict,
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,
