@@ -188,7 +188,7 @@ def test_a_shard_as_wide_as_the_axis_is_a_replica() -> None:
         ),
         (
             lambda t: t + '  layers.*.norm: "ffn"\n  layers.{k}.norm: "ffn"\n',
-            "'layers.0.norm' matches .* equally specific",
+            "'layers.{k}.norm' and 'layers.{i}.norm' .* are equally specific, and both match 'layers.7.norm'",
         ),
     ],
 )

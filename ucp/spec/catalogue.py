@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import ucp
 from ucp.errors import BadArgument
 from ucp.spec.language import Spec, load
 from ucp.spec.places import suggestion
 
-FOLDER = Path(ucp.__file__).parent / "specs"
+FOLDER = Path(__file__).parents[1] / "specs"
 
 
 def names() -> tuple[str, ...]:

@@ -300,6 +300,8 @@ def _check(spec: Spec) -> None:
                     "(keys of the model's config begin with 'config.')",
                 )
     _refuse_circles(sizes)
+    for group in (spec.lines, *spec.layouts.values()):
+        _refuse_equals(group)
     every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
     for line in every:
         for expression in (line.expression, *([line.otherwise] if line.otherwise else []), *line.pattern.cuts):
@@ -314,6 +316,25 @@ def _check(spec: Spec) -> None:
             for axis in renaming.stack.values():
                 if axis not in sizes:
                     raise renaming.pattern.refuse(f"stack: '{axis}' is no size of this spec{suggestion(axis, sizes)}")
+
+
+def _refuse_equals(lines: tuple[Line, ...]) -> None:
+    """Two lines without conditions that are equally specific and match each other's example: no name could choose."""
+    for k, line in enumerate(lines):
+        for other in lines[:k]:
+            a, b = line.pattern, other.pattern
+            if (
+                line.when
+                or other.when
+                or a.rank != b.rank
+                or a.match(b.example()) is None
+                or b.match(a.example()) is None
+            ):
+                continue
+            raise a.refuse(
+                f"'{a}' and '{b}' (line {b.source.place.line}) are equally specific, and both match '{a.example()}'; "
+                "write one of them out further"
+            )
 
 
 def _known_names(expression: Expression, sizes: Mapping[str, Formula]) -> None:

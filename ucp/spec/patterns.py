@@ -39,6 +39,10 @@ class Pattern:
         found = self.regex.fullmatch(name)
         return None if found is None else {k: int(v) for k, v in found.groupdict().items()}
 
+    def example(self) -> str:
+        """A name that matches: 7 for every number, x for every ``*``."""
+        return re.sub(r"\{[^{}]*\}", "7", self.source.text).replace("*", "x")
+
     def refuse(self, message: str) -> SpecError:
         """The error that marks the whole pattern."""
         return self.source.refuse((0, len(self.source.text)), message)
