@@ -119,7 +119,7 @@ def _columns(tensor: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, B
 # --- ranks as processes ----------------------------------------------------------------------------------------------
 
 # What a save does to files, by the functions that it calls: a moment to die at lies before each of them.
-OPERATIONS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+OPERATIONS = ("open", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ucp.geometry import Blocks, concat, empty, flat_ranges
 from ucp.storage import safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
+from ucp.storage.writeback import LARGE, start_writeback, write_at
 from ucp.training.source import Holding
 
 if TYPE_CHECKING:
@@ -202,9 +203,13 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> Ch
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            at = 0
             for window in _windows(parts):
                 table += digest_chunks(window)
-                _write_all(fd, window)
+                write_at(fd, window, at)
+                if size >= LARGE:
+                    start_writeback(fd, at, len(window))
+                at += len(window)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
@@ -242,8 +247,3 @@ def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
             view = view[count:]
     if filled:
         yield buffer[:filled]
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(fd, data) :]

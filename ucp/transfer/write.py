@@ -8,7 +8,6 @@ disk works while the processors hash.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
@@ -18,7 +17,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +24,7 @@ from ucp.errors import BadArgument, DestinationError
 from ucp.storage.crc32 import Crc32Entry, combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.dtypes import itemsize
+from ucp.storage.writeback import LARGE, start_writeback, write_at
 from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
@@ -35,12 +34,6 @@ WINDOW = 8 << 20
 _MARGIN = 16
 # What one thread may hold beside its window: gather's scratch and a few verified chunks.
 _OVERHEAD = SCRATCH + 3 * CHUNK
-# Files of at least this many bytes are written back while the work goes on; for smaller ones it is not worth a call.
-_LARGE = 32 << 20
-_SYNC_FILE_RANGE_WRITE = 2
-# Bytes of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
-# dear: on ext4 of Linux 6.18 in a virtual machine, writes of a whole window took six times the processor time of these.
-_WRITE = 256 << 10
 _MAX_THREADS = 8
 
 Progress = Callable[[int, int], None]
@@ -307,13 +300,11 @@ def _write_window(reader: Reader, output: _Output, index: int, window: int, work
     try:
         # The kernel lets one writer at a time into a file, and the others spin: better to wait for one's turn asleep.
         with output.turn:
-            done = 0
-            while done < size:
-                done += os.pwrite(output.fd, filled[done : done + _WRITE], start + done)
+            write_at(output.fd, filled, start)
     except OSError as error:
         raise _failed(output.path, error) from error
-    if output.file.size >= _LARGE:
-        _start_writeback(output.fd, start, size)
+    if output.file.size >= LARGE:
+        start_writeback(output.fd, start, size)
     output.complete(size)
     return size
 
@@ -329,23 +320,6 @@ def _is_filled_by(work: _Work, size: int) -> bool:
     return covered == size
 
 
-def _start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the device begin with these bytes while others are gathered and hashed. Where the system has no such call
-    nothing happens, and errors of the device show when the file is flushed."""
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
-
-
-@lru_cache(maxsize=1)
-def _sync_file_range() -> Callable[..., int] | None:
-    """Linux's sync_file_range(2), which Python's os lacks."""
-    try:
-        return ctypes.CDLL(None, use_errno=True).sync_file_range
-    except (OSError, AttributeError):
-        return None
-
-
 class _Closer:
     """One thread that flushes complete large files to the device and closes them, while the next is written."""
 
@@ -354,7 +328,7 @@ class _Closer:
         self._pending: list[Future[None]] = []
 
     def close(self, output: _Output) -> None:
-        if output.file.size < _LARGE:
+        if output.file.size < LARGE:
             os.close(output.fd)
         else:
             self._pending.append(self._pool.submit(self._flush, output))
