@@ -188,7 +188,8 @@ def _sizes(args: argparse.Namespace, bound: Bound) -> int:
     }
     if needed:
         return _refused([bound.absent[name] for name in bound.absent if name in needed])
-    rows, shapes = [], {}
+    rows: list[tuple[str, ...]] = []
+    shapes = {}
     for line in bound.lines:
         if any(axis.name in bound.absent for axis in names(line.expression)):
             continue
@@ -207,7 +208,7 @@ def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
     groups: dict[str, list[Any]] = {}
     for one in report.checked:
         groups.setdefault(str(one.found.pattern) if one.found else "(buffers without a line)", []).append(one)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for pattern, members in groups.items():
         shapes = {str(list(one.shape)) for one in members}
         shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
