@@ -28,8 +28,8 @@ def check_engine(engine: Any) -> None:
     steps = engine.gradient_accumulation_steps()
     if engine.micro_steps % steps:
         raise Mismatch(
-            f"load_checkpoint was called in the middle of gradient accumulation ({engine.micro_steps % steps} of {steps} "
-            "micro-steps done); call it right after a step; nothing was changed"
+            f"load_checkpoint was called in the middle of gradient accumulation ({engine.micro_steps % steps} of "
+            f"{steps} micro-steps done); call it right after a step; nothing was changed"
         )
 
 

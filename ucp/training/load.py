@@ -48,7 +48,9 @@ class LoadReport:
         return text
 
 
-def load(catalog: Catalog, target: Target, wish: Wish, *, verify: bool = True, threads: int | None = None) -> LoadReport:
+def load(
+    catalog: Catalog, target: Target, wish: Wish, *, verify: bool = True, threads: int | None = None
+) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
     verify: check the chunks read against the checkpoint's digests, where it has them. Raises Mismatch (nothing was

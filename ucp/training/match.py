@@ -147,7 +147,9 @@ def _weights(
         dtype = slot.dtype
         if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
             if slot.kind == "parameter" or (tensor.dtype, dtype) not in ROUNDED:
-                found.wrong.append(f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
+                found.wrong.append(
+                    f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits"
+                )
                 continue
             rounded.append(member.name)
             dtype = tensor.dtype
@@ -248,7 +250,9 @@ def _unused(
         if not wish.strict or _allowed(info.name, None, wish.allow_unused):
             found.spared.append(info.name)
         else:
-            found.unused.append(f"{'buffer' if info.kind == 'buffer' else 'parameter'} '{info.name}' {list(info.shape)}")
+            found.unused.append(
+                f"{'buffer' if info.kind == 'buffer' else 'parameter'} '{info.name}' {list(info.shape)}"
+            )
     if not restore_states:
         return
     for live, source in names.items():
@@ -282,7 +286,9 @@ def _options(
             )
             continue
         for i, other in zip(origins[1:], kept[1:], strict=True):
-            differing = sorted(k for k in {*(kept[0] or {}), *(other or {})} if (kept[0] or {}).get(k) != (other or {}).get(k))
+            differing = sorted(
+                k for k in {*(kept[0] or {}), *(other or {})} if (kept[0] or {}).get(k) != (other or {}).get(k)
+            )
             if differing:
                 k = differing[0]
                 found.wrong.append(

@@ -36,7 +36,7 @@ def together(work: Callable[[], T]) -> T:
     if _many():
         found: list[bytes | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, _portable(error))
-        failed = [(r, pickle.loads(e)) for r, e in enumerate(found) if e is not None]  # noqa: S301 - this job's own
+        failed = [(r, pickle.loads(e)) for r, e in enumerate(found) if e is not None]
         if error is None and failed:
             first, (kind, message) = failed[0]
             raise kind(f"rank {first}: {message}")
@@ -56,7 +56,7 @@ def from_first(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if portable is not None:
-        kind, message = pickle.loads(portable)  # noqa: S301 - this job's own
+        kind, message = pickle.loads(portable)
         raise kind(f"rank 0: {message}")
     return shared
 
@@ -64,7 +64,7 @@ def from_first(work: Callable[[], T]) -> T:
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (raised again once all ranks know)
         return None, error
 
 

@@ -87,9 +87,10 @@ class Group:
 class Loaded:
     """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
 
-    tensors: flat 1-d tensors of the placement's length, padding zero. scalars: slot key -> {'step': ...}; a slot that is
-    named here gets exactly the states brought for it. options: param group index -> hyperparameters to set.
-    sources: param group index -> the checkpoint's group with the same parameters. training_state: None where only weights were asked for.
+    tensors: flat 1-d tensors of the placement's length, padding zero. scalars: slot key -> {'step': ...}; a slot that
+    is named here gets exactly the states brought for it. options: param group index -> hyperparameters to set.
+    sources: param group index -> the checkpoint's group with the same parameters.
+    training_state: None where only weights were asked for.
     """
 
     tensors: Mapping[tuple[int, str], torch.Tensor]

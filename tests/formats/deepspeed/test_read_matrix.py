@@ -101,7 +101,7 @@ def tensors(truth: Truth) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def param_names(case: Case, truth: Truth) -> list[list[str]] | None:
-    """A stage-0 file does not name its parameters; where several groups share shapes, the live engine's names decide."""
+    """A stage-0 file does not name its parameters; where groups share shapes, the live engine's names decide."""
     return [list(g["names"]) for g in truth.groups] if case.stage == 0 else None
 
 

@@ -65,7 +65,8 @@ class HeldTensor:
         return cls(tensor, shape, blocks, everyone())
 
     @classmethod
-    def of_parameter(cls, param: torch.nn.Parameter) -> HeldTensor:
+    def of_parameter(cls, param: Any) -> HeldTensor:
+        """A parameter of the module; at stage 3 DeepSpeed has given it ``ds_tensor`` and what describes that."""
         if not hasattr(param, "ds_tensor"):
             return cls.of_tensor(param.data)
         group = param.ds_process_group
@@ -80,15 +81,15 @@ class HeldTensor:
 
 def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:
     member = Member(name, held.shape, held.blocks)
-    return Slot(
-        key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,), holders=held.holders
-    )
+    return Slot(key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,), holders=held.holders)
 
 
 def state_dtypes(state: Mapping[str, Any], length: int) -> dict[str, str]:
     """Names and element types of the states that exist now as tensors of the buffer's length."""
     return {
-        k: from_torch(v.dtype) for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() and v.numel() == length
+        k: from_torch(v.dtype)
+        for k, v in state.items()
+        if isinstance(v, torch.Tensor) and v.dim() and v.numel() == length
     }
 
 

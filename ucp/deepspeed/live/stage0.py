@@ -46,7 +46,9 @@ class Stage0:
             ):
                 yield _Unit(g, flat, tuple(params))
         elif isinstance(self._wrapper, FP16_UnfusedOptimizer):
-            for g, (masters, params) in enumerate(zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)):
+            for g, (masters, params) in enumerate(
+                zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
+            ):
                 for master, param in zip(masters, params, strict=True):
                     yield _Unit(g, master, (param,))
         else:
@@ -75,10 +77,7 @@ class Stage0:
         names: list[list[str]] = [[] for _ in self._inner.param_groups]
         for unit in self._units:
             names[unit.group] += [self._names[p] for p in unit.params]
-        return [
-            live_group(n, self._inner, options)
-            for n, options in zip(names, self._inner.param_groups, strict=True)
-        ]
+        return [live_group(n, self._inner, options) for n, options in zip(names, self._inner.param_groups, strict=True)]
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         master = self._units[self._keys.index(key)].master

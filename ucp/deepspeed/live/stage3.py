@@ -1,4 +1,4 @@
-"""Stage 3 (DeepSpeedZeroOptimizer_Stage3): one flat partition per subgroup, every parameter's ceil-sized piece in it."""
+"""Stage 3 (DeepSpeedZeroOptimizer_Stage3): one flat partition per subgroup, of every parameter's ceil-sized piece."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Stage3:
                 dp, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
                 if piece != ceil_size(param.ds_numel, dp):
                     raise Unsupported(
-                        f"'{name}' has {piece} elements on this rank where stage 3 cuts {param.ds_numel} over {dp} ranks "
-                        f"into {ceil_size(param.ds_numel, dp)}; this kind of partition is not supported"
+                        f"'{name}' has {piece} elements on this rank, where stage 3 cuts {param.ds_numel} over {dp} "
+                        f"ranks into {ceil_size(param.ds_numel, dp)}; this kind of partition is not supported"
                     )
                 members.append(Member(name, shape, on_rank(ceil_partition(shape, at, dp), rank)))
                 at += piece
@@ -56,10 +56,7 @@ class Stage3:
         names: list[list[str]] = [[] for _ in self._inner.param_groups]
         for s, params in enumerate(self._zero.fp16_groups):
             names[self._zero.sub_group_to_group_id[s]] += [self._names[p] for p in params]
-        return [
-            live_group(n, self._inner, options)
-            for n, options in zip(names, self._inner.param_groups, strict=True)
-        ]
+        return [live_group(n, self._inner, options) for n, options in zip(names, self._inner.param_groups, strict=True)]
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         flat = self._flats[self._keys.index(key)]

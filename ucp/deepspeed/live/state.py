@@ -28,8 +28,8 @@ def check_state(
         return
     if state.lr_scheduler is None:
         raise Mismatch(
-            f"nothing was loaded: the engine has an lr scheduler ({type(engine.lr_scheduler).__name__}), the checkpoint "
-            "has no state for one; pass load_lr_scheduler_states=False to keep the engine's"
+            f"nothing was loaded: the engine has an lr scheduler ({type(engine.lr_scheduler).__name__}), the "
+            "checkpoint has no state for one; pass load_lr_scheduler_states=False to keep the engine's"
         )
     _scheduler_state(state, sources, groups)
 
@@ -82,7 +82,10 @@ def warn_of_clipping(engine: Any, state: TrainingState) -> None:
     """Gradient clipping follows the engine's configuration; say so where the checkpoint's differs."""
     live = getattr(engine.optimizer, "clip_grad", None)
     if isinstance(live, (int, float)) and state.clip_grad is not None and float(live) != state.clip_grad:
-        warn(f"gradient clipping is {float(live)} by this engine's configuration; the checkpoint's run had {state.clip_grad}")
+        warn(
+            f"gradient clipping is {float(live)} by this engine's configuration; the checkpoint's run had "
+            f"{state.clip_grad}"
+        )
 
 
 def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: int) -> Any:
@@ -97,14 +100,14 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
         return dict(saved)
     if any(i is None for i in order):
         raise Mismatch(
-            f"nothing was loaded: the lr scheduler's '{lists[0]}' has one value for each of the checkpoint's {count} param "
-            f"groups, and the engine's {groups} groups are no rearrangement of them; pass load_lr_scheduler_states=False"
+            f"nothing was loaded: the lr scheduler's '{lists[0]}' has one value for each of the checkpoint's {count} "
+            f"param groups, and the engine's {groups} are no rearrangement of them; pass load_lr_scheduler_states=False"
         )
     return {k: [v[i] for i in order if i is not None] if k in lists else v for k, v in saved.items()}
 
 
 def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
-    """fp16's dynamic loss scale goes on where it was. A static one is configuration, beside the iterations it counts."""
+    """fp16's dynamic loss scale goes on where it was; of a static one, which is configuration, the count."""
     live = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
     if live is None or saved is None:
         return
@@ -124,7 +127,10 @@ def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
     changed = [n for n in _SCALER_CONFIG if n in saved and hasattr(live, n) and getattr(live, n) != saved[n]]
     if changed:
         n = changed[0]
-        warn(f"loss scaling's '{n}' is {getattr(live, n)} by this engine's configuration; the checkpoint's run had {saved[n]}")
+        warn(
+            f"loss scaling's '{n}' is {getattr(live, n)} by this engine's configuration; the checkpoint's run had "
+            f"{saved[n]}"
+        )
 
 
 def _set_progress(live: Any, saved: Mapping[str, Any], names: Sequence[str]) -> None:

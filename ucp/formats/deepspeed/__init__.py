@@ -58,9 +58,7 @@ def read(
     dp = int(model.need("dp_world_size"))
     _refuse_unsupported(model)
     if folder.partitioned_model:
-        folders.check_ranks(
-            "model", folder.model, dp, path, "zero_pp_rank_{}_mp_rank_00_model_states.pt", model.path
-        )
+        folders.check_ranks("model", folder.model, dp, path, "zero_pp_rank_{}_mp_rank_00_model_states.pt", model.path)
         for key in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
             same_on_all_ranks(f"'{key}'", {m.path: m.raw.get(key) for m in models.values()})
     builder = Builder(files)
@@ -169,9 +167,7 @@ def _stage(sd: Mapping[str, Any]) -> int:
     return int(found.value if isinstance(found, Standin) else found)
 
 
-def _training_state(
-    model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int
-) -> TrainingState:
+def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:
     config = model.config
     batch = config.get("train_batch_size")
     steps, samples = model.integer("global_steps"), model.integer("global_samples")
@@ -204,6 +200,3 @@ def _loss_scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
         found = {k: optimizer[k] for k in keys if k in optimizer}
         return {"dynamic": bool(optimizer.get("dynamic_loss_scale")), **found}
     return None
-
-
-

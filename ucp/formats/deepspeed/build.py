@@ -85,13 +85,13 @@ class Builder:
         """``count`` elements from byte ``at`` of a file, as unsigned integers."""
         size = itemsize(dtype)
         raw = np.empty(count * size, np.uint8)
-        self.files.read_into(path, at, memoryview(raw))
+        self.files.read_into(path, at, raw)
         return raw.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
 
     def scalar(self, ref: TensorRef) -> Scalar:
         """The value of a 0-d tensor."""
         raw = np.empty(itemsize(ref.dtype), np.uint8)
-        self.files.read_into(ref.file, ref.offset, memoryview(raw))
+        self.files.read_into(ref.file, ref.offset, raw)
         if ref.dtype == "bfloat16":
             return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
         return raw.view(numpy_dtype(ref.dtype))[0].item()
@@ -118,7 +118,9 @@ class FlatState:
     scalars: Mapping[str, Scalar]
 
 
-def split_state(builder: Builder, path: Path, where: str, state: Mapping[str, Any], lengths: Sequence[int]) -> FlatState:
+def split_state(
+    builder: Builder, path: Path, where: str, state: Mapping[str, Any], lengths: Sequence[int]
+) -> FlatState:
     """Tell tensors of one of these lengths from scalars; refuse by name what is neither.
 
     Adafactor's factors and block-quantised states, for example, have a shape that a flat buffer's cut says nothing of.
@@ -164,7 +166,9 @@ def join_states(
     what: str, ranks: Mapping[int, tuple[Path, FlatState]]
 ) -> tuple[dict[str, dict[int, TensorRef]], dict[str, Scalar]]:
     """One flat group's states over all ranks: state -> rank -> buffer, and the scalars that all ranks agree on."""
-    names = same_on_all_ranks(f"the list of optimizer states of {what}", {p: sorted(s.tensors) for p, s in ranks.values()})
+    names = same_on_all_ranks(
+        f"the list of optimizer states of {what}", {p: sorted(s.tensors) for p, s in ranks.values()}
+    )
     scalars = same_on_all_ranks(f"the optimizer values of {what}", {p: dict(s.scalars) for p, s in ranks.values()})
     return {n: {r: s.tensors[n] for r, (_, s) in ranks.items()} for n in names}, scalars
 

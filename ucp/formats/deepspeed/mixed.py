@@ -1,8 +1,9 @@
 """A spot check that a stage-1 or -2 checkpoint's files belong together.
 
-Nothing in an optimizer file names the run that wrote it, but the model file holds the same weights rounded: a few elements
-of every fragment of the masters are compared with them. A file most of whose fragments disagree comes from another run
-or another step; single parameters that disagree were changed without the optimizer knowing, and are named in a warning.
+Nothing in an optimizer file names the run that wrote it, but the model file holds the same weights rounded: a few
+elements of every fragment of the masters are compared with them. A file most of whose fragments disagree comes from
+another run or another step; single parameters that disagree were changed without the optimizer knowing, and are named
+in a warning.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
         agree = sum(verdict is True for verdict in verdicts.values())
         if len(differ) >= ENOUGH and len(differ) > agree:
             raise DamagedCheckpoint(
-                f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of master weights that were "
-                f"compared are not the model file's weights ('{differ[0]}', …); files of two runs or of two steps are mixed"
+                f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of its masters that were "
+                f"compared are not the model file's weights ('{differ[0]}', …); files of two runs or "
+                "of two steps are mixed"
             )
         odd.update(differ)
     if odd:

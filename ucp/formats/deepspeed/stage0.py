@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.build import Builder, Scalar, options_of, rounds_to
+from ucp.formats.deepspeed.build import Builder, Scalar, options_of, rounds_to, split_state
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.geometry import Shape, numel
 from ucp.storage.dtypes import itemsize
@@ -66,8 +66,8 @@ def read(
     recorded = [g.get("param_names") for g in groups]
     if all(recorded):
         names = recorded
-    elif names is not None and not _plausible(names, groups, trainable):
-        names = None
+    elif names is not None and not (len(names) == len(groups) and all(n in trainable for g in names for n in g)):
+        names = None  # an engine may well have other groups than the source had
     if "fp32_groups_flat" in saved:
         named = _flat(builder, model, inner, saved["fp32_groups_flat"], trainable, names)
     else:
@@ -86,13 +86,6 @@ def read(
         ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
         for m, g in zip(members, groups, strict=True)
     ]
-
-
-def _plausible(
-    names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, TensorRef]
-) -> bool:
-    """Whether the caller's groups can be the checkpoint's. An engine may well have other groups than the source had."""
-    return [len(g) for g in names] == [len(g["params"]) for g in groups] and all(n in trainable for g in names for n in g)
 
 
 def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:
@@ -138,21 +131,10 @@ def _name(
     names: Sequence[Sequence[str]] | None,
     counts: list[int],
 ) -> list[tuple[str, _Slot]]:
-    if names is not None:
-        if [len(g) for g in names] != counts:
-            raise DamagedCheckpoint(
-                f"{model.path}: the optimizer has param groups of {counts} parameters, but the names given are for "
-                f"groups of {[len(g) for g in names]}"
-            )
+    if names is not None and [len(g) for g in names] == counts:
         pairs = list(zip((n for g in names for n in g), slots, strict=True))
-        for name, slot in pairs:
-            if name not in trainable or slot.shape not in (None, trainable[name].shape):
-                found = list(trainable[name].shape) if name in trainable else "no such parameter"
-                raise DamagedCheckpoint(
-                    f"{model.path}: a parameter of group {slot.group} has optimizer state of shape "
-                    f"{list(slot.shape or ())}, but '{name}', which it should be, has {found}"
-                )
-        return pairs
+        if all(_fits(builder, slot, trainable[name]) for name, slot in pairs):
+            return pairs
     if all(s.shape is None for s in slots):  # no states at all: only the groups are to be told
         if len(counts) == 1 and counts[0] == len(trainable):
             return list(zip(trainable, slots, strict=True))
@@ -167,6 +149,11 @@ def _name(
         candidates = [n for n, ref in trainable.items() if ref.shape == shape]
         found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, trainable))
     return [(found[i], slot) for i, slot in enumerate(slots)]
+
+
+def _fits(builder: Builder, slot: _Slot, weight: TensorRef) -> bool:
+    """Whether nothing speaks against a slot being this parameter."""
+    return slot.shape in (None, weight.shape) and (slot.master is None or _rounds_to(builder, slot.master, weight))
 
 
 def _match(
@@ -222,27 +209,33 @@ def _flat(
     left = list(trainable)
     for g, flat in enumerate(masters):
         number = inner["param_groups"][g]["params"][0]
-        state = inner["state"].get(number, {})
-        at, wanted = 0, list(names[g]) if names is not None else None
+        state = split_state(builder, model.path, f"group {g}", inner["state"].get(number, {}), (flat.numel,))
+        at = 0
+        expected = list(names[g]) if names is not None else []
         while at < flat.numel:
-            options = wanted[:1] if wanted is not None else left
-            hits = [n for n in options if _rounds_to(builder, _slice(flat, at, trainable[n].shape), trainable[n])]
-            if not hits:
-                raise DamagedCheckpoint(
-                    f"{model.path}: no weight of the module equals the rounded master at element {at} of flat group {g}"
-                )
-            name = hits[0]
-            if len(hits) > 1 and len(masters) > 1:
-                raise _undecided(model, hits)
+            hits = [n for n in left if _lies_at(builder, flat, at, trainable[n])]
+            name = expected.pop(0) if expected else None
+            if name not in hits:
+                expected = []
+                if not hits:
+                    raise DamagedCheckpoint(
+                        f"{model.path}: no weight of the module equals the rounded master at element {at} of flat "
+                        f"group {g}"
+                    )
+                if len(hits) > 1 and len(masters) > 1:
+                    raise _undecided(model, hits)
+                name = hits[0]
             shape = trainable[name].shape
-            tensors = {k: _slice(v, at, shape) for k, v in state.items() if isinstance(v, TensorRef) and v.shape}
-            scalars = {k: v if not isinstance(v, TensorRef) else builder.scalar(v) for k, v in state.items() if k not in tensors}
-            out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, scalars)))
+            tensors = {k: _slice(v, at, shape) for k, v in state.tensors.items()}
+            out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, state.scalars)))
             at += numel(shape)
             left.remove(name)
-            if wanted is not None:
-                wanted.pop(0)
     return out
+
+
+def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: TensorRef) -> bool:
+    """Whether the elements from ``at`` of a flat master round to this weight."""
+    return at + weight.numel <= flat.numel and _rounds_to(builder, _slice(flat, at, weight.shape), weight)
 
 
 def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
@@ -253,8 +246,7 @@ def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
 
 def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
     """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
-    last = master.storage[1] * itemsize(master.dtype)
-    if master.shape != weight.shape or numel(master.shape) * itemsize(master.dtype) > last:
+    if master.shape != weight.shape:
         return False
     if not master.is_contiguous or not weight.is_contiguous:
         return False
@@ -275,4 +267,3 @@ def _undecided(model: ModelFile, names: Sequence[str]) -> Unsupported:
         f"{model.path}: a stage-0 checkpoint does not name the optimizer's parameters, and nothing in it tells {shown} "
         "apart; load it into the engine that has the same param groups, whose order then decides"
     )
-

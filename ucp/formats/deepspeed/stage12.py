@@ -1,8 +1,8 @@
 """Optimizer files of stages 1 and 2 and of BF16_Optimizer.
 
 Sources: ``runtime/zero/stage_1_and_2.py: state_dict`` and ``runtime/bf16_optimizer.py: state_dict``. A group's
-parameters lie in one flat buffer in the order of the model file's ``param_shapes`` (which is the round-robin order where
-that is on; the files' ``param_slice_mappings`` are wrong there and are not used), with the elements of
+parameters lie in one flat buffer in the order of the model file's ``param_shapes`` (which is the round-robin order
+where that is on; the files' ``param_slice_mappings`` are wrong there and are not used), with the elements of
 ``param_alignment_paddings`` between them; the buffer is cut into equal partitions. The master weights of stages 1 and 2
 are saved without the padding at their end, everything else with it.
 """
@@ -68,7 +68,10 @@ def read(
         cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
         momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, offloaded) else None
         held = {
-            r: (path, _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None))
+            r: (
+                path,
+                _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None),
+            )
             for r, (path, sd) in optim.items()
         }
         states, scalars = join_states(f"group {g}", held)
@@ -88,7 +91,7 @@ def read(
 
 @dataclass(frozen=True)
 class _Momentum:
-    """Muon's momentum buffers: their length on each rank, and where each parameter's lies, on the first rank with it."""
+    """Muon's momentum buffers: their length on each rank, and where each parameter's lies (on its first rank)."""
 
     lengths: Mapping[int, int]
     blocks: Mapping[str, Blocks]
@@ -102,7 +105,10 @@ def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> boo
     """
     base = sd.get("base_optimizer_state")
     return (
-        "zero_stage" in sd and not offloaded and isinstance(base, Mapping) and bool(base["param_groups"][g].get("use_muon"))
+        "zero_stage" in sd
+        and not offloaded
+        and isinstance(base, Mapping)
+        and bool(base["param_groups"][g].get("use_muon"))
     )
 
 

@@ -44,12 +44,14 @@ def read(
                 f"{path}: was written by {count} data-parallel ranks, but there are {dp} optimizer files"
             )
     members = same_on_all_ranks(
-        "the optimizer's param groups", {optim[r][0]: [list(g["params"]) for g in bases[r]["param_groups"]] for r in optim}
+        "the optimizer's param groups",
+        {optim[r][0]: [list(g["params"]) for g in bases[r]["param_groups"]] for r in optim},
     )
     flat = [i for ids in members for i in ids]
     if sorted(flat) != list(range(len(groups))):
         raise DamagedCheckpoint(
-            f"{optim[0][0]}: the optimizer's param groups list {len(flat)} subgroups, the model file describes {len(groups)}"
+            f"{optim[0][0]}: the optimizer's param groups list {len(flat)} subgroups, the model file describes "
+            f"{len(groups)}"
         )
     options = same_on_all_ranks(
         "the param groups", {optim[r][0]: [options_of(g) for g in bases[r]["param_groups"]] for r in optim}
