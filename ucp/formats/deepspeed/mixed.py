@@ -45,9 +45,9 @@ def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
         agree = sum(verdict is True for verdict in verdicts.values())
         if len(differ) >= ENOUGH and len(differ) > agree:
             raise DamagedCheckpoint(
-                f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of its masters that were "
-                f"compared are not the model file's weights ('{differ[0]}', …); files of two runs or "
-                "of two steps are mixed"
+                f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of its masters that "
+                f"were compared are not the model file's weights ('{differ[0]}', …); files of two runs or of two steps "
+                "are mixed"
             )
         odd.update(differ)
     if odd:
