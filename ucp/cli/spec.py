@@ -220,8 +220,8 @@ def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
     if report.trust:
         lines.append("taken on trust from the spec, since neither shapes nor copies can show it:")
         for statement, names in report.trust.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"  {statement} ({names[0]}{more})")
+            first, *others = names
+            lines.append(f"  {statement} ({first}{f' and {len(others)} more' if others else ''})")
     result = {
         "spec": bound.spec.file,
         "sizes": dict(bound.sizes),
