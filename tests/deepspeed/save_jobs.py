@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ from tests.engines.load_jobs import build_target
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
 from tests.engines.truth import Truth, gather
+from tests.training.save_jobs import Death, instrument
 
-SAVE = {"save": {"format": "universal"}}
+SAVE: dict[str, Any] = {"save": {"format": "universal"}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,3 +195,24 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
 def plain_losses(case: Case, steps: int) -> list[float]:
     """Those of a run that saves nothing."""
     return continue_training(build_engine(case), case, 0, steps)
+
+
+def save_at(case: Case, folder: str, steps: int, death: Death | None) -> int:
+    """Train and save; a rank dies on the way as ``death`` says. Returns how many operations on files there were."""
+    counters = bytearray(8 * dist.get_world_size())
+    # Where another rank dies, the first one waits in vain.
+    timeout = 1.0 if death is not None and death.rank else 60.0
+    section = {"enabled": True, "save": {**SAVE["save"], "timeout": timeout}}
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": section})
+    continue_training(engine, case, 0, steps)
+    instrument(dist.get_rank(), death, counters)
+    engine.save_checkpoint(folder)
+    return struct.unpack_from("<q", counters, 8 * dist.get_rank())[0]
+
+
+def resume_and_save(case: Case, folder: str) -> None:
+    engine = build_target(case.but(seed=5), SAVE)
+    if engine.load_checkpoint(folder)[0] is None:
+        raise FileNotFoundError(folder)
+    continue_training(engine, case, engine.global_steps, 1)
+    engine.save_checkpoint(folder)
