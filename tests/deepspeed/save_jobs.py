@@ -216,3 +216,14 @@ def resume_and_save(case: Case, folder: str) -> None:
         raise FileNotFoundError(folder)
     continue_training(engine, case, engine.global_steps, 1)
     engine.save_checkpoint(folder)
+
+
+def save_and_keep_two(case: Case, folder: str) -> list[str]:
+    section = {"save": {"format": "universal", "async": True, "keep_last": 2}}
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
+    for step in range(4):
+        continue_training(engine, case, step, 1)
+        engine.save_checkpoint(folder)
+    engine.ucp.wait()
+    dist.barrier()  # the first rank's wait includes the removals
+    return sorted(os.listdir(folder))

@@ -164,6 +164,11 @@ def test_tags(ranks: RankPool, tmp_path: Path) -> None:
             assert checkpoint.training_state.global_steps == steps
 
 
+def test_only_the_newest_are_kept(ranks: RankPool, tmp_path: Path) -> None:
+    names = ranks.run(save_jobs.save_and_keep_two, Case(stage=1, dp=2), str(tmp_path), world_size=2)[0]
+    assert names == ["global_step3", "global_step4", "latest"]
+
+
 def test_without_frozen_parameters(ranks: RankPool, tmp_path: Path) -> None:
     case = Case(stage=3, dp=2, frozen=True)
     ranks.run(save_jobs.save_without_frozen, case, str(tmp_path), world_size=2)

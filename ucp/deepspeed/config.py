@@ -25,7 +25,8 @@ class Config:
     verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
     allow_untested_version: try a DeepSpeed that the tests have not run. save_format: 'universal', or 'deepspeed' for
     DeepSpeed's own save. save_async: flush in the background. save_timeout: seconds that the first rank waits for the
-    others' files.
+    others' files. keep_last, keep_every: how many of the newest checkpoints stay, and of which steps besides; None for
+    all.
     """
 
     enabled: bool = False
@@ -37,6 +38,8 @@ class Config:
     save_format: str = "deepspeed"
     save_async: bool = False
     save_timeout: float = 1800.0
+    keep_last: int | None = None
+    keep_every: int | None = None
 
 
 _TOP: dict[str, Any] = {
@@ -47,7 +50,7 @@ _TOP: dict[str, Any] = {
     "allow_untested_version": bool,
 }
 _LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
-_SAVE: dict[str, Any] = {"format": str, "async": bool, "timeout": float}
+_SAVE: dict[str, Any] = {"format": str, "async": bool, "timeout": float, "keep_last": int, "keep_every": int}
 _ACCEPTED: dict[type, Any] = {dict: Mapping, list: (list, tuple), float: (int, float)}
 FORMATS = ("universal", "deepspeed")
 
@@ -70,6 +73,13 @@ def parse(config: Mapping[str, Any]) -> Config:
     _check('"ucp": {"save"}', save, _SAVE)
     if save.get("format", FORMATS[0]) not in FORMATS:
         raise BadArgument(f'"ucp": {{"save": {{"format"}}}} is one of {", ".join(FORMATS)}; found {save["format"]!r}')
+    for key in ("keep_last", "keep_every"):
+        if key in save and (save[key] < 1 or save[key] is True):
+            raise BadArgument(f'"ucp": {{"save": {{"{key}"}}}} needs a number of at least 1, found {save[key]!r}')
+    if "keep_every" in save and "keep_last" not in save:
+        raise BadArgument('"ucp": {"save": {"keep_every"}} needs "keep_last" beside it; without that, all are kept')
+    if "keep_last" in save and save.get("format") != "universal":
+        raise BadArgument('"ucp": {"save": {"keep_last"}} needs "format": "universal" beside it')
     if save.get("async") and save.get("format") != "universal":
         raise BadArgument('"ucp": {"save": {"async": true}} needs "format": "universal" beside it')
     if not save.get("timeout", 1) > 0:
@@ -84,6 +94,8 @@ def parse(config: Mapping[str, Any]) -> Config:
         save_format=save.get("format", "deepspeed"),
         save_async=save.get("async", False),
         save_timeout=float(save.get("timeout", 1800.0)),
+        keep_last=save.get("keep_last"),
+        keep_every=save.get("keep_every"),
     )
 
 

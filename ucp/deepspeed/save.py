@@ -11,6 +11,7 @@ from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.supported import check_features
 from ucp.training import ranks
+from ucp.training.retention import Keep
 from ucp.training.save import save
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,11 @@ def save_checkpoint(
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     engine._checkpoint_tag_validation(name)
     source = ranks.together(lambda: _source(engine, client_state, not exclude_frozen_parameters))
+    keep = None if config.keep_last is None else Keep(config.keep_last, config.keep_every)
     if engine.ucp.saver is not None:
-        engine.ucp.saver.save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout)
+        engine.ucp.saver.save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep)
         return True
-    report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout)
+    report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep)
     engine.ucp.last_save = report
     if ranks.rank() == 0:
         log.info("%s", report)

@@ -109,6 +109,14 @@ def publish(temporary: Path, dest: str | os.PathLike[str]) -> None:
     _remove(temporary)  # after an exchange this is the old folder
 
 
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that it is there or not at every instant: renamed first. Raises OSError."""
+    temporary = _temporary_name(folder)
+    os.rename(folder, temporary)
+    _sync(folder.parent)
+    _remove(temporary)
+
+
 def discard(temporary: Path) -> None:
     """Remove a reserved folder that will not be published."""
     _remove(temporary)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
+from ucp.training.retention import Keep
 from ucp.training.save import SaveReport, Share, prepare, write
 from ucp.training.share import Staging
 from ucp.training.source import Source
@@ -57,6 +58,7 @@ class Saver:
         *,
         latest: bool = True,
         timeout: float = commit.TIMEOUT,
+        keep: Keep | None = None,
     ) -> None:
         """As `ucp.training.save.save`, but it returns once everything is copied.
 
@@ -67,7 +69,7 @@ class Saver:
         ranks.together(self.wait)
         share = ranks.together(lambda: prepare(source, ranks.rank(), ranks.world_size()))
         image = ranks.together(lambda: self._staging.fill(share.plan, share.pieces))
-        session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest))
+        session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
         copied = time.perf_counter() - started
         self._path = os.fspath(session.destination)
         self._thread = threading.Thread(

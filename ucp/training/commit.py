@@ -27,6 +27,7 @@ from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.storage import commit as storage
+from ucp.training.retention import Keep, prune
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ _in_use: set[str] = set()
 class Session:
     """One save, the same on all its ranks. folder: where tags lie, absolute. temporary: the folder that is filled.
 
-    save: the save's own number. world: how many ranks take part. inode: of the temporary folder.
+    save: the save's own number. world: how many ranks take part. inode: of the temporary folder. keep: which other
+    checkpoints stay once this one is committed; all without it.
     """
 
     folder: str
@@ -54,6 +56,7 @@ class Session:
     world: int
     latest: bool
     inode: int
+    keep: Keep | None = None
 
     @property
     def destination(self) -> Path:
@@ -75,7 +78,9 @@ class Session:
         return Path(self.temporary, _RECEIPTS, "verdict.failed")
 
 
-def begin(folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True) -> Session:
+def begin(
+    folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
+) -> Session:
     """Make the temporary folder for a save; to be called on the first rank, its result given to all.
 
     latest: name the checkpoint in the file ``latest`` in the end. Leftovers of earlier saves are removed.
@@ -93,7 +98,7 @@ def begin(folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool 
     temporary = storage.reserve(target, keep=_in_use)
     _in_use.add(temporary.name)
     inode = temporary.stat().st_ino
-    session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode)
+    session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode, keep)
     try:
         Path(temporary, _RECEIPTS).mkdir()
     except OSError as error:
@@ -151,6 +156,9 @@ def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False)
     _in_use.discard(os.path.basename(session.temporary))
     if session.latest:
         storage.write_atomic(Path(session.folder, LATEST), session.tag.encode("utf-8"))
+    if session.keep is not None:
+        for tag in prune(session.folder, session.tag, session.keep):
+            log.info("%s was removed: newer checkpoints are kept instead", Path(session.folder, tag))
     return nbytes
 
 

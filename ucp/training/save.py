@@ -24,6 +24,7 @@ from ucp.storage.digests import ChunkDigests
 from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
+from ucp.training.retention import Keep
 from ucp.training.share import Piece, assign, contents, lay_out, write_file
 from ucp.training.source import Source
 
@@ -53,17 +54,19 @@ def save(
     *,
     latest: bool = True,
     timeout: float = commit.TIMEOUT,
+    keep: Keep | None = None,
 ) -> SaveReport:
     """Write the checkpoint ``folder/tag``. Collective; the first rank's folder, tag and ``latest`` count.
 
     latest: let the file ``latest`` in the folder name this checkpoint. timeout: seconds that the first rank waits for
-    the others' files. Returns once the checkpoint is whole and on disk.
+    the others' files. keep: which other checkpoints stay; all without it. Returns once the checkpoint is whole and on
+    disk.
 
     Raises on every rank, with everything as it was: DestinationError (no space, not writable), Unsupported (training
     state that is not plain data), SaveFailed (a rank failed or hangs, or ranks contradict each other).
     """
     clock = [time.perf_counter()]
-    session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest))
+    session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
     rank = ranks.rank()
     written, error = 0, None
     try:

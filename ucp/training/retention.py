@@ -1,0 +1,64 @@
+"""Which checkpoints a folder keeps, once a new one is committed there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucp.checkpoint import LATEST
+from ucp.formats.universal import manifest
+from ucp.storage import commit as storage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """last: this many of the newest checkpoints. every: besides, those whose step is a multiple of it."""
+
+    last: int
+    every: int | None = None
+
+
+def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
+    """Remove checkpoints that need not be kept; returns their tags.
+
+    Only universal checkpoints are looked at whose tag is that of the one just committed up to the number at its end
+    (``global_step``): nothing of other programs or other series is touched. Never removed: ``tag`` itself, and what
+    ``latest`` names. A checkpoint disappears in one rename before its files go, so that none is ever half there. What
+    cannot be removed is kept, with a warning.
+    """
+    prefix = _number(tag)[0]
+    found = []
+    for path in Path(folder).iterdir():
+        start, step = _number(path.name)
+        mark = path / manifest.NAME
+        if step is not None and start == prefix and not path.is_symlink() and mark.is_file():
+            found.append((mark.stat().st_mtime_ns, step, path))
+    spared = {tag, _latest(folder)}
+    removed = []
+    for _, step, path in sorted(found, reverse=True)[keep.last :]:
+        if path.name in spared or (keep.every is not None and step % keep.every == 0):
+            continue
+        try:
+            storage.remove_whole(path)
+        except OSError as error:
+            log.warning("%s: cannot be removed, so it is kept: %s", path, error.strerror or error)
+            continue
+        removed.append(path.name)
+    return removed
+
+
+def _number(tag: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(.*?)(\d{1,18})", tag)
+    return (match[1], int(match[2])) if match else (tag, None)
+
+
+def _latest(folder: str | os.PathLike[str]) -> str | None:
+    try:
+        return Path(folder, LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
