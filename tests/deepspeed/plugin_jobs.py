@@ -384,3 +384,41 @@ def reference_loss(case: Case, weights: Mapping[str, Any]) -> float:
     model.load_state_dict({n: t for n, t in weights.items() if n in model.state_dict()})
     with torch.no_grad():
         return models.loss(case.model, model, *models.batch(case.model, 7, 0, 1)).item()
+
+
+def split_norms() -> None:
+    """Have every engine of this process put two parameters in a group of their own; other groups have parameters of
+    the same shapes."""
+
+    def split(case: Case, model: nn.Module) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.5}]
+        for name, parameter in model.named_parameters():
+            groups[name in ("norm.weight", "down.bias")]["params"].append(parameter)
+        return groups
+
+    build.parameter_groups = split
+
+
+def train_with_split_norms(case: Case, folder: str) -> Resumed:
+    split_norms()
+    engine = build_engine(case)
+    continue_training(engine, case, 0, 3)
+    truth = gather(engine)
+    engine.save_checkpoint(folder, "tag")
+    after = continue_training(engine, case, 3, 2)
+    return Resumed(folder, {}, truth, tuple(after), gather(engine))
+
+
+def load_with_split_norms(case: Case, folder: str, split: bool) -> Resumed | str:
+    from ucp.errors import UcpError
+
+    if split:
+        split_norms()
+    engine = build_target(case)
+    try:
+        path, found = engine.load_checkpoint(folder)
+    except UcpError as error:
+        return f"{type(error).__name__}: {error}"
+    truth = gather(engine)
+    after = continue_training(engine, case, 3, 2)
+    return Resumed(str(path), found or {}, truth, tuple(after), gather(engine))

@@ -23,6 +23,7 @@ from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE
 from tests.engines.sources import Sources
 from tests.engines.truth import Truth, compare
+from ucp.errors import Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -373,3 +374,24 @@ def test_engines_that_only_compute(ranks: RankPool, sources: Sources, stage: int
         assert f"to dp=2,zero={stage}" in summary
         (reference,) = ranks.run(plugin_jobs.reference_loss, case, expected, world_size=1)
         assert loss == pytest.approx(reference, abs=1e-5)
+
+
+def test_a_stage_0_file_that_does_not_say_which_parameter_is_which(ranks: RankPool, tmp_path: Path) -> None:
+    """In fp32 it holds numbered states and no masters: with one shape in several groups only an engine with the same
+    groups can tell, and its names are asked."""
+    source = ranks.run(plugin_jobs.train_with_split_norms, Case(stage=0, dp=2, groups=2), str(tmp_path), world_size=2)[
+        0
+    ]
+    with pytest.raises(Unsupported, match="does not name the optimizer's parameters") as caught:
+        ucp.open(tmp_path)
+    assert "norm" in str(caught.value)
+    for case in (Case(stage=0, dp=2, groups=2), Case(stage=1, dp=3, groups=2), Case(stage=3, dp=2, groups=2)):
+        found = ranks.run(plugin_jobs.load_with_split_norms, case.but(seed=5), str(tmp_path), True, world_size=case.dp)[
+            0
+        ]
+        assert differences(known(source.truth), known(found.truth)) == []
+        assert found.further == pytest.approx(source.further, rel=0, abs=5e-5)
+    refused = ranks.run(
+        plugin_jobs.load_with_split_norms, Case(stage=1, dp=2, groups=2), str(tmp_path), False, world_size=2
+    )
+    assert all("load it into the engine that has the same param groups" in text for text in refused)
