@@ -1,6 +1,6 @@
 """The manifest's frame: one JSON object that begins with the digest of everything that follows.
 
-The first bytes of ``ucp.json`` are always ``{"digest":"xxh3_128:<32 hexadecimal digits>",`` (58 bytes); the digest is
+The first bytes of ``ucp.json`` are always ``{"digest":"xxh3_128:<32 hexadecimal digits>",`` (54 bytes); the digest is
 that of all bytes after this prefix, to the end of the file, byte for byte. So the file is ordinary JSON to any other
 program, and here no byte of it is believed before all of them are checked.
 """
