@@ -272,8 +272,8 @@ def reversed_groups(case: Case, folder: str, tag: str, steps: int, scheduler: bo
     """Into an engine whose param groups come in the reverse order."""
     original = build.parameter_groups
 
-    def turned(*arguments: Any) -> Any:
-        return original(*arguments)[::-1]
+    def turned(case: Case, model: nn.Module) -> list[dict[str, Any]]:
+        return original(case, model)[::-1]
 
     build.parameter_groups = turned
     extra: dict[str, Any] = {}

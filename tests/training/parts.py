@@ -50,12 +50,12 @@ def catalog(
                 name, state, item.shape, dtype, blocks, np.zeros(len(blocks), np.int64)
             )
     trained = tuple(n for n, item in saved.items() if item.kind == "parameter")
-    state = TrainingState(
+    training = TrainingState(
         param_groups=tuple(groups) if groups is not None else (ParamGroup(trained, OPTIONS),),
         global_steps=steps,
         skipped_steps=skipped,
     )
-    return Catalog("raw", "a test", Layout(dp=2, zero=1), (), parameters, tensors, state)
+    return Catalog("raw", "a test", Layout(dp=2, zero=1), (), parameters, tensors, training)
 
 
 @dataclass(frozen=True)

@@ -192,10 +192,10 @@ class Hostile:
         return getattr, (Path(self.path), "touch")
 
 
-SAVERS: dict[str, Callable[[Any, Path], None]] = {
+SAVERS: dict[str, Callable[[Any, Path], object]] = {
     "zip": lambda value, path: torch.save(value, path),
     "legacy": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    "pickle": lambda value, path: path.write_bytes(pickle.dumps(value)) and None,
+    "pickle": lambda value, path: path.write_bytes(pickle.dumps(value)),
 }
 
 
