@@ -26,10 +26,15 @@ from ucp.transfer.gather import Bytes, Reader, Want, gather
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did, for people and logs. nbytes: read by this rank. seconds: by stage, on this rank."""
+    """What a load did, for people and logs.
+
+    nbytes: of the tensors brought to this rank; bytes_read: what was read of the files for them, gaps between short
+    runs and whole digest chunks included. seconds: by stage, on this rank.
+    """
 
     tensors: int
     nbytes: int
+    bytes_read: int
     source: str
     target: str
     seconds: Mapping[str, float]
@@ -60,13 +65,15 @@ def load(
     state = None if wish.weights_only else catalog.training_state
     what = ranks.together(lambda: _checked_plan(catalog, target, wish))
     clock.append(time.perf_counter())
-    tensors, nbytes = ranks.together(lambda: read(catalog, target, what, verify, threads))
+    tensors, nbytes, bytes_read = ranks.together(lambda: read(catalog, target, what, verify, threads))
     clock.append(time.perf_counter())
     target.apply(Loaded(tensors, what.scalars, what.options, what.sources, state))
     clock.append(time.perf_counter())
     seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
-    return LoadReport(count, nbytes, f"{catalog.format} {catalog.layout}", str(target.layout), seconds, what)
+    return LoadReport(
+        count, nbytes, bytes_read, f"{catalog.format} {catalog.layout}", str(target.layout), seconds, what
+    )
 
 
 def _checked_plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
@@ -78,8 +85,11 @@ def _checked_plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
 
 def read(
     catalog: Catalog, target: Target, what: Plan, verify: bool, threads: int | None
-) -> tuple[dict[tuple[int, str], torch.Tensor], int]:
-    """This rank's slots, filled in host memory; elements that nothing is brought for keep their present values."""
+) -> tuple[dict[tuple[int, str], torch.Tensor], int, int]:
+    """This rank's slots, filled in host memory; elements that nothing is brought for keep their present values.
+
+    Returns them with their bytes and with the bytes read.
+    """
     slots = {s.key: s for s in target.slots}
     tensors: dict[tuple[int, str], torch.Tensor] = {}
     buffers: list[Bytes] = []
@@ -91,7 +101,7 @@ def read(
         tensors[key, state] = tensor
     with Files() as files:
         nbytes = gather(Reader(catalog, files, verify), wants, buffers, threads or _threads())
-    return tensors, nbytes
+        return tensors, nbytes, files.bytes_read
 
 
 def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -> torch.Tensor:
