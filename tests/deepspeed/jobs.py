@@ -52,8 +52,15 @@ def no_shift(model: Any) -> None:
     del model.shift
 
 
+def strided(model: Any) -> None:
+    """A weight and a buffer in another order in memory than their dimensions say. (DeepSpeed wants weights whose last
+    dimension is contiguous.)"""
+    model.cube = nn.Parameter(model.cube.data.permute(1, 0, 2).contiguous().permute(1, 0, 2))
+    model.register_buffer("running", torch.zeros(14)[::2])
+
+
 ALTER: Mapping[str, Callable[[Any], None]] = {
-    f.__name__: f for f in (wider_gain, another_buffer, another_parameter, no_shift)
+    f.__name__: f for f in (wider_gain, another_buffer, another_parameter, no_shift, strided)
 }
 
 

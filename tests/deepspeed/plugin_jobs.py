@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.deepspeed.jobs import altered
 from tests.engines import build
 from tests.engines.build import build_engine
 from tests.engines.configs import Case, make_config
-from tests.engines.load_jobs import Resumed, build_target
+from tests.engines.load_jobs import Resumed, build_target, resume
 from tests.engines.resume import continue_training
+from tests.engines.runs import STEPS, Run
+from tests.engines.sources import train
 from tests.engines.truth import Truth, gather
 
 ENABLED = {"ucp": {"enabled": True}}
@@ -422,3 +425,14 @@ def load_with_split_norms(case: Case, folder: str, split: bool) -> Resumed | str
     truth = gather(engine)
     after = continue_training(engine, case, 3, 2)
     return Resumed(str(path), found or {}, truth, tuple(after), gather(engine))
+
+
+def train_altered(case: Case, folder: str, change: str) -> Run:
+    """A source whose model is changed so (see jobs.ALTER)."""
+    altered(change)
+    return train(case, folder, "tag")
+
+
+def load_altered(case: Case, folder: str, change: str) -> Resumed:
+    altered(change)
+    return resume(case, folder, "tag", STEPS, trained=1)

@@ -395,3 +395,18 @@ def test_a_stage_0_file_that_does_not_say_which_parameter_is_which(ranks: RankPo
         plugin_jobs.load_with_split_norms, Case(stage=1, dp=2, groups=2), str(tmp_path), False, world_size=2
     )
     assert all("load it into the engine that has the same param groups" in text for text in refused)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_that_are_not_row_major(ranks: RankPool, tmp_path: Path, dtype: str) -> None:
+    """Stage 0 saves weights, and their states, in the order that they have in memory."""
+    for source in (0, 2, 3):
+        folder = str(tmp_path / str(source))
+        run = ranks.run(
+            plugin_jobs.train_altered, Case(stage=source, dp=2, dtype=dtype), folder, "strided", world_size=2
+        )[0]
+        for stage in (0, 1, 3):
+            case = Case(stage=stage, dp=2, dtype=dtype, seed=5)
+            found = ranks.run(plugin_jobs.load_altered, case, folder, "strided", world_size=2)[0]
+            assert differences(known(run.truth), known(found.truth)) == [], (source, stage)
+            assert found.further == pytest.approx(run.further, rel=0, abs=5e-5 if dtype == "fp32" else 4e-3)

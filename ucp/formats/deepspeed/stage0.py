@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ucp.catalog import ParamGroup
@@ -248,8 +249,6 @@ def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
     """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
     if master.shape != weight.shape:
         return False
-    if not master.is_contiguous or not weight.is_contiguous:
-        return False
     n, k = master.numel, min(master.numel, SAMPLE // 2)
     return all(
         rounds_to(_at(builder, master, first, k), master.dtype, _at(builder, weight, first, k), weight.dtype)
@@ -258,7 +257,13 @@ def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
 
 
 def _at(builder: Builder, ref: TensorRef, first: int, count: int) -> NDArray[Any]:
-    return builder.bits(ref.file, ref.offset + first * itemsize(ref.dtype), count, ref.dtype)
+    """``count`` elements in row-major order from number ``first`` on, whatever their order in the file."""
+    size = itemsize(ref.dtype)
+    if ref.is_contiguous:
+        return builder.bits(ref.file, ref.offset + first * size, count, ref.dtype)
+    index = np.stack(np.unravel_index(np.arange(first, first + count), ref.shape))
+    places = (np.array(ref.strides) @ index).tolist()
+    return np.concatenate([builder.bits(ref.file, ref.offset + at * size, 1, ref.dtype) for at in places])
 
 
 def _undecided(model: ModelFile, names: Sequence[str]) -> Unsupported:
