@@ -250,3 +250,24 @@ def _refusal(work: Callable[[], Any], kind: type[Exception]) -> tuple[str, str]:
     except kind as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def one_rank_cannot_read(case: Case, folder: str, tag: str) -> tuple[str, str, tuple[str, ...], bool]:
+    """The last rank may open no more files while the others read; afterwards it may again."""
+    import os
+    import resource
+
+    from ucp.errors import UcpError
+
+    engine = build_target(case, trained=1)
+    before = gather(engine)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        free = min(set(range(4096)) - {int(fd) for fd in os.listdir("/proc/self/fd")})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    kind, text = _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    after = gather(engine)
+    changed = () if before is None or after is None else tuple(compare(before, after))
+    path, _ = engine.load_checkpoint(folder, tag)
+    return kind, text, changed, path is not None

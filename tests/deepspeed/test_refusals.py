@@ -171,6 +171,19 @@ def test_damaged_checkpoints(ranks: RankPool, sources: Sources, target: Case, tm
     assert [r[2].kind for r in found] == [""] * target.dp
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_one_rank_that_cannot_read(ranks: RankPool, sources: Sources, stage: int) -> None:
+    """The others could load, and do not; none waits for ever."""
+    run = sources.get(PLAIN)
+    found = ranks.run(jobs.one_rank_cannot_read, Case(stage=stage, dp=3), run.folder, run.tag, world_size=3)
+    for rank, (kind, text, changed, loaded) in enumerate(found):
+        assert kind == "DamagedCheckpoint"
+        assert text.startswith("rank 2: ") == (rank != 2)
+        assert "Too many open files" in text
+        assert changed == ()
+        assert loaded
+
+
 def test_in_the_middle_of_accumulation(ranks: RankPool, sources: Sources) -> None:
     run = sources.get(PLAIN)
     for stage in (1, 3):
