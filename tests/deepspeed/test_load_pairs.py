@@ -1,7 +1,7 @@
 """The main job with real engines on both sides: any layout's checkpoint into any other layout, exactly.
 
 The truth is what the source engine held when it saved, read from its own flat buffers; the target engine starts from
-other weights (another seed), and in half of the cases from training of its own, so that nothing agrees by chance.
+other weights (another seed), and in a third of the cases from training of its own, so that nothing agrees by chance.
 """
 
 from __future__ import annotations

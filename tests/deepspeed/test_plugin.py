@@ -109,16 +109,17 @@ class TestReturns:
             assert found == plugin_jobs.client_state("custom")
 
 
-class TestFolders:
-    @pytest.fixture(scope="class")
-    def several(self, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Truth]]:
-        folder = tmp_path_factory.mktemp("several")
-        found = ranks.run(plugin_jobs.save_several, PLAIN, str(folder), ["one", "two", "three"], world_size=2)[0]
-        for k, tag in enumerate(("one", "two", "three")):
-            for file in (folder / tag).iterdir():
-                os.utime(file, (1e9 + k, 1e9 + k))
-        return folder, [known(t) for t in found]
+@pytest.fixture(scope="module")
+def several(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Truth]]:
+    folder = tmp_path_factory.mktemp("several")
+    found = ranks.run(plugin_jobs.save_several, PLAIN, str(folder), ["one", "two", "three"], world_size=2)[0]
+    for k, tag in enumerate(("one", "two", "three")):
+        for file in (folder / tag).iterdir():
+            os.utime(file, (1e9 + k, 1e9 + k))
+    return folder, [known(t) for t in found]
 
+
+class TestFolders:
     def load(self, ranks: RankPool, folder: Path, tag: str | None = None) -> plugin_jobs.Told:
         found: plugin_jobs.Told = ranks.run(
             plugin_jobs.load_and_listen, Case(stage=3, dp=2, seed=5), str(folder), tag, world_size=2
