@@ -356,6 +356,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_below_the_limit(tmp_path: Path) -> None:
     """One tensor of 120 MB, three states, in 40 MB."""
     made = raw.make(tmp_path / "raw", shapes={"w": (6000, 5000)})

@@ -340,5 +340,7 @@ def _with_tensors(value: Any, load: Callable[[TensorRef], torch.Tensor]) -> Any:
             out[key] = convert(value[key])
         return out
     if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**{name: convert(item) for name, item in vars(value).items()})
+        namespace = argparse.Namespace()
+        vars(namespace).update({name: convert(item) for name, item in vars(value).items()})
+        return namespace
     return value

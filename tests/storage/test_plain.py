@@ -104,6 +104,15 @@ scalars = (
     | nps.arrays(np.float32, (2, 3)).map(np.asfortranarray)
     | nps.scalar_dtypes().flatmap(lambda dtype: nps.arrays(dtype, ())).map(lambda array: array[()])
 )
+
+
+def namespace(attributes: dict[str, Any]) -> argparse.Namespace:
+    """With any names: set as attributes, those such as ``__dict__`` would change what the object is."""
+    out = argparse.Namespace()
+    vars(out).update(attributes)
+    return out
+
+
 values = st.recursive(
     scalars,
     lambda inner: (
@@ -116,7 +125,7 @@ values = st.recursive(
         )
         | st.dictionaries(keys, st.integers(), max_size=3).map(collections.Counter)
         | st.builds(collections.deque, st.lists(inner, max_size=3), st.none() | st.integers(3, 5))
-        | st.dictionaries(st.text(), inner, max_size=3).map(lambda d: argparse.Namespace(**d))
+        | st.dictionaries(st.text(), inner, max_size=3).map(namespace)
         | st.builds(
             Standin,
             st.just("a.b"),

@@ -277,6 +277,7 @@ def test_records_beyond_4_gib_have_zip64_numbers(tmp_path: Path) -> None:
     assert loaded["small"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_more_than_65535_records(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     write(path, [Placeholder((1,), "uint8", data=bytes([k % 256])) for k in range(66_000)])

@@ -168,6 +168,7 @@ def start(folder: Path, what: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_leaving_waits(tmp_path: Path) -> None:
     process = start(tmp_path, "leave")
     assert not (tmp_path / "now").exists()
@@ -177,6 +178,7 @@ def test_leaving_waits(tmp_path: Path) -> None:
     assert jobs.digest_of(tmp_path) == jobs.digest(jobs.values(4, small=True))
 
 
+@pytest.mark.slow
 def test_leaving_tells_of_a_failure(tmp_path: Path) -> None:
     process = start(tmp_path, "fail")
     _, text = process.communicate(timeout=60)
@@ -184,6 +186,7 @@ def test_leaving_tells_of_a_failure(tmp_path: Path) -> None:
     assert "DestinationError" in text
 
 
+@pytest.mark.slow
 def test_termination_finishes_the_save(tmp_path: Path) -> None:
     process = start(tmp_path, "stay")
     started = time.monotonic()
