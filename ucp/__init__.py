@@ -52,12 +52,9 @@ _neighbours.refuse_ucx_py()
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from ucp.version import version
 
-        try:
-            return version("universal-checkpoint")
-        except PackageNotFoundError:  # running from a source tree that was never installed
-            return "0+unknown"
+        return version()
     if name in _HOMES:
         from importlib import import_module
 

@@ -192,7 +192,7 @@ def convert(
 
 
 def _to_universal(catalog: Catalog, options: _Options) -> _Job:
-    writer = _writer_name()
+    writer = manifest.writer_name()
     if not options.virtual:
         whole = consolidated.plan(catalog)
         return _Job(
@@ -331,9 +331,3 @@ def _write(path: Path, raw: bytes) -> None:
         path.write_bytes(raw)
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _writer_name() -> str:
-    import ucp
-
-    return f"universal-checkpoint {ucp.__version__}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
-from ucp.formats.universal import fragmented, training
+from ucp.formats.universal import fragmented, manifest, training
 from ucp.formats.universal.fragmented import Identity
 from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
@@ -124,7 +124,7 @@ def prepare(source: Source, rank: int, world: int) -> Share:
         files.append(SourceFile(extra[0], sum(map(len, extra[1])), 0))
     catalog = Catalog(
         format="universal",
-        writer=writer_name(),
+        writer=manifest.writer_name(),
         layout=source.layout,
         files=tuple(files),
         parameters=source.parameters,
@@ -185,10 +185,3 @@ def _tensors_file(met: training.Tensors, rank: int) -> tuple[str, list[bytes]] |
     if planned is None:
         return None
     return name, [raw for _, raw in sorted(planned.literals)]
-
-
-def writer_name() -> str:
-    """This project's name and version, as manifests have it."""
-    import ucp
-
-    return f"universal-checkpoint {ucp.__version__}"

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, Unsupported
+from ucp.version import version
 
 NAME = "ucp.json"
 VERSION = "1.0"
@@ -22,6 +23,11 @@ VERSION = "1.0"
 _HEAD = b'{"digest":"xxh3_128:'
 _TAIL = b'",'
 _PREFIX = len(_HEAD) + 32 + len(_TAIL)
+
+
+def writer_name() -> str:
+    """This project's name and version, as manifests have it."""
+    return f"universal-checkpoint {version()}"
 
 
 def frame(body: dict[str, Any]) -> bytes:
