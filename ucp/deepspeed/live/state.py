@@ -45,9 +45,13 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
     sampler = state.extra.get("data_sampler")
     if sampler is not None and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
         engine.training_dataloader.data_sampler.load_state_dict(sampler)
+    elif sampler is not None:
+        warn("the checkpoint's data sampler state is not used: this engine has no curriculum learning data loader")
     random_ltd = state.extra.get("random_ltd")
     if random_ltd is not None and engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         engine.random_ltd_scheduler.load_state_dict(random_ltd)
+    elif random_ltd is not None:
+        warn("the checkpoint's random layer token dropping state is not used: this engine drops no tokens")
     if state.global_steps is not None:
         engine.global_steps = state.global_steps
         samples = state.global_samples
