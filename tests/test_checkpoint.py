@@ -111,9 +111,11 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         ucp.open(tmp_path / "empty")
 
 
-def test_specs_are_refused_by_name(one: tuple[Path, raw.Raw]) -> None:
-    with pytest.raises(BadArgument, match=r"spec 'llama\.yaml': specs are not supported yet"):
+def test_specs_that_are_not_there_are_refused_by_name(one: tuple[Path, raw.Raw]) -> None:
+    with pytest.raises(BadArgument, match=r"llama\.yaml: can't be read as a spec"):
         ucp.open(one[0], "llama.yaml")
+    with pytest.raises(BadArgument, match=r"no spec 'lama' in the catalogue; did you mean 'llama'"):
+        ucp.open(one[0], "lama")
 
 
 def test_wrong_names_are_told_the_near_ones(one: tuple[Path, raw.Raw]) -> None:

@@ -64,7 +64,8 @@ class ParameterInfo:
 
     states: state name -> dtype of the logical tensors kept for it. ``param`` is the weight itself.
     scalars: per-parameter optimizer values that are no tensors of its shape, such as ``step``.
-    kind: 'parameter', 'frozen' (a parameter that no optimizer updates) or 'buffer'.
+    kind: 'parameter', 'frozen' (a parameter that no optimizer updates), 'buffer', or 'padding': what a parameter's
+    shards hold beyond its own end (a vocabulary padded for its ranks), which only a target with the same padding takes.
     aliases: other names of the same storage (tied parameters).
     """
 
@@ -117,6 +118,8 @@ class Catalog:
 
     format: the name of the format it was read from; writer: framework and version, for people.
     chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
+    copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
+    tensor-parallel rank keeps.
     """
 
     format: str
@@ -127,6 +130,7 @@ class Catalog:
     tensors: Mapping[tuple[str, str], LogicalTensor]
     training_state: TrainingState
     chunk_digests: Mapping[int, Any] = field(default_factory=dict)
+    copies: tuple[LogicalTensor, ...] = ()
 
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""

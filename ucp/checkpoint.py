@@ -28,6 +28,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, Train
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
+from ucp.spec.choice import choose
 from ucp.storage.digests import verify_range
 from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
@@ -167,6 +168,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     spec: str | os.PathLike[str] | None = None,
     tag: str | None = None,
     *,
+    model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
     trust_client_state: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
     verify: bool = True,
@@ -176,20 +179,26 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     path: a checkpoint's folder, or a folder of them as DeepSpeed writes it: then the one that the file ``latest``
     names; where that file or that checkpoint is missing or damaged, the newest whole one, with a logged warning that
     names it and says why. tag: the one to take, whatever ``latest`` says; a damaged one is an error then.
-    spec: patterns of tensor-parallel checkpoints; not supported yet.
+    spec: how tensor parallelism cuts the model: a spec's name in the catalogue or its file. Without one: what the
+    checkpoint says of itself, then the catalogue's for the model's type; if neither decides, it is refused.
+    model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
+    checkpoint has recorded or has beside it. sizes: sizes of the spec by name, which go before the config.
     trust_client_state: DeepSpeed formats only: unpickle classes outside the allow-list, which runs their code.
     param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
     group's parameters in order, where the caller knows them.
     verify: check digests, where the checkpoint has them, while reading.
 
     Raises NotACheckpoint where nothing is recognised, DamagedCheckpoint where files are missing, truncated, mixed or
-    contradict each other, Unsupported and UnsafePickle as the format's reader does.
+    contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
+    format's reader does.
     """
-    if spec is not None:
-        raise BadArgument(f"spec '{os.fspath(spec)}': specs are not supported yet; open the checkpoint without one")
     folder = Path(os.path.abspath(path))
     files = Files()
-    options = {"trust_client_state": trust_client_state, "param_names": param_names}
+    options = {
+        "choice": choose(spec, model_config, sizes),
+        "trust_client_state": trust_client_state,
+        "param_names": param_names,
+    }
     try:
         where, catalog = _find(folder, tag, files, options)
     except BaseException:

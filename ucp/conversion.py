@@ -106,6 +106,8 @@ def convert(
     layout: str | Layout | None = None,
     spec: str | os.PathLike[str] | None = None,
     *,
+    model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
     virtual: bool = False,
     tag: str | None = None,
     digests: bool = False,
@@ -119,7 +121,7 @@ def convert(
 ) -> ConversionReport:
     """Convert a checkpoint of any supported format; returns what was done.
 
-    source, tag, spec, trust_client_state: as for `ucp.open`.
+    source, tag, spec, model_config, sizes, trust_client_state: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
         ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it.
     to: 'universal', 'deepspeed' or 'deepspeed-universal'.
@@ -143,7 +145,9 @@ def convert(
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     _check_flags(to, parsed, virtual, digests, ds_config)
     budget(workers, max_memory)
-    with checkpoint.open(source, spec, tag, trust_client_state=trust_client_state) as opened:
+    with checkpoint.open(
+        source, spec, tag, model_config=model_config, sizes=sizes, trust_client_state=trust_client_state
+    ) as opened:
         options = _Options(parsed, _load_config(ds_config), virtual, destination, _target_tag(opened), digests, workers)
         job = _WRITERS[to](opened.catalog, options)
         total = sum(file.size for file in job.files)

@@ -287,6 +287,41 @@ def intersect(source: Blocks, target: Blocks) -> Copies:
     )
 
 
+def compose(inner: Blocks, outer: Blocks, inner_shape: Shape, outer_shape: Shape) -> tuple[Blocks, Ints]:
+    """A shard's blocks as blocks of the tensor that it was cut from.
+
+    inner: boxes of the shard, wherever they lie. outer: boxes of the tensor, at their places in the shard's row-major
+    order. inner_shape, outer_shape: the shard's and the tensor's. Returns the boxes of the tensor where they lie in
+    inner's buffers, and for each of them the inner block that it is part of. What no outer block covers (padding of the
+    shard) is left out.
+    """
+    if not len(inner) or not len(outer):
+        return empty(outer.ndim), np.zeros(0, np.int64)
+    strides = np.tile(np.array(row_major(outer_shape), np.int64), (len(outer), 1))
+    # The same boxes seen from the shard: where they are in it, and where in the tensor's row-major order.
+    there = Blocks(
+        _unravel(outer.starts, inner_shape),
+        outer.sizes,
+        np.sum(outer.offsets * strides, axis=1, dtype=np.int64),
+        strides,
+        np.zeros(len(outer), np.int64),
+    )
+    found = intersect(inner, there)
+    offsets = _unravel(found.target_starts, outer_shape)
+    return (
+        Blocks(offsets, found.sizes, found.source_starts, found.source_strides, inner.buffers[found.source]),
+        found.source,
+    )
+
+
+def _unravel(positions: Ints, shape: Shape) -> Ints:
+    """(n, d) the index of every one of these positions in a tensor's row-major order."""
+    out = np.empty((len(positions), len(shape)), np.int64)
+    for k, stride in enumerate(row_major(shape)):
+        out[:, k], positions = np.divmod(positions, stride)
+    return out
+
+
 def collapse(copies: Copies) -> Copies:
     """The same copies with d + 1 dimensions, of which the last is a run that is contiguous on both sides.
 

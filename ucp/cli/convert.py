@@ -45,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
         help="universal (default), deepspeed, deepspeed-universal; dcp, huggingface and megatron are planned",
     )
     p.add_argument("--layout", metavar="L", help="ranks and ZeRO stage to write for, such as dp=4,zero=3 (deepspeed)")
-    p.add_argument("--spec", metavar="FILE", help="patterns of a tensor-parallel source (not supported yet)")
+    p.add_argument(
+        "--spec", metavar="SPEC", help="how tensor parallelism cuts SOURCE: a name in the catalogue or a file"
+    )
+    p.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
+    run.add_sizes(p)
     p.add_argument("--virtual", action="store_true", help="write a manifest that points into SOURCE; copy no tensors")
     p.add_argument("--digests", action="store_true", help="with --virtual: read SOURCE once and record its digests")
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
@@ -81,6 +85,8 @@ def _convert(args: argparse.Namespace) -> int:
             args.to,
             layout,
             args.spec,
+            model_config=args.model_config,
+            sizes=run.sizes(args.set),
             virtual=args.virtual,
             tag=args.tag,
             digests=args.digests,

@@ -10,10 +10,10 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ucp.errors import UcpError
+from ucp.errors import BadArgument, UcpError
 
 DONE, NO, AT_FAULT, INTERNAL = 0, 1, 2, 3
 INTERRUPTED = 130  # as shells count a program that ended by Ctrl-C
@@ -51,6 +51,24 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The option ``--set``, of every command that binds a spec; `sizes` reads it."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=N", help="a size, or a key as config.KEY=N; may be repeated"
+    )
+
+
+def sizes(pairs: Sequence[str]) -> dict[str, int]:
+    """``NAME=N`` pairs as a mapping. Raises BadArgument for what is none."""
+    out = {}
+    for pair in pairs:
+        name, sign, number = pair.partition("=")
+        if not sign or not number.strip().isascii() or not number.strip().isdigit():
+            raise BadArgument(f"--set {pair}: write NAME=N with a whole number, such as --set vocab=32000")
+        out[name.strip()] = int(number)
+    return out
 
 
 def guarded(program: str, job: Callable[[], int], debug: bool) -> int:

@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("spec", metavar="SPEC", help="a spec's file, or the name of one in the catalogue")
     check.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint whose parameters to check")
     check.add_argument("--config", metavar="FILE", help="the model's config.json (default: the one in CHECKPOINT)")
-    check.add_argument(
-        "--set", action="append", default=[], metavar="NAME=N", help="a size, or a key as config.KEY=N; may be repeated"
-    )
+    run.add_sizes(check)
     check.add_argument("--section", metavar="NAME", help="the section under layouts: that counts, such as autotp")
     check.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
     show = commands.add_parser("show", help="list the catalogue, or show one spec line by line")
@@ -97,16 +95,6 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any] | Sequence[Any], 
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, int]:
-    out = {}
-    for pair in pairs:
-        name, sign, number = pair.partition("=")
-        if not sign or not number.strip().isascii() or not number.strip().isdigit():
-            raise BadArgument(f"--set {pair}: write NAME=N with a whole number, such as --set vocab=32000")
-        out[name.strip()] = int(number)
-    return out
-
-
 def _config(path: Path, needed: bool) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +115,7 @@ def _check(args: argparse.Namespace) -> int:
 
     spec = catalogue.find(args.spec)
     _unused_sizes(spec)
-    settings = _settings(args.set)
+    settings = run.sizes(args.set)
     if args.section is not None and args.section not in spec.layouts:
         known = ", ".join(spec.layouts) or "none"
         raise BadArgument(f"--section {args.section}: {spec.file} has no such section under layouts: (it has {known})")

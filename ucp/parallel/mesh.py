@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ucp.errors import BadArgument
 
@@ -31,6 +32,16 @@ class Layout:
         parts = [f"dp={self.dp}"]
         parts += [f"{name}={getattr(self, name)}" for name in ("tp", "pp", "ep") if getattr(self, name) != 1]
         return ",".join([*parts, f"zero={self.zero}"])
+
+
+class Coordinate(NamedTuple):
+    """A rank's place in the mesh dimensions that cut the model itself, not in data parallelism, which copies it."""
+
+    tp: int = 0
+    pp: int = 0
+
+    def __str__(self) -> str:
+        return f"tp rank {self.tp}" + (f" of pipeline stage {self.pp}" if self.pp else "")
 
 
 def parse_layout(text: str) -> Layout:

@@ -1,32 +1,36 @@
 """DeepSpeed's native checkpoints, read straight from their files.
 
 No DeepSpeed and no torch is needed: the files' pickles are read with an allow-list, and every tensor in them is a byte
-range. Covered are ZeRO stages 0 to 3 and BF16_Optimizer under data parallelism.
+range. Every model-parallel rank's files are read as a part of its own (`part`), and the parts are put together by what
+a spec, or the checkpoint itself, says of the model's cuts (`assemble`).
 """
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
+import argparse
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, ParamGroup, TrainingState
+from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
-from ucp.formats.deepspeed import mixed, stage0, stage3, stage12
+from ucp.formats.deepspeed.assemble import assemble, check_copies
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
-from ucp.formats.deepspeed.model import ModelFile, tied_by_storage
-from ucp.parallel.mesh import Layout
-from ucp.parallel.zero import undo_round_robin
+from ucp.formats.deepspeed.model import ModelFile
+from ucp.formats.deepspeed.part import Part, open_models, read_part
+from ucp.geometry import Shape
+from ucp.parallel.mesh import Coordinate, Layout
+from ucp.spec.bound import bind
+from ucp.spec.choice import Choice
+from ucp.spec.placement import Placement, place, uncut
 from ucp.storage.files import Files
-from ucp.storage.values import Standin
 
 NAME = "deepspeed"
 
-log = logging.getLogger(__name__)
+# No spec is given: the checkpoint is asked.
+ASK = Choice()
 
 
 def detect(path: Path) -> bool:
@@ -38,165 +42,107 @@ def read(
     path: Path,
     files: Files,
     *,
+    choice: Choice = ASK,
     trust_client_state: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Catalog:
     """The catalog of one tag's folder.
 
+    choice: the spec of how tensor parallelism cuts the model, where the checkpoint does not say it of itself.
     trust_client_state: unpickle classes outside the allow-list for real, which runs their code.
     param_names: each param group's parameters in the optimizer's order, where the caller knows them; needed only for
     stage-0 checkpoints that leave it open.
 
     Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what cannot be
-    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list.
+    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch where
+    the spec does not fit.
     """
-    folder = folders.scan(path)
-    models = {r: ModelFile(p, folders.load(p, trust_client_state)) for r, p in folder.model.items()}
-    if 0 not in models:
-        raise DamagedCheckpoint(f"{path}: rank 0's model file 'zero_pp_rank_0_mp_rank_00_model_states.pt' is missing")
-    model = models[0]
-    dp = int(model.need("dp_world_size"))
-    _refuse_unsupported(model)
-    if folder.partitioned_model:
-        folders.check_ranks("model", folder.model, dp, path, "zero_pp_rank_{}_mp_rank_00_model_states.pt", model.path)
-        for key in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
-            same_on_all_ranks(f"'{key}'", {m.path: m.raw.get(key) for m in models.values()})
-    builder = Builder(files)
-    module, buffers = model.module, model.buffers
-    shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
-    owners = set(_trainable_names(model))
-    shared = _toward_owners(shared, owners)
-    aliases: dict[str, list[str]] = defaultdict(list)
-    for alias, owner in shared.items():
-        aliases[owner].append(alias)
-
-    first_state: Mapping[str, Any] = {}
-    stage = 0
-    if model.raw.get("param_shapes") is not None:
-        prefix = "bf16_" if folder.bf16 else ""
-        pattern = prefix + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
-        folders.check_ranks("optimizer", folder.optim, dp, path, pattern, model.path)
-        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r])) for r in range(dp)}
-        first_state = optim[0][1]
-        stage = same_on_all_ranks("the ZeRO stage", {p: _stage(sd) for p, sd in optim.values()})
-        if (stage == 3) != folder.partitioned_model:
-            raise DamagedCheckpoint(
-                f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
-            )
-        if stage == 3:
-            groups = stage3.read(builder, optim, model.param_shapes, aliases)
-            stage3.read_frozen(builder, models, aliases)
-        else:
-            groups = stage12.read(builder, optim, model.param_shapes, aliases, _offloads_optimizer(model))
-            mixed.check(builder, module)
-            if _is_round_robin(model, first_state):
-                # The files list parameters as the flat buffer has them; a group's order is the optimizer's.
-                groups = [replace(g, names=tuple(undo_round_robin(g.names, dp))) for g in groups]
-    elif isinstance(model.raw.get("optimizer"), Mapping):
-        candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
-        groups = stage0.read(builder, model, candidates, aliases, param_names)
-        first_state = model.raw["optimizer"]
-    else:
-        groups = []
-    for name, ref in module.items():
-        if name in builder.parameters or name in shared or (stage == 3 and name not in buffers):
-            continue
-        kind = "buffer" if name in buffers else "frozen"
-        builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+    found = folders.scan(path)
+    models = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+    first = models[0][0]
+    tp, pp = _degrees(first, len(found))
+    paths: dict[str, int] = {}
+    sources: list[SourceFile] = []
+    parts: dict[Coordinate, Part] = {}
+    for folder in found:
+        stage, slice_ = divmod(folder.mp, tp)
+        builder = Builder(files, paths, sources)
+        parts[Coordinate(slice_, stage)] = read_part(folder, models[folder.mp], builder, param_names)
+    same = {part.model.path: part for part in parts.values()}
+    for key in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
+        same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
+    zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
+    layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, zero=zero)
+    parameters, tensors, copies, state = assemble(parts, _placement(first, parts, layout, choice))
     catalog = Catalog(
         format=NAME,
-        writer=f"deepspeed {model.raw.get('ds_version', 'of unknown version')}",
-        layout=Layout(dp=dp, zero=stage),
-        files=tuple(builder.sources),
-        parameters=builder.parameters,
-        tensors=builder.tensors,
-        training_state=_training_state(model, groups, first_state, dp),
+        writer=f"deepspeed {first.raw.get('ds_version', 'of unknown version')}",
+        layout=layout,
+        files=tuple(sources),
+        parameters=parameters,
+        tensors=tensors,
+        training_state=state,
+        copies=copies,
     )
     catalog.check()
+    check_copies(catalog, files)
     return catalog
 
 
-def _refuse_unsupported(model: ModelFile) -> None:
-    if int(model.raw.get("mp_world_size") or 1) > 1:
-        raise Unsupported(
-            f"{model.path}: was saved by {model.raw['mp_world_size']} tensor or pipeline ranks; not supported yet"
+def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
+    """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``)."""
+    said = model.raw.get("checkpoint_parallel_dimensions") or {}
+    world = int(model.raw.get("mp_world_size") or 1)
+    pp = int(said.get("pp_degree") or 1)
+    tp = int(said.get("tp_degree") or max(world // pp, 1))
+    if tp * pp != count:
+        raise DamagedCheckpoint(
+            f"{model.path}: was saved by {tp * pp} model-parallel ranks (tp={tp}, pp={pp}), but there are files of "
+            f"{count}; files are missing or of two runs"
         )
-    zero = model.config.get("zero_optimization")
-    if isinstance(zero, Mapping) and int(zero.get("mics_shard_size", -1) or -1) > 0:
-        raise Unsupported(f"{model.path}: was saved under MiCS ('mics_shard_size'), whose cuts are not supported")
+    return tp, pp
 
 
-def _offloads_optimizer(model: ModelFile) -> bool:
-    zero = model.config.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
-    return isinstance(offload, Mapping) and offload.get("device") in ("cpu", "nvme")
+def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placement:
+    shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
+    if layout.tp == 1:
+        return uncut(shapes)
+    buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
+    info = model.raw.get("universal_checkpoint_info")
+    section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
+    if choice.spec is None and isinstance(info, Mapping):
+        from ucp.spec.infer import infer  # a checkpoint that describes itself; no other needs it
+
+        bound = bind(infer(info, shapes, layout), choice.config or {}, choice.settings)
+    else:
+        found = choice.bound(recorded_config(model), section)
+        if found is None:
+            raise _unknown_cuts(model, shapes)
+        bound = found
+    return place(bound, shapes, layout, buffers)
 
 
-def _is_round_robin(model: ModelFile, optimizer: Mapping[str, Any]) -> bool:
-    """Whether a group's parameters lie in the order of ``round_robin_gradients`` (BF16_Optimizer has none)."""
-    zero = model.config.get("zero_optimization")
-    return isinstance(zero, Mapping) and bool(zero.get("round_robin_gradients")) and "zero_stage" in optimizer
-
-
-def _trainable_names(model: ModelFile) -> list[str]:
-    found = model.raw.get("param_shapes")
-    return [str(n) for g in found for n in g] if isinstance(found, (list, tuple)) else []
-
-
-def _toward_owners(shared: Mapping[str, str], owners: set[str]) -> dict[str, str]:
-    """Alias -> owner, with the owner being the name that the optimizer knows."""
-    out = {}
-    for alias, owner in shared.items():
-        if alias in owners and owner not in owners:
-            alias, owner = owner, alias
-        if alias != owner:
-            out[alias] = owner
-    return out
-
-
-def _optimizer_state(path: Path) -> Mapping[str, Any]:
-    found = folders.load(path, trust=False).get("optimizer_state_dict")
-    if not isinstance(found, Mapping):
-        raise DamagedCheckpoint(f"{path}: the key 'optimizer_state_dict' is missing; this is no optimizer file")
-    return found
-
-
-def _stage(sd: Mapping[str, Any]) -> int:
-    """The ZeRO stage. BF16_Optimizer, which is a stage 1, does not write it."""
-    found = sd.get("zero_stage", 1)
-    return int(found.value if isinstance(found, Standin) else found)
-
-
-def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:
-    config = model.config
-    batch = config.get("train_batch_size")
-    steps, samples = model.integer("global_steps"), model.integer("global_samples")
-    if not isinstance(batch, int) and steps and samples:
-        batch = samples // steps
-    clip = optimizer.get("clip_grad")
-    return TrainingState(
-        param_groups=tuple(groups),
-        lr_scheduler=model.raw.get("lr_scheduler"),
-        loss_scaler=_loss_scaler(optimizer),
-        clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
-        global_steps=steps,
-        global_samples=samples,
-        skipped_steps=model.integer("skipped_steps"),
-        dp_world_size=dp,
-        global_batch_size=batch if isinstance(batch, int) else None,
-        extra={k: model.raw[k] for k in ("data_sampler", "random_ltd") if model.raw.get(k) is not None},
-        client_state=model.client_state,
-        config=config,
-    )
-
-
-def _loss_scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The loss scaler's attributes by DeepSpeed's names (``runtime/fp16/loss_scaler.py``), with 'dynamic'."""
-    scaler = optimizer.get("loss_scaler")
-    if isinstance(scaler, Standin):
-        return {k: v for k, v in scaler.state.items() if isinstance(v, (bool, int, float))}
-    if "cur_scale" in optimizer:
-        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
-        found = {k: optimizer[k] for k in keys if k in optimizer}
-        return {"dynamic": bool(optimizer.get("dynamic_loss_scale")), **found}
+def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:
+    """The model's config where the checkpoint has one: Megatron's ``args``, or a config.json beside it."""
+    args = model.raw.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    if isinstance(args, Mapping):
+        return args
+    for folder in (model.path.parent, model.path.parent.parent):
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            return found
     return None
+
+
+def _unknown_cuts(model: ModelFile, shapes: Mapping[Coordinate, Mapping[str, Shape]]) -> Unsupported:
+    names = list(shapes[Coordinate()])
+    shown = ", ".join(f"'{n}'" for n in names[:3]) + (", ..." if len(names) > 3 else "")
+    return Unsupported(
+        f"{model.path.parent}: was saved by tensor-parallel ranks, and nothing says how they cut its {len(names)} "
+        f"parameters ({shown}); give a spec (spec=, --spec), or write a draft with 'ucp-spec infer {model.path.parent}'"
+    )

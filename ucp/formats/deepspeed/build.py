@@ -24,7 +24,7 @@ Scalar = int | float | bool
 
 @dataclass
 class Builder:
-    """The files, parameters and tensors found so far."""
+    """The files, parameters and tensors found so far. paths, sources: shared by the parts of one checkpoint."""
 
     files: Files
     paths: dict[str, int] = field(default_factory=dict)

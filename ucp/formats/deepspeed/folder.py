@@ -25,9 +25,13 @@ _EXPERT = re.compile(
 
 @dataclass(frozen=True)
 class Folder:
-    """Paths by data-parallel rank. model: one file at stages 0 to 2 (key 0), one per rank at stage 3."""
+    """The files of one model-parallel rank, by data-parallel rank.
+
+    mp: its number in the files' names. model: one file at stages 0 to 2 (key 0), one per rank at stage 3.
+    """
 
     path: Path
+    mp: int
     model: Mapping[int, Path]
     optim: Mapping[int, Path]
     bf16: bool
@@ -36,6 +40,16 @@ class Folder:
     def partitioned_model(self) -> bool:
         """Whether every rank wrote a model file of its own (stage 3)."""
         return self.model[min(self.model)].name.startswith("zero_pp_rank_")
+
+    @property
+    def model_pattern(self) -> str:
+        """The names of this part's model files, ``{}`` for the data-parallel rank."""
+        return f"zero_pp_rank_{{}}_mp_rank_{self.mp:02d}_model_states.pt"
+
+    @property
+    def optim_pattern(self) -> str:
+        """The names of this part's optimizer files, ``{}`` for the data-parallel rank."""
+        return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{{}}_mp_rank_{self.mp:02d}_optim_states.pt"
 
 
 def looks_like(path: Path) -> bool:
@@ -47,12 +61,15 @@ def looks_like(path: Path) -> bool:
     return any(_MODEL.match(n) or _OPTIM.match(n) or _PIPELINE.match(n) for n in names)
 
 
-def scan(path: Path) -> Folder:
-    """Find the files. Raises Unsupported for layouts other than ZeRO and data parallelism, DamagedCheckpoint for
-    a folder without a model file or with files of both stage 3 and other stages."""
+def scan(path: Path) -> list[Folder]:
+    """Find the files, those of model-parallel rank 0 first.
+
+    Raises Unsupported for what is not understood, DamagedCheckpoint for a folder without a model file, with files of
+    both stage 3 and other stages, or without the files of some model-parallel rank.
+    """
     whole: dict[int, Path] = {}
-    parts: dict[int, Path] = {}
-    optim: dict[int, Path] = {}
+    parts: dict[int, dict[int, Path]] = {}
+    optim: dict[int, dict[int, Path]] = {}
     prefixes: set[bool] = set()
     for name in sorted(os.listdir(path)):
         if _PIPELINE.match(name):
@@ -63,25 +80,33 @@ def scan(path: Path) -> Folder:
         found = model or opt
         if not found:
             continue
-        if int(found["mp"]):
-            raise Unsupported(f"{path}: '{name}' was written by tensor or pipeline parallelism; not supported yet")
+        mp = int(found["mp"])
         if opt:
             prefixes.add(bool(opt["bf16"]))
-            optim[int(opt["dp"])] = path / name
+            optim.setdefault(mp, {})[int(opt["dp"])] = path / name
         elif found["dp"] is None:
-            whole[0] = path / name
+            whole[mp] = path / name
         else:
-            parts[int(found["dp"])] = path / name
+            parts.setdefault(mp, {})[int(found["dp"])] = path / name
     if whole and parts:
+        some = parts[min(parts)]
         raise DamagedCheckpoint(
-            f"{path}: holds both '{whole[0].name}' (stages 0 to 2) and '{parts[min(parts)].name}' (stage 3); "
+            f"{path}: holds both '{whole[min(whole)].name}' (stages 0 to 2) and '{some[min(some)].name}' (stage 3); "
             "files of two checkpoints are mixed"
         )
     if len(prefixes) > 1:
         raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
     if not whole and not parts:
         raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
-    return Folder(path, whole or parts, optim, prefixes == {True})
+    models: Mapping[int, Mapping[int, Path]] = parts or {mp: {0: file} for mp, file in whole.items()}
+    ranks = sorted({0, *models, *optim})
+    lost = [mp for mp in range(ranks[-1] + 1) if mp not in models]
+    if lost:
+        raise DamagedCheckpoint(
+            f"{path}: there are files of model-parallel rank {ranks[-1]}, but no '*mp_rank_{lost[0]:02d}_model_states.pt'; "
+            "the model part of the checkpoint is missing"
+        )
+    return [Folder(path, mp, models[mp], optim.get(mp, {}), prefixes == {True}) for mp in ranks]
 
 
 def load(path: Path, trust: bool) -> dict[str, Any]:

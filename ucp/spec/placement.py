@@ -1,0 +1,125 @@
+"""Where every rank's local tensors lie in the logical tensors: a spec applied to all ranks' shapes together.
+
+The same answer serves both directions. A reader lifts the fragments of a rank's files with it, a live engine the slots
+of its own memory, so that either side speaks of logical tensors only.
+
+A padded axis makes two of one local tensor: the parameter's own part, and its padding, which is a logical tensor of its
+own (kind 'padding'), so that a target of the same width gets it bit for bit and every other can leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ucp.errors import Mismatch, Unsupported
+from ucp.geometry import Blocks, Shape, whole
+from ucp.parallel.mesh import Coordinate, Layout
+from ucp.spec.axes import Expression
+from ucp.spec.bound import Bound
+from ucp.spec.cuts import Observed, solve_cuts
+from ucp.spec.meaning import Cutting, shape_of, shard
+from ucp.spec.places import Place, SpecError
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A local tensor's part of one logical tensor.
+
+    name, shape: the logical tensor's. blocks: its boxes, at their places in the local tensor's row-major order.
+    padding: whether this is the padding of a parameter.
+    """
+
+    name: str
+    shape: Shape
+    blocks: Blocks
+    padding: bool = False
+
+
+# Local names and shapes of every part of the model, and where each of these tensors lies.
+Parts = Mapping[Coordinate, Mapping[str, Shape]]
+Placement = Mapping[tuple[Coordinate, str], tuple[Placed, ...]]
+
+
+def padding_name(name: str) -> str:
+    """What the padding of a parameter is called in a catalog."""
+    return f"{name}[padding]"
+
+
+def uncut(parts: Parts) -> Placement:
+    """Every local tensor is the logical one: nothing is cut but by ZeRO; stages of a pipeline hold some names each."""
+    return {
+        (at, name): (Placed(name, shape, whole(shape)),) for at, held in parts.items() for name, shape in held.items()
+    }
+
+
+def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placement:
+    """Where all local tensors lie by a spec, whose cuts are solved from the shapes on all ranks.
+
+    buffers: names that need no line in the spec; without one they are replicated.
+
+    Raises SpecError where shapes contradict the spec or leave a cut open, or a parameter has no line; Unsupported for a
+    parameter that is an average of its copies.
+    """
+    expressions: dict[str, Expression | None] = {}
+    shards: dict[str, list[tuple[Mapping[str, int], Shape]]] = {}
+    for at, held in parts.items():
+        for name, shape in held.items():
+            if name not in expressions:
+                expressions[name] = _expression(bound, name, shape, name in buffers)
+            shards.setdefault(name, []).append((at._asdict(), shape))
+    observed = {name: Observed(name, found, shards[name]) for name, found in expressions.items() if found is not None}
+    cuttings = solve_cuts(list(observed.values()), bound.sizes, {"tp": layout.tp})
+    out: dict[tuple[Coordinate, str], tuple[Placed, ...]] = {}
+    for at, held in parts.items():
+        for name, shape in held.items():
+            if name not in observed:
+                out[at, name] = (Placed(name, shape, whole(shape)),)
+                continue
+            expression, cutting = observed[name].expression, cuttings[name]
+            mine = shard(expression, bound.sizes, cutting, at._asdict())
+            if mine.shape != shape:
+                raise Mismatch(
+                    f"{expression.source.place}: '{expression}' makes '{name}' {list(mine.shape)} on {at}, but it has "
+                    f"{list(shape)}"
+                )
+            out[at, name] = (Placed(name, mine.logical, mine.blocks), *_padding(bound, name, expression, cutting, at))
+    return out
+
+
+def _expression(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:
+    found = bound.find(name)
+    if found is None:
+        if optional:
+            return None
+        raise SpecError(
+            Place(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}' (shape {list(shape)}); write one"
+        )
+    if found.expression.average is not None:
+        raise Unsupported(
+            f"{found.expression.source.place}: '{name}' is the average of its copies over {found.expression.average}; "
+            "taking averages while reading is not supported yet"
+        )
+    return found.expression
+
+
+def _padding(bound: Bound, name: str, expression: Expression, cutting: Cutting, at: Coordinate) -> tuple[Placed, ...]:
+    """The padding that a local tensor holds: none, or the region of one axis beyond its true size."""
+    true, full = shape_of(expression, bound.sizes), shape_of(expression, bound.sizes, cutting.padded)
+    wide = [k for k in range(len(true)) if true[k] != full[k]]
+    if not wide:
+        return ()
+    if len(wide) > 1:
+        raise Unsupported(f"{expression.source.place}: '{name}' is padded along {len(wide)} axes; one is supported")
+    k = wide[0]
+    blocks = shard(expression, bound.sizes, cutting, at._asdict(), keep_padding=True).blocks
+    first = np.maximum(blocks.offsets[:, k], true[k])
+    beyond = blocks.offsets[:, k] + blocks.sizes[:, k] - first
+    offsets, sizes = blocks.offsets.copy(), blocks.sizes.copy()
+    starts = blocks.starts + (first - blocks.offsets[:, k]) * blocks.strides[:, k]
+    offsets[:, k], sizes[:, k] = first - true[k], beyond
+    kept = Blocks(offsets, sizes, starts, blocks.strides, blocks.buffers).take(beyond > 0)
+    shape = (*full[:k], full[k] - true[k], *full[k + 1 :])
+    return (Placed(padding_name(name), shape, kept, padding=True),)
