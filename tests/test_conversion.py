@@ -149,7 +149,7 @@ def test_workers_and_memory_change_nothing(source: Path, made: raw.Raw, tmp_path
         ({"to": "deepspeed", "layout": "dp=2", "ds_config": "nowhere.json"}, BadArgument, "nowhere.json: .*be read"),
         ({"workers": 0}, BadArgument, "0 workers"),
         ({"max_memory": 1}, BadArgument, "memory limit of 1 bytes"),
-        ({"spec": "x.yaml"}, BadArgument, "spec 'x.yaml'"),
+        ({"spec": "x.yaml"}, BadArgument, r"x.yaml: can't be read as a spec"),
         ({"tag": "step1"}, NotACheckpoint, "no checkpoint with the tag 'step1'"),
     ],
 )

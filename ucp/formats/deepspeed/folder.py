@@ -103,8 +103,8 @@ def scan(path: Path) -> list[Folder]:
     lost = [mp for mp in range(ranks[-1] + 1) if mp not in models]
     if lost:
         raise DamagedCheckpoint(
-            f"{path}: there are files of model-parallel rank {ranks[-1]}, but no '*mp_rank_{lost[0]:02d}_model_states.pt'; "
-            "the model part of the checkpoint is missing"
+            f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost[0]} "
+            f"('*mp_rank_{lost[0]:02d}_model_states.pt'); the checkpoint is incomplete"
         )
     return [Folder(path, mp, models[mp], optim.get(mp, {}), prefixes == {True}) for mp in ranks]
 
