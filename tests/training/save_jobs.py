@@ -201,7 +201,11 @@ def _first(
     for rank in range(1, len(made)):
         if os.fork() == 0:
             _in_child(lambda: _other(session, rank, made[rank], death, hangs, counters), 2)  # noqa: B023
-    write_share(session, 0, made[0])
+    try:
+        write_share(session, 0, made[0])
+    except UcpError:
+        commit.abandon(session)
+        raise
     commit.commit(session, timeout=timeout)
 
 

@@ -1,8 +1,15 @@
-"""Saves that go on while training does: what is saved is copied to host memory at once, and flushed by a thread.
+"""Saves that go on while training does: copied to host memory beside forward and backward, flushed by a thread.
+
+    saver = Saver(memory=8 << 30)             # bytes of host memory; saver.reserve(...) allocates it beforehand
+    saver.save(source, folder, "step100")     # collective; source: ucp.training.source.Source, of any framework
+    ...                                       # forward, backward
+    saver.hold()                              # before anything changes the weights or the optimizer's states
+    optimizer.step()
+    saver.wait()                              # it is on disk, or this raises why not
 
 The thread talks to no process group: ranks tell each other by files (`commit`), so a save is finished even when the
 program has destroyed its process group and is leaving. A failure is raised at the next save, at `Saver.wait`, and at
-exit; leaving the process, by itself or by SIGTERM, waits for the save that is under way.
+exit, whose code then is not 0; leaving the process, by itself or by SIGTERM, waits for the save that is under way.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -22,10 +30,12 @@ from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.retention import Keep
 from ucp.training.save import SaveReport, Share, prepare, write
-from ucp.training.share import Staging
 from ucp.training.source import Source
+from ucp.training.staging import MEMORY, Copying, Pool
 
 log = logging.getLogger(__name__)
+
+POLICIES = ("wait", "skip")
 
 _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
@@ -33,13 +43,19 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 class Saver:
     """One training state's saves in the background, at most one under way at a time.
 
-    done: called, in the background, with the report of every save that was finished.
+    done: called, in the background, with the report of every save that was finished. memory: bytes of host memory for
+    the copies, at most. policy: what a save does that comes while one is under way: 'wait' for that, or 'skip' this
+    one with a warning.
     """
 
-    def __init__(self, done: Callable[[SaveReport], None] | None = None) -> None:
+    def __init__(
+        self, done: Callable[[SaveReport], None] | None = None, *, memory: int = MEMORY, policy: str = "wait"
+    ) -> None:
         self._done = done
-        self._staging = Staging()
+        self._pool = Pool(memory)
+        self._policy = policy
         self._thread: threading.Thread | None = None
+        self._copying: Copying | None = None
         self._error: BaseException | None = None
         self._path = ""
         _savers.add(self)
@@ -50,6 +66,15 @@ class Saver:
         """The path of the save that is under way; None if there is none."""
         return self._path if self._thread is not None and self._thread.is_alive() else None
 
+    @property
+    def memory(self) -> int:
+        """Bytes of host memory that the pool has now."""
+        return self._pool.nbytes
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """Allocate for a share of so many bytes beforehand, within the bound; pinned for copies from a device."""
+        self._pool.reserve(nbytes, pinned=pinned)
+
     def save(
         self,
         source: Source,
@@ -59,48 +84,65 @@ class Saver:
         latest: bool = True,
         timeout: float = commit.TIMEOUT,
         keep: Keep | None = None,
-    ) -> None:
-        """As `ucp.training.save.save`, but it returns once everything is copied.
+    ) -> bool:
+        """As `ucp.training.save.save`, but the tensors are copied later: call `hold` before they change.
 
-        Waits for the save before this one first, and raises, on all ranks, what went wrong with that: nothing is begun
-        then. Collective.
+        Copied before it returns are volatile tensors and everything that is not a tensor of a parameter. Raises on all
+        ranks what went wrong with the save before this one: nothing is begun then. Returns whether a save was begun:
+        False where one is still under way and the policy is to skip. Collective.
         """
         started = time.perf_counter()
-        ranks.together(self.wait)
-        share = ranks.together(lambda: prepare(source, ranks.rank(), ranks.world_size()))
-        image = ranks.together(lambda: self._staging.fill(share.plan, share.pieces))
+        if self._policy == "skip" and (under_way := ranks.from_first(lambda: self.pending)) is not None:
+            if ranks.rank() == 0:
+                log.warning("%s was not saved: the save of %s is still under way", tag, under_way)
+            return False
+
+        def begin() -> tuple[Share, Copying]:
+            self.wait()
+            share = prepare(source, ranks.rank(), ranks.world_size())
+            return share, Copying(self._pool, share.plan, share.pieces)
+
+        share, copying = ranks.together(begin)
         session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
-        copied = time.perf_counter() - started
-        self._path = os.fspath(session.destination)
+        self._path, self._copying = os.fspath(session.destination), copying
         self._thread = threading.Thread(
             target=self._finish,
-            args=(session, ranks.rank(), share, image, timeout, copied),
+            args=(session, ranks.rank(), share, copying, timeout, time.perf_counter() - started),
             name="ucp-save",
             daemon=True,
         )
         _watch_termination()
         self._thread.start()
+        return True
+
+    def hold(self) -> None:
+        """Return once what is being saved may be changed: by the calling thread, on its device's current stream."""
+        if self._copying is not None:
+            self._copying.hold()
+            self._copying = None
 
     def wait(self) -> None:
         """Return once no save of this rank is under way; raises what went wrong with the last one, once."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread = self._copying = None
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def _finish(
-        self, session: Session, rank: int, share: Share, image: memoryview, timeout: float, copied: float
+        self, session: Session, rank: int, share: Share, copying: Copying, timeout: float, begun: float
     ) -> None:
         started = time.perf_counter()
         try:
-            nbytes = _flush(session, rank, share, image, timeout)
+            nbytes = _flush(session, rank, share, copying, timeout)
         except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
             self._error = error
             log.error("the save of %s failed; it is raised at the next save, wait() or exit: %s", self._path, error)
             return
-        seconds = {"copy": copied, "flush": time.perf_counter() - started}
+        finally:
+            copying.close()
+        seconds = {"begin": begun, "flush": time.perf_counter() - started}
         report = SaveReport(self._path, session.tag, nbytes, share.plan.size, seconds)
         if self._done is not None:
             self._done(report)
@@ -108,9 +150,9 @@ class Saver:
             log.info("%s", report)
 
 
-def _flush(session: Session, rank: int, share: Share, image: memoryview, timeout: float) -> int:
+def _flush(session: Session, rank: int, share: Share, copying: Copying, timeout: float) -> int:
     try:
-        write(session, rank, share, image)
+        write(session, rank, share, copying)
     except Exception as error:
         if rank == 0:
             commit.condemn(session, error)
@@ -149,7 +191,18 @@ def _watch_exit() -> None:
     global _exit_watched
     if not _exit_watched:
         _exit_watched = True
-        atexit.register(finish_all)
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    """What is raised here would leave the exit code at 0, so a failure ends the process by itself."""
+    try:
+        finish_all()
+    except Exception:  # noqa: BLE001 - it has been logged
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
 
 
 def _watch_termination() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -20,13 +20,13 @@ from ucp.formats.universal.fragmented import Identity
 from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
 from ucp.storage import plain
-from ucp.storage.digests import ChunkDigests
 from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.retention import Keep
-from ucp.training.share import Piece, assign, contents, lay_out, write_file
+from ucp.training.share import Piece, assign, contents, lay_out, write_file, write_windows
 from ucp.training.source import Source
+from ucp.training.staging import Copying
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,16 @@ def prepare(source: Source, rank: int, world: int) -> Share:
     return Share(name, plan, pieces, extra, catalog, state, own)
 
 
-def write(session: Session, rank: int, share: Share, image: memoryview | None = None) -> None:
+def write(session: Session, rank: int, share: Share, copying: Copying | None = None) -> None:
     """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
 
-    image: the tensors' file as it is to be; without it, the bytes are taken from the tensors now.
+    copying: of the tensors' file; without it, the bytes are taken from the tensors now.
     """
-    parts: Iterable[memoryview | bytes] = (
-        chain([share.plan.header], contents(share.pieces)) if image is None else [image]
-    )
-    digests: dict[str, ChunkDigests] = {share.name: write_file(session.path(share.name), parts, share.plan.size)}
+    path, size = session.path(share.name), share.plan.size
+    if copying is None:
+        digests = {share.name: write_file(path, chain([share.plan.header], contents(share.pieces)), size)}
+    else:
+        digests = {share.name: write_windows(path, copying.windows(), size)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)))

@@ -26,7 +26,7 @@ from ucp.training.source import Holding
 if TYPE_CHECKING:
     import torch
 
-# Bytes digested and written at once; tensors on a device pass through host memory in such pieces.
+# Bytes digested and written at once; tensors on a device pass through host memory in such pieces. A multiple of CHUNK.
 WINDOW = 16 << 20
 
 
@@ -138,25 +138,25 @@ def _packed(blocks: Blocks) -> Blocks:
     return Blocks(blocks.offsets, blocks.sizes, starts, strides, np.zeros_like(blocks.buffers))
 
 
+def elements(piece: Piece) -> Iterator[torch.Tensor]:
+    """The piece's elements, in order, as tensors where they lie; row-major, not always dense."""
+    flat = piece.holding.tensor.detach().reshape(-1)
+    if piece.dense is not None:
+        first, count = piece.dense
+        yield flat[first : first + count]
+        return
+    blocks = piece.holding.blocks
+    for sizes, strides, start in zip(
+        blocks.sizes.tolist(), blocks.strides.tolist(), blocks.starts.tolist(), strict=True
+    ):
+        yield flat.as_strided(sizes, strides, flat.storage_offset() + start)
+
+
 def contents(pieces: Iterable[Piece]) -> Iterator[memoryview]:
     """The pieces' bytes, in order, in host memory: views of it where they lie there already."""
-    for part in _parts(pieces):
-        yield from _host(part)
-
-
-def _parts(pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
-    """The pieces' elements, in order, as flat tensors where they lie."""
     for piece in pieces:
-        flat = piece.holding.tensor.detach().reshape(-1)
-        if piece.dense is not None:
-            first, count = piece.dense
-            yield flat[first : first + count]
-            continue
-        blocks = piece.holding.blocks
-        for sizes, strides, start in zip(
-            blocks.sizes.tolist(), blocks.strides.tolist(), blocks.starts.tolist(), strict=True
-        ):
-            yield flat.as_strided(sizes, strides, flat.storage_offset() + start).reshape(-1)
+        for part in elements(piece):
+            yield from _host(part.reshape(-1))
 
 
 def _host(flat: torch.Tensor) -> Iterator[memoryview]:
@@ -168,48 +168,25 @@ def _host(flat: torch.Tensor) -> Iterator[memoryview]:
         yield part.numpy().data.cast("B")
 
 
-class Staging:
-    """Host memory for the file of one save, kept for the next one; pinned where tensors come from a device."""
-
-    def __init__(self) -> None:
-        self._memory: torch.Tensor | None = None
-
-    def fill(self, plan: safetensors.FilePlan, pieces: Sequence[Piece]) -> memoryview:
-        """The whole file's bytes, copied: what the tensors become afterwards does not matter."""
-        import torch
-
-        device = any(piece.holding.tensor.is_cuda for piece in pieces)
-        if self._memory is None or self._memory.numel() < plan.size:
-            self._memory = None  # the old one goes before the new one comes
-            self._memory = torch.empty(plan.size, dtype=torch.uint8, pin_memory=device)
-        image = self._memory[: plan.size]
-        image[: len(plan.header)] = torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)
-        at = len(plan.header)
-        for part in _parts(pieces):
-            raw = part.contiguous().view(torch.uint8)
-            image[at : at + raw.numel()].copy_(raw, non_blocking=device)
-            at += raw.numel()
-        if device:
-            torch.cuda.current_stream().synchronize()
-        return image.numpy().data.cast("B")
-
-
 def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> ChunkDigests:
     """Create the file, write these bytes one after the other, flush them to disk; return its digests.
 
     Raises DestinationError where that fails; the file is removed then.
     """
+    return write_windows(path, _windows(parts), size)
+
+
+def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int) -> ChunkDigests:
+    """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk."""
     table = bytearray()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            at = 0
-            for window in _windows(parts):
+            for at, window in windows:
                 table += digest_chunks(window)
                 write_at(fd, window, at)
                 if size >= LARGE:
                     start_writeback(fd, at, len(window))
-                at += len(window)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
@@ -226,24 +203,25 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> Ch
     return ChunkDigests(size, bytes(table))
 
 
-def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
+def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryview]]:
     """The same bytes in pieces that begin at multiples of the digests' chunk; long parts are not copied."""
     buffer = memoryview(bytearray(WINDOW))
-    filled = 0
+    filled = at = 0
     for part in parts:
         view = memoryview(part)
         while len(view):
             if filled == 0 and len(view) >= CHUNK:
                 count = min(len(view) // CHUNK * CHUNK, WINDOW)
-                yield view[:count]
+                yield at, view[:count]
+                at += count
             else:
                 # Up to the next chunk's beginning only, so that what follows need not be copied.
                 count = min(-filled % CHUNK or CHUNK, len(view))
                 buffer[filled : filled + count] = view[:count]
                 filled += count
                 if filled == WINDOW or (filled % CHUNK == 0 and len(view) - count >= CHUNK):
-                    yield buffer[:filled]
-                    filled = 0
+                    yield at, buffer[:filled]
+                    at, filled = at + filled, 0
             view = view[count:]
     if filled:
-        yield buffer[:filled]
+        yield at, buffer[:filled]

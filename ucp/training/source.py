@@ -21,6 +21,7 @@ class Holding:
     tensor: the memory, on any device; read as one flat row-major buffer. blocks: which elements, and where in it, in
     elements. holders: the global ranks that hold exactly these elements, with the same values, in ascending order; they
     share the work of writing them. Every holder lists what it holds together with the same ranks in the same order.
+    volatile: it may change in forward or backward already, not in the optimizer's step only.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Holding:
     tensor: torch.Tensor
     blocks: Blocks
     holders: tuple[int, ...]
+    volatile: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,11 +65,12 @@ def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
         placement = slot.placement(name)
         tensor = weights if name == "param" else state[name]
         for member, blocks, holders in zip(slot.members, placement.blocks, placement.holders, strict=True):
-            if slot.kind == "buffer":
+            volatile = slot.kind == "buffer"
+            if volatile:
                 # Nothing keeps buffers equal: DeepSpeed, too, saves the first rank's.
                 holders = (0,)
                 blocks = blocks if rank == 0 else empty(len(member.shape))
-            yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,))
+            yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
 
 
 def _scalars(live: Live, slot: Slot, groups: Sequence[Group]) -> dict[str, Any]:
