@@ -65,6 +65,7 @@ class FakeTarget:
     slots: Sequence[Slot]
     groups: Sequence[Group]
     layout: Layout = field(default_factory=lambda: Layout(dp=1, zero=3))
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return None

@@ -237,10 +237,10 @@ def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
     mine = next(k for k, h in enumerate(held) if h.holders == (1,) and len(h.blocks))
     twice = [altered(h, holders=(1,)) if len(h.holders) > 1 else h for h in held]
     cases = {
-        "'extra' exists on rank 1 only": {
+        "no rank has the weights of 'extra'": {
             "parameters": infos | {"extra": replace(infos["gain"], name="extra", aliases=())}
         },
-        "'embed.weight' is .* on rank 0 and .* on rank 1": {
+        "'embed.weight' is .* on rank 1 and .* on an earlier one": {
             "parameters": infos | {"embed.weight": replace(infos["embed.weight"], kind="frozen")}
         },
         "'embed.weight' has step 1 on rank 1 and 4 on an earlier one": {

@@ -29,19 +29,31 @@ from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
 _initialize = deepspeed.initialize
 
 
-@functools.wraps(_initialize)
-def initialize(*args: Any, **kwargs: Any) -> Any:
-    """As ``deepspeed.initialize``; the engine is bound if its config says ``"ucp": {"enabled": true}``."""
+def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
+    """``deepspeed.initialize``, and the engine bound if its config says so."""
     given = inspect.signature(_initialize).bind_partial(*args, **kwargs).arguments
     early = configs.parse(configs.find(given.get("args"), given.get("config"), given.get("config_params")))
     if early.enabled:
         check_version(early.allow_untested_version)
     result = _initialize(*args, **kwargs)
-    config = configs.parse(result[0]._config._param_dict)
+    config = configs.parse(result[0]._config._param_dict, save_async=save_async)
     if config.enabled:
         check_version(config.allow_untested_version)
         bind(result[0], config)
     return result
+
+
+@functools.wraps(_initialize)
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """As ``deepspeed.initialize``; the engine is bound if its config says ``"ucp": {"enabled": true}``."""
+    return _bound(args, kwargs, save_async=True)
+
+
+@functools.wraps(_initialize)
+def initialize_for_others(*args: Any, **kwargs: Any) -> Any:
+    """As `initialize`, but saves are synchronous unless the config says ``"save": {"async": true}``: programs that do
+    not know of this plugin delete the older checkpoint right after a save."""
+    return _bound(args, kwargs, save_async=False)
 
 
 def attach(engine: Any) -> Any:

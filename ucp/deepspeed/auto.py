@@ -3,6 +3,9 @@
 For programs that call DeepSpeed themselves (Hugging Face Trainer, Accelerate, Lightning). It replaces one function,
 ``deepspeed.initialize``, with `ucp.deepspeed.initialize`, for the whole process; without the config key that behaves as
 the original. Nothing else in this project changes DeepSpeed.
+
+These programs delete the older checkpoint as soon as a save returns, so saves are synchronous here unless the config
+says ``"save": {"async": true}``.
 """
 
 from __future__ import annotations
@@ -11,4 +14,4 @@ import deepspeed
 
 import ucp.deepspeed
 
-deepspeed.initialize = ucp.deepspeed.initialize
+deepspeed.initialize = ucp.deepspeed.initialize_for_others

@@ -7,12 +7,15 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hjson  # DeepSpeed's own requirement, and its way to read config files
 
 from ucp.errors import BadArgument
+from ucp.spec.choice import Choice, choose
+from ucp.training.background import POLICIES
+from ucp.training.staging import MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -21,49 +24,73 @@ log = logging.getLogger(__name__)
 class Config:
     """What the section says.
 
-    enabled: bind the engine. allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
+    enabled: bind the engine. spec, sizes: how tensor parallelism cuts the model, as for `ucp.open`.
+    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
     verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
     allow_untested_version: try a DeepSpeed that the tests have not run. save_format: 'universal', or 'deepspeed' for
-    DeepSpeed's own save. save_async: flush in the background. save_timeout: seconds that the first rank waits for the
-    others' files. keep_last, keep_every: how many of the newest checkpoints stay, and of which steps besides; None for
-    all.
+    DeepSpeed's own save. save_async: save in the background. save_memory: bytes of host memory that a rank's copies for
+    that may take. save_policy: 'wait' for a save under way before the next one, or 'skip' the next one. save_timeout:
+    seconds that the first rank waits for the others' files. keep_last, keep_every: how many of the newest checkpoints
+    stay, and of which steps besides; None for all.
     """
 
     enabled: bool = False
+    spec: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     allow_missing: tuple[str, ...] = ()
     allow_unused: tuple[str, ...] = ()
     verify: bool = True
     trust_client_state: bool = False
     allow_untested_version: bool = False
-    save_format: str = "deepspeed"
-    save_async: bool = False
+    save_format: str = "universal"
+    save_async: bool = True
+    save_memory: int = MEMORY
+    save_policy: str = "wait"
     save_timeout: float = 1800.0
     keep_last: int | None = None
     keep_every: int | None = None
 
+    def choice(self) -> Choice:
+        """The spec that counts for a tensor-parallel model, live or saved."""
+        return choose(self.spec, None, self.sizes)
+
 
 _TOP: dict[str, Any] = {
     "enabled": bool,
+    "spec": str,
+    "sizes": dict,
     "load": dict,
     "save": dict,
     "trust_client_state": bool,
     "allow_untested_version": bool,
 }
 _LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
-_SAVE: dict[str, Any] = {"format": str, "async": bool, "timeout": float, "keep_last": int, "keep_every": int}
+_SAVE: dict[str, Any] = {
+    "format": str,
+    "async": bool,
+    "memory": int,
+    "policy": str,
+    "timeout": float,
+    "keep_last": int,
+    "keep_every": int,
+}
 _ACCEPTED: dict[type, Any] = {dict: Mapping, list: (list, tuple), float: (int, float)}
 FORMATS = ("universal", "deepspeed")
 
 
-def parse(config: Mapping[str, Any]) -> Config:
+def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
     """Read the section of a DeepSpeed config dict; without one, nothing is enabled.
 
-    Raises BadArgument for unknown keys and wrong types.
+    save_async: whether saves go on in the background where the section does not say so. Raises BadArgument for unknown
+    keys and wrong types.
     """
     section = config.get("ucp")
     if section is None:
         return Config()
     _check('"ucp"', section, _TOP)
+    sizes = section.get("sizes", {})
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes.values()):
+        raise BadArgument(f'"ucp": {{"sizes"}} needs whole numbers by name, found {sizes!r}')
     load = section.get("load", {})
     _check('"ucp": {"load"}', load, _LOAD)
     for key in ("allow_missing", "allow_unused"):
@@ -71,28 +98,33 @@ def parse(config: Mapping[str, Any]) -> Config:
             raise BadArgument(f'"ucp": {{"load": {{"{key}"}}}} needs a list of name patterns, found {load[key]!r}')
     save = section.get("save", {})
     _check('"ucp": {"save"}', save, _SAVE)
-    if save.get("format", FORMATS[0]) not in FORMATS:
-        raise BadArgument(f'"ucp": {{"save": {{"format"}}}} is one of {", ".join(FORMATS)}; found {save["format"]!r}')
-    for key in ("keep_last", "keep_every"):
+    for key, known in (("format", FORMATS), ("policy", POLICIES)):
+        if save.get(key, known[0]) not in known:
+            raise BadArgument(f'"ucp": {{"save": {{"{key}"}}}} is one of {", ".join(known)}; found {save[key]!r}')
+    for key in ("memory", "keep_last", "keep_every"):
         if key in save and (save[key] < 1 or save[key] is True):
             raise BadArgument(f'"ucp": {{"save": {{"{key}"}}}} needs a number of at least 1, found {save[key]!r}')
     if "keep_every" in save and "keep_last" not in save:
         raise BadArgument('"ucp": {"save": {"keep_every"}} needs "keep_last" beside it; without that, all are kept')
-    if "keep_last" in save and save.get("format") != "universal":
-        raise BadArgument('"ucp": {"save": {"keep_last"}} needs "format": "universal" beside it')
-    if save.get("async") and save.get("format") != "universal":
-        raise BadArgument('"ucp": {"save": {"async": true}} needs "format": "universal" beside it')
+    if save.get("format") == "deepspeed" and (others := [key for key in save if key != "format"]):
+        raise BadArgument(
+            f'"ucp": {{"save": {{"{others[0]}"}}}} is for "format": "universal", and the config asks for "deepspeed"'
+        )
     if not save.get("timeout", 1) > 0:
         raise BadArgument(f'"ucp": {{"save": {{"timeout"}}}} needs seconds above 0, found {save["timeout"]!r}')
     return Config(
         enabled=section.get("enabled", False),
+        spec=section.get("spec"),
+        sizes=dict(section.get("sizes", {})),
         allow_missing=tuple(load.get("allow_missing", ())),
         allow_unused=tuple(load.get("allow_unused", ())),
         verify=load.get("verify", True),
         trust_client_state=section.get("trust_client_state", False),
         allow_untested_version=section.get("allow_untested_version", False),
-        save_format=save.get("format", "deepspeed"),
-        save_async=save.get("async", False),
+        save_format=save.get("format", FORMATS[0]),
+        save_async=save.get("async", save_async),
+        save_memory=save.get("memory", MEMORY),
+        save_policy=save.get("policy", POLICIES[0]),
         save_timeout=float(save.get("timeout", 1800.0)),
         keep_last=save.get("keep_last"),
         keep_every=save.get("keep_every"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -15,6 +15,7 @@ from ucp.checkpoint import LATEST
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
+from ucp.deepspeed.live.placed import model_config
 from ucp.deepspeed.live.state import warn_of_clipping
 from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
@@ -39,7 +40,19 @@ class EngineUcp:
         self.config = config
         self.last_load: LoadReport | None = None
         self.last_save: SaveReport | None = None
-        self.saver = Saver(self._saved) if config.save_async else None
+        self.saver: Saver | None = None
+        if config.save_format == "universal" and config.save_async:
+            self.saver = Saver(self._saved, memory=config.save_memory, policy=config.save_policy)
+            live = LiveEngine(engine)
+            self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
+
+    def hold(self) -> None:
+        """Return once the save under way has copied what it needs, so that weights and optimizer states may be changed.
+
+        DeepSpeed's own ways to change them (a step, ``safe_set_*``, ``offload_states``, a load) call it by themselves.
+        """
+        if self.saver is not None:
+            self.saver.hold()
 
     def wait(self) -> None:
         """Return once no save of this rank is under way in the background; raises what went wrong with the last one."""
@@ -92,7 +105,8 @@ def load_checkpoint(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
     )
     names = [g.names for g in target.groups]
-    found = ranks.from_first(lambda: _open(load_dir, tag, config, names))
+    target.place(config.choice())
+    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, model_config(engine)))
     if found is None:
         if ranks.rank() == 0:
             log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
@@ -139,11 +153,19 @@ def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
     check_engine(engine)
 
 
-def _open(load_dir: str, tag: str | None, config: Config, names: Sequence[Sequence[str]]) -> tuple[str, Catalog] | None:
+def _open(
+    load_dir: str, tag: str | None, config: Config, names: Sequence[Sequence[str]], model: Mapping[str, Any] | None
+) -> tuple[str, Catalog] | None:
     """The checkpoint's folder and its catalog, its training state with real tensors; None if there is no checkpoint."""
     try:
         with open_checkpoint(
-            load_dir, tag=tag, trust_client_state=config.trust_client_state, param_names=names
+            load_dir,
+            config.spec,
+            tag,
+            model_config=model,
+            sizes=config.sizes,
+            trust_client_state=config.trust_client_state,
+            param_names=names,
         ) as checkpoint:
             return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
     except NotACheckpoint:

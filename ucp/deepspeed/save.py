@@ -9,6 +9,7 @@ from typing import Any
 
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
+from ucp.deepspeed.live.hold import hold_updates
 from ucp.deepspeed.supported import check_features
 from ucp.training import ranks
 from ucp.training.retention import Keep
@@ -30,9 +31,10 @@ def save_checkpoint(
     The arguments are those of DeepSpeed's own method: without a tag it is ``global_step{N}``; all ranks have to give
     the same one. client_state: plain data and tensors; every rank's own is kept. Collective: every rank calls it.
 
-    It returns once the checkpoint is on disk; with ``"async": true`` in the config once everything is copied to host
-    memory, and what goes wrong later is raised at the next save or load, at ``engine.ucp.wait()`` or at exit. What was
-    there before is untouched until the new checkpoint is whole.
+    It returns at once, and the next optimizer step waits until the tensors are copied to host memory; what goes wrong
+    later is raised at the next save or load, at ``engine.ucp.wait()`` or at exit. With ``"async": false`` in the config
+    it returns once the checkpoint is on disk. What was there before is untouched until the new checkpoint is whole.
+    False is returned only where ``"policy": "skip"`` in the config made it leave out this save.
 
     Raises on every rank: DestinationError (no space, not writable), Unsupported (by name), SaveFailed (a rank failed).
     """
@@ -41,11 +43,16 @@ def save_checkpoint(
     config: Config = engine.ucp.config
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     engine._checkpoint_tag_validation(name)
-    source = ranks.together(lambda: _source(engine, client_state, not exclude_frozen_parameters))
+    live = ranks.together(lambda: _live(engine))
+    live.place(config.choice())
+    source = ranks.together(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))
     keep = None if config.keep_last is None else Keep(config.keep_last, config.keep_every)
     if engine.ucp.saver is not None:
-        engine.ucp.saver.save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep)
-        return True
+        hold_updates(engine, engine.ucp.hold)
+        begun: bool = engine.ucp.saver.save(
+            source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep
+        )
+        return begun
     report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep)
     engine.ucp.last_save = report
     if ranks.rank() == 0:
@@ -53,7 +60,7 @@ def save_checkpoint(
     return True
 
 
-def _source(engine: Any, client_state: Mapping[str, Any], frozen: bool) -> Any:
+def _live(engine: Any) -> LiveEngine:
     check_features(engine, 'nothing was saved; "ucp": {"save": {"format": "deepspeed"}} saves as DeepSpeed does')
     steps = engine.gradient_accumulation_steps()
     if engine.micro_steps % steps and ranks.rank() == 0:
@@ -63,4 +70,4 @@ def _source(engine: Any, client_state: Mapping[str, Any], frozen: bool) -> Any:
             engine.micro_steps % steps,
             steps,
         )
-    return LiveEngine(engine).source(client_state, frozen=frozen)
+    return LiveEngine(engine)

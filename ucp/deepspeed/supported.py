@@ -48,8 +48,6 @@ def _unsupported(engine: Any) -> Iterator[str]:
         yield "pipeline parallelism (PipelineModule)"
     if engine.has_moe_layers:
         yield "mixture-of-experts layers (expert parallelism)"
-    if engine.mp_world_size > 1 or engine.autotp_size() > 1:
-        yield "tensor parallelism"
     if engine.zero_optimization_partition_weights():
         if getattr(zero, "zero_hpz_partition_size", 1) > 1:
             yield "ZeRO++ hierarchical partitioning (zero_hpz_partition_size)"

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucp.errors import Mismatch, Unsupported
 from ucp.geometry import Blocks, Shape, whole
@@ -40,7 +41,7 @@ class Placed:
 
 # Local names and shapes of every part of the model, and where each of these tensors lies.
 Parts = Mapping[Coordinate, Mapping[str, Shape]]
-Placement = Mapping[tuple[Coordinate, str], tuple[Placed, ...]]
+Placements = Mapping[tuple[Coordinate, str], tuple[Placed, ...]]
 
 
 def padding_name(name: str) -> str:
@@ -48,14 +49,14 @@ def padding_name(name: str) -> str:
     return f"{name}[padding]"
 
 
-def uncut(parts: Parts) -> Placement:
+def uncut(parts: Parts) -> Placements:
     """Every local tensor is the logical one: nothing is cut but by ZeRO; stages of a pipeline hold some names each."""
     return {
         (at, name): (Placed(name, shape, whole(shape)),) for at, held in parts.items() for name, shape in held.items()
     }
 
 
-def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placement:
+def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placements:
     """Where all local tensors lie by a spec, whose cuts are solved from the shapes on all ranks.
 
     buffers: names that need no line in the spec; without one they are replicated.
@@ -86,6 +87,25 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
                     f"{list(shape)}"
                 )
             out[at, name] = (Placed(name, mine.logical, mine.blocks), *_padding(bound, name, expression, cutting, at))
+    return out
+
+
+def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]]:
+    """For every local tensor and each of its places, which of the boxes no earlier coordinate holds.
+
+    What several parts hold in common is read from the first of them and written by it; coordinates count by stage, then
+    by tensor-parallel rank.
+    """
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    out: dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]] = {}
+    for key in sorted(placements, key=lambda key: (key[0].pp, key[0].tp)):
+        masks = []
+        for placed in placements[key]:
+            known, blocks = seen.setdefault(placed.name, set()), placed.blocks
+            boxes = [tuple(row) for row in np.concatenate([blocks.offsets, blocks.sizes], axis=1).tolist()]
+            masks.append(np.array([box not in known for box in boxes], bool))
+            known.update(boxes)
+        out[key] = tuple(masks)
     return out
 
 

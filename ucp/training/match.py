@@ -87,7 +87,8 @@ class _Findings:
 def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
     """The plan of a load, or Mismatch with a list of all that does not fit. Changes nothing, talks to nobody."""
     found = _Findings()
-    names = match(catalog, [m.name for s in target.slots for m in s.members])
+    names = match(catalog, [*(m.name for s in target.slots for m in s.members), *target.elsewhere])
+    _without_other_padding(catalog, target, names, found)
     wants: dict[tuple[int, str, str], list[Want]] = {}
     rounded: list[str] = []
     scalars: dict[int, dict[str, Any]] = {}
@@ -114,6 +115,16 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
     )
 
 
+def _without_other_padding(catalog: Catalog, target: Target, names: dict[str, str], found: _Findings) -> None:
+    """Leave out padding that is not as wide in the checkpoint as here: it is no part of the parameter."""
+    for slot in target.slots:
+        for member in slot.members:
+            source = catalog.parameters.get(names.get(member.name, ""))
+            if member.padding and (source is None or source.shape != member.shape):
+                names.pop(member.name, None)
+                found.notes.append(f"{member.name} {list(member.shape)} stays as it is: the checkpoint's is another")
+
+
 def _allowed(name: str, state: str | None, patterns: Iterable[str]) -> bool:
     keys = [name] if state is None else [name, f"{name}:{state}"]
     return any(fnmatchcase(k, p) for k in keys for p in patterns)
@@ -132,7 +143,7 @@ def _weights(
         what = f"{'buffer' if slot.kind == 'buffer' else 'parameter'} '{member.name}' {list(member.shape)}"
         source = names.get(member.name)
         if source is None:
-            if not wish.strict or _allowed(member.name, None, wish.allow_missing):
+            if member.padding or not wish.strict or _allowed(member.name, None, wish.allow_missing):
                 found.left.append(member.name)
             else:
                 found.missing.append(what)
@@ -244,10 +255,11 @@ def _unused(
 ) -> None:
     used = set(names.values())
     trained = {m.name for s in target.slots if s.kind == "parameter" for m in s.members}
+    trained |= {name for name, kind in target.elsewhere.items() if kind == "parameter"}
     for info in catalog.parameters.values():
         if info.name in used:
             continue
-        if not wish.strict or _allowed(info.name, None, wish.allow_unused):
+        if info.kind == "padding" or not wish.strict or _allowed(info.name, None, wish.allow_unused):
             found.spared.append(info.name)
         else:
             found.unused.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -59,6 +60,23 @@ def from_first(work: Callable[[], T]) -> T:
         kind, message = pickle.loads(portable)
         raise kind(f"rank 0: {message}")
     return shared
+
+
+def distinct(value: T) -> tuple[list[T], list[int]]:
+    """What the ranks say, each different value once, and for every rank which of them is its own. Collective.
+
+    Values are plain data. Ranks exchange a digest of theirs first; only the first rank of each sends it.
+    """
+    if not _many():
+        return [value], [0]
+    raw = pickle.dumps(value)
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(raw).digest())
+    firsts = {digest: digests.index(digest) for digest in digests}
+    sent: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sent, raw if firsts[digests[dist.get_rank()]] == dist.get_rank() else None)
+    order = list(firsts)
+    return [pickle.loads(sent[firsts[d]]) for d in order], [order.index(d) for d in digests]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

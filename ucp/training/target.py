@@ -23,12 +23,14 @@ class Member:
     """A parameter (or buffer) of the model, and what of it this rank's slot holds.
 
     name: the live module's own. shape: the whole parameter's. blocks: places in the slot's flat buffer, in elements;
-    none where this rank holds nothing of it.
+    none where this rank holds nothing of it. padding: whether it is what a parameter's shards hold beyond its own end,
+    which is restored from a checkpoint with the same padding and else left as it is.
     """
 
     name: str
     shape: Shape
     blocks: Blocks
+    padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,12 @@ class Target(Protocol):
 
     @property
     def groups(self) -> Sequence[Group]: ...
+
+    @property
+    def elsewhere(self) -> Mapping[str, str]:
+        """Parameters and buffers of which only other ranks have slots (of another pipeline stage, say): name -> kind,
+        as of slots."""
+        ...
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         """A host copy of what the slot holds now, flat; None if it has no such state yet."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
-from ucp.deepspeed.live.saving import make_source
+from ucp.deepspeed.live.placed import Placed, layout_of, place_slots
+from ucp.deepspeed.live.saving import make_source, nbytes_to_save
 from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
 from ucp.deepspeed.live.stage12 import Stage12
@@ -17,6 +19,7 @@ from ucp.deepspeed.live.state import check_state, restore_state
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.parallel.mesh import Layout
+from ucp.spec.choice import Choice
 from ucp.training.source import Source
 from ucp.training.target import Group, Loaded, Slot
 
@@ -37,6 +40,15 @@ class LiveEngine:
             self._held[slot.key] = held
             slots.append(slot)
         self._slots = tuple(slots)
+        self._placed: Placed | None = None
+
+    def place(self, choice: Choice) -> None:
+        """Lift the slots into the whole model's tensors, where tensor or pipeline parallelism cuts it. Collective.
+
+        Raises on every rank: SpecError, Mismatch and Unsupported, where nothing says how the model is cut.
+        """
+        groups = () if self._optimizer is None else self._optimizer.groups()
+        self._placed = place_slots(self.engine, self._slots, groups, choice)
 
     def _outside(self, trained: set[str]) -> Iterator[tuple[str, str, HeldTensor]]:
         """Parameters that the optimizer does not update, and persistent buffers."""
@@ -48,11 +60,15 @@ class LiveEngine:
 
     @property
     def layout(self) -> Layout:
-        return Layout(dp=self.engine.seq_dp_world_size, zero=self.engine.zero_optimization_stage())
+        return layout_of(self.engine)
 
     @property
     def slots(self) -> Sequence[Slot]:
-        return self._slots
+        return self._slots if self._placed is None else self._placed.slots
+
+    @property
+    def elsewhere(self) -> Mapping[str, str]:
+        return {} if self._placed is None else self._placed.elsewhere
 
     @property
     def trains(self) -> bool:
@@ -61,7 +77,11 @@ class LiveEngine:
 
     @property
     def groups(self) -> Sequence[Group]:
-        return () if self._optimizer is None else self._optimizer.groups()
+        """The param groups; under model parallelism with the names that all parts of the model have in them."""
+        groups = () if self._optimizer is None else self._optimizer.groups()
+        if self._placed is None:
+            return groups
+        return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         found = self.live(key)[0] if state == "param" else self.live(key)[1].get(state)
@@ -73,9 +93,21 @@ class LiveEngine:
             return self._held[key].tensor, {}
         return self._optimizer.live(key)
 
+    @property
+    def nbytes_to_save(self) -> int:
+        """About how many bytes this rank writes when it saves, states that its optimizer has yet to make included."""
+        return nbytes_to_save(self._slots, self.groups)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether any of the slots lies on a device."""
+        return any(self.live(slot.key)[0].is_cuda for slot in self._slots)
+
     def source(self, client_state: Mapping[str, Any], *, frozen: bool = True) -> Source:
         """What of the engine's state this rank saves. frozen: with the parameters that are not trained."""
-        return make_source(self, self._slots, client_state, frozen)
+        placed = self._placed
+        slots = self._slots if placed is None else [placed.to_save(slot) for slot in self._slots]
+        return make_source(self, slots, client_state, frozen)
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Raise before anything is changed if the rest of the training state does not fit this engine."""

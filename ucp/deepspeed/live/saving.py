@@ -14,6 +14,7 @@ from ucp.deepspeed.live import rng
 from ucp.errors import Unsupported
 from ucp.geometry import empty
 from ucp.parallel.mesh import Layout
+from ucp.storage.dtypes import itemsize
 from ucp.training import ranks
 from ucp.training.source import Holding, Source
 from ucp.training.target import Group, Slot
@@ -59,6 +60,18 @@ def make_source(live: Live, slots: Sequence[Slot], client_state: Mapping[str, An
     return Source(live.layout, parameters, holdings, TrainingState(), {**own, "client_state": dict(client_state)})
 
 
+def nbytes_to_save(slots: Sequence[Slot], groups: Sequence[Group]) -> int:
+    """About how many bytes a rank with these slots writes when it saves; states that are yet to be made count, too."""
+    total = 0
+    for slot in slots:
+        states = slot.states
+        if not states and slot.group is not None:
+            states = dict.fromkeys(groups[slot.group].expects or (), slot.dtype)
+        width = sum(itemsize(dtype) for dtype in (slot.dtype, *states.values()))
+        total += slot.length * width // max(len(slot.holders), 1)
+    return total
+
+
 def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
     weights, state = live.live(slot.key)
     for name, dtype in {"param": slot.dtype, **slot.states}.items():
@@ -68,8 +81,8 @@ def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
             volatile = slot.kind == "buffer"
             if volatile:
                 # Nothing keeps buffers equal: DeepSpeed, too, saves the first rank's.
-                holders = (0,)
-                blocks = blocks if rank == 0 else empty(len(member.shape))
+                holders = holders[:1]
+                blocks = blocks if rank in holders else empty(len(member.shape))
             yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
 
 

@@ -24,7 +24,7 @@ from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
 from ucp.spec.choice import Choice
-from ucp.spec.placement import Placement, place, uncut
+from ucp.spec.placement import Placements, place, uncut
 from ucp.storage.files import Files
 
 NAME = "deepspeed"
@@ -103,7 +103,7 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
     return tp, pp
 
 
-def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placement:
+def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
     if layout.tp == 1:
         return uncut(shapes)

@@ -16,7 +16,7 @@ from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.formats.deepspeed.part import Part
 from ucp.geometry import Blocks, compose, concat, intersect
 from ucp.parallel.mesh import Coordinate
-from ucp.spec.placement import Placed, Placement
+from ucp.spec.placement import Placed, Placements, held_first
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 
@@ -41,7 +41,7 @@ class _Gathered:
 
 
 def assemble(
-    parts: Mapping[Coordinate, Part], placement: Placement
+    parts: Mapping[Coordinate, Part], placements: Placements
 ) -> tuple[dict[str, ParameterInfo], dict[tuple[str, str], LogicalTensor], tuple[LogicalTensor, ...], TrainingState]:
     """Parameters, tensors, copies and training state of the whole model.
 
@@ -49,15 +49,14 @@ def assemble(
     """
     parameters: dict[str, ParameterInfo] = {}
     gathered: dict[tuple[str, str], _Gathered] = {}
-    held: dict[str, set[tuple[int, ...]]] = {}
+    first = held_first(placements)
     for at, part in parts.items():
         for local in part.parameters.values():
-            for placed in placement[at, local.name]:
+            for placed, mask in zip(placements[at, local.name], first[at, local.name], strict=True):
                 info = _info(local, placed)
                 known = parameters.setdefault(placed.name, info)
                 if known is not info:
                     parameters[placed.name] = _joined(known, info, part)
-                mask = _first_time(placed.blocks, held.setdefault(placed.name, set()))
                 for state in local.states:
                     tensor = part.tensors[local.name, state]
                     found = gathered.setdefault((placed.name, state), _Gathered(placed, tensor.dtype))
@@ -74,7 +73,7 @@ def assemble(
                             pieces.append((blocks, tensor.bases[index]))
     tensors = {key: found.tensor(key[1], found.first) for key, found in gathered.items()}
     copies = tuple(found.tensor(key[1], found.again) for key, found in gathered.items() if found.again)
-    return parameters, tensors, copies, _state(parts, placement)
+    return parameters, tensors, copies, _state(parts, placements)
 
 
 def _info(local: ParameterInfo, placed: Placed) -> ParameterInfo:
@@ -99,15 +98,7 @@ def _joined(known: ParameterInfo, other: ParameterInfo, part: Part) -> Parameter
     return replace(known, aliases=tuple(dict.fromkeys((*known.aliases, *other.aliases))))
 
 
-def _first_time(blocks: Blocks, seen: set[tuple[int, ...]]) -> np.ndarray:
-    """Which of these boxes no earlier rank holds; they are then among the seen."""
-    boxes = [tuple(row) for row in np.concatenate([blocks.offsets, blocks.sizes], axis=1).tolist()]
-    mask = np.array([box not in seen for box in boxes], bool)
-    seen.update(boxes)
-    return mask
-
-
-def _state(parts: Mapping[Coordinate, Part], placement: Placement) -> TrainingState:
+def _state(parts: Mapping[Coordinate, Part], placements: Placements) -> TrainingState:
     """The first part's training state, with the param groups of all parts."""
     first = parts[min(parts)].training_state
     names: list[dict[str, None]] = [{} for _ in first.param_groups]
@@ -119,7 +110,7 @@ def _state(parts: Mapping[Coordinate, Part], placement: Placement) -> TrainingSt
                 "rank; files of two runs are mixed"
             )
         for group, into in zip(groups, names, strict=True):
-            into.update(dict.fromkeys(placed.name for n in group.names for placed in placement[at, n]))
+            into.update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
     joined = (ParamGroup(tuple(n), g.options) for n, g in zip(names, first.param_groups, strict=True))
     return replace(first, param_groups=tuple(joined))
 

@@ -106,9 +106,10 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     first = shares[0]
     files = [file for share in shares for file in share.files]
     bases = np.cumsum([0, *(len(share.files) for share in shares)])
+    known: dict[str, ParameterInfo] = {}
     for rank, share in enumerate(shares):
-        _check_same_model(first, share, rank)
-    parameters = {name: replace(info, scalars=_scalars(name, shares)) for name, info in first.parameters.items()}
+        _add_parameters(known, share, rank)
+    parameters = {name: replace(info, scalars=_scalars(name, shares)) for name, info in known.items()}
     tensors: dict[tuple[str, str], LogicalTensor] = {}
     for key, tensor in {key: t for share in reversed(shares) for key, t in share.tensors.items()}.items():
         # A rank that holds nothing of a parameter may not know what states it has.
@@ -124,6 +125,9 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
         ]
         blocks = concat(shifted, len(tensor.shape))
         tensors[key] = replace(tensor, blocks=blocks, bases=np.concatenate([t.bases for t in held]))
+    bare = next((name for name in parameters if (name, "param") not in tensors), None)
+    if bare is not None:
+        raise SaveFailed(f"no rank has the weights of '{bare}'; nothing was saved")
     digests: dict[int, Any] = {}
     for base, share in zip(bases.tolist(), shares, strict=False):
         digests.update({base + k: table for k, table in share.chunk_digests.items()})
@@ -138,7 +142,7 @@ def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
     """A parameter's values, of which a rank that holds nothing of it may know none."""
     out: dict[str, Any] = {}
     for rank, share in enumerate(shares):
-        for key, value in share.parameters[name].scalars.items():
+        for key, value in share.parameters[name].scalars.items() if name in share.parameters else ():
             if plain.encode(out.setdefault(key, value)) != plain.encode(value):
                 raise SaveFailed(
                     f"'{name}' has {key} {value!r} on rank {rank} and {out[key]!r} on an earlier one; nothing was saved"
@@ -146,17 +150,18 @@ def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
     return out
 
 
-def _check_same_model(first: Catalog, share: Catalog, rank: int) -> None:
+def _add_parameters(known: dict[str, ParameterInfo], share: Catalog, rank: int) -> None:
+    """Enter a rank's parameters: all of the model, or those of its pipeline stage."""
+
     def described(info: ParameterInfo) -> tuple[Any, ...]:
         return info.shape, info.kind, info.aliases
 
-    for name in {**first.parameters, **share.parameters}:
-        ours, theirs = first.parameters.get(name), share.parameters.get(name)
-        if ours is None or theirs is None:
-            raise SaveFailed(f"'{name}' exists on rank {0 if theirs is None else rank} only; nothing was saved")
+    for name, theirs in share.parameters.items():
+        ours = known.setdefault(name, theirs)
         if described(ours) != described(theirs):
             raise SaveFailed(
-                f"'{name}' is {described(ours)} on rank 0 and {described(theirs)} on rank {rank}; nothing was saved"
+                f"'{name}' is {described(theirs)} on rank {rank} and {described(ours)} on an earlier one; nothing was "
+                "saved"
             )
 
 

@@ -35,7 +35,7 @@ from ucp.storage.dtypes import itemsize
 from ucp.storage.dtypes import names as dtype_names
 
 FORMS = ("consolidated", "virtual", "fragmented")
-KINDS = ("parameter", "frozen", "buffer")
+KINDS = ("parameter", "frozen", "buffer", "padding")
 _LAYOUT = ("dp", "tp", "pp", "ep", "zero")
 _LIMIT = 1 << 62
 
