@@ -12,12 +12,14 @@ from hypothesis import given
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from tests.property import cut, generators, law
+from tests.property import generators, law
 from tests.spec.models import MODELS, config_of
+from ucp.errors import DamagedCheckpoint
+from ucp.geometry import Blocks, whole
 from ucp.spec import catalogue
 from ucp.spec.bound import Bound, bind
 from ucp.spec.language import loads
-from ucp.spec.names import Assembled, assemble
+from ucp.spec.names import Assembled, Moves, assemble, moves
 from ucp.spec.places import SpecError
 
 SIZES = {"h": 5, "kv": 2, "q": 3, "d": 4, "f": 7, "e": 3}
@@ -28,29 +30,32 @@ def bound_of(parameters: str, names: str) -> Bound:
     return bind(loads(f"{HEAD}parameters:\n{parameters}\nnames:\n  other:\n{names}\n"), SIZES)
 
 
+def moved(blocks: Blocks, buffer: NDArray, shape: tuple[int, ...]) -> NDArray:
+    """The tensor of this shape whose boxes lie in the buffer as the blocks say; -1 where none does."""
+    out = np.full(shape, -1, np.int64)
+    for k in range(len(blocks)):
+        box = tuple(slice(o, o + n) for o, n in zip(blocks.offsets[k], blocks.sizes[k], strict=True))
+        steps = tuple(int(s) * 8 for s in blocks.strides[k])
+        assert (out[box] == -1).all()
+        out[box] = np.lib.stride_tricks.as_strided(buffer[int(blocks.starts[k]) :], tuple(blocks.sizes[k]), steps)
+    return out
+
+
 def made(found: Assembled | None, tensors: dict[str, NDArray]) -> NDArray:
     """The tensor from its sources, and each source from it again: both directions of every part."""
     assert found is not None
     out = np.full(found.shape, -1, np.int64)
     for part in found.parts:
-        source = tensors[part.source].reshape(-1)
-        for k in range(len(part.into)):
-            b = part.into
-            box = tuple(slice(o, o + n) for o, n in zip(b.offsets[k], b.sizes[k], strict=True))
-            steps = tuple(int(s) * 8 for s in b.strides[k])
-            assert (out[box] == -1).all()
-            out[box] = np.lib.stride_tricks.as_strided(source[int(b.starts[k]) :], tuple(b.sizes[k]), steps)
+        source = tensors[part.source]
+        blocks, _ = part.into(whole(source.shape))
+        given = moved(blocks, source.reshape(-1), found.shape)
+        assert (out[given >= 0] == -1).all()
+        out = np.maximum(out, given)
     assert (out >= 0).all()
     for part in found.parts:
         source = tensors[part.source]
-        again = np.full(source.shape, -1, np.int64)
-        for k in range(len(part.back)):
-            b = part.back
-            box = tuple(slice(o, o + n) for o, n in zip(b.offsets[k], b.sizes[k], strict=True))
-            steps = tuple(int(s) * 8 for s in b.strides[k])
-            again[box] = np.lib.stride_tricks.as_strided(out.reshape(-1)[int(b.starts[k]) :], tuple(b.sizes[k]), steps)
-        np.testing.assert_array_equal(again, source)
-        assert cut(part.back, [out.size], source)[0].max() == source.max()
+        blocks, _ = part.back(whole(found.shape))
+        np.testing.assert_array_equal(moved(blocks, out.reshape(-1), source.shape), source)
     return out
 
 
@@ -186,6 +191,74 @@ def test_llama_in_megatrons_layout() -> None:
     sources = [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up")]
     expected = np.concatenate([gate, up])
     np.testing.assert_array_equal(made(found, dict(zip(sources, (gate, up), strict=True))), expected)
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_neox", "llama"])
+def test_the_catalogues_names_are_those_that_transformers_writes(model: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = MODELS[model].make("cpu")
+    module.save_pretrained(tmp_path)
+    files = {n: t.view(torch.int32).long().abs().numpy() for n, t in load_file(tmp_path / "model.safetensors").items()}
+    own = {n: t.detach().view(torch.int32).long().abs().numpy() for n, t in module.state_dict().items()}
+    bound = bind(catalogue.find(MODELS[model].spec), config_of(module))
+    there = moves(bound, "huggingface", own, to_framework=True)
+    written = {there.plain.get(n, n): t for n, t in own.items() if n not in there.split}
+    for name, found in there.split.items():
+        for part in found.parts:
+            blocks, _ = part.back(whole(found.shape))
+            written[part.source] = moved(blocks, own[name].reshape(-1), part.shape)
+    assert written.keys() == files.keys()
+    for name, tensor in files.items():
+        np.testing.assert_array_equal(written[name], tensor)
+    back = moves(bound, "huggingface", files, to_framework=False)
+    assert back.plain == {new: old for old, new in there.plain.items()}
+    assert back.joined.keys() == there.split.keys()
+    for name, found in back.joined.items():
+        np.testing.assert_array_equal(made(found, files), own[name])
+
+
+def test_a_part_is_what_its_line_says_or_what_is_left() -> None:
+    bound = bound_of(
+        '  qkv: "(kv/tp q d | kv/tp d | kv/tp d) h"\n  up.{i}: "e/ep (f/tp | f/tp) h"',
+        '    qkv: {to: [q, k, v]}\n    "up.{i}": {to: ["{e}.up.{i+1}.a", "{e}.up.{i+1}.b"], stack: {e: e}, as: "h f"}',
+    )
+    there = moves(bound, "other", ["qkv", "up.4"], to_framework=True)
+    q, k, v = numbered((24, 5), (8, 5), (8, 5))
+    np.testing.assert_array_equal(made(there.split["qkv"], {"q": q, "k": k, "v": v}), np.concatenate([q, k, v]))
+    names = [f"{n}.up.5.{w}" for n in range(3) for w in "ab"]
+    assert [p.source for p in there.split["up.4"].parts] == names
+    small = dict(zip(names, numbered(*[(5, 7)] * 6), strict=True))
+    stacked = np.stack([np.concatenate([small[f"{n}.up.5.{w}"].T for w in "ab"]) for n in range(3)])
+    np.testing.assert_array_equal(made(there.split["up.4"], small), stacked)
+    assert moves(bound, "other", names, to_framework=False).joined == {"up.4": there.split["up.4"]}
+    assert moves(bound, "other", ["0.up.0.a", "x"], to_framework=False) == Moves({}, {}, {})  # up.-1 is none
+
+
+def test_parts_that_are_missing_or_too_many_are_refused() -> None:
+    bound = bound_of('  up: "e (f | f) h"', '    up: {to: ["{e}.a", "{e}.b"], stack: {e: e}}')
+    names = [f"{n}.{w}" for n in range(3) for w in "ab"]
+    with pytest.raises(DamagedCheckpoint, match=r"'up' is made of 6 parameters .* 1 of them are not there.*'2\.b'"):
+        moves(bound, "other", names[:-1], to_framework=False)
+    with pytest.raises(SpecError, match=r"'3\.a' is none of the 6 that make 'up'"):
+        moves(bound, "other", [*names, "3.a"], to_framework=False)
+
+
+def test_what_can_not_be_written_is_refused() -> None:
+    bound = bound_of("  w: h\n  v: h", '    "{n}.weight": w\n    a: v\n    b: v\n    "*.c": w')
+    assert moves(bound, "other", ["7.weight"], to_framework=False).plain == {"7.weight": "w"}
+    with pytest.raises(SpecError, match=r"matches 'v' .* as well, equally specific"):
+        moves(bound, "other", ["v"], to_framework=True)
+    bound = bound_of("  w: h", '    "{n}.weight": w')
+    with pytest.raises(SpecError, match="nothing tells the number 'n'"):
+        moves(bound, "other", ["w"], to_framework=True)
+    bound = bound_of("  w: h", '    "*.weight": w')
+    with pytest.raises(SpecError, match=r"'\*' can't be filled in"):
+        moves(bound, "other", ["w"], to_framework=True)
+    with pytest.raises(SpecError, match=r"needs either 'from:'.*or 'to:'"):
+        bound_of("  w: h", "    a: {from: w, to: w}")
+    bound = bound_of('  q: "(d | d) h"', "    q: {to: [a, b, c]}")
+    with pytest.raises(SpecError, match="has 2 segments, and its sources 3"):
+        moves(bound, "other", ["q"], to_framework=True)
 
 
 @pytest.mark.parametrize(

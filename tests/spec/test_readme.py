@@ -78,7 +78,8 @@ def test_sizes(size: str, config: str, value: str) -> None:
 
 
 def test_the_spec_and_the_names_are_the_catalogues() -> None:
-    first, second = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    first, second, third = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    assert third.partition("huggingface:\n")[2] in (README.parent / "qwen3_moe.yaml").read_text()
     spec = loads(f"{first}{second}", str(README))
     config = {
         "hidden_size": 24,

@@ -52,15 +52,23 @@ class Tie:
 
 @dataclass(frozen=True)
 class Renaming:
-    """One line under a framework's names: where its parameter comes from.
+    """One line under a framework's names: a parameter, and those of the other side that it is made of.
 
-    axes: how the sources lie in it, None for a plain renaming. stack: capture of the sources -> the axis it counts.
+    pattern, sources: the framework's parameter and the spec's own; with ``apart`` it is the spec's own parameter that
+    is made of several of the framework's. expression: ``as``: how the sources lie in it; with ``apart`` what each of
+    them is. stack: capture of the sources -> the axis it counts.
     """
 
     pattern: Pattern
     sources: tuple[Template, ...]
     expression: Expression | None = None
     stack: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only the name is another."""
+        return len(self.sources) == 1 and self.expression is None and not self.stack
 
 
 @dataclass(frozen=True)
@@ -261,22 +269,28 @@ class _Reader:
             _known_captures(to, pattern.captures)
             return Renaming(pattern, (to,))
         what = f"'{entry.key.text}'"
-        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("from", "as", "stack"))}
-        if "from" not in more:
-            raise self.refuse(entry.value, f"{what} has no 'from:', the parameters that it is made of")
-        node = more["from"]
+        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("from", "to", "as", "stack"))}
+        if ("from" in more) == ("to" in more):
+            raise self.refuse(
+                entry.value,
+                f"{what} needs either 'from:', the spec's parameters that it is made of, or 'to:', the framework's "
+                "that it is taken apart into",
+            )
+        side = "to" if "to" in more else "from"
+        node = more[side]
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        sources = tuple(patterns.template(self.text(n, "from")) for n in nodes)
+        sources = tuple(patterns.template(self.text(n, side)) for n in nodes)
         stack = {}
         for e in self.entries(more["stack"], "stack") if "stack" in more else ():
             stack[e.key.text] = self.text(e.value, "stack").text
         for source in sources:
             _known_captures(source, (*pattern.captures, *stack))
-        if "as" not in more and (len(sources) != 1 or stack):
+        if side == "from" and "as" not in more and (len(sources) != 1 or stack):
             raise self.refuse(
                 entry.value, f"{what} is made of several parameters and has no 'as:', which says how they lie in it"
             )
-        return Renaming(pattern, sources, axes.parse(self.text(more["as"], "as")) if "as" in more else None, stack)
+        expression = axes.parse(self.text(more["as"], "as")) if "as" in more else None
+        return Renaming(pattern, sources, expression, stack, side == "to")
 
 
 def _known_captures(template: Template, known: tuple[str, ...]) -> None:

@@ -1,62 +1,112 @@
-"""Names and tensors of another framework, made of this spec's parameters: a re-arrangement by named axes.
+"""Names and tensors of another framework, made of this spec's parameters and the reverse, by lines under ``names:``.
 
-Both sides count the same axes by name, so an element of the one is found in the other by its index on every named axis;
-another order of the same names is a transposition. Sources fill the segments of ``as`` in order.
+A line has one larger parameter and the smaller ones that it is made of. ``from`` has the larger one on the framework's
+side (q, k and v fused), ``to`` on the spec's own (experts that the framework keeps apart); a plain name is the same on
+both. Axes match by name, so another order of them is a transposition; the smaller ones fill the segments of the larger
+one in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from ucp.geometry import Blocks, Shape, concat, empty, numel, row_major
-from ucp.spec.axes import Axis, Cut, Expression, Name, Number, Padded, Product, Sum, spell, walk
+from ucp.errors import DamagedCheckpoint
+from ucp.geometry import Blocks, Ints, Shape, concat
+from ucp.spec.arrange import View, carry, piece, segments
+from ucp.spec.axes import Expression
 from ucp.spec.bound import Bound
 from ucp.spec.language import Renaming
-from ucp.spec.meaning import axis_size, shape_of
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A named axis in a dimension: neighbours on it are ``stride`` indices apart there."""
-
-    name: str
-    size: int
-    stride: int
-    axis: Axis
-
-
-@dataclass(frozen=True)
-class Lay:
-    """How a tensor, or one segment of it, lies: for each dimension its first index and its named axes."""
-
-    shape: Shape
-    dims: tuple[tuple[int, tuple[Leaf, ...]], ...]
+from ucp.spec.patterns import Pattern, Template
+from ucp.spec.places import SpecError
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one source gives to a tensor.
-
-    into: boxes of the tensor, and where their elements lie in the source's row-major buffer.
-    back: boxes of the source, and where their elements lie in the tensor's row-major buffer.
-    """
+    """What one smaller parameter, ``source``, gives to a larger one. views: for each of its segments, how it lies in
+    itself and in the larger one."""
 
     source: str
-    into: Blocks
-    back: Blocks
+    shape: Shape
+    views: tuple[tuple[View, View], ...]
+
+    def into(self, blocks: Blocks) -> tuple[Blocks, Ints]:
+        """Boxes of the smaller parameter as boxes of the larger one, and the block that each of them is a part of."""
+        return _joined([carry(blocks, here, there) for here, there in self.views], len(self.views[0][1].shape))
+
+    def back(self, blocks: Blocks) -> tuple[Blocks, Ints]:
+        """Boxes of the larger parameter as boxes of the smaller one; what is another one's is left out."""
+        return _joined([carry(blocks, there, here) for here, there in self.views], len(self.shape))
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A parameter of another framework: its shape, and the parts that make it."""
+    """A larger parameter: its shape, and the parts that make it."""
 
     name: str
     shape: Shape
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What becomes of names. plain: name -> its new name; split: name -> what it is taken apart into; joined: new name
+    -> what it is made of. Names that no line is about are in none of them."""
+
+    plain: Mapping[str, str]
+    split: Mapping[str, Assembled]
+    joined: Mapping[str, Assembled]
+
+
+@dataclass
+class _Group:
+    """Smaller parameters that make one larger one by a line, as they are met."""
+
+    renaming: Renaming
+    captures: Mapping[str, int]
+    names: list[str]
+
+
+def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework: bool) -> Moves:
+    """What becomes of the spec's own names in a framework (``to_framework``), or of a framework's in the spec.
+
+    Raises SpecError where two lines are equally specific for a name, where its numbers lead out of an axis, and where
+    the axes of the two sides don't match; DamagedCheckpoint where a part of a parameter is not among the names.
+    """
+    plain: dict[str, str] = {}
+    split: dict[str, Assembled] = {}
+    groups: dict[str, _Group] = {}
+    for name in names:
+        line = _line(bound, framework, name, to_framework)
+        if line is None:
+            continue
+        renaming, side, captures = line
+        if renaming.is_plain:
+            new = (renaming.sources[0] if isinstance(side, Pattern) else renaming.pattern).fill(captures)
+            if new is None:
+                raise side.source.refuse((0, len(side.source.text)), f"'{name}' leads to a number below 0")
+            plain[name] = new
+        elif isinstance(side, Pattern):
+            split[name] = _assembled(bound, renaming, captures, name)
+        else:
+            group = groups.setdefault(renaming.pattern.fill(captures), _Group(renaming, captures, []))
+            group.names.append(name)
+    joined = {name: _assembled(bound, group.renaming, group.captures, name) for name, group in groups.items()}
+    for name, made in joined.items():
+        parts, present = [part.source for part in made.parts], set(groups[name].names)
+        missing = [part for part in parts if part not in present]
+        if missing:
+            raise DamagedCheckpoint(
+                f"'{name}' is made of {len(parts)} parameters by {bound.spec.file}, and {len(missing)} of them are not "
+                f"there, such as '{missing[0]}'; files are missing, or the config is another model's"
+            )
+        if len(present) > len(parts):
+            stray = min(present - set(parts))
+            raise groups[name].renaming.pattern.refuse(f"'{stray}' is none of the {len(parts)} that make '{name}'")
+    return Moves(plain, split, joined)
 
 
 def assemble(bound: Bound, framework: str, name: str) -> Assembled | None:
@@ -64,50 +114,91 @@ def assemble(bound: Bound, framework: str, name: str) -> Assembled | None:
 
     Raises SpecError where the axes of the two sides don't match by name, or two lines are equally specific.
     """
-    matches = [(r, c) for r in bound.spec.names.get(framework, ()) if (c := r.pattern.match(name)) is not None]
+    line = _line(bound, framework, name, to_framework=False)
+    if line is None or not isinstance(line[1], Pattern):
+        return None
+    return _assembled(bound, line[0], line[2], name)
+
+
+def _line(
+    bound: Bound, framework: str, name: str, to_framework: bool
+) -> tuple[Renaming, Pattern | Template, dict[str, int]] | None:
+    """The most specific line about a name, the side of it that matches, and the numbers there."""
+    matches: list[tuple[Renaming, Pattern | Template, dict[str, int]]] = []
+    for renaming in bound.spec.names.get(framework, ()):
+        # The larger parameter is the framework's by 'from', the spec's own by 'to'.
+        sides = (renaming.pattern,) if renaming.apart == to_framework else renaming.sources
+        matches += [(renaming, side, c) for side in sides if (c := side.match(name)) is not None]
     if not matches:
         return None
-    best = max(r.pattern.rank for r, _ in matches)
-    (renaming, captures), *others = [(r, c) for r, c in matches if r.pattern.rank == best]
+    best = max(side.rank for _, side, _ in matches)
+    first, *others = [m for m in matches if m[1].rank == best]
     if others:
-        raise others[0][0].pattern.refuse(f"'{name}' matches '{renaming.pattern}' as well, equally specific")
-    return _assembled(bound, renaming, captures, name)
+        raise others[0][1].source.refuse(
+            (0, len(others[0][1].source.text)),
+            f"'{name}' matches '{first[1]}' (line {first[1].source.place.line}) as well, equally specific",
+        )
+    return first
 
 
 def _assembled(bound: Bound, renaming: Renaming, captures: Mapping[str, int], name: str) -> Assembled:
-    given: list[tuple[str, Expression, dict[str, int]]] = []
-    for index in product(*(range(_size(bound, renaming, axis)) for axis in renaming.stack.values())):
-        stacked = dict(zip(renaming.stack, index, strict=True))
-        for template in renaming.sources:
-            source = template.fill({**captures, **stacked})
-            found = bound.find(source) if source is not None else None
-            if source is None or found is None:
-                raise template.source.refuse(
-                    (0, len(template.source.text)), f"'{name}' is made of '{source}', which no line names"
-                )
-            fixed = {renaming.stack[c]: n for c, n in stacked.items()}
-            given.append((source, found.expression, fixed))
-    target = renaming.expression or given[0][1]
-    kinds = len(renaming.sources)
-    shape = shape_of(target, bound.sizes)
-    segments = _segments(target)
+    """A larger parameter by its line and the numbers in its name."""
+    whole = _own(bound, renaming.pattern, name) if renaming.apart else renaming.expression
     parts: list[Part] = []
-    for k, (source, expression, fixed) in enumerate(given):
-        own = _segments(expression)
-        if kinds * own != segments:
-            raise target.source.refuse(
-                (0, len(target.source.text)),
-                f"'{target}' has {segments} segments, and its sources {kinds * own}; each source fills one",
-            )
-        into, back = [], []
-        for j in range(own):
-            there = lay(target, bound.sizes, (k % kinds) * own + j, fixed)
-            here = lay(expression, bound.sizes, j, {})
-            _matching(target, there, here, source)
-            into.append(_blocks(there, here))
-            back.append(_blocks(here, there))
-        parts.append(Part(source, concat(into, len(shape)), concat(back, len(expression.dims))))
-    return Assembled(name, shape, tuple(parts))
+    sizes = [_size(bound, renaming, axis) for axis in renaming.stack.values()]
+    for index in product(*map(range, sizes)):
+        fixed = dict(zip(renaming.stack.values(), index, strict=True))
+        numbers = {**captures, **dict(zip(renaming.stack, index, strict=True))}
+        for j, template in enumerate(renaming.sources):
+            source = template.fill(numbers)
+            if source is None:
+                raise template.source.refuse((0, len(template.source.text)), f"'{name}' leads to a number below 0")
+            if renaming.apart and whole is not None:
+                part = renaming.expression or _piece(whole, j, len(renaming.sources), fixed)
+            else:
+                part = _own(bound, template, source, name)
+            whole = whole or part
+            parts.append(_part(bound, whole, part, source, j, len(renaming.sources), fixed))
+    if whole is None:
+        raise renaming.pattern.refuse(f"'{name}' is made of nothing")
+    return Assembled(name, parts[0].views[0][1].shape, tuple(parts))
+
+
+def _own(bound: Bound, side: Pattern | Template, name: str, larger: str | None = None) -> Expression:
+    """The expression of one of the spec's own parameters."""
+    found = bound.find(name)
+    if found is None:
+        what = f"'{larger}' is made of '{name}'" if larger else f"'{name}' is to be taken apart"
+        raise side.source.refuse((0, len(side.source.text)), f"{what}, which no line names")
+    return found.expression
+
+
+def _piece(whole: Expression, j: int, count: int, fixed: Mapping[str, int]) -> Expression:
+    """What the j-th of ``count`` parts is where its line does not say it: one segment, or all of the tensor."""
+    if count not in (1, segments(whole)):
+        raise _wrong_count(whole, count)
+    return piece(whole, None if count == 1 else j, fixed)
+
+
+def _part(
+    bound: Bound, whole: Expression, part: Expression, source: str, j: int, count: int, fixed: Mapping[str, int]
+) -> Part:
+    own = segments(part)
+    if count * own != segments(whole):
+        raise _wrong_count(whole, count * own)
+    views = []
+    for k in range(own):
+        here, there = View(part, bound.sizes, k, {}), View(whole, bound.sizes, j * own + k, fixed)
+        _matching(whole, there, here, source)
+        views.append((here, there))
+    return Part(source, views[0][0].shape, tuple(views))
+
+
+def _wrong_count(whole: Expression, found: int) -> SpecError:
+    return whole.source.refuse(
+        (0, len(whole.source.text)),
+        f"'{whole}' has {segments(whole)} segments, and its sources {found}; each source fills one",
+    )
 
 
 def _size(bound: Bound, renaming: Renaming, axis: str) -> int:
@@ -116,58 +207,8 @@ def _size(bound: Bound, renaming: Renaming, axis: str) -> int:
     return bound.sizes[axis]
 
 
-def _segments(expression: Expression) -> int:
-    """How many segments the one sum in it has; 1 without a sum."""
-    sums = [a for dim in expression.dims for a in walk(dim) if isinstance(a, Sum)]
-    if len(sums) > 1:
-        raise expression.refuse(sums[1], "only one '( | )' can be filled from several parameters")
-    return len(sums[0].segments) if sums else 1
-
-
-def lay(expression: Expression, sizes: Mapping[str, int], segment: int, fixed: Mapping[str, int]) -> Lay:
-    """How one segment of a tensor lies in it, cuts and padding left aside. fixed: named axis -> its only index."""
-
-    def of(axis: Axis, stride: int) -> tuple[int, list[Leaf]]:
-        if isinstance(axis, Cut):
-            return of(axis.axis, stride)
-        if isinstance(axis, Product):
-            begin = 0
-            out: list[Leaf] = []
-            for factor in reversed(axis.factors):
-                first, leaves = of(factor, stride)
-                begin, out = begin + first, leaves + out
-                stride *= axis_size(expression, factor, sizes, {})
-            return begin, out
-        if isinstance(axis, Sum):
-            before = sum(axis_size(expression, s, sizes, {}) for s in axis.segments[:segment])
-            first, leaves = of(axis.segments[segment], stride)
-            return first + before * stride, leaves
-        n = axis_size(expression, axis, sizes, {})
-        if isinstance(axis, (Name, Padded)) and axis.name in fixed:
-            return fixed[axis.name] * stride, []
-        if isinstance(axis, Number):
-            if axis.value > 1:
-                raise expression.refuse(
-                    axis, f"the number {axis.value} can't be matched by name; give it one under sizes:"
-                )
-            return 0, []
-        return 0, [Leaf(spell(axis) if isinstance(axis, Name) else axis.name, n, stride, axis)] if n != 1 else []
-
-    dims = []
-    seen: set[str] = set()
-    for dim in expression.dims:
-        begin, leaves = of(dim, 1)
-        for leaf in leaves:
-            if leaf.name in seen:
-                raise expression.refuse(leaf.axis, f"'{leaf.name}' stands twice, so it can't be matched by name")
-            seen.add(leaf.name)
-        dims.append((begin, tuple(leaves)))
-    return Lay(shape_of(expression, sizes), tuple(dims))
-
-
-def _matching(target: Expression, there: Lay, here: Lay, source: str) -> None:
-    a = {leaf.name for _, leaves in there.dims for leaf in leaves}
-    b = {leaf.name for _, leaves in here.dims for leaf in leaves}
+def _matching(target: Expression, there: View, here: View, source: str) -> None:
+    a, b = set(there.leaves()), set(here.leaves())
     if a != b:
         only = ", ".join(sorted(a - b)) or "none"
         theirs = ", ".join(sorted(b - a)) or "none"
@@ -177,45 +218,5 @@ def _matching(target: Expression, there: Lay, here: Lay, source: str) -> None:
         )
 
 
-def _blocks(boxes: Lay, flat: Lay) -> Blocks:
-    """Boxes of the one tensor, and where their elements lie in the other's row-major buffer."""
-    strides = row_major(flat.shape)
-    places: dict[str, int] = {}
-    start = 0
-    for (begin, leaves), stride in zip(flat.dims, strides, strict=True):
-        start += begin * stride
-        places |= {leaf.name: leaf.stride * stride for leaf in leaves}
-    d = len(boxes.shape)
-    # For each dimension: (first index, place) of every run, and the length and stride that all of its runs have.
-    columns, lengths, steps = [], [], []
-    for begin, leaves in boxes.dims:
-        outer, length, step = _run(leaves, places)
-        index = np.array([[begin, 0]], np.int64)
-        for leaf in outer:
-            along = np.arange(leaf.size)[:, None] * np.array([leaf.stride, places[leaf.name]], np.int64)
-            index = (index[:, None, :] + along[None, :, :]).reshape(-1, 2)
-        columns.append(index)
-        lengths.append(length)
-        steps.append(step)
-    n = numel([len(c) for c in columns])
-    if n == 0 or numel(lengths) == 0:
-        return empty(d)
-    grid = np.stack(np.meshgrid(*(np.arange(len(c)) for c in columns), indexing="ij"), axis=-1).reshape(n, d)
-    offsets = np.stack([columns[k][grid[:, k], 0] for k in range(d)], axis=1) if d else np.zeros((1, 0), np.int64)
-    starts = start + sum((columns[k][grid[:, k], 1] for k in range(d)), np.zeros(n, np.int64))
-    tile = np.ones((n, 1), np.int64)
-    return Blocks(
-        offsets, tile * np.array(lengths, np.int64), starts, tile * np.array(steps, np.int64), np.zeros(n, np.int64)
-    )
-
-
-def _run(leaves: tuple[Leaf, ...], places: Mapping[str, int]) -> tuple[tuple[Leaf, ...], int, int]:
-    """The longest run of neighbours that lie evenly in the other tensor: (leaves around it, its length, its stride)."""
-    if not leaves or leaves[-1].stride != 1:
-        return leaves, 1, 1
-    k = len(leaves) - 1
-    length, step = leaves[k].size, places[leaves[k].name]
-    while k and leaves[k - 1].stride == length and places[leaves[k - 1].name] == step * length:
-        k -= 1
-        length *= leaves[k].size
-    return leaves[:k], length, step
+def _joined(parts: list[tuple[Blocks, Ints]], ndim: int) -> tuple[Blocks, Ints]:
+    return concat([blocks for blocks, _ in parts], ndim), np.concatenate([which for _, which in parts])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ucp.spec import axes
 from ucp.spec.axes import Cut, Expression
@@ -38,6 +39,16 @@ class Pattern:
         """The captured numbers, or None where the name is another."""
         found = self.regex.fullmatch(name)
         return None if found is None else {k: int(v) for k, v in found.groupdict().items()}
+
+    def fill(self, values: Mapping[str, int]) -> str:
+        """The name for these numbers. Raises SpecError where a part of it is not told by a number."""
+        parts = _CAPTURED.split(self.source.text)  # text, capture, its cut, text, ...
+        for capture in self.captures:
+            if capture not in values:
+                raise self.refuse(f"nothing tells the number '{capture}', so '{self}' can't be written")
+        if "*" in self.source.text:
+            raise self.refuse(f"'*' can't be filled in, so '{self}' can't be written; capture what it stands for")
+        return "".join(str(values[part]) if k % 3 == 1 else part for k, part in enumerate(parts) if k % 3 != 2)
 
     def example(self) -> str:
         """A name that matches: 7 for every number, x for every ``*``."""
@@ -89,6 +100,24 @@ class Template:
     @property
     def captures(self) -> tuple[str, ...]:
         return tuple(p[0] for p in self.pieces if isinstance(p, tuple))
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """How specific it is, as `Pattern.rank`."""
+        return tuple(_CAPTURE if "{" in part else _LITERAL for part in self.source.text.split("."))
+
+    def match(self, name: str) -> dict[str, int] | None:
+        """The numbers for which `fill` gives this name, or None where there are none."""
+        found = self._regex.fullmatch(name)
+        if found is None:
+            return None
+        shifted = [p for p in self.pieces if isinstance(p, tuple)]
+        values = {key: int(n) - shift for (key, shift), n in zip(shifted, found.groups(), strict=True)}
+        return values if min(values.values(), default=0) >= 0 and self.fill(values) == name else None
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        return re.compile("".join("([0-9]{1,9})" if isinstance(p, tuple) else re.escape(p) for p in self.pieces))
 
     def fill(self, values: Mapping[str, int]) -> str | None:
         """The name for these numbers; None where a shift leads below 0."""
