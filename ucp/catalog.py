@@ -48,6 +48,15 @@ class LogicalTensor:
     def nbytes(self) -> int:
         return numel(self.shape) * itemsize(self.dtype)
 
+    def byte_ranges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n,) each block's first byte in its file, and the byte after its last, gaps included."""
+        b, width = self.blocks, itemsize(self.dtype)
+        # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
+        reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
+        first = self.bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
+        ends = self.bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
+        return first, ends
+
     def check_coverage(self) -> None:
         """Raise DamagedCheckpoint unless the fragments hold every element exactly once."""
         gap = coverage_gap(self.shape, self.blocks)
@@ -137,11 +146,13 @@ class Catalog:
         sizes = np.array([f.size for f in self.files], np.float64)
         for tensor in self.tensors.values():
             tensor.check_coverage()
-            if len(tensor.blocks):
-                self._check_ranges(tensor, sizes)
+            self.check_ranges(tensor, sizes)
 
-    def _check_ranges(self, tensor: LogicalTensor, sizes: NDArray[np.float64]) -> None:
-        b, width = tensor.blocks, itemsize(tensor.dtype)
+    def check_ranges(self, tensor: LogicalTensor, sizes: NDArray[np.float64]) -> None:
+        """Raise DamagedCheckpoint unless the tensor's fragments lie within its files; sizes: of all files, in bytes."""
+        b = tensor.blocks
+        if not len(b):
+            return
         label = f"'{tensor.name}' ({tensor.state})"
         unknown = np.flatnonzero((b.buffers < 0) | (b.buffers >= len(sizes)))
         if len(unknown):
@@ -149,10 +160,7 @@ class Catalog:
                 f"{label} lies in file {int(b.buffers[unknown[0]])}, and there are {len(sizes)}; the checkpoint's "
                 "metadata is damaged"
             )
-        # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
-        reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
-        first = tensor.bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
-        ends = tensor.bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
+        first, ends = tensor.byte_ranges()
         over = np.flatnonzero((first < 0) | (ends > sizes[b.buffers]))
         if len(over):
             k = over[0]

@@ -186,7 +186,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     trust_client_state: DeepSpeed formats only: unpickle classes outside the allow-list, which runs their code.
     param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
     group's parameters in order, where the caller knows them.
-    verify: check digests, where the checkpoint has them, while reading.
+    verify: check digests, where the checkpoint has them, while reading, and a few elements of what it has twice.
 
     Raises NotACheckpoint where nothing is recognised, DamagedCheckpoint where files are missing, truncated, mixed or
     contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
@@ -198,6 +198,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         "choice": choose(spec, model_config, sizes),
         "trust_client_state": trust_client_state,
         "param_names": param_names,
+        "compare": verify,
     }
     try:
         where, catalog = _find(folder, tag, files, options)
@@ -212,7 +213,7 @@ def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any
         return _tagged(folder, tag, files, options)
     if formats.find(folder) is not None:
         return folder, _read(folder, files, options)
-    candidates = _checkpoints_in(folder)
+    candidates = checkpoints_in(folder)
     pointer = folder / LATEST
     if not candidates:
         reason = f"'{pointer}' names a checkpoint, but none is there: " if pointer.is_file() else ""
@@ -227,7 +228,7 @@ def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder is a checkpoint or a folder of them, by the names in it."""
-    return formats.find(folder) is not None or bool(_checkpoints_in(folder))
+    return formats.find(folder) is not None or bool(checkpoints_in(folder))
 
 
 def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:
@@ -235,7 +236,7 @@ def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) ->
         raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
     where = folder / tag
     if formats.find(where) is None:
-        names = [c.name for c in _checkpoints_in(folder)]
+        names = [c.name for c in checkpoints_in(folder)]
         hint = _nearest(tag, names) if names else "there is no checkpoint at all"
         raise NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
     return where, _read(where, files, options)
@@ -259,7 +260,7 @@ def _newest_whole(
     candidates: Sequence[Path], reason: Exception, files: Files, options: Mapping[str, Any]
 ) -> tuple[Path, Catalog]:
     """The newest checkpoint that can be read, with a warning; ``reason`` is raised where there is none."""
-    for candidate in sorted(candidates, key=_written_ns, reverse=True):
+    for candidate in sorted(candidates, key=written_ns, reverse=True):
         try:
             catalog = _read(candidate, files, options)
         except (NotACheckpoint, DamagedCheckpoint) as error:
@@ -280,7 +281,7 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
     return reader.read(folder, files)
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The folders in this one that are checkpoints; unfinished ones (names with a leading dot) are left out."""
     try:
         entries = sorted(folder.iterdir())
@@ -289,7 +290,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     return [e for e in entries if not e.name.startswith(".") and e.is_dir() and formats.find(e) is not None]
 
 
-def _written_ns(folder: Path) -> int:
+def written_ns(folder: Path) -> int:
     """When the newest file of a checkpoint was written."""
     with os.scandir(folder) as entries:
         return max((entry.stat().st_mtime_ns for entry in entries if entry.is_file()), default=0)
