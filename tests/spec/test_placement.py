@@ -105,8 +105,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecError, match=r"no line under parameters: matches 'seen' \(shape \[2, 2\]\)"):
         place(bound(), PARTS, layout)
     wrong = {at: {**held, "q.weight": (3, 4)} for at, held in PARTS.items()}
-    with pytest.raises(SpecError, match="'q.weight' has 3 in dimension 0 on tp rank 0"):
+    with pytest.raises(SpecError, match=r"'q.weight' has 3 in dimension 0 on tp rank 0"):
         place(bound(), wrong, layout, ["seen"])
     short = {at: {**held, "norm.weight": (2,)} for at, held in PARTS.items()}
-    with pytest.raises((SpecError, Mismatch), match="'norm.weight' has 2 in dimension 0"):
+    with pytest.raises((SpecError, Mismatch), match=r"'norm.weight' has 2 in dimension 0"):
         place(bound(), short, layout, ["seen"])
