@@ -224,7 +224,7 @@ def pipeline(folder: str, tag: str) -> tuple[str, str]:
     from ucp.errors import UcpError
 
     model = PipelineModule([nn.Linear(3, 3), nn.Linear(3, 3)], num_stages=2, loss_fn=nn.functional.mse_loss)
-    config = make_config(Case(stage=0, dp=1)) | {"ucp": {"enabled": True}}
+    config = make_config(Case(stage=0, dp=1)) | {"ucp": {"enabled": True, "save": {"format": "deepspeed"}}}
     engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
     return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
 
@@ -239,7 +239,7 @@ def experts(folder: str, tag: str) -> tuple[str, str]:
 
     model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2, ep_size=2))
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    config = make_config(Case(stage=1, dp=2)) | {"ucp": {"enabled": True}}
+    config = make_config(Case(stage=1, dp=2)) | {"ucp": {"enabled": True, "save": {"format": "deepspeed"}}}
     engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=groups)
     return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
 

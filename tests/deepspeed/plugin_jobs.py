@@ -336,15 +336,21 @@ def data_pipeline(clusters: str) -> dict[str, Any]:
 
 
 def through_a_data_pipeline(case: Case, folder: str, clusters: str, save: bool) -> tuple[Any, Any, int]:
-    """The data sampler's and the dropping schedule's state: after some batches and a save, or after a load."""
+    """The data sampler's and the dropping schedule's state: after some batches and a save, or after a load.
+
+    Stage 1 saves as DeepSpeed does, stage 3 in the universal format.
+    """
     data = torch.utils.data.TensorDataset(torch.arange(96.0))
-    engine = build_engine(case, "ucp.deepspeed:initialize", ENABLED | data_pipeline(clusters), training_data=data)
+    section = {"enabled": True, "save": {"format": "deepspeed" if case.stage == 1 else "universal"}}
+    extra = {"ucp": section, **data_pipeline(clusters)}
+    engine = build_engine(case, "ucp.deepspeed:initialize", extra, training_data=data)
     if save:
         batches = iter(engine.training_dataloader)
         for step in range(3):
             next(batches)
             continue_training(engine, case, step, 1)
         engine.save_checkpoint(folder, "tag")
+        engine.ucp.wait()
     else:
         engine.load_checkpoint(folder)
     sampler = engine.training_dataloader.data_sampler.state_dict()

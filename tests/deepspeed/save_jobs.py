@@ -21,7 +21,7 @@ from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
 from tests.engines.truth import Truth, gather
 from tests.training.save_jobs import Death, instrument
 
-SAVE: dict[str, Any] = {"save": {"format": "universal"}}
+SAVE: dict[str, Any] = {"save": {"async": False}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def save_in_background(case: Case, folder: str) -> tuple[Truth | None, Truth | N
 
     Returns the truths at both saves, the losses, and what the folder has in the end.
     """
-    section = {"save": {"format": "universal", "async": True}}
+    section: dict[str, Any] = {"save": {}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
     losses = continue_training(engine, case, 0, 2)
     first = gather(engine)
@@ -167,7 +167,7 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
     """One rank cannot flush: what every rank is told at the next save, and that the one after it works."""
     from ucp.training import background
 
-    section = {"save": {"format": "universal", "async": True}}
+    section: dict[str, Any] = {"save": {}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
     continue_training(engine, case, 0, 1)
     engine.save_checkpoint(folder)
@@ -219,7 +219,7 @@ def resume_and_save(case: Case, folder: str) -> None:
 
 
 def save_and_keep_two(case: Case, folder: str) -> list[str]:
-    section = {"save": {"format": "universal", "async": True, "keep_last": 2}}
+    section = {"save": {"keep_last": 2}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
     for step in range(4):
         continue_training(engine, case, step, 1)

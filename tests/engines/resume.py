@@ -20,9 +20,10 @@ def continue_training(engine: Any, case: Case, from_step: int, steps: int) -> li
     rank, world_size = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in range(from_step, from_step + steps):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for micro in range(case.accumulation):
             tokens, labels = models.batch(case.model, step * case.accumulation + micro, rank, world_size)
+            tokens, labels = tokens.to(engine.device), labels.to(engine.device)
             loss = models.loss(case.model, engine, tokens, labels)
             engine.backward(loss)
             engine.step()
