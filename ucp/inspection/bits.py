@@ -1,0 +1,106 @@
+"""Bytes of files against the digests and CRCs that were stored with them: every damaged place, not just the first."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ucp.catalog import Catalog
+from ucp.errors import DamagedCheckpoint
+from ucp.storage.digests import CHUNK, digest_chunks
+from ucp.storage.files import Files
+
+BATCH = 16 * CHUNK
+PIECE = 4 << 20
+
+Advance = Callable[[int], None]
+
+
+def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Iterator[tuple[int, int, int]]:
+    """(file, first byte, last byte + 1) of every chunk that differs from its digest, neighbours apart.
+
+    advance: told the bytes that were read. Raises DamagedCheckpoint for a file that can't be read.
+    """
+    jobs = [(k, at) for k, table in catalog.chunk_digests.items() for at in range(0, table.size, BATCH)]
+
+    def work(job: tuple[int, int]) -> tuple[int, list[tuple[int, int, int]]]:
+        index, at = job
+        table = catalog.chunk_digests[index]
+        size = min(BATCH, table.size - at)
+        raw = bytearray(size)
+        files.read_into(catalog.files[index].path, at, memoryview(raw))
+        found = np.frombuffer(digest_chunks(memoryview(raw)), np.uint64)
+        first = at // CHUNK
+        wanted = np.frombuffer(table.table, np.uint64)[first : first + len(found)]
+        bad = [first + int(k) for k in np.flatnonzero(found != wanted)]
+        return size, [(index, k * CHUNK, min((k + 1) * CHUNK, table.size)) for k in bad]
+
+    with ThreadPoolExecutor(_threads()) as pool:
+        for size, bad in pool.map(work, jobs):
+            advance(size)
+            yield from bad
+
+
+def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]:
+    """The files without digests: zip archives, whose entries have CRCs, and those with nothing to check them by.
+
+    Besides the catalog's files, torch's in the checkpoint's folder, in which parts of the training state may lie.
+    """
+    digested = {catalog.files[index].path for index in catalog.chunk_digests}
+    paths = {file.path for file in catalog.files} | {os.path.realpath(path) for path in folder.glob("*.pt")}
+    zips: list[str] = []
+    others: list[str] = []
+    for path in sorted(paths - digested):
+        (zips if zipfile.is_zipfile(path) else others).append(path)
+    return zips, others
+
+
+def damaged_entries(paths: Sequence[str], advance: Advance) -> Iterator[tuple[str, str]]:
+    """(file, what of it) for every entry of these archives that differs from its CRC-32.
+
+    An archive in which no larger entry fits its CRC was written without any (``torch.serialization`` can be told so),
+    and is passed over.
+    """
+    with ThreadPoolExecutor(_threads()) as pool:
+        for path, bad in zip(paths, pool.map(_archive, paths), strict=True):
+            advance(os.path.getsize(path))
+            yield from ((path, entry) for entry in bad)
+
+
+def _archive(path: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
+            found = [(info, _crc(stream, info)) for info in archive.infolist() if info.file_size]
+    except (OSError, zipfile.BadZipFile, struct.error) as error:
+        raise DamagedCheckpoint(f"{path}: can't be read as an archive: {error}") from error
+    bad = [info for info, crc in found if crc != info.CRC]
+    if len(bad) == len(found) > 1:
+        return []
+    return [f"entry '{info.filename}' ({info.file_size} bytes from byte {info.header_offset})" for info in bad]
+
+
+def _crc(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """The CRC-32 of an entry's stored bytes."""
+    fd = stream.fileno()
+    header = os.pread(fd, 30, info.header_offset)
+    name, extra = struct.unpack_from("<HH", header, 26)
+    at, left, crc = info.header_offset + 30 + name + extra, info.compress_size, 0
+    while left:
+        raw = os.pread(fd, min(left, PIECE), at)
+        if not raw:
+            return -1
+        crc = zlib.crc32(raw, crc)
+        at, left = at + len(raw), left - len(raw)
+    return crc
+
+
+def _threads() -> int:
+    return min(os.cpu_count() or 1, 8)

@@ -1,0 +1,285 @@
+"""How two checkpoints differ: names, shapes, element types, values, training state. Formats and layouts may differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor, TrainingState
+from ucp.checkpoint import Checkpoint
+from ucp.geometry import numel
+from ucp.inspection import stream
+from ucp.inspection.values import Distance
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "ucp.diff/1"
+
+Progress = Callable[[int, int], None]
+
+# Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
+_OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor that both have with the same shape, and whose values (or element types) differ.
+
+    different: elements with other bits (other values, where the element types differ); beyond: those outside the
+    tolerance. first: index of the first. absolute, relative: largest differences of finite values; relative to the
+    larger of the two. unlike: elements that are a finite number on one side only.
+    """
+
+    name: str
+    state: str
+    dtypes: tuple[str, str]
+    elements: int
+    different: int
+    beyond: int
+    first: tuple[int, ...] | None
+    absolute: float
+    relative: float
+    unlike: int
+
+    @property
+    def types_differ(self) -> bool:
+        return self.dtypes[0] != self.dtypes[1]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a, b: the paths. only_a, only_b: ``name:state`` (``name`` where the other has nothing of the parameter at all).
+    shapes: name -> both shapes. scalars, training_state: what differs -> both values, as text. tensors: that differ.
+    compared: how many tensors' values were compared, and their bytes on one side; equal: how many were equal bit for
+    bit. types_count: whether other element types are a difference.
+    """
+
+    a: str
+    b: str
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    tensors: tuple[TensorDifference, ...]
+    scalars: Mapping[str, tuple[str, str]]
+    training_state: Mapping[str, tuple[str, str]]
+    compared: int
+    bytes: int
+    equal: int
+    types_count: bool = True
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs that counts."""
+        found = self.only_a or self.only_b or self.shapes or self.scalars or self.training_state
+        return not found and not any(t.beyond or (self.types_count and t.types_differ) for t in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "same": self.same, **asdict(self)}
+
+
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    params: Sequence[str] = (),
+    states: Sequence[str] = (),
+    absolute: float = 0.0,
+    relative: float = 0.0,
+    types: bool = True,
+    training_state: bool = True,
+    values: bool = True,
+    progress: Progress | None = None,
+) -> Difference:
+    """Compare two open checkpoints; tied parameters are found under any of their names.
+
+    params: globs of the parameters that count, states: names of the states; all without. absolute, relative: elements
+    count as equal within ``absolute + relative * max(|a|, |b|)``; without, bits count (values, where the element types
+    differ). types: other element types are a difference. values: read the tensors, in pieces of a few megabytes.
+
+    Raises what reading raises.
+    """
+
+    def counts(name: str) -> bool:
+        return not params or any(fnmatchcase(name, pattern) for pattern in params)
+
+    left, right, only_a, only_b = _paired(a, b, counts, states)
+    shapes = {}
+    pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
+    for ours, theirs in zip(left, right, strict=True):
+        if ours.shape != theirs.shape:
+            shapes[f"{ours.name}:{ours.state}"] = (ours.shape, theirs.shape)
+        else:
+            pairs.append((ours, theirs))
+    tensors: tuple[TensorDifference, ...] = ()
+    if values:
+        tensors = tuple(_values(a, b, pairs, (absolute, relative), progress))
+    state: dict[str, tuple[str, str]] = {}
+    if training_state:
+        state = _changed(_flat_state(a.training_state), _flat_state(b.training_state))
+    return Difference(
+        a=os.fspath(a.path),
+        b=os.fspath(b.path),
+        only_a=only_a,
+        only_b=only_b,
+        shapes=shapes,
+        tensors=tensors,
+        scalars=_scalars(a, b, counts) if not states else {},
+        training_state=state,
+        compared=len(pairs) if values else 0,
+        bytes=stream.total(ours for ours, _ in pairs) if values else 0,
+        equal=len(pairs) - len(tensors) if values else 0,
+        types_count=types,
+    )
+
+
+def _paired(
+    a: Checkpoint, b: Checkpoint, counts: Callable[[str], bool], states: Sequence[str]
+) -> tuple[list[LogicalTensor], list[LogicalTensor], tuple[str, ...], tuple[str, ...]]:
+    """The tensors that both have, in a's order, and what only one has."""
+    left, right = [], []
+    only_a, met = [], set()
+    for info in a.parameters.values():
+        if not counts(info.name):
+            continue
+        other = _counterpart(b, (info.name, *info.aliases))
+        if other is None:
+            only_a.append(info.name)
+            continue
+        met.add(other)
+        for state in info.states:
+            if states and state not in states:
+                continue
+            theirs = b.catalog.tensors.get((other, state))
+            if theirs is None:
+                only_a.append(f"{info.name}:{state}")
+                continue
+            left.append(a.catalog.tensors[info.name, state])
+            right.append(theirs)
+    only_b = [name for name in b.parameters if counts(name) and name not in met]
+    held = {(t.name, t.state) for t in right}
+    for name in met:
+        only_b += [
+            f"{name}:{s}" for s in b.parameters[name].states if (name, s) not in held and (not states or s in states)
+        ]
+    return left, right, tuple(only_a), tuple(only_b)
+
+
+def _counterpart(checkpoint: Checkpoint, names: Sequence[str]) -> str | None:
+    for name in names:
+        try:
+            return checkpoint.catalog.resolve(name)
+        except KeyError:
+            continue
+    return None
+
+
+def _values(
+    a: Checkpoint,
+    b: Checkpoint,
+    pairs: Sequence[tuple[LogicalTensor, LogicalTensor]],
+    tolerance: tuple[float, float],
+    progress: Progress | None,
+) -> Iterator[TensorDifference]:
+    left, right = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+    distances = [Distance() for _ in pairs]
+    total, done = stream.total(left), 0
+    for batch in stream.batches(left):
+        raw_a, raw_b = stream.read(a.reader, left, batch), stream.read(b.reader, right, batch)
+        for piece, x, y in zip(batch, raw_a, raw_b, strict=True):
+            types = left[piece.index].dtype, right[piece.index].dtype
+            distances[piece.index].add(piece.first, x, y, types, tolerance)
+            done += len(x)
+        if progress is not None:
+            progress(done, total)
+    for (ours, theirs), found in zip(pairs, distances, strict=True):
+        if found.first is not None or ours.dtype != theirs.dtype:
+            first = None if found.first is None or not ours.shape else np.unravel_index(found.first, ours.shape)
+            yield TensorDifference(
+                name=ours.name,
+                state=ours.state,
+                dtypes=(ours.dtype, theirs.dtype),
+                elements=numel(ours.shape),
+                different=found.different,
+                beyond=found.beyond,
+                first=None if first is None else tuple(int(i) for i in first),
+                absolute=found.absolute,
+                relative=found.relative,
+                unlike=found.unlike,
+            )
+
+
+def _scalars(a: Checkpoint, b: Checkpoint, counts: Callable[[str], bool]) -> dict[str, tuple[str, str]]:
+    out: dict[str, tuple[str, str]] = {}
+    for info in a.parameters.values():
+        other = _counterpart(b, (info.name, *info.aliases)) if counts(info.name) else None
+        if other is not None:
+            found = _changed(_flat(info.scalars), _flat(b.parameters[other].scalars))
+            out.update({f"{info.name}:{key}": values for key, values in found.items()})
+    return out
+
+
+# --- training state --------------------------------------------------------------------------------------------------
+
+
+def _flat_state(state: TrainingState) -> dict[str, Any]:
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    fields["param_groups"] = [{"names": sorted(group.names), "options": group.options} for group in state.param_groups]
+    flat = _flat(fields)
+    return {
+        path: value
+        for path, value in flat.items()
+        if not any(path == own or path.startswith(f"{own}.") or path.startswith(f"{own}[") for own in _OF_THE_LAYOUT)
+    }
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested value as its leaves by path. Tuples count as lists, numbers by their value."""
+    if isinstance(value, Mapping):
+        out: dict[str, Any] = {}
+        for key, item in value.items():
+            out.update(_flat(item, f"{path}.{key}" if path else str(key)))
+        return out
+    if isinstance(value, (list, tuple)):
+        out = {}
+        for index, item in enumerate(value):
+            out.update(_flat(item, f"{path}[{index}]"))
+        return out
+    return {path: value}
+
+
+def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    out = {}
+    for path in dict.fromkeys((*a, *b)):
+        ours, theirs = a.get(path), b.get(path)
+        if not _equal(ours, theirs):
+            out[path] = (_shown(ours), _shown(theirs))
+    return out
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if hasattr(a, "dtype") and hasattr(b, "dtype"):
+        return _equal_arrays(a, b)
+    if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
+        return True
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError, RuntimeError):
+        return repr(a) == repr(b)
+
+
+def _equal_arrays(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape) and bool((a == b).all())
+
+
+def _shown(value: Any) -> str:
+    if hasattr(value, "dtype"):
+        return f"tensor {list(value.shape)} {value.dtype}"
+    text = repr(value) if value is not None else "none"
+    return text if len(text) <= 60 else f"{text[:57]}..."

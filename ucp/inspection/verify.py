@@ -1,0 +1,307 @@
+"""Whether a checkpoint is whole: files, coverage, digests, copies, training state, and finite values on request.
+
+Opening refuses a damaged checkpoint at the first fault; this goes on and names them all, as far as the metadata can
+still be read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp import checkpoint, formats
+from ucp.catalog import Catalog, LogicalTensor
+from ucp.checkpoint import Checkpoint
+from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, UcpError
+from ucp.formats.universal import manifest, schema
+from ucp.geometry import box
+from ucp.inspection import holders, stream
+from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries
+from ucp.inspection.coverage import faults
+from ucp.inspection.listing import resolve
+from ucp.inspection.state import state_findings
+from ucp.inspection.values import not_finite
+from ucp.storage.dtypes import itemsize
+from ucp.storage.files import Files
+from ucp.transfer.gather import Want, gather
+
+SCHEMA = "ucp.verify/1"
+SHOWN = 20
+"""Faults of one kind that are listed; those beyond are counted."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """kind: 'unreadable', 'file', 'hole', 'overlap', 'outside', 'digest', 'copy', 'training-state', 'not-finite' or
+    'unchecked'. subject: the file or ``name:state`` that it is about. fault: False for what is only to be known."""
+
+    kind: str
+    subject: str
+    text: str
+    fault: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found, and what was checked.
+
+    checked: tensors, copies: counts; digested, digested_by_zip: bytes of files compared with the checkpoint's digests,
+    with the CRC-32 of torch's files; compared: bytes of copies; finite: bytes of values.
+    """
+
+    path: str
+    format: str
+    layout: str | None
+    checked: Mapping[str, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def whole(self) -> bool:
+        return not any(finding.fault for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "whole": self.whole, **asdict(self)}
+
+
+@dataclass
+class _Notes:
+    found: list[Finding] = field(default_factory=list)
+    checked: dict[str, int] = field(default_factory=dict)
+    more: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, subject: str, text: str, fault: bool = True) -> None:
+        if sum(f.kind == kind for f in self.found) >= SHOWN:
+            self.more[kind] = self.more.get(kind, 0) + 1
+        else:
+            self.found.append(Finding(kind, subject, text, fault))
+
+    def verdict(self, path: Path, name: str, layout: str | None) -> Verdict:
+        for kind, n in self.more.items():
+            self.found.append(Finding(kind, "", f"and {n} more of this kind"))
+        order = sorted(self.found, key=lambda f: not f.fault)
+        return Verdict(os.fspath(path), name, layout, self.checked, tuple(order))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    spec: str | os.PathLike[str] | None = None,
+    model_config: str | os.PathLike[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    quick: bool = False,
+    finite: bool = False,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check the checkpoint that ``path`` and ``tag`` name (what ``latest`` names, even where that is damaged).
+
+    Coverage (every element of every tensor held exactly once by ranges that exist), the training state, and, unless
+    ``quick``: every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all copies of
+    what several ranks keep. finite: besides, that no value is infinite or not a number.
+
+    Raises NotACheckpoint where nothing is recognised, BadArgument and what a spec raises; damage is a finding.
+    """
+    where = resolve(path, tag)
+    reader = formats.find(where)
+    if reader is None:
+        raise formats.explain_unknown(where)
+    notes = _Notes()
+    try:
+        # Digests and copies are compared below, all of them.
+        opened = checkpoint.open(where, spec, model_config=model_config, sizes=sizes, verify=False)
+    except (DamagedCheckpoint, NotACheckpoint) as error:
+        before = len(notes.found)
+        if reader is formats.universal:
+            _look_closer(where, notes, error)
+        if len(notes.found) == before:
+            notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", os.fspath(where), str(error))
+        return notes.verdict(where, reader.NAME, None)
+    with opened:
+        _check(opened, notes, quick=quick, finite=finite, progress=progress)
+        return notes.verdict(where, opened.format, str(opened.layout))
+
+
+def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, progress: Progress | None) -> None:
+    """The checks of an open checkpoint, whose coverage opening has checked already."""
+    catalog = opened.catalog
+    tensors = list(catalog.tensors.values())
+    notes.checked.update(
+        tensors=len(tensors), copies=len(catalog.copies), digested=0, digested_by_zip=0, compared=0, finite=0
+    )
+    for tensor in catalog.copies:
+        _check_inside(catalog, tensor, notes)
+    for text, fault in state_findings(catalog):
+        notes.add("training-state", "", text, fault)
+    if quick:
+        notes.add("unchecked", "", "bytes were not read (quick)", fault=False)
+        return
+    zips, unchecked = checked_files(opened.path, catalog)
+    in_zips = sum(os.path.getsize(path) for path in zips)
+    floating = [t for t in tensors if "float" in t.dtype] if finite else []
+    work = sum(t.size for t in catalog.chunk_digests.values()) + in_zips
+    work += 2 * stream.total(catalog.copies) + stream.total(floating)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, work), work)
+
+    with Files() as files:
+        for index, start, stop in damaged_chunks(catalog, files, advance):
+            held = _held_in(catalog, index, start, stop)
+            file = catalog.files[index].path
+            notes.add("digest", file, f"bytes {start} to {stop} differ from their digest; they hold {held}")
+    notes.checked["digested"] = sum(table.size for table in catalog.chunk_digests.values())
+    for path, entry in damaged_entries(zips, advance):
+        notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
+    notes.checked["digested_by_zip"] = in_zips
+    if unchecked:
+        names = ", ".join(map(os.path.basename, unchecked[:3])) + (", …" if len(unchecked) > 3 else "")
+        text = f"{len(unchecked)} files have no digests, so flipped bits can't be seen: {names}"
+        notes.add("unchecked", "", text, fault=False)
+    _copies(opened, notes, advance)
+    if finite:
+        _finite(opened, floating, notes, advance)
+
+
+def _look_closer(where: Path, notes: _Notes, error: UcpError) -> None:
+    """Every fault that a universal checkpoint's manifest shows, once it is known that there is one."""
+    path = os.fspath(where / manifest.NAME)
+    try:
+        body = manifest.load(path)
+        files = body["files"]
+        for name, size in zip(files["path"], files["size"], strict=True):
+            full = os.path.normpath(os.path.join(where, name))
+            try:
+                found = os.stat(full).st_size
+            except OSError as missing:
+                notes.add("file", full, f"can't be read: {missing.strerror}; the manifest needs it")
+                continue
+            if found != size:
+                notes.add("file", full, f"has {found} bytes where the manifest says {size}")
+        if notes.found:
+            return
+        catalog = schema.decode(path, body, complete=False)
+    except (UcpError, KeyError, TypeError, ValueError):
+        return  # the error that opening gave tells it
+    for tensor in catalog.tensors.values():
+        _check_coverage(catalog, tensor, notes)
+        _check_inside(catalog, tensor, notes)
+
+
+def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> None:
+    subject, n = f"{tensor.name}:{tensor.state}", f"shape {list(tensor.shape)}"
+    hole, twice, words = faults(tensor.shape, tensor.blocks)
+    if words is None:
+        return
+    if hole is not None:
+        notes.add("hole", subject, f"{hole.elements} elements are in no fragment ({n}); first {hole.box}")
+    if twice is not None:
+        by = ", ".join(sorted(_holders_of(catalog, tensor, twice.offsets)))
+        notes.add(
+            "overlap",
+            subject,
+            f"{twice.elements} elements are in {twice.times} fragments ({n}); first {twice.box}: {by}",
+        )
+    if hole is None and twice is None:
+        notes.add("outside" if "outside" in words else "hole", subject, f"{words} ({n})")
+
+
+def _holders_of(catalog: Catalog, tensor: LogicalTensor, at: Sequence[int]) -> set[str]:
+    b, place = tensor.blocks, np.array(at, np.int64)
+    hit = np.all((b.offsets <= place) & (place < b.offsets + b.sizes), axis=1)
+    return {holders.holder(catalog.files[int(k)].path) for k in b.buffers[hit]}
+
+
+def _check_inside(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> None:
+    try:
+        catalog.check_ranges(tensor, np.array([file.size for file in catalog.files], np.float64))
+    except DamagedCheckpoint as error:
+        notes.add("outside", f"{tensor.name}:{tensor.state}", str(error))
+
+
+def _held_in(catalog: Catalog, file: int, start: int, stop: int) -> str:
+    """The tensors that have elements in these bytes of a file, in words."""
+    names = [
+        f"'{t.name}' ({t.state})"
+        for t in (*catalog.tensors.values(), *catalog.copies)
+        if _touches(t, file, start, stop)
+    ]
+    if not names:
+        return "no tensor of a parameter (a header, or the training state's)"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _touches(tensor: LogicalTensor, file: int, start: int, stop: int) -> bool:
+    b = tensor.blocks
+    mine = b.buffers == file
+    if not mine.any():
+        return False
+    first, last = tensor.byte_ranges()
+    return bool(np.any(mine & (first < stop) & (last > start)))
+
+
+def _copies(opened: Checkpoint, notes: _Notes, advance: Callable[[int], None]) -> None:
+    """Compare every copy with the tensor that it is a copy of, byte by byte."""
+    for copy in opened.catalog.copies:
+        original = opened.catalog.tensors[copy.name, copy.state]
+        for part, theirs, ours in _held_again(opened, copy, original):
+            advance(2 * len(ours))
+            notes.checked["compared"] += len(ours)
+            if not np.array_equal(ours, theirs):
+                path = opened.catalog.files[part].path
+                count, first = int((ours != theirs).sum()), _first(opened, original)
+                text = f"the copy in {path} differs in {count} bytes from what {first} holds"
+                notes.add("copy", f"{copy.name}:{copy.state}", text)
+
+
+def _first(opened: Checkpoint, tensor: LogicalTensor) -> str:
+    return holders.holder(opened.catalog.files[int(tensor.blocks.buffers[0])].path)
+
+
+def _held_again(
+    opened: Checkpoint, copy: LogicalTensor, original: LogicalTensor
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(file, the original's bytes, the copy's) for every box of the copy."""
+    width = itemsize(copy.dtype)
+    for k in range(len(copy.blocks)):
+        one = np.array([k])
+        sizes = tuple(copy.blocks.sizes[k].tolist())
+        offsets = tuple(copy.blocks.offsets[k].tolist())
+        target = box(offsets, sizes)
+        buffers = [np.zeros(int(target.counts[0]) * width, np.uint8) for _ in range(2)]
+        only = LogicalTensor(copy.name, copy.state, copy.shape, copy.dtype, copy.blocks.take(one), copy.bases[one])
+        for tensor, buffer in zip((original, only), buffers, strict=True):
+            gather(opened.reader, [Want(tensor, target, copy.dtype)], [buffer])
+        yield int(copy.blocks.buffers[k]), buffers[0], buffers[1]
+
+
+def _finite(
+    opened: Checkpoint, tensors: Sequence[LogicalTensor], notes: _Notes, advance: Callable[[int], None]
+) -> None:
+    bad: dict[int, tuple[int, int]] = {}
+    for piece, raw in stream.each(opened, tensors):
+        advance(len(raw))
+        notes.checked["finite"] += len(raw)
+        wrong = not_finite(raw, tensors[piece.index].dtype)
+        if len(wrong):
+            count, first = bad.get(piece.index, (0, piece.first + int(wrong[0])))
+            bad[piece.index] = count + len(wrong), first
+    for index, (count, first) in bad.items():
+        tensor = tensors[index]
+        at = np.unravel_index(first, tensor.shape) if tensor.shape else ()
+        notes.add(
+            "not-finite",
+            f"{tensor.name}:{tensor.state}",
+            f"{count} of {tensor.nbytes // itemsize(tensor.dtype)} values are infinite or not a number; the "
+            f"first at {[int(i) for i in at]}",
+        )

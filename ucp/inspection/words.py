@@ -1,0 +1,92 @@
+"""Numbers and cuts in the words that people read."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from ucp.geometry import Blocks, Shape, numel, row_major
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def bytes_text(count: float) -> str:
+    """``1.23 GB``: three digits, in powers of 1000, as disks and networks are sold."""
+    value, unit = float(count), _UNITS[0]
+    for unit in _UNITS:
+        if abs(value) < 999.5 or unit == _UNITS[-1]:
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+
+
+def count_text(count: int) -> str:
+    """``7.24 billion`` from a million on, all digits below."""
+    for limit, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= limit:
+            return f"{count / limit:.2f} {word}"
+    return f"{count:,}"
+
+
+def seconds_text(seconds: float) -> str:
+    """``1 h 05 min``, ``3 min 20 s``, ``1.4 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def age_text(when: float, now: float | None = None) -> str:
+    """How long ago a time (seconds since the epoch) was: ``3 days ago``."""
+    ago = max((time.time() if now is None else now) - when, 0)
+    for size, word in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if ago >= size:
+            n = int(ago // size)
+            return f"{n} {word}{'s' if n > 1 else ''} ago"
+    return "just now"
+
+
+def shape_text(shape: Shape) -> str:
+    """``4096 × 11008``; ``scalar`` for no dimension."""
+    return " × ".join(map(str, shape)) if shape else "scalar"
+
+
+def cut_text(shape: Shape, blocks: Blocks, holders: int) -> str:
+    """How a tensor is cut into fragments, seen from the fragments alone. holders: how many ranks or files hold some."""
+    n = len(blocks)
+    if numel(shape) == 0:
+        return "empty"
+    if n <= 1:
+        return "whole"
+    over = f"over {holders}" if holders > 1 else "in one file"
+    size = np.array(shape, np.int64)
+    cut = [k for k in range(len(shape)) if np.any(blocks.sizes[:, k] != size[k])]
+    if len(cut) == 1:
+        k = cut[0]
+        pieces = len(np.unique(blocks.offsets[:, k]))
+        return f"dimension {k} in {pieces} {over}"
+    first = blocks.offsets @ np.array(row_major(shape), np.int64)
+    order = np.argsort(first)
+    dense = np.all(first[order][1:] == (first + blocks.counts)[order][:-1])
+    return f"{'flat ranges' if dense else f'{n} boxes'} {over}"
+
+
+def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (), indent: str = "  ") -> list[str]:
+    """Rows with their columns below each other; those numbered in ``right`` are set to the right."""
+    if not rows:
+        return []
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        (
+            indent
+            + "  ".join(
+                c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+        ).rstrip()
+        for row in rows
+    ]
