@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
     from ucp.checkpoint import Checkpoint, open  # noqa: A004 (`ucp.open` is the public name, as `gzip.open` is)
     from ucp.conversion import ConversionReport, convert
+    from ucp.dtensor import async_save, load, load_training, save, save_training
     from ucp.errors import UcpError
     from ucp.parallel.mesh import Layout
 
 __all__ = [
     "open",
     "convert",
+    "save",
+    "async_save",
+    "load",
+    "save_training",
+    "load_training",
     "Checkpoint",
     "ConversionReport",
     "Layout",
@@ -39,6 +45,11 @@ _HOMES = {
     "open": "ucp.checkpoint",
     "Checkpoint": "ucp.checkpoint",
     "convert": "ucp.conversion",
+    "save": "ucp.dtensor",
+    "async_save": "ucp.dtensor",
+    "load": "ucp.dtensor",
+    "save_training": "ucp.dtensor",
+    "load_training": "ucp.dtensor",
     "ConversionReport": "ucp.conversion",
     "Layout": "ucp.parallel.mesh",
     "ParameterInfo": "ucp.catalog",

@@ -100,7 +100,7 @@ def read(
         buffers.append(tensor.view(torch.uint8).numpy())
         tensors[key, state] = tensor
     with Files() as files:
-        nbytes = gather(Reader(catalog, files, verify), wants, buffers, threads or _threads())
+        nbytes = gather(Reader(catalog, files, verify), wants, buffers, threads or reading_threads())
         return tensors, nbytes, files.bytes_read
 
 
@@ -112,7 +112,7 @@ def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -
     return torch.zeros(slot.placement(state).length, dtype=to_torch(dtype))
 
 
-def _threads() -> int:
+def reading_threads() -> int:
     """Reading threads for this process: the machine's processors over the ranks on it, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
     return max(1, min(8, (os.cpu_count() or 1) // max(local, 1)))

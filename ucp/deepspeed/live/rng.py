@@ -1,27 +1,20 @@
-"""The random number generators of one rank: torch's, the device's, numpy's, Python's, and DeepSpeed's trackers.
-
-They belong to ranks, not to parameters: they come back where as many ranks resume as saved, each on its own rank, and
-stay as the program seeded them otherwise, since a stream cannot be divided among another number of ranks.
-"""
+"""The random number generators of one rank under DeepSpeed: those of any rank (`ucp.training.rng`), its accelerator's,
+and its trackers."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from ucp.training import rng
+
 
 def capture(engine: Any) -> dict[str, Any]:
     """The present states, as plain values and numpy arrays."""
-    version, words, gauss = random.getstate()
-    found: dict[str, Any] = {
-        "torch": torch.get_rng_state().numpy().copy(),
-        "numpy": np.random.get_state(legacy=True),
-        "python": (version, np.array(words, np.uint32), gauss),
-    }
+    found = rng.capture()
     if engine.device.type != "cpu":
         from deepspeed.accelerator import get_accelerator
 
@@ -32,10 +25,7 @@ def capture(engine: Any) -> dict[str, Any]:
 
 def restore(engine: Any, found: Mapping[str, Any]) -> None:
     """Set what `capture` returned on the same rank of a run with as many ranks."""
-    torch.set_rng_state(torch.from_numpy(np.array(found["torch"], np.uint8)))
-    np.random.set_state(tuple(found["numpy"]))
-    version, words, gauss = found["python"]
-    random.setstate((version, tuple(int(word) for word in words), gauss))
+    rng.restore(found)
     if "device" in found and engine.device.type != "cpu":
         from deepspeed.accelerator import get_accelerator
 

@@ -71,7 +71,7 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
 
 def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     """Each rank's generators go on where as many ranks resume as saved; see `rng`."""
-    if not saved:
+    if not any("rng" in own for own in saved):
         return
     if len(saved) == ranks.world_size():
         rng.restore(engine, saved[ranks.rank()]["rng"])

@@ -1,0 +1,207 @@
+"""What each entry of a state dict is: a weight, an optimizer's state, a hyperparameter, or something else.
+
+torch.distributed's state dicts are nested or flattened dictionaries whose flat names ("model.up.weight",
+"optim.state.up.weight.exp_avg") are all that tells. An optimizer is found by its "param_groups", in both of the forms
+that torch.distributed.checkpoint.state_dict makes:
+
+- nested: ``<optimizer>.param_groups.<i>.params`` lists the group's parameters, beside one entry for each option;
+- flattened: ``<optimizer>.param_groups.<parameter>.<option>``, as torchtitan saves it.
+
+The model is then where all parameters that the optimizers name are tensors, under one prefix or none; without an
+optimizer it is what lies under the key "model". Parameters are called as the module calls them, without that prefix, so
+that checkpoints of other frameworks have the same names. Everything else keeps its flat name. The same entries always
+get the same roles: those of a state dict to be saved, of a file, and of a state dict to be loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ucp.errors import Unsupported
+from ucp.geometry import Shape, numel
+
+PARAM = "param"
+MODEL = "model"
+_GROUPS, _STATE, _MEMBERS = "param_groups.", "state.", "params"
+# Prefixes that are the model where several would do, such as a moving average of the weights beside them.
+_PREFERRED = (f"{MODEL}.", "", "module.")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An entry of a state dict. path: the keys that lead to it. shape: a tensor's; None for any other value."""
+
+    path: tuple[Any, ...]
+    shape: Shape | None = None
+    value: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Roles:
+    """The entries of a state dict, by what they are; every one is in exactly one of these.
+
+    tensors: entry -> (name, state) of a logical tensor. scalars: entry -> (parameter, name of a single value that an
+    optimizer keeps for it). options: entry -> (group, option). members: entry -> group, whose parameters it lists.
+    values: all others, which are no tensors. groups: group -> its parameters. model: names of the model's tensors;
+    trained: of those that an optimizer updates.
+    """
+
+    tensors: dict[str, tuple[str, str]] = field(default_factory=dict)
+    scalars: dict[str, tuple[str, str]] = field(default_factory=dict)
+    options: dict[str, tuple[str, str]] = field(default_factory=dict)
+    members: dict[str, str] = field(default_factory=dict)
+    values: list[str] = field(default_factory=list)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    model: set[str] = field(default_factory=set)
+    trained: set[str] = field(default_factory=set)
+    entry_of: dict[tuple[str, str], str] = field(default_factory=dict)  # the reverse of tensors
+
+    def kind(self, name: str, floating: bool) -> str:
+        """The kind of a named tensor, as `ParameterInfo` has it; a state dict does not tell frozen ones from buffers of
+        floating point, so these count as frozen parameters."""
+        if name in self.trained or not self.trained:
+            return "parameter" if floating else "buffer"
+        return "frozen" if name in self.model and floating else "buffer"
+
+
+def assign(entries: Mapping[str, Entry]) -> Roles:
+    """The roles of all entries, by their flat names.
+
+    Raises Unsupported where two entries would have the same name.
+    """
+    roles = Roles()
+    rest = dict(entries)
+    optimizers = [o for root in _roots(entries) if (o := _optimizer(root, entries)) is not None]
+    trained = [name for o in optimizers for names in o.groups.values() for name in names]
+    prefix = _prefix(entries, trained, [o.root for o in optimizers])
+    if prefix is None:
+        optimizers, trained = [], []
+    else:
+        for key in [k for k, e in rest.items() if e.shape is not None and k.startswith(prefix)]:
+            if any(_inside(key, o) for o in optimizers):
+                continue
+            name = key.removeprefix(prefix)
+            _name(roles, key, (name, PARAM))
+            roles.model.add(name)
+            del rest[key]
+    roles.trained.update(trained)
+    weights = {name: entries[(prefix or "") + name].shape for name in trained}
+    for optimizer in optimizers:
+        _take(roles, optimizer, rest, weights)
+    for key, entry in rest.items():
+        if entry.shape is None:
+            roles.values.append(key)
+        else:
+            _name(roles, key, (key, PARAM))
+    return roles
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """root: of its entries' names, with the dot. nested: its groups are numbered. groups: by name."""
+
+    root: str
+    nested: bool
+    groups: Mapping[str, tuple[str, ...]]
+
+
+def _roots(entries: Mapping[str, Entry]) -> Iterator[str]:
+    seen: dict[str, None] = {}
+    for key in entries:
+        at = key.find(_GROUPS)
+        while at > 0 and key[at - 1] != ".":
+            at = key.find(_GROUPS, at + 1)
+        if at >= 0:
+            seen[key[:at]] = None
+    yield from seen
+
+
+def _optimizer(root: str, entries: Mapping[str, Entry]) -> _Optimizer | None:
+    """The optimizer whose entries begin with ``root``; None where it does not name its parameters."""
+    start = root + _GROUPS
+    inside = [key for key in entries if key.startswith(start)]
+    listed = [key for key in inside if _is_members(key.removeprefix(start))]
+    if listed:
+        groups: dict[str, tuple[str, ...]] = {}
+        for key in sorted(listed, key=lambda k: int(k.removeprefix(start).partition(".")[0])):
+            names = entries[key].value
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                return None
+            groups[key.removesuffix(f".{_MEMBERS}")] = tuple(names)
+        return _Optimizer(root, True, groups)
+    named = dict.fromkeys(key.removeprefix(start).rpartition(".")[0] for key in inside)
+    if "" in named:
+        return None
+    return _Optimizer(root, False, {start + name: (name,) for name in named})
+
+
+def _is_members(text: str) -> bool:
+    """Whether it is ``<i>.params``."""
+    number, _, last = text.partition(".")
+    return last == _MEMBERS and number.isdecimal()
+
+
+def _prefix(entries: Mapping[str, Entry], trained: list[str], roots: list[str]) -> str | None:
+    """Where the model's tensors lie; None where that is open."""
+    tensors = {key for key, entry in entries.items() if entry.shape is not None}
+    if not trained:
+        nested = [entry for key, entry in entries.items() if key.startswith(f"{MODEL}.") and entry.path[0] == MODEL]
+        return f"{MODEL}." if any(entry.shape is not None for entry in nested) else None
+    places = [f"{root}{_STATE}" for root in roots]
+    first = trained[0]
+    found = [
+        key[: len(key) - len(first)]
+        for key in tensors
+        if (key == first or key.endswith(f".{first}")) and not any(key.startswith(place) for place in places)
+    ]
+    fitting = [prefix for prefix in found if all(prefix + name in tensors for name in trained)]
+    for prefix in _PREFERRED:
+        if prefix in fitting:
+            return prefix
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _inside(key: str, optimizer: _Optimizer) -> bool:
+    return key.startswith((optimizer.root + _GROUPS, optimizer.root + _STATE))
+
+
+def _take(roles: Roles, optimizer: _Optimizer, rest: dict[str, Entry], weights: Mapping[str, Shape | None]) -> None:
+    """Give an optimizer's entries their roles, and remove them from ``rest``."""
+    start, states = optimizer.root + _GROUPS, optimizer.root + _STATE
+    roles.groups.update(optimizer.groups)
+    for key in list(rest):
+        if key.startswith(start):
+            group, _, option = (
+                _numbered(key, start) if optimizer.nested else key.rpartition(".")  # options have no dots, names do
+            )
+            if optimizer.nested and option == _MEMBERS:
+                roles.members[key] = group
+            else:
+                roles.options[key] = (group, option)
+            del rest[key]
+        elif key.startswith(states):
+            name, _, state = key.removeprefix(states).rpartition(".")
+            if name not in weights:
+                continue
+            shape = rest[key].shape
+            if shape is not None and shape == weights[name] and state != "step":
+                _name(roles, key, (name, state))
+            elif shape is None or numel(shape) == 1:
+                roles.scalars[key] = (name, state)
+            else:
+                continue  # a state of another shape than its parameter's is a tensor by itself
+            del rest[key]
+
+
+def _numbered(key: str, start: str) -> tuple[str, str, str]:
+    number, dot, option = key.removeprefix(start).partition(".")
+    return start + number, dot, option
+
+
+def _name(roles: Roles, key: str, what: tuple[str, str]) -> None:
+    other = roles.entry_of.setdefault(what, key)
+    if other != key:
+        raise Unsupported(f"'{other}' and '{key}' of the state dict would both be called '{what[0]}'; rename one")
+    roles.tensors[key] = what

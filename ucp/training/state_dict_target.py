@@ -1,0 +1,288 @@
+"""A checkpoint of any format into a state dict of torch.distributed: into the tensors where they are, by name.
+
+As with engines, all of it or nothing: compare and plan, read this rank's byte ranges into host memory, and only then
+copy, each step agreed on by all ranks. Optimizer states and hyperparameters are found by the parameters' names, so that
+neither the order of param groups nor the framework that saved them matters.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from ucp.catalog import Catalog
+from ucp.errors import Mismatch
+from ucp.formats.dcp.names import PARAM, Entry, Roles, assign
+from ucp.geometry import numel
+from ucp.storage.dtypes import from_torch
+from ucp.storage.files import Files
+from ucp.training import ranks
+from ucp.training.dtensors import blocks_of, local_tensor
+from ucp.training.load import reading_threads
+from ucp.training.match import OWN_OPTIONS
+from ucp.training.names import match
+from ucp.training.state_dict_source import VALUES
+from ucp.training.state_dicts import flatten, put
+from ucp.transfer.gather import EXACT, Reader, Want, gather
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class StateDictReport:
+    """What a load did. nbytes: of the tensors brought to this rank; bytes_read: of the files. left: entries that stayed
+    as they were, by the caller's leave or because the checkpoint records no hyperparameters for them. unused: what the
+    checkpoint has besides. seconds: by stage."""
+
+    path: str
+    tensors: int
+    nbytes: int
+    bytes_read: int
+    left: tuple[str, ...]
+    unused: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass
+class _Plan:
+    """wants: entry -> what to gather into its shard. fills: entries that are tensors of one value. own: tensors that
+    this rank had for itself. values: what to set."""
+
+    wants: dict[str, Want] = field(default_factory=dict)
+    fills: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+def load_into(
+    state_dict: dict[str, Any],
+    path: str,
+    catalog: Catalog,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] | None = None,
+    verify: bool = True,
+) -> StateDictReport:
+    """Fill the state dict (without Stateful objects: `state_dicts.unwrap`) in place. Collective.
+
+    catalog: its training state's tensors are real ones. allow_missing: patterns of flat names that may stay as they
+    are. allow_unused: patterns of what of the checkpoint's tensors may stay unread (names, and ``name:state`` for
+    optimizer states); None for anything.
+
+    Raises Mismatch, and what reading raises, on every rank and with nothing changed.
+    """
+    clock = [time.perf_counter()]
+    entries, what = ranks.together(lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused))
+    clock.append(time.perf_counter())
+    buffers, nbytes, bytes_read = ranks.together(lambda: _read(entries, catalog, what, verify))
+    clock.append(time.perf_counter())
+    _apply(state_dict, entries, what, buffers)
+    clock.append(time.perf_counter())
+    seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
+    return StateDictReport(path, len(what.wants), nbytes, bytes_read, tuple(what.left), tuple(what.unused), seconds)
+
+
+def _planned(
+    state_dict: Mapping[str, Any],
+    path: str,
+    catalog: Catalog,
+    allow_missing: Sequence[str],
+    allow_unused: Sequence[str] | None,
+) -> tuple[dict[str, Entry], _Plan]:
+    entries = flatten(state_dict)
+    what = plan(entries, assign(entries), catalog)
+    missing = [key for key in what.missing if not _allowed(key, allow_missing)]
+    unused = [] if allow_unused is None else [key for key in what.unused if not _allowed(key, allow_unused)]
+    what.left.extend(key for key in what.missing if key not in missing)
+    parts = []
+    if what.wrong:
+        parts.append(f"{len(what.wrong)} do not fit: {_shown(what.wrong)}")
+    if missing:
+        listed = [f"'{key}'{_why_missing(key, catalog)}" for key in missing]
+        parts.append(f"{len(missing)} are not in the checkpoint: {_shown(listed)} (allow_missing=[...] leaves them)")
+    if unused:
+        parts.append(
+            f"{len(unused)} of the checkpoint would stay unused: {_shown(unused)} (allow_unused=[...] allows it)"
+        )
+    if parts:
+        raise Mismatch(
+            f"{path}: nothing was loaded, since what is asked for is not what the checkpoint has; {'; '.join(parts)}"
+        )
+    return entries, what
+
+
+def _allowed(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key.partition(":")[0], pattern) for pattern in patterns)
+
+
+def _why_missing(key: str, catalog: Catalog) -> str:
+    saved = catalog.training_state.extra.get("ranks", ())
+    if any(key in own.get(VALUES, {}) for own in saved):
+        return f" (each of {len(saved)} ranks has its own, and {ranks.world_size()} load)"
+    return ""
+
+
+def _shown(items: Sequence[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> _Plan:
+    """Everything that a load will do on this rank; talks to nobody."""
+    what = _Plan()
+    asked = [name for name, _ in (*roles.tensors.values(), *roles.scalars.values())]
+    names = _names(catalog, [*asked, *(name for group in roles.groups.values() for name in group)])
+    own = _own(catalog)
+    used: set[tuple[str, str]] = set()
+    for key, (name, state) in {**roles.tensors, **roles.scalars}.items():
+        source = names.get(name)
+        entry = entries[key]
+        if source is not None and (source, state) in catalog.tensors and entry.shape is not None:
+            used.add((source, state))
+            _want(what, key, entry, catalog, (source, state))
+        elif source is not None and state in catalog.parameters[source].scalars:
+            _scalar(what, key, entry, catalog.parameters[source].scalars[state])
+        elif isinstance(own.get(key), torch.Tensor) and entry.shape is not None:
+            _take_own(what, key, entry, own[key])
+        else:
+            what.missing.append(key)
+    _options(what, entries, roles, catalog, names)
+    shared = catalog.training_state.extra.get(VALUES, {})
+    for key in roles.values:
+        if key in own or key in shared:
+            what.values[key] = own[key] if key in own else shared[key]
+        else:
+            what.missing.append(key)
+    for name, state in catalog.tensors:
+        if (name, state) not in used:
+            what.unused.append(name if state == PARAM else f"{name}:{state}")
+    what.unused.extend(key for key in shared if key not in what.values)
+    return what
+
+
+def _names(catalog: Catalog, asked: list[str]) -> dict[str, str]:
+    """The checkpoint's name for each of these; two that are tied there have the same."""
+    owners = {alias: info.name for info in catalog.parameters.values() for alias in (info.name, *info.aliases)}
+    exact = {name: owners[name] for name in asked if name in owners}
+    return {**match(catalog, [name for name in dict.fromkeys(asked) if name not in exact]), **exact}
+
+
+def _own(catalog: Catalog) -> Mapping[str, Any]:
+    """What this rank had for itself when as many ranks saved; of other numbers, what all of them had alike."""
+    saved = [own.get(VALUES, {}) for own in catalog.training_state.extra.get("ranks", ())]
+    if len(saved) == ranks.world_size():
+        return saved[ranks.rank()]
+    return {}
+
+
+def _want(what: _Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[str, str]) -> None:
+    tensor = catalog.tensors[source]
+    dtype = from_torch(entry.value.dtype)
+    if tensor.shape != entry.shape:
+        what.wrong.append(f"'{key}' is {list(tensor.shape)} in the checkpoint and {list(entry.shape or ())} here")
+    elif tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
+        what.wrong.append(f"'{key}' is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
+    else:
+        what.wants[key] = Want(tensor, blocks_of(key, entry.value), dtype)
+
+
+def _scalar(what: _Plan, key: str, entry: Entry, value: Any) -> None:
+    if entry.shape is None:
+        what.values[key] = value
+    elif numel(entry.shape) != 1 or not _holds(entry.value.dtype, value):
+        what.wrong.append(f"'{key}' is the value {value!r} in the checkpoint, which {entry.value.dtype} does not hold")
+    else:
+        what.fills[key] = value
+
+
+def _holds(dtype: torch.dtype, value: Any) -> bool:
+    """Whether a tensor of this type can have exactly this value."""
+    if not isinstance(value, (bool, int, float)):
+        return False
+    return value != value or torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
+
+
+def _take_own(what: _Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
+    local = local_tensor(entry.value)
+    if value.shape != local.shape or value.dtype != local.dtype:
+        what.wrong.append(
+            f"'{key}' is {value.dtype} {list(value.shape)} in the checkpoint and {local.dtype} {list(local.shape)} here"
+        )
+    else:
+        what.own[key] = value
+
+
+def _options(
+    what: _Plan, entries: Mapping[str, Entry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
+) -> None:
+    """Hyperparameters, from the checkpoint's groups that hold the same parameters."""
+    groups = catalog.training_state.param_groups
+    owner = {name: index for index, group in enumerate(groups) for name in group.names}
+    for key, (group, option) in roles.options.items():
+        if option in OWN_OPTIONS:
+            continue
+        origins = sorted({owner[names[n]] for n in roles.groups[group] if n in names and names[n] in owner})
+        found = [options[option] for index in origins if option in (options := groups[index].options or {})]
+        if not found or len(found) < len(origins):
+            what.left.append(key)
+        elif any(not _same(value, found[0]) for value in found[1:]):
+            differing = _shown([*map(repr, found)])
+            what.wrong.append(f"'{key}' is for parameters of the checkpoint's groups {origins}, which have {differing}")
+        else:
+            _option(what, key, entries[key], found[0])
+
+
+def _option(what: _Plan, key: str, entry: Entry, value: Any) -> None:
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if entry.shape is not None:
+        _scalar(what, key, entry, number)
+    elif isinstance(entry.value, tuple) and isinstance(value, list):
+        what.values[key] = tuple(value)
+    else:
+        what.values[key] = number
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
+
+
+def _read(
+    entries: Mapping[str, Entry], catalog: Catalog, what: _Plan, verify: bool
+) -> tuple[dict[str, torch.Tensor], int, int]:
+    """This rank's shards, in host memory; with their bytes and the bytes read."""
+    buffers = {
+        key: torch.empty(local_tensor(entries[key].value).numel(), dtype=entries[key].value.dtype) for key in what.wants
+    }
+    wants = [
+        Want(want.tensor, want.blocks.in_buffer(index), want.dtype) for index, want in enumerate(what.wants.values())
+    ]
+    raw = [tensor.view(torch.uint8).numpy() for tensor in buffers.values()]
+    with Files() as files:
+        nbytes = gather(Reader(catalog, files, verify), wants, raw, reading_threads())
+        return buffers, nbytes, files.bytes_read
+
+
+@torch.no_grad()
+def _apply(
+    state_dict: dict[str, Any], entries: Mapping[str, Entry], what: _Plan, buffers: dict[str, torch.Tensor]
+) -> None:
+    for key in list(buffers):
+        local = local_tensor(entries[key].value)
+        local.copy_(buffers.pop(key).view(local.shape))
+    for key, value in what.fills.items():
+        local_tensor(entries[key].value).fill_(value)
+    for key, tensor in what.own.items():
+        local_tensor(entries[key].value).copy_(tensor)
+    for key, value in what.values.items():
+        put(state_dict, entries[key].path, value)
