@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training import save_jobs as jobs
-from ucp.training import commit, share
+from ucp.training import commit, share, staging
 from ucp.training.background import Saver
 from ucp.training.save import write_share
 from ucp.training.source import Source
@@ -32,13 +32,29 @@ def test_straight_to_files(tmp_path: Path, seed: int, monkeypatch: pytest.Monkey
     assert jobs.digest_of(tmp_path) == jobs.digest(values)
 
 
-def test_in_the_background(tmp_path: Path) -> None:
-    saver = Saver()
-    for seed in range(3):
+@pytest.mark.parametrize("memory", [1, 16 << 30], ids=["in turns", "whole"])
+def test_in_the_background(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "WINDOW", 1 << 20)
+    saver = Saver(memory=memory)
+    for seed in range(4):
         values = jobs.values(seed)
         made = on_device(jobs.source(values, 0, 1, seed))
+        torch.cuda._sleep(10_000_000)  # the tensors' own values are still under way
+        for holding in made.holdings:
+            holding.tensor.add_(1).sub_(1) if holding.tensor.dtype != torch.bool else None
         saver.save(made, tmp_path, "now")
+        saver.hold()
         for holding in made.holdings:
             holding.tensor.zero_()
         saver.wait()
         assert jobs.digest_of(tmp_path) == jobs.digest(values)
+
+
+def test_memory_may_be_freed_while_it_is_copied(tmp_path: Path) -> None:
+    saver = Saver()
+    values = jobs.values(5)
+    saver.save(on_device(jobs.source(values, 0, 1, 5)), tmp_path, "now")
+    rubbish = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(50)]
+    saver.wait()
+    assert len(rubbish) == 50
+    assert jobs.digest_of(tmp_path) == jobs.digest(values)
