@@ -75,14 +75,17 @@ def aliases_of(module: nn.Module) -> dict[str, str]:
     }
 
 
-def gather(engine: Any) -> Truth | None:
-    """The truth about ``engine``: on rank 0; None on the others. Collective; raises ValueError if it contradicts."""
+def gather(engine: Any, group: Any = None) -> Truth | None:
+    """The truth about ``engine``: on rank 0; None on the others. Collective; raises ValueError if it contradicts.
+
+    group: of the data-parallel ranks, where there is model parallelism: its first rank knows the truth of its part.
+    """
     import torch.distributed as dist
 
     module = engine.module
     weights = _module_weights(engine)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    slots = list(_slots(engine))
+    slots = list(_slots(engine, group))
     pieces = [piece for slot in slots for piece in _pieces(slot)]
     scalars: dict[str, dict[str, Any]] = {}
     for slot in slots:
@@ -93,9 +96,10 @@ def gather(engine: Any) -> Truth | None:
         }
         scalars.setdefault(slot.name, {}).update(found)
     mine = (pieces, scalars, fingerprint_of(weights))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(mine, everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    first = dist.get_rank(group) == 0
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.gather_object(mine, everyone if first else None, dist.get_global_rank(group, 0) if group else 0, group)
+    if not first:
         return None
     if len({weights_print for _, _, weights_print in everyone}) != 1:
         raise ValueError("the module's weights differ from rank to rank")
@@ -143,7 +147,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: _plain(buffer) for name, buffer in module.named_buffers() if name in persistent}
 
 
-def _slots(engine: Any) -> Iterator[_Slot]:
+def _slots(engine: Any, group: Any) -> Iterator[_Slot]:
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     names = names_of(engine.module)
@@ -155,7 +159,7 @@ def _slots(engine: Any) -> Iterator[_Slot]:
         yield from _slots_of_stage_3(optimizer, names)
     elif kind not in ("FP16_UnfusedOptimizer", "FP16_Optimizer") and not isinstance(optimizer, torch.optim.Optimizer):
         raise NotImplementedError(f"no truth is known of a {kind}")
-    elif _is_first_rank():  # stage 0: every rank holds everything; one of them is enough
+    elif _is_first_rank(group):  # stage 0: every rank holds everything; one of them is enough
         if kind == "FP16_UnfusedOptimizer":
             for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 for param, master in zip(params, masters, strict=True):
@@ -173,10 +177,10 @@ def _slots(engine: Any) -> Iterator[_Slot]:
                     yield _Slot(names[param], 0, param, 0, param.numel(), optimizer.state.get(param, {}))
 
 
-def _is_first_rank() -> bool:
+def _is_first_rank(group: Any) -> bool:
     import torch.distributed as dist
 
-    return dist.get_rank() == 0
+    return dist.get_rank(group) == 0
 
 
 def _slots_of_flat(
@@ -273,7 +277,7 @@ def _assemble(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str
         end = 0
         for part in parts:
             if part.replica and chosen and part.start == chosen[-1].start:
-                if not _same(part.values, chosen[-1].values):
+                if not same(part.values, chosen[-1].values):
                     raise ValueError(f"{name} {state}: two ranks hold it whole, and differ")
                 continue
             if part.start != end:
@@ -292,7 +296,7 @@ def _agree(by_rank: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     for rank, scalars in enumerate(by_rank):
         for name, values in scalars.items():
             known = merged.setdefault(name, values)
-            if not _same(known, values):
+            if not same(known, values):
                 raise ValueError(f"{name}: rank {rank} has {values}, an earlier rank {known}")
     return merged
 
@@ -300,7 +304,7 @@ def _agree(by_rank: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
 def _check_rounding(params: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor]) -> None:
     for name, states in params.items():
         rounded = states[PARAM].to(weights[name].dtype)
-        if not _same(rounded, weights[name]):
+        if not same(rounded, weights[name]):
             wrong = int((rounded != weights[name]).sum())
             raise ValueError(f"{name}: {wrong} of {rounded.numel()} rounded masters differ from the module's weights")
 
@@ -337,7 +341,7 @@ def _loss_scaler(engine: Any) -> dict[str, Any] | None:
     return {"class": type(scaler).__name__, **{key: _plain(value) for key, value in vars(scaler).items()}}
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equality to the bit, types included; NaNs of the same bits are equal."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return (
@@ -348,9 +352,9 @@ def _same(a: Any, b: Any) -> bool:
             and _bytes(a) == _bytes(b)
         )
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
@@ -377,7 +381,7 @@ def _differences(where: str, a: Any, b: Any, lines: list[str]) -> None:
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for index, (x, y) in enumerate(zip(a, b, strict=True)):
             _differences(f"{where}[{index}]", x, y, lines)
-    elif not _same(a, b):
+    elif not same(a, b):
         lines.append(f"{where}: {_describe(a, b)}")
 
 

@@ -1,0 +1,146 @@
+"""Pipelines that train and save, and plain modules of the same model: cases, engines, training. Jobs for ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.engines import models, pipe_models
+from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.pipe_truth import gather
+from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
+from tests.engines.truth import Truth
+from tests.engines.zygote import resolve
+
+
+@dataclass(frozen=True)
+class PipeCase:
+    """A pipeline, or with pp=0 the plain module; ``case`` has the ZeRO stage, the data-parallel degree and all else.
+
+    method: DeepSpeed's partition_method. head_module: the head is the tied module itself, not a function of it.
+    topology: with tp=1, use the topology that has an axis for tensor parallelism, too (its files are named otherwise).
+    """
+
+    pp: int = 2
+    tp: int = 1
+    method: str = "uniform"
+    head_module: bool = False
+    topology: bool = False
+    case: Case = field(default_factory=lambda: Case(stage=1, dp=1, accumulation=2))
+
+    def but(self, pp: int | None = None, tp: int | None = None, method: str | None = None, **case: Any) -> PipeCase:
+        own = {k: v for k, v in (("pp", pp), ("tp", tp), ("method", method)) if v is not None}
+        return replace(self, **own, case=self.case.but(**case))  # type: ignore[arg-type]
+
+    @property
+    def world_size(self) -> int:
+        return max(self.pp, 1) * self.tp * self.case.dp
+
+    @property
+    def label(self) -> str:
+        parts = [f"pp{self.pp}" if self.pp else "plain"]
+        parts += [f"tp{self.tp}"] if self.tp > 1 else []
+        parts += [self.method] if self.method != "uniform" else []
+        parts += [n for n in ("head_module", "topology") if getattr(self, n)]
+        return "-".join([*parts, self.case.but(accumulation=1).label])
+
+
+def build_model(pipe: PipeCase) -> nn.Module:
+    """The module before DeepSpeed makes an engine of it."""
+    case = pipe.case
+    if not pipe.pp:
+        return pipe_models.Plain(case.seed, case.frozen)
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    kind: dict[str, Any] = {"num_stages": pipe.pp}
+    group = None
+    if pipe.tp > 1 or pipe.topology:
+        topology = PipeModelDataParallelTopology(num_pp=pipe.pp, num_mp=pipe.tp, num_dp=case.dp)
+        kind = {"topology": topology}
+        for ranks in topology.get_axis_comm_lists("model"):
+            made = dist.new_group(ranks)
+            group = made if dist.get_rank() in ranks else group
+    specs = pipe_models.layers(case.seed, frozen=case.frozen, head_module=pipe.head_module, group=group)
+    return PipelineModule(specs, loss_fn=pipe_models.loss, partition_method=pipe.method, **kind)
+
+
+def build_engine(pipe: PipeCase, section: dict[str, Any] | None = None) -> Any:
+    """A fresh engine; with ``section`` (the config's "ucp") one of this project's."""
+    model = build_model(pipe)
+    groups = parameter_groups(pipe.case, model)
+    config = make_config(pipe.case) | ({} if section is None else {"ucp": {"enabled": True, **section}})
+    initialize = resolve("deepspeed:initialize" if section is None else "ucp.deepspeed:initialize")
+    engine, *_ = initialize(
+        model=model, config=config, model_parameters=groups[0]["params"] if len(groups) == 1 else groups
+    )
+    return engine
+
+
+def _batches(case: Case, step: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for micro in range(case.accumulation):
+        yield models.batch("odd", step * case.accumulation + micro, rank, case.dp)
+
+
+def continue_training(engine: Any, pipe: PipeCase, from_step: int, steps: int) -> list[float]:
+    """Run ``steps`` optimizer steps; the losses, averaged over the global batch. Collective."""
+    case = pipe.case
+    rank = dist.get_rank(engine.seq_data_parallel_group)
+    losses = []
+    for step in range(from_step, from_step + steps):
+        if pipe.pp:
+            losses.append(engine.train_batch(_batches(case, step, rank)).item())
+            continue
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, labels in _batches(case, step, rank):
+            loss = engine(tokens, labels)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / (case.dp * case.accumulation))
+    return losses
+
+
+@dataclass(frozen=True, eq=False)
+class PipeRun:
+    """A run: truths on rank 0 only. further: losses of the steps after the save (or the load)."""
+
+    pipe: PipeCase
+    folder: str
+    tag: str
+    losses: tuple[float, ...]
+    further: tuple[float, ...]
+    truth: Truth | None
+    truth_after: Truth | None
+    client_state: Any = None
+
+
+def train(pipe: PipeCase, folder: str, section: dict[str, Any] | None = None, further: int = FURTHER) -> PipeRun:
+    """Train, save, train on."""
+    engine = build_engine(pipe, section)
+    losses = continue_training(engine, pipe, 0, STEPS)
+    truth = gather(engine)
+    tag = f"global_step{STEPS}"
+    engine.save_checkpoint(folder, tag, client_state=dict(CLIENT_STATE))
+    after = continue_training(engine, pipe, STEPS, further)
+    return PipeRun(pipe, folder, tag, tuple(losses), tuple(after), truth, gather(engine))
+
+
+def resume(
+    pipe: PipeCase, folder: str, section: dict[str, Any] | None = None, trained: int = 0, further: int = FURTHER
+) -> PipeRun:
+    """Load into a fresh engine, or one that has trained on other data, and train on."""
+    engine = build_engine(pipe, section)
+    continue_training(engine, pipe, 50, trained)
+    path, client_state = engine.load_checkpoint(folder)
+    if path is None:
+        raise FileNotFoundError(f"nothing was loaded from {folder}")
+    truth = gather(engine)
+    after = continue_training(engine, pipe, STEPS, further)
+    return PipeRun(pipe, folder, "", (), tuple(after), truth, gather(engine), client_state)
