@@ -60,8 +60,8 @@ class Storage:
         self.start = start
 
 
-# DeepSpeed classes seen in its checkpoints; they become `Standin`s. Releases of 2022 had `fragment_address` in
-# bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
+# Classes of DeepSpeed and torch seen in their checkpoints; they become `Standin`s. DeepSpeed's releases of 2022 had
+# `fragment_address` in bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
 STANDINS = frozenset(
     {
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -73,6 +73,21 @@ STANDINS = frozenset(
         ("deepspeed.runtime.bf16_optimizer", "fragment_address"),
         ("deepspeed.pt.loss_scaler", "LossScaler"),
         ("deepspeed.pt.loss_scaler", "DynamicLossScaler"),
+        # The metadata of torch.distributed.checkpoint.
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     }
 )
 
@@ -171,7 +186,9 @@ _NESTING = (tuple, Standin)
 def build(obj: Any, state: Any) -> None:
     """Give an object the state that a pickle has for it. Raises TypeError for objects that take none."""
     kind = type(obj)
-    if kind is Standin:
+    if kind is Standin and isinstance(state, tuple) and len(state) != 2:
+        obj.state["state"] = state  # not attributes, but what a __setstate__ of its class understands
+    elif kind is Standin:
         obj.state.update(_attributes(state))
     elif kind is argparse.Namespace:
         vars(obj).update(_attributes(state))

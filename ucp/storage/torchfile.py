@@ -22,7 +22,7 @@ from ucp.storage.allowlist import Storage, StorageClass
 from ucp.storage.pickles import Unpickler
 from ucp.storage.values import TensorRef
 
-__all__ = ["TensorRef", "load"]
+__all__ = ["TensorRef", "load", "load_section"]
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
@@ -54,6 +54,52 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
     except OSError as error:
         raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
     raise DamagedCheckpoint(f"{name}: not a file that torch.save wrote ({size} bytes, it begins with {start[:8]!r})")
+
+
+def load_section(
+    stream: BinaryIO, path: str | os.PathLike[str], start: int, length: int, *, trust: bool = False
+) -> Any:
+    """As `load`, for a zip archive of `torch.save` that is the bytes `[start, start + length)` of another file.
+
+    stream: that file, open for reading; path: its name, which the `TensorRef`s have. They count from its beginning.
+    """
+    name = os.fspath(path)
+    size = os.fstat(stream.fileno()).st_size
+    if not 0 <= start <= start + length <= size:
+        raise DamagedCheckpoint(
+            f"{name}: the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}"
+        )
+    return _load_zip(_Section(stream, start, length), name, length, trust, start)
+
+
+class _Section(io.RawIOBase):
+    """A range of an open file as a file of its own."""
+
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        self._fd = stream.fileno()
+        self._start, self._length, self._at = start, length, 0
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("a position before the beginning")  # what zipfile takes for a damaged archive
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = os.preadv(self._fd, [view[: max(self._length - self._at, 0)]], self._start + self._at)
+        self._at += count
+        return count
 
 
 class _Storages:
@@ -101,14 +147,15 @@ _ENCRYPTED = 0x1
 class _Archive:
     """The entries of a torch zip archive. Only the central directory and the local headers asked for are read."""
 
-    def __init__(self, stream: BinaryIO, path: str, size: int) -> None:
+    def __init__(self, stream: Any, path: str, size: int, base: int = 0) -> None:
         self.path = path
         self.size = size
+        self._base = base  # where the archive begins in the file
         self._fd = stream.fileno()
         try:
             with zipfile.ZipFile(stream) as archive:
                 infos = archive.infolist()
-                self._data_end = archive.start_dir
+                self._data_end = base + archive.start_dir
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, struct.error) as error:
             raise DamagedCheckpoint(
                 f"{path}: the file is truncated or damaged ({size} bytes, zip archive: {error})"
@@ -131,12 +178,13 @@ class _Archive:
             raise DamagedCheckpoint(f"{self.path}: its zip archive has no entry {name!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
             raise Unsupported(f"{self.path}: entry {name!r} is compressed or encrypted, so that it has no byte ranges")
-        header = os.pread(self._fd, _LOCAL_HEADER.size, info.header_offset)
+        at = self._base + info.header_offset
+        header = os.pread(self._fd, _LOCAL_HEADER.size, at)
         if len(header) != _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise DamagedCheckpoint(f"{self.path}: the header of zip entry {name!r} is damaged ({self.size} bytes)")
         fields = _LOCAL_HEADER.unpack(header)
         # The name and extra lengths of the local header differ from the central directory's: torch pads with them.
-        start = info.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
+        start = at + _LOCAL_HEADER.size + fields[9] + fields[10]
         stop = start + info.file_size
         if fields[3] != zipfile.ZIP_STORED or info.compress_size != info.file_size or stop > self._data_end:
             raise DamagedCheckpoint(
@@ -173,8 +221,8 @@ class _ZipStorages(_Storages):
         return start
 
 
-def _load_zip(stream: BinaryIO, path: str, size: int, trust: bool) -> Any:
-    archive = _Archive(stream, path, size)
+def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> Any:
+    archive = _Archive(stream, path, size, base)
     if "constants.pkl" in archive:
         raise Unsupported(f"{path}: a TorchScript program, not a checkpoint")
     if "byteorder" in archive and archive.read("byteorder").strip() != b"little":

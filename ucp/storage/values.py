@@ -122,4 +122,6 @@ class Standin:
         raise AttributeError(f"the checkpoint's {self.class_module}.{self.class_name} object has no attribute {name!r}")
 
     def __hash__(self) -> int:
-        return hash((self.class_module, self.class_name, self.class_args))
+        # Attributes of a few plain kinds tell apart what is used as a key in large numbers.
+        plain = frozenset(item for item in self.state.items() if type(item[1]) in (str, int, Size))
+        return hash((self.class_module, self.class_name, self.class_args, plain))
