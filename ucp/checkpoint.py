@@ -29,9 +29,11 @@ from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
 from ucp.spec.choice import choose
+from ucp.storage import locations
 from ucp.storage.digests import verify_range
 from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
+from ucp.storage.locations import locate
 from ucp.storage.values import DeviceName, DtypeName, Size, TensorRef
 from ucp.transfer.gather import Reader, Want, gather
 
@@ -176,9 +178,10 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
 ) -> Checkpoint:
     """Open a checkpoint, or one of a folder of checkpoints.
 
-    path: a checkpoint's folder, or a folder of them as DeepSpeed writes it: then the one that the file ``latest``
-    names; where that file or that checkpoint is missing or damaged, the newest whole one, with a logged warning that
-    names it and says why. tag: the one to take, whatever ``latest`` says; a damaged one is an error then.
+    path: a checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``): then the one
+    that the file ``latest`` names; where that file or that checkpoint is missing or damaged, the newest whole one, with
+    a logged warning that names it and says why. tag: the one to take, whatever ``latest`` says; a damaged one is an
+    error then.
     spec: how tensor parallelism cuts the model: a spec's name in the catalogue or its file. Without one: what the
     checkpoint says of itself, then the catalogue's for the model's type; if neither decides, it is refused.
     model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
@@ -192,7 +195,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
     format's reader does.
     """
-    folder = Path(os.path.abspath(path))
+    folder = locate(path)
     files = Files()
     options = {
         "choice": choose(spec, model_config, sizes),
@@ -202,8 +205,10 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     }
     try:
         where, catalog = _find(folder, tag, files, options)
-    except BaseException:
+    except BaseException as error:
         files.close()
+        if isinstance(error, OSError) and locations.is_remote(folder):
+            raise NotACheckpoint(f"{folder}: cannot be reached: {error.strerror or error}") from error
         raise
     return Checkpoint(where, catalog, files, verify)
 
@@ -216,7 +221,7 @@ def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any
     candidates = checkpoints_in(folder)
     pointer = folder / LATEST
     if not candidates:
-        reason = f"'{pointer}' names a checkpoint, but none is there: " if pointer.is_file() else ""
+        reason = f"'{pointer}' names a checkpoint, but none is there: " if locations.is_file(pointer) else ""
         error = formats.explain_unknown(folder)
         raise NotACheckpoint(f"{reason}{error}")
     try:
@@ -245,7 +250,7 @@ def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) ->
 def _latest(pointer: Path, candidates: Sequence[Path]) -> Path:
     """The checkpoint that ``latest`` names. Raises DamagedCheckpoint where it names none of those that are there."""
     try:
-        tag = pointer.read_text(encoding="utf-8").strip()
+        tag = locations.read(pointer).decode("utf-8").strip()
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{pointer}: is missing") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -278,22 +283,24 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
         raise formats.explain_unknown(folder)
     if reader is formats.deepspeed:
         return formats.deepspeed.read(folder, files, **options)
+    if reader is formats.huggingface:
+        return formats.huggingface.read(folder, files, options["choice"])
     return reader.read(folder, files)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders in this one that are checkpoints; unfinished ones (names with a leading dot) are left out."""
     try:
-        entries = sorted(folder.iterdir())
+        names = locations.names(folder)
     except OSError:
         return []
-    return [e for e in entries if not e.name.startswith(".") and e.is_dir() and formats.find(e) is not None]
+    entries = [folder / name for name in names if not name.startswith(".")]
+    return [e for e in entries if locations.is_folder(e) and formats.find(e) is not None]
 
 
 def written_ns(folder: Path) -> int:
     """When the newest file of a checkpoint was written."""
-    with os.scandir(folder) as entries:
-        return max((entry.stat().st_mtime_ns for entry in entries if entry.is_file()), default=0)
+    return locations.newest_ns(folder)
 
 
 def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ucp.deepspeed.live.state import warn_of_clipping
 from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import NotACheckpoint, Unsupported
+from ucp.storage import locations
 from ucp.training import ranks
 from ucp.training.background import Saver
 from ucp.training.load import LoadReport, load
@@ -169,7 +169,7 @@ def _open(
         ) as checkpoint:
             return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
     except NotACheckpoint:
-        if tag is not None or os.path.lexists(os.path.join(load_dir, LATEST)):
+        if tag is not None or locations.exists(locations.locate(load_dir) / LATEST):
             raise
         return None
 
@@ -187,6 +187,6 @@ def _weights_notes(report: LoadReport) -> list[str]:
 def _returned_path(path: str) -> str:
     """What DeepSpeed returns for its own checkpoints: the model file; for others the checkpoint's folder."""
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
+        if locations.is_file(locations.locate(path) / name):
+            return str(locations.locate(path) / name)
     return path

@@ -5,13 +5,13 @@ A format offers ``NAME``, ``detect(folder) -> bool`` (by looking at names only) 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Protocol
 
 from ucp.catalog import Catalog
 from ucp.errors import NotACheckpoint
-from ucp.formats import deepspeed, universal
+from ucp.formats import dcp, deepspeed, huggingface, universal
+from ucp.storage import locations
 from ucp.storage.files import Files
 
 
@@ -33,7 +33,7 @@ class Format(Protocol):
 
 
 # In the order of trial: a manifest of ours is the surer sign.
-READERS: tuple[Format, ...] = (universal, deepspeed)
+READERS: tuple[Format, ...] = (universal, deepspeed, dcp, huggingface)
 
 
 def find(path: Path) -> Format | None:
@@ -43,13 +43,17 @@ def find(path: Path) -> Format | None:
 
 def explain_unknown(path: Path) -> NotACheckpoint:
     """The error for a path that no format knows, saying what was looked for and what is there."""
-    known = "a universal checkpoint has 'ucp.json', a DeepSpeed one '*_model_states.pt'"
-    if not os.path.lexists(path):
+    known = (
+        "a universal checkpoint has 'ucp.json', a DeepSpeed one '*_model_states.pt', one of "
+        "torch.distributed '.metadata', a Hugging Face model folder "
+        "'model.safetensors' or an index of several"
+    )
+    if not locations.exists(path):
         return NotACheckpoint(f"{path}: there is no such file or folder")
-    if not path.is_dir():
+    if not locations.is_folder(path):
         return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder ({known})")
     try:
-        names = sorted(os.listdir(path))
+        names = locations.names(path)
     except OSError as error:
         return NotACheckpoint(f"{path}: the folder cannot be listed: {error.strerror or error}")
     found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"

@@ -1,4 +1,4 @@
-"""Byte ranges of local files, read by many threads at once."""
+"""Byte ranges of files, local ones and those behind URLs, read by many threads at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint
+from ucp.storage import locations
 
 
 @dataclass
@@ -22,7 +23,7 @@ class _Open:
 
 
 class Files:
-    """Reads byte ranges of local files; a context manager.
+    """Reads byte ranges of files; a context manager.
 
     At most `keep_open` files that nobody reads at the moment stay open. All methods may be called from several threads.
     `bytes_read` counts what `read_into` has read so far.
@@ -49,23 +50,26 @@ class Files:
 
     def size(self, path: str | os.PathLike[str]) -> int:
         """Length of the file in bytes. Raises `DamagedCheckpoint` if it is missing or cannot be read."""
-        return self._stat(os.fspath(path)).st_size
+        return self._stat(path).size
 
     def mtime_ns(self, path: str | os.PathLike[str]) -> int:
         """When the file was last changed, in nanoseconds. Raises `DamagedCheckpoint` if it is missing."""
-        return self._stat(os.fspath(path)).st_mtime_ns
+        return self._stat(path).mtime_ns
 
     def read_into(self, path: str | os.PathLike[str], offset: int, buffer: Any) -> None:
         """Fill a writable contiguous buffer with the file's bytes from `offset` (bytes) on.
 
         Raises `DamagedCheckpoint` if the file is missing, cannot be read, or ends before the buffer is full.
         """
-        name = os.fspath(path)
+        name = str(path)
         view = memoryview(buffer)
         if view.nbytes == 0:
             return
         view = view.cast("B")
         done = 0
+        if locations.is_remote(name):
+            self._fetch_into(name, offset, view)
+            return
         with self._opened(name) as fd:
             while done < len(view):
                 try:
@@ -81,10 +85,24 @@ class Files:
         with self._lock:
             self.bytes_read += done
 
-    @staticmethod
-    def _stat(name: str) -> os.stat_result:
+    def _fetch_into(self, name: str, offset: int, view: memoryview) -> None:
         try:
-            return os.stat(name)
+            raw = locations.read_range(name, offset, offset + len(view))
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+        if len(raw) != len(view):
+            raise DamagedCheckpoint(
+                f"{name}: the file is truncated: bytes {offset} to {offset + len(view)} are wanted, and there are "
+                f"{len(raw)} of them"
+            )
+        view[:] = raw
+        with self._lock:
+            self.bytes_read += len(raw)
+
+    @staticmethod
+    def _stat(name: str | os.PathLike[str]) -> locations.Stat:
+        try:
+            return locations.stat(name)
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucp.errors import BadArgument, DamagedCheckpoint, Unsupported
-from ucp.storage import dtypes
+from ucp.storage import dtypes, locations
 from ucp.storage.values import TensorRef, contiguous_strides
 
 MAX_HEADER = 100_000_000  # bytes
@@ -50,10 +50,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises `DamagedCheckpoint` for a file that is missing, truncated, longer than its header says or contradicts the
     format, and `Unsupported` for element types that are not known here.
     """
-    name = os.fspath(path)
+    name = str(path)
     try:
-        with open(name, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with locations.opened(path) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise DamagedCheckpoint(

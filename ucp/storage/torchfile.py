@@ -17,7 +17,7 @@ import zipfile
 from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
-from ucp.storage import dtypes
+from ucp.storage import dtypes, locations
 from ucp.storage.allowlist import Storage, StorageClass
 from ucp.storage.pickles import Unpickler
 from ucp.storage.values import TensorRef
@@ -37,10 +37,11 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
     chose. Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a
     class outside the allow-list, and `Unsupported` for tensors that are not plain strided ones.
     """
-    name = os.fspath(path)
+    name = str(path)
     try:
-        with open(name, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with locations.opened(path) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             start = stream.read(32)
             stream.seek(0)
             if size == 0:
@@ -63,8 +64,8 @@ def load_section(
 
     stream: that file, open for reading; path: its name, which the `TensorRef`s have. They count from its beginning.
     """
-    name = os.fspath(path)
-    size = os.fstat(stream.fileno()).st_size
+    name = str(path)
+    size = stream.seek(0, os.SEEK_END)
     if not 0 <= start <= start + length <= size:
         raise DamagedCheckpoint(
             f"{name}: the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}"
@@ -76,11 +77,8 @@ class _Section(io.RawIOBase):
     """A range of an open file as a file of its own."""
 
     def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
-        self._fd = stream.fileno()
+        self._stream = stream
         self._start, self._length, self._at = start, length, 0
-
-    def fileno(self) -> int:
-        return self._fd
 
     def seekable(self) -> bool:
         return True
@@ -97,9 +95,11 @@ class _Section(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = os.preadv(self._fd, [view[: max(self._length - self._at, 0)]], self._start + self._at)
-        self._at += count
-        return count
+        self._stream.seek(self._start + self._at)
+        found = self._stream.read(min(len(view), max(self._length - self._at, 0)))
+        view[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 class _Storages:
@@ -151,7 +151,8 @@ class _Archive:
         self.path = path
         self.size = size
         self._base = base  # where the archive begins in the file
-        self._fd = stream.fileno()
+        # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
+        self._stream = getattr(stream, "raw", stream)
         try:
             with zipfile.ZipFile(stream) as archive:
                 infos = archive.infolist()
@@ -178,13 +179,12 @@ class _Archive:
             raise DamagedCheckpoint(f"{self.path}: its zip archive has no entry {name!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
             raise Unsupported(f"{self.path}: entry {name!r} is compressed or encrypted, so that it has no byte ranges")
-        at = self._base + info.header_offset
-        header = os.pread(self._fd, _LOCAL_HEADER.size, at)
+        header = self._read(info.header_offset, _LOCAL_HEADER.size)
         if len(header) != _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise DamagedCheckpoint(f"{self.path}: the header of zip entry {name!r} is damaged ({self.size} bytes)")
         fields = _LOCAL_HEADER.unpack(header)
         # The name and extra lengths of the local header differ from the central directory's: torch pads with them.
-        start = at + _LOCAL_HEADER.size + fields[9] + fields[10]
+        start = self._base + info.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
         stop = start + info.file_size
         if fields[3] != zipfile.ZIP_STORED or info.compress_size != info.file_size or stop > self._data_end:
             raise DamagedCheckpoint(
@@ -195,13 +195,22 @@ class _Archive:
 
     def read(self, name: str) -> bytes:
         start, stop = self.range(name)
-        data = os.pread(self._fd, stop - start, start)
-        while len(data) < stop - start:
-            more = os.pread(self._fd, stop - start - len(data), start + len(data))
-            if not more:
-                raise DamagedCheckpoint(f"{self.path}: ends inside zip entry {name!r} ({self.size} bytes)")
-            data += more
+        data = self._read(start - self._base, stop - start)
+        if len(data) < stop - start:
+            raise DamagedCheckpoint(f"{self.path}: ends inside zip entry {name!r} ({self.size} bytes)")
         return data
+
+    def _read(self, at: int, count: int) -> bytes:
+        """Bytes of the archive; fewer where it ends before."""
+        self._stream.seek(at)
+        parts = []
+        while count:
+            part = self._stream.read(count)
+            if not part:
+                break
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
 
 
 class _ZipStorages(_Storages):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import Blocks, Shape, box, empty, numel
+from ucp.storage import locations
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.rounding import round_to
@@ -36,9 +36,9 @@ class Builder:
         """The index of a file, entered at first use."""
         path = str(path)
         if path not in self.paths:
-            stat = os.stat(path)
+            stat = locations.stat(path)
             self.paths[path] = len(self.sources)
-            self.sources.append(SourceFile(path, stat.st_size, stat.st_mtime_ns))
+            self.sources.append(SourceFile(path, stat.size, stat.mtime_ns))
         return self.paths[path]
 
     def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:

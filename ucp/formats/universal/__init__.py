@@ -7,11 +7,11 @@ tensor, as ranks save them). Reading never asks which form it is. Nothing here n
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ucp.catalog import Catalog
 from ucp.formats.universal import manifest, schema
+from ucp.storage import locations
 from ucp.storage.files import Files
 
 NAME = "universal"
@@ -19,7 +19,7 @@ NAME = "universal"
 
 def detect(path: Path) -> bool:
     """Whether this folder has a manifest."""
-    return os.path.isfile(os.path.join(path, manifest.NAME))
+    return locations.is_file(path / manifest.NAME)
 
 
 def read(path: Path, files: Files) -> Catalog:
@@ -28,5 +28,5 @@ def read(path: Path, files: Files) -> Catalog:
     Raises DigestMismatch or DamagedCheckpoint where the manifest or its files' sizes and times are not as recorded,
     Unsupported for a manifest of another major version.
     """
-    where = os.path.join(os.path.abspath(path), manifest.NAME)
+    where = str(locations.locate(path) / manifest.NAME)
     return schema.decode(where, manifest.load(where))

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, Unsupported
+from ucp.storage import locations
 from ucp.version import version
 
 NAME = "ucp.json"
@@ -44,8 +45,7 @@ def load(path: str) -> dict[str, Any]:
     where it is no manifest at all, Unsupported for a major version that this release does not know.
     """
     try:
-        with open(path, "rb") as stream:
-            raw = stream.read()
+        raw = locations.read(path)
     except FileNotFoundError:
         raise NotACheckpoint(
             f"{path}: there is no manifest; a folder without one is not a universal checkpoint"

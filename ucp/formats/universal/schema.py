@@ -29,7 +29,7 @@ from ucp.formats.universal import training
 from ucp.formats.universal.manifest import VERSION
 from ucp.geometry import Blocks, Ints, Shape, numel
 from ucp.parallel.mesh import Layout
-from ucp.storage import plain, safetensors
+from ucp.storage import locations, plain, safetensors
 from ucp.storage.digests import ChunkDigests
 from ucp.storage.dtypes import itemsize
 from ucp.storage.dtypes import names as dtype_names
@@ -179,40 +179,48 @@ def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, 
         raise fields.damaged("'files' names a file twice, or its columns differ in length")
     if form != "virtual" and any(mtime is not None for mtime in mtimes):
         raise fields.damaged(f"a {form} checkpoint cannot point at another checkpoint's files")
-    inside = os.path.realpath(folder)
+    inside = folder if locations.is_remote(folder) else os.path.realpath(folder)
     out = []
     for name, size, mtime in zip(paths, sizes, mtimes, strict=True):
-        if mtime is None:
-            full = _inside(fields, inside, name)
-        else:
-            full = os.path.normpath(os.path.join(inside, name))
+        full = _inside(fields, inside, name) if mtime is None else _outside(inside, name)
         try:
-            stat = os.stat(full)
+            stat = locations.stat(full)
         except (OSError, ValueError) as error:  # ValueError: the name cannot be a file's
             reason = getattr(error, "strerror", None) or error
             raise DamagedCheckpoint(
                 f"{full}: cannot be read ({reason}), but the manifest '{fields.path}' needs it"
             ) from error
-        if stat.st_size != size:
-            what = "is truncated or was changed" if stat.st_size < size else "was changed"
-            raise DamagedCheckpoint(f"{full}: the file {what}: the manifest says {size} bytes, found {stat.st_size}")
-        if mtime is not None and stat.st_mtime_ns != mtime:
+        if stat.size != size:
+            what = "is truncated or was changed" if stat.size < size else "was changed"
+            raise DamagedCheckpoint(f"{full}: the file {what}: the manifest says {size} bytes, found {stat.size}")
+        if mtime is not None and stat.mtime_ns != mtime:
             raise DamagedCheckpoint(
                 f"{full}: the file was changed after the virtual checkpoint '{folder}' was made (its modification time "
                 "differs); make the virtual checkpoint again"
             )
-        out.append(SourceFile(full, size, stat.st_mtime_ns))
+        out.append(SourceFile(full, size, stat.mtime_ns))
     return tuple(out)
 
 
 def _inside(fields: _Fields, folder: str, name: str) -> str:
     """The full path of a file that must lie in the manifest's folder, whatever links there are."""
     full = ""
-    if not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name:
+    if not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name and not locations.is_remote(name):
+        if locations.is_remote(folder):
+            return str(locations.locate(folder) / name)
         full = os.path.realpath(os.path.join(folder, name))
     if not full or os.path.commonpath([folder, full]) != folder:
         raise fields.damaged(f"points at '{name}', outside its own folder; such a manifest is not followed")
     return full
+
+
+def _outside(folder: str, name: str) -> str:
+    """The full path of a file of the checkpoint that a virtual one points at."""
+    if locations.is_remote(name) or os.path.isabs(name):
+        return name
+    if locations.is_remote(folder):
+        return str(locations.locate(folder) / name)
+    return os.path.normpath(os.path.join(folder, name))
 
 
 def _decode_digests(fields: _Fields, files: Sequence[SourceFile]) -> dict[int, ChunkDigests]:
@@ -337,7 +345,8 @@ def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files
 
 
 def _training_tensors(path: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    folder = os.path.realpath(os.path.dirname(path))
+    folder = os.path.dirname(path)
+    folder = folder if locations.is_remote(folder) else os.path.realpath(folder)
     found: dict[str, Any] = {}
     for file in files:
         parent, name = os.path.split(file.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import box, empty, numel, whole
-from ucp.storage import plain, safetensors
+from ucp.storage import locations, plain, safetensors
 from ucp.storage.dtypes import canonical
 from ucp.storage.values import TensorRef
 from ucp.transfer.gather import Want
@@ -131,10 +130,10 @@ def with_sources(catalog: Catalog, tensors: Tensors) -> Catalog:
     added = []
     for name in missing:
         try:
-            stat = os.stat(name)
+            stat = locations.stat(name)
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
-        added.append(SourceFile(name, stat.st_size, stat.st_mtime_ns))
+        added.append(SourceFile(name, stat.size, stat.mtime_ns))
     return dataclasses.replace(catalog, files=(*catalog.files, *added))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.formats.universal import manifest, schema, training
+from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests
 from ucp.transfer.targets import TargetFile
 
@@ -90,7 +91,9 @@ def plan(catalog: Catalog) -> Plan:
 
 def _pointer(path: str, folder: str) -> str:
     """How the manifest names a file outside: relative where both share a folder below the root, so that they may move
-    together; absolute otherwise."""
+    together; absolute otherwise, and a URL as it is."""
+    if locations.is_remote(path):
+        return path
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([path, folder]) == os.sep:
         return path

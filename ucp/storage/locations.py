@@ -1,0 +1,177 @@
+"""Files and folders by path or by URL: what readers need of them, wherever they lie.
+
+A local location is a `Path`. A URL of any file system that fsspec knows (``s3://``, ``gs://``, ``hf://``) is a `UPath`
+of the universal-pathlib package, which joins and splits names in the same way; its files are only touched here, so that
+what goes wrong on the way is an OSError everywhere, after a few attempts where another one may help.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from ucp.errors import BadArgument
+
+T = TypeVar("T")
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+ATTEMPTS = 4
+FIRST_PAUSE = 0.2
+"""Seconds before the second attempt; each further pause is twice as long."""
+# Bytes fetched at once while metadata are read from a remote file.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stat:
+    """size: bytes; mtime_ns: when it was last written, 0 where the file system does not tell."""
+
+    size: int
+    mtime_ns: int
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a URL."""
+    return _URL.match(str(path)) is not None
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The location of this path or URL; local ones are made absolute.
+
+    Raises BadArgument where the packages that read URLs are missing or know nothing of this kind of URL.
+    """
+    text = str(path) if is_remote(path) else os.path.abspath(path)
+    if not is_remote(text):
+        return Path(text)
+    try:
+        from upath import UPath
+    except ImportError as error:
+        raise BadArgument(f"{text}: URLs need further packages: pip install 'universal-checkpoint[remote]'") from error
+    try:
+        # No cache of listings: a checkpoint may appear while this process runs.
+        return cast(Path, UPath(text, use_listings_cache=False))
+    except (ImportError, ValueError) as error:
+        raise BadArgument(f"{text}: {error}") from error
+
+
+def stat(path: str | os.PathLike[str]) -> Stat:
+    """Size and time of a file. Raises OSError."""
+    if not is_remote(path):
+        found = os.stat(path)
+        return Stat(found.st_size, found.st_mtime_ns)
+    fs, name = _filesystem(path)
+    info = attempted(path, lambda: fs.info(name))
+    if info.get("type") == "directory":
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    when = info.get("LastModified") or info.get("mtime") or info.get("created") or info.get("updated") or 0
+    seconds = when.timestamp() if hasattr(when, "timestamp") else when
+    return Stat(int(info["size"]), int(seconds * 1e9) if isinstance(seconds, (int, float)) else 0)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or folder, or a dangling link. Raises OSError where that cannot be told."""
+    if not is_remote(path):
+        return os.path.lexists(path)
+    fs, name = _filesystem(path)
+    return bool(attempted(path, lambda: fs.exists(name)))
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file. Raises OSError where that cannot be told of a URL."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    fs, name = _filesystem(path)
+    return bool(attempted(path, lambda: fs.isfile(name)))
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a folder. Raises OSError where that cannot be told of a URL."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    fs, name = _filesystem(path)
+    return bool(attempted(path, lambda: fs.isdir(name)))
+
+
+def names(folder: str | os.PathLike[str]) -> list[str]:
+    """The names in a folder, sorted. Raises OSError."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder))
+    fs, name = _filesystem(folder)
+    found = attempted(folder, lambda: fs.ls(name, detail=False))
+    own = name.rstrip("/").rsplit("/", 1)[-1]
+    return sorted({text for path in found if (text := path.rstrip("/").rsplit("/", 1)[-1]) and text != own})
+
+
+def newest_ns(folder: str | os.PathLike[str]) -> int:
+    """When the newest file in a folder was written; 0 for none. Raises OSError."""
+    place = locate(folder)
+    return max((stat(place / name).mtime_ns for name in names(folder) if is_file(place / name)), default=0)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """The file, to be read and searched. Raises OSError."""
+    if not is_remote(path):
+        with open(path, "rb") as stream:
+            yield stream
+        return
+    fs, name = _filesystem(path)
+    remote = attempted(path, lambda: fs.open(name, "rb", block_size=_BLOCK, cache_type="background"))
+    with remote as stream, translated(path):
+        yield stream
+
+
+def read(path: str | os.PathLike[str]) -> bytes:
+    """A whole, small file. Raises OSError."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    fs, name = _filesystem(path)
+    return bytes(attempted(path, lambda: fs.cat_file(name)))
+
+
+def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes:
+    """The bytes ``[start, stop)`` of a remote file; fewer where it ends before. Raises OSError."""
+    fs, name = _filesystem(path)
+    return bytes(attempted(path, lambda: fs.cat_file(name, start=start, end=stop)))
+
+
+def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    place: Any = locate(path)
+    return place.fs, place.path
+
+
+@contextmanager
+def translated(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a file system's own library raises becomes an OSError that names its kind."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # the libraries below fsspec have exceptions of their own
+        if type(error).__module__.startswith(("ucp", "builtins")):
+            raise
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
+    """``work``, again after a pause where it failed by what may pass. Raises OSError."""
+    pause = FIRST_PAUSE
+    for left in range(ATTEMPTS - 1, -1, -1):
+        try:
+            with translated(path):
+                return work()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError:
+            if not left:
+                raise
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("unreachable")
