@@ -1,0 +1,214 @@
+"""Engines with experts, trained and saved by stock DeepSpeed, and the truth about what all their ranks hold.
+
+Names carry an expert's global number. Which rank holds which expert is asked of DeepSpeed's own process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engines import moe_models, truth
+from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.resume import continue_training
+from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS, Run
+from tests.engines.truth import Piece, Truth
+from tests.engines.zygote import resolve
+
+PREFIX = "deepspeed_moe.experts.deepspeed_experts."
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """A case whose model has experts. ep: ranks that share the first layer's experts; later_ep: the second layer's,
+    the same by default; frozen: one parameter of every expert is not trained; data_first: neighbouring ranks hold the
+    same experts (``use_data_before_expert_parallelism``)."""
+
+    case: Case
+    ep: int = 1
+    later_ep: int | None = None
+    frozen: bool = False
+    data_first: bool = False
+
+    def but(self, **changes: Any) -> MoeCase:
+        """The same with changes of the case inside."""
+        return replace(self, case=self.case.but(**changes))
+
+    @property
+    def label(self) -> str:
+        parts = [self.case.label, f"ep{self.ep}"]
+        parts += [f"ep{self.later_ep}"] if self.later_ep else []
+        return "-".join([*parts, *(f for f in ("frozen", "data_first") if getattr(self, f))])
+
+
+def build_engine(
+    case: MoeCase, initialize: str = "deepspeed:initialize", extra: Mapping[str, Any] | None = None
+) -> Any:
+    """A fresh engine; arguments as for ``tests.engines.build.build_engine``."""
+    import torch.distributed as dist
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    model = moe_models.build(
+        seed=case.case.seed,
+        ep=case.ep,
+        later_ep=case.later_ep or case.ep,
+        dp_rank=dist.get_rank(),
+        dp=dist.get_world_size(),
+        data_first=case.data_first,
+        frozen=case.frozen,
+    )
+    groups: Any = parameter_groups(case.case, model)
+    if case.case.groups == 1:
+        groups = groups[0]["params"]  # DeepSpeed makes a group of the experts by itself
+    else:
+        named = [{**group, "name": f"group{i}"} for i, group in enumerate(groups)]
+        groups = [g for g in split_params_into_different_moe_groups_for_optimizer(named) if g["params"]]
+    config = make_config(case.case) | {"use_data_before_expert_parallelism": case.data_first} | dict(extra or {})
+    engine, *_ = resolve(initialize)(model=model, config=config, model_parameters=groups)
+    return engine
+
+
+def global_names(module: nn.Module) -> dict[str, str]:
+    """This rank's local names of experts' parameters and buffers -> those with the expert's global number."""
+    import torch.distributed as dist
+    from deepspeed.moe.layer import MoE
+
+    out: dict[str, str] = {}
+    for layer_name, layer in module.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        first = dist.get_rank(group=layer.deepspeed_moe.ep_group) * layer.num_local_experts
+        for local, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            for name in expert.state_dict():
+                out[f"{layer_name}.{PREFIX}{local}.{name}"] = f"{layer_name}.{PREFIX}{first + local}.{name}"
+    return out
+
+
+def gather(engine: Any) -> Truth | None:
+    """The truth about an engine with experts, on rank 0; None on the others. Collective."""
+    import torch.distributed as dist
+
+    renamed = global_names(engine.module)
+    names = {p: renamed.get(n, n) for n, p in engine.module.named_parameters()}
+    slots = list(_slots(engine, names))
+    pieces = [piece for slot in slots for piece in truth._pieces(slot)]
+    scalars: dict[str, dict[str, Any]] = {}
+    for slot in slots:
+        scalars.setdefault(slot.name, {}).update(
+            {k: truth._plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
+        )
+    module = {renamed.get(n, n): truth._plain(p.data) for n, p in engine.module.named_parameters()}
+    buffers = {renamed.get(n, n): t for n, t in truth._buffers(engine.module).items()}
+    frozen = {renamed.get(n, n) for n, p in engine.module.named_parameters() if not p.requires_grad}
+    groups = _groups(engine, names)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    mine = (pieces, scalars, module, buffers, frozen, groups)
+    dist.gather_object(mine, everyone if dist.get_rank() == 0 else None)
+    if dist.get_rank() != 0:
+        return None
+    weights = _joined([found[2] for found in everyone])
+    not_trained = set().union(*(found[4] for found in everyone))
+    params = truth._assemble(
+        _first_of_equal([p for found in everyone for p in found[0]]), {n: t.shape for n, t in weights.items()}
+    )
+    if params.keys() != weights.keys() - not_trained:
+        raise ValueError(f"no rank has masters of {sorted(weights.keys() - not_trained - params.keys())}")
+    truth._check_rounding(params, weights)
+    first_groups = everyone[0][5]
+    return Truth(
+        params=params,
+        scalars=truth._agree([found[1] for found in everyone]),
+        frozen={name: weights[name] for name in sorted(not_trained)},
+        buffers=_joined([found[3] for found in everyone]),
+        module=weights,
+        aliases={},
+        groups=tuple(
+            {**group, "names": sorted({n for found in everyone for n in found[5][i]["names"]})}
+            for i, group in enumerate(first_groups)
+        ),
+        counters={key: int(getattr(engine, key)) for key in ("global_steps", "global_samples", "skipped_steps")},
+        loss_scaler=truth._loss_scaler(engine),
+        lr_scheduler=None if engine.lr_scheduler is None else truth._plain(engine.lr_scheduler.state_dict()),
+    )
+
+
+def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth._Slot]:
+    """What this rank holds; at stage 0 everything whole, as others hold it too."""
+    optimizer = engine.optimizer
+    kind = type(optimizer).__name__
+    if kind == "DeepSpeedZeroOptimizer":
+        yield from truth._slots_of_stages_1_and_2(optimizer, names)
+    elif kind == "BF16_Optimizer":
+        yield from truth._slots_of_bf16_optimizer(optimizer, names)
+    elif kind == "FP16_UnfusedOptimizer":
+        for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for param, master in zip(params, masters, strict=True):
+                states = optimizer.optimizer.state.get(master, {})
+                yield truth._Slot(names[param], 0, master, 0, master.numel(), states, replica=True)
+    else:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                states = optimizer.state.get(param, {})
+                yield truth._Slot(names[param], 0, param, 0, param.numel(), states, replica=True)
+
+
+def _groups(engine: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, Any]]:
+    optimizer = engine.optimizer
+    listed = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
+    listed = listed or getattr(optimizer, "fp16_groups", None) or [g["params"] for g in optimizer.param_groups]
+    return [
+        {"names": [names[p] for p in params], **{k: truth._plain(v) for k, v in group.items() if k != "params"}}
+        for params, group in zip(listed, optimizer.param_groups, strict=True)
+    ]
+
+
+def _joined(by_rank: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All ranks' tensors; what several hold must be the same."""
+    out: dict[str, torch.Tensor] = {}
+    for held in by_rank:
+        for name, tensor in held.items():
+            if not truth.same(out.setdefault(name, tensor), tensor):
+                raise ValueError(f"{name} differs from rank to rank")
+    return out
+
+
+def _first_of_equal(pieces: list[Piece]) -> list[Piece]:
+    """Without the further copies of what several ranks hold whole."""
+    out: dict[tuple[str, str, int], Piece] = {}
+    for piece in pieces:
+        known = out.setdefault((piece.name, piece.state, piece.start), piece)
+        if known is not piece and not (piece.replica and truth.same(known.values, piece.values)):
+            raise ValueError(f"{piece.name} {piece.state}: two ranks hold it, and differ")
+    return list(out.values())
+
+
+def train(case: MoeCase, folder: str, initialize: str = "deepspeed:initialize", extra: Any = None) -> Run:
+    """Train, save, train on. For ranks."""
+    engine = build_engine(case, initialize, extra)
+    losses = continue_training(engine, case.case, 0, STEPS)
+    tag = f"global_step{STEPS}"
+    at_save = gather(engine)
+    engine.save_checkpoint(folder, tag, client_state=dict(CLIENT_STATE))
+    if extra:
+        engine.ucp.wait()
+    after = continue_training(engine, case.case, STEPS, FURTHER + 1)
+    return Run(case.case, folder, tag, STEPS, tuple(losses), tuple(after), at_save, gather(engine))
+
+
+def resume(case: MoeCase, folder: str, tag: str | None, initialize: str, extra: Any = None, trained: int = 0) -> Run:
+    """Load into an engine that may have trained on other data, then train on. For ranks."""
+    engine = build_engine(case, initialize, extra)
+    continue_training(engine, case.case, 50, trained)
+    path, found = engine.load_checkpoint(folder, tag)
+    if path is None:
+        raise FileNotFoundError(f"nothing was loaded from {folder}")
+    for key, value in CLIENT_STATE.items():
+        if found.get(key) != value:
+            raise ValueError(f"client state {key!r}: {found.get(key)!r} instead of {value!r}")
+    loaded = gather(engine)
+    after = continue_training(engine, case.case, STEPS, FURTHER + 1)
+    return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine))
