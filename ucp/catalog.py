@@ -19,6 +19,17 @@ from ucp.geometry import Blocks, Ints, Shape, coverage_gap, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import itemsize
 
+# Wrappers put these into names: DistributedDataParallel and DeepSpeed's older saves, torch.compile.
+_WRAPPERS = ("module", "_orig_mod")
+
+
+def bare(name: str) -> str:
+    """The name without what wrappers put into it: leading ``module.``, ``_orig_mod.`` anywhere."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts.pop(0)
+    return ".".join([*(p for p in parts[:-1] if p != "_orig_mod"), parts[-1]])
+
 
 @dataclass(frozen=True)
 class SourceFile:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.training.parts import Saved, catalog
-from ucp.training.names import bare, match
+from ucp.catalog import bare
+from ucp.training.names import match
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ucp.cli import run
 from ucp.parallel.mesh import parse_layout
@@ -21,6 +24,10 @@ examples:
   ucp-convert runs/llama universal                                newest checkpoint to one that resumes anywhere
   ucp-convert runs/llama pointer --virtual                        the same without copying a tensor
   ucp-convert runs/llama out --to deepspeed --layout dp=8,zero=3  a native checkpoint for 8 ranks at ZeRO-3
+  torchrun --nnodes 4 ... -m ucp.cli.convert runs/llama universal the work shared by many machines (srun, mpirun too)
+
+interrupted, the same command continues where it was
+  ucp-convert runs/llama out --to huggingface --like base --dtype bf16   a folder for transformers, base's tokenizer
 
 exit codes: 0 done, 2 the input or the arguments are at fault (one line on stderr says how), 3 an internal error
 """
@@ -42,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--to",
         default="universal",
         metavar="FORMAT",
-        help="universal (default), deepspeed, deepspeed-universal; dcp, huggingface and megatron are planned",
+        help="universal (default), deepspeed, deepspeed-universal, dcp, huggingface; megatron is planned",
     )
     p.add_argument("--layout", metavar="L", help="ranks and ZeRO stage to write for, such as dp=4,zero=3 (deepspeed)")
     p.add_argument(
@@ -56,7 +63,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers, such as 2GiB or 500MB")
     p.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
     p.add_argument("--ds-config", metavar="FILE", help="DeepSpeed config for what --layout leaves open (deepspeed)")
+    p.add_argument("--dtype", metavar="T", help="element type of the weights: bf16, fp16, fp32 (huggingface)")
+    p.add_argument(
+        "--max-shard-size", type=run.size, metavar="SIZE", help="of a file of weights, such as 5GB (huggingface)"
+    )
+    p.add_argument(
+        "--like",
+        metavar="FOLDER",
+        help="model folder to carry config, tokenizer and generation files from; a PEFT adapter's for an adapter "
+        "(huggingface)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace DEST if it is a checkpoint and not part of SOURCE")
+    p.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
     p.add_argument("--trust-client-state", action="store_true", help="run code that SOURCE's client state asks for")
     p.add_argument("--dry-run", action="store_true", help="plan and check everything, write nothing")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -76,8 +94,12 @@ def _convert(args: argparse.Namespace) -> int:
     layout = None if args.layout is None else parse_layout(args.layout)
     # Imported late: numpy and torch take longer than telling that an argument is wrong.
     from ucp.conversion import convert
+    from ucp.transfer.team import from_environment
 
-    bar = run.ProgressBar(args.quiet)
+    team = from_environment(os.environ)
+    # A launcher ends the processes that are left when one has died; that is an interruption like any other.
+    signal.signal(signal.SIGTERM, _interrupt)
+    bar = run.ProgressBar(args.quiet or not team.leads)
     try:
         report = convert(
             args.source,
@@ -93,18 +115,29 @@ def _convert(args: argparse.Namespace) -> int:
             workers=args.workers,
             max_memory=args.max_memory,
             overwrite=args.overwrite,
+            resume=not args.no_resume,
+            team=team,
             dry_run=args.dry_run,
             ds_config=args.ds_config,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            like=args.like,
             trust_client_state=args.trust_client_state,
             progress=bar,
         )
     finally:
         bar.close()
+    if not team.leads:
+        return run.DONE
     if args.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report)) + "\n")
     elif not args.quiet:
         sys.stdout.write(f"{report}\n")
     return run.DONE
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

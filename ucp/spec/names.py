@@ -109,6 +109,11 @@ def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework:
     return Moves(plain, split, joined)
 
 
+def is_about(bound: Bound, framework: str, name: str) -> bool:
+    """Whether a line is about this name of a framework."""
+    return _line(bound, framework, name, to_framework=False) is not None
+
+
 def assemble(bound: Bound, framework: str, name: str) -> Assembled | None:
     """How a parameter of another framework is made of this spec's parameters; None where nothing is said of it.
 

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ucp.catalog import Catalog
-
-# Wrappers put these into names: DistributedDataParallel and DeepSpeed's older saves, torch.compile.
-_WRAPPERS = ("module", "_orig_mod")
-
-
-def bare(name: str) -> str:
-    """The name without what wrappers put into it: leading ``module.``, ``_orig_mod.`` anywhere."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        parts.pop(0)
-    return ".".join([*(p for p in parts[:-1] if p != "_orig_mod"), parts[-1]])
+from ucp.catalog import Catalog, bare
 
 
 def match(catalog: Catalog, targets: Iterable[str]) -> dict[str, str]:

@@ -9,8 +9,7 @@ owns them. The manifest is written last.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -18,16 +17,11 @@ from urllib.parse import quote
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile
-from ucp.errors import BadArgument
+from ucp.formats import sharded
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import whole
-from ucp.storage import safetensors
 from ucp.storage.digests import ChunkDigests
-from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile
-
-SHARD = 5_000_000_000
-"""Bytes that a safetensors file may have before another one is begun; one tensor is never cut."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +52,12 @@ class Plan:
         return manifest.frame(body)
 
 
-def plan(catalog: Catalog, max_shard: int = SHARD) -> Plan:
+def plan(catalog: Catalog, max_shard: int = sharded.SHARD) -> Plan:
     """Lay out the files. ``max_shard`` is in bytes.
 
     Raises Unsupported for element types that safetensors lacks and for training state that is not plain data,
     BadArgument for a shard size below 1.
     """
-    if max_shard < 1:
-        raise BadArgument(f"a shard size of {max_shard} bytes is impossible; give at least 1")
     met = training.Tensors()
     training_state = training.encode(catalog.training_state, met)
     source = training.with_sources(catalog, met)
@@ -76,7 +68,14 @@ def plan(catalog: Catalog, max_shard: int = SHARD) -> Plan:
     placed: dict[tuple[str, str], LogicalTensor] = {}
     for state, tensors in by_state.items():
         stem = "model" if state == "param" else f"optimizer.{quote(state, safe='')}"
-        files += _plan_state(stem, tensors, max_shard, placed, first_file=len(files))
+        made = sharded.plan(stem, tensors, max_shard)
+        for tensor in tensors:
+            number, offset = made.places[tensor.name]
+            blocks = whole(tensor.shape, 0, len(files) + number)
+            placed[tensor.name, state] = dataclasses.replace(
+                tensor, blocks=blocks, bases=np.full(len(blocks), offset, np.int64)
+            )
+        files += made.files
     extra = training.tensors_file(source, met)
     if extra is not None:
         files.append(extra)
@@ -87,46 +86,3 @@ def plan(catalog: Catalog, max_shard: int = SHARD) -> Plan:
         chunk_digests={},
     )
     return Plan(source, tuple(files), result, training_state)
-
-
-def _plan_state(
-    stem: str,
-    tensors: Sequence[LogicalTensor],
-    max_shard: int,
-    placed: dict[tuple[str, str], LogicalTensor],
-    first_file: int,
-) -> list[TargetFile]:
-    """The files of one state and their index; notes in ``placed`` where each tensor will lie."""
-    shards = _shards(tensors, max_shard)
-    files: list[TargetFile] = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        layout = safetensors.plan_file([(t.name, t.dtype, t.shape) for t in shard], {"format": "pt"})
-        wants = []
-        for tensor in shard:
-            weight_map[tensor.name] = name
-            offset = layout.offsets[tensor.name]
-            wants.append(Want(tensor, whole(tensor.shape), tensor.dtype, offset))
-            blocks = whole(tensor.shape, 0, first_file + len(files))
-            placed[tensor.name, tensor.state] = dataclasses.replace(
-                tensor, blocks=blocks, bases=np.full(len(blocks), offset, np.int64)
-            )
-        files.append(TargetFile(name, layout.size, ((0, layout.header),), tuple(wants)))
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
-    text = json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
-    files.append(TargetFile(f"{stem}.safetensors.index.json", len(text), ((0, text),), ()))
-    return files
-
-
-def _shards(tensors: Sequence[LogicalTensor], max_shard: int) -> list[list[LogicalTensor]]:
-    """Consecutive tensors of at most ``max_shard`` bytes in all; a longer one has a file to itself."""
-    shards: list[list[LogicalTensor]] = []
-    held = 0
-    for tensor in tensors:
-        if not shards or (held and held + tensor.nbytes > max_shard):
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += tensor.nbytes
-    return shards

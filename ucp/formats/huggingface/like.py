@@ -1,0 +1,77 @@
+"""The files beside the weights: carried over, as they are, from a folder of the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ucp.errors import BadArgument, Unsupported
+from ucp.formats.huggingface.folder import CONFIG
+from ucp.transfer.targets import TargetFile
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Config, generation, tokenizer and processor files, chat templates, the model's own code.
+_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".spm", ".bpe", ".py")
+_LEFT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+_LARGEST = 256 << 20  # bytes of a file that is carried
+
+# Of the element types of weights, the later ones hold all values of those before them.
+_WIDTHS = (("bfloat16", "float16"), ("float32",), ("float64",))
+
+
+def config_of(like: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises BadArgument where there is none, Unsupported for a quantized model's."""
+    path = like / CONFIG
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadArgument(f"{path}: cannot be read, and '--like' names a model folder: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadArgument(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadArgument(f"{path}: is not a JSON object")
+    if found.get("quantization_config") is not None:
+        raise Unsupported(
+            f"{path}: is of a quantized model ('quantization_config'); the weights to write are plain ones"
+        )
+    return found
+
+
+def carried(like: Path, config: dict[str, Any] | None, dtypes: Collection[str]) -> list[TargetFile]:
+    """The files to carry. config: the folder's, to be written with the ``dtype`` of the weights; None to leave it out.
+
+    dtypes: element types of the weights that are written.
+    """
+    out = []
+    for path in sorted(like.iterdir()):
+        if not path.is_file() or path.suffix not in _CARRIED or path.name in (*_LEFT, "ucp.json"):
+            continue
+        if path.name.endswith(".index.json") or path.name.startswith("adapter_") or path.stat().st_size > _LARGEST:
+            continue
+        if path.name == CONFIG:
+            if config is not None:
+                out.append(literal(CONFIG, _with_dtype(path, config, dtypes)))
+        else:
+            out.append(literal(path.name, path.read_bytes()))
+    return out
+
+
+def literal(name: str, raw: bytes) -> TargetFile:
+    """A file whose bytes are known."""
+    return TargetFile(name, len(raw), ((0, raw),), ())
+
+
+def _with_dtype(path: Path, config: dict[str, Any], dtypes: Collection[str]) -> bytes:
+    """The config's bytes, with the element type that loses nothing of the weights: transformers loads them in that."""
+    widest = [group for group in _WIDTHS if any(name in dtypes for name in group)]
+    if not widest:
+        return path.read_bytes()
+    last = [name for name in widest[-1] if name in dtypes]
+    dtype = last[0] if len(last) == 1 else "float32"
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if config.get(key) == dtype:
+        return path.read_bytes()
+    return json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
