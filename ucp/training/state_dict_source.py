@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import SaveFailed
-from ucp.formats.dcp.names import PARAM, Entry, Roles, assign
+from ucp.formats.dcp.names import OUTSIDE, PARAM, VALUES, Entry, Roles, assign, param_groups
 from ucp.geometry import Blocks, Shape, empty
 from ucp.parallel.mesh import Layout
 from ucp.storage import plain
@@ -28,10 +28,6 @@ from ucp.training import ranks
 from ucp.training.dtensors import blocks_of, local_tensor
 from ucp.training.source import Holding, Source
 from ucp.training.state_dicts import flatten, storage_key
-
-# Under this name the entries that belong to no parameter lie in the training state's extra entries; those of one rank
-# lie under the same name in what that rank has of its own.
-VALUES = "state_dict"
 
 Key = tuple[str, str]
 
@@ -61,6 +57,7 @@ class _Facts:
     groups: list[tuple[tuple[str, ...], bytes]]
     values: dict[str, bytes]
     layout: Layout
+    outside: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +104,7 @@ def _take_apart(state_dict: Mapping[str, Any], kinds: Mapping[str, str]) -> _Loc
     entries = flatten(state_dict)
     roles = assign(entries)
     several = ranks.world_size() > 1
-    local = _Local(_Facts({}, {}, [], {}, _layout(entries)), {}, {}, {}, [], {})
+    local = _Local(_Facts({}, {}, [], {}, _layout(entries), roles.outside), {}, {}, {}, [], {})
     memories: dict[Any, str] = {}
     # Of tied tensors, the one that the optimizer names is the parameter, and the others are its further names.
     for key, what in sorted(roles.tensors.items(), key=lambda item: item[1][0] not in roles.trained):
@@ -142,18 +139,11 @@ def plain_value(value: Any) -> Any:
 
 
 def _groups(roles: Roles, entries: Mapping[str, Entry]) -> list[ParamGroup]:
-    """The param groups; of a flattened optimizer, the parameters with the same options are one group."""
-    options: dict[str, dict[str, Any]] = {group: {} for group in roles.groups}
+    options: dict[str, dict[str, Any]] = {}
     for key, (group, option) in roles.options.items():
         value = entries[key].value
-        options[group][option] = local_tensor(value) if isinstance(value, torch.Tensor) else value
-    numbered = set(roles.members.values())
-    out: dict[Any, ParamGroup] = {}
-    for group, names in roles.groups.items():
-        identity = group if group in numbered else _content(dict(sorted(options[group].items())))
-        before = out.get(identity, ParamGroup((), options[group]))
-        out[identity] = ParamGroup((*before.names, *names), before.options)
-    return list(out.values())
+        options.setdefault(group, {})[option] = local_tensor(value) if isinstance(value, torch.Tensor) else value
+    return param_groups(roles, options, lambda tensor: _content(tensor).hex())
 
 
 def _layout(entries: Mapping[str, Entry]) -> Layout:
@@ -226,7 +216,10 @@ def _join(local: _Local, facts: Sequence[_Facts], training_state: TrainingState,
         if me not in holders:
             blocks = empty(len(held.shape))
         tensor = local.tensors.get(key, torch.empty(0))
-        holdings.append(Holding(name, state, held.shape, held.dtype, tensor, blocks, holders or (me,)))
+        holdings.append(
+            Holding(name, state, held.shape, held.dtype, tensor, blocks, holders or (me,), not held.trained)
+        )
+    outside = {name for fact in facts for name in fact.outside}
     order = {key[0]: k for k, key in enumerate(local.facts.tensors)}
     parameters = dict(sorted(joined.parameters.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
     mine, shared = _values(local, facts, me)
@@ -235,7 +228,7 @@ def _join(local: _Local, facts: Sequence[_Facts], training_state: TrainingState,
         training_state,
         param_groups=_param_groups(local, facts, aliases),
         dp_world_size=facts[0].layout.dp,
-        extra={**training_state.extra, VALUES: shared},
+        extra={**training_state.extra, VALUES: shared, OUTSIDE: sorted(outside)},
     )
     return Source(facts[0].layout, parameters, holdings, saved, {**own, VALUES: mine} if mine else own)
 

@@ -19,7 +19,7 @@ import torch
 
 from ucp.catalog import Catalog
 from ucp.errors import Mismatch
-from ucp.formats.dcp.names import PARAM, Entry, Roles, assign
+from ucp.formats.dcp.names import PARAM, VALUES, Entry, Roles, assign
 from ucp.geometry import numel
 from ucp.storage.dtypes import from_torch
 from ucp.storage.files import Files
@@ -28,7 +28,6 @@ from ucp.training.dtensors import blocks_of, local_tensor
 from ucp.training.load import reading_threads
 from ucp.training.match import OWN_OPTIONS
 from ucp.training.names import match
-from ucp.training.state_dict_source import VALUES
 from ucp.training.state_dicts import flatten, put
 from ucp.transfer.gather import EXACT, Reader, Want, gather
 
@@ -53,7 +52,7 @@ class StateDictReport:
 
 
 @dataclass
-class _Plan:
+class Plan:
     """wants: entry -> what to gather into its shard. fills: entries that are tensors of one value. own: tensors that
     this rank had for itself. values: what to set."""
 
@@ -86,9 +85,11 @@ def load_into(
     clock = [time.perf_counter()]
     entries, what = ranks.together(lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused))
     clock.append(time.perf_counter())
-    buffers, nbytes, bytes_read = ranks.together(lambda: _read(entries, catalog, what, verify))
+    buffers, nbytes, bytes_read = ranks.together(lambda: read(entries, catalog, what, verify))
     clock.append(time.perf_counter())
-    _apply(state_dict, entries, what, buffers)
+    fill(entries, what, buffers)
+    for key, value in what.values.items():
+        put(state_dict, entries[key].path, value)
     clock.append(time.perf_counter())
     seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
     return StateDictReport(path, len(what.wants), nbytes, bytes_read, tuple(what.left), tuple(what.unused), seconds)
@@ -100,7 +101,7 @@ def _planned(
     catalog: Catalog,
     allow_missing: Sequence[str],
     allow_unused: Sequence[str] | None,
-) -> tuple[dict[str, Entry], _Plan]:
+) -> tuple[dict[str, Entry], Plan]:
     entries = flatten(state_dict)
     what = plan(entries, assign(entries), catalog)
     missing = [key for key in what.missing if not _allowed(key, allow_missing)]
@@ -138,9 +139,9 @@ def _shown(items: Sequence[str]) -> str:
     return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
-def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> _Plan:
+def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> Plan:
     """Everything that a load will do on this rank; talks to nobody."""
-    what = _Plan()
+    what = Plan()
     asked = [name for name, _ in (*roles.tensors.values(), *roles.scalars.values())]
     names = _names(catalog, [*asked, *(name for group in roles.groups.values() for name in group)])
     own = _own(catalog)
@@ -186,7 +187,7 @@ def _own(catalog: Catalog) -> Mapping[str, Any]:
     return {}
 
 
-def _want(what: _Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[str, str]) -> None:
+def _want(what: Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[str, str]) -> None:
     tensor = catalog.tensors[source]
     dtype = from_torch(entry.value.dtype)
     if tensor.shape != entry.shape:
@@ -197,7 +198,7 @@ def _want(what: _Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[s
         what.wants[key] = Want(tensor, blocks_of(key, entry.value), dtype)
 
 
-def _scalar(what: _Plan, key: str, entry: Entry, value: Any) -> None:
+def _scalar(what: Plan, key: str, entry: Entry, value: Any) -> None:
     if entry.shape is None:
         what.values[key] = value
     elif numel(entry.shape) != 1 or not _holds(entry.value.dtype, value):
@@ -213,7 +214,7 @@ def _holds(dtype: torch.dtype, value: Any) -> bool:
     return value != value or torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
 
 
-def _take_own(what: _Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
+def _take_own(what: Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
     local = local_tensor(entry.value)
     if value.shape != local.shape or value.dtype != local.dtype:
         what.wrong.append(
@@ -224,7 +225,7 @@ def _take_own(what: _Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
 
 
 def _options(
-    what: _Plan, entries: Mapping[str, Entry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
+    what: Plan, entries: Mapping[str, Entry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
 ) -> None:
     """Hyperparameters, from the checkpoint's groups that hold the same parameters."""
     groups = catalog.training_state.param_groups
@@ -243,7 +244,7 @@ def _options(
             _option(what, key, entries[key], found[0])
 
 
-def _option(what: _Plan, key: str, entry: Entry, value: Any) -> None:
+def _option(what: Plan, key: str, entry: Entry, value: Any) -> None:
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if entry.shape is not None:
         _scalar(what, key, entry, number)
@@ -257,8 +258,8 @@ def _same(a: Any, b: Any) -> bool:
     return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
 
 
-def _read(
-    entries: Mapping[str, Entry], catalog: Catalog, what: _Plan, verify: bool
+def read(
+    entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True
 ) -> tuple[dict[str, torch.Tensor], int, int]:
     """This rank's shards, in host memory; with their bytes and the bytes read."""
     buffers = {
@@ -274,9 +275,8 @@ def _read(
 
 
 @torch.no_grad()
-def _apply(
-    state_dict: dict[str, Any], entries: Mapping[str, Entry], what: _Plan, buffers: dict[str, torch.Tensor]
-) -> None:
+def fill(entries: Mapping[str, Entry], what: Plan, buffers: dict[str, torch.Tensor]) -> None:
+    """Copy what was read into the tensors of the state dict; ``buffers`` is empty afterwards."""
     for key in list(buffers):
         local = local_tensor(entries[key].value)
         local.copy_(buffers.pop(key).view(local.shape))
@@ -284,5 +284,3 @@ def _apply(
         local_tensor(entries[key].value).fill_(value)
     for key, tensor in what.own.items():
         local_tensor(entries[key].value).copy_(tensor)
-    for key, value in what.values.items():
-        put(state_dict, entries[key].path, value)

@@ -15,14 +15,23 @@ get the same roles: those of a state dict to be saved, of a file, and of a state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ucp.catalog import ParamGroup
 from ucp.errors import Unsupported
 from ucp.geometry import Shape, numel
+from ucp.storage import plain
 
 PARAM = "param"
+# Under this name the entries that belong to no parameter lie in the training state's extra entries.
+VALUES = "state_dict"
+# Under this one the names of tensors that lie beside the model.
+OUTSIDE = "outside_the_model"
+# Entries that are fields of a training state, in checkpoints that `write` makes.
+TRAINING_STATE = "training_state"
 MODEL = "model"
 _GROUPS, _STATE, _MEMBERS = "param_groups.", "state.", "params"
 # Prefixes that are the model where several would do, such as a moving average of the weights beside them.
@@ -57,6 +66,11 @@ class Roles:
     model: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)
     entry_of: dict[tuple[str, str], str] = field(default_factory=dict)  # the reverse of tensors
+
+    @property
+    def outside(self) -> list[str]:
+        """Names of the tensors that lie beside the model; all where no model is told apart."""
+        return sorted(name for name, state in self.tensors.values() if state == PARAM and name not in self.model)
 
     def kind(self, name: str, floating: bool) -> str:
         """The kind of a named tensor, as `ParameterInfo` has it; a state dict does not tell frozen ones from buffers of
@@ -96,6 +110,23 @@ def assign(entries: Mapping[str, Entry]) -> Roles:
         else:
             _name(roles, key, (key, PARAM))
     return roles
+
+
+def param_groups(
+    roles: Roles, options: Mapping[str, Mapping[str, Any]], number: Callable[[Any], Any]
+) -> list[ParamGroup]:
+    """The param groups, in order; of a flattened optimizer, the parameters with the same options are one group.
+
+    options: of each group by name. number: a JSON-able value that tells tensors among them apart.
+    """
+    numbered = set(roles.members.values())
+    out: dict[str, ParamGroup] = {}
+    for group, names in roles.groups.items():
+        own = dict(options.get(group, {}))
+        same = group if group in numbered else json.dumps(plain.encode(dict(sorted(own.items())), number))
+        before = out.get(same, ParamGroup((), own))
+        out[same] = ParamGroup((*before.names, *names), before.options)
+    return list(out.values())
 
 
 @dataclass(frozen=True)

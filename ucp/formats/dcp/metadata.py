@@ -1,0 +1,121 @@
+"""The file ``.metadata`` of torch.distributed.checkpoint, read without torch and without running anything.
+
+It is a pickle of `Metadata` (torch/distributed/checkpoint/metadata.py): every entry of the flattened state dict with
+its element type, shape and chunks, and for every chunk the file and byte range that hold it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
+from ucp.geometry import Shape
+from ucp.storage.pickles import Unpickler
+from ucp.storage.values import DtypeName, Standin
+
+NAME = ".metadata"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes of a file, relative to the checkpoint's folder, that `torch.save` wrote."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and where it lies."""
+
+    offsets: Shape
+    sizes: Shape
+    record: Record
+
+
+@dataclass(frozen=True)
+class Tensor:
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """paths: flat name -> the keys that led to it, where that was recorded. objects: entries that are no tensors."""
+
+    paths: Mapping[str, tuple[Any, ...]]
+    tensors: Mapping[str, Tensor]
+    objects: Mapping[str, Record]
+
+
+def load(folder: Path) -> Metadata:
+    """Raises DamagedCheckpoint for a file that is missing or contradicts itself, UnsafePickle, and Unsupported for
+    records that a storage extension has transformed."""
+    path = os.path.join(folder, NAME)
+    try:
+        with open(path, "rb") as stream:
+            found = Unpickler(stream, path, os.fstat(stream.fileno()).st_size).load()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        return _interpret(path, found)
+    except UcpError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: is not the metadata of a DCP checkpoint: {error}") from error
+
+
+def _interpret(path: str, found: Any) -> Metadata:
+    if not isinstance(found, Standin) or found.class_name != "Metadata":
+        raise DamagedCheckpoint(f"{path}: is not the metadata of a DCP checkpoint")
+    records: dict[tuple[str, Shape | None], Record] = {}
+    for index, info in (found.storage_data or {}).items():
+        offset = index.state.get("offset")
+        records[index.fqn, None if offset is None else tuple(offset)] = _record(path, index.fqn, info)
+    tensors: dict[str, Tensor] = {}
+    objects: dict[str, Record] = {}
+    for key, entry in found.state_dict_metadata.items():
+        if entry.class_name == "BytesStorageMetadata":
+            objects[key] = _find(path, records, key, None)
+            continue
+        dtype = entry.properties.state["state"][0]
+        if not isinstance(dtype, DtypeName):
+            raise DamagedCheckpoint(f"{path}: '{key}' has no element type")
+        chunks = tuple(
+            Chunk(tuple(c.offsets), tuple(c.sizes), _find(path, records, key, tuple(c.offsets))) for c in entry.chunks
+        )
+        shape = tuple(entry.size)
+        if any(len(c.offsets) != len(shape) or len(c.sizes) != len(shape) for c in chunks):
+            raise DamagedCheckpoint(f"{path}: a chunk of '{key}' has not the {len(shape)} dimensions of its tensor")
+        tensors[key] = Tensor(dtype.name, shape, chunks)
+    paths = found.state.get("planner_data")
+    known = paths if isinstance(paths, dict) else {}
+    return Metadata({key: tuple(p) for key, p in known.items() if isinstance(p, tuple)}, tensors, objects)
+
+
+def _record(path: str, key: str, info: Standin) -> Record:
+    if info.state.get("transform_descriptors"):
+        raise Unsupported(
+            f"{path}: '{key}' was transformed as it was written ({', '.join(map(str, info.transform_descriptors))}); "
+            "only records as torch.save writes them can be read"
+        )
+    name, start, length = info.relative_path, info.offset, info.length
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/"):
+        raise DamagedCheckpoint(f"{path}: '{key}' lies in {name!r}, which is not a file of this folder")
+    if type(start) is not int or type(length) is not int or start < 0 or length < 0:
+        raise DamagedCheckpoint(f"{path}: '{key}' has the impossible byte range {start!r}, {length!r}")
+    return Record(name, start, length)
+
+
+def _find(path: str, records: Mapping[tuple[str, Shape | None], Record], key: str, offset: Shape | None) -> Record:
+    found = records.get((key, offset))
+    if found is None:
+        where = "" if offset is None else f" at {list(offset)}"
+        raise DamagedCheckpoint(f"{path}: does not say where '{key}'{where} lies; the checkpoint is incomplete")
+    return found
