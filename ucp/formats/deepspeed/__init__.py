@@ -18,6 +18,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
 from ucp.formats.deepspeed.assemble import assemble, check_copies
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.layers import with_modules
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.formats.deepspeed.part import Part, open_models, read_part
 from ucp.geometry import Shape
@@ -25,6 +26,7 @@ from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
 from ucp.spec.choice import Choice
 from ucp.spec.placement import Placements, place, uncut
+from ucp.storage import locations
 from ucp.storage.files import Files
 
 NAME = "deepspeed"
@@ -61,6 +63,7 @@ def read(
     """
     found = folders.scan(path)
     models = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+    models = with_modules(path, found, models)
     first = models[0][0]
     tp, pp = _degrees(first, len(found))
     paths: dict[str, int] = {}
@@ -134,7 +137,7 @@ def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:
         return args
     for folder in (model.path.parent, model.path.parent.parent):
         try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            found = json.loads(locations.read(folder / "config.json"))
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):

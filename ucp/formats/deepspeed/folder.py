@@ -5,7 +5,6 @@ Names follow DeepSpeed's ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.storage import torchfile
+from ucp.storage import locations, torchfile
 
 _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _OPTIM = re.compile(r"^(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -55,7 +54,7 @@ class Folder:
 def looks_like(path: Path) -> bool:
     """Whether this folder holds files with the names that DeepSpeed gives to a checkpoint's."""
     try:
-        names = os.listdir(path)
+        names = locations.names(path)
     except OSError:
         return False
     return any(_MODEL.match(n) or _OPTIM.match(n) or _PIPELINE.match(n) for n in names)
@@ -71,9 +70,7 @@ def scan(path: Path) -> list[Folder]:
     parts: dict[int, dict[int, Path]] = {}
     optim: dict[int, dict[int, Path]] = {}
     prefixes: set[bool] = set()
-    for name in sorted(os.listdir(path)):
-        if _PIPELINE.match(name):
-            raise Unsupported(f"{path}: '{name}' was written by pipeline parallelism, which is not supported yet")
+    for name in locations.names(path):
         if _EXPERT.match(name):
             raise Unsupported(f"{path}: '{name}' was written by expert parallelism, which is not supported yet")
         model, opt = _MODEL.match(name), _OPTIM.match(name)

@@ -118,7 +118,7 @@ def tied_by_storage(module: Mapping[str, TensorRef]) -> dict[str, str]:
     for name, ref in module.items():
         if not ref.numel:
             continue
-        key = (ref.storage, ref.offset, ref.shape, ref.strides, ref.dtype)
+        key = (ref.file, ref.storage, ref.offset, ref.shape, ref.strides, ref.dtype)
         if key in first:
             out[name] = first[key]
         else:

@@ -1,0 +1,182 @@
+"""The layer files of a pipeline: what a PipelineModule's model files have in place of a state dict.
+
+``runtime/pipe/module.py: save_state_dict`` writes the state dict of every layer, under its index in the whole model,
+and for each tensor-parallel rank. Its keys are the layer's own: a plain layer's are ``{index}.{key}`` in the module, a
+tied layer's ``tied_modules.{tie}.{key}``. Which layers are tied stands in no layer file; it follows from the names that
+the stages' model files give to what they train, and to buffers. A tied layer that is used through a function has no
+file, and its weights are in the file of another layer of the same tie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed import folder as folders
+from ucp.formats.deepspeed.folder import Folder
+from ucp.formats.deepspeed.model import ModelFile
+from ucp.geometry import Shape
+from ucp.storage import locations
+from ucp.storage.values import TensorRef
+
+_LAYER = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
+_TIED = "tied_modules."
+
+
+def layer_files(path: Path) -> dict[int, dict[int, Path]]:
+    """The layer files of a folder: tensor-parallel rank -> layer -> file; {} where it was no pipeline.
+
+    Raises DamagedCheckpoint where tensor-parallel ranks have not files of the same layers.
+    """
+    out: dict[int, dict[int, Path]] = {}
+    for name in locations.names(path):
+        if found := _LAYER.match(name):
+            out.setdefault(int(found["tp"] or 0), {})[int(found["layer"])] = path / name
+    every = {layer for files in out.values() for layer in files}
+    for rank in range(max(out, default=-1) + 1):
+        lost = sorted(every - set(out.get(rank, ())))
+        if lost:
+            raise DamagedCheckpoint(
+                f"{path}: layer {lost[0]} has no file of tensor-parallel rank {rank} "
+                f"('layer_{lost[0]:02d}-model_{rank:02d}-model_states.pt'); the checkpoint is incomplete"
+            )
+    return out
+
+
+def with_modules(
+    path: Path, found: Sequence[Folder], models: Mapping[int, Mapping[int, ModelFile]]
+) -> Mapping[int, Mapping[int, ModelFile]]:
+    """The model files, by model-parallel and data-parallel rank, with a pipeline's state dicts from its layer files.
+
+    Every stage gets what it trains and its buffers; what no stage names (frozen parameters) the first stage gets.
+    Other checkpoints come back as they are.
+
+    Raises DamagedCheckpoint for missing files, Unsupported where nothing tells which layers are tied.
+    """
+    if all(files[0].raw.get("module") is not None for files in models.values()):
+        return models
+    layers = layer_files(path)
+    if not layers:
+        raise DamagedCheckpoint(f"{path}: has a pipeline's model files, but no layer files ('layer_*-model_states.pt')")
+    count = len(layers)
+    if len(models) % count:
+        raise DamagedCheckpoint(
+            f"{path}: has layer files of {count} tensor-parallel ranks, but model files of {len(models)} ranks, which "
+            "is no multiple; files are missing or of two runs"
+        )
+    out: dict[int, Mapping[int, ModelFile]] = {}
+    for rank, files in layers.items():
+        stages = [_Stage.of(folder, models[folder.mp][0]) for folder in found if folder.mp % count == rank]
+        for stage, module in zip(stages, _modules(path, files, stages), strict=True):
+            raw = {**stage.model.raw, "module": module}
+            if stage.trained is not None:
+                raw["param_shapes"] = [{n: _shape(stage.model, n, module) for n in group} for group in stage.trained]
+            out[stage.mp] = {0: replace(stage.model, raw=raw)}
+    return {mp: out[mp] for mp in models}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of a tensor-parallel rank. names: of what it trains, with shapes where they are known, and of buffers,
+    without. trained: the names in each param group where the model file does not have them."""
+
+    mp: int
+    model: ModelFile
+    names: Mapping[str, Shape | None]
+    trained: Sequence[Sequence[str]] | None
+
+    @classmethod
+    def of(cls, folder: Folder, model: ModelFile) -> _Stage:
+        names: dict[str, Shape | None] = {str(name): None for name in model.raw.get("buffer_names") or ()}
+        if model.raw.get("param_shapes") is not None:
+            names.update((name, shape) for group in model.param_shapes for name, shape in group.items())
+        elif folder.optim:
+            groups = _sliced(folder)
+            names.update((name, None) for group in groups for name in group)
+            return cls(folder.mp, model, names, groups)
+        elif model.raw.get("optimizer") is not None:
+            raise Unsupported(
+                f"{model.path}: a pipeline without ZeRO names neither its stages' parameters nor its tied layers; save "
+                'it at stage 1, or with "ucp": {"save": {"format": "universal"}}'
+            )
+        return cls(folder.mp, model, names, None)
+
+
+def _sliced(folder: Folder) -> list[list[str]]:
+    """The parameters of each param group in the order of its flat buffer, by the optimizer files' slices: of pipelines
+    in bf16 without ZeRO, whose BF16_Optimizer cuts states as stage 1 does."""
+    groups: dict[int, dict[str, None]] = {}
+    for rank in sorted(folder.optim):
+        found = folders.load(folder.optim[rank], trust=False).get("optimizer_state_dict")
+        slices = found.get("param_slice_mappings") if isinstance(found, Mapping) else None
+        if not isinstance(slices, Sequence):
+            raise DamagedCheckpoint(f"{folder.optim[rank]}: 'param_slice_mappings' is missing; this is no whole file")
+        for g, places in enumerate(slices):
+            groups.setdefault(g, {}).update(dict.fromkeys(map(str, places)))
+    return [list(groups[g]) for g in sorted(groups)]
+
+
+def _shape(model: ModelFile, name: str, module: Mapping[str, TensorRef]) -> Shape:
+    if name not in module:
+        raise Unsupported(
+            f"{model.path}: nothing tells the shape of '{name}': no layer file holds it, as its tied layers are used "
+            'through functions only; save it at stage 1, or with "ucp": {"save": {"format": "universal"}}'
+        )
+    return module[name].shape
+
+
+def _modules(path: Path, files: Mapping[int, Path], stages: Sequence[_Stage]) -> Iterator[dict[str, TensorRef]]:
+    """The state dict of each of these stages, from the layer files of their tensor-parallel rank."""
+    known = {name: shape for stage in stages for name, shape in stage.names.items()}
+    every: dict[str, TensorRef] = {}
+    for layer, file in files.items():
+        # A tied layer may have two files; the first one counts, as it does for its optimizer states.
+        for name, ref in _layer(layer, file, known).items():
+            every.setdefault(name, ref)
+    lost = sorted(name for name in known.keys() - every.keys() if not name.startswith(_TIED))
+    if lost:
+        raise DamagedCheckpoint(
+            f"{path}: no layer file holds '{lost[0]}', which a model file names; the layer files of layer "
+            f"{lost[0].partition('.')[0]} are missing or of another run"
+        )
+    for stage in stages:
+        rest = () if stage is not stages[0] else every.keys() - known.keys()
+        yield {name: ref for name, ref in every.items() if name in stage.names or name in rest}
+
+
+def _layer(layer: int, file: Path, known: Mapping[str, Shape | None]) -> dict[str, TensorRef]:
+    """A layer file's tensors by their names in the module."""
+    entries = folders.load(file, trust=False)
+    for key, value in entries.items():
+        if not isinstance(value, TensorRef):
+            raise Unsupported(f"{file}: the layer's '{key}' is a {type(value).__name__}, not a tensor")
+    prefix = str(layer)
+    if not any(f"{layer}.{key}" in known for key in entries):
+        ties = {tie: keys for tie, keys in _ties(known).items() if _may_be(keys, entries)}
+        if len(ties) > 1:
+            if all(entries.keys() == keys.keys() and None not in keys.values() for keys in ties.values()):
+                return {}  # all that it has is in the optimizer's files, by name
+            raise Unsupported(
+                f"{file}: layer {layer} may be any of the tied modules {', '.join(map(repr, ties))}, which look alike; "
+                'save with "ucp": {"save": {"format": "universal"}}, which has every tensor under its own name'
+            )
+        prefix = "".join(f"{_TIED}{tie}" for tie in ties) or prefix
+    return {f"{prefix}.{key}": ref for key, ref in entries.items()}
+
+
+def _ties(known: Mapping[str, Shape | None]) -> dict[str, dict[str, Shape | None]]:
+    """What is known of each tied module."""
+    out: dict[str, dict[str, Shape | None]] = {}
+    for name, shape in known.items():
+        if name.startswith(_TIED):
+            tie, _, key = name[len(_TIED) :].partition(".")
+            out.setdefault(tie, {})[key] = shape
+    return out
+
+
+def _may_be(keys: Mapping[str, Shape | None], entries: Mapping[str, TensorRef]) -> bool:
+    """Whether a layer file has what is known of a tied module."""
+    return all(key in entries and shape in (None, entries[key].shape) for key, shape in keys.items())
