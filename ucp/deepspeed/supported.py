@@ -40,12 +40,8 @@ def check_features(engine: Any, consequence: str) -> None:
 
 
 def _unsupported(engine: Any) -> Iterator[str]:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
     config = engine._config
     zero = config.zero_config
-    if isinstance(engine, PipelineEngine):
-        yield "pipeline parallelism (PipelineModule)"
     if engine.has_moe_layers:
         yield "mixture-of-experts layers (expert parallelism)"
     if engine.zero_optimization_partition_weights():
