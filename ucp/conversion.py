@@ -21,8 +21,10 @@ from typing import Any
 from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
+from ucp.formats import sharded
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
+from ucp.spec.choice import Choice, choose
 from ucp.storage.commit import check_destination, staged
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
@@ -85,6 +87,10 @@ class _Options:
     tag: str
     digests: bool
     workers: int | None
+    dtype: str | None
+    max_shard_size: int | None
+    like: Path | None
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,9 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    like: str | os.PathLike[str] | None = None,
     trust_client_state: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -124,7 +133,7 @@ def convert(
     source, tag, spec, model_config, sizes, trust_client_state: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
         ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it.
-    to: 'universal', 'deepspeed' or 'deepspeed-universal'.
+    to: 'universal', 'deepspeed', 'deepspeed-universal' or 'huggingface' (weights alone, as a model folder).
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
     virtual: 'universal' only: write a manifest that points into the source, which stays where it is.
     digests: virtual only: read the source once for digests of its chunks. Other forms always have them.
@@ -133,6 +142,10 @@ def convert(
     dry_run: plan and check everything, the free space too, and write nothing.
     ds_config: 'deepspeed' only: a DeepSpeed config (a path or a mapping) for what the layout leaves open; default is
         the source's recorded one.
+    dtype: 'huggingface' only: the element type of floating-point weights, such as 'bf16'; default is the source's own,
+        the most precise it has. max_shard_size: 'huggingface' only: bytes of a file before another is begun (5 GB).
+    like: 'huggingface' only: a model folder whose config, tokenizer and generation files are carried over; one with an
+        adapter_config.json and no config.json makes it a PEFT adapter folder. Default: the source, if it is a model's.
     progress: called with (bytes done, bytes in all).
 
     Raises a UcpError: BadArgument, DestinationError, and what `ucp.open` and reading raise. The destination is
@@ -144,11 +157,24 @@ def convert(
         raise _unknown_target(to)
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
     _check_flags(to, parsed, virtual, digests, ds_config)
+    _check_model_flags(to, dtype=dtype, max_shard_size=max_shard_size, like=like)
     budget(workers, max_memory)
     with checkpoint.open(
         source, spec, tag, model_config=model_config, sizes=sizes, trust_client_state=trust_client_state
     ) as opened:
-        options = _Options(parsed, _load_config(ds_config), virtual, destination, _target_tag(opened), digests, workers)
+        options = _Options(
+            layout=parsed,
+            ds_config=_load_config(ds_config),
+            virtual=virtual,
+            destination=destination,
+            tag=_target_tag(opened),
+            digests=digests,
+            workers=workers,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            like=_model_folder(like, opened),
+            choice=choose(spec, model_config, sizes),
+        )
         job = _WRITERS[to](opened.catalog, options)
         total = sum(file.size for file in job.files)
         needed = total + _manifest_bound(opened.catalog, total) + _SLACK
@@ -237,13 +263,24 @@ def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: st
     return _Job(catalog, tuple(placed), lambda digests: {}, digests=False, tag=tag, target_layout=layout)
 
 
+def _to_huggingface(catalog: Catalog, options: _Options) -> _Job:
+    from ucp.formats.huggingface import write
+
+    max_shard = sharded.SHARD if options.max_shard_size is None else options.max_shard_size
+    source, files = write.plan(
+        catalog, dtype=options.dtype, max_shard=max_shard, like=options.like, choice=options.choice
+    )
+    return _Job(source, tuple(files), lambda digests: {}, digests=False)
+
+
 _WRITERS: dict[str, Callable[[Catalog, _Options], _Job]] = {
     "universal": _to_universal,
     "deepspeed": _to_deepspeed,
     "deepspeed-universal": _to_deepspeed_universal,
+    "huggingface": _to_huggingface,
 }
 
-_PLANNED = ("dcp", "huggingface", "megatron")
+_PLANNED = ("dcp", "megatron")
 
 
 # --- checks and small steps ------------------------------------------------------------------------------------------
@@ -265,6 +302,19 @@ def _check_flags(to: str, layout: Layout | None, virtual: bool, digests: bool, d
         raise BadArgument(f"a layout is for 'deepspeed' only: '{to}' checkpoints have none, and resume in any")
     if ds_config is not None and to != "deepspeed":
         raise BadArgument(f"a DeepSpeed config is for 'deepspeed' only, not for '{to}'")
+
+
+def _check_model_flags(to: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and to != "huggingface":
+            raise BadArgument(f"{name} is for 'huggingface' only, not for '{to}'")
+
+
+def _model_folder(like: str | os.PathLike[str] | None, opened: checkpoint.Checkpoint) -> Path | None:
+    if like is not None:
+        return Path(os.path.abspath(like))
+    is_one = opened.format == formats.huggingface.NAME and (opened.path / "config.json").is_file()
+    return opened.path if is_one else None
 
 
 def _load_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
