@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
@@ -37,6 +38,7 @@ class Stage0:
         self._names = engine.param_names
         self._inner: torch.optim.Optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
         self._units = list(self._find())
+        self._steps = self._common_steps()
         self._keys: list[int] = []
 
     def _find(self) -> Iterator[_Unit]:
@@ -55,6 +57,14 @@ class Stage0:
             for g, group in enumerate(self._inner.param_groups):
                 for param in group["params"]:
                     yield _Unit(g, param, (param,))
+
+    def _common_steps(self) -> dict[int, Any]:
+        """DeepSpeed's FusedAdam steps a group as one, and raises the count in its last parameter's state only."""
+        steps: dict[int, Any] = {}
+        for unit in self._units if isinstance(self._inner, FusedAdam) else ():
+            if "step" in (state := self._inner.state.get(unit.master, {})):
+                steps[unit.group] = max(steps.get(unit.group, 0), state["step"])
+        return steps
 
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         slots = []
@@ -80,8 +90,11 @@ class Stage0:
         return [live_group(n, self._inner, options) for n, options in zip(names, self._inner.param_groups, strict=True)]
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        master = self._units[self._keys.index(key)].master
-        return master, self._inner.state.get(master, {})
+        unit = self._units[self._keys.index(key)]
+        state = self._inner.state.get(unit.master, {})
+        if "step" in state and unit.group in self._steps:
+            state = {**state, "step": self._steps[unit.group]}
+        return unit.master, state
 
     def begin(self) -> None:
         pass

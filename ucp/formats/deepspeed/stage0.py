@@ -75,6 +75,7 @@ def read(
         slots = _slots(builder, model, inner, saved.get("fp32_groups"))
         named = _name(builder, model, slots, trainable, names, [len(g["params"]) for g in groups])
     members: list[list[str]] = [[] for _ in groups]
+    common = _common_steps(groups, [slot for _, slot in named])
     for name, slot in named:
         members[slot.group].append(name)
         tensors = [builder.whole(name, "param", slot.master or trainable[name])]
@@ -82,11 +83,26 @@ def read(
         scalars = dict(slot.scalars)
         if "step" in groups[slot.group]:
             scalars.setdefault("step", groups[slot.group]["step"])
+        if "step" in scalars and slot.group in common:
+            scalars["step"] = common[slot.group]
         builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
     return [
         ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
         for m, g in zip(members, groups, strict=True)
     ]
+
+
+def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_Slot]) -> dict[int, Scalar]:
+    """Param groups whose parameters have one step count together, and that.
+
+    DeepSpeed's FusedAdam (the only one there with 'bias_correction' in its groups that counts so; ``ops/adam``) steps a
+    group as one and raises the count in its last parameter's state only; the others' stay at what they began with.
+    """
+    steps: dict[int, Scalar] = {}
+    for slot in slots:
+        if "bias_correction" in groups[slot.group] and "step" in slot.scalars:
+            steps[slot.group] = max(steps.get(slot.group, 0), slot.scalars["step"])
+    return steps
 
 
 def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:
