@@ -289,7 +289,7 @@ def _restore_generators(where: str, state: TrainingState) -> None:
 
 def _write(source: Source, path: str | os.PathLike[str], timeout: float = commit.TIMEOUT) -> SaveReport:
     """Save what `make_source` made of a state dict. Collective."""
-    folder, name = _split(path)
+    folder, name = split_path(path)
     return save_source(source, folder, name, latest=False, timeout=timeout)
 
 
@@ -339,7 +339,7 @@ def _write_in_background(
     source: Source, path: str | os.PathLike[str], *, lazy: bool = False, timeout: float = commit.TIMEOUT
 ) -> PendingSave:
     """As `_write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
-    folder, name = _split(path)
+    folder, name = split_path(path)
     saver = _saver()
     ranks.together(saver.wait)
     pending = PendingSave(os.path.join(os.path.abspath(folder), name))
@@ -351,7 +351,8 @@ def _write_in_background(
     return pending
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
+def split_path(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The folder and the name of a checkpoint at this path. Raises BadArgument where it cannot be one."""
     folder, name = os.path.split(os.path.abspath(path))
     if not name:
         raise BadArgument(f"{os.fspath(path)}: cannot be a checkpoint; name a folder")

@@ -84,9 +84,25 @@ def make_source(
 
     Raises on every rank: Unsupported for what cannot be kept, SaveFailed where the ranks contradict each other.
     """
-    local = ranks.together(lambda: _take_apart(state_dict, kinds or {}))
+    several = ranks.world_size() > 1
+    local = ranks.together(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size()))
     facts = _exchange(local.facts)
-    return ranks.together(lambda: _join(local, facts, training_state or TrainingState(), dict(own or {})))
+    me = ranks.rank()
+    return ranks.together(lambda: _join(local, facts, me, training_state or TrainingState(), dict(own or {})))
+
+
+def source_of_entries(entries: Mapping[str, Entry], mine: set[str], rank: int, world: int) -> Source:
+    """What one of ``world`` ranks saves where others have decided who writes what: of its tensors those named in
+    ``mine``. Talks to nobody; every rank's state dict has to have the same entries."""
+    local = _take_apart(entries, {}, False, world)
+    source = _join(local, [local.facts], 0, TrainingState(), {})
+    holdings = [
+        holding
+        if local.entry_of[holding.name, holding.state] in mine
+        else replace(holding, blocks=empty(len(holding.shape)))
+        for holding in source.holdings
+    ]
+    return replace(source, holdings=[replace(holding, holders=(rank,)) for holding in holdings])
 
 
 def _exchange(facts: _Facts) -> list[_Facts]:
@@ -100,11 +116,10 @@ def _exchange(facts: _Facts) -> list[_Facts]:
 # --- one rank's ------------------------------------------------------------------------------------------------------
 
 
-def _take_apart(state_dict: Mapping[str, Any], kinds: Mapping[str, str]) -> _Local:
-    entries = flatten(state_dict)
+def _take_apart(entries: Mapping[str, Entry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
+    """compare: tell the others what tensors hold that are not sharded."""
     roles = assign(entries)
-    several = ranks.world_size() > 1
-    local = _Local(_Facts({}, {}, [], {}, _layout(entries), roles.outside), {}, {}, {}, [], {})
+    local = _Local(_Facts({}, {}, [], {}, _layout(entries, world), roles.outside), {}, {}, {}, [], {})
     memories: dict[Any, str] = {}
     # Of tied tensors, the one that the optimizer names is the parameter, and the others are its further names.
     for key, what in sorted(roles.tensors.items(), key=lambda item: item[1][0] not in roles.trained):
@@ -118,7 +133,7 @@ def _take_apart(state_dict: Mapping[str, Any], kinds: Mapping[str, str]) -> _Loc
             dtype=from_torch(tensor.dtype),
             kind=kinds.get(what[0]) or roles.kind(what[0], floating),
             region=_digest(blocks.offsets.tobytes() + b"/" + blocks.sizes.tobytes()) if len(blocks) else b"",
-            content=_content(tensor) if several and not isinstance(tensor, DTensor) else None,
+            content=_content(tensor) if compare and not isinstance(tensor, DTensor) else None,
             memory="" if memory is None else memories.setdefault(memory, what[0]),
             trained=what[0] in roles.trained,
             outside=what == (key, PARAM) and what[0] not in roles.trained,
@@ -146,7 +161,7 @@ def _groups(roles: Roles, entries: Mapping[str, Entry]) -> list[ParamGroup]:
     return param_groups(roles, options, lambda tensor: _content(tensor).hex())
 
 
-def _layout(entries: Mapping[str, Entry]) -> Layout:
+def _layout(entries: Mapping[str, Entry], world: int) -> Layout:
     """The layout, as far as meshes tell it: 'tp' by its name, all other ranks data parallel; sharded there: stage 3."""
     tensors = [e.value for e in entries.values() if isinstance(e.value, DTensor)]
     tp, sharded = 1, False
@@ -157,7 +172,6 @@ def _layout(entries: Mapping[str, Entry]) -> Layout:
                 tp = max(tp, int(size))
             elif isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
                 sharded = True
-    world = ranks.world_size()
     return Layout(dp=max(world // tp, 1), tp=tp if world % tp == 0 else 1, zero=3 if sharded else 0)
 
 
@@ -185,8 +199,9 @@ class _Joined:
     alone: set[Key] = field(default_factory=set)  # tensors of which each rank has its own
 
 
-def _join(local: _Local, facts: Sequence[_Facts], training_state: TrainingState, own: dict[str, Any]) -> Source:
-    me = ranks.rank()
+def _join(
+    local: _Local, facts: Sequence[_Facts], me: int, training_state: TrainingState, own: dict[str, Any]
+) -> Source:
     joined = _Joined()
     told: dict[Key, dict[int, _Held]] = {}
     for rank, fact in enumerate(facts):

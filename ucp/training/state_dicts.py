@@ -105,8 +105,10 @@ def _put(container: Any, path: tuple[Any, ...], value: Any) -> Any:
 def storage_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Equal for entries that are the same memory seen in the same way: tied parameters. None for no elements."""
     local = local_tensor(tensor)
-    if not local.numel():
+    if not tensor.numel():
         return None
     placed = (tuple(map(repr, tensor.placements)),) if isinstance(tensor, DTensor) else ()
     shape = tuple(tensor.shape)
-    return local.data_ptr(), str(local.device), local.dtype, shape, tuple(local.shape), local.stride(), placed
+    # The storage rather than its address, so that ranks with an empty shard can tell, too.
+    storage = local.untyped_storage()._cdata, local.storage_offset(), local.dtype
+    return *storage, shape, tuple(local.shape), local.stride(), placed
