@@ -111,7 +111,7 @@ build_env() {
     DS_BUILD_OPS=0 pip_install --no-build-isolation "deepspeed==$deepspeed_version" ||
         die "pip could not install DeepSpeed (its message is above)"
     say "  universal-checkpoint, and what its tests need"
-    pip_install --no-build-isolation --editable "$root[deepspeed,test]" ||
+    pip_install --no-build-isolation --editable "$root[deepspeed,remote,test]" ||
         die "pip could not install this project (its message is above)"
 
     describe_inputs "$(python_version "$python")" >"$stamp.new"

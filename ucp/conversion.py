@@ -1,8 +1,9 @@
 """Convert a checkpoint into another form, layout or format.
 
 A conversion is planned whole before its first byte is written: the source's catalog is checked, every file of the
-destination is laid out, and its space is compared with what is free. It is then written into a temporary folder beside
-the destination, which takes the destination's place in one rename; whatever fails, the destination is as it was.
+destination is laid out, and its space is compared with what is free. It then grows in a hidden folder beside the
+destination (`ucp.storage.partial`), by one process or by several, and takes the destination's place in one rename;
+whatever fails, the destination is as it was, and the same conversion continues where this one ended.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
@@ -25,12 +28,19 @@ from ucp.formats import sharded
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.choice import Choice, choose
-from ucp.storage.commit import check_destination, staged
+from ucp.storage import locations
+from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
+from ucp.storage.locations import locate
+from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.write import Progress, budget, check_files, write_files
+from ucp.transfer.team import Team
+from ucp.transfer.together import Writing, noted_bytes, write_following, write_leading
+from ucp.transfer.windows import budget, check_files
+from ucp.transfer.write import Progress
+from ucp.version import version
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +110,6 @@ class _Job:
     source: Catalog
     files: tuple[TargetFile, ...]
     finish: Callable[[dict[str, ChunkDigests]], dict[str, bytes]]
-    digests: bool
     tag: str | None = None
     target_layout: Layout | None = None
 
@@ -120,7 +129,9 @@ def convert(
     workers: int | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     dry_run: bool = False,
+    team: Team | None = None,
     ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
@@ -133,13 +144,17 @@ def convert(
     source, tag, spec, model_config, sizes, trust_client_state: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
         ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it.
-    to: 'universal', 'deepspeed', 'deepspeed-universal' or 'huggingface' (weights alone, as a model folder).
+    to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp' or 'huggingface' (weights alone, as a model folder).
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
     virtual: 'universal' only: write a manifest that points into the source, which stays where it is.
     digests: virtual only: read the source once for digests of its chunks. Other forms always have them.
     workers: threads; default is the number of processors, at most 8. max_memory: bytes for buffers.
     overwrite: replace a checkpoint at ``dest`` (never anything else, and never one that the source is part of).
+    resume: continue a conversion of the same source with the same arguments that was interrupted, and leave what was
+        written where this one is; False: begin anew, and leave nothing.
     dry_run: plan and check everything, the free space too, and write nothing.
+    team: processes that share the work, on machines that see the same source and destination: every one of them calls
+        this with the same arguments and its own number (`ucp.transfer.team.from_environment`). Default: this one alone.
     ds_config: 'deepspeed' only: a DeepSpeed config (a path or a mapping) for what the layout leaves open; default is
         the source's recorded one.
     dtype: 'huggingface' only: the element type of floating-point weights, such as 'bf16'; default is the source's own,
@@ -178,29 +193,41 @@ def convert(
         job = _WRITERS[to](opened.catalog, options)
         total = sum(file.size for file in job.files)
         needed = total + _manifest_bound(opened.catalog, total) + _SLACK
+        identity = _identity(job)
+        team = team or Team()
         _check_replaced(Path(destination), job.source, overwrite)
-        check_destination(destination, needed_bytes=needed, replace=overwrite)
+        if team.leads:
+            held = held_bytes(destination, identity) if resume else 0
+            check_destination(destination, needed_bytes=needed - held, replace=overwrite)
         check_files(job.files)
         finished: dict[str, bytes] = {}
         with Files() as files:
-            if not dry_run:
-                with staged(destination, needed_bytes=needed, replace=overwrite) as folder:
-                    found = write_files(
-                        Reader(job.source, files),
-                        folder,
-                        job.files,
-                        threads=workers,
-                        max_memory=max_memory,
-                        digests=job.digests,
-                        progress=progress,
-                    )
-                    finished = job.finish(found)
+            writing = Writing(
+                Reader(job.source, files),
+                job.files,
+                identity,
+                lambda: _check_unchanged(job.source.files),
+                workers,
+                max_memory,
+                progress,
+            )
+            if dry_run:
+                log.debug("%s: nothing is written in a dry run", destination)
+            elif not team.leads:
+                write_following(writing, part_folder(destination), team)
+            else:
+                with growing(destination, identity, replace=overwrite, resume=resume) as part:
+                    if there := noted_bytes(part):
+                        log.warning(
+                            "continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, total / 1e9
+                        )
+                    finished = job.finish(write_leading(writing, part, team))
                     for name, raw in finished.items():
-                        _write(folder / name, raw)
+                        _write(part / CHECKPOINT / name, raw)
                     _check_unchanged(job.source.files)
             read = files.bytes_read
     return ConversionReport(
-        source=os.path.abspath(source),
+        source=str(locate(source)),
         destination=destination,
         source_format=opened.format,
         to=to,
@@ -225,9 +252,7 @@ def _to_universal(catalog: Catalog, options: _Options) -> _Job:
     writer = manifest.writer_name()
     if not options.virtual:
         whole = consolidated.plan(catalog)
-        return _Job(
-            whole.source, whole.files, lambda digests: {manifest.NAME: whole.manifest(digests, writer)}, digests=True
-        )
+        return _Job(whole.source, whole.files, lambda digests: {manifest.NAME: whole.manifest(digests, writer)})
     pointing = virtual.plan(catalog)
 
     def finish(digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
@@ -235,7 +260,7 @@ def _to_universal(catalog: Catalog, options: _Options) -> _Job:
         _check_unchanged(pointing.foreign)
         return {manifest.NAME: pointing.manifest(digests, writer, options.destination, foreign)}
 
-    return _Job(pointing.source, pointing.files, finish, digests=True)
+    return _Job(pointing.source, pointing.files, finish)
 
 
 def _to_deepspeed(catalog: Catalog, options: _Options) -> _Job:
@@ -260,7 +285,14 @@ def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: st
     placed = [dataclasses.replace(file, name=f"{tag}/{file.name}") for file in files]
     text = tag.encode("utf-8")
     placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
-    return _Job(catalog, tuple(placed), lambda digests: {}, digests=False, tag=tag, target_layout=layout)
+    return _Job(catalog, tuple(placed), lambda digests: {}, tag=tag, target_layout=layout)
+
+
+def _to_dcp(catalog: Catalog, options: _Options) -> _Job:
+    from ucp.formats.dcp import write
+
+    source = training.with_sources_of_state(catalog)
+    return _Job(source, tuple(write.plan(source)), lambda digests: {})
 
 
 def _to_huggingface(catalog: Catalog, options: _Options) -> _Job:
@@ -270,17 +302,18 @@ def _to_huggingface(catalog: Catalog, options: _Options) -> _Job:
     source, files = write.plan(
         catalog, dtype=options.dtype, max_shard=max_shard, like=options.like, choice=options.choice
     )
-    return _Job(source, tuple(files), lambda digests: {}, digests=False)
+    return _Job(source, tuple(files), lambda digests: {})
 
 
 _WRITERS: dict[str, Callable[[Catalog, _Options], _Job]] = {
     "universal": _to_universal,
     "deepspeed": _to_deepspeed,
     "deepspeed-universal": _to_deepspeed_universal,
+    "dcp": _to_dcp,
     "huggingface": _to_huggingface,
 }
 
-_PLANNED = ("dcp", "megatron")
+_PLANNED = ("megatron",)
 
 
 # --- checks and small steps ------------------------------------------------------------------------------------------
@@ -347,6 +380,29 @@ def _manifest_bound(catalog: Catalog, written: int) -> int:
     return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 300
 
 
+def _identity(job: _Job) -> str:
+    """A digest of everything that decides the bytes of the files: the plan, and the source as it is now.
+
+    Folders above the source are left out: another machine may see it in another place.
+    """
+    found = xxhash.xxh3_128(version().encode())
+    for file in job.source.files:
+        found.update(repr((file.path.rsplit("/", 2)[1:], file.size, file.mtime_ns)).encode())
+    for target in job.files:
+        found.update(repr((target.name, target.size, target.crc32_entries)).encode())
+        for offset, raw in target.literals:
+            found.update(repr((offset, len(raw))).encode())
+            found.update(raw)
+        for want in target.wants:
+            tensor = want.tensor
+            found.update(repr((tensor.name, tensor.state, tensor.shape, tensor.dtype, want.dtype, want.base)).encode())
+            for blocks in (tensor.blocks, want.blocks):
+                for column in (blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers):
+                    found.update(column.tobytes())
+            found.update(tensor.bases.tobytes())
+    return found.hexdigest()
+
+
 def _check_replaced(destination: Path, source: Catalog, overwrite: bool) -> None:
     """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
     if not overwrite or not os.path.lexists(destination):
@@ -366,10 +422,10 @@ def _check_unchanged(files: tuple[SourceFile, ...]) -> None:
     """Raise DamagedCheckpoint where a source file is not what it was when it was opened."""
     for file in files:
         try:
-            stat = os.stat(file.path)
+            stat = locations.stat(file.path)
         except OSError as error:
             raise DamagedCheckpoint(f"{file.path}: went away during the conversion: {error.strerror}") from error
-        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        if (stat.size, stat.mtime_ns) != (file.size, file.mtime_ns):
             raise DamagedCheckpoint(
                 f"{file.path}: was changed during the conversion; convert again once it is complete"
             )

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from ucp.formats.dcp import metadata
 from ucp.formats.dcp.names import OUTSIDE, TRAINING_STATE, VALUES, Entry, Roles, assign, param_groups
 from ucp.geometry import box, concat
 from ucp.parallel.mesh import Layout
-from ucp.storage import torchfile
+from ucp.storage import locations, torchfile
 from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.values import TensorRef
@@ -34,7 +35,7 @@ _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
 def detect(path: Path) -> bool:
     """Whether the folder has DCP's metadata."""
-    return os.path.isfile(os.path.join(path, metadata.NAME))
+    return locations.is_file(path / metadata.NAME)
 
 
 def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
@@ -42,8 +43,8 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
 
     Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
-    folder = os.path.abspath(path)
-    found = metadata.load(Path(folder))
+    folder = locations.locate(path)
+    found = metadata.load(folder)
     with _Records(folder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
         tensors = {key: _tensor(key, tensor, records) for key, tensor in found.tensors.items()}
@@ -59,25 +60,25 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
 class _Records:
     """The records of a checkpoint's files; a context manager that keeps one file open at a time."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: tuple[str, BinaryIO] | None = None
+        self._closing = ExitStack()
         self.files: dict[str, int] = {}  # path -> its index
 
     def __enter__(self) -> _Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._open is not None:
-            self._open[1].close()
+        self._closing.close()
 
     def load(self, key: str, record: metadata.Record, trust: bool = False) -> Any:
         """What `torch.save` wrote there."""
-        path = os.path.join(self._folder, record.file)
+        path = str(self._folder / record.file)
         if self._open is None or self._open[0] != path:
-            self.__exit__()
+            self._closing.close()
             try:
-                self._open = (path, open(path, "rb"))  # noqa: SIM115 (closed when the next one is opened)
+                self._open = (path, self._closing.enter_context(locations.opened(path)))
             except OSError as error:
                 self._open = None
                 raise DamagedCheckpoint(

@@ -6,6 +6,7 @@ its element type, shape and chunks, and for every chunk the file and byte range 
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.geometry import Shape
+from ucp.storage import locations
 from ucp.storage.pickles import Unpickler
 from ucp.storage.values import DtypeName, Standin
 
@@ -57,10 +59,10 @@ class Metadata:
 def load(folder: Path) -> Metadata:
     """Raises DamagedCheckpoint for a file that is missing or contradicts itself, UnsafePickle, and Unsupported for
     records that a storage extension has transformed."""
-    path = os.path.join(folder, NAME)
+    path = str(folder / NAME)
     try:
-        with open(path, "rb") as stream:
-            found = Unpickler(stream, path, os.fstat(stream.fileno()).st_size).load()
+        raw = locations.read(path)
+        found = Unpickler(io.BytesIO(raw), path, len(raw)).load()
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
     try:

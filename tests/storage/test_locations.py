@@ -1,0 +1,157 @@
+"""Files behind URLs, from a real S3 server on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ucp
+from tests.formats import raw
+from tests.formats.deepspeed.test_write_native import raw_source
+from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint
+from ucp.storage import locations
+from ucp.storage.files import Files
+
+s3fs = pytest.importorskip("s3fs")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of a server process of its own; its URL."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stderr is not None
+        address = next(line.split("http://")[1].strip() for line in server.stderr if "Running on http://" in line)
+        before = dict(os.environ)
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://{address}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        fs = s3fs.S3FileSystem(use_listings_cache=False)
+        for _ in range(50):
+            try:
+                fs.mkdir("runs")
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield "s3://runs"
+    finally:
+        server.terminate()
+        server.wait(10)
+        os.environ.clear()
+        os.environ |= before
+
+
+def put(folder: Path, url: str) -> None:
+    s3fs.S3FileSystem(use_listings_cache=False).put(str(folder), url, recursive=True)
+
+
+def test_ranges_names_and_what_is_missing(bucket: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(3 << 20)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file.bin").write_bytes(content)
+    put(tmp_path / "a", f"{bucket}/ranges")
+    url = f"{bucket}/ranges/file.bin"
+    assert locations.names(f"{bucket}/ranges") == ["file.bin"]
+    assert locations.stat(url).size == len(content)
+    assert locations.stat(url).mtime_ns > 1.7e18
+    assert locations.is_file(url)
+    assert not locations.is_file(f"{bucket}/ranges")
+    assert locations.is_folder(f"{bucket}/ranges")
+    with Files() as files:
+        found = bytearray(1 << 20)
+        files.read_into(url, 12345, found)
+        assert found == content[12345 : 12345 + (1 << 20)]
+        assert files.bytes_read == 1 << 20
+        with pytest.raises(DamagedCheckpoint, match=r"file.bin: the file is truncated: bytes 3145000 to 4193576"):
+            files.read_into(url, 3145000, found)
+        with pytest.raises(DamagedCheckpoint, match=r"nothing.bin: cannot be read"):
+            files.size(f"{bucket}/ranges/nothing.bin")
+    with locations.opened(url) as stream:
+        stream.seek(-100, os.SEEK_END)
+        assert stream.read() == content[-100:]
+
+
+def test_attempts_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may pass is tried again, and told in the end; what will not pass is told at once."""
+    monkeypatch.setattr(locations, "FIRST_PAUSE", 0.001)
+    calls: list[int] = []
+
+    def failing(times: int, error: Exception) -> str:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    assert locations.attempted("s3://x", lambda: failing(2, ConnectionResetError("reset"))) == "done"
+    calls.clear()
+    with pytest.raises(OSError, match="reset"):
+        locations.attempted("s3://x", lambda: failing(9, ConnectionResetError("reset")))
+    assert len(calls) == locations.ATTEMPTS
+    calls.clear()
+    with pytest.raises(FileNotFoundError):
+        locations.attempted("s3://x", lambda: failing(9, FileNotFoundError()))
+    assert len(calls) == 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, raw.Raw]:
+    """A run's folder: a universal checkpoint, and a native one of DeepSpeed's made from it."""
+    root = tmp_path_factory.mktemp("made")
+    content = raw_source(root / "raw")
+    raw.write_consolidated(root / "universal", content.catalog)
+    ucp.convert(root / "universal", root / "native", "deepspeed", "dp=2,zero=1")
+    return root, content
+
+
+def test_checkpoints_open_read_and_convert(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
+    """By their URLs the same tensors as from the local disk; regions read only what they need."""
+    root, _ = made
+    for name in ("universal", "native"):
+        put(root / name, f"{bucket}/{name}")
+        with ucp.open(root / name) as local, ucp.open(f"{bucket}/{name}") as remote:
+            assert remote.format == local.format
+            assert str(remote.path).startswith(f"{bucket}/{name}")
+            assert set(remote.catalog.tensors) == set(local.catalog.tensors)
+            for parameter, state in local.catalog.tensors:
+                assert remote.read(parameter, state).equal(local.read(parameter, state)), (parameter, state)
+            assert remote.training_state.global_steps == local.training_state.global_steps
+    ucp.convert(f"{bucket}/native", tmp_path / "from-url")
+    ucp.convert(root / "native", tmp_path / "from-disk")
+    with ucp.open(tmp_path / "from-url") as a, ucp.open(tmp_path / "from-disk") as b:
+        assert all(a.read(*key).equal(b.read(*key)) for key in b.catalog.tensors)
+
+
+def test_virtual_checkpoints_point_at_urls(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
+    root, _ = made
+    put(root / "native", f"{bucket}/pointed")
+    ucp.convert(f"{bucket}/pointed", tmp_path / "pointer", virtual=True)
+    with ucp.open(tmp_path / "pointer") as pointer, ucp.open(root / "native") as local:
+        assert all(pointer.read(*key).equal(local.read(*key)) for key in local.catalog.tensors)
+
+
+def test_what_is_wrong_behind_a_url_is_told(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
+    root, _ = made
+    with pytest.raises(NotACheckpoint, match=r"s3://runs/nowhere: there is no such file or folder"):
+        ucp.open(f"{bucket}/nowhere")
+    with pytest.raises(BadArgument, match="nosuch://x"):
+        ucp.open("nosuch://x/y")
+    damaged = tmp_path / "damaged"
+    raw.write_consolidated(damaged, made[1].catalog)
+    weights = next(damaged.glob("model*.safetensors"))
+    raw.flip(weights, weights.stat().st_size - 1, 1)
+    put(damaged, f"{bucket}/damaged")
+    with ucp.open(f"{bucket}/damaged") as checkpoint, pytest.raises(DigestMismatch, match="s3://runs/damaged/model"):
+        checkpoint.verify()
+    assert root.is_dir()
