@@ -136,8 +136,6 @@ def test_workers_and_memory_change_nothing(source: Path, made: raw.Raw, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"to": "dcp"}, Unsupported, "converting to 'dcp' is not supported yet"),
-        ({"to": "huggingface"}, Unsupported, "converting to 'huggingface' is not supported yet"),
         ({"to": "megatron"}, Unsupported, "converting to 'megatron' is not supported yet"),
         ({"to": "tar"}, BadArgument, "unknown target format 'tar'; supported are 'universal', 'deepspeed'"),
         ({"to": "deepspeed"}, BadArgument, "needs a layout to write for, such as dp=4,zero=3"),
@@ -291,8 +289,8 @@ def test_a_source_that_changes_meanwhile(source: Path, tmp_path: Path) -> None:
     victim = tmp_path / "raw/rank0.bin"
 
     def meddle(done: int, total: int) -> None:
-        victim.write_bytes(victim.read_bytes())
-        os.utime(victim, ns=(0, 12345))
+        if done == total:
+            os.utime(victim, ns=(0, 12345))
 
     with pytest.raises(DamagedCheckpoint, match=r"rank0\.bin: was changed during the conversion"):
         ucp.convert(source, tmp_path / "dest", progress=meddle)
@@ -306,13 +304,12 @@ def test_client_state_that_cannot_be_kept(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, error: type[BaseException]) -> None:
-    def interrupt(done: int, total: int) -> None:
-        raise error
+def test_a_fault_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError
 
-    with pytest.raises(error):
-        ucp.convert(source, tmp_path / "new/dest", progress=interrupt)
+    with pytest.raises(RuntimeError):
+        ucp.convert(source, tmp_path / "new/dest", progress=fail)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw", "source"]
 
 
@@ -340,7 +337,7 @@ def test_death_on_the_way_leaves_the_old_or_nothing(tmp_path: Path, share: float
     done = subprocess.run([sys.executable, "-c", KILLED, source, dest, str(share)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert raw.tree(dest) == before
-    assert [p for p in tmp_path.iterdir() if p.name.startswith(".ucp-tmp-dest-")]
+    assert (tmp_path / ".ucp-part-dest").is_dir()
     ucp.convert(source, dest, overwrite=True)
     assert_holds(dest, made)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".ucp")]

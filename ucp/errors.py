@@ -45,3 +45,7 @@ class DestinationError(UcpError):
 
 class SaveFailed(UcpError):
     """A save was given up, because of one of its ranks; the checkpoints that were there before are as they were."""
+
+
+class ProcessLost(UcpError):
+    """A process that shared the work failed, was lost or never came; what was written is there to continue from."""

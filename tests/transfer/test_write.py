@@ -21,10 +21,11 @@ from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.geometry import box, row_major, whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
-from ucp.transfer import write
+from ucp.transfer import windows
 from ucp.transfer.gather import SCRATCH, Copy, Reader, Want
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.write import budget, check_files, write_files
+from ucp.transfer.windows import budget, check_files
+from ucp.transfer.write import write_files
 
 LEAST = SCRATCH + 4 * CHUNK  # what one thread needs to work with windows of one chunk
 
@@ -127,18 +128,19 @@ def test_cutting_at_windows_keeps_every_element(copy: Copy, window: int) -> None
     for at, to in places(copy):
         for index in range(to // window, (to + size - 1) // window + 1):
             wanted[index, at, to] += 1
-    found = Counter((index, at, to) for index, piece in write._cut_at_windows(copy, window) for at, to in places(piece))
+    cut = windows.cut_at_windows(copy, window)
+    found = Counter((index, at, to) for index, piece in cut for at, to in places(piece))
     assert found == wanted
 
 
 def test_a_budget_is_kept() -> None:
     mib = 1 << 20
-    assert budget(4, None) == (4, write.WINDOW)
+    assert budget(4, None) == (4, windows.WINDOW)
     for limit in (LEAST, 20 * mib, 40 * mib, 100 * mib, 1 << 34):
         workers, window = budget(8, limit)
         assert 1 <= workers <= 8
         assert window % CHUNK == 0
-        assert 0 < window <= write.WINDOW
+        assert 0 < window <= windows.WINDOW
         assert workers * (window + SCRATCH + 3 * CHUNK) <= limit
     with pytest.raises(BadArgument, match="memory limit of 1000 bytes"):
         budget(None, 1000)

@@ -1,40 +1,29 @@
 """Write planned files: gather their elements window by window, digest each window while it is in memory, write it.
 
-A window is a few chunks of one file. Every window is planned, filled, hashed and written by one thread, so memory is
-bounded by threads × window whatever the size of the tensors, and no byte is read a second time for its digest. Reads,
-hashing and writes release the interpreter's lock, and the kernel is asked to write back what is complete, so that the
-disk works while the processors hash.
+No byte is read a second time for its digest. Reads, hashing and writes release the interpreter's lock, and the kernel
+is asked to write back what is complete, so that the disk works while the processors hash.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import zlib
 from bisect import bisect_right
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ucp.errors import BadArgument, DestinationError
-from ucp.storage.crc32 import Crc32Entry, combine_all
-from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
-from ucp.storage.dtypes import itemsize
+from ucp.storage.crc32 import Crc32Entry
+from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at
-from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
+from ucp.transfer.gather import Bytes, Reader, execute
+from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
-
-# Bytes of a window where memory allows: long enough that planning and system calls don't show.
-WINDOW = 8 << 20
-# An element that straddles two windows is gathered whole in both: its other part falls into a margin of this size.
-_MARGIN = 16
-# What one thread may hold beside its window: gather's scratch and a few verified chunks.
-_OVERHEAD = SCRATCH + 3 * CHUNK
-_MAX_THREADS = 8
+from ucp.transfer.windows import MARGIN, Work, budget, shares, windows
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) now and then, from the calling thread."""
@@ -47,26 +36,49 @@ def write_files(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
-    digests: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, ChunkDigests]:
-    """Write the files into an existing folder; return their chunks' digests by file name (none without ``digests``).
+    """Write the files into an existing folder, in one go; return their chunks' digests by file name.
+
+    Arguments and errors as of `write_share`. Flushing the small files and the folders is left to the caller, who
+    commits them all at once. Files may be left half written by an error; the caller owns the folder.
+    """
+    create_files(folder, files)
+    pieces = write_share(
+        reader, folder, files, shares(files, 0, 1), threads=threads, max_memory=max_memory, progress=progress
+    )
+    return seal_files(folder, files, pieces)
+
+
+def write_share(
+    reader: Reader,
+    folder: str | os.PathLike[str],
+    files: Sequence[TargetFile],
+    share: Sequence[tuple[int, int]],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+    known: Mapping[tuple[int, int], bytes] | None = None,
+    note: Callable[[Piece], None] = lambda piece: None,
+) -> list[Piece]:
+    """Fill each file's bytes [first, last) of ``share``; returns what was written. The files exist (`create_files`).
 
     threads: default is the number of processors, at most 8. max_memory: bytes for windows and scratch; both the
-    threads and the window shrink to respect it. Large files are on the device when the function returns; flushing the
-    small ones and the folders is left to the caller, who commits them all at once.
+    threads and the window shrink to respect it. known: digests of chunks that an earlier attempt wrote; a window whose
+    bytes have them is left as it is. note: called with every piece as soon as it is written, from several threads.
+    Large files are on the device when the function returns.
 
-    Raises DestinationError where a file can't be created or written (no space, a device error), BadArgument where
-    ``max_memory`` is too little for one thread, and what reading the source raises. Files may be left half written
-    then; the caller owns the folder.
+    Raises DestinationError where a file can't be written (no space, a device error), BadArgument where ``max_memory``
+    is too little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
-    total = sum(file.size for file in files)
-    results: dict[str, ChunkDigests] = {}
+    total = sum(last - first for first, last in share)
+    pieces: list[Piece] = []
     done = 0
     pool = ThreadPoolExecutor(workers, "ucp-write")
     closer = _Closer()
-    running: set[Future[int]] = set()
+    running: set[Future[Piece]] = set()
     open_files: deque[_Output] = deque()
 
     def finish(everything: bool) -> None:
@@ -74,23 +86,23 @@ def write_files(
         nonlocal done, running
         while running and (everything or len(running) >= 2 * workers):
             ready, running = wait(running, return_when=FIRST_COMPLETED)
-            done += sum(future.result() for future in ready)
+            found = [future.result() for future in ready]
+            pieces.extend(found)
+            done += sum(piece.size for piece in found)
             if progress is not None:
                 progress(done, total)
         while open_files and open_files[0].is_complete:
-            output = open_files[0]
-            output.seal()
-            open_files.popleft()
-            if digests:
-                results[output.file.name] = output.digests()
-            closer.close(output)
+            closer.close(open_files.popleft())
 
     try:
-        for file in files:
-            output = _Output.create(os.fspath(folder), file, digests)
+        for index, (file, (first, last)) in enumerate(zip(files, share, strict=True)):
+            if first >= last:
+                continue
+            output = _Output.open(folder, index, file, last - first)
             open_files.append(output)
-            for index, work in _windows(file, window):
-                running.add(pool.submit(_write_window, reader, output, index, window, work))
+            for start, work in windows(file, window, first, last):
+                size = min(window, last - start)
+                running.add(pool.submit(_write_window, reader, output, start, size, window, work, known or {}, note))
                 finish(everything=False)
             finish(everything=False)
         finish(everything=True)
@@ -102,66 +114,28 @@ def write_files(
         closer.stop()
         for output in open_files:
             os.close(output.fd)
-    return results
-
-
-def check_files(files: Sequence[TargetFile]) -> None:
-    """Plan everything without writing anything.
-
-    Raises Mismatch where elements would lose bits and DamagedCheckpoint where the source lacks some that are wanted;
-    ValueError where a file is described so that its parts lie outside it.
-    """
-    for file in files:
-        end = max((offset + len(raw) for offset, raw in file.literals), default=0)
-        for copy in plan(file.wants):
-            end = max(end, copy.to + _extent(copy))
-        if end > file.size:
-            raise ValueError(f"the plan of '{file.name}' needs {end} bytes, but gives the file {file.size}")
-
-
-def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
-    """(threads, bytes of a window) for the memory that may be used. Raises BadArgument if it is too little for one."""
-    if threads is not None and threads < 1:
-        raise BadArgument(f"{threads} workers were asked for; at least 1 is needed")
-    workers = threads or min(os.cpu_count() or 1, _MAX_THREADS)
-    if max_memory is None:
-        return workers, WINDOW
-    least = _OVERHEAD + CHUNK
-    if max_memory < least:
-        raise BadArgument(f"a memory limit of {max_memory} bytes is too little to work in; at least {least} are needed")
-    workers = min(workers, max(max_memory // (_OVERHEAD + WINDOW), 1))
-    window = min((max_memory // workers - _OVERHEAD) // CHUNK * CHUNK, WINDOW)
-    return workers, window
+    return pieces
 
 
 @dataclass
 class _Output:
-    """A file being written. ``table`` has a digest per chunk; windows fill disjoint parts of it, without a lock."""
+    """A file being written, by this process in part; remaining: bytes."""
 
+    index: int
     file: TargetFile
     path: str
     fd: int
-    table: bytearray | None
     remaining: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     turn: threading.Lock = field(default_factory=threading.Lock)
-    crcs: defaultdict[Crc32Entry, list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
-    def create(cls, folder: str, file: TargetFile, digests: bool) -> _Output:
-        path = os.path.join(folder, *file.name.split("/"))
+    def open(cls, folder: str | os.PathLike[str], index: int, file: TargetFile, nbytes: int) -> _Output:
+        path = path_of(folder, file)
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            return cls(index, file, path, os.open(path, os.O_RDWR | os.O_CLOEXEC), nbytes)
         except OSError as error:
-            raise _failed(path, error) from error
-        try:
-            _reserve(fd, file.size)
-        except OSError as error:
-            os.close(fd)
-            raise _failed(path, error) from error
-        table = bytearray(chunk_count(file.size) * WIDTH) if digests else None
-        return cls(file, path, fd, table, file.size)
+            raise failed(path, error) from error
 
     @property
     def is_complete(self) -> bool:
@@ -173,151 +147,83 @@ class _Output:
         with self.lock:
             self.remaining -= count
 
-    def note_crcs(self, start: int, window: memoryview) -> None:
-        """Keep the CRC-32 of each part of an entry that lies in this window, which begins at byte ``start``."""
-        entries = self.file.crc32_entries
-        stop = start + len(window)
-        for index in range(bisect_right(entries, start, key=_end_of), len(entries)):
-            entry = entries[index]
-            if entry.offset >= stop:
-                break
-            first, last = max(entry.offset, start), min(_end_of(entry), stop)
-            crc = zlib.crc32(window[first - start : last - start])
-            with self.lock:
-                self.crcs[entry].append((first, last - first, crc))
+    def piece(self, start: int, filled: memoryview, digests: bytes) -> Piece:
+        return Piece(self.index, start, len(filled), digests, _crcs(self.file.crc32_entries, start, filled))
 
-    def seal(self) -> None:
-        """Store the CRCs where the file wants them, and digest the chunks around them anew. The file is complete."""
-        touched: set[int] = set()
-        try:
-            for entry, parts in self.crcs.items():
-                crc = combine_all((crc, size) for _, size, crc in sorted(parts))
-                for position in entry.positions:
-                    os.pwrite(self.fd, crc.to_bytes(4, "little"), position)
-                    touched.update((position // CHUNK, (position + 3) // CHUNK))
-            if self.table is None:
-                return
-            for chunk in touched:
-                raw = os.pread(self.fd, min(CHUNK, self.file.size - chunk * CHUNK), chunk * CHUNK)
-                self.table[chunk * WIDTH : (chunk + 1) * WIDTH] = digest_chunks(raw)
-        except OSError as error:
-            raise _failed(self.path, error) from error
 
-    def digests(self) -> ChunkDigests:
-        return ChunkDigests(self.file.size, bytes(self.table or b""))
+def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tuple[tuple[int, int, int, int], ...]:
+    """The CRC-32 of each part of an entry that lies in these bytes, which begin at byte ``start``."""
+    stop = start + len(filled)
+    out = []
+    for index in range(bisect_right(entries, start, key=_end_of), len(entries)):
+        entry = entries[index]
+        if entry.offset >= stop:
+            break
+        first, last = max(entry.offset, start), min(_end_of(entry), stop)
+        out.append((index, first, last - first, zlib.crc32(filled[first - start : last - start])))
+    return tuple(out)
 
 
 def _end_of(entry: Crc32Entry) -> int:
     return entry.offset + entry.size
 
 
-def _reserve(fd: int, size: int) -> None:
-    """Give the file its size; where the file system can, its space too, so that a full disk shows before the work."""
-    os.ftruncate(fd, size)
-
-
-@dataclass
-class _Work:
-    """What fills one window: copies into its buffer (margin, window, margin), and literals by offset in the file."""
-
-    copies: list[Copy] = field(default_factory=list)
-    literals: list[tuple[int, memoryview]] = field(default_factory=list)
-
-
-def _windows(file: TargetFile, window: int) -> Iterator[tuple[int, _Work]]:
-    """All windows of a file in order. The file is planned once; its copies are cut where windows meet."""
-    work: defaultdict[int, _Work] = defaultdict(_Work)
-    for copy in plan(file.wants):
-        for index, piece in _cut_at_windows(copy, window):
-            work[index].copies.append(replace(piece, to=piece.to - index * window + _MARGIN))
-    for offset, raw in file.literals:
-        view = memoryview(raw)
-        for index in range(offset // window, -(-(offset + len(raw)) // window)):
-            first = max(index * window, offset)
-            last = min((index + 1) * window, offset + len(raw))
-            work[index].literals.append((first, view[first - offset : last - offset]))
-    for index in range(-(-file.size // window)):
-        yield index, work.pop(index, _Work())
-
-
-def _extent(copy: Copy) -> int:
-    """Bytes in the target from the copy's first element to the end of its last."""
-    last = sum((n - 1) * step for n, step in zip(copy.sizes, copy.target_steps, strict=True))
-    return (last + 1) * itemsize(copy.target_dtype)
-
-
-def _cut_at_windows(copy: Copy, window: int) -> Iterator[tuple[int, Copy]]:
-    """The copy in pieces that lie in one window each; an element on a boundary is in both windows' pieces."""
-    size, extent = itemsize(copy.target_dtype), _extent(copy)
-    if copy.to // window == (copy.to + extent - 1) // window:
-        yield copy.to // window, copy
-        return
-    # Along the dimension of the longest steps in the file, so that indices come window by window.
-    axis = max(range(len(copy.sizes)), key=lambda k: copy.target_steps[k] if copy.sizes[k] > 1 else -1)
-    count = copy.sizes[axis]
-    if count == 1:
-        for index in range(copy.to // window, (copy.to + extent - 1) // window + 1):
-            yield index, copy
-        return
-    step = copy.target_steps[axis] * size
-    inner = extent - (count - 1) * step  # bytes from the first to the last element of one index
-    at = 0
-    while at < count:
-        start = copy.to + at * step
-        end = (start // window + 1) * window
-        inside = min((end - inner - start) // step + 1, count - at)
-        if inside > 0:
-            yield start // window, copy.narrow(axis, at, inside)
-            at += inside
-        else:
-            yield from _cut_at_windows(copy.narrow(axis, at, 1), window)
-            at += 1
-
-
 _buffers = threading.local()
 
 
-def _write_window(reader: Reader, output: _Output, index: int, window: int, work: _Work) -> int:
-    """Fill, digest and write one window; returns its bytes."""
-    start = index * window
-    size = min(window, output.file.size - start)
+def _write_window(
+    reader: Reader,
+    output: _Output,
+    start: int,
+    size: int,
+    window: int,
+    work: Work,
+    known: Mapping[tuple[int, int], bytes],
+    note: Callable[[Piece], None],
+) -> Piece:
+    """Fill, digest and write one window, unless its bytes are there already."""
     buffer: Bytes | None = getattr(_buffers, "held", None)
-    if buffer is None or len(buffer) != window + 2 * _MARGIN:
-        buffer = _buffers.held = np.empty(window + 2 * _MARGIN, np.uint8)
-    if not _is_filled_by(work, size):
-        buffer[:] = 0
-    for offset, raw in work.literals:
-        at = offset - start + _MARGIN
-        buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
-    execute(reader, work.copies, [buffer])
-    filled = memoryview(buffer.data)[_MARGIN : _MARGIN + size]
-    if output.table is not None:
-        found = digest_chunks(filled)
-        first = start // CHUNK * WIDTH
-        output.table[first : first + len(found)] = found
-    if output.file.crc32_entries:
-        output.note_crcs(start, filled)
-    try:
-        # The kernel lets one writer at a time into a file, and the others spin: better to wait for one's turn asleep.
-        with output.turn:
-            write_at(output.fd, filled, start)
-    except OSError as error:
-        raise _failed(output.path, error) from error
-    if output.file.size >= LARGE:
-        start_writeback(output.fd, start, size)
+    if buffer is None or len(buffer) != window + 2 * MARGIN:
+        buffer = _buffers.held = np.empty(window + 2 * MARGIN, np.uint8)
+    filled = memoryview(buffer.data)[MARGIN : MARGIN + size]
+    digests = _digests_there(output, start, filled, known)
+    if digests is None:
+        if not work.fills(size):
+            buffer[:] = 0
+        for offset, raw in work.literals:
+            at = offset - start + MARGIN
+            buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
+        execute(reader, work.copies, [buffer])
+        digests = digest_chunks(filled)
+        try:
+            # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
+            with output.turn:
+                write_at(output.fd, filled, start)
+        except OSError as error:
+            raise failed(output.path, error) from error
+        if output.file.size >= LARGE:
+            start_writeback(output.fd, start, size)
+    piece = output.piece(start, filled, digests)
+    note(piece)
     output.complete(size)
-    return size
+    return piece
 
 
-def _is_filled_by(work: _Work, size: int) -> bool:
-    """Whether the window's bytes are all overwritten, so that old bytes of the buffer need no clearing."""
-    covered = sum(len(raw) for _, raw in work.literals)
-    for copy in work.copies:
-        nbytes = copy.nbytes // itemsize(copy.source_dtype) * itemsize(copy.target_dtype)
-        if copy.to < _MARGIN or copy.to + nbytes > _MARGIN + size:
-            return False
-        covered += nbytes
-    return covered == size
+def _digests_there(
+    output: _Output, start: int, filled: memoryview, known: Mapping[tuple[int, int], bytes]
+) -> bytes | None:
+    """The digests of a window whose bytes on disk are known and right (they are in ``filled`` then); else None."""
+    first = start // CHUNK
+    wanted = [known.get((output.index, first + k)) for k in range(chunk_count(len(filled)))]
+    if any(digest is None for digest in wanted):
+        return None
+    try:
+        if os.preadv(output.fd, [filled], start) != len(filled):
+            return None
+    except OSError as error:
+        raise failed(output.path, error) from error
+    found = digest_chunks(filled)
+    return found if found == b"".join(digest or b"" for digest in wanted) else None
 
 
 class _Closer:
@@ -346,15 +252,6 @@ class _Closer:
         try:
             os.fdatasync(output.fd)
         except OSError as error:
-            raise _failed(output.path, error) from error
+            raise failed(output.path, error) from error
         finally:
             os.close(output.fd)
-
-
-def _failed(path: str, error: OSError) -> DestinationError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DestinationError(
-            f"{path}: no space left to write it ({reason}); free some, or choose another destination"
-        )
-    return DestinationError(f"{path}: cannot be written ({reason}); check the destination's permissions and device")

@@ -61,7 +61,7 @@ def write(catalog: Catalog, folder: Path, layout: Layout, config: Mapping[str, A
     """The files as torch loads them, by name; each is also a whole zip archive with right CRCs."""
     files = write_native.plan(catalog, layout, config)
     with Files() as source_files:
-        write_files(Reader(catalog, source_files), folder, files, digests=False)
+        write_files(Reader(catalog, source_files), folder, files)
     for path in folder.iterdir():
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None, path

@@ -70,5 +70,5 @@ def test_converter_to_universal(tmp_path: Path, stage: int, dp: int) -> None:
 def save(catalog: Catalog, folder: Path, files: list[TargetFile]) -> None:
     (folder / "tag").mkdir(parents=True)
     with Files() as source:
-        write_files(Reader(catalog, source), folder / "tag", files, digests=False)
+        write_files(Reader(catalog, source), folder / "tag", files)
     (folder / "latest").write_text("tag")

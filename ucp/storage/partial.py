@@ -1,0 +1,177 @@
+"""The folder in which a conversion grows until it is whole, and in which an interrupted one is found again.
+
+Beside a destination ``out`` it is ``.ucp-part-out``, one for each destination, and has ``checkpoint/`` (what becomes
+the destination), ``journal/`` (what of it was written), ``team/`` (processes that share the work), ``identity`` (the
+digest of everything that decides the bytes: another one begins anew) and ``lock`` (whose holder is the one process that
+may change the rest of it).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ucp.errors import DestinationError, ProcessLost
+from ucp.storage.commit import staged, sync_tree
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT, JOURNAL, TEAM = "checkpoint", "journal", "team"
+_IDENTITY, _LOCK = "identity", "lock"
+
+
+def part_folder(dest: str | os.PathLike[str]) -> Path:
+    """Where a conversion to this destination grows."""
+    target = Path(os.path.abspath(dest))
+    return target.with_name(f".ucp-part-{target.name}")
+
+
+def held_bytes(dest: str | os.PathLike[str], identity: str) -> int:
+    """Bytes on disk that a conversion of this identity can continue from."""
+    part = part_folder(dest)
+    if _read(part / _IDENTITY) != identity:
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in (part / CHECKPOINT).rglob("*") if path.is_file())
+
+
+@contextmanager
+def growing(dest: str | os.PathLike[str], identity: str, *, replace: bool, resume: bool) -> Iterator[Path]:
+    """The folder of a conversion to `dest`, this process's alone; what grew in it becomes `dest` when the block ends.
+
+    With ``resume`` it holds what an earlier conversion of the same identity has left, and after an error that says
+    nothing against the bytes written (an interruption, a full disk, a lost process) it stays for the next one.
+
+    Raises `DestinationError` where it cannot be made, another process has it, or `dest` cannot be put in place.
+    """
+    part = part_folder(dest)
+    made = _make(part)
+    keep = False
+    try:
+        with _locked(part):
+            try:
+                _prepare(part, identity, resume)
+                yield part
+                _publish(part, dest, replace)
+            except BaseException as error:
+                keep = resume and _is_passing(error) and _has_begun(part)
+                raise
+            finally:
+                if keep:
+                    log.warning("what was written stays in '%s'; the same conversion continues from there", part)
+                else:
+                    shutil.rmtree(part, ignore_errors=True)
+    except BaseException:
+        for folder in reversed(made):
+            _remove_if_empty(folder)
+        raise
+
+
+def _make(part: Path) -> list[Path]:
+    """Make the folder and its parents; returns the parents made."""
+    made: list[Path] = []
+    folder = part.parent
+    while not os.path.lexists(folder):
+        made.insert(0, folder)
+        folder = folder.parent
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        for parent in reversed(made):
+            _remove_if_empty(parent)
+        raise DestinationError(
+            f"{_destination(part)}: cannot be made, since '{part}' cannot: {error.strerror or error}"
+        ) from error
+    return made
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system lets go of when this process ends, however it does."""
+    path = part / _LOCK
+    while True:
+        try:
+            part.mkdir(exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be made: {error.strerror or error}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(fd)
+                raise DestinationError(
+                    f"{_destination(part)}: another process converts to it and has locked '{path}'; let that end first"
+                ) from error
+            log.debug("%s: this file system has no locks (%s)", path, error)
+        try:
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                break
+        except FileNotFoundError:
+            log.debug("%s: its last holder removed it", path)
+        os.close(fd)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _prepare(part: Path, identity: str, resume: bool) -> None:
+    """Clear what cannot be continued, and make the folders."""
+    try:
+        if not resume or _read(part / _IDENTITY) != identity:
+            for entry in part.iterdir():
+                if entry.name == _LOCK:
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        for name in (CHECKPOINT, JOURNAL, TEAM):
+            (part / name).mkdir(exist_ok=True)
+        (part / _IDENTITY).write_text(identity)
+    except OSError as error:
+        raise DestinationError(f"{part}: cannot be used: {error.strerror or error}") from error
+
+
+def _publish(part: Path, dest: str | os.PathLike[str], replace: bool) -> None:
+    try:
+        sync_tree(part / CHECKPOINT)
+    except OSError as error:
+        raise DestinationError(f"{dest}: cannot be flushed to the device: {error.strerror or error}") from error
+    with staged(dest, needed_bytes=0, replace=replace) as temporary:
+        os.rename(part / CHECKPOINT, temporary)
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether the error is of a kind that a later attempt may be spared, and that leaves the bytes written right."""
+    if isinstance(error, Exception):
+        return isinstance(error, (DestinationError, ProcessLost)) or isinstance(error.__cause__, OSError)
+    return True
+
+
+def _has_begun(part: Path) -> bool:
+    return (part / CHECKPOINT).is_dir() and any(path.stat().st_size for path in (part / JOURNAL).glob("*"))
+
+
+def _destination(part: Path) -> Path:
+    return part.with_name(part.name.removeprefix(".ucp-part-"))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        log.debug("%s was kept: it is in use by now", folder)

@@ -1,0 +1,187 @@
+"""What has been written: pieces of files with their digests, the journal that tells of them, and the files' end.
+
+A journal has a record for every window that was written. It says which bytes they should be, never that they are on
+the device: whoever continues reads them and compares. The same records, of all processes that shared the work, make
+the files' digests and the CRC-32s that zip records carry.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from ucp.errors import DamagedCheckpoint, DestinationError
+from ucp.storage.crc32 import combine_all
+from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
+from ucp.transfer.targets import TargetFile
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Whole chunks of a file that were written, in bytes.
+
+    file: its index. digests: of its chunks, one after the other. crcs: (index of the file's CRC-32 entry, first byte,
+    bytes, CRC-32) for each part of an entry that lies in this piece.
+    """
+
+    file: int
+    start: int
+    size: int
+    digests: bytes
+    crcs: tuple[tuple[int, int, int, int], ...] = ()
+
+
+_HEAD = struct.Struct("<IQQII")  # file, start, size, bytes of digests, number of CRCs
+_CRC = struct.Struct("<IQQI")
+_END = _HEAD.pack(0xFFFFFFFF, 0, 0, 0, 0)
+_SEAL = 8  # bytes of xxh3_64 behind each record, so that a torn one is known
+
+
+class Journal:
+    """An append-only file of one process. Records may be added by several threads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        try:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise failed(self._path, error) from error
+
+    def add(self, piece: Piece) -> None:
+        """Note that this piece was written. Raises DestinationError."""
+        head = _HEAD.pack(piece.file, piece.start, piece.size, len(piece.digests), len(piece.crcs))
+        self._append(head + piece.digests + b"".join(_CRC.pack(*crc) for crc in piece.crcs))
+
+    def finish(self) -> None:
+        """Note that this process has written its share and flushed it. Raises DestinationError."""
+        self._append(_END)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise failed(self._path, error) from error
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _append(self, record: bytes) -> None:
+        try:
+            os.write(self._fd, record + xxhash.xxh3_64_digest(record))
+        except OSError as error:
+            raise failed(self._path, error) from error
+
+
+def read_journal(path: str | os.PathLike[str]) -> tuple[list[Piece], bool]:
+    """The records of a journal up to the first that is torn, and whether its process had finished."""
+    with open(path, "rb") as stream:
+        raw = stream.read()
+    out: list[Piece] = []
+    at = 0
+    while at + _HEAD.size + _SEAL <= len(raw):
+        file, start, size, width, count = _HEAD.unpack_from(raw, at)
+        end = at + _HEAD.size + width + count * _CRC.size
+        if raw[end : end + _SEAL] != xxhash.xxh3_64_digest(raw[at:end]):
+            break
+        if raw[at:end] == _END:
+            return out, True
+        digests = raw[at + _HEAD.size : at + _HEAD.size + width]
+        crcs = tuple(_CRC.iter_unpack(raw[at + _HEAD.size + width : end]))
+        out.append(Piece(file, start, size, digests, crcs))
+        at = end + _SEAL
+    return out, False
+
+
+def known_chunks(
+    pieces: Iterable[Piece], share: Sequence[tuple[int, int]] | None = None
+) -> dict[tuple[int, int], bytes]:
+    """(file, chunk) -> the digest that it should have; of a share's files (`write_share`) alone where one is given."""
+    out = {}
+    for piece in pieces:
+        if share is not None and not share[piece.file][0] <= piece.start < share[piece.file][1]:
+            continue
+        first = piece.start // CHUNK
+        for k in range(len(piece.digests) // WIDTH):
+            out[piece.file, first + k] = piece.digests[k * WIDTH : (k + 1) * WIDTH]
+    return out
+
+
+def create_files(folder: str | os.PathLike[str], files: Sequence[TargetFile], continued: bool = False) -> None:
+    """Make all files, empty and of their final sizes; continued: those that are there already keep their bytes.
+
+    Raises DestinationError.
+    """
+    for file in files:
+        path = path_of(folder, file)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if continued else os.O_EXCL) | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise failed(path, error) from error
+        try:
+            os.ftruncate(fd, file.size)
+        except OSError as error:
+            raise failed(path, error) from error
+        finally:
+            os.close(fd)
+
+
+def seal_files(
+    folder: str | os.PathLike[str], files: Sequence[TargetFile], pieces: Iterable[Piece]
+) -> dict[str, ChunkDigests]:
+    """Store the CRC-32s where the files want them; returns all files' digests by name. Every byte is written by now.
+
+    Raises DestinationError; DamagedCheckpoint where no piece tells of a chunk.
+    """
+    tables = [bytearray(chunk_count(file.size) * WIDTH) for file in files]
+    told = [0] * len(files)
+    crcs: list[dict[int, list[tuple[int, int, int]]]] = [{} for _ in files]
+    for piece in pieces:
+        first = piece.start // CHUNK * WIDTH
+        tables[piece.file][first : first + len(piece.digests)] = piece.digests
+        told[piece.file] += piece.size
+        for entry, start, size, crc in piece.crcs:
+            crcs[piece.file].setdefault(entry, []).append((start, size, crc))
+    for k, file in enumerate(files):
+        if told[k] != file.size:
+            raise DamagedCheckpoint(f"{path_of(folder, file)}: {told[k]} of {file.size} bytes were written")
+        if crcs[k]:
+            _store_crcs(path_of(folder, file), file, crcs[k], tables[k])
+    return {file.name: ChunkDigests(file.size, bytes(table)) for file, table in zip(files, tables, strict=True)}
+
+
+def _store_crcs(path: str, file: TargetFile, found: dict[int, list[tuple[int, int, int]]], table: bytearray) -> None:
+    """Write each entry's CRC-32, and digest the chunks around it anew."""
+    touched: set[int] = set()
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for entry, parts in found.items():
+                crc = combine_all((crc, size) for _, size, crc in sorted(parts))
+                for position in file.crc32_entries[entry].positions:
+                    os.pwrite(fd, crc.to_bytes(4, "little"), position)
+                    touched.update((position // CHUNK, (position + 3) // CHUNK))
+            for chunk in touched:
+                raw = os.pread(fd, min(CHUNK, file.size - chunk * CHUNK), chunk * CHUNK)
+                table[chunk * WIDTH : (chunk + 1) * WIDTH] = digest_chunks(raw)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise failed(path, error) from error
+
+
+def path_of(folder: str | os.PathLike[str], file: TargetFile) -> str:
+    return os.path.join(folder, *file.name.split("/"))
+
+
+def failed(path: str, error: OSError) -> DestinationError:
+    """The error for a file that cannot be written."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationError(
+            f"{path}: no space left to write it ({reason}); free some, or choose another destination"
+        )
+    return DestinationError(f"{path}: cannot be written ({reason}); check the destination's permissions and device")

@@ -1,0 +1,97 @@
+"""One process's part in writing a destination that several processes, or several attempts, fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucp.storage.digests import CHUNK, ChunkDigests
+from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
+from ucp.transfer.gather import Reader
+from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, seal_files
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.team import Attempt, Team, joined, lead
+from ucp.transfer.windows import shares
+from ucp.transfer.write import Progress, write_share
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written, and how: the same files in every process. check_source: raises where the source has changed."""
+
+    reader: Reader
+    files: Sequence[TargetFile]
+    identity: str
+    check_source: Callable[[], None]
+    threads: int | None = None
+    max_memory: int | None = None
+    progress: Progress | None = None
+
+
+def noted_bytes(part: Path) -> int:
+    """Bytes that earlier attempts have noted as written."""
+    return len(known_chunks(_earlier(part, ""))) * CHUNK
+
+
+def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDigests]:
+    """Process 0: have all files written into a folder of `ucp.storage.partial`; returns their digests by name.
+
+    Raises what `write_share` raises, and ProcessLost.
+    """
+    create_files(part / CHECKPOINT, writing.files, continued=True)
+    attempt = lead(team, part / TEAM, writing.identity)
+    pieces = _write(writing, part, attempt)
+
+    def finished(process: int) -> bool:
+        path = _journal(part, attempt, process)
+        return path.exists() and read_journal(path)[1]
+
+    attempt.await_all(finished)
+    for process in attempt.members:
+        pieces += read_journal(_journal(part, attempt, process))[0]
+    return seal_files(part / CHECKPOINT, writing.files, pieces)
+
+
+def write_following(writing: Writing, part: Path, team: Team) -> None:
+    """The other processes: write this one's share. Raises what `write_share` raises, and ProcessLost."""
+    with joined(team, part / TEAM, writing.identity) as attempt:
+        _write(writing, part, attempt)
+
+
+def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
+    def progress(done: int, total: int) -> None:
+        attempt.check()
+        if writing.progress is not None:
+            writing.progress(done, total)
+
+    share = shares(writing.files, attempt.team.process, attempt.team.processes)
+    known = known_chunks(_earlier(part, attempt.name), share)
+    journal = Journal(_journal(part, attempt, attempt.team.process))
+    try:
+        pieces = write_share(
+            writing.reader,
+            part / CHECKPOINT,
+            writing.files,
+            share,
+            threads=writing.threads,
+            max_memory=writing.max_memory,
+            progress=progress,
+            known=known,
+            note=journal.add,
+        )
+        writing.check_source()
+        journal.finish()
+        return pieces
+    finally:
+        journal.close()
+
+
+def _journal(part: Path, attempt: Attempt, process: int) -> Path:
+    return part / JOURNAL / f"{attempt.name}-{process}"
+
+
+def _earlier(part: Path, attempt: str) -> list[Piece]:
+    """What attempts other than this one have noted."""
+    paths = sorted((part / JOURNAL).iterdir()) if (part / JOURNAL).is_dir() else []
+    return [piece for path in paths if path.name.rpartition("-")[0] != attempt for piece in read_journal(path)[0]]

@@ -1,0 +1,145 @@
+"""Cut the writing of planned files into windows: what fills each, how large they are, which process writes which.
+
+A window is a few chunks of one file. It is planned, filled, hashed and written by one thread, so memory is bounded by
+threads × window whatever the size of the tensors. Windows divide `UNIT`, by which work is shared out over processes, so
+each window belongs to one of them whatever memory each has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ucp.errors import BadArgument
+from ucp.storage.digests import CHUNK
+from ucp.storage.dtypes import itemsize
+from ucp.transfer.gather import SCRATCH, Copy, plan
+from ucp.transfer.targets import TargetFile
+
+# Bytes of a window where memory allows: long enough that planning and system calls don't show.
+WINDOW = 8 << 20
+UNIT = WINDOW
+# An element that straddles two windows is gathered whole in both: its other part falls into a margin of this size.
+MARGIN = 16
+# What one thread may hold beside its window: gather's scratch and a few verified chunks.
+_OVERHEAD = SCRATCH + 3 * CHUNK
+_MAX_THREADS = 8
+
+
+@dataclass
+class Work:
+    """What fills one window: copies into its buffer (margin, window, margin), and literals by offset in the file."""
+
+    copies: list[Copy] = field(default_factory=list)
+    literals: list[tuple[int, memoryview]] = field(default_factory=list)
+
+    def fills(self, size: int) -> bool:
+        """Whether the window's bytes are all overwritten, so that old bytes of its buffer need no clearing."""
+        covered = sum(len(raw) for _, raw in self.literals)
+        for copy in self.copies:
+            nbytes = copy.nbytes // itemsize(copy.source_dtype) * itemsize(copy.target_dtype)
+            if copy.to < MARGIN or copy.to + nbytes > MARGIN + size:
+                return False
+            covered += nbytes
+        return covered == size
+
+
+def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
+    """(threads, bytes of a window) for the memory that may be used. Raises BadArgument if it is too little for one."""
+    if threads is not None and threads < 1:
+        raise BadArgument(f"{threads} workers were asked for; at least 1 is needed")
+    workers = threads or min(os.cpu_count() or 1, _MAX_THREADS)
+    if max_memory is None:
+        return workers, WINDOW
+    least = _OVERHEAD + CHUNK
+    if max_memory < least:
+        raise BadArgument(f"a memory limit of {max_memory} bytes is too little to work in; at least {least} are needed")
+    workers = min(workers, max(max_memory // (_OVERHEAD + WINDOW), 1))
+    chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, WINDOW // CHUNK)
+    return workers, CHUNK << (chunks.bit_length() - 1)
+
+
+def check_files(files: Sequence[TargetFile]) -> None:
+    """Plan everything without writing anything.
+
+    Raises Mismatch where elements would lose bits and DamagedCheckpoint where the source lacks some that are wanted;
+    ValueError where a file is described so that its parts lie outside it.
+    """
+    for file in files:
+        end = max((offset + len(raw) for offset, raw in file.literals), default=0)
+        for copy in plan(file.wants):
+            end = max(end, copy.to + _extent(copy))
+        if end > file.size:
+            raise ValueError(f"the plan of '{file.name}' needs {end} bytes, but gives the file {file.size}")
+
+
+def shares(files: Sequence[TargetFile], process: int, processes: int) -> list[tuple[int, int]]:
+    """For each file the bytes [first, last) that this process writes: units of all files, divided evenly by bytes."""
+    total = sum(file.size for file in files)
+    low, high = (-(-total * k // processes) for k in (process, process + 1))
+    out = []
+    at = 0
+    for file in files:
+        first, last = (min(max(-(-(bound - at) // UNIT), 0) * UNIT, file.size) for bound in (low, high))
+        out.append((first, last))
+        at += file.size
+    return out
+
+
+def windows(file: TargetFile, window: int, first: int, last: int) -> Iterator[tuple[int, Work]]:
+    """The windows of a file's bytes [first, last) in order, each by its first byte. The file is planned once; its
+    copies are cut where windows meet."""
+    if first >= last:
+        return
+    work: defaultdict[int, Work] = defaultdict(Work)
+    wanted = range(first // window, -(-last // window))
+    for copy in plan(file.wants):
+        if copy.to >= last or copy.to + _extent(copy) <= first:
+            continue
+        for index, piece in cut_at_windows(copy, window):
+            if index in wanted:
+                work[index].copies.append(replace(piece, to=piece.to - index * window + MARGIN))
+    for offset, raw in file.literals:
+        view = memoryview(raw)
+        for index in range(offset // window, -(-(offset + len(raw)) // window)):
+            begin = max(index * window, offset)
+            end = min((index + 1) * window, offset + len(raw))
+            work[index].literals.append((begin, view[begin - offset : end - offset]))
+    for index in wanted:
+        yield index * window, work.pop(index, Work())
+
+
+def _extent(copy: Copy) -> int:
+    """Bytes in the target from the copy's first element to the end of its last."""
+    last = sum((n - 1) * step for n, step in zip(copy.sizes, copy.target_steps, strict=True))
+    return (last + 1) * itemsize(copy.target_dtype)
+
+
+def cut_at_windows(copy: Copy, window: int) -> Iterator[tuple[int, Copy]]:
+    """The copy in pieces that lie in one window each; an element on a boundary is in both windows' pieces."""
+    size, extent = itemsize(copy.target_dtype), _extent(copy)
+    if copy.to // window == (copy.to + extent - 1) // window:
+        yield copy.to // window, copy
+        return
+    # Along the dimension of the longest steps in the file, so that indices come window by window.
+    axis = max(range(len(copy.sizes)), key=lambda k: copy.target_steps[k] if copy.sizes[k] > 1 else -1)
+    count = copy.sizes[axis]
+    if count == 1:
+        for index in range(copy.to // window, (copy.to + extent - 1) // window + 1):
+            yield index, copy
+        return
+    step = copy.target_steps[axis] * size
+    inner = extent - (count - 1) * step  # bytes from the first to the last element of one index
+    at = 0
+    while at < count:
+        start = copy.to + at * step
+        end = (start // window + 1) * window
+        inside = min((end - inner - start) // step + 1, count - at)
+        if inside > 0:
+            yield start // window, copy.narrow(axis, at, inside)
+            at += inside
+        else:
+            yield from cut_at_windows(copy.narrow(axis, at, 1), window)
+            at += 1
