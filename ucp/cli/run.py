@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import time
@@ -17,6 +18,7 @@ from ucp.errors import BadArgument, UcpError
 
 DONE, NO, AT_FAULT, INTERNAL = 0, 1, 2, 3
 INTERRUPTED = 130  # as shells count a program that ended by Ctrl-C
+PIPE_CLOSED = 141  # as they count one whose reader went away
 
 _UNITS = {
     "": 1,
@@ -83,6 +85,10 @@ def guarded(program: str, job: Callable[[], int], debug: bool) -> int:
     except KeyboardInterrupt:
         say(f"{program}: interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more can be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception as error:  # the last line of defence: whatever it is, it becomes exit code 3
         if debug:
             logging.getLogger(program).debug("traceback", exc_info=True)
@@ -117,27 +123,58 @@ def say(line: str) -> None:
 
 
 class ProgressBar:
-    """A line on stderr that is rewritten a few times a second; nothing at all where stderr is no terminal."""
+    """How far a long command is: bytes, rate and time left, on stderr.
 
-    def __init__(self, quiet: bool) -> None:
-        self._shown = not quiet and sys.stderr.isatty()
+    On a terminal a line that is rewritten a few times a second. In a log file a line of its own every ``LOG_EVERY``
+    seconds, the first after as long, so that short commands stay silent. Of the ranks of one job only the first shows
+    any.
+    """
+
+    LOG_EVERY = 15.0
+
+    def __init__(self, quiet: bool, what: str = "") -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = not quiet and os.environ.get("RANK", "0") == "0"
+        self._what = f"{what} " if what else ""
         self._started = self._last = time.monotonic()
         self._drawn = False
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._shown or (now - self._last < 0.2 and done < total):
+        pause = 0.2 if self._terminal else self.LOG_EVERY
+        last = self._terminal and done >= total
+        if not self._shown or (now - self._last < pause and not last):
             return
-        self._last, self._drawn = now, True
-        rate = done / max(now - self._started, 1e-6)
-        share = done / total if total else 1.0
-        bar = "#" * int(30 * share)
-        sys.stderr.write(
-            f"\r[{bar:<30}] {share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s "
-        )
+        self._last = now
+        text = self._text(done, total, now - self._started)
+        if self._terminal:
+            self._drawn = True
+            bar = "#" * int(30 * (done / total if total else 1.0))
+            sys.stderr.write(f"\r[{bar:<30}] {text}\x1b[K")
+        else:
+            sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+    def _text(self, done: int, total: int, seconds: float) -> str:
+        rate = done / max(seconds, 1e-6)
+        share = done / total if total else 1.0
+        left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
+        return f"{self._what}{share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
 
     def close(self) -> None:
         """End the line, so that what follows begins on its own."""
         if self._drawn:
             sys.stderr.write("\n")
+            self._drawn = False
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

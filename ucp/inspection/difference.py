@@ -26,6 +26,8 @@ Progress = Callable[[int, int], None]
 
 # Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
+# Recorded by some optimizers' files only, and set by the config anyway.
+_NOT_ALWAYS_RECORDED = ("clip_grad",)
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,8 @@ def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[str,
     out = {}
     for path in dict.fromkeys((*a, *b)):
         ours, theirs = a.get(path), b.get(path)
-        if not _equal(ours, theirs):
+        unrecorded = path in _NOT_ALWAYS_RECORDED and None in (ours, theirs)
+        if not unrecorded and not _equal(ours, theirs):
             out[path] = (_shown(ours), _shown(theirs))
     return out
 

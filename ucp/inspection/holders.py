@@ -9,34 +9,51 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ucp.catalog import SourceFile
 
-_NUMBERED = (
-    (re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(?:optim|model)_states\.pt"), "dp {0} mp {1}"),
-    (re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"), "expert dp {0} mp {1}"),
-    (re.compile(r"mp_rank_(\d+)_model_states\.pt"), "mp {0}"),
-    (re.compile(r"rank-(\d+)-of-\d+\.safetensors"), "rank {0}"),
-    (re.compile(r"__(\d+)_\d+\.distcp"), "rank {0}"),
-)
+_DEEPSPEED = re.compile(r"(?P<kind>bf16_zero_pp|zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)_(?:optim|model)_states\.pt")
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_RANK = re.compile(r"rank-(\d+)-of-\d+\.safetensors|__(\d+)_\d+\.distcp")
 
 
-def holder(path: str) -> str:
-    """The rank that wrote this file, in a word or two, or the file's own name."""
-    name = os.path.basename(path)
-    for pattern, words in _NUMBERED:
-        match = pattern.fullmatch(name)
-        if match:
-            return words.format(*(int(n) for n in match.groups()))
-    return name
+@dataclass(frozen=True)
+class Holders:
+    """names: every holder once, ranks in order of their numbers. of_file: for each file, which of them wrote it."""
+
+    names: tuple[str, ...]
+    of_file: NDArray[np.int64]
+
+    def __getitem__(self, file: int) -> str:
+        return self.names[int(self.of_file[file])]
 
 
-def holders(files: Sequence[SourceFile]) -> tuple[list[str], list[int]]:
-    """Every holder once, ranks in order of their numbers, and for each file the position of its holder."""
-    found = [holder(file.path) for file in files]
+def holders(files: Sequence[SourceFile]) -> Holders:
+    """Who wrote these files. A data-parallel rank is named without its model-parallel one where there is just one."""
+    names = [os.path.basename(file.path) for file in files]
+    cut = any(int(m[3]) for m in map(_DEEPSPEED.fullmatch, names) if m) or any(
+        int(m[1]) for m in map(_MODEL.fullmatch, names) if m
+    )
+    found = [_holder(name, cut) for name in names]
     order = sorted(set(found), key=_natural)
     position = {name: k for k, name in enumerate(order)}
-    return order, [position[name] for name in found]
+    return Holders(tuple(order), np.array([position[name] for name in found], np.int64))
+
+
+def _holder(name: str, cut: bool) -> str:
+    match = _DEEPSPEED.fullmatch(name)
+    if match:
+        what = "expert rank" if match["kind"] == "expp" else "rank"
+        return f"{what} {int(match[2])}" + (f" of mp {int(match[3])}" if cut else "")
+    match = _MODEL.fullmatch(name)
+    if match:
+        return f"model file of mp {int(match[1])}" if cut else "model file"
+    match = _RANK.fullmatch(name)
+    return f"rank {int(match[1] or match[2])}" if match else name
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:

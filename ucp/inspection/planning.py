@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.checkpoint import Checkpoint
 from ucp.errors import Unsupported
-from ucp.geometry import Blocks, Shape, compose, concat, intersect, numel, whole
+from ucp.geometry import Blocks, Ints, Shape, compose, concat, intersect, numel, whole
 from ucp.inspection import holders
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
+from ucp.spec.choice import choose
 from ucp.spec.meaning import Cutting, shard
 from ucp.storage.dtypes import itemsize
 
@@ -89,19 +91,23 @@ def plan(
     """
     catalog = checkpoint.catalog
     _check_layout(layout, bound)
-    names, of_file = holders.holders(catalog.files)
-    owners = np.array(of_file, np.int64)
+    who = holders.holders(catalog.files)
     world = layout.dp * layout.tp
-    moved = np.zeros((len(names), world), np.float64)
+    moved = np.zeros(len(who.names) * world, np.float64)
     pieces = np.zeros(world, np.int64)
     opened = np.zeros((len(catalog.files), world), bool)
+    # States of a parameter, and layers of a model, are mostly cut alike: each pair of cuts is compared once.
+    known: dict[bytes, tuple[Ints, Ints, Ints]] = {}
     for tensor, target in _wanted(catalog, layout, bound):
-        copies = intersect(tensor.blocks, target)
-        files, to = tensor.blocks.buffers[copies.source], target.buffers[copies.target]
-        flat = owners[files] * world + to
-        moved += np.bincount(flat, copies.counts * itemsize(tensor.dtype), moved.size).reshape(moved.shape)
-        pieces += np.bincount(to, minlength=world)
+        key = _cut_key(tensor.blocks) + _cut_key(target)
+        if key not in known:
+            copies = intersect(tensor.blocks, target)
+            known[key] = (tensor.blocks.buffers[copies.source], target.buffers[copies.target], copies.counts)
+        files, to, counts = known[key]
+        np.add.at(moved, who.of_file[files] * world + to, counts * itemsize(tensor.dtype))
+        np.add.at(pieces, to, 1)
         opened[files, to] = True
+    moved = moved.reshape(len(who.names), world)
     by_rank = moved.sum(axis=0).astype(np.int64)
     ranks = tuple(
         RankPlan(r, int(by_rank[r]), int(opened[:, r].sum()), int(pieces[r]), int(by_rank[r])) for r in range(world)
@@ -125,9 +131,36 @@ def plan(
         node_memory=max(int(by_rank[k : k + ranks_per_node].sum()) for k in range(0, world, ranks_per_node)),
         seconds=float(times[slowest]) if known else None,
         bound_by=slowest if known else None,
-        sources=tuple(names),
+        sources=who.names,
         moved=moved.astype(np.int64),
     )
+
+
+def _cut_key(blocks: Blocks) -> bytes:
+    """The same for two sets of boxes that lie in the same buffers."""
+    digest = xxhash.xxh3_128()
+    for column in (blocks.offsets, blocks.sizes, blocks.buffers):
+        digest.update(repr(column.shape).encode())
+        digest.update(np.ascontiguousarray(column).data.cast("B") if column.size else b"")
+    return digest.digest()
+
+
+def spec_for(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    spec: str | os.PathLike[str] | None = None,
+    model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Bound | None:
+    """The spec by which a layout with tensor parallelism cuts this checkpoint's model; None where nothing tells it.
+
+    Arguments and errors as for `ucp.open`; without a config, the config.json beside the checkpoint counts.
+    """
+    if layout.tp == 1:
+        return None
+    if model_config is None and (checkpoint.path / "config.json").is_file():
+        model_config = checkpoint.path / "config.json"
+    return choose(spec, model_config, sizes).bound(None)
 
 
 def _check_layout(layout: Layout, bound: Bound | None) -> None:

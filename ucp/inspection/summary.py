@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -96,13 +97,12 @@ class Summary:
 def summarise(checkpoint: Checkpoint) -> Summary:
     """Everything that `inspect` shows. Reads no tensor."""
     catalog = checkpoint.catalog
-    names, of_file = holders.holders(catalog.files)
+    who = holders.holders(catalog.files)
     held = held_bytes(catalog)
     copies: dict[tuple[str, str], int] = {}
     for copy in catalog.copies:
         copies[copy.name, copy.state] = copies.get((copy.name, copy.state), 0) + len(copy.blocks)
-    owners = np.array(of_file, np.int64)
-    parameters = tuple(_parameter(catalog, info, owners, copies) for info in catalog.parameters.values())
+    parameters = tuple(_parameter(catalog, info, who.of_file, copies) for info in catalog.parameters.values())
     states: dict[str, dict[str, Any]] = {}
     for tensor in catalog.tensors.values():
         entry = states.setdefault(tensor.state, {"tensors": 0, "bytes": 0, "dtypes": {}})
@@ -113,7 +113,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
     for info in parameters:
         kinds[info.kind] = kinds.get(info.kind, 0) + 1
     files = tuple(
-        FileSummary(file.path, file.size, int(held[k]), names[of_file[k]], k in catalog.chunk_digests)
+        FileSummary(file.path, file.size, int(held[k]), who[k], k in catalog.chunk_digests)
         for k, file in enumerate(catalog.files)
     )
     return Summary(
@@ -131,8 +131,8 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         parameters=parameters,
         files=files,
         holders=tuple(
-            HolderSummary(name, of_file.count(k), int(sum(held[f] for f, o in enumerate(of_file) if o == k)))
-            for k, name in enumerate(names)
+            HolderSummary(name, int((who.of_file == k).sum()), int(held[who.of_file == k].sum()))
+            for k, name in enumerate(who.names)
         ),
         training=_training(catalog),
     )
@@ -217,6 +217,32 @@ def matching(names: Sequence[str], pattern: str) -> list[str]:
     return found
 
 
+def families(parameters: Sequence[ParameterSummary]) -> list[tuple[str, ParameterSummary, int]]:
+    """Parameters that differ only in the numbers in their names, as one: (name, the first, how many).
+
+    The name has a span for each number that varies: ``layers.{0-31}.up.weight``.
+    """
+    groups: dict[tuple[Any, ...], list[ParameterSummary]] = {}
+    for p in parameters:
+        types = tuple((state, s.dtype) for state, s in p.states.items())
+        # Where ZeRO's boundaries fall makes no family of its own.
+        key = (re.sub(r"\d+", "#", p.name), p.shape, p.kind, types, tuple(map(str, p.scalars.values())))
+        groups.setdefault(key, []).append(p)
+    return [(_spans([p.name for p in members]), members[0], len(members)) for members in groups.values()]
+
+
+def _spans(names: Sequence[str]) -> str:
+    columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    out = ""
+    for index, parts in enumerate(columns):
+        if index % 2 == 0 or len(set(parts)) == 1:
+            out += parts[0]
+        else:
+            numbers = sorted(map(int, parts))
+            out += f"{{{numbers[0]}-{numbers[-1]}}}"
+    return out
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Where a box of a tensor lies. offsets, sizes: the box, in elements; byte: of its first element in the file."""
@@ -232,19 +258,25 @@ class Fragment:
 def fragments(catalog: Catalog, name: str, state: str) -> list[Fragment]:
     """All fragments of one tensor, copies last."""
     out: list[Fragment] = []
+    who = holders.holders(catalog.files)
     again = [copy for copy in catalog.copies if (copy.name, copy.state) == (name, state)]
-    for tensor in (catalog.tensors[name, state], *again):
-        out += _fragments(catalog, tensor, copy=bool(out) and tensor is not catalog.tensors[name, state])
+    for k, tensor in enumerate((catalog.tensors[name, state], *again)):
+        out += _fragments(catalog, who, tensor, copy=k > 0)
     return out
 
 
-def _fragments(catalog: Catalog, tensor: LogicalTensor, copy: bool) -> Iterator[Fragment]:
+def _fragments(catalog: Catalog, who: holders.Holders, tensor: LogicalTensor, copy: bool) -> Iterator[Fragment]:
     b = tensor.blocks
     places = tensor.bases + b.starts * itemsize(tensor.dtype)
     for k in range(len(b)):
-        path = catalog.files[int(b.buffers[k])].path
+        file = int(b.buffers[k])
         yield Fragment(
-            holders.holder(path), path, int(places[k]), tuple(b.offsets[k].tolist()), tuple(b.sizes[k].tolist()), copy
+            who[file],
+            catalog.files[file].path,
+            int(places[k]),
+            tuple(b.offsets[k].tolist()),
+            tuple(b.sizes[k].tolist()),
+            copy,
         )
 
 

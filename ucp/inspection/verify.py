@@ -219,7 +219,8 @@ def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> N
 def _holders_of(catalog: Catalog, tensor: LogicalTensor, at: Sequence[int]) -> set[str]:
     b, place = tensor.blocks, np.array(at, np.int64)
     hit = np.all((b.offsets <= place) & (place < b.offsets + b.sizes), axis=1)
-    return {holders.holder(catalog.files[int(k)].path) for k in b.buffers[hit]}
+    who = holders.holders(catalog.files)
+    return {who[int(k)] for k in b.buffers[hit]}
 
 
 def _check_inside(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> None:
@@ -265,7 +266,7 @@ def _copies(opened: Checkpoint, notes: _Notes, advance: Callable[[int], None]) -
 
 
 def _first(opened: Checkpoint, tensor: LogicalTensor) -> str:
-    return holders.holder(opened.catalog.files[int(tensor.blocks.buffers[0])].path)
+    return holders.holders(opened.catalog.files)[int(tensor.blocks.buffers[0])]
 
 
 def _held_again(

@@ -74,19 +74,3 @@ def cut_text(shape: Shape, blocks: Blocks, holders: int) -> str:
     order = np.argsort(first)
     dense = np.all(first[order][1:] == (first + blocks.counts)[order][:-1])
     return f"{'flat ranges' if dense else f'{n} boxes'} {over}"
-
-
-def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (), indent: str = "  ") -> list[str]:
-    """Rows with their columns below each other; those numbered in ``right`` are set to the right."""
-    if not rows:
-        return []
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        (
-            indent
-            + "  ".join(
-                c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-        ).rstrip()
-        for row in rows
-    ]

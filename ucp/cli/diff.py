@@ -1,0 +1,94 @@
+"""``ucp diff``: how two checkpoints differ."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from ucp.cli import run, source
+from ucp.cli.output import Output
+
+HELP = "compare two checkpoints of any formats and layouts: names, shapes, types, values, training state"
+EXAMPLES = """\
+  ucp diff runs/llama universal                       0: the same to the bit; 1: they differ
+  ucp diff runs/llama --tag-a step100 runs/llama --tag-b step200 --state param
+  ucp diff before after --rtol 1e-5 --ignore-types    as two runs' states are compared
+"""
+SHOWN = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help=source.CHECKPOINT)
+    parser.add_argument("b", metavar="B", help="the same")
+    parser.add_argument("--tag-a", metavar="TAG", help="the checkpoint of A to take")
+    parser.add_argument("--tag-b", metavar="TAG", help="the checkpoint of B to take")
+    parser.add_argument("--param", action="append", default=[], metavar="GLOB", help="only these; may be repeated")
+    parser.add_argument("--state", action="append", default=[], metavar="NAME", help="only param, exp_avg, ...")
+    parser.add_argument("--atol", type=_tolerance, default=0.0, metavar="X", help="count as equal within X")
+    parser.add_argument("--rtol", type=_tolerance, default=0.0, metavar="X", help="and X times the larger value")
+    parser.add_argument("--ignore-types", action="store_true", help="compare values only, not their element types")
+    parser.add_argument("--tensors-only", action="store_true", help="leave out the training state")
+    parser.add_argument("--no-values", action="store_true", help="names, shapes, training state; read no tensor")
+    source.add_arguments(parser)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return value
+
+
+def command(args: argparse.Namespace) -> int:
+    from ucp.inspection import words
+    from ucp.inspection.difference import diff
+
+    out = Output(args)
+    with (
+        source.open_checkpoint(args, args.a, args.tag_a) as a,
+        source.open_checkpoint(args, args.b, args.tag_b) as b,
+        run.ProgressBar(args.quiet, "comparing") as bar,
+    ):
+        found = diff(
+            a,
+            b,
+            params=args.param,
+            states=args.state,
+            absolute=args.atol,
+            relative=args.rtol,
+            types=not args.ignore_types,
+            training_state=not args.tensors_only and not args.param and not args.state,
+            values=not args.no_values,
+            progress=bar,
+        )
+    code = run.DONE if found.same else run.NO
+    if out.result(found.as_json):
+        return code
+    counted = f"{found.compared} tensors compared ({words.bytes_text(found.bytes)}), {found.equal} equal to the bit"
+    (out.good if found.same else out.bad)(f"{'the same' if found.same else 'they differ'}: {counted}")
+    rows = [("only in A", name, "", "") for name in found.only_a]
+    rows += [("only in B", name, "", "") for name in found.only_b]
+    rows += [
+        ("shape", name, words.shape_text(ours), words.shape_text(theirs))
+        for name, (ours, theirs) in found.shapes.items()
+    ]
+    for t in sorted(found.tensors, key=lambda t: -t.absolute):
+        name = f"{t.name}:{t.state}"
+        if t.types_differ:
+            rows.append(("type", name, *t.dtypes))
+        if t.different:
+            at = "" if t.first is None else f", first at {list(t.first)}"
+            unlike = f", {t.unlike} finite on one side only" if t.unlike else ""
+            how = f"max abs {t.absolute:.3g}, max rel {t.relative:.3g}{unlike}"
+            label = "values" if t.beyond else "close"
+            rows.append((label, name, f"{t.different} of {t.elements} differ{at}", how))
+    rows += [("value", name, *values) for name, values in found.scalars.items()]
+    rows += [("training state", name, *values) for name, values in found.training_state.items()]
+    shown = rows[:SHOWN] if out.people else rows
+    out.table(("what", "of", "in A", "in B"), shown)
+    if len(shown) < len(rows):
+        out.note(f"  and {len(rows) - len(shown)} more (in a pipe, or with --json, all)")
+    return code

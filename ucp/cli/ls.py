@@ -1,0 +1,50 @@
+"""``ucp ls``: the checkpoints in a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+
+from ucp.cli import run
+from ucp.cli.output import Output
+
+HELP = "list the checkpoints in a folder: step, age, size, whole or not, and which one 'latest' means"
+EXAMPLES = """\
+  ucp ls runs/llama
+  ucp ls runs/llama --json | jq -r '.checkpoints[] | select(.whole) | .tag'
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a folder of checkpoints, or one checkpoint")
+
+
+def command(args: argparse.Namespace) -> int:
+    from ucp.inspection import words
+    from ucp.inspection.listing import listing
+
+    out = Output(args)
+    found = listing(args.folder)
+    if out.result(found.as_json):
+        return run.DONE
+    rows = [
+        (
+            entry.tag,
+            "" if entry.step is None else str(entry.step),
+            entry.format,
+            entry.layout or "",
+            words.age_text(entry.written),
+            words.bytes_text(entry.bytes),
+            "whole" if entry.whole else "damaged",
+            "latest" if entry.latest else "",
+        )
+        for entry in found.checkpoints
+    ]
+    out.table(("tag", "step", "format", "layout", "written", "size", "state", ""), rows, right=(1, 5))
+    for entry in found.checkpoints:
+        if entry.problem:
+            run.say(f"ucp ls: {entry.problem}")
+    if found.latest is not None and not any(entry.latest for entry in found.checkpoints):
+        run.say(f"ucp ls: 'latest' names '{found.latest}', which is not there")
+    for name in found.unfinished:
+        run.say(f"ucp ls: {name} is what a save or a conversion under way has written, or left when it died")
+    return run.DONE

@@ -1,0 +1,83 @@
+"""``ucp plan``: what a resume on another layout, or a conversion, would read and write."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ucp.cli import run, source
+from ucp.cli.output import Output
+
+if TYPE_CHECKING:
+    from ucp.inspection.planning import ResumePlan
+
+HELP = "say what a resume on another layout would read: bytes, files, memory and time, rank by rank"
+EXAMPLES = """\
+  ucp plan runs/llama --layout dp=64,zero=3
+  ucp plan runs/llama --layout dp=8,zero=1 --rank-bandwidth 2GB --storage-bandwidth 20GB
+  ucp plan runs/llama --layout dp=4,tp=2,zero=1 --spec llama --model-config config.json
+  ucp convert runs/llama out --dry-run        what a conversion would write
+"""
+SHOWN = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="SOURCE", help=source.CHECKPOINT)
+    parser.add_argument("--layout", required=True, metavar="L", help="ranks and ZeRO stage, such as dp=64,zero=3")
+    parser.add_argument("--rank-bandwidth", type=run.size, metavar="SIZE", help="bytes per second that a rank reads")
+    parser.add_argument("--storage-bandwidth", type=run.size, metavar="SIZE", help="bytes per second of all together")
+    parser.add_argument("--ranks-per-node", type=run.count, default=8, metavar="N", help="for the memory (default 8)")
+    parser.add_argument("--matrix", action="store_true", help="with --json: bytes from every source to every rank")
+    source.add_arguments(parser)
+
+
+def command(args: argparse.Namespace) -> int:
+    from ucp.parallel.mesh import parse_layout
+
+    layout = parse_layout(args.layout)
+    from ucp.inspection.planning import plan, spec_for
+
+    out = Output(args)
+    with source.open_checkpoint(args, args.checkpoint) as checkpoint:
+        bound = spec_for(checkpoint, layout, args.spec, args.model_config, run.sizes(args.set))
+        found = plan(
+            checkpoint,
+            layout,
+            bound=bound,
+            rank_bandwidth=args.rank_bandwidth,
+            storage_bandwidth=args.storage_bandwidth,
+            ranks_per_node=args.ranks_per_node,
+        )
+    if not out.result(lambda: found.as_json(args.matrix)):
+        _print(out, found, args.ranks_per_node)
+    return run.DONE
+
+
+def _print(out: Output, found: ResumePlan, per_node: int) -> None:
+    from ucp.inspection import words
+    from ucp.inspection.planning import balance
+
+    spread = balance(found.ranks)
+    facts = [
+        ("from", f"{found.path} ({found.source_layout}), {words.bytes_text(found.stored)} of tensors"),
+        ("to", f"{found.layout}, {len(found.ranks)} ranks"),
+        ("read", f"{words.bytes_text(found.bytes)} in all, from {found.files} files"),
+        (
+            "by a rank",
+            f"{words.bytes_text(spread['smallest'])} to {words.bytes_text(spread['largest'])}, "
+            f"{words.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
+        ),
+        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {per_node} ranks until all have read"),
+    ]
+    if found.seconds is not None:
+        limit = "the largest rank's reading" if found.bound_by == "rank" else "the storage's bandwidth"
+        facts.append(("time", f"{words.seconds_text(found.seconds)}, limited by {limit}"))
+    out.title(f"a resume on {found.layout}")
+    out.facts(facts)
+    shown = found.ranks[:SHOWN] if out.people else found.ranks
+    rows = [(f"rank {r.rank}", words.bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
+    if not out.people:
+        rows = [(f"rank {r.rank}", str(r.bytes), str(r.files), str(r.pieces)) for r in shown]
+    out.table(("rank", "reads", "files", "pieces"), rows, right=(1, 2, 3))
+    if len(shown) < len(found.ranks):
+        out.note(f"  and {len(found.ranks) - len(shown)} more ranks (in a pipe, or with --json, all)")

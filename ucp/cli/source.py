@@ -1,0 +1,32 @@
+"""The arguments that say which checkpoint is meant, and opening it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ucp.cli import run
+
+if TYPE_CHECKING:
+    from ucp.checkpoint import Checkpoint
+
+CHECKPOINT = "a checkpoint's folder, or a folder of them (then what 'latest' says)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options for opening a checkpoint."""
+    parser.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    parser.add_argument(
+        "--spec", metavar="SPEC", help="how tensor parallelism cuts it: a name in the catalogue or a file"
+    )
+    parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
+    run.add_sizes(parser)
+
+
+def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None) -> Checkpoint:
+    """Open ``path`` as the arguments say."""
+    import ucp
+
+    return ucp.open(
+        path, args.spec, args.tag if tag is None else tag, model_config=args.model_config, sizes=run.sizes(args.set)
+    )

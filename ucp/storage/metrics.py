@@ -1,0 +1,53 @@
+"""How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
+
+Every record is one object: ``schema``, ``what`` ('save' or 'load'), ``id`` (the same on all ranks), ``checkpoint`` (its
+folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes``, and ``seconds`` by stage. The file lies in
+the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "ucp-metrics.jsonl"
+SCHEMA = "ucp.metrics/1"
+
+log = logging.getLogger(__name__)
+
+
+def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Add a record. It is no part of any checkpoint: where it can't be written, a debug line says so, no more.
+
+    Ranks append to one file, each record by a single write, which the file system adds at the end.
+    """
+    line = json.dumps({"schema": SCHEMA, **record}, separators=(",", ":")) + "\n"
+    try:
+        fd = os.open(Path(folder, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(fd, line.encode("utf-8"))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.debug("%s: timings can't be written: %s", Path(folder, NAME), error.strerror or error)
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records, in the order in which they were written; lines that are none are left out."""
+    try:
+        text = Path(folder, NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    out = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("seconds"), dict):
+            out.append(record)
+    return out
