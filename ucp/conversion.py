@@ -32,12 +32,13 @@ from ucp.storage import locations
 from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
-from ucp.storage.locations import locate
+from ucp.storage.locations import is_remote, locate
 from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.team import Team
 from ucp.transfer.together import Writing, noted_bytes, write_following, write_leading
+from ucp.transfer.upload import check_upload, discard, upload, upload_files
 from ucp.transfer.windows import budget, check_files
 from ucp.transfer.write import Progress
 from ucp.version import version
@@ -143,7 +144,8 @@ def convert(
 
     source, tag, spec, model_config, sizes, trust_client_state: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
-        ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it.
+        ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it. A URL is written in one go, by this
+        process alone, the manifest last.
     to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp' or 'huggingface' (weights alone, as a model folder).
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
     virtual: 'universal' only: write a manifest that points into the source, which stays where it is.
@@ -167,7 +169,7 @@ def convert(
     untouched then.
     """
     started = time.monotonic()
-    destination = os.path.abspath(dest)
+    destination = str(locate(dest))
     if to not in _WRITERS:
         raise _unknown_target(to)
     parsed = parse_layout(layout) if isinstance(layout, str) else layout
@@ -195,8 +197,12 @@ def convert(
         needed = total + _manifest_bound(opened.catalog, total) + _SLACK
         identity = _identity(job)
         team = team or Team()
-        _check_replaced(Path(destination), job.source, overwrite)
-        if team.leads:
+        remote = is_remote(destination)
+        if remote:
+            _check_remote(destination, job, team, overwrite)
+        else:
+            _check_replaced(Path(destination), job.source, overwrite)
+        if team.leads and not remote:
             held = held_bytes(destination, identity) if resume else 0
             check_destination(destination, needed_bytes=needed - held, replace=overwrite)
         check_files(job.files)
@@ -213,6 +219,8 @@ def convert(
             )
             if dry_run:
                 log.debug("%s: nothing is written in a dry run", destination)
+            elif remote:
+                finished = _upload(writing, destination, job)
             elif not team.leads:
                 write_following(writing, part_folder(destination), team)
             else:
@@ -243,6 +251,39 @@ def convert(
         seconds=time.monotonic() - started,
         dry_run=dry_run,
     )
+
+
+def _check_remote(url: str, job: _Job, team: Team, overwrite: bool) -> None:
+    """Raise where a destination behind a URL cannot be written."""
+    if overwrite:
+        raise BadArgument(
+            f"{url}: behind a URL nothing is replaced; remove what is there, or choose another destination"
+        )
+    if team.processes > 1:
+        raise BadArgument(f"{url}: several processes share a local destination only; convert with one")
+    check_upload(url, job.files)
+
+
+def _upload(writing: Writing, url: str, job: _Job) -> dict[str, bytes]:
+    """Write everything behind a URL, the manifest last; what was written is removed where that fails."""
+    finished: dict[str, bytes] = {}
+    try:
+        found = upload_files(
+            writing.reader,
+            url,
+            job.files,
+            threads=writing.threads,
+            max_memory=writing.max_memory,
+            progress=writing.progress,
+        )
+        writing.check_source()
+        finished = job.finish(found)
+        for name, raw in finished.items():
+            upload(f"{url.rstrip('/')}/{name}", raw)
+    except BaseException:
+        discard(url, [*finished, *(file.name for file in job.files)])
+        raise
+    return finished
 
 
 # --- writers: one for each target format -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,14 @@ import pytest
 import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.test_write_native import raw_source
-from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint
+from ucp.errors import (
+    BadArgument,
+    DamagedCheckpoint,
+    DestinationError,
+    DigestMismatch,
+    NotACheckpoint,
+    Unsupported,
+)
 from ucp.storage import locations
 from ucp.storage.files import Files
 
@@ -139,6 +147,41 @@ def test_virtual_checkpoints_point_at_urls(bucket: str, made: tuple[Path, raw.Ra
     ucp.convert(f"{bucket}/pointed", tmp_path / "pointer", virtual=True)
     with ucp.open(tmp_path / "pointer") as pointer, ucp.open(root / "native") as local:
         assert all(pointer.read(*key).equal(local.read(*key)) for key in local.catalog.tensors)
+
+
+def test_converting_to_a_url(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
+    root, content = made
+    report = ucp.convert(root / "native", f"{bucket}/written", workers=2)
+    assert report.destination == f"{bucket}/written"
+    with ucp.open(f"{bucket}/written") as remote, ucp.open(root / "native") as local:
+        assert all(remote.read(*key).equal(local.read(*key)) for key in local.catalog.tensors)
+        assert remote.verify() > 0
+    ucp.convert(root / "native", tmp_path / "beside")
+    for file in (tmp_path / "beside").iterdir():
+        if file.suffix == ".safetensors":
+            assert locations.read(f"{bucket}/written/{file.name}") == file.read_bytes()
+    with pytest.raises(DestinationError, match="s3://runs/written: the destination exists already"):
+        ucp.convert(root / "native", f"{bucket}/written")
+    with pytest.raises(BadArgument, match="behind a URL nothing is replaced"):
+        ucp.convert(root / "native", f"{bucket}/written", overwrite=True)
+    with pytest.raises(Unsupported, match=r"'.*\.pt' is a zip archive, which cannot be written as a stream"):
+        ucp.convert(root / "native", f"{bucket}/zipped", "deepspeed", "dp=2,zero=2")
+    assert not locations.exists(f"{bucket}/zipped")
+    assert content.catalog.tensors
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind_the_url(
+    bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path
+) -> None:
+    """A chunk of the source is damaged: it is noticed after other files are written."""
+    root, _ = made
+    damaged = tmp_path / "damaged"
+    shutil.copytree(root / "universal", damaged)
+    states = next(damaged.glob("optimizer.exp_avg_sq*.safetensors"))
+    raw.flip(states, states.stat().st_size - 1, 1)
+    with pytest.raises(DigestMismatch):
+        ucp.convert(damaged, f"{bucket}/failed")
+    assert not locations.exists(f"{bucket}/failed")
 
 
 def test_what_is_wrong_behind_a_url_is_told(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders by path or by URL: what readers need of them, wherever they lie.
+"""Files and folders by path or by URL: what is needed of them, wherever they lie.
 
 A local location is a `Path`. A URL of any file system that fsspec knows (``s3://``, ``gs://``, ``hf://``) is a `UPath`
 of the universal-pathlib package, which joins and splits names in the same way; its files are only touched here, so that
@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -140,6 +140,38 @@ def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes:
     """The bytes ``[start, stop)`` of a remote file; fewer where it ends before. Raises OSError."""
     fs, name = _filesystem(path)
     return bytes(attempted(path, lambda: fs.cat_file(name, start=start, end=stop)))
+
+
+def write(url: str | os.PathLike[str], raw: bytes) -> None:
+    """Write a small file behind a URL in one request: a reader finds the old content or the new. Raises OSError."""
+    fs, name = _filesystem(url)
+    attempted(url, lambda: fs.pipe_file(name, raw))
+
+
+def remove(url: str | os.PathLike[str]) -> None:
+    """Remove a file behind a URL. Raises OSError."""
+    fs, name = _filesystem(url)
+    attempted(url, lambda: fs.rm_file(name))
+
+
+@contextmanager
+def created(url: str | os.PathLike[str], part: int) -> Iterator[Any]:
+    """A stream into a new file behind a URL, sent in parts of so many bytes; where the block raises, there is no file.
+
+    Raises OSError.
+    """
+    fs, name = _filesystem(url)
+    stream = attempted(url, lambda: fs.open(name, "wb", block_size=part))
+    with translated(url):
+        try:
+            yield stream
+        except BaseException:
+            with suppress(Exception):
+                stream.discard()
+            # A file object that was given up must not complete the upload when it is collected.
+            stream.closed = True
+            raise
+        stream.close()
 
 
 def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:

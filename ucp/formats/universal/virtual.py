@@ -92,7 +92,7 @@ def plan(catalog: Catalog) -> Plan:
 def _pointer(path: str, folder: str) -> str:
     """How the manifest names a file outside: relative where both share a folder below the root, so that they may move
     together; absolute otherwise, and a URL as it is."""
-    if locations.is_remote(path):
+    if locations.is_remote(path) or locations.is_remote(folder):
         return path
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([path, folder]) == os.sep:

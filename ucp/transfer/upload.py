@@ -1,0 +1,132 @@
+"""Write planned files behind a URL: each is one stream, gathered window by window and digested on its way.
+
+Object stores have no rename and no writing in the middle. So a checkpoint is there once its manifest is, which the
+caller writes last; and files whose parts are known only in the end (zip archives with their CRCs) cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+
+from ucp.errors import DestinationError, Unsupported
+from ucp.storage import locations
+from ucp.storage.digests import ChunkDigests, digest_chunks
+from ucp.transfer.gather import Reader, execute
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.windows import MARGIN, Work, budget, windows
+from ucp.transfer.write import Progress
+
+# Bytes of each part of a multipart upload.
+PART = 16 << 20
+
+
+def check_upload(url: str, files: Sequence[TargetFile]) -> None:
+    """Raise DestinationError where there is something at the URL already, or it cannot be reached; Unsupported for
+    files that cannot be written as a stream."""
+    for file in files:
+        if file.crc32_entries:
+            raise Unsupported(
+                f"{url}: '{file.name}' is a zip archive, which cannot be written as a stream; convert into a local "
+                "folder and copy that"
+            )
+    try:
+        taken = locations.exists(url)
+    except OSError as error:
+        raise DestinationError(f"{url}: cannot be reached: {error.strerror or error}") from error
+    if taken:
+        raise DestinationError(
+            f"{url}: the destination exists already; choose another or remove it (behind a URL nothing is replaced)"
+        )
+
+
+def upload_files(
+    reader: Reader,
+    url: str,
+    files: Sequence[TargetFile],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, ChunkDigests]:
+    """Write the files below the URL, several at a time; returns their chunks' digests by name.
+
+    threads, max_memory, progress: as for `ucp.transfer.write.write_share`; beside its window, a file under way holds
+    two parts of `PART` bytes. Raises DestinationError, and what reading the source raises; `discard` removes what is
+    there then.
+    """
+    workers, window = budget(threads, max_memory)
+    if max_memory is not None:
+        workers = max(1, min(workers, max_memory // (window + 2 * PART)))
+    total, done = sum(file.size for file in files), 0
+    stop = threading.Event()
+    lock = threading.Lock()
+
+    def one(file: TargetFile) -> tuple[str, ChunkDigests]:
+        nonlocal done
+        buffer = np.empty(window + 2 * MARGIN, np.uint8)
+        table = bytearray()
+        with _stream(f"{url.rstrip('/')}/{file.name}") as write:
+            for start, work in windows(file, window, 0, file.size):
+                if stop.is_set():
+                    raise DestinationError(f"{url}: given up, since another of its files failed")
+                size = min(window, file.size - start)
+                filled = _fill(reader, work, start, size, buffer)
+                table += digest_chunks(filled)
+                write(filled)
+                with lock:
+                    done += size
+                    if progress is not None:
+                        progress(done, total)
+        return file.name, ChunkDigests(file.size, bytes(table))
+
+    with ThreadPoolExecutor(workers, "ucp-upload") as pool:
+        futures = [pool.submit(one, file) for file in files]
+        try:
+            return dict(future.result() for future in as_completed(futures))
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            first = next((e for f in futures if not f.cancelled() and (e := f.exception()) is not None), None)
+            if first is not None:
+                raise first from None
+            raise
+
+
+def upload(url: str, raw: bytes) -> None:
+    """Write a small file in one request. Raises DestinationError."""
+    try:
+        locations.write(url, raw)
+    except OSError as error:
+        raise DestinationError(f"{url}: cannot be written: {error.strerror or error}") from error
+
+
+def discard(url: str, names: Iterable[str]) -> None:
+    """Remove these files below the URL, as far as that is possible."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            locations.remove(f"{url.rstrip('/')}/{name}")
+
+
+def _fill(reader: Reader, work: Work, start: int, size: int, buffer: np.ndarray) -> memoryview:
+    if not work.fills(size):
+        buffer[:] = 0
+    for offset, raw in work.literals:
+        at = offset - start + MARGIN
+        buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
+    execute(reader, work.copies, [buffer])
+    return memoryview(buffer.data)[MARGIN : MARGIN + size]
+
+
+@contextlib.contextmanager
+def _stream(url: str) -> Iterator[Callable[[memoryview], object]]:
+    """A function that appends bytes to a new file, which exists once the block ends without an exception."""
+    try:
+        with locations.created(url, PART) as stream:
+            yield stream.write
+    except OSError as error:
+        raise DestinationError(f"{url}: cannot be written: {error.strerror or error}") from error
