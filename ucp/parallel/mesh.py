@@ -39,9 +39,11 @@ class Coordinate(NamedTuple):
 
     tp: int = 0
     pp: int = 0
+    ep: int = 0
 
     def __str__(self) -> str:
-        return f"tp rank {self.tp}" + (f" of pipeline stage {self.pp}" if self.pp else "")
+        of_stage = f" of pipeline stage {self.pp}" if self.pp else ""
+        return f"tp rank {self.tp}{of_stage}" + (f" with the experts of rank {self.ep}" if self.ep else "")
 
 
 def parse_layout(text: str) -> Layout:

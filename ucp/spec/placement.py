@@ -94,11 +94,11 @@ def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDA
     """For every local tensor and each of its places, which of the boxes no earlier coordinate holds.
 
     What several parts hold in common is read from the first of them and written by it; coordinates count by stage, then
-    by tensor-parallel rank.
+    by tensor-parallel rank, then by expert-parallel rank.
     """
     seen: dict[str, set[tuple[int, ...]]] = {}
     out: dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]] = {}
-    for key in sorted(placements, key=lambda key: (key[0].pp, key[0].tp)):
+    for key in sorted(placements, key=lambda key: (key[0].pp, key[0].tp, key[0].ep)):
         masks = []
         for placed in placements[key]:
             known, blocks = seen.setdefault(placed.name, set()), placed.blocks

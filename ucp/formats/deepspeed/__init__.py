@@ -18,6 +18,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
 from ucp.formats.deepspeed.assemble import assemble, check_copies
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.experts import find_experts
 from ucp.formats.deepspeed.layers import with_modules
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.formats.deepspeed.part import Part, open_models, read_part
@@ -71,13 +72,16 @@ def read(
     parts: dict[Coordinate, Part] = {}
     for folder in found:
         stage, slice_ = divmod(folder.mp, tp)
-        builder = Builder(files, paths, sources)
-        parts[Coordinate(slice_, stage)] = read_part(folder, models[folder.mp], builder, param_names)
+        experts = find_experts(folder, models[folder.mp][0], len(found))
+        for rank, held in experts.parts(folder, models[folder.mp]).items():
+            builder = Builder(files, paths, sources)
+            parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
     same = {part.model.path: part for part in parts.values()}
     for key in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
         same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
     zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
-    layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, zero=zero)
+    ep = max(part.ep for part in parts.values())
+    layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, ep=ep, zero=zero)
     parameters, tensors, copies, state = assemble(parts, _placement(first, parts, layout, choice))
     catalog = Catalog(
         format=NAME,

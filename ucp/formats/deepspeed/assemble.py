@@ -16,6 +16,7 @@ from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.formats.deepspeed.part import Part
 from ucp.geometry import Blocks, compose, concat, intersect
 from ucp.parallel.mesh import Coordinate
+from ucp.spec.experts import ordered
 from ucp.spec.placement import Placed, Placements, held_first
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
@@ -111,7 +112,7 @@ def _state(parts: Mapping[Coordinate, Part], placements: Placements) -> Training
             )
         for group, into in zip(groups, names, strict=True):
             into.update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
-    joined = (ParamGroup(tuple(n), g.options) for n, g in zip(names, first.param_groups, strict=True))
+    joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, first.param_groups, strict=True))
     return replace(first, param_groups=tuple(joined))
 
 

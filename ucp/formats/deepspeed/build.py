@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.geometry import Blocks, Shape, box, empty, numel
+from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
+from ucp.spec.placement import Placed
 from ucp.storage import locations
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
@@ -80,6 +81,31 @@ class Builder:
         self.parameters[name] = ParameterInfo(name, shape, states, kind, dict(scalars or {}), tuple(aliases))
         for t in tensors:
             self.tensors[name, t.state] = t
+
+    def add_placed(
+        self,
+        placed: Placed,
+        kind: str,
+        tensors: Sequence[LogicalTensor],
+        scalars: Mapping[str, Scalar],
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Enter a rank's tensors as their part of the whole model's; raises DamagedCheckpoint where parts differ."""
+        lifted = []
+        for tensor in tensors:
+            blocks, index = compose(tensor.blocks, placed.blocks, tensor.shape, placed.shape)
+            found = LogicalTensor(placed.name, tensor.state, placed.shape, tensor.dtype, blocks, tensor.bases[index])
+            known = self.tensors.get((placed.name, tensor.state))
+            if known is not None:
+                if known.dtype != tensor.dtype or self.parameters[placed.name].scalars != scalars:
+                    raise DamagedCheckpoint(
+                        f"'{placed.name}' ({tensor.state}) has another element type or step on different ranks; files "
+                        "of two runs are mixed"
+                    )
+                blocks, bases = concat((known.blocks, blocks), len(placed.shape)), [known.bases, found.bases]
+                found = replace(found, blocks=blocks, bases=np.concatenate(bases))
+            lifted.append(found)
+        self.add(placed.name, kind, lifted, scalars, aliases)
 
     def bits(self, path: str, at: int, count: int, dtype: str) -> NDArray[Any]:
         """``count`` elements from byte ``at`` of a file, as unsigned integers."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from ucp.storage import locations, torchfile
 _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _OPTIM = re.compile(r"^(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 _PIPELINE = re.compile(r"^layer_\d+(-model_\d+)?-model_states\.pt$")
-_EXPERT = re.compile(
-    r"^(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$|^expp_rank_\d+_mp_rank_\d+_optim_states\.pt$"
-)
+_EXPERT = re.compile(r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt$")
+_EXPERT_OPTIM = re.compile(r"^expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Folder:
     """The files of one model-parallel rank, by data-parallel rank.
 
     mp: its number in the files' names. model: one file at stages 0 to 2 (key 0), one per rank at stage 3.
+    experts: the weights of one expert each, by layer and the expert's number in it. expert_optim: stage 0's optimizer
+    files, by expert-parallel rank.
     """
 
     path: Path
@@ -34,6 +35,8 @@ class Folder:
     model: Mapping[int, Path]
     optim: Mapping[int, Path]
     bf16: bool
+    experts: Mapping[tuple[int, int], Path] = field(default_factory=dict)
+    expert_optim: Mapping[int, Path] = field(default_factory=dict)
 
     @property
     def partitioned_model(self) -> bool:
@@ -69,10 +72,18 @@ def scan(path: Path) -> list[Folder]:
     whole: dict[int, Path] = {}
     parts: dict[int, dict[int, Path]] = {}
     optim: dict[int, dict[int, Path]] = {}
+    experts: dict[int, dict[tuple[int, int], Path]] = {}
+    expert_optim: dict[int, dict[int, Path]] = {}
     prefixes: set[bool] = set()
     for name in locations.names(path):
-        if _EXPERT.match(name):
-            raise Unsupported(f"{path}: '{name}' was written by expert parallelism, which is not supported yet")
+        if expert := _EXPERT.match(name):
+            if expert["layer"] is None:
+                raise Unsupported(
+                    f"{path}: '{name}' is of DeepSpeed before 0.5, whose experts' files are not supported"
+                )
+            experts.setdefault(int(expert["mp"]), {})[int(expert["layer"]), int(expert["expert"])] = path / name
+        elif expert := _EXPERT_OPTIM.match(name):
+            expert_optim.setdefault(int(expert["mp"]), {})[int(expert["ep"])] = path / name
         model, opt = _MODEL.match(name), _OPTIM.match(name)
         found = model or opt
         if not found:
@@ -103,7 +114,12 @@ def scan(path: Path) -> list[Folder]:
             f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost[0]} "
             f"('*mp_rank_{lost[0]:02d}_model_states.pt'); the checkpoint is incomplete"
         )
-    return [Folder(path, mp, models[mp], optim.get(mp, {}), prefixes == {True}) for mp in ranks]
+    return [
+        Folder(
+            path, mp, models[mp], optim.get(mp, {}), prefixes == {True}, experts.get(mp, {}), expert_optim.get(mp, {})
+        )
+        for mp in ranks
+    ]
 
 
 def load(path: Path, trust: bool) -> dict[str, Any]:

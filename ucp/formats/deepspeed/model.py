@@ -36,6 +36,8 @@ OWN_KEYS = frozenset(
         "ds_version",
         "universal_checkpoint_info",
         "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
     ]
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,21 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
 from ucp.formats.deepspeed import mixed, stage0, stage3, stage12
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.experts import ExpertFiles
 from ucp.formats.deepspeed.model import ModelFile, tied_by_storage
-from ucp.parallel.zero import undo_round_robin
 from ucp.storage.values import Standin
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was read. model: the first data-parallel rank's model file; parameters, tensors: local names and shapes."""
+    """What was read. model: the first data-parallel rank's model file; parameters, tensors: local names and shapes.
+
+    Experts are the exception: they have the whole model's names and shapes. ep: over how many ranks they are spread.
+    """
 
     model: ModelFile
     dp: int
+    ep: int
     zero: int
     parameters: Mapping[str, ParameterInfo]
     tensors: Mapping[tuple[str, str], LogicalTensor]
@@ -45,6 +49,7 @@ def read_part(
     models: Mapping[int, ModelFile],
     builder: Builder,
     param_names: Sequence[Sequence[str]] | None,
+    experts: ExpertFiles,
 ) -> Part:
     """Read one model-parallel rank's files. Arguments and errors as for `ucp.formats.deepspeed.read`."""
     path, model = folder.path, models[0]
@@ -77,13 +82,13 @@ def read_part(
             groups = stage3.read(builder, optim, model.param_shapes, aliases)
             stage3.read_frozen(builder, models, aliases)
         else:
-            groups = stage12.read(builder, optim, model.param_shapes, aliases, _offloads_optimizer(model))
+            facts = stage12.Facts(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
+            groups = stage12.read(builder, optim, model.param_shapes, aliases, facts)
             mixed.check(builder, module)
-            if _is_round_robin(model, first_state):
-                # The files list parameters as the flat buffer has them; a group's order is the optimizer's.
-                groups = [replace(g, names=tuple(undo_round_robin(g.names, dp))) for g in groups]
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
+        if param_names is not None:  # the caller knows all experts, this part has its rank's
+            param_names = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
         groups = stage0.read(builder, model, candidates, aliases, param_names)
         first_state = model.raw["optimizer"]
     else:
@@ -93,8 +98,9 @@ def read_part(
             continue
         kind = "buffer" if name in buffers else "frozen"
         builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+    experts.enter_frozen(builder)
     state = _training_state(model, groups, first_state, dp)
-    return Part(model, dp, stage, builder.parameters, builder.tensors, state)
+    return Part(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
 
 
 def _refuse_unsupported(model: ModelFile) -> None:

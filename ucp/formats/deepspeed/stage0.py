@@ -29,6 +29,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.build import Builder, Scalar, options_of, rounds_to, split_state
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.geometry import Shape, numel
+from ucp.spec.experts import expert_of
 from ucp.storage.dtypes import itemsize
 from ucp.storage.values import TensorRef, contiguous_strides
 
@@ -64,16 +65,17 @@ def read(
     if not isinstance(inner, Mapping) or "param_groups" not in inner:
         raise Unsupported(f"{model.path}: 'optimizer' is in a form that is not understood; it has {sorted(saved)}")
     groups = inner["param_groups"]
+    pools = _pools(trainable, groups)
     recorded = [g.get("param_names") for g in groups]
     if all(recorded):
         names = recorded
     elif names is not None and not (len(names) == len(groups) and all(n in trainable for g in names for n in g)):
         names = None  # an engine may well have other groups than the source had
     if "fp32_groups_flat" in saved:
-        named = _flat(builder, model, inner, saved["fp32_groups_flat"], trainable, names)
+        named = _flat(builder, model, inner, saved["fp32_groups_flat"], pools, names)
     else:
         slots = _slots(builder, model, inner, saved.get("fp32_groups"))
-        named = _name(builder, model, slots, trainable, names, [len(g["params"]) for g in groups])
+        named = _name(builder, model, slots, pools, names, [len(g["params"]) for g in groups])
     members: list[list[str]] = [[] for _ in groups]
     common = _common_steps(groups, [slot for _, slot in named])
     for name, slot in named:
@@ -90,6 +92,16 @@ def read(
         ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
         for m, g in zip(members, groups, strict=True)
     ]
+
+
+def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, TensorRef]]:
+    """The candidates of each param group: experts for those that are marked as experts', all others for the rest."""
+    if not any(group.get("moe") for group in groups):
+        return [trainable] * len(groups)
+    kinds: dict[bool, dict[str, TensorRef]] = {False: {}, True: {}}
+    for name, ref in trainable.items():
+        kinds[expert_of(name) is not None][name] = ref
+    return [kinds[bool(group.get("moe"))] for group in groups]
 
 
 def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_Slot]) -> dict[int, Scalar]:
@@ -144,27 +156,29 @@ def _name(
     builder: Builder,
     model: ModelFile,
     slots: list[_Slot],
-    trainable: Mapping[str, TensorRef],
+    pools: Sequence[Mapping[str, TensorRef]],
     names: Sequence[Sequence[str]] | None,
     counts: list[int],
 ) -> list[tuple[str, _Slot]]:
+    every = {name: ref for pool in pools for name, ref in pool.items()}
     if names is not None and [len(g) for g in names] == counts:
         pairs = list(zip((n for g in names for n in g), slots, strict=True))
-        if all(_fits(builder, slot, trainable[name]) for name, slot in pairs):
+        if all(_fits(builder, slot, every[name]) for name, slot in pairs):
             return pairs
     if all(s.shape is None for s in slots):  # no states at all: only the groups are to be told
-        if len(counts) == 1 and counts[0] == len(trainable):
-            return list(zip(trainable, slots, strict=True))
-        raise _undecided(model, list(trainable))
-    by_shape: dict[Shape | None, list[int]] = defaultdict(list)
+        if len(set(map(id, pools))) == len(pools) and counts == [len(pool) for pool in pools]:
+            return list(zip((name for pool in pools for name in pool), slots, strict=True))
+        raise _undecided(model, list(every))
+    alike: dict[tuple[int, Shape | None], list[int]] = defaultdict(list)
     for i, slot in enumerate(slots):
-        by_shape[slot.shape].append(i)
-    if None in by_shape:
-        raise _undecided(model, list(trainable))
+        if slot.shape is None:
+            raise _undecided(model, list(every))
+        alike[id(pools[slot.group]), slot.shape].append(i)
     found: dict[int, str] = {}
-    for shape, members in by_shape.items():
-        candidates = [n for n, ref in trainable.items() if ref.shape == shape]
-        found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, trainable))
+    for (_, shape), members in alike.items():
+        pool = pools[slots[members[0]].group]
+        candidates = [n for n, ref in pool.items() if ref.shape == shape]
+        found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, pool))
     return [(found[i], slot) for i, slot in enumerate(slots)]
 
 
@@ -218,19 +232,20 @@ def _flat(
     model: ModelFile,
     inner: Mapping[str, Any],
     masters: Sequence[TensorRef],
-    trainable: Mapping[str, TensorRef],
+    pools: Sequence[Mapping[str, TensorRef]],
     names: Sequence[Sequence[str]] | None,
 ) -> list[tuple[str, _Slot]]:
     """One flat master per group: parameters end to end, recognised one after the other by their values."""
     out: list[tuple[str, _Slot]] = []
-    left = list(trainable)
+    taken: set[str] = set()
     for g, flat in enumerate(masters):
+        trainable = pools[g]
         number = inner["param_groups"][g]["params"][0]
         state = split_state(builder, model.path, f"group {g}", inner["state"].get(number, {}), (flat.numel,))
         at = 0
         expected = list(names[g]) if names is not None else []
         while at < flat.numel:
-            hits = [n for n in left if _lies_at(builder, flat, at, trainable[n])]
+            hits = [n for n, ref in trainable.items() if n not in taken and _lies_at(builder, flat, at, ref)]
             name = expected.pop(0) if expected else None
             if name not in hits:
                 expected = []
@@ -239,14 +254,14 @@ def _flat(
                         f"{model.path}: no weight of the module equals the rounded master at element {at} of flat "
                         f"group {g}"
                     )
-                if len(hits) > 1 and len(masters) > 1:
+                if len(hits) > 1 and sum(pool is trainable for pool in pools) > 1:
                     raise _undecided(model, hits)
                 name = hits[0]
             shape = trainable[name].shape
             tensors = {k: _slice(v, at, shape) for k, v in state.tensors.items()}
             out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, state.scalars)))
             at += numel(shape)
-            left.remove(name)
+            taken.add(name)
     return out
 
 

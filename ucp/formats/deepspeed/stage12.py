@@ -9,7 +9,7 @@ are saved without the padding at their end, everything else with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,24 @@ from ucp.formats.deepspeed.build import (
     same_on_all_ranks,
     split_state,
 )
+from ucp.formats.deepspeed.experts import ExpertFiles
 from ucp.geometry import Blocks, Shape, numel, whole
-from ucp.parallel.zero import flat_offsets, flat_partition
+from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
+from ucp.spec.experts import ordered
 from ucp.storage.values import TensorRef
 
 MOMENTUM = "momentum_buffer"
 MASTERS = "single_partition_of_fp32_groups"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What other files say of the optimizer's. offloaded: its states were kept on the host (``offload_optimizer``).
+    round_robin: ``param_shapes`` has a group's parameters in that order, which is not the optimizer's."""
+
+    offloaded: bool
+    round_robin: bool
+    experts: ExpertFiles
 
 
 def read(
@@ -38,55 +50,73 @@ def read(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
     groups: list[dict[str, Shape]],
     aliases: Mapping[str, list[str]],
-    offloaded: bool,
+    facts: Facts,
 ) -> list[ParamGroup]:
-    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``; offloaded: the
-    optimizer's states were kept on the host (``offload_optimizer``)."""
-    dp = len(optim)
-    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
+    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``."""
+    for path, sd in optim.values():
+        found = len(flat_refs(path, MASTERS, sd.get(MASTERS)))
+        if found != len(groups):
+            raise DamagedCheckpoint(
+                f"{path}: holds {found} param groups, but the model file describes {len(groups)}; files of two runs "
+                "are mixed"
+            )
     out: list[ParamGroup] = []
-    for r, (path, _) in optim.items():
-        if len(masters[r]) != len(groups):
-            raise DamagedCheckpoint(
-                f"{path}: holds {len(masters[r])} param groups, but the model file describes {len(groups)}; files of "
-                "two runs are mixed"
-            )
     for g, shapes in enumerate(groups):
-        padding = {r: _padding(sd, g) for r, (_, sd) in optim.items()}
-        sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
-        if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
-            sizes = {r: masters[r][g].shape[0] for r in optim}
-        size = same_on_all_ranks(f"the partition size of group {g}", {optim[r][0]: sizes[r] for r in optim})
-        _check_count(optim, g, dp)
-        between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(sd, g) for p, sd in optim.values()})
-        offsets, total = flat_offsets([numel(s) for s in shapes.values()], between)
-        if not total <= size * dp < total + max(size, 1) + 2 * dp * dp:
-            raise DamagedCheckpoint(
-                f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
-                f"need {total}; files of two runs are mixed"
-            )
-        cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
-        momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, offloaded) else None
-        held = {
-            r: (
-                path,
-                _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None),
-            )
-            for r, (path, sd) in optim.items()
-        }
-        states, scalars = join_states(f"group {g}", held)
-        by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
-        for name, shape in shapes.items():
-            tensors = []
-            for state, refs in by_rank.items():
-                cut = momentum.blocks[name] if momentum and state == MOMENTUM else cuts[name]
-                tensors.append(builder.pieces(name, state, shape, cut, refs))
-            builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+        names: list[str] = []
+        for rank, share in enumerate(facts.experts.shares(optim, g, shapes)):
+            _read_group(builder, share, g, shapes, rank, aliases, facts)
+            order = undo_round_robin(list(shapes), len(share)) if facts.round_robin else list(shapes)
+            names += [facts.experts.experts.place(n, shapes[n], rank).name for n in order]
         options = same_on_all_ranks(f"the param group {g}", {p: _options(sd, g) for p, sd in optim.values()})
         if options and "step" in options:
-            _step_into_scalars(builder, shapes, options.pop("step"))
-        out.append(ParamGroup(tuple(shapes), options))
+            _step_into_scalars(builder, names, options.pop("step"))
+        out.append(ParamGroup(tuple(ordered(dict.fromkeys(names))), options))
     return out
+
+
+def _read_group(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    g: int,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    aliases: Mapping[str, list[str]],
+    facts: Facts,
+) -> None:
+    """Enter the parameters of one flat buffer, which is cut over these files; rank: the expert-parallel one."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
+    padding = {r: _padding(sd, g) for r, (_, sd) in optim.items()}
+    sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
+    if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
+        sizes = {r: masters[r][g].shape[0] for r in optim}
+    size = same_on_all_ranks(f"the partition size of group {g}", {optim[r][0]: sizes[r] for r in optim})
+    _check_count(optim, g, dp)
+    between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(sd, g) for p, sd in optim.values()})
+    offsets, total = flat_offsets([numel(s) for s in shapes.values()], between)
+    if not total <= size * dp < total + max(size, 1) + 2 * dp * dp:
+        raise DamagedCheckpoint(
+            f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
+            f"need {total}; files of two runs are mixed"
+        )
+    cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
+    momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, facts.offloaded) else None
+    held = {
+        r: (
+            path,
+            _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None),
+        )
+        for r, (path, sd) in optim.items()
+    }
+    states, scalars = join_states(f"group {g}", held)
+    by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
+    for name, shape in shapes.items():
+        tensors = []
+        for state, refs in by_rank.items():
+            cut = momentum.blocks[name] if momentum and state == MOMENTUM else cuts[name]
+            tensors.append(builder.pieces(name, state, shape, cut, refs))
+        placed = facts.experts.experts.place(name, shape, rank)
+        builder.add_placed(placed, "parameter", tensors, scalars, aliases.get(name, ()))
 
 
 @dataclass(frozen=True)
@@ -170,7 +200,7 @@ def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
     return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
 
 
-def _step_into_scalars(builder: Builder, names: Mapping[str, Shape], step: Any) -> None:
+def _step_into_scalars(builder: Builder, names: Iterable[str], step: Any) -> None:
     """FusedAdam and DeepSpeedCPUAdam (once it was loaded) count steps in the param group: one count per parameter."""
     for name in names:
         info = builder.parameters[name]

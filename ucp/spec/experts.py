@@ -1,0 +1,111 @@
+"""Which experts an expert-parallel rank holds, what they are called in the whole model, and where a rank's tensors lie.
+
+Expert parallelism is a grouping of the data-parallel ranks: the ranks of one expert-parallel rank hold the same experts
+and cut them by ZeRO among themselves alone, while everything else is cut over all data-parallel ranks
+(``utils/groups.py: _create_expert_and_data_parallel``).
+
+DeepSpeed's own layers (``moe/experts.py``) keep a list of experts, each under its number on the rank, so that names are
+the same on all ranks. In the whole model an expert has its number among all, which is also the one in its file's name:
+rank * (experts of a rank) + the number on the rank (``runtime/engine.py: _save_moe_checkpoint``).
+
+AutoEP (``module_inject/auto_ep_layer.py``) stacks a rank's experts: their tensors ``w1``, ``w2``, ``w3`` are parts of
+the whole model's along the first axis, of the experts that the layer's placement gives to the rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ucp.geometry import Shape, box, concat, numel, whole
+from ucp.spec.placement import Placed
+
+_EXPERT = re.compile(r"^((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts)\.(\d+)\.(.+)$")
+
+
+class Expert(NamedTuple):
+    """The parts of the name of a tensor of one of DeepSpeed's own experts. layer: the name of the list of experts."""
+
+    layer: str
+    number: int
+    rest: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.number}.{self.rest}"
+
+
+def expert_of(name: str) -> Expert | None:
+    """The expert that a tensor of this name belongs to, if it is one of DeepSpeed's own layers'."""
+    found = _EXPERT.match(name)
+    return Expert(found[1], int(found[2]), found[3]) if found else None
+
+
+def counts(names: Iterable[str]) -> dict[str, int]:
+    """How many experts each layer has among these names."""
+    out: dict[str, int] = {}
+    for name in names:
+        expert = expert_of(name)
+        if expert:
+            out[expert.layer] = max(out.get(expert.layer, 0), expert.number + 1)
+    return out
+
+
+def holders(rank: int, dp: int, ep: int, data_first: bool) -> range:
+    """The data-parallel ranks that hold the experts of an expert-parallel rank, in the order in which ZeRO cuts them.
+
+    data_first: ``use_data_before_expert_parallelism``: neighbours hold the same experts, else every ep-th rank does.
+    """
+    return range(rank * (dp // ep), (rank + 1) * (dp // ep)) if data_first else range(rank, dp, ep)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model, and how expert-parallel ranks share them.
+
+    held: layer -> how many of its experts each rank holds. stacks: tensor -> the experts that each rank's rows are.
+    """
+
+    held: Mapping[str, int] = field(default_factory=dict)
+    stacks: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether ranks hold different tensors under this local name."""
+        return name in self.stacks or expert_of(name) is not None
+
+    def place(self, name: str, shape: Shape, rank: int) -> Placed:
+        """Where a rank's tensor of this local name and shape lies in the whole model's."""
+        if name in self.stacks:
+            return _stacked(name, shape, self.stacks[name], rank)
+        expert = expert_of(name)
+        if expert:
+            name = expert._replace(number=expert.number + rank * self.held.get(expert.layer, 0)).name
+        return Placed(name, shape, whole(shape))
+
+
+def _stacked(name: str, shape: Shape, stack: Sequence[Sequence[int]], rank: int) -> Placed:
+    count = 1 + max(number for numbers in stack for number in numbers)
+    row = shape[1:]
+    rows = (box([e, *[0] * len(row)], (1, *row), i * numel(row)) for i, e in enumerate(stack[rank]) if numel(row))
+    return Placed(name, (count, *row), concat(rows, len(shape)))
+
+
+def ordered(names: Collection[str]) -> list[str]:
+    """These names in the order of a rank that holds every expert: a layer's experts follow each other by number.
+
+    Names of other tensors, and what is in an expert, keep their order.
+    """
+    layers: dict[str, int] = {}
+    rests: dict[tuple[str, str], int] = {}
+    keyed = []
+    for index, name in enumerate(names):
+        expert = expert_of(name)
+        if expert is None:
+            keyed.append(((index, 0, 0), name))
+            continue
+        first = layers.setdefault(expert.layer, index)
+        rest = rests.setdefault((expert.layer, expert.rest), len(rests))
+        keyed.append(((first, expert.number, rest), name))
+    return [name for _, name in sorted(keyed)]
