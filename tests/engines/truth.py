@@ -104,7 +104,7 @@ def gather(engine: Any, group: Any = None) -> Truth | None:
     if len({weights_print for _, _, weights_print in everyone}) != 1:
         raise ValueError("the module's weights differ from rank to rank")
     params = _assemble([piece for rank_pieces, _, _ in everyone for piece in rank_pieces], shapes)
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = {n for n, p in module.named_parameters() if p.requires_grad and weights[n].numel()}
     if params.keys() != trained:
         raise ValueError(f"no rank has masters of {sorted(trained - params.keys())}")
     _check_rounding(params, weights)

@@ -1,0 +1,146 @@
+"""Engines under tensor parallelism that train, save and resume: cases, engines, training. Jobs for ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.engines import models, tp_models
+from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
+from tests.engines.tp_truth import gather
+from tests.engines.truth import Truth
+from tests.engines.zygote import resolve
+
+
+@dataclass(frozen=True)
+class TpCase:
+    """A tensor-parallel engine; ``case`` has the ZeRO stage, the data-parallel degree and all else.
+
+    kind: 'autotp' (a Llama that DeepSpeed cuts) or 'megatron' (a GPT that cuts itself, with an mpu); the plain module
+    with tp=1. kv_heads: of the Llama. info: the GPT says how it is cut. sp: ranks of sequence parallelism, dividing dp.
+    """
+
+    kind: str = "autotp"
+    tp: int = 2
+    kv_heads: int = 2
+    info: bool = True
+    sp: int = 1
+    case: Case = field(default_factory=lambda: Case(stage=1, dp=2))
+
+    def but(self, tp: int | None = None, info: bool | None = None, sp: int | None = None, **case: Any) -> TpCase:
+        own = {k: v for k, v in (("tp", tp), ("info", info), ("sp", sp)) if v is not None}
+        return replace(self, **own, case=self.case.but(**case))  # type: ignore[arg-type]
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.case.dp
+
+    @property
+    def label(self) -> str:
+        parts = [self.kind] + ([f"kv{self.kv_heads}"] if self.kind == "autotp" and self.kv_heads != 2 else [])
+        parts += ["tp" + str(self.tp)] + ([f"sp{self.sp}"] if self.sp > 1 else [])
+        parts += ["silent"] if self.kind == "megatron" and not self.info else []
+        return "-".join([*parts, self.case.label])
+
+
+def build_model(tp: TpCase, mesh: tp_models.Mesh | None) -> nn.Module:
+    """The module before DeepSpeed sees it."""
+    if tp.kind == "megatron":
+        return tp_models.Gpt(tp.case.seed, mesh and mesh.tp_group, says_info=tp.info)
+    model = tp_models.llama(tp.case.seed, tp.kv_heads, tp.case.tied)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (tp.case.frozen and "k_proj" in name))
+    return model
+
+
+def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
+    """A fresh engine; with ``section`` (the config's "ucp") one of this project's."""
+    mesh = tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
+    config = make_config(tp.case)
+    if tp.kind == "autotp" and tp.tp > 1:
+        config["tensor_parallel"] = {"autotp_size": tp.tp}
+    if section is not None:
+        config["ucp"] = {"enabled": True, **section}
+    model = build_model(tp, mesh)
+    groups = parameter_groups(tp.case, model)
+    initialize = resolve("deepspeed:initialize" if section is None else "ucp.deepspeed:initialize")
+    engine, *_ = initialize(
+        model=model,
+        config=config,
+        mpu=mesh,
+        model_parameters=groups[0]["params"] if len(groups) == 1 else groups,
+    )
+    return engine
+
+
+def loss_of(engine: Any, tp: TpCase, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean loss over this rank's share of the batch."""
+    if tp.kind == "megatron":
+        return engine(tokens, labels)
+    whole = torch.cat([tokens, labels[:, -1:]], dim=1)
+    return engine(input_ids=whole, labels=whole, use_cache=False).loss  # the head may be cut, so the model's own loss
+
+
+def continue_training(engine: Any, tp: TpCase, from_step: int, steps: int) -> list[float]:
+    """Run ``steps`` optimizer steps; the losses, averaged over the global batch. Collective."""
+    case = tp.case
+    rank = dist.get_rank(engine.seq_data_parallel_group)
+    losses = []
+    for step in range(from_step, from_step + steps):
+        total = torch.zeros((), dtype=torch.float64)
+        for micro in range(case.accumulation):
+            tokens, labels = models.batch("odd", step * case.accumulation + micro, rank, case.dp)
+            loss = loss_of(engine, tp, tokens, labels)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / (dist.get_world_size() * case.accumulation))
+    return losses
+
+
+@dataclass(frozen=True, eq=False)
+class TpRun:
+    """A run: truths on rank 0 only. further: losses of the steps after the save (or the load)."""
+
+    tp: TpCase
+    folder: str
+    tag: str
+    losses: tuple[float, ...]
+    further: tuple[float, ...]
+    truth: Truth | None
+    truth_after: Truth | None
+    client_state: Any = None
+
+
+def train(tp: TpCase, folder: str, section: dict[str, Any] | None = None, further: int = FURTHER) -> TpRun:
+    """Train, save, train on."""
+    engine = build_engine(tp, section)
+    losses = continue_training(engine, tp, 0, STEPS)
+    truth = gather(engine)
+    tag = f"global_step{STEPS}"
+    client_state = dict(CLIENT_STATE)
+    if tp.kind == "megatron":
+        client_state["args"] = dict(tp_models.ARGS)
+    engine.save_checkpoint(folder, tag, client_state=client_state)
+    after = continue_training(engine, tp, STEPS, further)
+    return TpRun(tp, folder, tag, tuple(losses), tuple(after), truth, gather(engine))
+
+
+def resume(
+    tp: TpCase, folder: str, section: dict[str, Any] | None = None, trained: int = 0, further: int = FURTHER
+) -> TpRun:
+    """Load into a fresh engine, or one that has trained on other data, and train on."""
+    engine = build_engine(tp, section)
+    continue_training(engine, tp, 50, trained)
+    path, client_state = engine.load_checkpoint(folder)
+    if path is None:
+        raise FileNotFoundError(f"nothing was loaded from {folder}")
+    truth = gather(engine)
+    after = continue_training(engine, tp, STEPS, further)
+    return TpRun(tp, folder, "", (), tuple(after), truth, gather(engine), client_state)
