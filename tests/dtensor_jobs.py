@@ -1,0 +1,229 @@
+"""Jobs for ranks: FSDP2 runs that save and load by this project's functions and by stock DCP, in one go."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+import ucp
+import ucp.dcp
+from tests.engines.fsdp import FURTHER, STEPS, Live, Mesh, State
+
+warnings.filterwarnings("ignore")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a job saw. states: by what was done; losses: of the steps before; further: of the steps after."""
+
+    states: dict[str, State]
+    losses: tuple[float, ...]
+    further: tuple[float, ...]
+    extra: Any = None
+
+
+class AppState(dcp.stateful.Stateful):
+    """DCP's own idiom: model and optimizer behind one Stateful object."""
+
+    def __init__(self, live: Live, flat: bool = False) -> None:
+        self.live = live
+        self.options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optim = get_state_dict(self.live.model, self.live.optimizer, options=self.options)
+        return {"model": model, "optim": optim}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_state_dict(
+            self.live.model,
+            self.live.optimizer,
+            model_state_dict=state_dict["model"],
+            optim_state_dict=state_dict["optim"],
+            options=self.options,
+        )
+
+
+def nested(live: Live) -> dict[str, Any]:
+    return {**AppState(live).state_dict(), "epoch": 7, "rng": torch.get_rng_state()}
+
+
+def shared(live: Live) -> dict[str, Any]:
+    """Without what each rank has for itself."""
+    return {k: v for k, v in nested(live).items() if k != "rng"}
+
+
+def shared_model(live: Live) -> dict[str, Any]:
+    """Model and optimizer alone."""
+    return AppState(live).state_dict()
+
+
+def titan(live: Live) -> dict[str, Any]:
+    """As torchtitan has it: bare names of the model, a flattened optimizer."""
+    found = AppState(live, flat=True).state_dict()
+    return {**found["model"], "optimizer": found["optim"], "train_state": {"step": torch.tensor(STEPS)}}
+
+
+def flat_only(live: Live) -> dict[str, Any]:
+    """As torchtitan has model and optimizer."""
+    return {k: v for k, v in titan(live).items() if k != "train_state"}
+
+
+def app(live: Live) -> dict[str, Any]:
+    return {"app": AppState(live)}
+
+
+def save_ucp(state: dict[str, Any], path: str) -> None:
+    ucp.save(state, path)
+
+
+def save_async(state: dict[str, Any], path: str) -> None:
+    pending = ucp.async_save(state, path)
+    for value in _tensors(state):
+        value.zero_()  # what is saved is what was there
+    pending.result()
+
+
+def save_dcp(state: dict[str, Any], path: str) -> None:
+    dcp.save(state, checkpoint_id=path)
+
+
+def save_writer(state: dict[str, Any], path: str) -> None:
+    dcp.save(state, storage_writer=ucp.dcp.StorageWriter(path))
+
+
+def save_async_writer(state: dict[str, Any], path: str) -> None:
+    dcp.async_save(state, storage_writer=ucp.dcp.StorageWriter(path)).result()
+
+
+def load_ucp(state: dict[str, Any], path: str) -> None:
+    ucp.load(state, path)
+
+
+def load_dcp(state: dict[str, Any], path: str) -> None:
+    dcp.load(state, checkpoint_id=path)
+
+
+def load_reader(state: dict[str, Any], path: str) -> None:
+    dcp.load(state, storage_reader=ucp.dcp.StorageReader(path))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        local = value.to_local() if hasattr(value, "to_local") else value
+        return [local]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+Make = Callable[[Live], dict[str, Any]]
+Step = Callable[[dict[str, Any], str], None]
+
+
+def save(mesh: Mesh, saves: list[tuple[Make, Step, str]], pair: str | None = None) -> Run:
+    """Train, save the same state in several ways, train on. pair: also by `save_training`, to this path."""
+    live = Live(mesh)
+    losses = live.train(0, scheduler=pair is not None)
+    state = live.state()
+    if pair is not None:
+        torch.manual_seed(100 + dist.get_rank())
+        ucp.save_training(
+            pair,
+            model=live.model,
+            optimizer=live.optimizer,
+            lr_scheduler=live.scheduler,
+            dataloader=Loader(dist.get_rank()),
+            step=STEPS,
+            extra={"note": "kept"},
+        )
+    for make, step, path in saves:
+        step(copy.deepcopy(make(live)) if step is save_async else make(live), path)
+    drawn = torch.rand(3)
+    return Run({"saved": state}, tuple(losses), tuple(live.train(STEPS, FURTHER, scheduler=pair is not None)), drawn)
+
+
+def load(mesh: Mesh, loads: list[tuple[Make, Step, str]], pair: str | None = None, again: str | None = None) -> Run:
+    """Load in several ways, each over a state that was trained elsewhere; then train on from the last.
+
+    again: save what was loaded last, by `save_training`.
+    """
+    live = Live(mesh)
+    states: dict[str, State] = {}
+    extra = None
+    for make, step, path in loads:
+        live.train(50, 1)
+        for parameter in live.model.parameters():
+            parameter.data.add_(1)
+        state = make(live)
+        step(state, path)
+        if "app" not in state:
+            _set(live, state)
+        states[path] = live.state()
+        extra = {k: v for k, v in state.items() if k in ("epoch", "rng", "train_state")} or extra
+    if pair is not None:
+        live.train(50, 1, scheduler=True)
+        loader = Loader(-1)
+        same = mesh.ranks == 4
+        report = ucp.load_training(
+            pair,
+            model=live.model,
+            optimizer=live.optimizer,
+            lr_scheduler=live.scheduler,
+            dataloader=loader if same else None,
+        )
+        states[pair] = live.state()
+        extra = (report.step, report.extra, loader.position, torch.rand(3), live.scheduler.state_dict())
+    if again is not None:
+        ucp.save_training(again, model=live.model, optimizer=live.optimizer, step=STEPS)
+    return Run(states, (), tuple(live.train(STEPS, FURTHER, scheduler=pair is not None)), extra)
+
+
+def _set(live: Live, state: dict[str, Any]) -> None:
+    flat = "optimizer" in state
+    model = (
+        state["model"]
+        if "model" in state
+        else {k: v for k, v in state.items() if k not in ("optimizer", "train_state")}
+    )
+    AppState(live, flat).load_state_dict({"model": model, "optim": state["optimizer" if flat else "optim"]})
+
+
+class Loader:
+    """A data loader's state: each rank's own position."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "shuffled": [3, 1, 2]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def cross(mesh: Mesh, source: str, target: str, flat: bool) -> Run:
+    """Load another framework's checkpoint by `load_training` and by stock DCP with our reader, and save it again; then
+    train on. flat: save as torchtitan would, with our StorageWriter."""
+    live = Live(mesh)
+    report = ucp.load_training(source, model=live.model, optimizer=live.optimizer)
+    states = {"load_training": live.state()}
+    for parameter in live.model.parameters():
+        parameter.data.add_(1)
+    found = (flat_only if flat else shared_model)(live)
+    load_reader(found, source)
+    _set(live, found)
+    states["reader"] = live.state()
+    if flat:
+        save_writer(flat_only(live), target)
+    else:
+        ucp.save_training(
+            target, model=live.model, optimizer=live.optimizer, step=report.step, samples=report.samples, rng=False
+        )
+    return Run(states, (), tuple(live.train(STEPS, 3)), (report.step, report.samples, report.extra))

@@ -1,0 +1,69 @@
+"""DeepSpeed to FSDP2 and back, on real training: every weight, optimizer state, step and hyperparameter bit-equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import dtensor_jobs as jobs
+from tests.deepspeed.agree import IMPLEMENTATION, differences
+from tests.engines import load_jobs
+from tests.engines.configs import Case
+from tests.engines.fsdp import Mesh, State
+from tests.engines.pool import RankPool
+from tests.engines.runs import CLIENT_STATE, STEPS
+from tests.engines.sources import train
+from tests.engines.truth import Truth
+
+pytestmark = pytest.mark.slow
+
+
+def holds(truth: Truth, state: State) -> list[str]:
+    """What of an engine's state an FSDP2 run does not hold."""
+    lines = []
+    for name, states in truth.params.items():
+        for kind, tensor in {**states, "step": torch.tensor(float(truth.scalars[name]["step"]))}.items():
+            if not torch.equal(state.params[name][kind], tensor):
+                lines.append(f"{name} {kind}")
+    lines += [name for name, tensor in truth.frozen.items() if not torch.equal(state.params[name]["param"], tensor)]
+    lines += [name for name, tensor in truth.buffers.items() if not torch.equal(state.buffers[name], tensor)]
+    theirs = [{k: v for k, v in g.items() if k not in IMPLEMENTATION} for g in truth.groups]
+    for group in state.groups:
+        options = {k: v for k, v in group.items() if k not in IMPLEMENTATION and k in theirs[0]}
+        options["betas"] = list(options["betas"])
+        if options not in [{**g, "betas": list(g["betas"])} for g in theirs]:
+            lines.append(f"group {options}")
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("source", "mesh", "flat", "target"),
+    [
+        (Case(stage=1, dp=4, groups=2), Mesh(2, seed=1), False, Case(stage=3, dp=3, groups=2, seed=2)),
+        (
+            Case(stage=3, dp=2, groups=3, frozen=True),
+            Mesh(1, tp=2, groups=3, frozen=True, seed=1),
+            True,
+            Case(stage=2, dp=2, groups=3, frozen=True, seed=2),
+        ),
+    ],
+    ids=["zero1-dp4-fsdp2-zero3-dp3", "zero3-dp2-tp2-zero2-dp2"],
+)
+def test_there_and_back(ranks: RankPool, tmp_path: Path, source: Case, mesh: Mesh, flat: bool, target: Case) -> None:
+    first = ranks.run(train, source, str(tmp_path / "source"), steps=STEPS, further=3, world_size=source.dp)[0]
+    assert first.truth is not None
+    path = str(tmp_path / "source" / first.tag)
+    found = ranks.run(jobs.cross, mesh, path, str(tmp_path / "fsdp" / "step3"), flat, world_size=mesh.ranks)
+    for run in found:
+        for state in run.states.values():
+            assert holds(first.truth, state) == []
+        assert run.further == pytest.approx(first.further, rel=1e-5)
+        assert run.extra == (STEPS, STEPS * 12, CLIENT_STATE)
+    back = ranks.run(load_jobs.resume, target, str(tmp_path / "fsdp" / "step3"), None, STEPS, 3, world_size=target.dp)[
+        0
+    ]
+    assert back.truth is not None
+    assert differences(first.truth, back.truth, rest=not flat) == []
+    assert back.further == pytest.approx(first.further, rel=1e-5)
