@@ -67,7 +67,7 @@ class Live:
         for module in (self.model.up, self.model.middle):
             fully_shard(module, mesh=data)
         fully_shard(self.model, mesh=data)
-        kind, options = OPTIMIZERS["adamw"]
+        _, options = OPTIMIZERS["adamw"]
         options = {k: v for k, v in options.items() if k != "torch_adam"} | {"betas": (0.9, 0.98)}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(Case(groups=mesh.groups), self.model), **options, foreach=False
