@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -24,6 +24,7 @@ from ucp.training import ranks
 from ucp.training.background import Saver
 from ucp.training.load import LoadReport, load
 from ucp.training.match import Wish
+from ucp.training.renamed import in_names_of
 from ucp.training.save import SaveReport
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def load_checkpoint(
     )
     names = [g.names for g in target.groups]
     target.place(config.choice())
-    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, model_config(engine)))
+    live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
+    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, live, model_config(engine)))
     if found is None:
         if ranks.rank() == 0:
             log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
@@ -154,9 +156,17 @@ def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
 
 
 def _open(
-    load_dir: str, tag: str | None, config: Config, names: Sequence[Sequence[str]], model: Mapping[str, Any] | None
+    load_dir: str,
+    tag: str | None,
+    config: Config,
+    names: Sequence[Sequence[str]],
+    live: Collection[str],
+    model: Mapping[str, Any] | None,
 ) -> tuple[str, Catalog] | None:
-    """The checkpoint's folder and its catalog, its training state with real tensors; None if there is no checkpoint."""
+    """The checkpoint's folder and its catalog, its training state with real tensors; None if there is no checkpoint.
+
+    names: rank 0's own in each param group. live: all of the model's; the spec says what the checkpoint calls them.
+    """
     try:
         with open_checkpoint(
             load_dir,
@@ -167,7 +177,10 @@ def _open(
             trust_client_state=config.trust_client_state,
             param_names=names,
         ) as checkpoint:
-            return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
+            catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+            if config.spec is not None:
+                catalog = in_names_of(catalog, live, config.choice().bound(model))
+            return str(checkpoint.path), catalog
     except NotACheckpoint:
         if tag is not None or locations.exists(locations.locate(load_dir) / LATEST):
             raise
