@@ -186,7 +186,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     checkpoint says of itself, then the catalogue's for the model's type; if neither decides, it is refused.
     model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
     checkpoint has recorded or has beside it. sizes: sizes of the spec by name, which go before the config.
-    trust_client_state: DeepSpeed formats only: unpickle classes outside the allow-list, which runs their code.
+    trust_client_state: DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
     param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
     group's parameters in order, where the caller knows them.
     verify: check digests, where the checkpoint has them, while reading, and a few elements of what it has twice.
@@ -283,6 +283,8 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
         raise formats.explain_unknown(folder)
     if reader is formats.deepspeed:
         return formats.deepspeed.read(folder, files, **options)
+    if reader is formats.dcp:
+        return formats.dcp.read(folder, files, options["trust_client_state"])
     if reader is formats.huggingface:
         return formats.huggingface.read(folder, files, options["choice"])
     return reader.read(folder, files)
