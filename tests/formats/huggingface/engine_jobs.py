@@ -40,7 +40,7 @@ def plain(module: Any) -> Any:
 
 
 def train(model: str, cases: list[tuple[Case, str]]) -> list[torch.Tensor]:
-    """Train an engine of every case and save it in its folder, the model's config in ``like`` there; the live logits."""
+    """Train an engine of every case, save it in its folder, the model's config in ``like`` there; the live logits."""
     import deepspeed
 
     found = []
