@@ -1,0 +1,259 @@
+"""One rank of `bench save`: trains a Llama, and saves it in turns by every way there is, under a clock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_tools
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WARM = 5  # steps before anything is measured
+BEFORE = 5  # steps before the save, of those around it
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to save. save: begin, in the training loop; wait: until it is durable; pool: its staging memory, bytes."""
+
+    save: Callable[[str], Any]
+    wait: Callable[[], Any]
+    pool: int = 0
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else _local_rank())
+    torch.manual_seed(0)
+    model = build_model(args)
+    count = sum(p.numel() for p in model.parameters())
+    step, ways = fsdp(args, model) if args.role == "fsdp" else zero(args, model, int(args.role[-1]))
+    report = measure(args, step, ways, count)
+    if dist.get_rank() == 0:
+        args.report.write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("role")
+    parser.add_argument("--device")
+    for name in ("data", "report"):
+        parser.add_argument(f"--{name}", type=Path)
+    for name in ("hidden", "layers", "vocabulary", "batch", "length", "steps", "repeats"):
+        parser.add_argument(f"--{name}", type=int)
+    return parser.parse_args()
+
+
+def _local_rank() -> int:
+    import os
+
+    return int(os.environ["LOCAL_RANK"])
+
+
+def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    heads = max(args.hidden // 128, 1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=args.hidden,
+            intermediate_size=args.hidden * 11 // 4,
+            num_hidden_layers=args.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            vocab_size=args.vocabulary,
+            max_position_embeddings=args.length,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[], None], dict[str, Way]]:
+    """DeepSpeed at this stage, saved by us and by itself."""
+    import deepspeed
+
+    import ucp.deepspeed
+    from ucp.deepspeed.save import save_checkpoint
+
+    if args.device == "cpu":
+        # DeepSpeed would look for a compiler and build a kernel, which takes a minute and is not used here.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed("gloo" if args.device == "cpu" else "nccl")
+    config = {
+        "train_micro_batch_size_per_gpu": args.batch,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": args.device == "cpu"}},
+        "zero_optimization": {"stage": stage},
+        "ucp": {"enabled": True},
+    }
+    began = time.perf_counter()
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    plain = time.perf_counter() - began
+    ucp.deepspeed.attach(engine)
+    bench_tools.progress(f"initialize: {plain:.1f} s, the pool {time.perf_counter() - began - plain:.1f} s")
+    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=engine.device)
+
+    def step() -> None:
+        engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        engine.step()
+
+    saver = engine.ucp.saver
+
+    def synchronously(folder: str) -> None:
+        engine.ucp.saver = None
+        save_checkpoint(engine, folder)
+        engine.ucp.saver = saver
+
+    return step, {
+        "ours": Way(engine.save_checkpoint, engine.ucp.wait, saver.memory),
+        "ours, synchronous": Way(synchronously, lambda: None),
+        "DeepSpeed's": Way(lambda folder: type(engine).save_checkpoint(engine, folder), lambda: None),
+    }
+
+
+def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict[str, Way]]:
+    """FSDP2, saved by torch.distributed.checkpoint in the background."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    mesh = torch.distributed.device_mesh.init_device_mesh(args.device, (dist.get_world_size(),))
+    model = model.to(args.device)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device == "cuda")
+    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=args.device)
+    alone = dist.new_group(backend="gloo")  # the save's own: it talks while training does
+    under_way: list[Any] = []
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save(folder: str) -> None:
+        weights, states = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": states}
+        under_way.append(dcp.async_save(state, checkpoint_id=folder, process_group=alone))
+
+    return step, {"dcp.async_save": Way(save, lambda: under_way.pop().result())}
+
+
+def measure(
+    args: argparse.Namespace, step: Callable[[], None], ways: dict[str, Way], parameters: int
+) -> dict[str, Any]:
+    for _ in range(WARM):
+        step()
+    root = args.data / f"save-{args.role}"
+    plain: list[float] = []
+    out: dict[str, dict[str, Any]] = {}
+    for turn in range(args.repeats + 1):  # the first one is apart
+        plain.append(_steps(args, step))
+        for name, way in ways.items():
+            folder = root / name.replace(" ", "-").replace(",", "").replace("'", "")
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            before = _reset_peak()
+            seconds, call, durable = _around(args, step, way, str(folder))
+            one = out.setdefault(name, {"seconds": [], "call": [], "durable": [], "growth": 0, "pool": way.pool})
+            if turn == 0:
+                one["first"] = seconds
+                continue
+            one["growth"] = max(one["growth"], _peak() - before)
+            one["seconds"].append(seconds)
+            one["call"].append(call)
+            one["durable"].append(durable)
+            if turn == args.repeats and dist.get_rank() == 0:
+                one |= {"nbytes": bench_tools.nbytes(folder), "state": 12 * parameters}
+                one["cp"] = bench_tools.copy_and_sync(folder, root / "copy")
+                shutil.rmtree(root / "copy")
+                bench_tools.progress(f"{args.role}, {name}: {seconds:.2f} s beside {min(plain):.2f} s")
+    if dist.get_rank() == 0:
+        shutil.rmtree(root)
+    device = "ranks on the CPU" if args.device == "cpu" else f"{torch.cuda.get_device_name(0)}"
+    return {"plain": plain[1:], "saves": out, "parameters": parameters, "device": device}
+
+
+def _steps(args: argparse.Namespace, step: Callable[[], None]) -> float:
+    _settle()
+    began = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    _synchronize()
+    return _slowest(time.perf_counter() - began)
+
+
+def _around(args: argparse.Namespace, step: Callable[[], None], way: Way, folder: str) -> tuple[float, float, float]:
+    """Seconds of the steps with a save among them, of the save's call, and from that until it is durable."""
+    _settle()
+    durable: list[float] = []
+    began = time.perf_counter()
+    for k in range(args.steps):
+        if k == BEFORE:
+            called = time.perf_counter()
+            way.save(folder)
+            call = time.perf_counter() - called
+        step()
+        if k >= BEFORE and not durable and _is_durable(folder):
+            durable.append(time.perf_counter() - called)
+    _synchronize()
+    seconds = time.perf_counter() - began
+    way.wait()
+    return _slowest(seconds), _slowest(call), _slowest(durable[0] if durable else time.perf_counter() - called)
+
+
+def _is_durable(folder: str) -> bool:
+    """What every way writes last: the file `latest`, or DCP's metadata."""
+    return Path(folder, "latest").exists() or Path(folder, ".metadata").exists()
+
+
+def _settle() -> None:
+    _synchronize()
+    dist.barrier()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _slowest(seconds: float) -> float:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _reset_peak() -> int:
+    """Resident bytes now; the peak counts from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    main()
