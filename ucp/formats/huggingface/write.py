@@ -64,10 +64,13 @@ def plan(
         # PEFT has one file, however large.
         return catalog, [*_files(catalog, target, sys.maxsize, "adapter_model"), *adapter.carried(like)]
     adapter.refuse(catalog)
+    catalog = _all_frozen(catalog)
     config = None if like is None else config_of(like)
     bound = (choice or Choice()).bound(config)
     if bound is not None:
         catalog = with_prefix(catalog, bound)
+        # A module may have the files' names itself, as transformers 4's have.
+        catalog = rename(catalog, bound, FRAMEWORK, to_framework=False, keep=True)
     catalog = _untied(catalog, bound, config)
     if bound is not None:
         _warn_of_others(catalog, bound)
@@ -83,6 +86,9 @@ def plan(
 def _weights(catalog: Catalog) -> Catalog:
     """The weights alone, their names without what wrappers put into them."""
     kept = [info for info in catalog.parameters.values() if info.kind != "padding" and "param" in info.states]
+    padded = sum(info.kind == "padding" for info in catalog.parameters.values())
+    if padded:
+        log.warning("the padding of %d parameters is left out: a model folder has the model's true sizes", padded)
     names = {name: bare(name) for info in kept for name in (info.name, *info.aliases)}
     if len(set(names.values())) < len(names):
         names = {name: name for name in names}
@@ -97,6 +103,15 @@ def _weights(catalog: Catalog) -> Catalog:
         tensors[name, "param"] = replace(tensor, name=name)
     state = replace(catalog.training_state, param_groups=())
     return replace(catalog, parameters=parameters, tensors=tensors, training_state=state, copies=())
+
+
+def _all_frozen(catalog: Catalog) -> Catalog:
+    """Who trains a parameter does not matter to weights that are put together or taken apart."""
+    parameters = {
+        name: replace(info, kind="frozen") if info.kind == "parameter" else info
+        for name, info in catalog.parameters.items()
+    }
+    return replace(catalog, parameters=parameters)
 
 
 def _untied(catalog: Catalog, bound: Bound | None, config: Mapping[str, Any] | None) -> Catalog:
