@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
+from ucp.storage import locations
 from ucp.storage.digests import CHUNK, digest_chunks
 from ucp.storage.files import Files
 
@@ -54,51 +54,62 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
 
     Besides the catalog's files, torch's in the checkpoint's folder, in which parts of the training state may lie.
     """
-    digested = {catalog.files[index].path for index in catalog.chunk_digests}
-    paths = {file.path for file in catalog.files} | {os.path.realpath(path) for path in folder.glob("*.pt")}
+    digested = {_identity(catalog.files[index].path) for index in catalog.chunk_digests}
+    found = {_identity(path): path for path in (*torch_files(folder), *(file.path for file in catalog.files))}
     zips: list[str] = []
     others: list[str] = []
-    for path in sorted(paths - digested):
-        (zips if zipfile.is_zipfile(path) else others).append(path)
+    for identity, path in sorted(found.items()):
+        if identity not in digested:
+            with locations.opened(path) as stream:
+                (zips if zipfile.is_zipfile(stream) else others).append(path)
     return zips, others
 
 
-def damaged_entries(paths: Sequence[str], advance: Advance) -> Iterator[tuple[str, str]]:
+def torch_files(folder: Path) -> list[str]:
+    """torch's files in a checkpoint's folder."""
+    return [str(folder / name) for name in locations.names(folder) if name.endswith(".pt")]
+
+
+def _identity(path: str) -> str:
+    return path if locations.is_remote(path) else os.path.realpath(path)
+
+
+def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Iterator[tuple[str, str]]:
     """(file, what of it) for every entry of these archives that differs from its CRC-32.
 
-    An archive in which no larger entry fits its CRC was written without any (``torch.serialization`` can be told so),
-    and is passed over.
+    An archive in which no entry fits its CRC was written without any (``torch.serialization`` can be told so), and is
+    passed over. advance: told the bytes that were read. Raises DamagedCheckpoint for a file that can't be read.
     """
     with ThreadPoolExecutor(_threads()) as pool:
-        for path, bad in zip(paths, pool.map(_archive, paths), strict=True):
-            advance(os.path.getsize(path))
+        for path, bad in zip(paths, pool.map(lambda path: _archive(path, files), paths), strict=True):
+            advance(files.size(path))
             yield from ((path, entry) for entry in bad)
 
 
-def _archive(path: str) -> list[str]:
+def _archive(path: str, files: Files) -> list[str]:
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
-            found = [(info, _crc(stream, info)) for info in archive.infolist() if info.file_size]
-    except (OSError, zipfile.BadZipFile, struct.error) as error:
+        with locations.opened(path) as stream, zipfile.ZipFile(stream) as archive:
+            entries = [info for info in archive.infolist() if info.file_size]
+    except (OSError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"{path}: can't be read as an archive: {error}") from error
-    bad = [info for info, crc in found if crc != info.CRC]
-    if len(bad) == len(found) > 1:
+    bad = [info for info in entries if _crc(path, info, files) != info.CRC]
+    if len(bad) == len(entries) > 1:
         return []
     return [f"entry '{info.filename}' ({info.file_size} bytes from byte {info.header_offset})" for info in bad]
 
 
-def _crc(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
+def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:
     """The CRC-32 of an entry's stored bytes."""
-    fd = stream.fileno()
-    header = os.pread(fd, 30, info.header_offset)
+    header = bytearray(30)
+    files.read_into(path, info.header_offset, header)
     name, extra = struct.unpack_from("<HH", header, 26)
-    at, left, crc = info.header_offset + 30 + name + extra, info.compress_size, 0
+    at, left, crc = info.header_offset + len(header) + name + extra, info.compress_size, 0
+    buffer = memoryview(bytearray(min(left, PIECE)))
     while left:
-        raw = os.pread(fd, min(left, PIECE), at)
-        if not raw:
-            return -1
-        crc = zlib.crc32(raw, crc)
-        at, left = at + len(raw), left - len(raw)
+        piece = buffer[: min(left, PIECE)]
+        files.read_into(path, at, piece)
+        crc = zlib.crc32(piece, crc)
+        at, left = at + len(piece), left - len(piece)
     return crc
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -126,8 +125,8 @@ def diff(
     if training_state:
         state = _changed(_flat_state(a.training_state), _flat_state(b.training_state))
     return Difference(
-        a=os.fspath(a.path),
-        b=os.fspath(b.path),
+        a=str(a.path),
+        b=str(b.path),
         only_a=only_a,
         only_b=only_b,
         shapes=shapes,

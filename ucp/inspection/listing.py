@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ucp import checkpoint, formats
 from ucp.errors import BadArgument, NotACheckpoint, UcpError
+from ucp.storage import locations
 
 SCHEMA = "ucp.ls/1"
 LEFTOVER = ".ucp-"
@@ -56,7 +57,7 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
 
     Reads metadata only. Raises NotACheckpoint where there is none at all.
     """
-    where = Path(os.path.abspath(folder))
+    where = locations.locate(folder)
     alone = formats.find(where) is not None
     found = [where] if alone else checkpoint.checkpoints_in(where)
     parent = where.parent if alone else where
@@ -66,7 +67,7 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
         raise formats.explain_unknown(where)
     entries = [_entry(path, latest) for path in found]
     return Listing(
-        os.fspath(where),
+        str(where),
         latest,
         tuple(sorted(entries, key=lambda e: (e.written, e.step or 0))),
         tuple(sorted(unfinished)),
@@ -79,7 +80,7 @@ def resolve(folder: str | os.PathLike[str], tag: str | None = None) -> Path:
     Unlike `ucp.open`, never another one instead of one that is damaged. Raises NotACheckpoint, BadArgument where there
     are several and nothing says which.
     """
-    where = Path(os.path.abspath(folder))
+    where = locations.locate(folder)
     if tag is not None:
         return where / tag
     if formats.find(where) is not None:
@@ -109,15 +110,15 @@ def _entry(path: Path, latest: str | None) -> Entry:
             step, layout = opened.catalog.training_state.global_steps, str(opened.layout)
     except UcpError as error:
         problem = str(error)
-    files = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
+    files = list(_sizes(path))
     return Entry(
         tag=path.name,
-        path=os.fspath(path),
+        path=str(path),
         format="" if reader is None else reader.NAME,
         step=step,
         layout=layout,
-        written=checkpoint.written_ns(path) / 1e9,
-        bytes=sum(found.st_size for found in files if stat.S_ISREG(found.st_mode)),
+        written=locations.newest_ns(path) / 1e9,
+        bytes=sum(files),
         files=len(files),
         whole=problem is None,
         problem=problem,
@@ -125,9 +126,18 @@ def _entry(path: Path, latest: str | None) -> Entry:
     )
 
 
+def _sizes(folder: Path) -> Iterator[int]:
+    """Of all files in a folder and those in it."""
+    for name in locations.names(folder):
+        if locations.is_folder(folder / name):
+            yield from _sizes(folder / name)
+        else:
+            yield locations.stat(folder / name).size
+
+
 def _latest(pointer: Path) -> str | None:
     try:
-        return pointer.read_text(encoding="utf-8").strip()
+        return locations.read(pointer).decode("utf-8").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -137,6 +147,6 @@ def _latest(pointer: Path) -> str | None:
 
 def _unfinished(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in folder.iterdir() if entry.name.startswith(LEFTOVER)]
+        return [name for name in locations.names(folder) if name.startswith(LEFTOVER)]
     except OSError:
         return []

@@ -7,6 +7,7 @@ are cut so; how, a spec says (`ucp.spec`).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
 from ucp.spec.choice import choose
 from ucp.spec.meaning import Cutting, shard
+from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.plan/1"
@@ -93,7 +95,7 @@ def plan(
     _check_layout(layout, bound)
     who = holders.holders(catalog.files)
     world = layout.dp * layout.tp
-    moved = np.zeros(len(who.names) * world, np.float64)
+    flat = np.zeros(len(who.names) * world, np.float64)
     pieces = np.zeros(world, np.int64)
     opened = np.zeros((len(catalog.files), world), bool)
     # States of a parameter, and layers of a model, are mostly cut alike: each pair of cuts is compared once.
@@ -104,10 +106,10 @@ def plan(
             copies = intersect(tensor.blocks, target)
             known[key] = (tensor.blocks.buffers[copies.source], target.buffers[copies.target], copies.counts)
         files, to, counts = known[key]
-        np.add.at(moved, who.of_file[files] * world + to, counts * itemsize(tensor.dtype))
+        np.add.at(flat, who.of_file[files] * world + to, counts * itemsize(tensor.dtype))
         np.add.at(pieces, to, 1)
         opened[files, to] = True
-    moved = moved.reshape(len(who.names), world)
+    moved = flat.reshape(len(who.names), world)
     by_rank = moved.sum(axis=0).astype(np.int64)
     ranks = tuple(
         RankPlan(r, int(by_rank[r]), int(opened[:, r].sum()), int(pieces[r]), int(by_rank[r])) for r in range(world)
@@ -117,10 +119,10 @@ def plan(
         "rank": by_rank[largest] / rank_bandwidth if rank_bandwidth else 0.0,
         "storage": total / storage_bandwidth if storage_bandwidth else 0.0,
     }
-    known = bool(rank_bandwidth or storage_bandwidth)
+    is_timed = bool(rank_bandwidth or storage_bandwidth)
     slowest = max(times, key=lambda key: times[key])
     return ResumePlan(
-        path=os.fspath(checkpoint.path),
+        path=str(checkpoint.path),
         source_layout=str(checkpoint.layout),
         layout=str(layout),
         bytes=total,
@@ -129,8 +131,8 @@ def plan(
         ranks=ranks,
         largest=largest,
         node_memory=max(int(by_rank[k : k + ranks_per_node].sum()) for k in range(0, world, ranks_per_node)),
-        seconds=float(times[slowest]) if known else None,
-        bound_by=slowest if known else None,
+        seconds=float(times[slowest]) if is_timed else None,
+        bound_by=slowest if is_timed else None,
         sources=who.names,
         moved=moved.astype(np.int64),
     )
@@ -158,8 +160,8 @@ def spec_for(
     """
     if layout.tp == 1:
         return None
-    if model_config is None and (checkpoint.path / "config.json").is_file():
-        model_config = checkpoint.path / "config.json"
+    if model_config is None and locations.is_file(checkpoint.path / "config.json"):
+        model_config = json.loads(locations.read(checkpoint.path / "config.json"))
     return choose(spec, model_config, sizes).bound(None)
 
 

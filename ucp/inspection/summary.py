@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -117,7 +116,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         for k, file in enumerate(catalog.files)
     )
     return Summary(
-        path=os.fspath(checkpoint.path),
+        path=str(checkpoint.path),
         format=catalog.format,
         writer=catalog.writer,
         layout={name: getattr(catalog.layout, name) for name in ("dp", "tp", "pp", "ep", "zero")},

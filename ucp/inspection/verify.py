@@ -21,11 +21,12 @@ from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, UcpErr
 from ucp.formats.universal import manifest, schema
 from ucp.geometry import box
 from ucp.inspection import holders, stream
-from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries
+from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
 from ucp.inspection.listing import resolve
 from ucp.inspection.state import state_findings
 from ucp.inspection.values import not_finite
+from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.transfer.gather import Want, gather
@@ -86,7 +87,7 @@ class _Notes:
         for kind, n in self.more.items():
             self.found.append(Finding(kind, "", f"and {n} more of this kind"))
         order = sorted(self.found, key=lambda f: not f.fault)
-        return Verdict(os.fspath(path), name, layout, self.checked, tuple(order))
+        return Verdict(str(path), name, layout, self.checked, tuple(order))
 
 
 def verify(
@@ -117,19 +118,27 @@ def verify(
         # Digests and copies are compared below, all of them.
         opened = checkpoint.open(where, spec, model_config=model_config, sizes=sizes, verify=False)
     except (DamagedCheckpoint, NotACheckpoint) as error:
-        before = len(notes.found)
         if reader is formats.universal:
-            _look_closer(where, notes, error)
-        if len(notes.found) == before:
-            notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", os.fspath(where), str(error))
+            _look_closer(where, notes)
+        elif not quick:
+            _look_into_archives(where, notes)
+        if not any(finding.kind != "digest" for finding in notes.found):
+            notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
         return notes.verdict(where, reader.NAME, None)
     with opened:
-        _check(opened, notes, quick=quick, finite=finite, progress=progress)
-        return notes.verdict(where, opened.format, str(opened.layout))
+        return verify_open(opened, quick=quick, finite=finite, progress=progress)
+
+
+def verify_open(
+    opened: Checkpoint, *, quick: bool = False, finite: bool = False, progress: Progress | None = None
+) -> Verdict:
+    """The same for an open checkpoint, whose coverage opening has checked already."""
+    notes = _Notes()
+    _check(opened, notes, quick=quick, finite=finite, progress=progress)
+    return notes.verdict(opened.path, opened.format, str(opened.layout))
 
 
 def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, progress: Progress | None) -> None:
-    """The checks of an open checkpoint, whose coverage opening has checked already."""
     catalog = opened.catalog
     tensors = list(catalog.tensors.values())
     notes.checked.update(
@@ -143,27 +152,26 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         notes.add("unchecked", "", "bytes were not read (quick)", fault=False)
         return
     zips, unchecked = checked_files(opened.path, catalog)
-    in_zips = sum(os.path.getsize(path) for path in zips)
     floating = [t for t in tensors if "float" in t.dtype] if finite else []
-    work = sum(t.size for t in catalog.chunk_digests.values()) + in_zips
-    work += 2 * stream.total(catalog.copies) + stream.total(floating)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(min(done, work), work)
-
     with Files() as files:
+        digested = sum(table.size for table in catalog.chunk_digests.values())
+        in_zips = sum(files.size(path) for path in zips)
+        work = digested + in_zips + 2 * stream.total(catalog.copies) + stream.total(floating)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(min(done, work), work)
+
         for index, start, stop in damaged_chunks(catalog, files, advance):
             held = _held_in(catalog, index, start, stop)
             file = catalog.files[index].path
             notes.add("digest", file, f"bytes {start} to {stop} differ from their digest; they hold {held}")
-    notes.checked["digested"] = sum(table.size for table in catalog.chunk_digests.values())
-    for path, entry in damaged_entries(zips, advance):
-        notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
-    notes.checked["digested_by_zip"] = in_zips
+        for path, entry in damaged_entries(zips, files, advance):
+            notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
+    notes.checked.update(digested=digested, digested_by_zip=in_zips)
     if unchecked:
         names = ", ".join(map(os.path.basename, unchecked[:3])) + (", …" if len(unchecked) > 3 else "")
         text = f"{len(unchecked)} files have no digests, so flipped bits can't be seen: {names}"
@@ -173,16 +181,27 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         _finite(opened, floating, notes, advance)
 
 
-def _look_closer(where: Path, notes: _Notes, error: UcpError) -> None:
+def _look_into_archives(where: Path, notes: _Notes) -> None:
+    """Which of torch's files are damaged, where what they say does not fit together."""
+    with Files() as files:
+        for path in torch_files(where):
+            try:
+                for _, entry in damaged_entries([path], files, lambda _: None):
+                    notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
+            except DamagedCheckpoint as error:
+                notes.add("file", path, str(error).removeprefix(f"{path}: "))
+
+
+def _look_closer(where: Path, notes: _Notes) -> None:
     """Every fault that a universal checkpoint's manifest shows, once it is known that there is one."""
-    path = os.fspath(where / manifest.NAME)
+    path = str(where / manifest.NAME)
     try:
         body = manifest.load(path)
         files = body["files"]
         for name, size in zip(files["path"], files["size"], strict=True):
-            full = os.path.normpath(os.path.join(where, name))
+            full = str(where / name) if locations.is_remote(where) else os.path.normpath(os.path.join(where, name))
             try:
-                found = os.stat(full).st_size
+                found = locations.stat(full).size
             except OSError as missing:
                 notes.add("file", full, f"can't be read: {missing.strerror}; the manifest needs it")
                 continue

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ucp.storage import locations
+
 NAME = "ucp-metrics.jsonl"
 SCHEMA = "ucp.metrics/1"
 
@@ -23,8 +25,11 @@ log = logging.getLogger(__name__)
 def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Add a record. It is no part of any checkpoint: where it can't be written, a debug line says so, no more.
 
-    Ranks append to one file, each record by a single write, which the file system adds at the end.
+    Ranks append to one file, each record by a single write, which the file system adds at the end. Files behind URLs
+    can't be appended to: nothing is kept there.
     """
+    if locations.is_remote(folder):
+        return
     line = json.dumps({"schema": SCHEMA, **record}, separators=(",", ":")) + "\n"
     try:
         fd = os.open(Path(folder, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -36,10 +41,10 @@ def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         log.debug("%s: timings can't be written: %s", Path(folder, NAME), error.strerror or error)
 
 
-def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All records, in the order in which they were written; lines that are none are left out."""
     try:
-        text = Path(folder, NAME).read_text(encoding="utf-8", errors="replace")
+        text = locations.read(folder / NAME).decode("utf-8", "replace")
     except OSError:
         return []
     out = []

@@ -16,6 +16,7 @@ from ucp.inspection.report.data import report_data, timings_of
 from ucp.inspection.summary import summarise
 from ucp.inspection.verify import Progress, verify
 from ucp.parallel.mesh import Layout
+from ucp.storage import locations
 from ucp.storage.metrics import read_metrics
 
 _HERE = Path(__file__).parent
@@ -63,7 +64,7 @@ def write_report(
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
                 planned = plan(opened, layout, bound=spec_for(opened, layout, spec, model_config, sizes))
-    records = timings_of(read_metrics(Path(verdict.path).parent), verdict.path)
+    records = timings_of(read_metrics(locations.locate(verdict.path).parent), verdict.path)
     page = render(report_data(verdict, summary, catalog, planned, records))
     raw = page.encode("utf-8")
     try:
