@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 
+from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.errors import Mismatch, Unsupported
 
 # Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
@@ -42,8 +43,10 @@ def check_features(engine: Any, consequence: str) -> None:
 def _unsupported(engine: Any) -> Iterator[str]:
     config = engine._config
     zero = config.zero_config
-    if engine.has_moe_layers:
-        yield "mixture-of-experts layers (expert parallelism)"
+    if engine.has_moe_layers and (engine.mp_world_size > 1 or engine.sequence_parallel_size > 1):
+        yield "mixture-of-experts layers together with tensor, pipeline or sequence parallelism"
+    for name in untied_parameters(engine.module):
+        yield f"a tied module with '{name}', which its tied_weight_attr does not name, so that stages train copies of it"
     if engine.zero_optimization_partition_weights():
         if getattr(zero, "zero_hpz_partition_size", 1) > 1:
             yield "ZeRO++ hierarchical partitioning (zero_hpz_partition_size)"

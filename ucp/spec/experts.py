@@ -75,14 +75,18 @@ class Experts:
         """Whether ranks hold different tensors under this local name."""
         return name in self.stacks or expert_of(name) is not None
 
+    def name(self, name: str, rank: int) -> str:
+        """What a rank's tensor of this local name is called in the whole model."""
+        expert = expert_of(name)
+        if expert is None:
+            return name
+        return expert._replace(number=expert.number + rank * self.held.get(expert.layer, 0)).name
+
     def place(self, name: str, shape: Shape, rank: int) -> Placed:
         """Where a rank's tensor of this local name and shape lies in the whole model's."""
         if name in self.stacks:
             return _stacked(name, shape, self.stacks[name], rank)
-        expert = expert_of(name)
-        if expert:
-            name = expert._replace(number=expert.number + rank * self.held.get(expert.layer, 0)).name
-        return Placed(name, shape, whole(shape))
+        return Placed(self.name(name, rank), shape, whole(shape))
 
 
 def _stacked(name: str, shape: Shape, stack: Sequence[Sequence[int]], rank: int) -> Placed:

@@ -10,6 +10,7 @@ import torch
 
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
+from ucp.deepspeed.live.experts import LiveExperts
 from ucp.deepspeed.live.placed import Placed, layout_of, place_slots
 from ucp.deepspeed.live.saving import make_source, nbytes_to_save
 from ucp.deepspeed.live.stage0 import Stage0
@@ -39,7 +40,8 @@ class LiveEngine:
             slot = held_slot(next(keys), kind, name, held)
             self._held[slot.key] = held
             slots.append(slot)
-        self._slots = tuple(slots)
+        self._experts = LiveExperts(engine)
+        self._slots = tuple(self._experts.lift(slot) for slot in slots)
         self._placed: Placed | None = None
 
     def place(self, choice: Choice) -> None:
@@ -47,8 +49,11 @@ class LiveEngine:
 
         Raises on every rank: SpecError, Mismatch and Unsupported, where nothing says how the model is cut.
         """
+        self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice)
+
+    def _own_groups(self) -> Sequence[Group]:
         groups = () if self._optimizer is None else self._optimizer.groups()
-        self._placed = place_slots(self.engine, self._slots, groups, choice)
+        return [self._experts.names(group) for group in groups]
 
     def _outside(self, trained: set[str]) -> Iterator[tuple[str, str, HeldTensor]]:
         """Parameters that the optimizer does not update, and persistent buffers."""
@@ -60,7 +65,7 @@ class LiveEngine:
 
     @property
     def layout(self) -> Layout:
-        return layout_of(self.engine)
+        return replace(layout_of(self.engine), ep=self._experts.ep)
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -78,7 +83,7 @@ class LiveEngine:
     @property
     def groups(self) -> Sequence[Group]:
         """The param groups; under model parallelism with the names that all parts of the model have in them."""
-        groups = () if self._optimizer is None else self._optimizer.groups()
+        groups = self._own_groups()
         if self._placed is None:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
