@@ -101,9 +101,9 @@ def assign(entries: Mapping[str, Entry]) -> Roles:
             roles.model.add(name)
             del rest[key]
     roles.trained.update(trained)
-    weights = {name: entries[(prefix or "") + name].shape for name in trained}
     for optimizer in optimizers:
-        _take(roles, optimizer, rest, weights)
+        own = [name for names in optimizer.groups.values() for name in names]
+        _take(roles, optimizer, rest, {name: entries[f"{prefix}{name}"].shape for name in own})
     for key, entry in rest.items():
         if entry.shape is None:
             roles.values.append(key)

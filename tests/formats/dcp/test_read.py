@@ -1,0 +1,205 @@
+"""Checkpoints that stock DCP wrote, opened without it: every tensor, by byte ranges; and what is wrong, by name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+import ucp
+from tests.engines.truth import same
+from tests.formats.dcp import states
+from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("dcp")
+    dcp.save(states.nested(), checkpoint_id=made / "nested")
+    dcp.save(states.flattened(), checkpoint_id=made / "titan")
+    return made
+
+
+@pytest.mark.parametrize("name", ["nested", "titan"])
+def test_model_and_optimizer(folder: Path, name: str) -> None:
+    net, optimizer = states.trained()
+    with ucp.open(folder / name) as checkpoint:
+        assert checkpoint.format == "dcp"
+        for parameter, value in net.named_parameters():
+            info = checkpoint.parameters[parameter]
+            assert (info.kind, info.scalars) == ("parameter", {"step": 3.0})
+            assert same(checkpoint.read(parameter), value.detach())
+            for state in ("exp_avg", "exp_avg_sq"):
+                assert same(checkpoint.read(parameter, state), optimizer.state[value][state])
+        for buffer, value in net.named_buffers():
+            assert same(checkpoint.read(buffer), value)
+        names = {id(p): n for n, p in net.named_parameters()}
+        for live, saved in zip(optimizer.param_groups, checkpoint.training_state.param_groups, strict=True):
+            assert {names[id(p)] for p in live["params"]} == set(saved.names)
+            assert {k: v for k, v in live.items() if k != "params"} == saved.options
+
+
+def test_values(folder: Path) -> None:
+    with ucp.open(folder / "nested") as checkpoint:
+        assert checkpoint.training_state.extra["state_dict"] == {"epoch": 3, "data.files": ["a", "b"]}
+        assert same(checkpoint.read("data.position"), torch.tensor([4, 5]))
+
+
+def test_a_region_costs_its_bytes(tmp_path: Path) -> None:
+    tensor = torch.randn(4096, 256)
+    dcp.save({"w": tensor}, checkpoint_id=tmp_path / "big")
+    with ucp.open(tmp_path / "big") as checkpoint:
+        before = checkpoint._files.bytes_read
+        assert same(checkpoint.read("w", region=(slice(7, 9),)), tensor[7:9].clone())
+        assert checkpoint._files.bytes_read - before == 2 * 256 * 4
+
+
+@pytest.mark.parametrize("writer", [{"thread_count": 3}, {"single_file_per_rank": False}])
+def test_every_element_type(tmp_path: Path, writer: dict[str, Any]) -> None:
+    found = states.types()
+    dcp.save(found, storage_writer=FileSystemWriter(tmp_path / "types", **writer))
+    loaded = states.blank(found)
+    report = ucp.load(loaded, tmp_path / "types")
+    assert same(loaded, found)
+    assert report.unused == ()
+
+
+def damaged(folder: Path, to: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(folder / "nested", to)
+    change(to)
+    return to
+
+
+def rewrite(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change the metadata's object."""
+
+    def do(path: Path) -> None:
+        meta = pickle.loads((path / ".metadata").read_bytes())
+        (path / ".metadata").write_bytes(pickle.dumps(change(meta) or meta, protocol=4))
+
+    return do
+
+
+def data_file(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def lose_last_chunk(meta: Any) -> None:
+    meta.state_dict_metadata["model.up.weight"].chunks.clear()
+
+
+def other_shape(meta: Any) -> None:
+    entry = meta.state_dict_metadata["model.up.weight"]
+    entry.chunks[0].sizes = torch.Size([5, 11])
+    entry.size = torch.Size([5, 11])
+
+
+def outside(meta: Any) -> None:
+    for info in meta.storage_data.values():
+        info.relative_path = "../" + info.relative_path
+
+
+def transformed(meta: Any) -> None:
+    for info in meta.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+
+
+def nowhere(meta: Any) -> None:
+    meta.storage_data.clear()
+
+
+def beyond(meta: Any) -> None:
+    for info in meta.storage_data.values():
+        info.offset += 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        (lambda p: data_file(p).unlink(), DamagedCheckpoint, r"distcp: cannot be read .*lies in it"),
+        (lambda p: os.truncate(data_file(p), 2000), DamagedCheckpoint, r"the file is truncated: bytes"),
+        (lambda p: (p / ".metadata").write_bytes(b"junk"), DamagedCheckpoint, r"\.metadata: not a readable pickle"),
+        (lambda p: (p / ".metadata").write_bytes(pickle.dumps({})), DamagedCheckpoint, "not the metadata of a DCP"),
+        (rewrite(lose_last_chunk), DamagedCheckpoint, r"'up.weight' .*55 of 55 elements are missing"),
+        (
+            rewrite(other_shape),
+            DamagedCheckpoint,
+            r"'model.up.weight': its chunk at \[0, 0\] should be float32 \[5, 11\]",
+        ),
+        (rewrite(outside), DamagedCheckpoint, "is not a file of this folder"),
+        (rewrite(transformed), Unsupported, r"was transformed as it was written \(zstd\)"),
+        (rewrite(nowhere), DamagedCheckpoint, "does not say where"),
+        (rewrite(beyond), DamagedCheckpoint, "the file is truncated"),
+    ],
+    ids=["no file", "truncated", "junk", "other pickle", "shard", "shape", "outside", "zstd", "nowhere", "beyond"],
+)
+def test_damage_is_named(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        ucp.open(damaged(folder, tmp_path / "damaged", change))
+
+
+def test_every_byte_of_the_metadata(folder: Path, tmp_path: Path) -> None:
+    """Cut anywhere, or with a byte changed, it is refused or read as something; nothing else is raised."""
+    path = damaged(folder, tmp_path / "cut", lambda p: None)
+    raw = (path / ".metadata").read_bytes()
+    for at in range(0, len(raw), len(raw) // 40):
+        for changed in (raw[:at], raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :]):
+            (path / ".metadata").write_bytes(changed)
+            try:
+                ucp.open(path).close()
+            except ucp.UcpError:
+                continue
+
+
+class Harmful:
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return (setattr, (Harmful, "ran", True))
+
+
+class Custom:
+    """An object of the program's own, as data loaders keep."""
+
+    def __init__(self) -> None:
+        self.position = 4
+
+
+def test_nothing_is_run(folder: Path, tmp_path: Path) -> None:
+    path = damaged(folder, tmp_path / "evil", lambda p: (p / ".metadata").write_bytes(pickle.dumps(Harmful())))
+    with pytest.raises(UnsafePickle, match=r"builtins\.setattr"):
+        ucp.open(path)
+    assert not Harmful.ran
+
+
+def test_an_object_of_an_unknown_class_is_named_and_can_be_trusted(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(2), "loader": Custom()}, checkpoint_id=tmp_path / "own")
+    with pytest.raises(UnsafePickle, match=r"entry 'loader': .*Custom"):
+        ucp.open(tmp_path / "own")
+    with ucp.open(tmp_path / "own", trust_client_state=True) as checkpoint:
+        assert checkpoint.training_state.extra["state_dict"]["loader"].position == 4
+
+
+def test_older_metadata(folder: Path, tmp_path: Path) -> None:
+    """Without planner data, names are all there is; older releases have fewer fields."""
+
+    def strip(meta: Any) -> None:
+        meta.planner_data = None
+        del meta.version, meta.storage_meta
+        for info in meta.storage_data.values():
+            vars(info).pop("transform_descriptors", None)
+
+    with ucp.open(damaged(folder, tmp_path / "old", rewrite(strip))) as checkpoint:
+        assert same(checkpoint.read("up.weight"), states.trained()[0].up.weight.detach())
