@@ -233,8 +233,7 @@ def test_parameters_and_groups_that_do_not_fit(made: raw.Raw, tmp_path: Path) ->
     groups = (replace(group, names=(*group.names[1:], "ghost", group.names[1])),)
     state = replace(made.catalog.training_state, param_groups=groups)
     texts = [
-        f.text
-        for f in faults(verify_open(Checkpoint(tmp_path, replace(made.catalog, training_state=state), Files())))
+        f.text for f in faults(verify_open(Checkpoint(tmp_path, replace(made.catalog, training_state=state), Files())))
     ]
     assert "'embed.weight' is trained, but in no param group" in texts
     assert "'ghost' is in a param group, but there is no such parameter" in texts

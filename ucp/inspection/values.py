@@ -39,11 +39,11 @@ def not_finite(raw: NDArray[np.uint8], dtype: str) -> Ints:
 
 def as_numbers(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float64] | None:
     """The elements in double precision; None for types whose values are compared by their bits only."""
-    if dtype == "bfloat16":
-        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     if dtype.startswith(("float8", "complex")):
         return None
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # a signalling not-a-number becomes a quiet one
+        if dtype == "bfloat16":
+            return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
         return raw.view(numpy_dtype(dtype)).astype(np.float64)
 
 
