@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.engines.pipe_runs import PipeSources
     from tests.engines.pool import RankPool
     from tests.engines.sources import Sources
 
@@ -29,3 +30,11 @@ def sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     made = Sources(ranks, tmp_path_factory.mktemp("sources"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def pipes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> PipeSources:
+    """Checkpoints of pipelines by case, each made once in a session; read-only."""
+    from tests.engines.pipe_runs import PipeSources
+
+    return PipeSources(ranks, tmp_path_factory.mktemp("pipes"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from tests.engines import models, pipe_models
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.pipe_truth import gather
-from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
+from tests.engines.pool import RankPool
+from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.truth import Truth
 from tests.engines.zygote import resolve
+
+FURTHER = 3  # steps after the save
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,32 @@ def resume(
     truth = gather(engine)
     after = continue_training(engine, pipe, STEPS, further)
     return PipeRun(pipe, folder, "", (), tuple(after), truth, gather(engine), client_state)
+
+
+def refused(pipe: PipeCase) -> None:
+    """An engine of this project's whose tied module has a parameter that is not tied."""
+    embed = pipe_models.Embed.__init__
+
+    def with_shift(self: Any, seed: int) -> None:
+        embed(self, seed)
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    pipe_models.Embed.__init__ = with_shift  # type: ignore[method-assign]
+    build_engine(pipe, {})
+
+
+class PipeSources:
+    """Runs of cases, each trained once and kept until the session ends. Treat the folders as read-only."""
+
+    def __init__(self, pool: RankPool, root: Path) -> None:
+        self.pool = pool
+        self._root = root
+        self._runs: dict[tuple[PipeCase, str], PipeRun] = {}
+
+    def get(self, pipe: PipeCase, section: dict[str, Any] | None = None) -> PipeRun:
+        """The run of ``pipe`` as rank 0 knows it; with ``section`` one of this project's engine, which saves so."""
+        key = (pipe, repr(section))
+        if key not in self._runs:
+            folder = str(self._root / f"{len(self._runs):03d}")
+            self._runs[key] = self.pool.run(train, pipe, folder, section, world_size=pipe.world_size)[0]
+        return self._runs[key]

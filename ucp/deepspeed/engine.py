@@ -73,7 +73,8 @@ def bind(engine: Any, config: Config) -> None:
     """Replace this one engine's ``load_checkpoint``, and ``save_checkpoint`` where the config says so; no class and no
     other engine is touched."""
     if config.save_format == "universal":
-        check_features(engine, 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does')
+        advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
+        ranks.together(lambda: check_features(engine, advice))
     engine.ucp = EngineUcp(engine, config)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save_format == "universal":

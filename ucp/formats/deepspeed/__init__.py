@@ -63,8 +63,7 @@ def read(
     the spec does not fit.
     """
     found = folders.scan(path)
-    models = {folder.mp: open_models(folder, trust_client_state) for folder in found}
-    models = with_modules(path, found, models)
+    models = with_modules(path, found, {folder.mp: open_models(folder, trust_client_state) for folder in found})
     first = models[0][0]
     tp, pp = _degrees(first, len(found))
     paths: dict[str, int] = {}
@@ -123,7 +122,7 @@ def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, 
     if choice.spec is None and isinstance(info, Mapping):
         from ucp.spec.infer import infer  # a checkpoint that describes itself; no other needs it
 
-        bound = bind(infer(info, shapes, layout), choice.config or {}, choice.settings)
+        bound = bind(infer(info, shapes, layout, buffers), choice.config or {}, choice.settings)
     else:
         found = choice.bound(recorded_config(model), section)
         if found is None:

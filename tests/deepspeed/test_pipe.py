@@ -1,0 +1,174 @@
+"""Pipelines resume and save: any number of stages into any other, and into one module without stages, to the bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+import ucp
+from tests.deepspeed.agree import differences
+from tests.deepspeed.pairs import CLOSE
+from tests.engines import pipe_models, pipe_runs
+from tests.engines.configs import Case
+from tests.engines.pipe_runs import PipeCase, PipeSources
+from tests.engines.pool import RankPool
+from tests.engines.runs import CLIENT_STATE
+from tests.engines.truth import Truth, compare
+from tests.formats.deepspeed.test_read_matrix import check_parameters, check_tensors, known
+
+pytestmark = pytest.mark.slow
+
+SEED = 5  # of the target's weights; sources have 0
+V = TypeVar("V")
+
+TRAINED = Case(stage=1, dp=1, accumulation=2)
+OPTIONS = TRAINED.but(groups=2, scheduler=True, frozen=True)
+LOW = TRAINED.but(dtype="bf16")
+HALF = TRAINED.but(dtype="fp16")
+PLAIN = PipeCase(pp=0)
+SLICED = PipeCase(pp=2, tp=2, case=TRAINED.but(frozen=True, groups=2))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """losses: '' where DeepSpeed itself computes otherwise in the target."""
+
+    source: PipeCase
+    target: PipeCase
+    losses: str = "close"
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label}--{self.target.label}"
+
+
+PAIRS = [
+    # the same layout
+    *(
+        Pair(pipe, pipe, "equal")
+        for pipe in (
+            PipeCase(pp=2, case=OPTIONS.but(dp=2)),
+            PipeCase(pp=4, method="type:block", case=LOW.but(groups=2)),
+            SLICED,
+        )
+    ),
+    # other numbers of stages, other splits, other heads
+    Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=1, case=OPTIONS.but(dp=3))),
+    Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=4, method="type:block", case=OPTIONS)),
+    Pair(
+        PipeCase(pp=4, method="type:block", case=LOW.but(groups=2)),
+        PipeCase(pp=2, topology=True, case=LOW.but(groups=2)),
+    ),
+    Pair(PipeCase(pp=1, case=LOW), PipeCase(pp=3, method="parameters", head_module=True, case=LOW)),
+    # stage 0, its optimizers, fp16's loss scale
+    Pair(PipeCase(pp=2, case=LOW.but(stage=0, dp=2)), PipeCase(pp=4, case=LOW.but(stage=0))),
+    Pair(PipeCase(pp=2, case=LOW.but(dtype="bf16_optimizer")), PipeCase(pp=1, case=TRAINED.but(stage=1, dtype="bf16"))),
+    Pair(PipeCase(pp=2, case=TRAINED), PipeCase(pp=2, case=TRAINED.but(stage=0))),
+    Pair(PipeCase(pp=2, case=HALF), PipeCase(pp=2, case=HALF.but(stage=0)), losses=""),
+    # without stages, whose names are others
+    Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=3))),
+    Pair(replace(PLAIN, case=OPTIONS.but(stage=3, dp=2)), PipeCase(pp=2, case=OPTIONS.but(dp=2))),
+    # tensor, pipeline and data parallelism
+    Pair(SLICED, PipeCase(pp=1, case=SLICED.case.but(dp=2))),
+    Pair(PipeCase(pp=1, case=SLICED.case.but(dp=2)), SLICED),
+    Pair(SLICED, replace(PLAIN, case=SLICED.case.but(stage=3, dp=3))),
+    Pair(replace(PLAIN, case=SLICED.case.but(stage=2, dp=2)), SLICED),
+    Pair(SLICED, PipeCase(pp=4, method="type:block", case=SLICED.case)),
+]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("spec") / "pipe.yaml"
+    path.write_text(pipe_models.SPEC)
+    return str(path)
+
+
+def piped(truth: Truth | None, pipe: PipeCase) -> Truth:
+    """The truth under the pipeline's names."""
+    found = known(truth)
+    if pipe.pp:
+        return found
+
+    def named(values: Mapping[str, V]) -> dict[str, V]:
+        return {pipe_models.pipeline_name(name): value for name, value in values.items()}
+
+    return replace(
+        found,
+        params=named(found.params),
+        scalars=named(found.scalars),
+        frozen=named(found.frozen),
+        buffers=named(found.buffers),
+        module=named(found.module),
+        groups=tuple({**g, "names": list(map(pipe_models.pipeline_name, g["names"]))} for g in found.groups),
+    )
+
+
+def section(spec: str, *pipes: PipeCase) -> dict[str, Any]:
+    """The config's section; it names the spec only where one is needed."""
+    return {"spec": spec} if any(pipe.tp > 1 or not pipe.pp for pipe in pipes) else {}
+
+
+def load(ranks: RankPool, target: PipeCase, folder: str, ucp_section: dict[str, Any], trained: int) -> Any:
+    target = target.but(seed=SEED)
+    return ranks.run(pipe_runs.resume, target, folder, ucp_section, trained, world_size=target.world_size)[0]
+
+
+def check(pair: Pair, run: pipe_runs.PipeRun, loaded: pipe_runs.PipeRun) -> None:
+    assert differences(piped(run.truth, pair.source), piped(loaded.truth, pair.target)) == []
+    assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
+    if pair.losses == "equal":
+        assert compare(known(run.truth), known(loaded.truth)) == []
+        assert loaded.further == run.further
+        assert compare(known(run.truth_after), known(loaded.truth_after)) == []
+    elif pair.losses:
+        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[pair.target.case.dtype])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)
+def test_loads_exactly(ranks: RankPool, pipes: PipeSources, spec: str, pair: Pair) -> None:
+    run = pipes.get(pair.source)
+    trained = 0 if pair.losses == "equal" else 1
+    check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), trained))
+
+
+SAVES = [
+    Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=2, case=OPTIONS.but(dp=2)), "equal"),
+    Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=2))),
+    Pair(PipeCase(pp=2, case=LOW.but(stage=0, dp=2)), PipeCase(pp=1, case=LOW.but(dp=1))),
+    Pair(PipeCase(pp=2, case=HALF.but(stage=0)), PipeCase(pp=2, method="parameters", case=HALF.but(stage=0))),
+    Pair(SLICED, SLICED, "equal"),
+    Pair(SLICED, PipeCase(pp=1, case=SLICED.case.but(dp=2))),
+]
+
+
+@pytest.mark.parametrize("pair", SAVES, ids=lambda pair: pair.label)
+def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: PipeSources, spec: str, pair: Pair) -> None:
+    """Fragments of every stage, each tensor once; they resume in any layout."""
+    saving = section(spec, pair.source) | {"save": {"async": False}}
+    run = pipes.get(pair.source, saving)
+    with ucp.open(run.folder) as checkpoint:
+        assert checkpoint.format == "universal"
+        truth = known(run.truth)
+        check_tensors(checkpoint, truth)
+        check_parameters(checkpoint, truth)
+        # Nothing that several stages or slices hold is written twice.
+        held = sum(t.nbytes for t in checkpoint.catalog.tensors.values())
+        files = Path(run.folder) / run.tag
+        written = sum(os.path.getsize(f) for f in files.glob("*.safetensors"))
+        assert held <= written < held + 4000 * pair.source.world_size
+    check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), 1))
+
+
+def test_a_tied_module_with_weights_of_its_own_is_refused(ranks: RankPool) -> None:
+    """Stages would train copies of them that go their own ways."""
+    outcome = ranks.attempt(pipe_runs.refused, PipeCase(pp=2), world_size=2)
+    assert outcome.all_raised
+    for failure in outcome.failures:
+        assert failure.type_name == "ucp.errors.Unsupported"
+        assert "'tied_modules.embed.shift'" in failure.message
