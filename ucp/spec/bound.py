@@ -113,8 +113,10 @@ def bind(
     counts, if the spec has it.
 
     A size that can't be computed is kept in ``absent``, and refused once a parameter needs it. Raises SpecError for
-    arithmetic without an exact result and conditions that can't be decided; BadArgument for a setting of no size.
+    arithmetic without an exact result, conditions that can't be decided and lines that are marked unknown; BadArgument
+    for a setting of no size.
     """
+    _refuse_unknown(spec)
     settings = settings or {}
     keys = {k.removeprefix("config."): v for k, v in settings.items() if k.startswith("config.")}
     for name in settings:
@@ -130,6 +132,14 @@ def bind(
     lines = [*_active(spec.lines, values, False), *_active(spec.layouts.get(layout or "", ()), values, True)]
     ties = tuple(t for t in spec.ties if t.when is None or values.holds(t.when))
     return Bound(spec, sizes, absent, tuple(lines), ties)
+
+
+def _refuse_unknown(spec: Spec) -> None:
+    if spec.unknown:
+        first, *others = spec.unknown
+        listed = ", ".join(f"'{u.pattern}'" for u in others[:8]) + (", ..." if len(others) > 8 else "")
+        more = f"; {len(others)} more are: {listed}" if others else ""
+        raise first.pattern.refuse(f"'{first.pattern}' is marked unknown: {first.why}{more}")
 
 
 def _active(lines: tuple[Line, ...], values: _Values, layout: bool) -> list[Active]:

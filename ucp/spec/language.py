@@ -42,6 +42,14 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """A line that is yet to be written, as drafts have them. why: what is known of it, and what to decide."""
+
+    pattern: Pattern
+    why: str
+
+
+@dataclass(frozen=True)
 class Tie:
     """One line under tied: the names that match are other names of ``to``."""
 
@@ -73,7 +81,8 @@ class Renaming:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a spec says. defaults: config keys that config.json may leave out, and what they are then."""
+    """What a spec says. defaults: config keys that config.json may leave out, and what they are then. unknown: lines
+    that are yet to be written; until they are, the spec can't be used."""
 
     file: str
     models: tuple[str, ...]
@@ -84,6 +93,7 @@ class Spec:
     ties: tuple[Tie, ...]
     names: Mapping[str, tuple[Renaming, ...]]
     layouts: Mapping[str, tuple[Line, ...]]
+    unknown: tuple[Unknown, ...] = ()
 
 
 def load(path: str | os.PathLike[str]) -> Spec:
@@ -173,19 +183,21 @@ class _Reader:
             raise version.refuse(
                 (0, len(version.text)), f"version {version.text} of the language; this program reads version {VERSION}"
             )
+        parameters = [self.unknown(e) or self.line(e) for e in self.section(parts, "parameters")]
         spec = Spec(
             self.file,
             self.models(parts["model"]),
             " ".join(self.text(parts["about"], "about").text.split()) if "about" in parts else "",
             {e.key.text: self.constant(e.value) for e in self.section(parts, "defaults")},
             {e.key.text: self.size(e) for e in self.section(parts, "sizes")},
-            tuple(self.line(e) for e in self.section(parts, "parameters")),
+            tuple(line for line in parameters if isinstance(line, Line)),
             tuple(self.tie(e) for e in self.section(parts, "tied")),
             {e.key.text: self.renamings(e) for e in self.section(parts, "names")},
             {
                 e.key.text: tuple(self.line(i) for i in self.entries(e.value, f"layouts: {e.key.text}"))
                 for e in self.section(parts, "layouts")
             },
+            tuple(line for line in parameters if isinstance(line, Unknown)),
         )
         _check(spec)
         return spec
@@ -225,6 +237,15 @@ class _Reader:
         if source.text not in ("true", "false"):
             raise source.refuse((0, len(source.text)), f"{what} is true or false")
         return source.text == "true"
+
+    def unknown(self, entry: _Entry) -> Unknown | None:
+        """The line if it is marked as unknown."""
+        if not isinstance(entry.value, yaml.MappingNode) or len(entry.value.value) != 1:
+            return None
+        key, why = entry.value.value[0]
+        if self.text(key, "a key").text != "unknown":
+            return None
+        return Unknown(patterns.parse(entry.key), self.text(why, "unknown").text)
 
     def line(self, entry: _Entry) -> Line:
         pattern = patterns.parse(entry.key)

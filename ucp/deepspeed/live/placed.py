@@ -6,7 +6,7 @@ how those make whole tensors, and every slot is lifted into them. Without model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ucp.geometry import Blocks, Shape, compose
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.choice import Choice
-from ucp.spec.placement import Placements, held_first, place, uncut
+from ucp.spec.placement import Parts, Placements, held_first, place, uncut
 from ucp.training import ranks
 from ucp.training.target import Group, Member, Placement, Slot
 
@@ -148,17 +148,17 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     if layout.tp == 1:
         return uncut(parts)
-    return place(_bound(engine, parts, layout, choice), parts, layout, buffers)
+    return place(_bound(engine, parts, buffers, layout, choice), parts, layout, buffers)
 
 
-def _bound(engine: Any, parts: Mapping[Coordinate, Mapping[str, Shape]], layout: Layout, choice: Choice) -> Bound:
+def _bound(engine: Any, parts: Parts, buffers: Collection[str], layout: Layout, choice: Choice) -> Bound:
     """The spec: the one that was given, what the model says of itself, the catalogue's for its type."""
     info = getattr(engine.module, "universal_checkpoint_info", None)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
     if choice.spec is None and info:
         from ucp.spec.infer import infer  # only models that describe themselves need it
 
-        return bind(infer(info, parts, layout), choice.config or {}, choice.settings)
+        return bind(infer(info, parts, layout, buffers), choice.config or {}, choice.settings)
     found = choice.bound(model_config(engine), section)
     if found is None:
         raise Unsupported(

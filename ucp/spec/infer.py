@@ -1,0 +1,308 @@
+"""A spec from what a checkpoint, or a model, says of itself: DeepSpeed's ``universal_checkpoint_info``, and shapes.
+
+The lists of names and their order are those of DeepSpeed's converter (``checkpoint/ds_to_universal.py``, version 0.4 of
+the info): affine maps, then what is replicated, averaged, made of two or more sub-parameters, cut along dimension 1,
+and everything else along dimension 0; of a vocabulary what lies beyond its original size is padding. What this leaves
+open, or what contradicts the shapes, is marked as unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.geometry import Shape
+from ucp.parallel.mesh import Layout
+from ucp.spec import affine
+from ucp.spec.draft import Axes, Known, Open, write
+from ucp.spec.language import Spec, loads
+from ucp.spec.placement import Parts
+
+# The newest info that is understood.
+VERSION = 0.4
+ORIGIN = "universal_checkpoint_info"
+
+_LISTS = (
+    "tp_replicated_parameter_patterns",
+    "parameter_to_average_patterns",
+    "parameter_with_2_sub_params_cat_dim_0",
+    "parameter_with_row_parallelism_patterns",
+    "vocabulary_parameter_patterns",
+    "pipeline_replicated_parameter_patterns",
+)
+_EXPERT = (r"(?<=\.deepspeed_experts\.)[0-9]+", "{experts/ep}")
+
+# Shapes of one parameter's shards by tensor-parallel rank.
+Shards = Mapping[int, Shape]
+
+
+def infer(info: Mapping[str, Any], parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Spec:
+    """The spec that a model's ``universal_checkpoint_info`` amounts to, for the local shapes of all its parts.
+
+    buffers: names that the info need not mention.
+
+    Raises Unsupported for a newer version of the info, DamagedCheckpoint for one that is malformed. What it leaves open
+    is marked as unknown in the spec, which is then refused by whoever uses it.
+    """
+    return loads(draft(info, parts, layout, buffers), ORIGIN)
+
+
+def draft(
+    info: Mapping[str, Any] | None,
+    parts: Parts,
+    layout: Layout,
+    buffers: Collection[str] = (),
+    *,
+    model: str = "drafted",
+    head: Sequence[str] = (),
+    contents: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> str:
+    """The text of a spec, for a person to complete. Arguments and errors as for `infer`.
+
+    info: None where there is none. contents: parameter -> 'equal', 'constant' or 'differ': what its shards on the
+    tensor-parallel ranks are to each other, where that is known. tied: other name -> parameter. head: comments.
+    """
+    shards = _shards(parts)
+    axes = Axes()
+    said = None if info is None else _Info(info)
+    lines: dict[str, Known | Open] = {}
+    for name, held in shards.items():
+        if name in buffers and (said is None or not said.mentions(name)):
+            continue
+        if isinstance(held, Open):
+            lines[name] = held
+        elif layout.tp == 1:
+            lines[name] = _whole(axes, held[0])
+        elif sorted(held) != list(range(layout.tp)):
+            lines[name] = Open(f"only the tensor-parallel ranks {sorted(held)} have it")
+        elif said is None:
+            lines[name] = _guarded(axes, held, (contents or {}).get(name, ""))
+        else:
+            lines[name] = said.line(axes, name, held)
+    experts = [int(m[0]) for name in lines for m in [re.search(_EXPERT[0], name)] if m]
+    if experts:
+        axes.name("experts", max(experts) + 1, "the numbers in the parameters' names")
+    return write(
+        lines,
+        axes.sizes,
+        model=model,
+        head=head,
+        tied={a: o for a, o in (tied or {}).items() if o in lines},
+        captures=[_EXPERT] if experts else (),
+    )
+
+
+def _shards(parts: Parts) -> dict[str, Shards | Open]:
+    """Shapes by tensor-parallel rank; those of several pipeline stages or expert ranks must be the same."""
+    out: dict[str, Any] = {}
+    for at, held in sorted(parts.items()):
+        for name, shape in held.items():
+            known = out.setdefault(name, {})
+            if isinstance(known, dict) and known.setdefault(at.tp, shape) != shape:
+                out[name] = Open(
+                    f"tensor-parallel rank {at.tp} has it as {list(known[at.tp])} and as {list(shape)} on different "
+                    "pipeline stages"
+                )
+    return out
+
+
+def _whole(axes: Axes, shape: Shape) -> Known:
+    return Known(" ".join(map(axes.whole, shape)) or "scalar")
+
+
+def _guarded(axes: Axes, held: Shards, contents: str) -> Known | Open:
+    """What shapes and contents alone allow to say."""
+    shapes = [held[r] for r in sorted(held)]
+    shown = f"{list(shapes[0])} on every rank"
+    if len(set(shapes)) > 1:
+        return Open(
+            f"the ranks hold {_shown(shapes)}; say how they are cut: in one piece (axis/tp), or segment by segment "
+            "((a/tp | b/tp))"
+        )
+    if contents == "equal":
+        return _whole(axes, shapes[0])
+    if contents == "constant":
+        return Open(f"{shown}, all of one value: whole on every rank, or cut; say which")
+    if contents == "differ":
+        return Open(f"{shown}, with other values: say along which dimension it is cut, and whether segment by segment")
+    return Open(f"{shown}: whole on every rank, or cut; say which")
+
+
+class _Table:
+    """What is said by patterns: of a name, or of all that a regular expression matches from their beginning."""
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        bodies = {p: p[1:-1].replace("\\", "") for p in said}
+        self._names = {body: said[p] for p, body in bodies.items() if p == f"^{re.escape(body)}$"}  # as AutoTP has them
+        self._rest = [(_compiled(p), said[p]) for p, body in bodies.items() if body not in self._names]
+
+    def get(self, name: str) -> Any:
+        """What is said of the name; None where nothing is."""
+        if name in self._names:
+            return self._names[name]
+        return next((value for pattern, value in self._rest if pattern.match(name)), None)
+
+
+class _Info:
+    """The lists of names, compiled."""
+
+    def __init__(self, info: Mapping[str, Any]) -> None:
+        self.version = info.get("universal_checkpoint_version", 0.0)
+        if not isinstance(self.version, (int, float)) or self.version > VERSION:
+            raise Unsupported(
+                f"the checkpoint's universal_checkpoint_info is of version {self.version}; this program knows those up "
+                f"to {VERSION}; give a spec instead (spec=, --spec)"
+            )
+        self.lists = {key: _Table(dict.fromkeys(_texts(info, key), True)) for key in _LISTS}
+        unsupported = info.get("autotp_unsupported_parameter_patterns") or {}
+        self.unsupported = _Table(_mapping(unsupported, "autotp_unsupported_parameter_patterns"))
+        self.vocabulary = info.get("original_vocab_size")
+        maps = _mapping(info.get("affine_map") or {}, "affine_map")
+        if maps and maps.get("version", affine.VERSION) not in range(1, affine.VERSION + 1):
+            raise Unsupported(
+                f"the checkpoint's affine_map is of version {maps['version']}; this program knows {affine.VERSION}; "
+                "give a spec instead (spec=, --spec)"
+            )
+        self.maps = _Table(_mapping(maps.get("params", {}), "affine_map"))
+        widths = _mapping(info.get("sub_param_shard_widths") or {}, "sub_param_shard_widths")
+        entries = [_mapping(e, "parameter_with_sub_params") for e in info.get("parameter_with_sub_params") or ()]
+        self.subs = _Table({p: (entry, widths.get(p)) for entry in entries for p in _texts(entry, "patterns")})
+
+    def mentions(self, name: str) -> bool:
+        """Whether any list has the name."""
+        return any(table.get(name) is not None for table in (self.maps, self.subs, *self.lists.values()))
+
+    def listed(self, key: str, name: str) -> bool:
+        return self.lists[key].get(name) is not None
+
+    def line(self, axes: Axes, name: str, held: Shards) -> Known | Open:
+        """What the info says of one parameter."""
+        shapes = [held[r] for r in sorted(held)]
+        try:
+            return self._line(axes, name, shapes)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpoint(
+                f"universal_checkpoint_info: what it says of '{name}' can't be read ({type(error).__name__}: {error}); "
+                "give a spec instead (spec=, --spec)"
+            ) from error
+
+    def _line(self, axes: Axes, name: str, shapes: Sequence[Shape]) -> Known | Open:
+        why = self.unsupported.get(name)
+        if why is not None:
+            return Open(f"DeepSpeed's AutoTP says that it can't tell how it is cut: {why}")
+        found = self.maps.get(name)
+        if found is not None:
+            return _from_map(axes, _mapping(found, name), shapes)
+        if self.listed("tp_replicated_parameter_patterns", name):
+            if len(set(shapes)) > 1:
+                return Open(f"it is listed as replicated, and ranks hold {_shown(shapes)}")
+            return _whole(axes, shapes[0])
+        if self.listed("parameter_to_average_patterns", name):
+            if len(set(shapes)) > 1:
+                return Open(f"it is listed as an average of copies, and ranks hold {_shown(shapes)}")
+            return Known(f"average({_whole(axes, shapes[0]).axes}, tp)")
+        if self.listed("parameter_with_2_sub_params_cat_dim_0", name):
+            return self._in_segments(axes, name, shapes, 0, _equal(shapes, 0, 2))
+        sub = self.subs.get(name)
+        if sub is not None:
+            return self._sub_params(axes, name, shapes, *sub)
+        dim = 1 if self.listed("parameter_with_row_parallelism_patterns", name) else 0
+        return self._in_segments(axes, name, shapes, dim, _equal(shapes, dim, 1))
+
+    def _sub_params(
+        self, axes: Axes, name: str, shapes: Sequence[Shape], entry: Mapping[str, Any], widths: Any
+    ) -> Known | Open:
+        dim = int(entry["partition_dim"])
+        said = entry["shape"][dim]
+        if widths is not None:
+            segments = [tuple(int(w) for w in one) for one in widths]
+        elif self.version >= 0.4:
+            return Open(
+                "it is listed as made of sub-parameters, and sub_param_shard_widths does not say how wide they are"
+            )
+        elif isinstance(said, (tuple, list)):
+            if any(int(n) % len(shapes) for n in said):
+                return Open(
+                    f"its sub-parameters {list(said)} do not divide by {len(shapes)} ranks; say how they are cut"
+                )
+            segments = [(int(n) // len(shapes),) * len(shapes) for n in said]
+        else:
+            return self._in_segments(axes, name, shapes, dim, _equal(shapes, dim, int(said)))
+        if len(entry["shape"]) != len(shapes[0]):
+            return Open(f"its sub-parameters are those of another shape, {entry['shape']}; ranks hold {_shown(shapes)}")
+        return self._in_segments(axes, name, shapes, dim, segments)
+
+    def _in_segments(
+        self, axes: Axes, name: str, shapes: Sequence[Shape], dim: int, segments: Sequence[tuple[int, ...]] | None
+    ) -> Known | Open:
+        rest = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
+        if segments is None or len(shapes[0]) <= dim or len({len(s) for s in shapes}) > 1 or len(rest) > 1:
+            return Open(f"it is said to be cut along dimension {dim}, and ranks hold {_shown(shapes)}")
+        if any(sum(one[r] for one in segments) != s[dim] for r, s in enumerate(shapes)):
+            return Open(f"the widths of its sub-parameters, {segments}, are not those of {_shown(shapes)}")
+        dims = [axes.whole(n) for n in shapes[0]]
+        total = sum(map(sum, segments))
+        if self.listed("vocabulary_parameter_patterns", name):
+            n = self.vocabulary
+            if not isinstance(n, int) or dim or len(segments) > 1 or n > total:
+                return Open(f"it is listed as a vocabulary of {n}, and ranks hold {_shown(shapes)}")
+            if n < total:
+                dims[0] = axes.padded("vocab", n)
+                return Known(" ".join(dims))
+        cut = axes.dimension(segments)
+        if cut is None:
+            return Open(f"its segments are cut as {segments}, which no cut of one axis makes; give them axes by hand")
+        dims[dim] = cut
+        return Known(" ".join(dims))
+
+
+def _from_map(axes: Axes, entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Known | Open:
+    try:
+        found = affine.read(entry)
+    except affine.NotSegments as why:
+        return Open(f"its affine map can't be written as axes: {why}")
+    if list(found.shards) != list(shapes):
+        return Open(f"its affine map is one of the shards {_shown(found.shards)}, and ranks hold {_shown(shapes)}")
+    dims = [axes.whole(n) for n in found.shape]
+    if found.dim is not None:
+        cut = axes.dimension(found.segments)
+        if cut is None:
+            return Open(f"its segments are cut as {found.segments}, which no cut of one axis makes; write them by hand")
+        dims[found.dim] = cut
+    return Known(" ".join(dims) or "scalar")
+
+
+def _equal(shapes: Sequence[Shape], dim: int, parts: int) -> list[tuple[int, ...]] | None:
+    """Every rank's shard as so many equal segments; None where it doesn't divide."""
+    if any(len(s) <= dim or s[dim] % parts for s in shapes):
+        return None
+    return [tuple(s[dim] // parts for s in shapes)] * parts
+
+
+def _shown(shapes: Sequence[Shape]) -> str:
+    return ", ".join(str(list(s)) for s in shapes)
+
+
+def _texts(info: Mapping[str, Any], key: str) -> list[str]:
+    found = info.get(key) or []
+    if not isinstance(found, (list, tuple)) or not all(isinstance(p, str) for p in found):
+        raise DamagedCheckpoint(f"universal_checkpoint_info: '{key}' is no list of patterns")
+    return list(found)
+
+
+def _mapping(found: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise DamagedCheckpoint(f"universal_checkpoint_info: '{what}' is a {type(found).__name__}, not a mapping")
+    return found
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DamagedCheckpoint(
+            f"universal_checkpoint_info: '{pattern}' is no regular expression ({error}); give a spec instead"
+        ) from None
