@@ -297,7 +297,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
     except OSError:
         return []
     entries = [folder / name for name in names if not name.startswith(".")]
-    return [e for e in entries if locations.is_folder(e) and formats.find(e) is not None]
+    # A model folder beside them, which has weights alone, is not one that a run would resume from.
+    others = (None, formats.huggingface)
+    return [e for e in entries if locations.is_folder(e) and formats.find(e) not in others]
 
 
 def written_ns(folder: Path) -> int:

@@ -387,7 +387,7 @@ def _check_model_flags(to: str, **given: Any) -> None:
 def _model_folder(like: str | os.PathLike[str] | None, opened: checkpoint.Checkpoint) -> Path | None:
     if like is not None:
         return Path(os.path.abspath(like))
-    is_one = opened.format == formats.huggingface.NAME and (opened.path / "config.json").is_file()
+    is_one = opened.format == formats.huggingface.NAME and locations.is_file(opened.path / "config.json")
     return opened.path if is_one else None
 
 

@@ -62,10 +62,17 @@ def train(model: str, cases: list[tuple[Case, str]]) -> list[torch.Tensor]:
 def load(model: str, case: Case, folder: str) -> tuple[Truth | None, torch.Tensor]:
     """Load a model folder's weights into an engine that began with others; what it holds then, and its logits."""
     import ucp.deepspeed
+    from ucp.errors import Mismatch
 
     module = build(model, 1)
     config = make_config(case) | {"ucp": {"enabled": True}}
     engine, *_ = ucp.deepspeed.initialize(model=module, config=config, model_parameters=list(module.parameters()))
+    try:
+        engine.load_checkpoint(folder)
+        raise RuntimeError("a folder without an optimizer was taken for a whole checkpoint")
+    except Mismatch as error:
+        if "optimizer state" not in str(error):
+            raise
     path, _ = engine.load_checkpoint(folder, load_module_only=True)
     if path is None:
         raise FileNotFoundError(folder)

@@ -213,6 +213,14 @@ class TestWhichFormat:
             ucp.open(tmp_path)
 
 
+    def test_a_folder_of_them_has_no_newest_to_resume_from(self, tmp_path: Path) -> None:
+        module_of("gpt2").save_pretrained(tmp_path / "one")
+        with pytest.raises(NotACheckpoint):
+            ucp.open(tmp_path)
+        with ucp.open(tmp_path, tag="one") as checkpoint:
+            assert checkpoint.format == "huggingface"
+
+
 def test_copies_of_tied_parameters_are_one_if_they_are_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = module_of("llama-bias-tied")
     module.save_pretrained(tmp_path)

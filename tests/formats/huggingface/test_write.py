@@ -223,6 +223,15 @@ def test_experts_that_the_module_has_apart_are_written_as_they_are(tmp_path: Pat
     assert same(all_of(tmp_path / "ours"), all_of(tmp_path / "theirs"))
 
 
+def test_a_base_model_trained_alone(tmp_path: Path) -> None:
+    module = module_of("gpt2")
+    module.config.save_pretrained(tmp_path / "like")
+    source = folder_of(tmp_path / "source", {n: t.clone() for n, t in module.transformer.state_dict().items()})
+    ucp.convert(source, tmp_path / "ours", to="huggingface", like=tmp_path / "like")
+    loaded = MODELS["gpt2"].module.from_pretrained(tmp_path / "ours")
+    assert torch.equal(engine_jobs.logits("gpt2", loaded), engine_jobs.logits("gpt2", module))
+
+
 def test_names_lose_what_wrappers_put_into_them(tmp_path: Path) -> None:
     tensors = {"module._orig_mod.a.weight": torch.ones(2), "module._orig_mod.b": torch.zeros(3)}
     ucp.convert(folder_of(tmp_path / "a", tensors), tmp_path / "b", to="huggingface")
