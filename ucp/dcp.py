@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
@@ -67,6 +68,7 @@ class StorageReader(dcp.StorageReader):
         self.checkpoint_id = os.fspath(path)
         self._tag, self._spec, self._verify = tag, spec, verify
         self._catalog: Catalog | None = None
+        self._objects: dict[str, Any] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -77,6 +79,7 @@ class StorageReader(dcp.StorageReader):
         with open_checkpoint(self.checkpoint_id, self._spec, self._tag) as checkpoint:
             self._catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
         names = _Names(self._catalog)
+        self._objects = names.objects
         return torch_metadata.Metadata(names, names.paths, {})
 
     def set_up_storage_reader(
@@ -96,7 +99,11 @@ class StorageReader(dcp.StorageReader):
         if catalog is None:
             raise Unsupported("StorageReader.read_data was called before read_metadata")
         entries = _entries(planner)
-        what = _planned(self.checkpoint_id, entries, {item.dest_index.fqn for item in plan.items}, catalog)
+        # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) knows no values yet.
+        blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
+        entries.update({key: Entry(entries[key].path, None, self._objects[key]) for key in blind})
+        asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
+        what = _planned(self.checkpoint_id, entries, asked, catalog)
         buffers, _, _ = read(entries, catalog, what, self._verify)
         fill(entries, what, buffers)
         done = set(what.wants) | set(what.fills) | set(what.own)
@@ -162,6 +169,7 @@ class _Names(dict[str, Any]):
         super().__init__()
         self._catalog = catalog
         self.paths: dict[str, tuple[Any, ...]] = {}
+        self.objects: dict[str, Any] = {}
         self._short = {bare(n): i.name for i in catalog.parameters.values() for n in (i.name, *i.aliases)}
         self._owners = {n: i.name for i in catalog.parameters.values() for n in (i.name, *i.aliases)}
         own = [o.get(VALUES, {}) for o in catalog.training_state.extra.get("ranks", ())]
@@ -174,6 +182,8 @@ class _Names(dict[str, Any]):
                 found = _tensor(value)
             elif isinstance(value, canonical.Single):
                 found = _single()
+            else:
+                self.objects[key] = value
             super().__setitem__(key, found)
 
     def __contains__(self, key: object) -> bool:

@@ -104,6 +104,13 @@ def test_states_of_other_shapes_are_tensors_by_themselves() -> None:
     assert roles.scalars["optim.state.embed.weight.mu"] == ("embed.weight", "mu")
 
 
+def test_what_is_nested_beside_bare_names_is_outside() -> None:
+    entries = {**model(""), **flattened(), "train.step": Entry(("train", "step"), ()), "mean": Entry(("mean",), (2,))}
+    roles = assign(entries)
+    assert roles.outside == ["train.step"]
+    assert roles.model == {*SHAPES, "mean"}
+
+
 def test_two_optimizers() -> None:
     entries = {**model("model"), **nested("a", (["embed.weight"],)), **nested("b", (["gain"],))}
     roles = assign(entries)

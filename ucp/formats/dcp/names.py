@@ -93,8 +93,10 @@ def assign(entries: Mapping[str, Entry]) -> Roles:
     if prefix is None:
         optimizers, trained = [], []
     else:
+        flat = not prefix and all(len(entries[name].path) == 1 for name in trained)
         for key in [k for k, e in rest.items() if e.shape is not None and k.startswith(prefix)]:
-            if any(_inside(key, o) for o in optimizers):
+            # Where the model's names stand alone, what is nested is something else (torchtitan's "train_state").
+            if any(_inside(key, o) for o in optimizers) or (flat and len(entries[key].path) > 1):
                 continue
             name = key.removeprefix(prefix)
             _name(roles, key, (name, PARAM))
