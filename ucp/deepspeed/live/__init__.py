@@ -111,7 +111,7 @@ class LiveEngine:
     def source(self, client_state: Mapping[str, Any], *, frozen: bool = True) -> Source:
         """What of the engine's state this rank saves. frozen: with the parameters that are not trained."""
         placed = self._placed
-        slots = self._slots if placed is None else [placed.to_save(slot) for slot in self._slots]
+        slots = self._slots if placed is None else placed.to_save(self._slots)
         return make_source(self, slots, client_state, frozen)
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:

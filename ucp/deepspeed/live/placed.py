@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
 from ucp.errors import Unsupported
-from ucp.geometry import Blocks, Shape, compose
+from ucp.geometry import Blocks, Shape, compose, numel
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.choice import Choice
@@ -48,12 +48,14 @@ class Placed:
             name: tuple(r for r, t in enumerate(of_rank) if tables[t].at == self._at and name in tables[t].tensors)
             for name in tables[of_rank[ranks.rank()]].tensors
         }
-        self.slots = tuple(self._lifted(slot, first_only=False) for slot in slots)
+        self._held = {n for t in tables for n, (shape, _) in t.tensors.items() if numel(shape)}
+        self.slots = tuple(self._lifted(slot, first_only=False) for slot in slots if not self._is_void(slot))
         own = {m.name for s in self.slots for m in s.members}
         kinds = {
             placed.name: "padding" if placed.padding else kind
             for table in tables
-            for name, (_, kind) in table.tensors.items()
+            for name, (shape, kind) in table.tensors.items()
+            if numel(shape) or name not in self._held
             for placed in placements[table.at, name]
         }
         self.groups = _all_groups(tables, placements)
@@ -63,9 +65,13 @@ class Placed:
         """The whole model's names of these local tensors."""
         return tuple(placed.name for name in local for placed in self._placements[self._at, name])
 
-    def to_save(self, slot: Slot) -> Slot:
-        """A local slot with what this rank has to write of it: what no earlier part of the model holds."""
-        return self._lifted(slot, first_only=True)
+    def to_save(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The local slots with what this rank has to write of them: what no earlier part of the model holds."""
+        return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
+
+    def _is_void(self, slot: Slot) -> bool:
+        """Whether this part has nothing of what others have: DeepSpeed takes empty shards out of the optimizer."""
+        return all(m.name in self._held and not numel(m.shape) for m in slot.members)
 
     def _lifted(self, slot: Slot, first_only: bool) -> Slot:
         placed = {state: self._placement(slot, slot.placement(state), first_only) for state in ("param", *slot.placed)}

@@ -52,7 +52,8 @@ def make_source(live: Live, slots: Sequence[Slot], client_state: Mapping[str, An
         scalars = _scalars(live, slot, groups)
         for member in slot.members:
             names = tuple(aliases.get(member.name, ()))
-            parameters[member.name] = ParameterInfo(member.name, member.shape, {}, slot.kind, scalars, names)
+            kind = "padding" if member.padding else slot.kind
+            parameters[member.name] = ParameterInfo(member.name, member.shape, {}, kind, scalars, names)
         holdings += _holdings(live, slot, rank)
     own: dict[str, Any] = {"rng": rng.capture(live.engine)}
     if rank == 0:

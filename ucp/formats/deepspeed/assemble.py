@@ -14,7 +14,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.formats.deepspeed.part import Part
-from ucp.geometry import Blocks, compose, concat, intersect
+from ucp.geometry import Blocks, compose, concat, intersect, numel
 from ucp.parallel.mesh import Coordinate
 from ucp.spec.experts import ordered
 from ucp.spec.placement import Placed, Placements, held_first
@@ -51,27 +51,28 @@ def assemble(
     parameters: dict[str, ParameterInfo] = {}
     gathered: dict[tuple[str, str], _Gathered] = {}
     first = held_first(placements)
-    for at, part in parts.items():
-        for local in part.parameters.values():
-            for placed, mask in zip(placements[at, local.name], first[at, local.name], strict=True):
-                info = _info(local, placed)
-                known = parameters.setdefault(placed.name, info)
-                if known is not info:
-                    parameters[placed.name] = _joined(known, info, part)
-                for state in local.states:
-                    tensor = part.tensors[local.name, state]
-                    found = gathered.setdefault((placed.name, state), _Gathered(placed, tensor.dtype))
-                    if found.dtype != tensor.dtype:
-                        raise DamagedCheckpoint(
-                            f"{part.model.path}: '{local.name}' ({state}) is {tensor.dtype}, and {found.dtype} on "
-                            "another model-parallel rank; files of two runs are mixed"
-                        )
-                    for pieces, which in ((found.first, mask), (found.again, ~mask)):
-                        if which.any():
-                            blocks, index = compose(
-                                tensor.blocks, placed.blocks.take(which), tensor.shape, placed.shape
-                            )
-                            pieces.append((blocks, tensor.bases[index]))
+    everything = [(at, part, local) for at, part in parts.items() for local in part.parameters.values()]
+    everything.sort(key=lambda one: numel(one[2].shape) == 0)  # a shard without elements tells nothing of the parameter
+    for at, part, local in everything:
+        for placed, mask in zip(placements[at, local.name], first[at, local.name], strict=True):
+            if not numel(local.shape) and placed.name in parameters:
+                continue
+            info = _info(local, placed)
+            known = parameters.setdefault(placed.name, info)
+            if known is not info:
+                parameters[placed.name] = _joined(known, info, part)
+            for state in local.states:
+                tensor = part.tensors[local.name, state]
+                found = gathered.setdefault((placed.name, state), _Gathered(placed, tensor.dtype))
+                if found.dtype != tensor.dtype:
+                    raise DamagedCheckpoint(
+                        f"{part.model.path}: '{local.name}' ({state}) is {tensor.dtype}, and {found.dtype} on "
+                        "another model-parallel rank; files of two runs are mixed"
+                    )
+                for pieces, which in ((found.first, mask), (found.again, ~mask)):
+                    if which.any():
+                        blocks, index = compose(tensor.blocks, placed.blocks.take(which), tensor.shape, placed.shape)
+                        pieces.append((blocks, tensor.bases[index]))
     tensors = {key: found.tensor(key[1], found.first) for key, found in gathered.items()}
     copies = tuple(found.tensor(key[1], found.again) for key, found in gathered.items() if found.again)
     return parameters, tensors, copies, _state(parts, placements)
