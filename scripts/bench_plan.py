@@ -251,7 +251,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "title": f"plan: {source} ({source.world_size:,} ranks) to {target} ({target.world_size:,} ranks), no data",
         "rows": rows,
         "notes": [
-            "per million: processor seconds for a million target fragments; a rank's plan: from the catalog to its copies"
+            "per million: processor seconds for a million target fragments; one rank: from the catalog to its copies"
         ],
     }
 
