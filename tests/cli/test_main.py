@@ -1,0 +1,259 @@
+"""``ucp`` as a user meets it: exit codes, tables for people, lines for pipes, JSON with a named schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ucp
+from tests.formats import raw
+from ucp.cli import main as command
+from ucp.cli import run
+from ucp.formats.universal import manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    try:
+        code = command.main([str(a) for a in arguments])
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def on_a_terminal(*arguments: object) -> str:
+    leader, follower = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-m", "ucp.cli.main", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+        check=False,
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 1 << 16)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(leader)
+    return shown.decode()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return raw.write_consolidated(tmp_path / "run/step7", raw.make(tmp_path / "raw").catalog)
+
+
+@pytest.mark.parametrize("name", [*command.COMMANDS, "convert", "spec"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, _ = call(capsys, name, "--help")
+    assert code == 0
+    assert "examples:" in out
+    assert f"ucp {name}" in out or f"ucp-{name}" in out
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys; from ucp.cli.main import parser; parser().format_help(); "
+    code += "print({'torch', 'numpy'} & set(sys.modules))"
+    best = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.stdout.strip() == "set()"
+    assert best < 0.3  # seconds of processor time
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["ls"], ["verify"], ["plan", "--layout", "dp=2,zero=3"]])
+def test_looking_needs_no_torch(source: Path, arguments: list[str]) -> None:
+    code = f"""
+import sys
+from ucp.cli.main import main
+code = main({[arguments[0], str(source), *arguments[1:], "--quiet"]!r})
+sys.exit(code or ("torch" in sys.modules) * 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schema"),
+    [
+        (["inspect"], "ucp.inspect/1"),
+        (["inspect", "--tree", "--param", "layer.*"], "ucp.inspect/1"),
+        (["ls"], "ucp.ls/1"),
+        (["verify", "--finite"], "ucp.verify/1"),
+        (["plan", "--layout", "dp=2,zero=3", "--matrix"], "ucp.plan/1"),
+    ],
+)
+def test_json_names_its_schema(
+    capsys: pytest.CaptureFixture[str], source: Path, arguments: list[str], schema: str
+) -> None:
+    _, out, err = call(capsys, arguments[0], source, *arguments[1:], "--json")
+    assert err == ""
+    assert json.loads(out)["schema"] == schema
+
+
+def test_inspect_in_a_pipe(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    code, out, err = call(capsys, "inspect", source)
+    assert (code, err) == (0, "")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert ["layout", "dp=3,zero=1"] in lines
+    rows = {line[0]: line for line in lines if len(line) == 7}
+    assert set(rows) == {*raw.SHAPES, "frozen.weight", "mask", "steps"}
+    assert rows["layer.0.weight"][2:4] == ["5 × 3 × 11", "parameter"]
+    assert "\x1b" not in out
+
+
+def test_inspect_one_parameter(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    code, out, _ = call(capsys, "inspect", source, "--param", "embed.*", "--json")
+    assert code == 0
+    (entry,) = json.loads(out)["parameters"]
+    (place,) = entry["states"]["param"]["places"]
+    with open(place["file"], "rb") as stream:
+        stream.seek(place["byte"])
+        raw_bytes = stream.read(13 * 7 * 4)
+    with ucp.open(source) as checkpoint:
+        assert checkpoint.read("embed.weight").numpy().tobytes() == raw_bytes
+    code, _, err = call(capsys, "inspect", source, "--param", "absent*")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_terminal_gets_tables(source: Path) -> None:
+    shown = on_a_terminal("inspect", source)
+    assert "\x1b[1m" in shown
+    assert "parameter" in shown
+    lines = [line for line in shown.splitlines() if "float32" in line and "×" in line]
+    assert len({line.index("parameter") for line in lines}) == 1  # a column
+    assert "whole" in on_a_terminal("verify", source)
+
+
+def test_verify_says_no(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    assert call(capsys, "verify", source.parent)[0] == 0
+    raw.flip(source / "model-00001-of-00001.safetensors", 900, 1)
+    code, out, err = call(capsys, "verify", source.parent)
+    assert (code, err) == (1, "")
+    fault = next(line.split("\t") for line in out.splitlines() if line.startswith("fault\t"))
+    assert fault[1:3] == ["digest", str(source / "model-00001-of-00001.safetensors")]
+    assert call(capsys, "verify", source, "--quick")[0] == 0
+    code, _, err = call(capsys, "verify", source / "nowhere")
+    assert (code, err.count("\n")) == (2, 1)
+    assert call(capsys, "verify", source, "--quick", "--finite")[0] == 2
+
+
+def test_diff_says_no(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    same = raw.virtual_checkpoint(tmp_path / "same", raw.make(tmp_path / "raw2", dp=5, stage=3))
+    other = raw.virtual_checkpoint(tmp_path / "other", raw.make(tmp_path / "raw3", seed=1))
+    code, out, err = call(capsys, "diff", source, same)
+    assert (code, err) == (0, "")
+    assert out.startswith("the same: 21 tensors compared")
+    code, out, _ = call(capsys, "diff", source, other, "--state", "exp_avg")
+    assert code == 1
+    assert len([line for line in out.splitlines() if line.startswith("values\t")]) == 5
+    code, out, _ = call(capsys, "diff", source, other, "--json")
+    assert code == 1
+    body = json.loads(out)
+    assert (body["schema"], body["same"]) == ("ucp.diff/1", False)
+    assert call(capsys, "diff", source, other, "--atol", "-1")[0] == 2
+
+
+def test_ls_and_plan(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    (source.parent / "latest").write_text("step7")
+    code, out, _ = call(capsys, "ls", source.parent)
+    assert code == 0
+    fields = out.rstrip("\n").split("\t")
+    assert (fields[0], fields[1], fields[-2], fields[-1]) == ("step7", "7", "whole", "latest")
+    code, out, _ = call(capsys, "plan", source, "--layout", "dp=3,zero=2", "--rank-bandwidth", "1kB")
+    assert code == 0
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows[-3:]] == ["rank 0", "rank 1", "rank 2"]
+    assert any(row[0] == "time" for row in rows)
+    code, _, err = call(capsys, "plan", source, "--layout", "dp=3,tp=2")
+    assert code == 2
+    assert "give a spec" in err
+
+
+def test_report(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    code, out, err = call(capsys, "report", source, "-o", page, "--plan-layout", "dp=2,zero=3")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"wrote {page}: 9 parameters")
+    assert page.read_text().startswith("<!doctype html>")
+    assert call(capsys, "report", source, "-o", tmp_path / "no/such/folder.html")[0] == 2
+
+
+def test_other_programs_as_commands(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    assert call(capsys, "convert", source, tmp_path / "copy")[0] == 0
+    assert (tmp_path / "copy" / manifest.NAME).exists()
+    assert call(capsys, "spec", "show")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["inspect"], ["inspect", "a", "--tree", "0"], ["plan", "a"], ["diff", "a"]]
+)
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_reader_that_goes_away(source: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m ucp.cli.main inspect {source} --json | head -c 10",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ('{"schema": ', "") or (done.stdout, done.stderr) == ('{"schema":', "")
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = call(capsys, "inspect", tmp_path / "nowhere", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "Traceback" not in call(capsys, "inspect", tmp_path / "nowhere")[2]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
+    with run.ProgressBar(False, "verifying") as bar:
+        for second in range(60):
+            now[0] += 1
+            bar(second * 10**9, 60 * 10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 60 // bar.LOG_EVERY
+    assert lines[0] == "verifying  23%  14.00 of 60.00 GB, 933 MB/s, 0:49 left"
+
+
+def test_only_the_first_rank_shows_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with run.ProgressBar(False) as bar:
+            now[0] += 20
+            bar(1, 2)
+        assert len(capsys.readouterr().err.splitlines()) == lines
