@@ -31,7 +31,7 @@ class Config:
     DeepSpeed's own save. save_async: save in the background. save_memory: bytes of host memory that a rank's copies for
     that may take. save_policy: 'wait' for a save under way before the next one, or 'skip' the next one. save_timeout:
     seconds that the first rank waits for the others' files. keep_last, keep_every: how many of the newest checkpoints
-    stay, and of which steps besides; None for all.
+    stay, and of which steps besides; None for all. metrics: write timings of saves and loads beside the checkpoints.
     """
 
     enabled: bool = False
@@ -49,6 +49,7 @@ class Config:
     save_timeout: float = 1800.0
     keep_last: int | None = None
     keep_every: int | None = None
+    metrics: bool = False
 
     def choice(self) -> Choice:
         """The spec that counts for a tensor-parallel model, live or saved."""
@@ -63,6 +64,7 @@ _TOP: dict[str, Any] = {
     "save": dict,
     "trust_client_state": bool,
     "allow_untested_version": bool,
+    "metrics": bool,
 }
 _LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
 _SAVE: dict[str, Any] = {
@@ -128,6 +130,7 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
         save_timeout=float(save.get("timeout", 1800.0)),
         keep_last=save.get("keep_last"),
         keep_every=save.get("keep_every"),
+        metrics=section.get("metrics", False),
     )
 
 

@@ -18,6 +18,7 @@ from ucp.deepspeed.live.placed import model_config
 from ucp.deepspeed.live.state import warn_of_clipping
 from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
+from ucp.deepspeed.timings import record_load, record_save
 from ucp.errors import NotACheckpoint, Unsupported
 from ucp.storage import locations
 from ucp.training import ranks
@@ -38,12 +39,13 @@ class EngineUcp:
 
     def __init__(self, engine: Any, config: Config) -> None:
         self._engine = engine
+        self._rank, self._world = ranks.rank(), ranks.world_size()
         self.config = config
         self.last_load: LoadReport | None = None
         self.last_save: SaveReport | None = None
         self.saver: Saver | None = None
         if config.save_format == "universal" and config.save_async:
-            self.saver = Saver(self._saved, memory=config.save_memory, policy=config.save_policy)
+            self.saver = Saver(self.saved, memory=config.save_memory, policy=config.save_policy)
             live = LiveEngine(engine)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 
@@ -60,8 +62,11 @@ class EngineUcp:
         if self.saver is not None:
             self.saver.wait()
 
-    def _saved(self, report: SaveReport) -> None:
+    def saved(self, report: SaveReport) -> None:
+        """Keep the report of a finished save, and its timings where the config says so."""
         self.last_save = report
+        if self.config.metrics:
+            record_save(report, self._rank, self._world)
 
     @property
     def samples_seen(self) -> int:
@@ -124,6 +129,8 @@ def load_checkpoint(
     )
     report = load(catalog, target, wish, verify=config.verify)
     engine.ucp.last_load = report
+    if config.metrics:
+        record_load(path, report)
     for text in (*report.plan.notes, *_weights_notes(report)):
         if ranks.rank() == 0:
             log.warning("%s", text)

@@ -54,7 +54,7 @@ def save_checkpoint(
         )
         return begun
     report = save(source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep)
-    engine.ucp.last_save = report
+    engine.ucp.saved(report)
     if ranks.rank() == 0:
         log.info("%s", report)
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -74,6 +75,12 @@ def load(path: str) -> dict[str, Any]:
         f"{path}: the manifest is damaged or was edited: its digest should be {wanted.decode('ascii', 'replace')} and "
         f"is {found.decode('ascii')}"
     )
+
+
+def digest_of(path: Path) -> str:
+    """The digest that a manifest begins with, unchecked: another one for every save. Raises OSError."""
+    with locations.opened(path) as stream:
+        return stream.read(_PREFIX)[len(_HEAD) : _PREFIX - len(_TAIL)].decode("ascii", "replace")
 
 
 def check_version(path: str | os.PathLike[str], version: Any) -> None:

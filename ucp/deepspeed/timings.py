@@ -1,0 +1,46 @@
+"""Timings of an engine's saves and loads as records beside the checkpoints, where the config asks for ``metrics``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+
+from ucp.formats.universal import manifest
+from ucp.storage import locations, metrics
+from ucp.training import ranks
+from ucp.training.load import LoadReport
+from ucp.training.save import SaveReport
+
+
+def record_save(report: SaveReport, rank: int, world: int) -> None:
+    """Add this rank's record of a save that was finished; talks to nobody."""
+    _record("save", report.path, f"{report.tag}:{_manifest(report.path)}", rank, world, report.written, report.seconds)
+
+
+def record_load(path: str, report: LoadReport) -> None:
+    """Add this rank's record of a load. Collective."""
+    ident = ranks.from_first(lambda: secrets.token_hex(8))
+    _record("load", path, ident, ranks.rank(), ranks.world_size(), report.bytes_read, report.seconds)
+
+
+def _record(what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float]) -> None:
+    record = {
+        "what": what,
+        "id": ident,
+        "checkpoint": path,
+        "rank": rank,
+        "world": world,
+        "time": time.time(),
+        "bytes": nbytes,
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+    }
+    metrics.append(locations.locate(path).parent, record)
+
+
+def _manifest(path: str) -> str:
+    """What tells this save from others under the same tag, on every rank: the manifest's own digest."""
+    try:
+        return manifest.digest_of(locations.locate(path) / manifest.NAME)
+    except OSError:  # a later save has removed it already
+        return ""
