@@ -162,6 +162,12 @@ def refused(pipe: PipeCase) -> None:
     build_engine(pipe, {})
 
 
+def split(pipe: PipeCase) -> list[int]:
+    """The first layer of each stage, and the number of layers, as the PipelineModule has it."""
+    model: Any = build_model(pipe)
+    return [int(layer) for layer in model.parts]
+
+
 class PipeSources:
     """Runs of cases, each trained once and kept until the session ends. Treat the folders as read-only."""
 

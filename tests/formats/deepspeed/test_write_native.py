@@ -296,7 +296,7 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
     ("layout", "config", "error", "words"),
     [
         (Layout(dp=2, tp=2, zero=1), None, Unsupported, "tp other than 1"),
-        (Layout(pp=2), None, Unsupported, "pp other than 1"),
+        (Layout(pp=2), None, BadArgument, "which layers each stage has"),
         (Layout(dp=2, ep=2, zero=1), None, Unsupported, "ep other than 1"),
         (Layout(zero=2), {"zero_optimization": {"stage": 3}}, BadArgument, "stage 3, the layout for stage 2"),
         (Layout(zero=1), {"bf16": {"enabled": "auto"}}, BadArgument, "'enabled' is 'auto'"),

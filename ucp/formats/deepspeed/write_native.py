@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
+from ucp.formats.deepspeed import write_pipeline
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
@@ -52,16 +53,42 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
             state.clip_grad,
             config.clip_grad,
         )
+    stages = write_pipeline.stages(config.raw, layout, catalog)
+    if stages is None:
+        return _share_files(Share(0, catalog), config, layout)
+    if layout.zero == 0 and config.dtype == "bfloat16":
+        raise Unsupported(
+            f"layout '{layout}': DeepSpeed {VERSION} loads no checkpoint of a bf16 pipeline at ZeRO stage 0, its own "
+            "included (it takes one rank's state for a list of all); choose zero=1"
+        )
+    files = write_pipeline.layer_files(catalog, stages, lambda file, info: _weight(file, config, info))
+    for stage in range(layout.pp):
+        share = Share(stage, write_pipeline.share(catalog, stages, stage), in_layers=True)
+        files += _share_files(share, config, layout)
+    return files
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one model-parallel rank's files hold. number: its number in their names. catalog: its own tensors, under its
+    own names. in_layers: its weights are in layer files."""
+
+    number: int
+    catalog: Catalog
+    in_layers: bool = False
+
+
+def _share_files(share: Share, config: EngineConfig, layout: Layout) -> list[TargetFile]:
     if layout.zero == 0:
-        return [_stage0(catalog, config, layout)]
-    cut = flats(catalog, config, layout.dp)
-    return _model_files(catalog, config, layout, cut) + [
-        _optimizer_file(catalog, config, layout, rank, cut) for rank in range(layout.dp)
+        return [_stage0(share, config, layout)]
+    cut = flats(share.catalog, config, layout.dp)
+    return _model_files(share, config, layout, cut) + [
+        _optimizer_file(share, config, layout, rank, cut) for rank in range(layout.dp)
     ]
 
 
 def _refuse_layout(layout: Layout) -> None:
-    for name in ("tp", "pp", "ep"):
+    for name in ("tp", "ep"):
         if getattr(layout, name) != 1:
             raise Unsupported(f"layout '{layout}': native checkpoints with {name} other than 1 cannot be written")
 
@@ -85,30 +112,34 @@ def check_groups(catalog: Catalog) -> None:
 # --- model files -----------------------------------------------------------------------------------------------------
 
 
-def _model_files(catalog: Catalog, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
+def _model_files(share: Share, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
     """One file; at stage 3, where each rank holds its pieces of the frozen parameters, one for every rank."""
     if layout.zero < 3:
-        return [_model_file(catalog, config, layout, 0, cut)]
-    if any(info.kind == "frozen" for info in catalog.parameters.values()):
-        return [_model_file(catalog, config, layout, rank, cut) for rank in range(layout.dp)]
+        return [_model_file(share, config, layout, 0, cut)]
+    if any(info.kind == "frozen" for info in share.catalog.parameters.values()):
+        return [_model_file(share, config, layout, rank, cut) for rank in range(layout.dp)]
     # Rank 0 knows the tied names; the others' files are all the same.
-    out = [_model_file(catalog, config, layout, rank, cut) for rank in range(min(layout.dp, 2))]
-    return out + [replace(out[1], name=_model_name(layout, rank)) for rank in range(2, layout.dp)]
+    out = [_model_file(share, config, layout, rank, cut) for rank in range(min(layout.dp, 2))]
+    return out + [replace(out[1], name=_model_name(share, layout, rank)) for rank in range(2, layout.dp)]
 
 
-def _model_name(layout: Layout, rank: int) -> str:
+def _model_name(share: Share, layout: Layout, rank: int) -> str:
     prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
-    return f"{prefix}mp_rank_00_model_states.pt"
+    return f"{prefix}mp_rank_{share.number:02d}_model_states.pt"
 
 
-def _model_file(catalog: Catalog, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
-    file = FileBuilder(_model_name(layout, rank), catalog)
+def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+    catalog = share.catalog
+    file = FileBuilder(_model_name(share, layout, rank), catalog)
     frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
-    module = partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
+    module = None
+    if not share.in_layers:
+        module = partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
     shapes = fragments = None
-    if layout.zero >= 2:
+    if module is not None and layout.zero >= 2:
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
         fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
+    trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
     return file.finish(
         model_state(
             catalog,
@@ -116,7 +147,7 @@ def _model_file(catalog: Catalog, config: EngineConfig, layout: Layout, rank: in
             layout,
             module=module,
             optimizer=None,
-            param_shapes=[OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut],
+            param_shapes=trained,
             frozen_param_shapes=shapes,
             shared_params=_shared(catalog) if rank == 0 else {},
             frozen_param_fragments=fragments,
@@ -129,7 +160,7 @@ def model_state(
     config: EngineConfig,
     layout: Layout,
     *,
-    module: Mapping[str, Placeholder],
+    module: Mapping[str, Placeholder] | None,
     optimizer: Any,
     param_shapes: Any,
     frozen_param_shapes: Any,
@@ -153,8 +184,8 @@ def model_state(
         "global_steps": state.global_steps or 0,
         "global_samples": state.global_samples or 0,
         "dp_world_size": layout.dp,
-        "mp_world_size": 1,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "mp_world_size": layout.tp * layout.pp,
+        "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": dict(config.raw),
         "ds_version": VERSION,
         **state.client_state,
@@ -168,11 +199,13 @@ def whole_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Pl
     """
     module: OrderedDict[str, Placeholder] = OrderedDict()
     for info in file.catalog.parameters.values():
-        tensor = file.catalog.tensors[info.name, PARAM]
-        trained = info.kind == "parameter"
-        weight = file.whole(tensor, config.dtype, round=True) if trained else file.whole(tensor)
-        module.update(dict.fromkeys((info.name, *info.aliases), weight))
+        module.update(dict.fromkeys((info.name, *info.aliases), _weight(file, config, info)))
     return module
+
+
+def _weight(file: FileBuilder, config: EngineConfig, info: ParameterInfo) -> Placeholder:
+    tensor = file.catalog.tensors[info.name, PARAM]
+    return file.whole(tensor, config.dtype, round=True) if info.kind == "parameter" else file.whole(tensor)
 
 
 def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
@@ -205,11 +238,10 @@ def _shared(catalog: Catalog) -> dict[str, str]:
 # --- optimizer files -------------------------------------------------------------------------------------------------
 
 
-def _optimizer_file(
-    catalog: Catalog, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]
-) -> TargetFile:
+def _optimizer_file(share: Share, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
     prefix = "bf16_" if config.dtype == "bfloat16" else ""
-    file = FileBuilder(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", catalog)
+    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{share.number:02d}_optim_states.pt"
+    file = FileBuilder(name, share.catalog)
     write = _stage3_state if layout.zero == 3 else _bf16_state if config.bf16_optimizer else _stage12_state
     state = write(file, config, layout, rank, cut)
     return file.finish({"optimizer_state_dict": state, "ds_config": dict(config.raw), "ds_version": VERSION})
@@ -313,9 +345,10 @@ def _address(count: int, start: int) -> Standin:
 # --- stage 0 ---------------------------------------------------------------------------------------------------------
 
 
-def _stage0(catalog: Catalog, config: EngineConfig, layout: Layout) -> TargetFile:
+def _stage0(share: Share, config: EngineConfig, layout: Layout) -> TargetFile:
     """Everything in one file. In low precision DeepSpeed wraps the optimizer: FusedAdam by flat masters, others not."""
-    file = FileBuilder(_model_name(layout, 0), catalog)
+    catalog = share.catalog
+    file = FileBuilder(_model_name(share, layout, 0), catalog)
     groups = [group_options(catalog, config, i) for i in range(len(catalog.training_state.param_groups))]
     saved = catalog.training_state.loss_scaler
     optimizer: dict[str, Any]
@@ -339,7 +372,7 @@ def _stage0(catalog: Catalog, config: EngineConfig, layout: Layout) -> TargetFil
             catalog,
             config,
             layout,
-            module=whole_module(file, config),
+            module=None if share.in_layers else whole_module(file, config),
             optimizer=optimizer,
             param_shapes=None,
             frozen_param_shapes=None,
