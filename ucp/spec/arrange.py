@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class View:
         """Indices of the axis."""
         return axis_size(self.expression, axis, self.sizes, {})
 
+    @cached_property
     def leaves(self) -> tuple[str, ...]:
         """The named axes that are seen and have more than one index, in the tensor's order.
 
@@ -105,7 +107,7 @@ def carry(blocks: Blocks, source: View, target: View) -> tuple[Blocks, Ints]:
     boxes = _Boxes(blocks.offsets, blocks.sizes, blocks.strides, blocks.starts, np.arange(len(blocks), dtype=np.int64))
     for k in reversed(range(len(source.expression.dims))):
         boxes = _apart(boxes, k, source.expression.dims[k], source)
-    order = [source.leaves().index(name) for name in target.leaves()]
+    order = [source.leaves.index(name) for name in target.leaves]
     boxes = boxes.permuted(order)
     for k, dim in enumerate(target.expression.dims):
         boxes = _together(boxes, k, dim, target)

@@ -213,7 +213,7 @@ def _size(bound: Bound, renaming: Renaming, axis: str) -> int:
 
 
 def _matching(target: Expression, there: View, here: View, source: str) -> None:
-    a, b = set(there.leaves()), set(here.leaves())
+    a, b = set(there.leaves), set(here.leaves)
     if a != b:
         only = ", ".join(sorted(a - b)) or "none"
         theirs = ", ".join(sorted(b - a)) or "none"
