@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.engines.moe import MoeSources
     from tests.engines.pipe_runs import PipeSources
     from tests.engines.pool import RankPool
     from tests.engines.sources import Sources
+    from tests.engines.tp_runs import TpSources
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +35,33 @@ def sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
+def moe_sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> MoeSources:
+    """The same of models with experts."""
+    from tests.engines.moe import MoeSources
+
+    return MoeSources(ranks, tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="session")
 def pipes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> PipeSources:
     """Checkpoints of pipelines by case, each made once in a session; read-only."""
     from tests.engines.pipe_runs import PipeSources
 
     return PipeSources(ranks, tmp_path_factory.mktemp("pipes"))
+
+
+@pytest.fixture(scope="session")
+def sliced(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> TpSources:
+    """Checkpoints of tensor-parallel engines by case, each made once in a session; read-only."""
+    from tests.engines.tp_runs import TpSources
+
+    return TpSources(ranks, tmp_path_factory.mktemp("sliced"))
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket of a real S3 server on this machine."""
+    from tests.s3 import serve
+
+    with serve() as url:
+        yield url

@@ -229,21 +229,6 @@ def pipeline(folder: str, tag: str) -> tuple[str, str]:
     return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
 
 
-def experts(folder: str, tag: str) -> tuple[str, str]:
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    import ucp.deepspeed
-    from tests.engines.configs import make_config
-    from ucp.errors import UcpError
-
-    model = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2, ep_size=2))
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    config = make_config(Case(stage=1, dp=2)) | {"ucp": {"enabled": True, "save": {"format": "deepspeed"}}}
-    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=groups)
-    return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
-
-
 def _refusal(work: Callable[[], Any], kind: type[Exception]) -> tuple[str, str]:
     try:
         work()

@@ -223,9 +223,9 @@ def test_features_that_are_not_supported(
     assert changed == ()
 
 
-def test_pipelines_and_experts(ranks: RankPool, sources: Sources) -> None:
+def test_pipelines(ranks: RankPool, sources: Sources) -> None:
     run = sources.get(PLAIN)
-    for job, text in ((jobs.pipeline, "pipeline parallelism"), (jobs.experts, "mixture-of-experts")):
+    for job, text in ((jobs.pipeline, "pipeline parallelism"),):
         for kind, message in ranks.run(job, run.folder, run.tag, world_size=2):
             assert kind == "Unsupported"
             assert text in message

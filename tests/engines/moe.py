@@ -5,8 +5,10 @@ Names carry an expert's global number. Which rank holds which expert is asked of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ from torch import nn
 
 from tests.engines import moe_models, truth
 from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.pool import RankPool
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS, Run
+from tests.engines.sources import preload_for
 from tests.engines.truth import Piece, Truth
 from tests.engines.zygote import resolve
 
+INITIALIZE = "ucp.deepspeed:initialize"
+SECTION = {"ucp": {"enabled": True, "save": {"format": "universal"}}}
 PREFIX = "deepspeed_moe.experts.deepspeed_experts."
 
 
@@ -197,6 +203,36 @@ def train(case: MoeCase, folder: str, initialize: str = "deepspeed:initialize", 
         engine.ucp.wait()
     after = continue_training(engine, case.case, STEPS, FURTHER + 1)
     return Run(case.case, folder, tag, STEPS, tuple(losses), tuple(after), at_save, gather(engine))
+
+
+class MoeSources:
+    """Checkpoints of cases, each made once. Treat the folders as read-only."""
+
+    def __init__(self, pool: RankPool, root: Path) -> None:
+        self.pool = pool
+        self._root = root
+        self._runs: dict[tuple[MoeCase, bool], Run] = {}
+
+    def get(self, case: MoeCase, universal: bool = False) -> Run:
+        """The run of a case, with rank 0's knowledge; universal: saved by this project in fragments, else natively."""
+        key = case, universal
+        if key not in self._runs:
+            folder = str(self._root / f"{len(self._runs):03d}")
+            how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
+            runs = self.pool.run(train, case, folder, *how, world_size=case.case.dp, preload=preload(case, universal))
+            self._runs[key] = runs[0]
+        return self._runs[key]
+
+    def copy(self, case: MoeCase, to: Path) -> Path:
+        """A copy of the run's folder of one tag, for tests that damage it."""
+        run = self.get(case)
+        shutil.copytree(run.folder, to)
+        return to / run.tag
+
+
+def preload(case: MoeCase, ours: bool) -> tuple[str, ...]:
+    """What ranks need beforehand. ours: they use this project."""
+    return (*preload_for(case.case), *(("ucp.deepspeed",) if ours else ()))
 
 
 def resume(case: MoeCase, folder: str, tag: str | None, initialize: str, extra: Any = None, trained: int = 0) -> Run:
