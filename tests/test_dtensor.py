@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ucp
 from tests import dtensor_jobs as jobs
 from tests.engines.fsdp import Mesh, differences
 from tests.engines.pool import RankPool
@@ -66,9 +67,13 @@ def test_four_ranks_to_two(ranks: RankPool, folder: Path, four: list[jobs.Run]) 
 
 
 def test_two_ranks_to_three(ranks: RankPool, folder: Path, four: list[jobs.Run]) -> None:
-    """On from what 2 ranks have loaded; names nested or flattened, whatever the checkpoint's are, ours or stock DCP's
-    loader."""
+    """On from what 2 ranks have loaded; names nested or flattened, whatever the checkpoint's are; our loader, stock
+    DCP's with our reader, and stock DCP by itself with what was converted for it."""
+    ucp.convert(folder / "ucp", folder / "as-dcp", to="dcp")
+    ucp.convert(folder / "two", folder / "two-as-dcp", to="dcp")
     loads = [
+        (jobs.shared, jobs.load_dcp, "as-dcp"),
+        (jobs.shared_model, jobs.load_dcp, "two-as-dcp"),
         (jobs.flat_only, jobs.load_reader, "two"),
         (jobs.shared_model, jobs.load_reader, "two"),
         (jobs.shared_model, jobs.load_ucp, "titan"),

@@ -128,7 +128,7 @@ class StorageReader(dcp.StorageReader):
 
 
 def _planned(path: str, entries: Mapping[str, Entry], asked: set[str], catalog: Catalog) -> Any:
-    what = plan(entries, assign(entries), catalog)
+    what = plan(entries, assign(entries, complete=False), catalog)
     missing = sorted(asked.intersection(what.missing))
     if what.wrong or missing:
         raise Mismatch(

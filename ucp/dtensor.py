@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ucp.catalog import Catalog, TrainingState
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch, SaveFailed
-from ucp.formats.dcp.names import MODEL, assign
+from ucp.formats.dcp.names import MODEL, PARAM, assign
 from ucp.storage import plain
 from ucp.training import commit, ranks
 from ucp.training import rng as generators
@@ -149,7 +150,7 @@ def save_training(
     The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
     """
     source = make_source(
-        _state_dict(model, optimizer),
+        _without_fresh(_state_dict(model, optimizer), optimizer),
         _kinds(model, optimizer),
         TrainingState(
             lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
@@ -204,12 +205,15 @@ def load_training(
     state_dict = _state_dict(model, optimizer)
     where, catalog = ranks.from_first(lambda: _open(path, tag, spec, state_dict))
     state = catalog.training_state
+    stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
+    if _optimizers(optimizer) and not stepped:
+        state_dict[_OPTIMIZER]["state"].clear()
     loaders = ranks.together(lambda: _check(where, state, lr_scheduler, dataloader))
     unread = tuple(allow_unused) if _optimizers(optimizer) else ("*:*", *allow_unused)
     report = load_into(state_dict, where, catalog, allow_missing, unread, verify)
     api.set_model_state_dict(model, state_dict[MODEL])
     if _optimizers(optimizer):
-        api.set_optimizer_state_dict(model, _optimizers(optimizer), state_dict[_OPTIMIZER])
+        _set_optimizers(model, optimizer, state_dict[_OPTIMIZER], stepped)
     if lr_scheduler is not None:
         lr_scheduler.load_state_dict(state.lr_scheduler)
     if dataloader is not None:
@@ -223,15 +227,58 @@ _OPTIMIZER, _DATALOADER = "optim", "dataloader"
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
+def _set_optimizers(model: torch.nn.Module, optimizer: Optimizers, state_dict: dict[str, Any], stepped: bool) -> None:
+    gradients = {p: p.grad for o in _optimizers(optimizer) for group in o.param_groups for p in group["params"]}
+    for param in gradients:
+        param.grad = None
+    api.set_optimizer_state_dict(model, _optimizers(optimizer), state_dict)
+    for param, gradient in gradients.items():
+        param.grad = gradient
+    for o in _optimizers(optimizer):
+        if not stepped:
+            o.state.clear()
+
+
 def _optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     return (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
 
 
 def _state_dict(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+    """Model and optimizer by parameter name; of an optimizer that has not stepped, the states that it will have."""
     out: dict[str, Any] = {MODEL: api.get_model_state_dict(model)}
     if _optimizers(optimizer):
-        out[_OPTIMIZER] = api.get_optimizer_state_dict(model, _optimizers(optimizer))
+        with _untouched(optimizer):
+            out[_OPTIMIZER] = api.get_optimizer_state_dict(model, _optimizers(optimizer))
     return out
+
+
+@contextmanager
+def _untouched(optimizer: Optimizers) -> Iterator[None]:
+    """Leave optimizers that have not stepped as they are: torch asks them for their states by a step without learning
+    rate, which counts, and does not where there are gradients."""
+    fresh = [o for o in _optimizers(optimizer) if not o.state]
+    gradients = {p: p.grad for o in fresh for group in o.param_groups for p in group["params"]}
+    for param in gradients:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in gradients.items():
+            param.grad = gradient
+        for o in fresh:
+            o.state.clear()
+
+
+def _without_fresh(state_dict: dict[str, Any], optimizer: Optimizers) -> dict[str, Any]:
+    """The same without states of optimizers that have none yet."""
+    at = 0
+    for o in _optimizers(optimizer):
+        groups = state_dict[_OPTIMIZER]["param_groups"][at : at + len(o.param_groups)]
+        at += len(o.param_groups)
+        if not o.state:
+            for name in [name for group in groups for name in group["params"]]:
+                state_dict[_OPTIMIZER]["state"].pop(name, None)
+    return state_dict
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:

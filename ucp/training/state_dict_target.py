@@ -103,7 +103,7 @@ def _planned(
     allow_unused: Sequence[str] | None,
 ) -> tuple[dict[str, Entry], Plan]:
     entries = flatten(state_dict)
-    what = plan(entries, assign(entries), catalog)
+    what = plan(entries, assign(entries, complete=False), catalog)
     missing = [key for key in what.missing if not _allowed(key, allow_missing)]
     unused = [] if allow_unused is None else [key for key in what.unused if not _allowed(key, allow_unused)]
     what.left.extend(key for key in what.missing if key not in missing)
@@ -144,7 +144,7 @@ def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> Plan:
     what = Plan()
     asked = [name for name, _ in (*roles.tensors.values(), *roles.scalars.values())]
     names = _names(catalog, [*asked, *(name for group in roles.groups.values() for name in group)])
-    own = _own(catalog)
+    own, shared = _own(catalog), catalog.training_state.extra.get(VALUES, {})
     used: set[tuple[str, str]] = set()
     for key, (name, state) in {**roles.tensors, **roles.scalars}.items():
         source = names.get(name)
@@ -156,10 +156,14 @@ def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> Plan:
             _scalar(what, key, entry, catalog.parameters[source].scalars[state])
         elif isinstance(own.get(key), torch.Tensor) and entry.shape is not None:
             _take_own(what, key, entry, own[key])
+        elif (key, PARAM) in catalog.tensors and entry.shape is not None:
+            used.add((key, PARAM))
+            _want(what, key, entry, catalog, (key, PARAM))
+        elif key in shared and entry.shape is None:
+            what.values[key] = shared[key]
         else:
             what.missing.append(key)
     _options(what, entries, roles, catalog, names)
-    shared = catalog.training_state.extra.get(VALUES, {})
     for key in roles.values:
         if key in own or key in shared:
             what.values[key] = own[key] if key in own else shared[key]
@@ -233,7 +237,7 @@ def _options(
     for key, (group, option) in roles.options.items():
         if option in OWN_OPTIONS:
             continue
-        origins = sorted({owner[names[n]] for n in roles.groups[group] if n in names and names[n] in owner})
+        origins = sorted({owner[names.get(n, n)] for n in roles.groups[group] if names.get(n, n) in owner})
         found = [options[option] for index in origins if option in (options := groups[index].options or {})]
         if not found or len(found) < len(origins):
             what.left.append(key)

@@ -111,6 +111,19 @@ def test_what_is_nested_beside_bare_names_is_outside() -> None:
     assert roles.model == {*SHAPES, "mean"}
 
 
+def test_parts_of_a_model_or_none() -> None:
+    """Entries have the same names whether or not the whole model is asked for."""
+    part = {k: e for k, e in model("model").items() if "bias" in k}
+    roles = assign({**part, **nested()}, complete=False)
+    assert roles.tensors["model.head.bias"] == ("head.bias", "param")
+    for found in (roles, assign(nested(), False), assign(flattened("optim"), False)):
+        assert found.tensors["optim.state.embed.weight.exp_avg"] == ("embed.weight", "exp_avg")
+        assert found.scalars["optim.state.embed.weight.step"] == ("embed.weight", "step")
+    # What is saved needs the weights: the states of others are tensors by themselves.
+    key = "optim.state.embed.weight.exp_avg"
+    assert assign({**part, **nested()}).tensors[key] == (key, "param")
+
+
 def test_two_optimizers() -> None:
     entries = {**model("model"), **nested("a", (["embed.weight"],)), **nested("b", (["gain"],))}
     roles = assign(entries)

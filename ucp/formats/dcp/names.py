@@ -7,7 +7,7 @@ that torch.distributed.checkpoint.state_dict makes:
 - nested: ``<optimizer>.param_groups.<i>.params`` lists the group's parameters, beside one entry for each option;
 - flattened: ``<optimizer>.param_groups.<parameter>.<option>``, as torchtitan saves it.
 
-The model is then where all parameters that the optimizers name are tensors, under one prefix or none; without an
+The model is then where the parameters that the optimizers name are tensors, under one prefix or none; without an
 optimizer it is what lies under the key "model". Parameters are called as the module calls them, without that prefix, so
 that checkpoints of other frameworks have the same names. Everything else keeps its flat name. The same entries always
 get the same roles: those of a state dict to be saved, of a file, and of a state dict to be loaded.
@@ -16,7 +16,8 @@ get the same roles: those of a state dict to be saved, of a file, and of a state
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,20 +81,22 @@ class Roles:
         return "frozen" if name in self.model and floating else "buffer"
 
 
-def assign(entries: Mapping[str, Entry]) -> Roles:
+def assign(entries: Mapping[str, Entry], complete: bool = True) -> Roles:
     """The roles of all entries, by their flat names.
 
+    complete: optimizer states are a parameter's only where its weight is there too, as a catalog needs it.
     Raises Unsupported where two entries would have the same name.
     """
     roles = Roles()
     rest = dict(entries)
     optimizers = [o for root in _roots(entries) if (o := _optimizer(root, entries)) is not None]
     trained = [name for o in optimizers for names in o.groups.values() for name in names]
-    prefix = _prefix(entries, trained, [o.root for o in optimizers])
-    if prefix is None:
-        optimizers, trained = [], []
-    else:
-        flat = not prefix and all(len(entries[name].path) == 1 for name in trained)
+    try:
+        prefix = _prefix(entries, optimizers, trained)
+    except _Open:
+        prefix, optimizers, trained = None, [], []
+    if prefix is not None:
+        flat = not prefix and all(len(entries[n].path) == 1 for n in trained if n in entries)
         for key in [k for k, e in rest.items() if e.shape is not None and k.startswith(prefix)]:
             # Where the model's names stand alone, what is nested is something else (torchtitan's "train_state").
             if any(_inside(key, o) for o in optimizers) or (flat and len(entries[key].path) > 1):
@@ -105,7 +108,9 @@ def assign(entries: Mapping[str, Entry]) -> Roles:
     roles.trained.update(trained)
     for optimizer in optimizers:
         own = [name for names in optimizer.groups.values() for name in names]
-        _take(roles, optimizer, rest, {name: entries[f"{prefix}{name}"].shape for name in own})
+        weights = {name: e.shape if (e := entries.get(f"{prefix or ''}{name}")) else None for name in own}
+        known = {name: shape for name, shape in weights.items() if shape is not None or not complete}
+        _take(roles, optimizer, rest, known)
     for key, entry in rest.items():
         if entry.shape is None:
             roles.values.append(key)
@@ -176,24 +181,34 @@ def _is_members(text: str) -> bool:
     return last == _MEMBERS and number.isdecimal()
 
 
-def _prefix(entries: Mapping[str, Entry], trained: list[str], roots: list[str]) -> str | None:
-    """Where the model's tensors lie; None where that is open."""
-    tensors = {key for key, entry in entries.items() if entry.shape is not None}
-    if not trained:
-        nested = [entry for key, entry in entries.items() if key.startswith(f"{MODEL}.") and entry.path[0] == MODEL]
-        return f"{MODEL}." if any(entry.shape is not None for entry in nested) else None
-    places = [f"{root}{_STATE}" for root in roots]
-    first = trained[0]
-    found = [
-        key[: len(key) - len(first)]
-        for key in tensors
-        if (key == first or key.endswith(f".{first}")) and not any(key.startswith(place) for place in places)
-    ]
-    fitting = [prefix for prefix in found if all(prefix + name in tensors for name in trained)]
+def _prefix(entries: Mapping[str, Entry], optimizers: Sequence[_Optimizer], trained: list[str]) -> str | None:
+    """Where the model's tensors lie; None where the state dict has no model. Raises _Open where that is open."""
+    tensors = [key for key, entry in entries.items() if entry.shape is not None]
+    names, counts = set(trained), Counter[str]()
+    for key in tensors:
+        if any(_inside(key, optimizer) for optimizer in optimizers):
+            continue
+        at = -1
+        while True:
+            if key[at + 1 :] in names:
+                counts[key[: at + 1]] += 1
+            at = key.find(".", at + 1)
+            if at < 0:
+                break
+    whole = [prefix for prefix, count in counts.items() if count == len(names)]
     for prefix in _PREFERRED:
-        if prefix in fitting:
+        if prefix in (whole or counts):
             return prefix
-    return fitting[0] if len(fitting) == 1 else None
+    if len(whole) > 1:
+        raise _Open
+    if whole:
+        return whole[0]
+    nested = any(key.startswith(f"{MODEL}.") and entries[key].path[0] == MODEL for key in tensors)
+    return f"{MODEL}." if nested else None
+
+
+class _Open(Exception):
+    """Several entries might be the model."""
 
 
 def _inside(key: str, optimizer: _Optimizer) -> bool:
@@ -218,8 +233,8 @@ def _take(roles: Roles, optimizer: _Optimizer, rest: dict[str, Entry], weights: 
             name, _, state = key.removeprefix(states).rpartition(".")
             if name not in weights:
                 continue
-            shape = rest[key].shape
-            if shape is not None and shape == weights[name] and state != "step":
+            shape, wanted = rest[key].shape, weights[name]
+            if shape is not None and state != "step" and (shape == wanted or (wanted is None and numel(shape) != 1)):
                 _name(roles, key, (name, state))
             elif shape is None or numel(shape) == 1:
                 roles.scalars[key] = (name, state)
