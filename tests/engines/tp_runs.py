@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from tests.engines import models, tp_models
 from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
 from tests.engines.tp_truth import gather
 from tests.engines.truth import Truth
@@ -144,3 +146,24 @@ def resume(
     truth = gather(engine)
     after = continue_training(engine, tp, STEPS, further)
     return TpRun(tp, folder, "", (), tuple(after), truth, gather(engine), client_state)
+
+
+PRELOAD = ("transformers.models.llama.modeling_llama",)
+
+
+class TpSources:
+    """Runs of cases, each trained once and kept until the session ends. Treat the folders as read-only."""
+
+    def __init__(self, pool: RankPool, root: Path) -> None:
+        self.pool = pool
+        self._root = root
+        self._runs: dict[tuple[TpCase, str], TpRun] = {}
+
+    def get(self, tp: TpCase, section: dict[str, Any] | None = None) -> TpRun:
+        """The run of ``tp`` as rank 0 knows it; with ``section`` one of this project's engine, which saves so."""
+        key = (tp, repr(section))
+        if key not in self._runs:
+            folder = str(self._root / f"{len(self._runs):03d}")
+            found = self.pool.run(train, tp, folder, section, world_size=tp.world_size, preload=PRELOAD)
+            self._runs[key] = found[0]
+        return self._runs[key]

@@ -42,6 +42,18 @@ def gather(engine: Any) -> Truth | None:
     return _join([found for _, found in sorted(((t, f) for t, f in everyone if f is not None), key=lambda x: x[0])])
 
 
+def without_padding(truth: Truth) -> Truth:
+    """What a layout with padding of another width has in common with this one."""
+
+    def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: v for n, v in values.items() if not n.endswith(PADDING)}
+
+    groups = tuple({**g, "names": [n for n in g["names"] if not n.endswith(PADDING)]} for g in truth.groups)
+    return replace(
+        truth, params=kept(truth.params), scalars=kept(truth.scalars), module=kept(truth.module), groups=groups
+    )
+
+
 def _cat(name: str, shards: list[Tensor]) -> dict[str, Tensor]:
     """The whole tensor, and its padding if it has any, from the shards of all tensor-parallel ranks."""
     if name.endswith("word_embeddings.weight"):
@@ -82,9 +94,15 @@ def _join(slices: list[Truth]) -> Truth:
     for state in dict.fromkeys(state for states in first.params.values() for state in states):
         for name, tensor in join([{n: p[state] for n, p in s.params.items() if state in p} for s in slices]).items():
             params.setdefault(name, {})[state] = tensor
+    padded = {name.removesuffix(PADDING) for name in params if name.endswith(PADDING)}
     return replace(
         first,
         params=params,
+        scalars={**first.scalars, **{n + PADDING: first.scalars[n] for n in padded}},
+        groups=tuple(
+            {**g, "names": [m for n in g["names"] for m in ([n, n + PADDING] if n in padded else [n])]}
+            for g in first.groups
+        ),
         frozen=join([s.frozen for s in slices]),
         buffers=join([s.buffers for s in slices]),
         module=join([s.module for s in slices]),

@@ -74,7 +74,7 @@ def draft(
             continue
         if isinstance(held, Open):
             lines[name] = held
-        elif layout.tp == 1:
+        elif layout.tp == 1 and not (said and said.listed("vocabulary_parameter_patterns", name)):
             lines[name] = _whole(axes, held[0])
         elif sorted(held) != list(range(layout.tp)):
             lines[name] = Open(f"only the tensor-parallel ranks {sorted(held)} have it")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ucp.errors import Mismatch, Unsupported
 from ucp.geometry import Blocks, Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.axes import Expression
+from ucp.spec.axes import Expression, Padded, names
 from ucp.spec.bound import Bound
 from ucp.spec.cuts import Observed, solve_cuts
 from ucp.spec.meaning import Cutting, shape_of, shard
@@ -59,7 +59,8 @@ def uncut(parts: Parts) -> Placements:
 def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placements:
     """Where all local tensors lie by a spec, whose cuts are solved from the shapes on all ranks.
 
-    buffers: names that need no line in the spec; without one they are replicated.
+    buffers: names that need no line in the spec; without one they are replicated. With one tensor-parallel rank nothing
+    is cut, and the spec only tells what is padding.
 
     Raises SpecError where shapes contradict the spec or leave a cut open, or a parameter has no line; Unsupported for a
     parameter that is an average of its copies.
@@ -69,7 +70,8 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
     for at, held in parts.items():
         for name, shape in held.items():
             if name not in expressions:
-                expressions[name] = _expression(bound, name, shape, name in buffers)
+                found = _padded(bound, name) if layout.tp == 1 else _expression(bound, name, shape, name in buffers)
+                expressions[name] = found
             shards.setdefault(name, []).append((at._asdict(), shape))
     observed = {name: Observed(name, found, shards[name]) for name, found in expressions.items() if found is not None}
     cuttings = solve_cuts(list(observed.values()), bound.sizes, {"tp": layout.tp})
@@ -107,6 +109,16 @@ def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDA
             known.update(boxes)
         out[key] = tuple(masks)
     return out
+
+
+def _padded(bound: Bound, name: str) -> Expression | None:
+    """The parameter's expression if that has a padded axis whose true size is known."""
+    for line in bound.lines:
+        axes = names(line.expression)
+        if any(isinstance(a, Padded) for a in axes) and line.pattern.match(name) is not None:
+            found = bound.find(name) if not any(a.name in bound.absent for a in axes) else None
+            return found.expression if found is not None and found.expression is line.expression else None
+    return None
 
 
 def _expression(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:

@@ -154,6 +154,7 @@ def check_regions(checkpoint: Checkpoint, truth: Truth) -> None:
 def check_parameters(checkpoint: Checkpoint, truth: Truth) -> None:
     kinds = {**dict.fromkeys(truth.params, "parameter"), **dict.fromkeys(truth.frozen, "frozen")}
     kinds |= dict.fromkeys(truth.buffers, "buffer")
+    kinds |= {name: "padding" for name in truth.params if name.endswith("[padding]")}
     assert {name: info.kind for name, info in checkpoint.parameters.items()} == kinds
     owned: dict[str, set[str]] = {}
     for alias, owner in truth.aliases.items():

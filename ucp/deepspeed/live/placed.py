@@ -1,12 +1,13 @@
 """A live engine under tensor and pipeline parallelism: this rank's slots as parts of the whole model's tensors.
 
 Every rank knows its local tensors only. The ranks tell each other names and shapes, the spec (or the model itself) says
-how those make whole tensors, and every slot is lifted into them. Without model parallelism nothing of this happens.
+how those make whole tensors, and every slot is lifted into them. Without model parallelism and padding nothing of this
+happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_mod
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Shape, compose, numel
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.bound import Bound, bind
 from ucp.spec.choice import Choice
-from ucp.spec.placement import Parts, Placements, held_first, place, uncut
+from ucp.spec.decide import decide
+from ucp.spec.placement import Placements, held_first
 from ucp.training import ranks
 from ucp.training.target import Group, Member, Placement, Slot
 
@@ -129,19 +130,21 @@ def model_config(engine: Any) -> Mapping[str, Any] | None:
 
 
 def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> Placed | None:
-    """Lift the slots of every rank; None where the model is not cut. Collective.
+    """Lift the slots of every rank; None where the model is neither cut nor padded. Collective.
 
     Raises on every rank: SpecError and Mismatch where the spec does not fit, Unsupported where there is none.
     """
     layout = layout_of(engine)
-    if layout.tp * layout.pp == 1:
-        return None
     stage, slice_ = divmod(engine.checkpoint_mp_rank, layout.tp)
     own = Table(
         Coordinate(slice_, stage),
         {m.name: (m.shape, s.kind) for s in slots for m in s.members},
         tuple(g.names for g in groups),
     )
+    if layout.tp * layout.pp == 1:
+        alike = ranks.together(lambda: _placements(engine, [own], layout, choice))
+        if all(len(places) == 1 for places in alike.values()):
+            return None
     tables, of_rank = ranks.distinct(own)
     return ranks.together(lambda: Placed(slots, tables, of_rank, _placements(engine, tables, layout, choice)))
 
@@ -152,20 +155,9 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
     for table in tables:
         parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
-    if layout.tp == 1:
-        return uncut(parts)
-    return place(_bound(engine, parts, buffers, layout, choice), parts, layout, buffers)
-
-
-def _bound(engine: Any, parts: Parts, buffers: Collection[str], layout: Layout, choice: Choice) -> Bound:
-    """The spec: the one that was given, what the model says of itself, the catalogue's for its type."""
     info = getattr(engine.module, "universal_checkpoint_info", None)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
-    if choice.spec is None and info:
-        from ucp.spec.infer import infer  # only models that describe themselves need it
-
-        return bind(infer(info, parts, layout, buffers), choice.config or {}, choice.settings)
-    found = choice.bound(model_config(engine), section)
+    found = decide(choice, info, model_config(engine), parts, layout, buffers, section)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

@@ -24,9 +24,9 @@ from ucp.formats.deepspeed.model import ModelFile
 from ucp.formats.deepspeed.part import Part, open_models, read_part
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.bound import bind
 from ucp.spec.choice import Choice
-from ucp.spec.placement import Placements, place, uncut
+from ucp.spec.decide import decide
+from ucp.spec.placement import Placements
 from ucp.storage import locations
 from ucp.storage.files import Files
 
@@ -114,21 +114,13 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
 
 def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
-    if layout.tp == 1:
-        return uncut(shapes)
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     info = model.raw.get("universal_checkpoint_info")
     section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
-    if choice.spec is None and isinstance(info, Mapping):
-        from ucp.spec.infer import infer  # a checkpoint that describes itself; no other needs it
-
-        bound = bind(infer(info, shapes, layout, buffers), choice.config or {}, choice.settings)
-    else:
-        found = choice.bound(recorded_config(model), section)
-        if found is None:
-            raise _unknown_cuts(model, shapes)
-        bound = found
-    return place(bound, shapes, layout, buffers)
+    found = decide(choice, info, recorded_config(model), shapes, layout, buffers, section)
+    if found is None:
+        raise _unknown_cuts(model, shapes)
+    return found
 
 
 def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:

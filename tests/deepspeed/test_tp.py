@@ -1,0 +1,151 @@
+"""Tensor-parallel engines resume and save: any number of ranks into any other, and into one plain module, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ucp
+from tests.deepspeed.agree import differences
+from tests.deepspeed.pairs import CLOSE
+from tests.engines import tp_runs
+from tests.engines.configs import Case
+from tests.engines.pool import RankPool
+from tests.engines.runs import CLIENT_STATE
+from tests.engines.tp_runs import PRELOAD, TpCase, TpRun, TpSources
+from tests.engines.tp_truth import without_padding
+from tests.engines.truth import Truth, compare
+from tests.formats.deepspeed.test_read_matrix import check_parameters, check_tensors, known
+
+pytestmark = pytest.mark.slow
+
+SEED = 5  # of the target's weights; sources have 0
+
+LLAMA = TpCase()
+OPTIONS = TpCase(case=Case(stage=1, dp=2, groups=3, frozen=True, scheduler=True))
+UNEVEN = TpCase(kv_heads=3, case=Case(stage=1, dp=2, dtype="bf16"))
+IDLE = TpCase(kv_heads=3, tp=4, case=Case(stage=1, dp=1))  # one rank has no heads
+TIED = TpCase(case=Case(stage=2, dp=2, tied=True))
+GPT = TpCase("megatron")
+SILENT = TpCase("megatron", tp=4, info=False, case=Case(stage=2, dp=1, dtype="bf16", groups=2))
+
+
+@dataclass(frozen=True)
+class Pair:
+    source: TpCase
+    target: TpCase
+    losses: str = "close"
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label}--{self.target.label}"
+
+
+PAIRS = [
+    # the same layout
+    *(
+        Pair(case, case, "equal")
+        for case in (
+            LLAMA.but(stage=3),
+            OPTIONS,
+            UNEVEN,
+            IDLE,
+            GPT,
+            SILENT,
+        )
+    ),
+    # from two tensor-parallel ranks to one, to four, and to plain data parallelism
+    Pair(LLAMA, LLAMA.but(tp=1, stage=3, dp=4)),
+    Pair(LLAMA, LLAMA.but(tp=4, stage=2, dp=1)),
+    Pair(LLAMA, LLAMA.but(tp=1, stage=0, dp=2)),
+    Pair(LLAMA.but(stage=3), LLAMA.but(tp=4, stage=1, dp=1)),
+    Pair(OPTIONS, OPTIONS.but(tp=1, stage=3, dp=3)),
+    Pair(OPTIONS.but(tp=1, stage=2, dp=3), OPTIONS.but(stage=3)),
+    # three key heads on two ranks, and on four, of which one has none
+    Pair(UNEVEN, UNEVEN.but(tp=1, stage=2, dp=3)),
+    Pair(UNEVEN, UNEVEN.but(stage=3, dp=1)),
+    Pair(UNEVEN.but(tp=1, stage=3, dp=2), UNEVEN),
+    Pair(IDLE, IDLE.but(tp=2, stage=3, dp=2)),
+    Pair(IDLE.but(tp=2, stage=2), IDLE),
+    Pair(IDLE.but(tp=1, stage=0), IDLE),
+    # a head that is cut together with the embedding it is tied to
+    Pair(TIED, TIED.but(tp=1, stage=3)),
+    Pair(TIED.but(tp=1), TIED.but(tp=4, stage=1, dp=1)),
+    # Megatron's cuts: interleaved groups of heads, gate and up in one weight, a padded vocabulary
+    Pair(GPT, GPT.but(tp=1, stage=3, dp=4)),
+    Pair(GPT, GPT.but(tp=4, info=False, stage=2, dp=1)),
+    Pair(SILENT, SILENT.but(tp=1, stage=3, dp=2)),
+    Pair(SILENT, SILENT.but(tp=2, stage=1, dp=2)),
+    Pair(GPT.but(tp=1, stage=3), GPT),
+]
+
+
+def section(*cases: TpCase) -> dict[str, Any]:
+    """The config's section: of padding, a plain module that says nothing of itself can't be known to have any."""
+    return {"spec": "megatron_gpt_plain"} if any(not c.info and c.tp == 1 for c in cases) else {}
+
+
+def load(ranks: RankPool, target: TpCase, folder: str, section: dict[str, Any], trained: int) -> TpRun:
+    target = target.but(seed=SEED)
+    found = ranks.run(tp_runs.resume, target, folder, section, trained, world_size=target.world_size, preload=PRELOAD)
+    return found[0]
+
+
+def truths(pair: Pair, run: TpRun, loaded: TpRun) -> tuple[Truth, Truth]:
+    """Padding of one width is restored; there is none of another to restore."""
+    a, b = known(run.truth), known(loaded.truth)
+    widths = [{n: t["param"].shape for n, t in truth.params.items()} for truth in (a, b)]
+    return (a, b) if widths[0] == widths[1] else (without_padding(a), without_padding(b))
+
+
+def check(pair: Pair, run: TpRun, loaded: TpRun) -> None:
+    assert differences(*truths(pair, run, loaded)) == []
+    assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
+    if pair.losses == "equal":
+        assert compare(known(run.truth), known(loaded.truth)) == []
+        assert loaded.further == run.further
+        assert compare(known(run.truth_after), known(loaded.truth_after)) == []
+    else:
+        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[pair.target.case.dtype])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)
+def test_loads_exactly(ranks: RankPool, sliced: TpSources, pair: Pair) -> None:
+    run = sliced.get(pair.source)
+    more = section(pair.source, pair.target)
+    check(pair, run, load(ranks, pair.target, run.folder, more, 0 if pair.losses == "equal" else 1))
+
+
+SAVES = [
+    Pair(OPTIONS, OPTIONS, "equal"),
+    Pair(UNEVEN, UNEVEN.but(tp=1, stage=3, dp=3)),
+    Pair(IDLE, IDLE.but(tp=2, stage=2, dp=2)),
+    Pair(TIED.but(stage=3), TIED.but(tp=1, stage=1)),
+    Pair(GPT, GPT, "equal"),
+    Pair(SILENT, SILENT.but(tp=2, stage=3, dp=2)),
+    Pair(GPT.but(tp=1, stage=3), GPT.but(tp=4, stage=1, dp=1)),
+]
+
+
+@pytest.mark.parametrize("pair", SAVES, ids=lambda pair: pair.label)
+def test_saves_all_that_the_ranks_hold(ranks: RankPool, sliced: TpSources, pair: Pair) -> None:
+    """Fragments of every rank, each element once; they resume in any layout."""
+    run = sliced.get(pair.source, {"save": {"async": False}})
+    with ucp.open(run.folder) as checkpoint:
+        assert checkpoint.format == "universal"
+        truth = known(run.truth)
+        check_tensors(checkpoint, truth)
+        check_parameters(checkpoint, truth)
+        held = sum(t.nbytes for t in checkpoint.catalog.tensors.values())
+        written = sum(data_size(f) for f in (Path(run.folder) / run.tag).glob("*.safetensors"))
+        assert held <= written < 1.02 * held
+    check(pair, run, load(ranks, pair.target, run.folder, section(pair.source, pair.target), 1))
+
+
+def data_size(path: Path) -> int:
+    """Bytes of a safetensors file behind its header."""
+    with path.open("rb") as stream:
+        return path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")

@@ -1,0 +1,44 @@
+"""Which spec counts for a model, and where that puts the local tensors of all its parts.
+
+The one that the caller gives; else what the model or the checkpoint says of itself; else the catalogue's for its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ucp.parallel.mesh import Layout
+from ucp.spec.bound import Bound, bind
+from ucp.spec.choice import Choice
+from ucp.spec.placement import Parts, Placements, place, uncut
+
+
+def decide(
+    choice: Choice,
+    info: Any,
+    config: Mapping[str, Any] | None,
+    parts: Parts,
+    layout: Layout,
+    buffers: Collection[str],
+    section: str,
+) -> Placements | None:
+    """Where every local tensor lies; None where tensor parallelism cuts the model, and nothing says how.
+
+    info: the model's ``universal_checkpoint_info``, if it has one; config: its config, where it is known; section: the
+    section under ``layouts:`` that counts. The other arguments and the errors are those of `place` and `infer`.
+    """
+    info = info if isinstance(info, Mapping) and choice.spec is None else None
+    if layout.tp == 1:
+        # Nothing is cut, and the spec is asked for nothing but padding.
+        has_sizes = choice.config is not None or config is not None or bool(choice.settings)
+        if not (choice.spec is not None and has_sizes) and not (info and info.get("vocabulary_parameter_patterns")):
+            return uncut(parts)
+    bound = choice.bound(config, section) if info is None else _inferred(choice, info, parts, layout, buffers)
+    return None if bound is None else place(bound, parts, layout, buffers)
+
+
+def _inferred(choice: Choice, info: Mapping[str, Any], parts: Parts, layout: Layout, buffers: Collection[str]) -> Bound:
+    from ucp.spec.infer import infer  # only what describes itself needs it
+
+    return bind(infer(info, parts, layout, buffers), choice.config or {}, choice.settings)
