@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 from collections.abc import Callable
 from functools import lru_cache
+
+import numpy as np
 
 # Files of at least this many bytes are written back while the work goes on; for smaller ones it is not worth a call.
 LARGE = 32 << 20
 # Bytes of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
 # dear: on ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
 PIECE = 256 << 10
+# Bytes that memory, offset and length are multiples of where the page cache is passed by.
+ALIGNMENT = 4096
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -20,6 +26,34 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + PIECE], offset + done)
+
+
+def write_past_cache(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of the data without the page cache, in one call where its memory, length and the offset are aligned.
+
+    That takes a tenth of the processor time, and a thread that writes so does not need Python's lock 64 times for 16
+    MiB. What is not aligned, and everything on file systems that cannot do it, is written as by `write_at`. Raises
+    OSError.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    done = 0
+    if direct and offset % ALIGNMENT == 0 and _address(data) % ALIGNMENT == 0:
+        whole = len(data) // ALIGNMENT * ALIGNMENT
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | direct)
+            while done < whole and done % ALIGNMENT == 0:
+                done += os.pwrite(fd, data[done:whole], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        finally:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    write_at(fd, data[done:], offset + done)
+
+
+def _address(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).ctypes.data if len(data) else 0
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,13 @@ from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.retention import Keep
-from ucp.training.share import Piece, assign, contents, lay_out, write_file, write_windows
+from ucp.training.share import WINDOW, Piece, assign, lay_out, write_file, write_windows
 from ucp.training.source import Source
-from ucp.training.staging import Copying
+from ucp.training.staging import Copying, Pool
+
+# Windows of memory that tensors pass through where nothing goes on beside: one is filled by a device while another is
+# written.
+_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,12 @@ def prepare(source: Source, rank: int, world: int) -> Share:
     return Share(name, plan, pieces, extra, catalog, state, own)
 
 
-def write(session: Session, rank: int, share: Share, copying: Copying | None = None) -> None:
+def write(session: Session, rank: int, share: Share, copying: Copying) -> None:
     """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
 
-    copying: of the tensors' file; without it, the bytes are taken from the tensors now.
+    copying: of the tensors' file.
     """
-    path, size = session.path(share.name), share.plan.size
-    if copying is None:
-        digests = {share.name: write_file(path, chain([share.plan.header], contents(share.pieces)), size)}
-    else:
-        digests = {share.name: write_windows(path, copying.windows(), size)}
+    digests = {share.name: write_windows(session.path(share.name), copying.windows(), share.plan.size)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)))
@@ -155,7 +154,7 @@ def write(session: Session, rank: int, share: Share, copying: Copying | None = N
 def write_share(session: Session, rank: int, source: Source) -> int:
     """`prepare` and `write`. Returns the bytes of this rank's tensors' file."""
     share = prepare(source, rank, session.world)
-    write(session, rank, share)
+    write(session, rank, share, Copying(Pool(_TURNS * WINDOW), share.plan, share.pieces))
     return share.plan.size
 
 

@@ -20,7 +20,7 @@ from ucp.geometry import Blocks, concat, empty, flat_ranges
 from ucp.storage import safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
-from ucp.storage.writeback import LARGE, start_writeback, write_at
+from ucp.storage.writeback import LARGE, write_at, write_past_cache
 from ucp.training.source import Holding
 
 if TYPE_CHECKING:
@@ -152,22 +152,6 @@ def elements(piece: Piece) -> Iterator[torch.Tensor]:
         yield flat.as_strided(sizes, strides, flat.storage_offset() + start)
 
 
-def contents(pieces: Iterable[Piece]) -> Iterator[memoryview]:
-    """The pieces' bytes, in order, in host memory: views of it where they lie there already."""
-    for piece in pieces:
-        for part in elements(piece):
-            yield from _host(part.reshape(-1))
-
-
-def _host(flat: torch.Tensor) -> Iterator[memoryview]:
-    import torch
-
-    step = flat.numel() if flat.device.type == "cpu" else max(WINDOW // flat.element_size(), 1)
-    for at in range(0, flat.numel(), step):
-        part = flat[at : at + step].cpu().contiguous().view(torch.uint8)
-        yield part.numpy().data.cast("B")
-
-
 def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> ChunkDigests:
     """Create the file, write these bytes one after the other, flush them to disk; return its digests.
 
@@ -177,16 +161,17 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> Ch
 
 
 def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int) -> ChunkDigests:
-    """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk."""
+    """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk.
+
+    Large files are written past the page cache, which training needs more; aligned memory makes that possible.
+    """
     table = bytearray()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for at, window in windows:
                 table += digest_chunks(window)
-                write_at(fd, window, at)
-                if size >= LARGE:
-                    start_writeback(fd, at, len(window))
+                (write_past_cache if size >= LARGE else write_at)(fd, window, at)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")

@@ -8,6 +8,7 @@ than the pool is copied and written in turns; then that update waits for most of
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -44,14 +45,24 @@ class Pool:
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """Have windows for so many bytes, or as many as the limit allows."""
-        import torch
 
         if pinned and not self._pinned:
             self.windows = []
             self._pinned = True
-        # One by one: a large pinned allocation would be rounded up to a power of two.
         while len(self.windows) < min(-(-nbytes // WINDOW), self._most):
-            self.windows.append(torch.empty(WINDOW, dtype=torch.uint8, pin_memory=self._pinned))
+            self.windows.append(_window(self._pinned))
+
+
+def _window(pinned: bool) -> torch.Tensor:
+    """Memory that begins at a page, so that it can be written past the page cache.
+
+    One by one, since a large pinned allocation would be rounded up to a power of two.
+    """
+    import torch
+
+    if pinned:
+        return torch.empty(WINDOW, dtype=torch.uint8, pin_memory=True)
+    return torch.frombuffer(mmap.mmap(-1, WINDOW), dtype=torch.uint8)
 
 
 class Copying:
@@ -156,7 +167,7 @@ class _Segments:
         k = int(np.searchsorted(self._ends, low, side="right"))
         while low < high:
             if self._last is None or self._last[0] != k:
-                self._last = (k, self._parts[k].reshape(-1).view(torch.uint8))
+                self._last = (k, self._parts[k].contiguous().reshape(-1).view(torch.uint8))
             dense, end = self._last[1], int(self._ends[k])
             start = end - dense.numel()
             yield dense[low - start : min(high, end) - start]
