@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ucp.catalog import Catalog
-from ucp.storage.dtypes import to_torch
+from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
 from ucp.training import ranks
 from ucp.training.match import Plan, Wish, plan
@@ -109,7 +109,9 @@ def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -
         current = target.current(slot.key, state)
         if current is not None:
             return current.to(to_torch(dtype))
-    return torch.zeros(slot.placement(state).length, dtype=to_torch(dtype))
+    # numpy's zeros are the system's own, in large pages where it has them: twice as fast to read into as torch's.
+    raw = np.zeros(slot.placement(state).length * itemsize(dtype), np.uint8)
+    return torch.from_numpy(raw).view(to_torch(dtype))
 
 
 def reading_threads() -> int:

@@ -29,7 +29,7 @@ from ucp.storage.rounding import ROUNDED, round_to
 
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
-Cache = OrderedDict[tuple[int, int], bytes]
+Cache = OrderedDict[tuple[int, int], Bytes]
 
 # Runs shorter than this are fetched together, with the gaps between them, when that costs less than separate reads.
 SHORT_RUN = 32 << 10
@@ -135,22 +135,22 @@ class Reader:
                 continue
             end = min((index + 1) * CHUNK, stop)
             chunk = self._chunk(file, path, digests, index, cache)
-            out[at - offset : end - offset] = np.frombuffer(chunk, np.uint8)[within : within + end - at]
+            out[at - offset : end - offset] = chunk[within : within + end - at]
             at = end
 
-    def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> bytes:
+    def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> Bytes:
         key = (file, index)
         if key in cache:
             cache.move_to_end(key)
             return cache[key]
         size = min(CHUNK, digests.size - index * CHUNK)
-        raw = bytearray(size)
-        self._files.read_into(path, index * CHUNK, memoryview(raw))
-        verify_chunks(path, digests, index, memoryview(raw))
-        cache[key] = bytes(raw)
-        while len(cache) > CHUNKS_KEPT:
-            cache.popitem(last=False)
-        return cache[key]
+        # The oldest chunk's memory serves the new one: the system need not clear pages for each.
+        room = cache.popitem(last=False)[1] if len(cache) >= CHUNKS_KEPT else np.empty(CHUNK, np.uint8)
+        chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
+        self._files.read_into(path, index * CHUNK, chunk.data)
+        verify_chunks(path, digests, index, chunk.data)
+        cache[key] = chunk
+        return chunk
 
 
 def plan(wants: Sequence[Want]) -> list[Copy]:
