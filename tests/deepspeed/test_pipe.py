@@ -79,6 +79,8 @@ PAIRS = [
     Pair(SLICED, replace(PLAIN, case=SLICED.case.but(stage=3, dp=3))),
     Pair(replace(PLAIN, case=SLICED.case.but(stage=2, dp=2)), SLICED),
     Pair(SLICED, PipeCase(pp=4, method="type:block", case=SLICED.case)),
+    # eight ranks
+    Pair(SLICED.but(dp=2, dtype="bf16"), replace(PLAIN, case=SLICED.case.but(stage=3, dp=4, dtype="bf16"))),
 ]
 
 
@@ -150,7 +152,7 @@ SAVES = [
 @pytest.mark.parametrize("pair", SAVES, ids=lambda pair: pair.label)
 def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: PipeSources, spec: str, pair: Pair) -> None:
     """Fragments of every stage, each tensor once; they resume in any layout."""
-    saving = section(spec, pair.source) | {"save": {"async": False}}
+    saving = section(spec, pair.source)  # in the background
     run = pipes.get(pair.source, saving)
     with ucp.open(run.folder) as checkpoint:
         assert checkpoint.format == "universal"
@@ -163,6 +165,31 @@ def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: PipeSources, spe
         written = sum(os.path.getsize(f) for f in files.glob("*.safetensors"))
         assert held <= written < held + 4000 * pair.source.world_size
     check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), 1))
+
+
+def test_converted_pipelines_resume(ranks: RankPool, pipes: PipeSources, tmp_path: Path) -> None:
+    pair = Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=4, method="type:block", case=OPTIONS))
+    run = pipes.get(pair.source)
+    ucp.convert(run.folder, tmp_path / "whole")
+    check(pair, run, load(ranks, pair.target, str(tmp_path / "whole"), {}, 1))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        # Two of four stages have one; the others have nothing to complain of, and refuse all the same.
+        (PipeCase(pp=4, method="type:block", case=OPTIONS.but(groups=2)), "'3.gain'"),
+        # Without a spec nothing says what the plain module calls them.
+        (replace(PLAIN, case=OPTIONS.but(stage=3, dp=2, frozen=False)), "'embed.weight'"),
+    ],
+    ids=("a stage lacks something", "other names"),
+)
+def test_all_stages_refuse_together(ranks: RankPool, pipes: PipeSources, target: PipeCase, words: str) -> None:
+    run = pipes.get(PipeCase(pp=2, case=OPTIONS.but(dp=2, frozen=False)))
+    outcome = ranks.attempt(pipe_runs.resume, target, run.folder, {}, world_size=target.world_size)
+    assert outcome.all_raised
+    assert {failure.type_name for failure in outcome.failures} == {"ucp.errors.Mismatch"}
+    assert any(words in failure.message for failure in outcome.failures)
 
 
 def test_a_tied_module_with_weights_of_its_own_is_refused(ranks: RankPool) -> None:

@@ -133,6 +133,8 @@ def train(pipe: PipeCase, folder: str, section: dict[str, Any] | None = None, fu
     tag = f"global_step{STEPS}"
     engine.save_checkpoint(folder, tag, client_state=dict(CLIENT_STATE))
     after = continue_training(engine, pipe, STEPS, further)
+    if section is not None:
+        engine.ucp.wait()
     return PipeRun(pipe, folder, tag, tuple(losses), tuple(after), truth, gather(engine))
 
 
