@@ -227,3 +227,69 @@ def cross(mesh: Mesh, source: str, target: str, flat: bool) -> Run:
             target, model=live.model, optimizer=live.optimizer, step=report.step, samples=report.samples, rng=False
         )
     return Run(states, (), tuple(live.train(STEPS, 3)), (report.step, report.samples, report.extra))
+
+
+def stages(folder: str) -> list[str]:
+    """Ranks that hold other layers each, as pipeline stages do, and what they share; then contradictions.
+
+    Returns the messages of the refusals, in order; every rank has to refuse."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ucp.save(stage(rank, world), f"{folder}/stages")
+    found = stage(rank, world)
+    for tensor in _tensors(found):
+        tensor.zero_()
+    ucp.load(found, f"{folder}/stages")
+    truth = stage(rank, world)
+    truth["model"]["drift"] = torch.ones(2)  # of a buffer that nothing keeps equal, the first rank's counts
+    if not all(torch.equal(a, b) for a, b in zip(_tensors(found), _tensors(truth), strict=True)):
+        raise ValueError("what was loaded is not what was saved")
+    messages = []
+    for change in (trained_differs, groups_differ, shapes_differ, one_has_an_object):
+        state = stage(rank, world)
+        change(state, rank)
+        messages.append(_refused(lambda state=state: ucp.save(state, f"{folder}/refused")))
+    one_more = stage(rank, world)
+    if rank == 1:
+        one_more["model"]["more"] = torch.full((2,), 5.0)
+        one_more["epoch"] = 0
+    before = copy.deepcopy(one_more)
+    messages.append(_refused(lambda: ucp.load(one_more, f"{folder}/stages")))
+    if not all(torch.equal(a, b) for a, b in zip(_tensors(one_more), _tensors(before), strict=True)):
+        raise ValueError("a load that was refused has changed something")
+    return messages
+
+
+def stage(rank: int, world: int) -> dict[str, Any]:
+    """A stage's layer, a layer that all have, a buffer that differs, and an optimizer of the stage's own."""
+    names = [f"layers.{rank}.w", "shared.w"]
+    model = {names[0]: torch.arange(6.0).reshape(2, 3) + 10 * rank, names[1]: torch.arange(4.0)}
+    states = {n: {"exp_avg": t + 0.5, "step": torch.tensor(3.0)} for n, t in model.items()}
+    groups = [{"params": names, "lr": 0.25, "betas": (0.9, 0.99)}]
+    buffers = {"mean": torch.full((3,), 7.0), "drift": torch.full((2,), 1.0)}
+    if world > 1:
+        buffers["drift"] += 0.5 * rank
+    return {"model": {**model, **buffers}, "optim": {"state": states, "param_groups": groups}, "epoch": 4}
+
+
+def trained_differs(state: dict[str, Any], rank: int) -> None:
+    state["model"]["shared.w"][1] += rank
+
+
+def groups_differ(state: dict[str, Any], rank: int) -> None:
+    state["optim"]["param_groups"][0]["lr"] += rank
+
+
+def shapes_differ(state: dict[str, Any], rank: int) -> None:
+    state["model"]["mean"] = torch.zeros(3 + rank)
+
+
+def one_has_an_object(state: dict[str, Any], rank: int) -> None:
+    state["epoch"] = Mesh() if rank else 4
+
+
+def _refused(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except ucp.UcpError as error:
+        return str(error)
+    raise ValueError("this was not refused")

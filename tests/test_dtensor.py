@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import ucp
 from tests import dtensor_jobs as jobs
 from tests.engines.fsdp import Mesh, differences
 from tests.engines.pool import RankPool
+from tests.engines.truth import same
+from tests.formats.dcp import states
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +135,29 @@ def test_hybrid_sharding(ranks: RankPool, folder: Path) -> None:
     loads = [(jobs.shared, jobs.load_ucp, "hsdp"), (jobs.shared, jobs.load_ucp, "hsdp-writer")]
     found = ranks.run(jobs.load, Mesh(3, seed=1, tied=True, frozen=True), under(folder, loads), world_size=3)
     check(found, first, 2)
+
+
+def test_ranks_with_entries_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
+    """Pipeline stages' layers join into one checkpoint; what ranks contradict each other in is refused by all."""
+    found = ranks.run(jobs.stages, str(tmp_path), world_size=3)
+    everything = jobs.stage(0, 1)
+    everything["model"] |= {k: v for rank in (1, 2) for k, v in jobs.stage(rank, 1)["model"].items()}
+    everything["optim"]["state"] |= {k: v for rank in (1, 2) for k, v in jobs.stage(rank, 1)["optim"]["state"].items()}
+    everything["optim"]["param_groups"][0]["params"] = list(everything["optim"]["state"])
+    loaded = states.blank(everything)
+    ucp.load(loaded, tmp_path / "stages")
+    assert same(loaded, everything)
+    for messages in found:
+        for message, text in zip(
+            messages,
+            (
+                "'model.shared.w' is trained and not sharded, but ranks 0 and 1 hold different values",
+                "rank 1 has other param groups than rank 0",
+                r"'model.mean' is float32 \[3\] on rank 0 and float32 \[4\] on rank 1",
+                "epoch: a value of class tests.engines.fsdp.Mesh cannot be stored",
+                "1 are not in the checkpoint: 'model.more'",
+            ),
+            strict=True,
+        ):
+            assert re.search(text, message), message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stages"]

@@ -40,7 +40,7 @@ from ucp.storage.dtypes import to_torch
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.names import bare
-from ucp.training.save import prepare, write
+from ucp.training.save import write_share
 from ucp.training.state_dict_source import source_of_entries
 from ucp.training.state_dict_target import fill, plan, read
 from ucp.training.state_dicts import check_tensor
@@ -53,20 +53,14 @@ __all__ = ["StorageReader", "StorageWriter"]
 class StorageReader(dcp.StorageReader):
     """Lets ``dcp.load`` read a checkpoint of any format that `ucp.open` knows, into its own sharding.
 
-    path, tag, spec: as for `ucp.open`. The state dict's names may be nested or flattened, with the model under "model"
-    or bare; optimizer states and param groups are found by the parameters' names. verify: check digests.
+    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). The state dict's names may be nested
+    or flattened, with the model under "model" or bare; optimizer states and param groups are found by the parameters'
+    names. verify: check digests.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        tag: str | None = None,
-        spec: str | os.PathLike[str] | None = None,
-        verify: bool = True,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, **opening: Any) -> None:
         self.checkpoint_id = os.fspath(path)
-        self._tag, self._spec, self._verify = tag, spec, verify
+        self._opening, self._verify = opening, verify
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}
 
@@ -76,7 +70,7 @@ class StorageReader(dcp.StorageReader):
         self._catalog = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> torch_metadata.Metadata:
-        with open_checkpoint(self.checkpoint_id, self._spec, self._tag) as checkpoint:
+        with open_checkpoint(self.checkpoint_id, **self._opening) as checkpoint:
             self._catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
         names = _Names(self._catalog)
         self._objects = names.objects
@@ -276,7 +270,7 @@ class StorageWriter(dcp.StorageWriter):
         mine = {item.index.fqn for item in plan.items if item.tensor_data is not None}
         _check_shards(plan.items, entries)
         source = source_of_entries(entries, mine, rank, session.world)
-        write(session, rank, prepare(source, rank, session.world))
+        write_share(session, rank, source)
         out: Future[list[WriteResult]] = Future()
         out.set_result([WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items])
         return out

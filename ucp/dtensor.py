@@ -81,10 +81,9 @@ def load(
     state_dict: dict[str, Any],
     path: str | os.PathLike[str],
     *,
-    tag: str | None = None,
-    spec: str | os.PathLike[str] | None = None,
     allow_missing: Sequence[str] = (),
     verify: bool = True,
+    **opening: Any,
 ) -> StateDictReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
 
@@ -92,14 +91,14 @@ def load(
     replaced; Stateful objects are given their loaded state. What the state dict does not ask for is not read, and is
     told in the report. Hyperparameters that say how an optimizer is implemented (foreach, fused, ...) stay.
 
-    path, tag, spec: as for `ucp.open`. allow_missing: patterns of flat names ("optim.*") that may stay as they are.
-    verify: check digests, where the checkpoint has them.
+    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). allow_missing: patterns of flat names
+    ("optim.*") that may stay as they are. verify: check digests, where the checkpoint has them.
 
     Raises on every rank, with nothing changed: Mismatch (missing entries, other shapes, element types that would lose
     bits), NotACheckpoint, DamagedCheckpoint.
     """
     unwrapped = unwrap(state_dict)
-    where, catalog = ranks.from_first(lambda: _open(path, tag, spec, unwrapped))
+    where, catalog = ranks.from_first(lambda: _open(path, unwrapped, opening))
     report = load_into(unwrapped, where, catalog, allow_missing, verify=verify)
     for key, value in state_dict.items():
         if isinstance(value, Stateful):
@@ -112,14 +111,11 @@ def load(
 
 
 def _open(
-    path: str | os.PathLike[str],
-    tag: str | None,
-    spec: str | os.PathLike[str] | None,
-    state_dict: Mapping[str, Any],
+    path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
 ) -> tuple[str, Catalog]:
     """The checkpoint's folder and its catalog, whose training state has real tensors."""
     names = [list(group) for group in assign(flatten(state_dict)).groups.values()]
-    with open_checkpoint(path, spec, tag, param_names=names or None) as checkpoint:
+    with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
         return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
 
 
@@ -187,11 +183,10 @@ def load_training(
     lr_scheduler: Any = None,
     dataloader: Any = None,
     rng: bool = True,
-    tag: str | None = None,
-    spec: str | os.PathLike[str] | None = None,
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
     verify: bool = True,
+    **opening: Any,
 ) -> TrainingReport:
     """Put a whole training state of any supported format and layout in place, or refuse. Collective.
 
@@ -203,7 +198,7 @@ def load_training(
     Raises on every rank, with nothing changed: Mismatch, NotACheckpoint, DamagedCheckpoint.
     """
     state_dict = _state_dict(model, optimizer)
-    where, catalog = ranks.from_first(lambda: _open(path, tag, spec, state_dict))
+    where, catalog = ranks.from_first(lambda: _open(path, state_dict, opening))
     state = catalog.training_state
     stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
     if _optimizers(optimizer) and not stepped:
