@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
-from ucp.errors import Mismatch, Unsupported
+from ucp.errors import Mismatch, UcpError, Unsupported
 from ucp.geometry import Blocks, Ints, Shape, concat
 from ucp.spec.bound import Bound
 from ucp.spec.names import Moves, moves
@@ -68,6 +68,32 @@ def rename(catalog: Catalog, bound: Bound, framework: str, *, to_framework: bool
             _arranged(recipe, [copy]) for copy in catalog.copies for recipe in becomes[copy.name] if len(copy.blocks)
         ),
     )
+
+
+def best_names(catalog: Catalog, bound: Bound, known: Callable[[str], bool]) -> Catalog:
+    """The catalog by the lines under the spec's ``names:``, of whichever framework and in whichever direction gives the
+    most names that are known; as it is, where it has no fewer of them already.
+
+    Raises what `rename` raises, for parameters that don't fit the spec.
+    """
+    held = [name for info in catalog.parameters.values() for name in (info.name, *info.aliases)]
+    best, most = None, sum(map(known, set(held)))
+    for framework in bound.spec.names:
+        for to_framework in (True, False):
+            count = sum(map(known, set(_moved(held, bound, framework, to_framework))))
+            if count > most:
+                best, most = (framework, to_framework), count
+    return catalog if best is None else rename(catalog, bound, best[0], to_framework=best[1], keep=True)
+
+
+def _moved(held: Sequence[str], bound: Bound, framework: str, to_framework: bool) -> list[str]:
+    """What the names become; [] where they can't be those of this side."""
+    try:
+        found = moves(bound, framework, held, to_framework=to_framework)
+    except UcpError:
+        return []
+    kept = [found.plain.get(name, name) for name in held if name not in found.split]
+    return [*kept, *found.joined, *(part.source for made in found.split.values() for part in made.parts)]
 
 
 @dataclass(frozen=True)

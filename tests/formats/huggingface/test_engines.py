@@ -55,6 +55,7 @@ def test_there_and_back(ranks: RankPool, tmp_path: Path, model: str) -> None:
             assert torch.equal(states["param"], own[name].float()), name
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_trained_under_deepspeed(ranks: RankPool, tmp_path: Path) -> None:
     import peft
 

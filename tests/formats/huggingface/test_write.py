@@ -232,6 +232,37 @@ def test_a_base_model_trained_alone(tmp_path: Path) -> None:
     assert torch.equal(engine_jobs.logits("gpt2", loaded), engine_jobs.logits("gpt2", module))
 
 
+def as_megatron(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """What Megatron-DeepSpeed's pipeline of a GPT-2 of 2 layers, 4 heads of 6, calls a parameter; by hand."""
+    _, *parts = name.split(".")
+    kinds = {"wte": "word", "wpe": "position", "ln_1": "input", "ln_2": "post_attention"}
+    if parts[0] in ("wte", "wpe"):
+        return f"tied_modules.embed.{kinds[parts[0]]}_embeddings.weight", tensor
+    if parts[0] == "ln_f":
+        return f"5.{parts[1]}", tensor
+    _, layer, kind, *rest = parts
+    stem = f"{int(layer) + 2}"
+    if kind.startswith("ln_"):
+        return f"{stem}.{kinds[kind]}_layernorm.{rest[0]}", tensor
+    if rest[-1] == "weight":
+        tensor = tensor.T  # a Linear, not a Conv1D
+    if rest[0] == "c_attn":
+        # All of q, then k, then v; there each head has its own three.
+        tensor = tensor.reshape(3, 4, 6, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        return f"{stem}.self_attention.query_key_value.{rest[1]}", tensor
+    new = {"attn.c_proj": "self_attention.dense", "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"}
+    return f"{stem}.{new[f'{kind}.{rest[0]}']}.{rest[1]}", tensor
+
+
+def test_a_pipelines_names_and_arrangement_become_the_models_own(tmp_path: Path) -> None:
+    module = module_of("gpt2")
+    module.save_pretrained(tmp_path / "theirs")
+    tensors = dict(as_megatron(n, t) for n, t in all_of(tmp_path / "theirs").items())
+    source = folder_of(tmp_path / "source", {n: t.contiguous() for n, t in tensors.items()})
+    ucp.convert(source, tmp_path / "ours", to="huggingface", like=tmp_path / "theirs")
+    assert same(all_of(tmp_path / "ours"), all_of(tmp_path / "theirs"))
+
+
 def test_names_lose_what_wrappers_put_into_them(tmp_path: Path) -> None:
     tensors = {"module._orig_mod.a.weight": torch.ones(2), "module._orig_mod.b": torch.zeros(3)}
     ucp.convert(folder_of(tmp_path / "a", tensors), tmp_path / "b", to="huggingface")
@@ -252,6 +283,7 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"{name} is for 'huggingface' only, not for 'universal'" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:Adapter 'default'")
 class TestAdapters:
     def make(self, tmp_path: Path, **config: Any) -> tuple[Any, Path, Path]:
         """A model with a LoRA adapter, its whole state dict as a source, and the folder that peft saves."""

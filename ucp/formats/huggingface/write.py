@@ -19,7 +19,7 @@ from ucp.formats import sharded
 from ucp.formats.huggingface import adapter
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, carried, config_of
 from ucp.formats.huggingface.names import FRAMEWORK, with_prefix
-from ucp.formats.rename import rename
+from ucp.formats.rename import best_names, rename
 from ucp.spec.bound import Bound
 from ucp.spec.choice import Choice
 from ucp.transfer.targets import TargetFile
@@ -48,7 +48,7 @@ def plan(
     dtype: one of `DTYPES`, for all tensors of floating-point numbers: rounded to nearest, ties to even; other tensors
     stay exact. max_shard: bytes. like: a folder whose config, tokenizer and generation files are carried over; with an
     adapter_config.json and no config.json, the checkpoint's adapter is written and nothing else. choice: the spec, if
-    not the catalogue's for the config's model_type.
+    not the catalogue's for the config's model_type; parameters that have another framework's names by it get its own.
 
     Raises BadArgument for a type or folder that is none, Unsupported for what such a folder can't hold, Mismatch where
     values would be lost, and what renaming raises.
@@ -66,11 +66,11 @@ def plan(
     adapter.refuse(catalog)
     catalog = _all_frozen(catalog)
     config = None if like is None else config_of(like)
-    bound = (choice or Choice()).bound(config)
+    bound = _bound(choice or Choice(), config)
     if bound is not None:
+        # A pipeline's names, say, or those that the files have and transformers 4's modules too.
+        catalog = best_names(catalog, bound, lambda name: bound.find(name) is not None)
         catalog = with_prefix(catalog, bound)
-        # A module may have the files' names itself, as transformers 4's have.
-        catalog = rename(catalog, bound, FRAMEWORK, to_framework=False, keep=True)
     catalog = _untied(catalog, bound, config)
     if bound is not None:
         _warn_of_others(catalog, bound)
@@ -81,6 +81,15 @@ def plan(
         return catalog, files
     written = {target if target and _is_float(t) else t.dtype for t in catalog.tensors.values()}
     return catalog, [*files, *carried(like, config, written)]
+
+
+def _bound(choice: Choice, config: Mapping[str, Any] | None) -> Bound | None:
+    """The spec of the model that the folder is for. A spec of another family is about the source alone."""
+    if config is None:
+        return choice.bound(None)
+    if choice.spec is not None and config.get("model_type") not in choice.spec.models:
+        choice = Choice()
+    return replace(choice, config=config).bound(None)
 
 
 def _weights(catalog: Catalog) -> Catalog:
