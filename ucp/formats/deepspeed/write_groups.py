@@ -14,6 +14,7 @@ from ucp.formats.deepspeed.write_config import EngineConfig
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
+from ucp.spec.experts import expert_of
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torchwriter import Placeholder, scalar_tensor
 from ucp.transfer.gather import EXACT
@@ -25,16 +26,18 @@ PARAM = "param"
 class Flat:
     """One flat buffer that is cut over the ranks.
 
-    names: its parameters in order. size: elements of every rank's partition. lean: for each rank, the elements before
-    the padding at the end. between: elements of padding after each parameter. states: the optimizer states that all
-    its parameters have, with their element type. scalars: the values that they share. whole_states: those states that
-    every rank keeps whole for each parameter it holds any part of, end to end, instead of a partition.
+    names: its parameters in order. ranks: the data-parallel ranks over which it is cut, in order. size: elements of
+    every rank's partition. lean: for each rank, the elements before the padding at the end. between: elements of
+    padding after each parameter. states: the optimizer states that all its parameters have, with their element type.
+    scalars: the values that they share. whole_states: those states that every rank keeps whole for each parameter it
+    holds any part of, end to end, instead of a partition.
     """
 
     group: int
     names: tuple[str, ...]
+    ranks: Sequence[int]
     size: int
-    lean: tuple[int, ...]
+    lean: Mapping[int, int]
     between: tuple[int, ...]
     states: Mapping[str, str]
     scalars: Mapping[str, Any]
@@ -46,8 +49,12 @@ class Flat:
         return self._by_rank.get(rank, ())
 
 
-def flats(catalog: Catalog, config: EngineConfig, dp: int) -> list[Flat]:
+def flats(
+    catalog: Catalog, config: EngineConfig, ranks: Sequence[int], of_experts: Sequence[int] | None = None
+) -> list[Flat]:
     """The flat buffers of stages 1 to 3: one for each param group, or for each subgroup at stage 3.
+
+    ranks: the data-parallel ranks over which they are cut; of_experts: those for groups of experts, where others.
 
     Raises Unsupported, naming the parameters, where those of one buffer differ in their optimizer states or steps: a
     buffer has one set of states, and one step, for all.
@@ -56,15 +63,20 @@ def flats(catalog: Catalog, config: EngineConfig, dp: int) -> list[Flat]:
     for index, group in enumerate(catalog.training_state.param_groups):
         infos = [catalog.parameters[name] for name in group.names]
         if config.stage < 3:
-            out.append(_cut_flat(catalog, config, index, infos, dp))
+            experts = of_experts is not None and any(expert_of(name) for name in group.names)
+            sharers = of_experts if experts and of_experts is not None else ranks
+            out.append(_cut_flat(catalog, config, index, infos, sharers))
             continue
-        pieces = [zero.ceil_size(numel(info.shape), dp) for info in infos]
+        pieces = [zero.ceil_size(numel(info.shape), len(ranks)) for info in infos]
         for members in zero.subgroups(pieces, config.sub_group_size):
-            out.append(_cut_ceil(catalog, index, [infos[i] for i in members], dp))
+            out.append(_cut_ceil(catalog, index, [infos[i] for i in members], ranks))
     return out
 
 
-def _cut_flat(catalog: Catalog, config: EngineConfig, group: int, infos: list[ParameterInfo], dp: int) -> Flat:
+def _cut_flat(
+    catalog: Catalog, config: EngineConfig, group: int, infos: list[ParameterInfo], ranks: Sequence[int]
+) -> Flat:
+    dp = len(ranks)
     if config.round_robin and not config.bf16_optimizer:
         infos = [infos[i] for i in zero.round_robin(len(infos), dp)]
     numels = [numel(info.shape) for info in infos]
@@ -74,8 +86,8 @@ def _cut_flat(catalog: Catalog, config: EngineConfig, group: int, infos: list[Pa
     offsets, total = zero.flat_offsets(numels, between)
     size = zero.partition_size(total, dp)
     blocks = {i.name: zero.flat_partition(i.shape, at, size) for i, at in zip(infos, offsets, strict=True)}
-    lean = tuple(min(max(total - rank * size, 0), size) for rank in range(dp))
-    flat = _flat(catalog, group, infos, size, lean, between, blocks)
+    lean = [min(max(total - rank * size, 0), size) for rank in range(dp)]
+    flat = _flat(catalog, group, infos, ranks, size, lean, between, blocks)
     muon = (catalog.training_state.param_groups[group].options or {}).get("use_muon")
     if muon and config.stage in (1, 2) and not config.bf16_optimizer and not config.offloads_optimizer:
         # stage_1_and_2.py: _muon_momentum_buffer. Muon orthogonalises whole matrices.
@@ -83,18 +95,20 @@ def _cut_flat(catalog: Catalog, config: EngineConfig, group: int, infos: list[Pa
     return flat
 
 
-def _cut_ceil(catalog: Catalog, group: int, infos: list[ParameterInfo], dp: int) -> Flat:
+def _cut_ceil(catalog: Catalog, group: int, infos: list[ParameterInfo], ranks: Sequence[int]) -> Flat:
+    dp = len(ranks)
     offsets, size = zero.flat_offsets([zero.ceil_size(numel(info.shape), dp) for info in infos])
     blocks = {i.name: zero.ceil_partition(i.shape, at, dp) for i, at in zip(infos, offsets, strict=True)}
-    return _flat(catalog, group, infos, size, (size,) * dp, [0] * len(infos), blocks)
+    return _flat(catalog, group, infos, ranks, size, [size] * dp, [0] * len(infos), blocks)
 
 
 def _flat(
     catalog: Catalog,
     group: int,
     infos: list[ParameterInfo],
+    ranks: Sequence[int],
     size: int,
-    lean: tuple[int, ...],
+    lean: Sequence[int],
     between: Sequence[int],
     blocks: Mapping[str, Blocks],
 ) -> Flat:
@@ -102,12 +116,13 @@ def _flat(
     for name, placed in blocks.items():
         for rank in np.unique(placed.buffers).tolist():
             mine = placed.take(placed.buffers == rank).in_buffer(0)
-            by_rank.setdefault(rank, []).append((name, mine))
+            by_rank.setdefault(ranks[rank], []).append((name, mine))
     return Flat(
         group=group,
         names=tuple(info.name for info in infos),
+        ranks=ranks,
         size=size,
-        lean=lean,
+        lean=dict(zip(ranks, lean, strict=True)),
         between=tuple(between),
         states=_common_states(catalog, infos),
         scalars=_common_scalars(infos),

@@ -16,13 +16,14 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
-from ucp.formats.deepspeed import write_pipeline
+from ucp.formats.deepspeed import write_experts, write_pipeline
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
+from ucp.spec.experts import counts, expert_of, holders
 from ucp.storage.torchwriter import Placeholder
 from ucp.storage.values import Size, Standin
 from ucp.transfer.targets import TargetFile
@@ -53,6 +54,8 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
             state.clip_grad,
             config.clip_grad,
         )
+    if write_experts.has_experts(catalog, layout):
+        return _with_experts(catalog, config, layout)
     stages = write_pipeline.stages(config.raw, layout, catalog)
     if stages is None:
         return _share_files(Share(0, catalog), config, layout)
@@ -81,16 +84,32 @@ class Share:
 def _share_files(share: Share, config: EngineConfig, layout: Layout) -> list[TargetFile]:
     if layout.zero == 0:
         return [_stage0(share, config, layout)]
-    cut = flats(share.catalog, config, layout.dp)
+    cut = flats(share.catalog, config, range(layout.dp))
     return _model_files(share, config, layout, cut) + [
         _optimizer_file(share, config, layout, rank, cut) for rank in range(layout.dp)
     ]
 
 
+def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout) -> list[TargetFile]:
+    """A model with experts: their own files, and the rest from the view of each expert-parallel rank."""
+    out = write_experts.files(catalog, lambda file, info: _weight(file, config, info))
+    for rank in range(layout.ep):
+        share = Share(0, write_experts.of_rank(catalog, layout, rank))
+        if layout.zero == 0:
+            out += [_stage0(share, config, layout)] if rank == 0 else []
+            file = FileBuilder(f"expp_rank_{rank}_mp_rank_00_optim_states.pt", share.catalog)
+            out.append(file.finish({"optimizer": _stage0_optimizer(file, config)}))
+            continue
+        mine = holders(rank, layout.dp, layout.ep, bool(config.raw.get("use_data_before_expert_parallelism")))
+        cut = flats(share.catalog, config, range(layout.dp), mine)
+        out += _model_files(share, config, layout, cut) if rank == 0 else []
+        out += [_optimizer_file(share, config, layout, data_rank, cut) for data_rank in mine]
+    return out
+
+
 def _refuse_layout(layout: Layout) -> None:
-    for name in ("tp", "ep"):
-        if getattr(layout, name) != 1:
-            raise Unsupported(f"layout '{layout}': native checkpoints with {name} other than 1 cannot be written")
+    if layout.tp != 1:
+        raise Unsupported(f"layout '{layout}': native checkpoints with tp other than 1 cannot be written")
 
 
 def check_groups(catalog: Catalog) -> None:
@@ -138,7 +157,7 @@ def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, c
     shapes = fragments = None
     if module is not None and layout.zero >= 2:
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
-        fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
+        fragments = OrderedDict((info.name, _frozen(file, config, module, info, layout, rank)) for info in frozen)
     trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
     return file.finish(
         model_state(
@@ -169,6 +188,7 @@ def model_state(
 ) -> dict[str, Any]:
     """A model file's content, in the order in which the engine writes it (``_common_checkpoint_state``)."""
     state = catalog.training_state
+    experts = [held * layout.ep for held in counts(catalog.parameters).values()]
     return {
         "module": module,
         "buffer_names": [info.name for info in catalog.parameters.values() if info.kind == "buffer"],
@@ -188,6 +208,7 @@ def model_state(
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": dict(config.raw),
         "ds_version": VERSION,
+        **({"num_experts": experts, "ds_autoep_layers": None} if experts else {}),
         **state.client_state,
     }
 
@@ -195,10 +216,12 @@ def model_state(
 def whole_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
     """The module's state dict with whole weights: trained ones rounded to the engine's type, all others as they are.
 
-    Names of tied parameters share one tensor.
+    Names of tied parameters share one tensor. Experts, which have files of their own, are left out.
     """
     module: OrderedDict[str, Placeholder] = OrderedDict()
     for info in file.catalog.parameters.values():
+        if expert_of(info.name) is not None:
+            continue
         module.update(dict.fromkeys((info.name, *info.aliases), _weight(file, config, info)))
     return module
 
@@ -219,11 +242,16 @@ def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[s
 
 
 def _frozen(
-    file: FileBuilder, module: Mapping[str, Placeholder], info: ParameterInfo, layout: Layout, rank: int
+    file: FileBuilder,
+    config: EngineConfig,
+    module: Mapping[str, Placeholder],
+    info: ParameterInfo,
+    layout: Layout,
+    rank: int,
 ) -> Placeholder:
     """A frozen parameter as this rank's file has it: whole, or at stage 3 the rank's ceil-sized piece."""
     if layout.zero < 3:
-        return module[info.name]
+        return module[info.name] if info.name in module else _weight(file, config, info)
     tensor = file.catalog.tensors[info.name, PARAM]
     blocks = zero.ceil_partition(info.shape, 0, layout.dp)
     mine = blocks.take(blocks.buffers == rank).in_buffer(0)
@@ -263,7 +291,7 @@ def _stage12_state(
         "zero_stage": _zero_stage(layout.zero),
         "group_paddings": [flat.size - flat.lean[rank] for flat in cut],
         "param_alignment_paddings": [list(flat.between) for flat in cut],
-        "partition_count": [layout.dp] * len(cut),
+        "partition_count": [len(flat.ranks) for flat in cut],
         "ds_version": VERSION,
         "param_slice_mappings": _slices(file.catalog, rank, cut),
     }
@@ -273,16 +301,14 @@ def _bf16_state(
     file: FileBuilder, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]
 ) -> dict[str, Any]:
     """``BF16_Optimizer.state_dict``: masters are whole partitions, and there is no scaler."""
-    last = rank == layout.dp - 1
-    totals = [sum(flat.lean) for flat in cut]
     return {
         "clip_grad": config.clip_grad,
         "base_optimizer_state": _base_state(file, config, rank, cut),
         "single_partition_of_fp32_groups": [partition(file, flat, PARAM, "float32", rank) for flat in cut],
         "group_paddings": [
-            flat.size * layout.dp - total if last else 0 for flat, total in zip(cut, totals, strict=True)
+            flat.size * len(flat.ranks) - sum(flat.lean.values()) if rank == flat.ranks[-1] else 0 for flat in cut
         ],
-        "partition_count": [layout.dp] * len(cut),
+        "partition_count": [len(flat.ranks) for flat in cut],
         "ds_version": VERSION,
         "param_slice_mappings": _slices(file.catalog, rank, cut),
     }
@@ -347,16 +373,33 @@ def _address(count: int, start: int) -> Standin:
 
 def _stage0(share: Share, config: EngineConfig, layout: Layout) -> TargetFile:
     """Everything in one file. In low precision DeepSpeed wraps the optimizer: FusedAdam by flat masters, others not."""
-    catalog = share.catalog
-    file = FileBuilder(_model_name(share, layout, 0), catalog)
+    file = FileBuilder(_model_name(share, layout, 0), share.catalog)
+    return file.finish(
+        model_state(
+            share.catalog,
+            config,
+            layout,
+            module=None if share.in_layers else whole_module(file, config),
+            optimizer=_stage0_optimizer(file, config),
+            param_shapes=None,
+            frozen_param_shapes=None,
+            shared_params=None,
+            frozen_param_fragments=None,
+        )
+    )
+
+
+def _stage0_optimizer(file: FileBuilder, config: EngineConfig) -> dict[str, Any]:
+    """The optimizer's state dict, in the wrapper that DeepSpeed gives to it in low precision."""
+    catalog = file.catalog
     groups = [group_options(catalog, config, i) for i in range(len(catalog.training_state.param_groups))]
     saved = catalog.training_state.loss_scaler
-    optimizer: dict[str, Any]
     if config.dtype == "float32":
-        optimizer = _inner_state(file, config, groups)
-    elif _is_fused(config, groups):
+        return _inner_state(file, config, groups)
+    optimizer: dict[str, Any]
+    if _is_fused(config, groups):
         optimizer = {} if config.dtype == "bfloat16" else loss_scale_keys(config, saved)
-        cut = flats(catalog, config, 1)
+        cut = flats(catalog, config, range(1))
         optimizer["optimizer_state_dict"] = _fused_state(file, config, groups, cut)
         optimizer["fp32_groups_flat"] = [partition(file, flat, PARAM, "float32", 0, trimmed=True) for flat in cut]
         optimizer["clip_grad"] = config.clip_grad
@@ -367,19 +410,7 @@ def _stage0(share: Share, config: EngineConfig, layout: Layout) -> TargetFile:
             [file.whole(catalog.tensors[name, PARAM], "float32") for name in group.names]
             for group in catalog.training_state.param_groups
         ]
-    return file.finish(
-        model_state(
-            catalog,
-            config,
-            layout,
-            module=None if share.in_layers else whole_module(file, config),
-            optimizer=optimizer,
-            param_shapes=None,
-            frozen_param_shapes=None,
-            shared_params=None,
-            frozen_param_fragments=None,
-        )
-    )
+    return optimizer
 
 
 def _is_fused(config: EngineConfig, groups: Sequence[Mapping[str, Any]]) -> bool:

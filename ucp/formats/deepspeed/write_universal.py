@@ -28,6 +28,7 @@ from ucp.formats.deepspeed.write_files import FileBuilder
 from ucp.formats.deepspeed.write_groups import PARAM, group_options, scalar_values
 from ucp.formats.deepspeed.write_native import VERSION, check_groups, model_state, partitioned_module, whole_module
 from ucp.parallel.mesh import Layout
+from ucp.spec.experts import expert_of
 from ucp.storage.values import Size
 from ucp.transfer.targets import TargetFile
 
@@ -44,6 +45,12 @@ def plan(catalog: Catalog) -> list[TargetFile]:
     """
     config = engine_config(None, catalog.training_state.config, catalog.layout.zero)
     check_groups(catalog)
+    experts = next((name for name in catalog.parameters if expert_of(name)), None)
+    if experts:
+        raise Unsupported(
+            f"'{experts}' is an expert's: DeepSpeed's universal format has no place for experts of its own layers; use "
+            "--to universal, or --to deepspeed with the target's layout"
+        )
     trained = [catalog.parameters[name] for group in catalog.training_state.param_groups for name in group.names]
     for info in trained:
         _refuse_scalars(info)
