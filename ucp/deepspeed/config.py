@@ -15,6 +15,7 @@ import hjson  # DeepSpeed's own requirement, and its way to read config files
 from ucp.errors import BadArgument
 from ucp.spec.choice import Choice, choose
 from ucp.training.background import POLICIES
+from ucp.training.exchange import ADAPTIVE
 from ucp.training.staging import MEMORY
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,10 @@ class Config:
 
     enabled: bind the engine. spec, sizes: how tensor parallelism cuts the model, as for `ucp.open`.
     allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
-    verify: check digests while loading. trust_client_state: unpickle any class in client state, running its code.
-    allow_untested_version: try a DeepSpeed that the tests have not run. save_format: 'universal', or 'deepspeed' for
+    verify: check digests while loading. read_once: have each byte that several ranks want read by one of them and
+    exchanged: True, False, or 'adaptive', where that is measured to be faster. trust_client_state: unpickle any class
+    in client state, running its code. allow_untested_version: try a DeepSpeed that the tests have not run.
+    save_format: 'universal', or 'deepspeed' for
     DeepSpeed's own save. save_async: save in the background. save_memory: bytes of host memory that a rank's copies for
     that may take. save_policy: 'wait' for a save under way before the next one, or 'skip' the next one. save_timeout:
     seconds that the first rank waits for the others' files. keep_last, keep_every: how many of the newest checkpoints
@@ -40,6 +43,7 @@ class Config:
     allow_missing: tuple[str, ...] = ()
     allow_unused: tuple[str, ...] = ()
     verify: bool = True
+    read_once: bool | str = ADAPTIVE
     trust_client_state: bool = False
     allow_untested_version: bool = False
     save_format: str = "universal"
@@ -66,7 +70,7 @@ _TOP: dict[str, Any] = {
     "allow_untested_version": bool,
     "metrics": bool,
 }
-_LOAD = {"allow_missing": list, "allow_unused": list, "verify": bool}
+_LOAD: dict[str, Any] = {"allow_missing": list, "allow_unused": list, "verify": bool, "read_once": object}
 _SAVE: dict[str, Any] = {
     "format": str,
     "async": bool,
@@ -98,6 +102,12 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
     for key in ("allow_missing", "allow_unused"):
         if not all(isinstance(p, str) for p in load.get(key, [])):
             raise BadArgument(f'"ucp": {{"load": {{"{key}"}}}} needs a list of name patterns, found {load[key]!r}')
+    once = load.get("read_once", ADAPTIVE)
+    if not isinstance(once, bool) and once != ADAPTIVE:
+        raise BadArgument(
+            f'"ucp": {{"load": {{"read_once"}}}} is true, false or "{ADAPTIVE}" (never "auto", which Accelerate '
+            f"refuses in a config); found {once!r}"
+        )
     save = section.get("save", {})
     _check('"ucp": {"save"}', save, _SAVE)
     for key, known in (("format", FORMATS), ("policy", POLICIES)):
@@ -121,6 +131,7 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
         allow_missing=tuple(load.get("allow_missing", ())),
         allow_unused=tuple(load.get("allow_unused", ())),
         verify=load.get("verify", True),
+        read_once=once,
         trust_client_state=section.get("trust_client_state", False),
         allow_untested_version=section.get("allow_untested_version", False),
         save_format=save.get("format", FORMATS[0]),

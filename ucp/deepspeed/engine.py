@@ -127,7 +127,7 @@ def load_checkpoint(
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,
     )
-    report = load(catalog, target, wish, verify=config.verify)
+    report = load(catalog, target, wish, verify=config.verify, read_once=config.read_once)
     engine.ucp.last_load = report
     if config.metrics:
         record_load(path, report)

@@ -2,7 +2,7 @@
 
 Three steps, each agreed on by all ranks before the next: compare and plan (nothing is touched), read this rank's byte
 ranges into host memory (nothing is touched), apply. A rank that finds something wrong in the first two makes all ranks
-refuse.
+refuse. Bytes that several ranks want may be read by one of them only (`ucp.training.exchange`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from ucp.catalog import Catalog
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.training import ranks
+from ucp.training import exchange, ranks
 from ucp.training.match import Plan, Wish, plan
 from ucp.training.target import Loaded, Slot, Target
 from ucp.transfer.gather import Bytes, Reader, Want, gather
@@ -29,7 +29,8 @@ class LoadReport:
     """What a load did, for people and logs.
 
     nbytes: of the tensors brought to this rank; bytes_read: what was read of the files for them, gaps between short
-    runs and whole digest chunks included. seconds: by stage, on this rank.
+    runs and whole digest chunks included. seconds: by stage, on this rank. read_once: whether ranks that want the same
+    bytes read them once among them.
     """
 
     tensors: int
@@ -39,6 +40,7 @@ class LoadReport:
     target: str
     seconds: Mapping[str, float]
     plan: Plan
+    read_once: bool = False
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -54,25 +56,49 @@ class LoadReport:
 
 
 def load(
-    catalog: Catalog, target: Target, wish: Wish, *, verify: bool = True, threads: int | None = None
+    catalog: Catalog,
+    target: Target,
+    wish: Wish,
+    *,
+    verify: bool = True,
+    threads: int | None = None,
+    read_once: bool | str = False,
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
-    verify: check the chunks read against the checkpoint's digests, where it has them. Raises Mismatch (nothing was
-    changed) when anything would stay unrestored or unused against the wish, DamagedCheckpoint when files do.
+    verify: check the chunks read against the checkpoint's digests, where it has them. read_once: have each byte that
+    several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster.
+
+    Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
+    DamagedCheckpoint when files do.
     """
     clock = [time.perf_counter()]
     state = None if wish.weights_only else catalog.training_state
     what = ranks.together(lambda: _checked_plan(catalog, target, wish))
     clock.append(time.perf_counter())
-    tensors, nbytes, bytes_read = ranks.together(lambda: read(catalog, target, what, verify, threads))
+    with Files() as files:
+        reading = _Reading(Reader(catalog, files, verify), target, what, threads or reading_threads())
+        sharing = _sharing(reading, read_once)
+        tensors = ranks.together(lambda: reading.run(sharing))
+        bytes_read = files.bytes_read
+    if sharing is not None:
+        exchange.exchange(sharing, tensors)
     clock.append(time.perf_counter())
-    target.apply(Loaded(tensors, what.scalars, what.options, what.sources, state))
+    brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
+    target.apply(Loaded(brought, what.scalars, what.options, what.sources, state))
     clock.append(time.perf_counter())
     seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
+    nbytes = exchange.nbytes(what, frozenset(what.wants))
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
-        count, nbytes, bytes_read, f"{catalog.format} {catalog.layout}", str(target.layout), seconds, what
+        count,
+        nbytes,
+        bytes_read,
+        f"{catalog.format} {catalog.layout}",
+        str(target.layout),
+        seconds,
+        what,
+        sharing is not None,
     )
 
 
@@ -83,25 +109,49 @@ def _checked_plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
     return what
 
 
-def read(
-    catalog: Catalog, target: Target, what: Plan, verify: bool, threads: int | None
-) -> tuple[dict[tuple[int, str], torch.Tensor], int, int]:
-    """This rank's slots, filled in host memory; elements that nothing is brought for keep their present values.
+def _sharing(reading: _Reading, read_once: bool | str) -> exchange.Sharing | None:
+    """What is read once; None where every rank reads for itself. Collective."""
+    if not read_once or ranks.world_size() == 1:
+        return None
+    sharing = exchange.find(reading.target, reading.what)
+    if not sharing.all_groups:
+        return None
+    if read_once == exchange.ADAPTIVE:
+        parts = exchange.shared_parts(reading.what, sharing)
+        if not exchange.is_worthwhile(reading.what, sharing, parts, reading.sample):
+            return None
+    return sharing
 
-    Returns them with their bytes and with the bytes read.
-    """
-    slots = {s.key: s for s in target.slots}
-    tensors: dict[tuple[int, str], torch.Tensor] = {}
-    buffers: list[Bytes] = []
-    wants: list[Want] = []
-    for (key, state, dtype), found in what.wants.items():
-        tensor = _blank(target, slots[key], state, dtype, complete=len(found) == len(slots[key].members))
-        wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in found]
-        buffers.append(tensor.view(torch.uint8).numpy())
-        tensors[key, state] = tensor
-    with Files() as files:
-        nbytes = gather(Reader(catalog, files, verify), wants, buffers, threads or reading_threads())
-        return tensors, nbytes, files.bytes_read
+
+@dataclass(frozen=True)
+class _Reading:
+    """This rank's reading."""
+
+    reader: Reader
+    target: Target
+    what: Plan
+    threads: int
+
+    def run(self, sharing: exchange.Sharing | None) -> dict[exchange.Entry, torch.Tensor]:
+        """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Of what is
+        shared this rank's part is filled in, and the rest is zero."""
+        slots = {s.key: s for s in self.target.slots}
+        parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
+        tensors: dict[exchange.Entry, torch.Tensor] = {}
+        buffers: list[Bytes] = []
+        wants: list[Want] = []
+        for entry, found in self.what.wants.items():
+            key, state, dtype = entry
+            tensor = _blank(self.target, slots[key], state, dtype, complete=len(found) == len(slots[key].members))
+            wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
+            buffers.append(tensor.view(torch.uint8).numpy())
+            tensors[entry] = tensor
+        gather(self.reader, wants, buffers, self.threads)
+        return tensors
+
+    def sample(self, wants: list[Want], buffer: Bytes) -> int:
+        """Read some, to see how fast that is; returns the bytes."""
+        return gather(self.reader, wants, [buffer], self.threads)
 
 
 def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -> torch.Tensor:
