@@ -310,7 +310,7 @@ def _to_deepspeed(catalog: Catalog, options: _Options) -> _Job:
     if options.layout is None:
         raise BadArgument("converting to 'deepspeed' needs a layout to write for, such as dp=4,zero=3")
     source = training.with_sources_of_state(catalog)
-    files = write_native.plan(source, options.layout, options.ds_config)
+    files = write_native.plan(source, options.layout, options.ds_config, options.choice)
     return _tagged_job(source, files, options.tag, "latest", options.layout)
 
 

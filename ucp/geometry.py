@@ -314,6 +314,21 @@ def compose(inner: Blocks, outer: Blocks, inner_shape: Shape, outer_shape: Shape
     )
 
 
+def restrict(whole_blocks: Blocks, outer: Blocks, inner_shape: Shape) -> tuple[Blocks, Ints]:
+    """A tensor's blocks as blocks of a shard that is cut from it: the reverse of `compose`.
+
+    whole_blocks: boxes of the tensor, wherever they lie. outer: boxes of the tensor, at their places in the shard's
+    row-major order. Returns the boxes of the shard where they lie in the tensor's buffers, and for each of them the
+    tensor's block that it is part of.
+    """
+    found = intersect(whole_blocks, outer)
+    offsets = _unravel(found.target_starts, inner_shape)
+    return (
+        Blocks(offsets, found.sizes, found.source_starts, found.source_strides, whole_blocks.buffers[found.source]),
+        found.source,
+    )
+
+
 def _unravel(positions: Ints, shape: Shape) -> Ints:
     """(n, d) the index of every one of these positions in a tensor's row-major order."""
     out = np.empty((len(positions), len(shape)), np.int64)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.property import cut, generators, ids, law, partitions
+from tests.property import HOLE, cut, generators, ids, law, partitions
 from tests.spec import naive
 from tests.spec.naive import expression
 from ucp.errors import Mismatch
-from ucp.geometry import Blocks, compose, concat, coverage_gap, whole
+from ucp.geometry import Blocks, compose, concat, coverage_gap, restrict, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.language import loads
@@ -34,6 +34,23 @@ def test_fragments_of_a_shard_are_fragments_of_the_tensor(rng: np.random.Generat
         expected = cut(inner, lengths, local) if local.size else []
         for buffer, wanted in zip(cut(blocks, lengths, tensor), expected, strict=False):
             np.testing.assert_array_equal(buffer, wanted)
+
+
+@given(generators)
+@law(100)
+def test_fragments_of_a_tensor_are_fragments_of_its_shards(rng: np.random.Generator) -> None:
+    """Restricted to a shard, a tensor's pieces hold all of the shard, as numpy takes it, where they were."""
+    case = naive.Maker(rng).case()
+    tensor = ids(naive.shape(case))
+    whole_blocks, lengths = partitions(rng, tensor.shape)
+    buffers = cut(whole_blocks, lengths, tensor)
+    for at in naive.everywhere(case):
+        found = shard(expression(case.text), case.sizes, Cutting(case.mesh, case.rule, case.widths), at)
+        blocks, index = restrict(whole_blocks, found.blocks, found.shape)
+        np.testing.assert_array_equal(blocks.buffers, whole_blocks.buffers[index])
+        assert coverage_gap(found.shape, blocks) is None
+        for buffer, original in zip(cut(blocks, lengths, naive.taken(case, at, tensor)), buffers, strict=True):
+            np.testing.assert_array_equal(buffer[buffer != HOLE], original[buffer != HOLE])
 
 
 SPEC = """

@@ -70,7 +70,7 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
     for at, held in parts.items():
         for name, shape in held.items():
             if name not in expressions:
-                found = _padded(bound, name) if layout.tp == 1 else _expression(bound, name, shape, name in buffers)
+                found = _padded(bound, name) if layout.tp == 1 else expression_of(bound, name, shape, name in buffers)
                 expressions[name] = found
             shards.setdefault(name, []).append((at._asdict(), shape))
     observed = {name: Observed(name, found, shards[name]) for name, found in expressions.items() if found is not None}
@@ -121,7 +121,11 @@ def _padded(bound: Bound, name: str) -> Expression | None:
     return None
 
 
-def _expression(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:
+def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:
+    """What the spec says of a parameter; None where that is nothing, and optional.
+
+    Raises SpecError without a line, Unsupported for a parameter that is an average of its copies.
+    """
     found = bound.find(name)
     if found is None:
         if optional:

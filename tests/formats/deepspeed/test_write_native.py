@@ -295,9 +295,9 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "config", "error", "words"),
     [
-        (Layout(dp=2, tp=2, zero=1), None, Unsupported, "tp other than 1"),
+        (Layout(dp=2, tp=2, zero=1), None, Unsupported, "nothing says how tensor parallelism"),
         (Layout(pp=2), None, BadArgument, "which layers each stage has"),
-        (Layout(dp=2, ep=2, zero=1), None, Unsupported, "ep other than 1"),
+        (Layout(dp=2, ep=2, zero=1), None, Unsupported, "no experts"),
         (Layout(zero=2), {"zero_optimization": {"stage": 3}}, BadArgument, "stage 3, the layout for stage 2"),
         (Layout(zero=1), {"bf16": {"enabled": "auto"}}, BadArgument, "'enabled' is 'auto'"),
         (Layout(zero=3), {"zero_optimization": {"sub_group_size": "auto"}}, BadArgument, "'sub_group_size' is 'auto'"),
@@ -311,7 +311,7 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
         ),
         (Layout(zero=3), {"zero_optimization": {"elastic_checkpoint": True}}, Unsupported, "elastic_checkpoint"),
         (Layout(zero=3), {"zero_optimization": {"mics_shard_size": 2}}, Unsupported, "mics_shard_size"),
-        (Layout(zero=1), {"tensor_parallel": {"autotp_size": 2}}, Unsupported, "autotp_size"),
+        (Layout(zero=1), {"tensor_parallel": {"autotp_size": 2}}, BadArgument, "autotp_size"),
         (Layout(zero=3), {"optimizer": {"type": "Adagrad"}}, Unsupported, "Adagrad at stage 3"),
         (
             Layout(zero=1),

@@ -29,10 +29,10 @@ class EngineConfig:
 
     raw: the config as the files record it. dtype: of the module's weights; master_dtype: of the optimizer's.
     sub_group_size: elements of a rank's partition (stage 3). alignment: bytes between parameters' boundaries, 0 for
-    none (stages 1, 2). offloads_optimizer: to the host. bf16_optimizer: DeepSpeed uses its BF16_Optimizer. optimizer:
-    the optimizer's type in small letters, '' where the program makes it itself. step_is_tensor: whether that optimizer
-    counts its steps in a 0-d tensor; None where the config doesn't tell. fused: the optimizer is FusedAdam; None
-    likewise.
+    none (stages 1, 2). offloads_optimizer: to the host. bf16_optimizer: DeepSpeed uses its BF16_Optimizer. autotp: it
+    cuts the model for tensor parallelism itself. optimizer: the optimizer's type in small letters, '' where the program
+    makes it itself. step_is_tensor: whether that optimizer counts its steps in a 0-d tensor; None where the config
+    doesn't tell. fused: the optimizer is FusedAdam; None likewise.
     """
 
     raw: Mapping[str, Any]
@@ -45,6 +45,7 @@ class EngineConfig:
     alignment: int
     offloads_optimizer: bool
     bf16_optimizer: bool
+    autotp: bool
     optimizer: str
     step_is_tensor: bool | None
     fused: bool | None
@@ -61,7 +62,9 @@ class EngineConfig:
         return float(self.fp16.get("loss_scale", 0)) if self.dtype == "float16" else 1.0
 
 
-def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], stage: int) -> EngineConfig:
+def engine_config(
+    given: Mapping[str, Any] | None, recorded: Mapping[str, Any], stage: int, tp: int = 1
+) -> EngineConfig:
     """What follows from the config that the caller gave, else from the one that the source recorded.
 
     Raises BadArgument where there is neither, where the given one contradicts the stage or holds an 'auto' that
@@ -96,8 +99,9 @@ def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], 
             "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
             "which are not written: use 'cpu' or no offload"
         )
-    if _integer(_section(raw, "tensor_parallel"), "autotp_size", 1) > 1:
-        raise Unsupported("the target's config asks for tensor parallelism ('autotp_size'), and the layout has tp=1")
+    autotp = max(_integer(_section(raw, "tensor_parallel"), "autotp_size", 1), 1)
+    if autotp not in (1, tp):
+        raise BadArgument(f"the config's tensor_parallel asks for autotp_size={autotp}, and the layout for tp={tp}")
     if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
         raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
     if stage == 3 and _flag(zero, "elastic_checkpoint"):
@@ -122,6 +126,7 @@ def engine_config(given: Mapping[str, Any] | None, recorded: Mapping[str, Any], 
         alignment=_ALIGNMENT if _flag(zero, "parameter_alignment") else 0,
         offloads_optimizer=offload == "cpu",
         bf16_optimizer=use_bf16 and stage == 1 and accumulation in _FP32 and offload != "cpu",
+        autotp=autotp > 1,
         optimizer=optimizer,
         step_is_tensor=step_is_tensor,
         fused=fused,

@@ -16,13 +16,14 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
-from ucp.formats.deepspeed import write_experts, write_pipeline
+from ucp.formats.deepspeed import write_experts, write_pipeline, write_slices
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
+from ucp.spec.choice import Choice
 from ucp.spec.experts import counts, expert_of, holders
 from ucp.storage.torchwriter import Placeholder
 from ucp.storage.values import Size, Standin
@@ -31,10 +32,15 @@ from ucp.transfer.targets import TargetFile
 # The release whose layout is written. Loaders compare it with the releases in which the layout changed.
 VERSION = "0.19.8"
 
+# Nothing is cut but by ZeRO and into stages.
+NO_SPEC = Choice()
+
 log = logging.getLogger(__name__)
 
 
-def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None = None) -> list[TargetFile]:
+def plan(
+    source: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None = None, choice: Choice = NO_SPEC
+) -> list[TargetFile]:
     """The files of a checkpoint that an engine of this layout loads; names are relative to the tag's folder.
 
     ds_config: the target engine's config; it gives what the layout does not determine (element type, sub_group_size,
@@ -44,9 +50,9 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
     Raises BadArgument for a config that is missing or contradicts the layout, Unsupported for what such a checkpoint
     cannot hold (each names the parameters or keys), Mismatch where a master weight would lose bits.
     """
-    _refuse_layout(layout)
+    catalog = write_slices.without_padding(source)
     state = catalog.training_state
-    config = engine_config(ds_config, state.config, layout.zero)
+    config = engine_config(ds_config, state.config, layout.zero, layout.tp)
     check_groups(catalog)
     if state.clip_grad is not None and state.clip_grad != config.clip_grad:
         log.warning(
@@ -55,19 +61,29 @@ def plan(catalog: Catalog, layout: Layout, ds_config: Mapping[str, Any] | None =
             config.clip_grad,
         )
     if write_experts.has_experts(catalog, layout):
+        if layout.tp * layout.pp > 1:
+            raise Unsupported(
+                f"layout '{layout}': experts together with tensor or pipeline parallelism can't be written"
+            )
         return _with_experts(catalog, config, layout)
     stages = write_pipeline.stages(config.raw, layout, catalog)
-    if stages is None:
-        return _share_files(Share(0, catalog), config, layout)
-    if layout.zero == 0 and config.dtype == "bfloat16":
+    if stages is not None and layout.zero == 0 and config.dtype == "bfloat16":
         raise Unsupported(
             f"layout '{layout}': DeepSpeed {VERSION} loads no checkpoint of a bf16 pipeline at ZeRO stage 0, its own "
             "included (it takes one rank's state for a list of all); choose zero=1"
         )
-    files = write_pipeline.layer_files(catalog, stages, lambda file, info: _weight(file, config, info))
-    for stage in range(layout.pp):
-        share = Share(stage, write_pipeline.share(catalog, stages, stage), in_layers=True)
-        files += _share_files(share, config, layout)
+    files: list[TargetFile] = []
+    bound = None if layout.tp == 1 else write_slices.spec_of(choice, layout, config)
+    for rank in range(layout.tp):
+        own = catalog if bound is None else write_slices.sliced(source, bound, layout, rank, config)
+        if stages is None:
+            files += _share_files(Share(rank, own), config, layout)
+            continue
+        suffix = "" if bound is None else f"-model_{rank:02d}"
+        files += write_pipeline.layer_files(own, stages, lambda file, info: _weight(file, config, info), suffix)
+        for stage in range(layout.pp):
+            share = write_pipeline.share(own, stages, stage)
+            files += _share_files(Share(stage * layout.tp + rank, share, in_layers=True), config, layout)
     return files
 
 
@@ -105,11 +121,6 @@ def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout) -> lis
         out += _model_files(share, config, layout, cut) if rank == 0 else []
         out += [_optimizer_file(share, config, layout, data_rank, cut) for data_rank in mine]
     return out
-
-
-def _refuse_layout(layout: Layout) -> None:
-    if layout.tp != 1:
-        raise Unsupported(f"layout '{layout}': native checkpoints with tp other than 1 cannot be written")
 
 
 def check_groups(catalog: Catalog) -> None:
@@ -157,7 +168,9 @@ def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, c
     shapes = fragments = None
     if module is not None and layout.zero >= 2:
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
-        fragments = OrderedDict((info.name, _frozen(file, config, module, info, layout, rank)) for info in frozen)
+        # Of a frozen expert DeepSpeed would copy the first rank's into all ranks' own: those come from their files.
+        if not any(expert_of(info.name) for info in frozen):
+            fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
     trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
     return file.finish(
         model_state(
@@ -242,16 +255,11 @@ def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[s
 
 
 def _frozen(
-    file: FileBuilder,
-    config: EngineConfig,
-    module: Mapping[str, Placeholder],
-    info: ParameterInfo,
-    layout: Layout,
-    rank: int,
+    file: FileBuilder, module: Mapping[str, Placeholder], info: ParameterInfo, layout: Layout, rank: int
 ) -> Placeholder:
     """A frozen parameter as this rank's file has it: whole, or at stage 3 the rank's ceil-sized piece."""
     if layout.zero < 3:
-        return module[info.name] if info.name in module else _weight(file, config, info)
+        return module[info.name]
     tensor = file.catalog.tensors[info.name, PARAM]
     blocks = zero.ceil_partition(info.shape, 0, layout.dp)
     mine = blocks.take(blocks.buffers == rank).in_buffer(0)

@@ -1,0 +1,112 @@
+"""A tensor-parallel rank's own tensors, cut from the whole model's by a spec: what its native files are written from.
+
+Only the description is cut: a slice's boxes lie where the whole tensor's lie, in the source's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor
+from ucp.errors import Mismatch, Unsupported
+from ucp.formats.deepspeed.write_config import EngineConfig
+from ucp.geometry import Blocks, concat, restrict
+from ucp.parallel.mesh import Layout
+from ucp.spec.axes import Expression, Padded, names
+from ucp.spec.bound import Bound
+from ucp.spec.choice import Choice
+from ucp.spec.meaning import Cutting, shape_of, shard
+from ucp.spec.placement import expression_of, padding_name
+
+
+def without_padding(catalog: Catalog) -> Catalog:
+    """The catalog without what tensor-parallel shards hold beyond parameters' ends."""
+    kept = {name: info for name, info in catalog.parameters.items() if info.kind != "padding"}
+    if len(kept) == len(catalog.parameters):
+        return catalog
+    state = catalog.training_state
+    groups = (replace(group, names=tuple(n for n in group.names if n in kept)) for group in state.param_groups)
+    return replace(
+        catalog,
+        parameters=kept,
+        tensors={key: tensor for key, tensor in catalog.tensors.items() if key[0] in kept},
+        training_state=replace(state, param_groups=tuple(groups)),
+    )
+
+
+def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound:
+    """The spec that says how a target with tensor parallelism is cut. Raises Unsupported where none is known."""
+    found = choice.bound(None, "autotp" if config.autotp else "megatron")
+    if found is None:
+        raise Unsupported(
+            f"layout '{layout}': nothing says how tensor parallelism cuts the model; give a spec (spec=, --spec)"
+        )
+    return found
+
+
+def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, config: EngineConfig) -> Catalog:
+    """One tensor-parallel rank's own tensors under their names, padded as wide as the source's are.
+
+    Raises SpecError for a parameter without a line and for a cut that can't be; Mismatch where shapes contradict the
+    spec.
+    """
+    rule = "balanced" if config.autotp else "exact"
+    whole = without_padding(catalog)
+    parameters, tensors = dict(whole.parameters), dict(whole.tensors)
+    for name, info in whole.parameters.items():
+        expression = expression_of(bound, name, info.shape, info.kind == "buffer")
+        if expression is None:
+            continue
+        if shape_of(expression, bound.sizes) != info.shape:
+            raise Mismatch(
+                f"{expression.source.place}: '{expression}' makes '{name}' {list(shape_of(expression, bound.sizes))}, "
+                f"and the checkpoint has {list(info.shape)}"
+            )
+        cutting = Cutting({"tp": layout.tp}, rule, padded=_padded(catalog, expression, name))
+        mine = shard(expression, bound.sizes, cutting, {"tp": rank}, keep_padding=True)
+        parameters[name] = replace(info, shape=mine.shape)
+        for state in info.states:
+            tensor = _with_padding(catalog, name, state)
+            blocks, index = restrict(tensor.blocks, mine.blocks, mine.shape)
+            tensors[name, state] = replace(tensor, shape=mine.shape, blocks=blocks, bases=tensor.bases[index])
+    return replace(whole, parameters=parameters, tensors=tensors)
+
+
+def _padded(catalog: Catalog, expression: Expression, name: str) -> Mapping[str, int]:
+    """The widths of the parameter's padded axes in the source, by the axes' names."""
+    padding = catalog.parameters.get(padding_name(name))
+    axis = next((a for a in names(expression) if isinstance(a, Padded)), None)
+    if padding is None or axis is None:
+        return {}
+    info = catalog.parameters[name]
+    return {axis.name: _joined(info.shape, padding.shape)[_axis(info.shape, padding.shape)]}
+
+
+def _with_padding(catalog: Catalog, name: str, state: str) -> LogicalTensor:
+    """A tensor as wide as its shards together are."""
+    tensor, padding = catalog.tensors[name, state], catalog.tensors.get((padding_name(name), state))
+    if padding is None:
+        return tensor
+    k, b = _axis(tensor.shape, padding.shape), padding.blocks
+    offsets = b.offsets.copy()
+    offsets[:, k] += tensor.shape[k]
+    beyond = Blocks(offsets, b.sizes, b.starts, b.strides, b.buffers)
+    return replace(
+        tensor,
+        shape=_joined(tensor.shape, padding.shape),
+        blocks=concat([tensor.blocks, beyond], len(tensor.shape)),
+        bases=np.concatenate([tensor.bases, padding.bases]),
+    )
+
+
+def _axis(shape: tuple[int, ...], padding: tuple[int, ...]) -> int:
+    """The one axis along which a parameter is padded; the last, where padding is as wide as the parameter."""
+    return next((k for k in range(len(shape)) if shape[k] != padding[k]), 0)
+
+
+def _joined(shape: tuple[int, ...], padding: tuple[int, ...]) -> tuple[int, ...]:
+    k = _axis(shape, padding)
+    return (*shape[:k], shape[k] + padding[k], *shape[k + 1 :])
