@@ -25,6 +25,7 @@ TRAINED = Case(stage=1, dp=1, accumulation=2)
 OPTIONS = TRAINED.but(groups=2, scheduler=True, frozen=True)
 LOW = TRAINED.but(dtype="bf16")
 HALF = TRAINED.but(dtype="fp16")
+SLICED = PipeCase(pp=2, tp=2, case=TRAINED.but(frozen=True, groups=2))
 PAIRS = [
     (PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=2, case=OPTIONS)),
     (PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=4, method="type:block", head_module=True, case=OPTIONS)),
@@ -35,10 +36,10 @@ PAIRS = [
     (PipeCase(pp=2, case=HALF), PipeCase(pp=2, method="parameters", case=HALF)),
     (PipeCase(pp=2, case=HALF), PipeCase(pp=2, case=HALF.but(stage=0))),
     (PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=1, case=OPTIONS.but(dp=3))),
-    (
-        PipeCase(pp=2, tp=2, case=TRAINED.but(frozen=True, groups=2)),
-        PipeCase(pp=2, case=TRAINED.but(frozen=True, groups=2)),
-    ),
+    (SLICED, PipeCase(pp=2, case=SLICED.case.but(dp=2))),
+    (SLICED, SLICED),
+    (PipeCase(pp=2, case=SLICED.case.but(dp=2)), SLICED),
+    (PipeCase(pp=4, method="type:block", case=LOW.but(groups=2)), PipeCase(pp=1, tp=2, case=LOW.but(dp=2, groups=2))),
 ]
 TIED = {"embed": [0, pipe_models.LAYERS - 1]}
 
@@ -65,8 +66,8 @@ def test_stock_pipelines_load_it(
         run.folder,
         tmp_path / "out",
         to="deepspeed",
-        layout=f"dp={case.dp},pp={target.pp},zero={case.stage}",
-        spec=tmp_path / "pipe.yaml" if source.tp > 1 else None,
+        layout=f"dp={case.dp},tp={target.tp},pp={target.pp},zero={case.stage}",
+        spec=tmp_path / "pipe.yaml" if source.tp * target.tp > 1 else None,
         ds_config=config_of(ranks, target),
     )
     loaded = ranks.run(pipe_runs.resume, target.but(seed=5), str(tmp_path / "out"), world_size=target.world_size)[0]
