@@ -248,6 +248,32 @@ def test_a_base_model_saved_alone_has_the_whole_models_names(model: str, tmp_pat
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("model", ["gpt2", "mixtral", "t5"])
+def test_the_weights_go_into_a_state_dict(model: str, tmp_path: Path) -> None:
+    """All names of tied parameters, and stacked experts, whoever cuts them afterwards."""
+    module = module_of(model)
+    module.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    state_dict = MODELS[model].make("cpu").state_dict()
+    ucp.load({"model": state_dict}, tmp_path)
+    assert state_dict.keys() == module.state_dict().keys()
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_other_forms_and_formats_hold_the_same(tmp_path: Path) -> None:
+    module = module_of("mixtral")
+    module.save_pretrained(tmp_path / "model")
+    for to, options in (("universal", {}), ("universal", {"virtual": True}), ("dcp", {})):
+        dest = tmp_path / f"{to}{len(options)}"
+        ucp.convert(tmp_path / "model", dest, to, **options)
+        with ucp.open(dest) as checkpoint:
+            assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in own(module).items())
+    for to in ("deepspeed", "deepspeed-universal"):
+        with pytest.raises(Unsupported, match="the source has no optimizer param groups"):
+            ucp.convert(tmp_path / "model", tmp_path / "x", to, "dp=2,zero=3" if to == "deepspeed" else None)
+        assert not (tmp_path / "x").exists()
+
+
 def test_a_family_that_no_spec_knows_keeps_its_names(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.randn(3, 2), "b": torch.arange(4)}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -52,8 +52,8 @@ def plan(
     """
     catalog = write_slices.without_padding(source)
     state = catalog.training_state
-    config = engine_config(ds_config, state.config, layout.zero, layout.tp)
     check_groups(catalog)
+    config = engine_config(ds_config, state.config, layout.zero, layout.tp)
     if state.clip_grad is not None and state.clip_grad != config.clip_grad:
         log.warning(
             "gradient clipping was %s in the source and is %s in the target's config; the checkpoint gets the latter",

@@ -43,8 +43,8 @@ def plan(catalog: Catalog) -> list[TargetFile]:
     Raises Unsupported for optimizer values that the format has no place for, and for a source that records no param
     groups; BadArgument where it records no DeepSpeed config.
     """
-    config = engine_config(None, catalog.training_state.config, catalog.layout.zero, catalog.layout.tp)
     check_groups(catalog)
+    config = engine_config(None, catalog.training_state.config, catalog.layout.zero, catalog.layout.tp)
     experts = next((name for name in catalog.parameters if expert_of(name)), None)
     if experts:
         raise Unsupported(
