@@ -40,6 +40,11 @@ def dcp(args: argparse.Namespace) -> Path:
     return _made(args, "dcp-dp4", lambda to: bench_tools.launch("dcp-make", 4, to=to, **model_options(args)))
 
 
+def fsdp(args: argparse.Namespace) -> Path:
+    """The same state in our own form, saved by the same ranks."""
+    return _made(args, "fsdp-dp4", lambda to: bench_tools.launch("fsdp-make", 4, to=to, **model_options(args)))
+
+
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Bring the folder's page cache into the state that was asked for."""
     if args.cache == "cold":

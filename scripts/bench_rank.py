@@ -126,18 +126,39 @@ def dcp_make(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def dcp_load(args: argparse.Namespace) -> dict[str, Any]:
+def fsdp_make(args: argparse.Namespace) -> dict[str, Any]:
+    import ucp
+
+    model, optimizer = _sharded(args)
+    ucp.save(_state(model, optimizer), args.to)
+    return {}
+
+
+def fsdp_load(args: argparse.Namespace) -> dict[str, Any]:
+    """FSDP2, filled in turns by DCP from its own checkpoint, and by us from that and from ours (--works)."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    import ucp
+
     model, optimizer = _sharded(args)
 
-    def work() -> None:
+    def work(load: Callable[[dict[str, Any]], Any]) -> None:
         state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=str(args.source))
+        load(state)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
-    return {"seconds": [_timed(args, args.source, work) for _ in range(args.repeats + 1)][1:]}
+    ours = args.data / args.works
+    works: dict[str, tuple[Path, Callable[[dict[str, Any]], Any]]] = {
+        "dcp": (args.source, lambda state: dcp.load(state, checkpoint_id=str(args.source))),
+        "ours from dcp": (args.source, lambda state: ucp.load(state, args.source)),
+        "ours": (ours, lambda state: ucp.load(state, ours)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
+        for name, (folder, load) in works.items():
+            seconds[name].append(_timed(args, folder, lambda load=load: work(load)))
+    return {"seconds": {name: found[1:] for name, found in seconds.items()}}
 
 
 def _sharded(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -179,7 +200,14 @@ def _sum(value: int) -> int:
     return int(total)
 
 
-ROLES = {"make": make, "make-target": make_target, "load": load, "dcp-make": dcp_make, "dcp-load": dcp_load}
+ROLES = {
+    "make": make,
+    "make-target": make_target,
+    "load": load,
+    "dcp-make": dcp_make,
+    "fsdp-make": fsdp_make,
+    "fsdp-load": fsdp_load,
+}
 
 if __name__ == "__main__":
     main()
