@@ -28,7 +28,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, Train
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
-from ucp.spec.choice import choose
+from ucp.spec.choice import Choice, choose
 from ucp.storage import locations
 from ucp.storage.digests import verify_range
 from ucp.storage.dtypes import to_torch
@@ -195,14 +195,26 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
     format's reader does.
     """
-    folder = locate(path)
-    files = Files()
     options = {
         "choice": choose(spec, model_config, sizes),
         "trust_client_state": trust_client_state,
         "param_names": param_names,
         "compare": verify,
     }
+    return _open(path, tag, options, verify)
+
+
+def open_apart(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
+    """Open a checkpoint before a spec puts it together: every model-parallel rank's own tensors as they are.
+
+    Where the format has such ranks, names are those of `ucp.spec.decide.apart`. Arguments and errors as for `open`.
+    """
+    return _open(path, tag, {"choice": Choice(apart=True)}, True)
+
+
+def _open(path: str | os.PathLike[str], tag: str | None, options: Mapping[str, Any], verify: bool) -> Checkpoint:
+    folder = locate(path)
+    files = Files()
     try:
         where, catalog = _find(folder, tag, files, options)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""``ucp-spec``: check a spec, alone or against a model's config or a checkpoint; show the catalogue.
+"""``ucp-spec``: check a spec, alone or against a model's config or a checkpoint; draft one; show the catalogue.
 
 Also ``python -m ucp.cli.spec``. Nothing heavy is imported before the arguments are known to be right.
 """
@@ -17,8 +17,8 @@ from ucp.cli import run
 from ucp.errors import BadArgument
 
 if TYPE_CHECKING:
+    from ucp.inspection.shards import Checked
     from ucp.spec.bound import Bound
-    from ucp.spec.check import Report
     from ucp.spec.language import Line, Spec
 
 PROGRAM = "ucp-spec"
@@ -30,7 +30,9 @@ examples:
   ucp-spec show llama                                 one of them, line by line, in the words of the paper
   ucp-spec check my.yaml                              its syntax
   ucp-spec check my.yaml --config model/config.json   every size and shape for this model
-  ucp-spec check llama universal                      every parameter of a checkpoint, and what is taken on trust
+  ucp-spec check llama global_step100                 every parameter of a checkpoint; its ranks' shards merged and
+                                                      cut again; what is taken on trust
+  ucp-spec infer global_step100 > my.yaml             a draft: what the checkpoint tells, the rest marked as unknown
 
 exit codes: 0 done, 2 the spec, the input or the arguments are at fault (stderr says how), 3 an internal error
 """
@@ -52,9 +54,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_sizes(check)
     check.add_argument("--section", metavar="NAME", help="the section under layouts: that counts, such as autotp")
     check.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    infer = commands.add_parser("infer", help="draft a spec from what a checkpoint tells of itself")
+    infer.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder of them")
+    infer.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
     show = commands.add_parser("show", help="list the catalogue, or show one spec line by line")
     show.add_argument("spec", metavar="NAME", nargs="?", help="a name in the catalogue, or a spec's file")
-    for command in (check, show):
+    for command in (check, infer, show):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         command.add_argument("--quiet", action="store_true", help="no result, no warnings")
         command.add_argument("--debug", action="store_true", help="log what happens, with tracebacks")
@@ -72,7 +77,7 @@ def _command(args: argparse.Namespace) -> int:
     from ucp.spec.places import SpecError
 
     try:
-        return _check(args) if args.command == "check" else _show(args)
+        return {"check": _check, "infer": _infer, "show": _show}[args.command](args)
     except SpecError as error:
         return _refused([error])
 
@@ -95,7 +100,7 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any] | Sequence[Any], 
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def _config(path: Path, needed: bool) -> dict[str, Any] | None:
+def _config(path: Path, needed: bool) -> Mapping[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,27 +129,31 @@ def _check(args: argparse.Namespace) -> int:
         if config is None and not settings:
             return _syntax(args, spec)
         return _sizes(args, bind(spec, config, settings, args.section))
-    import ucp
+    from ucp.inspection.shards import check_spec, open_shards
 
-    with ucp.open(args.checkpoint, tag=args.tag) as checkpoint:
-        parameters = dict(checkpoint.parameters)
-        folder = checkpoint.path
-    if config is None:
-        config = _config(Path(folder) / "config.json", False)
-        if config is None and not settings:
-            raise BadArgument(f"{folder} has no config.json; give the model's with --config, or sizes with --set")
-    from ucp.spec.check import check_names
+    with open_shards(args.checkpoint, args.tag) as shards:
+        if config is None:
+            config = _config(Path(shards.path) / "config.json", False) or shards.config
+        if config is None and not settings and any(formula.references() for formula in spec.sizes.values()):
+            raise BadArgument(f"{shards.path} has no config.json; give the model's with --config, or sizes with --set")
+        bound = bind(spec, config, settings, args.section)
+        checked = check_spec(bound, shards)
+    if checked.report.problems:
+        return _refused(checked.report.problems)
+    _report(args, bound, checked)
+    return run.DONE
 
-    bound = bind(spec, config, settings, args.section)
-    report = check_names(
-        bound,
-        {name: info.shape for name, info in parameters.items()},
-        [name for name, info in parameters.items() if info.kind == "buffer"],
-        {alias: info.name for info in parameters.values() for alias in info.aliases},
-    )
-    if report.problems:
-        return _refused(report.problems)
-    _report(args, bound, report)
+
+def _infer(args: argparse.Namespace) -> int:
+    from ucp.inspection.shards import draft_spec, open_shards
+    from ucp.spec.language import loads
+
+    with open_shards(args.checkpoint, args.tag) as shards:
+        text = draft_spec(shards)
+    unknown = {str(line.pattern): line.why for line in loads(text, "the draft").unknown}
+    _print(args, {"spec": text, "unknown": unknown}, text.splitlines())
+    if unknown:
+        log.warning(f"{len(unknown)} lines are marked unknown; the spec can't be used before they are written")
     return run.DONE
 
 
@@ -158,7 +167,9 @@ def _unused_sizes(spec: Spec) -> None:
 def _syntax(args: argparse.Namespace, spec: Spec) -> int:
     result = {"spec": spec.file, "models": spec.models, "lines": len(spec.lines), "sizes": list(spec.sizes)}
     text = f"{spec.file}: {len(spec.lines)} lines and {len(spec.sizes)} sizes are well formed; "
-    _print(args, result, [text + "give --config or a checkpoint to check what they say"])
+    lines = [text + "give --config or a checkpoint to check what they say"]
+    lines += [f"marked unknown: {line.pattern} ({line.why})" for line in spec.unknown]
+    _print(args, result, lines)
     return run.DONE
 
 
@@ -192,7 +203,8 @@ def _sizes(args: argparse.Namespace, bound: Bound) -> int:
     return run.DONE
 
 
-def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
+def _report(args: argparse.Namespace, bound: Bound, checked: Checked) -> None:
+    report = checked.report
     groups: dict[str, list[Any]] = {}
     for one in report.checked:
         groups.setdefault(str(one.found.pattern) if one.found else "(buffers without a line)", []).append(one)
@@ -202,6 +214,11 @@ def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
         shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
         rows.append((f"  {pattern}", f"{len(members)} ×", shape, members[0].words))
     lines = [f"{len(report.checked)} names match {bound.spec.file}:", *_table(rows)]
+    if checked.merged:
+        lines.append(
+            f"the shards of {checked.merged} parameters merge, and cut again are what they were; "
+            f"{checked.copies} of them are held by several ranks, in equal copies"
+        )
     lines += [f"padding: {name} is {bound.sizes[name]}, kept as {n}" for name, n in report.padding.items()]
     if report.absent:
         lines.append(f"not in this checkpoint: {', '.join(report.absent)}")
@@ -224,6 +241,8 @@ def _report(args: argparse.Namespace, bound: Bound, report: Report) -> None:
         },
         "padding": dict(report.padding),
         "absent": list(report.absent),
+        "merged": checked.merged,
+        "copies": checked.copies,
         "trust": {statement: list(names) for statement, names in report.trust.items()},
     }
     _print(args, result, lines)

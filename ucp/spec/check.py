@@ -5,14 +5,14 @@ Some mistakes neither shapes nor copies can reveal; what the spec says there is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import Mismatch
-from ucp.geometry import Shape
+from ucp.geometry import Blocks, Shape
 from ucp.spec.axes import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.bound import Bound, Found
 from ucp.spec.cuts import Coordinate, Observed, solve_cuts
@@ -218,14 +218,7 @@ def merge(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, sh
             raise Mismatch(f"'{name}'{_at(at)} has shape {list(array.shape)}; the spec makes it {list(held.shape)}")
         if out is None or filled is None:
             out, filled = np.zeros(held.logical, array.dtype), np.zeros(held.logical, bool)
-        flat = np.ascontiguousarray(array).reshape(-1)
-        blocks = held.blocks
-        for k in range(len(blocks)):
-            box = tuple(slice(int(o), int(o + n)) for o, n in zip(blocks.offsets[k], blocks.sizes[k], strict=True))
-            steps = tuple(int(s) * flat.itemsize for s in blocks.strides[k])
-            part = np.lib.stride_tricks.as_strided(
-                flat[int(blocks.starts[k]) :], tuple(int(n) for n in blocks.sizes[k]), steps
-            )
+        for box, part in _parts(held.blocks, np.ascontiguousarray(array).reshape(-1)):
             before = filled[box]
             if before.any() and not _same(out[box][before], part[before]):
                 raise Mismatch(
@@ -239,6 +232,31 @@ def merge(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, sh
         missing = "all" if filled is None else int((~filled).sum())
         raise Mismatch(f"'{name}' lacks {missing} of its elements: shards are missing")
     return out
+
+
+def cut(
+    expression: Expression, sizes: Mapping[str, int], cutting: Cutting, tensor: NDArray, at: Coordinate, into: NDArray
+) -> NDArray:
+    """Put a rank's part of the whole tensor (without padding) into its shard, and return that; padding stays as it is.
+
+    Raises Mismatch where the shard's shape is not what the cutting says.
+    """
+    held = shard(expression, sizes, cutting, at)
+    if held.shape != into.shape:
+        raise Mismatch(f"{expression.source.place}: the shard{_at(at)} is {list(held.shape)}, not {list(into.shape)}")
+    flat = np.ascontiguousarray(into).reshape(-1)
+    for box, part in _parts(held.blocks, flat):
+        part[...] = tensor[box]
+    return flat.reshape(into.shape)
+
+
+def _parts(blocks: Blocks, flat: NDArray) -> Iterator[tuple[tuple[slice, ...], NDArray]]:
+    """Every box of the whole tensor, and the elements of the flat buffer that it names, as a view."""
+    for k in range(len(blocks)):
+        box = tuple(slice(int(o), int(o + n)) for o, n in zip(blocks.offsets[k], blocks.sizes[k], strict=True))
+        steps = tuple(int(s) * flat.itemsize for s in blocks.strides[k])
+        shape = tuple(int(n) for n in blocks.sizes[k])
+        yield box, np.lib.stride_tricks.as_strided(flat[int(blocks.starts[k]) :], shape, steps)
 
 
 def _averaged(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, shards: Shards, name: str) -> NDArray:

@@ -19,12 +19,13 @@ class Choice:
     """What the caller says of the spec.
 
     spec: None to take what the checkpoint says of itself, else the catalogue's for the model's type. config: the
-    model's config.json as a mapping, where it is known; settings: sizes that go before it.
+    model's config.json as a mapping, where it is known; settings: sizes that go before it. apart: put nothing together.
     """
 
     spec: Spec | None = None
     config: Mapping[str, Any] | None = None
     settings: Mapping[str, int] = field(default_factory=dict)
+    apart: bool = False
 
     def bound(self, recorded: Mapping[str, Any] | None, layout: str | None = None) -> Bound | None:
         """The spec joined with the sizes, None where nothing tells which spec it is.

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ucp.parallel.mesh import Layout
+from ucp.geometry import whole
+from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.choice import Choice
-from ucp.spec.placement import Parts, Placements, place, uncut
+from ucp.spec.placement import Parts, Placed, Placements, place, uncut
 
 
 def decide(
@@ -28,6 +29,8 @@ def decide(
     info: the model's ``universal_checkpoint_info``, if it has one; config: its config, where it is known; section: the
     section under ``layouts:`` that counts. The other arguments and the errors are those of `place` and `infer`.
     """
+    if choice.apart:
+        return apart(parts)
     info = info if isinstance(info, Mapping) and choice.spec is None else None
     if layout.tp == 1:
         # Nothing is cut, and the spec is asked for nothing but padding.
@@ -36,6 +39,22 @@ def decide(
             return uncut(parts)
     bound = choice.bound(config, section) if info is None else _inferred(choice, info, parts, layout, buffers)
     return None if bound is None else place(bound, parts, layout, buffers)
+
+
+def apart(parts: Parts) -> Placements:
+    """Every local tensor under a name of its own, ``tp.pp.ep:name``, nothing put together."""
+    return {
+        (at, name): (Placed(f"{at.tp}.{at.pp}.{at.ep}:{name}", shape, whole(shape)),)
+        for at, held in parts.items()
+        for name, shape in held.items()
+    }
+
+
+def shard_of(name: str) -> tuple[Coordinate, str]:
+    """The coordinate and the local name, of a name that `apart` has given."""
+    at, _, local = name.partition(":")
+    tp, pp, ep = map(int, at.split("."))
+    return Coordinate(tp, pp, ep), local
 
 
 def _inferred(choice: Choice, info: Mapping[str, Any], parts: Parts, layout: Layout, buffers: Collection[str]) -> Bound:

@@ -112,6 +112,13 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
     return tp, pp
 
 
+def describe(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
+    """What a checkpoint's folder says of its model: its ``universal_checkpoint_info`` and its config, None if none."""
+    folder = folders.scan(path)[0]
+    first = open_models(folder, False)[0]
+    return first.raw.get("universal_checkpoint_info"), recorded_config(first)
+
+
 def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
