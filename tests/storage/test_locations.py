@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.test_write_native import raw_source
+from tests.s3 import put
 from ucp.errors import (
     BadArgument,
     DamagedCheckpoint,
@@ -26,43 +23,6 @@ from ucp.errors import (
 )
 from ucp.storage import locations
 from ucp.storage.files import Files
-
-s3fs = pytest.importorskip("s3fs")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of a server process of its own; its URL."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stderr is not None
-        address = next(line.split("http://")[1].strip() for line in server.stderr if "Running on http://" in line)
-        before = dict(os.environ)
-        os.environ |= {
-            "AWS_ENDPOINT_URL": f"http://{address}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        fs = s3fs.S3FileSystem(use_listings_cache=False)
-        for _ in range(50):
-            try:
-                fs.mkdir("runs")
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield "s3://runs"
-    finally:
-        server.terminate()
-        server.wait(10)
-        os.environ.clear()
-        os.environ |= before
-
-
-def put(folder: Path, url: str) -> None:
-    s3fs.S3FileSystem(use_listings_cache=False).put(str(folder), url, recursive=True)
 
 
 def test_ranges_names_and_what_is_missing(bucket: str, tmp_path: Path) -> None:
@@ -123,6 +83,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, raw.Raw]:
     return root, content
 
 
+@pytest.mark.slow
 def test_checkpoints_open_read_and_convert(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
     """By their URLs the same tensors as from the local disk; regions read only what they need."""
     root, _ = made
@@ -141,6 +102,7 @@ def test_checkpoints_open_read_and_convert(bucket: str, made: tuple[Path, raw.Ra
         assert all(a.read(*key).equal(b.read(*key)) for key in b.catalog.tensors)
 
 
+@pytest.mark.slow
 def test_virtual_checkpoints_point_at_urls(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
     root, _ = made
     put(root / "native", f"{bucket}/pointed")
@@ -149,6 +111,7 @@ def test_virtual_checkpoints_point_at_urls(bucket: str, made: tuple[Path, raw.Ra
         assert all(pointer.read(*key).equal(local.read(*key)) for key in local.catalog.tensors)
 
 
+@pytest.mark.slow
 def test_converting_to_a_url(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
     root, content = made
     report = ucp.convert(root / "native", f"{bucket}/written", workers=2)
@@ -170,6 +133,7 @@ def test_converting_to_a_url(bucket: str, made: tuple[Path, raw.Raw], tmp_path: 
     assert content.catalog.tensors
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_leaves_nothing_behind_the_url(
     bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path
 ) -> None:
@@ -184,6 +148,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind_the_url(
     assert not locations.exists(f"{bucket}/failed")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_behind_a_url_is_told(bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path) -> None:
     root, _ = made
     with pytest.raises(NotACheckpoint, match=r"s3://runs/nowhere: there is no such file or folder"):

@@ -154,6 +154,12 @@ def remove(url: str | os.PathLike[str]) -> None:
     attempted(url, lambda: fs.rm_file(name))
 
 
+def remove_tree(url: str | os.PathLike[str]) -> None:
+    """Remove everything below a URL. Raises OSError."""
+    fs, name = _filesystem(url)
+    attempted(url, lambda: fs.rm(name, recursive=True))
+
+
 @contextmanager
 def created(url: str | os.PathLike[str], part: int) -> Iterator[Any]:
     """A stream into a new file behind a URL, sent in parts of so many bytes; where the block raises, there is no file.

@@ -104,7 +104,7 @@ class Saver:
 
         share, copying = ranks.together(begin)
         session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
-        self._path, self._copying = os.fspath(session.destination), copying
+        self._path, self._copying = str(session.destination), copying
         self._thread = threading.Thread(
             target=self._finish,
             args=(session, ranks.rank(), share, copying, timeout, time.perf_counter() - started),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -27,6 +28,8 @@ from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.storage import commit as storage
+from ucp.storage import locations
+from ucp.storage.locations import is_remote, locate
 from ucp.training.retention import Keep, prune
 
 log = logging.getLogger(__name__)
@@ -60,22 +63,63 @@ class Session:
 
     @property
     def destination(self) -> Path:
-        return Path(self.folder, self.tag)
+        return locate(self.folder) / self.tag
 
     def path(self, name: str) -> Path:
         """A file of the checkpoint, while it is being written."""
-        return Path(self.temporary, name)
+        return locate(self.temporary) / name
 
     def receipt(self, rank: int) -> Path:
-        return Path(self.temporary, _RECEIPTS, f"{rank:05d}.json")
+        return self.path(_RECEIPTS) / f"{rank:05d}.json"
 
     def failure(self, rank: int) -> Path:
-        return Path(self.temporary, _RECEIPTS, f"{rank:05d}.failed")
+        return self.path(_RECEIPTS) / f"{rank:05d}.failed"
 
     @property
     def verdict(self) -> Path:
-        """Where the first rank says that the save failed; it succeeded when the temporary folder is another or gone."""
-        return Path(self.temporary, _RECEIPTS, "verdict.failed")
+        """Where the first rank says that the save failed."""
+        return self.path(_RECEIPTS) / "verdict.failed"
+
+    @property
+    def prefix(self) -> str:
+        """What the manifest puts before the files' names."""
+        return ""
+
+    def is_published(self) -> bool:
+        """Whether the first rank has published the checkpoint: the temporary folder is another then, or gone."""
+        try:
+            return os.stat(self.temporary).st_ino != self.inode
+        except FileNotFoundError:
+            return True
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Write a small file in one step. Raises DestinationError."""
+        storage.write_atomic(path, data)
+
+    def publish(self, body: bytes) -> int:
+        """Add the manifest, and put the checkpoint in its place; returns the bytes of all files. On the first rank.
+
+        Raises DestinationError.
+        """
+        try:
+            _write_flushed(self.path(manifest.NAME), body)
+            shutil.rmtree(self.path(_RECEIPTS))
+            nbytes = sum(entry.stat().st_size for entry in os.scandir(self.temporary))
+        except OSError as error:
+            raise DestinationError(
+                f"{self.destination}: the manifest cannot be written: {error.strerror or error}"
+            ) from error
+        storage.publish(Path(self.temporary), self.destination)
+        return nbytes
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        storage.discard(Path(self.temporary))
+
+    def discard_tensors(self) -> None:
+        """Remove what was written, but for the notes."""
+        for path in Path(self.temporary).glob("*.safetensors"):
+            path.unlink(missing_ok=True)
 
 
 def begin(
@@ -89,6 +133,8 @@ def begin(
     """
     if not tag or tag.startswith(".") or tag == LATEST or "/" in tag or "\0" in tag:
         raise BadArgument(f"tag '{tag}' cannot be used: it has to be a folder's name, not hidden and not '{LATEST}'")
+    if is_remote(folder):
+        return begin_remote(folder, tag, world, latest=latest, keep=keep)
     target = Path(os.path.abspath(folder), tag)
     if os.path.lexists(target):
         if target.is_symlink() or not target.is_dir():
@@ -107,21 +153,108 @@ def begin(
     return session
 
 
+# --- behind a URL ----------------------------------------------------------------------------------------------------
+
+_SAVE = re.compile(r"[0-9a-f]{16}")
+_PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class RemoteSession(Session):
+    """A save behind a URL, where nothing is renamed: the files lie in a folder of the save's own below the tag, and the
+    manifest above it is written last, in one request. temporary: that folder."""
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.save}/"
+
+    def is_published(self) -> bool:
+        return locations.exists(self.path(_RECEIPTS) / _PUBLISHED)
+
+    def put(self, path: Path, data: bytes) -> None:
+        try:
+            locations.write(path, data)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def publish(self, body: bytes) -> int:
+        sizes = [locations.stat(self.path(n)).size for n in locations.names(self.temporary) if n != _RECEIPTS]
+        self.put(self.destination / manifest.NAME, body)
+        self.put(self.path(_RECEIPTS) / _PUBLISHED, b"")
+        for name in locations.names(self.destination):
+            if _SAVE.fullmatch(name) and name != self.save:
+                _remove_remote(self.destination / name)
+        return sum(sizes) + len(body)
+
+    def discard(self) -> None:
+        _remove_remote(locate(self.temporary))
+
+    def discard_tensors(self) -> None:
+        for name in locations.names(self.temporary):
+            if name.endswith(".safetensors"):
+                locations.remove(self.path(name))
+
+
+def begin_remote(
+    url: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
+) -> RemoteSession:
+    """`begin` behind a URL. What dead saves of other tags have left is removed once it is `storage.STALE` seconds old.
+
+    Raises DestinationError where the URL cannot be used or holds something else under the tag.
+    """
+    folder = locate(url)
+    save = secrets.token_hex(8)
+    try:
+        there = locations.names(folder / tag) if locations.exists(folder / tag) else []
+        if formats.find(folder / tag) is None and any(not _SAVE.fullmatch(name) for name in there):
+            raise DestinationError(f"{folder / tag}: exists already and holds no checkpoint, so it is not replaced")
+        for name in locations.names(folder) if locations.exists(folder) else []:
+            _sweep_remote(folder / name)
+    except OSError as error:
+        raise DestinationError(f"{folder}: cannot be used: {error.strerror or error}") from error
+    temporary = str(folder / tag / save)
+    return RemoteSession(str(folder), tag, temporary, save, world, latest, 0, keep)
+
+
+def _sweep_remote(place: Path) -> None:
+    """Remove what a save has left under a tag that never got a manifest."""
+    if not locations.is_folder(place):
+        return
+    names = locations.names(place)
+    if not names or not all(_SAVE.fullmatch(name) for name in names):
+        return
+    newest = max((locations.newest_ns(place / name) for name in names), default=0)
+    if newest and time.time() - newest / 1e9 > storage.STALE:
+        _remove_remote(place)
+
+
+def _remove_remote(place: Path) -> None:
+    try:
+        locations.remove_tree(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s could not be removed: %s", place, error)
+
+
+# --- the steps of every save -----------------------------------------------------------------------------------------
+
+
 def leave_receipt(session: Session, rank: int, receipt: bytes) -> None:
     """Say that this rank's files are whole and on disk. Raises DestinationError."""
-    storage.write_atomic(session.receipt(rank), receipt)
+    session.put(session.receipt(rank), receipt)
 
 
 def leave_failure(session: Session, rank: int, error: BaseException) -> None:
     """Say that this rank has given up, and why, so that the first rank need not wait for it. Never raises."""
-    _note(session.failure(rank), error)
+    _note(session, session.failure(rank), error)
 
 
-def _note(path: Path, error: BaseException) -> None:
+def _note(session: Session, path: Path, error: BaseException) -> None:
     kind = type(error).__name__ if isinstance(error, UcpError) else ""
     text = str(error) if kind else f"{type(error).__name__}: {error}"
     try:
-        storage.write_atomic(path, json.dumps({"kind": kind, "text": text}).encode())
+        session.put(path, json.dumps({"kind": kind, "text": text}).encode())
     except UcpError as second:
         log.warning("%s: cannot say that the save failed (%s): %s", path, text, second)
 
@@ -136,17 +269,8 @@ def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False)
     """
     try:
         _await(session, timeout)
-        receipts = [os.fspath(session.receipt(rank)) for rank in range(session.world)]
-        body = fragmented.merge(session.temporary, receipts, session.save)
-        try:
-            _write_flushed(session.path(manifest.NAME), body)
-            shutil.rmtree(session.path(_RECEIPTS))
-            nbytes = sum(entry.stat().st_size for entry in os.scandir(session.temporary))
-        except OSError as error:
-            raise DestinationError(
-                f"{session.destination}: the manifest cannot be written: {error.strerror or error}"
-            ) from error
-        storage.publish(Path(session.temporary), session.destination)
+        receipts = [str(session.receipt(rank)) for rank in range(session.world)]
+        nbytes = session.publish(fragmented.merge(session.temporary, receipts, session.save, session.prefix))
     except BaseException as error:
         if watched:
             condemn(session, error)
@@ -155,24 +279,23 @@ def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False)
         raise
     _in_use.discard(os.path.basename(session.temporary))
     if session.latest:
-        storage.write_atomic(Path(session.folder, LATEST), session.tag.encode("utf-8"))
+        session.put(locate(session.folder) / LATEST, session.tag.encode("utf-8"))
     if session.keep is not None:
         for tag in prune(session.folder, session.tag, session.keep):
-            log.info("%s was removed: newer checkpoints are kept instead", Path(session.folder, tag))
+            log.info("%s was removed: newer checkpoints are kept instead", locate(session.folder) / tag)
     return nbytes
 
 
 def abandon(session: Session) -> None:
     """Remove what a save has written. On the first rank."""
-    storage.discard(Path(session.temporary))
+    session.discard()
     _in_use.discard(os.path.basename(session.temporary))
 
 
 def condemn(session: Session, error: BaseException) -> None:
     """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises."""
-    for path in Path(session.temporary).glob("*.safetensors"):
-        path.unlink(missing_ok=True)
-    _note(session.verdict, error)
+    session.discard_tensors()
+    _note(session, session.verdict, error)
     _in_use.discard(os.path.basename(session.temporary))
 
 
@@ -184,12 +307,9 @@ def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
     deadline = time.monotonic() + timeout
     pause = _POLL[0]
     while True:
-        try:
-            if os.stat(session.temporary).st_ino != session.inode:
-                return
-        except FileNotFoundError:
+        if session.is_published():
             return
-        if session.verdict.exists():
+        if locations.exists(session.verdict):
             raise _noted(session.verdict, f"{session.destination}: nothing was saved: ")
         if time.monotonic() > deadline:
             raise SaveFailed(
@@ -205,9 +325,9 @@ def _await(session: Session, timeout: float) -> None:
     pause = _POLL[0]
     while True:
         for rank in sorted(missing):
-            if session.receipt(rank).exists():
+            if locations.exists(session.receipt(rank)):
                 missing.discard(rank)
-            elif session.failure(rank).exists():
+            elif locations.exists(session.failure(rank)):
                 start = f"{session.destination}: nothing was saved, since rank {rank} failed: "
                 raise _noted(session.failure(rank), start)
         if not missing:
@@ -224,7 +344,7 @@ def _await(session: Session, timeout: float) -> None:
 
 def _noted(path: Path, start: str) -> UcpError:
     """The error that a rank left a note of."""
-    note: dict[str, Any] = json.loads(path.read_text())
+    note: dict[str, Any] = json.loads(locations.read(path))
     kind = getattr(errors, note["kind"], None) if note["kind"] else None
     found = kind if isinstance(kind, type) and issubclass(kind, UcpError) else SaveFailed
     text = note["text"]

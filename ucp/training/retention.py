@@ -11,6 +11,8 @@ from pathlib import Path
 from ucp.checkpoint import LATEST
 from ucp.formats.universal import manifest
 from ucp.storage import commit as storage
+from ucp.storage import locations
+from ucp.storage.locations import locate
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +35,38 @@ def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
     """
     prefix = _number(tag)[0]
     found = []
-    for path in Path(folder).iterdir():
-        start, step = _number(path.name)
+    place = locate(folder)
+    for name in locations.names(place):
+        path = place / name
+        start, step = _number(name)
         mark = path / manifest.NAME
-        if step is not None and start == prefix and not path.is_symlink() and mark.is_file():
-            found.append((mark.stat().st_mtime_ns, step, path))
+        if step is not None and start == prefix and not _is_link(path) and locations.is_file(mark):
+            found.append((locations.stat(mark).mtime_ns, step, path))
     spared = {tag, _latest(folder)}
     removed = []
     for _, step, path in sorted(found, reverse=True)[keep.last :]:
         if path.name in spared or (keep.every is not None and step % keep.every == 0):
             continue
         try:
-            storage.remove_whole(path)
+            _remove(path)
         except OSError as error:
             log.warning("%s: cannot be removed, so it is kept: %s", path, error.strerror or error)
             continue
         removed.append(path.name)
     return removed
+
+
+def _is_link(path: Path) -> bool:
+    return not locations.is_remote(path) and path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; behind a URL its manifest first, without which it is none."""
+    if locations.is_remote(path):
+        locations.remove(path / manifest.NAME)
+        locations.remove_tree(path)
+    else:
+        storage.remove_whole(path)
 
 
 def _number(tag: str) -> tuple[str, int | None]:
@@ -59,6 +76,6 @@ def _number(tag: str) -> tuple[str, int | None]:
 
 def _latest(folder: str | os.PathLike[str]) -> str | None:
     try:
-        return Path(folder, LATEST).read_text(encoding="utf-8").strip()
+        return locations.read(locate(folder) / LATEST).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None

@@ -94,7 +94,7 @@ def save(
         raise
     clock.append(time.perf_counter())
     seconds = dict(zip(("write", "commit"), np.diff(clock).tolist(), strict=True))
-    return SaveReport(os.fspath(session.destination), session.tag, nbytes, written, seconds)
+    return SaveReport(str(session.destination), session.tag, nbytes, written, seconds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ucp.errors import BadArgument, DestinationError
 from ucp.geometry import Blocks, concat, empty, flat_ranges
-from ucp.storage import safetensors
+from ucp.storage import locations, safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import LARGE, write_at, write_past_cache
@@ -165,6 +165,8 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
 
     Large files are written past the page cache, which training needs more; aligned memory makes that possible.
     """
+    if locations.is_remote(path):
+        return _upload(path, windows, size)
     table = bytearray()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -184,6 +186,23 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DestinationError(f"{path}: the file system became full while {size} bytes were written") from error
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return ChunkDigests(size, bytes(table))
+
+
+def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int) -> ChunkDigests:
+    """As `write_windows`, behind a URL: the file is there once its last byte is."""
+    table = bytearray()
+    written = 0
+    try:
+        with locations.created(path, WINDOW) as stream:
+            for _, window in windows:
+                table += digest_chunks(window)
+                stream.write(window)
+                written += len(window)
+            if written != size:
+                raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
+    except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
     return ChunkDigests(size, bytes(table))
 

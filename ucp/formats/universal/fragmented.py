@@ -18,7 +18,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
 from ucp.errors import DamagedCheckpoint, SaveFailed
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import concat, empty
-from ucp.storage import plain
+from ucp.storage import locations, plain
 from ucp.storage.digests import ChunkDigests
 
 
@@ -68,8 +68,9 @@ def empty_state() -> dict[str, Any]:
     return training.encode(TrainingState(), training.Tensors())
 
 
-def merge(folder: str, receipts: Sequence[str], save: str) -> bytes:
-    """The manifest of what all ranks wrote. receipts: their paths, by rank, anywhere; folder: where the files lie.
+def merge(folder: str, receipts: Sequence[str], save: str, prefix: str = "") -> bytes:
+    """The manifest of what all ranks wrote. receipts: their paths or URLs, by rank, anywhere; folder: where the files
+    lie; prefix: of their names in the manifest, where that will lie above them.
 
     Raises SaveFailed where ranks contradict each other or do not hold every element exactly once, DamagedCheckpoint
     where a file is not what its receipt says.
@@ -81,7 +82,7 @@ def merge(folder: str, receipts: Sequence[str], save: str) -> bytes:
         wanted = {"save": save, "rank": rank, "world": len(receipts)}
         if not isinstance(marks, dict) or {k: marks.get(k) for k in wanted} != wanted:
             raise SaveFailed(f"{path}: is not the receipt of rank {rank} of {len(receipts)} in this save; save again")
-        where = os.path.join(folder, f"receipt of rank {rank}")
+        where = f"{folder}/receipt of rank {rank}"
         shares.append((schema.decode(where, body, complete=False), body))
     body = shares[0][1]
     catalog = _join([share for share, _ in shares])
@@ -93,13 +94,19 @@ def merge(folder: str, receipts: Sequence[str], save: str) -> bytes:
         catalog,
         form="fragmented",
         writer=body["writer"],
-        paths=[os.path.relpath(file.path, os.path.realpath(folder)) for file in catalog.files],
+        paths=[prefix + _relative(file.path, folder) for file in catalog.files],
         mtimes=[None] * len(catalog.files),
         digests=dict(catalog.chunk_digests),
         training_state=_training_state([b for _, b in shares]),
         source=(body["source"]["format"], body["source"]["writer"]),
     )
     return manifest.frame(joined)
+
+
+def _relative(path: str, folder: str) -> str:
+    if locations.is_remote(folder):
+        return path.removeprefix(folder + "/")
+    return os.path.relpath(path, os.path.realpath(folder))
 
 
 def _join(shares: Sequence[Catalog]) -> Catalog:

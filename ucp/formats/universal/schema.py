@@ -349,8 +349,7 @@ def _training_tensors(path: str, files: Sequence[SourceFile]) -> dict[str, Any]:
     folder = folder if locations.is_remote(folder) else os.path.realpath(folder)
     found: dict[str, Any] = {}
     for file in files:
-        parent, name = os.path.split(file.path)
-        if parent == folder and training.is_tensors_file(name):
+        if file.path.startswith(folder + "/") and training.is_tensors_file(os.path.basename(file.path)):
             found.update(safetensors.read_header(file.path).tensors)
     return found
 
