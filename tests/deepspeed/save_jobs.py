@@ -227,3 +227,23 @@ def save_and_keep_two(case: Case, folder: str) -> list[str]:
     engine.ucp.wait()
     dist.barrier()  # the first rank's wait includes the removals
     return sorted(os.listdir(folder))
+
+
+def to_a_url(case: Case, url: str, environment: Mapping[str, str]) -> Truth | None:
+    """Train, save behind a URL in the background, go on; what was saved (rank 0)."""
+    os.environ.update(environment)
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
+    continue_training(engine, case, 0, STEPS)
+    truth = gather(engine)
+    engine.save_checkpoint(url)
+    continue_training(engine, case, STEPS, 1)
+    engine.ucp.wait()
+    return truth
+
+
+def from_a_url(case: Case, url: str, environment: Mapping[str, str]) -> Truth | None:
+    """What a fresh engine has after loading (rank 0)."""
+    os.environ.update(environment)
+    engine = build_target(case, SAVE)
+    engine.load_checkpoint(url)
+    return gather(engine)
