@@ -45,7 +45,7 @@ class ExpertFiles:
 
     totals: experts of each of DeepSpeed's own layers. tensors: of experts, by the whole model's names; rows: of
     AutoEP's stacks, by the expert's number. data_first: as for `holders`. optim_ranks: how many expert-parallel ranks
-    have optimizer files of their own (stage 0).
+    have optimizer files of their own (stage 0). aliases: AutoEP's further names of its routers, which no file gives.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class ExpertFiles:
     rows: Mapping[str, Mapping[int, TensorRef]] = field(default_factory=dict)
     data_first: bool = False
     optim_ranks: int = 0
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ep(self) -> int:
@@ -69,19 +70,21 @@ class ExpertFiles:
         return replace(model, raw={**model.raw, "module": {**model.module, **tensors}, "buffer_names": buffers})
 
     def shares(
-        self, optim: Mapping[int, OptimFile], group: int, shapes: Mapping[str, Shape]
+        self, optim: Mapping[int, OptimFile], group: int, shapes: Mapping[str, Shape], count: int
     ) -> list[dict[int, OptimFile]]:
-        """The files over which the flat buffer of a param group is cut, in that order: all; for experts those of each
-        expert-parallel rank. Raises DamagedCheckpoint where that does not fit with how many experts there are."""
+        """The files over which the flat buffer of a param group (at stage 3 a subgroup) is cut, in that order: all; for
+        experts those of each expert-parallel rank. count: into how many partitions it was cut.
+
+        Raises DamagedCheckpoint where that does not fit with how many experts there are.
+        """
         local = [name for name in shapes if self.experts.has(name)]
         if not local:
             return [dict(optim)]
-        path, sd = optim[0]
+        path = optim[0][0]
         if len(local) < len(shapes):
             other = next(name for name in shapes if name not in local)
             raise Unsupported(f"{path}: param group {group} holds both experts ('{local[0]}') and others ('{other}')")
-        dp, count = len(optim), sd.get("partition_count")
-        count = int(count[group] if isinstance(count, (list, tuple)) else count or 0)
+        dp = len(optim)
         ep = dp // count if count else 0
         wrong = [name for name in local if not ep or dp % count or not self._held_over(name, ep)]
         if wrong:
@@ -124,9 +127,12 @@ class ExpertFiles:
 
         Raises DamagedCheckpoint for missing files, Unsupported where layers are spread over different numbers of ranks.
         """
-        if not folder.expert_optim:
-            return {0: {**models, 0: self._with(models[0], self.tensors)} if self.tensors else models}
         model = models[0]
+        if self.aliases:
+            shared = {**self.aliases, **(model.raw.get("shared_params") or {})}
+            model = replace(model, raw={**model.raw, "shared_params": shared})
+        if not folder.expert_optim:
+            return {0: {**models, 0: self._with(model, self.tensors) if self.tensors else model}}
         ep = self.optim_ranks
         folders.check_ranks(
             "expert-parallel optimizer",
@@ -212,7 +218,8 @@ def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
     held = counts(str(name) for group in shapes for name in group)
     data_first = bool(model.config.get("use_data_before_expert_parallelism"))
     ranks = max(folder.expert_optim, default=-1) + 1
-    return ExpertFiles(folder.path, Experts(held, stacks), counts(tensors), tensors, rows, data_first, ranks)
+    experts, aliases = Experts(held, stacks), _router_aliases(model)
+    return ExpertFiles(folder.path, experts, counts(tensors), tensors, rows, data_first, ranks, aliases)
 
 
 def _enter(
@@ -236,13 +243,39 @@ def _enter(
         rows.setdefault(stack, {})[number] = ref
 
 
+def _layers(model: ModelFile) -> Sequence[Mapping[str, Any]]:
+    """AutoEP's layers."""
+    found: Sequence[Mapping[str, Any]] = model.raw.get("ds_autoep_layers") or model.raw.get("autoep_layers") or ()
+    return found
+
+
+def _router_aliases(model: ModelFile) -> dict[str, str]:
+    """Alias -> owner. An AutoEP layer has its router under 'router', and again under the name that the replaced layer
+    had for it (``module_inject/auto_ep_layer.py``); the files hold both, and ``shared_params`` passes over modules."""
+    out: dict[str, str] = {}
+    for layer in _layers(model):
+        prefix = str(layer["expert_key_prefix"]).removesuffix("experts")
+        children: dict[str, set[str]] = {}
+        for name in model.module:
+            if name.startswith(prefix):
+                child, _, rest = name.removeprefix(prefix).partition(".")
+                children.setdefault(child, set()).add(rest)
+        router = children.pop("router", set())
+        trained = {str(name) for group in model.raw.get("param_shapes") or () for name in group}
+        for child, rests in children.items():
+            names = {f"{prefix}{child}.{rest}": f"{prefix}router.{rest}" for rest in rests}
+            if rests == router and not trained.intersection(names):
+                out.update(names)
+    return out
+
+
 def _stacks(model: ModelFile) -> dict[str, list[list[int]]]:
     """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows are.
 
     ``checkpoint/autoep_affine.py`` gives the placement; older files have none, and then ranks have equally many each.
     """
     out: dict[str, list[list[int]]] = {}
-    for layer in model.raw.get("ds_autoep_layers") or model.raw.get("autoep_layers") or ():
+    for layer in _layers(model):
         count, ep = int(layer["num_experts"]), int(layer["ep_size"])
         placement = layer.get("expert_placement")
         if placement is None:

@@ -79,7 +79,7 @@ def read_part(
                 f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
             )
         if stage == 3:
-            groups = stage3.read(builder, optim, model.param_shapes, aliases)
+            groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
             stage3.read_frozen(builder, models, aliases)
         else:
             facts = stage12.Facts(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)

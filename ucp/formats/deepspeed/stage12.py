@@ -63,7 +63,7 @@ def read(
     out: list[ParamGroup] = []
     for g, shapes in enumerate(groups):
         names: list[str] = []
-        for rank, share in enumerate(facts.experts.shares(optim, g, shapes)):
+        for rank, share in enumerate(facts.experts.shares(optim, g, shapes, _partitions(optim[0][1], g))):
             _read_group(builder, share, g, shapes, rank, aliases, facts)
             order = undo_round_robin(list(shapes), len(share)) if facts.round_robin else list(shapes)
             names += [facts.experts.experts.place(n, shapes[n], rank).name for n in order]
@@ -163,13 +163,18 @@ def _alignment(sd: Mapping[str, Any], g: int) -> list[int] | None:
     return [int(n) for n in paddings[g]] if paddings else None
 
 
+def _partitions(sd: Mapping[str, Any], g: int) -> int:
+    """Into how many partitions a group was cut, by a file that says it; else 0."""
+    count = sd.get("partition_count")
+    return int(count[g] if isinstance(count, (list, tuple)) else count or 0)
+
+
 def _check_count(optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, dp: int) -> None:
     for path, sd in optim.values():
-        count = sd.get("partition_count")
-        count = count[g] if isinstance(count, (list, tuple)) else count
-        if count is not None and int(count) != dp:
+        count = _partitions(sd, g)
+        if count and count != dp:
             raise DamagedCheckpoint(
-                f"{path}: group {g} was cut into {int(count)} partitions, but there are {dp} optimizer files; files "
+                f"{path}: group {g} was cut into {count} partitions, but there are {dp} optimizer files; files "
                 "are missing or of two runs"
             )
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.build import Builder, flat_refs, join_states, options_of, same_on_all_ranks, split_state
+from ucp.formats.deepspeed.build import (
+    Builder,
+    Scalar,
+    flat_refs,
+    join_states,
+    options_of,
+    same_on_all_ranks,
+    split_state,
+)
+from ucp.formats.deepspeed.experts import ExpertFiles
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.geometry import Shape, numel
 from ucp.parallel.zero import ceil_partition, ceil_size
@@ -27,6 +36,7 @@ def read(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
     groups: list[dict[str, Shape]],
     aliases: Mapping[str, list[str]],
+    experts: ExpertFiles,
 ) -> list[ParamGroup]:
     """Enter all trainable parameters. ``groups`` are the subgroups of the model file's ``param_shapes``."""
     dp = len(optim)
@@ -57,32 +67,55 @@ def read(
         "the param groups", {optim[r][0]: [options_of(g) for g in bases[r]["param_groups"]] for r in optim}
     )
     for s, shapes in enumerate(groups):
-        size = sum(ceil_size(numel(shape), dp) for shape in shapes.values())
-        for r, (path, _) in optim.items():
-            if masters[r][s].shape[0] != size:
-                raise DamagedCheckpoint(
-                    f"{path}: subgroup {s} has {masters[r][s].shape[0]} elements, but the model file's parameters over "
-                    f"{dp} ranks need {size}; files of two runs are mixed"
-                )
-        held = {
-            r: (path, split_state(builder, path, f"subgroup {s}", bases[r]["state"].get(s, {}), (size,)))
-            for r, (path, _) in optim.items()
-        }
-        states, scalars = join_states(f"subgroup {s}", held)
         group = next(g for g, ids in enumerate(members) if s in ids)
-        if "step" in options[group]:
-            scalars = {"step": options[group]["step"], **scalars}
-        offset = 0
-        for name, shape in shapes.items():
-            blocks = ceil_partition(shape, offset, dp)
-            offset += ceil_size(numel(shape), dp)
-            by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][s] for r in optim}, **states}
-            tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
-            builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+        step = {"step": options[group]["step"]} if "step" in options[group] else {}
+        for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(optim[0][1], s))):
+            _read_subgroup(builder, share, s, shapes, rank, aliases, experts, step)
     return [
         ParamGroup(tuple(n for s in ids for n in groups[s]), {k: v for k, v in options[g].items() if k != "step"})
         for g, ids in enumerate(members)
     ]
+
+
+def _partitions(sd: Mapping[str, Any], s: int) -> int:
+    """Into how many partitions a subgroup was cut; AutoEP's experts into fewer than the rest."""
+    found = sd.get("ds_zero_partition_groups")
+    return int(found[s]["partition_count"]) if found else int(sd.get("partition_count") or 0)
+
+
+def _read_subgroup(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    s: int,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    aliases: Mapping[str, list[str]],
+    experts: ExpertFiles,
+    step: Mapping[str, Scalar],
+) -> None:
+    """Enter the parameters of one subgroup, which is cut over these files; rank: the expert-parallel one."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS))[s] for r, (p, sd) in optim.items()}
+    size = sum(ceil_size(numel(shape), dp) for shape in shapes.values())
+    for r, (path, _) in optim.items():
+        if masters[r].shape[0] != size:
+            raise DamagedCheckpoint(
+                f"{path}: subgroup {s} has {masters[r].shape[0]} elements, but the model file's parameters over "
+                f"{dp} ranks need {size}; files of two runs are mixed"
+            )
+    held = {
+        r: (path, split_state(builder, path, f"subgroup {s}", _base(path, sd)["state"].get(s, {}), (size,)))
+        for r, (path, sd) in optim.items()
+    }
+    states, scalars = join_states(f"subgroup {s}", held)
+    by_rank: dict[str, dict[int, TensorRef]] = {"param": masters, **states}
+    offset = 0
+    for name, shape in shapes.items():
+        blocks = ceil_partition(shape, offset, dp)
+        offset += ceil_size(numel(shape), dp)
+        tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
+        placed = experts.experts.place(name, shape, rank)
+        builder.add_placed(placed, "parameter", tensors, {**step, **scalars}, aliases.get(name, ()))
 
 
 def read_frozen(builder: Builder, models: Mapping[int, ModelFile], aliases: Mapping[str, list[str]]) -> None:
