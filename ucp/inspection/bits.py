@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.storage import locations
 from ucp.storage.digests import CHUNK, digest_chunks
 from ucp.storage.files import Files
+from ucp.storage.torchfile import Section
 
 BATCH = 16 * CHUNK
 PIECE = 4 << 20
@@ -88,14 +90,32 @@ def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Ite
 
 def _archive(path: str, files: Files) -> list[str]:
     try:
-        with locations.opened(path) as stream, zipfile.ZipFile(stream) as archive:
-            entries = [info for info in archive.infolist() if info.file_size]
+        with locations.opened(path) as stream:
+            archives = _archives(stream)
     except (OSError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"{path}: can't be read as an archive: {error}") from error
-    bad = [info for info in entries if _crc(path, info, files) != info.CRC]
-    if len(bad) == len(entries) > 1:
-        return []
-    return [f"entry '{info.filename}' ({info.file_size} bytes from byte {info.header_offset})" for info in bad]
+    out = []
+    for entries in archives:
+        bad = [info for info in entries if _crc(path, info, files) != info.CRC]
+        if not len(bad) == len(entries) > 1:
+            out += [f"entry '{info.filename}' ({info.file_size} bytes from byte {info.header_offset})" for info in bad]
+    return out
+
+
+def _archives(stream: BinaryIO) -> list[list[zipfile.ZipInfo]]:
+    """The entries of the archives that a file is made of, one behind the other: torch.distributed.checkpoint's files
+    are a row of them. Places are counted from the file's beginning."""
+    found: list[list[zipfile.ZipInfo]] = []
+    end = stream.seek(0, os.SEEK_END)
+    while end > 0:
+        # Read from its end, an archive tells where it begins, and there the one before it ends.
+        with zipfile.ZipFile(Section(stream, 0, end)) as archive:
+            infos = archive.infolist()
+        if not infos:
+            break
+        found.append([info for info in infos if info.file_size])
+        end = min(info.header_offset for info in infos)
+    return found[::-1]
 
 
 def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:

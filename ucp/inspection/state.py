@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ucp.catalog import Catalog
+from ucp.formats.dcp.names import VALUES
 
 
 def state_findings(catalog: Catalog) -> Iterator[tuple[str, bool]]:
@@ -31,7 +32,8 @@ def state_findings(catalog: Catalog) -> Iterator[tuple[str, bool]]:
         if group.options is None:
             yield f"the hyperparameters of param group {index} were not recorded; a resume takes the engine's", False
     if state.global_steps is None:
-        yield "the step count is missing", True
+        # A state dict of torch.distributed keeps step counts with the parameters alone.
+        yield "the step count is missing", VALUES not in state.extra
     if state.lr_scheduler is None:
         yield "there is no state of a learning-rate scheduler", False
     half = state.config.get("fp16")

@@ -22,7 +22,7 @@ from ucp.storage.allowlist import Storage, StorageClass
 from ucp.storage.pickles import Unpickler
 from ucp.storage.values import TensorRef
 
-__all__ = ["TensorRef", "load", "load_section"]
+__all__ = ["Section", "TensorRef", "load", "load_section"]
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
@@ -70,10 +70,10 @@ def load_section(
         raise DamagedCheckpoint(
             f"{name}: the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}"
         )
-    return _load_zip(_Section(stream, start, length), name, length, trust, start)
+    return _load_zip(Section(stream, start, length), name, length, trust, start)
 
 
-class _Section(io.RawIOBase):
+class Section(io.RawIOBase):
     """A range of an open file as a file of its own."""
 
     def __init__(self, stream: BinaryIO, start: int, length: int) -> None:

@@ -18,6 +18,7 @@ import ucp
 from tests.engines.truth import same
 from tests.formats.dcp import states
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -203,3 +204,18 @@ def test_older_metadata(folder: Path, tmp_path: Path) -> None:
 
     with ucp.open(damaged(folder, tmp_path / "old", rewrite(strip))) as checkpoint:
         assert same(checkpoint.read("up.weight"), states.trained()[0].up.weight.detach())
+
+
+def test_verifying_finds_a_flipped_bit(folder: Path, tmp_path: Path) -> None:
+    """DCP has no digests, but every record in its files is an archive with checksums of its own."""
+    path = damaged(folder, tmp_path / "whole", lambda p: None)
+    found = verify(path)
+    assert [finding for finding in found.findings if finding.fault] == []
+    assert found.checked["digested_by_zip"] == data_file(path).stat().st_size
+    with ucp.open(path) as checkpoint:
+        tensor = checkpoint.catalog.tensors["embed.weight", "exp_avg"]
+    raw = bytearray(data_file(path).read_bytes())
+    raw[int(tensor.bases[0]) + 5] ^= 2
+    data_file(path).write_bytes(raw)
+    [fault] = [finding for finding in verify(path).findings if finding.fault]
+    assert "'archive/data/0' (140 bytes" in fault.text
