@@ -70,6 +70,9 @@ PAIRS = [
     Pair(PipeCase(pp=2, case=LOW.but(dtype="bf16_optimizer")), PipeCase(pp=1, case=TRAINED.but(stage=1, dtype="bf16"))),
     Pair(PipeCase(pp=2, case=TRAINED), PipeCase(pp=2, case=TRAINED.but(stage=0))),
     Pair(PipeCase(pp=2, case=HALF), PipeCase(pp=2, case=HALF.but(stage=0)), losses=""),
+    Pair(PipeCase(pp=2, case=OPTIONS.but(stage=0)), PipeCase(pp=2, case=OPTIONS.but(stage=0)), "equal"),
+    Pair(PipeCase(pp=2, case=OPTIONS.but(stage=0)), PipeCase(pp=4, method="type:block", case=OPTIONS)),
+    Pair(PipeCase(pp=2, case=HALF.but(stage=0)), PipeCase(pp=1, case=HALF), losses=""),
     # without stages, whose names are others
     Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=3))),
     Pair(replace(PLAIN, case=OPTIONS.but(stage=3, dp=2)), PipeCase(pp=2, case=OPTIONS.but(dp=2))),

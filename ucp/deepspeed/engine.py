@@ -111,8 +111,10 @@ def load_checkpoint(
     target = ranks.together(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
     )
-    names = [g.names for g in target.groups]
+    local = [g.names for g in target.groups]
     target.place(config.choice())
+    # A pipeline's names are the whole model's on every stage; those of all stages tell more.
+    names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
     found = ranks.from_first(lambda: _open(load_dir, tag, config, names, live, model_config(engine)))
     if found is None:

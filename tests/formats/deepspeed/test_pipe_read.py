@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +114,30 @@ def test_tied_copies_that_drifted_apart_are_found(pipes: PipeSources, tmp_path: 
     assert "drifted apart" in text
 
 
-def test_without_zero_nothing_names_the_parameters(pipes: PipeSources) -> None:
-    run = pipes.get(replace(PLAIN, case=TRAINED.but(stage=0)))
-    assert "a pipeline without ZeRO" in refusal(Path(run.folder) / run.tag, Unsupported)
+UNNAMED = [
+    PipeCase(pp=2, case=TRAINED.but(stage=0, dp=2, groups=2, frozen=True)),
+    PipeCase(pp=4, method="type:block", case=TRAINED.but(stage=0, dtype="fp16")),
+    PipeCase(pp=3, method="parameters", head_module=True, case=TRAINED.but(stage=0, dtype="fp16", groups=2)),
+    PipeCase(pp=1, case=TRAINED.but(stage=0)),
+    PipeCase(pp=2, tp=2, case=TRAINED.but(stage=0, groups=2)),
+]
+
+
+@pytest.mark.parametrize("pipe", UNNAMED, ids=lambda pipe: pipe.label)
+def test_without_zero_the_engines_names_tell_the_split(pipes: PipeSources, spec: Path, pipe: PipeCase) -> None:
+    run = pipes.get(pipe)
+    truth = known(run.truth)
+    choice = spec if pipe.tp > 1 else None
+    names = [list(group["names"]) for group in truth.groups]
+    with ucp.checkpoint.open(run.folder, choice, param_names=names) as checkpoint:
+        assert checkpoint.layout.zero == 0
+        check_tensors(checkpoint, truth)
+        check_parameters(checkpoint, truth)
+        check_training_state(checkpoint, truth, pipe.case)
+
+
+def test_without_zero_and_names_a_tied_pipeline_is_refused(pipes: PipeSources) -> None:
+    run = pipes.get(UNNAMED[1])
+    text = refusal(Path(run.folder) / run.tag, Unsupported)
+    assert "no splits of its 6 layers" in text
+    assert "the pipeline's own engine" in text

@@ -63,7 +63,8 @@ def read(
     the spec does not fit.
     """
     found = folders.scan(path)
-    models = with_modules(path, found, {folder.mp: open_models(folder, trust_client_state) for folder in found})
+    opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+    models = with_modules(path, found, opened, param_names)
     first = models[0][0]
     tp, pp = _degrees(first, len(found))
     paths: dict[str, int] = {}

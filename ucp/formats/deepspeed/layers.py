@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
+from ucp.formats.deepspeed import unnamed
 from ucp.formats.deepspeed.folder import Folder
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.geometry import Shape
@@ -23,7 +24,7 @@ from ucp.storage import locations
 from ucp.storage.values import TensorRef
 
 _LAYER = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
-_TIED = "tied_modules."
+_TIED = unnamed.TIED
 
 
 def layer_files(path: Path) -> dict[int, dict[int, Path]]:
@@ -47,12 +48,15 @@ def layer_files(path: Path) -> dict[int, dict[int, Path]]:
 
 
 def with_modules(
-    path: Path, found: Sequence[Folder], models: Mapping[int, Mapping[int, ModelFile]]
+    path: Path,
+    found: Sequence[Folder],
+    models: Mapping[int, Mapping[int, ModelFile]],
+    param_names: Sequence[Sequence[str]] | None,
 ) -> Mapping[int, Mapping[int, ModelFile]]:
     """The model files, by model-parallel and data-parallel rank, with a pipeline's state dicts from its layer files.
 
     Every stage gets what it trains and its buffers; what no stage names (frozen parameters) the first stage gets.
-    Other checkpoints come back as they are.
+    Other checkpoints come back as they are. param_names: as for `ucp.formats.deepspeed.read`.
 
     Raises DamagedCheckpoint for missing files, Unsupported where nothing tells which layers are tied.
     """
@@ -70,7 +74,7 @@ def with_modules(
     out: dict[int, Mapping[int, ModelFile]] = {}
     for rank, files in layers.items():
         stages = [_Stage.of(folder, models[folder.mp][0]) for folder in found if folder.mp % count == rank]
-        for stage, module in zip(stages, _modules(path, files, stages), strict=True):
+        for stage, module in _modules(path, files, stages, param_names):
             raw = {**stage.model.raw, "module": module}
             if stage.trained is not None:
                 raw["param_shapes"] = [{n: _shape(stage.model, n, module) for n in group} for group in stage.trained]
@@ -81,12 +85,14 @@ def with_modules(
 @dataclass(frozen=True)
 class _Stage:
     """One stage of a tensor-parallel rank. names: of what it trains, with shapes where they are known, and of buffers,
-    without. trained: the names in each param group where the model file does not have them."""
+    without. trained: the names in each param group where the model file does not have them. unnamed: no file has them.
+    """
 
     mp: int
     model: ModelFile
     names: Mapping[str, Shape | None]
-    trained: Sequence[Sequence[str]] | None
+    trained: Sequence[Sequence[str]] | None = None
+    unnamed: bool = False
 
     @classmethod
     def of(cls, folder: Folder, model: ModelFile) -> _Stage:
@@ -98,11 +104,8 @@ class _Stage:
             names.update((name, None) for group in groups for name in group)
             return cls(folder.mp, model, names, groups)
         elif model.raw.get("optimizer") is not None:
-            raise Unsupported(
-                f"{model.path}: a pipeline without ZeRO names neither its stages' parameters nor its tied layers; save "
-                'it at stage 1, or with "ucp": {"save": {"format": "universal"}}'
-            )
-        return cls(folder.mp, model, names, None)
+            return cls(folder.mp, model, names, unnamed=True)
+        return cls(folder.mp, model, names)
 
 
 def _sliced(folder: Folder) -> list[list[str]]:
@@ -128,14 +131,20 @@ def _shape(model: ModelFile, name: str, module: Mapping[str, TensorRef]) -> Shap
     return module[name].shape
 
 
-def _modules(path: Path, files: Mapping[int, Path], stages: Sequence[_Stage]) -> Iterator[dict[str, TensorRef]]:
-    """The state dict of each of these stages, from the layer files of their tensor-parallel rank."""
+def _modules(
+    path: Path, files: Mapping[int, Path], stages: Sequence[_Stage], param_names: Sequence[Sequence[str]] | None
+) -> Iterator[tuple[_Stage, dict[str, TensorRef]]]:
+    """Each of these stages with its state dict, from the layer files of their tensor-parallel rank."""
     known = {name: shape for stage in stages for name, shape in stage.names.items()}
-    every: dict[str, TensorRef] = {}
-    for layer, file in files.items():
-        # A tied layer may have two files; the first one counts, as it does for its optimizer states.
-        for name, ref in _layer(layer, file, known).items():
-            every.setdefault(name, ref)
+    if any(stage.unnamed for stage in stages):
+        guessed = known | {name: None for group in param_names or () for name in group}
+        layers = [_layer(layer, file, guessed) for layer, file in files.items()]
+        stages = _with_split(path, layers, stages, param_names)
+        known = {name: None for stage in stages for name in stage.names}
+    else:
+        layers = [_layer(layer, file, known) for layer, file in files.items()]
+    # A tied layer may have two files; the first one counts, as it does for its optimizer states.
+    every = {name: ref for layer in reversed(layers) for name, ref in layer.items()}
     lost = sorted(name for name in known.keys() - every.keys() if not name.startswith(_TIED))
     if lost:
         raise DamagedCheckpoint(
@@ -143,8 +152,26 @@ def _modules(path: Path, files: Mapping[int, Path], stages: Sequence[_Stage]) ->
             f"{lost[0].partition('.')[0]} are missing or of another run"
         )
     for stage in stages:
-        rest = () if stage is not stages[0] else every.keys() - known.keys()
-        yield {name: ref for name, ref in every.items() if name in stage.names or name in rest}
+        rest = [name for name in every if name not in known] if stage is stages[0] else []
+        yield stage, {name: every[name] for name in (*stage.names, *rest) if name in every}
+
+
+def _with_split(
+    path: Path,
+    layers: Sequence[Mapping[str, TensorRef]],
+    stages: Sequence[_Stage],
+    param_names: Sequence[Sequence[str]] | None,
+) -> list[_Stage]:
+    """The stages with the names of what they train, where no file has them."""
+    if not any(name in layer for group in param_names or () for name in group for layer in layers):
+        param_names = None  # another model's names
+    split = unnamed.split(path, [stage.model for stage in stages], layers, param_names)
+    out = []
+    for stage, trained in zip(stages, split, strict=True):
+        raw = {**stage.model.raw, "optimizer": unnamed.with_names(stage.model, trained, param_names)}
+        names = {**dict.fromkeys(trained), **stage.names}
+        out.append(replace(stage, model=replace(stage.model, raw=raw), names=names))
+    return out
 
 
 def _layer(layer: int, file: Path, known: Mapping[str, Shape | None]) -> dict[str, TensorRef]:
