@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     args.data.mkdir(parents=True, exist_ok=True)
-    roles = [f"zero{stage}" for stage in args.stages.split(",")] + ([] if args.without_dcp else ["fsdp"])
+    roles = [f"zero{stage}" for stage in args.stages.split(",") if stage] + ([] if args.without_dcp else ["fsdp"])
     found = {role: _launch(args, role) for role in roles}
     rows = [row for role in roles for row in _rows(role, found[role], args.steps)]
     some = found[roles[0]]

@@ -39,9 +39,8 @@ def main() -> None:
     model = build_model(args)
     count = sum(p.numel() for p in model.parameters())
     step, ways = fsdp(args, model) if args.role == "fsdp" else zero(args, model, int(args.role[-1]))
-    report = measure(args, step, ways, count)
-    if dist.get_rank() == 0:
-        args.report.write_text(json.dumps(report))
+    chosen = {name: way for name, way in ways.items() if not args.ways or name in args.ways.split("|")}
+    measure(args, step, chosen, count)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -50,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("role")
     parser.add_argument("--device")
+    parser.add_argument("--ways", default="", help="names of the ways to save, with | between them; all without")
     for name in ("data", "report"):
         parser.add_argument(f"--{name}", type=Path)
     for name in ("hidden", "layers", "vocabulary", "batch", "length", "steps", "repeats"):
@@ -109,6 +109,7 @@ def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[],
         engine.step()
 
     saver = engine.ucp.saver
+    bench_tools.progress(f"the pool has {saver.memory / 2**20:.0f} MiB")
 
     def synchronously(folder: str) -> None:
         engine.ucp.saver = None
@@ -153,9 +154,9 @@ def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict
     return step, {"dcp.async_save": Way(save, lambda: under_way.pop().result())}
 
 
-def measure(
-    args: argparse.Namespace, step: Callable[[], None], ways: dict[str, Way], parameters: int
-) -> dict[str, Any]:
+def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, Way], parameters: int) -> None:
+    """Writes the report after every turn."""
+    device = "ranks on the CPU" if args.device == "cpu" else f"{torch.cuda.get_device_name(0)}"
     for _ in range(WARM):
         step()
     root = args.data / f"save-{args.role}"
@@ -170,6 +171,9 @@ def measure(
             before = _reset_peak()
             seconds, call, durable = _around(args, step, way, str(folder))
             one = out.setdefault(name, {"seconds": [], "call": [], "durable": [], "growth": 0, "pool": way.pool})
+            bench_tools.progress(
+                f"{name}: {seconds:.2f} s beside {plain[-1]:.2f}, call {call:.3f}, durable {durable:.2f}"
+            )
             if turn == 0:
                 one["first"] = seconds
                 continue
@@ -181,11 +185,11 @@ def measure(
                 one |= {"nbytes": bench_tools.nbytes(folder), "state": 12 * parameters}
                 one["cp"] = bench_tools.copy_and_sync(folder, root / "copy")
                 shutil.rmtree(root / "copy")
-                bench_tools.progress(f"{args.role}, {name}: {seconds:.2f} s beside {min(plain):.2f} s")
+        if turn and dist.get_rank() == 0:
+            report = {"plain": plain[1:], "saves": out, "parameters": parameters, "device": device}
+            args.report.write_text(json.dumps(report))
     if dist.get_rank() == 0:
         shutil.rmtree(root)
-    device = "ranks on the CPU" if args.device == "cpu" else f"{torch.cuda.get_device_name(0)}"
-    return {"plain": plain[1:], "saves": out, "parameters": parameters, "device": device}
 
 
 def _steps(args: argparse.Namespace, step: Callable[[], None]) -> float:
