@@ -71,6 +71,23 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, gate: threading.Event
     assert jobs.digest_of(tmp_path) == jobs.digest(second) != jobs.digest(first)
 
 
+def test_saves_that_come_too_fast_can_be_skipped(
+    tmp_path: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = Saver(policy="skip")
+    (first, made), (_, others) = state(1), state(2)
+    assert saver.save(made, tmp_path, "first")
+    assert not saver.save(others, tmp_path, "second")
+    assert f"second was not saved: the save of {tmp_path / 'first'} is still under way" in caplog.text
+    gate.set()
+    saver.wait()
+    assert set(os.listdir(tmp_path)) == {"first", "latest"}
+    assert jobs.digest_of(tmp_path) == jobs.digest(first)
+    assert saver.save(others, tmp_path, "second")
+    saver.wait()
+    assert (tmp_path / "latest").read_text() == "second"
+
+
 def test_failures_come_back_once(tmp_path: Path, gate: threading.Event) -> None:
     values, made = state(1)
     saver = Saver()
@@ -183,6 +200,7 @@ def test_leaving_waits(tmp_path: Path) -> None:
 def test_leaving_tells_of_a_failure(tmp_path: Path) -> None:
     process = start(tmp_path, "fail")
     _, text = process.communicate(timeout=60)
+    assert process.returncode == 1
     assert "a save failed in the background" in text
     assert "DestinationError" in text
 
