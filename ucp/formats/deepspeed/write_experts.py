@@ -28,10 +28,8 @@ def has_experts(catalog: Catalog, layout: Layout) -> bool:
 
     Raises BadArgument where they cannot be spread over so many ranks, Unsupported for layouts that DeepSpeed has not.
     """
+    refuse_stacks(catalog)
     totals = counts(catalog.parameters)
-    parallel = catalog.training_state.config.get("expert_parallel")
-    if isinstance(parallel, Mapping) and parallel.get("enabled"):
-        raise Unsupported("the source was trained with AutoEP, whose checkpoints cannot be written in DeepSpeed's form")
     if not totals:
         if layout.ep > 1:
             raise Unsupported(f"layout '{layout}': the source has no experts of DeepSpeed's own layers to be spread")
@@ -48,6 +46,15 @@ def has_experts(catalog: Catalog, layout: Layout) -> bool:
                 f"layout '{layout}': the {total} experts of '{layer}' cannot be spread over {layout.ep} ranks"
             )
     return True
+
+
+def refuse_stacks(catalog: Catalog) -> None:
+    """Raise Unsupported for a source whose experts AutoEP stacked."""
+    parallel = catalog.training_state.config.get("expert_parallel")
+    if isinstance(parallel, Mapping) and parallel.get("enabled"):
+        raise Unsupported(
+            "the source was trained with AutoEP, whose checkpoints cannot be written in DeepSpeed's forms"
+        )
 
 
 def of_rank(catalog: Catalog, layout: Layout, rank: int) -> Catalog:

@@ -24,6 +24,7 @@ from typing import Any
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scaler
+from ucp.formats.deepspeed.write_experts import refuse_stacks
 from ucp.formats.deepspeed.write_files import FileBuilder
 from ucp.formats.deepspeed.write_groups import PARAM, group_options, scalar_values
 from ucp.formats.deepspeed.write_native import VERSION, check_groups, model_state, partitioned_module, whole_module
@@ -45,6 +46,7 @@ def plan(catalog: Catalog) -> list[TargetFile]:
     """
     check_groups(catalog)
     config = engine_config(None, catalog.training_state.config, catalog.layout.zero, catalog.layout.tp)
+    refuse_stacks(catalog)
     experts = next((name for name in catalog.parameters if expert_of(name)), None)
     if experts:
         raise Unsupported(

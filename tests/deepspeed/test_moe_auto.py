@@ -1,0 +1,117 @@
+"""A Mixtral under AutoEP, whose experts are stacked: read, resumed and saved over other numbers of ranks and stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ucp
+from tests.deepspeed.agree import differences
+from tests.deepspeed.pairs import CLOSE
+from tests.engines import autoep
+from tests.engines.autoep import AutoCase
+from tests.engines.configs import Case
+from tests.engines.moe import INITIALIZE, SECTION
+from tests.engines.pool import RankPool
+from tests.engines.runs import Run
+from tests.engines.truth import Truth, compare
+from tests.formats.deepspeed.test_read_matrix import check_regions, check_tensors
+from ucp.errors import Unsupported
+
+pytestmark = pytest.mark.slow
+
+PRELOAD = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
+FOUR = Case(stage=1, dp=4, model="llama")
+EP2 = AutoCase(FOUR, ep=2)
+STAGE3 = AutoCase(FOUR.but(stage=3), ep=2)
+# (source, whether it is saved by this project, targets)
+PAIRS: list[tuple[AutoCase, bool, AutoCase]] = [
+    (EP2, False, EP2),
+    (EP2, False, AutoCase(FOUR.but(stage=3), ep=4)),
+    (STAGE3, False, STAGE3),
+    (STAGE3, False, AutoCase(FOUR.but(stage=2, dp=2), ep=1)),
+    (AutoCase(FOUR, ep=2, frozen=True), False, AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
+    (AutoCase(FOUR.but(stage=3, dp=2, dtype="bf16"), ep=2), False, AutoCase(FOUR.but(dtype="bf16"), ep=4)),
+    (STAGE3, True, AutoCase(FOUR, ep=4)),
+    (AutoCase(FOUR.but(dp=2), ep=2), True, AutoCase(FOUR.but(stage=3), ep=2)),
+]
+
+
+class Sources:
+    """Runs of cases, each made once."""
+
+    def __init__(self, pool: RankPool, root: Path) -> None:
+        self.pool = pool
+        self._root = root
+        self._runs: dict[tuple[AutoCase, bool], Run] = {}
+
+    def get(self, case: AutoCase, universal: bool) -> Run:
+        key = case, universal
+        if key not in self._runs:
+            how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
+            folder = str(self._root / str(len(self._runs)))
+            self._runs[key] = self.pool.run(autoep.train, case, folder, *how, world_size=case.case.dp, preload=PRELOAD)[
+                0
+            ]
+        return self._runs[key]
+
+
+@pytest.fixture(scope="module")
+def made(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return Sources(ranks, tmp_path_factory.mktemp("autoep"))
+
+
+def known(truth: Truth | None) -> Truth:
+    assert truth is not None
+    return truth
+
+
+def label(value: Any) -> str:
+    return value.label if isinstance(value, AutoCase) else "universal" * value
+
+
+@pytest.mark.parametrize(("source", "universal", "target"), PAIRS, ids=label)
+def test_loads_exactly(made: Sources, source: AutoCase, universal: bool, target: AutoCase) -> None:
+    run = made.get(source, universal)
+    loaded: Run = made.pool.run(
+        autoep.resume,
+        target.but(seed=5),
+        run.folder,
+        run.tag,
+        INITIALIZE,
+        {"ucp": {"enabled": True}},
+        trained=2,
+        world_size=target.case.dp,
+        preload=PRELOAD,
+    )[0]
+    assert differences(known(run.truth), known(loaded.truth)) == []
+    if source == target:
+        assert loaded.further == run.further
+        assert compare(known(run.truth_after), known(loaded.truth_after)) == []
+    else:
+        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[target.case.dtype])
+
+
+@pytest.mark.parametrize(("source", "universal"), [(s, u) for s, u, _ in PAIRS if s != EP2] + [(EP2, False)], ids=label)
+def test_everything_read_is_what_the_ranks_held(made: Sources, source: AutoCase, universal: bool) -> None:
+    run = made.get(source, universal)
+    truth = known(run.truth)
+    with ucp.open(run.folder) as checkpoint:
+        assert checkpoint.layout.ep == source.ep
+        check_tensors(checkpoint, truth)
+        check_regions(checkpoint, truth)
+        kinds = {name: info.kind for name, info in checkpoint.parameters.items()}
+        assert kinds == {**dict.fromkeys(truth.params, "parameter"), **dict.fromkeys(truth.frozen, "frozen")}
+        router = checkpoint.parameters["model.layers.0.mlp.router.gate.weight"]
+        assert router.aliases == ("model.layers.0.mlp.gate.gate.weight",)
+        assert checkpoint.parameters["model.layers.1.mlp.experts.w2"].shape == (autoep.EXPERTS, 16, 24)
+
+
+@pytest.mark.parametrize("to", ["deepspeed", "deepspeed-universal"])
+def test_what_cannot_be_written(made: Sources, tmp_path: Path, to: str) -> None:
+    layout = "dp=4,ep=2,zero=1" if to == "deepspeed" else None
+    with pytest.raises(Unsupported, match="trained with AutoEP"):
+        ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to=to, layout=layout)
+    assert not (tmp_path / "out").exists()
