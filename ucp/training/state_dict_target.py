@@ -34,6 +34,7 @@ from ucp.transfer.gather import EXACT, Reader, Want, gather
 log = logging.getLogger(__name__)
 
 SHOWN = 8
+ALIGNMENT = 64  # bytes, of the tensors in the memory that they are read into
 
 
 @dataclass(frozen=True)
@@ -266,13 +267,20 @@ def read(
     entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True
 ) -> tuple[dict[str, torch.Tensor], int, int]:
     """This rank's shards, in host memory; with their bytes and the bytes read."""
-    buffers = {
-        key: torch.empty(local_tensor(entries[key].value).numel(), dtype=entries[key].value.dtype) for key in what.wants
-    }
+    locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
+    starts = np.cumsum([0, *(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in locals_.values())])
+    # One allocation: large ones of numpy are in huge pages, which are much quicker to get than ordinary ones.
+    memory = np.empty(int(starts[-1]), np.uint8)
+    raw = [
+        memory[start : start + local.numel() * local.element_size()]
+        for start, local in zip(starts.tolist(), locals_.values(), strict=False)
+    ]
     wants = [
         Want(want.tensor, want.blocks.in_buffer(index), want.dtype) for index, want in enumerate(what.wants.values())
     ]
-    raw = [tensor.view(torch.uint8).numpy() for tensor in buffers.values()]
+    buffers = {
+        key: torch.from_numpy(part).view(local.dtype) for (key, local), part in zip(locals_.items(), raw, strict=True)
+    }
     with Files() as files:
         nbytes = gather(Reader(catalog, files, verify), wants, raw, reading_threads())
         return buffers, nbytes, files.bytes_read
