@@ -73,6 +73,11 @@ PAIRS = [
     Pair(PipeCase(pp=2, case=OPTIONS.but(stage=0)), PipeCase(pp=2, case=OPTIONS.but(stage=0)), "equal"),
     Pair(PipeCase(pp=2, case=OPTIONS.but(stage=0)), PipeCase(pp=4, method="type:block", case=OPTIONS)),
     Pair(PipeCase(pp=2, case=HALF.but(stage=0)), PipeCase(pp=1, case=HALF), losses=""),
+    # Megatron's way: the last stage has an idle copy of what else is in the tied module
+    *(
+        Pair(PipeCase(pp=2, shift=True, case=LOW), PipeCase(pp=pp, shift=True, case=LOW.but(dp=dp)))
+        for pp, dp in ((2, 1), (1, 2))
+    ),
     # without stages, whose names are others
     Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=3))),
     Pair(replace(PLAIN, case=OPTIONS.but(stage=3, dp=2)), PipeCase(pp=2, case=OPTIONS.but(dp=2))),
@@ -147,6 +152,7 @@ SAVES = [
     Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=2))),
     Pair(PipeCase(pp=2, case=LOW.but(stage=0, dp=2)), PipeCase(pp=1, case=LOW.but(dp=1))),
     Pair(PipeCase(pp=2, case=HALF.but(stage=0)), PipeCase(pp=2, method="parameters", case=HALF.but(stage=0))),
+    Pair(PipeCase(pp=2, shift=True, case=LOW), PipeCase(pp=4, shift=True, case=LOW)),
     Pair(SLICED, SLICED, "equal"),
     Pair(SLICED, PipeCase(pp=1, case=SLICED.case.but(dp=2))),
 ]
@@ -197,7 +203,7 @@ def test_all_stages_refuse_together(ranks: RankPool, pipes: PipeSources, target:
 
 def test_a_tied_module_with_weights_of_its_own_is_refused(ranks: RankPool) -> None:
     """Stages would train copies of them that go their own ways."""
-    outcome = ranks.attempt(pipe_runs.refused, PipeCase(pp=2), world_size=2)
+    outcome = ranks.attempt(pipe_runs.build_engine, PipeCase(pp=2, shift=True, declared=False), {}, world_size=2)
     assert outcome.all_raised
     for failure in outcome.failures:
         assert failure.type_name == "ucp.errors.Unsupported"

@@ -98,16 +98,23 @@ def _weights(seed: int, index: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 class Embed(nn.Module):
-    """The token embedding; given hidden states, the head that shares its weight."""
+    """The token embedding; given hidden states, the head that shares its weight.
 
-    def __init__(self, seed: int) -> None:
+    shift: with a parameter that only the embedding uses, as Megatron's positions, so that the head's stage has an idle
+    copy of it, which goes its own way.
+    """
+
+    def __init__(self, seed: int, shift: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(_weights(seed, 0, (VOCABULARY, HIDDEN))[0])
+        if shift:
+            self.shift = nn.Parameter(torch.ones(HIDDEN))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():
             return nn.functional.linear(tokens, self.weight)
-        return nn.functional.embedding(tokens, self.weight)
+        hidden = nn.functional.embedding(tokens, self.weight)
+        return hidden + self.shift if hasattr(self, "shift") else hidden
 
 
 def head(embed: Embed, hidden: Tensor) -> Tensor:
@@ -170,17 +177,17 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def layers(seed: int, *, frozen: bool, head_module: bool, group: Any = None) -> list[Any]:
+def layers(seed: int, *, frozen: bool, head_module: bool, shift: bool = False, group: Any = None) -> list[Any]:
     """The pipeline's layers. head_module: the head is the tied module itself, so that its stage writes it as well."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     end = FIRST_BLOCK + BLOCKS
     return [
-        TiedLayerSpec("embed", Embed, seed),
+        TiedLayerSpec("embed", Embed, seed, shift),
         double,
         *(LayerSpec(Block, seed, index, frozen, group) for index in range(FIRST_BLOCK, end)),
         LayerSpec(nn.LayerNorm, HIDDEN),
-        TiedLayerSpec("embed", Embed, seed, forward_fn=None if head_module else head),
+        TiedLayerSpec("embed", Embed, seed, shift, forward_fn=None if head_module else head),
     ]
 
 

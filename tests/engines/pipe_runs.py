@@ -28,6 +28,7 @@ class PipeCase:
 
     method: DeepSpeed's partition_method. head_module: the head is the tied module itself, not a function of it.
     topology: with tp=1, use the topology that has an axis for tensor parallelism, too (its files are named otherwise).
+    shift: the tied module has a parameter that is not tied; declared: the model says that the first copy counts.
     """
 
     pp: int = 2
@@ -35,6 +36,8 @@ class PipeCase:
     method: str = "uniform"
     head_module: bool = False
     topology: bool = False
+    shift: bool = False
+    declared: bool = True
     case: Case = field(default_factory=lambda: Case(stage=1, dp=1, accumulation=2))
 
     def but(self, pp: int | None = None, tp: int | None = None, method: str | None = None, **case: Any) -> PipeCase:
@@ -50,7 +53,7 @@ class PipeCase:
         parts = [f"pp{self.pp}" if self.pp else "plain"]
         parts += [f"tp{self.tp}"] if self.tp > 1 else []
         parts += [self.method] if self.method != "uniform" else []
-        parts += [n for n in ("head_module", "topology") if getattr(self, n)]
+        parts += [n for n in ("head_module", "topology", "shift") if getattr(self, n)]
         return "-".join([*parts, self.case.but(accumulation=1).label])
 
 
@@ -70,8 +73,14 @@ def build_model(pipe: PipeCase) -> nn.Module:
         for ranks in topology.get_axis_comm_lists("model"):
             made = dist.new_group(ranks)
             group = made if dist.get_rank() in ranks else group
-    specs = pipe_models.layers(case.seed, frozen=case.frozen, head_module=pipe.head_module, group=group)
-    return PipelineModule(specs, loss_fn=pipe_models.loss, partition_method=pipe.method, **kind)
+    specs = pipe_models.layers(
+        case.seed, frozen=case.frozen, head_module=pipe.head_module, shift=pipe.shift, group=group
+    )
+    model = PipelineModule(specs, loss_fn=pipe_models.loss, partition_method=pipe.method, **kind)
+    if pipe.shift and pipe.declared:
+        patterns = [r"tied_modules\.embed\.shift$"]
+        model.universal_checkpoint_info = {"pipeline_replicated_parameter_patterns": patterns}
+    return model
 
 
 def build_engine(pipe: PipeCase, section: dict[str, Any] | None = None) -> Any:
@@ -150,18 +159,6 @@ def resume(
     truth = gather(engine)
     after = continue_training(engine, pipe, STEPS, further)
     return PipeRun(pipe, folder, "", (), tuple(after), truth, gather(engine), client_state)
-
-
-def refused(pipe: PipeCase) -> None:
-    """An engine of this project's whose tied module has a parameter that is not tied."""
-    embed = pipe_models.Embed.__init__
-
-    def with_shift(self: Any, seed: int) -> None:
-        embed(self, seed)
-        self.shift = nn.Parameter(torch.zeros(3))
-
-    pipe_models.Embed.__init__ = with_shift  # type: ignore[method-assign]
-    build_engine(pipe, {})
 
 
 def split(pipe: PipeCase) -> list[int]:

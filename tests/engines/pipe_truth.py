@@ -91,10 +91,10 @@ def _join_stages(stages: list[Truth]) -> Truth:
 
 
 def _union(field: str, parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """All names; what several stages hold (a tied module) must be equal on them."""
+    """All names; what several stages hold (a tied module) must be equal on them, but for the idle copy of `shift`."""
     out: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():
-            if not same(out.setdefault(name, value), value):
+            if not same(out.setdefault(name, value), value) and not name.endswith(".shift"):
                 raise ValueError(f"{field}: stages hold other values of '{name}'")
     return out

@@ -46,7 +46,7 @@ def _unsupported(engine: Any) -> Iterator[str]:
     if engine.has_moe_layers and (engine.mp_world_size > 1 or engine.sequence_parallel_size > 1):
         yield "mixture-of-experts layers together with tensor, pipeline or sequence parallelism"
     for name in untied_parameters(engine.module):
-        yield f"a tied module with '{name}', which tied_weight_attr does not name, so that stages train own copies"
+        yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
     if engine.zero_optimization_partition_weights():
         if getattr(zero, "zero_hpz_partition_size", 1) > 1:
             yield "ZeRO++ hierarchical partitioning (zero_hpz_partition_size)"

@@ -32,6 +32,8 @@ CASES = [
     PipeCase(pp=2, case=TRAINED.but(dp=2, dtype="bf16", stage=0, groups=2)),  # BF16_Optimizer
     PipeCase(pp=2, case=TRAINED.but(dtype="bf16_optimizer")),
     PipeCase(pp=2, case=TRAINED.but(dtype="fp16", optimizer="sgd")),
+    PipeCase(pp=2, shift=True, head_module=True, case=TRAINED),
+    PipeCase(pp=2, shift=True, case=TRAINED.but(stage=0, dtype="bf16")),
     PipeCase(pp=2, tp=2, case=TRAINED.but(frozen=True, groups=2)),
 ]
 PLAIN = CASES[0]
@@ -93,6 +95,11 @@ def test_a_missing_stage_is_named(pipes: PipeSources, tmp_path: Path) -> None:
     for file in folder.glob("*mp_rank_01*"):
         file.unlink()
     assert "2 model-parallel ranks (tp=1, pp=2)" in refusal(folder, DamagedCheckpoint)
+
+
+def test_copies_of_an_untied_parameter_are_refused_unless_the_model_declares_them(pipes: PipeSources) -> None:
+    run = pipes.get(PipeCase(pp=2, shift=True, declared=False, case=TRAINED))
+    assert "'tied_modules.embed.shift'" in refusal(Path(run.folder) / run.tag, Mismatch)
 
 
 def test_a_layer_file_of_another_run_is_found(pipes: PipeSources, tmp_path: Path) -> None:

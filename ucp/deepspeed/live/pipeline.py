@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ucp.formats.deepspeed.replicated import is_declared
+
+
+def declared_info(module: Any) -> Any:
+    """What the model says of itself for universal checkpoints; Megatron-DeepSpeed's models have a method for it."""
+    info = getattr(module, "universal_checkpoint_info", None)
+    return info() if callable(info) else info
+
 
 def untied_parameters(module: Any) -> Iterator[str]:
-    """The trained parameters of tied modules that are not tied themselves (``tied_weight_attr`` does not name them).
+    """The trained parameters of tied modules that are not tied themselves, as ``tied_weight_attr`` does not name them,
+    and of which the model does not declare that the first stage's copy counts.
 
     Every stage trains a copy of its own of such a one, under the same name (``runtime/pipe/module.py:
     allreduce_tied_weight_gradients``).
@@ -15,6 +24,9 @@ def untied_parameters(module: Any) -> Iterator[str]:
     for key, tie in getattr(module, "tied_comms", {}).items():
         if len(tie["ranks"]) < 2:
             continue
-        for name, parameter in tie["module"].named_parameters():
-            if parameter.requires_grad and name not in tie["weight_attr"]:
-                yield f"tied_modules.{key}.{name}"
+        tied = {id(module._recursive_getattr(tie["module"], attribute)) for attribute in tie["weight_attr"]}
+        for local, parameter in tie["module"].named_parameters():
+            name = f"tied_modules.{key}.{local}"
+            untied = parameter.requires_grad and id(parameter) not in tied
+            if untied and not is_declared(declared_info(module), name):
+                yield name

@@ -13,6 +13,7 @@ from typing import Any
 
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
 
+from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Shape, compose, numel
 from ucp.parallel.mesh import Coordinate, Layout
@@ -115,7 +116,7 @@ def _all_groups(tables: Sequence[Table], placements: Placements) -> tuple[tuple[
         if len(table.groups) != len(names):
             raise Unsupported(
                 f"the optimizer has {len(table.groups)} param groups on {table.at} and {len(names)} on {tables[0].at}; "
-                "give every part of the model the same ones, empty where it has none of their parameters"
+                "divide it so that every part has parameters of every group, since DeepSpeed drops empty ones"
             )
         for group, into in zip(table.groups, names, strict=True):
             into.update(dict.fromkeys(placed.name for name in group for placed in placements[table.at, name]))
@@ -155,7 +156,7 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
     for table in tables:
         parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
-    info = getattr(engine.module, "universal_checkpoint_info", None)
+    info = declared_info(engine.module)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
     found = decide(choice, info, model_config(engine), parts, layout, buffers, section)
     if found is None:

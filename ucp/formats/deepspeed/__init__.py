@@ -17,11 +17,13 @@ from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
 from ucp.formats.deepspeed.assemble import assemble, check_copies
+from ucp.formats.deepspeed.averages import take_averages
 from ucp.formats.deepspeed.build import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.experts import find_experts
 from ucp.formats.deepspeed.layers import with_modules
 from ucp.formats.deepspeed.model import ModelFile
 from ucp.formats.deepspeed.part import Part, open_models, read_part
+from ucp.formats.deepspeed.replicated import first_copies
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.choice import Choice
@@ -76,13 +78,15 @@ def read(
         for rank, held in experts.parts(folder, models[folder.mp]).items():
             builder = Builder(files, paths, sources)
             parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
+    parts = first_copies(parts)
     same = {part.model.path: part for part in parts.values()}
     for key in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
         same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
     zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
     ep = max(part.ep for part in parts.values())
     layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, ep=ep, zero=zero)
-    parameters, tensors, copies, state = assemble(parts, _placement(first, parts, layout, choice))
+    placements = _placement(first, parts, layout, choice)
+    parameters, tensors, copies, state = assemble(parts, placements)
     catalog = Catalog(
         format=NAME,
         writer=f"deepspeed {first.raw.get('ds_version', 'of unknown version')}",
@@ -93,6 +97,7 @@ def read(
         training_state=state,
         copies=copies,
     )
+    catalog = take_averages(catalog, parts, placements, files)
     catalog.check()
     if compare:
         check_copies(catalog, files)

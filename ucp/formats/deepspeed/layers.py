@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import folder as folders
 from ucp.formats.deepspeed import unnamed
 from ucp.formats.deepspeed.folder import Folder
 from ucp.formats.deepspeed.model import ModelFile
+from ucp.formats.deepspeed.replicated import is_declared
 from ucp.geometry import Shape
 from ucp.storage import locations
 from ucp.storage.values import TensorRef
@@ -74,11 +76,8 @@ def with_modules(
     out: dict[int, Mapping[int, ModelFile]] = {}
     for rank, files in layers.items():
         stages = [_Stage.of(folder, models[folder.mp][0]) for folder in found if folder.mp % count == rank]
-        for stage, module in _modules(path, files, stages, param_names):
-            raw = {**stage.model.raw, "module": module}
-            if stage.trained is not None:
-                raw["param_shapes"] = [{n: _shape(stage.model, n, module) for n in group} for group in stage.trained]
-            out[stage.mp] = {0: replace(stage.model, raw=raw)}
+        for stage, completed in _completed(path, files, stages, param_names):
+            out[stage.mp] = {0: replace(stage.model, raw={**stage.model.raw, **completed})}
     return {mp: out[mp] for mp in models}
 
 
@@ -122,19 +121,19 @@ def _sliced(folder: Folder) -> list[list[str]]:
     return [list(groups[g]) for g in sorted(groups)]
 
 
-def _shape(model: ModelFile, name: str, module: Mapping[str, TensorRef]) -> Shape:
-    if name not in module:
+def _shape(model: ModelFile, name: str, every: Mapping[str, TensorRef]) -> Shape:
+    if name not in every:
         raise Unsupported(
             f"{model.path}: nothing tells the shape of '{name}': no layer file holds it, as its tied layers are used "
             'through functions only; save it at stage 1, or with "ucp": {"save": {"format": "universal"}}'
         )
-    return module[name].shape
+    return every[name].shape
 
 
-def _modules(
+def _completed(
     path: Path, files: Mapping[int, Path], stages: Sequence[_Stage], param_names: Sequence[Sequence[str]] | None
-) -> Iterator[tuple[_Stage, dict[str, TensorRef]]]:
-    """Each of these stages with its state dict, from the layer files of their tensor-parallel rank."""
+) -> Iterator[tuple[_Stage, dict[str, Any]]]:
+    """Each of these stages with what its model file lacks, from the layer files of their tensor-parallel rank."""
     known = {name: shape for stage in stages for name, shape in stage.names.items()}
     if any(stage.unnamed for stage in stages):
         guessed = known | {name: None for group in param_names or () for name in group}
@@ -151,9 +150,18 @@ def _modules(
             f"{path}: no layer file holds '{lost[0]}', which a model file names; the layer files of layer "
             f"{lost[0].partition('.')[0]} are missing or of another run"
         )
+    earlier: set[str] = set()
     for stage in stages:
         rest = [name for name in every if name not in known] if stage is stages[0] else []
-        yield stage, {name: every[name] for name in (*stage.names, *rest) if name in every}
+        info = stage.model.raw.get("universal_checkpoint_info")
+        # The file of a tied layer has the first stage's copy.
+        again = {name for name in stage.names if name in earlier and is_declared(info, name)}
+        earlier.update(stage.names)
+        held = [name for name in (*stage.names, *rest) if name in every and name not in again]
+        completed: dict[str, Any] = {"module": {name: every[name] for name in held}}
+        if stage.trained is not None:
+            completed["param_shapes"] = [{n: _shape(stage.model, n, every) for n in group} for group in stage.trained]
+        yield stage, completed
 
 
 def _with_split(
