@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,6 +162,56 @@ def save_in_background(case: Case, folder: str) -> tuple[Truth | None, Truth | N
     if engine.ucp.last_save.tag != "global_step4":
         raise ValueError(f"the second save was not finished: {engine.ucp.last_save}")
     return first, second, losses, sorted(os.listdir(folder))
+
+
+@dataclass(frozen=True, eq=False)
+class Lazily:
+    """Truths (rank 0 only) at the saves by tag, and the seconds that calls took: copying takes ``SLOW`` at least."""
+
+    truths: Mapping[str, Truth | None]
+    seconds: Mapping[str, float]
+
+
+SLOW = 0.4
+
+
+def save_lazily(case: Case, folder: str) -> Lazily:
+    """Saves whose copy is slow, each followed by another way to change what is being copied."""
+    import deepspeed.utils
+
+    from ucp.training import staging
+
+    fill = staging._fill
+
+    def slowly(*args: Any) -> None:
+        time.sleep(SLOW)
+        fill(*args)
+
+    staging._fill = slowly
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
+    continue_training(engine, case, 0, 2)
+    # DeepSpeed's stage 3 sets parameters only that all ranks share evenly.
+    param = engine.module.cube
+    ways: dict[str, Any] = {"step": lambda: continue_training(engine, case, 2, 1)}
+    if case.stage:
+        whole = torch.zeros(param.ds_shape if case.stage == 3 else param.shape)
+        ways["safe_set"] = lambda: deepspeed.utils.safe_set_full_fp32_param(param, whole)
+        ways["safe_set_state"] = lambda: deepspeed.utils.safe_set_full_optimizer_state(param, whole, "exp_avg")
+    ways["load"] = lambda: engine.load_checkpoint(folder, "step")
+    truths, seconds = {}, {}
+    for tag, change in ways.items():
+        if truths:  # masters that were set by hand are not yet in the module
+            engine.load_checkpoint(folder, "step")
+        truths[tag] = gather(engine)
+        clock = time.perf_counter()
+        engine.save_checkpoint(folder, tag)
+        seconds[f"save {tag}"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        change()
+        seconds[tag] = time.perf_counter() - clock
+    engine.ucp.wait()
+    dist.barrier()
+    return Lazily(truths, seconds)
 
 
 def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[str, str]]:

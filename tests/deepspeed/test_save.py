@@ -206,6 +206,23 @@ def test_in_the_background(ranks: RankPool, tmp_path: Path, case: Case) -> None:
     assert plain[0] == losses
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(stage=0, dp=2),
+        Case(stage=1, dp=2, dtype="bf16", frozen=True),
+        Case(stage=2, dp=2, dtype="bf16", offload=True),
+        Case(stage=3, dp=2, dtype="bf16", frozen=True),
+    ],
+    ids=lambda case: case.label,
+)
+def test_every_update_waits_for_the_copy(ranks: RankPool, tmp_path: Path, case: Case) -> None:
+    found: save_jobs.Lazily = ranks.run(save_jobs.save_lazily, case, str(tmp_path), world_size=2)[0]
+    for tag, truth in found.truths.items():
+        check_contents(str(tmp_path / tag), known(truth), case)
+        assert found.seconds[f"save {tag}"] < save_jobs.SLOW * 0.75 < found.seconds[tag]
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_in_the_background(ranks: RankPool, tmp_path: Path, failing: int) -> None:
     found = ranks.run(save_jobs.failure_in_background, Case(stage=2, dp=2), str(tmp_path), failing, world_size=2)
