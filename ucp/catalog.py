@@ -139,7 +139,8 @@ class Catalog:
     format: the name of the format it was read from; writer: framework and version, for people.
     chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
-    tensor-parallel rank keeps.
+    tensor-parallel rank keeps. inline: the bytes of "files" that are no files, by index: what no file has, such as
+    averages.
     """
 
     format: str
@@ -151,6 +152,12 @@ class Catalog:
     training_state: TrainingState
     chunk_digests: Mapping[int, Any] = field(default_factory=dict)
     copies: tuple[LogicalTensor, ...] = ()
+    inline: Mapping[int, bytes] = field(default_factory=dict)
+
+    @property
+    def on_disk(self) -> tuple[SourceFile, ...]:
+        """The files that really are files."""
+        return tuple(file for k, file in enumerate(self.files) if k not in self.inline)
 
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""

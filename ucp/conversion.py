@@ -212,7 +212,7 @@ def convert(
                 Reader(job.source, files),
                 job.files,
                 identity,
-                lambda: _check_unchanged(job.source.files),
+                lambda: _check_unchanged(job.source.on_disk),
                 workers,
                 max_memory,
                 progress,
@@ -232,7 +232,7 @@ def convert(
                     finished = job.finish(write_leading(writing, part, team))
                     for name, raw in finished.items():
                         _write(part / CHECKPOINT / name, raw)
-                    _check_unchanged(job.source.files)
+                    _check_unchanged(job.source.on_disk)
             read = files.bytes_read
     return ConversionReport(
         source=str(locate(source)),

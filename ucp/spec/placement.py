@@ -30,13 +30,14 @@ class Placed:
     """A local tensor's part of one logical tensor.
 
     name, shape: the logical tensor's. blocks: its boxes, at their places in the local tensor's row-major order.
-    padding: whether this is the padding of a parameter.
+    padding: whether this is the padding of a parameter. average: whether the parameter is the average of its copies.
     """
 
     name: str
     shape: Shape
     blocks: Blocks
     padding: bool = False
+    average: bool = False
 
 
 # Local names and shapes of every part of the model, and where each of these tensors lies.
@@ -62,8 +63,7 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
     buffers: names that need no line in the spec; without one they are replicated. With one tensor-parallel rank nothing
     is cut, and the spec only tells what is padding.
 
-    Raises SpecError where shapes contradict the spec or leave a cut open, or a parameter has no line; Unsupported for a
-    parameter that is an average of its copies.
+    Raises SpecError where shapes contradict the spec or leave a cut open, or a parameter has no line.
     """
     expressions: dict[str, Expression | None] = {}
     shards: dict[str, list[tuple[Mapping[str, int], Shape]]] = {}
@@ -88,7 +88,8 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
                     f"{expression.source.place}: '{expression}' makes '{name}' {list(mine.shape)} on {at}, but it has "
                     f"{list(shape)}"
                 )
-            out[at, name] = (Placed(name, mine.logical, mine.blocks), *_padding(bound, name, expression, cutting, at))
+            own = Placed(name, mine.logical, mine.blocks, average=expression.average is not None)
+            out[at, name] = (own, *_padding(bound, name, expression, cutting, at))
     return out
 
 
@@ -124,7 +125,7 @@ def _padded(bound: Bound, name: str) -> Expression | None:
 def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:
     """What the spec says of a parameter; None where that is nothing, and optional.
 
-    Raises SpecError without a line, Unsupported for a parameter that is an average of its copies.
+    Raises SpecError without a line.
     """
     found = bound.find(name)
     if found is None:
@@ -132,11 +133,6 @@ def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expr
             return None
         raise SpecError(
             Place(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}' (shape {list(shape)}); write one"
-        )
-    if found.expression.average is not None:
-        raise Unsupported(
-            f"{found.expression.source.place}: '{name}' is the average of its copies over {found.expression.average}; "
-            "taking averages while reading is not supported yet"
         )
     return found.expression
 

@@ -107,10 +107,14 @@ class Reader:
     def __init__(self, catalog: Catalog, files: Files, verify: bool = True) -> None:
         self._paths = [f.path for f in catalog.files]
         self._files = files
+        self._inline = dict(catalog.inline)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
 
     def read_into(self, file: int, offset: int, out: Bytes, cache: Cache) -> None:
         """Read ``len(out)`` bytes at ``offset``; ``cache`` is the calling thread's own store of verified chunks."""
+        if file in self._inline:
+            out[:] = np.frombuffer(self._inline[file], np.uint8, len(out), offset)
+            return
         path, digests = self._paths[file], self._digests.get(file)
         if digests is None:
             self._files.read_into(path, offset, out.data)

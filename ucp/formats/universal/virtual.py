@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ucp.catalog import Catalog, SourceFile
+from ucp.errors import Unsupported
 from ucp.formats.universal import manifest, schema, training
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests
@@ -67,7 +68,18 @@ class Plan:
 
 
 def plan(catalog: Catalog) -> Plan:
-    """Describe a catalog where it is. Raises Unsupported for training state that is not plain data."""
+    """Describe a catalog where it is.
+
+    Raises Unsupported for training state that is not plain data, and for tensors that lie in no file.
+    """
+    if catalog.inline:
+        names = sorted(
+            {t.name for t in catalog.tensors.values() if set(t.blocks.buffers.tolist()) & set(catalog.inline)}
+        )
+        raise Unsupported(
+            f"'{names[0]}' is the average of its copies, which lies in no file, so a virtual checkpoint cannot point "
+            "at it; convert without --virtual"
+        )
     met = training.Tensors()
     training_state = training.encode(catalog.training_state, met)
     source = training.with_sources(catalog, met)
