@@ -172,6 +172,15 @@ def test_a_like_that_is_none(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_config_of_another_model(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "like")
+    path = tmp_path / "like/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 105}))
+    message = r"like/config\.json: makes 'lm_head\.weight' \[105, 24\], and the checkpoint has it as \[101, 24\]"
+    with pytest.raises(Mismatch, match=message):
+        ucp.convert(llama, tmp_path / "ours", to="huggingface", like=tmp_path / "like")
+
+
 def test_without_a_config_a_warning_says_what_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = folder_of(tmp_path / "a", {"w": torch.ones(2)})
     with caplog.at_level(logging.WARNING):

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, bare
-from ucp.errors import BadArgument, Unsupported
+from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats import sharded
 from ucp.formats.huggingface import adapter
+from ucp.formats.huggingface.folder import CONFIG
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, carried, config_of
 from ucp.formats.huggingface.names import FRAMEWORK, with_prefix
 from ucp.formats.rename import best_names, rename
 from ucp.spec.bound import Bound
 from ucp.spec.choice import Choice
+from ucp.spec.meaning import shape_of
 from ucp.transfer.targets import TargetFile
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def plan(
     not the catalogue's for the config's model_type; parameters that have another framework's names by it get its own.
 
     Raises BadArgument for a type or folder that is none, Unsupported for what such a folder can't hold, Mismatch where
-    values would be lost, and what renaming raises.
+    values would be lost or the config is another model's, and what renaming raises.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadArgument(f"element type '{dtype}' is not known; known are {', '.join(DTYPES)}")
@@ -59,7 +61,7 @@ def plan(
         raise BadArgument(f"{like}: is no folder; '--like' names a model folder")
     target = None if dtype is None else DTYPES[dtype]
     catalog = _weights(catalog)
-    if like is not None and (like / ADAPTER_CONFIG).is_file() and not (like / "config.json").is_file():
+    if like is not None and (like / ADAPTER_CONFIG).is_file() and not (like / CONFIG).is_file():
         catalog = adapter.select(catalog, like)
         # PEFT has one file, however large.
         return catalog, [*_files(catalog, target, sys.maxsize, "adapter_model"), *adapter.carried(like)]
@@ -73,7 +75,7 @@ def plan(
         catalog = with_prefix(catalog, bound)
     catalog = _untied(catalog, bound, config)
     if bound is not None:
-        _warn_of_others(catalog, bound)
+        _check(catalog, bound, like)
         catalog = rename(catalog, bound, FRAMEWORK, to_framework=True, keep=True)
     files = _files(catalog, target, max_shard, "model")
     if like is None:
@@ -94,10 +96,15 @@ def _bound(choice: Choice, config: Mapping[str, Any] | None) -> Bound | None:
 
 def _weights(catalog: Catalog) -> Catalog:
     """The weights alone, their names without what wrappers put into them."""
-    kept = [info for info in catalog.parameters.values() if info.kind != "padding" and "param" in info.states]
-    padded = sum(info.kind == "padding" for info in catalog.parameters.values())
-    if padded:
-        log.warning("the padding of %d parameters is left out: a model folder has the model's true sizes", padded)
+    kept = [info for info in catalog.parameters.values() if info.kind != "padding"]
+    if len(kept) < len(catalog.parameters):
+        log.warning(
+            "the padding of %d parameters is left out: a model folder has the model's true sizes",
+            len(catalog.parameters) - len(kept),
+        )
+    bodiless = next((info.name for info in kept if "param" not in info.states), None)
+    if bodiless is not None:
+        raise Unsupported(f"the checkpoint has states of '{bodiless}' but no weight, which a model folder needs")
     names = {name: bare(name) for info in kept for name in (info.name, *info.aliases)}
     if len(set(names.values())) < len(names):
         names = {name: name for name in names}
@@ -140,9 +147,23 @@ def _untied(catalog: Catalog, bound: Bound | None, config: Mapping[str, Any] | N
     return replace(catalog, parameters=parameters, tensors=tensors)
 
 
-def _warn_of_others(catalog: Catalog, bound: Bound) -> None:
-    """Tell what the model's family has and the checkpoint lacks, and the reverse: whoever opens the folder decides."""
-    unknown = [n for n, info in catalog.parameters.items() if info.kind != "buffer" and bound.find(n) is None]
+def _check(catalog: Catalog, bound: Bound, like: Path | None) -> None:
+    """Refuse shapes that the config contradicts; tell what the model's family has and the checkpoint lacks, and the
+    reverse: whoever opens the folder decides."""
+    unknown = []
+    for name, info in catalog.parameters.items():
+        found = bound.find(name)
+        if found is None:
+            if info.kind != "buffer":
+                unknown.append(name)
+            continue
+        shape = shape_of(found.expression, bound.sizes)
+        if shape != info.shape:
+            where = "the spec" if like is None else str(like / CONFIG)
+            raise Mismatch(
+                f"{where}: makes '{name}' {list(shape)}, and the checkpoint has it as {list(info.shape)}; give a folder "
+                "whose config is this model's"
+            )
     if unknown:
         log.warning(
             "%d parameters that '%s' does not know are written under their own names, such as '%s'",
