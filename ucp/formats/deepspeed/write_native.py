@@ -20,6 +20,7 @@ from ucp.formats.deepspeed import write_experts, write_pipeline, write_slices
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
+from ucp.formats.rename import best_names
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
@@ -66,20 +67,23 @@ def plan(
                 f"layout '{layout}': experts together with tensor or pipeline parallelism can't be written"
             )
         return _with_experts(catalog, config, layout)
-    stages = write_pipeline.stages(config.raw, layout, catalog)
+    stages = write_pipeline.stages(config.raw, layout)
     if stages is not None and layout.zero == 0 and config.dtype == "bfloat16":
         raise Unsupported(
             f"layout '{layout}': DeepSpeed {VERSION} loads no checkpoint of a bf16 pipeline at ZeRO stage 0, its own "
             "included (it takes one rank's state for a list of all); choose zero=1"
         )
     files: list[TargetFile] = []
-    bound = None if layout.tp == 1 else write_slices.spec_of(choice, layout, config)
+    bound = write_slices.spec_of(choice, layout, config)
     for rank in range(layout.tp):
-        own = catalog if bound is None else write_slices.sliced(source, bound, layout, rank, config)
+        own = catalog if bound is None or layout.tp == 1 else write_slices.sliced(source, bound, layout, rank, config)
         if stages is None:
             files += _share_files(Share(rank, own), config, layout)
             continue
-        suffix = "" if bound is None else f"-model_{rank:02d}"
+        if bound is not None:
+            own = best_names(own, bound, write_pipeline.is_name)
+        write_pipeline.check_names(own, stages)
+        suffix = "" if layout.tp == 1 else f"-model_{rank:02d}"
         files += write_pipeline.layer_files(own, stages, lambda file, info: _weight(file, config, info), suffix)
         for stage in range(layout.pp):
             share = write_pipeline.share(own, stages, stage)

@@ -47,11 +47,16 @@ class Stages:
         return (1, int(first)) if int(first) in held else None
 
 
-def stages(raw: Mapping[str, Any], layout: Layout, catalog: Catalog) -> Stages | None:
+def is_name(name: str) -> bool:
+    """Whether a pipeline's parameter may have this name."""
+    first = name.partition(".")[0]
+    return first == _TIED or first.isdigit()
+
+
+def stages(raw: Mapping[str, Any], layout: Layout) -> Stages | None:
     """The split by the config; None where that has none and one stage is all there is.
 
-    Raises BadArgument where the config does not say it or says what can't be, Unsupported for names that are not a
-    pipeline's.
+    Raises BadArgument where the config does not say it or says what can't be.
     """
     section = raw.get("pipeline")
     section = section if isinstance(section, Mapping) else {}
@@ -71,10 +76,7 @@ def stages(raw: Mapping[str, Any], layout: Layout, catalog: Catalog) -> Stages |
         )
     if layout.zero > 1:
         raise BadArgument(f"layout '{layout}': DeepSpeed's pipelines work with ZeRO stages 0 and 1 only")
-    found = Stages(tuple(bounds), _tied(tied, bounds[-1]))
-    for name in catalog.parameters:
-        _check_name(name, found)
-    return found
+    return Stages(tuple(bounds), _tied(tied, bounds[-1]))
 
 
 def _tied(section: Any, count: int) -> dict[str, tuple[int, ...]]:
@@ -89,6 +91,12 @@ def _tied(section: Any, count: int) -> dict[str, tuple[int, ...]]:
     return {str(tie): tuple(layers) for tie, layers in section.items()}
 
 
+def check_names(catalog: Catalog, stages: Stages) -> None:
+    """Raise BadArgument for a tied module whose layers are not told, Unsupported for what is no pipeline's name."""
+    for name in catalog.parameters:
+        _check_name(name, stages)
+
+
 def _check_name(name: str, stages: Stages) -> None:
     first, _, rest = name.partition(".")
     tie = rest.partition(".")[0]
@@ -100,8 +108,7 @@ def _check_name(name: str, stages: Stages) -> None:
     if first != _TIED and not (first.isdigit() and int(first) in stages.layers):
         raise Unsupported(
             f"'{name}' is no name of a pipeline of {len(stages.layers)} layers, whose parameters are called "
-            "'{layer}.…' or 'tied_modules.{tie}.…'; resume in the pipeline's engine with a spec whose names: tell what "
-            "is what"
+            "'{layer}.…' or 'tied_modules.{tie}.…'; give a spec (spec=, --spec) whose names: tell what is what"
         )
 
 

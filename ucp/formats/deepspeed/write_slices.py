@@ -13,6 +13,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import Mismatch, Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig
+from ucp.formats.rename import best_names
 from ucp.geometry import Blocks, concat, restrict
 from ucp.parallel.mesh import Layout
 from ucp.spec.axes import Expression, Padded, names
@@ -37,8 +38,10 @@ def without_padding(catalog: Catalog) -> Catalog:
     )
 
 
-def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound:
-    """The spec that says how a target with tensor parallelism is cut. Raises Unsupported where none is known."""
+def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound | None:
+    """The spec that was given, None without one. Raises Unsupported where it has to say how the target is cut."""
+    if choice.spec is None and layout.tp == 1:
+        return None
     found = choice.bound(None, "autotp" if config.autotp else "megatron")
     if found is None:
         raise Unsupported(
@@ -48,12 +51,13 @@ def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound:
 
 
 def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, config: EngineConfig) -> Catalog:
-    """One tensor-parallel rank's own tensors under their names, padded as wide as the source's are.
+    """One tensor-parallel rank's own tensors under the spec's names, padded as wide as the source's are.
 
     Raises SpecError for a parameter without a line and for a cut that can't be; Mismatch where shapes contradict the
     spec.
     """
     rule = "balanced" if config.autotp else "exact"
+    catalog = best_names(catalog, bound, lambda name: bound.find(name) is not None)
     whole = without_padding(catalog)
     parameters, tensors = dict(whole.parameters), dict(whole.tensors)
     for name, info in whole.parameters.items():
