@@ -161,8 +161,8 @@ def _check(catalog: Catalog, bound: Bound, like: Path | None) -> None:
         if shape != info.shape:
             where = "the spec" if like is None else str(like / CONFIG)
             raise Mismatch(
-                f"{where}: makes '{name}' {list(shape)}, and the checkpoint has it as {list(info.shape)}; give a folder "
-                "whose config is this model's"
+                f"{where}: makes '{name}' {list(shape)}, and the checkpoint has it as {list(info.shape)}; give a "
+                "folder whose config is this model's"
             )
     if unknown:
         log.warning(
