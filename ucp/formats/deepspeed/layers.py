@@ -62,7 +62,7 @@ def with_modules(
 
     Raises DamagedCheckpoint for missing files, Unsupported where nothing tells which layers are tied.
     """
-    if all(files[0].raw.get("module") is not None for files in models.values()):
+    if all(files[0].raw.get("module", {}) is not None for files in models.values()):
         return models
     layers = layer_files(path)
     if not layers:
