@@ -68,7 +68,16 @@ class Placed:
         return tuple(placed.name for name in local for placed in self._placements[self._at, name])
 
     def to_save(self, slots: Sequence[Slot]) -> list[Slot]:
-        """The local slots with what this rank has to write of them: what no earlier part of the model holds."""
+        """The local slots with what this rank has to write of them: what no earlier part of the model holds.
+
+        Raises Unsupported for a parameter that the spec says to average, since no rank holds that.
+        """
+        averaged = [placed.name for places in self._placements.values() for placed in places if placed.average]
+        if averaged:
+            raise Unsupported(
+                f"'{averaged[0]}' is the average of its copies by the spec, and ranks save only what they hold; nothing "
+                'was saved; "ucp": {"save": {"format": "deepspeed"}} keeps every copy'
+            )
         return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
 
     def _is_void(self, slot: Slot) -> bool:
