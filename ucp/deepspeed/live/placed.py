@@ -75,8 +75,8 @@ class Placed:
         averaged = [placed.name for places in self._placements.values() for placed in places if placed.average]
         if averaged:
             raise Unsupported(
-                f"'{averaged[0]}' is the average of its copies by the spec, and ranks save only what they hold; nothing "
-                'was saved; "ucp": {"save": {"format": "deepspeed"}} keeps every copy'
+                f"'{averaged[0]}' is the average of its copies by the spec, and ranks save only what they hold; "
+                'nothing was saved; "ucp": {"save": {"format": "deepspeed"}} keeps every copy'
             )
         return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
 
