@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -23,6 +25,8 @@ def serve() -> Iterator[str]:
     try:
         assert server.stderr is not None
         address = next(line.split("http://")[1].strip() for line in server.stderr if "Running on http://" in line)
+        # It tells of every request; once nobody read that any more, it would stop.
+        Thread(target=deque, args=(server.stderr, 0), daemon=True).start()
         before = dict(os.environ)
         os.environ |= {
             "AWS_ENDPOINT_URL": f"http://{address}",
