@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, inspect, ls, output, plan, report, run, spec, verify
+from ucp.cli import convert, diff, ls, output, plan, report, run, show, spec, verify
 
 PROGRAM = "ucp"
 
 COMMANDS: dict[str, ModuleType] = {
-    "inspect": inspect,
+    "inspect": show,
     "ls": ls,
     "verify": verify,
     "diff": diff,
