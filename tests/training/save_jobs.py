@@ -26,6 +26,7 @@ from ucp.parallel.mesh import Layout
 from ucp.storage import commit as storage
 from ucp.storage.dtypes import from_torch
 from ucp.training import commit
+from ucp.training.background import Saver
 from ucp.training.commit import Session
 from ucp.training.save import write_share
 from ucp.training.source import Holding, Source
@@ -175,6 +176,28 @@ def save(
         text += part
     os.close(reading)
     return Ended(code, text.decode(), struct.unpack(f"<{len(made)}q", counters[:]))
+
+
+def save_in_background(folder: Path, tag: str, made: Source, death: Death | None) -> Ended:
+    """As `save`, by one rank's `Saver` and its thread."""
+    counters = mmap.mmap(-1, 8)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+
+        def work() -> None:
+            instrument(0, death, counters)
+            saver = Saver()
+            saver.save(made, folder, tag)
+            saver.hold()
+            saver.wait()
+
+        os.setpgid(0, 0)
+        _in_child(work, writing)
+    os.close(writing)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(reading, "rb") as errors:
+        return Ended(code, errors.read().decode(), struct.unpack("<q", counters[:]))
 
 
 def _in_child(work: Callable[[], None], errors: int) -> None:

@@ -1,4 +1,7 @@
-"""Ranks killed with SIGKILL at every step of a save: the old checkpoint or the new one, whole, and nothing else."""
+"""Ranks killed with SIGKILL at every step of a save: the old checkpoint or the new one, whole, and nothing else.
+
+More than 200 deaths in all, by the counts that the tests assert: 4 times 28 or more, 50, 10 and 40.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def deaths(before: Path, tag: str, rank: int, everyone: bool) -> list[str]:
 @pytest.mark.parametrize("everyone", [False, True], ids=["alone", "everyone"])
 def test_the_first_rank_dies_at_every_step(before: Path, tag: str, everyone: bool) -> None:
     outcomes = deaths(before, tag, 0, everyone)
-    assert len(outcomes) > 20
+    assert len(outcomes) > 28
     # It is the old state up to one step, and the new one from there on.
     turn = outcomes.index("new")
     assert "old" not in outcomes[turn:]
@@ -105,8 +108,29 @@ def test_the_first_rank_dies_at_every_step(before: Path, tag: str, everyone: boo
 @pytest.mark.slow
 def test_another_rank_dies_at_every_step(before: Path) -> None:
     outcomes = deaths(before, "new", 1, everyone=False)
-    assert len(outcomes) > 5
+    assert len(outcomes) > 10
     assert outcomes[0] == "old"
+
+
+@pytest.mark.slow
+def test_a_save_in_the_background_dies_at_every_step(before: Path) -> None:
+    old, new = jobs.source(OLD, 0, 1, 11), jobs.source(NEW, 0, 1, 12)
+    alone = before.parent / "alone"
+    assert jobs.save_in_background(alone, "old", old, None).code == 0
+    died = 0
+    for tag in ("new", "old"):
+        outcomes = []
+        for operation in range(1000):
+            folder = fresh(alone)
+            ended = jobs.save_in_background(folder, tag, new, Death(0, operation, everyone=True))
+            outcomes.append(check(folder, tag, ended, again=False))
+            if ended.operations[0] >= 0:
+                break
+            assert ended.code == -9
+            died += 1
+        turn = outcomes.index("new")
+        assert "old" not in outcomes[turn:]
+    assert died > 50
 
 
 @pytest.mark.slow
