@@ -8,6 +8,7 @@ The language's reference is the README beside the catalogue of specs. From a spe
     cutting = Cutting({"tp": 2}, rule="balanced")        # to write shards: a rule, or explicit widths
     cuttings = solve_cuts(observed, bound.sizes, mesh)   # to read shards: from the shapes of all of them
     shard(found.expression, bound.sizes, cutting, {"tp": 1}).blocks
+    moves(bound, "huggingface", names, to_framework=True)  # names: what another framework calls and makes of them
 
 The blocks serve both directions: as the source of `ucp.geometry.intersect` they put shards together, as its target
 they cut them. Their buffer is the shard's own row-major order, so that a ZeRO range of it is cut further by ranges.

@@ -90,6 +90,7 @@ def _bound(choice: Choice, config: Mapping[str, Any] | None) -> Bound | None:
     if config is None:
         return choice.bound(None)
     if choice.spec is not None and config.get("model_type") not in choice.spec.models:
+        log.info("names are not '%s's, which is not for '%s'", choice.spec.file, config.get("model_type"))
         choice = Choice()
     return replace(choice, config=config).bound(None)
 
