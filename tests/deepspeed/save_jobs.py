@@ -19,7 +19,7 @@ from tests.engines.configs import Case
 from tests.engines.load_jobs import build_target
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
-from tests.engines.truth import Truth, gather
+from tests.engines.truth import Truth, compare, gather
 from tests.training.save_jobs import Death, instrument
 
 SAVE: dict[str, Any] = {"save": {"async": False}}
@@ -298,3 +298,38 @@ def from_a_url(case: Case, url: str, environment: Mapping[str, str]) -> Truth | 
     engine = build_target(case, SAVE)
     engine.load_checkpoint(url)
     return gather(engine)
+
+
+def loads_of_damaged(case: Case, folder: str, flips: int) -> tuple[dict[str, int], list[str], list[str]]:
+    """Load a checkpoint after each of so many single bits were flipped at random places of every file.
+
+    Returns how many loads were refused by file, the flips that were not, and what the refused loads have changed.
+    """
+    from ucp.errors import UcpError
+
+    engine = build_target(case.but(seed=5))
+    before = gather(engine)
+    randomly = random.Random(3)
+    refused: dict[str, int] = {}
+    missed = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        with open(path, "rb") as stream:
+            good = stream.read()
+        for _ in range(flips):
+            at, bit = randomly.randrange(len(good)), randomly.randrange(8)
+            with open(path, "wb") as stream:
+                stream.write(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+            try:
+                engine.load_checkpoint(os.path.dirname(folder), os.path.basename(folder))
+            except UcpError:
+                refused[name] = refused.get(name, 0) + 1
+            else:
+                missed.append(f"{name}, bit {bit} of byte {at}")
+        with open(path, "wb") as stream:
+            stream.write(good)
+    after = gather(engine)
+    changed = [] if before is None or after is None else compare(before, after)
+    if engine.load_checkpoint(os.path.dirname(folder), os.path.basename(folder))[0] is None:
+        raise FileNotFoundError(folder)
+    return refused, missed, changed

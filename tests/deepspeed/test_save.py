@@ -231,3 +231,16 @@ def test_a_failure_in_the_background(ranks: RankPool, tmp_path: Path, failing: i
         assert "the disk is gone" in told[1]
         assert loaded == ("", "again")
     assert sorted(os.listdir(tmp_path)) == ["again", "global_step1", "latest"]
+
+
+def test_a_flipped_bit_is_found_at_load(ranks: RankPool, tmp_path: Path) -> None:
+    case = Case(stage=3, dp=2, frozen=True)
+    ranks.run(save_jobs.save_twice, case, str(tmp_path), world_size=2)
+    files = len(os.listdir(tmp_path / "global_step4"))
+    other = Case(stage=1, dp=1, frozen=True)
+    refused, missed, changed = ranks.run(
+        save_jobs.loads_of_damaged, other, str(tmp_path / "global_step4"), 10, world_size=1
+    )[0]
+    assert missed == []
+    assert changed == []
+    assert list(refused.values()) == [10] * files
