@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+Turn = tuple[float, float]  # seconds, processor seconds
+
 
 def main() -> None:
     args = parse_arguments()
@@ -104,18 +106,18 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.works.split(","):
         folder = args.data / name
         works[name] = (folder, lambda folder=folder: live.load_checkpoint(str(folder)))
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    turns: dict[str, list[Turn]] = {name: [] for name in works}
     stages: dict[str, Any] = {}
     for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
         for name, (folder, work) in works.items():
-            seconds[name].append(_timed(args, folder, work))
+            turns[name].append(_timed(args, folder, work))
             if name != "native":
                 stages[name] = {
                     "nbytes": _sum(live.ucp.last_load.nbytes),
                     "bytes_read": _sum(live.ucp.last_load.bytes_read),
                     **live.ucp.last_load.seconds,
                 }
-    return {"seconds": {name: found[1:] for name, found in seconds.items()}, "stages": stages}
+    return {"turns": {name: found[1:] for name, found in turns.items()}, "stages": stages}
 
 
 def dcp_make(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,11 +156,11 @@ def fsdp_load(args: argparse.Namespace) -> dict[str, Any]:
         "ours from dcp": (args.source, lambda state: ucp.load(state, args.source)),
         "ours": (ours, lambda state: ucp.load(state, ours)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    turns: dict[str, list[Turn]] = {name: [] for name in works}
     for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
         for name, (folder, load) in works.items():
-            seconds[name].append(_timed(args, folder, lambda load=load: work(load)))
-    return {"seconds": {name: found[1:] for name, found in seconds.items()}}
+            turns[name].append(_timed(args, folder, lambda load=load: work(load)))
+    return {"turns": {name: found[1:] for name, found in turns.items()}}
 
 
 def _sharded(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -182,16 +184,18 @@ def _state(model: Any, optimizer: Any) -> dict[str, Any]:
     return {"model": weights, "optimizer": states}
 
 
-def _timed(args: argparse.Namespace, folder: Path, work: Callable[[], Any]) -> float:
-    """Seconds of the slowest rank, from call to return."""
+def _timed(args: argparse.Namespace, folder: Path, work: Callable[[], Any]) -> Turn:
+    """One call from start to return: seconds of the slowest rank, and processor seconds of all ranks together."""
     if dist.get_rank() == 0:
         (bench_tools.drop_cache if args.cache == "cold" else bench_tools.warm_cache)(folder)
     dist.barrier()
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     work()
-    seconds = torch.tensor([time.perf_counter() - began])
+    seconds = torch.tensor([time.perf_counter() - began[0]])
+    processor = torch.tensor([time.process_time() - began[1]])
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds)
+    dist.all_reduce(processor)
+    return float(seconds), float(processor)
 
 
 def _sum(value: int) -> int:
