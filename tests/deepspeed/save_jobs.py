@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.engines import models
 from tests.engines.build import build_engine
 from tests.engines.configs import Case
 from tests.engines.load_jobs import build_target
@@ -333,3 +334,29 @@ def loads_of_damaged(case: Case, folder: str, flips: int) -> tuple[dict[str, int
     if engine.load_checkpoint(os.path.dirname(folder), os.path.basename(folder))[0] is None:
         raise FileNotFoundError(folder)
     return refused, missed, changed
+
+
+def read_on(case: Case, folder: str, length: int, steps: int, resume: bool) -> list[list[int]]:
+    """Train steps on the data in the global order, from where the checkpoint was if ``resume``, and save; returns the
+    indices that this rank read, step by step."""
+    from ucp.deepspeed import GlobalOrder
+
+    engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
+    if resume:
+        engine.load_checkpoint(folder)
+    batch = engine.train_micro_batch_size_per_gpu()
+    order = GlobalOrder(
+        length, batch, rank=dist.get_rank(), world=dist.get_world_size(), seen=engine.ucp.samples_seen, seed=9
+    )
+    loader = iter(torch.utils.data.DataLoader(torch.arange(length), batch, sampler=order))
+    read: list[list[int]] = []
+    for step in range(steps):
+        read.append([])
+        for micro in range(case.accumulation):
+            read[-1] += next(loader).tolist()
+            tokens, labels = models.batch(case.model, step + micro, dist.get_rank(), dist.get_world_size())
+            engine.backward(models.loss(case.model, engine, tokens, labels))
+            engine.step()
+    engine.save_checkpoint(folder)
+    engine.ucp.wait()
+    return read

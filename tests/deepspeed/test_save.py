@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
 from tests.engines import load_jobs
 from tests.engines.configs import Case
+from tests.engines.models import GLOBAL_BATCH
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import preload_for
 from tests.engines.truth import Truth, compare
+from ucp.training.order import GlobalOrder
 
 pytestmark = pytest.mark.slow
 
@@ -244,3 +247,18 @@ def test_a_flipped_bit_is_found_at_load(ranks: RankPool, tmp_path: Path) -> None
     assert missed == []
     assert changed == []
     assert list(refused.values()) == [10] * files
+
+
+def test_data_goes_on_where_it_was_on_other_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """Global batches of 24 on 2 ranks, of 12 on 4, of 24 on 3: as if one rank had read all."""
+    length, seen = 50, 0
+    for case in (Case(stage=1, dp=2, accumulation=2), Case(stage=3, dp=4), Case(stage=2, dp=3, accumulation=2)):
+        found = ranks.run(save_jobs.read_on, case, str(tmp_path / "runs"), length, 2, seen > 0, world_size=case.dp)
+        per_step = case.accumulation * GLOBAL_BATCH
+        alone = iter(GlobalOrder(length, 1, rank=0, world=1, seed=9, seen=seen))
+        for step in range(2):
+            together = sorted(index for rank in found for index in rank[step])
+            assert together == sorted(islice(alone, per_step))
+        seen += 2 * per_step
+    with ucp.open(tmp_path / "runs") as checkpoint:
+        assert checkpoint.training_state.global_samples == seen == 120
