@@ -105,11 +105,14 @@ def read(
 
 
 def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
-    """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``)."""
+    """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``).
+
+    ``tp_degree`` is not asked: under sequence parallelism it is the number of that one's ranks.
+    """
     said = model.raw.get("checkpoint_parallel_dimensions") or {}
     world = int(model.raw.get("mp_world_size") or 1)
     pp = int(said.get("pp_degree") or 1)
-    tp = int(said.get("tp_degree") or max(world // pp, 1))
+    tp = max(world // pp, 1)
     if tp * pp != count:
         raise DamagedCheckpoint(
             f"{model.path}: was saved by {tp * pp} model-parallel ranks (tp={tp}, pp={pp}), but there are files of "
