@@ -151,6 +151,8 @@ def what_auto_replaces() -> tuple[list[str], bool, bool]:
             model=model, model_parameters=model.parameters(), config=make_config(Case(dp=1)) | extra
         )
         bound.append(is_bound(engine))
+        if bound[-1] and engine.ucp.saver is not None:
+            raise ValueError("a save goes on after it returned, which these programs do not expect")
     return changed, bound[0], bound[1]
 
 
