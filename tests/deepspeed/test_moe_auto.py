@@ -12,13 +12,13 @@ from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
 from tests.engines import autoep
 from tests.engines.autoep import AutoCase
-from tests.engines.configs import Case
+from tests.engines.configs import Case, make_config
 from tests.engines.moe import INITIALIZE, SECTION
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.truth import Truth, compare
 from tests.formats.deepspeed.test_read_matrix import check_regions, check_tensors
-from ucp.errors import Unsupported
+from ucp.errors import UcpError, Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -109,9 +109,53 @@ def test_everything_read_is_what_the_ranks_held(made: Sources, source: AutoCase,
         assert checkpoint.parameters["model.layers.1.mlp.experts.w2"].shape == (autoep.EXPERTS, 16, 24)
 
 
-@pytest.mark.parametrize("to", ["deepspeed", "deepspeed-universal"])
-def test_what_cannot_be_written(made: Sources, tmp_path: Path, to: str) -> None:
-    layout = "dp=4,ep=2,zero=1" if to == "deepspeed" else None
-    with pytest.raises(Unsupported, match="trained with AutoEP"):
-        ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to=to, layout=layout)
+WRITTEN = [
+    (EP2, AutoCase(FOUR, ep=4)),
+    (EP2, STAGE3),
+    (STAGE3, AutoCase(FOUR.but(stage=2, dp=2), ep=1)),
+    (STAGE3, AutoCase(FOUR.but(stage=3, sub_group_size=900, dtype="bf16"), ep=4)),
+    (AutoCase(FOUR, ep=2, frozen=True), AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
+]
+
+
+def config(case: AutoCase) -> dict[str, Any]:
+    return make_config(case.case) | {"expert_parallel": autoep.section(case)}
+
+
+@pytest.mark.parametrize(("source", "target"), WRITTEN, ids=label)
+def test_stock_deepspeed_loads_what_is_written(
+    made: Sources, tmp_path: Path, source: AutoCase, target: AutoCase
+) -> None:
+    run = made.get(source, False)
+    layout = f"dp={target.case.dp},ep={target.ep},zero={target.case.stage}"
+    ucp.convert(run.folder, tmp_path / "out", to="deepspeed", layout=layout, ds_config=config(target))
+    loaded: Run = made.pool.run(
+        autoep.resume,
+        target.but(seed=5),
+        str(tmp_path / "out"),
+        None,
+        "deepspeed:initialize",
+        world_size=target.case.dp,
+        preload=PRELOAD,
+    )[0]
+    assert differences(known(run.truth), known(loaded.truth)) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "text"),
+    [
+        ("dp=4,ep=2,zero=0", {}, "AutoEP's checkpoints at ZeRO stage 0"),
+        ("dp=3,ep=3,zero=1", {}, "the 4 experts of 'model.layers.0.mlp.experts' cannot be spread over 3 ranks"),
+        ("dp=4,ep=4,zero=1", {"ds_config": config(EP2)}, "spreads experts over 2 ranks .* the layout over 4"),
+        ("dp=4,zero=1", {"ds_config": make_config(FOUR)}, "config doesn't ask for AutoEP"),
+    ],
+)
+def test_what_cannot_be_written(made: Sources, tmp_path: Path, where: str, options: Any, text: str) -> None:
+    with pytest.raises(UcpError, match=text):
+        ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to="deepspeed", layout=where, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_not_in_deepspeeds_universal_form(made: Sources, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="trained with AutoEP"):
+        ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to="deepspeed-universal")

@@ -66,14 +66,18 @@ def accept_defaults() -> None:
     registry.get = lambda self, model, default=None: dict.get(self, str(model.__class__)) or default or {}
 
 
+def section(case: AutoCase) -> dict[str, Any]:
+    """The config's section that switches AutoEP on."""
+    return {"enabled": True, "autoep_size": case.ep, "preset_model": "mixtral", "use_grouped_mm": False}
+
+
 def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra: Any = None) -> Any:
     accept_defaults()
     model = mixtral(case.case.seed)
     if case.frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith("experts.down_proj"))
-    parallel = {"enabled": True, "autoep_size": case.ep, "preset_model": "mixtral", "use_grouped_mm": False}
-    config = make_config(case.case) | {"expert_parallel": parallel} | dict(extra or {})
+    config = make_config(case.case) | {"expert_parallel": section(case)} | dict(extra or {})
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = resolve(initialize)(model=model, config=config, model_parameters=parameters)
     return engine

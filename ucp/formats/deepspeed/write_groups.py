@@ -14,7 +14,6 @@ from ucp.formats.deepspeed.write_config import EngineConfig
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
-from ucp.spec.experts import expert_of
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torchwriter import Placeholder, scalar_tensor
 from ucp.transfer.gather import EXACT
@@ -62,14 +61,13 @@ def flats(
     out = []
     for index, group in enumerate(catalog.training_state.param_groups):
         infos = [catalog.parameters[name] for name in group.names]
+        sharers = of_experts if of_experts is not None and (group.options or {}).get("moe") else ranks
         if config.stage < 3:
-            experts = of_experts is not None and any(expert_of(name) for name in group.names)
-            sharers = of_experts if experts and of_experts is not None else ranks
             out.append(_cut_flat(catalog, config, index, infos, sharers))
             continue
-        pieces = [zero.ceil_size(numel(info.shape), len(ranks)) for info in infos]
+        pieces = [zero.ceil_size(numel(info.shape), len(sharers)) for info in infos]
         for members in zero.subgroups(pieces, config.sub_group_size):
-            out.append(_cut_ceil(catalog, index, [infos[i] for i in members], ranks))
+            out.append(_cut_ceil(catalog, index, [infos[i] for i in members], sharers))
     return out
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed import write_experts, write_pipeline, write_slices
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
+from ucp.formats.deepspeed.write_experts import Spread
 from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.formats.rename import best_names
@@ -25,7 +27,6 @@ from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
 from ucp.spec.choice import Choice
-from ucp.spec.experts import counts, expert_of, holders
 from ucp.storage.torchwriter import Placeholder
 from ucp.storage.values import Size, Standin
 from ucp.transfer.targets import TargetFile
@@ -61,12 +62,10 @@ def plan(
             state.clip_grad,
             config.clip_grad,
         )
-    if write_experts.has_experts(catalog, layout):
-        if layout.tp * layout.pp > 1:
-            raise Unsupported(
-                f"layout '{layout}': experts together with tensor or pipeline parallelism can't be written"
-            )
-        return _with_experts(catalog, config, layout)
+    config = replace(config, raw=write_experts.with_ep(config.raw, layout, ds_config is not None))
+    spread = write_experts.spread(catalog, layout, config.raw)
+    if spread is not None:
+        return _with_experts(catalog, config, layout, spread)
     stages = write_pipeline.stages(config.raw, layout)
     if stages is not None and layout.zero == 0 and config.dtype == "bfloat16":
         raise Unsupported(
@@ -94,11 +93,17 @@ def plan(
 @dataclass(frozen=True)
 class Share:
     """What one model-parallel rank's files hold. number: its number in their names. catalog: its own tensors, under its
-    own names. in_layers: its weights are in layer files."""
+    own names. in_layers: its weights are in layer files. spread: of its experts, and rank: which of them these are."""
 
     number: int
     catalog: Catalog
     in_layers: bool = False
+    spread: Spread | None = None
+    rank: int = 0
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor is an expert's, which model files leave out."""
+        return self.spread is not None and bool(self.spread.layer_of(name))
 
 
 def _share_files(share: Share, config: EngineConfig, layout: Layout) -> list[TargetFile]:
@@ -110,19 +115,20 @@ def _share_files(share: Share, config: EngineConfig, layout: Layout) -> list[Tar
     ]
 
 
-def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout) -> list[TargetFile]:
+def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout, spread: Spread) -> list[TargetFile]:
     """A model with experts: their own files, and the rest from the view of each expert-parallel rank."""
-    out = write_experts.files(catalog, lambda file, info: _weight(file, config, info))
+    out = write_experts.files(catalog, spread, lambda file, info: _weight(file, config, info))
     for rank in range(layout.ep):
-        share = Share(0, write_experts.of_rank(catalog, layout, rank))
+        share = Share(0, write_experts.of_rank(catalog, spread, rank), spread=spread, rank=rank)
         if layout.zero == 0:
             out += [_stage0(share, config, layout)] if rank == 0 else []
             file = FileBuilder(f"expp_rank_{rank}_mp_rank_00_optim_states.pt", share.catalog)
             out.append(file.finish({"optimizer": _stage0_optimizer(file, config)}))
             continue
-        mine = holders(rank, layout.dp, layout.ep, bool(config.raw.get("use_data_before_expert_parallelism")))
+        mine = spread.holders(rank)
         cut = flats(share.catalog, config, range(layout.dp), mine)
-        out += _model_files(share, config, layout, cut) if rank == 0 else []
+        with_model = mine if layout.zero == 3 else [r for r in mine if r == 0]
+        out += [_model_file(share, config, layout, data_rank, cut) for data_rank in with_model]
         out += [_optimizer_file(share, config, layout, data_rank, cut) for data_rank in mine]
     return out
 
@@ -168,12 +174,13 @@ def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, c
     frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
     module = None
     if not share.in_layers:
-        module = partitioned_module(file, config) if layout.zero == 3 else whole_module(file, config)
+        make_module = partitioned_module if layout.zero == 3 else whole_module
+        module = make_module(file, config, share.is_expert)
     shapes = fragments = None
     if module is not None and layout.zero >= 2:
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
         # Of a frozen expert DeepSpeed would copy the first rank's into all ranks' own: those come from their files.
-        if not any(expert_of(info.name) for info in frozen):
+        if not any(share.is_expert(info.name) for info in frozen):
             fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
     trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
     return file.finish(
@@ -187,6 +194,7 @@ def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, c
             frozen_param_shapes=shapes,
             shared_params=_shared(catalog) if rank == 0 else {},
             frozen_param_fragments=fragments,
+            extra={} if share.spread is None else share.spread.entries(share.rank, rank),
         )
     )
 
@@ -202,10 +210,10 @@ def model_state(
     frozen_param_shapes: Any,
     shared_params: Any,
     frozen_param_fragments: Any,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A model file's content, in the order in which the engine writes it (``_common_checkpoint_state``)."""
     state = catalog.training_state
-    experts = [held * layout.ep for held in counts(catalog.parameters).values()]
     return {
         "module": module,
         "buffer_names": [info.name for info in catalog.parameters.values() if info.kind == "buffer"],
@@ -225,19 +233,21 @@ def model_state(
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
         "ds_config": dict(config.raw),
         "ds_version": VERSION,
-        **({"num_experts": experts, "ds_autoep_layers": None} if experts else {}),
+        **extra,
         **state.client_state,
     }
 
 
-def whole_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
+def whole_module(
+    file: FileBuilder, config: EngineConfig, left_out: Callable[[str], bool] = lambda name: False
+) -> OrderedDict[str, Placeholder]:
     """The module's state dict with whole weights: trained ones rounded to the engine's type, all others as they are.
 
-    Names of tied parameters share one tensor. Experts, which have files of their own, are left out.
+    Names of tied parameters share one tensor. left_out: whether a name has no place there, as experts have none.
     """
     module: OrderedDict[str, Placeholder] = OrderedDict()
     for info in file.catalog.parameters.values():
-        if expert_of(info.name) is not None:
+        if left_out(info.name):
             continue
         module.update(dict.fromkeys((info.name, *info.aliases), _weight(file, config, info)))
     return module
@@ -248,11 +258,15 @@ def _weight(file: FileBuilder, config: EngineConfig, info: ParameterInfo) -> Pla
     return file.whole(tensor, config.dtype, round=True) if info.kind == "parameter" else file.whole(tensor)
 
 
-def partitioned_module(file: FileBuilder, config: EngineConfig) -> OrderedDict[str, Placeholder]:
+def partitioned_module(
+    file: FileBuilder, config: EngineConfig, left_out: Callable[[str], bool] = lambda name: False
+) -> OrderedDict[str, Placeholder]:
     """The same at stage 3: buffers are whole, parameters empty, since their partitions lie elsewhere."""
     module: OrderedDict[str, Placeholder] = OrderedDict()
     nothing = file.tensor((0,), config.dtype)
     for info in file.catalog.parameters.values():
+        if left_out(info.name):
+            continue
         weight = file.whole(file.catalog.tensors[info.name, PARAM]) if info.kind == "buffer" else nothing
         module.update(dict.fromkeys((info.name, *info.aliases), weight))
     return module
@@ -284,6 +298,8 @@ def _optimizer_file(share: Share, config: EngineConfig, layout: Layout, rank: in
     file = FileBuilder(name, share.catalog)
     write = _stage3_state if layout.zero == 3 else _bf16_state if config.bf16_optimizer else _stage12_state
     state = write(file, config, layout, rank, cut)
+    if layout.zero == 3 and share.spread is not None:
+        state["ds_zero_partition_groups"] = write_experts.partition_groups(share.spread, cut, rank)
     return file.finish({"optimizer_state_dict": state, "ds_config": dict(config.raw), "ds_version": VERSION})
 
 
@@ -391,12 +407,13 @@ def _stage0(share: Share, config: EngineConfig, layout: Layout) -> TargetFile:
             share.catalog,
             config,
             layout,
-            module=None if share.in_layers else whole_module(file, config),
+            module=None if share.in_layers else whole_module(file, config, share.is_expert),
             optimizer=_stage0_optimizer(file, config),
             param_shapes=None,
             frozen_param_shapes=None,
             shared_params=None,
             frozen_param_fragments=None,
+            extra={} if share.spread is None else share.spread.entries(share.rank, 0),
         )
     )
 
