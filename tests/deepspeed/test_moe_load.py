@@ -54,6 +54,10 @@ PAIRS = [
     Pair(MoeCase(FOUR, ep=4), MoeCase(FOUR.but(stage=2), ep=2), trained=2),
     Pair(MoeCase(FOUR, ep=1), MoeCase(FOUR.but(stage=0), ep=4)),
     Pair(MoeCase(FOUR.but(dp=2), ep=2), MoeCase(FOUR, ep=1)),
+    # with and without expert parallelism at every stage
+    Pair(MoeCase(FOUR.but(stage=2), ep=1), MoeCase(FOUR, ep=2)),
+    Pair(MoeCase(FOUR.but(stage=0), ep=1), MoeCase(FOUR.but(stage=2), ep=4)),
+    Pair(EP2, MoeCase(FOUR.but(stage=2), ep=1)),
     # stage 0, whose optimizers name no parameters
     Pair(MoeCase(FOUR.but(stage=0), ep=2), MoeCase(FOUR.but(stage=0), ep=2), trained=2),
     Pair(MoeCase(FOUR.but(stage=0), ep=2), MoeCase(FOUR, ep=4)),
