@@ -78,6 +78,13 @@ PAIRS = [
         Pair(PipeCase(pp=2, shift=True, case=LOW), PipeCase(pp=pp, shift=True, case=LOW.but(dp=dp)))
         for pp, dp in ((2, 1), (1, 2))
     ),
+    # other flat orders and states, the host
+    Pair(
+        PipeCase(pp=2, case=LOW.but(dp=2, round_robin=True, parameter_alignment=True)),
+        PipeCase(pp=1, case=LOW.but(dp=2, elastic=True)),
+    ),
+    Pair(PipeCase(pp=2, case=LOW.but(dp=2, optimizer="muon")), PipeCase(pp=1, case=LOW.but(optimizer="muon"))),
+    Pair(PipeCase(pp=1, case=TRAINED), PipeCase(pp=2, case=TRAINED.but(dp=2, offload=True))),
     # without stages, whose names are others
     Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), replace(PLAIN, case=OPTIONS.but(stage=3, dp=3))),
     Pair(replace(PLAIN, case=OPTIONS.but(stage=3, dp=2)), PipeCase(pp=2, case=OPTIONS.but(dp=2))),
