@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer on DeepSpeed with ``import ucp.deepspeed.auto``: what it calls, finds and deletes.
+"""The Hugging Face Trainer, and Accelerate, with ``import ucp.deepspeed.auto``: what they call, find and delete.
 
 One process: on the CPU, Accelerate takes every rank for a job of its own.
 """
@@ -22,15 +22,16 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    flags = {"ACCELERATE_USE_DEEPSPEED": "true"} if program == "accelerated" else {}
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.deepspeed.trainer", *map(str, arguments)],
+        [sys.executable, "-m", f"tests.deepspeed.{program}", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,13 +46,22 @@ def losses(job: subprocess.Popen[str]) -> list[float]:
     return found
 
 
-def test_resumes_on_another_stage(tmp_path: Path) -> None:
-    whole, first = start(tmp_path / "whole", 2, 6), start(tmp_path / "run", 2, 4)
+def test_the_trainer_resumes_on_another_stage(tmp_path: Path) -> None:
+    whole, first = start("trainer", tmp_path / "whole", 2, 6), start("trainer", tmp_path / "run", 2, 4)
     expected, begun = losses(whole), losses(first)
     assert begun == expected[:4]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]  # the limit is kept
     (saved,) = listing(tmp_path / "run/checkpoint-4").checkpoints
     assert (saved.format, saved.layout, saved.step, saved.whole) == ("universal", "dp=1,zero=2", 4, True)
-    resumed = losses(start(tmp_path / "run", 3, 6, "resume"))
+    resumed = losses(start("trainer", tmp_path / "run", 3, 6, "resume"))
     assert resumed[:4] == begun  # the Trainer's own record
     assert resumed[4:] == pytest.approx(expected[4:], abs=5e-5)
+
+
+def test_accelerate_resumes_on_another_stage(tmp_path: Path) -> None:
+    whole, first = start("accelerated", tmp_path / "whole", 2, 4), start("accelerated", tmp_path / "state", 2, 2)
+    expected, begun = losses(whole), losses(first)
+    assert begun == expected[:4]
+    (saved,) = listing(tmp_path / "state").checkpoints
+    assert (saved.tag, saved.layout, saved.step) == ("pytorch_model", "dp=1,zero=2", 4)
+    assert losses(start("accelerated", tmp_path / "state", 3, 2)) == pytest.approx(expected[4:], abs=5e-5)
