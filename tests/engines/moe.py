@@ -39,6 +39,7 @@ class MoeCase:
     later_ep: int | None = None
     frozen: bool = False
     data_first: bool = False
+    experts: int = moe_models.EXPERTS  # of each layer
 
     def but(self, **changes: Any) -> MoeCase:
         """The same with changes of the case inside."""
@@ -66,6 +67,7 @@ def build_engine(
         dp=dist.get_world_size(),
         data_first=case.data_first,
         frozen=case.frozen,
+        experts=case.experts,
     )
     groups: Any = parameter_groups(case.case, model)
     if case.case.groups == 1:
@@ -248,3 +250,19 @@ def resume(case: MoeCase, folder: str, tag: str | None, initialize: str, extra: 
     loaded = gather(engine)
     after = continue_training(engine, case.case, STEPS, FURTHER + 1)
     return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine))
+
+
+def refuse(case: MoeCase, folder: str, tag: str | None, ranks_of_sequences: int = 1) -> tuple[str, str, list[str]]:
+    """Load where that is to be refused: the error's class, its text, and what of the engine it changed (rank 0)."""
+    from ucp.errors import UcpError
+
+    engine = build_engine(case, INITIALIZE, {"ucp": {"enabled": True}})
+    engine.sequence_parallel_size = ranks_of_sequences
+    before = gather(engine)
+    try:
+        engine.load_checkpoint(folder, tag)
+    except UcpError as error:
+        after = gather(engine)
+        changed = [] if before is None or after is None else truth.compare(before, after)
+        return type(error).__name__, str(error), changed
+    return "", "", []

@@ -35,18 +35,18 @@ class Mixture(nn.Module):
     No token is dropped and no auxiliary loss is used, so that the loss is the same however the batch is split.
     """
 
-    def __init__(self, ep: int, later_ep: int, frozen: bool = False) -> None:
+    def __init__(self, ep: int, later_ep: int, frozen: bool = False, experts: int = EXPERTS) -> None:
         from deepspeed.moe.layer import MoE
 
         super().__init__()
         plain = {"drop_tokens": False, "min_capacity": 0, "use_rts": False}
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.first = MoE(HIDDEN, Expert(frozen), num_experts=EXPERTS, ep_size=ep, k=1, **plain)
+        self.first = MoE(HIDDEN, Expert(frozen), num_experts=experts, ep_size=ep, k=1, **plain)
         self.dense = nn.Linear(HIDDEN, HIDDEN)
         self.second = MoE(
             HIDDEN,
             Expert(frozen),
-            num_experts=EXPERTS,
+            num_experts=experts,
             ep_size=later_ep,
             k=2,
             use_residual=True,
@@ -55,7 +55,6 @@ class Mixture(nn.Module):
         )
         self.norm = nn.LayerNorm(HIDDEN)
         self.head = nn.Linear(HIDDEN, VOCABULARY)
-        # An untouched bias of the residual expert would differ from an expert's only by chance.
         self.register_buffer("scale", torch.full((3,), 0.5))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -74,11 +73,19 @@ def first_expert(layer: nn.Module, dp_rank: int, dp: int, data_first: bool) -> i
 
 
 def build(
-    *, seed: int, ep: int, later_ep: int, dp_rank: int, dp: int, data_first: bool = False, frozen: bool = False
+    *,
+    seed: int,
+    ep: int,
+    later_ep: int,
+    dp_rank: int,
+    dp: int,
+    data_first: bool = False,
+    frozen: bool = False,
+    experts: int = EXPERTS,
 ) -> Mixture:
     """The model of one rank; every expert's weights depend on the seed, its layer and its global number alone."""
     torch.manual_seed(seed)
-    model = Mixture(ep, later_ep, frozen)
+    model = Mixture(ep, later_ep, frozen, experts)
     for index, layer in enumerate((model.first, model.second)):
         start = first_expert(layer, dp_rank, dp, data_first)
         for local, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
