@@ -124,10 +124,12 @@ def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[],
 
 
 def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict[str, Way]]:
-    """FSDP2, saved by torch.distributed.checkpoint in the background."""
+    """FSDP2, saved in the background by us and by torch.distributed.checkpoint."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    import ucp
 
     dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     mesh = torch.distributed.device_mesh.init_device_mesh(args.device, (dist.get_world_size(),))
@@ -140,18 +142,29 @@ def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=args.device)
     alone = dist.new_group(backend="gloo")  # the save's own: it talks while training does
     under_way: list[Any] = []
+    ours: list[ucp.dtensor.PendingSave] = []
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        for pending in ours:
+            pending.hold()
         optimizer.step()
         optimizer.zero_grad()
 
-    def save(folder: str) -> None:
+    def state() -> dict[str, Any]:
         weights, states = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": states}
-        under_way.append(dcp.async_save(state, checkpoint_id=folder, process_group=alone))
+        return {"model": weights, "optimizer": states}
 
-    return step, {"dcp.async_save": Way(save, lambda: under_way.pop().result())}
+    def save(folder: str) -> None:
+        ours.append(ucp.async_save(state(), folder, lazy=True))
+
+    def save_by_dcp(folder: str) -> None:
+        under_way.append(dcp.async_save(state(), checkpoint_id=folder, process_group=alone))
+
+    return step, {
+        "ours": Way(save, lambda: ours.pop().result()),
+        "dcp.async_save": Way(save_by_dcp, lambda: under_way.pop().result()),
+    }
 
 
 def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, Way], parameters: int) -> None:
