@@ -249,16 +249,17 @@ def plain_losses(case: Case, steps: int) -> list[float]:
     return continue_training(build_engine(case), case, 0, steps)
 
 
-def save_at(case: Case, folder: str, steps: int, death: Death | None) -> int:
+def save_at(case: Case, folder: str, steps: int, death: Death | None, background: bool) -> int:
     """Train and save; a rank dies on the way as ``death`` says. Returns how many operations on files there were."""
     counters = bytearray(8 * dist.get_world_size())
     # Where another rank dies, the first one waits in vain.
     timeout = 1.0 if death is not None and death.rank else 60.0
-    section = {"enabled": True, "save": {**SAVE["save"], "timeout": timeout}}
+    section = {"enabled": True, "save": {"async": background, "timeout": timeout}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": section})
     continue_training(engine, case, 0, steps)
     instrument(dist.get_rank(), death, counters)
     engine.save_checkpoint(folder)
+    engine.ucp.wait()
     return struct.unpack_from("<q", counters, 8 * dist.get_rank())[0]
 
 

@@ -16,27 +16,30 @@ from tests.training.save_jobs import Death, digest_of
 
 pytestmark = pytest.mark.slow
 
-CASES = [Case(stage=1, dp=2, frozen=True), Case(stage=3, dp=4, frozen=True)]
+CASES = [(Case(stage=1, dp=2, frozen=True), True), (Case(stage=3, dp=4, frozen=True), False)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_the_old_state_or_the_new_one(ranks: RankPool, tmp_path: Path, case: Case) -> None:
+@pytest.mark.parametrize(("case", "background"), CASES, ids=["z1-dp2-in the background", "z3-dp4-synchronous"])
+def test_the_old_state_or_the_new_one(ranks: RankPool, tmp_path: Path, case: Case, background: bool) -> None:
     """The first rank dies at some steps of the save, and another one at some; the others are killed soon after."""
     start = tmp_path / "start"
-    ranks.run(save_jobs.save_at, case, str(start), 1, None, world_size=case.dp)
+    ranks.run(save_jobs.save_at, case, str(start), 1, None, background, world_size=case.dp)
     old = digest_of(start)
     whole = tmp_path / "whole"
     shutil.copytree(start, whole)
-    counts: list[int] = ranks.run(save_jobs.save_at, case, str(whole), 2, None, world_size=case.dp)
+    counts: list[int] = ranks.run(save_jobs.save_at, case, str(whole), 2, None, background, world_size=case.dp)
     new = digest_of(whole)
     assert old != new
-    deaths = [Death(0, n) for n in range(case.dp, counts[0], 3 if case.dp == 2 else 5)]
-    deaths += [Death(1, n) for n in range(1, counts[1], 4)]
+    deaths = [Death(0, n) for n in range(case.dp, counts[0], 3)]
+    deaths += [Death(1, n) for n in range(1, counts[1], 3)]
+    assert len(deaths) >= 10
     found = set()
     for k, death in enumerate(deaths):
         folder = tmp_path / f"run{k}"
         shutil.copytree(start, folder)
-        outcome = ranks.attempt(save_jobs.save_at, case, str(folder), 2, death, world_size=case.dp, grace=0.3)
+        outcome = ranks.attempt(
+            save_jobs.save_at, case, str(folder), 2, death, background, world_size=case.dp, grace=0.3
+        )
         assert "died" in {failure.kind for failure in outcome.failures if failure.rank == death.rank}
         digest = digest_of(folder)
         assert digest in (old, new)
