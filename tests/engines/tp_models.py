@@ -1,7 +1,8 @@
 """Models for tensor parallelism: a Llama that DeepSpeed's AutoTP cuts, and a GPT that cuts itself, as Megatron does.
 
-The GPT draws its whole weights from a generator seeded with (seed, layer) and takes its shard of them, so that they do
-not depend on the number of tensor-parallel ranks. Its names are Megatron-DeepSpeed's.
+The GPT draws its whole weights from a seeded generator and takes its shard of them, so that they do not depend on the
+number of tensor-parallel ranks. Its names are Megatron-DeepSpeed's. It knows sequence parallelism, too (Ulysses): each
+rank has a part of every sequence, and while it attends, all of it for a part of the heads.
 """
 
 from __future__ import annotations
@@ -127,10 +128,11 @@ class _Join(torch.autograd.Function):
 
 
 class _Parallel:
-    """A tensor-parallel group, or none."""
+    """A tensor-parallel group, or none; and a sequence-parallel one."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, sequence: Any = None) -> None:
         self.group = group
+        self.sequence = sequence
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
 
     def __deepcopy__(self, memo: Any) -> _Parallel:
@@ -177,15 +179,26 @@ class _Attention(nn.Module):
         self.query_key_value = _Linear(tp.rows(draw(rows, HIDDEN)), tp.rows(draw(rows)))
         self.dense = _Linear(tp.columns(draw(HIDDEN, HEADS * HEAD_DIM)), nn.Parameter(draw(HIDDEN)))
 
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of tensors (batch, length, heads, dim)."""
+        scores = torch.einsum("bthd,bshd->bhts", query, key) / HEAD_DIM**0.5
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return torch.einsum("bhts,bshd->bthd", scores.masked_fill(mask, float("-inf")).softmax(-1), value)
+
     def forward(self, hidden: Tensor) -> Tensor:
         fused = nn.functional.linear(self.tp.copy(hidden), self.query_key_value.weight, self.query_key_value.bias)
         batch, length, _ = fused.shape
-        groups = fused.reshape(batch, length, KV_HEADS // self.tp.size, PER_GROUP, HEAD_DIM).transpose(1, 2)
+        groups = fused.reshape(batch, length, KV_HEADS // self.tp.size, PER_GROUP, HEAD_DIM)
         query, key, value = groups.split([PER_GROUP - 2, 1, 1], dim=3)
-        scores = torch.einsum("bgtqd,bgsd->bgqts", query, key[..., 0, :]) / HEAD_DIM**0.5
-        mask = torch.ones(length, length, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(mask, float("-inf")).softmax(-1)
-        out = torch.einsum("bgqts,bgsd->btgqd", weights, value[..., 0, :]).reshape(batch, length, -1)
+        heads = [t.expand_as(query).flatten(2, 3).contiguous() for t in (query, key, value)]
+        if self.tp.sequence is None:
+            out = self.attend(*heads)
+        else:
+            from deepspeed.sequence.layer import DistributedAttention
+
+            out = DistributedAttention(self.attend, self.tp.sequence, 2, 1)(*heads, 0)
+        out = out.reshape(batch, length, -1)
         return self.tp.sum(nn.functional.linear(out, self.dense.weight)) + self.dense.bias
 
 
@@ -237,7 +250,8 @@ class _Embedding(nn.Module):
         local = tokens - self.tp.rank * len(weight)
         mine = (local >= 0) & (local < len(weight))
         words = nn.functional.embedding(local.where(mine, 0), weight) * mine[..., None]
-        return self.tp.sum(words) + self.position_embeddings.weight[: tokens.shape[1]]
+        first = 0 if self.tp.sequence is None else dist.get_rank(self.tp.sequence) * tokens.shape[1]
+        return self.tp.sum(words) + self.position_embeddings.weight[first : first + tokens.shape[1]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         local = nn.functional.linear(self.tp.copy(hidden), self.word_embeddings.weight)
@@ -264,16 +278,18 @@ class _Language(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A tensor-parallel GPT over a group, or the whole one without it. Returns the loss, or without labels logits."""
+    """A tensor-parallel GPT over a group, or the whole one without it. Returns the loss, or without labels logits; over
+    a sequence-parallel group this rank's part of the loss."""
 
-    def __init__(self, seed: int, group: Any = None, says_info: bool = False) -> None:
+    def __init__(self, seed: int, group: Any = None, says_info: bool = False, sequence: Any = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1000 * seed + 7)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator) * 0.3
 
-        tp = _Parallel(group)
+        tp = _Parallel(group, sequence)
+        self.share = 1.0 if sequence is None else 1 / dist.get_world_size(sequence)
         encoder = _Encoder(tp, draw)
         self.language_model = _Language(_Embedding(tp, draw), encoder)  # drawn last: its padding depends on tp
         self.config = dict(ARGS)
@@ -285,7 +301,7 @@ class Gpt(nn.Module):
         logits = embedding.logits(self.language_model.encoder(embedding(tokens))).float()
         if labels is None:
             return logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) * self.share
 
 
 def llama(seed: int, kv_heads: int, tied: bool = False) -> nn.Module:

@@ -40,7 +40,7 @@ class TpCase:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.case.dp
+        return self.tp * self.sp * self.case.dp
 
     @property
     def label(self) -> str:
@@ -50,22 +50,40 @@ class TpCase:
         return "-".join([*parts, self.case.label])
 
 
-def build_model(tp: TpCase, mesh: tp_models.Mesh | None) -> nn.Module:
+def make_mesh(tp: TpCase) -> Any:
+    """The engine's ``mpu``, None where it needs none."""
+    if tp.sp > 1:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+        parallel_state_sp.initialize_sequence_parallel(tp.sp)
+        return parallel_state_sp
+    return tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
+
+
+def build_model(tp: TpCase, mesh: Any) -> nn.Module:
     """The module before DeepSpeed sees it."""
     if tp.kind == "megatron":
-        return tp_models.Gpt(tp.case.seed, mesh and mesh.tp_group, says_info=tp.info)
+        group = mesh.tp_group if tp.tp > 1 else None
+        sequence = mesh.get_sequence_parallel_group() if tp.sp > 1 else None
+        return tp_models.Gpt(tp.case.seed, group, tp.info, sequence)
     model = tp_models.llama(tp.case.seed, tp.kv_heads, tp.case.tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (tp.case.frozen and "k_proj" in name))
     return model
 
 
-def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
-    """A fresh engine; with ``section`` (the config's "ucp") one of this project's."""
-    mesh = tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
+def config_of(tp: TpCase) -> dict[str, Any]:
+    """The DeepSpeed config of ``tp``, as a new dictionary."""
     config = make_config(tp.case)
     if tp.kind == "autotp" and tp.tp > 1:
         config["tensor_parallel"] = {"autotp_size": tp.tp}
+    return config
+
+
+def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
+    """A fresh engine; with ``section`` (the config's "ucp") one of this project's."""
+    mesh = make_mesh(tp)
+    config = config_of(tp)
     if section is not None:
         config["ucp"] = {"enabled": True, **section}
     model = build_model(tp, mesh)
@@ -91,18 +109,20 @@ def loss_of(engine: Any, tp: TpCase, tokens: torch.Tensor, labels: torch.Tensor)
 def continue_training(engine: Any, tp: TpCase, from_step: int, steps: int) -> list[float]:
     """Run ``steps`` optimizer steps; the losses, averaged over the global batch. Collective."""
     case = tp.case
-    rank = dist.get_rank(engine.seq_data_parallel_group)
+    rank, part = divmod(dist.get_rank(engine.seq_data_parallel_group), tp.sp)
     losses = []
     for step in range(from_step, from_step + steps):
         total = torch.zeros((), dtype=torch.float64)
         for micro in range(case.accumulation):
             tokens, labels = models.batch("odd", step * case.accumulation + micro, rank, case.dp)
+            if tp.kind == "megatron":  # an even length, of which each rank of sequence parallelism has its part
+                tokens, labels = (t[:, :4].chunk(tp.sp, dim=1)[part].contiguous() for t in (tokens, labels))
             loss = loss_of(engine, tp, tokens, labels)
             engine.backward(loss)
             engine.step()
             total += loss.detach().double()
         dist.all_reduce(total)
-        losses.append(total.item() / (dist.get_world_size() * case.accumulation))
+        losses.append(total.item() * tp.sp / (dist.get_world_size() * case.accumulation))
     return losses
 
 

@@ -134,10 +134,10 @@ def _training_state(live: Live, groups: Sequence[Group], client_state: Mapping[s
         loss_scaler=_loss_scaler(engine.optimizer),
         clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
         global_steps=engine.global_steps,
-        global_samples=engine.global_samples,
+        global_samples=int(engine.global_samples),  # under sequence parallelism DeepSpeed counts in floats
         skipped_steps=engine.skipped_steps,
         dp_world_size=engine.seq_dp_world_size,
-        global_batch_size=engine.train_batch_size(),
+        global_batch_size=int(engine.train_batch_size()),
         extra=extra,
         client_state=dict(client_state),
         config=_config(engine),

@@ -14,7 +14,7 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import Mismatch, Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig
 from ucp.formats.rename import best_names
-from ucp.geometry import Blocks, concat, restrict
+from ucp.geometry import Blocks, concat, numel, restrict
 from ucp.parallel.mesh import Layout
 from ucp.spec.axes import Expression, Padded, names
 from ucp.spec.bound import Bound
@@ -72,11 +72,21 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, config: En
         cutting = Cutting({"tp": layout.tp}, rule, padded=_padded(catalog, expression, name))
         mine = shard(expression, bound.sizes, cutting, {"tp": rank}, keep_padding=True)
         parameters[name] = replace(info, shape=mine.shape)
+        if info.kind == "parameter" and not numel(mine.shape):
+            states = {"param": info.states["param"]}
+            parameters[name] = replace(info, shape=mine.shape, kind="frozen", states=states, scalars={})
         for state in info.states:
             tensor = _with_padding(catalog, name, state)
             blocks, index = restrict(tensor.blocks, mine.blocks, mine.shape)
             tensors[name, state] = replace(tensor, shape=mine.shape, blocks=blocks, bases=tensor.bases[index])
-    return replace(whole, parameters=parameters, tensors=tensors)
+    kept = {key: tensor for key, tensor in tensors.items() if key[1] in parameters[key[0]].states}
+    training_state = whole.training_state
+    groups = (
+        replace(group, names=tuple(n for n in group.names if parameters[n].kind == "parameter"))
+        for group in training_state.param_groups
+    )
+    training_state = replace(training_state, param_groups=tuple(groups))
+    return replace(whole, parameters=parameters, tensors=kept, training_state=training_state)
 
 
 def _padded(catalog: Catalog, expression: Expression, name: str) -> Mapping[str, int]:
