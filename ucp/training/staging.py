@@ -86,11 +86,6 @@ class Copying:
             self._stream = torch.cuda.Stream(self._device)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    @property
-    def copied(self) -> bool:
-        """Whether `hold` would return at once, or a device's stream would wait in the processor's place."""
-        return self._copied.is_set()
-
     def hold(self) -> None:
         """Return once the tensors may be changed by what the calling thread does next, on its current stream."""
         import torch
