@@ -17,7 +17,8 @@ from ucp.cli import run
 from ucp.errors import BadArgument
 
 if TYPE_CHECKING:
-    from ucp.inspection.shards import Checked
+    from ucp.inspection.shards import Checked, Shards
+    from ucp.inspection.trial import Trial
     from ucp.spec.bound import Bound
     from ucp.spec.language import Line, Spec
 
@@ -32,6 +33,7 @@ examples:
   ucp-spec check my.yaml --config model/config.json   every size and shape for this model
   ucp-spec check llama global_step100                 every parameter of a checkpoint; its ranks' shards merged and
                                                       cut again; what is taken on trust
+  ucp-spec check llama global_step100 --model autotp  the merged model run beside the sharded one
   ucp-spec infer global_step100 > my.yaml             a draft: what the checkpoint tells, the rest marked as unknown
 
 exit codes: 0 done, 2 the spec, the input or the arguments are at fault (stderr says how), 3 an internal error
@@ -52,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint whose parameters to check")
     check.add_argument("--config", metavar="FILE", help="the model's config.json (default: the one in CHECKPOINT)")
     run.add_sizes(check)
+    check.add_argument(
+        "--model",
+        metavar="FACTORY",
+        help="run the merged and the sharded model and compare their logits: 'autotp' for transformers' models, or "
+        "MODULE:FUNCTION, called with (tp ranks, this rank) for a module from tokens to logits",
+    )
     check.add_argument("--section", metavar="NAME", help="the section under layouts: that counts, such as autotp")
     check.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
     infer = commands.add_parser("infer", help="draft a spec from what a checkpoint tells of itself")
@@ -138,10 +146,26 @@ def _check(args: argparse.Namespace) -> int:
             raise BadArgument(f"{shards.path} has no config.json; give the model's with --config, or sizes with --set")
         bound = bind(spec, config, settings, args.section)
         checked = check_spec(bound, shards)
-    if checked.report.problems:
-        return _refused(checked.report.problems)
-    _report(args, bound, checked)
+        if checked.report.problems:
+            return _refused(checked.report.problems)
+        tried = _tried(bound, shards, args.model, config) if args.model else None
+    _report(args, bound, checked, tried)
     return run.DONE
+
+
+def _tried(bound: Bound, shards: Shards, factory: str, config: Mapping[str, Any] | None) -> Trial:
+    """Raises Mismatch where the merged model computes something else than the sharded one."""
+    from ucp.errors import Mismatch
+    from ucp.inspection.trial import try_model
+
+    trial = try_model(bound, shards, factory, config)
+    if not trial.agrees:
+        raise Mismatch(
+            f"{bound.spec.file}: the model merged by it computes other logits than its shards do: they differ by up to "
+            f"{trial.difference:.3g}, where the largest is {trial.scale:.3g}; something that it says and shapes can't "
+            "show is wrong (check without --model lists what is taken on trust)"
+        )
+    return trial
 
 
 def _infer(args: argparse.Namespace) -> int:
@@ -203,7 +227,7 @@ def _sizes(args: argparse.Namespace, bound: Bound) -> int:
     return run.DONE
 
 
-def _report(args: argparse.Namespace, bound: Bound, checked: Checked) -> None:
+def _report(args: argparse.Namespace, bound: Bound, checked: Checked, trial: Trial | None) -> None:
     report = checked.report
     groups: dict[str, list[Any]] = {}
     for one in report.checked:
@@ -222,7 +246,12 @@ def _report(args: argparse.Namespace, bound: Bound, checked: Checked) -> None:
     lines += [f"padding: {name} is {bound.sizes[name]}, kept as {n}" for name, n in report.padding.items()]
     if report.absent:
         lines.append(f"not in this checkpoint: {', '.join(report.absent)}")
-    if report.trust:
+    if trial is not None:
+        lines.append(
+            f"the merged model computes what its shards do: logits differ by {trial.difference:.2g} at most, where the "
+            f"largest is {trial.scale:.3g}"
+        )
+    elif report.trust:
         lines.append("taken on trust from the spec, since neither shapes nor copies can show it:")
         for statement, names in report.trust.items():
             first, *others = names
@@ -244,6 +273,7 @@ def _report(args: argparse.Namespace, bound: Bound, checked: Checked) -> None:
         "merged": checked.merged,
         "copies": checked.copies,
         "trust": {statement: list(names) for statement, names in report.trust.items()},
+        "trial": None if trial is None else {"difference": trial.difference, "scale": trial.scale},
     }
     _print(args, result, lines)
 

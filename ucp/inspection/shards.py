@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from ucp.spec.cuts import Observed, solve_cuts
 from ucp.spec.decide import shard_of
 from ucp.spec.infer import draft
 from ucp.spec.meaning import Cutting, shape_of, shard
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Shards:
@@ -75,17 +78,29 @@ class Shards:
         """A rank's weights: their bits, as whole numbers of their width."""
         import torch
 
-        tensor = self._checkpoint.read(f"{at.tp}.{at.pp}.{at.ep}:{name}" if self._is_apart else name)
+        tensor = self.tensor(at, name)
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         return tensor.view(width).numpy() if numel(tensor.shape) else np.zeros(tuple(tensor.shape), np.uint8)
 
+    def tensor(self, at: Coordinate, name: str) -> torch.Tensor:
+        """A rank's weights."""
+        return self._checkpoint.read(f"{at.tp}.{at.pp}.{at.ep}:{name}" if self._is_apart else name)
+
+    def tensors(self, name: str) -> dict[int, torch.Tensor]:
+        """As `slices`, the weights themselves."""
+        return {at.tp: self.tensor(at, name) for at in self._holders(name)}
+
+    def _holders(self, name: str) -> list[Coordinate]:
+        """For each tensor-parallel rank the first stage that has the parameter."""
+        first: dict[int, Coordinate] = {}
+        for at in sorted(self.parts):
+            if name in self.parts[at]:
+                first.setdefault(at.tp, at)
+        return list(first.values())
+
     def slices(self, name: str) -> dict[int, NDArray]:
         """A parameter's weights on every tensor-parallel rank, each from the first stage that has it."""
-        out: dict[int, NDArray] = {}
-        for at in sorted(self.parts):
-            if name in self.parts[at] and at.tp not in out:
-                out[at.tp] = self.read(at, name)
-        return out
+        return {at.tp: self.read(at, name) for at in self._holders(name)}
 
 
 def open_shards(path: str | os.PathLike[str], tag: str | None = None) -> Shards:
@@ -167,6 +182,8 @@ def check_spec(bound: Bound, shards: Shards) -> Checked:
         return Checked(report, 0, 0)
     copies = 0
     for name, expression in expressions.items():
+        if expression.average is not None:
+            continue  # its copies may differ
         slices = [({"tp": rank}, array) for rank, array in shards.slices(name).items()]
         tensor = merge(expression, bound.sizes, cuttings[name], slices, name)
         held = [_cut_again(expression, bound, cuttings[name], tensor, at, array, name) for at, array in slices]

@@ -1,0 +1,179 @@
+"""Decide by running what neither shapes nor copies can show: a model merged by a spec must compute what its shards do.
+
+The sharded model runs as it was trained, one process for each tensor-parallel rank, each with that rank's own weights.
+The merged one runs in this process. Both compute in float64 on the same tokens, so their logits differ by little more
+than what a model itself rounds (many take norms in float32); weights put together wrongly differ by far more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from ucp.errors import BadArgument, Mismatch, Unsupported
+from ucp.inspection.shards import Shards
+from ucp.spec.bound import Bound
+from ucp.spec.check import merge
+from ucp.spec.cuts import Observed, solve_cuts
+
+# Largest difference of logits that is rounding, over the largest logit.
+TOLERANCE = 1e-5
+# The built-in factory: transformers' model of the checkpoint's config, cut by DeepSpeed's AutoTP.
+AUTOTP = "autotp"
+
+Factory = Callable[[int, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """difference: the largest of any logit; scale: the largest logit."""
+
+    difference: float
+    scale: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= TOLERANCE * self.scale
+
+
+def try_model(
+    bound: Bound, shards: Shards, factory: str, config: Mapping[str, Any] | None = None, tokens: Tensor | None = None
+) -> Trial:
+    """Compare the logits of the merged model with those of the sharded one.
+
+    factory: 'autotp', or ``MODULE:FUNCTION``, a function of (tensor-parallel ranks, this one's number) that makes a
+    module whose parameters have the checkpoint's local names and which maps token numbers, (batch, length) int64, to
+    logits, a tensor or an attribute of what it returns. With several ranks it is called in a process for each of them,
+    in a torch.distributed group of just these. config: the model's, for 'autotp'. tokens: default is 16 numbers below
+    the spec's 'vocab' (or 16).
+
+    Raises BadArgument for a factory that is none, Mismatch where weights don't fit its modules, Unsupported for models
+    with experts over several ranks.
+    """
+    if shards.layout.ep > 1:
+        raise Unsupported("models whose experts lie on several ranks can't be tried; tensor parallelism alone can")
+    if tokens is None:
+        tokens = (torch.arange(16) * 7 % min(bound.sizes.get("vocab", 16), 1 << 30)).view(2, 8)
+    tp = shards.layout.tp
+    with tempfile.TemporaryDirectory(prefix="ucp-trial-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(dict(config or {}), default=str))
+        torch.save(tokens, Path(folder, "tokens"))
+        torch.save(_merged(bound, shards), Path(folder, "whole"))
+        for rank in range(tp):
+            torch.save({name: held[rank] for name, held in _slices(shards).items()}, Path(folder, f"rank{rank}"))
+        whole = _run(factory, folder, "whole", 1, 0)
+        if tp == 1:
+            return Trial(0.0, float(whole.abs().max()))
+        torch.multiprocessing.start_processes(
+            _rank, (factory, folder, tp), nprocs=tp, start_method="spawn"
+        )
+        sharded: Tensor = torch.load(Path(folder, "logits"))
+    if sharded.shape != whole.shape:
+        raise Mismatch(f"the sharded model's logits are {list(sharded.shape)}, the merged one's {list(whole.shape)}")
+    return Trial(float((whole - sharded).abs().max()), float(whole.abs().max()))
+
+
+def _slices(shards: Shards) -> dict[str, dict[int, Tensor]]:
+    return {name: shards.tensors(name) for name in shards.names}
+
+
+def _merged(bound: Bound, shards: Shards) -> dict[str, Tensor]:
+    """All parameters and buffers, put together by the spec."""
+    expressions = {name: found.expression for name in shards.names if (found := bound.find(name)) is not None}
+    observed = [
+        Observed(name, e, [(at._asdict(), held[name]) for at, held in shards.parts.items() if name in held])
+        for name, e in expressions.items()
+    ]
+    cuttings = solve_cuts(observed, bound.sizes, {"tp": shards.layout.tp})
+    out = {}
+    for name in shards.names:
+        first = next(iter(shards.tensors(name).values()))
+        if name not in expressions:
+            out[name] = first
+            continue
+        bits = [({"tp": rank}, array) for rank, array in shards.slices(name).items()]
+        whole = merge(expressions[name], bound.sizes, cuttings[name], bits, name)
+        out[name] = torch.from_numpy(whole).view(first.dtype) if whole.size else first
+    return out
+
+
+def _rank(rank: int, factory: str, folder: str, tp: int) -> None:
+    """One process of the sharded model."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp)
+    try:
+        logits = _run(factory, folder, f"rank{rank}", tp, rank)
+        if rank == 0:
+            torch.save(logits, Path(folder, "logits"))
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def _run(factory: str, folder: str, weights: str, tp: int, rank: int) -> Tensor:
+    module = _maker(factory, folder)(tp, rank)
+    _put(module, torch.load(Path(folder, weights)), f"tp rank {rank} of {tp}")
+    out = module.double().eval()(torch.load(Path(folder, "tokens")))
+    return getattr(out, "logits", out).double()
+
+
+def _put(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Fill all parameters and persistent buffers; a longer one (padding of another width) has zeros behind."""
+    for name, own in module.state_dict(keep_vars=True).items():
+        if name not in weights:
+            if any(other is own for other, tied in _tied(module, weights) if tied != name):
+                continue
+            raise Mismatch(f"{where}: the model has '{name}' {list(own.shape)}, which the checkpoint lacks")
+        given = weights[name]
+        if given.dim() != own.dim() or any(g > o for g, o in zip(given.shape, own.shape, strict=True)):
+            raise Mismatch(
+                f"{where}: '{name}' is {list(own.shape)} in the model, {list(given.shape)} in the checkpoint"
+            )
+        own.data.zero_()
+        own.data[tuple(slice(n) for n in given.shape)] = given.to(own.dtype)
+
+
+def _tied(module: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, str]]:
+    return [(t, name) for name, t in module.state_dict(keep_vars=True).items() if name in weights]
+
+
+def _maker(factory: str, folder: str) -> Factory:
+    if factory == AUTOTP:
+        return _autotp(json.loads(Path(folder, "config.json").read_text()))
+    module, _, function = factory.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadArgument(f"--model {factory}: can't be imported ({error}); write MODULE:FUNCTION") from None
+    return found
+
+
+def _autotp(config: Mapping[str, Any]) -> Factory:
+    """transformers' causal language model of this config, cut as DeepSpeed's AutoTP cuts it."""
+    if not config.get("model_type"):
+        raise BadArgument("--model autotp: needs the model's config.json, with its model_type; give --config")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(tp: int, rank: int) -> nn.Module:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        if tp == 1:
+            return model
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, and not needed here
+        os.environ.setdefault("LOCAL_SIZE", str(tp))
+        deepspeed.init_distributed("gloo")
+        return deepspeed.tp_model_init(model, tp_size=tp, dtype=torch.float32)
+
+    return make
