@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ucp
 from tests.deepspeed.agree import differences
@@ -107,6 +108,43 @@ def test_everything_read_is_what_the_ranks_held(made: Sources, source: AutoCase,
         router = checkpoint.parameters["model.layers.0.mlp.router.gate.weight"]
         assert router.aliases == ("model.layers.0.mlp.gate.gate.weight",)
         assert checkpoint.parameters["model.layers.1.mlp.experts.w2"].shape == (autoep.EXPERTS, 16, 24)
+
+
+PLAIN = AutoCase(FOUR.but(stage=3, dp=2), ep=0)
+
+
+@pytest.mark.parametrize(("source", "target"), [(EP2, PLAIN), (STAGE3, AutoCase(FOUR.but(dp=2), ep=0))], ids=label)
+def test_into_a_module_without_autoep(made: Sources, source: AutoCase, target: AutoCase) -> None:
+    """The spec of the family says which of its tensors are AutoEP's."""
+    crossing(made, source, target)
+
+
+def test_from_a_module_without_autoep(made: Sources) -> None:
+    crossing(made, PLAIN, AutoCase(FOUR, ep=4))
+
+
+def crossing(made: Sources, source: AutoCase, target: AutoCase) -> None:
+    run = made.get(source, False)
+    loaded: Run = made.pool.run(
+        autoep.resume,
+        target.but(seed=5),
+        run.folder,
+        run.tag,
+        INITIALIZE,
+        {"ucp": {"enabled": True, "spec": "mixtral"}},
+        world_size=target.case.dp,
+        preload=PRELOAD,
+    )[0]
+    assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[target.case.dtype])
+    stacked, plain = (known(run.truth).params, known(loaded.truth).params)[:: 1 if source.ep else -1]
+    for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        for state in ("param", "exp_avg", "exp_avg_sq"):
+            halves = [stacked[f"{layer}.experts.{w}"][state] for w in ("w1", "w3")]
+            assert torch.equal(torch.cat(halves, dim=1), plain[f"{layer}.experts.gate_up_proj"][state])
+            assert torch.equal(stacked[f"{layer}.experts.w2"][state], plain[f"{layer}.experts.down_proj"][state])
+            assert torch.equal(stacked[f"{layer}.router.gate.weight"][state], plain[f"{layer}.gate.weight"][state])
+    for name in ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight"):
+        assert torch.equal(stacked[name]["exp_avg"], plain[name]["exp_avg"])
 
 
 WRITTEN = [

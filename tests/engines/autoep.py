@@ -25,7 +25,8 @@ EXPERTS = 4
 
 @dataclass(frozen=True)
 class AutoCase:
-    """A case of model "llama" (its batches, its loss) whose model is a Mixtral with its experts over ``ep`` ranks."""
+    """A case of model "llama" (its batches, its loss) whose model is a Mixtral with its experts over ``ep`` ranks; 0:
+    without AutoEP."""
 
     case: Case
     ep: int = 1
@@ -68,12 +69,15 @@ def accept_defaults() -> None:
 
 def section(case: AutoCase) -> dict[str, Any]:
     """The config's section that switches AutoEP on."""
+    if not case.ep:
+        return {"enabled": False}
     return {"enabled": True, "autoep_size": case.ep, "preset_model": "mixtral", "use_grouped_mm": False}
 
 
 def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra: Any = None) -> Any:
     accept_defaults()
-    model = mixtral(case.case.seed)
+    model: Any = mixtral(case.case.seed)
+    model.set_experts_implementation("eager")  # torch's grouped product takes no such small ones
     if case.frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith("experts.down_proj"))
