@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,19 +116,28 @@ def test_values_that_each_rank_has_for_itself(ranks: RankPool, folder: Path, fou
 
 
 def test_tensor_parallelism(ranks: RankPool, folder: Path) -> None:
-    """tp2.fsdp2, its lengths uneven, to fsdp4, and from stock DCP where that can; and back."""
-    saves = [(jobs.shared, jobs.save_ucp, "tp"), (jobs.titan, jobs.save_ucp, "tp-titan")]
+    """tp2.fsdp2, its lengths uneven, saved by us and by stock DCP, to fsdp4; and back."""
+    saves = [
+        (jobs.shared, jobs.save_ucp, "tp"),
+        (jobs.titan, jobs.save_ucp, "tp-titan"),
+        (jobs.shared, jobs.save_dcp, "tp-dcp"),
+    ]
     first = ranks.run(jobs.save, Mesh(2, tp=2), under(folder, saves), world_size=4)
-    loads = [(jobs.shared, jobs.load_ucp, "tp"), (jobs.titan, jobs.load_reader, "tp-titan")]
+    loads = [
+        (jobs.shared, jobs.load_ucp, "tp-dcp"),
+        (jobs.shared, jobs.load_ucp, "tp"),
+        (jobs.titan, jobs.load_reader, "tp-titan"),
+    ]
     found = ranks.run(jobs.load, Mesh(4, seed=1), under(folder, loads), again=str(folder / "wide"), world_size=4)
-    check(found, first, 2)
+    check(found, first, 3)
     loads = [(jobs.shared_model, jobs.load_ucp, "wide"), (jobs.shared, jobs.load_reader, "tp")]
     check(ranks.run(jobs.load, Mesh(2, tp=2, seed=1), under(folder, loads), world_size=4), first, 2)
 
 
-def test_hybrid_sharding(ranks: RankPool, folder: Path) -> None:
-    """HSDP with a tied and with frozen parameters: replicas share the writing."""
-    mesh = Mesh(2, replicas=2, tied=True, frozen=True)
+@pytest.mark.parametrize("mesh", [Mesh(2, replicas=2), Mesh(1, tp=2, replicas=2)], ids=["2-d", "3-d"])
+def test_hybrid_sharding(ranks: RankPool, tmp_path: Path, mesh: Mesh) -> None:
+    """HSDP, and tensor parallelism under it, with a tied and with frozen parameters: replicas share the writing."""
+    folder, mesh = tmp_path, replace(mesh, tied=True, frozen=True)
     saves = under(folder, [(jobs.shared, jobs.save_ucp, "hsdp"), (jobs.shared, jobs.save_writer, "hsdp-writer")])
     first = ranks.run(jobs.save, mesh, saves, world_size=4)
     sizes = [file.stat().st_size for file in (folder / "hsdp").glob("rank-*.safetensors")]

@@ -4,8 +4,9 @@
     with ucp.open(path) as checkpoint:
         checkpoint.read("model.norm.weight", "exp_avg", region=(slice(0, 16),))
     ucp.convert(source, dest)
+    ucp.save(state_dict, path); ucp.load(state_dict, path)  # torch.distributed's, as its own checkpoint functions
 
-The live side is `ucp.deepspeed`. Importing this package imports neither torch nor numpy; the names below load what they
+The live sides are `ucp.deepspeed`, and `ucp.dtensor` with `ucp.dcp` for torch.distributed. Importing this package imports neither torch nor numpy; the names below load what they
 need when they are first used.
 """
 
