@@ -17,6 +17,7 @@ from ucp.checkpoint import Checkpoint
 from ucp.inspection import stream
 from ucp.inspection.difference import Difference, diff
 from ucp.inspection.values import as_numbers, not_finite
+from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 
 
@@ -84,6 +85,19 @@ def test_a_changed_element(
     tolerated = compared(consolidated, Checkpoint(tmp_path, made.catalog, Files()), absolute=4.1)
     assert tolerated.same
     assert len(tolerated.tensors) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 1000, 1 << 20])
+def test_batches_hold_every_element_once_within_the_limit(made: raw.Raw, limit: int) -> None:
+    tensors = list(made.catalog.tensors.values())
+    held = [0] * len(tensors)
+    for batch in stream.batches(tensors, limit):
+        sizes = [(piece.last - piece.first) * itemsize(tensors[piece.index].dtype) for piece in batch]
+        assert sum(sizes) <= limit or (len(batch) == 1 and batch[0].last - batch[0].first == 1)
+        for piece in batch:
+            assert piece.first == held[piece.index]
+            held[piece.index] = piece.last
+    assert held == [int(np.prod(tensor.shape)) for tensor in tensors]
 
 
 def test_values_that_are_no_numbers(tmp_path: Path, made: raw.Raw, consolidated: Path) -> None:

@@ -15,14 +15,20 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
+from ucp.checkpoint import Checkpoint
 from ucp.geometry import whole
 from ucp.inspection import words
-from ucp.inspection.report import write_report
+from ucp.inspection.planning import plan
+from ucp.inspection.report import render, write_report
+from ucp.inspection.report.data import report_data
 from ucp.inspection.report.maps import LIMIT, rectangles
 from ucp.inspection.summary import summarise
-from ucp.parallel.mesh import parse_layout
+from ucp.inspection.verify import Verdict
+from ucp.parallel.mesh import Layout, parse_layout
 from ucp.parallel.zero import ceil_partition
 from ucp.storage import metrics
+from ucp.storage.files import Files
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -140,6 +146,37 @@ def test_many_fragments_are_few_rectangles() -> None:
     ends = boxes[:, 0] + boxes[:, 1]
     assert np.all(boxes[1:, 0] <= ends[:-1])  # nothing between them is left out
     assert ends[-1] == 1000
+
+
+def many(parameters: int, ranks: int) -> Checkpoint:
+    """A stage-3 checkpoint of so many, without files."""
+    files = tuple(
+        SourceFile(f"/run/step1/zero_pp_rank_{r}_mp_rank_00_optim_states.pt", 1 << 40, 0) for r in range(ranks)
+    )
+    shapes = {f"model.layers.{k // 4}.{'qkvo'[k % 4]}.weight": (512, 64 * (1 + k % 4)) for k in range(parameters)}
+    cuts = {shape: ceil_partition(shape, 0, ranks) for shape in set(shapes.values())}
+    tensors = {
+        (name, state): LogicalTensor(name, state, s, "float32", cuts[s], np.zeros(len(cuts[s]), np.int64))
+        for name, s in shapes.items()
+        for state in raw.STATES
+    }
+    infos = {name: ParameterInfo(name, s, dict.fromkeys(raw.STATES, "float32")) for name, s in shapes.items()}
+    state = TrainingState((ParamGroup(tuple(shapes), {}),), global_steps=1)
+    catalog = Catalog("deepspeed", "test", Layout(dp=ranks, zero=3), files, infos, tensors, state)
+    return Checkpoint(Path("/run/step1"), catalog, Files())
+
+
+def test_a_page_of_many_parameters_and_ranks_stays_small() -> None:
+    """150 ranks × 800 parameters are 360,000 fragments; 1,000 × 10,000 make a page of 1.3 MB."""
+    opened = many(800, 150)
+    planned = plan(opened, Layout(dp=100, zero=3))
+    verdict = Verdict("/run/step1", "deepspeed", "dp=150,zero=3", {}, ())
+    data = report_data(verdict, summarise(opened), opened.catalog, planned, [])
+    assert len(render(data)) < 400_000
+    assert len(data["parameters"]["name"]) == 800
+    assert len(data["parameters"]["maps"]) == 4  # equal ones are kept once
+    assert len(data["plan"]["matrix"]) == 64
+    assert sum(map(sum, data["plan"]["matrix"])) == planned.stored
 
 
 def test_boxes_of_any_dimension_lie_on_the_plane() -> None:

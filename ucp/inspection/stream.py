@@ -37,13 +37,13 @@ def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[li
         width = itemsize(tensor.dtype)
         at, n = 0, numel(tensor.shape)
         while at < n:
+            if batch and held + width > limit:
+                yield batch
+                batch, held = [], 0
             count = min(n - at, max((limit - held) // width, 1))
             batch.append(Piece(index, at, at + count))
             held += count * width
             at += count
-            if held + width > limit:
-                yield batch
-                batch, held = [], 0
     if batch:
         yield batch
 
