@@ -9,6 +9,7 @@ import pytest
 
 from tests.formats import raw
 from ucp.errors import NotACheckpoint
+from ucp.formats.universal import manifest
 from ucp.inspection.listing import listing
 
 
@@ -31,6 +32,14 @@ def test_a_run(tmp_path: Path, made: raw.Raw) -> None:
     assert "model-00001-of-00001.safetensors" in str(found.checkpoints[1].problem)
     assert found.unfinished == (".ucp-tmp-step4-1-0123456789abcdef",)
     assert found.latest == "step1"
+
+
+def test_what_is_not_understood_is_not_called_damaged(consolidated: Path) -> None:
+    path = consolidated / manifest.NAME
+    path.write_bytes(path.read_bytes().replace(b'"ucp":"1.0"', b'"ucp":"2.0"'))
+    (entry,) = listing(consolidated).checkpoints
+    assert entry.whole is None
+    assert "manifest version '2.0' is not supported" in str(entry.problem)
 
 
 def test_native_ones(native: Path) -> None:

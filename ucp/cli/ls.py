@@ -34,7 +34,7 @@ def command(args: argparse.Namespace) -> int:
             entry.layout or "",
             words.age_text(entry.written),
             words.bytes_text(entry.bytes),
-            "whole" if entry.whole else "damaged",
+            {True: "whole", False: "damaged", None: "not understood"}[entry.whole],
             "latest" if entry.latest else "",
         )
         for entry in found.checkpoints

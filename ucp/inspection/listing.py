@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp import checkpoint, formats
-from ucp.errors import BadArgument, NotACheckpoint, UcpError
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
 from ucp.storage import locations
 
 SCHEMA = "ucp.ls/1"
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class Entry:
     """A checkpoint. written: seconds since the epoch, of its newest file. bytes: of all its files. step, layout: None
     where it can't be read. whole: its metadata is complete and every file is there with its size (digests and values:
-    `ucp verify`). problem: why it is not. latest: the file ``latest`` names it."""
+    `ucp verify`); None where that can't be told, as of a newer version's. problem: why it is not so. latest: the file
+    ``latest`` names it."""
 
     tag: str
     path: str
@@ -34,7 +35,7 @@ class Entry:
     written: float
     bytes: int
     files: int
-    whole: bool
+    whole: bool | None
     problem: str | None
     latest: bool
 
@@ -105,11 +106,14 @@ def _entry(path: Path, latest: str | None) -> Entry:
     reader = formats.find(path)
     step: int | None = None
     layout = problem = None
+    whole: bool | None = True
     try:
         with checkpoint.open(path) as opened:
             step, layout = opened.catalog.training_state.global_steps, str(opened.layout)
+    except (DamagedCheckpoint, NotACheckpoint) as error:
+        whole, problem = False, str(error)
     except UcpError as error:
-        problem = str(error)
+        whole, problem = None, str(error)
     files = list(_sizes(path))
     return Entry(
         tag=path.name,
@@ -120,7 +124,7 @@ def _entry(path: Path, latest: str | None) -> Entry:
         written=locations.newest_ns(path) / 1e9,
         bytes=sum(files),
         files=len(files),
-        whole=problem is None,
+        whole=whole,
         problem=problem,
         latest=path.name == latest,
     )
