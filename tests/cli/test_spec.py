@@ -145,7 +145,7 @@ def test_the_catalogues_own_lacks_the_frozen_parameter(capsys: pytest.CaptureFix
         (("check", "llama", "--set", "ffn"), "--set ffn: write NAME=N with a whole number"),
         (("check", "llama", "--set", "fn=3"), "has no size 'fn'; did you mean 'ffn'?"),
         (("check", "llama", "--config", "no.json"), "no.json: there is no such file; give the model's config.json"),
-        (("check", "llama", "--section", "autotp"), "has no such section under layouts: (it has none)"),
+        (("check", "gpt2", "--section", "autotp"), "has no such section under layouts: (it has none)"),
         (("check", "llama", "."), ""),
     ],
 )

@@ -180,11 +180,11 @@ def test_what_lists_leave_open_is_unknown(info: dict[str, Any], shapes: list[tup
     assert why in unknown(info, shapes)
 
 
-def test_averages_are_not_read_as_if_they_were_exact() -> None:
+def test_averages_are_marked_as_such() -> None:
     info, shards = LISTS["averaged"]
     parts = {Coordinate(r): {"w": tuple(s.shape)} for r, s in enumerate(shards)}
-    with pytest.raises(Unsupported, match="average"):
-        place(bind(infer(info, parts, Layout(tp=2))), parts, Layout(tp=2))
+    placed = place(bind(infer(info, parts, Layout(tp=2))), parts, Layout(tp=2))
+    assert [p.average for places in placed.values() for p in places] == [True, True]
 
 
 def test_without_info_only_what_shapes_and_contents_show_is_known() -> None:
