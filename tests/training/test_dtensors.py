@@ -51,7 +51,7 @@ def placed(draw: st.DrawFn) -> tuple[list[int], list[object], list[int], list[in
     return shape, placements, mesh, coordinate
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(placed())
 def test_blocks_are_the_shards_that_torch_cuts(case: tuple[list[int], list[object], list[int], list[int]]) -> None:
     shape, placements, mesh, coordinate = case
@@ -67,7 +67,7 @@ def test_blocks_are_the_shards_that_torch_cuts(case: tuple[list[int], list[objec
     assert torch.equal(gathered(whole, product(ranges), sizes), truth)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 6))
 def test_fsdp_over_tensor_parallelism_is_a_strided_shard(length: int, dp: int, tp: int) -> None:
     """FSDP2 cuts what tensor parallelism has left, uneven lengths included; its placements go from left to right."""
