@@ -158,7 +158,7 @@ def test_a_full_disk_is_named_and_continued_from(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_cleanly(tmp_path: Path, number: int) -> None:
-    made = raw.make(tmp_path / "raw", shapes={"w": (20000, 2000)}, states=("param", "exp_avg"))
+    made = raw.make(tmp_path / "raw", shapes={"w": (8000, 2000)}, states=("param", "exp_avg"))
     source = raw.virtual_checkpoint(tmp_path / "source", made)
     command = [sys.executable, "-m", "ucp.cli.convert", source, tmp_path / "dest", "--max-memory", "12MiB"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
