@@ -55,8 +55,8 @@ def try_model(
     factory: 'autotp', or ``MODULE:FUNCTION``, a function of (tensor-parallel ranks, this one's number) that makes a
     module whose parameters have the checkpoint's local names and which maps token numbers, (batch, length) int64, to
     logits, a tensor or an attribute of what it returns. With several ranks it is called in a process for each of them,
-    in a torch.distributed group of just these. config: the model's, for 'autotp'. tokens: default is 16 numbers below
-    the spec's 'vocab' (or 16).
+    in a torch.distributed group of just these. config: the model's, for 'autotp'. tokens: default is four rows of four
+    numbers below the spec's 'vocab' (or 16).
 
     Raises BadArgument for a factory that is none, Mismatch where weights don't fit its modules, Unsupported for models
     with experts over several ranks.
@@ -64,7 +64,7 @@ def try_model(
     if shards.layout.ep > 1:
         raise Unsupported("models whose experts lie on several ranks can't be tried; tensor parallelism alone can")
     if tokens is None:
-        tokens = (torch.arange(16) * 7 % min(bound.sizes.get("vocab", 16), 1 << 30)).view(2, 8)
+        tokens = (torch.arange(16) * 7 % min(bound.sizes.get("vocab", 16), 1 << 30)).view(4, 4)
     tp = shards.layout.tp
     with tempfile.TemporaryDirectory(prefix="ucp-trial-") as folder:
         Path(folder, "config.json").write_text(json.dumps(dict(config or {}), default=str))
@@ -75,9 +75,7 @@ def try_model(
         whole = _run(factory, folder, "whole", 1, 0)
         if tp == 1:
             return Trial(0.0, float(whole.abs().max()))
-        torch.multiprocessing.start_processes(
-            _rank, (factory, folder, tp), nprocs=tp, start_method="spawn"
-        )
+        torch.multiprocessing.start_processes(_rank, (factory, folder, tp), nprocs=tp, start_method="spawn")
         sharded: Tensor = torch.load(Path(folder, "logits"))
     if sharded.shape != whole.shape:
         raise Mismatch(f"the sharded model's logits are {list(sharded.shape)}, the merged one's {list(whole.shape)}")
@@ -102,6 +100,8 @@ def _merged(bound: Bound, shards: Shards) -> dict[str, Tensor]:
         if name not in expressions:
             out[name] = first
             continue
+        if expressions[name].average is not None:
+            raise Unsupported(f"'{name}' is an average of its copies, so the merged model cannot compute what they do")
         bits = [({"tp": rank}, array) for rank, array in shards.slices(name).items()]
         whole = merge(expressions[name], bound.sizes, cuttings[name], bits, name)
         out[name] = torch.from_numpy(whole).view(first.dtype) if whole.size else first
@@ -160,20 +160,30 @@ def _maker(factory: str, folder: str) -> Factory:
 
 def _autotp(config: Mapping[str, Any]) -> Factory:
     """transformers' causal language model of this config, cut as DeepSpeed's AutoTP cuts it."""
-    if not config.get("model_type"):
-        raise BadArgument("--model autotp: needs the model's config.json, with its model_type; give --config")
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    kind = str(config.get("model_type"))
+    try:
+        found = AutoConfig.for_model(**{"model_type": kind, **config})
+    except (ValueError, KeyError):
+        raise BadArgument(
+            f"--model autotp: needs the config.json of a transformers model (--config); its model_type is {kind!r}"
+        ) from None
+
     def make(tp: int, rank: int) -> nn.Module:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        model: nn.Module = AutoModelForCausalLM.from_config(found)
         if tp == 1:
             return model
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, and not needed here
-        os.environ.setdefault("LOCAL_SIZE", str(tp))
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(tp), "LOCAL_SIZE": str(tp)}
         deepspeed.init_distributed("gloo")
-        return deepspeed.tp_model_init(model, tp_size=tp, dtype=torch.float32)
+        engine, *_ = deepspeed.initialize(
+            model=model, config={"train_micro_batch_size_per_gpu": 1, "tensor_parallel": {"autotp_size": tp}}
+        )
+        module: nn.Module = engine.module
+        return module
 
     return make
