@@ -91,6 +91,7 @@ PAIRS = [
     # tensor, pipeline and data parallelism
     Pair(SLICED, PipeCase(pp=1, case=SLICED.case.but(dp=2))),
     Pair(PipeCase(pp=1, case=SLICED.case.but(dp=2)), SLICED),
+    Pair(PipeCase(pp=1, tp=2, case=SLICED.case.but(dp=2)), SLICED),
     Pair(SLICED, replace(PLAIN, case=SLICED.case.but(stage=3, dp=3))),
     Pair(replace(PLAIN, case=SLICED.case.but(stage=2, dp=2)), SLICED),
     Pair(SLICED, PipeCase(pp=4, method="type:block", case=SLICED.case)),
