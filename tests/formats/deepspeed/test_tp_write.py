@@ -15,8 +15,9 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.tp_runs import PRELOAD, TpCase, TpSources, config_of
 from tests.engines.tp_truth import without_padding
-from tests.formats.deepspeed.test_read_matrix import known
+from tests.formats.deepspeed.test_read_matrix import check_tensors, known
 from tests.spec.models import config_of as model_config
+from ucp.errors import BadArgument, Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -66,3 +67,23 @@ def test_stock_deepspeed_loads_it(
         truths = [without_padding(truth) for truth in truths]
     assert differences(*truths) == []
     assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[target.case.dtype])
+
+
+@pytest.mark.parametrize("layout", ["dp=2,zero=3", "dp=1,tp=4,zero=1"])
+def test_the_config_of_the_source_follows_the_layout(sliced: TpSources, tmp_path: Path, layout: str) -> None:
+    """Without a config for the target: the recorded one, whose tensor parallelism becomes the layout's."""
+    source = TpCase()
+    run = sliced.get(source)
+    ucp.convert(run.folder, tmp_path / "out", "deepspeed", layout, **spec_for(source))
+    with ucp.open(tmp_path / "out", **spec_for(source)) as checkpoint:
+        check_tensors(checkpoint, known(run.truth))
+        config = checkpoint.training_state.config
+        assert config["tensor_parallel"]["autotp_size"] == checkpoint.layout.tp
+    given = config_of(source.but(stage=int(layout[-1])))
+    with pytest.raises(BadArgument, match="the config given asks for autotp_size=2"):
+        ucp.convert(run.folder, tmp_path / "no", "deepspeed", layout, ds_config=given, **spec_for(source))
+
+
+def test_other_numbers_of_ranks_need_a_spec(sliced: TpSources, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="nothing says how 4 tensor-parallel ranks cut the model"):
+        ucp.convert(sliced.get(TpCase()).folder, tmp_path / "out", "deepspeed", "dp=1,tp=4,zero=1")

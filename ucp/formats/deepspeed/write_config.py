@@ -99,9 +99,14 @@ def engine_config(
             "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
             "which are not written: use 'cpu' or no offload"
         )
-    autotp = max(_integer(_section(raw, "tensor_parallel"), "autotp_size", 1), 1)
-    if autotp not in (1, tp):
-        raise BadArgument(f"the config's tensor_parallel asks for autotp_size={autotp}, and the layout for tp={tp}")
+    sliced = _section(raw, "tensor_parallel")
+    autotp = max(_integer(sliced, "autotp_size", 1), 1)
+    if given is not None and autotp not in (1, tp):
+        raise BadArgument(
+            f"the config given asks for autotp_size={autotp} (tensor_parallel), the layout for tp={tp}; change one"
+        )
+    if autotp > 1:
+        raw["tensor_parallel"] = {**sliced, "autotp_size": tp}
     if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
         raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
     if stage == 3 and _flag(zero, "elastic_checkpoint"):

@@ -45,7 +45,8 @@ def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound | Non
     found = choice.bound(None, "autotp" if config.autotp else "megatron")
     if found is None:
         raise Unsupported(
-            f"layout '{layout}': nothing says how tensor parallelism cuts the model; give a spec (spec=, --spec)"
+            f"layout '{layout}': nothing says how {layout.tp} tensor-parallel ranks cut the model (a source says it of "
+            "its own ranks only); give a spec (spec=, --spec; 'ucp-spec show' lists those at hand)"
         )
     return found
 
