@@ -20,7 +20,7 @@ from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.errors import Unsupported
 from ucp.formats.dcp.metadata import NAME
 from ucp.formats.dcp.names import MODEL, OUTSIDE, PARAM, TRAINING_STATE, VALUES
-from ucp.formats.deepspeed.write_files import FileBuilder, Piece
+from ucp.formats.torch_files import FileBuilder, Piece
 from ucp.geometry import Shape, box, numel
 from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.dtypes import itemsize, to_torch

@@ -14,7 +14,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.deepspeed.write_files import FileBuilder
+from ucp.formats.torch_files import FileBuilder
 from ucp.geometry import numel, restrict
 from ucp.parallel.mesh import Layout
 from ucp.spec.experts import Experts, counts, expert_of, holders

@@ -11,7 +11,7 @@ import numpy as np
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig
-from ucp.formats.deepspeed.write_files import FileBuilder, Piece
+from ucp.formats.torch_files import FileBuilder, Piece
 from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
 from ucp.storage.dtypes import itemsize

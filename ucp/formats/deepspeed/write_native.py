@@ -20,9 +20,9 @@ from ucp.errors import Unsupported
 from ucp.formats.deepspeed import write_experts, write_pipeline, write_slices
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scale_keys, loss_scaler
 from ucp.formats.deepspeed.write_experts import Spread
-from ucp.formats.deepspeed.write_files import FileBuilder, Piece
 from ucp.formats.deepspeed.write_groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.formats.rename import best_names
+from ucp.formats.torch_files import FileBuilder, Piece
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout

@@ -16,7 +16,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.deepspeed.write_files import FileBuilder
+from ucp.formats.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.storage.torchwriter import Placeholder
 from ucp.transfer.targets import TargetFile

@@ -25,9 +25,9 @@ from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write_config import EngineConfig, engine_config, loss_scaler
 from ucp.formats.deepspeed.write_experts import refuse_stacks
-from ucp.formats.deepspeed.write_files import FileBuilder
 from ucp.formats.deepspeed.write_groups import PARAM, group_options, scalar_values
 from ucp.formats.deepspeed.write_native import VERSION, check_groups, model_state, partitioned_module, whole_module
+from ucp.formats.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.spec.experts import expert_of
 from ucp.storage.values import Size

@@ -1,4 +1,4 @@
-"""Checkpoint files under construction: an object tree with placeholders, and the elements that fill those."""
+"""Files of ``torch.save`` under construction: an object tree with placeholders, and the elements that fill those."""
 
 from __future__ import annotations
 
