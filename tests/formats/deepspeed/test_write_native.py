@@ -295,7 +295,7 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "config", "error", "words"),
     [
-        (Layout(dp=2, tp=2, zero=1), None, Unsupported, "nothing says how tensor parallelism"),
+        (Layout(dp=2, tp=2, zero=1), None, Unsupported, "nothing says how 2 tensor-parallel ranks cut the model"),
         (Layout(pp=2), None, BadArgument, "which layers each stage has"),
         (Layout(dp=2, ep=2, zero=1), None, Unsupported, "no experts"),
         (Layout(zero=2), {"zero_optimization": {"stage": 3}}, BadArgument, "stage 3, the layout for stage 2"),
