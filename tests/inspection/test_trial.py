@@ -24,6 +24,15 @@ MISTAKES = {
         "(kv_heads/tp (q_per_kv | 1 | 1) head_dim)",
         "(kv_heads/tp q_per_kv head_dim | kv_heads/tp head_dim | kv_heads/tp head_dim)",
     ),
+    "keys before queries": (
+        "(kv_heads/tp (q_per_kv | 1 | 1) head_dim)",
+        "(kv_heads/tp head_dim | kv_heads/tp q_per_kv head_dim | kv_heads/tp head_dim)",
+    ),
+    "parts outermost": (
+        "(kv_heads/tp (q_per_kv | 1 | 1) head_dim)",
+        "((q_per_kv | 1 | 1) kv_heads/tp head_dim)",
+    ),
+    "heads innermost": ("(kv_heads/tp q_per_kv head_dim)", "(q_per_kv head_dim kv_heads/tp)"),
     "gate and up cut straight through": ("(ffn/tp | ffn/tp)", "(2 ffn)/tp"),
     "gate and up interleaved": ("(ffn/tp | ffn/tp)", "(ffn/tp 2)"),
     "heads of a group outermost": ("(kv_heads/tp q_per_kv head_dim)", "(q_per_kv kv_heads/tp head_dim)"),
