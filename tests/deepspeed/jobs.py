@@ -216,19 +216,6 @@ def unsupported(case: Case, zero: dict[str, Any], folder: str, tag: str) -> tupl
     return "", "", ()
 
 
-def pipeline(folder: str, tag: str) -> tuple[str, str]:
-    from deepspeed.pipe import PipelineModule
-
-    import ucp.deepspeed
-    from tests.engines.configs import make_config
-    from ucp.errors import UcpError
-
-    model = PipelineModule([nn.Linear(3, 3), nn.Linear(3, 3)], num_stages=2, loss_fn=nn.functional.mse_loss)
-    config = make_config(Case(stage=0, dp=1)) | {"ucp": {"enabled": True, "save": {"format": "deepspeed"}}}
-    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
-    return _refusal(lambda: engine.load_checkpoint(folder, tag), UcpError)
-
-
 def _refusal(work: Callable[[], Any], kind: type[Exception]) -> tuple[str, str]:
     try:
         work()

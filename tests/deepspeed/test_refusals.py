@@ -223,14 +223,6 @@ def test_features_that_are_not_supported(
     assert changed == ()
 
 
-def test_pipelines(ranks: RankPool, sources: Sources) -> None:
-    run = sources.get(PLAIN)
-    for job, text in ((jobs.pipeline, "pipeline parallelism"),):
-        for kind, message in ranks.run(job, run.folder, run.tag, world_size=2):
-            assert kind == "Unsupported"
-            assert text in message
-
-
 def test_versions_of_deepspeed_that_have_not_been_tested(ranks: RankPool) -> None:
     (text,) = ranks.run(jobs.version, "0.99.1", False, world_size=1)
     assert "DeepSpeed 0.99.1 has not been tested" in text
