@@ -197,14 +197,7 @@ def convert(
         needed = total + _manifest_bound(opened.catalog, total) + _SLACK
         identity = _identity(job)
         team = team or Team()
-        remote = is_remote(destination)
-        if remote:
-            _check_remote(destination, job, team, overwrite)
-        else:
-            _check_replaced(Path(destination), job.source, overwrite)
-        if team.leads and not remote:
-            held = held_bytes(destination, identity) if resume else 0
-            check_destination(destination, needed_bytes=needed - held, replace=overwrite)
+        _check_destination(destination, job, needed, identity if resume else None, team, overwrite)
         check_files(job.files)
         finished: dict[str, bytes] = {}
         with Files() as files:
@@ -219,20 +212,12 @@ def convert(
             )
             if dry_run:
                 log.debug("%s: nothing is written in a dry run", destination)
-            elif remote:
+            elif is_remote(destination):
                 finished = _upload(writing, destination, job)
-            elif not team.leads:
-                write_following(writing, part_folder(destination), team)
+            elif team.leads:
+                finished = _write_whole(writing, destination, job, team, overwrite, resume)
             else:
-                with growing(destination, identity, replace=overwrite, resume=resume) as part:
-                    if there := noted_bytes(part):
-                        log.warning(
-                            "continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, total / 1e9
-                        )
-                    finished = job.finish(write_leading(writing, part, team))
-                    for name, raw in finished.items():
-                        _write(part / CHECKPOINT / name, raw)
-                    _check_unchanged(job.source.on_disk)
+                write_following(writing, part_folder(destination), team)
             read = files.bytes_read
     return ConversionReport(
         source=str(locate(source)),
@@ -251,6 +236,34 @@ def convert(
         seconds=time.monotonic() - started,
         dry_run=dry_run,
     )
+
+
+def _check_destination(
+    destination: str, job: _Job, needed: int, identity: str | None, team: Team, overwrite: bool
+) -> None:
+    """Raise where the destination cannot be written. identity: of an interrupted conversion that may be continued."""
+    if is_remote(destination):
+        _check_remote(destination, job, team, overwrite)
+        return
+    _check_replaced(Path(destination), job.source, overwrite)
+    if team.leads:
+        held = 0 if identity is None else held_bytes(destination, identity)
+        check_destination(destination, needed_bytes=needed - held, replace=overwrite)
+
+
+def _write_whole(
+    writing: Writing, destination: str, job: _Job, team: Team, overwrite: bool, resume: bool
+) -> dict[str, bytes]:
+    """Process 0: write the destination together with the others, the small files last."""
+    with growing(destination, writing.identity, replace=overwrite, resume=resume) as part:
+        if there := noted_bytes(part):
+            total = sum(file.size for file in job.files)
+            log.warning("continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, total / 1e9)
+        finished = job.finish(write_leading(writing, part, team))
+        for name, raw in finished.items():
+            _write(part / CHECKPOINT / name, raw)
+        writing.check_source()
+    return finished
 
 
 def _check_remote(url: str, job: _Job, team: Team, overwrite: bool) -> None:
