@@ -91,3 +91,10 @@ def test_factories_that_are_none(gpt: TpRun, capsys: pytest.CaptureFixture[str])
         code, _, err = call(capsys, "check", "megatron_gpt_plain", gpt.folder, "--model", factory)
         assert code == 2, err
         assert words in err
+
+
+def test_without_shards_there_is_nothing_to_try(sliced: TpSources, capsys: pytest.CaptureFixture[str]) -> None:
+    run = sliced.get(TpCase("megatron", tp=1, case=Case(stage=3, dp=2)))
+    code, _, err = call(capsys, "check", "megatron_gpt_plain", run.folder, "--model", GPT)
+    assert code == 2
+    assert "one tensor-parallel rank saved it, so there are no shards to try" in err

@@ -76,11 +76,7 @@ class Shards:
 
     def read(self, at: Coordinate, name: str) -> NDArray:
         """A rank's weights: their bits, as whole numbers of their width."""
-        import torch
-
-        tensor = self.tensor(at, name)
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        return tensor.view(width).numpy() if numel(tensor.shape) else np.zeros(tuple(tensor.shape), np.uint8)
+        return bits(self.tensor(at, name))
 
     def tensor(self, at: Coordinate, name: str) -> torch.Tensor:
         """A rank's weights."""
@@ -101,6 +97,14 @@ class Shards:
     def slices(self, name: str) -> dict[int, NDArray]:
         """A parameter's weights on every tensor-parallel rank, each from the first stage that has it."""
         return {at.tp: self.read(at, name) for at in self._holders(name)}
+
+
+def bits(tensor: torch.Tensor) -> NDArray:
+    """The bits of its elements, as whole numbers of their width."""
+    import torch
+
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(width).numpy() if numel(tensor.shape) else np.zeros(tuple(tensor.shape), np.uint8)
 
 
 def open_shards(path: str | os.PathLike[str], tag: str | None = None) -> Shards:
@@ -166,16 +170,10 @@ def check_spec(bound: Bound, shards: Shards) -> Checked:
 
     Raises SpecError and Mismatch at the first shard that contradicts it.
     """
-    mesh = {"tp": shards.layout.tp}
     local = {name: shape for held in shards.parts.values() for name, shape in held.items()}
-    expressions = {name: found.expression for name in local if (found := bound.find(name)) is not None}
     if shards.layout.tp == 1:
         return Checked(check_names(bound, local, shards.buffers, shards.tied), 0, 0)
-    observed = [
-        Observed(name, e, [(at._asdict(), held[name]) for at, held in shards.parts.items() if name in held])
-        for name, e in expressions.items()
-    ]
-    cuttings = solve_cuts(observed, bound.sizes, mesh)
+    expressions, cuttings = solved(bound, shards)
     whole = {name: shape_of(e, bound.sizes, cuttings[name].padded) for name, e in expressions.items()}
     report = check_names(bound, {**local, **whole}, shards.buffers, shards.tied)
     if report.problems:
@@ -189,6 +187,19 @@ def check_spec(bound: Bound, shards: Shards) -> Checked:
         held = [_cut_again(expression, bound, cuttings[name], tensor, at, array, name) for at, array in slices]
         copies += sum(held) > tensor.size
     return Checked(report, len(expressions), copies)
+
+
+def solved(bound: Bound, shards: Shards) -> tuple[dict[str, Expression], dict[str, Cutting]]:
+    """What the spec says of every parameter that it has a line for, and how all are cut, from the shapes of all ranks.
+
+    Raises SpecError where shapes contradict the spec or leave a cut open.
+    """
+    expressions = {name: found.expression for name in shards.names if (found := bound.find(name)) is not None}
+    observed = [
+        Observed(name, e, [(at._asdict(), held[name]) for at, held in shards.parts.items() if name in held])
+        for name, e in expressions.items()
+    ]
+    return expressions, solve_cuts(observed, bound.sizes, {"tp": shards.layout.tp})
 
 
 def _cut_again(

@@ -22,10 +22,9 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from ucp.errors import BadArgument, Mismatch, Unsupported
-from ucp.inspection.shards import Shards
+from ucp.inspection.shards import Shards, bits, solved
 from ucp.spec.bound import Bound
 from ucp.spec.check import merge
-from ucp.spec.cuts import Observed, solve_cuts
 
 # Largest difference of logits that is rounding, over the largest logit.
 TOLERANCE = 1e-5
@@ -61,20 +60,21 @@ def try_model(
     Raises BadArgument for a factory that is none, Mismatch where weights don't fit its modules, Unsupported for models
     with experts over several ranks.
     """
+    tp = shards.layout.tp
+    if tp == 1:
+        raise BadArgument(f"{shards.path}: one tensor-parallel rank saved it, so there are no shards to try (--model)")
     if shards.layout.ep > 1:
         raise Unsupported("models whose experts lie on several ranks can't be tried; tensor parallelism alone can")
     if tokens is None:
         tokens = (torch.arange(16) * 7 % min(bound.sizes.get("vocab", 16), 1 << 30)).view(4, 4)
-    tp = shards.layout.tp
+    slices = {name: shards.tensors(name) for name in shards.names}
     with tempfile.TemporaryDirectory(prefix="ucp-trial-") as folder:
         Path(folder, "config.json").write_text(json.dumps(dict(config or {}), default=str))
         torch.save(tokens, Path(folder, "tokens"))
-        torch.save(_merged(bound, shards), Path(folder, "whole"))
+        torch.save(_merged(bound, shards, slices), Path(folder, "whole"))
         for rank in range(tp):
-            torch.save({name: held[rank] for name, held in _slices(shards).items()}, Path(folder, f"rank{rank}"))
+            torch.save({name: held[rank] for name, held in slices.items()}, Path(folder, f"rank{rank}"))
         whole = _run(factory, folder, "whole", 1, 0)
-        if tp == 1:
-            return Trial(0.0, float(whole.abs().max()))
         torch.multiprocessing.start_processes(_rank, (factory, folder, tp), nprocs=tp, start_method="spawn")
         sharded: Tensor = torch.load(Path(folder, "logits"))
     if sharded.shape != whole.shape:
@@ -82,28 +82,19 @@ def try_model(
     return Trial(float((whole - sharded).abs().max()), float(whole.abs().max()))
 
 
-def _slices(shards: Shards) -> dict[str, dict[int, Tensor]]:
-    return {name: shards.tensors(name) for name in shards.names}
-
-
-def _merged(bound: Bound, shards: Shards) -> dict[str, Tensor]:
+def _merged(bound: Bound, shards: Shards, slices: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
     """All parameters and buffers, put together by the spec."""
-    expressions = {name: found.expression for name in shards.names if (found := bound.find(name)) is not None}
-    observed = [
-        Observed(name, e, [(at._asdict(), held[name]) for at, held in shards.parts.items() if name in held])
-        for name, e in expressions.items()
-    ]
-    cuttings = solve_cuts(observed, bound.sizes, {"tp": shards.layout.tp})
+    expressions, cuttings = solved(bound, shards)
     out = {}
-    for name in shards.names:
-        first = next(iter(shards.tensors(name).values()))
+    for name, held in slices.items():
+        first = next(iter(held.values()))
         if name not in expressions:
             out[name] = first
             continue
         if expressions[name].average is not None:
             raise Unsupported(f"'{name}' is an average of its copies, so the merged model cannot compute what they do")
-        bits = [({"tp": rank}, array) for rank, array in shards.slices(name).items()]
-        whole = merge(expressions[name], bound.sizes, cuttings[name], bits, name)
+        parts = [({"tp": rank}, bits(tensor)) for rank, tensor in held.items()]
+        whole = merge(expressions[name], bound.sizes, cuttings[name], parts, name)
         out[name] = torch.from_numpy(whole).view(first.dtype) if whole.size else first
     return out
 

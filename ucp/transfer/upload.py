@@ -16,9 +16,9 @@ import numpy as np
 from ucp.errors import DestinationError, Unsupported
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests, digest_chunks
-from ucp.transfer.gather import Reader, execute
+from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.windows import MARGIN, Work, budget, windows
+from ucp.transfer.windows import MARGIN, budget, windows
 from ucp.transfer.write import Progress
 
 # Bytes of each part of a multipart upload.
@@ -75,7 +75,7 @@ def upload_files(
                 if stop.is_set():
                     raise DestinationError(f"{url}: given up, since another of its files failed")
                 size = min(window, file.size - start)
-                filled = _fill(reader, work, start, size, buffer)
+                filled = work.fill(reader, start, size, buffer)
                 table += digest_chunks(filled)
                 write(filled)
                 with lock:
@@ -110,16 +110,6 @@ def discard(url: str, names: Iterable[str]) -> None:
     for name in names:
         with contextlib.suppress(OSError):
             locations.remove(f"{url.rstrip('/')}/{name}")
-
-
-def _fill(reader: Reader, work: Work, start: int, size: int, buffer: np.ndarray) -> memoryview:
-    if not work.fills(size):
-        buffer[:] = 0
-    for offset, raw in work.literals:
-        at = offset - start + MARGIN
-        buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
-    execute(reader, work.copies, [buffer])
-    return memoryview(buffer.data)[MARGIN : MARGIN + size]
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ucp.errors import BadArgument
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import SCRATCH, Copy, plan
+from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
 # Bytes of a window where memory allows: long enough that planning and system calls don't show.
@@ -44,6 +46,19 @@ class Work:
                 return False
             covered += nbytes
         return covered == size
+
+    def fill(self, reader: Reader, start: int, size: int, buffer: Bytes) -> memoryview:
+        """Bring the window that begins at byte ``start`` of the file into a buffer with its margins; returns its bytes.
+
+        Raises what reading the source raises.
+        """
+        if not self.fills(size):
+            buffer[:] = 0
+        for offset, raw in self.literals:
+            at = offset - start + MARGIN
+            buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
+        execute(reader, self.copies, [buffer])
+        return memoryview(buffer.data)[MARGIN : MARGIN + size]
 
 
 def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:

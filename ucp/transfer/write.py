@@ -20,7 +20,7 @@ import numpy as np
 from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at
-from ucp.transfer.gather import Bytes, Reader, execute
+from ucp.transfer.gather import Bytes, Reader
 from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, Work, budget, shares, windows
@@ -188,12 +188,7 @@ def _write_window(
     filled = memoryview(buffer.data)[MARGIN : MARGIN + size]
     digests = _digests_there(output, start, filled, known)
     if digests is None:
-        if not work.fills(size):
-            buffer[:] = 0
-        for offset, raw in work.literals:
-            at = offset - start + MARGIN
-            buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
-        execute(reader, work.copies, [buffer])
+        work.fill(reader, start, size, buffer)
         digests = digest_chunks(filled)
         try:
             # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,15 +61,10 @@ def take_averages(catalog: Catalog, parts: Mapping[Coordinate, Part], placements
         len(copies),
         next(iter(copies)),
     )
-    return Catalog(
-        format=catalog.format,
-        writer=catalog.writer,
-        layout=catalog.layout,
+    return replace(
+        catalog,
         files=(*catalog.files, SourceFile("(averages)", len(raw), 0)),
-        parameters=catalog.parameters,
         tensors=tensors,
-        training_state=catalog.training_state,
-        chunk_digests=catalog.chunk_digests,
         copies=tuple(copy for copy in catalog.copies if copy.name not in copies),
         inline={**catalog.inline, index: bytes(raw)},
     )
