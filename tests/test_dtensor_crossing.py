@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import crossing_jobs
 from tests import dtensor_jobs as jobs
 from tests.deepspeed.agree import IMPLEMENTATION, differences
-from tests.engines import load_jobs
+from tests.engines import load_jobs, pipe_models, pipe_runs, tp_runs
 from tests.engines.configs import Case
 from tests.engines.fsdp import Mesh, State
+from tests.engines.pipe_runs import PipeCase, PipeSources
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import train
+from tests.engines.tp_runs import PRELOAD, TpCase, TpSources
 from tests.engines.truth import Truth
+from tests.formats.deepspeed.test_read_matrix import known
 
 pytestmark = pytest.mark.slow
 
@@ -67,3 +72,46 @@ def test_there_and_back(ranks: RankPool, tmp_path: Path, source: Case, mesh: Mes
     assert back.truth is not None
     assert differences(first.truth, back.truth, rest=not flat) == []
     assert back.further == pytest.approx(first.further, rel=1e-5)
+
+
+PIPELINE = PipeCase(pp=2, case=Case(stage=1, dp=2, accumulation=2, groups=2, frozen=True))
+SLICED = PipeCase(pp=2, tp=2, case=Case(stage=1, dp=1, accumulation=2))
+
+
+@pytest.mark.parametrize(("source", "back"), [(PIPELINE, SLICED), (SLICED, PIPELINE)], ids=["pp2-dp2", "tp2-pp2"])
+def test_from_pipelines_and_back(
+    ranks: RankPool, pipes: PipeSources, tmp_path: Path, source: PipeCase, back: PipeCase
+) -> None:
+    """Stages, and slices of them, become one module under FSDP2, and a pipeline of the other kind again."""
+    spec = tmp_path / "pipe.yaml"
+    spec.write_text(pipe_models.SPEC)
+    back = replace(back, case=source.case.but(dp=back.case.dp, seed=5))
+    run = pipes.get(source)
+    truth = known(run.truth)
+    target = str(tmp_path / "fsdp" / "step3")
+    for crossed in ranks.run(crossing_jobs.through, source, run.folder, target, 3, str(spec), world_size=2):
+        params = {pipe_models.pipeline_name(name): states for name, states in crossed.state.params.items()}
+        buffers = {pipe_models.pipeline_name(name): buffer for name, buffer in crossed.state.buffers.items()}
+        assert holds(truth, State(params, buffers, crossed.state.groups)) == []
+        assert (crossed.step, crossed.clip_grad) == (STEPS, 1.0)  # DeepSpeed's default
+        assert crossed.further == pytest.approx(run.further, rel=1e-5)
+    loaded = ranks.run(pipe_runs.resume, back, target, {"spec": str(spec)}, 1, world_size=back.world_size)[0]
+    assert differences(truth, known(loaded.truth)) == []
+    assert loaded.further == pytest.approx(run.further, rel=1e-5)
+
+
+def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: TpSources, tmp_path: Path) -> None:
+    """AutoTP's Llama, three key heads on two ranks, under FSDP2 on three ranks, and under AutoTP at another stage."""
+    source = TpCase(kv_heads=3, case=Case(stage=1, dp=2, groups=3, frozen=True))
+    run = sliced.get(source)
+    truth = known(run.truth)
+    target = str(tmp_path / "fsdp" / "step3")
+    job = crossing_jobs.through
+    for crossed in ranks.run(job, source, run.folder, target, len(run.further), world_size=3, preload=PRELOAD):
+        assert holds(truth, crossed.state) == []
+        assert crossed.further == pytest.approx(run.further, rel=1e-5)
+    back = source.but(stage=3, dp=1, seed=5)
+    section, world = {"spec": "llama"}, back.world_size
+    loaded = ranks.run(tp_runs.resume, back, target, section, 1, world_size=world, preload=PRELOAD)[0]
+    assert differences(truth, known(loaded.truth)) == []
+    assert loaded.further == pytest.approx(run.further, rel=1e-5)

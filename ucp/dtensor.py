@@ -30,11 +30,13 @@ from ucp.catalog import Catalog, TrainingState
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch, SaveFailed
 from ucp.formats.dcp.names import MODEL, PARAM, assign
+from ucp.spec.choice import choose
 from ucp.storage import plain
 from ucp.training import commit, ranks
 from ucp.training import rng as generators
 from ucp.training.background import Saver
 from ucp.training.names import bare
+from ucp.training.renamed import config_of, in_names_of
 from ucp.training.save import SaveReport
 from ucp.training.save import save as save_source
 from ucp.training.source import Source
@@ -91,8 +93,9 @@ def load(
     replaced; Stateful objects are given their loaded state. What the state dict does not ask for is not read, and is
     told in the report. Hyperparameters that say how an optimizer is implemented (foreach, fused, ...) stay.
 
-    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). allow_missing: patterns of flat names
-    ("optim.*") that may stay as they are. verify: check digests, where the checkpoint has them.
+    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...); a spec's ``names:`` tell what a
+    checkpoint of another framework calls the parameters. allow_missing: patterns of flat names ("optim.*") that may
+    stay as they are. verify: check digests, where the checkpoint has them.
 
     Raises on every rank, with nothing changed: Mismatch (missing entries, other shapes, element types that would lose
     bits), NotACheckpoint, DamagedCheckpoint.
@@ -113,10 +116,16 @@ def load(
 def _open(
     path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
 ) -> tuple[str, Catalog]:
-    """The checkpoint's folder and its catalog, whose training state has real tensors."""
-    names = [list(group) for group in assign(flatten(state_dict)).groups.values()]
+    """The checkpoint's folder and its catalog, whose training state has real tensors, by the state dict's names where
+    a spec tells what they are in the checkpoint."""
+    roles = assign(flatten(state_dict), complete=False)
+    names = [list(group) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
-        return str(checkpoint.path), replace(checkpoint.catalog, training_state=checkpoint.training_state)
+        catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+    if opening.get("spec") is not None:
+        choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
+        catalog = in_names_of(catalog, {name for name, _ in roles.tensors.values()}, choice.bound(None))
+    return str(checkpoint.path), catalog
 
 
 # --- a whole training state ------------------------------------------------------------------------------------------
@@ -167,12 +176,14 @@ def save_training(
 @dataclass(frozen=True)
 class TrainingReport:
     """What `load_training` found. step, samples: None where the checkpoint does not say. extra: as given to the save
-    (under DeepSpeed: the client state)."""
+    (under DeepSpeed: the client state). clip_grad: the norm to which DeepSpeed clipped gradients in the run that saved,
+    which the program has to do itself now; None where it did not, or the checkpoint does not say."""
 
     step: int | None
     samples: int | None
     extra: Mapping[str, Any]
     tensors: StateDictReport
+    clip_grad: float | None = None
 
 
 def load_training(
@@ -193,11 +204,13 @@ def load_training(
     Arguments as for `save_training` and `load`. What was saved of a model or optimizer has to be used and all that they
     have has to be there, unless allow_missing and allow_unused (patterns of names, or ``name:state``) say otherwise. A
     data loader's state and random number generators are the ranks' own: with another number of ranks the loader's is
-    refused unless all ranks had the same, and the generators stay as the program seeded them, with a warning.
+    refused unless all ranks had the same, and the generators stay as the program seeded them, with a warning. A spec's
+    sizes come from a transformers model's own config.
 
     Raises on every rank, with nothing changed: Mismatch, NotACheckpoint, DamagedCheckpoint.
     """
     state_dict = _state_dict(model, optimizer)
+    opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: _open(path, state_dict, opening))
     state = catalog.training_state
     stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
@@ -215,7 +228,15 @@ def load_training(
         dataloader.load_state_dict(loaders)
     if rng:
         _restore_generators(where, state)
-    return TrainingReport(state.global_steps, state.global_samples, state.client_state, report)
+    clip = state.clip_grad or None
+    if clip is not None and _optimizers(optimizer) and ranks.rank() == 0:
+        log.warning(
+            "%s: the run that saved it clipped gradients to a norm of %g; nothing here does it by itself: call "
+            "torch.nn.utils.clip_grad_norm_ with the report's clip_grad before every step",
+            where,
+            clip,
+        )
+    return TrainingReport(state.global_steps, state.global_samples, state.client_state, report, clip)
 
 
 _OPTIMIZER, _DATALOADER = "optim", "dataloader"

@@ -6,7 +6,7 @@ parallelism cut (``torch.chunk``, tensor parallelism first), not by what their D
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,28 +99,48 @@ class Live:
 
     def state(self) -> State:
         """The truth. Collective; whole on every rank."""
-        params: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            found = self.optimizer.state.get(parameter, {})
-            params[name] = {"param": self.full(name, parameter)} | {k: self.full(name, v) for k, v in found.items()}
-        names = {id(p): n for n, p in self.model.named_parameters()}
-        groups = tuple(
-            {k: v for k, v in group.items() if k != "params"} | {"names": [names[id(p)] for p in group["params"]]}
-            for group in self.optimizer.param_groups
-        )
-        return State(params, {k: v.clone() for k, v in self.model.named_buffers() if k != "positions"}, groups)
+        return state_of(self.model, self.optimizer, self.full)
 
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """The whole tensor: all ranks' shards, joined where FSDP2 and tensor parallelism have cut."""
         if not isinstance(tensor, DTensor):
             return tensor.detach().clone()
-        shards: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shards, tensor.to_local().detach().clone())
-        mesh = self.mesh
+        shards, mesh = shards_of(tensor), self.mesh
         of_tp = [torch.cat([shards[d * mesh.tp + t] for d in range(mesh.dp)]) for t in range(mesh.tp)]
         if mesh.tp == 1 or not name.startswith(("up.", "middle.weight")):
             return of_tp[0]
         return torch.cat(of_tp, dim=1 if name == "middle.weight" else 0)
+
+
+def shards_of(tensor: DTensor) -> list[Tensor]:
+    """Every rank's shard. Collective."""
+    shards: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, tensor.to_local().detach().clone())
+    return shards
+
+
+def joined(name: str, tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 alone has cut, over all ranks. Collective."""
+    return torch.cat(shards_of(tensor)) if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, full: Callable[[str, Tensor], Tensor] = joined
+) -> State:
+    """The truth about a model and its optimizer. Collective; whole on every rank.
+
+    full: makes a parameter, or a state of it, whole.
+    """
+    params: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        found = optimizer.state.get(parameter, {})
+        params[name] = {"param": full(name, parameter)} | {k: full(name, v) for k, v in found.items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = tuple(
+        {k: v for k, v in group.items() if k != "params"} | {"names": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    )
+    return State(params, {k: v.clone() for k, v in model.named_buffers() if k != "positions"}, groups)
 
 
 def differences(a: State, b: State, groups: bool = True) -> list[str]:
@@ -144,4 +164,4 @@ def differences(a: State, b: State, groups: bool = True) -> list[str]:
     return lines
 
 
-__all__ = ["FURTHER", "STEPS", "Live", "Mesh", "State", "differences"]
+__all__ = ["FURTHER", "STEPS", "Live", "Mesh", "State", "differences", "state_of"]

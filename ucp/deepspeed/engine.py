@@ -14,7 +14,6 @@ from ucp.checkpoint import LATEST
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
-from ucp.deepspeed.live.placed import model_config
 from ucp.deepspeed.live.state import warn_of_clipping
 from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
@@ -25,7 +24,7 @@ from ucp.training import ranks
 from ucp.training.background import Saver
 from ucp.training.load import LoadReport, load
 from ucp.training.match import Wish
-from ucp.training.renamed import in_names_of
+from ucp.training.renamed import config_of, in_names_of
 from ucp.training.save import SaveReport
 
 log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def load_checkpoint(
     # A pipeline's names are the whole model's on every stage; those of all stages tell more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
-    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, live, model_config(engine)))
+    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, live, config_of(engine.module)))
     if found is None:
         if ranks.rank() == 0:
             log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ucp.catalog import Catalog, bare
 from ucp.formats.rename import best_names
@@ -19,3 +20,10 @@ def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) ->
         return catalog
     wanted = set(map(bare, live))
     return best_names(catalog, bound, lambda name: bare(name) in wanted)
+
+
+def config_of(model: Any) -> Mapping[str, Any] | None:
+    """The config of a transformers model, as in its config.json; None for other models."""
+    config: Any = getattr(model, "config", None)
+    found = config.to_dict() if hasattr(config, "to_dict") else config
+    return found if isinstance(found, Mapping) else None

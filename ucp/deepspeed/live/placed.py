@@ -21,6 +21,7 @@ from ucp.spec.choice import Choice
 from ucp.spec.decide import decide
 from ucp.spec.placement import Placements, held_first
 from ucp.training import ranks
+from ucp.training.renamed import config_of
 from ucp.training.target import Group, Member, Placement, Slot
 
 
@@ -132,13 +133,6 @@ def _all_groups(tables: Sequence[Table], placements: Placements) -> tuple[tuple[
     return tuple(tuple(group) for group in names)
 
 
-def model_config(engine: Any) -> Mapping[str, Any] | None:
-    """The config of a transformers model, as in its config.json; None for other models."""
-    config: Any = getattr(engine.module, "config", None)
-    found = config.to_dict() if hasattr(config, "to_dict") else config
-    return found if isinstance(found, Mapping) else None
-
-
 def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> Placed | None:
     """Lift the slots of every rank; None where the model is neither cut nor padded. Collective.
 
@@ -167,7 +161,7 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
-    found = decide(choice, info, model_config(engine), parts, layout, buffers, section)
+    found = decide(choice, info, config_of(engine.module), parts, layout, buffers, section)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

@@ -156,7 +156,7 @@ def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mappi
     steps, samples = model.integer("global_steps"), model.integer("global_samples")
     if not isinstance(batch, int) and steps and samples:
         batch = samples // steps
-    clip = optimizer.get("clip_grad")
+    clip = optimizer.get("clip_grad", config.get("gradient_clipping"))  # stage 3 has it in the config alone
     return TrainingState(
         param_groups=tuple(groups),
         lr_scheduler=model.raw.get("lr_scheduler"),
