@@ -6,6 +6,7 @@ import argparse
 import builtins
 import collections
 import contextlib
+import enum
 import functools
 import importlib
 import io
@@ -118,7 +119,7 @@ def test_the_refusal_names_the_class(tmp_path: Path, file_format: str) -> None:
         "os system",
         "builtins eval",
         "__builtin__ eval",
-        "builtins getattr",
+        "builtins setattr",
         "builtins object",
         "builtins type",
         "builtins map",
@@ -337,3 +338,30 @@ def test_trust_reports_what_the_trusted_code_raises(tmp_path: Path) -> None:
     path = save({"x": Call(int, "no number")}, tmp_path / "a.pt")
     with pytest.raises(DamagedCheckpoint, match=r"a\.pt: "):
         load(path, trust=True)
+
+
+class Colour(enum.Enum):
+    RED = "r"
+
+
+def test_trust_takes_members_of_other_enumerations_by_name(tmp_path: Path) -> None:
+    """As Python 3.11.2 writes them."""
+    path = save({"x": Call(getattr, Colour, "RED")}, tmp_path / "a.pt")
+    with pytest.raises(UnsafePickle, match="Colour"):
+        load(path)
+    assert load(path, trust=True) == {"x": Colour.RED}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (b"deepspeed.runtime.zero.config\nZeroStageEnum", b"__class__"),
+        (b"deepspeed.runtime.zero.config\nZeroStageEnum", b"mro"),
+        (b"collections\nOrderedDict", b"fromkeys"),
+        (b"builtins\ngetattr", b"__self__"),
+    ],
+)
+def test_attributes_are_members_of_enumerations_only(owner: bytes, name: bytes) -> None:
+    pickled = b"\x80\x02c__builtin__\ngetattr\nc" + owner + b"\nX" + len(name).to_bytes(4, "little") + name + b"\x86R."
+    with pytest.raises(UnsafePickle, match=rf"asks for '{name.decode()}' of .*nothing was run"):
+        run(pickled)

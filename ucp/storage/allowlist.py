@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.storage import dtypes
+from ucp.storage.standins import STANDINS, member
 from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 
@@ -59,37 +60,6 @@ class Storage:
             object.__setattr__(ref, "offset", ref.offset - self.start + start)
         self.start = start
 
-
-# Classes of DeepSpeed and torch seen in their checkpoints; they become `Standin`s. DeepSpeed's releases of 2022 had
-# `fragment_address` in bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
-STANDINS = frozenset(
-    {
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-        ("deepspeed.runtime.zero.offload_config", "OffloadDeviceEnum"),
-        ("deepspeed.runtime.config", "DtypeEnum"),
-        ("deepspeed.utils.tensor_fragment", "fragment_address"),
-        ("deepspeed.runtime.bf16_optimizer", "fragment_address"),
-        ("deepspeed.pt.loss_scaler", "LossScaler"),
-        ("deepspeed.pt.loss_scaler", "DynamicLossScaler"),
-        # The metadata of torch.distributed.checkpoint.
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    }
-)
 
 # Names that the pickles of Python 2 and of protocols below 3 use for today's modules.
 _MODULE_ALIASES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -419,6 +389,18 @@ FACTORIES: dict[tuple[str, str], Any] = {
     ("collections", "Counter"): collections.Counter,
 }
 
+GETATTR = Global("builtins", "getattr")
+
+
+def _member(owner: Any, name: Any) -> Standin:
+    found = member(owner.module, owner.name, name) if type(owner) is Global else None
+    if found is None:
+        raise UnsafePickle(
+            f"its pickle asks for {name!r} of {owner}, which is no member of a known enumeration; nothing was run"
+        )
+    return found
+
+
 # --- numpy -----------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +469,7 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "Counter"): _counter,
     ("collections", "deque"): _deque,
     ("_codecs", "encode"): _encode,
+    ("builtins", "getattr"): _member,
     ("builtins", "set"): lambda items=(): set(checked_keys(_sequence(items))),
     ("builtins", "frozenset"): lambda items=(): frozenset(checked_keys(_sequence(items))),
     ("builtins", "slice"): lambda *args: slice(*args),

@@ -19,7 +19,7 @@ import numpy as np
 
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.storage import allowlist
-from ucp.storage.allowlist import Global, StorageClass
+from ucp.storage.allowlist import GETATTR, Global, StorageClass
 from ucp.storage.values import Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -143,6 +143,8 @@ class Unpickler:
     def _call(self, target: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if type(args) is not tuple:
             raise TypeError("arguments must be a tuple")
+        if type(target) is Global and self._trust and target == GETATTR and args and not _is_inert(args[0]):
+            target = getattr
         if type(target) is Global:
             if kwargs:
                 raise TypeError(f"{target} takes no keyword arguments")
