@@ -50,7 +50,8 @@ def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[li
 
 def read(reader: Reader, tensors: Sequence[LogicalTensor], batch: Iterable[Piece]) -> list[Bytes]:
     """The bytes of these pieces, in the tensors' own element types. Raises what reading raises."""
-    wants, out = [], []
+    wants: list[Want] = []
+    out: list[Bytes] = []
     for k, piece in enumerate(batch):
         tensor = tensors[piece.index]
         count = piece.last - piece.first
