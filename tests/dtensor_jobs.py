@@ -100,7 +100,9 @@ def save_writer(state: dict[str, Any], path: str) -> None:
 
 
 def save_async_writer(state: dict[str, Any], path: str) -> None:
-    dcp.async_save(state, storage_writer=ucp.dcp.StorageWriter(path)).result()
+    # It asks for a backend that sends from the host's memory.
+    group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+    dcp.async_save(state, storage_writer=ucp.dcp.StorageWriter(path), process_group=group).result()
 
 
 def load_ucp(state: dict[str, Any], path: str) -> None:
@@ -121,6 +123,12 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [local]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [tensor for item in items for tensor in _tensors(item)]
+
+
+def draw() -> torch.Tensor:
+    """Numbers of this rank's generators; of its device's, too, where it has one."""
+    drawn = torch.rand(3)
+    return torch.cat([drawn, torch.rand(3, device="cuda").cpu()]) if dist.get_backend() == "nccl" else drawn
 
 
 Make = Callable[[Live], dict[str, Any]]
@@ -145,7 +153,7 @@ def save(mesh: Mesh, saves: list[tuple[Make, Step, str]], pair: str | None = Non
         )
     for make, step, path in saves:
         step(copy.deepcopy(make(live)) if step is save_async else make(live), path)
-    drawn = torch.rand(3)
+    drawn = draw()
     return Run({"saved": state}, tuple(losses), tuple(live.train(STEPS, FURTHER, scheduler=pair is not None)), drawn)
 
 
@@ -170,16 +178,15 @@ def load(mesh: Mesh, loads: list[tuple[Make, Step, str]], pair: str | None = Non
     if pair is not None:
         live.train(50, 1, scheduler=True)
         loader = Loader(-1)
-        same = mesh.ranks == 4
         report = ucp.load_training(
             pair,
             model=live.model,
             optimizer=live.optimizer,
             lr_scheduler=live.scheduler,
-            dataloader=loader if same else None,
+            dataloader=loader,
         )
         states[pair] = live.state()
-        extra = (report.step, report.extra, loader.position, torch.rand(3), live.scheduler.state_dict())
+        extra = (report.step, report.extra, loader.position, draw(), live.scheduler.state_dict())
     if again is not None:
         ucp.save_training(again, model=live.model, optimizer=live.optimizer, step=STEPS)
     return Run(states, (), tuple(live.train(STEPS, FURTHER, scheduler=pair is not None)), extra)

@@ -1,50 +1,61 @@
 """An Accelerate program on DeepSpeed, unmodified but for one import and one key of its config.
 
-``python -m tests.deepspeed.accelerated FOLDER STAGE EPOCHS``: trains, from the state in FOLDER if it is there, saves
-its state there and prints the losses as JSON.
+Arguments as those of `trainer`: it saves its state in FOLDER/step_N after every second step, and ``--resume`` goes on
+from the last one.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
-from torch import nn
 from torch.utils.data import DataLoader
 
 import ucp.deepspeed.auto  # noqa: F401 (what is tested)
+from tests.deepspeed.programs import BATCH, Options, data, die, furthest, options, say, zero
+from tests.deepspeed.trainer import model_of
 
 
-def main(folder: str, stage: int, epochs: int) -> None:
+def main(chosen: Options) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+    model = model_of(chosen.lora)
     config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "train_micro_batch_size_per_gpu": BATCH // chosen.ranks,
+        "bf16": {"enabled": chosen.bf16},
+        "zero_optimization": zero(chosen.stage),
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": chosen.torch_adam}},
         "ucp": {"enabled": True},
     }
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
-    data = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(data, batch_size=4)
-    engine, optimizer, loader = accelerator.prepare(model, DummyOptim(model.parameters()), loader)
-    if os.path.isdir(folder):
-        accelerator.load_state(folder)
-    losses = []
-    for _ in range(epochs):
-        for batch in loader:
-            loss = engine(batch).square().mean()
+    loader = DataLoader(data(), batch_size=BATCH // chosen.ranks)  # type: ignore[arg-type]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, optimizer, loader = accelerator.prepare(model, DummyOptim(trained), loader)
+    step = 0
+    if chosen.resume:
+        newest = furthest(Path(chosen.folder), "step_")
+        accelerator.load_state(os.fspath(newest), load_module_strict=not chosen.lora)
+        step = int(newest.name.removeprefix("step_"))
+    while step < chosen.steps:
+        for batch in accelerator.skip_first_batches(loader, step % len(loader)):
+            loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-    accelerator.save_state(folder)
-    sys.stdout.write(f"\nlosses {json.dumps(losses)}\n")
+            step += 1
+            mean = accelerator.gather(loss.detach()).mean().item()
+            if accelerator.is_main_process:
+                say(step, mean)
+            if step == chosen.die:
+                die()
+            if step % 2 == 0:
+                accelerator.save_state(f"{chosen.folder}/step_{step}", exclude_frozen_parameters=chosen.lora)
+            if step == chosen.steps:
+                break
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(options())

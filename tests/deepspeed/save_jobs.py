@@ -51,8 +51,13 @@ class Saved:
 
 
 def draws() -> tuple[float, ...]:
-    """One number of each generator."""
-    return (torch.rand(()).item(), float(np.random.rand()), random.random())
+    """One number of each generator; of the device's, too, where there is one."""
+    found = (torch.rand(()).item(), float(np.random.rand()), random.random())
+    return (*found, torch.rand((), device="cuda").item()) if on_device() else found
+
+
+def on_device() -> bool:
+    return dist.get_backend() == "nccl"
 
 
 def unequal_generators() -> None:
@@ -62,6 +67,8 @@ def unequal_generators() -> None:
     np.random.seed(200 + rank)
     random.seed(300 + rank)
     torch.randn(7 + rank)
+    if on_device():
+        torch.randn(5 + rank, device="cuda")
     np.random.randn(3)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import pytest
 import torch
 
 from tests.deepspeed.agree import differences
-from tests.deepspeed.device_jobs import PLAIN
-from tests.engines.build import build_engine
+from tests.deepspeed.device_jobs import PLAIN, engine_of, settled
 from tests.engines.configs import Case
 from tests.engines.resume import continue_training
 from tests.engines.truth import Truth, compare, gather
@@ -55,26 +53,10 @@ def _one_rank() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def engine_of(case: Case, section: dict[str, Any] | None = None) -> Any:
-    extra = {"ucp": {"enabled": True, **(section or {})}}
-    return build_engine(case, "ucp.deepspeed:initialize", extra)
-
-
 def known(engine: Any) -> Truth:
     truth = gather(engine)
     assert truth is not None
     return truth
-
-
-def settled(truth: Truth) -> Truth:
-    """FusedAdam steps a group as one, and counts in its last parameter's state: what all of the group's mean."""
-    scalars = {name: dict(values) for name, values in truth.scalars.items()}
-    for group in truth.groups:
-        if "bias_correction" in group:
-            last = max(scalars[name].get("step", 0) for name in group["names"])
-            for name in group["names"]:
-                scalars[name] = {key: last if key == "step" else v for key, v in scalars[name].items()}
-    return replace(truth, scalars=scalars)
 
 
 @pytest.mark.parametrize("cases", [BF16, FP16, FP32, TORCH], ids=["bf16", "fp16", "fp32", "torch-adamw"])

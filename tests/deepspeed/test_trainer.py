@@ -1,67 +1,71 @@
-"""The Hugging Face Trainer, and Accelerate, with ``import ucp.deepspeed.auto``: what they call, find and delete.
+"""The Hugging Face Trainer, Accelerate and Lightning with ``import ucp.deepspeed.auto``: what they call, find, delete.
 
-One process: on the CPU, Accelerate takes every rank for a job of its own.
+One process: on the CPU, Accelerate takes every rank for a job of its own. `test_trainer_gpus` runs them on two GPUs.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ucp.inspection.listing import listing
+import ucp
+from tests.deepspeed.programs import apart, furthest, losses, start
+from ucp.inspection.listing import Entry, listing
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("accelerate")
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = {"ACCELERATE_USE_DEEPSPEED": "true"} if program == "accelerated" else {}
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tests.deepspeed.{program}", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+CLOSE = 5e-5
 
 
-def losses(job: subprocess.Popen[str]) -> list[float]:
-    out, err = job.communicate(timeout=300)
-    assert job.returncode == 0, err[-3000:]
-    (line,) = [line for line in out.splitlines() if line.startswith("losses ")]
-    found: list[float] = json.loads(line.removeprefix("losses "))
-    return found
-
-
-def test_the_trainer_resumes_on_another_stage(tmp_path: Path) -> None:
-    whole, first = start("trainer", tmp_path / "whole", 2, 6), start("trainer", tmp_path / "run", 2, 4)
-    expected, begun = losses(whole), losses(first)
-    assert begun == expected[:4]
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]  # the limit is kept
-    (saved,) = listing(tmp_path / "run/checkpoint-4").checkpoints
+def story(program: str, folder: Path, prefix: str, *options: str) -> Entry:
+    """Killed in step 5, and resumed at another stage; returns the checkpoint that the killed run has left."""
+    uninterrupted = start(program, folder / "whole", 2, 6, *options)
+    first = start(program, folder / "run", 2, 6, "--die", 5, *options)
+    expected, begun = losses(uninterrupted), losses(first, killed=True)
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert set(begun) >= {1, 2, 3, 4}
+    assert apart(begun, expected) == 0
+    (saved,) = listing(furthest(folder / "run", prefix)).checkpoints
     assert (saved.format, saved.layout, saved.step, saved.whole) == ("universal", "dp=1,zero=2", 4, True)
-    resumed = losses(start("trainer", tmp_path / "run", 3, 6, "resume"))
-    assert resumed[:4] == begun  # the Trainer's own record
-    assert resumed[4:] == pytest.approx(expected[4:], abs=5e-5)
+    resumed = losses(start(program, folder / "run", 3, 6, "--resume", *options))
+    assert sorted(resumed) == [5, 6]
+    assert apart(resumed, expected) < CLOSE
+    assert min(abs(expected[1] - resumed[k]) for k in (5, 6)) > 2 * CLOSE  # the comparison tells something
+    return saved
 
 
-def test_accelerate_resumes_on_another_stage(tmp_path: Path) -> None:
-    whole, first = start("accelerated", tmp_path / "whole", 2, 4), start("accelerated", tmp_path / "state", 2, 2)
-    expected, begun = losses(whole), losses(first)
-    assert begun == expected[:4]
-    (saved,) = listing(tmp_path / "state").checkpoints
-    assert (saved.tag, saved.layout, saved.step) == ("pytorch_model", "dp=1,zero=2", 4)
-    assert losses(start("accelerated", tmp_path / "state", 3, 2)) == pytest.approx(expected[4:], abs=5e-5)
+def has_adapters_only(folder: Path, tag: str) -> None:
+    with ucp.open(folder, tag=tag) as checkpoint:
+        assert checkpoint.parameters
+        assert all("lora_" in name for name in checkpoint.parameters)
+
+
+@pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
+def test_the_trainer(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+    """Of an adapter it saves without frozen parameters, and loads with ``load_module_strict=False``."""
+    pytest.importorskip("accelerate")
+    story("trainer", tmp_path, "checkpoint-", *adapter)
+    (kept,) = (tmp_path / "run").glob("checkpoint-*")  # save_total_limit=1
+    assert kept.name == "checkpoint-6"
+    if adapter:
+        has_adapters_only(kept, "global_step6")
+        assert (kept / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
+def test_accelerate(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+    pytest.importorskip("accelerate")
+    assert story("accelerated", tmp_path, "step_", *adapter).tag == "pytorch_model"
+    if adapter:
+        has_adapters_only(tmp_path / "run/step_4", "pytorch_model")
+
+
+@pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
+def test_lightning(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+    pytest.importorskip("pytorch_lightning")
+    assert story("lit", tmp_path, "step=", *adapter).tag == "checkpoint"
+    kept = sorted((tmp_path / "run").glob("step=*"))  # save_top_k=1, and the one that was resumed
+    assert [path.name for path in kept] == ["step=4.ckpt", "step=6.ckpt"]
+    if adapter:
+        has_adapters_only(kept[1], "checkpoint")

@@ -1,14 +1,15 @@
 """A Hugging Face Trainer program on DeepSpeed, unmodified but for one import and one key of its config.
 
-``python -m tests.deepspeed.trainer FOLDER STAGE STOP [resume]``: trains to step STOP of 6, prints the losses as JSON.
+``python -m tests.deepspeed.trainer FOLDER STAGE STEPS`` trains STEPS steps, saving every second one, and prints each
+step's loss as JSON; under torchrun, on as many GPUs as there are ranks, which share a batch of 8. ``--resume``: from
+the newest checkpoint in FOLDER. ``--die N``: every rank is killed in step N. ``--lora``: trains adapters of a frozen
+model. ``--bf16``.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-
 import torch
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,53 +22,70 @@ from transformers import (
 )
 
 import ucp.deepspeed.auto  # noqa: F401 (what is tested)
+from tests.deepspeed.programs import BATCH, Options, data, die, options, say, zero
 
 
-class Stop(TrainerCallback):
-    """Ends training early, as a job does whose time is over."""
+class Watch(TrainerCallback):
+    """Prints losses, and ends training early: as a job whose time is over, or as one that is killed."""
 
-    def __init__(self, step: int) -> None:
-        self._step = step
+    def __init__(self, chosen: Options) -> None:
+        self._chosen = chosen
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        control.should_training_stop = state.global_step >= self._step
+        if state.global_step == self._chosen.die:
+            die()
+        control.should_training_stop = state.global_step >= self._chosen.steps
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if "loss" in state.log_history[-1] and state.is_world_process_zero:
+            say(state.global_step, state.log_history[-1]["loss"])
 
 
-def main(folder: str, stage: int, stop: int, resume: bool) -> None:
-    set_seed(0)
+def model_of(lora: bool) -> nn.Module:
+    """A tiny Llama; lora: frozen, with adapters."""
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    tokens = torch.randint(97, (64, 16), generator=torch.Generator().manual_seed(1))
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def main(chosen: Options) -> None:
+    set_seed(0)
+    model = model_of(chosen.lora)
     config = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero(chosen.stage),
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": chosen.torch_adam}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
         "ucp": {"enabled": True},
     }
     arguments = TrainingArguments(
-        folder,
+        chosen.folder,
         per_device_train_batch_size=4,
-        max_steps=6,
+        gradient_accumulation_steps=BATCH // 4 // chosen.ranks,
+        max_steps=8,
         save_steps=2,
         save_total_limit=1,
         logging_steps=1,
-        learning_rate=1e-3,
+        learning_rate=1e-2 if chosen.lora else 1e-3,
         warmup_steps=4,
+        bf16=chosen.bf16,
         deepspeed=config,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
     )
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Stop(stop)])
-    trainer.train(resume_from_checkpoint=resume)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    sys.stdout.write(f"\nlosses {json.dumps(losses)}\n")
+    rows = [{"input_ids": row, "labels": row} for row in data()]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Watch(chosen)])
+    trainer.train(resume_from_checkpoint=chosen.resume)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["resume"])
+    main(options())

@@ -56,9 +56,11 @@ class Live:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         self.mesh = mesh
-        self.model: nn.Module = models.build("odd", seed=mesh.seed, tied=mesh.tied, frozen=mesh.frozen)
+        self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        model = models.build("odd", seed=mesh.seed, tied=mesh.tied, frozen=mesh.frozen)
+        self.model: nn.Module = model.to(self.device)
         names, sizes = self._dimensions()
-        self.whole = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        self.whole = init_device_mesh(self.device, sizes, mesh_dim_names=names)
         if mesh.tp > 1:
             # Uneven lengths are known to DTensors only.
             plan = {"up": ColwiseParallel(use_local_output=False), "middle": RowwiseParallel()}
@@ -86,7 +88,7 @@ class Live:
         losses = []
         for step in range(first, first + count):
             tokens, labels = models.batch("odd", step, dist.get_rank() // self.mesh.tp, data)
-            loss = models.loss("odd", self.model, tokens, labels)
+            loss = models.loss("odd", self.model, tokens.to(self.device), labels.to(self.device))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -104,7 +106,7 @@ class Live:
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """The whole tensor: all ranks' shards, joined where FSDP2 and tensor parallelism have cut."""
         if not isinstance(tensor, DTensor):
-            return tensor.detach().clone()
+            return tensor.detach().cpu().clone()
         shards, mesh = shards_of(tensor), self.mesh
         of_tp = [torch.cat([shards[d * mesh.tp + t] for d in range(mesh.dp)]) for t in range(mesh.tp)]
         if mesh.tp == 1 or not name.startswith(("up.", "middle.weight")):
@@ -115,13 +117,13 @@ class Live:
 def shards_of(tensor: DTensor) -> list[Tensor]:
     """Every rank's shard. Collective."""
     shards: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shards, tensor.to_local().detach().clone())
+    dist.all_gather_object(shards, tensor.to_local().detach().cpu().clone())
     return shards
 
 
 def joined(name: str, tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 alone has cut, over all ranks. Collective."""
-    return torch.cat(shards_of(tensor)) if isinstance(tensor, DTensor) else tensor.detach().clone()
+    return torch.cat(shards_of(tensor)) if isinstance(tensor, DTensor) else tensor.detach().cpu().clone()
 
 
 def state_of(
@@ -140,7 +142,7 @@ def state_of(
         {k: v for k, v in group.items() if k != "params"} | {"names": [names[id(p)] for p in group["params"]]}
         for group in optimizer.param_groups
     )
-    return State(params, {k: v.clone() for k, v in model.named_buffers() if k != "positions"}, groups)
+    return State(params, {k: v.cpu().clone() for k, v in model.named_buffers() if k != "positions"}, groups)
 
 
 def differences(a: State, b: State, groups: bool = True) -> list[str]:

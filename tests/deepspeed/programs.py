@@ -1,0 +1,115 @@
+"""What the programs of `test_trainer` have in common: their arguments, how they tell losses, how they die; and, for
+the tests, how they are started, on the CPU or on GPUs, and what they said."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 8  # samples of a step, on all ranks together
+LOSS = "loss of step "
+
+
+@dataclass(frozen=True)
+class Options:
+    """A program's arguments, and what its launcher says."""
+
+    folder: str
+    stage: int
+    steps: int
+    resume: bool
+    die: int | None
+    lora: bool
+    bf16: bool
+    ranks: int
+    torch_adam: bool  # else FusedAdam, which is compiled for GPUs
+
+
+def options() -> Options:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("stage", type=int)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--die", type=int)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--torch-adam", action="store_true")
+    return Options(**vars(parser.parse_args()), ranks=int(os.environ["WORLD_SIZE"]))
+
+
+def zero(stage: int) -> dict[str, int]:
+    """The config's section; with buckets that suit a tiny model, where by default they take 4 GB of every GPU."""
+    return {"stage": stage, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+
+
+def data() -> Tensor:
+    """The training data, (32, 16): an epoch is four steps, so that losses fall when the same samples come again."""
+    return torch.randint(97, (4 * BATCH, 16), generator=torch.Generator().manual_seed(1))
+
+
+def say(step: int, loss: float) -> None:
+    sys.stdout.write(f"\n{LOSS}{json.dumps([step, loss])}\n")
+    sys.stdout.flush()
+
+
+def die() -> None:
+    """What the kernel does to a job that takes too much memory, and a scheduler to one whose time is over."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[str]:
+    """Start ``tests.deepspeed.<program>``, on so many GPUs; 0: one process on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if program == "accelerated":
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+    command = [sys.executable]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus), *address]
+    else:
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        arguments = (*arguments, "--torch-adam")
+    return subprocess.Popen(
+        [*command, "-m", f"tests.deepspeed.{program}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses(job: subprocess.Popen[str], killed: bool = False, timeout: float = 300) -> dict[int, float]:
+    """What a program said once it has ended, step by step. killed: it has to end by being killed."""
+    out, err = job.communicate(timeout=timeout)
+    ended = "SIGKILL" in err or job.returncode == -signal.SIGKILL
+    assert ended if killed else job.returncode == 0, f"exit code {job.returncode}\n{out[-3000:]}\n{err[-6000:]}"
+    said = [line.removeprefix(LOSS) for line in out.splitlines() if line.startswith(LOSS)]
+    return dict(json.loads(text) for text in said)
+
+
+def furthest(folder: Path, prefix: str) -> Path:
+    """The entry of ``folder`` whose name is ``prefix`` and the highest number."""
+    return max(folder.glob(f"{prefix}*"), key=lambda path: int(path.stem.removeprefix(prefix)))
+
+
+def apart(found: dict[int, float], wanted: dict[int, float]) -> float:
+    """The largest difference of the losses found from those wanted."""
+    return max(abs(loss - wanted[step]) for step, loss in found.items())
