@@ -106,6 +106,15 @@ def test_not_strict_allows_missing_and_unused_names_but_no_other_shape() -> None
         plan(catalog({"a": Saved((7,))}), target(slot(0, {"a": SHAPE})), Wish(strict=False))
 
 
+def test_not_strict_is_no_leave_to_train_from_scratch() -> None:
+    none = target(slot(0, {"x": SHAPE, "y": SHAPE}))
+    text = refusal(two(), none, Wish(strict=False))
+    assert "none of the 2 parameters trained here ('x', …) is in the checkpoint" in text
+    for wish in (Wish(strict=False, weights_only=True), Wish(strict=False, optimizer=False)):
+        assert plan(two(), none, wish).left == ("x", "y")
+    assert plan(two(), none, Wish(strict=False, allow_missing=("x", "y"))).left == ("x", "y")
+
+
 def test_a_pattern_for_another_name_allows_nothing() -> None:
     refusal(two(), live("c"), Wish(allow_missing=("a", "b", "cc"), allow_unused=("c",)))
 

@@ -97,6 +97,8 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
         _weights(catalog, slot, names, wish, found, wants, rounded)
         if slot.kind == "parameter" and restore_states:
             _states(catalog, target, slot, names, wish, found, wants, scalars)
+    if restore_states and not wish.strict:
+        _some_trained(target, names, wish, found)
     _unused(catalog, target, names, wish, found, restore_states)
     options: dict[int, Mapping[str, Any]] = {}
     sources: dict[int, int] = {}
@@ -245,6 +247,22 @@ def _steps_taken(catalog: Catalog) -> int | None:
     return None if state.global_steps is None else state.global_steps - (state.skipped_steps or 0)
 
 
+def _trained(target: Target) -> set[str]:
+    """The parameters that are trained here, on any rank."""
+    trained = {m.name for s in target.slots if s.kind == "parameter" for m in s.members}
+    return trained | {name for name, kind in target.elsewhere.items() if kind == "parameter"}
+
+
+def _some_trained(target: Target, names: Mapping[str, str], wish: Wish, found: _Findings) -> None:
+    """Without strictness some names may be missing; where all that are trained are, it is no resume."""
+    trained = sorted(_trained(target))
+    if trained and not any(n in names or _allowed(n, None, wish.allow_missing) for n in trained):
+        found.wrong.append(
+            f"none of the {len(trained)} parameters trained here ('{trained[0]}', …) is in the checkpoint, not even "
+            "load_module_strict=False resumes from that (load_module_only=True takes the weights that are)"
+        )
+
+
 def _unused(
     catalog: Catalog,
     target: Target,
@@ -254,8 +272,7 @@ def _unused(
     restore_states: bool,
 ) -> None:
     used = set(names.values())
-    trained = {m.name for s in target.slots if s.kind == "parameter" for m in s.members}
-    trained |= {name for name, kind in target.elsewhere.items() if kind == "parameter"}
+    trained = _trained(target)
     for info in catalog.parameters.values():
         if info.name in used:
             continue
