@@ -71,18 +71,17 @@ def die() -> None:
 
 def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[str]:
     """Start ``tests.deepspeed.<program>``, on so many GPUs; 0: one process on the CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if program == "accelerated":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
     command = [sys.executable]
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
-        address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus), *address]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         arguments = (*arguments, "--torch-adam")

@@ -59,7 +59,7 @@ def test_killed_and_resumed(tmp_path: Path, program: str, dtype: str, adapter: t
     print(f"{program} {dtype} {adapter}: losses {expected[5]:.6f} to {expected[8]:.6f}, apart by {spread}")
     assert max(spread) <= APART[dtype]
     # They tell: without what was learnt in the first four steps the losses would be others.
-    assert expected[1] - expected[8] > 10 * APART[dtype]
+    assert expected[1] - expected[8] > 3 * APART[dtype]
 
 
 def check(folder: Path, step: int, layout: str) -> None:
