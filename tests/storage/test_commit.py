@@ -291,3 +291,15 @@ def test_space_is_counted_where_the_folder_will_be(tmp_path: Path, monkeypatch: 
     with pytest.raises(DestinationError, match="6 bytes are needed, and 5 are free"):
         check_destination(tmp_path / "a" / "b" / "ckpt", needed_bytes=6)
     assert asked == [tmp_path, tmp_path]
+
+
+def test_a_folder_reserved_for_a_process_stays_while_that_lives(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    reserved = commit.reserve(tmp_path / "new", process=process.pid)
+    other = commit.reserve(tmp_path / "other")
+    assert reserved.is_dir()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and its number still taken
+    third = commit.reserve(tmp_path / "third", keep=[other.name])
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, third.name}
+    process.communicate()

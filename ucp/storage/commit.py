@@ -70,23 +70,24 @@ def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = F
 # --- the same in steps, for several processes that fill one folder ---------------------------------------------------
 
 
-def reserve(dest: str | os.PathLike[str], keep: Collection[str] = ()) -> Path:
+def reserve(dest: str | os.PathLike[str], keep: Collection[str] = (), process: int | None = None) -> Path:
     """Make a temporary folder beside `dest` for this and other processes to fill, then `publish` or `discard`.
 
     First removes what dead processes have left of any commit in `dest`'s folder; what was left on another machine, once
-    it has not been written for `STALE` seconds. keep: names of temporary folders of this process that are in use.
-    Raises `DestinationError`.
+    it has not been written for `STALE` seconds. process: whose folder it is, if not this one's, on the same machine.
+    keep: names of temporary folders of this process and that one which are in use. Raises `DestinationError`.
     """
+    owner = os.getpid() if process is None else process
     target = Path(os.path.abspath(dest))
     made = _make_parents(target.parent)
     try:
-        temporary = _make_temporary(target)
+        temporary = _make_temporary(target, owner)
     except DestinationError:
         for folder in reversed(made):
             _remove_if_empty(folder)
         raise
     try:
-        _sweep_all(target.parent, {*keep, temporary.name}, temporary.stat().st_mtime)
+        _sweep_all(target.parent, {*keep, temporary.name}, {os.getpid(), owner}, temporary.stat().st_mtime)
         for folder in reversed(made):
             _sync(folder.parent)
     except OSError as error:
@@ -122,7 +123,7 @@ def discard(temporary: Path) -> None:
     _remove(temporary)
 
 
-def _sweep_all(folder: Path, keep: Collection[str], now: float) -> None:
+def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: float) -> None:
     here = _place_of_process()
     for entry in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
@@ -134,8 +135,8 @@ def _sweep_all(folder: Path, keep: Collection[str], now: float) -> None:
                 os.rename(entry, folder / name)  # see _sweep
             continue
         if place == here:
-            # A process number that is this one's was another's before: what is in use is in `keep`.
-            unused = int(process) == os.getpid() or not _is_alive(int(process))
+            # What is in use of these processes is in `keep`: the rest they gave up, or others had their numbers.
+            unused = int(process) in own or not _is_alive(int(process))
         else:
             unused = now - _newest(entry) > STALE
         if unused:
@@ -213,12 +214,13 @@ def _place_of_process() -> str:
     return xxhash.xxh32_hexdigest(f"{socket.gethostname()} {namespace}".encode())
 
 
-def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".ucp-tmp-{target.name}-{os.getpid()}-{_place_of_process()}{secrets.token_hex(4)}")
+def _temporary_name(target: Path, process: int | None = None) -> Path:
+    process = process or os.getpid()
+    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_place_of_process()}{secrets.token_hex(4)}")
 
 
-def _make_temporary(target: Path) -> Path:
-    temporary = _temporary_name(target)
+def _make_temporary(target: Path, process: int | None = None) -> Path:
+    temporary = _temporary_name(target, process)
     try:
         temporary.mkdir()
     except OSError as error:
@@ -272,7 +274,11 @@ def _is_alive(process: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:
+        # An orphan that nobody waits for, as in a container whose first process does not, keeps its number.
+        return Path(f"/proc/{process}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 # --- renaming --------------------------------------------------------------------------------------------------------
