@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -65,3 +65,20 @@ def bucket() -> Iterator[str]:
 
     with serve() as url:
         yield url
+
+
+@pytest.fixture
+def forked_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Saves in the background are written by forks of the test's process, in which what a test has changed counts; call
+    it to let the next save have a new one."""
+    from tests.training import save_jobs
+    from ucp import dtensor
+    from ucp.training import writer
+
+    for name in ("Pipe", "_start"):
+        monkeypatch.setattr(writer, name, getattr(writer, name))
+    save_jobs.fork_writers()
+    renew = dtensor._saver()._dismiss
+    renew()
+    yield renew
+    renew()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(share, "write_at", full)
 
 
-def test_a_full_disk_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_writers: Callable[[], None]
+) -> None:
     """DCP with several writer threads swallows that."""
     ucp.save({"w": torch.zeros(3)}, tmp_path / "saved")
     fill_up(monkeypatch)

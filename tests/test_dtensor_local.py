@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,9 @@ def test_replacing_and_refusing_a_destination(saved: Path, tmp_path: Path) -> No
         ucp.load({"w": torch.ones(2)}, tmp_path / "nothing")
 
 
-def test_a_failure_in_the_background_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_background_is_raised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_writers: Callable[[], None]
+) -> None:
     from ucp.training import share
 
     def fail(*_: Any) -> None:
@@ -243,4 +246,5 @@ def test_a_failure_in_the_background_is_raised_once(tmp_path: Path, monkeypatch:
             pending.result()
     with pytest.raises(SaveFailed, match="the error was raised before"):
         pending.result()
+    forked_writers()
     assert ucp.async_save({"w": torch.ones(9)}, tmp_path / "saved").result().nbytes > 0

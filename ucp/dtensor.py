@@ -70,7 +70,7 @@ def async_save(
     lazy: bool = False,
     timeout: float = commit.TIMEOUT,
 ) -> PendingSave:
-    """As `save`, but return once everything is copied to host memory; a thread writes it.
+    """As `save`, but return once everything is copied to host memory; a process of its own writes it.
 
     lazy: return before that; then call ``hold()`` on what is returned before anything changes the tensors, so that
     the copying is done beside forward and backward. One save at a time is under way: the next one waits for it first,

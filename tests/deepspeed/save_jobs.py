@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import struct
@@ -21,7 +22,7 @@ from tests.engines.load_jobs import build_target
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
 from tests.engines.truth import Truth, compare, gather
-from tests.training.save_jobs import Death, instrument
+from tests.training.save_jobs import Death, fork_writers, instrument
 
 SAVE: dict[str, Any] = {"save": {"async": False}}
 
@@ -187,15 +188,15 @@ def save_lazily(case: Case, folder: str) -> Lazily:
     """Saves whose copy is slow, each followed by another way to change what is being copied."""
     import deepspeed.utils
 
-    from ucp.training import staging
+    from ucp.training.staging import Copying
 
-    fill = staging._fill
+    copy = Copying._copy
 
     def slowly(*args: Any) -> None:
         time.sleep(SLOW)
-        fill(*args)
+        copy(*args)
 
-    staging._fill = slowly
+    Copying._copy = slowly  # type: ignore[method-assign]
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
     continue_training(engine, case, 0, 2)
     # DeepSpeed's stage 3 sets parameters only that all ranks share evenly.
@@ -224,20 +225,20 @@ def save_lazily(case: Case, folder: str) -> Lazily:
 
 def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[str, str]]:
     """One rank cannot flush: what every rank is told at the next save, and that the one after it works."""
-    from ucp.training import background
+    from ucp.training import writer
 
     section: dict[str, Any] = {"save": {}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
     continue_training(engine, case, 0, 1)
     engine.save_checkpoint(folder)
     engine.ucp.wait()
-    write = background.write
     if dist.get_rank() == failing:
 
         def fail(*args: Any) -> None:
             raise OSError("the disk is gone")
 
-        background.write = fail
+        engine.ucp.saver._dismiss()
+        fork_writers(lambda: setattr(writer, "write", fail))
     continue_training(engine, case, 1, 1)
     engine.save_checkpoint(folder)
     told = []
@@ -245,7 +246,9 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
         engine.save_checkpoint(folder, "again")
     except Exception as error:  # noqa: BLE001 - it is what the test is about
         told.append((type(error).__name__, str(error)))
-    background.write = write
+    if dist.get_rank() == failing:
+        engine.ucp.saver._dismiss()
+        fork_writers()
     engine.save_checkpoint(folder, "again")
     path, _ = engine.load_checkpoint(folder)  # waits
     return [*told, ("", os.path.basename(path))]
@@ -257,17 +260,25 @@ def plain_losses(case: Case, steps: int) -> list[float]:
 
 
 def save_at(case: Case, folder: str, steps: int, death: Death | None, background: bool) -> int:
-    """Train and save; a rank dies on the way as ``death`` says. Returns how many operations on files there were."""
-    counters = bytearray(8 * dist.get_world_size())
+    """Train and save; a rank dies on the way as ``death`` says. Returns how many operations on files there were.
+
+    In the background they are the writer's, and either it dies or, where the operation's number is odd, the rank.
+    """
+    counters = mmap.mmap(-1, 8 * dist.get_world_size())
     # Where another rank dies, the first one waits in vain.
     timeout = 1.0 if death is not None and death.rank else 60.0
     section = {"enabled": True, "save": {"async": background, "timeout": timeout}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": section})
     continue_training(engine, case, 0, steps)
-    instrument(dist.get_rank(), death, counters)
+    rank, trainer = dist.get_rank(), os.getpid()
+    if background:
+        victim = trainer if death is not None and death.operation % 2 else None
+        fork_writers(lambda: instrument(rank, death, counters, victim))
+    else:
+        instrument(rank, death, counters)
     engine.save_checkpoint(folder)
     engine.ucp.wait()
-    return struct.unpack_from("<q", counters, 8 * dist.get_rank())[0]
+    return struct.unpack_from("<q", counters, 8 * rank)[0]
 
 
 def resume_and_save(case: Case, folder: str) -> None:

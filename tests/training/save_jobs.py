@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
+import multiprocessing
 import os
 import signal
 import struct
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ucp.geometry import Blocks, box, empty, flat_ranges, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import commit as storage
 from ucp.storage.dtypes import from_torch
-from ucp.training import commit
+from ucp.training import commit, writer
 from ucp.training.background import Saver
 from ucp.training.commit import Session
 from ucp.training.save import write_share
@@ -178,15 +180,22 @@ def save(
     return Ended(code, text.decode(), struct.unpack(f"<{len(made)}q", counters[:]))
 
 
-def save_in_background(folder: Path, tag: str, made: Source, death: Death | None) -> Ended:
-    """As `save`, by one rank's `Saver` and its thread."""
-    counters = mmap.mmap(-1, 8)
+def save_in_background(folder: Path, tag: str, made: Source, death: Death | None, trainer_dies: bool = False) -> Ended:
+    """As `save`, by one rank's `Saver` and its writer, whose operations count: both die, or the writer alone.
+
+    trainer_dies: the training process is killed instead, by its writer, which is to end by itself.
+    """
+    counters = mmap.mmap(-1, 16)  # the second number is the writer's
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
 
+        def change() -> None:
+            struct.pack_into("<q", counters, 8, os.getpid())
+            instrument(0, death, counters, os.getppid() if trainer_dies else None)
+
         def work() -> None:
-            instrument(0, death, counters)
+            fork_writers(change)
             saver = Saver()
             saver.save(made, folder, tag)
             saver.hold()
@@ -197,7 +206,60 @@ def save_in_background(folder: Path, tag: str, made: Source, death: Death | None
     os.close(writing)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with os.fdopen(reading, "rb") as errors:
-        return Ended(code, errors.read().decode(), struct.unpack("<q", counters[:]))
+        text = errors.read().decode()
+    count, process = struct.unpack("<qq", counters[:])
+    deadline = time.monotonic() + 20
+    while process and storage._is_alive(process):
+        if time.monotonic() > deadline:
+            raise AssertionError("the writer goes on without its training process")
+        time.sleep(0.001)
+    return Ended(code, text, (count,))
+
+
+class Forked:
+    """A writer that is a fork of this process, so that it starts at once and what a test has changed counts there."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        code = self._wait(0)
+        assert code is not None
+        return code
+
+    def _wait(self, how: int) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+
+def fork_writers(change: Callable[[], None] = lambda: None) -> None:
+    """From now on let writers of this process be forks of it, after ``change`` in each of them."""
+    ends: list[Connection] = []
+
+    def pipe() -> tuple[Connection, Connection]:
+        ends[:] = multiprocessing.Pipe()
+        return ends[0], ends[1]
+
+    def start(theirs: Connection, memory: int) -> Forked:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ends[0].close()  # that the training process has closed it is to be seen
+                change()
+                writer.main(theirs.fileno(), memory, parent)
+            finally:
+                os._exit(9)
+        return Forked(pid)
+
+    writer.Pipe, writer._start = pipe, start  # type: ignore[assignment]
 
 
 def _in_child(work: Callable[[], None], errors: int) -> None:
@@ -242,8 +304,10 @@ def _other(session: Session, rank: int, made: Source, death: Death | None, hangs
         commit.leave_failure(session, rank, error)
 
 
-def instrument(rank: int, death: Death | None, counters: Any) -> None:
-    """Count this process's operations on files, and die before the one that ``death`` names."""
+def instrument(rank: int, death: Death | None, counters: Any, victim: int | None = None) -> None:
+    """Count this process's operations on files, and die before the one that ``death`` names.
+
+    victim: the process that dies then instead of this one, which stops there."""
     limit = death.operation if death is not None and death.rank == rank else None
     count = 0
 
@@ -254,7 +318,8 @@ def instrument(rank: int, death: Death | None, counters: Any) -> None:
                 struct.pack_into("<q", counters, 8 * rank, -1)
                 if death is not None and death.everyone:
                     os.killpg(0, signal.SIGKILL)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(victim or os.getpid(), signal.SIGKILL)
+                time.sleep(60)
             count += 1
             struct.pack_into("<q", counters, 8 * rank, count)
             return original(*args, **kwargs)

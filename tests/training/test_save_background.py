@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -16,23 +17,24 @@ import torch
 
 from tests.training import save_jobs as jobs
 from ucp.errors import DestinationError, SaveFailed, Unsupported
-from ucp.training import background, commit
+from ucp.training import commit, writer
 from ucp.training.background import Saver
+from ucp.training.retention import Keep
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Flushing begins when it is set."""
+    """The copying, and all after it, begins when it is set."""
     event = threading.Event()
-    flush = background._flush
+    follow = Saver._follow
 
     def later(*args: Any) -> int:
         assert event.wait(30)
-        return flush(*args)
+        return follow(*args)
 
-    monkeypatch.setattr(background, "_flush", later)
+    monkeypatch.setattr(Saver, "_follow", later)
     return event
 
 
@@ -67,7 +69,8 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, gate: threading.Event
     assert len(reports) == 1
     saver.wait()
     assert [report.tag for report in reports] == ["same", "same"]
-    assert set(reports[0].seconds) == {"begin", "flush"}
+    assert set(reports[0].seconds) == {"prepare", "copy", "digest", "write", "commit"}
+    assert 0 < reports[0].seconds["write"] < reports[0].wall
     assert jobs.digest_of(tmp_path) == jobs.digest(second) != jobs.digest(first)
 
 
@@ -154,6 +157,69 @@ def test_the_other_ranks_learn_how_it_ended(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 3  # the failure's note went with it
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_writer_that_dies_is_told_and_replaced(tmp_path: Path, gate: threading.Event, number: signal.Signals) -> None:
+    values, made = state(1)
+    saver = Saver()
+    saver.save(made, tmp_path, "now")
+    assert saver.writer is not None
+    first = saver.writer
+    os.kill(first, number)
+    gate.set()
+    saver.hold()  # nobody waits for a copy that will not be
+    with pytest.raises(SaveFailed, match=f"the process that writes .number {first}. was ended by {number.name}"):
+        saver.wait()
+    assert list(tmp_path.glob("[!.]*")) == []
+    saver.save(made, tmp_path, "now")
+    saver.wait()
+    assert saver.writer != first
+    assert jobs.digest_of(tmp_path) == jobs.digest(values)
+    assert set(os.listdir(tmp_path)) == {"now", "latest"}
+
+
+def test_a_writer_that_cannot_be_started_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "get_executable", lambda: "/nowhere/python")
+    with pytest.raises(
+        SaveFailed, match=r"the process that writes \(/nowhere/python\) cannot be started: No such file"
+    ):
+        Saver().save(state(1)[1], tmp_path, "now")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_without_its_program_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_PROGRAM", "raise SystemExit(7)")
+    saver = Saver()
+    saver.save(state(1)[1], tmp_path, "now")
+    with pytest.raises(SaveFailed, match="ended with code 7"):
+        saver.wait()
+
+
+def test_what_the_writer_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saver = Saver()
+    with caplog.at_level("INFO"):
+        for step in range(3):
+            saver.save(state(1)[1], tmp_path, f"step{step}", keep=Keep(2))
+        saver.wait()
+    assert f"{tmp_path / 'step0'} was removed: newer checkpoints are kept instead" in caplog.text
+
+
+def test_the_writer_goes_with_its_saver(tmp_path: Path) -> None:
+    saver = Saver()
+    saver.save(state(1)[1], tmp_path, "now")
+    saver.wait()
+    process = saver.writer
+    assert process is not None
+    assert "libtorch" not in Path(f"/proc/{process}/maps").read_text()
+    os.kill(process, signal.SIGTERM)  # as a scheduler sends it to all processes of a job
+    assert saver.save(state(1)[1], tmp_path, "now")
+    saver.wait()
+    assert saver.writer == process
+    del saver
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
 PROGRAM = """
 import os, sys, time
 import torch
@@ -161,8 +227,8 @@ from pathlib import Path
 from tests.training import save_jobs as jobs
 from ucp.training.background import Saver
 folder, what = Path(sys.argv[1]), sys.argv[2]
-fsync = os.fsync
-os.fsync = lambda fd: (time.sleep(0.3), fsync(fd))[1]
+follow = Saver._follow
+Saver._follow = lambda *args: (time.sleep(0.5), follow(*args))[1]
 saver = Saver()
 saver.save(jobs.source(jobs.values(4, small=True), 0, 1, 4), folder, "now")
 if what == "fail":

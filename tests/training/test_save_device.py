@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training import save_jobs as jobs
-from ucp.training import commit, share, staging
+from ucp.training import commit, staging
 from ucp.training.background import Saver
 from ucp.training.save import write_share
 from ucp.training.source import Source
@@ -23,7 +23,7 @@ def on_device(made: Source) -> Source:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_straight_to_files(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share, "WINDOW", 1 << 20)  # so that tensors pass in several pieces
+    monkeypatch.setattr(staging, "WINDOW", 1 << 20)  # so that tensors pass in several pieces
     values = jobs.values(seed)
     session = commit.begin(tmp_path, "now", 2)
     for rank in range(2):
@@ -48,6 +48,22 @@ def test_in_the_background(tmp_path: Path, memory: int, monkeypatch: pytest.Monk
             holding.tensor.zero_()
         saver.wait()
         assert jobs.digest_of(tmp_path) == jobs.digest(values)
+    assert saver._pool.bytes is not None
+    assert saver._pool.bytes.is_pinned()
+
+
+def test_what_lies_on_both_is_saved(tmp_path: Path) -> None:
+    """As with an optimizer that is offloaded: much in host memory, the rest on the device."""
+    saver = Saver()
+    values = jobs.values(3)
+    made = jobs.source(values, 0, 1, 3)
+    moved = [replace(h, tensor=h.tensor.cuda()) if k % 2 else h for k, h in enumerate(made.holdings)]
+    saver.save(replace(made, holdings=moved), tmp_path, "now")
+    saver.hold()
+    for holding in moved:
+        holding.tensor.zero_()
+    saver.wait()
+    assert jobs.digest_of(tmp_path) == jobs.digest(values)
 
 
 def test_memory_may_be_freed_while_it_is_copied(tmp_path: Path) -> None:

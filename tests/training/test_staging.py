@@ -18,20 +18,21 @@ from ucp.training import share, staging
 from ucp.training.background import Saver
 from ucp.training.share import assign, lay_out
 from ucp.training.source import Source
+from ucp.training.stages import Stages
 from ucp.training.staging import Copying, Pool
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No window is filled before it is set."""
+    """Nothing is copied before it is set."""
     event = threading.Event()
-    fill = staging._fill
+    copy = Copying._copy
 
     def later(*args: Any) -> None:
         assert event.wait(30)
-        fill(*args)
+        copy(*args)
 
-    monkeypatch.setattr(staging, "_fill", later)
+    monkeypatch.setattr(Copying, "_copy", later)
     yield event
     event.set()
 
@@ -43,7 +44,7 @@ def state(seed: int) -> tuple[dict[tuple[str, str], torch.Tensor], Source]:
 
 def file_of(copying: Copying) -> bytes:
     out = bytearray()
-    for at, window in copying.windows():
+    for at, window in copying.windows(Stages()):
         assert at == len(out)
         out += window
     return bytes(out)
@@ -62,8 +63,9 @@ def test_the_file_is_the_same_whatever_the_pool(seed: int, world: int, window: i
             assert pool.nbytes <= windows * window
             wanted = bytearray(plan.header)
             for piece in pieces:
-                for part in share.elements(piece):
-                    wanted += part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                for part in range(1 if piece.dense is not None else len(piece.holding.blocks)):
+                    elements = share.elements(piece, piece.holding.tensor, part)
+                    wanted += elements.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             assert found == wanted
             assert len(found) == plan.size
 
@@ -127,13 +129,13 @@ def test_the_pool_is_reused_and_allocated_when_asked(tmp_path: Path) -> None:
     saver = Saver(memory=64 << 20)
     saver.reserve(40 << 20, pinned=False)
     assert saver.memory == 48 << 20
-    windows = [window.data_ptr() for window in saver._pool.windows]
+    memory = saver._pool.bytes
     for seed in range(2):
         values, made = state(seed)
         saver.save(made, tmp_path, "now")
         saver.wait()
         assert jobs.digest_of(tmp_path) == jobs.digest(values)
-    assert [window.data_ptr() for window in saver._pool.windows] == windows
+    assert saver._pool.bytes is memory
     saver.reserve(1 << 40, pinned=False)
     assert saver.memory == 64 << 20
 
@@ -142,7 +144,7 @@ def test_a_copy_that_fails_holds_nobody(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise RuntimeError("no such memory")
 
-    monkeypatch.setattr(staging, "_fill", fail)
+    monkeypatch.setattr(Copying, "_copy", fail)
     saver = Saver()
     saver.save(state(1)[1], tmp_path, "now")
     saver.hold()

@@ -1,4 +1,4 @@
-"""Saves that go on while training does: copied to host memory beside forward and backward, flushed by a thread.
+"""Saves that go on while training does: copied to host memory beside forward and backward, written by a process.
 
     saver = Saver(memory=8 << 30)             # bytes of host memory; saver.reserve(...) allocates it beforehand
     saver.save(source, folder, "step100")     # collective; source: ucp.training.source.Source, of any framework
@@ -7,9 +7,11 @@
     optimizer.step()
     saver.wait()                              # it is on disk, or this raises why not
 
-The thread talks to no process group: ranks tell each other by files (`commit`), so a save is finished even when the
-program has destroyed its process group and is leaving. A failure is raised at the next save, at `Saver.wait`, and at
-exit, whose code then is not 0; leaving the process, by itself or by SIGTERM, waits for the save that is under way.
+The process (`writer`) is started with the first save and kept. It talks to no process group: ranks tell each other by
+files (`commit`), so a save is finished even when the program has destroyed its process group and is leaving. In this
+process a thread follows it, which waits on a pipe most of the time. A failure, also that the writer died, is raised at
+the next save, at `Saver.wait`, and at exit, whose code then is not 0; leaving the process, by itself or by SIGTERM,
+waits for the save that is under way.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from ucp.errors import SaveFailed
 from ucp.training import commit, ranks
-from ucp.training.commit import Session
 from ucp.training.retention import Keep
-from ucp.training.save import SaveReport, Share, prepare, write
+from ucp.training.save import SaveReport, prepare
 from ucp.training.source import Source
+from ucp.training.stages import Stages
 from ucp.training.staging import MEMORY, Copying, Pool
+from ucp.training.writer import Job, Share, Writer, WriterLost
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ class Saver:
         self._done = done
         self._pool = Pool(memory)
         self._policy = policy
+        self._writer: Writer | None = None
         self._thread: threading.Thread | None = None
         self._copying: Copying | None = None
         self._error: BaseException | None = None
@@ -70,6 +75,11 @@ class Saver:
     def memory(self) -> int:
         """Bytes of host memory that the pool has now."""
         return self._pool.nbytes
+
+    @property
+    def writer(self) -> int | None:
+        """The number of the process that writes; None if none does now."""
+        return None if self._writer is None else self._writer.pid
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """Allocate for a share of so many bytes beforehand, within the bound; pinned for copies from a device."""
@@ -99,17 +109,22 @@ class Saver:
 
         def begin() -> tuple[Share, Copying]:
             self.wait()
-            share = prepare(source, ranks.rank(), ranks.world_size())
-            return share, Copying(self._pool, share.plan, share.pieces)
+            self._hire()
+            share, plan, pieces = prepare(source, ranks.rank(), ranks.world_size())
+            return share, Copying(self._pool, plan, pieces)
 
-        share, copying = ranks.together(begin)
-        session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
+        stages = Stages()
+        with stages.of("prepare"):
+            share, copying = ranks.together(begin)
+            session = ranks.from_first(
+                lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
+            )
+        job = Job(session, ranks.rank(), share, self._pool.nbytes, self._pool.window, timeout, dict(os.environ))
+        # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
+        copying.ask()
         self._path, self._copying = str(session.destination), copying
         self._thread = threading.Thread(
-            target=self._finish,
-            args=(session, ranks.rank(), share, copying, timeout, time.perf_counter() - started),
-            name="ucp-save",
-            daemon=True,
+            target=self._finish, args=(job, copying, stages, started), name="ucp-save", daemon=True
         )
         _watch_termination()
         self._thread.start()
@@ -130,40 +145,77 @@ class Saver:
         if error is not None:
             raise error
 
-    def _finish(
-        self, session: Session, rank: int, share: Share, copying: Copying, timeout: float, begun: float
-    ) -> None:
-        started = time.perf_counter()
+    def _hire(self) -> None:
+        """Have a process that writes. Raises SaveFailed where none can be started."""
+        if self._writer is not None and not self._writer.is_alive():
+            self._dismiss()  # what it was doing has been told
+        if self._writer is None:
+            self._writer = Writer(self._pool.file)
+            # Where the saver goes, so does its writer; where the program ends, the pipe does.
+            self._end = weakref.finalize(self, self._writer.end)
+            self._end.atexit = False
+
+    def _dismiss(self) -> None:
+        if self._writer is not None:
+            self._end()
+            self._writer = None
+
+    def _finish(self, job: Job, copying: Copying, stages: Stages, started: float) -> None:
         try:
-            nbytes = _flush(session, rank, share, copying, timeout)
+            nbytes = self._follow(job, copying, stages)
         except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
             self._error = error
             log.error("the save of %s failed; it is raised at the next save, wait() or exit: %s", self._path, error)
             return
         finally:
             copying.close()
-        seconds = {"begin": begun, "flush": time.perf_counter() - started}
-        report = SaveReport(self._path, session.tag, nbytes, share.plan.size, seconds)
+            commit.release(job.session)
+        wall = time.perf_counter() - started
+        report = SaveReport(self._path, job.session.tag, nbytes, copying.size, stages.seconds, wall)
         if self._done is not None:
             self._done(report)
-        if rank == 0:
+        if job.rank == 0:
             log.info("%s", report)
 
-
-def _flush(session: Session, rank: int, share: Share, copying: Copying, timeout: float) -> int:
-    try:
-        write(session, rank, share, copying)
-    except Exception as error:
-        if rank == 0:
-            commit.condemn(session, error)
-        else:
-            commit.leave_failure(session, rank, error)
-        raise
-    if rank == 0:
-        return commit.commit(session, timeout=timeout, watched=True)
-    # The first rank may wait so long for the others, and then has to publish.
-    commit.await_verdict(session, 2 * timeout)
-    return 0
+    def _follow(self, job: Job, copying: Copying, stages: Stages) -> int:
+        """Copy, and tell the writer, until it is done; returns the bytes of all files on the first rank."""
+        writer = self._writer
+        if writer is None:
+            raise SaveFailed(f"{self._path}: was not saved: there is no process that writes")
+        broken: Exception | None = None
+        try:
+            writer.send(job)
+            written: int | None = 0
+            while True:
+                try:
+                    if written is not None and broken is None:
+                        with stages.of("copy"):
+                            for end in copying.arriving(written):
+                                writer.send(("filled", job.session.save, end))
+                except WriterLost:
+                    raise
+                except Exception as error:  # noqa: BLE001 - raised once the writer knows
+                    broken = error
+                    writer.send(("broken", job.session.save, *commit.described(error)))
+                what, *rest = writer.receive()
+                written = None
+                if what == "written":
+                    written = rest[0]
+                elif what == "logged":
+                    logging.getLogger(rest[0]).log(rest[1], "%s", rest[2])
+                elif what == "failed":
+                    raise broken or commit.rebuilt(*rest)
+                else:
+                    for stage, seconds in rest[1].items():
+                        stages.seconds[stage] = stages.seconds.get(stage, 0.0) + seconds
+                    return int(rest[0])
+        except WriterLost as error:
+            # The others need not wait for it.
+            if job.rank == 0:
+                commit.leave_verdict(job.session, error)
+            else:
+                commit.leave_failure(job.session, job.rank, error)
+            raise
 
 
 # --- leaving the process ---------------------------------------------------------------------------------------------
@@ -198,6 +250,8 @@ def _at_exit() -> None:
     """What is raised here would leave the exit code at 0, so a failure ends the process by itself."""
     try:
         finish_all()
+        for saver in list(_savers):
+            saver._dismiss()
     except Exception:  # noqa: BLE001 - it has been logged
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):

@@ -123,11 +123,18 @@ class Session:
 
 
 def begin(
-    folder: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
+    folder: str | os.PathLike[str],
+    tag: str,
+    world: int,
+    *,
+    latest: bool = True,
+    keep: Keep | None = None,
+    process: int | None = None,
 ) -> Session:
     """Make the temporary folder for a save; to be called on the first rank, its result given to all.
 
-    latest: name the checkpoint in the file ``latest`` in the end. Leftovers of earlier saves are removed.
+    latest: name the checkpoint in the file ``latest`` in the end. process: the one that will commit, if not this one;
+    while it lives, nobody else removes the folder. Leftovers of earlier saves are removed.
     Raises BadArgument for a tag that cannot be a folder's name, DestinationError where the folder cannot be used or
     what stands at the destination is no checkpoint.
     """
@@ -141,7 +148,7 @@ def begin(
             raise DestinationError(f"{target}: exists already and is no folder; choose another tag")
         if formats.find(target) is None and any(target.iterdir()):
             raise DestinationError(f"{target}: exists already and holds no checkpoint, so it is not replaced")
-    temporary = storage.reserve(target, keep=_in_use)
+    temporary = storage.reserve(target, keep=_in_use, process=process)
     _in_use.add(temporary.name)
     inode = temporary.stat().st_ino
     session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode, keep)
@@ -250,9 +257,29 @@ def leave_failure(session: Session, rank: int, error: BaseException) -> None:
     _note(session, session.failure(rank), error)
 
 
-def _note(session: Session, path: Path, error: BaseException) -> None:
+def leave_verdict(session: Session, error: BaseException) -> None:
+    """Say for the first rank, whose writing process has ended, that it has given up. Never raises.
+
+    Nothing is removed: it may have published already.
+    """
+    if not session.is_published():
+        _note(session, session.verdict, error)
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """An error as (its class, if that is one of ours, else nothing; its text), for other processes."""
     kind = type(error).__name__ if isinstance(error, UcpError) else ""
-    text = str(error) if kind else f"{type(error).__name__}: {error}"
+    return kind, str(error) if kind else f"{type(error).__name__}: {error}"
+
+
+def rebuilt(kind: str, text: str) -> UcpError:
+    """The error that `described` described; SaveFailed for what is none of ours."""
+    found = getattr(errors, kind, None) if kind else None
+    return (found if isinstance(found, type) and issubclass(found, UcpError) else SaveFailed)(text)
+
+
+def _note(session: Session, path: Path, error: BaseException) -> None:
+    kind, text = described(error)
     try:
         session.put(path, json.dumps({"kind": kind, "text": text}).encode())
     except UcpError as second:
@@ -289,6 +316,11 @@ def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False)
 def abandon(session: Session) -> None:
     """Remove what a save has written. On the first rank."""
     session.discard()
+    _in_use.discard(os.path.basename(session.temporary))
+
+
+def release(session: Session) -> None:
+    """Another process has finished with this save, in whichever way. On the first rank."""
     _in_use.discard(os.path.basename(session.temporary))
 
 
@@ -345,10 +377,8 @@ def _await(session: Session, timeout: float) -> None:
 def _noted(path: Path, start: str) -> UcpError:
     """The error that a rank left a note of."""
     note: dict[str, Any] = json.loads(locations.read(path))
-    kind = getattr(errors, note["kind"], None) if note["kind"] else None
-    found = kind if isinstance(kind, type) and issubclass(kind, UcpError) else SaveFailed
     text = note["text"]
-    return found(text if text.startswith(start[:-2]) else start + text)
+    return rebuilt(note["kind"], text if text.startswith(start[:-2]) else start + text)
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

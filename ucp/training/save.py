@@ -9,13 +9,11 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.formats.universal import fragmented, manifest, training
-from ucp.formats.universal.fragmented import Identity
 from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
 from ucp.storage import plain
@@ -23,11 +21,13 @@ from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.retention import Keep
-from ucp.training.share import WINDOW, Piece, assign, lay_out, write_file, write_windows
+from ucp.training.share import WINDOW, Piece, assign, lay_out
 from ucp.training.source import Source
+from ucp.training.stages import Stages
 from ucp.training.staging import Copying, Pool
+from ucp.training.writer import Share, write
 
-# Windows of memory that tensors pass through where nothing goes on beside: one is filled by a device while another is
+# Windows of memory that tensors pass through where nothing goes on beside: some are filled by a device while others are
 # written.
 _TURNS = 4
 
@@ -36,7 +36,13 @@ _TURNS = 4
 class SaveReport:
     """What a save did.
 
-    nbytes: of all the checkpoint's files; written: of tensors, by this rank. seconds: by stage, on this rank.
+    nbytes: of all the checkpoint's files; written: of tensors, by this rank. wall: seconds from the call until the
+    checkpoint was on disk. seconds: of work, by stage, on this rank; 'copy' goes on beside 'digest' and 'write' in the
+    background, so their sum is not wall.
+
+    prepare: what the training thread did (who writes what, the training state, a place for the files). copy: until all
+    was in host memory. digest. write: of the files, with their flush. commit: the receipt, the wait for the other
+    ranks, and on the first rank the manifest and the rename.
     """
 
     path: str
@@ -44,10 +50,10 @@ class SaveReport:
     nbytes: int
     written: int
     seconds: Mapping[str, float]
+    wall: float
 
     def __str__(self) -> str:
-        total = sum(self.seconds.values())
-        return f"saved {self.path} ({self.nbytes / 1e9:.3f} GB) in {total:.2f} s"
+        return f"saved {self.path} ({self.nbytes / 1e9:.3f} GB) in {self.wall:.2f} s"
 
 
 def save(
@@ -68,17 +74,18 @@ def save(
     Raises on every rank, with everything as it was: DestinationError (no space, not writable), Unsupported (training
     state that is not plain data), SaveFailed (a rank failed or hangs, or ranks contradict each other).
     """
-    clock = [time.perf_counter()]
-    session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
+    started = time.perf_counter()
+    stages = Stages()
+    with stages.of("prepare"):
+        session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
     rank = ranks.rank()
     written, error = 0, None
     try:
-        written = write_share(session, rank, source)
+        written = write_share(session, rank, source, stages)
     except Exception as caught:  # noqa: BLE001 - raised below, on all ranks
         error = caught
         if rank:
             commit.leave_failure(session, rank, caught)
-    clock.append(time.perf_counter())
 
     def finish() -> int:
         if error is not None:
@@ -87,35 +94,21 @@ def save(
         return commit.commit(session, timeout=timeout)
 
     try:
-        nbytes = ranks.from_first(finish)
+        with stages.of("commit"):
+            nbytes = ranks.from_first(finish)
     except Exception:
         if error is not None:
             raise error from None
         raise
-    clock.append(time.perf_counter())
-    seconds = dict(zip(("write", "commit"), np.diff(clock).tolist(), strict=True))
-    return SaveReport(str(session.destination), session.tag, nbytes, written, seconds)
+    wall = time.perf_counter() - started
+    return SaveReport(str(session.destination), session.tag, nbytes, written, stages.seconds, wall)
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """What one rank will write, decided and checked: everything but the tensors' bytes is in it.
+def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, list[Piece]]:
+    """This rank's share, and the header and the pieces of its tensors' file; talks to nobody and writes nothing.
 
-    name: of the tensors' file, whose header and pieces are ``plan`` and ``pieces``. extra: the name of the file with
-    the training state's tensors, and its bytes. catalog, state, own: as for `fragmented.receipt`.
+    Raises Unsupported for what cannot be stored.
     """
-
-    name: str
-    plan: FilePlan
-    pieces: list[Piece]
-    extra: tuple[str, list[bytes]] | None
-    catalog: Catalog
-    state: dict[str, Any]
-    own: dict[str, Any]
-
-
-def prepare(source: Source, rank: int, world: int) -> Share:
-    """This rank's share; talks to nobody and writes nothing. Raises Unsupported for what cannot be stored."""
     met = training.Tensors(prefix=f"r{rank}t" if rank else "t")
     state = fragmented.empty_state() if rank else training.encode(source.training_state, met)
     own = {name: plain.encode(value, met.put, f"rank {rank}'s {name}") for name, value in source.own.items()}
@@ -134,28 +127,17 @@ def prepare(source: Source, rank: int, world: int) -> Share:
         tensors=_placed(source, pieces),
         training_state=TrainingState(),
     )
-    return Share(name, plan, pieces, extra, catalog, state, own)
+    return Share(name, plan.size, extra, catalog, state, own), plan, pieces
 
 
-def write(session: Session, rank: int, share: Share, copying: Copying) -> None:
-    """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
-
-    copying: of the tensors' file.
-    """
-    digests = {share.name: write_windows(session.path(share.name), copying.windows(), share.plan.size)}
-    if share.extra is not None:
-        name, raw = share.extra
-        digests[name] = write_file(session.path(name), raw, sum(map(len, raw)))
-    identity = Identity(session.save, rank, session.world)
-    receipt = fragmented.receipt(identity, share.catalog, digests, share.state, share.own, share.catalog.writer)
-    commit.leave_receipt(session, rank, receipt)
-
-
-def write_share(session: Session, rank: int, source: Source) -> int:
-    """`prepare` and `write`. Returns the bytes of this rank's tensors' file."""
-    share = prepare(source, rank, session.world)
-    write(session, rank, share, Copying(Pool(_TURNS * WINDOW), share.plan, share.pieces))
-    return share.plan.size
+def write_share(session: Session, rank: int, source: Source, stages: Stages | None = None) -> int:
+    """`prepare` and `write`, with nothing beside. Returns the bytes of this rank's tensors' file."""
+    stages = stages or Stages()
+    with stages.of("prepare"):
+        share, plan, pieces = prepare(source, rank, session.world)
+        copying = Copying(Pool(_TURNS * WINDOW), plan, pieces)
+    write(session, rank, share, copying.windows(stages), stages)
+    return share.size
 
 
 def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:

@@ -22,6 +22,7 @@ from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import LARGE, write_at, write_past_cache
 from ucp.training.source import Holding
+from ucp.training.stages import Stages
 
 if TYPE_CHECKING:
     import torch
@@ -138,46 +139,48 @@ def _packed(blocks: Blocks) -> Blocks:
     return Blocks(blocks.offsets, blocks.sizes, starts, strides, np.zeros_like(blocks.buffers))
 
 
-def elements(piece: Piece) -> Iterator[torch.Tensor]:
-    """The piece's elements, in order, as tensors where they lie; row-major, not always dense."""
-    flat = piece.holding.tensor.detach().reshape(-1)
+def elements(piece: Piece, tensor: torch.Tensor, part: int) -> torch.Tensor:
+    """One part of the piece's elements, where they lie: row-major, not always dense. A dense piece has one part, any
+    other one for each block. tensor: the holding's, or a copy."""
+    flat = tensor.reshape(-1)
     if piece.dense is not None:
         first, count = piece.dense
-        yield flat[first : first + count]
-        return
+        return flat[first : first + count]
     blocks = piece.holding.blocks
-    for sizes, strides, start in zip(
-        blocks.sizes.tolist(), blocks.strides.tolist(), blocks.starts.tolist(), strict=True
-    ):
-        yield flat.as_strided(sizes, strides, flat.storage_offset() + start)
+    sizes, strides, start = (array[part].tolist() for array in (blocks.sizes, blocks.strides, blocks.starts))
+    return flat.as_strided(sizes, strides, flat.storage_offset() + start)
 
 
-def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int) -> ChunkDigests:
+def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, stages: Stages) -> ChunkDigests:
     """Create the file, write these bytes one after the other, flush them to disk; return its digests.
 
-    Raises DestinationError where that fails; the file is removed then.
+    stages: gets the seconds of 'digest' and of 'write', the flush included. Raises DestinationError where that fails;
+    the file is removed then.
     """
-    return write_windows(path, _windows(parts), size)
+    return write_windows(path, _windows(parts), size, stages)
 
 
-def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int) -> ChunkDigests:
+def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, stages: Stages) -> ChunkDigests:
     """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk.
 
     Large files are written past the page cache, which training needs more; aligned memory makes that possible.
     """
     if locations.is_remote(path):
-        return _upload(path, windows, size)
+        return _upload(path, windows, size, stages)
     table = bytearray()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for at, window in windows:
-                table += digest_chunks(window)
-                (write_past_cache if size >= LARGE else write_at)(fd, window, at)
+                with stages.of("digest"):
+                    table += digest_chunks(window)
+                with stages.of("write"):
+                    (write_past_cache if size >= LARGE else write_at)(fd, window, at)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
-            os.fsync(fd)
+            with stages.of("write"):
+                os.fsync(fd)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -190,15 +193,17 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
     return ChunkDigests(size, bytes(table))
 
 
-def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int) -> ChunkDigests:
+def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, stages: Stages) -> ChunkDigests:
     """As `write_windows`, behind a URL: the file is there once its last byte is."""
     table = bytearray()
     written = 0
     try:
         with locations.created(path, WINDOW) as stream:
             for _, window in windows:
-                table += digest_chunks(window)
-                stream.write(window)
+                with stages.of("digest"):
+                    table += digest_chunks(window)
+                with stages.of("write"):
+                    stream.write(window)
                 written += len(window)
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
