@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 
+
+@cache
 def version() -> str:
     """The distribution's version; '0+unknown' in a source tree that was never installed."""
     from importlib.metadata import PackageNotFoundError

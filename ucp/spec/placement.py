@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +54,14 @@ def padding_name(name: str) -> str:
 def uncut(parts: Parts) -> Placements:
     """Every local tensor is the logical one: nothing is cut but by ZeRO; stages of a pipeline hold some names each."""
     return {
-        (at, name): (Placed(name, shape, whole(shape)),) for at, held in parts.items() for name, shape in held.items()
+        (at, name): (Placed(name, shape, _whole(shape)),) for at, held in parts.items() for name, shape in held.items()
     }
+
+
+@lru_cache(maxsize=1 << 12)
+def _whole(shape: Shape) -> Blocks:
+    """As `whole`: a training run asks for the same at every save."""
+    return whole(shape)
 
 
 def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placements:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
-from ucp.parallel.zero import ceil_partition
+from ucp.parallel.zero import ceil_partition, flat_partition
 from ucp.storage.dtypes import from_torch
 from ucp.training.target import Group, Loaded, Member, Slot
 
@@ -46,6 +47,18 @@ def on_rank(blocks: Blocks, rank: int) -> Blocks:
     return blocks.take(np.flatnonzero(blocks.buffers == rank)).in_buffer(0)
 
 
+@lru_cache(maxsize=1 << 16)
+def own_flat_partition(shape: tuple[int, ...], offset: int, size: int, rank: int) -> Blocks:
+    """What this rank holds of `flat_partition`. Remembered: a run asks for the same at every save and load."""
+    return on_rank(flat_partition(shape, offset, size), rank)
+
+
+@lru_cache(maxsize=1 << 16)
+def own_ceil_partition(shape: tuple[int, ...], offset: int, dp: int, rank: int) -> Blocks:
+    """What this rank holds of `ceil_partition`. Remembered: a run asks for the same at every save and load."""
+    return on_rank(ceil_partition(shape, offset, dp), rank)
+
+
 @dataclass(frozen=True)
 class HeldTensor:
     """A tensor outside the optimizer: whole, or at stage 3 this rank's ceil-sized piece of it.
@@ -72,7 +85,7 @@ class HeldTensor:
         group = param.ds_process_group
         rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         shape = tuple(param.ds_shape)
-        return cls(param.ds_tensor, shape, on_rank(ceil_partition(shape, 0, count), rank))
+        return cls(param.ds_tensor, shape, own_ceil_partition(shape, 0, count, rank))
 
     def put(self, values: torch.Tensor) -> None:
         """Copy flat values in, rounded to the tensor's element type where that is narrower."""

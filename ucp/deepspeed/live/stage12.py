@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ucp.deepspeed.live.base import check_groups, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, own_flat_partition, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition
@@ -57,17 +57,17 @@ class Stage12:
         for g, flat in enumerate(self._flats):
             group = self._zero.real_dp_process_group[g]
             rank, size = torch.distributed.get_rank(group), flat.numel()
-            places = zip(self._params[g], self._offsets[g], strict=True)
-            cuts = [flat_partition(tuple(p.shape), at, size) for p, at in places]
+            places = [(tuple(p.shape), at) for p, at in zip(self._params[g], self._offsets[g], strict=True)]
             members = tuple(
-                Member(self._names[p], tuple(p.shape), on_rank(cut, rank))
-                for p, cut in zip(self._params[g], cuts, strict=True)
+                Member(self._names[p], shape, own_flat_partition(shape, at, size, rank))
+                for p, (shape, at) in zip(self._params[g], places, strict=True)
             )
             self._keys.append(next(keys))
             states = state_dtypes(self._inner.state.get(flat, {}), size)
             placed = {}
             if self._keeps_whole_momentum(g):
                 globally = torch.distributed.get_process_group_ranks(group)
+                cuts = [flat_partition(shape, at, size) for shape, at in places]
                 holders = [tuple(globally[r] for r in np.unique(cut.buffers).tolist()) for cut in cuts]
                 placed["momentum_buffer"] = whole_in_partition(members, holders)
                 states |= state_dtypes(self._inner.state.get(flat, {}), placed["momentum_buffer"].length)

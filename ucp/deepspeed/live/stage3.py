@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ucp.deepspeed.live.base import check_groups, on_rank, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, own_ceil_partition, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
-from ucp.parallel.zero import ceil_partition, ceil_size
+from ucp.parallel.zero import ceil_size
 from ucp.storage.dtypes import from_torch
 from ucp.training.target import Group, Loaded, Member, Slot
 
@@ -42,7 +42,7 @@ class Stage3:
                         f"'{name}' has {piece} elements on this rank, where stage 3 cuts {param.ds_numel} over {dp} "
                         f"ranks into {ceil_size(param.ds_numel, dp)}; this kind of partition is not supported"
                     )
-                members.append(Member(name, shape, on_rank(ceil_partition(shape, at, dp), rank)))
+                members.append(Member(name, shape, own_ceil_partition(shape, at, dp, rank)))
                 at += piece
             self._keys.append(next(keys))
             states = state_dtypes(self._inner.state.get(flat, {}), flat.numel())
