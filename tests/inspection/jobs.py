@@ -23,6 +23,6 @@ def save_and_load(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, An
     engine.load_checkpoint(folder)
     loaded = engine.ucp.last_load
     return (
-        {"first": first, "seconds": dict(saved.seconds), "written": saved.written},
+        {"first": first, "seconds": dict(saved.seconds), "wall": saved.wall, "written": saved.written},
         {"seconds": dict(loaded.seconds), "bytes_read": loaded.bytes_read},
     )

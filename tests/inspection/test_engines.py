@@ -80,6 +80,8 @@ def test_timings_are_recorded(ranks: RankPool, tmp_path: Path) -> None:
         (save,) = [r for r in last if r["rank"] == rank and r["what"] == "save"]
         (load,) = [r for r in last if r["rank"] == rank and r["what"] == "load"]
         assert save["seconds"] == pytest.approx(saved["seconds"], abs=1e-5)
+        assert set(save["seconds"]) == {"prepare", "copy", "digest", "write", "commit"}
+        assert save["wall"] == pytest.approx(saved["wall"], abs=1e-5)
         assert save["seconds"] != pytest.approx(saved["first"], abs=1e-5)
         assert load["seconds"] == pytest.approx(loaded["seconds"], abs=1e-5)
         assert (save["bytes"], load["bytes"]) == (saved["written"], loaded["bytes_read"])

@@ -15,7 +15,8 @@ from ucp.training.save import SaveReport
 
 def record_save(report: SaveReport, rank: int, world: int) -> None:
     """Add this rank's record of a save that was finished; talks to nobody."""
-    _record("save", report.path, f"{report.tag}:{_manifest(report.path)}", rank, world, report.written, report.seconds)
+    ident = f"{report.tag}:{_manifest(report.path)}"
+    _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))
 
 
 def record_load(path: str, report: LoadReport) -> None:
@@ -24,7 +25,9 @@ def record_load(path: str, report: LoadReport) -> None:
     _record("load", path, ident, ranks.rank(), ranks.world_size(), report.bytes_read, report.seconds)
 
 
-def _record(what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float]) -> None:
+def _record(
+    what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float], **more: float
+) -> None:
     record = {
         "what": what,
         "id": ident,
@@ -34,6 +37,7 @@ def _record(what: str, path: str, ident: str, rank: int, world: int, nbytes: int
         "time": time.time(),
         "bytes": nbytes,
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+        **more,
     }
     metrics.append(locations.locate(path).parent, record)
 

@@ -1,8 +1,9 @@
 """How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
 
 Every record is one object: ``schema``, ``what`` ('save' or 'load'), ``id`` (the same on all ranks), ``checkpoint`` (its
-folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes``, and ``seconds`` by stage. The file lies in
-the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
+folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes``, and ``seconds`` of work by stage. Stages of
+a save in the background overlap; ``wall`` then says what it took altogether. The file lies in the folder of
+checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
 """
 
 from __future__ import annotations

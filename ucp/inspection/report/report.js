@@ -382,11 +382,11 @@
         svg.append(el("text", { x: 64, y: k * row + 13, "text-anchor": "end" }, `rank ${r.rank}`));
         let x = 72;
         stages.forEach((stage, s) => {
-          const w = (W - 160) * (r.seconds[stage] || 0) / longest;
+          const w = (W - 240) * (r.seconds[stage] || 0) / longest;
           svg.append(hover(el("rect", { x, y: k * row + 2, width: w, height: row - 4, fill: PALETTE[s % PALETTE.length] }), `rank ${r.rank}, ${stage}: ${(r.seconds[stage] || 0).toFixed(3)} s`));
           x += w;
         });
-        svg.append(el("text", { x: x + 6, y: k * row + 13 }, `${total(r).toFixed(2)} s`));
+        svg.append(el("text", { x: x + 6, y: k * row + 13 }, `${total(r).toFixed(2)} s${r.wall === undefined ? "" : ` of work in ${r.wall.toFixed(2)} s`}`));
       });
       $("timings-chart").append(el("h3", {}, `Last ${what}${shown.length < records.length ? `: the slowest ${shown.length} of ${records.length} ranks` : ""}`),
         el("ul", { class: "legend" }, ...stages.map((s, k) => el("li", {}, el("i", { style: `background:${PALETTE[k % PALETTE.length]}` }), s))), svg);
