@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: 128)")
     parser.add_argument("--steps", type=int, default=50, help="steps around a save (default: 50)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every work (default: 3)")
+    parser.add_argument("--ways", default="", help="ways to save, with | between them, such as ours|DeepSpeed's")
     parser.add_argument("--without-dcp", action="store_true", help="leave out torch.distributed.checkpoint")
 
 
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "durable: from the call until everything is on disk; cp: that of `cp -r` and fsync of the same files",
         "written/state: bytes of all files over those of all weights and optimizer states; pool: pinned on a GPU, and "
         "allocated when the engine is made; growth: of a rank's resident memory at its peak in a save, beside the pool",
+        "writer: anonymous memory of the process that writes beside each rank, at most",
     ]
     return {
         "title": f"save: Llama of {some['parameters'] / 1e6:.0f}M parameters in bf16 on {args.ranks} {some['device']}",
@@ -66,6 +68,7 @@ def _rows(role: str, found: dict[str, Any], steps: int) -> list[dict[str, Any]]:
                 "written/state": round(one["nbytes"] / one["state"], 3),
                 "pool MiB": round(one["pool"] / 2**20),
                 "growth MiB": round(one["growth"] / 2**20),
+                "writer MiB": round(one["writer"] / 2**20),
                 "step s": round(plain / steps, 4),
             }
         )
@@ -75,7 +78,7 @@ def _rows(role: str, found: dict[str, Any], steps: int) -> list[dict[str, Any]]:
 def _launch(args: argparse.Namespace, role: str) -> dict[str, Any]:
     report = args.data / f"report-save-{role}.json"
     report.unlink(missing_ok=True)
-    names = ("device", "hidden", "layers", "vocabulary", "batch", "length", "steps", "repeats", "data")
+    names = ("device", "hidden", "layers", "vocabulary", "batch", "length", "steps", "repeats", "ways", "data")
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if args.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu"}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ BEFORE = 5  # steps before the save, of those around it
 
 @dataclass(frozen=True)
 class Way:
-    """A way to save. save: begin, in the training loop; wait: until it is durable; pool: its staging memory, bytes."""
+    """A way to save. save: begin, in the training loop; wait: until it is durable; pool: its staging memory, bytes;
+    writer: the number of the process that writes for it; seconds: of the last save, by stage."""
 
     save: Callable[[str], Any]
     wait: Callable[[], Any]
     pool: int = 0
+    writer: Callable[[], int | None] = lambda: None
+    seconds: Callable[[], Mapping[str, float]] = dict
 
 
 def main() -> None:
@@ -117,7 +121,13 @@ def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[],
         engine.ucp.saver = saver
 
     return step, {
-        "ours": Way(engine.save_checkpoint, engine.ucp.wait, saver.memory),
+        "ours": Way(
+            engine.save_checkpoint,
+            engine.ucp.wait,
+            saver.memory,
+            lambda: saver.writer,
+            lambda: {**engine.ucp.last_save.seconds, "wall": engine.ucp.last_save.wall},
+        ),
         "ours, synchronous": Way(synchronously, lambda: None),
         "DeepSpeed's": Way(lambda folder: type(engine).save_checkpoint(engine, folder), lambda: None),
     }
@@ -172,6 +182,9 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
     device = "ranks on the CPU" if args.device == "cpu" else f"{torch.cuda.get_device_name(0)}"
     for _ in range(WARM):
         step()
+    # What lives on need not be looked at by every collection of rubbish, which would fall on some steps and not others.
+    gc.collect()
+    gc.freeze()
     root = args.data / f"save-{args.role}"
     plain: list[float] = []
     out: dict[str, dict[str, Any]] = {}
@@ -182,10 +195,19 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
             if dist.get_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             before = _reset_peak()
-            seconds, call, durable = _around(args, step, way, str(folder))
-            one = out.setdefault(name, {"seconds": [], "call": [], "durable": [], "growth": 0, "pool": way.pool})
+            seconds, call, durable, each = _around(args, step, way, str(folder))
+            one = out.setdefault(
+                name,
+                {"seconds": [], "call": [], "durable": [], "stages": [], "growth": 0, "writer": 0, "pool": way.pool},
+            )
+            one["stages"].append(dict(way.seconds()))
+            if (writer := way.writer()) is not None:
+                one["writer"] = max(one["writer"], _status("RssAnon", writer))
+            stages = ", ".join(f"{stage} {took:.3f}" for stage, took in one["stages"][-1].items())
+            around = " ".join(f"{took * 1000:.0f}" for took in each[BEFORE - 2 : BEFORE + 8])
             bench_tools.progress(
-                f"{name}: {seconds:.2f} s beside {plain[-1]:.2f}, call {call:.3f}, durable {durable:.2f}"
+                f"rank {dist.get_rank()}, {name}: {seconds:.2f} s beside {plain[-1]:.2f}, call {call:.3f}, durable "
+                f"{durable:.2f}; {stages}; ms of the steps around it: {around}"
             )
             if turn == 0:
                 one["first"] = seconds
@@ -214,9 +236,13 @@ def _steps(args: argparse.Namespace, step: Callable[[], None]) -> float:
     return _slowest(time.perf_counter() - began)
 
 
-def _around(args: argparse.Namespace, step: Callable[[], None], way: Way, folder: str) -> tuple[float, float, float]:
-    """Seconds of the steps with a save among them, of the save's call, and from that until it is durable."""
+def _around(
+    args: argparse.Namespace, step: Callable[[], None], way: Way, folder: str
+) -> tuple[float, float, float, list[float]]:
+    """Seconds of the steps with a save among them, of the save's call, from that until it is durable, and of each step
+    on this rank without the call."""
     _settle()
+    each: list[float] = []
     durable: list[float] = []
     began = time.perf_counter()
     for k in range(args.steps):
@@ -224,13 +250,16 @@ def _around(args: argparse.Namespace, step: Callable[[], None], way: Way, folder
             called = time.perf_counter()
             way.save(folder)
             call = time.perf_counter() - called
+        stepped = time.perf_counter()
         step()
+        each.append(time.perf_counter() - stepped)
         if k >= BEFORE and not durable and _is_durable(folder):
             durable.append(time.perf_counter() - called)
     _synchronize()
     seconds = time.perf_counter() - began
     way.wait()
-    return _slowest(seconds), _slowest(call), _slowest(durable[0] if durable else time.perf_counter() - called)
+    durable.append(time.perf_counter() - called)
+    return _slowest(seconds), _slowest(call), _slowest(durable[0]), each
 
 
 def _is_durable(folder: str) -> bool:
@@ -265,8 +294,8 @@ def _peak() -> int:
     return _status("VmHWM")
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(key: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     return 0
