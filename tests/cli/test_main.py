@@ -15,7 +15,6 @@ import pytest
 import ucp
 from tests.formats import raw
 from ucp.cli import main as command
-from ucp.cli import run
 from ucp.formats.universal import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,31 +228,3 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert code == 2
     assert "Traceback" in err
     assert "Traceback" not in call(capsys, "inspect", tmp_path / "nowhere")[2]
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
-    with run.ProgressBar(False, "verifying") as bar:
-        for second in range(60):
-            now[0] += 1
-            bar(second * 10**9, 60 * 10**9)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 60 // bar.LOG_EVERY
-    assert lines[0] == "verifying  23%  14.00 of 60.00 GB, 933 MB/s, 0:49 left"
-
-
-def test_only_the_first_rank_shows_progress(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        with run.ProgressBar(False) as bar:
-            now[0] += 20
-            bar(1, 2)
-        assert len(capsys.readouterr().err.splitlines()) == lines

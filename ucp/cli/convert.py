@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from ucp.cli import run
 from ucp.parallel.mesh import parse_layout
+from ucp.progress import ProgressBar
 
 PROGRAM = "ucp-convert"
 
@@ -99,7 +100,7 @@ def _convert(args: argparse.Namespace) -> int:
     team = from_environment(os.environ)
     # A launcher ends the processes that are left when one has died; that is an interruption like any other.
     signal.signal(signal.SIGTERM, _interrupt)
-    bar = run.ProgressBar(args.quiet or not team.leads)
+    bar = ProgressBar(args.quiet or not team.leads)
     try:
         report = convert(
             args.source,

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ucp.cli import run, source
+from ucp.progress import ProgressBar
 
 HELP = "write one self-contained HTML page about a checkpoint: sizes, cuts, balance, a planned resume, faults"
 EXAMPLES = """\
@@ -31,7 +32,7 @@ def command(args: argparse.Namespace) -> int:
     from ucp.inspection.report import write_report
 
     out = Output(args)
-    with run.ProgressBar(args.quiet, "verifying") as bar:
+    with ProgressBar(args.quiet, "verifying") as bar:
         written = write_report(
             args.checkpoint,
             args.output,

@@ -1,8 +1,11 @@
 """How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
 
 Every record is one object: ``schema``, ``what`` ('save' or 'load'), ``id`` (the same on all ranks), ``checkpoint`` (its
-folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes``, and ``seconds`` by stage. The file lies in
-the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
+folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes`` (written, or read), ``seconds`` by stage,
+and ``overlapping``. Every moment of a rank's work is in one stage; ``wait`` is that in which it has done its part and
+others have not. Overlapping are seconds of what goes on within the stages, perhaps in several threads at once.
+
+The file lies in the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from ucp.formats.universal import fragmented, manifest, training
 from ucp.formats.universal.fragmented import Identity
 from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
+from ucp.progress import watching
 from ucp.storage import plain
+from ucp.storage.locations import is_remote
 from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
@@ -154,8 +157,15 @@ def write(session: Session, rank: int, share: Share, copying: Copying) -> None:
 def write_share(session: Session, rank: int, source: Source) -> int:
     """`prepare` and `write`. Returns the bytes of this rank's tensors' file."""
     share = prepare(source, rank, session.world)
-    write(session, rank, share, Copying(Pool(_TURNS * WINDOW), share.plan, share.pieces))
+    path = session.path(share.name)
+    with watching("saving", lambda: _held(path), share.plan.size, rank == 0 and not is_remote(path)):
+        write(session, rank, share, Copying(Pool(_TURNS * WINDOW), share.plan, share.pieces))
     return share.plan.size
+
+
+def _held(path: Path) -> int:
+    """Bytes of a file that is being written."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:

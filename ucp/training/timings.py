@@ -1,4 +1,4 @@
-"""Timings of an engine's saves and loads as records beside the checkpoints, where the config asks for ``metrics``."""
+"""Timings of saves and loads as records beside the checkpoints, rank by rank."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from collections.abc import Mapping
 from ucp.formats.universal import manifest
 from ucp.storage import locations, metrics
 from ucp.training import ranks
-from ucp.training.load import LoadReport
 from ucp.training.save import SaveReport
 
 
 def record_save(report: SaveReport, rank: int, world: int) -> None:
     """Add this rank's record of a save that was finished; talks to nobody."""
-    _record("save", report.path, f"{report.tag}:{_manifest(report.path)}", rank, world, report.written, report.seconds)
+    ident = f"{report.tag}:{_manifest(report.path)}"
+    _record("save", report.path, ident, rank, world, report.written, report.seconds, {})
 
 
-def record_load(path: str, report: LoadReport) -> None:
+def record_load(path: str, bytes_read: int, seconds: Mapping[str, float], overlapping: Mapping[str, float]) -> None:
     """Add this rank's record of a load. Collective."""
     ident = ranks.from_first(lambda: secrets.token_hex(8))
-    _record("load", path, ident, ranks.rank(), ranks.world_size(), report.bytes_read, report.seconds)
+    _record("load", path, ident, ranks.rank(), ranks.world_size(), bytes_read, seconds, overlapping)
 
 
-def _record(what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float]) -> None:
+def _record(
+    what: str,
+    path: str,
+    ident: str,
+    rank: int,
+    world: int,
+    nbytes: int,
+    seconds: Mapping[str, float],
+    overlapping: Mapping[str, float],
+) -> None:
     record = {
         "what": what,
         "id": ident,
@@ -34,6 +43,7 @@ def _record(what: str, path: str, ident: str, rank: int, world: int, nbytes: int
         "time": time.time(),
         "bytes": nbytes,
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+        "overlapping": {stage: round(value, 6) for stage, value in overlapping.items()},
     }
     metrics.append(locations.locate(path).parent, record)
 
