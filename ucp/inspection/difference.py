@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucp.catalog import LogicalTensor, TrainingState
+from ucp.catalog import LogicalTensor, ParamGroup, TrainingState
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import numel
 from ucp.inspection import stream
@@ -25,6 +26,8 @@ Progress = Callable[[int, int], None]
 
 # Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
+# Names of a param group that are listed.
+_NAMED = 3
 # Recorded by some optimizers' files only, and set by the config anyway.
 _NOT_ALWAYS_RECORDED = ("clip_grad",)
 
@@ -123,7 +126,9 @@ def diff(
         tensors = tuple(_values(a, b, pairs, (absolute, relative), progress))
     state: dict[str, tuple[str, str]] = {}
     if training_state:
-        state = _changed(_flat_state(a.training_state), _flat_state(b.training_state))
+        ours_state, theirs_state = a.training_state, b.training_state
+        state = _changed(_flat_state(ours_state), _flat_state(theirs_state))
+        state.update(_groups(ours_state.param_groups, theirs_state.param_groups, lambda name: _name_in(a, b, name)))
     return Difference(
         a=str(a.path),
         b=str(b.path),
@@ -231,13 +236,73 @@ def _scalars(a: Checkpoint, b: Checkpoint, counts: Callable[[str], bool]) -> dic
 
 def _flat_state(state: TrainingState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    fields["param_groups"] = [{"names": sorted(group.names), "options": group.options} for group in state.param_groups]
+    del fields["param_groups"]
     flat = _flat(fields)
     return {
         path: value
         for path, value in flat.items()
         if not any(path == own or path.startswith(f"{own}.") or path.startswith(f"{own}[") for own in _OF_THE_LAYOUT)
     }
+
+
+def _groups(
+    ours: Sequence[ParamGroup], theirs: Sequence[ParamGroup], named: Callable[[str], str]
+) -> dict[str, tuple[str, str]]:
+    """What differs between param groups of the same parameters, wherever they stand: one line for their names, and one
+    for each hyperparameter. The numbers are a's; of groups that have no counterpart, each one's own. named: what a
+    calls a parameter of b."""
+    left = [dict.fromkeys(group.names) for group in ours]
+    right = [dict.fromkeys(map(named, group.names)) for group in theirs]
+    pairs = _matched(left, right)
+    out: dict[str, tuple[str, str]] = {}
+    for i, j in sorted(pairs.items()):
+        label = f"param_groups[{i}]"
+        if left[i].keys() != right[j].keys():
+            out[f"{label}.names"] = (_only(left[i], right[j]), _only(right[j], left[i]))
+        options = ours[i].options, theirs[j].options
+        if None in options and options != (None, None):
+            texts = ["not recorded" if o is None else f"{len(o)} recorded" for o in options]
+            out[f"{label}.options"] = (texts[0], texts[1])
+        else:
+            out.update(_changed(*(_flat(o, f"{label}.options") for o in options)))
+    alone = {i: _only(left[i], {}) for i in range(len(left)) if i not in pairs}
+    others = {j: _only(right[j], {}) for j in range(len(right)) if j not in pairs.values()}
+    for k in sorted({*alone, *others}):
+        out[f"param_groups[{k}]"] = (alone.get(k, "none"), others.get(k, "none"))
+    return out
+
+
+def _name_in(a: Checkpoint, b: Checkpoint, name: str) -> str:
+    """What a calls b's parameter; its own name where a has no such."""
+    info = b.parameters.get(name)
+    return _counterpart(a, (name, *(info.aliases if info else ()))) or name
+
+
+def _matched(left: Sequence[Mapping[str, None]], right: Sequence[Mapping[str, None]]) -> dict[int, int]:
+    """The group on the right for each one on the left: that with the most parameters in common, each once."""
+    owner = {name: j for j, names in enumerate(right) for name in names}
+    shared: Counter[tuple[int, int]] = Counter(
+        (i, owner[name]) for i, names in enumerate(left) for name in names if name in owner
+    )
+    # Groups without parameters are told apart by their order alone.
+    empty = zip(*([k for k, names in enumerate(side) if not names] for side in (left, right)), strict=False)
+    out: dict[int, int] = {}
+    taken: set[int] = set()
+    for i, j in (*sorted(shared, key=lambda pair: (-shared[pair], pair)), *empty):
+        if i not in out and j not in taken:
+            out[i] = j
+            taken.add(j)
+    return out
+
+
+def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
+    """How many names there are, and which of them the others have not."""
+    only = [name for name in names if name not in others]
+    text = f"{len(names)} name{'s' * (len(names) != 1)}"
+    if only:
+        listed = ", ".join(f"'{name}'" for name in only[:_NAMED]) + (", …" if len(only) > _NAMED else "")
+        text += f", only here: {listed}" if others else f": {listed}"
+    return text
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
