@@ -351,6 +351,7 @@
       ["Ranks", whole(plan.ranks)], ["Read in all", bytes(plan.bytes), `${percent(plan.bytes, plan.stored)} of the tensors' bytes`],
       ["Largest rank", bytes(Math.max(...plan.rank_bytes)), `rank ${plan.largest}`],
       ["Files", whole(plan.files), `${Math.min(...plan.rank_files)} to ${Math.max(...plan.rank_files)} by a rank`],
+      ...(plan.stages ? [["Stages begin at layers", plan.stages.slice(0, -1).join(", "), `of ${plan.stages[plan.stages.length - 1]}`]] : []),
     ]);
     const rowsN = plan.rows.length, columnsN = plan.columns.length, cell = Math.min(40, 480 / Math.max(columnsN, 1), 300 / Math.max(rowsN, 1));
     const top = Math.max(1, ...plan.matrix.flat());
