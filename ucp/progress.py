@@ -1,8 +1,8 @@
 """How far something long has come: bytes, rate and time left, on stderr or in the log.
 
-On a terminal it is a line that is rewritten a few times a second, elsewhere a line of its own every ``LOG_EVERY``
-seconds, the first after as long, so that what is short stays silent. Of the ranks of one job only the first shows any.
-The environment variable ``UCP_PROGRESS=0`` turns it off.
+On a terminal it is a line that is rewritten a few times a second, from the second ``PATIENCE`` on; elsewhere a line of
+its own every ``LOG_EVERY`` seconds, the first after as long. So what is short stays silent. Of the ranks of one job the
+first shows any. The environment variable ``UCP_PROGRESS=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 15.0
 PATIENCE = 1.0
-"""Seconds for which `watching` shows nothing."""
 _REDRAW = 0.2
 
 
@@ -40,9 +39,11 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if not self._shown or (self._terminal and not self._drawn and now - self._started < PATIENCE):
+            return
         pause = _REDRAW if self._terminal else LOG_EVERY
         last = self._terminal and done >= total
-        if not self._shown or (now - self._last < pause and not last):
+        if now - self._last < pause and not last:
             return
         self._last = now
         text = self._text(done, total, now - self._started)
@@ -58,7 +59,9 @@ class ProgressBar:
         rate = done / max(seconds, 1e-6)
         share = done / total if total else 1.0
         left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
-        return f"{self._what}{share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
+        unit, digits, word = (1e9, 2, "GB") if total >= 1e9 else (1e6, 1, "MB")
+        amount = f"{done / unit:.{digits}f} of {total / unit:.{digits}f} {word}"
+        return f"{self._what}{share:4.0%}  {amount}, {rate / 1e6:.0f} MB/s{left}"
 
     def finish(self, total: int) -> None:
         """Show that all is done, where anything was shown of it."""
@@ -80,7 +83,7 @@ class ProgressBar:
 
 @contextmanager
 def watching(what: str, done: Callable[[], int], total: int, shown: bool = True) -> Iterator[None]:
-    """Show how far the work in this block is, from its second ``PATIENCE`` on.
+    """Show how far the work in this block is.
 
     done: the bytes so far; another thread calls it a few times a second. total: about as many in all. shown: False on
     all ranks but one.
@@ -94,7 +97,7 @@ def watching(what: str, done: Callable[[], int], total: int, shown: bool = True)
 
     def show() -> None:
         if over.wait(PATIENCE):
-            return
+            return  # the usual case
         with bar:
             while not over.wait(_REDRAW):
                 bar(min(done(), total - 1), total)  # it isn't over until the block is

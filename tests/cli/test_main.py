@@ -16,6 +16,7 @@ import ucp
 from tests.formats import raw
 from ucp.cli import main as command
 from ucp.formats.universal import manifest
+from ucp.version import version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,6 +222,29 @@ def test_a_reader_that_goes_away(source: Path) -> None:
         check=True,
     )
     assert (done.stdout, done.stderr) == ('{"schema": ', "") or (done.stdout, done.stderr) == ('{"schema":', "")
+
+
+@pytest.mark.parametrize("program", [[], ["convert"], ["spec"]])
+def test_the_version(capsys: pytest.CaptureFixture[str], program: list[str]) -> None:
+    code, out, _ = call(capsys, *program, "--version")
+    assert (code, out) == (0, f"{'-'.join(['ucp', *program])} {version()}\n")
+
+
+def test_slips(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    """Each is one line that says what would be right."""
+    for arguments, words in (
+        (("inspect", source, "--frob"), "ucp inspect: error: unrecognized arguments: --frob (see ucp inspect --help)"),
+        (("verify", source.parent, "--tag", "step8"), "no checkpoint with the tag 'step8'; did you mean 'step7'?"),
+        (("report", source.parent, "--tag", "step8"), "no checkpoint with the tag 'step8'; did you mean 'step7'?"),
+        (("diff", source, source, "--param", "x*"), "no parameter of either checkpoint matches 'x*'; there are 'embed"),
+        (("diff", source, source, "--state", "exp"), "neither checkpoint has a state 'exp'; there are 'exp_avg'"),
+        (("ls", source / "ucp.json"), "ucp.json: is a file; a checkpoint is a folder"),
+        (("plan", source, "--layout", "dp=2,pp=2,zero=1"), "is no name of a pipeline's"),
+        (("plan", source, "--layout", "dp=2,zero=1", "--ds-config", "no.json"), "no.json: the DeepSpeed config cannot"),
+    ):
+        code, out, err = call(capsys, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert words in err
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
     from ucp.inspection.planning import balance
 
     spread = balance(found.ranks)
+    count = min(per_node, len(found.ranks))
+    hosted = f"{count} ranks" if count > 1 else "one rank"
     facts = [
         ("from", f"{found.path} ({found.source_layout}), {words.bytes_text(found.stored)} of tensors"),
         ("to", f"{found.layout}, {len(found.ranks)} ranks"),
@@ -77,7 +79,7 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
             f"{words.bytes_text(spread['smallest'])} to {words.bytes_text(spread['largest'])}, "
             f"{words.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
         ),
-        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {per_node} ranks until all have read"),
+        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
     ]
     if found.stages is not None:
         spans = [words.span_text(a, b) for a, b in pairwise(found.stages)]

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ucp.errors import BadArgument, UcpError
 
@@ -37,6 +37,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(AT_FAULT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Version(argparse.Action):
+    """The option ``--version``; the number is asked for only then, since finding it takes longer than all else."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from ucp.version import version
+
+        sys.stdout.write(f"{parser.prog} {version()}\n")
+        parser.exit(DONE)
 
 
 def size(text: str) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ucp.catalog import LogicalTensor, ParamGroup, TrainingState
 from ucp.checkpoint import Checkpoint
+from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.inspection import stream
 from ucp.inspection.values import Distance
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 # Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
-# Names of a param group that are listed.
+# Names that are listed of many.
 _NAMED = 3
 # Recorded by some optimizers' files only, and set by the config anyway.
 _NOT_ALWAYS_RECORDED = ("clip_grad",)
@@ -107,12 +108,13 @@ def diff(
     count as equal within ``absolute + relative * max(|a|, |b|)``; without, bits count (values, where the element types
     differ). types: other element types are a difference. values: read the tensors, in pieces of a few megabytes.
 
-    Raises what reading raises.
+    Raises BadArgument for a glob or a state that neither checkpoint has, and what reading raises.
     """
 
     def counts(name: str) -> bool:
         return not params or any(fnmatchcase(name, pattern) for pattern in params)
 
+    _check_filters(a, b, params, states)
     left, right, only_a, only_b = _paired(a, b, counts, states)
     shapes = {}
     pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
@@ -143,6 +145,22 @@ def diff(
         equal=len(pairs) - len(tensors) if values else 0,
         types_count=types,
     )
+
+
+def _check_filters(a: Checkpoint, b: Checkpoint, params: Sequence[str], states: Sequence[str]) -> None:
+    """Raise BadArgument where nothing would be compared because of a slip in what is asked for."""
+    names = [name for checkpoint in (a, b) for name in checkpoint.parameters]
+    for pattern in params:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadArgument(f"no parameter of either checkpoint matches '{pattern}'; there are {_listed(names)}")
+    known = {state for checkpoint in (a, b) for _, state in checkpoint.catalog.tensors}
+    for state in states:
+        if state not in known:
+            raise BadArgument(f"neither checkpoint has a state '{state}'; there are {_listed(sorted(known))}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _paired(
@@ -300,8 +318,7 @@ def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
     only = [name for name in names if name not in others]
     text = f"{len(names)} name{'s' * (len(names) != 1)}"
     if only:
-        listed = ", ".join(f"'{name}'" for name in only[:_NAMED]) + (", …" if len(only) > _NAMED else "")
-        text += f", only here: {listed}" if others else f": {listed}"
+        text += f", only here: {_listed(only)}" if others else f": {_listed(only)}"
     return text
 
 
