@@ -83,8 +83,14 @@ def test_an_error_passes_through_and_ends_the_thread(monkeypatch: pytest.MonkeyP
     import threading
 
     quick(monkeypatch)
-    with pytest.raises(KeyError), watching("loading", lambda: 1, 100):
-        raise KeyError
+
+    def fail() -> None:
+        with watching("loading", lambda: 1, 100):
+            time.sleep(0.2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not [thread for thread in threading.enumerate() if thread.name == "ucp-progress"]
 
 

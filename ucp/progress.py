@@ -93,11 +93,13 @@ def watching(what: str, done: Callable[[], int], total: int, shown: bool = True)
         return
     over = threading.Event()
     bar = ProgressBar(False, what, _in_the_log)
-    well = False
+    well = begun = False
 
     def show() -> None:
+        nonlocal begun
         if over.wait(PATIENCE):
-            return  # the usual case
+            return
+        begun = True
         with bar:
             while not over.wait(_REDRAW):
                 bar(min(done(), total - 1), total)  # it isn't over until the block is
@@ -111,7 +113,8 @@ def watching(what: str, done: Callable[[], int], total: int, shown: bool = True)
         well = True
     finally:
         over.set()
-        thread.join()
+        if begun:
+            thread.join()  # otherwise it ends by itself, without a word
 
 
 def tell(logger: logging.Logger, text: str) -> None:

@@ -197,7 +197,8 @@
       const label = item.index !== undefined ? [`${item.name}  ${shape(P.shape[item.index])}`, `${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`]
         : frame ? [`${item.name}  ${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`] : [item.name, `${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`];
       const button = el("button", {
-        type: "button", class: frame ? "frame" : null,
+        // The keyboard stops at the modules of this level; Enter looks into one, whose own are stops then.
+        type: "button", class: frame ? "frame" : null, tabindex: depth ? -1 : null,
         style: `left:${left}px;top:${top}px;width:${width}px;height:${height}px;${frame ? "" : `background:${tint(inner)}`}`,
         "aria-label": `${item.name}, ${bytes(item.bytes)}`, "data-index": item.index === undefined ? null : item.index,
         onclick: () => { if (item.index !== undefined) select(item.index, true); else treemap(item, true); },
