@@ -17,6 +17,8 @@ import ucp
 from tests.engines.truth import same
 from tests.formats.dcp import states
 from ucp.errors import DigestMismatch, Mismatch, NotACheckpoint, SaveFailed, Unsupported
+from ucp.storage.metrics import read_metrics
+from ucp.training.save import SaveReport
 
 Pair = namedtuple("Pair", "tensor number")
 
@@ -217,6 +219,37 @@ def test_a_training_state_that_does_not_fit(tmp_path: Path) -> None:
         ucp.load_training(tmp_path / "saved", model=smaller)
     ucp.load_training(tmp_path / "saved", model=smaller, allow_unused=["up.*"])
     assert same(smaller.head.weight.detach(), net.head.weight.detach())
+
+
+@pytest.mark.parametrize("how", ["save", "async_save", "training", "training in the background"])
+def test_timings_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    path = tmp_path / "step1"
+    model = nn.Linear(3, 2)
+    state = {"model": model.state_dict()}
+    with caplog.at_level("INFO", "ucp"):
+        if how == "save":
+            report = ucp.save(state, path, metrics=True)
+        elif how == "async_save":
+            report = ucp.async_save(state, path, metrics=True).result()
+        else:
+            found = ucp.save_training(path, model=model, background="background" in how, metrics=True)
+            report = found if isinstance(found, SaveReport) else found.result()
+        if "training" in how:
+            loaded = ucp.load_training(path, model=model, metrics=True).tensors
+        else:
+            loaded = ucp.load(state, path, metrics=True)
+    save, load = read_metrics(tmp_path)
+    assert (save["what"], save["bytes"], save["checkpoint"]) == ("save", report.written, str(path))
+    assert save["seconds"] == pytest.approx(report.seconds, abs=1e-5)
+    assert (load["what"], load["bytes"], load["checkpoint"]) == ("load", loaded.bytes_read, str(path))
+    assert [*load["seconds"]] == ["open", "plan", "read", "apply", "wait"]
+    assert load["seconds"] == pytest.approx(loaded.seconds, abs=1e-5)
+    assert load["overlapping"] == pytest.approx(loaded.overlapping, abs=1e-5)
+    assert str(report) in caplog.messages
+    assert str(loaded) in caplog.messages
+    ucp.save(state, path)  # without being asked nothing is recorded
+    ucp.load(state, path)
+    assert len(read_metrics(tmp_path)) == 2
 
 
 def test_replacing_and_refusing_a_destination(saved: Path, tmp_path: Path) -> None:

@@ -253,10 +253,15 @@ def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) ->
         raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
     where = folder / tag
     if formats.find(where) is None:
-        names = [c.name for c in checkpoints_in(folder)]
-        hint = _nearest(tag, names) if names else "there is no checkpoint at all"
-        raise NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
+        raise unknown_tag(folder, tag)
     return where, _read(where, files, options)
+
+
+def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
+    """The error for a tag that no checkpoint in the folder has, with those that there are."""
+    names = [c.name for c in checkpoints_in(folder)]
+    hint = _nearest(tag, names) if names else "there is no checkpoint at all"
+    return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
 
 
 def _latest(pointer: Path, candidates: Sequence[Path]) -> Path:

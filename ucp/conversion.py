@@ -9,7 +9,6 @@ whatever fails, the destination is as it was, and the same conversion continues 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -25,6 +24,7 @@ from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
 from ucp.formats import sharded
+from ucp.formats.deepspeed.write_config import load_config
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.choice import Choice, choose
@@ -181,7 +181,7 @@ def convert(
     ) as opened:
         options = _Options(
             layout=parsed,
-            ds_config=_load_config(ds_config),
+            ds_config=load_config(ds_config),
             virtual=virtual,
             destination=destination,
             tag=_target_tag(opened),
@@ -402,22 +402,6 @@ def _model_folder(like: str | os.PathLike[str] | None, opened: checkpoint.Checkp
         return Path(os.path.abspath(like))
     is_one = opened.format == formats.huggingface.NAME and locations.is_file(opened.path / "config.json")
     return opened.path if is_one else None
-
-
-def _load_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if config is None or isinstance(config, Mapping):
-        return config
-    path = os.fspath(config)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except OSError as error:
-        raise BadArgument(f"{path}: the DeepSpeed config cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadArgument(f"{path}: the DeepSpeed config is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: the DeepSpeed config is not a JSON object")
-    return found
 
 
 def _target_tag(opened: checkpoint.Checkpoint) -> str:

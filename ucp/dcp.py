@@ -98,8 +98,7 @@ class StorageReader(dcp.StorageReader):
         entries.update({key: Entry(entries[key].path, None, self._objects[key]) for key in blind})
         asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
         what = _planned(self.checkpoint_id, entries, asked, catalog)
-        buffers, _, _ = read(entries, catalog, what, self._verify)
-        fill(entries, what, buffers)
+        fill(entries, what, read(entries, catalog, what, self._verify).buffers)
         done = set(what.wants) | set(what.fills) | set(what.own)
         for item in plan.items:
             key = item.dest_index.fqn

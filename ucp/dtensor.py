@@ -43,24 +43,33 @@ from ucp.training.source import Source
 from ucp.training.state_dict_source import make_source
 from ucp.training.state_dict_target import StateDictReport, load_into
 from ucp.training.state_dicts import flatten, unwrap
+from ucp.training.stopwatch import Stopwatch
+from ucp.training.timings import record_load, record_save
 
 log = logging.getLogger(__name__)
 
 __all__ = ["PendingSave", "TrainingReport", "async_save", "load", "load_training", "save", "save_training"]
 
 
-def save(state_dict: Mapping[str, Any], path: str | os.PathLike[str], *, timeout: float = commit.TIMEOUT) -> SaveReport:
+def save(
+    state_dict: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
+) -> SaveReport:
     """Save a state dict as the checkpoint ``path``. Collective over all ranks; without a process group, one process.
 
     state_dict: tensors, DTensors, Stateful objects and plain Python values, nested as one likes. What ranks call by one
     name but have each for themselves (a tensor that is no DTensor, such as a random number generator's state) is kept
     for each of them; it comes back where as many ranks load. timeout: seconds that the first rank waits for the others.
+    metrics: add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
 
     A checkpoint at ``path`` is replaced in one rename once the new one is whole; until then, and after any failure, it
     is as it was. Raises on every rank: Unsupported (by name, for what cannot be kept exactly), DestinationError,
     SaveFailed (a rank failed, or ranks contradict each other).
     """
-    return _write(make_source(unwrap(state_dict)), path, timeout)
+    return _write(make_source(unwrap(state_dict)), path, timeout, metrics)
 
 
 def async_save(
@@ -69,6 +78,7 @@ def async_save(
     *,
     lazy: bool = False,
     timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
 ) -> PendingSave:
     """As `save`, but return once everything is copied to host memory; a process of its own writes it.
 
@@ -76,7 +86,8 @@ def async_save(
     the copying is done beside forward and backward. One save at a time is under way: the next one waits for it first,
     and raises what went wrong with it. Leaving the process waits, too.
     """
-    return _write_in_background(make_source(unwrap(state_dict)), path, lazy=lazy, timeout=timeout)
+    source = make_source(unwrap(state_dict))
+    return _write_in_background(source, path, lazy=lazy, timeout=timeout, metrics=metrics)
 
 
 def load(
@@ -85,6 +96,7 @@ def load(
     *,
     allow_missing: Sequence[str] = (),
     verify: bool = True,
+    metrics: bool = False,
     **opening: Any,
 ) -> StateDictReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
@@ -95,22 +107,32 @@ def load(
 
     path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...); a spec's ``names:`` tell what a
     checkpoint of another framework calls the parameters. allow_missing: patterns of flat names ("optim.*") that may
-    stay as they are. verify: check digests, where the checkpoint has them.
+    stay as they are. verify: check digests, where the checkpoint has them. metrics: as for `save`.
 
     Raises on every rank, with nothing changed: Mismatch (missing entries, other shapes, element types that would lose
     bits), NotACheckpoint, DamagedCheckpoint.
     """
+    watch = Stopwatch()
     unwrapped = unwrap(state_dict)
-    where, catalog = ranks.from_first(lambda: _open(path, unwrapped, opening))
-    report = load_into(unwrapped, where, catalog, allow_missing, verify=verify)
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _open(path, unwrapped, opening)))
+    report = load_into(unwrapped, where, catalog, allow_missing, verify=verify, watch=watch)
     for key, value in state_dict.items():
         if isinstance(value, Stateful):
             value.load_state_dict(unwrapped[key])
         else:
             state_dict[key] = unwrapped[key]
+    _tell(report, metrics)
     if ranks.rank() == 0 and report.unused:
         log.info("%s: %d of its tensors were not asked for (%s, …)", where, len(report.unused), report.unused[0])
     return report
+
+
+def _tell(report: StateDictReport, metrics: bool) -> None:
+    """The line after every load, and its record. Collective."""
+    if ranks.rank() == 0:
+        log.info("%s", report)
+    if metrics:
+        record_load(report.path, report.bytes_read, report.seconds, report.overlapping)
 
 
 def _open(
@@ -144,13 +166,14 @@ def save_training(
     extra: Mapping[str, Any] | None = None,
     background: bool = False,
     timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
 ) -> SaveReport | PendingSave:
     """Save everything that a run needs to go on: `load_training` takes it back, in any layout. Collective.
 
     model: of any parallelism that torch's ``get_model_state_dict`` knows. optimizer: one, or several. lr_scheduler,
     dataloader: objects with ``state_dict``; the data loader's is each rank's own, and so are the random number
     generators (rng). step, samples: how far the run has come. extra: plain values to be given back. background: return
-    once everything is copied, as `async_save`.
+    once everything is copied, as `async_save`. metrics: as for `save`.
 
     The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
     """
@@ -169,8 +192,8 @@ def save_training(
         },
     )
     if background:
-        return _write_in_background(source, path, timeout=timeout)
-    return _write(source, path, timeout)
+        return _write_in_background(source, path, timeout=timeout, metrics=metrics)
+    return _write(source, path, timeout, metrics)
 
 
 @dataclass(frozen=True)
@@ -197,6 +220,7 @@ def load_training(
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] = (),
     verify: bool = True,
+    metrics: bool = False,
     **opening: Any,
 ) -> TrainingReport:
     """Put a whole training state of any supported format and layout in place, or refuse. Collective.
@@ -209,19 +233,21 @@ def load_training(
 
     Raises on every rank, with nothing changed: Mismatch, NotACheckpoint, DamagedCheckpoint.
     """
+    watch = Stopwatch()
     state_dict = _state_dict(model, optimizer)
     opening.setdefault("model_config", config_of(model))
-    where, catalog = ranks.from_first(lambda: _open(path, state_dict, opening))
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _open(path, state_dict, opening)))
     state = catalog.training_state
     stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
     if _optimizers(optimizer) and not stepped:
         state_dict[_OPTIMIZER]["state"].clear()
     loaders = ranks.together(lambda: _check(where, state, lr_scheduler, dataloader))
     unread = tuple(allow_unused) if _optimizers(optimizer) else ("*:*", *allow_unused)
-    report = load_into(state_dict, where, catalog, allow_missing, unread, verify)
+    report = load_into(state_dict, where, catalog, allow_missing, unread, verify, watch)
     api.set_model_state_dict(model, state_dict[MODEL])
     if _optimizers(optimizer):
         _set_optimizers(model, optimizer, state_dict[_OPTIMIZER], stepped)
+    _tell(report, metrics)
     if lr_scheduler is not None:
         lr_scheduler.load_state_dict(state.lr_scheduler)
     if dataloader is not None:
@@ -350,10 +376,15 @@ def _restore_generators(where: str, state: TrainingState) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write(source: Source, path: str | os.PathLike[str], timeout: float = commit.TIMEOUT) -> SaveReport:
+def _write(source: Source, path: str | os.PathLike[str], timeout: float, metrics: bool) -> SaveReport:
     """Save what `make_source` made of a state dict. Collective."""
     folder, name = split_path(path)
-    return save_source(source, folder, name, latest=False, timeout=timeout)
+    report = save_source(source, folder, name, latest=False, timeout=timeout)
+    if ranks.rank() == 0:
+        log.info("%s", report)
+    if metrics:
+        record_save(report, ranks.rank(), ranks.world_size())
+    return report
 
 
 @dataclass(eq=False)
@@ -361,6 +392,7 @@ class PendingSave:
     """A save that is under way in the background."""
 
     path: str
+    _metrics: tuple[int, int] | None = None  # rank and world size, where timings are recorded
     _report: SaveReport | None = None
 
     def hold(self) -> None:
@@ -396,16 +428,19 @@ def _finished(report: SaveReport) -> None:
     pending = _pending.pop(report.path, None)
     if pending is not None:
         pending._report = report
+        if pending._metrics is not None:
+            record_save(report, *pending._metrics)
 
 
 def _write_in_background(
-    source: Source, path: str | os.PathLike[str], *, lazy: bool = False, timeout: float = commit.TIMEOUT
+    source: Source, path: str | os.PathLike[str], *, lazy: bool = False, timeout: float, metrics: bool
 ) -> PendingSave:
     """As `_write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
     folder, name = split_path(path)
     saver = _saver()
     ranks.together(saver.wait)
-    pending = PendingSave(os.path.join(os.path.abspath(folder), name))
+    recorded = (ranks.rank(), ranks.world_size()) if metrics else None
+    pending = PendingSave(os.path.join(os.path.abspath(folder), name), recorded)
     _pending.clear()
     _pending[pending.path] = pending
     saver.save(source, folder, name, latest=False, timeout=timeout)

@@ -119,10 +119,14 @@ def test_the_entry_point_is_the_command() -> None:
     assert callable(command.main)
 
 
+# Progress is shown from the second second on.
+AT_ONCE = "from ucp import progress; progress.PATIENCE = 0; from ucp.cli.convert import main; main()"
+
+
 def test_progress_on_a_terminal_only(source: Path, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     done = subprocess.run(
-        [sys.executable, "-m", "ucp.cli.convert", source, tmp_path / "dest"],
+        [sys.executable, "-c", AT_ONCE, source, tmp_path / "dest"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=follower,

@@ -15,8 +15,8 @@ import pytest
 import ucp
 from tests.formats import raw
 from ucp.cli import main as command
-from ucp.cli import run
 from ucp.formats.universal import manifest
+from ucp.version import version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -224,36 +224,31 @@ def test_a_reader_that_goes_away(source: Path) -> None:
     assert (done.stdout, done.stderr) == ('{"schema": ', "") or (done.stdout, done.stderr) == ('{"schema":', "")
 
 
+@pytest.mark.parametrize("program", [[], ["convert"], ["spec"]])
+def test_the_version(capsys: pytest.CaptureFixture[str], program: list[str]) -> None:
+    code, out, _ = call(capsys, *program, "--version")
+    assert (code, out) == (0, f"{'-'.join(['ucp', *program])} {version()}\n")
+
+
+def test_slips(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    """Each is one line that says what would be right."""
+    for arguments, words in (
+        (("inspect", source, "--frob"), "ucp inspect: error: unrecognized arguments: --frob (see ucp inspect --help)"),
+        (("verify", source.parent, "--tag", "step8"), "no checkpoint with the tag 'step8'; did you mean 'step7'?"),
+        (("report", source.parent, "--tag", "step8"), "no checkpoint with the tag 'step8'; did you mean 'step7'?"),
+        (("diff", source, source, "--param", "x*"), "no parameter of either checkpoint matches 'x*'; there are 'embed"),
+        (("diff", source, source, "--state", "exp"), "neither checkpoint has a state 'exp'; there are 'exp_avg'"),
+        (("ls", source / "ucp.json"), "ucp.json: is a file; a checkpoint is a folder"),
+        (("plan", source, "--layout", "dp=2,pp=2,zero=1"), "is no name of a pipeline's"),
+        (("plan", source, "--layout", "dp=2,zero=1", "--ds-config", "no.json"), "no.json: the DeepSpeed config cannot"),
+    ):
+        code, out, err = call(capsys, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert words in err
+
+
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = call(capsys, "inspect", tmp_path / "nowhere", "--debug")
     assert code == 2
     assert "Traceback" in err
     assert "Traceback" not in call(capsys, "inspect", tmp_path / "nowhere")[2]
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
-    with run.ProgressBar(False, "verifying") as bar:
-        for second in range(60):
-            now[0] += 1
-            bar(second * 10**9, 60 * 10**9)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 60 // bar.LOG_EVERY
-    assert lines[0] == "verifying  23%  14.00 of 60.00 GB, 933 MB/s, 0:49 left"
-
-
-def test_only_the_first_rank_shows_progress(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("ucp.cli.run.time.monotonic", lambda: now[0])
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        with run.ProgressBar(False) as bar:
-            now[0] += 20
-            bar(1, 2)
-        assert len(capsys.readouterr().err.splitlines()) == lines

@@ -55,7 +55,9 @@ def test_show_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == list(catalogue.names())
     code, out, _ = call(capsys, "show", "--json")
-    assert {one["name"]: one["models"] for one in json.loads(out)}["llama"] == ["llama", "mistral"]
+    found = json.loads(out)
+    assert found["schema"] == "ucp.spec-list/1"
+    assert {one["name"]: one["models"] for one in found["specs"]}["llama"] == ["llama", "mistral"]
 
 
 def test_show_says_it_in_the_papers_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,3 +26,18 @@ def save_and_load(case: Case, folder: str) -> tuple[dict[str, Any], dict[str, An
         {"first": first, "seconds": dict(saved.seconds), "wall": saved.wall, "written": saved.written},
         {"seconds": dict(loaded.seconds), "bytes_read": loaded.bytes_read},
     )
+
+
+def bytes_loaded(family: str, case: Any, folder: str, section: dict[str, Any]) -> int:
+    """Load into a fresh engine of a family of cases; the bytes that were brought to this rank."""
+    from tests.engines import autoep, moe, pipe_runs, tp_runs
+
+    engine: Any
+    if family in ("pipe", "tp"):
+        engine = (pipe_runs if family == "pipe" else tp_runs).build_engine(case, section)
+    else:
+        build = moe.build_engine if family == "moe" else autoep.build_engine
+        engine = build(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})
+    engine.load_checkpoint(folder)
+    nbytes: int = engine.ucp.last_load.nbytes
+    return nbytes

@@ -165,8 +165,62 @@ def test_a_tied_parameter_is_found_under_its_other_name(tmp_path: Path, made: ra
     other = raw.make(tmp_path / "other", shapes=shapes)
     a, b = (Checkpoint(tmp_path, one.catalog, Files()) for one in (made, other))
     for left, right in ((a, b), (b, a)):
-        found = diff(left, right, training_state=False)
-        assert (found.only_a, found.only_b, found.tensors) == ((), (), ())
+        found = diff(left, right)
+        assert (found.only_a, found.only_b, found.tensors, found.training_state) == ((), (), (), {})
+
+
+def grouped(catalog: Catalog, *groups: tuple[str, float]) -> Checkpoint:
+    """A checkpoint with groups of these names (parted by spaces) and learning rates."""
+    state = replace(
+        catalog.training_state, param_groups=tuple(ParamGroup(tuple(n.split()), {"lr": lr}) for n, lr in groups)
+    )
+    return Checkpoint(Path("/saved"), replace(catalog, training_state=state), Files())
+
+
+@pytest.mark.parametrize(
+    ("b", "found"),
+    [
+        # one parameter more, in front
+        ([("new a b c", 0.1), ("d e", 0.2)], {"[0].names": ("3 names", "4 names, only here: 'new'")}),
+        # another order, of groups and in them
+        ([("e d", 0.2), ("a c b", 0.1)], {}),
+        ([("e d", 0.2), ("a c b", 0.3)], {"[0].options.lr": ("0.1", "0.3")}),
+        # one that has moved
+        (
+            [("a b", 0.1), ("c d e", 0.2)],
+            {
+                "[0].names": ("3 names, only here: 'c'", "2 names"),
+                "[1].names": ("2 names", "3 names, only here: 'c'"),
+            },
+        ),
+        # a group more, a group less, another one
+        ([("a b c", 0.1), ("d e", 0.2), ("f g h i j", 0.3)], {"[2]": ("none", "5 names: 'f', 'g', 'h', …")}),
+        ([("d e", 0.2)], {"[0]": ("3 names: 'a', 'b', 'c'", "none")}),
+        ([("a b c", 0.1), ("x", 0.2)], {"[1]": ("2 names: 'd', 'e'", "1 name: 'x'")}),
+        (
+            [("a b c", 0.1), ("d", 0.3), ("e", 0.2)],
+            {
+                "[1].names": ("2 names, only here: 'e'", "1 name"),
+                "[1].options.lr": ("0.2", "0.3"),
+                "[2]": ("none", "1 name: 'e'"),
+            },
+        ),
+    ],
+)
+def test_param_groups_are_compared_by_their_names(
+    made: raw.Raw, b: list[tuple[str, float]], found: dict[str, tuple[str, str]]
+) -> None:
+    a = grouped(made.catalog, ("a b c", 0.1), ("d e", 0.2))
+    named = {f"param_groups{key}": values for key, values in found.items()}
+    assert diff(a, grouped(made.catalog, *b), values=False).training_state == named
+
+
+def test_hyperparameters_that_one_has_not_recorded(made: raw.Raw) -> None:
+    a = grouped(made.catalog, ("a b", 0.1), ("", 0.2))
+    state = replace(a.training_state, param_groups=(ParamGroup(("a", "b"), None), ParamGroup((), {"lr": 0.2})))
+    b = Checkpoint(Path("/saved"), replace(made.catalog, training_state=state), Files())
+    found = diff(a, b, values=False).training_state
+    assert found == {"param_groups[0].options": ("1 recorded", "not recorded")}
 
 
 def test_element_types(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +13,13 @@ import pytest
 import ucp
 from tests.formats import raw
 from tests.spec.models import MODELS, config_of, names_of
-from ucp.errors import Unsupported
+from ucp.checkpoint import Checkpoint
+from ucp.errors import UcpError, Unsupported
+from ucp.inspection.parts import balanced
 from ucp.inspection.planning import balance, plan
 from ucp.parallel.mesh import Layout, parse_layout
-from ucp.spec import catalogue
-from ucp.spec.bound import bind
+from ucp.spec.places import SpecError
+from ucp.storage.files import Files
 
 
 def naive(made: raw.Raw, dp: int, stage: int) -> list[int]:
@@ -85,20 +90,154 @@ def test_tensor_parallel_by_a_spec(tmp_path: Path) -> None:
     names = names_of(model)
     shapes = {n: s for n, s in names.shapes.items() if n not in names.buffers}
     made = raw.make(tmp_path / "raw", shapes=shapes, states=("param",))
-    bound = bind(catalogue.find("llama"), config_of(model))
+    how = {"spec": "llama", "model_config": config_of(model)}
     layout = parse_layout("dp=1,tp=2,zero=0")
     with ucp.open(raw.virtual_checkpoint(tmp_path / "v", made)) as checkpoint:
-        found = plan(checkpoint, layout, bound=bound)
         with pytest.raises(Unsupported, match="give a spec"):
             plan(checkpoint, layout)
+        with pytest.raises(SpecError, match=r"no line under parameters: matches 'frozen\.weight'"):
+            plan(checkpoint, layout, **how)
+    known = replace(
+        made.catalog,
+        parameters={n: i for n, i in made.catalog.parameters.items() if n != "frozen.weight"},
+        tensors={k: t for k, t in made.catalog.tensors.items() if k[0] != "frozen.weight"},
+    )
+    found = plan(Checkpoint(tmp_path, known, Files()), layout, **how)
     copied = sum(
         4 * int(np.prod(s)) for n, s in shapes.items() if "norm" in n or n.endswith(("o_proj.bias", "down_proj.bias"))
     )
     everything = sum(4 * int(np.prod(s)) for s in shapes.values())
-    beside = 60 + 9 + 8  # the frozen parameter and the buffers, on both
+    beside = 9 + 8  # the buffers, on both
     assert found.bytes == everything + copied + 2 * beside
+    # Without AutoTP the vocabulary of 101 would have to be padded.
+    with pytest.raises(SpecError, match="cuts 101 in equal parts for 2 ranks"):
+        plan(Checkpoint(tmp_path, known, Files()), layout, ds_config={}, **how)
 
 
-def test_what_a_layout_alone_does_not_say(virtual: Path) -> None:
-    with ucp.open(virtual) as checkpoint, pytest.raises(Unsupported, match="which stage or rank has which parameters"):
+LAYERS: dict[str, tuple[int, ...]] = {
+    "tied_modules.embed.w": (7, 5),
+    "1.w": (11, 3),
+    "1.b": (3,),
+    "2.w": (4, 4),
+    "4.w": (17,),
+    "5.w": (2, 9),
+}
+
+
+def only(made: raw.Raw, names: Collection[str]) -> Checkpoint:
+    """What was made, without the frozen parameter and the buffers that are beside."""
+    catalog = replace(
+        made.catalog,
+        parameters={n: i for n, i in made.catalog.parameters.items() if n in names},
+        tensors={k: t for k, t in made.catalog.tensors.items() if k[0] in names},
+    )
+    return Checkpoint(Path("/saved"), catalog, Files())
+
+
+def flat(sizes: Sequence[int], dp: int) -> list[int]:
+    """Elements of each rank's partition of parameters of these sizes, by counting."""
+    owners = [at for at, size in enumerate(sizes) for _ in range(size)]
+    size = -(-len(owners) // (2 * dp)) * 2
+    return [len(owners[r * size : (r + 1) * size]) for r in range(dp)]
+
+
+@pytest.mark.parametrize("dp", [1, 3])
+@pytest.mark.parametrize("partition", [None, [0, 2, 7]])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_pipelines(tmp_path: Path, dp: int, partition: list[int] | None, stage: int) -> None:
+    """Every stage has its layers, tied ones again; the first stage's ranks come first."""
+    checkpoint = only(raw.make(tmp_path / "raw", shapes=LAYERS), LAYERS)
+    section = {"tied": {"embed": [0, 6]}} | ({} if partition is None else {"partition": partition})
+    found = plan(checkpoint, Layout(dp=dp, pp=2, zero=stage), ds_config={"pipeline": section})
+    # 35 + 36 + 16 + 0 + 17 + 18 + 35 elements by layer
+    bounds = partition or [0, 2, 7]
+    assert found.stages == tuple(bounds)
+    first = ["tied_modules.embed.w", "1.w", "1.b"]
+    second = ["tied_modules.embed.w", "2.w", "4.w", "5.w"]
+    expected = []
+    for names in (first, second):
+        sizes = [int(np.prod(LAYERS[name])) for name in names]
+        expected += flat(sizes, dp) if stage else [sum(sizes)] * dp
+    assert [rank.bytes for rank in found.ranks] == [3 * 4 * n for n in expected]
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "words"),
+    [
+        ("dp=1,pp=2,zero=1", None, "'tied_modules.embed.w' lies in the tied module 'embed', and nothing says which"),
+        ("dp=1,pp=2,zero=2", {"tied": {"embed": [0, 6]}}, "work with ZeRO stages 0 and 1 only"),
+        ("dp=1,pp=2,zero=1", {"tied": {"embed": [0, 6]}, "partition": [0, 6]}, "pp=2 needs 3 rising numbers"),
+        ("dp=1,pp=2,zero=1", {"tied": {"embed": [0, 6]}, "partition": [0, 0, 7]}, "no parameter on pipeline stage 0"),
+        ("dp=2,ep=2,zero=1", None, "has no experts of DeepSpeed's own layers"),
+    ],
+)
+def test_what_cannot_be_planned(tmp_path: Path, layout: str, config: Any, words: str) -> None:
+    checkpoint = only(raw.make(tmp_path / "raw", shapes=LAYERS), LAYERS)
+    with pytest.raises(UcpError, match=words):
+        plan(checkpoint, parse_layout(layout), ds_config=config and {"pipeline": config})
+
+
+def test_names_that_are_no_pipelines(virtual: Path) -> None:
+    with ucp.open(virtual) as checkpoint, pytest.raises(Unsupported, match=r"'embed.weight' is no name of a pipeline"):
         plan(checkpoint, Layout(dp=2, pp=2))
+
+
+EXPERT = "moe.deepspeed_moe.experts.deepspeed_experts"
+
+
+@pytest.mark.parametrize("data_first", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_experts(tmp_path: Path, data_first: bool, stage: int) -> None:
+    """Two ranks share each pair of experts, and all ranks the rest."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate": (9,),
+        **{f"{EXPERT}.{e}.w": (5, 2 + e) for e in range(4)},
+        "head": (6,),
+    }
+    made = raw.make(tmp_path / "raw", shapes=shapes)
+    layout = Layout(dp=4, ep=2, zero=stage)
+    config = {"use_data_before_expert_parallelism": data_first}
+    found = plan(Checkpoint(tmp_path, made.catalog, Files()), layout, ds_config=config)
+    shared = flat([9, 6], 4) if stage else [15] * 4
+    for ep in range(2):
+        sizes = [10 + 5 * e for e in (2 * ep, 2 * ep + 1)]
+        own = flat(sizes, 2) if stage else [sum(sizes)] * 2
+        for at, rank in enumerate([2 * ep, 2 * ep + 1] if data_first else [ep, ep + 2]):
+            shared[rank] += own[at]
+    beside = 60 + 9 + 8  # the frozen parameter and the buffers, on all
+    assert [rank.bytes for rank in found.ranks] == [3 * 4 * n + beside for n in shared]
+    with pytest.raises(Unsupported, match="do not train at ZeRO stage 3"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, zero=3))
+    with pytest.raises(Unsupported, match="experts together with tensor or pipeline parallelism"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, pp=2))
+    with pytest.raises(UcpError, match=r"the 4 experts of .* cannot be spread over 3 ranks"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, dp=3, ep=3))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stacks_of_experts(tmp_path: Path, stage: int) -> None:
+    """AutoEP: every expert-parallel rank has its rows of the stack."""
+    made = raw.make(tmp_path / "raw", shapes={"gate": (9,), "mlp.experts.w1": (4, 5, 3)})
+    layout = Layout(dp=4, ep=2, zero=stage)
+    config = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+    found = plan(Checkpoint(tmp_path, made.catalog, Files()), layout, ds_config=config)
+    frozen = [16, 16, 16, 12] if stage == 3 else [60] * 4  # 30 elements of two bytes
+    shared = [3, 3, 3, 0] if stage == 3 else flat([9], 4)
+    own = [15] * 4 if stage == 3 else [n for n in flat([30], 2) for _ in range(2)]  # of ranks 0 and 2, and 1 and 3
+    assert [rank.bytes for rank in found.ranks] == [
+        3 * 4 * (n + m) + beside + 9 + 8 for n, m, beside in zip(shared, own, frozen, strict=True)
+    ]
+    with pytest.raises(UcpError, match=r"autoep_size.*change one of them"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, ep=4), ds_config=config)
+
+
+@pytest.mark.slow
+def test_layers_are_divided_as_deepspeed_does() -> None:
+    from deepspeed.runtime.utils import partition_balanced
+
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 5, 8):
+        for layers in (1, 2, 7, 12, 26):
+            for high in (2, 10, 1000):
+                weights = rng.integers(0, high, layers).tolist()
+                assert balanced(weights, count) == [int(b) for b in partition_balanced(weights, count)]

@@ -78,7 +78,14 @@ def rendered(page: Path, script: str) -> tuple[Any, list[str]]:
 def report(tmp_path: Path, virtual: Path) -> Path:
     metrics.append(
         virtual.parent,
-        {"what": "save", "id": "1", "checkpoint": str(virtual), "rank": 0, "world": 2, "seconds": {"write": 1.5}},
+        {
+            "what": "save",
+            "id": "1",
+            "checkpoint": str(virtual),
+            "rank": 0,
+            "world": 2,
+            "seconds": {"write": 1.5, "wait": 7.75},
+        },
     )
     metrics.append(
         virtual.parent,
@@ -192,6 +199,12 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
     script = """
       const text = (q, root) => [...(root || document).querySelectorAll(q)].map((n) => n.textContent);
       const all = (q) => [...document.querySelectorAll(q)];
+      // By keyboard: what Tab stops at in the treemap, and Enter on the first module of several.
+      const stops = [all('#treemap button').filter((b) => b.tabIndex >= 0).length];
+      all('#treemap button.frame')[0].click();
+      stops.push(all("#treemap button").filter((b) => b.tabIndex >= 0).length);
+      stops.push(document.activeElement.closest("#treemap") !== null);
+      document.querySelector('#crumbs button').click();
       const shown = all('#params tr').map((r) => text('td', r));
       all('#params button').find((b) => b.textContent === 'layer.0.weight').click();
       const clicked = {
@@ -213,7 +226,7 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
         shown, clicked, tip, found, leaf: text('#detail h3')[0], tiles: text('#tiles dd'), status: text('#status')[0],
         plan: text('#plan-tiles dd'), matrix: all('#matrix rect').length, title: document.title,
         theme: document.documentElement.dataset.theme, findings: text('#finding-list li'),
-        timings: text('#timings svg text'), fits: document.documentElement.scrollWidth <= innerWidth,
+        timings: text('#timings svg text'), stops, fits: document.documentElement.scrollWidth <= innerWidth,
       };
     """
     found, told = rendered(report, script)
@@ -243,8 +256,10 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
     assert "virtual" in found["title"]
     assert found["theme"] in ("light", "dark")
     assert len(found["findings"]) == 2
-    assert "9.25 s" in found["timings"]
+    assert [text for text in found["timings"] if text.endswith(" s")] == ["1.50 s", "9.25 s"]  # without waiting
     assert found["fits"]
+    # embed, layer, scale, temperature, frozen, mask and steps ('nothing' has no area); in layer.0 weight and bias
+    assert found["stops"] == [7, 2, True]
 
 
 @browser

@@ -16,18 +16,21 @@ from typing import NoReturn
 
 from ucp.cli import run
 from ucp.parallel.mesh import parse_layout
+from ucp.progress import ProgressBar
 
 PROGRAM = "ucp-convert"
+SCHEMA = "ucp.convert/1"
 
 _EPILOG = """\
 examples:
   ucp-convert runs/llama universal                                newest checkpoint to one that resumes anywhere
   ucp-convert runs/llama pointer --virtual                        the same without copying a tensor
   ucp-convert runs/llama out --to deepspeed --layout dp=8,zero=3  a native checkpoint for 8 ranks at ZeRO-3
+  ucp-convert runs/llama out --to huggingface --like base --dtype bf16
+                                                                  a folder for transformers, with base's tokenizer
   torchrun --nnodes 4 ... -m ucp.cli.convert runs/llama universal the work shared by many machines (srun, mpirun too)
 
-interrupted, the same command continues where it was
-  ucp-convert runs/llama out --to huggingface --like base --dtype bf16   a folder for transformers, base's tokenizer
+Interrupted, the same command continues where it was.
 
 exit codes: 0 done, 2 the input or the arguments are at fault (one line on stderr says how), 3 an internal error
 """
@@ -41,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument("--version", action=run.Version)
     p.add_argument(
         "source", metavar="SOURCE", help="a checkpoint's folder, or a folder of them (then what 'latest' says)"
     )
@@ -77,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
     p.add_argument("--trust-client-state", action="store_true", help="run code that SOURCE's client state asks for")
     p.add_argument("--dry-run", action="store_true", help="plan and check everything, write nothing")
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    p.add_argument("--json", action="store_true", help="print the result as JSON (its 'schema' names the version)")
     p.add_argument("--quiet", action="store_true", help="no result line, no progress, no warnings")
     p.add_argument("--debug", action="store_true", help="log what happens, with tracebacks")
     return p
@@ -99,7 +103,7 @@ def _convert(args: argparse.Namespace) -> int:
     team = from_environment(os.environ)
     # A launcher ends the processes that are left when one has died; that is an interruption like any other.
     signal.signal(signal.SIGTERM, _interrupt)
-    bar = run.ProgressBar(args.quiet or not team.leads)
+    bar = ProgressBar(args.quiet or not team.leads)
     try:
         report = convert(
             args.source,
@@ -130,7 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
     if not team.leads:
         return run.DONE
     if args.json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(report)) + "\n")
+        sys.stdout.write(json.dumps({"schema": SCHEMA, **dataclasses.asdict(report)}) + "\n")
     elif not args.quiet:
         sys.stdout.write(f"{report}\n")
     return run.DONE

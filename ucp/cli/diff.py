@@ -7,6 +7,7 @@ import math
 
 from ucp.cli import run, source
 from ucp.cli.output import Output
+from ucp.progress import ProgressBar
 
 HELP = "compare two checkpoints of any formats and layouts: names, shapes, types, values, training state"
 EXAMPLES = """\
@@ -50,7 +51,7 @@ def command(args: argparse.Namespace) -> int:
     with (
         source.open_checkpoint(args, args.a, args.tag_a) as a,
         source.open_checkpoint(args, args.b, args.tag_b) as b,
-        run.ProgressBar(args.quiet, "comparing") as bar,
+        ProgressBar(args.quiet, "comparing") as bar,
     ):
         found = diff(
             a,

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument("--version", action=run.Version)
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=run.Parser)
     for name, module in COMMANDS.items():
         one = commands.add_parser(
@@ -70,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in PROGRAMS:
         return int(PROGRAMS[given[0]].main(given[1:]))
-    args = parser().parse_args(given)
+    args, unknown = parser().parse_known_args(given)
+    if unknown:
+        # argparse itself would point at the help of all commands.
+        one = run.Parser(prog=f"{PROGRAM} {args.command}")
+        one.error(f"unrecognized arguments: {' '.join(unknown)}")
     program = f"{PROGRAM} {args.command}"
     run.start_logging(program, args.quiet, args.debug)
     return run.guarded(program, lambda: int(COMMANDS[args.command].command(args)), args.debug)

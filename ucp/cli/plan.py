@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ucp.cli import run, source
@@ -16,6 +17,10 @@ EXAMPLES = """\
   ucp plan runs/llama --layout dp=64,zero=3
   ucp plan runs/llama --layout dp=8,zero=1 --rank-bandwidth 2GB --storage-bandwidth 20GB
   ucp plan runs/llama --layout dp=4,tp=2,zero=1 --spec llama --model-config config.json
+  ucp plan runs/gpt --layout dp=4,pp=4,zero=1 --ds-config ds.json
+                                     with "pipeline": {"partition": [0, 7, 12, 19, 26], "tied": {"embed": [0, 25]}};
+                                     without a partition layers are divided by their parameters, DeepSpeed's default
+  ucp plan runs/moe --layout dp=8,ep=4,zero=1
   ucp convert runs/llama out --dry-run        what a conversion would write
 """
 SHOWN = 16
@@ -23,7 +28,10 @@ SHOWN = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="SOURCE", help=source.CHECKPOINT)
-    parser.add_argument("--layout", required=True, metavar="L", help="ranks and ZeRO stage, such as dp=64,zero=3")
+    parser.add_argument(
+        "--layout", required=True, metavar="L", help="ranks (dp, tp, pp, ep) and ZeRO stage, as dp=64,zero=3"
+    )
+    source.add_ds_config(parser)
     parser.add_argument("--rank-bandwidth", type=run.size, metavar="SIZE", help="bytes per second that a rank reads")
     parser.add_argument("--storage-bandwidth", type=run.size, metavar="SIZE", help="bytes per second of all together")
     parser.add_argument("--ranks-per-node", type=run.count, default=8, metavar="N", help="for the memory (default 8)")
@@ -35,15 +43,17 @@ def command(args: argparse.Namespace) -> int:
     from ucp.parallel.mesh import parse_layout
 
     layout = parse_layout(args.layout)
-    from ucp.inspection.planning import plan, spec_for
+    from ucp.inspection.planning import plan
 
     out = Output(args)
     with source.open_checkpoint(args, args.checkpoint) as checkpoint:
-        bound = spec_for(checkpoint, layout, args.spec, args.model_config, run.sizes(args.set))
         found = plan(
             checkpoint,
             layout,
-            bound=bound,
+            spec=args.spec,
+            model_config=args.model_config,
+            sizes=run.sizes(args.set),
+            ds_config=args.ds_config,
             rank_bandwidth=args.rank_bandwidth,
             storage_bandwidth=args.storage_bandwidth,
             ranks_per_node=args.ranks_per_node,
@@ -58,6 +68,8 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
     from ucp.inspection.planning import balance
 
     spread = balance(found.ranks)
+    count = min(per_node, len(found.ranks))
+    hosted = f"{count} ranks" if count > 1 else "one rank"
     facts = [
         ("from", f"{found.path} ({found.source_layout}), {words.bytes_text(found.stored)} of tensors"),
         ("to", f"{found.layout}, {len(found.ranks)} ranks"),
@@ -67,8 +79,11 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
             f"{words.bytes_text(spread['smallest'])} to {words.bytes_text(spread['largest'])}, "
             f"{words.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
         ),
-        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {per_node} ranks until all have read"),
+        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
     ]
+    if found.stages is not None:
+        spans = [words.span_text(a, b) for a, b in pairwise(found.stages)]
+        facts.insert(2, ("stages", f"layers {', '.join(spans)} of {found.stages[-1]}"))
     if found.seconds is not None:
         limit = "the largest rank's reading" if found.bound_by == "rank" else "the storage's bandwidth"
         facts.append(("time", f"{words.seconds_text(found.seconds)}, limited by {limit}"))

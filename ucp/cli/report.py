@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ucp.cli import run, source
+from ucp.progress import ProgressBar
 
 HELP = "write one self-contained HTML page about a checkpoint: sizes, cuts, balance, a planned resume, faults"
 EXAMPLES = """\
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=source.CHECKPOINT)
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
     parser.add_argument("--plan-layout", metavar="L", help="show what a resume on this layout moves, as dp=64,zero=3")
+    source.add_ds_config(parser)
     parser.add_argument("--quick", action="store_true", help="do not read tensors to check digests")
     parser.add_argument("--finite", action="store_true", help="look for infinities and NaN, too")
     source.add_arguments(parser)
@@ -31,12 +33,13 @@ def command(args: argparse.Namespace) -> int:
     from ucp.inspection.report import write_report
 
     out = Output(args)
-    with run.ProgressBar(args.quiet, "verifying") as bar:
+    with ProgressBar(args.quiet, "verifying") as bar:
         written = write_report(
             args.checkpoint,
             args.output,
             tag=args.tag,
             layout=layout,
+            ds_config=args.ds_config,
             spec=args.spec,
             model_config=args.model_config,
             sizes=run.sizes(args.set),

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one-line errors, sizes on the command line and progress on a terminal.
+"""What all commands share: exit codes, one-line errors and sizes on the command line.
 
 Exit codes: 0 done; 1 the answer is no; 2 the input or the arguments are at fault; 3 an internal error.
 """
@@ -10,9 +10,8 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ucp.errors import BadArgument, UcpError
 
@@ -38,6 +37,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(AT_FAULT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Version(argparse.Action):
+    """The option ``--version``; the number is asked for only then, since finding it takes longer than all else."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from ucp.version import version
+
+        sys.stdout.write(f"{parser.prog} {version()}\n")
+        parser.exit(DONE)
 
 
 def size(text: str) -> int:
@@ -120,61 +132,3 @@ class _Line(logging.Formatter):
 def say(line: str) -> None:
     """A line on stderr; a message of several lines is joined, so that it stays one."""
     sys.stderr.write(" ".join(line.splitlines()) + "\n")
-
-
-class ProgressBar:
-    """How far a long command is: bytes, rate and time left, on stderr.
-
-    On a terminal a line that is rewritten a few times a second. In a log file a line of its own every ``LOG_EVERY``
-    seconds, the first after as long, so that short commands stay silent. Of the ranks of one job only the first shows
-    any.
-    """
-
-    LOG_EVERY = 15.0
-
-    def __init__(self, quiet: bool, what: str = "") -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = not quiet and os.environ.get("RANK", "0") == "0"
-        self._what = f"{what} " if what else ""
-        self._started = self._last = time.monotonic()
-        self._drawn = False
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        pause = 0.2 if self._terminal else self.LOG_EVERY
-        last = self._terminal and done >= total
-        if not self._shown or (now - self._last < pause and not last):
-            return
-        self._last = now
-        text = self._text(done, total, now - self._started)
-        if self._terminal:
-            self._drawn = True
-            bar = "#" * int(30 * (done / total if total else 1.0))
-            sys.stderr.write(f"\r[{bar:<30}] {text}\x1b[K")
-        else:
-            sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-
-    def _text(self, done: int, total: int, seconds: float) -> str:
-        rate = done / max(seconds, 1e-6)
-        share = done / total if total else 1.0
-        left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
-        return f"{self._what}{share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
-
-    def close(self) -> None:
-        """End the line, so that what follows begins on its own."""
-        if self._drawn:
-            sys.stderr.write("\n")
-            self._drawn = False
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

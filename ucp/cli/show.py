@@ -76,7 +76,10 @@ def _overview(out: Output, found: Summary) -> None:
         for state, entry in found.states.items()
     )
     sizes = [h.bytes for h in found.holders]
-    spread = f"{words.bytes_text(min(sizes))} to {words.bytes_text(max(sizes))} each" if sizes else ""
+    spread = f"{len(sizes)} ranks or files, {words.bytes_text(min(sizes, default=0))} to "
+    spread += f"{words.bytes_text(max(sizes, default=0))} each"
+    if len(sizes) == 1:
+        spread = f"one rank or file, {words.bytes_text(sizes[0])}"
     training = found.training
     has = [name for name in ("lr_scheduler", "loss_scaler") if training[name]]
     if training["client_state"]:
@@ -90,10 +93,10 @@ def _overview(out: Output, found: Summary) -> None:
             ("parameters", f"{len(found.parameters)} ({kinds}), {words.count_text(found.elements)} elements"),
             ("states", states),
             ("size", f"{words.bytes_text(found.bytes)} of tensors, {words.bytes_text(found.file_bytes)} of files"),
-            ("held by", f"{len(found.holders)} ranks or files, {spread}, {found.fragments} fragments"),
+            ("held by", f"{spread}, {found.fragments} fragments"),
             ("digests", f"{sum(f.digests for f in found.files)} of {len(found.files)} files"),
             ("param groups", str(len(training["param_groups"]))),
-            ("training state", ", ".join(has) or "counters only"),
+            ("training state", ", ".join(has) or ("none" if found.step is None else "counters only")),
         ]
     )
     rows = [_row(name, p, f"× {n}" if n > 1 else "") for name, p, n in _families(found, out.people)]

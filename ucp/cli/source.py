@@ -23,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_sizes(parser)
 
 
+def add_ds_config(parser: argparse.ArgumentParser) -> None:
+    """The option of what plans a resume."""
+    parser.add_argument(
+        "--ds-config",
+        metavar="FILE",
+        help="DeepSpeed config of the resume: which layers each pipeline stage has, AutoTP, AutoEP (default: recorded)",
+    )
+
+
 def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None) -> Checkpoint:
     """Open ``path`` as the arguments say."""
     import ucp

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument("--version", action=run.Version)
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=run.Parser)
     check = commands.add_parser("check", help="check a spec: its syntax, its sizes, and a checkpoint's parameters")
     check.add_argument("spec", metavar="SPEC", help="a spec's file, or the name of one in the catalogue")
@@ -68,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="list the catalogue, or show one spec line by line")
     show.add_argument("spec", metavar="NAME", nargs="?", help="a name in the catalogue, or a spec's file")
     for command in (check, infer, show):
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument(
+            "--json", action="store_true", help="print the result as JSON (its 'schema' names the version)"
+        )
         command.add_argument("--quiet", action="store_true", help="no result, no warnings")
         command.add_argument("--debug", action="store_true", help="log what happens, with tracebacks")
     return p
@@ -101,9 +104,9 @@ def _refused(errors: Sequence[Any]) -> int:
     return run.AT_FAULT
 
 
-def _print(args: argparse.Namespace, result: Mapping[str, Any] | Sequence[Any], lines: Sequence[str]) -> None:
+def _print(args: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[str]) -> None:
     if args.json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json.dumps({"schema": f"ucp.spec-{args.command}/1", **result}) + "\n")
     elif not args.quiet:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
@@ -284,7 +287,11 @@ def _show(args: argparse.Namespace) -> int:
     if args.spec is None:
         specs = [(name, catalogue.find(name)) for name in catalogue.names()]
         result = [{"name": name, "models": spec.models, "about": spec.about, "file": spec.file} for name, spec in specs]
-        _print(args, result, _table([(name, ", ".join(spec.models), spec.about) for name, spec in specs]))
+        _print(
+            args,
+            {"schema": "ucp.spec-list/1", "specs": result},
+            _table([(name, ", ".join(spec.models), spec.about) for name, spec in specs]),
+        )
         return run.DONE
     spec = catalogue.find(args.spec)
     lines = [f"{spec.file}: {', '.join(spec.models)}"]

@@ -6,6 +6,7 @@ import argparse
 
 from ucp.cli import run, source
 from ucp.cli.output import Output
+from ucp.progress import ProgressBar
 
 HELP = "check that a checkpoint is whole: files, coverage, digests, copies, training state"
 EXAMPLES = """\
@@ -31,7 +32,7 @@ def command(args: argparse.Namespace) -> int:
     if args.quick and args.finite:
         raise BadArgument("--finite reads every value, which --quick forbids; give one of them")
     out = Output(args)
-    with run.ProgressBar(args.quiet, "verifying") as bar:
+    with ProgressBar(args.quiet, "verifying") as bar:
         verdict = verify(
             args.checkpoint,
             args.tag,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
@@ -17,8 +16,8 @@ from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.live.state import warn_of_clipping
 from ucp.deepspeed.save import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
-from ucp.deepspeed.timings import record_load, record_save
 from ucp.errors import NotACheckpoint, Unsupported
+from ucp.progress import tell
 from ucp.storage import locations
 from ucp.training import ranks
 from ucp.training.background import Saver
@@ -26,6 +25,8 @@ from ucp.training.load import LoadReport, load
 from ucp.training.match import Wish
 from ucp.training.renamed import config_of, in_names_of
 from ucp.training.save import SaveReport
+from ucp.training.stopwatch import Stopwatch
+from ucp.training.timings import record_load, record_save
 
 log = logging.getLogger(__name__)
 
@@ -106,16 +107,19 @@ def load_checkpoint(
     """
     config: Config = engine.ucp.config
     ranks.together(engine.ucp.wait)
+    watch = Stopwatch()
     ranks.together(lambda: _check(engine, custom_load_fn))
     target = ranks.together(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
     )
     local = [g.names for g in target.groups]
-    target.place(config.choice())
+    watch.timed("plan", lambda: target.place(config.choice()))
     # A pipeline's names are the whole model's on every stage; those of all stages tell more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
-    found = ranks.from_first(lambda: _open(load_dir, tag, config, names, live, config_of(engine.module)))
+    found = ranks.from_first(
+        lambda: watch.timed("open", lambda: _open(load_dir, tag, config, names, live, config_of(engine.module)))
+    )
     if found is None:
         if ranks.rank() == 0:
             log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
@@ -128,17 +132,17 @@ def load_checkpoint(
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,
     )
-    report = load(catalog, target, wish, verify=config.verify, read_once=config.read_once)
+    report = load(catalog, target, wish, verify=config.verify, read_once=config.read_once, watch=watch)
     engine.ucp.last_load = report
     if config.metrics:
-        record_load(path, report)
+        record_load(path, report.bytes_read, report.seconds, report.overlapping)
     for text in (*report.plan.notes, *_weights_notes(report)):
         if ranks.rank() == 0:
             log.warning("%s", text)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
     if ranks.rank() == 0:
-        _say(f"{report} ({path})")
+        tell(log, f"{report} ({path})")
     return _returned_path(path), _client_state(catalog)
 
 
@@ -148,14 +152,6 @@ def _client_state(catalog: Catalog) -> dict[str, Any]:
     if len(own) == ranks.world_size() and "client_state" in own[ranks.rank()]:
         return dict(own[ranks.rank()]["client_state"])
     return dict(catalog.training_state.client_state)
-
-
-def _say(summary: str) -> None:
-    """The one line after every load. It must be seen: where the program shows no INFO records, stderr does."""
-    if log.isEnabledFor(logging.INFO) and log.hasHandlers():
-        log.info("%s", summary)
-    else:
-        sys.stderr.write(f"ucp: {summary}\n")
 
 
 def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:

@@ -93,7 +93,8 @@ def _archive(path: str, files: Files) -> list[str]:
         with locations.opened(path) as stream:
             archives = _archives(stream)
     except (OSError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpoint(f"{path}: can't be read as an archive: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DamagedCheckpoint(f"{path}: can't be read as an archive: {reason}") from error
     out = []
     for entries in archives:
         bad = [info for info in entries if _crc(path, info, files) != info.CRC]

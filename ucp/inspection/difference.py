@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucp.catalog import LogicalTensor, TrainingState
+from ucp.catalog import LogicalTensor, ParamGroup, TrainingState
 from ucp.checkpoint import Checkpoint
+from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.inspection import stream
 from ucp.inspection.values import Distance
@@ -25,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 # Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
+# Names that are listed of many.
+_NAMED = 3
 # Recorded by some optimizers' files only, and set by the config anyway.
 _NOT_ALWAYS_RECORDED = ("clip_grad",)
 
@@ -104,12 +108,13 @@ def diff(
     count as equal within ``absolute + relative * max(|a|, |b|)``; without, bits count (values, where the element types
     differ). types: other element types are a difference. values: read the tensors, in pieces of a few megabytes.
 
-    Raises what reading raises.
+    Raises BadArgument for a glob or a state that neither checkpoint has, and what reading raises.
     """
 
     def counts(name: str) -> bool:
         return not params or any(fnmatchcase(name, pattern) for pattern in params)
 
+    _check_filters(a, b, params, states)
     left, right, only_a, only_b = _paired(a, b, counts, states)
     shapes = {}
     pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
@@ -123,7 +128,9 @@ def diff(
         tensors = tuple(_values(a, b, pairs, (absolute, relative), progress))
     state: dict[str, tuple[str, str]] = {}
     if training_state:
-        state = _changed(_flat_state(a.training_state), _flat_state(b.training_state))
+        ours_state, theirs_state = a.training_state, b.training_state
+        state = _changed(_flat_state(ours_state), _flat_state(theirs_state))
+        state.update(_groups(ours_state.param_groups, theirs_state.param_groups, lambda name: _name_in(a, b, name)))
     return Difference(
         a=str(a.path),
         b=str(b.path),
@@ -138,6 +145,22 @@ def diff(
         equal=len(pairs) - len(tensors) if values else 0,
         types_count=types,
     )
+
+
+def _check_filters(a: Checkpoint, b: Checkpoint, params: Sequence[str], states: Sequence[str]) -> None:
+    """Raise BadArgument where nothing would be compared because of a slip in what is asked for."""
+    names = [name for checkpoint in (a, b) for name in checkpoint.parameters]
+    for pattern in params:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadArgument(f"no parameter of either checkpoint matches '{pattern}'; there are {_listed(names)}")
+    known = {state for checkpoint in (a, b) for _, state in checkpoint.catalog.tensors}
+    for state in states:
+        if state not in known:
+            raise BadArgument(f"neither checkpoint has a state '{state}'; there are {_listed(sorted(known))}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _paired(
@@ -231,13 +254,72 @@ def _scalars(a: Checkpoint, b: Checkpoint, counts: Callable[[str], bool]) -> dic
 
 def _flat_state(state: TrainingState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    fields["param_groups"] = [{"names": sorted(group.names), "options": group.options} for group in state.param_groups]
+    del fields["param_groups"]
     flat = _flat(fields)
     return {
         path: value
         for path, value in flat.items()
         if not any(path == own or path.startswith(f"{own}.") or path.startswith(f"{own}[") for own in _OF_THE_LAYOUT)
     }
+
+
+def _groups(
+    ours: Sequence[ParamGroup], theirs: Sequence[ParamGroup], named: Callable[[str], str]
+) -> dict[str, tuple[str, str]]:
+    """What differs between param groups of the same parameters, wherever they stand: one line for their names, and one
+    for each hyperparameter. The numbers are a's; of groups that have no counterpart, each one's own. named: what a
+    calls a parameter of b."""
+    left = [dict.fromkeys(group.names) for group in ours]
+    right = [dict.fromkeys(map(named, group.names)) for group in theirs]
+    pairs = _matched(left, right)
+    out: dict[str, tuple[str, str]] = {}
+    for i, j in sorted(pairs.items()):
+        label = f"param_groups[{i}]"
+        if left[i].keys() != right[j].keys():
+            out[f"{label}.names"] = (_only(left[i], right[j]), _only(right[j], left[i]))
+        options = ours[i].options, theirs[j].options
+        if None in options and options != (None, None):
+            texts = ["not recorded" if o is None else f"{len(o)} recorded" for o in options]
+            out[f"{label}.options"] = (texts[0], texts[1])
+        else:
+            out.update(_changed(*(_flat(o, f"{label}.options") for o in options)))
+    alone = {i: _only(left[i], {}) for i in range(len(left)) if i not in pairs}
+    others = {j: _only(right[j], {}) for j in range(len(right)) if j not in pairs.values()}
+    for k in sorted({*alone, *others}):
+        out[f"param_groups[{k}]"] = (alone.get(k, "none"), others.get(k, "none"))
+    return out
+
+
+def _name_in(a: Checkpoint, b: Checkpoint, name: str) -> str:
+    """What a calls b's parameter; its own name where a has no such."""
+    info = b.parameters.get(name)
+    return _counterpart(a, (name, *(info.aliases if info else ()))) or name
+
+
+def _matched(left: Sequence[Mapping[str, None]], right: Sequence[Mapping[str, None]]) -> dict[int, int]:
+    """The group on the right for each one on the left: that with the most parameters in common, each once."""
+    owner = {name: j for j, names in enumerate(right) for name in names}
+    shared: Counter[tuple[int, int]] = Counter(
+        (i, owner[name]) for i, names in enumerate(left) for name in names if name in owner
+    )
+    # Groups without parameters are told apart by their order alone.
+    empty = zip(*([k for k, names in enumerate(side) if not names] for side in (left, right)), strict=False)
+    out: dict[int, int] = {}
+    taken: set[int] = set()
+    for i, j in (*sorted(shared, key=lambda pair: (-shared[pair], pair)), *empty):
+        if i not in out and j not in taken:
+            out[i] = j
+            taken.add(j)
+    return out
+
+
+def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
+    """How many names there are, and which of them the others have not."""
+    only = [name for name in names if name not in others]
+    text = f"{len(names)} name{'s' * (len(names) != 1)}"
+    if only:
+        text += f", only here: {_listed(only)}" if others else f": {_listed(only)}"
+    return text
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

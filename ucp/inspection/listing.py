@@ -83,6 +83,8 @@ def resolve(folder: str | os.PathLike[str], tag: str | None = None) -> Path:
     """
     where = locations.locate(folder)
     if tag is not None:
+        if not locations.exists(where / tag):
+            raise checkpoint.unknown_tag(where, tag)
         return where / tag
     if formats.find(where) is not None:
         return where
@@ -142,9 +144,12 @@ def _sizes(folder: Path) -> Iterator[int]:
 def _latest(pointer: Path) -> str | None:
     try:
         return locations.read(pointer).decode("utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        log.warning("%s: cannot be read: %s", pointer, error.strerror or error)
+        return None
+    except UnicodeDecodeError as error:
         log.warning("%s: cannot be read: %s", pointer, error)
         return None
 

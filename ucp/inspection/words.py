@@ -56,6 +56,13 @@ def shape_text(shape: Shape) -> str:
     return " × ".join(map(str, shape)) if shape else "scalar"
 
 
+def span_text(first: int, end: int) -> str:
+    """``4 to 7`` for the numbers from 4 up to 8, ``4`` for one, ``none`` for none."""
+    if end - first < 2:
+        return str(first) if end > first else "none"
+    return f"{first} to {end - 1}"
+
+
 def cut_text(shape: Shape, blocks: Blocks, holders: int) -> str:
     """How a tensor is cut into fragments, seen from the fragments alone. holders: how many ranks or files hold some."""
     n = len(blocks)

@@ -1,9 +1,12 @@
 """How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
 
 Every record is one object: ``schema``, ``what`` ('save' or 'load'), ``id`` (the same on all ranks), ``checkpoint`` (its
-folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes``, and ``seconds`` of work by stage. Stages of
-a save in the background overlap; ``wall`` then says what it took altogether. The file lies in the folder of
-checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
+folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes`` (written, or read) and ``seconds`` of work
+by stage. Every moment of a load is in one stage; ``wait`` is that in which the rank has done its part and others have
+not, and ``overlapping`` has seconds of what goes on within the stages, perhaps in several threads at once. The stages
+of a save overlap each other; ``wall`` then says what it took altogether.
+
+The file lies in the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
 """
 
 from __future__ import annotations

@@ -87,14 +87,14 @@ def _description(wants: Sequence[Want]) -> tuple[object, ...]:
 
 def nbytes(what: Plan, entries: frozenset[Entry]) -> int:
     """Bytes of the checkpoint that these entries want."""
-    return sum(_nbytes(want) for entry in entries for want in what.wants[entry])
+    return sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
 
 
 def shared_parts(what: Plan, sharing: Sharing) -> dict[Entry, list[Want]]:
     """Of every shared entry, what this rank reads: its equal part of the group's bytes, in the entries' order."""
     out: dict[Entry, list[Want]] = {}
     for group, entries in sharing.groups.items():
-        total = sum(_nbytes(want) for entry in entries for want in what.wants[entry])
+        total = sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
         place = group.index(ranks.rank())
         low, high = total * place // len(group), total * (place + 1) // len(group)
         at = 0
@@ -103,7 +103,7 @@ def shared_parts(what: Plan, sharing: Sharing) -> dict[Entry, list[Want]]:
             for want in what.wants[entry]:
                 size = itemsize(want.tensor.dtype)
                 blocks = part(want.blocks, size, low - at, high - at)
-                at += _nbytes(want)
+                at += nbytes_of(want)
                 if len(blocks):
                     out[entry].append(replace(want, blocks=blocks))
     return out
@@ -234,5 +234,6 @@ def _everyones(value: float) -> list[float]:
     return found
 
 
-def _nbytes(want: Want) -> int:
+def nbytes_of(want: Want) -> int:
+    """Bytes of the checkpoint that this wants."""
     return int(want.blocks.counts.sum()) * itemsize(want.tensor.dtype)

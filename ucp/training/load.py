@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ucp.catalog import Catalog
+from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
 from ucp.training import exchange, ranks
 from ucp.training.match import Plan, Wish, plan
+from ucp.training.stopwatch import Stopwatch, stages_text
 from ucp.training.target import Loaded, Slot, Target
 from ucp.transfer.gather import Bytes, Reader, Want, gather
 
@@ -33,8 +33,11 @@ class LoadReport:
     """What a load did, for people and logs.
 
     nbytes: of the tensors brought to this rank; bytes_read: what was read of the files for them, gaps between short
-    runs and whole digest chunks included. seconds: by stage, on this rank. read_once: whether ranks that want the same
-    bytes read them once among them.
+    runs and whole digest chunks included. seconds: by stage, on this rank: open (the first
+    rank), plan, read, exchange (of what is read once,
+    and measuring whether that is worth it), apply, and wait, for the other ranks. overlapping: seconds within those:
+    'digest', checking what was read, of all reading threads together. read_once: whether ranks that want the same bytes
+    read them once among them.
     """
 
     tensors: int
@@ -45,12 +48,12 @@ class LoadReport:
     seconds: Mapping[str, float]
     plan: Plan
     read_once: bool = False
+    overlapping: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        total = sum(self.seconds.values())
         text = (
             f"restored {self.tensors} tensors ({_size(self.nbytes)} on this rank) from {self.source} to {self.target} "
-            f"in {total:.2f} s"
+            f"in {stages_text(self.seconds)}"
         )
         if self.plan.left:
             text += f"; left as they were: {len(self.plan.left)} ({', '.join(self.plan.left[:4])}, …)"
@@ -67,31 +70,30 @@ def load(
     verify: bool = True,
     threads: int | None = None,
     read_once: bool | str = False,
+    watch: Stopwatch | None = None,
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
     verify: check the chunks read against the checkpoint's digests, where it has them. read_once: have each byte that
-    several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster.
+    several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster. watch: of a
+    load that began earlier, with opening.
 
     Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
     DamagedCheckpoint when files do.
     """
-    clock = [time.perf_counter()]
+    watch = watch or Stopwatch()
     state = None if wish.weights_only else catalog.training_state
-    what = ranks.together(lambda: _checked_plan(catalog, target, wish))
-    clock.append(time.perf_counter())
+    what = ranks.together(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     with Files() as files:
-        reading = _Reading(Reader(catalog, files, verify), target, what, threads or reading_threads())
-        sharing = _sharing(reading, read_once)
-        tensors = ranks.together(lambda: reading.run(sharing))
+        reading = _Reading(Reader(catalog, files, verify), files, target, what, threads or reading_threads())
+        sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
+        tensors = ranks.together(lambda: watch.timed("read", lambda: reading.run(sharing)))
         bytes_read = files.bytes_read
     if sharing is not None:
-        exchange.exchange(sharing, tensors)
-    clock.append(time.perf_counter())
+        watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
     brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
-    target.apply(Loaded(brought, what.scalars, what.options, what.sources, state))
-    clock.append(time.perf_counter())
-    seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
+    loaded = Loaded(brought, what.scalars, what.options, what.sources, state)
+    watch.timed("apply", lambda: target.apply(loaded))
     nbytes = exchange.nbytes(what, frozenset(what.wants))
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
@@ -100,9 +102,10 @@ def load(
         bytes_read,
         f"{catalog.format} {catalog.layout}",
         str(target.layout),
-        seconds,
+        watch.stop(),
         what,
         sharing is not None,
+        {"digest": reading.reader.digest_seconds},
     )
 
 
@@ -132,6 +135,7 @@ class _Reading:
     """This rank's reading."""
 
     reader: Reader
+    files: Files
     target: Target
     what: Plan
     threads: int
@@ -150,7 +154,10 @@ class _Reading:
             wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
             buffers.append(tensor.view(torch.uint8).numpy())
             tensors[entry] = tensor
-        gather(self.reader, wants, buffers, self.threads)
+        before = self.files.bytes_read
+        total = sum(exchange.nbytes_of(want) for want in wants)
+        with watching("loading", lambda: self.files.bytes_read - before, total, ranks.rank() == 0):
+            gather(self.reader, wants, buffers, self.threads)
         return tensors
 
     def sample(self, wants: list[Want], buffer: Bytes) -> int:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.formats.universal import fragmented, manifest, training
 from ucp.geometry import concat, empty
 from ucp.parallel.mesh import Layout
+from ucp.progress import watching
 from ucp.storage import plain
+from ucp.storage.locations import is_remote
 from ucp.storage.safetensors import FilePlan
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
@@ -136,8 +139,15 @@ def write_share(session: Session, rank: int, source: Source, stages: Stages | No
     with stages.of("prepare"):
         share, plan, pieces = prepare(source, rank, session.world)
         copying = Copying(Pool(_TURNS * WINDOW), plan, pieces)
-    write(session, rank, share, copying.windows(stages), stages)
+    path = session.path(share.name)
+    with watching("saving", lambda: _held(path), share.size, rank == 0 and not is_remote(path)):
+        write(session, rank, share, copying.windows(stages), stages)
     return share.size
+
+
+def _held(path: Path) -> int:
+    """Bytes of a file that is being written."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:

@@ -8,7 +8,6 @@ neither the order of param groups nor the framework that saved them matters.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,14 +20,17 @@ from ucp.catalog import Catalog
 from ucp.errors import Mismatch
 from ucp.formats.dcp.names import PARAM, VALUES, Entry, Roles, assign
 from ucp.geometry import numel
+from ucp.progress import watching
 from ucp.storage.dtypes import from_torch
 from ucp.storage.files import Files
 from ucp.training import ranks
 from ucp.training.dtensors import blocks_of, local_tensor
+from ucp.training.exchange import nbytes_of
 from ucp.training.load import reading_threads
 from ucp.training.match import OWN_OPTIONS
 from ucp.training.names import match
 from ucp.training.state_dicts import flatten, put
+from ucp.training.stopwatch import Stopwatch, stages_text
 from ucp.transfer.gather import EXACT, Reader, Want, gather
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,9 @@ ALIGNMENT = 64  # bytes, of the tensors in the memory that they are read into
 class StateDictReport:
     """What a load did. nbytes: of the tensors brought to this rank; bytes_read: of the files. left: entries that stayed
     as they were, by the caller's leave or because the checkpoint records no hyperparameters for them. unused: what the
-    checkpoint has besides. seconds: by stage."""
+    checkpoint has besides. seconds: by stage, on this rank: open (the first rank), plan, read, apply, and wait, for
+    the others. overlapping: seconds within those: 'digest', checking what was read, of all reading threads together.
+    """
 
     path: str
     tensors: int
@@ -50,6 +54,10 @@ class StateDictReport:
     left: tuple[str, ...]
     unused: tuple[str, ...]
     seconds: Mapping[str, float]
+    overlapping: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"restored {self.tensors} tensors from {self.path} in {stages_text(self.seconds)}"
 
 
 @dataclass
@@ -74,26 +82,38 @@ def load_into(
     allow_missing: Sequence[str] = (),
     allow_unused: Sequence[str] | None = None,
     verify: bool = True,
+    watch: Stopwatch | None = None,
 ) -> StateDictReport:
     """Fill the state dict (without Stateful objects: `state_dicts.unwrap`) in place. Collective.
 
     catalog: its training state's tensors are real ones. allow_missing: patterns of flat names that may stay as they
     are. allow_unused: patterns of what of the checkpoint's tensors may stay unread (names, and ``name:state`` for
-    optimizer states); None for anything.
+    optimizer states); None for anything. watch: of a load that began earlier, with opening.
 
     Raises Mismatch, and what reading raises, on every rank and with nothing changed.
     """
-    clock = [time.perf_counter()]
-    entries, what = ranks.together(lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused))
-    clock.append(time.perf_counter())
-    buffers, nbytes, bytes_read = ranks.together(lambda: read(entries, catalog, what, verify))
-    clock.append(time.perf_counter())
-    fill(entries, what, buffers)
-    for key, value in what.values.items():
-        put(state_dict, entries[key].path, value)
-    clock.append(time.perf_counter())
-    seconds = dict(zip(("plan", "read", "apply"), np.diff(clock).tolist(), strict=True))
-    return StateDictReport(path, len(what.wants), nbytes, bytes_read, tuple(what.left), tuple(what.unused), seconds)
+    watch = watch or Stopwatch()
+    entries, what = ranks.together(
+        lambda: watch.timed("plan", lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused))
+    )
+    found = ranks.together(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify)))
+
+    def apply() -> None:
+        fill(entries, what, found.buffers)
+        for key, value in what.values.items():
+            put(state_dict, entries[key].path, value)
+
+    watch.timed("apply", apply)
+    return StateDictReport(
+        path,
+        len(what.wants),
+        found.nbytes,
+        found.bytes_read,
+        tuple(what.left),
+        tuple(what.unused),
+        watch.stop(),
+        {"digest": found.digest_seconds},
+    )
 
 
 def _planned(
@@ -263,10 +283,19 @@ def _same(a: Any, b: Any) -> bool:
     return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
 
 
-def read(
-    entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True
-) -> tuple[dict[str, torch.Tensor], int, int]:
-    """This rank's shards, in host memory; with their bytes and the bytes read."""
+@dataclass
+class Read:
+    """This rank's shards, in host memory, and what bringing them there took. nbytes: theirs; bytes_read: of the
+    files."""
+
+    buffers: dict[str, torch.Tensor]
+    nbytes: int
+    bytes_read: int
+    digest_seconds: float
+
+
+def read(entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True) -> Read:
+    """Read this rank's shards. Raises what reading raises."""
     locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
     starts = np.cumsum([0, *(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in locals_.values())])
     # One allocation: large ones of numpy are in huge pages, which are much quicker to get than ordinary ones.
@@ -281,9 +310,11 @@ def read(
     buffers = {
         key: torch.from_numpy(part).view(local.dtype) for (key, local), part in zip(locals_.items(), raw, strict=True)
     }
-    with Files() as files:
-        nbytes = gather(Reader(catalog, files, verify), wants, raw, reading_threads())
-        return buffers, nbytes, files.bytes_read
+    total = sum(map(nbytes_of, wants))
+    with Files() as files, watching("loading", lambda: files.bytes_read, total, ranks.rank() == 0):
+        reader = Reader(catalog, files, verify)
+        nbytes = gather(reader, wants, raw, reading_threads())
+        return Read(buffers, nbytes, files.bytes_read, reader.digest_seconds)
 
 
 @torch.no_grad()

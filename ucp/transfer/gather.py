@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -102,9 +104,14 @@ class Copy:
 
 
 class Reader:
-    """Byte ranges of a catalog's files, verified against its digests where it has them. Thread-safe."""
+    """Byte ranges of a catalog's files, verified against its digests where it has them. Thread-safe.
+
+    digest_seconds: what checking digests has taken so far, of all threads together.
+    """
 
     def __init__(self, catalog: Catalog, files: Files, verify: bool = True) -> None:
+        self.digest_seconds = 0.0
+        self._lock = Lock()
         self._paths = [f.path for f in catalog.files]
         self._files = files
         self._inline = dict(catalog.inline)
@@ -134,7 +141,7 @@ class Reader:
                 end = min(at + whole * CHUNK, stop)
                 part = out[at - offset : end - offset]
                 self._files.read_into(path, at, part.data)
-                verify_chunks(path, digests, index, part.data)
+                self._check(path, digests, index, part)
                 at = end
                 continue
             end = min((index + 1) * CHUNK, stop)
@@ -152,9 +159,16 @@ class Reader:
         room = cache.popitem(last=False)[1] if len(cache) >= CHUNKS_KEPT else np.empty(CHUNK, np.uint8)
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
-        verify_chunks(path, digests, index, chunk.data)
+        self._check(path, digests, index, chunk)
         cache[key] = chunk
         return chunk
+
+    def _check(self, path: str, digests: ChunkDigests, index: int, raw: Bytes) -> None:
+        began = perf_counter()
+        verify_chunks(path, digests, index, raw.data)
+        took = perf_counter() - began
+        with self._lock:
+            self.digest_seconds += took
 
 
 def plan(wants: Sequence[Want]) -> list[Copy]:

@@ -22,6 +22,7 @@ from tests.engines.pool import RankPool
 from tests.engines.resume import resume
 from tests.engines.runs import CLIENT_STATE, FURTHER, Run
 from tests.engines.sources import Sources, preload_for
+from ucp.errors import Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +171,9 @@ def test_universal_folder(pair: tuple[Case, Case], ranks: RankPool, sources: Sou
     assert loaded.truth is not None
     assert differences(run.truth, loaded.truth) == []
     assert len(loaded.further) == FURTHER
+    # It is written only, and refused as what it is.
+    with pytest.raises(Unsupported, match="is DeepSpeed's own universal checkpoint"):
+        ucp.open(tmp_path / "out")
 
 
 @pytest.mark.parametrize("by_way_of", [None, "consolidated", "virtual"])

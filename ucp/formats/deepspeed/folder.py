@@ -18,6 +18,8 @@ _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_s
 _OPTIM = re.compile(r"^(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 _PIPELINE = re.compile(r"^layer_\d+(-model_\d+)?-model_states\.pt$")
 _EXPERT = re.compile(r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt$")
+# checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
+_UNIVERSAL = "zero"
 _EXPERT_OPTIM = re.compile(r"^expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 
 
@@ -69,6 +71,11 @@ def scan(path: Path) -> list[Folder]:
     Raises Unsupported for what is not understood, DamagedCheckpoint for a folder without a model file, with files of
     both stage 3 and other stages, or without the files of some model-parallel rank.
     """
+    if locations.is_folder(path / _UNIVERSAL) and not any(map(_OPTIM.match, locations.names(path))):
+        raise Unsupported(
+            f"{path}: is DeepSpeed's own universal checkpoint (it has a folder '{_UNIVERSAL}'), which is written here "
+            "(--to deepspeed-universal) and not read; take the checkpoint that it was made from"
+        )
     whole: dict[int, Path] = {}
     parts: dict[int, dict[int, Path]] = {}
     optim: dict[int, dict[int, Path]] = {}

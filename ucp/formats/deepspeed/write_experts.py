@@ -108,14 +108,14 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
         return None
     if auto and layout.zero == 0:
         raise Unsupported(
-            f"layout '{layout}': AutoEP's checkpoints at ZeRO stage 0 cannot be written; use zero=1, 2 or 3"
+            f"layout '{layout}': AutoEP's checkpoints at ZeRO stage 0 are not supported; use zero=1, 2 or 3"
         )
     if not auto and layout.zero == 3:
         raise Unsupported(
             f"layout '{layout}': DeepSpeed's own experts do not train at ZeRO stage 3; use zero=0, 1 or 2"
         )
     if layout.tp * layout.pp > 1:
-        raise Unsupported(f"layout '{layout}': experts together with tensor or pipeline parallelism can't be written")
+        raise Unsupported(f"layout '{layout}': experts together with tensor or pipeline parallelism are not supported")
     for layer, total in totals.items():
         if total % layout.ep:
             raise BadArgument(
@@ -178,7 +178,7 @@ def of_rank(catalog: Catalog, how: Spread, rank: int) -> Catalog:
     if how.auto:
         for key, tensor in tensors.items():
             if how.layer_of(key[0]):
-                tensors[key] = _rows(tensor, how.held(how.layer_of(key[0])), rank)
+                tensors[key] = rank_rows(tensor, how.held(how.layer_of(key[0])), rank)
                 parameters[key[0]] = replace(parameters[key[0]], shape=tensors[key].shape)
     _check_groups(catalog.training_state.param_groups, how)
     groups = tuple(_group(group, names, how) for group in catalog.training_state.param_groups)
@@ -193,8 +193,8 @@ def of_rank(catalog: Catalog, how: Spread, rank: int) -> Catalog:
     return replace(catalog, parameters=parameters, tensors=tensors, training_state=state)
 
 
-def _rows(tensor: LogicalTensor, held: int, rank: int) -> LogicalTensor:
-    """A rank's part of a stack."""
+def rank_rows(tensor: LogicalTensor, held: int, rank: int) -> LogicalTensor:
+    """A rank's part of a stack of experts, of which each holds ``held``."""
     shape = (held, *tensor.shape[1:])
     stack = [range(r * held, (r + 1) * held) for r in range(tensor.shape[0] // held)]
     outer = Experts(stacks={tensor.name: stack}).place(tensor.name, shape, rank).blocks
@@ -242,7 +242,7 @@ def files(
         expert = expert_of(name)
         if layer and how.auto and how.layout.zero < 3:
             for number in range(how.totals[layer]):
-                row = _rows(catalog.tensors[name, "param"], 1, number)
+                row = rank_rows(catalog.tensors[name, "param"], 1, number)
                 own = f"{name}.{number}"
                 # One row is a matrix in its file.
                 blocks = replace(

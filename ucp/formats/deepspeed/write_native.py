@@ -75,7 +75,11 @@ def plan(
     files: list[TargetFile] = []
     bound = write_slices.spec_of(choice, layout, config)
     for rank in range(layout.tp):
-        own = catalog if bound is None or layout.tp == 1 else write_slices.sliced(source, bound, layout, rank, config)
+        own = (
+            catalog
+            if bound is None or layout.tp == 1
+            else write_slices.sliced(source, bound, layout, rank, config.autotp)
+        )
         if stages is None:
             files += _share_files(Share(rank, own), config, layout)
             continue

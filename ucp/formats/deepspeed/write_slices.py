@@ -51,13 +51,15 @@ def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound | Non
     return found
 
 
-def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, config: EngineConfig) -> Catalog:
+def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bool) -> Catalog:
     """One tensor-parallel rank's own tensors under the spec's names, padded as wide as the source's are.
+
+    autotp: DeepSpeed cuts the model, and unevenly where it has to.
 
     Raises SpecError for a parameter without a line and for a cut that can't be; Mismatch where shapes contradict the
     spec.
     """
-    rule = "balanced" if config.autotp else "exact"
+    rule = "balanced" if autotp else "exact"
     catalog = best_names(catalog, bound, lambda name: bound.find(name) is not None)
     whole = without_padding(catalog)
     parameters, tensors = dict(whole.parameters), dict(whole.tensors)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ucp import checkpoint
 from ucp.errors import DestinationError
-from ucp.inspection.planning import plan, spec_for
+from ucp.inspection.planning import plan
 from ucp.inspection.report.data import report_data, timings_of
 from ucp.inspection.summary import summarise
 from ucp.inspection.verify import Progress, verify
@@ -45,6 +45,7 @@ def write_report(
     *,
     tag: str | None = None,
     layout: Layout | None = None,
+    ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -52,8 +53,10 @@ def write_report(
     finite: bool = False,
     progress: Progress | None = None,
 ) -> WrittenReport:
-    """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it. quick, finite: as for
-    `verify`. Raises what `verify` and `plan` raise, DestinationError where the page can't be written.
+    """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it, with ds_config as for
+    `plan`. quick, finite: as for `verify`.
+
+    Raises what `verify` and `plan` raise, DestinationError where the page can't be written.
     """
     verdict = verify(
         path, tag, spec=spec, model_config=model_config, sizes=sizes, quick=quick, finite=finite, progress=progress
@@ -63,7 +66,7 @@ def write_report(
         with checkpoint.open(verdict.path, spec, model_config=model_config, sizes=sizes, verify=False) as opened:
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
-                planned = plan(opened, layout, bound=spec_for(opened, layout, spec, model_config, sizes))
+                planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, ds_config=ds_config)
     records = timings_of(read_metrics(locations.locate(verdict.path).parent), verdict.path)
     page = render(report_data(verdict, summary, catalog, planned, records))
     raw = page.encode("utf-8")

@@ -197,7 +197,8 @@
       const label = item.index !== undefined ? [`${item.name}  ${shape(P.shape[item.index])}`, `${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`]
         : frame ? [`${item.name}  ${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`] : [item.name, `${bytes(item.bytes)} · ${percent(item.bytes, root.bytes)}`];
       const button = el("button", {
-        type: "button", class: frame ? "frame" : null,
+        // The keyboard stops at the modules of this level; Enter looks into one, whose own are stops then.
+        type: "button", class: frame ? "frame" : null, tabindex: depth ? -1 : null,
         style: `left:${left}px;top:${top}px;width:${width}px;height:${height}px;${frame ? "" : `background:${tint(inner)}`}`,
         "aria-label": `${item.name}, ${bytes(item.bytes)}`, "data-index": item.index === undefined ? null : item.index,
         onclick: () => { if (item.index !== undefined) select(item.index, true); else treemap(item, true); },
@@ -351,6 +352,7 @@
       ["Ranks", whole(plan.ranks)], ["Read in all", bytes(plan.bytes), `${percent(plan.bytes, plan.stored)} of the tensors' bytes`],
       ["Largest rank", bytes(Math.max(...plan.rank_bytes)), `rank ${plan.largest}`],
       ["Files", whole(plan.files), `${Math.min(...plan.rank_files)} to ${Math.max(...plan.rank_files)} by a rank`],
+      ...(plan.stages ? [["Stages begin at layers", plan.stages.slice(0, -1).join(", "), `of ${plan.stages[plan.stages.length - 1]}`]] : []),
     ]);
     const rowsN = plan.rows.length, columnsN = plan.columns.length, cell = Math.min(40, 480 / Math.max(columnsN, 1), 300 / Math.max(rowsN, 1));
     const top = Math.max(1, ...plan.matrix.flat());
@@ -372,10 +374,14 @@
     for (const what of ["save", "load"]) {
       const records = data.timings.filter((t) => t.what === what).sort((a, b) => a.rank - b.rank);
       if (!records.length) continue;
-      const stages = [...new Set(records.flatMap((r) => Object.keys(r.seconds)))];
-      const total = (r) => Object.values(r.seconds).reduce((a, b) => a + b, 0);
-      const longest = Math.max(...records.map(total)) || 1;
+      // Waiting for others comes last, in grey: the rank that the others wait for has the longest coloured bar.
+      const stages = [...new Set(records.flatMap((r) => Object.keys(r.seconds)))].sort((a, b) => (a === "wait") - (b === "wait"));
+      const fill = (stage, s) => (stage === "wait" ? "var(--line)" : PALETTE[s % PALETTE.length]);
+      const all = (r) => Object.values(r.seconds).reduce((a, b) => a + b, 0);
+      const total = (r) => all(r) - (r.seconds.wait || 0);
+      const longest = Math.max(...records.map(all)) || 1;
       const shown = records.length > 64 ? [...records].sort((a, b) => total(b) - total(a)).slice(0, 64) : records;
+      const within = (r) => Object.entries(r.overlapping || {}).map(([stage, s]) => `, of which ${stage} ${s.toFixed(3)} s (threads together)`).join("");
       const row = 18, W = 1000, H = shown.length * row + 6;
       const svg = el("svg", { class: "chart stages", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${what}: seconds by rank and stage` });
       shown.forEach((r, k) => {
@@ -383,13 +389,13 @@
         let x = 72;
         stages.forEach((stage, s) => {
           const w = (W - 240) * (r.seconds[stage] || 0) / longest;
-          svg.append(hover(el("rect", { x, y: k * row + 2, width: w, height: row - 4, fill: PALETTE[s % PALETTE.length] }), `rank ${r.rank}, ${stage}: ${(r.seconds[stage] || 0).toFixed(3)} s`));
+          svg.append(hover(el("rect", { x, y: k * row + 2, width: w, height: row - 4, style: `fill:${fill(stage, s)}` }), `rank ${r.rank}, ${stage}: ${(r.seconds[stage] || 0).toFixed(3)} s${stage === "read" ? within(r) : ""}`));
           x += w;
         });
         svg.append(el("text", { x: x + 6, y: k * row + 13 }, `${total(r).toFixed(2)} s${r.wall === undefined ? "" : ` of work in ${r.wall.toFixed(2)} s`}`));
       });
       $("timings-chart").append(el("h3", {}, `Last ${what}${shown.length < records.length ? `: the slowest ${shown.length} of ${records.length} ranks` : ""}`),
-        el("ul", { class: "legend" }, ...stages.map((s, k) => el("li", {}, el("i", { style: `background:${PALETTE[k % PALETTE.length]}` }), s))), svg);
+        el("ul", { class: "legend" }, ...stages.map((s, k) => el("li", {}, el("i", { style: `background:${fill(s, k)}` }), s === "wait" ? "wait, for other ranks (not in the sums)" : s))), svg);
     }
   }
 

@@ -1,15 +1,15 @@
-"""Timings of an engine's saves and loads as records beside the checkpoints, where the config asks for ``metrics``."""
+"""Timings of saves and loads as records beside the checkpoints, rank by rank."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from ucp.formats.universal import manifest
 from ucp.storage import locations, metrics
 from ucp.training import ranks
-from ucp.training.load import LoadReport
 from ucp.training.save import SaveReport
 
 
@@ -19,14 +19,15 @@ def record_save(report: SaveReport, rank: int, world: int) -> None:
     _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))
 
 
-def record_load(path: str, report: LoadReport) -> None:
+def record_load(path: str, bytes_read: int, seconds: Mapping[str, float], overlapping: Mapping[str, float]) -> None:
     """Add this rank's record of a load. Collective."""
     ident = ranks.from_first(lambda: secrets.token_hex(8))
-    _record("load", path, ident, ranks.rank(), ranks.world_size(), report.bytes_read, report.seconds)
+    within = {stage: round(value, 6) for stage, value in overlapping.items()}
+    _record("load", path, ident, ranks.rank(), ranks.world_size(), bytes_read, seconds, overlapping=within)
 
 
 def _record(
-    what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float], **more: float
+    what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float], **more: Any
 ) -> None:
     record = {
         "what": what,

@@ -1,0 +1,140 @@
+"""How far something long has come: bytes, rate and time left, on stderr or in the log.
+
+On a terminal it is a line that is rewritten a few times a second, from the second ``PATIENCE`` on; elsewhere a line of
+its own every ``LOG_EVERY`` seconds, the first after as long. So what is short stays silent. Of the ranks of one job the
+first shows any. The environment variable ``UCP_PROGRESS=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 15.0
+PATIENCE = 1.0
+_REDRAW = 0.2
+
+
+class ProgressBar:
+    """Called with the bytes done and the bytes in all, as often as one likes. A context manager.
+
+    quiet: show nothing. what: is being done, in one word. line: takes the lines where stderr is no terminal; default:
+    stderr does.
+    """
+
+    def __init__(self, quiet: bool, what: str = "", line: Callable[[str], None] | None = None) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = not quiet and os.environ.get("RANK", "0") == "0" and os.environ.get("UCP_PROGRESS") != "0"
+        self._what = f"{what} " if what else ""
+        self._line = line or _on_stderr
+        self._started = self._last = time.monotonic()
+        self._drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._shown or (self._terminal and not self._drawn and now - self._started < PATIENCE):
+            return
+        pause = _REDRAW if self._terminal else LOG_EVERY
+        last = self._terminal and done >= total
+        if now - self._last < pause and not last:
+            return
+        self._last = now
+        text = self._text(done, total, now - self._started)
+        if self._terminal:
+            self._drawn = True
+            bar = "#" * int(30 * (done / total if total else 1.0))
+            sys.stderr.write(f"\r[{bar:<30}] {text}\x1b[K")
+            sys.stderr.flush()
+        else:
+            self._line(text)
+
+    def _text(self, done: int, total: int, seconds: float) -> str:
+        rate = done / max(seconds, 1e-6)
+        share = done / total if total else 1.0
+        left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
+        unit, digits, word = (1e9, 2, "GB") if total >= 1e9 else (1e6, 1, "MB")
+        amount = f"{done / unit:.{digits}f} of {total / unit:.{digits}f} {word}"
+        return f"{self._what}{share:4.0%}  {amount}, {rate / 1e6:.0f} MB/s{left}"
+
+    def finish(self, total: int) -> None:
+        """Show that all is done, where anything was shown of it."""
+        if self._drawn:
+            self(total, total)
+
+    def close(self) -> None:
+        """End the line, so that what follows begins on its own."""
+        if self._drawn:
+            sys.stderr.write("\n")
+            self._drawn = False
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def watching(what: str, done: Callable[[], int], total: int, shown: bool = True) -> Iterator[None]:
+    """Show how far the work in this block is.
+
+    done: the bytes so far; another thread calls it a few times a second. total: about as many in all. shown: False on
+    all ranks but one.
+    """
+    if not shown or total <= 0:
+        yield
+        return
+    over = threading.Event()
+    bar = ProgressBar(False, what, _in_the_log)
+    well = begun = False
+
+    def show() -> None:
+        nonlocal begun
+        if over.wait(PATIENCE):
+            return
+        begun = True
+        with bar:
+            while not over.wait(_REDRAW):
+                bar(min(done(), total - 1), total)  # it isn't over until the block is
+            if well:
+                bar.finish(total)
+
+    thread = threading.Thread(target=show, name="ucp-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+        well = True
+    finally:
+        over.set()
+        if begun:
+            thread.join()  # otherwise it ends by itself, without a word
+
+
+def tell(logger: logging.Logger, text: str) -> None:
+    """A line that has to be seen: where the program shows no INFO records, stderr does."""
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info("%s", text)
+    else:
+        _on_stderr(f"ucp: {text}")
+
+
+def _in_the_log(text: str) -> None:
+    tell(log, text)
+
+
+def _on_stderr(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
