@@ -27,6 +27,7 @@ from ucp.training import ranks
 from ucp.training.dtensors import blocks_of, local_tensor
 from ucp.training.load import reading_threads
 from ucp.training.match import OWN_OPTIONS
+from ucp.training.memory import Memory
 from ucp.training.names import match
 from ucp.training.state_dicts import flatten, put
 from ucp.transfer.gather import EXACT, Reader, Want, gather
@@ -269,8 +270,7 @@ def read(
     """This rank's shards, in host memory; with their bytes and the bytes read."""
     locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
     starts = np.cumsum([0, *(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in locals_.values())])
-    # One allocation: large ones of numpy are in huge pages, which are much quicker to get than ordinary ones.
-    memory = np.empty(int(starts[-1]), np.uint8)
+    memory = Memory().take(int(starts[-1])).numpy()
     raw = [
         memory[start : start + local.numel() * local.element_size()]
         for start, local in zip(starts.tolist(), locals_.values(), strict=False)
