@@ -18,7 +18,7 @@ import torch
 from ucp.catalog import Catalog
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.training import exchange, ranks
+from ucp.training import exchange, ranks, tied
 from ucp.training.match import Plan, Wish, plan
 from ucp.training.memory import Memory
 from ucp.training.target import Loaded, Slot, Target
@@ -79,6 +79,7 @@ def load(
     clock.append(time.perf_counter())
     with Files() as files:
         reading = _Reading(Reader(catalog, files, verify), target, what, threads or reading_threads())
+        tied.check(reading.reader, what.tied)
         sharing = _sharing(reading, read_once)
         tensors = ranks.together(lambda: reading.run(sharing))
         bytes_read = files.bytes_read

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp.catalog import Catalog
 from ucp.errors import Mismatch
@@ -283,7 +284,20 @@ def read(
     }
     with Files() as files:
         nbytes = gather(Reader(catalog, files, verify), wants, raw, reading_threads())
+        _check_tied(locals_, raw)
         return buffers, nbytes, files.bytes_read
+
+
+def _check_tied(locals_: Mapping[str, torch.Tensor], raw: Sequence[NDArray[np.uint8]]) -> None:
+    """Raise Mismatch where entries that are one memory (a tied parameter's two names) would get different values."""
+    first: dict[tuple[int, int], tuple[str, NDArray[np.uint8]]] = {}
+    for (key, local), values in zip(locals_.items(), raw, strict=True):
+        other, others = first.setdefault((local.data_ptr(), len(values)), (key, values))
+        if other != key and not np.array_equal(values, others):
+            raise Mismatch(
+                f"nothing was loaded: '{key}' and '{other}' are one tensor here, and the checkpoint has different "
+                "values for them; leave one of them out of the state dict"
+            )
 
 
 @torch.no_grad()
