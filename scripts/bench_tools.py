@@ -127,6 +127,7 @@ def warm_memory(nbytes: int) -> None:
     first after a pause would pay for that; on a machine of its own nobody does.
     """
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)  # so that whole blocks of it are there, for pages of any size
         for start in range(0, nbytes, mmap.PAGESIZE):
             memory[start] = 1
 
