@@ -189,6 +189,8 @@ def _timed(args: argparse.Namespace, folder: Path, work: Callable[[], Any]) -> T
     if dist.get_rank() == 0:
         (bench_tools.drop_cache if args.cache == "cold" else bench_tools.warm_cache)(folder)
     dist.barrier()
+    bench_tools.warm_memory(bench_tools.nbytes(folder) // dist.get_world_size())
+    dist.barrier()
     began = time.perf_counter(), time.process_time()
     work()
     seconds = torch.tensor([time.perf_counter() - began[0]])

@@ -65,6 +65,12 @@ def shared_model(live: Live) -> dict[str, Any]:
     return AppState(live).state_dict()
 
 
+def drifted(live: Live) -> dict[str, Any]:
+    """The same with a tied head whose copy says something else."""
+    found = shared_model(live)
+    return {**found, "model": {**found["model"], "head.weight": found["model"]["head.weight"] + 1}}
+
+
 def titan(live: Live) -> dict[str, Any]:
     """As torchtitan has it: bare names of the model, a flattened optimizer."""
     found = AppState(live, flat=True).state_dict()

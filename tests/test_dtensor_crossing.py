@@ -15,7 +15,7 @@ from tests.engines import load_jobs, pipe_models, pipe_runs, tp_runs
 from tests.engines.configs import Case
 from tests.engines.fsdp import Mesh, State
 from tests.engines.pipe_runs import PipeCase, PipeSources
-from tests.engines.pool import RankPool
+from tests.engines.pool import RankError, RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import train
 from tests.engines.tp_runs import PRELOAD, TpCase, TpSources
@@ -115,3 +115,19 @@ def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: TpSources, tm
     loaded = ranks.run(tp_runs.resume, back, target, section, 1, world_size=world, preload=PRELOAD)[0]
     assert differences(truth, known(loaded.truth)) == []
     assert loaded.further == pytest.approx(run.further, rel=1e-5)
+
+
+def test_a_tied_model_from_stock_dcp(ranks: RankPool, tmp_path: Path) -> None:
+    """torch's state dicts have a tied parameter under each of its names: equal copies are one, others refused."""
+    whole, other = str(tmp_path / "whole"), str(tmp_path / "other")
+    saves = [(jobs.shared_model, jobs.save_dcp, whole), (jobs.drifted, jobs.save_dcp, other)]
+    saved = ranks.run(jobs.save, Mesh(2, tied=True), saves, world_size=2)[0].states["saved"]
+    for stage, dp in ((1, 2), (3, 3)):
+        case = Case(stage=stage, dp=dp, groups=2, tied=True, seed=2)
+        back = ranks.run(load_jobs.resume, case, whole, None, STEPS, 0, world_size=dp)[0]
+        assert back.truth is not None
+        assert holds(back.truth, saved) == []
+    with pytest.raises(RankError, match=r"'head\.weight' is tied to 'embed\.weight' here.*different values.*param"):
+        ranks.run(load_jobs.resume, case, other, None, STEPS, 0, world_size=dp)
+    with pytest.raises(RankError, match=r"'model\.head\.weight' and 'model\.embed\.weight' are one tensor here"):
+        ranks.run(jobs.load, Mesh(2, tied=True), [(jobs.shared_model, jobs.load_ucp, other)], world_size=2)

@@ -19,9 +19,11 @@ from ucp.geometry import (
     collapse,
     concat,
     coverage_gap,
+    coverage_holds,
     empty,
     flat_ranges,
     intersect,
+    intersect_grouped,
     numel,
     region,
     row_major,
@@ -314,6 +316,34 @@ def test_many_blocks_agree_with_trying_all_pairs(rng, shape) -> None:
     order = np.lexsort((copies.target, copies.source))
     assert np.array_equal(np.stack([copies.source, copies.target], axis=1)[order], brute)
     assert np.array_equal(copies.sizes[order], (hi - lo)[tuple(brute.T)])
+
+
+@given(st.lists(p.shapes.filter(lambda s: len(s) == 2), min_size=1, max_size=6), p.generators, st.sampled_from([2, 60]))
+@p.law(30)
+def test_many_tensors_at_once_are_as_one_by_one(shapes, rng, cuts) -> None:
+    """Tensors of few blocks and of many, of none, and of blocks that do not cover them."""
+    sides = []
+    for _ in range(2):
+        split = [p.laid_out(rng, p.box_splits(rng, shape, cuts))[0] for shape in shapes]
+        sides.append([b.take(rng.random(len(b)) < 0.9) for b in split])
+    sources, targets = sides
+    groups = [np.repeat(np.arange(len(shapes)), [len(b) for b in blocks]) for blocks in sides]
+    source, target = (concat(blocks, 2) for blocks in sides)
+    found = intersect_grouped(source, groups[0], target, groups[1])
+    expected = []
+    for k, (a, b) in enumerate(zip(sources, targets, strict=True)):
+        copies = intersect(a, b)
+        first = [int(np.searchsorted(group, k)) for group in groups]
+        columns = (copies.source + first[0], copies.target + first[1], copies.source_starts, copies.target_starts)
+        expected += zip(*(column.tolist() for column in columns), copies.sizes.tolist(), strict=True)
+    columns = (found.source, found.target, found.source_starts, found.target_starts)
+    assert sorted(zip(*(c.tolist() for c in columns), found.sizes.tolist(), strict=True)) == sorted(expected)
+    whole_ones = [coverage_gap(shape, blocks) is None for shape, blocks in zip(shapes, sources, strict=True)]
+    assert coverage_holds(shapes, source, groups[0]) == all(whole_ones)
+    twice = concat([source, source.take(np.array([0]))], 2) if len(source) else source
+    again = np.append(groups[0], groups[0][:1])
+    order = np.argsort(again, kind="stable")
+    assert not len(source) or not coverage_holds(shapes, twice.take(order), again[order])
 
 
 # ---- collapse and runs

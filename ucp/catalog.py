@@ -7,7 +7,7 @@ resuming, verifying) works on the Catalog and never asks which format it came fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, Ints, Shape, coverage_gap, numel
+from ucp.geometry import Blocks, Ints, Shape, concat, coverage_gap, coverage_holds, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import itemsize
 
@@ -61,12 +61,7 @@ class LogicalTensor:
 
     def byte_ranges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(n,) each block's first byte in its file, and the byte after its last, gaps included."""
-        b, width = self.blocks, itemsize(self.dtype)
-        # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
-        reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
-        first = self.bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
-        ends = self.bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
-        return first, ends
+        return _byte_ranges(self.blocks, self.bases, itemsize(self.dtype))
 
     def check_coverage(self) -> None:
         """Raise DamagedCheckpoint unless the fragments hold every element exactly once."""
@@ -162,9 +157,14 @@ class Catalog:
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""
         sizes = np.array([f.size for f in self.files], np.float64)
+        by_ndim: dict[int, list[LogicalTensor]] = {}
         for tensor in self.tensors.values():
-            tensor.check_coverage()
-            self.check_ranges(tensor, sizes)
+            by_ndim.setdefault(len(tensor.shape), []).append(tensor)
+        for ndim, tensors in by_ndim.items():
+            if not _all_whole(tensors, ndim, sizes):
+                for tensor in tensors:  # one by one, to say what is wrong
+                    tensor.check_coverage()
+                    self.check_ranges(tensor, sizes)
 
     def check_ranges(self, tensor: LogicalTensor, sizes: NDArray[np.float64]) -> None:
         """Raise DamagedCheckpoint unless the tensor's fragments lie within its files; sizes: of all files, in bytes."""
@@ -201,3 +201,26 @@ class Catalog:
             if name in info.aliases:
                 return info.name
         raise KeyError(name)
+
+
+def _byte_ranges(b: Blocks, bases: Ints, width: int | Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """As `LogicalTensor.byte_ranges`; width: bytes of an element, of all blocks or of each."""
+    # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
+    reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
+    first = bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
+    ends = bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
+    return first, ends
+
+
+def _all_whole(tensors: Sequence[LogicalTensor], ndim: int, sizes: NDArray[np.float64]) -> bool:
+    """Whether tensors of so many dimensions are covered exactly once by ranges within the files: what `check_coverage`
+    and `check_ranges` ask of each, asked of all at once, which takes a tenth of the time."""
+    blocks = concat((t.blocks for t in tensors), ndim)
+    group = np.repeat(np.arange(len(tensors)), [len(t.blocks) for t in tensors])
+    if not coverage_holds([t.shape for t in tensors], blocks, group):
+        return False
+    if np.any((blocks.buffers < 0) | (blocks.buffers >= len(sizes))):
+        return False
+    widths = np.array([itemsize(t.dtype) for t in tensors], np.int64)[group]
+    first, ends = _byte_ranges(blocks, np.concatenate([t.bases for t in tensors]), widths)
+    return not np.any((first < 0) | (ends > sizes[blocks.buffers]))

@@ -66,6 +66,7 @@ class FakeTarget:
     groups: Sequence[Group]
     layout: Layout = field(default_factory=lambda: Layout(dp=1, zero=3))
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -315,3 +316,23 @@ def test_tied_here_but_not_in_the_checkpoint_and_back() -> None:
         tied, target(slot(0, {"embed": SHAPE, "head": SHAPE}))
     )
     assert wanted(plan(tied, target(slot(0, {"head": SHAPE})), Wish()))[0, "param"] == ["embed"]
+
+
+def test_a_tied_parameter_under_both_names_is_one() -> None:
+    saved = catalog({"a": Saved(), "b": Saved((5,)), "other": Saved(), "alone": Saved()})
+    at = replace(live(without=("frozen", "seen")), tied={"other": "a"})
+    text = refusal(saved, at)
+    assert "'alone'" in text
+    assert "'other'" not in text
+    found = plan(saved, at, Wish(allow_unused=("alone",)))
+    assert [(one.name, other.name, one.state) for one, other in found.tied] == [
+        ("other", "a", state) for state in ("exp_avg", "exp_avg_sq", "param")
+    ]
+    assert plan(saved, at, Wish(allow_unused=("alone", "other"))).tied == ()
+    assert [one.state for one, _ in plan(saved, at, Wish(weights_only=True, allow_unused=("alone",))).tied] == ["param"]
+
+
+def test_a_tied_parameter_of_two_shapes_is_refused() -> None:
+    saved = catalog({"a": Saved(), "b": Saved((5,)), "other": Saved((3, 2))})
+    text = refusal(saved, replace(live(without=("frozen", "seen")), tied={"other": "a"}))
+    assert "'other' (param, float32 [3, 2]) is tied to 'a' here, and it has float32 [2, 3] in the checkpoint" in text

@@ -175,12 +175,15 @@ def build(obj: Any, state: Any) -> None:
         raise TypeError(f"an object of class {kind.__name__} takes no state")
 
 
+_TEXTS = {str}
+
+
 def _attributes(state: Any) -> dict[str, Any]:
     slots: Any = {}
     if isinstance(state, tuple) and len(state) == 2:
         state, slots = state
     merged: dict[str, Any] = dict(state or {}, **(slots or {}))
-    if not all(isinstance(name, str) for name in merged):
+    if not _TEXTS.issuperset(map(type, merged)):
         raise TypeError("attribute names must be text")
     return merged
 
@@ -266,9 +269,12 @@ def _device(kind: Any, index: Any = None) -> DeviceName:
     return DeviceName(kind if index is None else f"{kind}:{index}")
 
 
+_INTS = {int}
+
+
 def _size(items: Any) -> Size:
     size = Size(items)
-    if not all(type(n) is int for n in size):
+    if not _INTS.issuperset(map(type, size)):
         raise TypeError("a torch.Size holds whole numbers")
     return size
 

@@ -238,14 +238,11 @@ def _pusher(code: bytes, make: Callable[[Unpickler], Any]) -> None:
 _pusher(b"N", lambda self: None)  # NONE
 _pusher(b"\x88", lambda self: True)  # NEWTRUE
 _pusher(b"\x89", lambda self: False)  # NEWFALSE
-_pusher(b"K", lambda self: self._uint(1))  # BININT1
-_pusher(b"M", lambda self: self._uint(2))  # BININT2
 _pusher(b"J", lambda self: int.from_bytes(self._read(4), "little", signed=True))  # BININT
 _pusher(b"\x8a", lambda self: int.from_bytes(self._read(self._uint(1)), "little", signed=True))  # LONG1
 _pusher(b"\x8b", lambda self: int.from_bytes(self._read(self._uint(4)), "little", signed=True))  # LONG4
 _pusher(b"G", lambda self: struct.unpack(">d", self._read(8))[0])  # BINFLOAT
 _pusher(b"X", lambda self: self._read(self._uint(4)).decode("utf-8", "surrogatepass"))  # BINUNICODE
-_pusher(b"\x8c", lambda self: self._read(self._uint(1)).decode("utf-8", "surrogatepass"))  # SHORT_BINUNICODE
 _pusher(b"\x8d", lambda self: self._read(self._uint(8)).decode("utf-8", "surrogatepass"))  # BINUNICODE8
 _pusher(b"T", lambda self: self._read(self._uint(4)).decode("utf-8"))  # BINSTRING, written by Python 2
 _pusher(b"U", lambda self: self._read(self._uint(1)).decode("utf-8"))  # SHORT_BINSTRING, written by Python 2
@@ -262,16 +259,64 @@ _pusher(b"\x8f", lambda self: set())  # EMPTY_SET
 _pusher(b"t", lambda self: tuple(self._pop_to_mark()))  # TUPLE
 _pusher(b"l", lambda self: self._pop_to_mark())  # LIST
 _pusher(b"\x91", lambda self: frozenset(allowlist.checked_keys(self._pop_to_mark())))  # FROZENSET
-_pusher(b"\x85", lambda self: (self._pop(),))  # TUPLE1
-_pusher(b"(", lambda self: _MARK)  # MARK
 
 # The memo.
-_pusher(b"h", lambda self: self._memo[self._uint(1)])  # BINGET
-_pusher(b"j", lambda self: self._memo[self._uint(4)])  # LONG_BINGET
 _pusher(b"2", lambda self: self._top())  # DUP
 
 # Objects.
 _pusher(b"Q", lambda self: self._persist(self._pop()))  # BINPERSID
+
+
+# Nine in ten operations of a long pickle are among these, so that they make no further calls of Python.
+@_opcode(b"h")  # BINGET
+def _get1(self: Unpickler) -> None:
+    self._stack.append(self._memo[self._stream_read(1)[0]])
+
+
+@_opcode(b"j")  # LONG_BINGET
+def _get4(self: Unpickler) -> None:
+    self._stack.append(self._memo[int.from_bytes(self._stream_read(4), "little")])
+
+
+@_opcode(b"\x94")  # MEMOIZE
+def _memoize(self: Unpickler) -> None:
+    item = self._stack[-1]
+    if item is _MARK:
+        raise ValueError("a mark where a value belongs")
+    self._memo[len(self._memo)] = item
+
+
+@_opcode(b"(")  # MARK
+def _mark(self: Unpickler) -> None:
+    self._stack.append(_MARK)
+
+
+@_opcode(b"\x85")  # TUPLE1
+def _tuple1(self: Unpickler) -> None:
+    item = self._stack[-1]
+    if item is _MARK:
+        raise ValueError("a mark where a value belongs")
+    self._stack[-1] = (item,)
+
+
+@_opcode(b"K")  # BININT1
+def _int1(self: Unpickler) -> None:
+    self._stack.append(self._stream_read(1)[0])
+
+
+@_opcode(b"M")  # BININT2
+def _int2(self: Unpickler) -> None:
+    low, high = self._stream_read(2)
+    self._stack.append(low | high << 8)
+
+
+@_opcode(b"\x8c")  # SHORT_BINUNICODE
+def _short_text(self: Unpickler) -> None:
+    count = self._stream_read(1)[0]
+    raw = self._stream_read(count)
+    if len(raw) != count:
+        raise DamagedCheckpoint(f"{self._path}: not a readable pickle: it ends too early")
+    self._stack.append(raw.decode("utf-8", "surrogatepass"))
 
 
 @_opcode(b"\x80")  # PROTO
@@ -364,11 +409,6 @@ def _put1(self: Unpickler) -> None:
 @_opcode(b"r")  # LONG_BINPUT
 def _put4(self: Unpickler) -> None:
     self._memo[self._uint(4)] = self._top()
-
-
-@_opcode(b"\x94")  # MEMOIZE
-def _memoize(self: Unpickler) -> None:
-    self._memo[len(self._memo)] = self._top()
 
 
 @_opcode(b"c")  # GLOBAL

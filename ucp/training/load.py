@@ -7,7 +7,6 @@ refuse. Bytes that several ranks want may be read by one of them only (`ucp.trai
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,14 +17,12 @@ from ucp.catalog import Catalog
 from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.training import exchange, ranks
+from ucp.training import exchange, ranks, tied
 from ucp.training.match import Plan, Wish, plan
+from ucp.training.memory import Memory
 from ucp.training.stopwatch import Stopwatch, stages_text
 from ucp.training.target import Loaded, Slot, Target
 from ucp.transfer.gather import Bytes, Reader, Want, gather
-
-# Bytes from which a buffer gets pages of its own.
-_POPULATED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,7 @@ def load(
     what = ranks.together(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     with Files() as files:
         reading = _Reading(Reader(catalog, files, verify), files, target, what, threads or reading_threads())
+        watch.timed("read", lambda: tied.check(reading.reader, what.tied))
         sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
         tensors = ranks.together(lambda: watch.timed("read", lambda: reading.run(sharing)))
         bytes_read = files.bytes_read
@@ -146,11 +144,13 @@ class _Reading:
         slots = {s.key: s for s in self.target.slots}
         parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
         tensors: dict[exchange.Entry, torch.Tensor] = {}
+        memory = Memory()
         buffers: list[Bytes] = []
         wants: list[Want] = []
         for entry, found in self.what.wants.items():
             key, state, dtype = entry
-            tensor = _blank(self.target, slots[key], state, dtype, complete=len(found) == len(slots[key].members))
+            complete = len(found) == len(slots[key].members)
+            tensor = _blank(self.target, slots[key], state, dtype, complete, memory)
             wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
             buffers.append(tensor.view(torch.uint8).numpy())
             tensors[entry] = tensor
@@ -165,22 +165,12 @@ class _Reading:
         return gather(self.reader, wants, [buffer], self.threads)
 
 
-def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool) -> torch.Tensor:
+def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool, memory: Memory) -> torch.Tensor:
     if not complete:
         current = target.current(slot.key, state)
         if current is not None:
             return current.to(to_torch(dtype))
-    return _zeros(slot.placement(state).length * itemsize(dtype)).view(to_torch(dtype))
-
-
-def _zeros(nbytes: int) -> torch.Tensor:
-    """That many zero bytes, on pages that the system has made ready in one go. Touching them one by one while reading
-    takes a fifth longer, torch's own zeros write everything once more, and large pages (numpy's zeros) are three times
-    as fast where memory is free, and three times as slow where it has to be compacted for them."""
-    if nbytes < _POPULATED:
-        return torch.zeros(nbytes, dtype=torch.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+    return memory.take(slot.placement(state).length * itemsize(dtype)).view(to_torch(dtype))
 
 
 def reading_threads() -> int:

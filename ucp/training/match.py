@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ucp.catalog import Catalog, ParameterInfo
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import Mismatch
 from ucp.storage.rounding import ROUNDED
 from ucp.training.names import match
@@ -45,7 +45,8 @@ class Plan:
     wants: (slot key, state, element type to read) -> what to gather. scalars: slots whose optimizer state will be
     set. options: by param group. sources: param group -> index of the checkpoint's group.
     left, unused: what stays as it is and what is not read, by the caller's leave (names, and ``name:state``). rounded:
-    frozen weights and buffers that the live model keeps in fewer bits.
+    frozen weights and buffers that the live model keeps in fewer bits. tied: pairs of the checkpoint's tensors that are
+    one parameter here and so have to be equal; the second is what is read.
     """
 
     wants: Mapping[tuple[int, str, str], list[Want]]
@@ -56,6 +57,7 @@ class Plan:
     unused: tuple[str, ...]
     rounded: tuple[str, ...]
     notes: tuple[str, ...]
+    tied: tuple[tuple[LogicalTensor, LogicalTensor], ...] = ()
 
 
 @dataclass
@@ -66,6 +68,7 @@ class _Findings:
     left: list[str] = field(default_factory=list)
     spared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tied: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
     lacking: dict[str, list[str]] = field(default_factory=dict)
     unplaced: dict[str, list[str]] = field(default_factory=dict)
 
@@ -114,6 +117,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
         tuple(found.spared),
         tuple(rounded),
         tuple(dict.fromkeys(found.notes)),
+        tuple(found.tied),
     )
 
 
@@ -273,10 +277,13 @@ def _unused(
 ) -> None:
     used = set(names.values())
     trained = _trained(target)
+    owners = _owners(catalog, target, names)
     for info in catalog.parameters.values():
         if info.name in used:
             continue
-        if info.kind == "padding" or not wish.strict or _allowed(info.name, None, wish.allow_unused):
+        if info.name in owners and wish.strict and not _allowed(info.name, None, wish.allow_unused):
+            _same_as_owner(catalog, info, catalog.parameters[owners[info.name]], restore_states, found)
+        elif info.kind == "padding" or not wish.strict or _allowed(info.name, None, wish.allow_unused):
             found.spared.append(info.name)
         else:
             found.unused.append(
@@ -292,6 +299,40 @@ def _unused(
                     found.spared.append(f"{live}:{state}")
                 else:
                     found.unused.append(f"optimizer state '{state}' of '{live}', which is not trained here")
+
+
+def _owners(catalog: Catalog, target: Target, names: Mapping[str, str]) -> dict[str, str]:
+    """The checkpoint's parameters that are other names of a tied one here -> the one that is restored.
+
+    torch's state dicts have a tied parameter under each of its names, and so have the checkpoints that keep them.
+    """
+    tied = {alias: owner for alias, owner in target.tied.items() if owner in names}
+    return {
+        source: names[tied[alias]] for alias, source in match(catalog, tied).items() if source not in names.values()
+    }
+
+
+def _same_as_owner(
+    catalog: Catalog, info: ParameterInfo, owner: ParameterInfo, restore_states: bool, found: _Findings
+) -> None:
+    """What the checkpoint has under a tied parameter's other name has to be what it has under the one that is read."""
+    for state in sorted(info.states):
+        if state != "param" and not restore_states:
+            continue
+        one, other = catalog.tensors[info.name, state], catalog.tensors.get((owner.name, state))
+        if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+            has = "it has none" if other is None else f"it has {other.dtype} {list(other.shape)}"
+            found.wrong.append(
+                f"'{info.name}' ({state}, {one.dtype} {list(one.shape)}) is tied to '{owner.name}' here, and {has} in "
+                "the checkpoint"
+            )
+        else:
+            found.tied.append((one, other))
+    if restore_states and info.scalars and dict(info.scalars) != dict(owner.scalars):
+        found.wrong.append(
+            f"'{info.name}' is tied to '{owner.name}' here, and they have {_values(info.scalars)} and "
+            f"{_values(owner.scalars)} in the checkpoint"
+        )
 
 
 def _options(

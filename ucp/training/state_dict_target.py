@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp.catalog import Catalog
 from ucp.errors import Mismatch
@@ -28,6 +29,7 @@ from ucp.training.dtensors import blocks_of, local_tensor
 from ucp.training.exchange import nbytes_of
 from ucp.training.load import reading_threads
 from ucp.training.match import OWN_OPTIONS
+from ucp.training.memory import Memory
 from ucp.training.names import match
 from ucp.training.state_dicts import flatten, put
 from ucp.training.stopwatch import Stopwatch, stages_text
@@ -298,8 +300,7 @@ def read(entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: boo
     """Read this rank's shards. Raises what reading raises."""
     locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
     starts = np.cumsum([0, *(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in locals_.values())])
-    # One allocation: large ones of numpy are in huge pages, which are much quicker to get than ordinary ones.
-    memory = np.empty(int(starts[-1]), np.uint8)
+    memory = Memory().take(int(starts[-1])).numpy()
     raw = [
         memory[start : start + local.numel() * local.element_size()]
         for start, local in zip(starts.tolist(), locals_.values(), strict=False)
@@ -314,7 +315,20 @@ def read(entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: boo
     with Files() as files, watching("loading", lambda: files.bytes_read, total, ranks.rank() == 0):
         reader = Reader(catalog, files, verify)
         nbytes = gather(reader, wants, raw, reading_threads())
+        _check_tied(locals_, raw)
         return Read(buffers, nbytes, files.bytes_read, reader.digest_seconds)
+
+
+def _check_tied(locals_: Mapping[str, torch.Tensor], raw: Sequence[NDArray[np.uint8]]) -> None:
+    """Raise Mismatch where entries that are one memory (a tied parameter's two names) would get different values."""
+    first: dict[tuple[int, int], tuple[str, NDArray[np.uint8]]] = {}
+    for (key, local), values in zip(locals_.items(), raw, strict=True):
+        other, others = first.setdefault((local.data_ptr(), len(values)), (key, values))
+        if other != key and not np.array_equal(values, others):
+            raise Mismatch(
+                f"nothing was loaded: '{key}' and '{other}' are one tensor here, and the checkpoint has different "
+                "values for them; leave one of them out of the state dict"
+            )
 
 
 @torch.no_grad()

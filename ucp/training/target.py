@@ -120,6 +120,11 @@ class Target(Protocol):
         as of slots."""
         ...
 
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Other names of tied parameters -> the one that they have in slots."""
+        ...
+
     def current(self, key: int, state: str) -> torch.Tensor | None:
         """A host copy of what the slot holds now, flat; None if it has no such state yet."""
         ...

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Mismatch
-from ucp.geometry import Blocks, collapse, intersect
+from ucp.geometry import Blocks, collapse, concat, intersect_grouped
 from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
@@ -177,35 +177,53 @@ def plan(wants: Sequence[Want]) -> list[Copy]:
     Raises Mismatch where a conversion of element types would lose bits, DamagedCheckpoint where the source does not
     hold an element that is wanted.
     """
-    out: list[Copy] = []
+    by_ndim: dict[int, list[Want]] = {}
     for want in wants:
-        tensor = want.tensor
-        if not (want.round and (tensor.dtype, want.dtype) in ROUNDED):
-            check_exact(tensor, want.dtype)
-        source_size, target_size = itemsize(tensor.dtype), itemsize(want.dtype)
-        copies = collapse(intersect(tensor.blocks, want.blocks))
-        found, wanted = int(copies.counts.sum()), int(want.blocks.counts.sum())
-        if found != wanted:
-            raise DamagedCheckpoint(
-                f"'{tensor.name}' ({tensor.state}): {wanted} elements are wanted, but the checkpoint's fragments hold "
-                f"{found} of them"
-            )
-        columns = zip(
-            tensor.blocks.buffers[copies.source].tolist(),
-            (tensor.bases[copies.source] + copies.source_starts * source_size).tolist(),
-            want.blocks.buffers[copies.target].tolist(),
-            (want.base + copies.target_starts * target_size).tolist(),
-            map(tuple, copies.sizes.tolist()),
-            map(tuple, copies.source_strides.tolist()),
-            map(tuple, copies.target_strides.tolist()),
-            strict=True,
-        )
-        out += [
-            Copy(file, at, buffer, to, sizes, steps, target_steps, tensor.dtype, want.dtype)
-            for file, at, buffer, to, sizes, steps, target_steps in columns
-        ]
+        if not (want.round and (want.tensor.dtype, want.dtype) in ROUNDED):
+            check_exact(want.tensor, want.dtype)
+        by_ndim.setdefault(want.blocks.ndim, []).append(want)
+    out: list[Copy] = []
+    for ndim, alike in by_ndim.items():
+        out += _copies(alike, ndim)
     out.sort(key=lambda c: (c.file, c.at))
     return out
+
+
+def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
+    """The copies that serve wants of tensors of so many dimensions, in no order."""
+    numbers = np.arange(len(wants))
+    source, target = (concat(blocks, ndim) for blocks in ((w.tensor.blocks for w in wants), (w.blocks for w in wants)))
+    source_of = np.repeat(numbers, [len(w.tensor.blocks) for w in wants])
+    target_of = np.repeat(numbers, [len(w.blocks) for w in wants])
+    copies = collapse(intersect_grouped(source, source_of, target, target_of))
+    which = source_of[copies.source]
+    found, wanted = np.zeros(len(wants), np.int64), np.zeros(len(wants), np.int64)
+    np.add.at(found, which, copies.counts)
+    np.add.at(wanted, target_of, target.counts)
+    for k in np.flatnonzero(found != wanted)[:1].tolist():
+        tensor = wants[k].tensor
+        raise DamagedCheckpoint(
+            f"'{tensor.name}' ({tensor.state}): {wanted[k]} elements are wanted, but the checkpoint's fragments hold "
+            f"{found[k]} of them"
+        )
+    source_sizes = np.array([itemsize(w.tensor.dtype) for w in wants], np.int64)[which]
+    target_sizes = np.array([itemsize(w.dtype) for w in wants], np.int64)[which]
+    bases = np.concatenate([w.tensor.bases for w in wants])[copies.source]
+    columns = zip(
+        which.tolist(),
+        source.buffers[copies.source].tolist(),
+        (bases + copies.source_starts * source_sizes).tolist(),
+        target.buffers[copies.target].tolist(),
+        (np.array([w.base for w in wants], np.int64)[which] + copies.target_starts * target_sizes).tolist(),
+        map(tuple, copies.sizes.tolist()),
+        map(tuple, copies.source_strides.tolist()),
+        map(tuple, copies.target_strides.tolist()),
+        strict=True,
+    )
+    return [
+        Copy(file, at, buffer, to, sizes, steps, target_steps, wants[k].tensor.dtype, wants[k].dtype)
+        for k, file, at, buffer, to, sizes, steps, target_steps in columns
+    ]
 
 
 def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], threads: int | None = None) -> int:

@@ -76,6 +76,12 @@ class LiveEngine:
         return {} if self._placed is None else self._placed.elsewhere
 
     @property
+    def tied(self) -> Mapping[str, str]:
+        first = {param: name for name, param in self.engine.module.named_parameters()}
+        every = self.engine.module.named_parameters(remove_duplicate=False)
+        return {name: first[param] for name, param in every if name != first[param]}
+
+    @property
     def trains(self) -> bool:
         """Whether there is an optimizer."""
         return self._optimizer is not None and not isinstance(self._optimizer, WeightsOnly)

@@ -120,12 +120,27 @@ def put_states(
     for name, values in tensors.items():
         shape = param.shape if values.numel() == param.numel() else values.shape
         live = state.get(name)
-        if isinstance(live, torch.Tensor) and live.shape == shape:
+        if isinstance(live, torch.Tensor) and live.shape == shape and not _is_replaceable(live, values):
             live.data.copy_(values.view(shape))
         else:
             state[name] = values.view(shape).to(param.device)
     for name, value in loaded.scalars[key].items():
         state[name] = scalar_like(state.get(name), optimizer, param, group, value)
+
+
+def put_masters(flat: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a flat buffer, of which nobody keeps views, the loaded values; it stays the same object."""
+    if _is_replaceable(flat, values):
+        flat.data = values
+    else:
+        flat.data.copy_(values)
+
+
+def _is_replaceable(live: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the loaded tensor's memory can take the live one's place, which saves copying: both are ordinary host
+    memory of their own. torch's own ``load_state_dict``, with which DeepSpeed loads, replaces states as well."""
+    alone = live.untyped_storage().nbytes() == live.nbytes
+    return live.device == values.device and live.dtype == values.dtype and alone and not live.is_pinned()
 
 
 def scalar_like(

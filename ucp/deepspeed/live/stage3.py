@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ucp.deepspeed.live.base import check_groups, own_ceil_partition, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import (
+    check_groups,
+    own_ceil_partition,
+    put_masters,
+    put_states,
+    set_group_options,
+    state_dtypes,
+)
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
 from ucp.parallel.zero import ceil_size
@@ -70,7 +77,7 @@ class Stage3:
         for s, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
             group = self._inner.param_groups[self._zero.sub_group_to_group_id[s]]
             if (key, "param") in loaded.tensors:
-                flat.data.copy_(loaded.tensors[key, "param"])
+                put_masters(flat, loaded.tensors[key, "param"])
             put_states(self._inner, flat, key, loaded, group)
 
     def finish(self) -> None:

@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, Sourc
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import metadata
 from ucp.formats.dcp.names import OUTSIDE, TRAINING_STATE, VALUES, Entry, Roles, assign, param_groups
-from ucp.geometry import box, concat
+from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import locations, torchfile
 from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
@@ -66,7 +66,15 @@ class _Known:
 
     before: bytes
     at: int
-    ref: TensorRef
+    strides: Shape
+
+
+class _Place(NamedTuple):
+    """Where a chunk's elements lie. file: its index; at: the first one's byte in it."""
+
+    file: int
+    at: int
+    strides: Shape
 
 
 class _Records:
@@ -74,7 +82,8 @@ class _Records:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: tuple[str, BinaryIO] | None = None
+        self._open: tuple[str, str, BinaryIO] | None = None  # as the metadata names it, its path, the stream
+        self._index = 0  # of the open file
         self._closing = ExitStack()
         self._known: dict[tuple[Any, ...], _Known] = {}
         self.files: dict[str, int] = {}  # path -> its index
@@ -96,7 +105,7 @@ class _Records:
             place = f"bytes {record.start} to {record.start + record.length}"
             raise DamagedCheckpoint(f"{error} (entry '{key}', {place})") from error
 
-    def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> TensorRef:
+    def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> _Place:
         """Where a chunk's elements lie.
 
         Most records are as another one of the same length, type and shape but for the elements: then comparing what
@@ -105,9 +114,9 @@ class _Records:
         record = chunk.record
         kind = (record.length, dtype, chunk.sizes)
         known = self._known.get(kind)
-        stream, path = self._stream(key, record)
+        stream, _ = self._stream(key, record)
         if known is not None and _bytes(stream, record.start, known.at) == known.before:
-            return replace(known.ref, file=path, offset=record.start + known.at)
+            return _Place(self._index, record.start + known.at, known.strides)
         ref = self.load(key, record)
         if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
             found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
@@ -117,25 +126,29 @@ class _Records:
             )
         at = ref.offset - record.start
         if at <= _LONGEST:
-            self._known[kind] = _Known(_bytes(stream, record.start, at), at, ref)
-        return ref
+            self._known[kind] = _Known(_bytes(stream, record.start, at), at, ref.strides)
+        return _Place(self._index, ref.offset, ref.strides)
 
     def _stream(self, key: str, record: metadata.Record) -> tuple[BinaryIO, str]:
-        path = str(self._folder / record.file)
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != record.file:
             self._closing.close()
+            self._open = None
+            path = str(self._folder / record.file)
             try:
-                self._open = (path, self._closing.enter_context(locations.opened(path)))
+                stream = self._closing.enter_context(locations.opened(path))
             except OSError as error:
-                self._open = None
                 raise DamagedCheckpoint(
                     f"{path}: cannot be read ({error.strerror or error}), but '{key}' lies in it"
                 ) from error
-            self.files.setdefault(path, len(self.files))
-        return self._open[1], path
+            self._open = record.file, path, stream
+            self._index = self.files.setdefault(path, len(self.files))
+        _, path, stream = self._open
+        return stream, path
 
 
 def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
+    # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
+    stream = getattr(stream, "raw", stream)
     stream.seek(start)
     return stream.read(count)
 
@@ -143,15 +156,22 @@ def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
 def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[str, LogicalTensor]:
     """The tensors of all entries, under their flat names; files are read from front to back."""
     chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
-    placed: dict[str, list[tuple[metadata.Chunk, TensorRef]]] = {key: [] for key in found}
+    placed: dict[str, list[tuple[metadata.Chunk, _Place]]] = {key: [] for key in found}
     for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):
         placed[key].append((chunk, records.tensor(key, dtype, chunk)))
     out = {}
     for key, tensor in found.items():
-        held = [(chunk, ref) for chunk, ref in placed[key] if ref.numel]
-        blocks = [box(chunk.offsets, chunk.sizes, 0, ref.strides, records.files[ref.file]) for chunk, ref in held]
-        bases = np.array([ref.offset for _, ref in held], np.int64)
-        out[key] = LogicalTensor(key, "", tensor.shape, tensor.dtype, concat(blocks, len(tensor.shape)), bases)
+        held = [(chunk, place) for chunk, place in placed[key] if numel(chunk.sizes)]
+        grid = (len(held), len(tensor.shape))
+        blocks = Blocks(
+            np.array([chunk.offsets for chunk, _ in held], np.int64).reshape(grid),
+            np.array([chunk.sizes for chunk, _ in held], np.int64).reshape(grid),
+            np.zeros(len(held), np.int64),
+            np.array([place.strides for _, place in held], np.int64).reshape(grid),
+            np.array([place.file for _, place in held], np.int64),
+        )
+        bases = np.array([place.at for _, place in held], np.int64)
+        out[key] = LogicalTensor(key, "", tensor.shape, tensor.dtype, blocks, bases)
     return out
 
 
