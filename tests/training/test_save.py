@@ -30,7 +30,7 @@ from ucp.storage.digests import digest_file
 from ucp.training import commit, share
 from ucp.training.save import write_share
 from ucp.training.source import Holding, Source
-from ucp.training.stages import Stages
+from ucp.training.stopwatch import Stopwatch
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_bytes_are_written_and_digested_as_they_come(sizes: list[int], data: st.
     ]
     whole_file = b"".join(parts)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        digests = share.write_file(Path(folder, "f"), [memoryview(p) for p in parts], len(whole_file), Stages())
+        digests = share.write_file(Path(folder, "f"), [memoryview(p) for p in parts], len(whole_file), Stopwatch())
         assert Path(folder, "f").read_bytes() == whole_file
         assert digests == digest_file(Path(folder, "f"))
 

@@ -18,8 +18,8 @@ from ucp.training import share, staging
 from ucp.training.background import Saver
 from ucp.training.share import assign, lay_out
 from ucp.training.source import Source
-from ucp.training.stages import Stages
 from ucp.training.staging import Copying, Pool
+from ucp.training.stopwatch import Stopwatch
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def state(seed: int) -> tuple[dict[tuple[str, str], torch.Tensor], Source]:
 
 def file_of(copying: Copying) -> bytes:
     out = bytearray()
-    for at, window in copying.windows(Stages()):
+    for at, window in copying.windows(Stopwatch()):
         assert at == len(out)
         out += window
     return bytes(out)

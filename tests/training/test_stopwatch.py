@@ -17,7 +17,7 @@ def test_stages_and_waiting() -> None:
     with pytest.raises(KeyError):
         watch.timed("apply", lambda: {}["nothing"])
     watch.timed("read", lambda: time.sleep(0.02))
-    seconds = watch.stop()
+    seconds = watch.with_wait()
     passed = time.perf_counter() - began
     assert [*seconds] == ["read", "apply", "wait"]
     assert seconds["read"] >= 0.04

@@ -22,7 +22,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -33,8 +32,8 @@ from ucp.training import commit, ranks
 from ucp.training.retention import Keep
 from ucp.training.save import SaveReport, prepare
 from ucp.training.source import Source
-from ucp.training.stages import Stages
 from ucp.training.staging import MEMORY, Copying, Pool
+from ucp.training.stopwatch import Stopwatch
 from ucp.training.writer import Job, Share, Writer, WriterLost
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class Saver:
         ranks what went wrong with the save before this one: nothing is begun then. Returns whether a save was begun:
         False where one is still under way and the policy is to skip. Collective.
         """
-        started = time.perf_counter()
+        watch = Stopwatch()
         if self._policy == "skip" and (under_way := ranks.from_first(lambda: self.pending)) is not None:
             if ranks.rank() == 0:
                 log.warning("%s was not saved: the save of %s is still under way", tag, under_way)
@@ -113,8 +112,7 @@ class Saver:
             share, plan, pieces = prepare(source, ranks.rank(), ranks.world_size())
             return share, Copying(self._pool, plan, pieces)
 
-        stages = Stages()
-        with stages.of("prepare"):
+        with watch.of("prepare"):
             share, copying = ranks.together(begin)
             session = ranks.from_first(
                 lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
@@ -123,9 +121,7 @@ class Saver:
         # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying
-        self._thread = threading.Thread(
-            target=self._finish, args=(job, copying, stages, started), name="ucp-save", daemon=True
-        )
+        self._thread = threading.Thread(target=self._finish, args=(job, copying, watch), name="ucp-save", daemon=True)
         _watch_termination()
         self._thread.start()
         return True
@@ -160,9 +156,9 @@ class Saver:
             self._end()
             self._writer = None
 
-    def _finish(self, job: Job, copying: Copying, stages: Stages, started: float) -> None:
+    def _finish(self, job: Job, copying: Copying, watch: Stopwatch) -> None:
         try:
-            nbytes = self._follow(job, copying, stages)
+            nbytes = self._follow(job, copying, watch)
         except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
             self._error = error
             log.error("the save of %s failed; it is raised at the next save, wait() or exit: %s", self._path, error)
@@ -170,14 +166,13 @@ class Saver:
         finally:
             copying.close()
             commit.release(job.session)
-        wall = time.perf_counter() - started
-        report = SaveReport(self._path, job.session.tag, nbytes, copying.size, stages.seconds, wall)
+        report = SaveReport(self._path, job.session.tag, nbytes, copying.size, dict(watch.seconds), watch.passed)
         if self._done is not None:
             self._done(report)
         if job.rank == 0:
             log.info("%s", report)
 
-    def _follow(self, job: Job, copying: Copying, stages: Stages) -> int:
+    def _follow(self, job: Job, copying: Copying, watch: Stopwatch) -> int:
         """Copy, and tell the writer, until it is done; returns the bytes of all files on the first rank."""
         writer = self._writer
         if writer is None:
@@ -189,7 +184,7 @@ class Saver:
             while True:
                 try:
                     if written is not None and broken is None:
-                        with stages.of("copy"):
+                        with watch.of("copy"):
                             for end in copying.arriving(written):
                                 writer.send(("filled", job.session.save, end))
                 except WriterLost:
@@ -207,7 +202,7 @@ class Saver:
                     raise broken or commit.rebuilt(*rest)
                 else:
                     for stage, seconds in rest[1].items():
-                        stages.seconds[stage] = stages.seconds.get(stage, 0.0) + seconds
+                        watch.add(stage, seconds)
                     return int(rest[0])
         except WriterLost as error:
             # The others need not wait for it.

@@ -100,7 +100,7 @@ def load(
         bytes_read,
         f"{catalog.format} {catalog.layout}",
         str(target.layout),
-        watch.stop(),
+        watch.with_wait(),
         what,
         sharing is not None,
         {"digest": reading.reader.digest_seconds},

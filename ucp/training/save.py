@@ -6,7 +6,6 @@ Nothing but two small messages passes between the ranks: where to write, at the 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from ucp.training.commit import Session
 from ucp.training.retention import Keep
 from ucp.training.share import WINDOW, Piece, assign, lay_out
 from ucp.training.source import Source
-from ucp.training.stages import Stages
 from ucp.training.staging import Copying, Pool
+from ucp.training.stopwatch import Stopwatch
 from ucp.training.writer import Share, write
 
 # Windows of memory that tensors pass through where nothing goes on beside: some are filled by a device while others are
@@ -77,14 +76,13 @@ def save(
     Raises on every rank, with everything as it was: DestinationError (no space, not writable), Unsupported (training
     state that is not plain data), SaveFailed (a rank failed or hangs, or ranks contradict each other).
     """
-    started = time.perf_counter()
-    stages = Stages()
-    with stages.of("prepare"):
+    watch = Stopwatch()
+    with watch.of("prepare"):
         session = ranks.from_first(lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep))
     rank = ranks.rank()
     written, error = 0, None
     try:
-        written = write_share(session, rank, source, stages)
+        written = write_share(session, rank, source, watch)
     except Exception as caught:  # noqa: BLE001 - raised below, on all ranks
         error = caught
         if rank:
@@ -97,14 +95,13 @@ def save(
         return commit.commit(session, timeout=timeout)
 
     try:
-        with stages.of("commit"):
+        with watch.of("commit"):
             nbytes = ranks.from_first(finish)
     except Exception:
         if error is not None:
             raise error from None
         raise
-    wall = time.perf_counter() - started
-    return SaveReport(str(session.destination), session.tag, nbytes, written, stages.seconds, wall)
+    return SaveReport(str(session.destination), session.tag, nbytes, written, dict(watch.seconds), watch.passed)
 
 
 def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, list[Piece]]:
@@ -133,15 +130,15 @@ def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, lis
     return Share(name, plan.size, extra, catalog, state, own), plan, pieces
 
 
-def write_share(session: Session, rank: int, source: Source, stages: Stages | None = None) -> int:
+def write_share(session: Session, rank: int, source: Source, watch: Stopwatch | None = None) -> int:
     """`prepare` and `write`, with nothing beside. Returns the bytes of this rank's tensors' file."""
-    stages = stages or Stages()
-    with stages.of("prepare"):
+    watch = watch or Stopwatch()
+    with watch.of("prepare"):
         share, plan, pieces = prepare(source, rank, session.world)
         copying = Copying(Pool(_TURNS * WINDOW), plan, pieces)
     path = session.path(share.name)
     with watching("saving", lambda: _held(path), share.size, rank == 0 and not is_remote(path)):
-        write(session, rank, share, copying.windows(stages), stages)
+        write(session, rank, share, copying.windows(watch), watch)
     return share.size
 
 

@@ -22,7 +22,7 @@ from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import LARGE, write_at, write_past_cache
 from ucp.training.source import Holding
-from ucp.training.stages import Stages
+from ucp.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -151,35 +151,35 @@ def elements(piece: Piece, tensor: torch.Tensor, part: int) -> torch.Tensor:
     return flat.as_strided(sizes, strides, flat.storage_offset() + start)
 
 
-def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, stages: Stages) -> ChunkDigests:
+def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, watch: Stopwatch) -> ChunkDigests:
     """Create the file, write these bytes one after the other, flush them to disk; return its digests.
 
-    stages: gets the seconds of 'digest' and of 'write', the flush included. Raises DestinationError where that fails;
+    watch: gets the seconds of 'digest' and of 'write', the flush included. Raises DestinationError where that fails;
     the file is removed then.
     """
-    return write_windows(path, _windows(parts), size, stages)
+    return write_windows(path, _windows(parts), size, watch)
 
 
-def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, stages: Stages) -> ChunkDigests:
+def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
     """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk.
 
     Large files are written past the page cache, which training needs more; aligned memory makes that possible.
     """
     if locations.is_remote(path):
-        return _upload(path, windows, size, stages)
+        return _upload(path, windows, size, watch)
     table = bytearray()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for at, window in windows:
-                with stages.of("digest"):
+                with watch.of("digest"):
                     table += digest_chunks(window)
-                with stages.of("write"):
+                with watch.of("write"):
                     (write_past_cache if size >= LARGE else write_at)(fd, window, at)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
-            with stages.of("write"):
+            with watch.of("write"):
                 os.fsync(fd)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -193,16 +193,16 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
     return ChunkDigests(size, bytes(table))
 
 
-def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, stages: Stages) -> ChunkDigests:
+def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
     """As `write_windows`, behind a URL: the file is there once its last byte is."""
     table = bytearray()
     written = 0
     try:
         with locations.created(path, WINDOW) as stream:
             for _, window in windows:
-                with stages.of("digest"):
+                with watch.of("digest"):
                     table += digest_chunks(window)
-                with stages.of("write"):
+                with watch.of("write"):
                     stream.write(window)
                 written += len(window)
             if written != size:

@@ -27,7 +27,7 @@ from ucp.geometry import numel
 from ucp.storage.dtypes import itemsize
 from ucp.storage.safetensors import FilePlan
 from ucp.training.share import WINDOW, Piece, elements
-from ucp.training.stages import Stages
+from ucp.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -196,16 +196,16 @@ class Copying:
         while self._under_way or self._step_launched(written):
             yield self._arrived()
 
-    def windows(self, stages: Stages) -> Iterator[tuple[int, memoryview]]:
+    def windows(self, watch: Stopwatch) -> Iterator[tuple[int, memoryview]]:
         """The file's bytes, as (offset in the file, bytes), each valid until the next one is asked for.
 
-        stages: gets the seconds of 'copy'.
+        watch: gets the seconds of 'copy'.
         """
         arrived = 0
         try:
             for at in range(0, self.size, self._pool.window):
                 count = min(self._pool.window, self.size - at)
-                with stages.of("copy"):
+                with watch.of("copy"):
                     self.launch(at)
                     while arrived < at + count:
                         arrived = self._arrived()

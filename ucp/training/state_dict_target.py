@@ -113,7 +113,7 @@ def load_into(
         found.bytes_read,
         tuple(what.left),
         tuple(what.unused),
-        watch.stop(),
+        watch.with_wait(),
         {"digest": found.digest_seconds},
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,24 +14,43 @@ WAIT = "wait"
 
 
 class Stopwatch:
-    """The seconds of one rank's work by stage, from now on."""
+    """The seconds of one rank's work by stage, from now on; stages that overlap count each for itself."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._stages: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """The stages in the order in which they ended first."""
+        return self._seconds
+
+    @property
+    def passed(self) -> float:
+        """The seconds from the beginning until now."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """What is done within counts for that stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - began)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
         """Do some work, which counts for that stage."""
-        began = time.perf_counter()
-        try:
+        with self.of(stage):
             return work()
-        finally:
-            self._stages[stage] = self._stages.get(stage, 0.0) + time.perf_counter() - began
 
-    def stop(self) -> dict[str, float]:
-        """The stages in the order in which they began; what is left of the time until now is `WAIT`."""
-        passed = time.perf_counter() - self._began
-        return {**self._stages, WAIT: max(passed - sum(self._stages.values()), 0.0)}
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def with_wait(self) -> dict[str, float]:
+        """The stages, and as `WAIT` what is left of the time until now; where no stages overlap."""
+        return {**self._seconds, WAIT: max(self.passed - sum(self._seconds.values()), 0.0)}
 
 
 def stages_text(seconds: Mapping[str, float]) -> str:

@@ -39,7 +39,7 @@ from ucp.formats.universal.fragmented import Identity
 from ucp.training import commit
 from ucp.training.commit import Session
 from ucp.training.share import write_file, write_windows
-from ucp.training.stages import Stages
+from ucp.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +79,18 @@ class WriterLost(SaveFailed):
     """The process that writes has ended, and with it the save that was under way."""
 
 
-def write(session: Session, rank: int, share: Share, windows: Iterator[tuple[int, memoryview]], stages: Stages) -> None:
+def write(
+    session: Session, rank: int, share: Share, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch
+) -> None:
     """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
 
     windows: the bytes of the tensors' file, as for `write_windows`.
     """
-    digests = {share.name: write_windows(session.path(share.name), windows, share.size, stages)}
+    digests = {share.name: write_windows(session.path(share.name), windows, share.size, watch)}
     if share.extra is not None:
         name, raw = share.extra
-        digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), stages)
-    with stages.of("commit"):
+        digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
+    with watch.of("commit"):
         identity = Identity(session.save, rank, session.world)
         receipt = fragmented.receipt(identity, share.catalog, digests, share.state, share.own, share.catalog.writer)
         commit.leave_receipt(session, rank, receipt)
@@ -190,13 +192,13 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
             continue  # a word about a save that has failed here
         if len(ring) != job.capacity:
             ring = memoryview(mmap.mmap(memory, job.capacity))
-        stages = Stages()
+        watch = Stopwatch()
         try:
-            nbytes = _perform(job, _windows(job, ring, pipe, inbox), stages)
+            nbytes = _perform(job, _windows(job, ring, pipe, inbox), watch)
         except Exception as error:  # noqa: BLE001 - it is told to the training process
             pipe.send(("failed", *commit.described(error)))
         else:
-            pipe.send(("done", nbytes, stages.seconds))
+            pipe.send(("done", nbytes, watch.seconds))
 
 
 def _listen(pipe: Connection, parent: int, inbox: queue.SimpleQueue[Any]) -> None:
@@ -228,18 +230,18 @@ class _Telling(logging.Handler):
         self._pipe.send(("logged", record.name, record.levelno, record.getMessage()))
 
 
-def _perform(job: Job, windows: Iterator[tuple[int, memoryview]], stages: Stages) -> int:
+def _perform(job: Job, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> int:
     """Write, and publish on the first rank, returning the bytes of all files; wait for that on the others."""
     os.environ.update(job.environment)
     try:
-        write(job.session, job.rank, job.share, windows, stages)
+        write(job.session, job.rank, job.share, windows, watch)
     except Exception as error:
         if job.rank == 0:
             commit.condemn(job.session, error)
         else:
             commit.leave_failure(job.session, job.rank, error)
         raise
-    with stages.of("commit"):
+    with watch.of("commit"):
         if job.rank == 0:
             return commit.commit(job.session, timeout=job.timeout, watched=True)
         # The first rank may wait so long for the others, and then has to publish.
