@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ucp.storage.crc32 import Crc32Entry
+from ucp.storage.crc32 import Crc32Entry, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at
 from ucp.transfer.gather import Bytes, Reader
@@ -153,19 +152,10 @@ class _Output:
 
 def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tuple[tuple[int, int, int, int], ...]:
     """The CRC-32 of each part of an entry that lies in these bytes, which begin at byte ``start``."""
-    stop = start + len(filled)
-    out = []
-    for index in range(bisect_right(entries, start, key=_end_of), len(entries)):
-        entry = entries[index]
-        if entry.offset >= stop:
-            break
-        first, last = max(entry.offset, start), min(_end_of(entry), stop)
-        out.append((index, first, last - first, zlib.crc32(filled[first - start : last - start])))
-    return tuple(out)
-
-
-def _end_of(entry: Crc32Entry) -> int:
-    return entry.offset + entry.size
+    return tuple(
+        (index, first, last - first, zlib.crc32(filled[first - start : last - start]))
+        for index, first, last in within(entries, start, start + len(filled))
+    )
 
 
 _buffers = threading.local()
