@@ -9,7 +9,6 @@ whatever fails, the destination is as it was, and the same conversion continues 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -28,7 +27,7 @@ from ucp.formats import sharded
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.choice import Choice, choose
-from ucp.storage import locations
+from ucp.storage import configs, locations
 from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
@@ -408,17 +407,7 @@ def _model_folder(like: str | os.PathLike[str] | None, opened: checkpoint.Checkp
 def _load_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if config is None or isinstance(config, Mapping):
         return config
-    path = os.fspath(config)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except OSError as error:
-        raise BadArgument(f"{path}: the DeepSpeed config cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadArgument(f"{path}: the DeepSpeed config is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: the DeepSpeed config is not a JSON object")
-    return found
+    return configs.read(config, BadArgument)
 
 
 def _target_tag(opened: checkpoint.Checkpoint) -> str:

@@ -7,7 +7,6 @@ are cut so; how, a spec says (`ucp.spec`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
 from ucp.spec.choice import choose
 from ucp.spec.meaning import Cutting, shard
-from ucp.storage import locations
+from ucp.storage import configs
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.plan/1"
@@ -160,8 +159,8 @@ def spec_for(
     """
     if layout.tp == 1:
         return None
-    if model_config is None and locations.is_file(checkpoint.path / "config.json"):
-        model_config = json.loads(locations.read(checkpoint.path / "config.json"))
+    if model_config is None:
+        model_config = configs.of_model(checkpoint.path)
     return choose(spec, model_config, sizes).bound(None)
 
 
