@@ -17,14 +17,16 @@ import numpy as np
 from ucp.errors import BadArgument
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
+from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
 # Bytes of a window where memory allows: long enough that planning and system calls don't show.
 WINDOW = 8 << 20
 UNIT = WINDOW
-# An element that straddles two windows is gathered whole in both: its other part falls into a margin of this size.
-MARGIN = 16
+# An element that straddles two windows is gathered whole in both: its other part falls into a margin. 16 bytes do;
+# so many keep the window itself aligned where its buffer is.
+MARGIN = ALIGNMENT
 # What one thread may hold beside its window: gather's scratch and a few verified chunks.
 _OVERHEAD = SCRATCH + 3 * CHUNK
 _MAX_THREADS = 8

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from mmap import mmap
 
 import numpy as np
 
 from ucp.storage.crc32 import Crc32Entry, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
-from ucp.storage.writeback import LARGE, start_writeback, write_at
+from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
 from ucp.transfer.gather import Bytes, Reader
 from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
@@ -174,7 +175,7 @@ def _write_window(
     """Fill, digest and write one window, unless its bytes are there already."""
     buffer: Bytes | None = getattr(_buffers, "held", None)
     if buffer is None or len(buffer) != window + 2 * MARGIN:
-        buffer = _buffers.held = np.empty(window + 2 * MARGIN, np.uint8)
+        buffer = _buffers.held = np.frombuffer(mmap(-1, window + 2 * MARGIN), np.uint8)
     filled = memoryview(buffer.data)[MARGIN : MARGIN + size]
     digests = _digests_there(output, start, filled, known)
     if digests is None:
@@ -183,7 +184,7 @@ def _write_window(
         try:
             # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
             with output.turn:
-                write_at(output.fd, filled, start)
+                (write_past_cache if output.file.size >= LARGE else write_at)(output.fd, filled, start)
         except OSError as error:
             raise failed(output.path, error) from error
         if output.file.size >= LARGE:
@@ -203,8 +204,9 @@ def _digests_there(
     if any(digest is None for digest in wanted):
         return None
     try:
-        if os.preadv(output.fd, [filled], start) != len(filled):
-            return None
+        with output.turn:  # a write past the cache sets how the file is read, too
+            if os.preadv(output.fd, [filled], start) != len(filled):
+                return None
     except OSError as error:
         raise failed(output.path, error) from error
     found = digest_chunks(filled)
