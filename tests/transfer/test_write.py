@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
@@ -168,6 +169,12 @@ def test_a_budget_is_kept() -> None:
         budget(None, 1000)
     with pytest.raises(BadArgument, match="0 workers"):
         budget(0, None)
+
+
+def test_as_many_threads_as_processors_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for processors, threads in ((1, 1), (3, 3), (128, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: set(range(count)))
+        assert budget(None, None) == (threads, windows.WINDOW)
 
 
 def test_a_truncated_source_names_its_file(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     """(threads, bytes of a window) for the memory that may be used. Raises BadArgument if it is too little for one."""
     if threads is not None and threads < 1:
         raise BadArgument(f"{threads} workers were asked for; at least 1 is needed")
-    workers = threads or min(os.cpu_count() or 1, _MAX_THREADS)
+    workers = threads or min(_processors(), _MAX_THREADS)
     if max_memory is None:
         return workers, WINDOW
     least = _OVERHEAD + CHUNK
@@ -76,6 +76,11 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     workers = min(workers, max(max_memory // (_OVERHEAD + WINDOW), 1))
     chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, WINDOW // CHUNK)
     return workers, CHUNK << (chunks.bit_length() - 1)
+
+
+def _processors() -> int:
+    """How many this process may use, which under a batch system are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_files(files: Sequence[TargetFile]) -> None:
