@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,9 @@ def test_the_disk_fills_up_meanwhile(
     other = small_disk / "other"
 
     def fill() -> None:
-        with other.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
-            while stream.write(b"x" * (1 << 20)):
-                pass
+        with other.open("wb", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(b"x" * (64 << 10))
 
     with pytest.raises(DestinationError, match=r"no space left to write it .*; free some, or choose"):
         convert(source, small_disk / "dest", options, fill)
