@@ -17,8 +17,9 @@ from ucp.transfer.gather import Copy
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import Work, windows
 
-# Pieces that are shorter on average than this, in bytes, share so many of their chunks that it counts.
-SHORT = 4 * CHUNK
+# Pieces shorter on average than this, in bytes, are short: of longer ones it costs less to read their ends twice than
+# to work in small windows.
+SHORT = CHUNK
 # How much is planned at once: files, and blocks of sources and targets.
 _FILES, _BLOCKS = 128, 100_000
 
