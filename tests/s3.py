@@ -54,3 +54,10 @@ def put(folder: Path, url: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem(use_listings_cache=False).put(str(folder), url, recursive=True)
+
+
+def get(url: str, folder: Path) -> None:
+    """Copy what lies below the URL into a new folder, with the file system's own client."""
+    import s3fs
+
+    s3fs.S3FileSystem(use_listings_cache=False).get(f"{url}/", str(folder), recursive=True)

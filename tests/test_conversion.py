@@ -144,7 +144,11 @@ def test_workers_and_memory_change_nothing(source: Path, made: raw.Raw, tmp_path
         ({"to": "deepspeed", "layout": "dq=2"}, BadArgument, "layout 'dq=2': unknown name 'dq'"),
         ({"digests": True}, BadArgument, "digests can be asked for in the virtual form only"),
         ({"ds_config": {}}, BadArgument, "a DeepSpeed config is for 'deepspeed' only"),
-        ({"to": "deepspeed", "layout": "dp=2", "ds_config": "nowhere.json"}, BadArgument, "nowhere.json: .*be read"),
+        (
+            {"to": "deepspeed", "layout": "dp=2", "ds_config": "nowhere.json"},
+            BadArgument,
+            "nowhere.json: there is no such file",
+        ),
         ({"workers": 0}, BadArgument, "0 workers"),
         ({"max_memory": 1}, BadArgument, "memory limit of 1 bytes"),
         ({"spec": "x.yaml"}, BadArgument, r"x.yaml: can't be read as a spec"),
@@ -162,7 +166,7 @@ def test_wrong_arguments(
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\x00"])
 def test_a_config_that_is_none(source: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "ds.json").write_text(content)
-    with pytest.raises(BadArgument, match=r"ds\.json: the DeepSpeed config is not"):
+    with pytest.raises(BadArgument, match=r"ds\.json: is not (valid JSON|a JSON object)"):
         ucp.convert(source, tmp_path / "dest", "deepspeed", "dp=2,zero=1", ds_config=tmp_path / "ds.json")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ucp
+from tests.formats import raw
 from ucp._neighbours import refuse_ucx_py
 
 ROOT = Path(ucp.__file__).resolve().parents[1]
@@ -22,8 +23,19 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_loads_neither_torch_nor_numpy() -> None:
-    done = python("import sys, ucp, ucp.cli.convert; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))")
+    done = python("import sys, ucp, ucp.cli.convert; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)) or 0)")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_format_is_imported_when_it_is_read(tmp_path: Path) -> None:
+    """What looks at a folder, or converts our own form, loads no other format and no language of specs."""
+    raw.write_consolidated(tmp_path / "universal", raw.make(tmp_path / "raw").catalog)
+    code = f"import sys, ucp; ucp.convert({str(tmp_path / 'universal')!r}, {str(tmp_path / 'universal-out')!r});"
+    others = ["torch", "yaml", *(f"ucp.formats.{name}.reading" for name in ("deepspeed", "dcp", "huggingface"))]
+    done = python(f"{code} sys.exit(' '.join(set({others!r}) & set(sys.modules)) or 0)")
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert (tmp_path / "universal-out").is_dir()
 
 
 def test_public_names_are_there() -> None:

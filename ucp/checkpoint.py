@@ -301,9 +301,9 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
     if reader is formats.deepspeed:
         return formats.deepspeed.read(folder, files, **options)
     if reader is formats.dcp:
-        return formats.dcp.read(folder, files, options["trust_client_state"])
+        return formats.dcp.read(folder, files, trust_client_state=options["trust_client_state"])
     if reader is formats.huggingface:
-        return formats.huggingface.read(folder, files, options["choice"])
+        return formats.huggingface.read(folder, files, choice=options["choice"])
     return reader.read(folder, files)
 
 

@@ -24,11 +24,10 @@ from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
 from ucp.formats import sharded
-from ucp.formats.deepspeed.write_config import load_config
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.choice import Choice, choose
-from ucp.storage import locations
+from ucp.storage import configs, locations
 from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
@@ -106,7 +105,8 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Job:
-    """A planned conversion. finish: small files that depend on the digests of what was written: name -> bytes."""
+    """A planned conversion. files: the last is one by which readers find the checkpoint. finish: small files that
+    depend on the digests of what was written, name -> bytes; they come after all others."""
 
     source: Catalog
     files: tuple[TargetFile, ...]
@@ -145,7 +145,7 @@ def convert(
     source, tag, spec, model_config, sizes, trust_client_state: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats it follows DeepSpeed's convention: the checkpoint is
         ``dest/<tag>``, and ``dest/latest`` (``dest/latest_universal``) names it. A URL is written in one go, by this
-        process alone, the manifest last.
+        process alone, the file by which readers find it last.
     to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp' or 'huggingface' (weights alone, as a model folder).
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
     virtual: 'universal' only: write a manifest that points into the source, which stays where it is.
@@ -181,7 +181,7 @@ def convert(
     ) as opened:
         options = _Options(
             layout=parsed,
-            ds_config=load_config(ds_config),
+            ds_config=configs.given(ds_config, BadArgument),
             virtual=virtual,
             destination=destination,
             tag=_target_tag(opened),
@@ -243,7 +243,7 @@ def _check_destination(
 ) -> None:
     """Raise where the destination cannot be written. identity: of an interrupted conversion that may be continued."""
     if is_remote(destination):
-        _check_remote(destination, job, team, overwrite)
+        _check_remote(destination, team, overwrite)
         return
     _check_replaced(Path(destination), job.source, overwrite)
     if team.leads:
@@ -266,7 +266,7 @@ def _write_whole(
     return finished
 
 
-def _check_remote(url: str, job: _Job, team: Team, overwrite: bool) -> None:
+def _check_remote(url: str, team: Team, overwrite: bool) -> None:
     """Raise where a destination behind a URL cannot be written."""
     if overwrite:
         raise BadArgument(
@@ -274,7 +274,7 @@ def _check_remote(url: str, job: _Job, team: Team, overwrite: bool) -> None:
         )
     if team.processes > 1:
         raise BadArgument(f"{url}: several processes share a local destination only; convert with one")
-    check_upload(url, job.files)
+    check_upload(url)
 
 
 def _upload(writing: Writing, url: str, job: _Job) -> dict[str, bytes]:

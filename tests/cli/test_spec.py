@@ -146,7 +146,7 @@ def test_the_catalogues_own_lacks_the_frozen_parameter(capsys: pytest.CaptureFix
         (("show", "nothing"), "no spec 'nothing' in the catalogue"),
         (("check", "llama", "--set", "ffn"), "--set ffn: write NAME=N with a whole number"),
         (("check", "llama", "--set", "fn=3"), "has no size 'fn'; did you mean 'ffn'?"),
-        (("check", "llama", "--config", "no.json"), "no.json: there is no such file; give the model's config.json"),
+        (("check", "llama", "--config", "no.json"), "no.json: there is no such file"),
         (("check", "gpt2", "--section", "autotp"), "has no such section under layouts: (it has none)"),
         (("check", "llama", "."), ""),
     ],
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_a_config(capsys: pytest.CaptureFixture[str], llama
     assert code == 2
     assert err.endswith("has no config.json; give the model's with --config, or sizes with --set\n")
     (llama / "config.json").write_text("[]")
-    assert "is no config.json; it must hold one JSON object" in call(capsys, "check", spec, llama)[2]
+    assert f"{llama}/config.json: is not a JSON object" in call(capsys, "check", spec, llama)[2]
 
 
 def test_unused_sizes_are_warned_of(capsys: pytest.CaptureFixture[str], spec: Path) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.test_write_native import raw_source
-from tests.s3 import put
+from tests.s3 import get, put
 from ucp.errors import (
     BadArgument,
     DamagedCheckpoint,
     DestinationError,
     DigestMismatch,
     NotACheckpoint,
-    Unsupported,
 )
 from ucp.storage import locations
 from ucp.storage.files import Files
@@ -127,10 +130,48 @@ def test_converting_to_a_url(bucket: str, made: tuple[Path, raw.Raw], tmp_path: 
         ucp.convert(root / "native", f"{bucket}/written")
     with pytest.raises(BadArgument, match="behind a URL nothing is replaced"):
         ucp.convert(root / "native", f"{bucket}/written", overwrite=True)
-    with pytest.raises(Unsupported, match=r"'.*\.pt' is a zip archive, which cannot be written as a stream"):
-        ucp.convert(root / "native", f"{bucket}/zipped", "deepspeed", "dp=2,zero=2")
-    assert not locations.exists(f"{bucket}/zipped")
     assert content.catalog.tensors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["deepspeed", "deepspeed-universal", "dcp"])
+@pytest.mark.parametrize("memory", [None, 45 << 20], ids=["default windows", "windows of one chunk"])
+def test_zip_archives_behind_a_url(
+    bucket: str, made: tuple[Path, raw.Raw], tmp_path: Path, to: str, memory: int | None
+) -> None:
+    """The same bytes as in a local folder; torch reads them whole and mapped, and so do we."""
+    root, _ = made
+    url = f"{bucket}/zipped-{to}-{memory}"
+    options = {"to": to, "layout": "dp=2,zero=2" if to == "deepspeed" else None}
+    ucp.convert(root / "native", url, max_memory=memory, **options)
+    ucp.convert(root / "native", tmp_path / "local", **options)
+    get(url, tmp_path / "got")
+    assert raw.tree(tmp_path / "got") == raw.tree(tmp_path / "local")
+    for path in (tmp_path / "got").rglob("*.pt"):
+        assert torch.load(path, weights_only=False)
+        assert torch.load(path, weights_only=False, mmap=True)
+
+
+@pytest.mark.slow
+def test_the_file_by_which_a_checkpoint_is_found_comes_last(
+    bucket: str, made: tuple[Path, raw.Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = made
+    order: list[str] = []
+    created = locations.created
+
+    @contextmanager
+    def noted(url: str, part: int) -> Iterator[Any]:
+        with created(url, part) as stream:
+            yield stream
+        order.append(url.rsplit("/", 1)[-1])
+
+    monkeypatch.setattr(locations, "created", noted)
+    for to, last in (("deepspeed", "latest"), ("deepspeed-universal", "latest_universal"), ("dcp", ".metadata")):
+        order.clear()
+        ucp.convert(root / "native", f"{bucket}/last-{to}", to, "dp=3,zero=1" if to == "deepspeed" else None)
+        assert len(order) > 1
+        assert order[-1] == last
 
 
 @pytest.mark.slow

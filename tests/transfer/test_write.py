@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.geometry import box, row_major, whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
-from ucp.transfer import windows
+from ucp.storage.writeback import ALIGNMENT
+from ucp.transfer import windows, write
 from ucp.transfer.gather import SCRATCH, Copy, Reader, Want
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import budget, check_files
@@ -74,6 +76,27 @@ def test_files_over_many_windows(tmp_path: Path, stage: int, max_memory: int | N
     total = len(first_bytes) + len(second_bytes)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_large_files_are_written_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From aligned memory, a window at a time; the bytes are right, those at the end too."""
+    made = raw.make(tmp_path / "source", shapes=BIG, dp=2)
+    target, expected = one_file(made, "param", "one.bin")
+    monkeypatch.setattr(write, "LARGE", 1 << 20)
+    past: list[tuple[int, int]] = []
+    direct = write.write_past_cache
+
+    def noted(fd: int, data: memoryview, offset: int) -> None:
+        assert np.frombuffer(data, np.uint8).ctypes.data % ALIGNMENT == 0
+        past.append((offset, len(data)))
+        direct(fd, data, offset)
+
+    monkeypatch.setattr(write, "write_past_cache", noted)
+    with Files() as files:
+        write_files(Reader(made.catalog, files), tmp_path, [target], threads=2, max_memory=2 * LEAST)
+    assert (tmp_path / "one.bin").read_bytes() == expected
+    assert min(past)[0] == 0
+    assert sum(size for _, size in past) == len(expected)
 
 
 def test_strided_targets_leave_zeros_between(tmp_path: Path) -> None:
@@ -146,6 +169,12 @@ def test_a_budget_is_kept() -> None:
         budget(None, 1000)
     with pytest.raises(BadArgument, match="0 workers"):
         budget(0, None)
+
+
+def test_as_many_threads_as_processors_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for processors, threads in ((1, 1), (3, 3), (128, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: set(range(count)))
+        assert budget(None, None) == (threads, windows.WINDOW)
 
 
 def test_a_truncated_source_names_its_file(tmp_path: Path) -> None:

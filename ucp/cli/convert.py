@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--virtual", action="store_true", help="write a manifest that points into SOURCE; copy no tensors")
     p.add_argument("--digests", action="store_true", help="with --virtual: read SOURCE once and record its digests")
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
-    p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers (default: 19MiB a thread)")
+    p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers (default: 43MiB a thread)")
     p.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
     p.add_argument("--ds-config", metavar="FILE", help="DeepSpeed config for what --layout leaves open (deepspeed)")
     p.add_argument("--dtype", metavar="T", help="element type of the weights: bf16, fp16, fp32 (huggingface)")

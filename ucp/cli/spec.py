@@ -10,11 +10,11 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ucp.cli import run
 from ucp.errors import BadArgument
+from ucp.storage import configs
 
 if TYPE_CHECKING:
     from ucp.inspection.shards import Checked, Shards
@@ -111,20 +111,6 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[
         sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def _config(path: Path, needed: bool) -> Mapping[str, Any] | None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if needed:
-            raise BadArgument(f"{path}: there is no such file; give the model's config.json") from None
-        return None
-    except (OSError, ValueError) as error:
-        raise BadArgument(f"{path}: can't be read as a model's config.json: {error}") from None
-    if not isinstance(config, dict):
-        raise BadArgument(f"{path}: is no config.json; it must hold one JSON object")
-    return config
-
-
 def _check(args: argparse.Namespace) -> int:
     from ucp.spec import catalogue
     from ucp.spec.bound import bind
@@ -135,7 +121,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.section is not None and args.section not in spec.layouts:
         known = ", ".join(spec.layouts) or "none"
         raise BadArgument(f"--section {args.section}: {spec.file} has no such section under layouts: (it has {known})")
-    config = _config(Path(args.config), True) if args.config else None
+    config: Mapping[str, Any] | None = configs.read(args.config, BadArgument) if args.config else None
     if args.checkpoint is None:
         if config is None and not settings:
             return _syntax(args, spec)
@@ -144,7 +130,7 @@ def _check(args: argparse.Namespace) -> int:
 
     with open_shards(args.checkpoint, args.tag) as shards:
         if config is None:
-            config = _config(Path(shards.path) / "config.json", False) or shards.config
+            config = configs.of_model(shards.path) or shards.config
         if config is None and not settings and any(formula.references() for formula in spec.sizes.values()):
             raise BadArgument(f"{shards.path} has no config.json; give the model's with --config, or sizes with --set")
         bound = bind(spec, config, settings, args.section)

@@ -1,6 +1,7 @@
 """Checkpoint formats, one module or package each, and how the one at hand is found.
 
 A format offers ``NAME``, ``detect(folder) -> bool`` (by looking at names only) and ``read(folder, files) -> Catalog``.
+All of them are asked, so each imports what only reading needs when it reads.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ parallelism each rank's part of the model is cut so (`ucp.inspection.parts`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +17,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from ucp.checkpoint import Checkpoint
-from ucp.formats.deepspeed.write_config import load_config
+from ucp.errors import BadArgument
 from ucp.geometry import Blocks, Ints, intersect
 from ucp.inspection import holders
 from ucp.inspection.parts import held, parts
 from ucp.parallel.mesh import Layout
 from ucp.spec.choice import Choice, choose
-from ucp.storage import locations
+from ucp.storage import configs
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.plan/1"
@@ -96,7 +95,7 @@ def plan(
     Raises what `ucp.inspection.parts.parts` raises, BadArgument for a config that can't be read.
     """
     catalog = checkpoint.catalog
-    given = load_config(ds_config)
+    given = configs.given(ds_config, BadArgument)
     choice = _choice(checkpoint, spec, model_config, sizes) if layout.tp * layout.pp > 1 else Choice()
     found = parts(catalog, layout, choice, given)
     who = holders.holders(catalog.files)
@@ -161,9 +160,8 @@ def _choice(
     sizes: Mapping[str, int] | None,
 ) -> Choice:
     """The spec as it was given; without a model's config the config.json beside the checkpoint counts."""
-    beside = checkpoint.path / "config.json"
-    if model_config is None and locations.is_file(beside):
-        model_config = json.loads(locations.read(beside))
+    if model_config is None:
+        model_config = configs.of_model(checkpoint.path)
     return choose(spec, model_config, sizes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from ucp.checkpoint import Checkpoint, open_apart
 from ucp.errors import Mismatch
 from ucp.formats import deepspeed
+from ucp.formats.deepspeed import reading
 from ucp.geometry import Shape, numel
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec import catalogue
@@ -56,7 +58,7 @@ class Shards:
             if info.kind == "buffer":
                 self.buffers.add(name)
         if self._is_apart:
-            self.info, self.config = deepspeed.describe(checkpoint.path)
+            self.info, self.config = reading.describe(checkpoint.path)
 
     def __enter__(self) -> Shards:
         return self
@@ -71,7 +73,7 @@ class Shards:
         return tuple(dict.fromkeys(name for held in self.parts.values() for name in held))
 
     @property
-    def path(self) -> os.PathLike[str]:
+    def path(self) -> Path:
         return self._checkpoint.path
 
     def read(self, at: Coordinate, name: str) -> NDArray:

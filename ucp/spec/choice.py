@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
-from ucp.spec import catalogue
-from ucp.spec.bound import Bound, bind
-from ucp.spec.language import Spec
+from ucp.storage import configs
+
+# Reading specs takes as long to import as everything else together, and most checkpoints need none.
+if TYPE_CHECKING:
+    from ucp.spec.bound import Bound
+    from ucp.spec.language import Spec
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,14 @@ class Choice:
         config = self.config if self.config is not None else recorded
         spec = self.spec
         if spec is None and config is not None and config.get("model_type"):
+            from ucp.spec import catalogue
+
             spec = catalogue.for_model(str(config["model_type"]))
-        return None if spec is None else bind(spec, config, self.settings, layout)
+        if spec is None:
+            return None
+        from ucp.spec.bound import bind
+
+        return bind(spec, config, self.settings, layout)
 
 
 def choose(
@@ -49,22 +57,15 @@ def choose(
 
     Raises SpecError where the spec is none, BadArgument for what can't be read.
     """
-    return Choice(None if spec is None else catalogue.find(spec), _config(config), settings or {})
+    if spec is None:
+        return Choice(None, _config(config), settings or {})
+    from ucp.spec import catalogue
+
+    return Choice(catalogue.find(spec), _config(config), settings or {})
 
 
 def _config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if config is None or isinstance(config, Mapping):
         return config
     path = os.fspath(config)
-    if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except OSError as error:
-        raise BadArgument(f"{path}: the model's config can't be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise BadArgument(f"{path}: the model's config is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: the model's config is not a JSON object")
-    return found
+    return configs.read(os.path.join(path, configs.MODEL) if os.path.isdir(path) else path, BadArgument)

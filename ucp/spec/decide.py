@@ -5,7 +5,7 @@ The one that the caller gives; else what the model or the checkpoint says of its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ucp.geometry import whole
@@ -18,7 +18,7 @@ from ucp.spec.placement import Parts, Placed, Placements, place, uncut
 def decide(
     choice: Choice,
     info: Any,
-    config: Mapping[str, Any] | None,
+    recorded: Callable[[], Mapping[str, Any] | None],
     parts: Parts,
     layout: Layout,
     buffers: Collection[str],
@@ -26,19 +26,28 @@ def decide(
 ) -> Placements | None:
     """Where every local tensor lies; None where tensor parallelism cuts the model, and nothing says how.
 
-    info: the model's ``universal_checkpoint_info``, if it has one; config: its config, where it is known; section: the
-    section under ``layouts:`` that counts. The other arguments and the errors are those of `place` and `infer`.
+    info: the model's ``universal_checkpoint_info``, if it has one; recorded: finds its config, if there is one, and
+    is asked only where that decides; section: the section under ``layouts:`` that counts. The other arguments and
+    the errors are those of `place` and `infer`.
     """
     if choice.apart:
         return apart(parts)
     info = info if isinstance(info, Mapping) and choice.spec is None else None
     if layout.tp == 1:
         # Nothing is cut, and the spec is asked for nothing but padding.
-        has_sizes = choice.config is not None or config is not None or bool(choice.settings)
-        if not (choice.spec is not None and has_sizes) and not (info and info.get("vocabulary_parameter_patterns")):
+        padded = choice.spec is not None and (choice.settings or _config(choice, recorded) is not None)
+        if not padded and not (info and info.get("vocabulary_parameter_patterns")):
             return uncut(parts)
-    bound = choice.bound(config, section) if info is None else _inferred(choice, info, parts, layout, buffers)
+    bound = (
+        choice.bound(_config(choice, recorded), section)
+        if info is None
+        else _inferred(choice, info, parts, layout, buffers)
+    )
     return None if bound is None else place(bound, parts, layout, buffers)
+
+
+def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    return choice.config if choice.config is not None else recorded()
 
 
 def apart(parts: Parts) -> Placements:

@@ -7,7 +7,9 @@ polynomial, an operation on 32 bits whatever n is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,12 +23,55 @@ class Crc32Entry:
     """A byte range of a file whose CRC-32 must be known in the file itself.
 
     offset, size: the range, in bytes. positions: byte offsets at which the CRC is stored, as 4 little-endian bytes
-    each (a zip record has two: its local header's and its central directory entry's).
+    each, behind the range (a zip record has two: in its data descriptor and in the central directory).
     """
 
     offset: int
     size: int
     positions: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the range."""
+        return self.offset + self.size
+
+
+def within(entries: Sequence[Crc32Entry], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(index, first byte, byte behind the last) of each part of an entry that lies in the bytes ``[start, stop)``; the
+    entries are in the order of the file."""
+    for index in range(bisect_right(entries, start, key=lambda entry: entry.end), len(entries)):
+        entry = entries[index]
+        if entry.offset >= stop:
+            break
+        yield index, max(entry.offset, start), min(entry.end, stop)
+
+
+class Passing:
+    """The CRC-32s of a file's entries, stored while its bytes pass from the first to the last.
+
+    Raises ValueError for an entry whose CRC is wanted before its last byte has passed.
+    """
+
+    def __init__(self, entries: Sequence[Crc32Entry]) -> None:
+        self._entries = entries
+        self._crcs = [0] * len(entries)
+        self._stores = sorted((position, k) for k, entry in enumerate(entries) for position in entry.positions)
+        if any(position < entries[k].end for position, k in self._stores):
+            raise ValueError("a CRC-32 is to be stored ahead of the bytes that it is of")
+
+    def store(self, start: int, data: memoryview) -> None:
+        """Take the file's next bytes, which begin at byte ``start``, and put into them the CRCs that belong there."""
+        stop = start + len(data)
+        for index, first, last in within(self._entries, start, stop):
+            self._crcs[index] = zlib.crc32(data[first - start : last - start], self._crcs[index])
+        # From 3 bytes before: a CRC may lie across two pieces.
+        for k in range(bisect_right(self._stores, (start - 4, len(self._crcs))), len(self._stores)):
+            position, index = self._stores[k]
+            if position >= stop:
+                break
+            raw = self._crcs[index].to_bytes(4, "little")
+            first, last = max(position, start), min(position + 4, stop)
+            data[first - start : last - start] = raw[first - position : last - position]
 
 
 def _multiply(a: int, b: int) -> int:

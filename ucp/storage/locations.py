@@ -171,13 +171,13 @@ def created(url: str | os.PathLike[str], part: int) -> Iterator[Any]:
     with translated(url):
         try:
             yield stream
+            stream.close()  # sends the last part, which may fail as any other
         except BaseException:
             with suppress(Exception):
                 stream.discard()
             # A file object that was given up must not complete the upload when it is collected.
             stream.closed = True
             raise
-        stream.close()
 
 
 def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:

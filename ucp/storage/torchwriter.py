@@ -5,9 +5,10 @@ bytes, and every tensor's storage is a byte range that somebody fills later. Nei
 pickle names are imported: a DeepSpeed object is pickled from its `Standin`, by its class's name.
 
 The layout is that of torch's own writer (caffe2/serialize/inline_container.cc): stored zip records, each record's data
-on a 64-byte boundary, ``data.pkl`` first, then ``byteorder``, ``data/<n>`` and ``version``. One record is left out on
-purpose: with ``.format_version``, torch would compute storage offsets by the exact habits of its writer (data
-descriptors included) where it loads under fake tensors; without it, it asks the zip directory.
+on a 64-byte boundary, ``data.pkl`` first, then ``byteorder``, ``data/<n>`` and ``version``. As there, a record whose
+data come later has its CRC-32 behind them, in a data descriptor: so the file can be written from its first byte to its
+last, without going back. One record is left out on purpose: with ``.format_version``, torch would compute storage
+offsets by the exact habits of its writer where it loads under fake tensors; without it, it asks the zip directory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef, 
 ALIGNMENT = 64
 _ROOT = "archive"
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_UTF8_NAME, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008  # flags of a record
 # torch/storage.py: the classes that name an element type in a pickle; types without one are stored untyped.
 _STORAGE_CLASSES = {
     "float64": "DoubleStorage",
@@ -87,7 +89,7 @@ class TorchFilePlan:
     """A file to be written. size: bytes. literals: (byte offset, bytes) that are known.
 
     offsets: byte offset of every placeholder's first element. crc32_entries: the storages whose data come later, and
-    where their CRC-32 must then be stored.
+    where their CRC-32 must then be stored, which is behind them.
     """
 
     size: int
@@ -274,6 +276,10 @@ class _Record:
     crc: int | None  # None where the data come later
     start: int  # offset of the data
 
+    @property
+    def flags(self) -> int:
+        return _UTF8_NAME | (_DESCRIPTOR_FOLLOWS if self.crc is None else 0)
+
 
 @dataclass
 class _Archive:
@@ -286,29 +292,38 @@ class _Archive:
 
     def add_known(self, name: str, data: bytes) -> int:
         """Add a record of these bytes; returns their offset in the file."""
-        record = self._begin(name, len(data), zlib.crc32(data))
+        start = self._begin(name, len(data), zlib.crc32(data))
         if data:
-            self.literals.append((record.start, data))
-        return record.start
+            self.literals.append((start, data))
+        return start
 
     def add_later(self, name: str, size: int) -> int:
         """Add a record whose ``size`` bytes come later; returns their offset in the file."""
-        return self._begin(name, size, None if size else 0).start
+        if not size:
+            return self.add_known(name, b"")
+        start = self._begin(name, size, None)
+        # 4.3.9: the CRC, and the sizes as wide as the local header has them.
+        descriptor = struct.pack("<4sIQQ" if size >= _MAX32 else "<4sIII", b"PK\7\x08", 0, size, size)
+        self.literals.append((self._at, descriptor))
+        self._at += len(descriptor)
+        return start
 
-    def _begin(self, name: str, size: int, crc: int | None) -> _Record:
+    def _begin(self, name: str, size: int, crc: int | None) -> int:
         path = f"{_ROOT}/{name}".encode()
         large = size >= _MAX32
-        extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+        told = 0 if crc is None else size  # 4.4.4: nothing is told here where a descriptor follows
+        extra = struct.pack("<HHQQ", 1, 16, told, told) if large else b""
         # Padding is an extra field of its own, tagged as torch tags it.
         end = self._at + 30 + len(path) + len(extra) + 4
         padding = -end % ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        shown = _MAX32 if large else size
+        record = _Record(path, self._at, size, crc, self._at + 30 + len(path) + len(extra))
+        shown = _MAX32 if large else told
         header = struct.pack(
             "<4s5H3I2H",
             b"PK\3\4",
             45 if large else 20,
-            0x0800,  # names are UTF-8
+            record.flags,
             0,  # stored
             0,
             0x21,  # 1 January 1980: equal inputs give equal files
@@ -318,11 +333,10 @@ class _Archive:
             len(path),
             len(extra),
         )
-        record = _Record(path, self._at, size, crc, self._at + len(header) + len(path) + len(extra))
         self.literals.append((self._at, header + path + extra))
         self._records.append(record)
         self._at = record.start + size
-        return record
+        return record.start
 
     def finish(self) -> int:
         """Add the central directory; returns the file's size."""
@@ -338,7 +352,7 @@ class _Archive:
                 b"PK\1\2",
                 45 if wide else 20,
                 45 if wide else 20,
-                0x0800,
+                record.flags,
                 0,
                 0,
                 0x21,
@@ -355,7 +369,8 @@ class _Archive:
             )
             directory += record.name + extra
             if record.crc is None:
-                self.crc32_entries.append(Crc32Entry(record.start, record.size, (record.header + 14, at + 16)))
+                descriptor = record.start + record.size
+                self.crc32_entries.append(Crc32Entry(record.start, record.size, (descriptor + 4, at + 16)))
         count, start, size = len(self._records), self._at, len(directory)
         end = self._at + size
         if count >= _MAX16 or start >= _MAX32 or size >= _MAX32:

@@ -117,6 +117,11 @@ class Reader:
         self._inline = dict(catalog.inline)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
 
+    @property
+    def verifies(self) -> bool:
+        """Whether chunks are read whole and verified, in some of the files at least."""
+        return bool(self._digests)
+
     def read_into(self, file: int, offset: int, out: Bytes, cache: Cache) -> None:
         """Read ``len(out)`` bytes at ``offset``; ``cache`` is the calling thread's own store of verified chunks."""
         if file in self._inline:

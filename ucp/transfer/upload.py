@@ -1,7 +1,8 @@
 """Write planned files behind a URL: each is one stream, gathered window by window and digested on its way.
 
-Object stores have no rename and no writing in the middle. So a checkpoint is there once its manifest is, which the
-caller writes last; and files whose parts are known only in the end (zip archives with their CRCs) cannot be written.
+Object stores have no rename and no writing in the middle. So a checkpoint is there once the file that says so is, which
+the caller writes last; and the CRCs of zip archives are stored as the bytes pass, which is possible since they lie
+behind them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from ucp.errors import DestinationError, Unsupported
+from ucp.errors import DestinationError
 from ucp.storage import locations
+from ucp.storage.crc32 import Passing
 from ucp.storage.digests import ChunkDigests, digest_chunks
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
@@ -25,15 +27,8 @@ from ucp.transfer.write import Progress
 PART = 16 << 20
 
 
-def check_upload(url: str, files: Sequence[TargetFile]) -> None:
-    """Raise DestinationError where there is something at the URL already, or it cannot be reached; Unsupported for
-    files that cannot be written as a stream."""
-    for file in files:
-        if file.crc32_entries:
-            raise Unsupported(
-                f"{url}: '{file.name}' is a zip archive, which cannot be written as a stream; convert into a local "
-                "folder and copy that"
-            )
+def check_upload(url: str) -> None:
+    """Raise DestinationError where there is something at the URL already, or it cannot be reached."""
     try:
         taken = locations.exists(url)
     except OSError as error:
@@ -53,7 +48,8 @@ def upload_files(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ChunkDigests]:
-    """Write the files below the URL, several at a time; returns their chunks' digests by name.
+    """Write the files below the URL, several at a time, and the last when all others are there, since readers find a
+    checkpoint by it; returns their chunks' digests by name.
 
     threads, max_memory, progress: as for `ucp.transfer.write.write_share`; beside its window, a file under way holds
     two parts of `PART` bytes. Raises DestinationError, and what reading the source raises; `discard` removes what is
@@ -70,12 +66,14 @@ def upload_files(
         nonlocal done
         buffer = np.empty(window + 2 * MARGIN, np.uint8)
         table = bytearray()
+        crcs = Passing(file.crc32_entries)
         with _stream(f"{url.rstrip('/')}/{file.name}") as write:
             for start, work in windows(file, window, 0, file.size):
                 if stop.is_set():
                     raise DestinationError(f"{url}: given up, since another of its files failed")
                 size = min(window, file.size - start)
                 filled = work.fill(reader, start, size, buffer)
+                crcs.store(start, filled)
                 table += digest_chunks(filled)
                 write(filled)
                 with lock:
@@ -85,9 +83,10 @@ def upload_files(
         return file.name, ChunkDigests(file.size, bytes(table))
 
     with ThreadPoolExecutor(workers, "ucp-upload") as pool:
-        futures = [pool.submit(one, file) for file in files]
+        futures = [pool.submit(one, file) for file in files[:-1]]
         try:
-            return dict(future.result() for future in as_completed(futures))
+            found = dict(future.result() for future in as_completed(futures))
+            return found | dict(map(one, files[-1:]))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

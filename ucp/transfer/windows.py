@@ -17,14 +17,18 @@ import numpy as np
 from ucp.errors import BadArgument
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
+from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
 # Bytes of a window where memory allows: long enough that planning and system calls don't show.
 WINDOW = 8 << 20
 UNIT = WINDOW
-# An element that straddles two windows is gathered whole in both: its other part falls into a margin of this size.
-MARGIN = 16
+# Bytes of windows filled together, where they share chunks of the source and memory allows (`ucp.transfer.batches`).
+TOGETHER = 32 << 20
+# An element that straddles two windows is gathered whole in both: its other part falls into a margin. 16 bytes do;
+# so many keep the window itself aligned where its buffer is.
+MARGIN = ALIGNMENT
 # What one thread may hold beside its window: gather's scratch and a few verified chunks.
 _OVERHEAD = SCRATCH + 3 * CHUNK
 _MAX_THREADS = 8
@@ -52,12 +56,17 @@ class Work:
 
         Raises what reading the source raises.
         """
+        filled = self.prepare(start, size, buffer)
+        execute(reader, self.copies, [buffer])
+        return filled
+
+    def prepare(self, start: int, size: int, buffer: Bytes) -> memoryview:
+        """As `fill`, but for the copies: the literals, and zeros where nothing else will be."""
         if not self.fills(size):
             buffer[:] = 0
         for offset, raw in self.literals:
             at = offset - start + MARGIN
             buffer[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
-        execute(reader, self.copies, [buffer])
         return memoryview(buffer.data)[MARGIN : MARGIN + size]
 
 
@@ -65,7 +74,7 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     """(threads, bytes of a window) for the memory that may be used. Raises BadArgument if it is too little for one."""
     if threads is not None and threads < 1:
         raise BadArgument(f"{threads} workers were asked for; at least 1 is needed")
-    workers = threads or min(os.cpu_count() or 1, _MAX_THREADS)
+    workers = threads or min(_processors(), _MAX_THREADS)
     if max_memory is None:
         return workers, WINDOW
     least = _OVERHEAD + CHUNK
@@ -74,6 +83,20 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     workers = min(workers, max(max_memory // (_OVERHEAD + WINDOW), 1))
     chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, WINDOW // CHUNK)
     return workers, CHUNK << (chunks.bit_length() - 1)
+
+
+def room_together(workers: int, window: int, max_memory: int | None) -> int:
+    """Bytes of windows that one thread may fill together."""
+    if max_memory is None:
+        return TOGETHER
+    # A thread keeps the buffer of a larger window that it had before.
+    room = max_memory // workers - _OVERHEAD - (window - CHUNK)
+    return max(window, min(room // (CHUNK + 2 * MARGIN) * CHUNK, TOGETHER))
+
+
+def _processors() -> int:
+    """How many this process may use, which under a batch system are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_files(files: Sequence[TargetFile]) -> None:

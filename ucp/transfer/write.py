@@ -9,21 +9,21 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from mmap import mmap
 
 import numpy as np
 
-from ucp.storage.crc32 import Crc32Entry
+from ucp.storage.crc32 import Crc32Entry, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
-from ucp.storage.writeback import LARGE, start_writeback, write_at
-from ucp.transfer.gather import Bytes, Reader
+from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
+from ucp.transfer.batches import Part, batches, copies
+from ucp.transfer.gather import Bytes, Reader, execute
 from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.windows import MARGIN, Work, budget, shares, windows
+from ucp.transfer.windows import MARGIN, budget, room_together, shares
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) now and then, from the calling thread."""
@@ -73,37 +73,34 @@ def write_share(
     is too little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
+    together = room_together(workers, window, max_memory)
     total = sum(last - first for first, last in share)
     pieces: list[Piece] = []
     done = 0
     pool = ThreadPoolExecutor(workers, "ucp-write")
     closer = _Closer()
-    running: set[Future[Piece]] = set()
-    open_files: deque[_Output] = deque()
+    running: set[Future[list[Piece]]] = set()
+    outputs: dict[int, _Output] = {}
 
     def finish(everything: bool) -> None:
-        """Collect completed windows; block while as many are under way as may be."""
+        """Collect completed batches; block while as many are under way as may be."""
         nonlocal done, running
         while running and (everything or len(running) >= 2 * workers):
             ready, running = wait(running, return_when=FIRST_COMPLETED)
-            found = [future.result() for future in ready]
+            found = [piece for future in ready for piece in future.result()]
             pieces.extend(found)
             done += sum(piece.size for piece in found)
             if progress is not None:
                 progress(done, total)
-        while open_files and open_files[0].is_complete:
-            closer.close(open_files.popleft())
+        for index in [index for index, output in outputs.items() if output.is_complete]:
+            closer.close(outputs.pop(index))
 
     try:
-        for index, (file, (first, last)) in enumerate(zip(files, share, strict=True)):
-            if first >= last:
-                continue
-            output = _Output.open(folder, index, file, last - first)
-            open_files.append(output)
-            for start, work in windows(file, window, first, last):
-                size = min(window, last - start)
-                running.add(pool.submit(_write_window, reader, output, start, size, window, work, known or {}, note))
-                finish(everything=False)
+        for batch in batches(files, share, window, together, reader.verifies):
+            for index in {part.file for part in batch} - outputs.keys():
+                first, last = share[index]
+                outputs[index] = _Output.open(folder, index, files[index], last - first)
+            running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note))
             finish(everything=False)
         finish(everything=True)
         closer.finish()
@@ -112,7 +109,7 @@ def write_share(
             future.cancel()
         pool.shutdown(wait=True)
         closer.stop()
-        for output in open_files:
+        for output in outputs.values():
             os.close(output.fd)
     return pieces
 
@@ -153,55 +150,73 @@ class _Output:
 
 def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tuple[tuple[int, int, int, int], ...]:
     """The CRC-32 of each part of an entry that lies in these bytes, which begin at byte ``start``."""
-    stop = start + len(filled)
-    out = []
-    for index in range(bisect_right(entries, start, key=_end_of), len(entries)):
-        entry = entries[index]
-        if entry.offset >= stop:
-            break
-        first, last = max(entry.offset, start), min(_end_of(entry), stop)
-        out.append((index, first, last - first, zlib.crc32(filled[first - start : last - start])))
-    return tuple(out)
-
-
-def _end_of(entry: Crc32Entry) -> int:
-    return entry.offset + entry.size
+    return tuple(
+        (index, first, last - first, zlib.crc32(filled[first - start : last - start]))
+        for index, first, last in within(entries, start, start + len(filled))
+    )
 
 
 _buffers = threading.local()
 
 
-def _write_window(
+def _buffer(index: int, size: int) -> Bytes:
+    """This thread's own buffer of that number, for a window of at most so many bytes and its margins."""
+    held: list[Bytes] = _buffers.__dict__.setdefault("held", [])
+    if index == len(held):
+        held.append(np.empty(0, np.uint8))
+    if len(held[index]) < size + 2 * MARGIN:
+        whole = -(-size // CHUNK) * CHUNK
+        held[index] = np.frombuffer(mmap(-1, whole + 2 * MARGIN), np.uint8)
+    return held[index]
+
+
+def _write_batch(
     reader: Reader,
-    output: _Output,
-    start: int,
-    size: int,
-    window: int,
-    work: Work,
+    outputs: Mapping[int, _Output],
+    batch: Sequence[Part],
     known: Mapping[tuple[int, int], bytes],
     note: Callable[[Piece], None],
-) -> Piece:
-    """Fill, digest and write one window, unless its bytes are there already."""
-    buffer: Bytes | None = getattr(_buffers, "held", None)
-    if buffer is None or len(buffer) != window + 2 * MARGIN:
-        buffer = _buffers.held = np.empty(window + 2 * MARGIN, np.uint8)
-    filled = memoryview(buffer.data)[MARGIN : MARGIN + size]
-    digests = _digests_there(output, start, filled, known)
-    if digests is None:
-        work.fill(reader, start, size, buffer)
-        digests = digest_chunks(filled)
-        try:
-            # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
-            with output.turn:
-                write_at(output.fd, filled, start)
-        except OSError as error:
-            raise failed(output.path, error) from error
-        if output.file.size >= LARGE:
-            start_writeback(output.fd, start, size)
-    piece = output.piece(start, filled, digests)
-    note(piece)
-    output.complete(size)
-    return piece
+) -> list[Piece]:
+    """Fill, digest and write windows, except for those whose bytes are there already."""
+    pieces = []
+    missing: list[Part] = []
+    buffers: list[Bytes] = []
+    filled: list[memoryview] = []
+
+    def finished(part: Part, view: memoryview, digests: bytes) -> None:
+        output = outputs[part.file]
+        pieces.append(output.piece(part.start, view, digests))
+        note(pieces[-1])
+        output.complete(part.size)
+
+    for part in batch:
+        buffer = _buffer(len(buffers), part.size)
+        view = memoryview(buffer.data)[MARGIN : MARGIN + part.size]
+        digests = _digests_there(outputs[part.file], part.start, view, known)
+        if digests is not None:
+            finished(part, view, digests)
+            continue
+        missing.append(part)
+        buffers.append(buffer)
+        filled.append(part.work.prepare(part.start, part.size, buffer))
+    execute(reader, copies(missing), buffers)
+    for part, view in zip(missing, filled, strict=True):
+        digests = digest_chunks(view)
+        _write(outputs[part.file], part.start, view)
+        finished(part, view, digests)
+    return pieces
+
+
+def _write(output: _Output, start: int, filled: memoryview) -> None:
+    large = output.file.size >= LARGE
+    try:
+        # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
+        with output.turn:
+            (write_past_cache if large else write_at)(output.fd, filled, start)
+    except OSError as error:
+        raise failed(output.path, error) from error
+    if large:
+        start_writeback(output.fd, start, len(filled))
 
 
 def _digests_there(
@@ -213,8 +228,9 @@ def _digests_there(
     if any(digest is None for digest in wanted):
         return None
     try:
-        if os.preadv(output.fd, [filled], start) != len(filled):
-            return None
+        with output.turn:  # a write past the cache sets how the file is read, too
+            if os.preadv(output.fd, [filled], start) != len(filled):
+                return None
     except OSError as error:
         raise failed(output.path, error) from error
     found = digest_chunks(filled)

@@ -44,6 +44,19 @@ def test_stock_dcp_loads_it(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert same(loaded, truth)
 
 
+@pytest.mark.slow
+def test_stock_dcp_loads_it_from_a_url(bucket: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    monkeypatch.setattr(write, "FILE", 4000)
+    url = f"{bucket}/{source.parent.name}"
+    ucp.convert(source, url, to="dcp")
+    truth = states.nested()
+    loaded = states.blank(truth)
+    dcp.load(loaded, storage_reader=FsspecReader(url))
+    assert same(loaded, truth)
+
+
 def test_stock_tools_read_it_whole(source: Path, tmp_path: Path) -> None:
     """DCP's own converter, which knows no state dict beforehand."""
     ucp.convert(source, tmp_path / "dcp", to="dcp")

@@ -22,6 +22,7 @@ from tests.engines.pool import RankPool
 from tests.engines.resume import resume
 from tests.engines.runs import CLIENT_STATE, FURTHER, Run
 from tests.engines.sources import Sources, preload_for
+from tests.s3 import get
 from ucp.errors import Unsupported
 
 pytestmark = pytest.mark.slow
@@ -174,6 +175,24 @@ def test_universal_folder(pair: tuple[Case, Case], ranks: RankPool, sources: Sou
     # It is written only, and refused as what it is.
     with pytest.raises(Unsupported, match="is DeepSpeed's own universal checkpoint"):
         ucp.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["deepspeed", "deepspeed-universal"])
+def test_by_way_of_object_storage(to: str, bucket: str, ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
+    """Written behind a URL as one stream each, and copied from there."""
+    source, target = (case.but(buffers=False) for case in UNIVERSAL[0])
+    run = sources.get(source)
+    options: dict[str, Any] = {}
+    if to == "deepspeed":
+        options = {"layout": f"dp={target.dp},zero={target.stage}", "ds_config": make_config(target)}
+    else:
+        target = target.but(config=(("checkpoint", {"load_universal": True}),))
+    ucp.convert(run.folder, f"{bucket}/engines-{to}", to, **options)
+    get(f"{bucket}/engines-{to}", tmp_path / "out")
+    loaded = load_with_deepspeed(ranks, target, tmp_path / "out", run)
+    assert run.truth is not None
+    assert loaded.truth is not None
+    assert differences(run.truth, loaded.truth) == []
 
 
 @pytest.mark.parametrize("by_way_of", [None, "consolidated", "virtual"])

@@ -161,7 +161,7 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
-    found = decide(choice, info, config_of(engine.module), parts, layout, buffers, section)
+    found = decide(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

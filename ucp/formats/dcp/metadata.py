@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
+from ucp.formats.dcp import METADATA
 from ucp.geometry import Shape
 from ucp.storage import locations
 from ucp.storage.pickles import Unpickler
 from ucp.storage.values import DtypeName, Standin
-
-NAME = ".metadata"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Metadata:
 def load(folder: Path) -> Metadata:
     """Raises DamagedCheckpoint for a file that is missing or contradicts itself, UnsafePickle, and Unsupported for
     records that a storage extension has transformed."""
-    path = str(folder / NAME)
+    path = str(folder / METADATA)
     try:
         raw = locations.read(path)
         found = Unpickler(io.BytesIO(raw), path, len(raw)).load()

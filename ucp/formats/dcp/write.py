@@ -18,7 +18,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.errors import Unsupported
-from ucp.formats.dcp.metadata import NAME
+from ucp.formats.dcp import METADATA
 from ucp.formats.dcp.names import MODEL, OUTSIDE, PARAM, TRAINING_STATE, VALUES
 from ucp.formats.torch_files import FileBuilder, Piece
 from ucp.geometry import Shape, box, numel
@@ -173,7 +173,7 @@ class _Writer:
             TargetFile(data.name, data.size, tuple(data.literals), tuple(data.wants), tuple(data.crc32_entries))
             for data in self._files
         ]
-        return [*files, TargetFile(NAME, len(raw), ((0, raw),), ())]
+        return [*files, TargetFile(METADATA, len(raw), ((0, raw),), ())]
 
     def _metadata(self) -> Any:
         """The metadata as an object of torch's own class, for torch to unpickle."""

@@ -8,8 +8,6 @@ for the optimizer wrapper that follows from them.
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,23 +60,6 @@ class EngineConfig:
     def static_scale(self) -> float:
         """The loss scale where it does not adapt."""
         return float(self.fp16.get("loss_scale", 0)) if self.dtype == "float16" else 1.0
-
-
-def load_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A DeepSpeed config, from its file if it isn't one already. Raises BadArgument for what can't be read."""
-    if config is None or isinstance(config, Mapping):
-        return config
-    path = os.fspath(config)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except OSError as error:
-        raise BadArgument(f"{path}: the DeepSpeed config cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadArgument(f"{path}: the DeepSpeed config is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: the DeepSpeed config is not a JSON object")
-    return found
 
 
 def engine_config(

@@ -6,17 +6,15 @@ Source of the names: peft's ``tuners/tuners_utils.py`` (``_get_adapter_state_dic
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.huggingface import like as likes
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, literal
+from ucp.storage import configs
 from ucp.transfer.targets import TargetFile
 
 _PREFIX = "base_model.model."
@@ -30,7 +28,7 @@ def select(catalog: Catalog, like: Path) -> Catalog:
     Raises Unsupported for adapters of other types than LoRA and for several adapters, Mismatch where there is none, or
     where a parameter was trained that is no part of it.
     """
-    config = _config(like)
+    config = configs.read(like / ADAPTER_CONFIG, BadArgument)
     bias = config.get("bias", "none")
     if config.get("peft_type") != "LORA" or bias not in ("none", "all", "lora_only"):
         raise Unsupported(
@@ -82,14 +80,3 @@ def refuse(catalog: Catalog) -> None:
 def carried(like: Path) -> list[TargetFile]:
     """The adapter's config, as it is, and the tokenizer's files."""
     return [literal(ADAPTER_CONFIG, (like / ADAPTER_CONFIG).read_bytes()), *likes.carried(like, None, ())]
-
-
-def _config(like: Path) -> Mapping[str, Any]:
-    path = like / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadArgument(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: is not a JSON object")
-    return found

@@ -7,7 +7,6 @@ transformers writes one file, ``model.safetensors`` or ``pytorch_model.bin``, or
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.storage import locations, safetensors, torchfile
+from ucp.storage import configs, locations, safetensors, torchfile
 from ucp.storage.values import TensorRef
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 _NUMBERED = re.compile(r"(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)")
 
 
@@ -82,14 +80,8 @@ def weights(folder: Path) -> dict[str, TensorRef]:
     return out
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """The model's config.json, None where there is none. Raises DamagedCheckpoint where it is no JSON object."""
-    path = folder / CONFIG
-    return _json(path) if locations.is_file(path) else None
-
-
 def _index(path: Path) -> tuple[dict[str, str], Any]:
-    body = _json(path)
+    body = configs.read(path)
     weight_map, metadata = body.get("weight_map"), body.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DamagedCheckpoint(f"{path}: has no 'weight_map', which says in which file each tensor lies")
@@ -134,15 +126,3 @@ def _tensors(path: Path) -> dict[str, TensorRef]:
         if not isinstance(value, TensorRef):
             raise Unsupported(f"{path}: '{name}' is a {type(value).__name__}, not a tensor")
     return dict(found)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(locations.read(path))
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise DamagedCheckpoint(f"{path}: is not a JSON object")
-    return body

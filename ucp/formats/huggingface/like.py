@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.huggingface.folder import CONFIG
+from ucp.storage import configs
 from ucp.transfer.targets import TargetFile
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,15 +24,8 @@ _WIDTHS = (("bfloat16", "float16"), ("float32",), ("float64",))
 
 def config_of(like: Path) -> dict[str, Any]:
     """The folder's config.json. Raises BadArgument where there is none, Unsupported for a quantized model's."""
-    path = like / CONFIG
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadArgument(f"{path}: cannot be read, and '--like' names a model folder: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadArgument(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path}: is not a JSON object")
+    path = like / configs.MODEL
+    found = configs.read(path, BadArgument)
     if found.get("quantization_config") is not None:
         raise Unsupported(
             f"{path}: is of a quantized model ('quantization_config'); the weights to write are plain ones"
@@ -51,9 +44,9 @@ def carried(like: Path, config: dict[str, Any] | None, dtypes: Collection[str]) 
             continue
         if path.name.endswith(".index.json") or path.name.startswith("adapter_") or path.stat().st_size > _LARGEST:
             continue
-        if path.name == CONFIG:
+        if path.name == configs.MODEL:
             if config is not None:
-                out.append(literal(CONFIG, _with_dtype(path, config, dtypes)))
+                out.append(literal(configs.MODEL, _with_dtype(path, config, dtypes)))
         else:
             out.append(literal(path.name, path.read_bytes()))
     return out

@@ -17,13 +17,13 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, bare
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats import sharded
 from ucp.formats.huggingface import adapter
-from ucp.formats.huggingface.folder import CONFIG
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, carried, config_of
 from ucp.formats.huggingface.names import FRAMEWORK, with_prefix
 from ucp.formats.rename import best_names, rename
 from ucp.spec.bound import Bound
 from ucp.spec.choice import Choice
 from ucp.spec.meaning import shape_of
+from ucp.storage import configs
 from ucp.transfer.targets import TargetFile
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def plan(
         raise BadArgument(f"{like}: is no folder; '--like' names a model folder")
     target = None if dtype is None else DTYPES[dtype]
     catalog = _weights(catalog)
-    if like is not None and (like / ADAPTER_CONFIG).is_file() and not (like / CONFIG).is_file():
+    if like is not None and (like / ADAPTER_CONFIG).is_file() and not (like / configs.MODEL).is_file():
         catalog = adapter.select(catalog, like)
         # PEFT has one file, however large.
         return catalog, [*_files(catalog, target, sys.maxsize, "adapter_model"), *adapter.carried(like)]
@@ -160,7 +160,7 @@ def _check(catalog: Catalog, bound: Bound, like: Path | None) -> None:
             continue
         shape = shape_of(found.expression, bound.sizes)
         if shape != info.shape:
-            where = "the spec" if like is None else str(like / CONFIG)
+            where = "the spec" if like is None else str(like / configs.MODEL)
             raise Mismatch(
                 f"{where}: makes '{name}' {list(shape)}, and the checkpoint has it as {list(info.shape)}; give a "
                 "folder whose config is this model's"

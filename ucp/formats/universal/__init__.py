@@ -2,15 +2,16 @@
 
 Three physical forms share one schema (`schema`): *consolidated* (every tensor whole, in safetensors files: see
 `consolidated`), *virtual* (byte ranges of another checkpoint: see `virtual`) and *fragmented* (many fragments per
-tensor, as ranks save them). Reading never asks which form it is. Nothing here needs pickle.
+tensor, as ranks save them). Reading (`reading`) never asks which form it is. Nothing here needs pickle.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.formats.universal import manifest, schema
+from ucp.formats.universal import manifest
 from ucp.storage import locations
 from ucp.storage.files import Files
 
@@ -22,11 +23,8 @@ def detect(path: Path) -> bool:
     return locations.is_file(path / manifest.NAME)
 
 
-def read(path: Path, files: Files) -> Catalog:
-    """The catalog of a universal checkpoint's folder, everything in its manifest checked.
+def read(path: Path, files: Files, **options: Any) -> Catalog:
+    """The folder's catalog; see `reading.read`."""
+    from ucp.formats.universal import reading
 
-    Raises DigestMismatch or DamagedCheckpoint where the manifest or its files' sizes and times are not as recorded,
-    Unsupported for a manifest of another major version.
-    """
-    where = str(locations.locate(path) / manifest.NAME)
-    return schema.decode(where, manifest.load(where))
+    return reading.read(path, files, **options)

@@ -1,0 +1,50 @@
+"""Configs: files that hold one JSON object, a model's ``config.json`` first of all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ucp.errors import DamagedCheckpoint, UcpError
+from ucp.storage import locations
+
+MODEL = "config.json"
+
+
+def read(path: str | os.PathLike[str], error: type[UcpError] = DamagedCheckpoint) -> dict[str, Any]:
+    """The object in the file. Raises ``error`` where the file is missing, can't be read, or holds anything else."""
+    found = _read(path, error)
+    if found is None:
+        raise error(f"{path}: there is no such file")
+    return found
+
+
+def given(config: str | os.PathLike[str] | Mapping[str, Any] | None, error: type[UcpError]) -> Mapping[str, Any] | None:
+    """A config from its file, if it isn't one, or None, already. Raises as `read` does."""
+    return config if config is None or isinstance(config, Mapping) else read(config, error)
+
+
+def of_model(*folders: Path, error: type[UcpError] = DamagedCheckpoint) -> dict[str, Any] | None:
+    """The model's config in the first of these folders that has one, None where none has.
+
+    Raises ``error`` for one that can't be read: taken for none, it would change what is read beside it.
+    """
+    return next((found for folder in folders if (found := _read(folder / MODEL, error)) is not None), None)
+
+
+def _read(path: str | os.PathLike[str], error: type[UcpError]) -> dict[str, Any] | None:
+    name = str(path)
+    try:
+        found = json.loads(locations.read(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as reason:
+        raise error(f"{name}: cannot be read: {reason.strerror or reason}") from reason
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{name}: is not valid JSON: {reason}") from reason
+    if not isinstance(found, dict):
+        raise error(f"{name}: is not a JSON object")
+    return found

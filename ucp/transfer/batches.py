@@ -1,0 +1,102 @@
+"""Which windows are filled together, so that a chunk of the source that many of them want a piece of is read once.
+
+Where a source has digests, a chunk is read whole for any byte of it. A target of 64 ZeRO-3 ranks has a 64th of every
+parameter in each file: file after file, every chunk would be read and hashed 64 times over. So where pieces are short,
+the windows of several files are planned together, small, and served in the order of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ucp.geometry import numel
+from ucp.storage.digests import CHUNK
+from ucp.storage.dtypes import itemsize
+from ucp.transfer.gather import Copy
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.windows import Work, windows
+
+# Pieces shorter on average than this, in bytes, are short: of longer ones it costs less to read their ends twice than
+# to work in small windows.
+SHORT = CHUNK
+# How much is planned at once: files, and blocks of sources and targets.
+_FILES, _BLOCKS = 128, 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A window: its file's index, its first byte, its size in bytes, and what fills it."""
+
+    file: int
+    start: int
+    size: int
+    work: Work
+
+
+def batches(
+    files: Sequence[TargetFile], share: Sequence[tuple[int, int]], window: int, together: int, verified: bool
+) -> Iterator[list[Part]]:
+    """The windows of the files' bytes [first, last) of ``share``, in batches for one thread each.
+
+    window, together: bytes of a window, and of all those of a batch. verified: chunks of the source are read whole.
+    """
+    for group in _groups(files, share, verified):
+        small = CHUNK if len(group) > 1 or (verified and _is_short(files[group[0]])) else window
+        found = (
+            Part(k, start, min(small, share[k][1] - start), work)
+            for k in group
+            for start, work in windows(files[k], small, *share[k])
+        )
+        if small == window:
+            yield from ([part] for part in found)
+            continue
+        parts = sorted(found, key=_place)
+        count = max(together // small, 1)
+        yield from (parts[at : at + count] for at in range(0, len(parts), count))
+
+
+def copies(batch: Sequence[Part]) -> list[Copy]:
+    """What fills a batch, its windows' buffers numbered in their order, sorted by the source."""
+    found = [replace(copy, buffer=k) for k, part in enumerate(batch) for copy in part.work.copies]
+    return sorted(found, key=lambda copy: (copy.file, copy.at))
+
+
+def _groups(files: Sequence[TargetFile], share: Sequence[tuple[int, int]], verified: bool) -> Iterator[list[int]]:
+    """Indices of files that are planned together: those of short pieces that follow each other, and others alone."""
+    group: list[int] = []
+    held = 0
+    for k, (first, last) in enumerate(share):
+        if first >= last:
+            continue
+        blocks = _blocks(files[k])
+        short = verified and _is_short(files[k])
+        if group and (not short or len(group) == _FILES or held + blocks > _BLOCKS):
+            yield group
+            group, held = [], 0
+        if short:
+            group.append(k)
+            held += blocks
+        else:
+            yield [k]
+    if group:
+        yield group
+
+
+def _is_short(file: TargetFile) -> bool:
+    nbytes = sum(int(want.blocks.counts.sum()) * itemsize(want.dtype) for want in file.wants)
+    return 0 < nbytes < SHORT * _blocks(file)
+
+
+def _blocks(file: TargetFile) -> int:
+    """About as many pieces as the file is filled from."""
+    out = 0
+    for want in file.wants:
+        share = int(want.blocks.counts.sum()) / max(numel(want.tensor.shape), 1)
+        out += max(len(want.blocks), round(len(want.tensor.blocks) * share), 1)
+    return out
+
+
+def _place(part: Part) -> tuple[int, int, int, int]:
+    first = part.work.copies[0] if part.work.copies else None
+    return (-1, 0, part.file, part.start) if first is None else (first.file, first.at, part.file, part.start)
