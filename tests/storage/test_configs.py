@@ -10,7 +10,7 @@ import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.test_write_native import raw_source
 from ucp.errors import BadArgument, DamagedCheckpoint
-from ucp.inspection.planning import spec_for
+from ucp.inspection.planning import plan
 from ucp.parallel.mesh import parse_layout
 from ucp.spec.choice import choose
 from ucp.storage import configs
@@ -65,4 +65,4 @@ def test_beside_a_checkpoint_it_counts_where_it_is_needed(tmp_path: Path) -> Non
         ucp.open(tmp_path / "universal") as checkpoint,
         pytest.raises(DamagedCheckpoint, match=r"universal/config\.json: is not valid JSON"),
     ):
-        spec_for(checkpoint, parse_layout("dp=1,tp=2,zero=1"))
+        plan(checkpoint, parse_layout("dp=1,tp=2,zero=1"))

@@ -196,7 +196,7 @@ def test_a_writer_without_its_program_is_told(tmp_path: Path, monkeypatch: pytes
 
 def test_what_the_writer_logs_is_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saver = Saver()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "ucp"):
         for step in range(3):
             saver.save(state(1)[1], tmp_path, f"step{step}", keep=Keep(2))
         saver.wait()

@@ -65,7 +65,6 @@ def choose(
 
 
 def _config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if config is None or isinstance(config, Mapping):
-        return config
-    path = os.fspath(config)
-    return configs.read(os.path.join(path, configs.MODEL) if os.path.isdir(path) else path, BadArgument)
+    if config is not None and not isinstance(config, Mapping) and os.path.isdir(config):
+        config = os.path.join(config, configs.MODEL)
+    return configs.given(config, BadArgument)
