@@ -83,7 +83,7 @@ def load(
     what = ranks.together(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     with Files() as files:
         reading = _Reading(Reader(catalog, files, verify), files, target, what, threads or reading_threads())
-        watch.timed("read", lambda: tied.check(reading.reader, what.tied))
+        tied.check(reading.reader, what.tied, watch)
         sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
         tensors = ranks.together(lambda: watch.timed("read", lambda: reading.run(sharing)))
         bytes_read = files.bytes_read

@@ -15,14 +15,17 @@ from ucp.errors import Mismatch
 from ucp.geometry import flat_ranges, numel
 from ucp.storage.dtypes import itemsize
 from ucp.training import ranks
+from ucp.training.stopwatch import Stopwatch
 from ucp.transfer.gather import Reader, Want, gather
 
 # Bytes of each copy that are compared at a time.
 _WINDOW = 8 << 20
 
 
-def check(reader: Reader, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]]) -> None:
+def check(reader: Reader, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]], watch: Stopwatch) -> None:
     """Compare the copies of each pair bit for bit; ranks that know of the same pairs share the work. Collective.
+
+    watch: gets the seconds of this rank's share as 'read'.
 
     Raises Mismatch on every rank, naming both, where they differ.
     """
@@ -31,7 +34,12 @@ def check(reader: Reader, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]]) 
         return
     rank = ranks.rank()
     share, shares = which[:rank].count(which[rank]), which.count(which[rank])
-    mine = ranks.together(lambda: [(a.name, a.state, b.name) for a, b in pairs if _differ(reader, a, b, share, shares)])
+
+    def differing() -> list[tuple[str, str, str]]:
+        with watch.of("read"):
+            return [(a.name, a.state, b.name) for a, b in pairs if _differ(reader, a, b, share, shares)]
+
+    mine = ranks.together(differing)
     found, _ = ranks.distinct(mine)
     differ = sorted({pair for pairs in found for pair in pairs})
     if differ:
