@@ -106,8 +106,11 @@ def _rank(rank: int, factory: str, folder: str, tp: int) -> None:
         logits = _run(factory, folder, f"rank{rank}", tp, rank)
         if rank == 0:
             torch.save(logits, Path(folder, "logits"))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # All is done. Threads of gloo's that are still there have aborted an interpreter on its way out.
+    os._exit(0)
 
 
 @torch.no_grad()
