@@ -13,10 +13,12 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import gc
 import logging
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -216,13 +218,27 @@ def _open(path: str | os.PathLike[str], tag: str | None, options: Mapping[str, A
     folder = locate(path)
     files = Files()
     try:
-        where, catalog = _find(folder, tag, files, options)
+        with _no_collections():
+            where, catalog = _find(folder, tag, files, options)
     except BaseException as error:
         files.close()
         if isinstance(error, OSError) and locations.is_remote(folder):
             raise NotACheckpoint(f"{folder}: cannot be reached: {error.strerror or error}") from error
         raise
     return Checkpoint(where, catalog, files, verify)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Opening makes many objects and no rubbish: a search for that among all that a process with torch has can take
+    longer than everything else."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +35,7 @@ from ucp.training import commit, ranks
 from ucp.training import rng as generators
 from ucp.training.background import Saver
 from ucp.training.names import bare
+from ucp.training.optimizers import OPTIMIZER, Optimizers, listed, names_without_states, set_states, state_dict_of
 from ucp.training.renamed import config_of, in_names_of
 from ucp.training.save import SaveReport
 from ucp.training.save import save as save_source
@@ -177,8 +177,11 @@ def save_training(
 
     The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
     """
+    state_dict, _ = state_dict_of(model, optimizer, blank=True)
+    for name in names_without_states(state_dict, optimizer):
+        state_dict[OPTIMIZER]["state"].pop(name, None)
     source = make_source(
-        _without_fresh(_state_dict(model, optimizer), optimizer),
+        state_dict,
         _kinds(model, optimizer),
         TrainingState(
             lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
@@ -234,19 +237,35 @@ def load_training(
     Raises on every rank, with nothing changed: Mismatch, NotACheckpoint, DamagedCheckpoint.
     """
     watch = Stopwatch()
-    state_dict = _state_dict(model, optimizer)
+    # Nothing is known of what states the optimizers of the checkpoint had: those that are made quickly are tried first.
+    state_dict, made = state_dict_of(model, optimizer, blank=True)
     opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _open(path, state_dict, opening)))
     state = catalog.training_state
     stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
-    if _optimizers(optimizer) and not stepped:
-        state_dict[_OPTIMIZER]["state"].clear()
     loaders = ranks.together(lambda: _check(where, state, lr_scheduler, dataloader))
-    unread = tuple(allow_unused) if _optimizers(optimizer) else ("*:*", *allow_unused)
-    report = load_into(state_dict, where, catalog, allow_missing, unread, verify, watch)
+    unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
+
+    def fill(blank: bool) -> StateDictReport:
+        if listed(optimizer) and not stepped:
+            state_dict[OPTIMIZER]["state"].clear()
+        unseen = {
+            f"{OPTIMIZER}.state.{name}.{key}"
+            for name in names_without_states(state_dict, optimizer)
+            for key in state_dict[OPTIMIZER]["state"].get(name, ())
+        }
+        return load_into(state_dict, where, catalog, allow_missing, unread, verify, watch, unseen, blank)
+
+    try:
+        report = fill(blank=True)
+    except Mismatch:
+        if not listed(optimizer):
+            raise
+        state_dict, made = state_dict_of(model, optimizer)
+        report = fill(blank=False)
     api.set_model_state_dict(model, state_dict[MODEL])
-    if _optimizers(optimizer):
-        _set_optimizers(model, optimizer, state_dict[_OPTIMIZER], stepped)
+    if listed(optimizer):
+        set_states(model, optimizer, state_dict[OPTIMIZER], made if stepped else None)
     _tell(report, metrics)
     if lr_scheduler is not None:
         lr_scheduler.load_state_dict(state.lr_scheduler)
@@ -255,7 +274,7 @@ def load_training(
     if rng:
         _restore_generators(where, state)
     clip = state.clip_grad or None
-    if clip is not None and _optimizers(optimizer) and ranks.rank() == 0:
+    if clip is not None and listed(optimizer) and ranks.rank() == 0:
         log.warning(
             "%s: the run that saved it clipped gradients to a norm of %g; nothing here does it by itself: call "
             "torch.nn.utils.clip_grad_norm_ with the report's clip_grad before every step",
@@ -265,67 +284,12 @@ def load_training(
     return TrainingReport(state.global_steps, state.global_samples, state.client_state, report, clip)
 
 
-_OPTIMIZER, _DATALOADER = "optim", "dataloader"
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-
-
-def _set_optimizers(model: torch.nn.Module, optimizer: Optimizers, state_dict: dict[str, Any], stepped: bool) -> None:
-    gradients = {p: p.grad for o in _optimizers(optimizer) for group in o.param_groups for p in group["params"]}
-    for param in gradients:
-        param.grad = None
-    api.set_optimizer_state_dict(model, _optimizers(optimizer), state_dict)
-    for param, gradient in gradients.items():
-        param.grad = gradient
-    for o in _optimizers(optimizer):
-        if not stepped:
-            o.state.clear()
-
-
-def _optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    return (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-
-
-def _state_dict(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, Any]:
-    """Model and optimizer by parameter name; of an optimizer that has not stepped, the states that it will have."""
-    out: dict[str, Any] = {MODEL: api.get_model_state_dict(model)}
-    if _optimizers(optimizer):
-        with _untouched(optimizer):
-            out[_OPTIMIZER] = api.get_optimizer_state_dict(model, _optimizers(optimizer))
-    return out
-
-
-@contextmanager
-def _untouched(optimizer: Optimizers) -> Iterator[None]:
-    """Leave optimizers that have not stepped as they are: torch asks them for their states by a step without learning
-    rate, which counts, and does not where there are gradients."""
-    fresh = [o for o in _optimizers(optimizer) if not o.state]
-    gradients = {p: p.grad for o in fresh for group in o.param_groups for p in group["params"]}
-    for param in gradients:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for param, gradient in gradients.items():
-            param.grad = gradient
-        for o in fresh:
-            o.state.clear()
-
-
-def _without_fresh(state_dict: dict[str, Any], optimizer: Optimizers) -> dict[str, Any]:
-    """The same without states of optimizers that have none yet."""
-    at = 0
-    for o in _optimizers(optimizer):
-        groups = state_dict[_OPTIMIZER]["param_groups"][at : at + len(o.param_groups)]
-        at += len(o.param_groups)
-        if not o.state:
-            for name in [name for group in groups for name in group["params"]]:
-                state_dict[_OPTIMIZER]["state"].pop(name, None)
-    return state_dict
+_DATALOADER = "dataloader"
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
     """Which of the model's tensors are trained, frozen, and buffers."""
-    updated = {id(p) for o in _optimizers(optimizer) for group in o.param_groups for p in group["params"]}
+    updated = {id(p) for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
     out = {bare(name): "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, param in model.named_parameters(remove_duplicate=False):
         trained = id(param) in updated if updated else param.requires_grad

@@ -34,3 +34,15 @@ def test_the_quicker_pages_are_taken() -> None:
     pages.take(64 << 20)
     assert pages._cost[True] == 1.0  # never tried again while ordinary ones are quicker
     assert 0 < pages._cost[False] < 1
+
+
+@pytest.mark.parametrize("nbytes", [0, 5, (1 << 20) + 3, 3 << 20, 40 << 20])
+def test_tensors_stay_what_they_are(nbytes: int) -> None:
+    tensors = [torch.full((nbytes,), k, dtype=torch.uint8) for k in range(5)]
+    Memory().ready(tensors[3:0:-1])
+    assert all(bool((tensor == k).all()) for k, tensor in enumerate(tensors))
+
+
+def test_neighbours_are_one_range() -> None:
+    found = memory._joined([(8192, 12288), (0, 4096), (4096, 8192), (20480, 24576), (20480, 28672)])
+    assert list(found) == [(0, 12288), (20480, 28672)]

@@ -7,8 +7,11 @@ them: then they are several times as slow. Which it is shows within a few millis
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import mmap
 import time
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,10 +20,11 @@ _PIECE = 16 << 20
 _OWN = 1 << 20
 _HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 _POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on; Python's mmap does not name it
+_kernel = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 class Memory:
-    """Gives out zeroed memory whose pages are there already. One for each load: it remembers which are quick now."""
+    """Gets memory whose pages are there already. One for each load: it remembers which are quick now."""
 
     def __init__(self) -> None:
         # Seconds per byte of the last piece of ordinary and of huge pages. What was not tried yet comes first.
@@ -32,17 +36,48 @@ class Memory:
             return torch.zeros(nbytes, dtype=torch.uint8)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         out = torch.frombuffer(memory, dtype=torch.uint8)
-        for start in range(0, nbytes, _PIECE):
-            self._populate(memory, out, start, min(_PIECE, nbytes - start))
+        self.ready([out])
         return out
 
-    def _populate(self, memory: mmap.mmap, out: torch.Tensor, start: int, count: int) -> None:
+    def ready(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Have the pages of tensors that were just allocated; their elements stay what they are. Dense host memory."""
+        for begin, end in _joined(map(_pages, tensors)):
+            if end - begin < _OWN:
+                continue
+            cuts = [begin, *range((begin // _PIECE + 1) * _PIECE, end, _PIECE), end]
+            for low, high in itertools.pairwise(cuts):
+                self._populate(low, high - low)
+
+    def _populate(self, address: int, count: int) -> None:
         huge = min(self._cost, key=lambda kind: self._cost[kind])
         began = time.perf_counter()
-        try:
-            if huge and _HUGE is not None:
-                memory.madvise(_HUGE, start, count)
-            memory.madvise(_POPULATE, start, count)
-        except OSError:  # a kernel without them
-            out[start : start + count : mmap.PAGESIZE] = 0
+        # A kernel without them gives the pages when they are written.
+        if huge and _HUGE is not None:
+            _madvise(address, count, _HUGE)
+        _madvise(address, count, _POPULATE)
         self._cost[huge] = (time.perf_counter() - began) / count
+
+
+def _pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of the pages that the tensor has elements in: the first one's, and the end of the last."""
+    begin, page = tensor.data_ptr(), mmap.PAGESIZE
+    return begin // page * page, -(-(begin + tensor.numel() * tensor.element_size()) // page) * page
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same addresses, those that follow one another as one: a huge page may reach over several tensors."""
+    last: tuple[int, int] | None = None
+    for begin, end in sorted(ranges):
+        if last is not None and begin <= last[1]:
+            last = last[0], max(last[1], end)
+            continue
+        if last is not None:
+            yield last
+        last = begin, end
+    if last is not None:
+        yield last
+
+
+def _madvise(address: int, count: int, advice: int) -> None:
+    if _kernel is not None:
+        _kernel(ctypes.c_void_p(address), ctypes.c_size_t(count), ctypes.c_int(advice))

@@ -1,14 +1,15 @@
 """A checkpoint of any format into a state dict of torch.distributed: into the tensors where they are, by name.
 
 As with engines, all of it or nothing: compare and plan, read this rank's byte ranges into host memory, and only then
-copy, each step agreed on by all ranks. Optimizer states and hyperparameters are found by the parameters' names, so that
-neither the order of param groups nor the framework that saved them matters.
+copy, each step agreed on by all ranks. What nobody has seen yet is read into straight away. Optimizer states and
+hyperparameters are found by the parameters' names, so that neither the order of param groups nor the framework that
+saved them matters.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -85,20 +86,25 @@ def load_into(
     allow_unused: Sequence[str] | None = None,
     verify: bool = True,
     watch: Stopwatch | None = None,
+    unseen: Collection[str] = (),
+    blank: bool = False,
 ) -> StateDictReport:
     """Fill the state dict (without Stateful objects: `state_dicts.unwrap`) in place. Collective.
 
     catalog: its training state's tensors are real ones. allow_missing: patterns of flat names that may stay as they
     are. allow_unused: patterns of what of the checkpoint's tensors may stay unread (names, and ``name:state`` for
-    optimizer states); None for anything. watch: of a load that began earlier, with opening.
+    optimizer states); None for anything. watch: of a load that began earlier, with opening. unseen: flat names of
+    tensors that are thrown away if the load fails. blank: their elements are anything, so none may stay as it is.
 
     Raises Mismatch, and what reading raises, on every rank and with nothing changed.
     """
     watch = watch or Stopwatch()
     entries, what = ranks.together(
-        lambda: watch.timed("plan", lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused))
+        lambda: watch.timed(
+            "plan", lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused, unseen if blank else ())
+        )
     )
-    found = ranks.together(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify)))
+    found = ranks.together(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify, unseen)))
 
     def apply() -> None:
         fill(entries, what, found.buffers)
@@ -124,12 +130,14 @@ def _planned(
     catalog: Catalog,
     allow_missing: Sequence[str],
     allow_unused: Sequence[str] | None,
+    blank: Collection[str],
 ) -> tuple[dict[str, Entry], Plan]:
     entries = flatten(state_dict)
     what = plan(entries, assign(entries, complete=False), catalog)
     missing = [key for key in what.missing if not _allowed(key, allow_missing)]
     unused = [] if allow_unused is None else [key for key in what.unused if not _allowed(key, allow_unused)]
     what.left.extend(key for key in what.missing if key not in missing)
+    missing += [key for key in what.left if key in blank]
     parts = []
     if what.wrong:
         parts.append(f"{len(what.wrong)} do not fit: {_shown(what.wrong)}")
@@ -287,8 +295,8 @@ def _same(a: Any, b: Any) -> bool:
 
 @dataclass
 class Read:
-    """This rank's shards, in host memory, and what bringing them there took. nbytes: theirs; bytes_read: of the
-    files."""
+    """This rank's shards, in host memory, and what bringing them there took. buffers: those that are to be copied into
+    their tensors. nbytes: of all; bytes_read: of the files."""
 
     buffers: dict[str, torch.Tensor]
     nbytes: int
@@ -296,27 +304,38 @@ class Read:
     digest_seconds: float
 
 
-def read(entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True) -> Read:
-    """Read this rank's shards. Raises what reading raises."""
+def read(
+    entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True, unseen: Collection[str] = ()
+) -> Read:
+    """Read this rank's shards: of entries named in ``unseen`` into their tensors, where these are dense host memory.
+
+    Raises what reading raises.
+    """
     locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
-    starts = np.cumsum([0, *(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in locals_.values())])
-    memory = Memory().take(int(starts[-1])).numpy()
-    raw = [
-        memory[start : start + local.numel() * local.element_size()]
-        for start, local in zip(starts.tolist(), locals_.values(), strict=False)
-    ]
+    straight = {key for key, local in locals_.items() if key in unseen and _is_dense_in_host(local)}
+    sizes = {key: local.numel() * local.element_size() for key, local in locals_.items() if key not in straight}
+    pages = Memory()
+    pages.ready(locals_[key] for key in straight)
+    memory = pages.take(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
+    buffers: dict[str, torch.Tensor] = {}
+    start = 0
+    for key, size in sizes.items():
+        buffers[key] = memory[start : start + size].view(locals_[key].dtype)
+        start += -(-size // ALIGNMENT) * ALIGNMENT
+    raw = [buffers.get(key, local).reshape(-1).view(torch.uint8).numpy() for key, local in locals_.items()]
     wants = [
         Want(want.tensor, want.blocks.in_buffer(index), want.dtype) for index, want in enumerate(what.wants.values())
     ]
-    buffers = {
-        key: torch.from_numpy(part).view(local.dtype) for (key, local), part in zip(locals_.items(), raw, strict=True)
-    }
     total = sum(map(nbytes_of, wants))
     with Files() as files, watching("loading", lambda: files.bytes_read, total, ranks.rank() == 0):
         reader = Reader(catalog, files, verify)
         nbytes = gather(reader, wants, raw, reading_threads())
         _check_tied(locals_, raw)
         return Read(buffers, nbytes, files.bytes_read, reader.digest_seconds)
+
+
+def _is_dense_in_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _check_tied(locals_: Mapping[str, torch.Tensor], raw: Sequence[NDArray[np.uint8]]) -> None:
