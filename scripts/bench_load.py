@@ -30,16 +30,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         needed, read = stages[name]["nbytes"], stages[name]["bytes_read"]
         more = {"GB": round(needed / 1e9, 2), "read/needed": round(read / needed, 3)}
         rows.append(_row(label, turns[name], turns["native"], **more))
-    for name, label in {
-        "dcp": "FSDP2 on 4 ranks to 2: DCP from its own",
-        "ours from dcp": "FSDP2 on 4 ranks to 2: ours from DCP's",
-        "ours": "FSDP2 on 4 ranks to 2: ours from ours",
-    }.items():
-        rows.append(_row(label, fsdp[name], fsdp["dcp"], GB=round(bench_tools.nbytes(dcp) / 1e9, 2)))
+    for work, one in fsdp.items():
+        for name, label in {
+            "dcp": "DCP from its own",
+            "ours from dcp": "ours from DCP's",
+            "ours": "ours from ours",
+        }.items():
+            more = {"GB": round(bench_tools.nbytes(dcp) / 1e9, 2)}
+            rows.append(_row(f"FSDP2 on 4 ranks to 2, {work}: {label}", one[name], one["dcp"], **more))
     return {
         "title": f"load: weights and Adam's states, {args.cache} page cache, from call to return, slowest rank",
         "rows": rows,
-        "notes": ["ratio: to DeepSpeed's native load, with FSDP2 to DCP's; minimum to minimum"],
+        "notes": [
+            "ratio: to DeepSpeed's native load, with FSDP2 to DCP's; minimum to minimum",
+            "in place: a state dict of live tensors; resume: model and optimizer, which has no states yet",
+        ],
         "turns": {**turns, "fsdp": fsdp},
         "stages": stages,
     }

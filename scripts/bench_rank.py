@@ -137,30 +137,44 @@ def fsdp_make(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fsdp_load(args: argparse.Namespace) -> dict[str, Any]:
-    """FSDP2, filled in turns by DCP from its own checkpoint, and by us from that and from ours (--works)."""
+    """FSDP2, filled in turns by DCP from its own checkpoint, and by us from that and from ours (--works): a state dict
+    of live tensors in place; and a resume, whose optimizer has no states yet."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     import ucp
 
     model, optimizer = _sharded(args)
-
-    def work(load: Callable[[dict[str, Any]], Any]) -> None:
-        state = _state(model, optimizer)
-        load(state)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
     ours = args.data / args.works
-    works: dict[str, tuple[Path, Callable[[dict[str, Any]], Any]]] = {
-        "dcp": (args.source, lambda state: dcp.load(state, checkpoint_id=str(args.source))),
-        "ours from dcp": (args.source, lambda state: ucp.load(state, args.source)),
-        "ours": (ours, lambda state: ucp.load(state, ours)),
-    }
-    turns: dict[str, list[Turn]] = {name: [] for name in works}
+    sources = {"dcp": args.source, "ours from dcp": args.source, "ours": ours}
+    fresh: list[torch.optim.Optimizer] = []
+
+    def in_place(name: str) -> None:
+        state = _state(model, optimizer)
+        _fill(name, state)
+
+    def resume(name: str) -> None:
+        if name == "dcp":
+            state = _state(model, fresh[0])
+            _fill(name, state)
+            set_state_dict(model, fresh[0], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        else:
+            ucp.load_training(sources[name], model=model, optimizer=fresh[0], rng=False)
+
+    def _fill(name: str, state: dict[str, Any]) -> None:
+        if name == "dcp":
+            dcp.load(state, checkpoint_id=str(args.source))
+        else:
+            ucp.load(state, sources[name])
+
+    works = {"in place": in_place, "resume": resume}
+    turns: dict[str, dict[str, list[Turn]]] = {work: {name: [] for name in sources} for work in works}
     for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
-        for name, (folder, load) in works.items():
-            turns[name].append(_timed(args, folder, lambda load=load: work(load)))
-    return {"turns": {name: found[1:] for name, found in turns.items()}}
+        for work, do in works.items():
+            for name, folder in sources.items():
+                fresh[:] = [torch.optim.AdamW(model.parameters(), lr=1e-4)]
+                turns[work][name].append(_timed(args, folder, lambda do=do, name=name: do(name)))
+    return {"turns": {work: {name: t[1:] for name, t in found.items()} for work, found in turns.items()}}
 
 
 def _sharded(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -174,6 +188,7 @@ def _sharded(args: argparse.Namespace) -> tuple[Any, Any]:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     one_step(model, lambda loss: loss.backward(), optimizer.step)
+    optimizer.zero_grad()  # where there are gradients, torch does not make a new optimizer's states
     return model, optimizer
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ucp.formats.universal import manifest
+
 WARM = 5  # steps before anything is measured
 BEFORE = 5  # steps before the save, of those around it
 
@@ -263,8 +265,8 @@ def _around(
 
 
 def _is_durable(folder: str) -> bool:
-    """What every way writes last: the file `latest`, or DCP's metadata."""
-    return Path(folder, "latest").exists() or Path(folder, ".metadata").exists()
+    """What every way writes last: the file `latest`, DCP's metadata, or our manifest."""
+    return any(Path(folder, name).exists() for name in ("latest", ".metadata", manifest.NAME))
 
 
 def _settle() -> None:
