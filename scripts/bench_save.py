@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"lost: the time of {args.steps} steps around a save less that of {args.steps} steps without, least of "
         f"{args.repeats} turns each; first: that of a program's first save, once",
         "durable: from the call until everything is on disk; cp: that of `cp -r` and fsync of the same files",
-        "written/state: bytes of all files over those of all weights and optimizer states; pool: pinned on a GPU, and "
-        "allocated when the engine is made; growth: of a rank's resident memory at its peak in a save, beside the pool",
+        "written/state: bytes of all files over those of all weights and optimizer states; pool: for copies; of an "
+        "engine it is allocated when that is made, and pinned where there are GPUs",
+        "growth: of a rank's resident memory at its peak, over its peak in steps without a save",
         "writer: anonymous memory of the process that writes beside each rank, at most",
     ]
     return {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,11 @@ BEFORE = 5  # steps before the save, of those around it
 
 @dataclass(frozen=True)
 class Way:
-    """A way to save. save: begin, in the training loop; wait: until it is durable; pool: its staging memory, bytes;
-    writer: the number of the process that writes for it; seconds: of the last save, by stage."""
+    """A way to save. save: begin, in the training loop; wait: until it is durable; the report that it returns, if any,
+    has memory and seconds."""
 
     save: Callable[[str], Any]
     wait: Callable[[], Any]
-    pool: int = 0
-    writer: Callable[[], int | None] = lambda: None
-    seconds: Callable[[], Mapping[str, float]] = dict
 
 
 def main() -> None:
@@ -64,8 +62,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _local_rank() -> int:
-    import os
-
     return int(os.environ["LOCAL_RANK"])
 
 
@@ -122,14 +118,12 @@ def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[],
         save_checkpoint(engine, folder)
         engine.ucp.saver = saver
 
+    def waited() -> Any:
+        engine.ucp.wait()
+        return engine.ucp.last_save
+
     return step, {
-        "ours": Way(
-            engine.save_checkpoint,
-            engine.ucp.wait,
-            saver.memory,
-            lambda: saver.writer,
-            lambda: {**engine.ucp.last_save.seconds, "wall": engine.ucp.last_save.wall},
-        ),
+        "ours": Way(engine.save_checkpoint, waited),
         "ours, synchronous": Way(synchronously, lambda: None),
         "DeepSpeed's": Way(lambda folder: type(engine).save_checkpoint(engine, folder), lambda: None),
     }
@@ -173,9 +167,12 @@ def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict
     def save_by_dcp(folder: str) -> None:
         under_way.append(dcp.async_save(state(), checkpoint_id=folder, process_group=alone))
 
+    def wait_for_dcp() -> None:
+        under_way.pop().result()
+
     return step, {
         "ours": Way(save, lambda: ours.pop().result()),
-        "dcp.async_save": Way(save_by_dcp, lambda: under_way.pop().result()),
+        "dcp.async_save": Way(save_by_dcp, wait_for_dcp),
     }
 
 
@@ -191,20 +188,22 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
     plain: list[float] = []
     out: dict[str, dict[str, Any]] = {}
     for turn in range(args.repeats + 1):  # the first one is apart
+        _reset_peak()
         plain.append(_steps(args, step))
+        peak = _peak()
         for name, way in ways.items():
             folder = root / name.replace(" ", "-").replace(",", "").replace("'", "")
             if dist.get_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            before = _reset_peak()
-            seconds, call, durable, each = _around(args, step, way, str(folder))
+            _reset_peak()
+            seconds, call, durable, each, report = _around(args, step, way, str(folder))
             one = out.setdefault(
-                name,
-                {"seconds": [], "call": [], "durable": [], "stages": [], "growth": 0, "writer": 0, "pool": way.pool},
+                name, {"seconds": [], "call": [], "durable": [], "stages": [], "growth": 0, "writer": 0, "pool": 0}
             )
-            one["stages"].append(dict(way.seconds()))
-            if (writer := way.writer()) is not None:
-                one["writer"] = max(one["writer"], _status("RssAnon", writer))
+            one["stages"].append({**report.seconds, "wall": report.wall} if report else {})
+            one["pool"] = report.memory if report else 0
+            if one["pool"]:
+                one["writer"] = max([one["writer"], *(_status("RssAnon", writer) for writer in _writers())])
             stages = ", ".join(f"{stage} {took:.3f}" for stage, took in one["stages"][-1].items())
             around = " ".join(f"{took * 1000:.0f}" for took in each[BEFORE - 2 : BEFORE + 8])
             bench_tools.progress(
@@ -214,7 +213,7 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
             if turn == 0:
                 one["first"] = seconds
                 continue
-            one["growth"] = max(one["growth"], _peak() - before)
+            one["growth"] = max(one["growth"], _peak() - peak)
             one["seconds"].append(seconds)
             one["call"].append(call)
             one["durable"].append(durable)
@@ -223,8 +222,8 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
                 one["cp"] = bench_tools.copy_and_sync(folder, root / "copy")
                 shutil.rmtree(root / "copy")
         if turn and dist.get_rank() == 0:
-            report = {"plain": plain[1:], "saves": out, "parameters": parameters, "device": device}
-            args.report.write_text(json.dumps(report))
+            found = {"plain": plain[1:], "saves": out, "parameters": parameters, "device": device}
+            args.report.write_text(json.dumps(found))
     if dist.get_rank() == 0:
         shutil.rmtree(root)
 
@@ -240,9 +239,9 @@ def _steps(args: argparse.Namespace, step: Callable[[], None]) -> float:
 
 def _around(
     args: argparse.Namespace, step: Callable[[], None], way: Way, folder: str
-) -> tuple[float, float, float, list[float]]:
+) -> tuple[float, float, float, list[float], Any]:
     """Seconds of the steps with a save among them, of the save's call, from that until it is durable, and of each step
-    on this rank without the call."""
+    on this rank without the call; and the way's report."""
     _settle()
     each: list[float] = []
     durable: list[float] = []
@@ -259,9 +258,9 @@ def _around(
             durable.append(time.perf_counter() - called)
     _synchronize()
     seconds = time.perf_counter() - began
-    way.wait()
+    report = way.wait()
     durable.append(time.perf_counter() - called)
-    return _slowest(seconds), _slowest(call), _slowest(durable[0]), each
+    return _slowest(seconds), _slowest(call), _slowest(durable[0]), each, report
 
 
 def _is_durable(folder: str) -> bool:
@@ -270,7 +269,10 @@ def _is_durable(folder: str) -> bool:
 
 
 def _settle() -> None:
+    """Nothing is left to be done of what was before, such as writing what a peer's save has left in the page cache."""
     _synchronize()
+    if dist.get_rank() == 0:
+        os.sync()
     dist.barrier()
 
 
@@ -286,20 +288,30 @@ def _slowest(seconds: float) -> float:
     return float(found)
 
 
-def _reset_peak() -> int:
-    """Resident bytes now; the peak counts from here on."""
+def _reset_peak() -> None:
+    """The peak counts from here on."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
 
 
 def _peak() -> int:
+    """Of resident memory, bytes."""
     return _status("VmHWM")
 
 
-def _status(key: str, process: int | str = "self") -> int:
+def _writers() -> Iterator[int]:
+    """The processes that write for this one."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"ucp.training.writer" in path.read_bytes() and _status("PPid", int(path.parent.name), 1) == os.getpid():
+                yield int(path.parent.name)
+        except OSError:
+            continue  # it has ended
+
+
+def _status(key: str, process: int | str = "self", unit: int = 1024) -> int:
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(key):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * unit
     return 0
 
 

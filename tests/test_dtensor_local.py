@@ -19,6 +19,7 @@ from tests.formats.dcp import states
 from ucp.errors import DigestMismatch, Mismatch, NotACheckpoint, SaveFailed, Unsupported
 from ucp.storage.metrics import read_metrics
 from ucp.training.save import SaveReport
+from ucp.training.share import WINDOW
 
 Pair = namedtuple("Pair", "tensor number")
 
@@ -28,8 +29,9 @@ Pair = namedtuple("Pair", "tensor number")
 def test_what_is_saved_is_loaded(tmp_path: Path, make: Any, save: str) -> None:
     truth = make()
     if save == "async_save":
-        pending = ucp.async_save(truth, tmp_path / "saved")
+        pending = ucp.async_save(truth, tmp_path / "saved", memory=1)
         assert pending.result().path == str(tmp_path / "saved")
+        assert pending.result().memory == WINDOW
         assert pending.done()
     else:
         ucp.save(truth, tmp_path / "saved")

@@ -40,6 +40,7 @@ from ucp.training.renamed import config_of, in_names_of
 from ucp.training.save import SaveReport
 from ucp.training.save import save as save_source
 from ucp.training.source import Source
+from ucp.training.staging import MEMORY
 from ucp.training.state_dict_source import make_source
 from ucp.training.state_dict_target import StateDictReport, load_into
 from ucp.training.state_dicts import flatten, unwrap
@@ -77,17 +78,20 @@ def async_save(
     path: str | os.PathLike[str],
     *,
     lazy: bool = False,
+    memory: int = MEMORY,
     timeout: float = commit.TIMEOUT,
     metrics: bool = False,
 ) -> PendingSave:
     """As `save`, but return once everything is copied to host memory; a process of its own writes it.
 
     lazy: return before that; then call ``hold()`` on what is returned before anything changes the tensors, so that
-    the copying is done beside forward and backward. One save at a time is under way: the next one waits for it first,
-    and raises what went wrong with it. Leaving the process waits, too.
+    the copying is done beside forward and backward. memory: bytes of host memory that a rank's copies may take; it is
+    kept for the next save. A larger share is copied and written in turns, and the call or ``hold()`` waits for most of
+    that. One save at a time is under way: the next one waits for it first, and raises what went wrong with it. Leaving
+    the process waits, too.
     """
     source = make_source(unwrap(state_dict))
-    return _write_in_background(source, path, lazy=lazy, timeout=timeout, metrics=metrics)
+    return _write_in_background(source, path, lazy=lazy, memory=memory, timeout=timeout, metrics=metrics)
 
 
 def load(
@@ -165,6 +169,7 @@ def save_training(
     rng: bool = True,
     extra: Mapping[str, Any] | None = None,
     background: bool = False,
+    memory: int = MEMORY,
     timeout: float = commit.TIMEOUT,
     metrics: bool = False,
 ) -> SaveReport | PendingSave:
@@ -173,7 +178,7 @@ def save_training(
     model: of any parallelism that torch's ``get_model_state_dict`` knows. optimizer: one, or several. lr_scheduler,
     dataloader: objects with ``state_dict``; the data loader's is each rank's own, and so are the random number
     generators (rng). step, samples: how far the run has come. extra: plain values to be given back. background: return
-    once everything is copied, as `async_save`. metrics: as for `save`.
+    once everything is copied, as `async_save`, in so much host memory. metrics: as for `save`.
 
     The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
     """
@@ -195,7 +200,7 @@ def save_training(
         },
     )
     if background:
-        return _write_in_background(source, path, timeout=timeout, metrics=metrics)
+        return _write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
     return _write(source, path, timeout, metrics)
 
 
@@ -397,12 +402,13 @@ def _finished(report: SaveReport) -> None:
 
 
 def _write_in_background(
-    source: Source, path: str | os.PathLike[str], *, lazy: bool = False, timeout: float, metrics: bool
+    source: Source, path: str | os.PathLike[str], *, lazy: bool = False, memory: int, timeout: float, metrics: bool
 ) -> PendingSave:
     """As `_write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
     folder, name = split_path(path)
     saver = _saver()
     ranks.together(saver.wait)
+    saver.limit(memory)
     recorded = (ranks.rank(), ranks.world_size()) if metrics else None
     pending = PendingSave(os.path.join(os.path.abspath(folder), name), recorded)
     _pending.clear()

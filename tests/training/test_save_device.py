@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def test_what_lies_on_both_is_saved(tmp_path: Path) -> None:
         holding.tensor.zero_()
     saver.wait()
     assert jobs.digest_of(tmp_path) == jobs.digest(values)
+
+
+def test_a_word_to_the_host_passes_between_the_copies(tmp_path: Path) -> None:
+    """Training asks its device for a loss or a norm in every step."""
+    saver = Saver()
+    word = torch.zeros(1, device="cuda")
+    made = on_device(jobs.source({("w", "param"): torch.zeros(1 << 29)}, 0, 1, 0))  # 2 GiB
+    for _ in range(2):  # the first time memory is pinned
+        torch.cuda.synchronize()
+        saver.save(made, tmp_path, "now")
+        began = time.perf_counter()
+        word.add_(1).item()
+        took = time.perf_counter() - began
+        saver.hold()
+        torch.cuda.synchronize()
+        copied = time.perf_counter() - began
+        saver.wait()
+    assert took < copied / 4
 
 
 def test_memory_may_be_freed_while_it_is_copied(tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_the_pool_is_reused_and_allocated_when_asked(tmp_path: Path) -> None:
     assert saver.memory == 64 << 20
 
 
+def test_what_the_pool_may_take_can_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "WINDOW", 1 << 20)
+    saver = Saver()
+    for limit, expected in ((2 << 20, 2 << 20), (16 << 20, 5 << 20), (3 << 20, 3 << 20), (1, 1 << 20)):
+        values = {("w", "param"): torch.randn(1 << 20)}  # 4 MiB, and a header
+        saver.limit(limit)
+        saver.save(jobs.source(values, 0, 1, 0), tmp_path, "now")
+        saver.wait()
+        assert saver.memory == expected
+        assert jobs.digest_of(tmp_path) == jobs.digest(values)
+
+
 def test_a_copy_that_fails_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no such memory")

@@ -80,6 +80,10 @@ class Saver:
         """The number of the process that writes; None if none does now."""
         return None if self._writer is None else self._writer.pid
 
+    def limit(self, nbytes: int) -> None:
+        """What the copies may take at most, from the next save on. Not while one is under way."""
+        self._pool.limit(nbytes)
+
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
         """Allocate for a share of so many bytes beforehand, within the bound; pinned for copies from a device."""
         self._pool.reserve(nbytes, pinned=pinned)
@@ -166,7 +170,9 @@ class Saver:
         finally:
             copying.close()
             commit.release(job.session)
-        report = SaveReport(self._path, job.session.tag, nbytes, copying.size, dict(watch.seconds), watch.passed)
+        report = SaveReport(
+            self._path, job.session.tag, nbytes, copying.size, dict(watch.seconds), watch.passed, job.capacity
+        )
         if self._done is not None:
             self._done(report)
         if job.rank == 0:

@@ -38,8 +38,9 @@ _TURNS = 4
 class SaveReport:
     """What a save did.
 
-    nbytes: of all the checkpoint's files; written: of tensors, by this rank. wall: seconds from the call until the
-    checkpoint was on disk. seconds: of work, by stage, on this rank; 'copy' goes on beside 'digest' and 'write' in the
+    nbytes: of all the checkpoint's files; written: of tensors, by this rank. memory: bytes of host memory that this
+    rank has for copies, where training goes on beside; 0 otherwise. wall: seconds from the call until the checkpoint
+    was on disk. seconds: of work, by stage, on this rank; 'copy' goes on beside 'digest' and 'write' in the
     background, so their sum is not wall.
 
     prepare: what the training thread did (who writes what, the training state, a place for the files). copy: until all
@@ -53,6 +54,7 @@ class SaveReport:
     written: int
     seconds: Mapping[str, float]
     wall: float
+    memory: int = 0
 
     def __str__(self) -> str:
         return f"saved {self.path} ({self.nbytes / 1e9:.3f} GB) in {self.wall:.2f} s"

@@ -49,11 +49,15 @@ class Pool:
 
     def __init__(self, limit: int = MEMORY) -> None:
         self.window = WINDOW
-        self._most = max(limit // self.window, 1)
+        self.limit(limit)
         self._pinned: weakref.finalize[Any, Any] | None = None
         self.file = _memory_file()
         weakref.finalize(self, os.close, self.file).atexit = False
         self.bytes: torch.Tensor | None = None
+
+    def limit(self, nbytes: int) -> None:
+        """Take no more than so many bytes, or one window, from the next `reserve` on."""
+        self._most = max(nbytes // self.window, 1) * self.window
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +70,7 @@ class Pool:
         """
         import torch
 
-        wanted = max(min(-(-nbytes // self.window), self._most) * self.window, self.nbytes)
+        wanted = min(max(-(-nbytes // self.window) * self.window, self.nbytes), self._most)
         if wanted == self.nbytes and (self._pinned is not None or not pinned or not wanted):
             return
         pinned = pinned or self._pinned is not None
