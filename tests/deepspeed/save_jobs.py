@@ -175,10 +175,13 @@ def save_in_background(case: Case, folder: str) -> tuple[Truth | None, Truth | N
 
 @dataclass(frozen=True, eq=False)
 class Lazily:
-    """Truths (rank 0 only) at the saves by tag, and the seconds that calls took: copying takes ``SLOW`` at least."""
+    """Truths (rank 0 only) at the saves by tag, and the seconds that calls took: copying takes ``SLOW`` at least.
+
+    waits: of DeepSpeed's timer for the whole device, each with whether a copy was under way."""
 
     truths: Mapping[str, Truth | None]
     seconds: Mapping[str, float]
+    waits: list[bool]
 
 
 SLOW = 0.4
@@ -186,7 +189,7 @@ SLOW = 0.4
 
 def save_lazily(case: Case, folder: str) -> Lazily:
     """Saves whose copy is slow, each followed by another way to change what is being copied."""
-    import deepspeed.utils
+    import deepspeed.utils.timer
 
     from ucp.training.staging import Copying
 
@@ -199,6 +202,9 @@ def save_lazily(case: Case, folder: str) -> Lazily:
     Copying._copy = slowly  # type: ignore[method-assign]
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
     continue_training(engine, case, 0, 2)
+    waits: list[bool] = []
+    accelerator = deepspeed.utils.timer.get_accelerator
+    deepspeed.utils.timer.get_accelerator = lambda: _Waiting(accelerator(), engine, waits)
     # DeepSpeed's stage 3 sets parameters only that all ranks share evenly.
     param = engine.module.cube
     ways: dict[str, Any] = {"step": lambda: continue_training(engine, case, 2, 1)}
@@ -219,8 +225,23 @@ def save_lazily(case: Case, folder: str) -> Lazily:
         change()
         seconds[tag] = time.perf_counter() - clock
     engine.ucp.wait()
+    continue_training(engine, case, 2, 1)
+    deepspeed.utils.timer.get_accelerator = accelerator
     dist.barrier()
-    return Lazily(truths, seconds)
+    return Lazily(truths, seconds, waits)
+
+
+class _Waiting:
+    """DeepSpeed's accelerator, which notes when it is waited for."""
+
+    def __init__(self, real: Any, engine: Any, waits: list[bool]) -> None:
+        self._real, self._engine, self._waits = real, engine, waits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def synchronize(self) -> None:
+        self._waits.append(self._engine.ucp.saver.is_copying())
 
 
 def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[str, str]]:

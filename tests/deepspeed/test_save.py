@@ -219,11 +219,13 @@ def test_in_the_background(ranks: RankPool, tmp_path: Path, case: Case) -> None:
     ],
     ids=lambda case: case.label,
 )
-def test_every_update_waits_for_the_copy(ranks: RankPool, tmp_path: Path, case: Case) -> None:
+def test_every_update_waits_for_the_copy_and_nothing_else(ranks: RankPool, tmp_path: Path, case: Case) -> None:
     found: save_jobs.Lazily = ranks.run(save_jobs.save_lazily, case, str(tmp_path), world_size=2)[0]
     for tag, truth in found.truths.items():
         check_contents(str(tmp_path / tag), known(truth), case)
         assert found.seconds[f"save {tag}"] < save_jobs.SLOW * 0.75 < found.seconds[tag]
+    assert found.waits
+    assert not any(found.waits)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

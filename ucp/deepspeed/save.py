@@ -9,7 +9,7 @@ from typing import Any
 
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
-from ucp.deepspeed.live.hold import hold_updates
+from ucp.deepspeed.live.hold import hold_updates, let_forward_go
 from ucp.deepspeed.supported import check_features
 from ucp.training import ranks
 from ucp.training.retention import Keep
@@ -49,6 +49,7 @@ def save_checkpoint(
     keep = None if config.keep_last is None else Keep(config.keep_last, config.keep_every)
     if engine.ucp.saver is not None:
         hold_updates(engine, engine.ucp.hold)
+        let_forward_go(engine, engine.ucp.saver.is_copying)
         begun: bool = engine.ucp.saver.save(
             source, save_dir, name, latest=save_latest, timeout=config.save_timeout, keep=keep
         )

@@ -136,6 +136,10 @@ class Saver:
             self._copying.hold()
             self._copying = None
 
+    def is_copying(self) -> bool:
+        """Whether `hold` would wait, or have the device wait."""
+        return self._copying is not None and self._copying.is_under_way()
+
     def wait(self) -> None:
         """Return once no save of this rank is under way; raises what went wrong with the last one, once."""
         if self._thread is not None:

@@ -163,6 +163,10 @@ class Copying:
         if self._finished is not None:
             torch.cuda.current_stream(self._device).wait_event(self._finished)
 
+    def is_under_way(self) -> bool:
+        """Whether there is more to be copied."""
+        return not self._copied.is_set() or (self._finished is not None and not self._finished.query())
+
     def close(self) -> None:
         """No more is to be copied: all has been, or it failed."""
         try:

@@ -1,7 +1,9 @@
 """The updates of one engine wait for a save's copy: everything in DeepSpeed that changes weights or optimizer states.
+And nothing else waits: not its throughput timer, which would wait for the whole device ahead of every forward
+(utils/timer.py).
 
-Wrapped are methods of this engine, of its optimizer and of its parameters, as attributes of these objects; no class
-and no other engine is touched.
+Wrapped are methods of this engine, of its optimizer, its parameters and its timer, as attributes of these objects; no
+class and no other engine is touched.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 _ENGINE = ("load_module_state_dict", "offload_states", "reload_states")
 _OPTIMIZER = ("step", "load_state_dict", "refresh_fp32_params", "set_full_hp_param", "set_local_hp_param")
 _PARAMETER = ("set_full_hp_param",)
+_TIMER = ("start", "stop")
 
 
 def hold_updates(engine: Any, hold: Callable[[], None]) -> None:
@@ -27,10 +30,39 @@ def hold_updates(engine: Any, hold: Callable[[], None]) -> None:
         _wrap(param, _PARAMETER, hold)
 
 
+def let_forward_go(engine: Any, copying: Callable[[], bool]) -> None:
+    """While ``copying``, have the throughput timer read the clock without waiting for the device."""
+    timer = getattr(engine, "tput_timer", None)
+    for name in _TIMER:
+        original = getattr(timer, name, None)
+        if original is not None and not hasattr(original, _WRAPPED):
+            setattr(timer, name, MethodType(_unsynchronized(original, copying), timer))
+
+
+def _unsynchronized(original: Any, copying: Callable[[], bool]) -> Any:
+    @functools.wraps(original)
+    def read(timer: Any, *args: Any, **kwargs: Any) -> Any:
+        config = timer.config
+        if not (config.synchronized and copying()):
+            return original(*args, **kwargs)
+        config.synchronized = False
+        try:
+            return original(*args, **kwargs)
+        finally:
+            config.synchronized = True
+
+    setattr(read, _WRAPPED, True)
+    return read
+
+
+# The attribute of what was put in place of a method.
+_WRAPPED = "holds_for_saves"
+
+
 def _wrap(owner: Any, names: tuple[str, ...], hold: Callable[[], None]) -> None:
     for name in names:
         original = getattr(owner, name, None)
-        if original is not None and not hasattr(original, "holds_for_saves"):
+        if original is not None and not hasattr(original, _WRAPPED):
             # A bound method, as torch's schedulers expect an optimizer's step to be.
             setattr(owner, name, MethodType(_held(original, hold), owner))
 
@@ -41,5 +73,5 @@ def _held(original: Any, hold: Callable[[], None]) -> Any:
         hold()
         return original(*args, **kwargs)
 
-    held.holds_for_saves = True  # type: ignore[attr-defined]
+    setattr(held, _WRAPPED, True)
     return held
