@@ -20,9 +20,11 @@ from tests.engines.tp_runs import TpCase
 
 @dataclass(frozen=True, eq=False)
 class Crossing:
-    """What an FSDP2 run held after a load, and the losses of its steps after that."""
+    """What an FSDP2 run held after a load, and the losses of its steps after that. by_dcp: what another one held after
+    stock ``dcp.load``."""
 
     state: State
+    by_dcp: State
     step: int | None
     clip_grad: float | None
     further: tuple[float, ...]
@@ -34,24 +36,43 @@ def through(like: PipeCase | TpCase, source: str, target: str, further: int, spe
 
     like: the case whose plain module, accumulation and param groups this run has; its weights are seeded anew.
     """
-    from torch.distributed.fsdp import fully_shard
-
-    case = like.case.but(seed=7)
     plain = like.but(pp=0, tp=1, seed=7) if isinstance(like, PipeCase) else like.but(tp=1, seed=7)
-    model = pipe_runs.build_model(plain) if isinstance(plain, PipeCase) else tp_runs.build_model(plain, None)
-    for block in model.blocks if isinstance(plain, PipeCase) else model.model.layers:  # type: ignore[union-attr]
-        fully_shard(block)
-    fully_shard(model)
-    options = {k: v for k, v in OPTIMIZERS["adamw"][1].items() if k != "torch_adam"}
-    optimizer = torch.optim.AdamW(parameter_groups(case, model), **options, foreach=False)
+    model, optimizer = _sharded(plain)
     report = ucp.load_training(source, model=model, optimizer=optimizer, spec=spec)
     state = state_of(model, optimizer)
     ucp.save_training(
         target, model=model, optimizer=optimizer, step=report.step, samples=report.samples, extra=report.extra
     )
+    by_dcp = _by_dcp(plain.but(seed=8), source, spec)
     return Crossing(
-        state, report.step, report.clip_grad, tuple(_train(model, optimizer, plain, report.clip_grad, further))
+        state, by_dcp, report.step, report.clip_grad, tuple(_train(model, optimizer, plain, report.clip_grad, further))
     )
+
+
+def _sharded(plain: PipeCase | TpCase) -> tuple[nn.Module, torch.optim.Optimizer]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = pipe_runs.build_model(plain) if isinstance(plain, PipeCase) else tp_runs.build_model(plain, None)
+    for block in model.blocks if isinstance(plain, PipeCase) else model.model.layers:  # type: ignore[union-attr]
+        fully_shard(block)
+    fully_shard(model)
+    options = {k: v for k, v in OPTIMIZERS["adamw"][1].items() if k != "torch_adam"}
+    return model, torch.optim.AdamW(parameter_groups(plain.case, model), **options, foreach=False)
+
+
+def _by_dcp(plain: PipeCase | TpCase, source: str, spec: str | None) -> State:
+    """The same by stock torch.distributed.checkpoint, for which our reader opens the checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    import ucp.dcp
+
+    model, optimizer = _sharded(plain)
+    weights, states = get_state_dict(model, optimizer)
+    loaded = {"model": weights, "optim": states}
+    dcp.load(loaded, storage_reader=ucp.dcp.StorageReader(source, spec=spec, model=model))
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optim"])
+    return state_of(model, optimizer)
 
 
 def _train(model: nn.Module, optimizer: Any, plain: PipeCase | TpCase, clip: float | None, steps: int) -> list[float]:

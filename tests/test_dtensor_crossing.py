@@ -90,9 +90,10 @@ def test_from_pipelines_and_back(
     truth = known(run.truth)
     target = str(tmp_path / "fsdp" / "step3")
     for crossed in ranks.run(crossing_jobs.through, source, run.folder, target, 3, str(spec), world_size=2):
-        params = {pipe_models.pipeline_name(name): states for name, states in crossed.state.params.items()}
-        buffers = {pipe_models.pipeline_name(name): buffer for name, buffer in crossed.state.buffers.items()}
-        assert holds(truth, State(params, buffers, crossed.state.groups)) == []
+        for state in (crossed.state, crossed.by_dcp):
+            params = {pipe_models.pipeline_name(name): states for name, states in state.params.items()}
+            buffers = {pipe_models.pipeline_name(name): buffer for name, buffer in state.buffers.items()}
+            assert holds(truth, State(params, buffers, state.groups)) == []
         assert (crossed.step, crossed.clip_grad) == (STEPS, 1.0)  # DeepSpeed's default
         assert crossed.further == pytest.approx(run.further, rel=1e-5)
     loaded = ranks.run(pipe_runs.resume, back, target, {"spec": str(spec)}, 1, world_size=back.world_size)[0]
@@ -109,6 +110,7 @@ def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: TpSources, tm
     job = crossing_jobs.through
     for crossed in ranks.run(job, source, run.folder, target, len(run.further), world_size=3, preload=PRELOAD):
         assert holds(truth, crossed.state) == []
+        assert holds(truth, crossed.by_dcp) == []
         assert crossed.further == pytest.approx(run.further, rel=1e-5)
     back = source.but(stage=3, dp=1, seed=5)
     section, world = {"spec": "llama"}, back.world_size

@@ -40,6 +40,7 @@ from ucp.storage.dtypes import to_torch
 from ucp.training import commit, ranks
 from ucp.training.commit import Session
 from ucp.training.names import bare
+from ucp.training.renamed import config_of, under_spec
 from ucp.training.save import write_share
 from ucp.training.state_dict_source import source_of_entries
 from ucp.training.state_dict_target import fill, plan, read
@@ -55,12 +56,21 @@ class StorageReader(dcp.StorageReader):
 
     path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). The state dict's names may be nested
     or flattened, with the model under "model" or bare; optimizer states and param groups are found by the parameters'
-    names. verify: check digests.
+    names. model: the module that is loaded, where a spec's ``names:`` tell what its parameters are called in the
+    checkpoint; a transformers model's config has the spec's sizes. verify: check digests.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, **opening: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: torch.nn.Module | None = None,
+        verify: bool = True,
+        **opening: Any,
+    ) -> None:
         self.checkpoint_id = os.fspath(path)
-        self._opening, self._verify = opening, verify
+        self._opening, self._verify = {"model_config": config_of(model), **opening}, verify
+        self._live = [] if model is None else [bare(name) for name, _ in model.named_parameters(remove_duplicate=False)]
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}
 
@@ -71,7 +81,8 @@ class StorageReader(dcp.StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> torch_metadata.Metadata:
         with open_checkpoint(self.checkpoint_id, **self._opening) as checkpoint:
-            self._catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+            catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+        self._catalog = under_spec(catalog, self._live, self._opening) if self._live else catalog
         names = _Names(self._catalog)
         self._objects = names.objects
         return torch_metadata.Metadata(names, names.paths, {})

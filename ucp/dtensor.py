@@ -29,14 +29,13 @@ from ucp.catalog import Catalog, TrainingState
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch, SaveFailed
 from ucp.formats.dcp.names import MODEL, PARAM, assign
-from ucp.spec.choice import choose
 from ucp.storage import plain
 from ucp.training import commit, ranks
 from ucp.training import rng as generators
 from ucp.training.background import Saver
 from ucp.training.names import bare
 from ucp.training.optimizers import OPTIMIZER, Optimizers, listed, names_without_states, set_states, state_dict_of
-from ucp.training.renamed import config_of, in_names_of
+from ucp.training.renamed import config_of, under_spec
 from ucp.training.save import SaveReport
 from ucp.training.save import save as save_source
 from ucp.training.source import Source
@@ -148,10 +147,7 @@ def _open(
     names = [list(group) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
-    if opening.get("spec") is not None:
-        choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
-        catalog = in_names_of(catalog, {name for name, _ in roles.tensors.values()}, choice.bound(None))
-    return str(checkpoint.path), catalog
+    return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, opening)
 
 
 # --- a whole training state ------------------------------------------------------------------------------------------

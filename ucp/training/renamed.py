@@ -8,6 +8,7 @@ from typing import Any
 from ucp.catalog import Catalog, bare
 from ucp.formats.rename import best_names
 from ucp.spec.bound import Bound
+from ucp.spec.choice import choose
 
 
 def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) -> Catalog:
@@ -20,6 +21,14 @@ def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) ->
         return catalog
     wanted = set(map(bare, live))
     return best_names(catalog, bound, lambda name: bare(name) in wanted)
+
+
+def under_spec(catalog: Catalog, live: Collection[str], opening: Mapping[str, Any]) -> Catalog:
+    """`in_names_of` by the spec that a checkpoint was opened with; opening: as for `ucp.open`."""
+    if opening.get("spec") is None:
+        return catalog
+    choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
+    return in_names_of(catalog, live, choice.bound(None))
 
 
 def config_of(model: Any) -> Mapping[str, Any] | None:
