@@ -163,7 +163,7 @@ class Checkpoint:
         if index is None:
             self._files.read_into(ref.file, start, memoryview(raw.data))
         else:
-            self._reader.read_into(index, start, raw, OrderedDict())
+            self._reader.read_into(index, start, [raw], OrderedDict())
         return torch.from_numpy(raw).view(dtype).as_strided(ref.shape, ref.strides).clone()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import tracemalloc
 from collections.abc import Sequence
@@ -533,6 +534,32 @@ def test_a_flipped_bit_is_noticed_in_the_chunks_that_are_touched(tmp_path: Path,
         gather(
             Reader(held, files, verify=False), [Want(tensor, whole(shape), "float32")], [np.zeros(3_600_000, np.uint8)]
         )
+
+
+@pytest.mark.parametrize("count", [1, 9, 700], ids=["one part", "few parts", "many parts"])
+@pytest.mark.parametrize("gap", [0, 3_000], ids=["all", "with gaps"])
+def test_neighbours_in_a_file_that_go_to_places_apart(tmp_path: Path, count: int, gap: int) -> None:
+    """Chunks that several wants have between them are read and verified once, whichever parts they are in."""
+    total = 6 * CHUNK + 12_345
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0, 256, total, np.uint8)
+    held, tensor = simple(tmp_path, bits, "uint8", digests=True)
+    cuts = [0, *sorted(rng.choice(np.arange(1, total), count - 1, replace=False).tolist()), total]
+    ranges = [(low, high - gap) for low, high in itertools.pairwise(cuts) if low < high - gap]
+    buffers = [np.zeros(high - low, np.uint8) for low, high in ranges]
+    wants = [Want(tensor, box((low,), (high - low,)).in_buffer(k), "uint8") for k, (low, high) in enumerate(ranges)]
+    read_bytes = read(held, wants, buffers, threads=1)
+    for (low, high), buffer in zip(ranges, buffers, strict=True):
+        assert np.array_equal(buffer, bits[low:high])
+    if not gap:
+        assert read_bytes == total
+    path = Path(held.files[0].path)
+    for at in (ranges[0][0], ranges[len(ranges) // 2][0], ranges[-1][1] - 1):
+        raw = bytearray(bits.tobytes())
+        raw[at] ^= 4
+        path.write_bytes(raw)
+        with pytest.raises(DigestMismatch, match=rf"chunk {at // CHUNK} "):
+            read(held, wants, buffers, threads=1)
 
 
 def test_bytes_beyond_the_digests_are_damaged(tmp_path: Path) -> None:

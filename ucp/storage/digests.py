@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,14 +139,25 @@ def verify_chunks(path: str | os.PathLike[str], digests: ChunkDigests, first: in
     view = view.cast("B")
     check_aligned(digests.size, first * CHUNK, len(view))
     for index, at in enumerate(range(0, len(view), CHUNK), start=first):
-        chunk = view[at : at + CHUNK]
-        found, wanted = xxhash.xxh3_64_digest(chunk), digests[index]
-        if found != wanted:
-            start = index * CHUNK
-            raise DigestMismatch(
-                f"{os.fspath(path)}: chunk {index} (bytes {start} to {start + len(chunk)}) is damaged: its digest "
-                f"should be {wanted.hex()} and is {found.hex()}"
-            )
+        _compare(path, digests, index, xxhash.xxh3_64_digest(view[at : at + CHUNK]))
+
+
+def verify_parts(path: str | os.PathLike[str], digests: ChunkDigests, index: int, parts: Sequence[Any]) -> None:
+    """Check one whole chunk that lies in several buffers, one after the other. Raises `DigestMismatch`."""
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(memoryview(part).cast("B"))
+    _compare(path, digests, index, state.digest())
+
+
+def _compare(path: str | os.PathLike[str], digests: ChunkDigests, index: int, found: bytes) -> None:
+    wanted = digests[index]
+    if found != wanted:
+        start = index * CHUNK
+        raise DigestMismatch(
+            f"{os.fspath(path)}: chunk {index} (bytes {start} to {min(start + CHUNK, digests.size)}) is damaged: its "
+            f"digest should be {wanted.hex()} and is {found.hex()}"
+        )
 
 
 def verify_range(files: Files, path: str | os.PathLike[str], digests: ChunkDigests, start: int, stop: int) -> None:

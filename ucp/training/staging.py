@@ -37,6 +37,8 @@ MEMORY = 16 << 30
 
 # Windows that are copied before the writer hears of them: few words pass, and it begins early.
 _STEP = 16
+# Windows that a device copies without making way.
+_UNBROKEN = 4
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
@@ -152,7 +154,8 @@ class Copying:
         self._broken: Exception | None = None
         if self._device is not None:
             self._gap = torch.zeros(1, device=self._device)
-            self._stream = torch.cuda.Stream(self._device)
+            # The kernels between the copies are small, and need not wait for training's.
+            self._stream = torch.cuda.Stream(self._device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def hold(self) -> None:
@@ -258,16 +261,16 @@ class Copying:
 
         What a device sends to the host passes one after the other, whatever stream it is on: a loss that training
         asks for would wait until all that was asked for before it has passed. A kernel between two copies holds back
-        the second one, and what training asks for goes first (on an H100, beside 5 GiB in windows: a word waits for
-        0.3 ms and not for 97 ms, and the copies take 0.115 s and not 0.098 s).
+        the second one, and what training asks for goes first. On an H100 that computes, beside 5 GiB a word waits for
+        1 ms and not for 97 ms, and the copies take 0.100 s and not 0.098 s; with a kernel after each window, 0.117 s.
         """
-        capacity, window = self._pool.nbytes, self._pool.window
+        capacity, unbroken = self._pool.nbytes, _UNBROKEN * self._pool.window
         while low < high:
             run = self._runs[0]
             if run.end <= low:
                 self._runs.popleft()
                 continue
-            stop = min(high, run.end, (low // window + 1) * window)
+            stop = min(high, run.end, (low // capacity + 1) * capacity, (low // unbroken + 1) * unbroken)
             if self._dense is None or self._dense[0] is not run:
                 self._dense = (run, run.flat())
             start = run.low + low - run.start
@@ -276,7 +279,7 @@ class Copying:
                 self._dense[1][start : start + stop - low], non_blocking=True
             )
             low = stop
-            if low % window == 0 and self._device is not None:
+            if low % unbroken == 0 and self._device is not None:
                 self._gap.add_(1)
 
 

@@ -9,7 +9,7 @@ digests every chunk is verified as it passes.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.geometry import Blocks, collapse, concat, intersect_grouped
-from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks
+from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks, verify_parts
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
+from ucp.storage.locations import is_remote
 from ucp.storage.rounding import ROUNDED, round_to
 
 Bytes = NDArray[np.uint8]
@@ -41,6 +42,11 @@ LONG_GAP = 16 << 10
 SCRATCH = 8 << 20
 # Verified chunks kept by each reader thread, for neighbours that share a chunk.
 CHUNKS_KEPT = 2
+# Whole chunks that are read at once: of a file here few, verified while they are in the processor's cache; from behind
+# a URL many, since every request takes its time.
+CHUNKS_AT_ONCE, CHUNKS_FETCHED = 4, 32
+# Parts that bytes are read into straight away; into more of them they are copied.
+PARTS = 128
 
 
 @dataclass(frozen=True)
@@ -122,37 +128,53 @@ class Reader:
         """Whether chunks are read whole and verified, in some of the files at least."""
         return bool(self._digests)
 
-    def read_into(self, file: int, offset: int, out: Bytes, cache: Cache) -> None:
-        """Read ``len(out)`` bytes at ``offset``; ``cache`` is the calling thread's own store of verified chunks."""
+    def read_into(self, file: int, offset: int, parts: Sequence[Bytes], cache: Cache) -> None:
+        """Fill the parts, one after the other, with the bytes from ``offset`` on; ``cache`` is the calling thread's own
+        store of verified chunks.
+
+        Chunks that are wanted whole are read straight to where they belong, in one part or in several; of others, what
+        is wanted is copied.
+        """
         if file in self._inline:
-            out[:] = np.frombuffer(self._inline[file], np.uint8, len(out), offset)
+            for part in parts:
+                part[:] = np.frombuffer(self._inline[file], np.uint8, len(part), offset)
+                offset += len(part)
             return
         path, digests = self._paths[file], self._digests.get(file)
         if digests is None:
-            self._files.read_into(path, offset, out.data)
+            for part in parts:
+                self._files.read_into(path, offset, part.data)
+                offset += len(part)
             return
-        at, stop = offset, offset + len(out)
+        at, stop = offset, offset + sum(map(len, parts))
         if stop > digests.size:
             raise DamagedCheckpoint(
                 f"{path}: bytes up to {stop} are wanted, but digests cover {digests.size}; the manifest and the file "
                 "do not belong together"
             )
+        rest = deque(parts)
+        most = CHUNKS_FETCHED if is_remote(path) else CHUNKS_AT_ONCE
         while at < stop:
             index, within = divmod(at, CHUNK)
-            whole = (stop - at) // CHUNK if within == 0 else 0
-            if within == 0 and stop == digests.size and (stop - at) % CHUNK:
-                whole += 1  # the file's last, shorter chunk is wanted whole
-            if whole:
-                end = min(at + whole * CHUNK, stop)
-                part = out[at - offset : end - offset]
-                self._files.read_into(path, at, part.data)
-                self._check(path, digests, index, part)
-                at = end
-                continue
             end = min((index + 1) * CHUNK, stop)
-            chunk = self._chunk(file, path, digests, index, cache)
-            out[at - offset : end - offset] = chunk[within : within + end - at]
+            if within or (end - at < CHUNK and end != digests.size):
+                chunk = self._chunk(file, path, digests, index, cache)
+                _spread(chunk[within:], _taken(rest, end - at))
+            else:
+                end = max(end, at + min((stop - at) // CHUNK, most) * CHUNK)
+                self._read_whole(path, digests, at, end, _taken(rest, end - at))
             at = end
+
+    def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
+        """Whole chunks, verified."""
+        if len(parts) <= PARTS:
+            self._files.read_parts(path, at, [part.data for part in parts])
+            self._check(path, digests, at // CHUNK, parts)
+            return
+        raw = np.empty(end - at, np.uint8)
+        self._files.read_into(path, at, raw.data)
+        self._check(path, digests, at // CHUNK, [raw])
+        _spread(raw, parts)
 
     def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> Bytes:
         key = (file, index)
@@ -164,16 +186,46 @@ class Reader:
         room = cache.popitem(last=False)[1] if len(cache) >= CHUNKS_KEPT else np.empty(CHUNK, np.uint8)
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
-        self._check(path, digests, index, chunk)
+        self._check(path, digests, index, [chunk])
         cache[key] = chunk
         return chunk
 
-    def _check(self, path: str, digests: ChunkDigests, index: int, raw: Bytes) -> None:
+    def _check(self, path: str, digests: ChunkDigests, index: int, parts: list[Bytes]) -> None:
+        """Whole chunks, in one part or one after the other in several."""
         began = perf_counter()
-        verify_chunks(path, digests, index, raw.data)
+        if len(parts) == 1:
+            verify_chunks(path, digests, index, parts[0].data)
+        else:
+            rest = deque(parts)
+            while rest:
+                size = min(CHUNK, digests.size - index * CHUNK)
+                verify_parts(path, digests, index, [part.data for part in _taken(rest, size)])
+                index += 1
         took = perf_counter() - began
         with self._lock:
             self.digest_seconds += took
+
+
+def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
+    """The first bytes into the parts, one after the other."""
+    at = 0
+    for part in parts:
+        part[:] = raw[at : at + len(part)]
+        at += len(part)
+
+
+def _taken(rest: deque[Bytes], count: int) -> list[Bytes]:
+    """The first ``count`` bytes of the parts, which are taken away from them."""
+    out: list[Bytes] = []
+    while count:
+        part = rest.popleft()
+        if len(part) > count:
+            rest.appendleft(part[count:])
+            part = part[:count]
+        if len(part):
+            out.append(part)
+        count -= len(part)
+    return out
 
 
 def plan(wants: Sequence[Want]) -> list[Copy]:
@@ -252,8 +304,32 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
 def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
     """Do these copies in this order, in the calling thread; memory beside the buffers is about ``SCRATCH`` bytes."""
     cache: Cache = OrderedDict()
+    for file, at, parts in _runs(copies, buffers):
+        if isinstance(parts, Copy):
+            _serve(reader, parts, buffers, cache)
+        else:
+            reader.read_into(file, at, parts, cache)
+
+
+def _runs(copies: Sequence[Copy], buffers: Sequence[Bytes]) -> Iterator[tuple[int, int, list[Bytes] | Copy]]:
+    """The copies in order, (file, offset, what to do): those that are plain bytes on both sides and follow one another
+    in the file as one, with the parts of the buffers that they fill; others as they are."""
+    file, at, end = -1, 0, 0
+    parts: list[Bytes] = []
     for copy in copies:
-        _serve(reader, copy, buffers, cache)
+        plain = _is_plain(copy)
+        if parts and not (plain and copy.file == file and copy.at == end):
+            yield file, at, parts
+            parts = []
+        if not plain:
+            yield copy.file, copy.at, copy
+            continue
+        if not parts:
+            file, at = copy.file, copy.at
+        end = copy.at + copy.nbytes
+        parts.append(buffers[copy.buffer][copy.to : copy.to + copy.nbytes])
+    if parts:
+        yield file, at, parts
 
 
 def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
@@ -293,13 +369,18 @@ def _outermost(copy: Copy) -> int | None:
     return next((k for k, n in enumerate(copy.sizes) if n > 1), None)
 
 
+def _is_plain(copy: Copy) -> bool:
+    """Whether its bytes are one run on both sides."""
+    return copy.source_dtype == copy.target_dtype and _outermost(copy) in (None, len(copy.sizes) - 1)
+
+
 def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+    if _is_plain(copy):
+        reader.read_into(copy.file, copy.at, [buffers[copy.buffer][copy.to : copy.to + copy.nbytes]], cache)
+        return
     axis = _outermost(copy)
-    if axis is None or axis == len(copy.sizes) - 1:  # one contiguous run
-        if copy.source_dtype == copy.target_dtype:
-            reader.read_into(copy.file, copy.at, buffers[copy.buffer][copy.to : copy.to + copy.nbytes], cache)
-        else:
-            _through_scratch(reader, copy, buffers, cache)
+    if axis is None or axis == len(copy.sizes) - 1:  # one contiguous run of another type
+        _through_scratch(reader, copy, buffers, cache)
         return
     size = itemsize(copy.source_dtype)
     gap = copy.steps[axis] * size - copy.narrow(axis, 0, 1).span
@@ -320,7 +401,7 @@ def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache
 
 def _place(reader: Reader, piece: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
     scratch = np.empty(piece.span, np.uint8)
-    reader.read_into(piece.file, piece.at, scratch, cache)
+    reader.read_into(piece.file, piece.at, [scratch], cache)
     source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
     target = _strided(buffers[piece.buffer], piece.to, piece.sizes, piece.target_steps, piece.target_dtype)
     target[...] = _converted(source, piece.source_dtype, piece.target_dtype)
