@@ -44,6 +44,26 @@ def test_ranges_arrive_in_any_kind_of_buffer(tmp_path: Path) -> None:
         assert files.mtime_ns(path) == path.stat().st_mtime_ns
 
 
+@pytest.mark.parametrize("short", [False, True], ids=["whole", "short reads"])
+def test_several_buffers_are_filled_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    ((path, data),) = make(tmp_path, 1)
+    if short:  # as a file system may do at any time
+        real = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [v[: len(v) // 2 + 1] for v in views[:1]], at))
+    with Files() as files:
+        parts = [bytearray(7), np.zeros((2, 3), np.int64), bytearray(), bytearray(200)]
+        files.read_parts(path, 100, parts)
+        assert b"".join(bytes(part) for part in parts) == data[100 : 100 + 7 + 48 + 200]
+        assert files.bytes_read == 255
+        files.read_parts(path, 5, [])
+        with pytest.raises(DamagedCheckpoint, match=r"0\.bin: .* has 1000"):
+            files.read_parts(path, 900, [bytearray(90), bytearray(20)])
+        with pytest.raises(DamagedCheckpoint, match=r"none\.bin: cannot be read: No such file"):
+            files.read_parts(tmp_path / "none.bin", 0, [bytearray(1)])
+
+
 def test_the_end_of_a_file_is_reported_with_the_range(tmp_path: Path) -> None:
     ((path, _),) = make(tmp_path, 1)
     with Files() as files, pytest.raises(DamagedCheckpoint, match=r"0\.bin: .*bytes 995 to 1005 .* has 1000"):

@@ -45,6 +45,9 @@ def test_ranges_names_and_what_is_missing(bucket: str, tmp_path: Path) -> None:
         files.read_into(url, 12345, found)
         assert found == content[12345 : 12345 + (1 << 20)]
         assert files.bytes_read == 1 << 20
+        parts = [bytearray(5), bytearray(1000)]
+        files.read_parts(url, 77, parts)
+        assert parts == [content[77:82], content[82:1082]]
         with pytest.raises(DamagedCheckpoint, match=r"file.bin: the file is truncated: bytes 3145000 to 4193576"):
             files.read_into(url, 3145000, found)
         with pytest.raises(DamagedCheckpoint, match=r"nothing.bin: cannot be read"):

@@ -174,34 +174,6 @@ def verify_range(files: Files, path: str | os.PathLike[str], digests: ChunkDiges
         verify_chunks(path, digests, at // CHUNK, piece)
 
 
-def read_into(files: Files, path: str | os.PathLike[str], digests: ChunkDigests, offset: int, buffer: Any) -> None:
-    """Fill a buffer with verified bytes from `offset` on; whole chunks are read straight into it.
-
-    Only the chunks at the two ends, where the range covers them in part, go through a buffer of their own. Raises as
-    `verify_range` does.
-    """
-    view = memoryview(buffer)
-    if view.nbytes == 0:
-        return
-    view = view.cast("B")
-    at, stop = offset, offset + len(view)
-    _check_inside(path, digests, at, stop)
-    while at < stop:
-        low, high = covering(at, at + 1, digests.size)
-        if at == low and high <= stop:
-            end = stop if stop == digests.size else stop // CHUNK * CHUNK
-            piece = view[at - offset : end - offset]
-            files.read_into(path, at, piece)
-            verify_chunks(path, digests, at // CHUNK, piece)
-        else:
-            end = min(high, stop)
-            chunk = memoryview(bytearray(high - low))
-            files.read_into(path, low, chunk)
-            verify_chunks(path, digests, low // CHUNK, chunk)
-            view[at - offset : end - offset] = chunk[at - low : end - low]
-        at = end
-
-
 def _check_inside(path: str | os.PathLike[str], digests: ChunkDigests, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= digests.size:
         raise DamagedCheckpoint(
