@@ -201,6 +201,7 @@ def measure(args: argparse.Namespace, step: Callable[[], None], ways: dict[str, 
                 name, {"seconds": [], "call": [], "durable": [], "stages": [], "growth": 0, "writer": 0, "pool": 0}
             )
             one["stages"].append({**report.seconds, "wall": report.wall} if report else {})
+            one["steps"] = [round(took, 4) for took in each]  # of this rank, the last turn's, for a closer look
             one["pool"] = report.memory if report else 0
             if one["pool"]:
                 one["writer"] = max([one["writer"], *(_status("RssAnon", writer) for writer in _writers())])
