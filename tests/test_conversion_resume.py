@@ -158,17 +158,21 @@ def test_a_full_disk_is_named_and_continued_from(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_cleanly(tmp_path: Path, number: int) -> None:
-    made = raw.make(tmp_path / "raw", shapes={"w": (8000, 2000)}, states=("param", "exp_avg"))
+    made = raw.make(tmp_path / "raw", shapes={"w": (16000, 2000)}, states=("param", "exp_avg"))
     source = raw.virtual_checkpoint(tmp_path / "source", made)
     command = [sys.executable, "-m", "ucp.cli.convert", source, tmp_path / "dest", "--max-memory", "12MiB"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if any(path.stat().st_size for path in tmp_path.glob(".ucp-part-dest/journal/*")):
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        _, stderr = process.communicate(timeout=60)
+    for _ in range(5):
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and process.poll() is None:
+                if any(path.stat().st_size for path in tmp_path.glob(".ucp-part-dest/journal/*")):
+                    process.send_signal(number)
+                    break
+                time.sleep(0.002)
+            _, stderr = process.communicate(timeout=60)
+        if process.returncode:
+            break
+        shutil.rmtree(tmp_path / "dest")  # it was done before the signal came
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "ucp-convert: interrupted"
     assert not (tmp_path / "dest").exists()
