@@ -174,9 +174,10 @@ def _blank(target: Target, slot: Slot, state: str, dtype: str, complete: bool, m
 
 
 def reading_threads() -> int:
-    """Reading threads for this process: the machine's processors over the ranks on it, at most 8."""
+    """Reading threads for this process: the machine's processors over the ranks on it, at most 8, and at least 2, so
+    that one reads on while another waits for a disk."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    return max(1, min(8, (os.cpu_count() or 1) // max(local, 1)))
+    return max(2, min(8, (os.cpu_count() or 1) // max(local, 1)))
 
 
 def _size(nbytes: int) -> str:
