@@ -70,7 +70,7 @@ class StorageReader(dcp.StorageReader):
     ) -> None:
         self.checkpoint_id = os.fspath(path)
         self._opening, self._verify = {"model_config": config_of(model), **opening}, verify
-        self._live = [] if model is None else [bare(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._live = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}
 

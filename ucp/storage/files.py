@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -61,66 +61,53 @@ class Files:
 
         Raises `DamagedCheckpoint` if the file is missing, cannot be read, or ends before the buffer is full.
         """
-        name = str(path)
-        view = memoryview(buffer)
-        if view.nbytes == 0:
-            return
-        view = view.cast("B")
-        done = 0
-        if locations.is_remote(name):
-            self._fetch_into(name, offset, view)
-            return
-        with self._opened(name) as fd:
-            while done < len(view):
-                try:
-                    count = os.preadv(fd, [view[done:]], offset + done)
-                except OSError as error:
-                    raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
-                if count == 0:
-                    raise DamagedCheckpoint(
-                        f"{name}: the file is truncated: bytes {offset} to {offset + len(view)} are wanted, "
-                        f"and it has {os.fstat(fd).st_size}"
-                    )
-                done += count
-        with self._lock:
-            self.bytes_read += done
+        self.read_parts(path, offset, [buffer])
 
     def read_parts(self, path: str | os.PathLike[str], offset: int, parts: Sequence[Any]) -> None:
         """As `read_into`, into several buffers, one after the other. At most 1,000 of them (the system's bound)."""
         name = str(path)
-        views = [memoryview(part).cast("B") for part in parts]
+        views = [view.cast("B") for part in parts if (view := memoryview(part)).nbytes]
+        total = sum(map(len, views))
         if locations.is_remote(name):
-            whole = memoryview(bytearray(sum(map(len, views))))
-            self._fetch_into(name, offset, whole)
-            for view in views:
-                view[:], whole = whole[: len(view)], whole[len(view) :]
-            return
-        with self._opened(name) as fd:
-            try:
-                done = os.preadv(fd, views, offset)
-            except OSError as error:
-                raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+            self._fetch(name, offset, views, total)
+        else:
+            self._read(name, offset, views, total)
         with self._lock:
-            self.bytes_read += done
-        at = offset
-        for view in views:  # what a short read has left
-            had = min(max(offset + done - at, 0), len(view))
-            self.read_into(name, at + had, view[had:])
-            at += len(view)
+            self.bytes_read += total
 
-    def _fetch_into(self, name: str, offset: int, view: memoryview) -> None:
+    def _read(self, name: str, offset: int, views: list[memoryview], total: int) -> None:
+        at, stop = offset, offset + total
+        with self._opened(name) if views else nullcontext(-1) as fd:
+            while at < stop:
+                try:
+                    count = os.preadv(fd, views, at)
+                except OSError as error:
+                    raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+                if count == 0:
+                    raise DamagedCheckpoint(
+                        f"{name}: the file is truncated: bytes {offset} to {stop} are wanted, and it has "
+                        f"{os.fstat(fd).st_size}"
+                    )
+                at += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if count:  # a short read
+                    views[0] = views[0][count:]
+
+    def _fetch(self, name: str, offset: int, views: list[memoryview], total: int) -> None:
+        if not views:
+            return
         try:
-            raw = locations.read_range(name, offset, offset + len(view))
+            raw = memoryview(locations.read_range(name, offset, offset + total))
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
-        if len(raw) != len(view):
+        if len(raw) != total:
             raise DamagedCheckpoint(
-                f"{name}: the file is truncated: bytes {offset} to {offset + len(view)} are wanted, and there are "
+                f"{name}: the file is truncated: bytes {offset} to {offset + total} are wanted, and there are "
                 f"{len(raw)} of them"
             )
-        view[:] = raw
-        with self._lock:
-            self.bytes_read += len(raw)
+        for view in views:
+            view[:], raw = raw[: len(view)], raw[len(view) :]
 
     @staticmethod
     def _stat(name: str | os.PathLike[str]) -> locations.Stat:

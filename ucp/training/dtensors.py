@@ -15,6 +15,7 @@ they agree in the elements, and all shapes are checked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return empty(len(shape))
-    sizes, blocks = _placed(name, shape, tensor.placements, tuple(mesh.shape), tuple(coordinate))
+    cuts = tuple(_of_placement(name, placement, len(shape)) for placement in tensor.placements)
+    sizes, blocks = _held(shape, cuts, tuple(mesh.shape), tuple(coordinate))
     found = tuple(local_tensor(tensor).shape)
     if found != sizes and (numel(found) or numel(sizes)):
         raise Unsupported(
@@ -59,31 +61,27 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     return blocks
 
 
-def _placed(
-    name: str, shape: Shape, placements: tuple[Any, ...], mesh: Shape, coordinate: Shape
-) -> tuple[Shape, Blocks]:
-    """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again."""
-    key = (shape, placements, mesh, coordinate)
-    found = _known.get(key)
-    if found is None:
-        ranges = shard_ranges(name, shape, placements, mesh, coordinate)
-        if len(_known) >= _KNOWN:
-            _known.clear()
-        found = _known[key] = tuple(sum(count for _, count in along) for along in ranges), product(ranges)
-        for array in vars(found[1]).values():
-            array.flags.writeable = False
-    return found
-
-
-_known: dict[tuple[Any, ...], tuple[Shape, Blocks]] = {}
-_KNOWN = 10_000
-
-
 def shard_ranges(
     name: str, shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[Ranges]:
     """For each dimension the ranges that the rank at this coordinate of the mesh holds."""
-    cuts = [_of_placement(name, placement, len(shape)) for placement in placements]
+    return _ranges(shape, [_of_placement(name, placement, len(shape)) for placement in placements], mesh, coordinate)
+
+
+@functools.lru_cache(10_000)
+def _held(shape: Shape, cuts: tuple[_Placement | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
+    """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again. Known
+    by the cuts: which placements are equal is torch's business."""
+    ranges = _ranges(shape, cuts, mesh, coordinate)
+    blocks = product(ranges)
+    for array in vars(blocks).values():
+        array.flags.writeable = False
+    return tuple(sum(count for _, count in along) for along in ranges), blocks
+
+
+def _ranges(
+    shape: Sequence[int], cuts: Sequence[_Placement | None], mesh: Sequence[int], coordinate: Sequence[int]
+) -> list[Ranges]:
     ranges: list[Ranges] = [[(0, int(size))] for size in shape]
     for k in _order(cuts, mesh):
         cut = cuts[k]

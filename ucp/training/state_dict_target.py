@@ -316,12 +316,12 @@ def read(
     sizes = {key: local.numel() * local.element_size() for key, local in locals_.items() if key not in straight}
     pages = Memory()
     pages.ready(locals_[key] for key in straight)
-    memory = pages.take(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
-    buffers: dict[str, torch.Tensor] = {}
-    start = 0
-    for key, size in sizes.items():
-        buffers[key] = memory[start : start + size].view(locals_[key].dtype)
-        start += -(-size // ALIGNMENT) * ALIGNMENT
+    starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())]).tolist()
+    memory = pages.take(starts[-1])
+    buffers = {
+        key: memory[start : start + size].view(locals_[key].dtype)
+        for start, (key, size) in zip(starts, sizes.items(), strict=False)
+    }
     raw = [buffers.get(key, local).reshape(-1).view(torch.uint8).numpy() for key, local in locals_.items()]
     wants = [
         Want(want.tensor, want.blocks.in_buffer(index), want.dtype) for index, want in enumerate(what.wants.values())

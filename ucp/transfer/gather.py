@@ -304,32 +304,26 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
 def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
     """Do these copies in this order, in the calling thread; memory beside the buffers is about ``SCRATCH`` bytes."""
     cache: Cache = OrderedDict()
-    for file, at, parts in _runs(copies, buffers):
-        if isinstance(parts, Copy):
-            _serve(reader, parts, buffers, cache)
+    for together in _neighbours(copies):
+        if len(together) > 1:
+            _read(reader, together, buffers, cache)
         else:
-            reader.read_into(file, at, parts, cache)
+            _serve(reader, together[0], buffers, cache)
 
 
-def _runs(copies: Sequence[Copy], buffers: Sequence[Bytes]) -> Iterator[tuple[int, int, list[Bytes] | Copy]]:
-    """The copies in order, (file, offset, what to do): those that are plain bytes on both sides and follow one another
-    in the file as one, with the parts of the buffers that they fill; others as they are."""
-    file, at, end = -1, 0, 0
-    parts: list[Bytes] = []
+def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
+    """The copies in order, those together that are plain bytes and follow one another in a file."""
+    current: list[Copy] = []
     for copy in copies:
-        plain = _is_plain(copy)
-        if parts and not (plain and copy.file == file and copy.at == end):
-            yield file, at, parts
-            parts = []
-        if not plain:
-            yield copy.file, copy.at, copy
-            continue
-        if not parts:
-            file, at = copy.file, copy.at
-        end = copy.at + copy.nbytes
-        parts.append(buffers[copy.buffer][copy.to : copy.to + copy.nbytes])
-    if parts:
-        yield file, at, parts
+        if current:
+            last = current[-1]
+            follows = copy.file == last.file and copy.at == last.at + last.nbytes
+            if not (follows and _is_plain(last) and _is_plain(copy)):
+                yield current
+                current = []
+        current.append(copy)
+    if current:
+        yield current
 
 
 def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
@@ -374,9 +368,15 @@ def _is_plain(copy: Copy) -> bool:
     return copy.source_dtype == copy.target_dtype and _outermost(copy) in (None, len(copy.sizes) - 1)
 
 
+def _read(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache) -> None:
+    """Do plain copies that follow one another in a file."""
+    parts = [buffers[copy.buffer][copy.to : copy.to + copy.nbytes] for copy in copies]
+    reader.read_into(copies[0].file, copies[0].at, parts, cache)
+
+
 def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
     if _is_plain(copy):
-        reader.read_into(copy.file, copy.at, [buffers[copy.buffer][copy.to : copy.to + copy.nbytes]], cache)
+        _read(reader, [copy], buffers, cache)
         return
     axis = _outermost(copy)
     if axis is None or axis == len(copy.sizes) - 1:  # one contiguous run of another type

@@ -23,55 +23,45 @@ _TIMER = ("start", "stop")
 
 def hold_updates(engine: Any, hold: Callable[[], None]) -> None:
     """Call ``hold`` before every update. To be called before every save, since DeepSpeed may bind methods anew."""
-    _wrap(engine, _ENGINE, hold)
+
+    def held(original: Any) -> Any:
+        def update(_: Any, *args: Any, **kwargs: Any) -> Any:
+            hold()
+            return original(*args, **kwargs)
+
+        return update
+
+    _wrap(engine, _ENGINE, held)
     if engine.optimizer is not None:
-        _wrap(engine.optimizer, _OPTIMIZER, hold)
+        _wrap(engine.optimizer, _OPTIMIZER, held)
     for param in engine.module.parameters():
-        _wrap(param, _PARAMETER, hold)
+        _wrap(param, _PARAMETER, held)
 
 
 def let_forward_go(engine: Any, copying: Callable[[], bool]) -> None:
     """While ``copying``, have the throughput timer read the clock without waiting for the device."""
-    timer = getattr(engine, "tput_timer", None)
-    for name in _TIMER:
-        original = getattr(timer, name, None)
-        if original is not None and not hasattr(original, _WRAPPED):
-            setattr(timer, name, MethodType(_unsynchronized(original, copying), timer))
+
+    def unsynchronized(original: Any) -> Any:
+        def read(timer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (timer.config.synchronized and copying()):
+                return original(*args, **kwargs)
+            timer.config.synchronized = False
+            try:
+                return original(*args, **kwargs)
+            finally:
+                timer.config.synchronized = True
+
+        return read
+
+    _wrap(engine.tput_timer, _TIMER, unsynchronized)
 
 
-def _unsynchronized(original: Any, copying: Callable[[], bool]) -> Any:
-    @functools.wraps(original)
-    def read(timer: Any, *args: Any, **kwargs: Any) -> Any:
-        config = timer.config
-        if not (config.synchronized and copying()):
-            return original(*args, **kwargs)
-        config.synchronized = False
-        try:
-            return original(*args, **kwargs)
-        finally:
-            config.synchronized = True
-
-    setattr(read, _WRAPPED, True)
-    return read
-
-
-# The attribute of what was put in place of a method.
-_WRAPPED = "holds_for_saves"
-
-
-def _wrap(owner: Any, names: tuple[str, ...], hold: Callable[[], None]) -> None:
+def _wrap(owner: Any, names: tuple[str, ...], around: Callable[[Any], Any]) -> None:
+    """Put what ``around`` makes of a method in its place, once."""
     for name in names:
         original = getattr(owner, name, None)
-        if original is not None and not hasattr(original, _WRAPPED):
+        if original is not None and not hasattr(original, "holds_for_saves"):
+            made: Any = functools.wraps(original)(around(original))
+            made.holds_for_saves = True
             # A bound method, as torch's schedulers expect an optimizer's step to be.
-            setattr(owner, name, MethodType(_held(original, hold), owner))
-
-
-def _held(original: Any, hold: Callable[[], None]) -> Any:
-    @functools.wraps(original)
-    def held(_: Any, *args: Any, **kwargs: Any) -> Any:
-        hold()
-        return original(*args, **kwargs)
-
-    setattr(held, _WRAPPED, True)
-    return held
+            setattr(owner, name, MethodType(made, owner))
