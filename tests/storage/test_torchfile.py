@@ -397,6 +397,22 @@ def test_entries_of_the_same_name_are_damaged(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("value", [1, 129, 255])
+def test_offsets_that_point_out_of_the_file(tmp_path: Path, value: int) -> None:
+    """Each byte of a zip archive's end records, among them the high ones of 64-bit offsets."""
+    content = save({"w": torch.arange(40)}, tmp_path / "a.pt").read_bytes()
+    path = tmp_path / "broken.pt"
+    told = []
+    for at in range(len(content) - 98, len(content)):
+        path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+        try:
+            load(path)
+        except UcpError as error:
+            told.append(str(error))
+    assert len(told) > 20
+    assert all(text.startswith(str(path)) for text in told)
+
+
 @each_format
 @law(150)
 @given(data=st.data())

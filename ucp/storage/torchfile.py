@@ -201,7 +201,9 @@ class _Archive:
         return data
 
     def _read(self, at: int, count: int) -> bytes:
-        """Bytes of the archive; fewer where it ends before."""
+        """Bytes of the archive; fewer where it ends before, none where a damaged directory points outside."""
+        if not 0 <= at <= self.size:
+            return b""
         self._stream.seek(at)
         parts = []
         while count:
