@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ucp.errors import Unsupported
@@ -46,19 +47,25 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return whole(shape)
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
+    mesh = mesh_shape(tensor.device_mesh)
+    coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return empty(len(shape))
     cuts = tuple(_of_placement(name, placement, len(shape)) for placement in tensor.placements)
-    sizes, blocks = _held(shape, cuts, tuple(mesh.shape), tuple(coordinate))
+    sizes, blocks = _held(shape, cuts, mesh, tuple(coordinate))
     found = tuple(local_tensor(tensor).shape)
     if found != sizes and (numel(found) or numel(sizes)):
         raise Unsupported(
             f"'{name}' {list(shape)}: this rank's shard has shape {list(found)} where {tensor.placements} on a mesh of "
-            f"{list(mesh.shape)} mean {list(sizes)}; only shards as torch cuts them are supported"
+            f"{list(mesh)} mean {list(sizes)}; only shards as torch cuts them are supported"
         )
     return blocks
+
+
+@functools.lru_cache(100)
+def mesh_shape(mesh: DeviceMesh) -> Shape:
+    """The mesh's shape, which some versions of torch take 15 µs to tell, for every tensor of a model."""
+    return tuple(mesh.shape)
 
 
 def shard_ranges(

@@ -25,7 +25,7 @@ from ucp.parallel.mesh import Layout
 from ucp.storage import plain
 from ucp.storage.dtypes import from_torch
 from ucp.training import ranks
-from ucp.training.dtensors import blocks_of, local_tensor
+from ucp.training.dtensors import blocks_of, local_tensor, mesh_shape
 from ucp.training.source import Holding, Source
 from ucp.training.state_dicts import flatten, storage_key
 
@@ -167,9 +167,9 @@ def _layout(entries: Mapping[str, Entry], world: int) -> Layout:
     tp, sharded = 1, False
     for tensor in tensors:
         names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
-        for name, size, placement in zip(names, tensor.device_mesh.shape, tensor.placements, strict=True):
+        for name, size, placement in zip(names, mesh_shape(tensor.device_mesh), tensor.placements, strict=True):
             if name == "tp":
-                tp = max(tp, int(size))
+                tp = max(tp, size)
             elif isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
                 sharded = True
     return Layout(dp=max(world // tp, 1), tp=tp if world % tp == 0 else 1, zero=3 if sharded else 0)
