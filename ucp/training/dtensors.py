@@ -35,8 +35,10 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of this rank: a DTensor's shard, any other tensor itself. Detached."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    with torch.no_grad():  # five times as quick: no autograd function is applied
-        return tensor.to_local().detach()
+    if torch.is_grad_enabled():
+        with torch.no_grad():  # five times as quick: no autograd function is applied
+            return local_tensor(tensor)
+    return tensor.to_local().detach()
 
 
 def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.formats.universal import fragmented, manifest, training
-from ucp.geometry import concat, empty
+from ucp.geometry import concat
 from ucp.parallel.mesh import Layout
 from ucp.progress import watching
 from ucp.storage import plain
@@ -151,20 +151,21 @@ def _held(path: Path) -> int:
 
 def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:
     """All tensors of the model, with the fragments that this rank wrote, in its first file."""
+    written: dict[tuple[str, str], list[Piece]] = {}
+    for piece in pieces:
+        written.setdefault((piece.holding.name, piece.holding.state), []).append(piece)
     out: dict[tuple[str, str], LogicalTensor] = {}
     for holding in source.holdings:
         key = (holding.name, holding.state)
-        if key not in out:
-            none = empty(len(holding.shape))
-            out[key] = LogicalTensor(*key, holding.shape, holding.dtype, none, np.zeros(0, np.int64))
-    for piece in pieces:
-        holding = piece.holding
-        tensor = out[holding.name, holding.state]
-        out[holding.name, holding.state] = replace(
-            tensor,
-            blocks=concat([tensor.blocks, piece.blocks], len(holding.shape)),
-            bases=np.concatenate([tensor.bases, np.full(len(piece.blocks), piece.start, np.int64)]),
+        if key in out:
+            continue
+        mine = written.get(key, [])
+        blocks = concat([piece.blocks for piece in mine], len(holding.shape))
+        bases = np.repeat(
+            np.array([piece.start for piece in mine], np.int64),
+            np.array([len(piece.blocks) for piece in mine], np.int64),
         )
+        out[key] = LogicalTensor(*key, holding.shape, holding.dtype, blocks, bases)
     return out
 
 

@@ -103,8 +103,11 @@ def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Pie
     pieces: list[Piece] = []
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     seen: set[str] = set()
+    arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # of many tensors the blocks are the same
     for holding in holdings:
-        count = int(holding.blocks.counts.sum())
+        if id(holding.blocks) not in arranged:
+            arranged[id(holding.blocks)] = _arranged(holding.blocks)
+        count, blocks, dense = arranged[id(holding.blocks)]
         if not count:
             continue
         key = f"{holding.name}:{holding.state}"
@@ -112,14 +115,22 @@ def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Pie
             key += "'"
         seen.add(key)
         entries.append((key, holding.dtype, (count,)))
-        lowest, highest = _extent(holding.blocks)
-        if highest - lowest == count:
-            pieces.append(Piece(holding, key, 0, holding.blocks.in_buffer(0, -lowest), (lowest, count)))
-        else:
-            pieces.append(Piece(holding, key, 0, _packed(holding.blocks), None))
+        pieces.append(Piece(holding, key, 0, blocks, dense))
     plan = safetensors.plan_file(entries)
     placed = [replace(piece, start=plan.offsets[piece.key]) for piece in pieces]
     return plan, sorted(placed, key=lambda piece: piece.start)
+
+
+def _arranged(blocks: Blocks) -> tuple[int, Blocks, tuple[int, int] | None]:
+    """How many elements, where they lie in the file, counted from the tensor's start there, and the dense range that
+    they are, if they are one."""
+    count = int(blocks.counts.sum())
+    if not count:
+        return 0, blocks, None
+    lowest, highest = _extent(blocks)
+    if highest - lowest == count:
+        return count, blocks.in_buffer(0, -lowest), (lowest, count)
+    return count, _packed(blocks), None
 
 
 def _extent(blocks: Blocks) -> tuple[int, int]:

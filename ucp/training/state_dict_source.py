@@ -72,6 +72,7 @@ class _Local:
     values: dict[str, Any]
 
 
+@torch.no_grad()  # once for all tensors, not for each
 def make_source(
     state_dict: Mapping[str, Any],
     kinds: Mapping[str, str] | None = None,
