@@ -72,7 +72,6 @@ class _Local:
     values: dict[str, Any]
 
 
-@torch.no_grad()  # once for all tensors, not for each
 def make_source(
     state_dict: Mapping[str, Any],
     kinds: Mapping[str, str] | None = None,
@@ -117,6 +116,7 @@ def _exchange(facts: _Facts) -> list[_Facts]:
 # --- one rank's ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()  # once for all tensors, not for each
 def _take_apart(entries: Mapping[str, Entry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
     """compare: tell the others what tensors hold that are not sharded."""
     roles = assign(entries)

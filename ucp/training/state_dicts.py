@@ -29,6 +29,7 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()  # once for all tensors, not for each
 def flatten(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
     """All entries by flat name; tensors are checked (`check_tensor`).
 
