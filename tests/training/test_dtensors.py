@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, numel
-from ucp.training.dtensors import blocks_of, product, shard_ranges
+from ucp.training.dtensors import blocks_of, mesh_shape, product, shard_ranges
 
 
 def gathered(whole: torch.Tensor, blocks: Blocks, sizes: list[int]) -> torch.Tensor:
@@ -108,3 +110,12 @@ def test_refusals(mesh: DeviceMesh) -> None:
     odd = DTensor.from_local(local, mesh, [Shard(0), Replicate()], run_check=False, shape=(7, 5), stride=(5, 1))
     with pytest.raises(Unsupported, match=r"'w' \[7, 5\].*shape \[2, 5\].*mean \[4, 5\]"):
         blocks_of("w", odd)
+
+
+def test_a_mesh_is_not_kept_when_the_program_drops_it() -> None:
+    mesh = DeviceMesh("cpu", [[0, 1, 2], [3, 4, 5]], _init_backend=False, _rank=0)
+    assert mesh_shape(mesh) == mesh_shape(mesh) == (2, 3)
+    gone = weakref.ref(mesh)
+    del mesh
+    gc.collect()
+    assert gone() is None

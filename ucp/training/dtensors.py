@@ -19,6 +19,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -64,10 +65,16 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     return blocks
 
 
-@functools.lru_cache(100)
+# Weakly, since a mesh keeps its process groups alive.
+_shapes: WeakKeyDictionary[DeviceMesh, Shape] = WeakKeyDictionary()
+
+
 def mesh_shape(mesh: DeviceMesh) -> Shape:
     """The mesh's shape, which some versions of torch take 15 µs to tell, for every tensor of a model."""
-    return tuple(mesh.shape)
+    shape = _shapes.get(mesh)
+    if shape is None:
+        shape = _shapes[mesh] = tuple(mesh.shape)
+    return shape
 
 
 def shard_ranges(
