@@ -25,10 +25,10 @@ import numpy as np
 from ucp.geometry import Blocks, Copies, collapse, compose, concat, flat_ranges, intersect, numel
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.parallel.zero import ceil_partition, ceil_size, flat_offsets, flat_partition, partition_size
-from ucp.spec import catalogue
-from ucp.spec.axes import Expression, cuts
+from ucp.spec import shipped
 from ucp.spec.bound import Bound, bind
-from ucp.spec.meaning import Cutting, Shard, shape_of, shard
+from ucp.spec.evaluate import Cutting, Shard, shape_of, shard
+from ucp.spec.grammar import Expression, cuts
 
 SOURCE, TARGET = "dp=32,tp=8,pp=16,zero=1", "dp=2048,tp=4,zero=3"
 DENSE = {
@@ -81,7 +81,7 @@ class Model:
 
 def model(config: Mapping[str, Any]) -> Model:
     """The parameters that the catalogue's spec for this config gives a model, `{i}` filled with every layer."""
-    spec = catalogue.for_model(str(config["model_type"]))
+    spec = shipped.for_model(str(config["model_type"]))
     if spec is None:
         raise ValueError(f"no spec for {config['model_type']}")
     bound = bind(spec, config)

@@ -86,7 +86,7 @@ def zero(args: argparse.Namespace, model: Any, stage: int) -> tuple[Callable[[],
     import deepspeed
 
     import ucp.deepspeed
-    from ucp.deepspeed.save import save_checkpoint
+    from ucp.deepspeed.saves import save_checkpoint
 
     if args.device == "cpu":
         # DeepSpeed would look for a compiler and build a kernel, which takes a minute and is not used here.
@@ -148,7 +148,7 @@ def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=args.device)
     alone = dist.new_group(backend="gloo")  # the save's own: it talks while training does
     under_way: list[Any] = []
-    ours: list[ucp.dtensor.PendingSave] = []
+    ours: list[ucp.torchdist.checkpointing.PendingSave] = []
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -303,7 +303,7 @@ def _writers() -> Iterator[int]:
     """The processes that write for this one."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"ucp.training.writer" in path.read_bytes() and _status("PPid", int(path.parent.name), 1) == os.getpid():
+            if b"ucp.saving.writer" in path.read_bytes() and _status("PPid", int(path.parent.name), 1) == os.getpid():
                 yield int(path.parent.name)
         except OSError:
             continue  # it has ended

@@ -71,14 +71,14 @@ def bucket() -> Iterator[str]:
 def forked_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Saves in the background are written by forks of the test's process, in which what a test has changed counts; call
     it to let the next save have a new one."""
-    from tests.training import save_jobs
-    from ucp import dtensor
-    from ucp.training import writer
+    from tests.saving import save_jobs
+    from ucp.saving import writer
+    from ucp.torchdist import checkpointing
 
     for name in ("Pipe", "_start"):
         monkeypatch.setattr(writer, name, getattr(writer, name))
     save_jobs.fork_writers()
-    renew = dtensor._saver()._dismiss
+    renew = checkpointing._saver()._dismiss
     renew()
     yield renew
     renew()

@@ -6,7 +6,7 @@
     ucp.convert(source, dest)
     ucp.save(state_dict, path); ucp.load(state_dict, path)  # torch.distributed's, as its own checkpoint functions
 
-The live sides are `ucp.deepspeed`, and `ucp.dtensor` with `ucp.dcp` for torch.distributed. Importing this package
+The live sides are `ucp.deepspeed`, and `ucp.torchdist` with `ucp.dcp` for torch.distributed. Importing this package
 imports neither torch nor numpy; the names below load what they need when they are first used.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
     from ucp.checkpoint import Checkpoint, open  # noqa: A004 (`ucp.open` is the public name, as `gzip.open` is)
     from ucp.conversion import ConversionReport, convert
-    from ucp.dtensor import async_save, load, load_training, save, save_training
     from ucp.errors import UcpError
     from ucp.parallel.mesh import Layout
+    from ucp.torchdist.checkpointing import async_save, load, load_training, save, save_training
 
 __all__ = [
     "open",
@@ -46,11 +46,11 @@ _HOMES = {
     "open": "ucp.checkpoint",
     "Checkpoint": "ucp.checkpoint",
     "convert": "ucp.conversion",
-    "save": "ucp.dtensor",
-    "async_save": "ucp.dtensor",
-    "load": "ucp.dtensor",
-    "save_training": "ucp.dtensor",
-    "load_training": "ucp.dtensor",
+    "save": "ucp.torchdist.checkpointing",
+    "async_save": "ucp.torchdist.checkpointing",
+    "load": "ucp.torchdist.checkpointing",
+    "save_training": "ucp.torchdist.checkpointing",
+    "load_training": "ucp.torchdist.checkpointing",
     "ConversionReport": "ucp.conversion",
     "Layout": "ucp.parallel.mesh",
     "ParameterInfo": "ucp.catalog",

@@ -30,13 +30,13 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, Train
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
-from ucp.spec.choice import Choice, choose
+from ucp.spec.select import Choice, choose
 from ucp.storage import locations
 from ucp.storage.digests import verify_range
 from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
 from ucp.storage.locations import locate
-from ucp.storage.values import DeviceName, DtypeName, Size, TensorRef
+from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, TensorRef
 from ucp.transfer.gather import Reader, Want, gather
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
 def open_apart(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
     """Open a checkpoint before a spec puts it together: every model-parallel rank's own tensors as they are.
 
-    Where the format has such ranks, names are those of `ucp.spec.decide.apart`. Arguments and errors as for `open`.
+    Where the format has such ranks, names are those of `ucp.spec.resolve.apart`. Arguments and errors as for `open`.
     """
     return _open(path, tag, {"choice": Choice(apart=True)}, True)
 
@@ -315,12 +315,12 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
     if reader is None:
         raise formats.explain_unknown(folder)
     if reader is formats.deepspeed:
-        return formats.deepspeed.read(folder, files, **options)
+        return formats.deepspeed.read_catalog(folder, files, **options)
     if reader is formats.dcp:
-        return formats.dcp.read(folder, files, trust_client_state=options["trust_client_state"])
+        return formats.dcp.read_catalog(folder, files, trust_client_state=options["trust_client_state"])
     if reader is formats.huggingface:
-        return formats.huggingface.read(folder, files, choice=options["choice"])
-    return reader.read(folder, files)
+        return formats.huggingface.read_catalog(folder, files, choice=options["choice"])
+    return reader.read_catalog(folder, files)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -23,10 +23,10 @@ import xxhash
 from ucp import checkpoint, formats
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
-from ucp.formats import sharded
+from ucp.formats.shared import shards
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
-from ucp.spec.choice import Choice, choose
+from ucp.spec.select import Choice, choose
 from ucp.storage import configs, locations
 from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
@@ -36,7 +36,7 @@ from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.team import Team
-from ucp.transfer.together import Writing, noted_bytes, write_following, write_leading
+from ucp.transfer.team_write import Writing, noted_bytes, write_following, write_leading
 from ucp.transfer.upload import check_upload, discard, upload, upload_files
 from ucp.transfer.windows import budget, check_files
 from ucp.transfer.write import Progress
@@ -318,20 +318,20 @@ def _to_universal(catalog: Catalog, options: _Options) -> _Job:
 
 
 def _to_deepspeed(catalog: Catalog, options: _Options) -> _Job:
-    from ucp.formats.deepspeed import write_native
+    from ucp.formats.deepspeed.write import native
 
     if options.layout is None:
         raise BadArgument("converting to 'deepspeed' needs a layout to write for, such as dp=4,zero=3")
     source = training.with_sources_of_state(catalog)
-    files = write_native.plan(source, options.layout, options.ds_config, options.choice)
+    files = native.plan(source, options.layout, options.ds_config, options.choice)
     return _tagged_job(source, files, options.tag, "latest", options.layout)
 
 
 def _to_deepspeed_universal(catalog: Catalog, options: _Options) -> _Job:
-    from ucp.formats.deepspeed import write_universal
+    from ucp.formats.deepspeed.write import universal_folder
 
     source = training.with_sources_of_state(catalog)
-    return _tagged_job(source, write_universal.plan(source), options.tag, "latest_universal", None)
+    return _tagged_job(source, universal_folder.plan(source), options.tag, "latest_universal", None)
 
 
 def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> _Job:
@@ -343,17 +343,17 @@ def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: st
 
 
 def _to_dcp(catalog: Catalog, options: _Options) -> _Job:
-    from ucp.formats.dcp import write
+    from ucp.formats.dcp import writer
 
     source = training.with_sources_of_state(catalog)
-    return _Job(source, tuple(write.plan(source)), lambda digests: {})
+    return _Job(source, tuple(writer.plan(source)), lambda digests: {})
 
 
 def _to_huggingface(catalog: Catalog, options: _Options) -> _Job:
-    from ucp.formats.huggingface import write
+    from ucp.formats.huggingface import writer
 
-    max_shard = sharded.SHARD if options.max_shard_size is None else options.max_shard_size
-    source, files = write.plan(
+    max_shard = shards.SHARD if options.max_shard_size is None else options.max_shard_size
+    source, files = writer.plan(
         catalog, dtype=options.dtype, max_shard=max_shard, like=options.like, choice=options.choice
     )
     return _Job(source, tuple(files), lambda digests: {})

@@ -13,7 +13,7 @@ import pytest
 from tests.formats import raw
 from tests.spec.models import MODELS, config_of, names_of
 from ucp.cli import spec as command
-from ucp.spec import catalogue
+from ucp.spec import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def llama(tmp_path: Path) -> Path:
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
     """Llama's spec with a line for the one frozen parameter that the checkpoint has beside."""
-    text = (catalogue.FOLDER / "llama.yaml").read_text()
+    text = (shipped.FOLDER / "llama.yaml").read_text()
     path = tmp_path / "my.yaml"
     path.write_text(text.replace("\ntied:", '  frozen.weight: "6 5"\n\ntied:'))
     return path
@@ -53,7 +53,7 @@ def spec(tmp_path: Path) -> Path:
 def test_show_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "show")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == list(catalogue.names())
+    assert [line.split()[0] for line in out.splitlines()] == list(shipped.names())
     code, out, _ = call(capsys, "show", "--json")
     found = json.loads(out)
     assert found["schema"] == "ucp.spec-list/1"
@@ -72,7 +72,7 @@ def test_show_says_it_in_the_papers_words(capsys: pytest.CaptureFixture[str]) ->
     assert experts["pattern"] == "fragment over ep (dimension 0), fragment over tp (dimension 2)"
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", shipped.names())
 def test_every_spec_can_be_shown_and_is_well_formed(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert call(capsys, "show", name)[::2] == (0, "")
     code, out, err = call(capsys, "check", name)
@@ -194,4 +194,4 @@ def test_the_catalogue_and_the_command_are_installed_with_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert 'ucp-spec = "ucp.cli.spec:main"' in text
     assert '"specs/*.yaml"' in text
-    assert catalogue.FOLDER.resolve() == (ROOT / "specs").resolve() or "site-packages" in str(catalogue.FOLDER)
+    assert shipped.FOLDER.resolve() == (ROOT / "specs").resolve() or "site-packages" in str(shipped.FOLDER)

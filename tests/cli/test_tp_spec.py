@@ -13,9 +13,9 @@ from tests.cli.test_spec import call
 from tests.engines import tp_models
 from tests.engines.configs import Case
 from tests.engines.tp_runs import TpCase, TpRun, TpSources
-from tests.formats.deepspeed.test_read_matrix import check_tensors, known
+from tests.formats.deepspeed.read.test_matrix import check_tensors, known
 from tests.spec.models import config_of
-from ucp.spec import catalogue
+from ucp.spec import shipped
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +120,7 @@ def test_check_merges_all_shards_and_cuts_them_again(
 def test_wrong_specs_are_refused_by_the_shards(
     gpt: TpRun, capsys: pytest.CaptureFixture[str], tmp_path: Path, right: str, wrong: str, message: str
 ) -> None:
-    text = (catalogue.FOLDER / "megatron_gpt_plain.yaml").read_text()
+    text = (shipped.FOLDER / "megatron_gpt_plain.yaml").read_text()
     assert right in text
     path = tmp_path / "wrong.yaml"
     path.write_text(text.replace(right, wrong))

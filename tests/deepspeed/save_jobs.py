@@ -22,7 +22,7 @@ from tests.engines.load_jobs import build_target
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
 from tests.engines.truth import Truth, compare, gather
-from tests.training.save_jobs import Death, fork_writers, instrument
+from tests.saving.save_jobs import Death, fork_writers, instrument
 
 SAVE: dict[str, Any] = {"save": {"async": False}}
 
@@ -191,7 +191,7 @@ def save_lazily(case: Case, folder: str) -> Lazily:
     """Saves whose copy is slow, each followed by another way to change what is being copied."""
     import deepspeed.utils.timer
 
-    from ucp.training.staging import Copying
+    from ucp.saving.staging import Copying
 
     copy = Copying._copy
 
@@ -246,7 +246,7 @@ class _Waiting:
 
 def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[str, str]]:
     """One rank cannot flush: what every rank is told at the next save, and that the one after it works."""
-    from ucp.training import writer
+    from ucp.saving import writer
 
     section: dict[str, Any] = {"save": {}}
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True, **section}})

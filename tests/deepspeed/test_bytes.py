@@ -27,7 +27,7 @@ def load_once(
 ) -> tuple[int, int, bool, Truth | None]:
     """The same with ``read_once``; whether bytes were exchanged, and the state after it. measured: decide by measuring,
     however little there is."""
-    from ucp.training import exchange
+    from ucp.loading import exchange
 
     exchange.BOUND = 1 << 12  # many rounds
     if measured:

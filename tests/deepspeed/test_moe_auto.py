@@ -18,7 +18,7 @@ from tests.engines.moe import INITIALIZE, SECTION
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.truth import Truth, compare
-from tests.formats.deepspeed.test_read_matrix import check_regions, check_tensors
+from tests.formats.deepspeed.read.test_matrix import check_regions, check_tensors
 from ucp.errors import UcpError, Unsupported
 
 pytestmark = pytest.mark.slow

@@ -122,7 +122,7 @@ def test_loads_exactly(moe_sources: MoeSources, pair: Pair) -> None:
 def test_fragments_hold_everything_once(moe_sources: MoeSources, case: MoeCase) -> None:
     """What this project saves of such an engine, read as a catalog."""
     import ucp
-    from tests.formats.deepspeed.test_read_matrix import check_parameters, check_tensors
+    from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors
 
     run = moe_sources.get(case, universal=True)
     with ucp.open(run.folder) as checkpoint:

@@ -19,7 +19,7 @@ from tests.engines.pipe_runs import PipeCase, PipeSources
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE
 from tests.engines.truth import Truth, compare
-from tests.formats.deepspeed.test_read_matrix import check_parameters, check_tensors, known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors, known
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import preload_for
 from tests.engines.truth import Truth, compare
-from ucp.training.order import GlobalOrder
+from ucp.job.data_order import GlobalOrder
 
 pytestmark = pytest.mark.slow
 

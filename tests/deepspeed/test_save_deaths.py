@@ -12,7 +12,7 @@ import ucp
 from tests.deepspeed import save_jobs
 from tests.engines.configs import Case
 from tests.engines.pool import RankPool
-from tests.training.save_jobs import Death, digest_of
+from tests.saving.save_jobs import Death, digest_of
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from tests.engines.runs import CLIENT_STATE
 from tests.engines.tp_runs import PRELOAD, TpCase, TpRun, TpSources
 from tests.engines.tp_truth import without_padding
 from tests.engines.truth import Truth, compare
-from tests.formats.deepspeed.test_read_matrix import check_parameters, check_tensors, known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors, known
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from ucp.errors import UcpError, Unsupported
 from ucp.inspection.parts import balanced
 from ucp.inspection.planning import balance, plan
 from ucp.parallel.mesh import Layout, parse_layout
-from ucp.spec.places import SpecError
+from ucp.spec.positions import SpecError
 from ucp.storage.files import Files
 
 

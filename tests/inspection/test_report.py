@@ -18,7 +18,7 @@ from tests.formats import raw
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import whole
-from ucp.inspection import words
+from ucp.inspection import display
 from ucp.inspection.planning import plan
 from ucp.inspection.report import render, write_report
 from ucp.inspection.report.data import report_data
@@ -234,7 +234,12 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
     with ucp.open(virtual) as checkpoint:
         summary = summarise(checkpoint)
     assert found["shown"] == [
-        [p.name, words.shape_text(p.shape), words.bytes_text(p.bytes), str(sum(s.fragments for s in p.states.values()))]
+        [
+            p.name,
+            display.shape_text(p.shape),
+            display.bytes_text(p.bytes),
+            str(sum(s.fragments for s in p.states.values())),
+        ]
         for p in summary.parameters
     ]
     layer = next(p for p in summary.parameters if p.name == "layer.0.weight")
@@ -248,8 +253,8 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
     assert found["found"] == ["embed.weight"]
     assert found["status"] == "whole"
     tiles = " ".join(found["tiles"])
-    assert words.bytes_text(summary.bytes) in tiles
-    assert words.bytes_text(summary.file_bytes) in tiles
+    assert display.bytes_text(summary.bytes) in tiles
+    assert display.bytes_text(summary.file_bytes) in tiles
     assert "zero=1" in tiles
     assert found["plan"][0] == "2"
     assert found["matrix"] == 4 * 2

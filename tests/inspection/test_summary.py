@@ -14,9 +14,9 @@ from tests.formats import raw
 from tests.inspection.conftest import OLDER
 from ucp.catalog import SourceFile
 from ucp.errors import BadArgument
+from ucp.inspection.display import age_text, bytes_text, count_text, seconds_text
 from ucp.inspection.holders import holders
 from ucp.inspection.summary import families, fragments, matching, summarise, tree
-from ucp.inspection.words import age_text, bytes_text, count_text, seconds_text
 
 
 def test_sums(virtual: Path, made: raw.Raw) -> None:

@@ -12,7 +12,7 @@ from tests.engines import tp_models
 from tests.engines.configs import Case
 from tests.engines.tp_runs import TpCase, TpRun, TpSources
 from tests.spec.models import config_of
-from ucp.spec.catalogue import FOLDER
+from ucp.spec.shipped import FOLDER
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """The meaning of expressions, spelled out index by index, and random expressions to compare it on.
 
-Nothing here uses `ucp.spec.meaning`: an axis is a Python list of indices, and numpy takes them out of the tensor.
+Nothing here uses `ucp.spec.evaluate`: an axis is a Python list of indices, and numpy takes them out of the tensor.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.spec.axes import Axis, Cut, Expression, Name, Number, Product, Sum, parse, spell
-from ucp.spec.places import Place, Source
+from ucp.spec.grammar import Axis, Cut, Expression, Name, Number, Product, Sum, parse, spell
+from ucp.spec.positions import Place, Source
 
 
 def expression(text: str) -> Expression:

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.property import box_splits, flat_splits, generators, law
-from tests.spec.test_names import moved
+from tests.spec.test_foreign_names import moved
 from ucp.geometry import Blocks, box, concat, flat_ranges
-from ucp.spec import axes
+from ucp.spec import grammar
 from ucp.spec.arrange import View, carry, piece, segments
-from ucp.spec.axes import Expression
-from ucp.spec.places import Place, Source
+from ucp.spec.grammar import Expression
+from ucp.spec.positions import Place, Source
 
 SIZES = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 1}
 
 
 def parse(text: str) -> Expression:
-    return axes.parse(Source(text, Place("test", 1, 1)))
+    return grammar.parse(Source(text, Place("test", 1, 1)))
 
 
 def arrangement(rng: np.random.Generator, names: list[str]) -> tuple[str, list[str]]:

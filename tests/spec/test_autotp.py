@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.spec.models import MODELS, config_of
-from ucp.spec import catalogue
+from ucp.spec import shipped
 from ucp.spec.bound import bind
 from ucp.spec.check import check_shards, merge
 
@@ -32,7 +32,7 @@ def test_fused_attention(name: str, tp: int) -> None:
     parts = [prepare_tp_fused_qkvw(block, whole, tp, rank, meta).numpy() for rank in range(tp)]
     shards = [({"tp": rank}, part) for rank, part in enumerate(parts)]
     full = f"{FUSED[name]}.weight"
-    bound = bind(catalogue.find(name), config_of(module))
+    bound = bind(shipped.find(name), config_of(module))
     cutting = check_shards(bound, {"tp": tp}, {full: shards})[full]
     found = bound.find(full)
     assert found is not None
@@ -49,7 +49,7 @@ def test_separate_projections(name: str, tp: int) -> None:
 
     module = MODELS[name].make("cpu")
     meta = AutoTPMeta.from_model_config(module.config)
-    bound = bind(catalogue.find(MODELS[name].spec), config_of(module))
+    bound = bind(shipped.find(MODELS[name].spec), config_of(module))
     shards, wholes = {}, {}
     for full, parameter in module.named_parameters():
         tensor = parameter.detach().clone()

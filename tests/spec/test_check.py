@@ -10,13 +10,13 @@ from tests.property import generators, ids, law
 from tests.spec import naive
 from tests.spec.models import MODELS, config_of, names_of
 from ucp.errors import Mismatch
-from ucp.spec import catalogue
-from ucp.spec.axes import Cut, walk
+from ucp.spec import shipped
 from ucp.spec.bound import bind, is_held
 from ucp.spec.check import check_shards, merge
+from ucp.spec.evaluate import Cutting
+from ucp.spec.grammar import Cut, walk
 from ucp.spec.language import loads
-from ucp.spec.meaning import Cutting
-from ucp.spec.places import SpecError
+from ucp.spec.positions import SpecError
 
 
 @given(generators)
@@ -57,7 +57,7 @@ def test_copies_that_differ_and_parts_that_lack_are_seen(rng: np.random.Generato
 def test_every_familys_shards_show_their_cuts(name: str, mesh: dict[str, int]) -> None:
     """All parameters cut by numpy as AutoTP deals out heads; shapes and copies alone lead back to the wholes."""
     found = names_of(MODELS[name].make())
-    bound = bind(catalogue.find(MODELS[name].spec), config_of(MODELS[name].make()))
+    bound = bind(shipped.find(MODELS[name].spec), config_of(MODELS[name].make()))
     shards, wholes = {}, {}
     for k, (parameter, shape) in enumerate(found.shapes.items()):
         line = bound.find(parameter)
@@ -98,7 +98,7 @@ def test_megatrons_cuts_are_those_that_deepspeed_knows(spec: str, layer: str, em
     """DeepSpeed's own tables for Megatron: what is whole on every tp rank, and where the rest is joined."""
     from deepspeed.checkpoint.deepspeed_checkpoint import LAYER_CONCAT_DIM, SEQUENTIAL_LAYERS
 
-    bound = bind(catalogue.find(spec), MEGATRON)
+    bound = bind(shipped.find(spec), MEGATRON)
     columns = [
         *(f"self_attention.query_key_value.{n}" for n in ("weight", "bias")),
         *(f"mlp.dense_h_to_4h.{n}" for n in ("weight", "bias")),
@@ -112,7 +112,7 @@ def test_megatrons_cuts_are_those_that_deepspeed_knows(spec: str, layer: str, em
 
 
 def test_megatrons_gated_mlp_has_two_segments() -> None:
-    bound = bind(catalogue.find("megatron_gpt"), {**MEGATRON, "swiglu": True})
+    bound = bind(shipped.find("megatron_gpt"), {**MEGATRON, "swiglu": True})
     found = bound.find("2.mlp.dense_h_to_4h.weight")
     assert found is not None
     assert str(found.expression) == "(ffn/tp | ffn/tp) hidden"

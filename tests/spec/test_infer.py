@@ -18,7 +18,7 @@ from ucp.spec.check import check_shards, merge
 from ucp.spec.infer import draft, infer
 from ucp.spec.language import loads
 from ucp.spec.placement import place
-from ucp.spec.places import SpecError
+from ucp.spec.positions import SpecError
 
 torch.manual_seed(0)
 Shards = Sequence[Tensor]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.property import law
 from ucp.errors import BadArgument, UcpError
-from ucp.spec import arithmetic, axes, patterns
+from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.bound import bind
 from ucp.spec.check import check_names, words
 from ucp.spec.language import load, loads, unused_sizes
-from ucp.spec.places import Place, Source, SpecError
+from ucp.spec.positions import Place, Source, SpecError
 
 HERE = Place("spec.yaml", 7, 12)
 
@@ -41,9 +41,9 @@ def source(text: str) -> Source:
     ],
 )
 def test_an_expression_has_one_spelling(text: str, canonical: str) -> None:
-    tree = axes.parse(source(text))
+    tree = grammar.parse(source(text))
     assert str(tree) == canonical
-    assert str(axes.parse(source(canonical))) == canonical
+    assert str(grammar.parse(source(canonical))) == canonical
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_expression_has_one_spelling(text: str, canonical: str) -> None:
 )
 def test_expressions_that_are_refused(text: str, column: int, marks: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        axes.parse(source(text))
+        grammar.parse(source(text))
     assert str(caught.value).startswith(f"spec.yaml:7:{column}: ")
     assert message.replace("a name, a number or a bracket", "name, number or bracket") in str(caught.value)
     assert caught.value.picture == f"    {text}\n    {marks}"
@@ -98,7 +98,7 @@ def column_of_refusal(parse: Callable[[Source], object], text: str) -> int:
 @law(300)
 def test_no_text_is_worse_than_refused(text: str) -> None:
     """Every text is read or refused with a place inside it; nothing else is ever raised."""
-    for parse in (axes.parse, arithmetic.parse, patterns.parse, patterns.template):
+    for parse in (grammar.parse, arithmetic.parse, patterns.parse, patterns.template):
         assert 12 <= column_of_refusal(parse, text) <= 12 + len(text)
 
 

@@ -13,10 +13,10 @@ from ucp.errors import Mismatch
 from ucp.geometry import Blocks, compose, concat, coverage_gap, restrict, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
+from ucp.spec.evaluate import Cutting, shard
 from ucp.spec.language import loads
-from ucp.spec.meaning import Cutting, shard
 from ucp.spec.placement import held_first, place, uncut
-from ucp.spec.places import SpecError
+from ucp.spec.positions import SpecError
 
 
 @given(generators)

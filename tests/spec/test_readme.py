@@ -10,13 +10,13 @@ import pytest
 
 import ucp
 from tests.property import cut, ids
-from ucp.spec import arithmetic, catalogue
-from ucp.spec.axes import parse
+from ucp.spec import arithmetic, shipped
 from ucp.spec.bound import bind
+from ucp.spec.evaluate import Cutting, shape_of, shard
+from ucp.spec.foreign_names import assemble
+from ucp.spec.grammar import parse
 from ucp.spec.language import loads
-from ucp.spec.meaning import Cutting, shape_of, shard
-from ucp.spec.names import assemble
-from ucp.spec.places import Place, Source, SpecError
+from ucp.spec.positions import Place, Source, SpecError
 
 README = Path(ucp.__file__).parent / "specs/README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_spec_and_the_names_are_the_catalogues() -> None:
         "vocab_size": 101,
         "tie_word_embeddings": True,
     }
-    bound, other = bind(spec, config), bind(catalogue.find("llama"), config)
+    bound, other = bind(spec, config), bind(shipped.find("llama"), config)
     assert bound.sizes == other.sizes
     for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.q_proj.weight", "lm_head.weight"):
         a, b = bound.find(name), other.find(name)

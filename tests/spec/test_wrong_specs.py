@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ucp.errors import UcpError
 from ucp.spec.bound import bind
 from ucp.spec.check import check_shards, merge, trusted
+from ucp.spec.evaluate import Cutting
 from ucp.spec.language import loads
-from ucp.spec.meaning import Cutting
 
 # 2 key heads, 3 query heads for each, of 4; hidden 10, ffn 6, vocab 11 padded to 14.
 CONFIG = {"hidden": 10, "kv": 2, "q": 3, "d": 4, "ffn": 6, "vocab": 11}

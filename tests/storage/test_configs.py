@@ -8,11 +8,11 @@ import pytest
 
 import ucp
 from tests.formats import raw
-from tests.formats.deepspeed.test_write_native import raw_source
+from tests.formats.deepspeed.write.test_native import raw_source
 from ucp.errors import BadArgument, DamagedCheckpoint
 from ucp.inspection.planning import plan
 from ucp.parallel.mesh import parse_layout
-from ucp.spec.choice import choose
+from ucp.spec.select import choose
 from ucp.storage import configs
 
 WRONG = {

@@ -15,7 +15,7 @@ import torch
 
 import ucp
 from tests.formats import raw
-from tests.formats.deepspeed.test_write_native import raw_source
+from tests.formats.deepspeed.write.test_native import raw_source
 from tests.s3 import get, put
 from ucp.errors import (
     BadArgument,

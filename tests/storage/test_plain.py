@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as nps
 from tests.property import law
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.storage import plain
-from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef
+from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 
 def through_json(value: Any, torch_values: bool = False) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import ucp
 from tests.faults import CUT, DROPPED, UNAVAILABLE, Proxy, Request, between, most_at_once
 from tests.formats import raw
-from tests.formats.deepspeed.test_write_native import ADAMW
+from tests.formats.deepspeed.write.test_native import ADAMW
 from tests.s3 import put
 from ucp.catalog import ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, DestinationError

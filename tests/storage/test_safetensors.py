@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.property import law
-from tests.storage.graphs import read_tensor, same_bits
+from tests.storage.torch_pt.graphs import read_tensor, same_bits
 from ucp.errors import BadArgument, DamagedCheckpoint, UcpError, Unsupported
 from ucp.storage import dtypes, safetensors
 

@@ -9,7 +9,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
-from tests.formats.deepspeed.test_write_native import ADAMW
+from tests.formats.deepspeed.write.test_native import ADAMW
 from tests.transfer.test_write import LEAST
 from ucp.catalog import ParamGroup, TrainingState
 from ucp.geometry import box

@@ -21,7 +21,7 @@ from ucp.geometry import whole
 from ucp.storage.crc32 import Crc32Entry, Passing
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
-from ucp.storage.torchwriter import Placeholder, plan_torch_file
+from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
 from ucp.transfer.gather import SCRATCH, Reader, Want
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.write import write_files

@@ -44,7 +44,7 @@ def _tolerance(text: str) -> float:
 
 
 def command(args: argparse.Namespace) -> int:
-    from ucp.inspection import words
+    from ucp.inspection import display
     from ucp.inspection.difference import diff
 
     out = Output(args)
@@ -68,12 +68,12 @@ def command(args: argparse.Namespace) -> int:
     code = run.DONE if found.same else run.NO
     if out.result(found.as_json):
         return code
-    counted = f"{found.compared} tensors compared ({words.bytes_text(found.bytes)}), {found.equal} equal to the bit"
+    counted = f"{found.compared} tensors compared ({display.bytes_text(found.bytes)}), {found.equal} equal to the bit"
     (out.good if found.same else out.bad)(f"{'the same' if found.same else 'they differ'}: {counted}")
     rows = [("only in A", name, "", "") for name in found.only_a]
     rows += [("only in B", name, "", "") for name in found.only_b]
     rows += [
-        ("shape", name, words.shape_text(ours), words.shape_text(theirs))
+        ("shape", name, display.shape_text(ours), display.shape_text(theirs))
         for name, (ours, theirs) in found.shapes.items()
     ]
     for t in sorted(found.tensors, key=lambda t: -t.absolute):

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    from ucp.inspection import words
+    from ucp.inspection import display
     from ucp.inspection.listing import listing
 
     out = Output(args)
@@ -32,8 +32,8 @@ def command(args: argparse.Namespace) -> int:
             "" if entry.step is None else str(entry.step),
             entry.format,
             entry.layout or "",
-            words.age_text(entry.written),
-            words.bytes_text(entry.bytes),
+            display.age_text(entry.written),
+            display.bytes_text(entry.bytes),
             {True: "whole", False: "damaged", None: "not understood"}[entry.whole],
             "latest" if entry.latest else "",
         )

@@ -64,33 +64,33 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _print(out: Output, found: ResumePlan, per_node: int) -> None:
-    from ucp.inspection import words
+    from ucp.inspection import display
     from ucp.inspection.planning import balance
 
     spread = balance(found.ranks)
     count = min(per_node, len(found.ranks))
     hosted = f"{count} ranks" if count > 1 else "one rank"
     facts = [
-        ("from", f"{found.path} ({found.source_layout}), {words.bytes_text(found.stored)} of tensors"),
+        ("from", f"{found.path} ({found.source_layout}), {display.bytes_text(found.stored)} of tensors"),
         ("to", f"{found.layout}, {len(found.ranks)} ranks"),
-        ("read", f"{words.bytes_text(found.bytes)} in all, from {found.files} files"),
+        ("read", f"{display.bytes_text(found.bytes)} in all, from {found.files} files"),
         (
             "by a rank",
-            f"{words.bytes_text(spread['smallest'])} to {words.bytes_text(spread['largest'])}, "
-            f"{words.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
+            f"{display.bytes_text(spread['smallest'])} to {display.bytes_text(spread['largest'])}, "
+            f"{display.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
         ),
-        ("memory", f"{words.bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
+        ("memory", f"{display.bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
     ]
     if found.stages is not None:
-        spans = [words.span_text(a, b) for a, b in pairwise(found.stages)]
+        spans = [display.span_text(a, b) for a, b in pairwise(found.stages)]
         facts.insert(2, ("stages", f"layers {', '.join(spans)} of {found.stages[-1]}"))
     if found.seconds is not None:
         limit = "the largest rank's reading" if found.bound_by == "rank" else "the storage's bandwidth"
-        facts.append(("time", f"{words.seconds_text(found.seconds)}, limited by {limit}"))
+        facts.append(("time", f"{display.seconds_text(found.seconds)}, limited by {limit}"))
     out.title(f"a resume on {found.layout}")
     out.facts(facts)
     shown = found.ranks[:SHOWN] if out.people else found.ranks
-    rows = [(f"rank {r.rank}", words.bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
+    rows = [(f"rank {r.rank}", display.bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     if not out.people:
         rows = [(f"rank {r.rank}", str(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     out.table(("rank", "reads", "files", "pieces"), rows, right=(1, 2, 3))

@@ -66,20 +66,20 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _overview(out: Output, found: Summary) -> None:
-    from ucp.inspection import words
+    from ucp.inspection import display
     from ucp.parallel.mesh import Layout
 
     out.title(found.path)
     kinds = ", ".join(f"{n} {kind}" for kind, n in found.kinds.items())
     states = ", ".join(
-        f"{state} ({words.bytes_text(entry['bytes'])}, {'/'.join(entry['dtypes'])})"
+        f"{state} ({display.bytes_text(entry['bytes'])}, {'/'.join(entry['dtypes'])})"
         for state, entry in found.states.items()
     )
     sizes = [h.bytes for h in found.holders]
-    spread = f"{len(sizes)} ranks or files, {words.bytes_text(min(sizes, default=0))} to "
-    spread += f"{words.bytes_text(max(sizes, default=0))} each"
+    spread = f"{len(sizes)} ranks or files, {display.bytes_text(min(sizes, default=0))} to "
+    spread += f"{display.bytes_text(max(sizes, default=0))} each"
     if len(sizes) == 1:
-        spread = f"one rank or file, {words.bytes_text(sizes[0])}"
+        spread = f"one rank or file, {display.bytes_text(sizes[0])}"
     training = found.training
     has = [name for name in ("lr_scheduler", "loss_scaler") if training[name]]
     if training["client_state"]:
@@ -90,9 +90,9 @@ def _overview(out: Output, found: Summary) -> None:
             ("format", f"{found.format}, written by {found.writer}"),
             ("layout", str(Layout(**found.layout))),
             ("step", "unknown" if found.step is None else str(found.step)),
-            ("parameters", f"{len(found.parameters)} ({kinds}), {words.count_text(found.elements)} elements"),
+            ("parameters", f"{len(found.parameters)} ({kinds}), {display.count_text(found.elements)} elements"),
             ("states", states),
-            ("size", f"{words.bytes_text(found.bytes)} of tensors, {words.bytes_text(found.file_bytes)} of files"),
+            ("size", f"{display.bytes_text(found.bytes)} of tensors, {display.bytes_text(found.file_bytes)} of files"),
             ("held by", f"{spread}, {found.fragments} fragments"),
             ("digests", f"{sum(f.digests for f in found.files)} of {len(found.files)} files"),
             ("param groups", str(len(training["param_groups"]))),
@@ -104,10 +104,10 @@ def _overview(out: Output, found: Summary) -> None:
 
 
 def _row(name: str, p: ParameterSummary, times: str) -> tuple[str, ...]:
-    from ucp.inspection import words
+    from ucp.inspection import display
 
     states = " ".join(f"{state}:{s.dtype}" for state, s in p.states.items())
-    return name, times, words.shape_text(p.shape), p.kind, states, words.bytes_text(p.bytes), p.cut
+    return name, times, display.shape_text(p.shape), p.kind, states, display.bytes_text(p.bytes), p.cut
 
 
 def _families(found: Summary, grouped: bool) -> Iterator[tuple[str, ParameterSummary, int]]:
@@ -120,7 +120,7 @@ def _families(found: Summary, grouped: bool) -> Iterator[tuple[str, ParameterSum
 
 
 def _tree(out: Output, root: Module, depth: int) -> None:
-    from ucp.inspection import words
+    from ucp.inspection import display
 
     rows: list[tuple[str, ...]] = []
 
@@ -131,8 +131,8 @@ def _tree(out: Output, root: Module, depth: int) -> None:
             (
                 name,
                 str(module.parameters),
-                words.count_text(module.elements),
-                words.bytes_text(module.bytes),
+                display.count_text(module.elements),
+                display.bytes_text(module.bytes),
                 f"{share:.1%}",
             )
         )
@@ -145,12 +145,12 @@ def _tree(out: Output, root: Module, depth: int) -> None:
 
 
 def _parameters(out: Output, checkpoint: Checkpoint, kept: list[ParameterSummary]) -> None:
-    from ucp.inspection import summary, words
+    from ucp.inspection import display, summary
 
     for p in kept:
         if out.people:
             out.title(p.name)
-            facts = [("shape", words.shape_text(p.shape)), ("kind", p.kind), ("cut", p.cut)]
+            facts = [("shape", display.shape_text(p.shape)), ("kind", p.kind), ("cut", p.cut)]
             facts += [("also named", ", ".join(p.aliases))] if p.aliases else []
             facts += [(key, str(value)) for key, value in p.scalars.items()]
             out.facts(facts)

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> int:
-    from ucp.spec.places import SpecError
+    from ucp.spec.positions import SpecError
 
     try:
         return {"check": _check, "infer": _infer, "show": _show}[args.command](args)
@@ -112,10 +112,10 @@ def _print(args: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[
 
 
 def _check(args: argparse.Namespace) -> int:
-    from ucp.spec import catalogue
+    from ucp.spec import shipped
     from ucp.spec.bound import bind
 
-    spec = catalogue.find(args.spec)
+    spec = shipped.find(args.spec)
     _unused_sizes(spec)
     settings = run.sizes(args.set)
     if args.section is not None and args.section not in spec.layouts:
@@ -188,8 +188,8 @@ def _syntax(args: argparse.Namespace, spec: Spec) -> int:
 
 def _sizes(args: argparse.Namespace, bound: Bound) -> int:
     """Every size, and the shape of every line. A size that is absent is refused where a line can't do without it."""
-    from ucp.spec.axes import names
-    from ucp.spec.meaning import shape_of
+    from ucp.spec.evaluate import shape_of
+    from ucp.spec.grammar import names
 
     needed = {
         axis.name
@@ -268,10 +268,10 @@ def _report(args: argparse.Namespace, bound: Bound, checked: Checked, trial: Tri
 
 
 def _show(args: argparse.Namespace) -> int:
-    from ucp.spec import catalogue
+    from ucp.spec import shipped
 
     if args.spec is None:
-        specs = [(name, catalogue.find(name)) for name in catalogue.names()]
+        specs = [(name, shipped.find(name)) for name in shipped.names()]
         result = [{"name": name, "models": spec.models, "about": spec.about, "file": spec.file} for name, spec in specs]
         _print(
             args,
@@ -279,7 +279,7 @@ def _show(args: argparse.Namespace) -> int:
             _table([(name, ", ".join(spec.models), spec.about) for name, spec in specs]),
         )
         return run.DONE
-    spec = catalogue.find(args.spec)
+    spec = shipped.find(args.spec)
     lines = [f"{spec.file}: {', '.join(spec.models)}"]
     lines += [spec.about] if spec.about else []
     lines += ["sizes:", *_table([(f"  {name}", formula.source.text) for name, formula in spec.sizes.items()])]

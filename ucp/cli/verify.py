@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     from ucp.errors import BadArgument
-    from ucp.inspection import words
+    from ucp.inspection import display
     from ucp.inspection.verify import verify
 
     if args.quick and args.finite:
@@ -64,7 +64,7 @@ def command(args: argparse.Namespace) -> int:
         ("finite", "looked through for infinities and NaN"),
     ):
         if done.get(key):
-            facts.append((key.replace("_", " "), f"{words.bytes_text(done[key])} {what}"))
+            facts.append((key.replace("_", " "), f"{display.bytes_text(done[key])} {what}"))
     out.facts(facts)
     rows = [("fault" if f.fault else "note", f.kind, f.subject, f.text) for f in verdict.findings]
     for weight, kind, subject, text in rows:

@@ -24,7 +24,7 @@ except ImportError as error:  # pragma: no cover - depends on the environment
 from ucp.deepspeed import config as configs
 from ucp.deepspeed.engine import EngineUcp, bind
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
-from ucp.training.order import GlobalOrder
+from ucp.job.data_order import GlobalOrder
 
 # Kept from before `ucp.deepspeed.auto` may replace it.
 _initialize = deepspeed.initialize

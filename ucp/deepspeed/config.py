@@ -13,10 +13,10 @@ from typing import Any
 import hjson  # DeepSpeed's own requirement, and its way to read config files
 
 from ucp.errors import BadArgument
-from ucp.spec.choice import Choice, choose
-from ucp.training.background import POLICIES
-from ucp.training.exchange import ADAPTIVE
-from ucp.training.staging import MEMORY
+from ucp.loading.exchange import ADAPTIVE
+from ucp.saving.background import POLICIES
+from ucp.saving.staging import MEMORY
+from ucp.spec.select import Choice, choose
 
 log = logging.getLogger(__name__)
 

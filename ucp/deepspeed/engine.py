@@ -14,19 +14,19 @@ from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.live.state import warn_of_clipping
-from ucp.deepspeed.save import save_checkpoint
+from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import NotACheckpoint, Unsupported
+from ucp.job import ranks
+from ucp.job.stopwatch import Stopwatch
+from ucp.job.timings import record_load, record_save
+from ucp.loading.load import LoadReport, load
+from ucp.loading.match import Wish
+from ucp.loading.spec_names import config_of, in_names_of
 from ucp.progress import tell
+from ucp.saving.background import Saver
+from ucp.saving.save import SaveReport
 from ucp.storage import locations
-from ucp.training import ranks
-from ucp.training.background import Saver
-from ucp.training.load import LoadReport, load
-from ucp.training.match import Wish
-from ucp.training.renamed import config_of, in_names_of
-from ucp.training.save import SaveReport
-from ucp.training.stopwatch import Stopwatch
-from ucp.training.timings import record_load, record_save
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Checkpoint formats, one module or package each, and how the one at hand is found.
 
-A format offers ``NAME``, ``detect(folder) -> bool`` (by looking at names only) and ``read(folder, files) -> Catalog``.
+A format offers ``NAME``, ``detect(folder) -> bool`` (by looking at names only) and ``read_catalog(folder, files)``.
 All of them are asked, so each imports what only reading needs when it reads.
 """
 
@@ -28,7 +28,7 @@ class Format(Protocol):
         """Whether the folder is a checkpoint of this format."""
         ...
 
-    def read(self, path: Path, files: Files, /) -> Catalog:
+    def read_catalog(self, path: Path, files: Files, /) -> Catalog:
         """The folder's catalog."""
         ...
 

@@ -18,7 +18,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.storage import locations
 from ucp.storage.digests import CHUNK, digest_chunks
 from ucp.storage.files import Files
-from ucp.storage.torchfile import Section
+from ucp.storage.torch_pt.reader import Section
 
 BATCH = 16 * CHUNK
 PIECE = 4 << 20

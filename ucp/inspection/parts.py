@@ -16,15 +16,15 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.deepspeed import write_experts, write_pipeline, write_slices
-from ucp.formats.deepspeed.write_experts import Spread
-from ucp.formats.deepspeed.write_pipeline import Stages
-from ucp.formats.rename import best_names
+from ucp.formats.deepspeed.write import experts, pipeline, tp_slices
+from ucp.formats.deepspeed.write.experts import Spread
+from ucp.formats.deepspeed.write.pipeline import Stages
+from ucp.formats.shared.renaming import best_names
 from ucp.geometry import Blocks, Shape, concat, numel, whole
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
-from ucp.spec.choice import Choice
 from ucp.spec.experts import counts, expert_of
+from ucp.spec.select import Choice
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
 
     choice: the spec, where tensor parallelism or other names need one. given: the DeepSpeed config of the resume, None
     for the one that the checkpoint recorded. It says how AutoEP and AutoTP work, and under "pipeline" which layers each
-    stage has (as in `ucp.formats.deepspeed.write_pipeline`); without that layers are divided as PipelineModule does by
+    stage has (as in `ucp.formats.deepspeed.write.pipeline`); without that layers are divided as PipelineModule does by
     default.
 
     Raises Unsupported for layouts that can't be resumed in, and where nothing says how they cut the model; BadArgument
     for a config that contradicts the layout; SpecError and Mismatch where the spec doesn't fit the checkpoint.
     """
     config = catalog.training_state.config if given is None else given
-    config = write_experts.with_ep(config, layout, given is not None)
-    plain = write_slices.without_padding(catalog)
+    config = experts.with_ep(config, layout, given is not None)
+    plain = tp_slices.without_padding(catalog)
     if layout.ep > 1 or counts(plain.parameters):
-        spread = write_experts.spread(plain, layout, config)
+        spread = experts.spread(plain, layout, config)
         if spread is not None:
             return Parts(tuple(_with_experts(plain, spread)), None)
     if layout.tp * layout.pp == 1:
@@ -121,7 +121,7 @@ def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[Part]:
         own = _only(catalog, names)
         if spread.auto:
             tensors = {
-                key: write_experts.rank_rows(tensor, spread.held(spread.layer_of(key[0])), rank)
+                key: experts.rank_rows(tensor, spread.held(spread.layer_of(key[0])), rank)
                 for key, tensor in own.tensors.items()
             }
             infos = {n: replace(info, shape=tensors[n, "param"].shape) for n, info in own.parameters.items()}
@@ -163,19 +163,19 @@ def _model_parallel(
     out: list[Part] = []
     stages: Stages | None = None
     for tp in range(layout.tp):
-        own = write_slices.without_padding(catalog)
+        own = tp_slices.without_padding(catalog)
         if layout.tp > 1 and bound is not None:
-            own = write_slices.sliced(catalog, bound, layout, tp, autotp)
+            own = tp_slices.sliced(catalog, bound, layout, tp, autotp)
         if layout.pp == 1:
             out.append(Part(own, _ranks(layout, 0, tp)))
             continue
         if bound is not None:
-            own = best_names(own, bound, write_pipeline.is_name)
+            own = best_names(own, bound, pipeline.is_name)
         if stages is None:
             stages = _stages(own, layout, config)
-        write_pipeline.check_names(own, stages)
+        pipeline.check_names(own, stages)
         for pp in range(layout.pp):
-            out.append(Part(write_pipeline.share(own, stages, pp), _ranks(layout, pp, tp)))
+            out.append(Part(pipeline.share(own, stages, pp), _ranks(layout, pp, tp)))
     return Parts(tuple(out), None if stages is None else stages.bounds)
 
 
@@ -197,7 +197,7 @@ def _stages(catalog: Catalog, layout: Layout, config: Mapping[str, Any]) -> Stag
     section = section if isinstance(section, Mapping) else {}
     if "partition" not in section:
         section = {**section, "partition": balanced(_weights(catalog, section, layout), layout.pp)}
-    found = write_pipeline.stages({**config, "pipeline": section}, layout)
+    found = pipeline.stages({**config, "pipeline": section}, layout)
     if found is None:  # not with several stages
         raise BadArgument(f"layout '{layout}': has no pipeline")
     return found
@@ -210,7 +210,7 @@ def _weights(catalog: Catalog, section: Mapping[str, Any], layout: Layout) -> li
     out: Counter[int] = Counter()
     for name, info in catalog.parameters.items():
         first, _, rest = name.partition(".")
-        if not write_pipeline.is_name(name):
+        if not pipeline.is_name(name):
             raise Unsupported(
                 f"layout '{layout}': '{name}' is no name of a pipeline's, whose parameters are called '{{layer}}.…' or "
                 "'tied_modules.{tie}.…'; give a spec (--spec) whose names: tell what is what"

@@ -22,7 +22,7 @@ from ucp.geometry import Blocks, Ints, intersect
 from ucp.inspection import holders
 from ucp.inspection.parts import held, parts
 from ucp.parallel.mesh import Layout
-from ucp.spec.choice import Choice, choose
+from ucp.spec.select import Choice, choose
 from ucp.storage import configs
 from ucp.storage.dtypes import itemsize
 

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from ucp.checkpoint import Checkpoint, open_apart
 from ucp.errors import Mismatch
 from ucp.formats import deepspeed
-from ucp.formats.deepspeed import reading
+from ucp.formats.deepspeed.read import checkpoint as reader
 from ucp.geometry import Shape, numel
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec import catalogue
-from ucp.spec.axes import Expression
+from ucp.spec import shipped
 from ucp.spec.bound import Bound
 from ucp.spec.check import Report, check_names, cut, merge
-from ucp.spec.cuts import Observed, solve_cuts
-from ucp.spec.decide import shard_of
+from ucp.spec.evaluate import Cutting, shape_of, shard
+from ucp.spec.grammar import Expression
 from ucp.spec.infer import draft
-from ucp.spec.meaning import Cutting, shape_of, shard
+from ucp.spec.resolve import shard_of
+from ucp.spec.solve import Observed, solve_cuts
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class Shards:
             if info.kind == "buffer":
                 self.buffers.add(name)
         if self._is_apart:
-            self.info, self.config = reading.describe(checkpoint.path)
+            self.info, self.config = reader.describe(checkpoint.path)
 
     def __enter__(self) -> Shards:
         return self
@@ -149,7 +149,7 @@ def _contents(slices: list[NDArray]) -> str:
 def _fitting(shards: Shards) -> list[str]:
     """The catalogue's specs that have a line for every parameter."""
     names = [name for name in shards.names if name not in shards.buffers]
-    specs = {spec: catalogue.find(spec) for spec in catalogue.names()}
+    specs = {spec: shipped.find(spec) for spec in shipped.names()}
     return [
         spec
         for spec in specs

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ucp.catalog import Catalog
-from ucp.formats.dcp.names import VALUES
+from ucp.formats.shared.roles import VALUES
 
 
 def state_findings(catalog: Catalog) -> Iterator[tuple[str, bool]]:

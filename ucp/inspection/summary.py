@@ -14,7 +14,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
 from ucp.geometry import numel
-from ucp.inspection import holders, words
+from ucp.inspection import display, holders
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.inspect/1"
@@ -152,7 +152,9 @@ def _parameter(
     tensors = {state: catalog.tensors[info.name, state] for state in info.states}
     shown = tensors.get("param") or next(iter(tensors.values()), None)
     cut = (
-        "" if shown is None else words.cut_text(info.shape, shown.blocks, len(np.unique(owners[shown.blocks.buffers])))
+        ""
+        if shown is None
+        else display.cut_text(info.shape, shown.blocks, len(np.unique(owners[shown.blocks.buffers])))
     )
     again = {state: copies.get((info.name, state), 0) for state in info.states}
     if again.get("param"):

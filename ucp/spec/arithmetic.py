@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ucp.spec.places import Source, SpecError
+from ucp.spec.positions import Source, SpecError
 
 Span = tuple[int, int]
 Value = int | bool | str | None | float

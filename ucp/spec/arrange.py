@@ -15,8 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from ucp.geometry import Blocks, Ints, Shape, numel
-from ucp.spec.axes import Axis, Cut, Expression, Name, Number, Padded, Product, Sum, spell, walk
-from ucp.spec.meaning import axis_size, shape_of
+from ucp.spec.evaluate import axis_size, shape_of
+from ucp.spec.grammar import Axis, Cut, Expression, Name, Number, Padded, Product, Sum, spell, walk
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 from ucp.errors import BadArgument
 from ucp.spec import arithmetic
 from ucp.spec.arithmetic import Formula, Missing, Reference, Value
-from ucp.spec.axes import Expression, names, spell
+from ucp.spec.evaluate import Cutting, axis_size, parts, position
+from ucp.spec.grammar import Expression, names, spell
 from ucp.spec.language import Line, Spec, Tie
-from ucp.spec.meaning import Cutting, axis_size, parts, position
 from ucp.spec.patterns import Pattern, cut_of
-from ucp.spec.places import SpecError, suggestion
+from ucp.spec.positions import SpecError, suggestion
 
 
 @dataclass(frozen=True)

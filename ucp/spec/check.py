@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from ucp.errors import Mismatch
 from ucp.geometry import Blocks, Shape
-from ucp.spec.axes import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.bound import Bound, Found
-from ucp.spec.cuts import Coordinate, Observed, solve_cuts
-from ucp.spec.meaning import Cutting, Mesh, axis_size, shard
+from ucp.spec.evaluate import Cutting, Mesh, axis_size, shard
+from ucp.spec.grammar import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.patterns import Pattern
-from ucp.spec.places import Place, SpecError
+from ucp.spec.positions import Place, SpecError
+from ucp.spec.solve import Coordinate, Observed, solve_cuts
 
 Shards = Sequence[tuple[Coordinate, NDArray]]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from ucp.spec import arithmetic, axes, patterns
+from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.arithmetic import Formula
-from ucp.spec.axes import Expression
+from ucp.spec.grammar import Expression
 from ucp.spec.patterns import Pattern, Template
-from ucp.spec.places import Place, Source, SpecError, suggestion
+from ucp.spec.positions import Place, Source, SpecError, suggestion
 
 VERSION = 1
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
@@ -224,8 +224,8 @@ class _Reader:
 
     def size(self, entry: _Entry) -> Formula:
         name = entry.key
-        if not _NAME.fullmatch(name.text) or name.text in axes.RESERVED:
-            why = "is a word of the language" if name.text in axes.RESERVED else "is no name (letters, digits and _)"
+        if not _NAME.fullmatch(name.text) or name.text in grammar.RESERVED:
+            why = "is a word of the language" if name.text in grammar.RESERVED else "is no name (letters, digits and _)"
             raise name.refuse((0, len(name.text)), f"'{name.text}' {why}; call the size something else")
         return arithmetic.parse(self.text(entry.value, f"the size '{name.text}'"))
 
@@ -250,7 +250,7 @@ class _Reader:
     def line(self, entry: _Entry) -> Line:
         pattern = patterns.parse(entry.key)
         if not isinstance(entry.value, yaml.MappingNode):
-            return Line(pattern, axes.parse(self.text(entry.value, "an expression")))
+            return Line(pattern, grammar.parse(self.text(entry.value, "an expression")))
         what = f"'{entry.key.text}'"
         more = {e.key.text: e.value for e in self.entries(entry.value, what, ("axes", "when", "else", "optional"))}
         if "axes" not in more:
@@ -259,9 +259,9 @@ class _Reader:
             raise self.refuse(more["else"], f"'else' of {what} needs a 'when'")
         return Line(
             pattern,
-            axes.parse(self.text(more["axes"], "axes")),
+            grammar.parse(self.text(more["axes"], "axes")),
             self.condition(more["when"]) if "when" in more else None,
-            axes.parse(self.text(more["else"], "else")) if "else" in more else None,
+            grammar.parse(self.text(more["else"], "else")) if "else" in more else None,
             self.boolean(more["optional"], "optional") if "optional" in more else False,
         )
 
@@ -310,7 +310,7 @@ class _Reader:
             raise self.refuse(
                 entry.value, f"{what} is made of several parameters and has no 'as:', which says how they lie in it"
             )
-        expression = axes.parse(self.text(more["as"], "as")) if "as" in more else None
+        expression = grammar.parse(self.text(more["as"], "as")) if "as" in more else None
         return Renaming(pattern, sources, expression, stack, side == "to")
 
 
@@ -373,7 +373,7 @@ def _refuse_equals(lines: tuple[Line, ...]) -> None:
 
 
 def _known_names(expression: Expression, sizes: Mapping[str, Formula]) -> None:
-    for axis in axes.names(expression):
+    for axis in grammar.names(expression):
         if axis.name not in sizes:
             raise expression.refuse(
                 axis,
@@ -413,15 +413,15 @@ def _refuse_circles(sizes: Mapping[str, Formula]) -> None:
 def unused_sizes(spec: Spec) -> tuple[str, ...]:
     """The sizes that no expression, condition or other size uses."""
     every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
-    used = {cut.name for line in every for e in line.pattern.cuts for cut in axes.names(e)}
+    used = {cut.name for line in every for e in line.pattern.cuts for cut in grammar.names(e)}
     for line in every:
         for expression in (line.expression, line.otherwise):
-            used |= {a.name for a in axes.names(expression)} if expression else set()
+            used |= {a.name for a in grammar.names(expression)} if expression else set()
     conditions = [*(line.when for line in every), *(tie.when for tie in spec.ties)]
     formulas = [*spec.sizes.values(), *(c for c in conditions if c)]
     used |= {r.name for formula in formulas for r in formula.references()}
     for renamings in spec.names.values():
         for renaming in renamings:
-            used |= {a.name for a in axes.names(renaming.expression)} if renaming.expression else set()
+            used |= {a.name for a in grammar.names(renaming.expression)} if renaming.expression else set()
             used |= set(renaming.stack.values())
     return tuple(name for name in spec.sizes if name not in used)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ucp.spec import axes
-from ucp.spec.axes import Cut, Expression
-from ucp.spec.places import Source, SpecError
+from ucp.spec import grammar
+from ucp.spec.grammar import Cut, Expression
+from ucp.spec.positions import Source, SpecError
 
 _LITERAL, _CAPTURE, _STAR = 2, 1, 0
 _PIECE = re.compile(r"\{[^{}]*\}?|\*|[^{}*]+|\}")
@@ -78,7 +78,7 @@ def parse(source: Source) -> Pattern:
             if found[2]:
                 inside = text[1:-1].strip()
                 place = source.place.right(span[0] + 1)
-                cut.append(axes.parse(Source(inside, place)))
+                cut.append(grammar.parse(Source(inside, place)))
         else:
             regex += re.escape(text)
             ranks += [_LITERAL] * text.count(".")

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from ucp.errors import Mismatch, Unsupported
 from ucp.geometry import Blocks, Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.axes import Expression, Padded, names
 from ucp.spec.bound import Bound
-from ucp.spec.cuts import Observed, solve_cuts
-from ucp.spec.meaning import Cutting, shape_of, shard
-from ucp.spec.places import Place, SpecError
+from ucp.spec.evaluate import Cutting, shape_of, shard
+from ucp.spec.grammar import Expression, Padded, names
+from ucp.spec.positions import Place, SpecError
+from ucp.spec.solve import Observed, solve_cuts
 
 
 @dataclass(frozen=True)

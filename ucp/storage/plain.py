@@ -21,7 +21,7 @@ import numpy as np
 
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.storage import dtypes
-from ucp.storage.values import DeviceName, DtypeName, Size, Standin, TensorRef
+from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 # Ints beyond this are written in hexadecimal: decimal digits of any number take Python quadratic time, and it refuses.
 _ORDINARY_INT = 1 << 64

@@ -17,7 +17,7 @@ from typing import Any
 
 from ucp.errors import BadArgument, DamagedCheckpoint, Unsupported
 from ucp.storage import dtypes, locations
-from ucp.storage.values import TensorRef, contiguous_strides
+from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
 
 MAX_HEADER = 100_000_000  # bytes
 ALIGNMENT = 64  # bytes; where the data begin, so that a memory-mapped file serves any element type

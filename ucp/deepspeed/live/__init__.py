@@ -11,18 +11,18 @@ import torch
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
 from ucp.deepspeed.live.experts import LiveExperts
-from ucp.deepspeed.live.placed import Placed, layout_of, place_slots
-from ucp.deepspeed.live.saving import make_source, nbytes_to_save
+from ucp.deepspeed.live.parallel import Placed, layout_of, place_slots
+from ucp.deepspeed.live.source import make_source, nbytes_to_save
 from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
 from ucp.deepspeed.live.stage12 import Stage12
 from ucp.deepspeed.live.state import check_state, restore_state
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
+from ucp.loading.target import Group, Loaded, Slot
 from ucp.parallel.mesh import Layout
-from ucp.spec.choice import Choice
-from ucp.training.source import Source
-from ucp.training.target import Group, Loaded, Slot
+from ucp.saving.source import Source
+from ucp.spec.select import Choice
 
 
 class LiveEngine:

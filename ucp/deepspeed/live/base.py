@@ -12,9 +12,9 @@ import torch
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
+from ucp.loading.target import Group, Loaded, Member, Slot
 from ucp.parallel.zero import ceil_partition, flat_partition
 from ucp.storage.dtypes import from_torch
-from ucp.training.target import Group, Loaded, Member, Slot
 
 
 class Optimizer(Protocol):

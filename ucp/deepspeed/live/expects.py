@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ucp.training.target import Group
+from ucp.loading.target import Group
 
 log = logging.getLogger(__name__)
 

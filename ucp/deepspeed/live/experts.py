@@ -17,8 +17,8 @@ from deepspeed.utils import groups
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, compose, empty
+from ucp.loading.target import Group, Member, Placement, Slot
 from ucp.spec.experts import Experts, expert_of, ordered
-from ucp.training.target import Group, Member, Placement, Slot
 
 
 class LiveExperts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ucp.formats.deepspeed.replicated import is_declared
+from ucp.formats.deepspeed.read.replicated import is_declared
 
 
 def declared_info(module: Any) -> Any:

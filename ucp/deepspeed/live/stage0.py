@@ -14,9 +14,9 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import whole
+from ucp.loading.target import Group, Loaded, Member, Slot
 from ucp.parallel.zero import flat_offsets
 from ucp.storage.dtypes import from_torch
-from ucp.training.target import Group, Loaded, Member, Slot
 
 
 @dataclass(frozen=True)

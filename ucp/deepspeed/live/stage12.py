@@ -17,9 +17,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ucp.deepspeed.live.base import check_groups, own_flat_partition, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
+from ucp.loading.target import Group, Loaded, Member, Placement, Slot
 from ucp.parallel.zero import flat_offsets, flat_partition
 from ucp.storage.dtypes import from_torch
-from ucp.training.target import Group, Loaded, Member, Placement, Slot
 
 
 def whole_in_partition(members: Sequence[Member], holders: Sequence[tuple[int, ...]]) -> Placement:

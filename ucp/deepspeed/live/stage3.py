@@ -18,9 +18,9 @@ from ucp.deepspeed.live.base import (
 )
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
+from ucp.loading.target import Group, Loaded, Member, Slot
 from ucp.parallel.zero import ceil_size
 from ucp.storage.dtypes import from_torch
-from ucp.training.target import Group, Loaded, Member, Slot
 
 
 class Stage3:

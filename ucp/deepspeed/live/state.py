@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import TrainingState
-from ucp.deepspeed.live import rng
+from ucp.deepspeed.live import generators
 from ucp.errors import Mismatch
-from ucp.training import ranks
+from ucp.job import ranks
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     if not any("rng" in own for own in saved):
         return
     if len(saved) == ranks.world_size():
-        rng.restore(engine, saved[ranks.rank()]["rng"])
+        generators.restore(engine, saved[ranks.rank()]["rng"])
     else:
         warn(
             f"random number generators stay as this program seeded them: {len(saved)} ranks saved theirs, and "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
-from ucp.training.target import Group, Loaded, Slot
+from ucp.loading.target import Group, Loaded, Slot
 
 
 class WeightsOnly:

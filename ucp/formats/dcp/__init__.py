@@ -23,8 +23,8 @@ def detect(path: Path) -> bool:
     return locations.is_file(path / METADATA)
 
 
-def read(path: Path, files: Files, **options: Any) -> Catalog:
+def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
     """The folder's catalog; see `reading.read`."""
-    from ucp.formats.dcp import reading
+    from ucp.formats.dcp import reader
 
-    return reading.read(path, files, **options)
+    return reader.read(path, files, **options)

@@ -17,8 +17,8 @@ from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.formats.dcp import METADATA
 from ucp.geometry import Shape
 from ucp.storage import locations
-from ucp.storage.pickles import Unpickler
-from ucp.storage.values import DtypeName, Standin
+from ucp.storage.torch_pt.pickles import Unpickler
+from ucp.storage.torch_pt.values import DtypeName, Standin
 
 
 @dataclass(frozen=True)

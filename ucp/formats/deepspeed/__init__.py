@@ -18,13 +18,13 @@ NAME = "deepspeed"
 
 def detect(path: Path) -> bool:
     """Whether this folder is a DeepSpeed checkpoint (one tag's folder)."""
-    from ucp.formats.deepspeed import folder
+    from ucp.formats.deepspeed.read import folder
 
     return folder.looks_like(path)
 
 
-def read(path: Path, files: Files, **options: Any) -> Catalog:
+def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
     """The catalog of one tag's folder; see `reading.read`."""
-    from ucp.formats.deepspeed import reading
+    from ucp.formats.deepspeed.read import checkpoint
 
-    return reading.read(path, files, **options)
+    return checkpoint.read(path, files, **options)

@@ -30,8 +30,8 @@ def detect(path: Path) -> bool:
     return not any(_TRAINING.fullmatch(name) for name in locations.names(path))
 
 
-def read(path: Path, files: Files, **options: Any) -> Catalog:
+def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
     """The catalog of a folder; see `reading.read`."""
-    from ucp.formats.huggingface import reading
+    from ucp.formats.huggingface import reader
 
-    return reading.read(path, files, **options)
+    return reader.read(path, files, **options)

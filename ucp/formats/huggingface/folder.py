@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.storage import configs, locations, safetensors, torchfile
-from ucp.storage.values import TensorRef
+from ucp.storage import configs, locations, safetensors
+from ucp.storage.torch_pt import reader
+from ucp.storage.torch_pt.values import TensorRef
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _numbered(folder: Path, kind: Kind) -> list[str]:
 def _tensors(path: Path) -> dict[str, TensorRef]:
     if path.suffix == ".safetensors":
         return safetensors.read_header(path).tensors
-    found = torchfile.load(path)
+    found = reader.load(path)
     if not isinstance(found, Mapping):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__}, not a state dict")
     for name, value in found.items():

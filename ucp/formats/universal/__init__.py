@@ -23,8 +23,8 @@ def detect(path: Path) -> bool:
     return locations.is_file(path / manifest.NAME)
 
 
-def read(path: Path, files: Files, **options: Any) -> Catalog:
+def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
     """The folder's catalog; see `reading.read`."""
-    from ucp.formats.universal import reading
+    from ucp.formats.universal import reader
 
-    return reading.read(path, files, **options)
+    return reader.read(path, files, **options)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile
-from ucp.formats import sharded
+from ucp.formats.shared import shards
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import whole
 from ucp.storage.digests import ChunkDigests
@@ -52,7 +52,7 @@ class Plan:
         return manifest.frame(body)
 
 
-def plan(catalog: Catalog, max_shard: int = sharded.SHARD) -> Plan:
+def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> Plan:
     """Lay out the files. ``max_shard`` is in bytes.
 
     Raises Unsupported for element types that safetensors lacks and for training state that is not plain data,
@@ -68,7 +68,7 @@ def plan(catalog: Catalog, max_shard: int = sharded.SHARD) -> Plan:
     placed: dict[tuple[str, str], LogicalTensor] = {}
     for state, tensors in by_state.items():
         stem = "model" if state == "param" else f"optimizer.{quote(state, safe='')}"
-        made = sharded.plan(stem, tensors, max_shard)
+        made = shards.plan(stem, tensors, max_shard)
         for tensor in tensors:
             number, offset = made.places[tensor.name]
             blocks = whole(tensor.shape, 0, len(files) + number)

@@ -15,7 +15,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import box, empty, numel, whole
 from ucp.storage import locations, plain, safetensors
 from ucp.storage.dtypes import canonical
-from ucp.storage.values import TensorRef
+from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile
 

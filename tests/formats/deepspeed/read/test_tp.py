@@ -1,0 +1,37 @@
+"""Tensor-parallel ranks' own files, read into whole tensors, against what the engines of all ranks held."""
+
+from __future__ import annotations
+
+import pytest
+
+import ucp
+from tests.engines.configs import Case
+from tests.engines.tp_runs import TpCase, TpSources
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors, known
+
+pytestmark = pytest.mark.slow
+
+CASES = [
+    TpCase(),
+    TpCase(case=Case(stage=3, dp=2)),
+    TpCase(case=Case(stage=3, dp=2, zero_init=True, dtype="bf16")),
+    TpCase(case=Case(stage=1, dp=2, groups=3, frozen=True, scheduler=True)),
+    TpCase(kv_heads=3, case=Case(stage=1, dp=2, dtype="bf16")),
+    TpCase(kv_heads=3, tp=4, case=Case(stage=1, dp=1)),
+    TpCase(case=Case(stage=2, dp=2, tied=True)),
+    TpCase("megatron"),
+    TpCase("megatron", tp=4, info=False, case=Case(stage=2, dp=1, dtype="bf16", groups=2)),
+    TpCase("megatron", case=Case(stage=0, dp=1)),
+]
+
+
+@pytest.mark.parametrize("tp", CASES, ids=lambda tp: tp.label)
+def test_everything_read_is_what_the_ranks_held(sliced: TpSources, tp: TpCase) -> None:
+    run = sliced.get(tp)
+    truth = known(run.truth)
+    with ucp.open(run.folder) as checkpoint:
+        layout = checkpoint.layout
+        assert (layout.dp, layout.tp, layout.pp, layout.zero) == (tp.case.dp, tp.tp, 1, tp.case.stage)
+        check_tensors(checkpoint, truth)
+        check_regions(checkpoint, truth)
+        check_parameters(checkpoint, truth)

@@ -1,0 +1,74 @@
+"""DeepSpeed's own tools read what is written: ``zero_to_fp32`` and the converter to its universal format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.formats.deepspeed.write.test_native import ADAMW, BF16, GROUPS, SHAPES, raw_source
+from ucp.catalog import Catalog
+from ucp.formats.deepspeed.write import native, universal_folder
+from ucp.parallel.mesh import Layout
+from ucp.storage.files import Files
+from ucp.transfer.gather import Reader
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.write import write_files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dp", [1, 3, 5])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_to_fp32(tmp_path: Path, stage: int, dp: int) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    raw = raw_source(tmp_path / "source")
+    config = {**ADAMW, **BF16, "zero_optimization": {"sub_group_size": 50}}
+    save(raw.catalog, tmp_path / "out", native.plan(raw.catalog, Layout(dp=dp, zero=stage), config))
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "out"))
+    for name in SHAPES:
+        assert torch.equal(found[name], raw.tensor(name, "param"))
+    assert torch.equal(found["tied.weight"], raw.tensor("embed.weight", "param"))
+    assert torch.equal(found["frozen.weight"].isnan(), raw.tensor("frozen.weight", "param").isnan())
+    assert torch.equal(found["frozen.weight"].nan_to_num(), raw.tensor("frozen.weight", "param").float().nan_to_num())
+    assert torch.equal(found["mask"].bool(), raw.tensor("mask", "param"))
+
+
+@pytest.mark.parametrize("dp", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_converter_to_universal(tmp_path: Path, stage: int, dp: int) -> None:
+    """What DeepSpeed's converter makes of a native checkpoint written here is what is written here as universal."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    raw = raw_source(tmp_path / "source")
+    save(raw.catalog, tmp_path / "out", native.plan(raw.catalog, Layout(dp=dp, zero=stage)))
+    save(raw.catalog, tmp_path / "ours", universal_folder.plan(raw.catalog))
+    arguments = {"input_folder": str(tmp_path / "out" / "tag"), "output_folder": str(tmp_path / "theirs" / "tag")}
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    (tmp_path / "theirs" / "tag").mkdir(parents=True)
+    main(argparse.Namespace(**arguments, **options, inject_missing_state=True))
+    for names in GROUPS:
+        for name in names:
+            theirs, ours = (tmp_path / side / "tag" / "zero" / name for side in ("theirs", "ours"))
+            assert {path.name for path in theirs.iterdir()} - {"step.pt"} == {"fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"}
+            for path in theirs.iterdir():
+                wanted, found = (torch.load(p, weights_only=False) for p in (path, ours / path.name))
+                if path.name == "step.pt":
+                    assert torch.equal(wanted, found)
+                    continue
+                if isinstance(wanted, dict):
+                    assert set(found) == set(wanted) == {"param", "cat_dim"}
+                    assert found["cat_dim"] == wanted["cat_dim"]
+                    wanted = wanted["param"]
+                assert torch.equal(wanted.reshape(-1), found["param"].reshape(-1))
+                assert found["param"].shape == SHAPES[name]
+
+
+def save(catalog: Catalog, folder: Path, files: list[TargetFile]) -> None:
+    (folder / "tag").mkdir(parents=True)
+    with Files() as source:
+        write_files(Reader(catalog, source), folder / "tag", files)
+    (folder / "latest").write_text("tag")

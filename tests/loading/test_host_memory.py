@@ -1,0 +1,48 @@
+"""Fresh memory is zero, writable and of the length asked for, whatever pages the system has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ucp.loading import host_memory
+from ucp.loading.host_memory import Memory
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 1 << 20, (1 << 20) + 1, (33 << 20) + 17])
+@pytest.mark.parametrize("missing", ["nothing", "huge pages", "both"])
+def test_memory_is_zero_and_writable(monkeypatch: pytest.MonkeyPatch, nbytes: int, missing: str) -> None:
+    if missing != "nothing":
+        monkeypatch.setattr(host_memory, "_HUGE", None)
+    if missing == "both":
+        monkeypatch.setattr(host_memory, "_POPULATE", 9999)  # what an older kernel says to it
+    taken = [Memory().take(nbytes)]
+    taken.append(Memory().take(nbytes))
+    for one in taken:
+        assert (one.dtype, tuple(one.shape)) == (torch.uint8, (nbytes,))
+        assert not one.any()
+        one.fill_(7)
+    taken[0].zero_()
+    assert not nbytes or bool(taken[1].all())
+
+
+def test_the_quicker_pages_are_taken() -> None:
+    pages = Memory()
+    if len(pages._cost) < 2:
+        pytest.skip("no huge pages here")
+    pages._cost = {True: 1.0, False: 0.0}
+    pages.take(64 << 20)
+    assert pages._cost[True] == 1.0  # never tried again while ordinary ones are quicker
+    assert 0 < pages._cost[False] < 1
+
+
+@pytest.mark.parametrize("nbytes", [0, 5, (1 << 20) + 3, 3 << 20, 40 << 20])
+def test_tensors_stay_what_they_are(nbytes: int) -> None:
+    tensors = [torch.full((nbytes,), k, dtype=torch.uint8) for k in range(5)]
+    Memory().ready(tensors[3:0:-1])
+    assert all(bool((tensor == k).all()) for k, tensor in enumerate(tensors))
+
+
+def test_neighbours_are_one_range() -> None:
+    found = host_memory._joined([(8192, 12288), (0, 4096), (4096, 8192), (20480, 24576), (20480, 28672)])
+    assert list(found) == [(0, 12288), (20480, 28672)]

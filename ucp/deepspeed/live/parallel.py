@@ -1,0 +1,170 @@
+"""A live engine under tensor and pipeline parallelism: this rank's slots as parts of the whole model's tensors.
+
+Every rank knows its local tensors only. The ranks tell each other names and shapes, the spec (or the model itself) says
+how those make whole tensors, and every slot is lifted into them. Without model parallelism and padding nothing of this
+happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
+
+from ucp.deepspeed.live.pipeline import declared_info
+from ucp.errors import Unsupported
+from ucp.geometry import Blocks, Shape, compose, numel
+from ucp.job import ranks
+from ucp.loading.spec_names import config_of
+from ucp.loading.target import Group, Member, Placement, Slot
+from ucp.parallel.mesh import Coordinate, Layout
+from ucp.spec.placement import Placements, held_first
+from ucp.spec.resolve import decide
+from ucp.spec.select import Choice
+
+
+@dataclass(frozen=True)
+class Table:
+    """One rank's local tensors: name -> (shape, kind), at its coordinate, and the names in each param group."""
+
+    at: Coordinate
+    tensors: Mapping[str, tuple[Shape, str]]
+    groups: tuple[tuple[str, ...], ...]
+
+
+class Placed:
+    """Where this rank's local tensors lie in the whole model's.
+
+    slots: for loading, everything that this rank holds. elsewhere: as of a Target. groups: the names in each param
+    group, those of all parts of the model.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], tables: Sequence[Table], of_rank: Sequence[int], placements: Placements
+    ) -> None:
+        self._at = tables[of_rank[ranks.rank()]].at
+        self._placements = placements
+        self._first = held_first(placements)
+        self._holders = {
+            name: tuple(r for r, t in enumerate(of_rank) if tables[t].at == self._at and name in tables[t].tensors)
+            for name in tables[of_rank[ranks.rank()]].tensors
+        }
+        self._held = {n for t in tables for n, (shape, _) in t.tensors.items() if numel(shape)}
+        self.slots = tuple(self._lifted(slot, first_only=False) for slot in slots if not self._is_void(slot))
+        own = {m.name for s in self.slots for m in s.members}
+        kinds = {
+            placed.name: "padding" if placed.padding else kind
+            for table in tables
+            for name, (shape, kind) in table.tensors.items()
+            if numel(shape) or name not in self._held
+            for placed in placements[table.at, name]
+        }
+        self.groups = _all_groups(tables, placements)
+        self.elsewhere = {name: kind for name, kind in kinds.items() if name not in own}
+
+    def names(self, local: Sequence[str]) -> tuple[str, ...]:
+        """The whole model's names of these local tensors."""
+        return tuple(placed.name for name in local for placed in self._placements[self._at, name])
+
+    def to_save(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The local slots with what this rank has to write of them: what no earlier part of the model holds.
+
+        Raises Unsupported for a parameter that the spec says to average, since no rank holds that.
+        """
+        averaged = [placed.name for places in self._placements.values() for placed in places if placed.average]
+        if averaged:
+            raise Unsupported(
+                f"'{averaged[0]}' is the average of its copies by the spec, and ranks save only what they hold; "
+                'nothing was saved; "ucp": {"save": {"format": "deepspeed"}} keeps every copy'
+            )
+        return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
+
+    def _is_void(self, slot: Slot) -> bool:
+        """Whether this part has nothing of what others have: DeepSpeed takes empty shards out of the optimizer."""
+        return all(m.name in self._held and not numel(m.shape) for m in slot.members)
+
+    def _lifted(self, slot: Slot, first_only: bool) -> Slot:
+        placed = {state: self._placement(slot, slot.placement(state), first_only) for state in ("param", *slot.placed)}
+        weights = placed.pop("param")
+        members = []
+        at = 0
+        for local in slot.members:
+            for whole in self._placements[self._at, local.name]:
+                members.append(Member(whole.name, whole.shape, weights.blocks[at], whole.padding))
+                at += 1
+        holders = slot.holders and self._holders[slot.members[0].name]
+        return replace(slot, members=tuple(members), placed=placed, holders=holders)
+
+    def _placement(self, slot: Slot, placement: Placement, first_only: bool) -> Placement:
+        blocks: list[Blocks] = []
+        holders: list[tuple[int, ...]] = []
+        for local, own, held_by in zip(slot.members, placement.blocks, placement.holders, strict=True):
+            key = (self._at, local.name)
+            for whole, first in zip(self._placements[key], self._first[key], strict=True):
+                outer = whole.blocks.take(first) if first_only else whole.blocks
+                blocks.append(compose(own, outer, local.shape, whole.shape)[0])
+                holders.append(tuple(r for r in held_by if r in self._holders[local.name]))
+        return Placement(placement.length, tuple(blocks), tuple(holders))
+
+
+def layout_of(engine: Any) -> Layout:
+    """The engine's mesh. Its data-parallel ranks include those of sequence parallelism, which hold the same."""
+    return Layout(
+        dp=engine.seq_dp_world_size,
+        tp=bwc_tensor_model_parallel_world_size(engine.mpu) if engine.mp_world_size > 1 else 1,
+        pp=bwc_pipeline_parallel_world_size(engine.mpu) if engine.mp_world_size > 1 else 1,
+        zero=engine.zero_optimization_stage(),
+    )
+
+
+def _all_groups(tables: Sequence[Table], placements: Placements) -> tuple[tuple[str, ...], ...]:
+    """Raises Unsupported where parts of the model have not equally many param groups."""
+    names: list[dict[str, None]] = [{} for _ in tables[0].groups]
+    for table in tables:
+        if len(table.groups) != len(names):
+            raise Unsupported(
+                f"the optimizer has {len(table.groups)} param groups on {table.at} and {len(names)} on {tables[0].at}; "
+                "divide it so that every part has parameters of every group, since DeepSpeed drops empty ones"
+            )
+        for group, into in zip(table.groups, names, strict=True):
+            into.update(dict.fromkeys(placed.name for name in group for placed in placements[table.at, name]))
+    return tuple(tuple(group) for group in names)
+
+
+def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> Placed | None:
+    """Lift the slots of every rank; None where the model is neither cut nor padded. Collective.
+
+    Raises on every rank: SpecError and Mismatch where the spec does not fit, Unsupported where there is none.
+    """
+    layout = layout_of(engine)
+    stage, slice_ = divmod(engine.checkpoint_mp_rank, layout.tp)
+    own = Table(
+        Coordinate(slice_, stage),
+        {m.name: (m.shape, s.kind) for s in slots for m in s.members},
+        tuple(g.names for g in groups),
+    )
+    if layout.tp * layout.pp == 1:
+        alike = ranks.together(lambda: _placements(engine, [own], layout, choice))
+        if all(len(places) == 1 for places in alike.values()):
+            return None
+    tables, of_rank = ranks.distinct(own)
+    return ranks.together(lambda: Placed(slots, tables, of_rank, _placements(engine, tables, layout, choice)))
+
+
+def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Choice) -> Placements:
+    parts: dict[Coordinate, dict[str, Shape]] = {}
+    buffers: set[str] = set()
+    for table in tables:
+        parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
+        buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
+    info = declared_info(engine.module)
+    section = "autotp" if engine.autotp_size() > 1 else "megatron"
+    found = decide(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
+    if found is None:
+        raise Unsupported(
+            f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "
+            'spec in "ucp": {"spec": ...} of the DeepSpeed config, or write a draft with \'ucp-spec infer CHECKPOINT\''
+        )
+    return found

@@ -1,0 +1,171 @@
+"""A live DeepSpeed engine as a source: the same slots that a load fills, and everything that is not a tensor."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
+from ucp.deepspeed.live import generators
+from ucp.errors import Unsupported
+from ucp.geometry import empty
+from ucp.job import ranks
+from ucp.loading.target import Group, Slot
+from ucp.parallel.mesh import Layout
+from ucp.saving.source import Holding, Source
+from ucp.storage.dtypes import itemsize
+
+log = logging.getLogger(__name__)
+
+# A loss scaler's attributes at stage 0 (runtime/fp16/loss_scaler.py: LossScaleConfig), which has others too.
+_STAGE0_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+
+
+class Live(Protocol):
+    """What is needed of a live engine beside its slots."""
+
+    engine: Any
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]: ...
+
+
+def make_source(live: Live, slots: Sequence[Slot], client_state: Mapping[str, Any], frozen: bool) -> Source:
+    """What this rank saves. Raises Unsupported for optimizer state that has no place in the parameters."""
+    rank = ranks.rank()
+    aliases = _aliases(live.engine.module)
+    groups = live.groups
+    parameters: dict[str, ParameterInfo] = {}
+    holdings: list[Holding] = []
+    for slot in slots:
+        if slot.kind == "frozen" and not frozen:
+            continue
+        scalars = _scalars(live, slot, groups)
+        for member in slot.members:
+            names = tuple(aliases.get(member.name, ()))
+            kind = "padding" if member.padding else slot.kind
+            parameters[member.name] = ParameterInfo(member.name, member.shape, {}, kind, scalars, names)
+        holdings += _holdings(live, slot, rank)
+    own: dict[str, Any] = {"rng": generators.capture(live.engine)}
+    if rank == 0:
+        return Source(live.layout, parameters, holdings, _training_state(live, groups, client_state), own)
+    return Source(live.layout, parameters, holdings, TrainingState(), {**own, "client_state": dict(client_state)})
+
+
+def nbytes_to_save(slots: Sequence[Slot], groups: Sequence[Group]) -> int:
+    """About how many bytes a rank with these slots writes when it saves; states that are yet to be made count, too."""
+    total = 0
+    for slot in slots:
+        states = slot.states
+        if not states and slot.group is not None:
+            states = dict.fromkeys(groups[slot.group].expects or (), slot.dtype)
+        width = sum(itemsize(dtype) for dtype in (slot.dtype, *states.values()))
+        total += slot.length * width // max(len(slot.holders), 1)
+    return total
+
+
+def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
+    weights, state = live.live(slot.key)
+    for name, dtype in {"param": slot.dtype, **slot.states}.items():
+        placement = slot.placement(name)
+        tensor = weights if name == "param" else state[name]
+        for member, blocks, holders in zip(slot.members, placement.blocks, placement.holders, strict=True):
+            volatile = slot.kind == "buffer"
+            if volatile:
+                # Nothing keeps buffers equal: DeepSpeed, too, saves the first rank's.
+                holders = holders[:1]
+                blocks = blocks if rank in holders else empty(len(member.shape))
+            yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
+
+
+def _scalars(live: Live, slot: Slot, groups: Sequence[Group]) -> dict[str, Any]:
+    """The values that an optimizer keeps once for a slot, such as 'step'; in the param group, some of them."""
+    out: dict[str, Any] = {}
+    for name, value in live.live(slot.key)[1].items():
+        if name in slot.states or value is None:
+            continue
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, (bool, int, float)):
+            found = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise Unsupported(
+                f"optimizer state '{name}' of '{slot.members[0].name}' has {found}, neither the parameters' shape nor "
+                "a single value; checkpoints of this optimizer could not be resharded, so nothing is saved"
+            )
+        out[name] = value
+    if slot.group is not None and slot.states:
+        options = groups[slot.group].options
+        if "step" in options:
+            out.setdefault("step", _plain(options["step"]))
+    return out
+
+
+def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
+    """The further names of tied parameters, by the first."""
+    first: dict[int, str] = {}
+    out: dict[str, list[str]] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(param), name)
+        if owner != name:
+            out.setdefault(owner, []).append(name)
+    return out
+
+
+def _training_state(live: Live, groups: Sequence[Group], client_state: Mapping[str, Any]) -> TrainingState:
+    engine = live.engine
+    clip = getattr(engine.optimizer, "clip_grad", None)
+    extra = {}
+    if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        extra["data_sampler"] = engine.training_dataloader.data_sampler.state_dict()
+    if engine.random_ltd_enabled():
+        extra["random_ltd"] = engine.random_ltd_scheduler.state_dict()
+    return TrainingState(
+        param_groups=tuple(ParamGroup(group.names, _options(group)) for group in groups),
+        lr_scheduler=None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
+        loss_scaler=_loss_scaler(engine.optimizer),
+        clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
+        global_steps=engine.global_steps,
+        global_samples=int(engine.global_samples),  # under sequence parallelism DeepSpeed counts in floats
+        skipped_steps=engine.skipped_steps,
+        dp_world_size=engine.seq_dp_world_size,
+        global_batch_size=int(engine.train_batch_size()),
+        extra=extra,
+        client_state=dict(client_state),
+        config=_config(engine),
+    )
+
+
+def _options(group: Group) -> dict[str, Any]:
+    """A param group's hyperparameters; a step count in it is kept with the parameters."""
+    return {k: v for k, v in group.options.items() if k not in ("params", "param_names", "step")}
+
+
+def _loss_scaler(optimizer: Any) -> dict[str, Any] | None:
+    """The loss scaler's attributes by DeepSpeed's names (``runtime/fp16/loss_scaler.py``), with 'dynamic'."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None:
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
+    config = getattr(optimizer, "loss_scale_config", None)
+    if config is None:
+        return None
+    found = {k: getattr(config, k) for k in _STAGE0_SCALER if isinstance(getattr(config, k), (bool, int, float))}
+    return {"dynamic": bool(config.dynamic_loss_scale), **found}
+
+
+def _config(engine: Any) -> dict[str, Any]:
+    """The DeepSpeed configuration, for the record; values that are not JSON become text."""
+    found: dict[str, Any] = json.loads(json.dumps(engine._config._param_dict, default=str))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value

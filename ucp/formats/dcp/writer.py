@@ -1,0 +1,211 @@
+"""Writing checkpoints that stock ``torch.distributed.checkpoint.load`` reads: ``ucp-convert --to dcp``.
+
+The entries are those of ``{"model": ..., "optim": ...}`` as ``get_model_state_dict`` and ``get_optimizer_state_dict``
+make them, nested: ``model.<parameter>``, ``optim.state.<parameter>.<state>``, ``optim.param_groups.<i>.<option>``. What
+lay beside a model in a state dict keeps its name, and the rest of the training state is ``training_state.<field>``.
+Tensors are cut along their first dimension into chunks, since stock DCP reads whole chunks; records lie one after the
+other in a few files.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor, TrainingState
+from ucp.errors import Unsupported
+from ucp.formats.dcp import METADATA
+from ucp.formats.shared.roles import MODEL, OUTSIDE, PARAM, TRAINING_STATE, VALUES
+from ucp.formats.shared.torch_files import FileBuilder, Piece
+from ucp.geometry import Shape, box, numel
+from ucp.storage.crc32 import Crc32Entry
+from ucp.storage.dtypes import itemsize, to_torch
+from ucp.storage.torch_pt.writer import ALIGNMENT, scalar_tensor
+from ucp.transfer.targets import TargetFile
+
+CHUNK = 128 << 20
+"""Bytes of a chunk, about: what a stock reader reads at least, and what several of its ranks may share."""
+FILE = 4 << 30
+"""Bytes of a data file, about."""
+
+
+def plan(catalog: Catalog) -> list[TargetFile]:
+    """The files, the metadata last. ``catalog`` has the files of its training state's tensors among its own.
+
+    Raises Unsupported for a training state that is not plain data.
+    """
+    writer = _Writer(catalog)
+    written: dict[tuple[str, str], list[_Placed]] = {}
+    for path, value in entries(catalog):
+        if isinstance(value, LogicalTensor):
+            # Tied parameters are several entries of the same bytes.
+            key = (value.name, value.state)
+            written[key] = writer.add_tensor(path, value, written.get(key))
+        elif isinstance(value, Single):
+            writer.add_scalar(path, value)
+        else:
+            writer.add_object(path, value)
+    return writer.finish()
+
+
+@dataclass(frozen=True)
+class Single:
+    """A number that torch's optimizers keep as a tensor of no dimension, in float32: a step count."""
+
+    value: float
+
+
+def entries(catalog: Catalog) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The entries of the state dict that a catalog is in DCP: (path, a LogicalTensor, a Single or any other value)."""
+    outside = set(catalog.training_state.extra.get(OUTSIDE, ()))
+    for info in catalog.parameters.values():
+        for state in info.states:
+            tensor = catalog.tensors[info.name, state]
+            if state != PARAM:
+                yield ("optim", "state", info.name, state), tensor
+                continue
+            for name in (info.name, *info.aliases):
+                yield (name,) if info.name in outside else (MODEL, name), tensor
+        for name, value in info.scalars.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            exact = number and (value != value or float(np.float32(value)) == value)
+            yield ("optim", "state", info.name, name), Single(float(value)) if exact else value
+    for index, group in enumerate(catalog.training_state.param_groups):
+        yield ("optim", "param_groups", index, "params"), list(group.names)
+        for option, value in (group.options or {}).items():
+            yield ("optim", "param_groups", index, option), value
+    for key, value in catalog.training_state.extra.get(VALUES, {}).items():
+        yield (key,), value
+    for name, value in _rest(catalog.training_state).items():
+        yield (TRAINING_STATE, name), value
+
+
+def _rest(state: TrainingState) -> dict[str, Any]:
+    """What stands for itself of a training state, and is there."""
+    found = {f.name: getattr(state, f.name) for f in fields(TrainingState) if f.name != "param_groups"}
+    found["extra"] = {k: v for k, v in state.extra.items() if k not in (VALUES, OUTSIDE)}
+    return {name: value for name, value in found.items() if value is not None and value != {}}
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A record: its file and byte range, and the chunk of a tensor that it holds; None for an object."""
+
+    file: str
+    start: int
+    length: int
+    chunk: tuple[Shape, Shape] | None
+
+
+@dataclass
+class _Data:
+    """A data file under construction."""
+
+    name: str
+    size: int = 0
+    literals: list[tuple[int, bytes]] = field(default_factory=list)
+    wants: list[Any] = field(default_factory=list)
+    crc32_entries: list[Crc32Entry] = field(default_factory=list)
+
+    def append(self, record: TargetFile) -> int:
+        """Add a record's bytes; returns where they begin."""
+        start = -(-self.size // ALIGNMENT) * ALIGNMENT
+        self.literals += [(start + at, raw) for at, raw in record.literals]
+        self.wants += [replace(want, base=start + want.base) for want in record.wants]
+        self.crc32_entries += [
+            Crc32Entry(start + e.offset, e.size, tuple(start + at for at in e.positions)) for e in record.crc32_entries
+        ]
+        self.size = start + record.size
+        return start
+
+
+class _Writer:
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._files: list[_Data] = [_Data("__0_0.distcp")]
+        self._paths: dict[str, tuple[Any, ...]] = {}
+        self._tensors: dict[str, tuple[str, Shape, list[_Placed]]] = {}
+        self._objects: dict[str, _Placed] = {}
+
+    def add_tensor(self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[_Placed] | None) -> list[_Placed]:
+        """A tensor; its records, which are those of ``placed`` where it has been written under another name."""
+        if placed is None:
+            placed = []
+            for offsets, sizes in _chunks(tensor.shape, itemsize(tensor.dtype)):
+                builder = FileBuilder("", self._catalog)
+                pieces = [Piece(tensor, box(offsets, sizes))] if numel(sizes) else []
+                record = builder.finish(builder.tensor(sizes, tensor.dtype, pieces))
+                placed.append(self._append(record, (offsets, sizes)))
+        self._tensors[self._key(path)] = (tensor.dtype, tensor.shape, placed)
+        return placed
+
+    def add_scalar(self, path: tuple[Any, ...], single: Single) -> None:
+        record = FileBuilder("", self._catalog).finish(scalar_tensor(single.value))
+        self._tensors[self._key(path)] = ("float32", (), [self._append(record, ((), ()))])
+
+    def add_object(self, path: tuple[Any, ...], value: Any) -> None:
+        """Any other value, pickled as `torch.save` does."""
+        self._objects[self._key(path)] = self._append(FileBuilder("", self._catalog).finish(value), None)
+
+    def _key(self, path: tuple[Any, ...]) -> str:
+        key = ".".join(map(str, path))
+        if key in self._paths:
+            raise Unsupported(f"two entries of the checkpoint would be called '{key}' in a DCP checkpoint")
+        self._paths[key] = path
+        return key
+
+    def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> _Placed:
+        if self._files[-1].size >= FILE:
+            self._files.append(_Data(f"__0_{len(self._files)}.distcp"))
+        data = self._files[-1]
+        return _Placed(data.name, data.append(record), record.size, chunk)
+
+    def finish(self) -> list[TargetFile]:
+        raw = pickle.dumps(self._metadata(), protocol=4)
+        files = [
+            TargetFile(data.name, data.size, tuple(data.literals), tuple(data.wants), tuple(data.crc32_entries))
+            for data in self._files
+        ]
+        return [*files, TargetFile(METADATA, len(raw), ((0, raw),), ())]
+
+    def _metadata(self) -> Any:
+        """The metadata as an object of torch's own class, for torch to unpickle."""
+        import torch
+        from torch.distributed.checkpoint import metadata as torch_metadata
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        entries: dict[str, Any] = {}
+        places: dict[Any, Any] = {}
+        for key, (dtype, shape, chunks) in self._tensors.items():
+            boxes = [c.chunk for c in chunks if c.chunk is not None]
+            entries[key] = torch_metadata.TensorStorageMetadata(
+                torch_metadata.TensorProperties(dtype=to_torch(dtype)),
+                torch.Size(shape),
+                [torch_metadata.ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes],
+            )
+            for index, (placed, (offsets, _)) in enumerate(zip(chunks, boxes, strict=True)):
+                place = torch_metadata.MetadataIndex(key, offsets, index)
+                places[place] = _StorageInfo(placed.file, placed.start, placed.length)
+        for key, placed in self._objects.items():
+            entries[key] = torch_metadata.BytesStorageMetadata()
+            places[torch_metadata.MetadataIndex(key)] = _StorageInfo(placed.file, placed.start, placed.length)
+        return torch_metadata.Metadata(
+            entries, dict(self._paths), places, storage_meta=torch_metadata.StorageMeta(), version="1.0.0"
+        )
+
+
+def _chunks(shape: Shape, width: int) -> Iterator[tuple[Shape, Shape]]:
+    """Offsets and sizes of a tensor's chunks: as many whole rows as `CHUNK` bytes hold."""
+    if not shape or not numel(shape):
+        yield (0,) * len(shape), shape
+        return
+    rows = max(CHUNK // (numel(shape[1:]) * width), 1)
+    for first in range(0, shape[0], rows):
+        yield (first, *(0,) * (len(shape) - 1)), (min(rows, shape[0] - first), *shape[1:])

@@ -1,0 +1,1 @@
+"""Reading DeepSpeed's files: each model-parallel rank's, put together as one model."""

@@ -1,0 +1,150 @@
+"""Put the parts of a model together: local tensors of all model-parallel ranks as fragments of logical ones.
+
+What several ranks hold is taken from the first of them; the others' copies are kept in the catalog as copies, and a few
+elements of each are compared at once, since copies that drifted apart are no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
+from ucp.errors import DamagedCheckpoint, Mismatch
+from ucp.formats.deepspeed.read.mp_rank import Part
+from ucp.geometry import Blocks, compose, concat, intersect, numel
+from ucp.parallel.mesh import Coordinate
+from ucp.spec.experts import ordered
+from ucp.spec.placement import Placed, Placements, held_first
+from ucp.storage.dtypes import itemsize
+from ucp.storage.files import Files
+
+# Places of each copy that are compared with the tensor, and elements at each.
+PLACES = 4
+ELEMENTS = 16
+
+
+@dataclass
+class _Gathered:
+    """A logical tensor's pieces so far: (blocks, bases) of each local tensor."""
+
+    placed: Placed
+    dtype: str
+    first: list[tuple[Blocks, np.ndarray]] = field(default_factory=list)
+    again: list[tuple[Blocks, np.ndarray]] = field(default_factory=list)
+
+    def tensor(self, state: str, pieces: list[tuple[Blocks, np.ndarray]]) -> LogicalTensor:
+        blocks = concat((b for b, _ in pieces), len(self.placed.shape))
+        bases = np.concatenate([base for _, base in pieces]) if pieces else np.zeros(0, np.int64)
+        return LogicalTensor(self.placed.name, state, self.placed.shape, self.dtype, blocks, bases)
+
+
+def assemble(
+    parts: Mapping[Coordinate, Part], placements: Placements
+) -> tuple[dict[str, ParameterInfo], dict[tuple[str, str], LogicalTensor], tuple[LogicalTensor, ...], TrainingState]:
+    """Parameters, tensors, copies and training state of the whole model.
+
+    Raises DamagedCheckpoint where parts disagree about a parameter that they share.
+    """
+    parameters: dict[str, ParameterInfo] = {}
+    gathered: dict[tuple[str, str], _Gathered] = {}
+    first = held_first(placements)
+    everything = [(at, part, local) for at, part in parts.items() for local in part.parameters.values()]
+    everything.sort(key=lambda one: numel(one[2].shape) == 0)  # a shard without elements tells nothing of the parameter
+    for at, part, local in everything:
+        for placed, mask in zip(placements[at, local.name], first[at, local.name], strict=True):
+            if not numel(local.shape) and placed.name in parameters:
+                continue
+            info = _info(local, placed)
+            known = parameters.setdefault(placed.name, info)
+            if known is not info:
+                parameters[placed.name] = _joined(known, info, part)
+            for state in local.states:
+                tensor = part.tensors[local.name, state]
+                found = gathered.setdefault((placed.name, state), _Gathered(placed, tensor.dtype))
+                if found.dtype != tensor.dtype:
+                    raise DamagedCheckpoint(
+                        f"{part.model.path}: '{local.name}' ({state}) is {tensor.dtype}, and {found.dtype} on "
+                        "another model-parallel rank; files of two runs are mixed"
+                    )
+                for pieces, which in ((found.first, mask), (found.again, ~mask)):
+                    if which.any():
+                        blocks, index = compose(tensor.blocks, placed.blocks.take(which), tensor.shape, placed.shape)
+                        pieces.append((blocks, tensor.bases[index]))
+    tensors = {key: found.tensor(key[1], found.first) for key, found in gathered.items()}
+    copies = tuple(found.tensor(key[1], found.again) for key, found in gathered.items() if found.again)
+    return parameters, tensors, copies, _state(parts, placements)
+
+
+def _info(local: ParameterInfo, placed: Placed) -> ParameterInfo:
+    kind = "padding" if placed.padding and local.kind != "buffer" else local.kind
+    aliases = () if placed.padding else local.aliases
+    return replace(local, name=placed.name, shape=placed.shape, kind=kind, aliases=aliases)
+
+
+def _joined(known: ParameterInfo, other: ParameterInfo, part: Part) -> ParameterInfo:
+    """What two ranks say of one parameter; they must agree."""
+    for what, a, b in (
+        ("kind", known.kind, other.kind),
+        ("shape", list(known.shape), list(other.shape)),
+        ("optimizer values", dict(known.scalars), dict(other.scalars)),
+        ("states", sorted(known.states), sorted(other.states)),
+    ):
+        if a != b:
+            raise DamagedCheckpoint(
+                f"{part.model.path}: the {what} of '{known.name}' are {b}, and {a} on another model-parallel rank; "
+                "files of two runs are mixed"
+            )
+    return replace(known, aliases=tuple(dict.fromkeys((*known.aliases, *other.aliases))))
+
+
+def _state(parts: Mapping[Coordinate, Part], placements: Placements) -> TrainingState:
+    """The first part's training state, with the param groups of all parts."""
+    first = parts[min(parts)].training_state
+    names: list[dict[str, None]] = [{} for _ in first.param_groups]
+    for at, part in parts.items():
+        groups = part.training_state.param_groups
+        if len(groups) != len(names):
+            raise DamagedCheckpoint(
+                f"{part.model.path}: has {len(groups)} param groups, and {len(names)} on the first model-parallel "
+                "rank; files of two runs are mixed"
+            )
+        for group, into in zip(groups, names, strict=True):
+            into.update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
+    joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, first.param_groups, strict=True))
+    return replace(first, param_groups=tuple(joined))
+
+
+def check_copies(catalog: Catalog, files: Files) -> None:
+    """Compare a few elements of every copy with the tensor that it is a copy of.
+
+    Raises Mismatch naming the tensor and both files where they differ.
+    """
+    for copy in catalog.copies:
+        for there, here, count in _places(copy, catalog.tensors[copy.name, copy.state]):
+            raw = []
+            for index, at in (there, here):
+                raw.append(bytearray(count * itemsize(copy.dtype)))
+                files.read_into(catalog.files[index].path, at, memoryview(raw[-1]))
+            if raw[0] != raw[1]:
+                raise Mismatch(
+                    f"{catalog.files[here[0]].path}: '{copy.name}' ({copy.state}) is not what "
+                    f"'{catalog.files[there[0]].path}' has of the same elements: by the spec or the checkpoint "
+                    "ranks hold it in common, and their copies have drifted apart or it is cut otherwise"
+                )
+
+
+def _places(copy: LogicalTensor, tensor: LogicalTensor) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
+    """Some places that both hold: ((file, byte), (file, byte), elements)."""
+    found = intersect(tensor.blocks, copy.blocks)
+    width = itemsize(copy.dtype)
+    step = max(1, len(found) // PLACES)
+    for k in range(0, len(found), step):
+        i, j = int(found.source[k]), int(found.target[k])
+        dense = found.sizes.shape[1] > 0 and found.source_strides[k, -1] == 1 and found.target_strides[k, -1] == 1
+        count = min(ELEMENTS, int(found.sizes[k, -1])) if dense else 1
+        there = int(tensor.blocks.buffers[i]), int(tensor.bases[i] + found.source_starts[k] * width)
+        here = int(copy.blocks.buffers[j]), int(copy.bases[j] + found.target_starts[k] * width)
+        yield there, here, count

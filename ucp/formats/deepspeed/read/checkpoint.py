@@ -1,0 +1,149 @@
+"""Reading a DeepSpeed checkpoint: the parts of all its model-parallel ranks, put together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import Catalog, SourceFile
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed import NAME
+from ucp.formats.deepspeed.read import folder as folders
+from ucp.formats.deepspeed.read.assemble import assemble, check_copies
+from ucp.formats.deepspeed.read.averages import take_averages
+from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.read.experts import find_experts
+from ucp.formats.deepspeed.read.layers import with_modules
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.deepspeed.read.mp_rank import Part, open_models, read_part
+from ucp.formats.deepspeed.read.replicated import first_copies
+from ucp.geometry import Shape
+from ucp.parallel.mesh import Coordinate, Layout
+from ucp.spec.placement import Placements
+from ucp.spec.resolve import decide
+from ucp.spec.select import Choice
+from ucp.storage import configs
+from ucp.storage.files import Files
+
+# No spec is given: the checkpoint is asked.
+ASK = Choice()
+
+
+def read(
+    path: Path,
+    files: Files,
+    *,
+    choice: Choice = ASK,
+    trust_client_state: bool = False,
+    param_names: Sequence[Sequence[str]] | None = None,
+    compare: bool = True,
+) -> Catalog:
+    """The catalog of one tag's folder.
+
+    choice: the spec of how tensor parallelism cuts the model, where the checkpoint does not say it of itself.
+    trust_client_state: unpickle classes outside the allow-list for real, which runs their code.
+    param_names: each param group's parameters in the optimizer's order, where the caller knows them; needed only for
+    stage-0 checkpoints that leave it open.
+    compare: refuse copies that several ranks hold where a few of their elements differ.
+
+    Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what cannot be
+    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch where
+    the spec does not fit.
+    """
+    found = folders.scan(path)
+    opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+    models = with_modules(path, found, opened, param_names)
+    first = models[0][0]
+    tp, pp = _degrees(first, len(found))
+    paths: dict[str, int] = {}
+    sources: list[SourceFile] = []
+    parts: dict[Coordinate, Part] = {}
+    for folder in found:
+        stage, slice_ = divmod(folder.mp, tp)
+        experts = find_experts(folder, models[folder.mp][0], len(found))
+        for rank, held in experts.parts(folder, models[folder.mp]).items():
+            builder = Builder(files, paths, sources)
+            parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
+    parts = first_copies(parts)
+    same = {part.model.path: part for part in parts.values()}
+    for key in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
+        same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
+    zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
+    ep = max(part.ep for part in parts.values())
+    layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, ep=ep, zero=zero)
+    placements = _placement(first, parts, layout, choice)
+    parameters, tensors, copies, state = assemble(parts, placements)
+    catalog = Catalog(
+        format=NAME,
+        writer=f"deepspeed {first.raw.get('ds_version', 'of unknown version')}",
+        layout=layout,
+        files=tuple(sources),
+        parameters=parameters,
+        tensors=tensors,
+        training_state=state,
+        copies=copies,
+    )
+    catalog = take_averages(catalog, parts, placements, files)
+    catalog.check()
+    if compare:
+        check_copies(catalog, files)
+    return catalog
+
+
+def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
+    """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``).
+
+    ``tp_degree`` is not asked: under sequence parallelism it is the number of that one's ranks.
+    """
+    said = model.raw.get("checkpoint_parallel_dimensions") or {}
+    world = int(model.raw.get("mp_world_size") or 1)
+    pp = int(said.get("pp_degree") or 1)
+    tp = max(world // pp, 1)
+    if tp * pp != count:
+        raise DamagedCheckpoint(
+            f"{model.path}: was saved by {tp * pp} model-parallel ranks (tp={tp}, pp={pp}), but there are files of "
+            f"{count}; files are missing or of two runs"
+        )
+    return tp, pp
+
+
+def describe(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
+    """What a checkpoint's folder says of its model: its ``universal_checkpoint_info`` and its config, None if none."""
+    folder = folders.scan(path)[0]
+    first = open_models(folder, False)[0]
+    return first.raw.get("universal_checkpoint_info"), recorded_config(first)
+
+
+def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placements:
+    shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
+    buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
+    info = model.raw.get("universal_checkpoint_info")
+    section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
+    found = decide(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section)
+    if found is None:
+        raise _unknown_cuts(model, shapes)
+    return found
+
+
+def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:
+    """The model's config where the checkpoint has one: Megatron's ``args``, or a config.json beside it.
+
+    Raises DamagedCheckpoint for a config.json that can't be read.
+    """
+    args = model.raw.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    if isinstance(args, Mapping):
+        return args
+    return configs.of_model(model.path.parent, model.path.parent.parent)
+
+
+def _unknown_cuts(model: ModelFile, shapes: Mapping[Coordinate, Mapping[str, Shape]]) -> Unsupported:
+    names = list(shapes[Coordinate()])
+    shown = ", ".join(f"'{n}'" for n in names[:3]) + (", ..." if len(names) > 3 else "")
+    return Unsupported(
+        f"{model.path.parent}: was saved by tensor-parallel ranks, and nothing says how they cut its {len(names)} "
+        f"parameters ({shown}); give a spec (spec=, --spec), or write a draft with 'ucp-spec infer {model.path.parent}'"
+    )

@@ -1,0 +1,291 @@
+"""The experts of a DeepSpeed checkpoint: their files, and which ranks hold which.
+
+Sources: ``runtime/engine.py: _save_moe_checkpoint``, ``runtime/zero/stage_1_and_2.py: _configure_moe_settings``. What
+is special about experts in the files:
+
+- Their weights as the module has them are not in the model file but in one file each,
+  ``layer_{layer}_expert_{number}_mp_rank_00_model_states.pt``, where layers count from 0 and names have the expert's
+  number in the whole model. The gate, and the dense expert of a residual layer, are in the model file with the rest.
+- An optimizer's param group holds experts only or none (``moe: True, name: ep_size_N``). Its flat buffer is cut over
+  the ranks with the same experts, dp / ep of them, which ``partition_count`` has for each group; the padding is theirs.
+  All ranks' files list it at the same place.
+- ``param_shapes`` is the first rank's: its experts under their numbers on the rank, which the others have alike.
+- At stage 0 the optimizer's state is in ``expp_rank_{rank}_mp_rank_00_optim_states.pt``: of each expert-parallel rank
+  (of the largest such group), with that rank's experts and, again, everything else.
+- AutoEP's layers stand in ``ds_autoep_layers``, and its experts' files have ``{prefix}.w1.{number}`` and so on, one row
+  of the stack each; at stage 3 it has no such files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.read import folder as folders
+from ucp.formats.deepspeed.read.builder import Builder
+from ucp.formats.deepspeed.read.folder import Folder
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.geometry import Shape, box, concat
+from ucp.spec.experts import Expert, Experts, counts, expert_of, holders
+from ucp.storage.torch_pt.values import TensorRef
+
+# One rank's optimizer file and the state dict in it.
+OptimFile = tuple[Path, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """What a checkpoint says of its experts, if it has any.
+
+    totals: experts of each of DeepSpeed's own layers. tensors: of experts, by the whole model's names; rows: of
+    AutoEP's stacks, by the expert's number. data_first: as for `holders`. optim_ranks: how many expert-parallel ranks
+    have optimizer files of their own (stage 0). aliases: AutoEP's further names of its routers, which no file gives.
+    """
+
+    path: Path
+    experts: Experts = field(default_factory=Experts)
+    totals: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[int, TensorRef]] = field(default_factory=dict)
+    data_first: bool = False
+    optim_ranks: int = 0
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ep(self) -> int:
+        """Over how many ranks experts are spread; the largest number where layers differ."""
+        native = (self.totals[layer] // held for layer, held in self.experts.held.items())
+        return max([1, self.optim_ranks, *native, *(len(ranks) for ranks in self.experts.stacks.values())])
+
+    def _with(self, model: ModelFile, tensors: Mapping[str, TensorRef]) -> ModelFile:
+        buffers = list(model.raw.get("buffer_names") or ())
+        patterns = {_pattern(name) for name in buffers}
+        buffers += [name for name in tensors if _pattern(name) in patterns and name not in buffers]
+        return replace(model, raw={**model.raw, "module": {**model.module, **tensors}, "buffer_names": buffers})
+
+    def shares(
+        self, optim: Mapping[int, OptimFile], group: int, shapes: Mapping[str, Shape], count: int
+    ) -> list[dict[int, OptimFile]]:
+        """The files over which the flat buffer of a param group (at stage 3 a subgroup) is cut, in that order: all; for
+        experts those of each expert-parallel rank. count: into how many partitions it was cut.
+
+        Raises DamagedCheckpoint where that does not fit with how many experts there are.
+        """
+        local = [name for name in shapes if self.experts.has(name)]
+        if not local:
+            return [dict(optim)]
+        path = optim[0][0]
+        if len(local) < len(shapes):
+            other = next(name for name in shapes if name not in local)
+            raise Unsupported(f"{path}: param group {group} holds both experts ('{local[0]}') and others ('{other}')")
+        dp = len(optim)
+        ep = dp // count if count else 0
+        wrong = [name for name in local if not ep or dp % count or not self._held_over(name, ep)]
+        if wrong:
+            raise DamagedCheckpoint(
+                f"{path}: group {group} was cut into {count} partitions by {dp} data-parallel ranks, which does not "
+                f"fit the experts of '{wrong[0]}' in the model file; files of two runs are mixed"
+            )
+        return [{i: optim[r] for i, r in enumerate(holders(rank, dp, ep, self.data_first))} for rank in range(ep)]
+
+    def _held_over(self, name: str, ep: int) -> bool:
+        if name in self.experts.stacks:
+            return len(self.experts.stacks[name]) == ep
+        expert = expert_of(name)
+        return expert is not None and self.experts.held[expert.layer] * ep == self.totals.get(expert.layer, 0)
+
+    def enter_frozen(self, builder: Builder) -> None:
+        """Enter the stacks that are not trained, row by row from the experts' files."""
+        for name, rows in self.rows.items():
+            if name in builder.parameters:
+                continue
+            shape = next(iter(rows.values())).shape
+            refs = sorted(rows.items())
+            blocks = [
+                box([e, *[0] * len(shape)], (1, *shape), 0, (0, *ref.strides), builder.file(ref.file))
+                for e, ref in refs
+            ]
+            tensor = LogicalTensor(
+                name,
+                "param",
+                (len(rows), *shape),
+                refs[0][1].dtype,
+                concat(blocks, len(shape) + 1),
+                np.array([ref.offset for _, ref in refs], np.int64),
+            )
+            builder.add(name, "frozen", [tensor])
+
+    def parts(self, folder: Folder, models: Mapping[int, ModelFile]) -> dict[int, Mapping[int, ModelFile]]:
+        """The model files as if the experts' lay in them: all in the first's; at stage 0 once for each expert-parallel
+        rank, with its experts and its optimizer's state.
+
+        Raises DamagedCheckpoint for missing files, Unsupported where layers are spread over different numbers of ranks.
+        """
+        model = models[0]
+        if self.aliases:
+            shared = {**self.aliases, **(model.raw.get("shared_params") or {})}
+            model = replace(model, raw={**model.raw, "shared_params": shared})
+        if not folder.expert_optim:
+            return {0: {**models, 0: self._with(model, self.tensors) if self.tensors else model}}
+        ep = self.optim_ranks
+        folders.check_ranks(
+            "expert-parallel optimizer",
+            folder.expert_optim,
+            ep,
+            folder.path,
+            "expp_rank_{}_mp_rank_00_optim_states.pt",
+            model.path,
+        )
+        if self.rows:
+            raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
+        out: dict[int, Mapping[int, ModelFile]] = {}
+        for rank, path in sorted(folder.expert_optim.items()):
+            optimizer = folders.load(path, trust=False).get("optimizer")
+            _check_groups(path, optimizer, ep)
+            mine = {n: ref for n, ref in self.tensors.items() if self._on_rank(n, rank, ep)}
+            found = self._with(model, mine)
+            out[rank] = {0: replace(found, raw={**found.raw, "optimizer": optimizer})}
+        return out
+
+    def _on_rank(self, name: str, rank: int, ep: int) -> bool:
+        expert = expert_of(name)
+        return expert is not None and expert.number * ep // self.totals[expert.layer] == rank
+
+
+def _check_groups(path: Path, optimizer: Any, ep: int) -> None:
+    """Param groups of experts are named for the number of ranks (``moe/layer.py: expert_group_name``)."""
+    inner = optimizer.get("optimizer_state_dict", optimizer) if isinstance(optimizer, Mapping) else {}
+    names = sorted({str(group.get("name")) for group in inner.get("param_groups", ()) if group.get("moe")})
+    if len(names) > 1:
+        raise Unsupported(
+            f"{path}: has experts that are spread over different numbers of ranks ({', '.join(names)}); at stage 0 "
+            "that is not supported"
+        )
+    if names and names[0] != f"ep_size_{ep}":
+        raise DamagedCheckpoint(
+            f"{path}: its experts are of '{names[0]}', but there are files of {ep} expert-parallel ranks; files are "
+            "missing or of two runs"
+        )
+
+
+def _pattern(name: str) -> tuple[str, ...]:
+    """The name without the expert's number."""
+    expert = expert_of(name)
+    return (expert.layer, expert.rest) if expert else (name,)
+
+
+def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
+    """The experts of a model-parallel rank's files, of which there are ``parts``; most checkpoints have none.
+
+    Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms and for experts under tensor
+    or pipeline parallelism.
+    """
+    totals = model.raw.get("num_experts")
+    stacks = _stacks(model)
+    if totals is None and not folder.experts:
+        return ExpertFiles(folder.path)
+    if parts > 1:
+        raise Unsupported(f"{folder.path}: has experts under tensor or pipeline parallelism, which is not supported")
+    if not isinstance(totals, (list, tuple)):
+        raise Unsupported(
+            f"{model.path}: 'num_experts' is {totals!r}, no list; experts of such old files cannot be read"
+        )
+    partitioned = folder.partitioned_model
+    tensors: dict[str, TensorRef] = {}
+    rows: dict[str, dict[int, TensorRef]] = {}
+    for layer, total in enumerate(totals):
+        for number in range(0 if partitioned else int(total)):
+            path = folder.experts.get((layer, number))
+            if path is None:
+                raise DamagedCheckpoint(
+                    f"{folder.path}: 'layer_{layer}_expert_{number}_mp_rank_{folder.mp:02d}_model_states.pt' is "
+                    f"missing; '{model.path.name}' says that layer {layer} has {total} experts"
+                )
+            for name, ref in folders.load(path, trust=False).items():
+                _enter(path, number, name, ref, stacks, tensors, rows)
+    extra = [path for (layer, n), path in folder.experts.items() if layer >= len(totals) or n >= int(totals[layer])]
+    if extra:
+        raise DamagedCheckpoint(
+            f"{extra[0]}: '{model.path.name}' says that there are {list(totals)} experts; files of two runs are mixed"
+        )
+    shapes = [*(model.raw.get("param_shapes") or ()), model.raw.get("frozen_param_shapes") or {}]
+    held = counts(str(name) for group in shapes for name in group)
+    data_first = bool(model.config.get("use_data_before_expert_parallelism"))
+    ranks = max(folder.expert_optim, default=-1) + 1
+    experts, aliases = Experts(held, stacks), _router_aliases(model)
+    return ExpertFiles(folder.path, experts, counts(tensors), tensors, rows, data_first, ranks, aliases)
+
+
+def _enter(
+    path: Path,
+    number: int,
+    name: str,
+    ref: Any,
+    stacks: Mapping[str, Sequence[Sequence[int]]],
+    tensors: dict[str, TensorRef],
+    rows: dict[str, dict[int, TensorRef]],
+) -> None:
+    stack, _, last = name.rpartition(".")
+    expert = Expert(stack, int(last), "") if stack in stacks and last.isdecimal() else expert_of(name)
+    if not isinstance(ref, TensorRef) or expert is None:
+        raise Unsupported(f"{path}: '{name}' is no tensor of an expert; what it belongs to is not known")
+    if expert.number != number:
+        raise DamagedCheckpoint(f"{path}: holds '{name}', which is of another expert; files were renamed or mixed")
+    if expert.rest:
+        tensors[name] = ref
+    else:
+        rows.setdefault(stack, {})[number] = ref
+
+
+def _layers(model: ModelFile) -> Sequence[Mapping[str, Any]]:
+    """AutoEP's layers."""
+    found: Sequence[Mapping[str, Any]] = model.raw.get("ds_autoep_layers") or model.raw.get("autoep_layers") or ()
+    return found
+
+
+def _router_aliases(model: ModelFile) -> dict[str, str]:
+    """Alias -> owner. An AutoEP layer has its router under 'router', and again under the name that the replaced layer
+    had for it (``module_inject/auto_ep_layer.py``); the files hold both, and ``shared_params`` passes over modules."""
+    out: dict[str, str] = {}
+    for layer in _layers(model):
+        prefix = str(layer["expert_key_prefix"]).removesuffix("experts")
+        children: dict[str, set[str]] = {}
+        for name in model.module:
+            if name.startswith(prefix):
+                child, _, rest = name.removeprefix(prefix).partition(".")
+                children.setdefault(child, set()).add(rest)
+        router = children.pop("router", set())
+        trained = {str(name) for group in model.raw.get("param_shapes") or () for name in group}
+        for child, rests in children.items():
+            names = {f"{prefix}{child}.{rest}": f"{prefix}router.{rest}" for rest in rests}
+            if rests == router and not trained.intersection(names):
+                out.update(names)
+    return out
+
+
+def _stacks(model: ModelFile) -> dict[str, list[list[int]]]:
+    """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows are.
+
+    ``checkpoint/autoep_affine.py`` gives the placement; older files have none, and then ranks have equally many each.
+    """
+    out: dict[str, list[list[int]]] = {}
+    for layer in _layers(model):
+        count, ep = int(layer["num_experts"]), int(layer["ep_size"])
+        placement = layer.get("expert_placement")
+        if placement is None:
+            stack = [list(range(rank * (count // ep), (rank + 1) * (count // ep))) for rank in range(ep)]
+        else:
+            stack = [[int(e) for e in r["experts"]] for r in sorted(placement["ranks"], key=lambda r: r["rank"])]
+        if sorted(e for numbers in stack for e in numbers) != list(range(count)):
+            raise Unsupported(
+                f"{model.path}: '{layer['expert_key_prefix']}' has experts {stack} of {count} on its ranks; copies of "
+                "experts are not supported"
+            )
+        out.update({f"{layer['expert_key_prefix']}.{w}": stack for w in ("w1", "w2", "w3")})
+    return out

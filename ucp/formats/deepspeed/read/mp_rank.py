@@ -1,0 +1,185 @@
+"""One model-parallel rank's share of a DeepSpeed checkpoint: its own tensors under its own names.
+
+Without tensor or pipeline parallelism that is the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.read import folder as folders
+from ucp.formats.deepspeed.read import same_run, stage0, stage3, stage12
+from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
+from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
+from ucp.storage.torch_pt.values import Standin
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was read. model: the first data-parallel rank's model file; parameters, tensors: local names and shapes.
+
+    Experts are the exception: they have the whole model's names and shapes. ep: over how many ranks they are spread.
+    """
+
+    model: ModelFile
+    dp: int
+    ep: int
+    zero: int
+    parameters: Mapping[str, ParameterInfo]
+    tensors: Mapping[tuple[str, str], LogicalTensor]
+    training_state: TrainingState
+
+
+def open_models(folder: folders.Folder, trust: bool) -> dict[int, ModelFile]:
+    """The part's model files by data-parallel rank. Raises DamagedCheckpoint where the first rank's is missing."""
+    if 0 not in folder.model:
+        raise DamagedCheckpoint(f"{folder.path}: rank 0's model file '{folder.model_pattern.format(0)}' is missing")
+    return {r: ModelFile(p, folders.load(p, trust)) for r, p in folder.model.items()}
+
+
+def read_part(
+    folder: folders.Folder,
+    models: Mapping[int, ModelFile],
+    builder: Builder,
+    param_names: Sequence[Sequence[str]] | None,
+    experts: ExpertFiles,
+) -> Part:
+    """Read one model-parallel rank's files. Arguments and errors as for `ucp.formats.deepspeed.read`."""
+    path, model = folder.path, models[0]
+    dp = int(model.need("dp_world_size"))
+    _refuse_unsupported(model)
+    if folder.partitioned_model:
+        folders.check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
+        for key in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
+            same_on_all_ranks(f"'{key}'", {m.path: m.raw.get(key) for m in models.values()})
+    module, buffers = model.module, model.buffers
+    shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
+    owners = set(_trainable_names(model))
+    shared = _toward_owners(shared, owners)
+    aliases: dict[str, list[str]] = defaultdict(list)
+    for alias, owner in shared.items():
+        aliases[owner].append(alias)
+
+    first_state: Mapping[str, Any] = {}
+    stage = 0
+    if model.raw.get("param_shapes") is not None:
+        folders.check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
+        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r])) for r in range(dp)}
+        first_state = optim[0][1]
+        stage = same_on_all_ranks("the ZeRO stage", {p: _stage(sd) for p, sd in optim.values()})
+        if (stage == 3) != folder.partitioned_model:
+            raise DamagedCheckpoint(
+                f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
+            )
+        if stage == 3:
+            groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
+            stage3.read_frozen(builder, models, aliases)
+        else:
+            facts = stage12.Facts(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
+            groups = stage12.read(builder, optim, model.param_shapes, aliases, facts)
+            same_run.check(builder, module)
+    elif isinstance(model.raw.get("optimizer"), Mapping):
+        candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
+        if param_names is not None:  # the caller knows all experts, this part has its rank's
+            param_names = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
+        groups = stage0.read(builder, model, candidates, aliases, param_names)
+        first_state = model.raw["optimizer"]
+    else:
+        groups = []
+    for name, ref in module.items():
+        if name in builder.parameters or name in shared or (stage == 3 and name not in buffers):
+            continue
+        kind = "buffer" if name in buffers else "frozen"
+        builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+    experts.enter_frozen(builder)
+    state = _training_state(model, groups, first_state, dp)
+    return Part(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+
+
+def _refuse_unsupported(model: ModelFile) -> None:
+    zero = model.config.get("zero_optimization")
+    if isinstance(zero, Mapping) and int(zero.get("mics_shard_size", -1) or -1) > 0:
+        raise Unsupported(f"{model.path}: was saved under MiCS ('mics_shard_size'), whose cuts are not supported")
+
+
+def _offloads_optimizer(model: ModelFile) -> bool:
+    zero = model.config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    return isinstance(offload, Mapping) and offload.get("device") in ("cpu", "nvme")
+
+
+def _is_round_robin(model: ModelFile, optimizer: Mapping[str, Any]) -> bool:
+    """Whether a group's parameters lie in the order of ``round_robin_gradients`` (BF16_Optimizer has none)."""
+    zero = model.config.get("zero_optimization")
+    return isinstance(zero, Mapping) and bool(zero.get("round_robin_gradients")) and "zero_stage" in optimizer
+
+
+def _trainable_names(model: ModelFile) -> list[str]:
+    found = model.raw.get("param_shapes")
+    return [str(n) for g in found for n in g] if isinstance(found, (list, tuple)) else []
+
+
+def _toward_owners(shared: Mapping[str, str], owners: set[str]) -> dict[str, str]:
+    """Alias -> owner, with the owner being the name that the optimizer knows."""
+    out = {}
+    for alias, owner in shared.items():
+        if alias in owners and owner not in owners:
+            alias, owner = owner, alias
+        if alias != owner:
+            out[alias] = owner
+    return out
+
+
+def _optimizer_state(path: Path) -> Mapping[str, Any]:
+    found = folders.load(path, trust=False).get("optimizer_state_dict")
+    if not isinstance(found, Mapping):
+        raise DamagedCheckpoint(f"{path}: the key 'optimizer_state_dict' is missing; this is no optimizer file")
+    return found
+
+
+def _stage(sd: Mapping[str, Any]) -> int:
+    """The ZeRO stage. BF16_Optimizer, which is a stage 1, does not write it."""
+    found = sd.get("zero_stage", 1)
+    return int(found.value if isinstance(found, Standin) else found)
+
+
+def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:
+    config = model.config
+    batch = config.get("train_batch_size")
+    steps, samples = model.integer("global_steps"), model.integer("global_samples")
+    if not isinstance(batch, int) and steps and samples:
+        batch = samples // steps
+    clip = optimizer.get("clip_grad", config.get("gradient_clipping"))  # stage 3 has it in the config alone
+    return TrainingState(
+        param_groups=tuple(groups),
+        lr_scheduler=model.raw.get("lr_scheduler"),
+        loss_scaler=_loss_scaler(optimizer),
+        clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
+        global_steps=steps,
+        global_samples=samples,
+        skipped_steps=model.integer("skipped_steps"),
+        dp_world_size=dp,
+        global_batch_size=batch if isinstance(batch, int) else None,
+        extra={k: model.raw[k] for k in ("data_sampler", "random_ltd") if model.raw.get(k) is not None},
+        client_state=model.client_state,
+        config=config,
+    )
+
+
+def _loss_scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The loss scaler's attributes by DeepSpeed's names (``runtime/fp16/loss_scaler.py``), with 'dynamic'."""
+    scaler = optimizer.get("loss_scaler")
+    if isinstance(scaler, Standin):
+        return {k: v for k, v in scaler.state.items() if isinstance(v, (bool, int, float))}
+    if "cur_scale" in optimizer:
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+        found = {k: optimizer[k] for k in keys if k in optimizer}
+        return {"dynamic": bool(optimizer.get("dynamic_loss_scale")), **found}
+    return None

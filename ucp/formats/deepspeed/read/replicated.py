@@ -1,0 +1,46 @@
+"""Parameters that several pipeline stages hold, and of which the first stage's copy is the one, as the model says.
+
+``universal_checkpoint_info`` may list patterns of such (``pipeline_replicated_parameter_patterns``). Megatron-DeepSpeed
+does so for its tied embedding module: the last stage has all of it and trains the word embeddings alone, so that its
+other copies are of no account. DeepSpeed's own converter skips them as well (``checkpoint/ds_to_universal.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ucp.formats.deepspeed.read.mp_rank import Part
+from ucp.parallel.mesh import Coordinate
+
+
+def is_declared(info: Any, name: str) -> bool:
+    """Whether the model's ``universal_checkpoint_info`` says that the first stage's copy of this parameter counts."""
+    found = info.get("pipeline_replicated_parameter_patterns") if isinstance(info, Mapping) else None
+    return any(re.match(pattern, name) for pattern in found or ())
+
+
+def first_copies(parts: Mapping[Coordinate, Part]) -> dict[Coordinate, Part]:
+    """The parts without what the model declares to be another copy of an earlier stage's."""
+    seen: dict[tuple[int, int], set[str]] = {}
+    out: dict[Coordinate, Part] = {}
+    for at in sorted(parts, key=lambda at: at.pp):
+        part, earlier = parts[at], seen.setdefault((at.tp, at.ep), set())
+        info = part.model.raw.get("universal_checkpoint_info")
+        again = {name for name in part.parameters if name in earlier and is_declared(info, name)}
+        earlier.update(part.parameters)
+        out[at] = _without(part, again) if again else part
+    return {at: out[at] for at in parts}
+
+
+def _without(part: Part, names: set[str]) -> Part:
+    state = part.training_state
+    groups = (replace(group, names=tuple(n for n in group.names if n not in names)) for group in state.param_groups)
+    return replace(
+        part,
+        parameters={name: info for name, info in part.parameters.items() if name not in names},
+        tensors={key: tensor for key, tensor in part.tensors.items() if key[0] not in names},
+        training_state=replace(state, param_groups=tuple(groups)),
+    )

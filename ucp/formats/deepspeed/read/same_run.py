@@ -1,0 +1,76 @@
+"""A spot check that a stage-1 or -2 checkpoint's files belong together.
+
+Nothing in an optimizer file names the run that wrote it, but the model file holds the same weights rounded: a few
+elements of every fragment of the masters are compared with them. A file most of whose fragments disagree comes from
+another run or another step; single parameters that disagree were changed without the optimizer knowing, and are named
+in a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.deepspeed.read.builder import Builder, rounds_to
+from ucp.geometry import row_major
+from ucp.storage.dtypes import itemsize
+from ucp.storage.torch_pt.values import TensorRef
+
+log = logging.getLogger(__name__)
+
+# Fragments looked at in each file, and elements of each.
+FRAGMENTS = 32
+ELEMENTS = 16
+# A file is foreign if at least so many fragments say so, and more than say otherwise.
+ENOUGH = 2
+
+
+def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
+    """Raise DamagedCheckpoint if an optimizer file's masters are not the model file's weights; warn of odd ones."""
+    by_file: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for (name, state), tensor in builder.tensors.items():
+        if state == "param" and name in module and builder.parameters[name].kind == "parameter":
+            for i in range(len(tensor.blocks)):
+                by_file[int(tensor.blocks.buffers[i])].append((name, i))
+    odd: set[str] = set()
+    for file, fragments in by_file.items():
+        step = max(1, len(fragments) // FRAGMENTS)
+        verdicts = {(n, i): _agrees(builder, builder.tensors[n, "param"], i, module[n]) for n, i in fragments[::step]}
+        differ = [name for (name, _), verdict in verdicts.items() if verdict is False]
+        agree = sum(verdict is True for verdict in verdicts.values())
+        if len(differ) >= ENOUGH and len(differ) > agree:
+            raise DamagedCheckpoint(
+                f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of its masters that "
+                f"were compared are not the model file's weights ('{differ[0]}', …); files of two runs or of two steps "
+                "are mixed"
+            )
+        odd.update(differ)
+    if odd:
+        log.warning(
+            "the weights of %d parameters ('%s', …) in the model file are not their rounded masters: they were changed "
+            "outside the optimizer, and the masters are what is used",
+            len(odd),
+            min(odd),
+        )
+
+
+def _agrees(builder: Builder, masters: LogicalTensor, block: int, weight: TensorRef) -> bool | None:
+    """Whether the first elements of one fragment, rounded, are the module's weights, bit for bit.
+
+    None where that tells nothing: weights that are all alike, as norms' are at first, or that cannot be compared.
+    """
+    if weight.shape != masters.shape or not weight.is_contiguous:
+        return None
+    b = masters.blocks
+    count = min(ELEMENTS, int(b.sizes[block, -1]) if b.ndim else 1)
+    first = int(np.dot(b.offsets[block], row_major(masters.shape))) if b.ndim else 0
+    at = int(masters.bases[block]) + int(b.starts[block]) * itemsize(masters.dtype)
+    high = builder.bits(builder.sources[int(b.buffers[block])].path, at, count, masters.dtype)
+    low = builder.bits(weight.file, weight.offset + first * itemsize(weight.dtype), count, weight.dtype)
+    same = rounds_to(high, masters.dtype, low, weight.dtype)
+    return None if same and np.all(low == low[0]) else same

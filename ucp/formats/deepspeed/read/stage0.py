@@ -1,0 +1,305 @@
+"""Optimizer state of stage 0, which lies in the model file and names no parameters.
+
+Sources: ``runtime/fp16/unfused_optimizer.py``, ``runtime/fp16/fused_optimizer.py`` and, in fp32, the optimizer's own
+state dict. Three forms: one master per parameter (``fp32_groups``), one flat master per param group
+(``fp32_groups_flat``), or no masters at all. torch numbers parameters through the param groups in turn, so a number has
+to be given its name:
+
+1. by the names that the optimizer itself recorded (torch's ``param_names``), else by those that the caller gives, if
+   they are as many in every group and name this module's parameters;
+2. else by the module's own order: of the names with a slot's shape, in the order in which the module lists them,
+   confirmed by the values: a master rounded to the module's element type is the module's weight.
+
+Where neither decides, because parameters of one shape lie in several groups (or some of them are frozen) and no masters
+tell them apart, the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.catalog import ParamGroup
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.read.builder import Builder, Scalar, options_of, rounds_to, split_state
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.geometry import Shape, numel
+from ucp.spec.experts import expert_of
+from ucp.storage.dtypes import itemsize
+from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
+
+# Elements of each tensor that are compared to recognise a parameter by its values.
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter of the optimizer, not yet named. shape: None where nothing tells it."""
+
+    group: int
+    shape: Shape | None
+    master: TensorRef | None
+    states: Mapping[str, TensorRef]
+    scalars: Mapping[str, Scalar]
+
+
+def read(
+    builder: Builder,
+    model: ModelFile,
+    trainable: Mapping[str, TensorRef],
+    aliases: Mapping[str, list[str]],
+    names: Sequence[Sequence[str]] | None,
+) -> list[ParamGroup]:
+    """Enter all parameters that the optimizer updates.
+
+    trainable: candidates, in the module's order: the module's tensors but for buffers and tied aliases.
+    names: each param group's parameters in order, where the caller knows them (a live engine's, say).
+    """
+    saved = model.raw["optimizer"]
+    inner = saved.get("optimizer_state_dict", saved)
+    if not isinstance(inner, Mapping) or "param_groups" not in inner:
+        raise Unsupported(f"{model.path}: 'optimizer' is in a form that is not understood; it has {sorted(saved)}")
+    groups = inner["param_groups"]
+    pools = _pools(trainable, groups)
+    recorded = [g.get("param_names") for g in groups]
+    if all(recorded):
+        names = recorded
+    elif names is not None and not (len(names) == len(groups) and all(n in trainable for g in names for n in g)):
+        names = None  # an engine may well have other groups than the source had
+    if "fp32_groups_flat" in saved:
+        named = _flat(builder, model, inner, saved["fp32_groups_flat"], pools, names)
+    else:
+        slots = _slots(builder, model, inner, saved.get("fp32_groups"))
+        named = _name(builder, model, slots, pools, names, [len(g["params"]) for g in groups])
+    members: list[list[str]] = [[] for _ in groups]
+    common = _common_steps(groups, [slot for _, slot in named])
+    for name, slot in named:
+        members[slot.group].append(name)
+        tensors = [builder.whole(name, "param", slot.master or trainable[name])]
+        tensors += [builder.whole(name, state, ref) for state, ref in slot.states.items()]
+        scalars = dict(slot.scalars)
+        if "step" in groups[slot.group]:
+            scalars.setdefault("step", groups[slot.group]["step"])
+        if "step" in scalars and slot.group in common:
+            scalars["step"] = common[slot.group]
+        builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+    return [
+        ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
+        for m, g in zip(members, groups, strict=True)
+    ]
+
+
+def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, TensorRef]]:
+    """The candidates of each param group: experts for those that are marked as experts', all others for the rest."""
+    if not any(group.get("moe") for group in groups):
+        return [trainable] * len(groups)
+    kinds: dict[bool, dict[str, TensorRef]] = {False: {}, True: {}}
+    for name, ref in trainable.items():
+        kinds[expert_of(name) is not None][name] = ref
+    return [kinds[bool(group.get("moe"))] for group in groups]
+
+
+def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_Slot]) -> dict[int, Scalar]:
+    """Param groups whose parameters have one step count together, and that.
+
+    DeepSpeed's FusedAdam (the only one there with 'bias_correction' in its groups that counts so; ``ops/adam``) steps a
+    group as one and raises the count in its last parameter's state only; the others' stay at what they began with.
+    """
+    steps: dict[int, Scalar] = {}
+    for slot in slots:
+        if "bias_correction" in groups[slot.group] and "step" in slot.scalars:
+            steps[slot.group] = max(steps.get(slot.group, 0), slot.scalars["step"])
+    return steps
+
+
+def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:
+    slots = []
+    for g, group in enumerate(inner["param_groups"]):
+        for i, number in enumerate(group["params"]):
+            state = inner["state"].get(number, {})
+            master = masters[g][i] if masters is not None else None
+            shape = master.shape if master is not None else None
+            tensors: dict[str, TensorRef] = {}
+            scalars: dict[str, Scalar] = {}
+            for key, value in state.items():
+                if value is None:
+                    continue
+                if isinstance(value, TensorRef) and value.shape == () and (shape or key == "step"):
+                    scalars[key] = builder.scalar(value)
+                elif isinstance(value, TensorRef) and (shape is None or value.shape == shape):
+                    tensors[key] = value
+                elif isinstance(value, (bool, int, float)):
+                    scalars[key] = value
+                else:
+                    found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
+                    raise Unsupported(
+                        f"{model.path}: optimizer state '{key}' of parameter {number} has {found}, neither the "
+                        f"parameter's shape {list(shape or ())} nor a single value; checkpoints of this optimizer "
+                        "cannot be resharded"
+                    )
+            shapes = {t.shape for t in tensors.values()}
+            if shape is None and len(shapes) > 1:
+                raise Unsupported(
+                    f"{model.path}: optimizer states {sorted(tensors)} of parameter {number} have different shapes "
+                    f"{sorted(map(list, shapes))}; checkpoints of this optimizer cannot be resharded"
+                )
+            slots.append(_Slot(g, shape or next(iter(shapes), None), master, tensors, scalars))
+    return slots
+
+
+def _name(
+    builder: Builder,
+    model: ModelFile,
+    slots: list[_Slot],
+    pools: Sequence[Mapping[str, TensorRef]],
+    names: Sequence[Sequence[str]] | None,
+    counts: list[int],
+) -> list[tuple[str, _Slot]]:
+    every = {name: ref for pool in pools for name, ref in pool.items()}
+    if names is not None and [len(g) for g in names] == counts:
+        pairs = list(zip((n for g in names for n in g), slots, strict=True))
+        if all(_fits(builder, slot, every[name]) for name, slot in pairs):
+            return pairs
+    if all(s.shape is None for s in slots):  # no states at all: only the groups are to be told
+        if len(set(map(id, pools))) == len(pools) and counts == [len(pool) for pool in pools]:
+            return list(zip((name for pool in pools for name in pool), slots, strict=True))
+        raise _undecided(model, list(every))
+    alike: dict[tuple[int, Shape | None], list[int]] = defaultdict(list)
+    for i, slot in enumerate(slots):
+        if slot.shape is None:
+            raise _undecided(model, list(every))
+        alike[id(pools[slot.group]), slot.shape].append(i)
+    found: dict[int, str] = {}
+    for (_, shape), members in alike.items():
+        pool = pools[slots[members[0]].group]
+        candidates = [n for n, ref in pool.items() if ref.shape == shape]
+        found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, pool))
+    return [(found[i], slot) for i, slot in enumerate(slots)]
+
+
+def _fits(builder: Builder, slot: _Slot, weight: TensorRef) -> bool:
+    """Whether nothing speaks against a slot being this parameter."""
+    return slot.shape in (None, weight.shape) and (slot.master is None or _rounds_to(builder, slot.master, weight))
+
+
+def _match(
+    builder: Builder,
+    model: ModelFile,
+    slots: list[tuple[int, _Slot]],
+    candidates: list[str],
+    trainable: Mapping[str, TensorRef],
+) -> dict[int, str]:
+    """Give slots of one shape their names, in order, confirmed by values where there are masters."""
+    if len(candidates) < len(slots):
+        raise DamagedCheckpoint(
+            f"{model.path}: the optimizer has {len(slots)} parameters of shape {list(slots[0][1].shape or ())}, the "
+            f"module {len(candidates)}"
+        )
+    if slots[0][1].master is None:
+        one_group = len({s.group for _, s in slots}) == 1
+        if not one_group or len(candidates) != len(slots):
+            raise _undecided(model, candidates)
+        return {i: n for (i, _), n in zip(slots, candidates, strict=True)}
+    left = list(candidates)
+    out: dict[int, str] = {}
+    for i, slot in slots:
+        hits = [n for n in left if slot.master is not None and _rounds_to(builder, slot.master, trainable[n])]
+        if not hits:
+            raise DamagedCheckpoint(
+                f"{model.path}: no weight of the module equals the rounded master of optimizer parameter {i}; the "
+                "module and the optimizer are not of the same step"
+            )
+        if len(hits) > 1 and not _interchangeable(slots, hits, candidates):
+            raise _undecided(model, hits)
+        out[i] = hits[0]
+        left.remove(hits[0])
+    return out
+
+
+def _interchangeable(slots: list[tuple[int, _Slot]], hits: list[str], candidates: list[str]) -> bool:
+    """Equal weights (norms at their initial ones, say) leave only the order to tell them apart: trust it where all
+    slots of the shape lie in one group and none of the candidates is left over."""
+    return len({s.group for _, s in slots}) == 1 and len(slots) == len(candidates)
+
+
+def _flat(
+    builder: Builder,
+    model: ModelFile,
+    inner: Mapping[str, Any],
+    masters: Sequence[TensorRef],
+    pools: Sequence[Mapping[str, TensorRef]],
+    names: Sequence[Sequence[str]] | None,
+) -> list[tuple[str, _Slot]]:
+    """One flat master per group: parameters end to end, recognised one after the other by their values."""
+    out: list[tuple[str, _Slot]] = []
+    taken: set[str] = set()
+    for g, flat in enumerate(masters):
+        trainable = pools[g]
+        number = inner["param_groups"][g]["params"][0]
+        state = split_state(builder, model.path, f"group {g}", inner["state"].get(number, {}), (flat.numel,))
+        at = 0
+        expected = list(names[g]) if names is not None else []
+        while at < flat.numel:
+            hits = [n for n, ref in trainable.items() if n not in taken and _lies_at(builder, flat, at, ref)]
+            name = expected.pop(0) if expected else None
+            if name not in hits:
+                expected = []
+                if not hits:
+                    raise DamagedCheckpoint(
+                        f"{model.path}: no weight of the module equals the rounded master at element {at} of flat "
+                        f"group {g}"
+                    )
+                if len(hits) > 1 and sum(pool is trainable for pool in pools) > 1:
+                    raise _undecided(model, hits)
+                name = hits[0]
+            shape = trainable[name].shape
+            tensors = {k: _slice(v, at, shape) for k, v in state.tensors.items()}
+            out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, state.scalars)))
+            at += numel(shape)
+            taken.add(name)
+    return out
+
+
+def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: TensorRef) -> bool:
+    """Whether the elements from ``at`` of a flat master round to this weight."""
+    return at + weight.numel <= flat.numel and _rounds_to(builder, _slice(flat, at, weight.shape), weight)
+
+
+def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
+    """A parameter inside a flat buffer."""
+    offset = flat.offset + at * itemsize(flat.dtype)
+    return TensorRef(flat.file, offset, flat.dtype, shape, contiguous_strides(shape), flat.device, flat.storage)
+
+
+def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
+    """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
+    if master.shape != weight.shape:
+        return False
+    n, k = master.numel, min(master.numel, SAMPLE // 2)
+    return all(
+        rounds_to(_at(builder, master, first, k), master.dtype, _at(builder, weight, first, k), weight.dtype)
+        for first in (0, n - k)
+    )
+
+
+def _at(builder: Builder, ref: TensorRef, first: int, count: int) -> NDArray[Any]:
+    """``count`` elements in row-major order from number ``first`` on, whatever their order in the file."""
+    size = itemsize(ref.dtype)
+    if ref.is_contiguous:
+        return builder.bits(ref.file, ref.offset + first * size, count, ref.dtype)
+    index = np.stack(np.unravel_index(np.arange(first, first + count), ref.shape))
+    places = (np.array(ref.strides) @ index).tolist()
+    return np.concatenate([builder.bits(ref.file, ref.offset + at * size, 1, ref.dtype) for at in places])
+
+
+def _undecided(model: ModelFile, names: Sequence[str]) -> Unsupported:
+    shown = ", ".join(f"'{n}'" for n in names[:4]) + (", …" if len(names) > 4 else "")
+    return Unsupported(
+        f"{model.path}: a stage-0 checkpoint does not name the optimizer's parameters, and nothing in it tells {shown} "
+        "apart; load it into the engine that has the same param groups, whose order then decides"
+    )

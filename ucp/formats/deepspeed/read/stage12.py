@@ -1,0 +1,212 @@
+"""Optimizer files of stages 1 and 2 and of BF16_Optimizer.
+
+Sources: ``runtime/zero/stage_1_and_2.py: state_dict`` and ``runtime/bf16_optimizer.py: state_dict``. A group's
+parameters lie in one flat buffer in the order of the model file's ``param_shapes`` (which is the round-robin order
+where that is on; the files' ``param_slice_mappings`` are wrong there and are not used), with the elements of
+``param_alignment_paddings`` between them; the buffer is cut into equal partitions. The master weights of stages 1 and 2
+are saved without the padding at their end, everything else with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import ParamGroup
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.deepspeed.read.builder import (
+    Builder,
+    FlatState,
+    flat_refs,
+    join_states,
+    options_of,
+    same_on_all_ranks,
+    split_state,
+)
+from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.geometry import Blocks, Shape, numel, whole
+from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
+from ucp.spec.experts import ordered
+from ucp.storage.torch_pt.values import TensorRef
+
+MOMENTUM = "momentum_buffer"
+MASTERS = "single_partition_of_fp32_groups"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What other files say of the optimizer's. offloaded: its states were kept on the host (``offload_optimizer``).
+    round_robin: ``param_shapes`` has a group's parameters in that order, which is not the optimizer's."""
+
+    offloaded: bool
+    round_robin: bool
+    experts: ExpertFiles
+
+
+def read(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    groups: list[dict[str, Shape]],
+    aliases: Mapping[str, list[str]],
+    facts: Facts,
+) -> list[ParamGroup]:
+    """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``."""
+    for path, sd in optim.values():
+        found = len(flat_refs(path, MASTERS, sd.get(MASTERS)))
+        if found != len(groups):
+            raise DamagedCheckpoint(
+                f"{path}: holds {found} param groups, but the model file describes {len(groups)}; files of two runs "
+                "are mixed"
+            )
+    out: list[ParamGroup] = []
+    for g, shapes in enumerate(groups):
+        names: list[str] = []
+        for rank, share in enumerate(facts.experts.shares(optim, g, shapes, _partitions(optim[0][1], g))):
+            _read_group(builder, share, g, shapes, rank, aliases, facts)
+            order = undo_round_robin(list(shapes), len(share)) if facts.round_robin else list(shapes)
+            names += [facts.experts.experts.place(n, shapes[n], rank).name for n in order]
+        options = same_on_all_ranks(f"the param group {g}", {p: _options(sd, g) for p, sd in optim.values()})
+        if options and "step" in options:
+            _step_into_scalars(builder, names, options.pop("step"))
+        out.append(ParamGroup(tuple(ordered(dict.fromkeys(names))), options))
+    return out
+
+
+def _read_group(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    g: int,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    aliases: Mapping[str, list[str]],
+    facts: Facts,
+) -> None:
+    """Enter the parameters of one flat buffer, which is cut over these files; rank: the expert-parallel one."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
+    padding = {r: _padding(sd, g) for r, (_, sd) in optim.items()}
+    sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
+    if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
+        sizes = {r: masters[r][g].shape[0] for r in optim}
+    size = same_on_all_ranks(f"the partition size of group {g}", {optim[r][0]: sizes[r] for r in optim})
+    _check_count(optim, g, dp)
+    between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(sd, g) for p, sd in optim.values()})
+    offsets, total = flat_offsets([numel(s) for s in shapes.values()], between)
+    if not total <= size * dp < total + max(size, 1) + 2 * dp * dp:
+        raise DamagedCheckpoint(
+            f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
+            f"need {total}; files of two runs are mixed"
+        )
+    cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
+    momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, facts.offloaded) else None
+    held = {
+        r: (
+            path,
+            _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None),
+        )
+        for r, (path, sd) in optim.items()
+    }
+    states, scalars = join_states(f"group {g}", held)
+    by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
+    for name, shape in shapes.items():
+        tensors = []
+        for state, refs in by_rank.items():
+            cut = momentum.blocks[name] if momentum and state == MOMENTUM else cuts[name]
+            tensors.append(builder.pieces(name, state, shape, cut, refs))
+        placed = facts.experts.experts.place(name, shape, rank)
+        builder.add_placed(placed, "parameter", tensors, scalars, aliases.get(name, ()))
+
+
+@dataclass(frozen=True)
+class _Momentum:
+    """Muon's momentum buffers: their length on each rank, and where each parameter's lies (on its first rank)."""
+
+    lengths: Mapping[int, int]
+    blocks: Mapping[str, Blocks]
+
+
+def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> bool:
+    """Whether this is a group of Muon's that keeps momenta of whole matrices, not of partitions.
+
+    Stages 1 and 2 without offload: every rank keeps, end to end, the momentum of every matrix that its partition
+    touches, so that a matrix cut by a boundary has its momentum on both sides (``_muon_momentum_buffer``).
+    """
+    base = sd.get("base_optimizer_state")
+    return (
+        "zero_stage" in sd
+        and not offloaded
+        and isinstance(base, Mapping)
+        and bool(base["param_groups"][g].get("use_muon"))
+    )
+
+
+def _whole_momentum(shapes: Mapping[str, Shape], cuts: Mapping[str, Blocks], dp: int) -> _Momentum:
+    lengths = dict.fromkeys(range(dp), 0)
+    blocks: dict[str, Blocks] = {}
+    for name, shape in shapes.items():
+        for r in sorted(set(cuts[name].buffers.tolist())):
+            blocks.setdefault(name, whole(shape, lengths[r], r))
+            lengths[r] += numel(shape)
+        blocks.setdefault(name, cuts[name])
+    return _Momentum(lengths, blocks)
+
+
+def _padding(sd: Mapping[str, Any], g: int) -> int:
+    paddings = sd.get("group_paddings")
+    return int(paddings[g]) if paddings else 0
+
+
+def _alignment(sd: Mapping[str, Any], g: int) -> list[int] | None:
+    paddings = sd.get("param_alignment_paddings")
+    return [int(n) for n in paddings[g]] if paddings else None
+
+
+def _partitions(sd: Mapping[str, Any], g: int) -> int:
+    """Into how many partitions a group was cut, by a file that says it; else 0."""
+    count = sd.get("partition_count")
+    return int(count[g] if isinstance(count, (list, tuple)) else count or 0)
+
+
+def _check_count(optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, dp: int) -> None:
+    for path, sd in optim.values():
+        count = _partitions(sd, g)
+        if count and count != dp:
+            raise DamagedCheckpoint(
+                f"{path}: group {g} was cut into {count} partitions, but there are {dp} optimizer files; files "
+                "are missing or of two runs"
+            )
+
+
+def _state(
+    builder: Builder, path: Path, sd: Mapping[str, Any], g: int, lengths: tuple[int, ...], momentum: int | None
+) -> FlatState:
+    """One rank's states of one group. An elastic checkpoint keeps a list of states, without the padding."""
+    base = sd.get("base_optimizer_state")
+    if isinstance(base, (list, tuple)):
+        state = dict(base[g])
+        if "base_optimizer_state_step" in sd:
+            state.setdefault("step", sd["base_optimizer_state_step"])
+    elif isinstance(base, Mapping):
+        params = base["param_groups"][g]["params"]
+        state = base["state"].get(params[0], {}) if params else {}
+    else:
+        raise DamagedCheckpoint(f"{path}: 'base_optimizer_state' is missing; this is no complete optimizer file")
+    if momentum is None:
+        return split_state(builder, path, f"group {g}", state, lengths)
+    rest = split_state(builder, path, f"group {g}", {k: v for k, v in state.items() if k != MOMENTUM}, lengths)
+    own = split_state(builder, path, f"group {g}", {k: v for k, v in state.items() if k == MOMENTUM}, (momentum,))
+    return FlatState({**rest.tensors, **own.tensors}, {**rest.scalars, **own.scalars})
+
+
+def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
+    base = sd["base_optimizer_state"]
+    return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
+
+
+def _step_into_scalars(builder: Builder, names: Iterable[str], step: Any) -> None:
+    """FusedAdam and DeepSpeedCPUAdam (once it was loaded) count steps in the param group: one count per parameter."""
+    for name in names:
+        info = builder.parameters[name]
+        builder.parameters[name] = replace(info, scalars={"step": step, **info.scalars})

@@ -1,0 +1,145 @@
+"""Optimizer files of stage 3, and the frozen parameters that stage 3 cuts in the same way.
+
+Source: ``runtime/zero/stage3.py: _rigid_state_dict``. Each flat buffer is a subgroup's: every parameter's ceil-sized
+piece in the order of ``param_shapes[subgroup]``. torch numbers the optimizer's states through the param groups in turn,
+and each param group lists its subgroups in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import ParamGroup
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.deepspeed.read.builder import (
+    Builder,
+    Scalar,
+    flat_refs,
+    join_states,
+    options_of,
+    same_on_all_ranks,
+    split_state,
+)
+from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.geometry import Shape, numel
+from ucp.parallel.zero import ceil_partition, ceil_size
+from ucp.storage.torch_pt.values import TensorRef
+
+MASTERS = "fp32_flat_groups"
+
+
+def read(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    groups: list[dict[str, Shape]],
+    aliases: Mapping[str, list[str]],
+    experts: ExpertFiles,
+) -> list[ParamGroup]:
+    """Enter all trainable parameters. ``groups`` are the subgroups of the model file's ``param_shapes``."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
+    bases = {r: _base(p, sd) for r, (p, sd) in optim.items()}
+    for r, (path, sd) in optim.items():
+        if len(masters[r]) != len(groups):
+            raise DamagedCheckpoint(
+                f"{path}: holds {len(masters[r])} subgroups, but the model file describes {len(groups)}; files of two "
+                "runs are mixed"
+            )
+        count = sd.get("partition_count")
+        if isinstance(count, int) and count != dp:
+            raise DamagedCheckpoint(
+                f"{path}: was written by {count} data-parallel ranks, but there are {dp} optimizer files"
+            )
+    members = same_on_all_ranks(
+        "the optimizer's param groups",
+        {optim[r][0]: [list(g["params"]) for g in bases[r]["param_groups"]] for r in optim},
+    )
+    flat = [i for ids in members for i in ids]
+    if sorted(flat) != list(range(len(groups))):
+        raise DamagedCheckpoint(
+            f"{optim[0][0]}: the optimizer's param groups list {len(flat)} subgroups, the model file describes "
+            f"{len(groups)}"
+        )
+    options = same_on_all_ranks(
+        "the param groups", {optim[r][0]: [options_of(g) for g in bases[r]["param_groups"]] for r in optim}
+    )
+    for s, shapes in enumerate(groups):
+        group = next(g for g, ids in enumerate(members) if s in ids)
+        step = {"step": options[group]["step"]} if "step" in options[group] else {}
+        for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(optim[0][1], s))):
+            _read_subgroup(builder, share, s, shapes, rank, aliases, experts, step)
+    return [
+        ParamGroup(tuple(n for s in ids for n in groups[s]), {k: v for k, v in options[g].items() if k != "step"})
+        for g, ids in enumerate(members)
+    ]
+
+
+def _partitions(sd: Mapping[str, Any], s: int) -> int:
+    """Into how many partitions a subgroup was cut; AutoEP's experts into fewer than the rest."""
+    found = sd.get("ds_zero_partition_groups")
+    return int(found[s]["partition_count"]) if found else int(sd.get("partition_count") or 0)
+
+
+def _read_subgroup(
+    builder: Builder,
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
+    s: int,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    aliases: Mapping[str, list[str]],
+    experts: ExpertFiles,
+    step: Mapping[str, Scalar],
+) -> None:
+    """Enter the parameters of one subgroup, which is cut over these files; rank: the expert-parallel one."""
+    dp = len(optim)
+    masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS))[s] for r, (p, sd) in optim.items()}
+    size = sum(ceil_size(numel(shape), dp) for shape in shapes.values())
+    for r, (path, _) in optim.items():
+        if masters[r].shape[0] != size:
+            raise DamagedCheckpoint(
+                f"{path}: subgroup {s} has {masters[r].shape[0]} elements, but the model file's parameters over "
+                f"{dp} ranks need {size}; files of two runs are mixed"
+            )
+    held = {
+        r: (path, split_state(builder, path, f"subgroup {s}", _base(path, sd)["state"].get(s, {}), (size,)))
+        for r, (path, sd) in optim.items()
+    }
+    states, scalars = join_states(f"subgroup {s}", held)
+    by_rank: dict[str, dict[int, TensorRef]] = {"param": masters, **states}
+    offset = 0
+    for name, shape in shapes.items():
+        blocks = ceil_partition(shape, offset, dp)
+        offset += ceil_size(numel(shape), dp)
+        tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
+        placed = experts.experts.place(name, shape, rank)
+        builder.add_placed(placed, "parameter", tensors, {**step, **scalars}, aliases.get(name, ()))
+
+
+def read_frozen(builder: Builder, models: Mapping[int, ModelFile], aliases: Mapping[str, list[str]]) -> None:
+    """Enter frozen parameters, which at stage 3 exist only as each rank's ceil-sized piece in its model file."""
+    dp = len(models)
+    shapes = models[0].frozen_shapes
+    fragments = {r: m.raw.get("frozen_param_fragments") or {} for r, m in models.items()}
+    for name, shape in shapes.items():
+        refs: dict[int, TensorRef] = {}
+        for r, found in fragments.items():
+            ref = found.get(name)
+            wanted = ceil_size(numel(shape), dp)
+            if not isinstance(ref, TensorRef) or ref.numel != wanted:
+                raise DamagedCheckpoint(
+                    f"{models[r].path}: the fragment of the frozen parameter '{name}' (shape {list(shape)}) is missing "
+                    f"or has another size than {wanted} elements"
+                )
+            refs[r] = ref
+        tensor = builder.pieces(name, "param", shape, ceil_partition(shape, 0, dp), refs)
+        builder.add(name, "frozen", [tensor], None, aliases.get(name, ()))
+
+
+def _base(path: Path, sd: Mapping[str, Any]) -> Mapping[str, Any]:
+    base = sd.get("optimizer_state_dict")
+    if not isinstance(base, Mapping) or "param_groups" not in base:
+        raise DamagedCheckpoint(f"{path}: the optimizer's own state dict is missing; this is no complete stage-3 file")
+    return base

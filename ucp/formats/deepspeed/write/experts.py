@@ -1,0 +1,283 @@
+"""Experts in native checkpoints to be written: what each expert-parallel rank's files hold, and the experts' own files.
+
+The layout is described in `ucp.formats.deepspeed.read.experts`. An expert-parallel rank has a catalog of its own, with
+its experts under their numbers on the rank, or with its part of AutoEP's stacks; the rest of the writer then knows
+nothing of the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
+from ucp.errors import BadArgument, Unsupported
+from ucp.formats.shared.torch_files import FileBuilder
+from ucp.geometry import numel, restrict
+from ucp.parallel.mesh import Layout
+from ucp.spec.experts import Experts, counts, expert_of, holders
+from ucp.storage.torch_pt.writer import Placeholder
+from ucp.transfer.targets import TargetFile
+
+# moe/utils.py: split_params_into_different_moe_groups_for_optimizer. A larger group of experts is split, in elements.
+GROUP_LIMIT = 178956971
+# runtime/engine.py: _get_non_moe_state_dict.
+_STACK = re.compile(r"^(?P<layer>(?:.*\.)?experts)\.w[123]$")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the experts are spread over ranks. totals: of each layer, in the model's order; auto: the layers are
+    AutoEP's; data_first: neighbours have the same experts."""
+
+    totals: Mapping[str, int]
+    layout: Layout
+    auto: bool
+    data_first: bool
+
+    def layer_of(self, name: str) -> str:
+        """The layer of which a tensor is an expert's, '' for others."""
+        if self.auto:
+            found = _STACK.match(name)
+            return found["layer"] if found else ""
+        expert = expert_of(name)
+        return expert.layer if expert else ""
+
+    def held(self, layer: str) -> int:
+        return self.totals[layer] // self.layout.ep
+
+    def holders(self, rank: int) -> range:
+        """The data-parallel ranks of an expert-parallel one."""
+        return holders(rank, self.layout.dp, self.layout.ep, self.data_first)
+
+    def entries(self, rank: int, data_rank: int) -> dict[str, Any]:
+        """What a model file says of the experts; rank: the expert-parallel one of the data-parallel rank."""
+        out: dict[str, Any] = {"num_experts": list(self.totals.values()), "ds_autoep_layers": None}
+        if not self.auto:
+            return out
+        layers = [self._layer(i, layer, rank, data_rank) for i, layer in enumerate(self.totals)]
+        patterns = [r".*\.experts\.w[123]$"]
+        info = {"universal_checkpoint_version": 0.4, "expert_parameter_patterns": patterns, "ds_autoep_layers": layers}
+        return {**out, "ds_autoep_layers": layers, "universal_checkpoint_info": info}
+
+    def _layer(self, index: int, layer: str, rank: int, data_rank: int) -> dict[str, Any]:
+        ep, held, partitioned = self.layout.ep, self.held(layer), self.layout.zero == 3
+        placement = [{"rank": r, "experts": list(range(r * held, (r + 1) * held))} for r in range(ep)]
+        return {
+            "moe_layer_id": index,
+            "module_path": layer.removesuffix("experts").removesuffix("."),
+            "num_experts": self.totals[layer],
+            "num_local_experts": held,
+            "ep_size": ep,
+            "expert_placement": {
+                "version": 1,
+                "num_experts": self.totals[layer],
+                "ep_size": ep,
+                "ranks": placement,
+            },
+            "expert_key_prefix": layer,
+            "checkpoint_format": "zero3_partitioned" if partitioned else "per_expert_files",
+            "checkpoint_format_version": 1 if partitioned else None,
+            "ep_group_name": f"ep_size_{ep}",
+            "ep_rank": rank,
+            "expert_data_parallel_rank": self.holders(rank).index(data_rank),
+            "expert_data_parallel_world_size": self.layout.dp // ep,
+            "global_expert_start": rank * held,
+            "global_expert_end": (rank + 1) * held,
+        }
+
+
+def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread | None:
+    """How a layout spreads the model's experts; None for a model without. raw: the target's config.
+
+    Raises BadArgument where they cannot be spread over so many ranks, Unsupported for layouts that DeepSpeed has not.
+    """
+    parallel = raw.get("expert_parallel")
+    auto = isinstance(parallel, Mapping) and bool(parallel.get("enabled"))
+    totals = _stacked(catalog) if auto else counts(catalog.parameters)
+    if not totals:
+        if any((group.options or {}).get("moe") for group in catalog.training_state.param_groups):
+            raise Unsupported(
+                "AutoEP has stacked the experts of the source, and the target's config doesn't ask for AutoEP "
+                "('expert_parallel'), without which DeepSpeed has no place for them"
+            )
+        if layout.ep > 1:
+            raise Unsupported(f"layout '{layout}': the source has no experts of DeepSpeed's own layers to be spread")
+        return None
+    if auto and layout.zero == 0:
+        raise Unsupported(
+            f"layout '{layout}': AutoEP's checkpoints at ZeRO stage 0 are not supported; use zero=1, 2 or 3"
+        )
+    if not auto and layout.zero == 3:
+        raise Unsupported(
+            f"layout '{layout}': DeepSpeed's own experts do not train at ZeRO stage 3; use zero=0, 1 or 2"
+        )
+    if layout.tp * layout.pp > 1:
+        raise Unsupported(f"layout '{layout}': experts together with tensor or pipeline parallelism are not supported")
+    for layer, total in totals.items():
+        if total % layout.ep:
+            raise BadArgument(
+                f"layout '{layout}': the {total} experts of '{layer}' cannot be spread over {layout.ep} ranks"
+            )
+    found = Spread(totals, layout, auto, bool(raw.get("use_data_before_expert_parallelism")))
+    frozen = [n for n, info in catalog.parameters.items() if info.kind == "frozen" and found.layer_of(n)]
+    if auto and layout.zero == 3 and frozen:
+        raise Unsupported(f"layout '{layout}': DeepSpeed keeps no frozen stack of experts ('{frozen[0]}') at stage 3")
+    return found
+
+
+def _stacked(catalog: Catalog) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for name, info in catalog.parameters.items():
+        found = _STACK.match(name)
+        if found and info.shape:
+            out[found["layer"]] = info.shape[0]
+    return out
+
+
+def with_ep(raw: Mapping[str, Any], layout: Layout, given: bool) -> dict[str, Any]:
+    """The target's config with AutoEP's number of ranks; raises BadArgument where the one given has another."""
+    parallel = raw.get("expert_parallel")
+    if not isinstance(parallel, Mapping) or not parallel.get("enabled"):
+        return dict(raw)
+    if given and parallel.get("autoep_size", 1) != layout.ep:
+        raise BadArgument(
+            f"the config given spreads experts over {parallel.get('autoep_size', 1)} ranks ('autoep_size'), the layout "
+            f"over {layout.ep}; change one of them"
+        )
+    return {**raw, "expert_parallel": {**parallel, "autoep_size": layout.ep}}
+
+
+def refuse_stacks(catalog: Catalog) -> None:
+    """Raise Unsupported for a source whose experts AutoEP stacked."""
+    parallel = catalog.training_state.config.get("expert_parallel")
+    if isinstance(parallel, Mapping) and parallel.get("enabled"):
+        raise Unsupported("the source was trained with AutoEP, which has no place in this form; use --to universal")
+
+
+def of_rank(catalog: Catalog, how: Spread, rank: int) -> Catalog:
+    """What an expert-parallel rank holds, under the names that it uses.
+
+    Raises Unsupported where DeepSpeed would group these parameters otherwise than the source does.
+    """
+    names: dict[str, str] = {}
+    for name in catalog.parameters:
+        expert = expert_of(name)
+        if how.auto or expert is None:
+            names[name] = name
+        elif expert.number // how.held(expert.layer) == rank:
+            names[name] = expert._replace(number=expert.number % how.held(expert.layer)).name
+    parameters = {own: replace(catalog.parameters[name], name=own) for name, own in names.items()}
+    tensors = {
+        (names[name], state): replace(tensor, name=names[name])
+        for (name, state), tensor in catalog.tensors.items()
+        if name in names
+    }
+    if how.auto:
+        for key, tensor in tensors.items():
+            if how.layer_of(key[0]):
+                tensors[key] = rank_rows(tensor, how.held(how.layer_of(key[0])), rank)
+                parameters[key[0]] = replace(parameters[key[0]], shape=tensors[key].shape)
+    _check_groups(catalog.training_state.param_groups, how)
+    groups = tuple(_group(group, names, how) for group in catalog.training_state.param_groups)
+    for index, group in enumerate(groups):
+        size = sum(numel(parameters[name].shape) for name in group.names)
+        if _is_moe(group, how) and size > GROUP_LIMIT:
+            raise Unsupported(
+                f"layout '{how.layout}': param group {index} would hold {size} elements of experts on a rank, and "
+                f"DeepSpeed splits groups of more than {GROUP_LIMIT}, which is not written; spread them over more ranks"
+            )
+    state = replace(catalog.training_state, param_groups=groups)
+    return replace(catalog, parameters=parameters, tensors=tensors, training_state=state)
+
+
+def rank_rows(tensor: LogicalTensor, held: int, rank: int) -> LogicalTensor:
+    """A rank's part of a stack of experts, of which each holds ``held``."""
+    shape = (held, *tensor.shape[1:])
+    stack = [range(r * held, (r + 1) * held) for r in range(tensor.shape[0] // held)]
+    outer = Experts(stacks={tensor.name: stack}).place(tensor.name, shape, rank).blocks
+    blocks, index = restrict(tensor.blocks, outer, shape)
+    return replace(tensor, shape=shape, blocks=blocks, bases=tensor.bases[index])
+
+
+def _is_moe(group: ParamGroup, how: Spread) -> bool:
+    return any(how.layer_of(name) for name in group.names)
+
+
+def _group(group: ParamGroup, names: Mapping[str, str], how: Spread) -> ParamGroup:
+    own = tuple(names[name] for name in group.names if name in names)
+    if not _is_moe(group, how) or group.options is None:
+        return ParamGroup(own, group.options)
+    return ParamGroup(own, {**group.options, "moe": True, "name": f"ep_size_{how.layout.ep}"})
+
+
+def _check_groups(groups: Sequence[ParamGroup], how: Spread) -> None:
+    """Groups of experts come from one group of the program each, which has but one hyperparameters."""
+    seen: list[Mapping[str, Any]] = []
+    for index, group in enumerate(groups):
+        if not _is_moe(group, how):
+            continue
+        if not all(how.layer_of(name) for name in group.names):
+            raise Unsupported(f"param group {index} holds both experts and others, which DeepSpeed keeps apart")
+        options = {k: v for k, v in dict(group.options or {}).items() if k != "name"}
+        if options in seen:
+            raise Unsupported(
+                f"param group {index} of experts has the hyperparameters of another one: DeepSpeed had split a large "
+                "group, or layers are spread over different numbers of ranks; such groups are not written"
+            )
+        seen.append(options)
+
+
+def files(
+    catalog: Catalog, how: Spread, weight: Callable[[FileBuilder, ParameterInfo], Placeholder]
+) -> list[TargetFile]:
+    """Every expert's file; ``weight`` enters a parameter as the module has it. AutoEP has none at stage 3."""
+    held: dict[tuple[int, int], dict[str, ParameterInfo]] = {}
+    layers = list(how.totals)
+    rows: dict[str, LogicalTensor] = {}
+    for name, info in catalog.parameters.items():
+        layer = how.layer_of(name)
+        expert = expert_of(name)
+        if layer and how.auto and how.layout.zero < 3:
+            for number in range(how.totals[layer]):
+                row = rank_rows(catalog.tensors[name, "param"], 1, number)
+                own = f"{name}.{number}"
+                # One row is a matrix in its file.
+                blocks = replace(
+                    row.blocks,
+                    offsets=row.blocks.offsets[:, 1:],
+                    sizes=row.blocks.sizes[:, 1:],
+                    strides=row.blocks.strides[:, 1:],
+                )
+                rows[own] = replace(row, name=own, shape=row.shape[1:], blocks=blocks)
+                held.setdefault((layers.index(layer), number), {})[own] = replace(info, name=own, shape=row.shape[1:])
+        elif layer and expert:
+            held.setdefault((layers.index(layer), expert.number), {})[name] = info
+    tensors = {**catalog.tensors, **{(name, "param"): row for name, row in rows.items()}}
+    out = []
+    for (layer_id, number), infos in sorted(held.items()):
+        file = FileBuilder(
+            f"layer_{layer_id}_expert_{number}_mp_rank_00_model_states.pt", replace(catalog, tensors=tensors)
+        )
+        out.append(file.finish({name: weight(file, info) for name, info in infos.items()}))
+    return out
+
+
+def partition_groups(how: Spread, cut: Sequence[Any], data_rank: int) -> list[dict[str, Any]]:
+    """What a stage-3 optimizer file says of the ranks over which its subgroups are cut; ``cut``: flat buffers."""
+    out = []
+    for index, flat in enumerate(cut):
+        moe = any(how.layer_of(name) for name in flat.names)
+        out.append(
+            {
+                "sub_group": index,
+                "partition_count": len(flat.ranks),
+                "partition_rank": list(flat.ranks).index(data_rank),
+                "partition_ranks": list(flat.ranks),
+                "families": ["autoep_expert" if moe else "replicated"],
+                "group_names": [f"ep_size_{how.layout.ep}" if moe else "replicated"],
+            }
+        )
+    return out

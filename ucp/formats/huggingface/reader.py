@@ -1,0 +1,52 @@
+"""Reading a Hugging Face model folder, under the module's own names where a spec knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import Catalog, TrainingState
+from ucp.formats.deepspeed.read.builder import Builder
+from ucp.formats.huggingface import NAME
+from ucp.formats.huggingface import folder as folders
+from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
+from ucp.formats.shared.renaming import rename
+from ucp.parallel.mesh import Layout
+from ucp.spec.select import Choice
+from ucp.storage import configs, locations
+from ucp.storage.files import Files
+
+
+def read(path: Path, files: Files, choice: Choice | None = None) -> Catalog:
+    """The catalog of a folder. choice: the spec and config to use instead of the folder's own.
+
+    Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported and UnsafePickle as reading
+    them does, SpecError and Mismatch where the spec does not fit the tensors.
+    """
+    path = locations.locate(path)
+    config = configs.of_model(path)
+    builder = Builder(files)
+    for name, ref in folders.weights(path).items():
+        builder.add(name, "frozen", [builder.whole(name, "param", ref)])
+    catalog = Catalog(
+        format=NAME,
+        writer=_writer(config),
+        layout=Layout(),
+        files=tuple(builder.sources),
+        parameters=builder.parameters,
+        tensors=builder.tensors,
+        training_state=TrainingState(),
+    )
+    bound = (choice or Choice()).bound(config)
+    if bound is not None:
+        catalog = with_prefix(catalog, bound)
+        catalog = rename(catalog, bound, FRAMEWORK, to_framework=False, keep=True)
+        catalog = tie(catalog, bound, files)
+    catalog.check()
+    return catalog
+
+
+def _writer(config: Mapping[str, Any] | None) -> str:
+    version = (config or {}).get("transformers_version")
+    return f"transformers {version}" if version else "transformers of unknown version"

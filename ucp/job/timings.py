@@ -1,0 +1,51 @@
+"""Timings of saves and loads as records beside the checkpoints, rank by rank."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ucp.formats.universal import manifest
+from ucp.job import ranks
+from ucp.saving.save import SaveReport
+from ucp.storage import locations, metrics
+
+
+def record_save(report: SaveReport, rank: int, world: int) -> None:
+    """Add this rank's record of a save that was finished; talks to nobody."""
+    ident = f"{report.tag}:{_manifest(report.path)}"
+    _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))
+
+
+def record_load(path: str, bytes_read: int, seconds: Mapping[str, float], overlapping: Mapping[str, float]) -> None:
+    """Add this rank's record of a load. Collective."""
+    ident = ranks.from_first(lambda: secrets.token_hex(8))
+    within = {stage: round(value, 6) for stage, value in overlapping.items()}
+    _record("load", path, ident, ranks.rank(), ranks.world_size(), bytes_read, seconds, overlapping=within)
+
+
+def _record(
+    what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float], **more: Any
+) -> None:
+    record = {
+        "what": what,
+        "id": ident,
+        "checkpoint": path,
+        "rank": rank,
+        "world": world,
+        "time": time.time(),
+        "bytes": nbytes,
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+        **more,
+    }
+    metrics.append(locations.locate(path).parent, record)
+
+
+def _manifest(path: str) -> str:
+    """What tells this save from others under the same tag, on every rank: the manifest's own digest."""
+    try:
+        return manifest.digest_of(locations.locate(path) / manifest.NAME)
+    except OSError:  # a later save has removed it already
+        return ""

@@ -1,0 +1,239 @@
+"""Read what several ranks want alike once among them, and exchange it.
+
+Ranks that hold the same slot with the same values want the same bytes: all of a stage-0 model, frozen weights and
+buffers at stages 1 and 2, what tensor-parallel ranks have in common. Where storage is slower than the network each of
+them reads an equal part, by bytes, and then all get all of it by collectives through a buffer of fixed size.
+
+The others' parts of a buffer are zeros until then, so a sum of the ranks' bytes is their union.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ucp.geometry import Blocks, concat, flat_ranges
+from ucp.job import ranks
+from ucp.loading.match import Plan
+from ucp.loading.target import Slot, Target
+from ucp.storage.dtypes import itemsize
+from ucp.transfer.gather import Bytes, Want
+
+Entry = tuple[int, str, str]  # slot key, state, element type: as in `Plan.wants`
+
+ADAPTIVE = "adaptive"
+BOUND = 32 << 20
+"""Bytes of the buffer that a rank exchanges through, on the device of the group's backend."""
+WORTHWHILE = 64 << 20
+"""Bytes that ranks want alike below which 'adaptive' measures nothing, and every rank reads for itself."""
+_SAMPLE = 16 << 20
+_TRIAL = 4 << 20
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What this rank reads together with others.
+
+    groups: the ranks of a group, ascending -> the entries that they want alike. all_groups: the groups of all ranks, in
+    an order that they agree on.
+    """
+
+    groups: Mapping[tuple[int, ...], tuple[Entry, ...]]
+    all_groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def entries(self) -> frozenset[Entry]:
+        return frozenset(entry for entries in self.groups.values() for entry in entries)
+
+
+def find(target: Target, what: Plan) -> Sharing:
+    """What all ranks of a group want alike, entry by entry. Collective."""
+    slots = {slot.key: slot for slot in target.slots}
+    mine: dict[tuple[int, ...], list[Entry]] = {}
+    for entry, wants in what.wants.items():
+        group = _group(slots[entry[0]], entry[1], wants)
+        if group is not None:
+            mine.setdefault(group, []).append(entry)
+    told = {group: [_description(what.wants[entry]) for entry in entries] for group, entries in mine.items()}
+    said, which = ranks.distinct(told)
+    agreed = []
+    for group in sorted({group for one in said for group in one}):
+        views = [said[which[rank]].get(group) for rank in group]
+        if views[0] is not None and all(view == views[0] for view in views):
+            agreed.append(group)
+    return Sharing({group: tuple(mine[group]) for group in agreed if group in mine}, tuple(agreed))
+
+
+def _group(slot: Slot, state: str, wants: Sequence[Want]) -> tuple[int, ...] | None:
+    """The ranks that want the same of a slot. One that is filled in part keeps values, and they are no zeros."""
+    holders = set(slot.placement(state).holders)
+    if len(holders) != 1 or len(wants) != len(slot.members):
+        return None
+    (group,) = holders
+    return tuple(sorted(group)) if len(group) > 1 and ranks.rank() in group else None
+
+
+def _description(wants: Sequence[Want]) -> tuple[object, ...]:
+    return tuple(
+        (want.tensor.name, want.tensor.state, want.dtype, want.blocks.starts.tobytes(), want.blocks.sizes.tobytes())
+        for want in wants
+    )
+
+
+def nbytes(what: Plan, entries: frozenset[Entry]) -> int:
+    """Bytes of the checkpoint that these entries want."""
+    return sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
+
+
+def shared_parts(what: Plan, sharing: Sharing) -> dict[Entry, list[Want]]:
+    """Of every shared entry, what this rank reads: its equal part of the group's bytes, in the entries' order."""
+    out: dict[Entry, list[Want]] = {}
+    for group, entries in sharing.groups.items():
+        total = sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
+        place = group.index(ranks.rank())
+        low, high = total * place // len(group), total * (place + 1) // len(group)
+        at = 0
+        for entry in entries:
+            out[entry] = []
+            for want in what.wants[entry]:
+                size = itemsize(want.tensor.dtype)
+                blocks = part(want.blocks, size, low - at, high - at)
+                at += nbytes_of(want)
+                if len(blocks):
+                    out[entry].append(replace(want, blocks=blocks))
+    return out
+
+
+def part(blocks: Blocks, size: int, low: int, high: int) -> Blocks:
+    """The bytes [low, high) of these blocks' elements of ``size`` bytes, block after block, each in row-major order.
+
+    An element belongs where its last byte does, so parts of neighbouring bounds leave none out and take none twice.
+    """
+    counts = blocks.counts
+    first = np.cumsum(counts) - counts
+    begin, end = (np.clip(bound // size - first, 0, counts) for bound in (low, high))
+    whole = (begin == 0) & (end == counts)
+    pieces = [blocks.take(whole)]
+    for k in np.flatnonzero((begin < end) & ~whole).tolist():  # at most the two that the bounds fall into
+        cut = flat_ranges(blocks.sizes[k].tolist(), begin[k : k + 1], end[k : k + 1], [0])
+        pieces.append(
+            Blocks(
+                cut.offsets + blocks.offsets[k],
+                cut.sizes,
+                blocks.starts[k] + (cut.offsets * blocks.strides[k]).sum(axis=1, dtype=np.int64),
+                np.tile(blocks.strides[k], (len(cut), 1)),
+                np.full(len(cut), blocks.buffers[k]),
+            )
+        )
+    return concat(pieces, blocks.ndim)
+
+
+def is_worthwhile(
+    what: Plan, sharing: Sharing, parts: Mapping[Entry, Sequence[Want]], read: Callable[[list[Want], Bytes], int]
+) -> bool:
+    """Whether reading once and exchanging is faster than reading everywhere, as measured now. Collective.
+
+    read: gathers wants whose blocks lie in one buffer; returns the bytes read.
+    """
+    most = max(_everyones(nbytes(what, sharing.entries)))
+    if most < WORTHWHILE:
+        return False
+    sample, room = _sample(parts)
+    began = time.perf_counter()
+    # Ranks read different bytes here, at once: the speed of the storage for all of them together.
+    count = ranks.together(lambda: read(sample, np.empty(room, np.uint8)))
+    reading = (time.perf_counter() - began) / max(count, 1)
+    trial = torch.zeros(_TRIAL, dtype=torch.uint8, device=_device(None))
+    for _ in range(2):  # the first makes the connections
+        began = time.perf_counter()
+        dist.all_reduce(trial)
+        if trial.is_cuda:
+            torch.cuda.synchronize()
+        exchanging = (time.perf_counter() - began) / _TRIAL
+    slowest = max(_everyones(reading)), max(_everyones(exchanging))
+    return slowest[0] / min(map(len, sharing.all_groups)) + slowest[1] < slowest[0]
+
+
+def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
+    """Some of what this rank would read, laid into one buffer of that many bytes."""
+    out: list[Want] = []
+    room = held = 0
+    for entry, wants in parts.items():
+        for want in wants:
+            if held < _SAMPLE:
+                blocks = part(want.blocks, itemsize(want.tensor.dtype), 0, _SAMPLE - held)
+                if not len(blocks):
+                    continue
+                width = itemsize(entry[2])
+                low = int(blocks.starts.min())
+                reach = int((blocks.starts + ((blocks.sizes - 1) * blocks.strides).sum(axis=1)).max()) + 1 - low
+                out.append(replace(want, blocks=blocks.in_buffer(0, -low), base=room))
+                room += reach * width
+                held += int(blocks.counts.sum()) * itemsize(want.tensor.dtype)
+    return out, room
+
+
+def exchange(sharing: Sharing, tensors: Mapping[Entry, torch.Tensor]) -> None:
+    """Give every rank of each group what the others have read. Collective; tensors: flat, on the host."""
+    world = tuple(range(ranks.world_size()))
+    for group in sharing.all_groups:
+        handle = None if group == world else dist.new_group(list(group))
+        if group in sharing.groups:
+            flat = [tensors[entry].view(torch.uint8) for entry in sharing.groups[group]]
+            _sum(flat, handle)
+        if handle is not None:
+            dist.destroy_process_group(handle)
+
+
+def _sum(buffers: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    staging = torch.empty(min(BOUND, sum(map(len, buffers))), dtype=torch.uint8, device=_device(group))
+    for pieces in _filled(buffers, len(staging)):
+        at = 0
+        for piece in pieces:
+            staging[at : at + len(piece)].copy_(piece)
+            at += len(piece)
+        dist.all_reduce(staging[:at], group=group)
+        at = 0
+        for piece in pieces:
+            piece.copy_(staging[at : at + len(piece)])
+            at += len(piece)
+
+
+def _filled(buffers: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.Tensor]]:
+    """Views of the buffers, in order, in lists of ``limit`` bytes; the last may be shorter."""
+    pieces: list[torch.Tensor] = []
+    held = 0
+    for buffer in buffers:
+        at = 0
+        while at < len(buffer):
+            piece = buffer[at : at + limit - held]
+            pieces.append(piece)
+            at, held = at + len(piece), held + len(piece)
+            if held == limit:
+                yield pieces
+                pieces, held = [], 0
+    if pieces:
+        yield pieces
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the group's backend exchanges tensors."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _everyones(value: float) -> list[float]:
+    found: list[float] = [0.0] * ranks.world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def nbytes_of(want: Want) -> int:
+    """Bytes of the checkpoint that this wants."""
+    return int(want.blocks.counts.sum()) * itemsize(want.tensor.dtype)

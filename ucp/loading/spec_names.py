@@ -1,0 +1,38 @@
+"""A checkpoint under a live model's names, where a spec says what either side calls the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ucp.catalog import Catalog, bare
+from ucp.formats.shared.renaming import best_names
+from ucp.spec.bound import Bound
+from ucp.spec.select import choose
+
+
+def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) -> Catalog:
+    """The catalog by whichever lines under the spec's ``names:`` give the most of the live names; as it is, where it
+    has no fewer of them already, or without a spec.
+
+    Raises what `ucp.formats.shared.renaming.rename` raises, for parameters that don't fit the spec.
+    """
+    if bound is None:
+        return catalog
+    wanted = set(map(bare, live))
+    return best_names(catalog, bound, lambda name: bare(name) in wanted)
+
+
+def under_spec(catalog: Catalog, live: Collection[str], opening: Mapping[str, Any]) -> Catalog:
+    """`in_names_of` by the spec that a checkpoint was opened with; opening: as for `ucp.open`."""
+    if opening.get("spec") is None:
+        return catalog
+    choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
+    return in_names_of(catalog, live, choice.bound(None))
+
+
+def config_of(model: Any) -> Mapping[str, Any] | None:
+    """The config of a transformers model, as in its config.json; None for other models."""
+    config: Any = getattr(model, "config", None)
+    found = config.to_dict() if hasattr(config, "to_dict") else config
+    return found if isinstance(found, Mapping) else None

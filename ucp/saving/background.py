@@ -1,0 +1,291 @@
+"""Saves that go on while training does: copied to host memory beside forward and backward, written by a process.
+
+    saver = Saver(memory=8 << 30)             # bytes of host memory; saver.reserve(...) allocates it beforehand
+    saver.save(source, folder, "step100")     # collective; source: ucp.saving.source.Source, of any framework
+    ...                                       # forward, backward
+    saver.hold()                              # before anything changes the weights or the optimizer's states
+    optimizer.step()
+    saver.wait()                              # it is on disk, or this raises why not
+
+The process (`writer`) is started with the first save and kept. It talks to no process group: ranks tell each other by
+files (`commit`), so a save is finished even when the program has destroyed its process group and is leaving. In this
+process a thread follows it, which waits on a pipe most of the time. A failure, also that the writer died, is raised at
+the next save, at `Saver.wait`, and at exit, whose code then is not 0; leaving the process, by itself or by SIGTERM,
+waits for the save that is under way.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from ucp.errors import SaveFailed
+from ucp.job import ranks
+from ucp.job.stopwatch import Stopwatch
+from ucp.saving import commit
+from ucp.saving.retention import Keep
+from ucp.saving.save import SaveReport, prepare
+from ucp.saving.source import Source
+from ucp.saving.staging import MEMORY, Copying, Pool
+from ucp.saving.writer import Job, Share, Writer, WriterLost
+
+log = logging.getLogger(__name__)
+
+POLICIES = ("wait", "skip")
+
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+class Saver:
+    """One training state's saves in the background, at most one under way at a time.
+
+    done: called, in the background, with the report of every save that was finished. memory: bytes of host memory for
+    the copies, at most. policy: what a save does that comes while one is under way: 'wait' for that, or 'skip' this
+    one with a warning.
+    """
+
+    def __init__(
+        self, done: Callable[[SaveReport], None] | None = None, *, memory: int = MEMORY, policy: str = "wait"
+    ) -> None:
+        self._done = done
+        self._pool = Pool(memory)
+        self._policy = policy
+        self._writer: Writer | None = None
+        self._thread: threading.Thread | None = None
+        self._copying: Copying | None = None
+        self._error: BaseException | None = None
+        self._path = ""
+        _savers.add(self)
+        _watch_exit()
+
+    @property
+    def pending(self) -> str | None:
+        """The path of the save that is under way; None if there is none."""
+        return self._path if self._thread is not None and self._thread.is_alive() else None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of host memory that the pool has now."""
+        return self._pool.nbytes
+
+    @property
+    def writer(self) -> int | None:
+        """The number of the process that writes; None if none does now."""
+        return None if self._writer is None else self._writer.pid
+
+    def limit(self, nbytes: int) -> None:
+        """What the copies may take at most, from the next save on. Not while one is under way."""
+        self._pool.limit(nbytes)
+
+    def reserve(self, nbytes: int, *, pinned: bool) -> None:
+        """Allocate for a share of so many bytes beforehand, within the bound; pinned for copies from a device."""
+        self._pool.reserve(nbytes, pinned=pinned)
+
+    def save(
+        self,
+        source: Source,
+        folder: str | os.PathLike[str],
+        tag: str,
+        *,
+        latest: bool = True,
+        timeout: float = commit.TIMEOUT,
+        keep: Keep | None = None,
+    ) -> bool:
+        """As `ucp.saving.save.save`, but the tensors are copied later: call `hold` before they change.
+
+        Copied before it returns are volatile tensors and everything that is not a tensor of a parameter. Raises on all
+        ranks what went wrong with the save before this one: nothing is begun then. Returns whether a save was begun:
+        False where one is still under way and the policy is to skip. Collective.
+        """
+        watch = Stopwatch()
+        if self._policy == "skip" and (under_way := ranks.from_first(lambda: self.pending)) is not None:
+            if ranks.rank() == 0:
+                log.warning("%s was not saved: the save of %s is still under way", tag, under_way)
+            return False
+
+        def begin() -> tuple[Share, Copying]:
+            self.wait()
+            self._hire()
+            share, plan, pieces = prepare(source, ranks.rank(), ranks.world_size())
+            return share, Copying(self._pool, plan, pieces)
+
+        with watch.of("prepare"):
+            share, copying = ranks.together(begin)
+            session = ranks.from_first(
+                lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
+            )
+        job = Job(session, ranks.rank(), share, self._pool.nbytes, self._pool.window, timeout, dict(os.environ))
+        # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
+        copying.ask()
+        self._path, self._copying = str(session.destination), copying
+        self._thread = threading.Thread(target=self._finish, args=(job, copying, watch), name="ucp-save", daemon=True)
+        _watch_termination()
+        self._thread.start()
+        return True
+
+    def hold(self) -> None:
+        """Return once what is being saved may be changed: by the calling thread, on its device's current stream."""
+        if self._copying is not None:
+            self._copying.hold()
+            self._copying = None
+
+    def is_copying(self) -> bool:
+        """Whether `hold` would wait, or have the device wait."""
+        return self._copying is not None and self._copying.is_under_way()
+
+    def wait(self) -> None:
+        """Return once no save of this rank is under way; raises what went wrong with the last one, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = self._copying = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _hire(self) -> None:
+        """Have a process that writes. Raises SaveFailed where none can be started."""
+        if self._writer is not None and not self._writer.is_alive():
+            self._dismiss()  # what it was doing has been told
+        if self._writer is None:
+            self._writer = Writer(self._pool.file)
+            # Where the saver goes, so does its writer; where the program ends, the pipe does.
+            self._end = weakref.finalize(self, self._writer.end)
+            self._end.atexit = False
+
+    def _dismiss(self) -> None:
+        if self._writer is not None:
+            self._end()
+            self._writer = None
+
+    def _finish(self, job: Job, copying: Copying, watch: Stopwatch) -> None:
+        try:
+            nbytes = self._follow(job, copying, watch)
+        except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
+            self._error = error
+            log.error("the save of %s failed; it is raised at the next save, wait() or exit: %s", self._path, error)
+            return
+        finally:
+            copying.close()
+            commit.release(job.session)
+        report = SaveReport(
+            self._path, job.session.tag, nbytes, copying.size, dict(watch.seconds), watch.passed, job.capacity
+        )
+        if self._done is not None:
+            self._done(report)
+        if job.rank == 0:
+            log.info("%s", report)
+
+    def _follow(self, job: Job, copying: Copying, watch: Stopwatch) -> int:
+        """Copy, and tell the writer, until it is done; returns the bytes of all files on the first rank."""
+        writer = self._writer
+        if writer is None:
+            raise SaveFailed(f"{self._path}: was not saved: there is no process that writes")
+        broken: Exception | None = None
+        try:
+            writer.send(job)
+            written: int | None = 0
+            while True:
+                try:
+                    if written is not None and broken is None:
+                        with watch.of("copy"):
+                            for end in copying.arriving(written):
+                                writer.send(("filled", job.session.save, end))
+                except WriterLost:
+                    raise
+                except Exception as error:  # noqa: BLE001 - raised once the writer knows
+                    broken = error
+                    writer.send(("broken", job.session.save, *commit.described(error)))
+                what, *rest = writer.receive()
+                written = None
+                if what == "written":
+                    written = rest[0]
+                elif what == "logged":
+                    logging.getLogger(rest[0]).log(rest[1], "%s", rest[2])
+                elif what == "failed":
+                    raise broken or commit.rebuilt(*rest)
+                else:
+                    for stage, seconds in rest[1].items():
+                        watch.add(stage, seconds)
+                    return int(rest[0])
+        except WriterLost as error:
+            # The others need not wait for it.
+            if job.rank == 0:
+                commit.leave_verdict(job.session, error)
+            else:
+                commit.leave_failure(job.session, job.rank, error)
+            raise
+
+
+# --- leaving the process ---------------------------------------------------------------------------------------------
+
+
+def finish_all() -> None:
+    """Wait for every save of this process; raises the first failure, and logs all."""
+    failed: BaseException | None = None
+    for saver in list(_savers):
+        if saver.pending is not None:
+            log.warning("waiting for the save of %s before leaving", saver.pending)
+        try:
+            saver.wait()
+        except Exception as error:
+            log.exception("a save failed in the background")
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+_exit_watched = False
+
+
+def _watch_exit() -> None:
+    global _exit_watched
+    if not _exit_watched:
+        _exit_watched = True
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    """What is raised here would leave the exit code at 0, so a failure ends the process by itself."""
+    try:
+        finish_all()
+        for saver in list(_savers):
+            saver._dismiss()
+    except Exception:  # noqa: BLE001 - it has been logged
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+
+def _watch_termination() -> None:
+    """SIGTERM, as schedulers send it before they take a machine away, lets the save under way finish first."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if before is _terminate or before is None or before == signal.SIG_IGN:
+        return
+    global _termination_before
+    _termination_before = before
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+_termination_before: Any = signal.SIG_DFL
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    try:
+        finish_all()
+    finally:
+        if callable(_termination_before):
+            _termination_before(number, frame)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,388 @@
+"""Committing what many ranks write, in two phases and without a process group.
+
+1. The first rank makes a temporary folder beside the destination (`begin`); every rank writes its files there, flushes
+   them to disk and then leaves a receipt, in one rename (`leave_receipt`), or a note of why it could not.
+2. The first rank waits for all receipts, joins them into the manifest, flushes that too, and renames the folder; what
+   stood there under the same tag is exchanged with it. Last of all ``latest`` is replaced (`commit`).
+
+At every instant the destination is the old checkpoint or the new one. A save that died leaves a hidden folder that
+nobody takes for a checkpoint (it has no manifest until all is written, and its name begins with ``.ucp-tmp-``); the
+next save removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ucp import errors, formats
+from ucp.checkpoint import LATEST
+from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
+from ucp.formats.universal import fragmented, manifest
+from ucp.saving.retention import Keep, prune
+from ucp.storage import commit as storage
+from ucp.storage import locations
+from ucp.storage.locations import is_remote, locate
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 1800.0
+"""Seconds that the first rank waits for the others' receipts."""
+
+_RECEIPTS = "receipts"
+_POLL = (0.002, 0.1)  # seconds: at first, and at most
+
+# Temporary folders of this process's saves that are under way.
+_in_use: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Session:
+    """One save, the same on all its ranks. folder: where tags lie, absolute. temporary: the folder that is filled.
+
+    save: the save's own number. world: how many ranks take part. inode: of the temporary folder. keep: which other
+    checkpoints stay once this one is committed; all without it.
+    """
+
+    folder: str
+    tag: str
+    temporary: str
+    save: str
+    world: int
+    latest: bool
+    inode: int
+    keep: Keep | None = None
+
+    @property
+    def destination(self) -> Path:
+        return locate(self.folder) / self.tag
+
+    def path(self, name: str) -> Path:
+        """A file of the checkpoint, while it is being written."""
+        return locate(self.temporary) / name
+
+    def receipt(self, rank: int) -> Path:
+        return self.path(_RECEIPTS) / f"{rank:05d}.json"
+
+    def failure(self, rank: int) -> Path:
+        return self.path(_RECEIPTS) / f"{rank:05d}.failed"
+
+    @property
+    def verdict(self) -> Path:
+        """Where the first rank says that the save failed."""
+        return self.path(_RECEIPTS) / "verdict.failed"
+
+    @property
+    def prefix(self) -> str:
+        """What the manifest puts before the files' names."""
+        return ""
+
+    def is_published(self) -> bool:
+        """Whether the first rank has published the checkpoint: the temporary folder is another then, or gone."""
+        try:
+            return os.stat(self.temporary).st_ino != self.inode
+        except FileNotFoundError:
+            return True
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Write a small file in one step. Raises DestinationError."""
+        storage.write_atomic(path, data)
+
+    def publish(self, body: bytes) -> int:
+        """Add the manifest, and put the checkpoint in its place; returns the bytes of all files. On the first rank.
+
+        Raises DestinationError.
+        """
+        try:
+            _write_flushed(self.path(manifest.NAME), body)
+            shutil.rmtree(self.path(_RECEIPTS))
+            nbytes = sum(entry.stat().st_size for entry in os.scandir(self.temporary))
+        except OSError as error:
+            raise DestinationError(
+                f"{self.destination}: the manifest cannot be written: {error.strerror or error}"
+            ) from error
+        storage.publish(Path(self.temporary), self.destination)
+        return nbytes
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        storage.discard(Path(self.temporary))
+
+    def discard_tensors(self) -> None:
+        """Remove what was written, but for the notes."""
+        for path in Path(self.temporary).glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def begin(
+    folder: str | os.PathLike[str],
+    tag: str,
+    world: int,
+    *,
+    latest: bool = True,
+    keep: Keep | None = None,
+    process: int | None = None,
+) -> Session:
+    """Make the temporary folder for a save; to be called on the first rank, its result given to all.
+
+    latest: name the checkpoint in the file ``latest`` in the end. process: the one that will commit, if not this one;
+    while it lives, nobody else removes the folder. Leftovers of earlier saves are removed.
+    Raises BadArgument for a tag that cannot be a folder's name, DestinationError where the folder cannot be used or
+    what stands at the destination is no checkpoint.
+    """
+    if not tag or tag.startswith(".") or tag == LATEST or "/" in tag or "\0" in tag:
+        raise BadArgument(f"tag '{tag}' cannot be used: it has to be a folder's name, not hidden and not '{LATEST}'")
+    if is_remote(folder):
+        return begin_remote(folder, tag, world, latest=latest, keep=keep)
+    target = Path(os.path.abspath(folder), tag)
+    if os.path.lexists(target):
+        if target.is_symlink() or not target.is_dir():
+            raise DestinationError(f"{target}: exists already and is no folder; choose another tag")
+        if formats.find(target) is None and any(target.iterdir()):
+            raise DestinationError(f"{target}: exists already and holds no checkpoint, so it is not replaced")
+    temporary = storage.reserve(target, keep=_in_use, process=process)
+    _in_use.add(temporary.name)
+    inode = temporary.stat().st_ino
+    session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode, keep)
+    try:
+        Path(temporary, _RECEIPTS).mkdir()
+    except OSError as error:
+        abandon(session)
+        raise DestinationError(f"{target}: cannot be made: {error.strerror or error}") from error
+    return session
+
+
+# --- behind a URL ----------------------------------------------------------------------------------------------------
+
+_SAVE = re.compile(r"[0-9a-f]{16}")
+_PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class RemoteSession(Session):
+    """A save behind a URL, where nothing is renamed: the files lie in a folder of the save's own below the tag, and the
+    manifest above it is written last, in one request. temporary: that folder."""
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.save}/"
+
+    def is_published(self) -> bool:
+        return locations.exists(self.path(_RECEIPTS) / _PUBLISHED)
+
+    def put(self, path: Path, data: bytes) -> None:
+        try:
+            locations.write(path, data)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def publish(self, body: bytes) -> int:
+        sizes = [locations.stat(self.path(n)).size for n in locations.names(self.temporary) if n != _RECEIPTS]
+        self.put(self.destination / manifest.NAME, body)
+        self.put(self.path(_RECEIPTS) / _PUBLISHED, b"")
+        for name in locations.names(self.destination):
+            if _SAVE.fullmatch(name) and name != self.save:
+                _remove_remote(self.destination / name)
+        return sum(sizes) + len(body)
+
+    def discard(self) -> None:
+        _remove_remote(locate(self.temporary))
+
+    def discard_tensors(self) -> None:
+        for name in locations.names(self.temporary):
+            if name.endswith(".safetensors"):
+                locations.remove(self.path(name))
+
+
+def begin_remote(
+    url: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
+) -> RemoteSession:
+    """`begin` behind a URL. What dead saves of other tags have left is removed once it is `storage.STALE` seconds old.
+
+    Raises DestinationError where the URL cannot be used or holds something else under the tag.
+    """
+    folder = locate(url)
+    save = secrets.token_hex(8)
+    try:
+        there = locations.names(folder / tag) if locations.exists(folder / tag) else []
+        if formats.find(folder / tag) is None and any(not _SAVE.fullmatch(name) for name in there):
+            raise DestinationError(f"{folder / tag}: exists already and holds no checkpoint, so it is not replaced")
+        for name in locations.names(folder) if locations.exists(folder) else []:
+            _sweep_remote(folder / name)
+    except OSError as error:
+        raise DestinationError(f"{folder}: cannot be used: {error.strerror or error}") from error
+    temporary = str(folder / tag / save)
+    return RemoteSession(str(folder), tag, temporary, save, world, latest, 0, keep)
+
+
+def _sweep_remote(place: Path) -> None:
+    """Remove what a save has left under a tag that never got a manifest."""
+    if not locations.is_folder(place):
+        return
+    names = locations.names(place)
+    if not names or not all(_SAVE.fullmatch(name) for name in names):
+        return
+    newest = max((locations.newest_ns(place / name) for name in names), default=0)
+    if newest and time.time() - newest / 1e9 > storage.STALE:
+        _remove_remote(place)
+
+
+def _remove_remote(place: Path) -> None:
+    try:
+        locations.remove_tree(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s could not be removed: %s", place, error)
+
+
+# --- the steps of every save -----------------------------------------------------------------------------------------
+
+
+def leave_receipt(session: Session, rank: int, receipt: bytes) -> None:
+    """Say that this rank's files are whole and on disk. Raises DestinationError."""
+    session.put(session.receipt(rank), receipt)
+
+
+def leave_failure(session: Session, rank: int, error: BaseException) -> None:
+    """Say that this rank has given up, and why, so that the first rank need not wait for it. Never raises."""
+    _note(session, session.failure(rank), error)
+
+
+def leave_verdict(session: Session, error: BaseException) -> None:
+    """Say for the first rank, whose writing process has ended, that it has given up. Never raises.
+
+    Nothing is removed: it may have published already.
+    """
+    if not session.is_published():
+        _note(session, session.verdict, error)
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """An error as (its class, if that is one of ours, else nothing; its text), for other processes."""
+    kind = type(error).__name__ if isinstance(error, UcpError) else ""
+    return kind, str(error) if kind else f"{type(error).__name__}: {error}"
+
+
+def rebuilt(kind: str, text: str) -> UcpError:
+    """The error that `described` described; SaveFailed for what is none of ours."""
+    found = getattr(errors, kind, None) if kind else None
+    return (found if isinstance(found, type) and issubclass(found, UcpError) else SaveFailed)(text)
+
+
+def _note(session: Session, path: Path, error: BaseException) -> None:
+    kind, text = described(error)
+    try:
+        session.put(path, json.dumps({"kind": kind, "text": text}).encode())
+    except UcpError as second:
+        log.warning("%s: cannot say that the save failed (%s): %s", path, text, second)
+
+
+def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False) -> int:
+    """Wait for all receipts, then publish the checkpoint. On the first rank; returns the bytes of all its files.
+
+    watched: the other ranks look for the verdict in files (`await_verdict`), so leave one where the save fails.
+
+    Raises SaveFailed (or the rank's own error) where a rank gave up or left no receipt within ``timeout`` seconds;
+    then, as after any other error, the temporary folder is gone and everything is as it was.
+    """
+    try:
+        _await(session, timeout)
+        receipts = [str(session.receipt(rank)) for rank in range(session.world)]
+        nbytes = session.publish(fragmented.merge(session.temporary, receipts, session.save, session.prefix))
+    except BaseException as error:
+        if watched:
+            condemn(session, error)
+        else:
+            abandon(session)
+        raise
+    _in_use.discard(os.path.basename(session.temporary))
+    if session.latest:
+        session.put(locate(session.folder) / LATEST, session.tag.encode("utf-8"))
+    if session.keep is not None:
+        for tag in prune(session.folder, session.tag, session.keep):
+            log.info("%s was removed: newer checkpoints are kept instead", locate(session.folder) / tag)
+    return nbytes
+
+
+def abandon(session: Session) -> None:
+    """Remove what a save has written. On the first rank."""
+    session.discard()
+    _in_use.discard(os.path.basename(session.temporary))
+
+
+def release(session: Session) -> None:
+    """Another process has finished with this save, in whichever way. On the first rank."""
+    _in_use.discard(os.path.basename(session.temporary))
+
+
+def condemn(session: Session, error: BaseException) -> None:
+    """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises."""
+    session.discard_tensors()
+    _note(session, session.verdict, error)
+    _in_use.discard(os.path.basename(session.temporary))
+
+
+def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
+    """Return once the first rank has published the checkpoint. On the other ranks.
+
+    Raises what the first rank noted where it gave up, SaveFailed where it does neither within ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    pause = _POLL[0]
+    while True:
+        if session.is_published():
+            return
+        if locations.exists(session.verdict):
+            raise _noted(session.verdict, f"{session.destination}: nothing was saved: ")
+        if time.monotonic() > deadline:
+            raise SaveFailed(
+                f"{session.destination}: was not published by rank 0 within {timeout:g} seconds; it died or hangs"
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, _POLL[1])
+
+
+def _await(session: Session, timeout: float) -> None:
+    missing = set(range(session.world))
+    deadline = time.monotonic() + timeout
+    pause = _POLL[0]
+    while True:
+        for rank in sorted(missing):
+            if locations.exists(session.receipt(rank)):
+                missing.discard(rank)
+            elif locations.exists(session.failure(rank)):
+                start = f"{session.destination}: nothing was saved, since rank {rank} failed: "
+                raise _noted(session.failure(rank), start)
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            named = ", ".join(map(str, sorted(missing)[:8])) + (", …" if len(missing) > 8 else "")
+            raise SaveFailed(
+                f"{session.destination}: nothing was saved: {len(missing)} of {session.world} ranks ({named}) left no "
+                f"receipt within {timeout:g} seconds; they died, hang, or do not see the same folder"
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, _POLL[1])
+
+
+def _noted(path: Path, start: str) -> UcpError:
+    """The error that a rank left a note of."""
+    note: dict[str, Any] = json.loads(locations.read(path))
+    text = note["text"]
+    return rebuilt(note["kind"], text if text.startswith(start[:-2]) else start + text)
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

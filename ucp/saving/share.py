@@ -1,0 +1,247 @@
+"""Who writes what, and how a rank writes its share: one safetensors file, digested while its bytes pass.
+
+Tensors that the same ranks hold are strung together and cut into as many equal ranges of bytes as there are holders,
+each of which writes one. Every rank computes that alike; nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ucp.errors import BadArgument, DestinationError
+from ucp.geometry import Blocks, concat, empty, flat_ranges
+from ucp.job.stopwatch import Stopwatch
+from ucp.saving.source import Holding
+from ucp.storage import locations, safetensors
+from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
+from ucp.storage.dtypes import itemsize
+from ucp.storage.writeback import LARGE, write_at, write_past_cache
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes digested and written at once; tensors on a device pass through host memory in such pieces. A multiple of CHUNK.
+WINDOW = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Elements that this rank writes, as they lie in its file.
+
+    start: byte in the file. blocks: as in a LogicalTensor of the file, in elements from ``start``. dense: first element
+    and count of the one range of the buffer that is written as it is; None where the blocks are gathered one by one.
+    """
+
+    holding: Holding
+    key: str
+    start: int
+    blocks: Blocks
+    dense: tuple[int, int] | None
+
+
+def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
+    """The holdings cut down to what this rank writes. All holders' results together are each holding once."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    for index, holding in enumerate(holdings):
+        if len(holding.blocks) and len(holding.holders) > 1:
+            together.setdefault(holding.holders, []).append(index)
+    out = list(holdings)
+    for holders, members in together.items():
+        if rank not in holders:
+            name = holdings[members[0]].name
+            raise BadArgument(f"rank {rank} holds '{name}', but is not among its holders {holders}")
+        ends = np.cumsum([0, *(_nbytes(holdings[i]) for i in members)])
+        place, total = holders.index(rank), int(ends[-1])
+        low, high = total * place // len(holders), total * (place + 1) // len(holders)
+        for index, start in zip(members, ends.tolist(), strict=False):
+            width, count = itemsize(holdings[index].dtype), int(holdings[index].blocks.counts.sum())
+            # An element that straddles a cut belongs to the side that it begins on.
+            first, last = (min(max(-(-(at - start) // width), 0), count) for at in (low, high))
+            if (first, last) != (0, count):
+                out[index] = replace(holdings[index], blocks=cut(holdings[index].blocks, first, last))
+    return out
+
+
+def cut(blocks: Blocks, first: int, last: int) -> Blocks:
+    """The elements ``[first, last)`` of the blocks, counted block after block, each in row-major order."""
+    parts: list[Blocks] = []
+    ends = np.cumsum([0, *blocks.counts.tolist()]).tolist()
+    for k in range(len(blocks)):
+        low, high = max(first - ends[k], 0), min(last, ends[k + 1]) - ends[k]
+        if high <= low:
+            continue
+        one = blocks.take(np.array([k]))
+        inner = flat_ranges(one.sizes[0].tolist(), [low], [high], [0])
+        parts.append(
+            Blocks(
+                inner.offsets + one.offsets,
+                inner.sizes,
+                one.starts + np.sum(inner.offsets * one.strides, axis=1, dtype=np.int64),
+                np.repeat(one.strides, len(inner), axis=0),
+                np.repeat(one.buffers, len(inner)),
+            )
+        )
+    return concat(parts, blocks.ndim) if parts else empty(blocks.ndim)
+
+
+def _nbytes(holding: Holding) -> int:
+    return int(holding.blocks.counts.sum()) * itemsize(holding.dtype)
+
+
+def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Piece]]:
+    """The file for these holdings: one flat tensor for each, without the gaps that the buffer has between them.
+
+    Raises Unsupported for element types that safetensors lacks.
+    """
+    pieces: list[Piece] = []
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    seen: set[str] = set()
+    arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # of many tensors the blocks are the same
+    for holding in holdings:
+        if id(holding.blocks) not in arranged:
+            arranged[id(holding.blocks)] = _arranged(holding.blocks)
+        count, blocks, dense = arranged[id(holding.blocks)]
+        if not count:
+            continue
+        key = f"{holding.name}:{holding.state}"
+        while key in seen:
+            key += "'"
+        seen.add(key)
+        entries.append((key, holding.dtype, (count,)))
+        pieces.append(Piece(holding, key, 0, blocks, dense))
+    plan = safetensors.plan_file(entries)
+    placed = [replace(piece, start=plan.offsets[piece.key]) for piece in pieces]
+    return plan, sorted(placed, key=lambda piece: piece.start)
+
+
+def _arranged(blocks: Blocks) -> tuple[int, Blocks, tuple[int, int] | None]:
+    """How many elements, where they lie in the file, counted from the tensor's start there, and the dense range that
+    they are, if they are one."""
+    count = int(blocks.counts.sum())
+    if not count:
+        return 0, blocks, None
+    lowest, highest = _extent(blocks)
+    if highest - lowest == count:
+        return count, blocks.in_buffer(0, -lowest), (lowest, count)
+    return count, _packed(blocks), None
+
+
+def _extent(blocks: Blocks) -> tuple[int, int]:
+    """The range of the buffer, in elements, from the first element to the end of the last."""
+    reach = (blocks.sizes - 1) * blocks.strides
+    first = blocks.starts + np.minimum(reach, 0).sum(axis=1)
+    last = blocks.starts + np.maximum(reach, 0).sum(axis=1)
+    return int(first.min()), int(last.max()) + 1
+
+
+def _packed(blocks: Blocks) -> Blocks:
+    """The same boxes one after the other, each dense and row-major."""
+    strides = np.ones_like(blocks.sizes)
+    for k in range(blocks.ndim - 2, -1, -1):
+        strides[:, k] = strides[:, k + 1] * blocks.sizes[:, k + 1]
+    starts = np.cumsum([0, *blocks.counts.tolist()])[:-1]
+    return Blocks(blocks.offsets, blocks.sizes, starts, strides, np.zeros_like(blocks.buffers))
+
+
+def elements(piece: Piece, tensor: torch.Tensor, part: int) -> torch.Tensor:
+    """One part of the piece's elements, where they lie: row-major, not always dense. A dense piece has one part, any
+    other one for each block. tensor: the holding's, or a copy."""
+    flat = tensor.reshape(-1)
+    if piece.dense is not None:
+        first, count = piece.dense
+        return flat[first : first + count]
+    blocks = piece.holding.blocks
+    sizes, strides, start = (array[part].tolist() for array in (blocks.sizes, blocks.strides, blocks.starts))
+    return flat.as_strided(sizes, strides, flat.storage_offset() + start)
+
+
+def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, watch: Stopwatch) -> ChunkDigests:
+    """Create the file, write these bytes one after the other, flush them to disk; return its digests.
+
+    watch: gets the seconds of 'digest' and of 'write', the flush included. Raises DestinationError where that fails;
+    the file is removed then.
+    """
+    return write_windows(path, _windows(parts), size, watch)
+
+
+def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
+    """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk.
+
+    Large files are written past the page cache, which training needs more; aligned memory makes that possible.
+    """
+    if locations.is_remote(path):
+        return _upload(path, windows, size, watch)
+    table = bytearray()
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for at, window in windows:
+                with watch.of("digest"):
+                    table += digest_chunks(window)
+                with watch.of("write"):
+                    (write_past_cache if size >= LARGE else write_at)(fd, window, at)
+            written = os.fstat(fd).st_size
+            if written != size:
+                raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
+            with watch.of("write"):
+                os.fsync(fd)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DestinationError(f"{path}: the file system became full while {size} bytes were written") from error
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return ChunkDigests(size, bytes(table))
+
+
+def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
+    """As `write_windows`, behind a URL: the file is there once its last byte is."""
+    table = bytearray()
+    written = 0
+    try:
+        with locations.created(path, WINDOW) as stream:
+            for _, window in windows:
+                with watch.of("digest"):
+                    table += digest_chunks(window)
+                with watch.of("write"):
+                    stream.write(window)
+                written += len(window)
+            if written != size:
+                raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return ChunkDigests(size, bytes(table))
+
+
+def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryview]]:
+    """The same bytes in pieces that begin at multiples of the digests' chunk; long parts are not copied."""
+    buffer = memoryview(bytearray(WINDOW))
+    filled = at = 0
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            if filled == 0 and len(view) >= CHUNK:
+                count = min(len(view) // CHUNK * CHUNK, WINDOW)
+                yield at, view[:count]
+                at += count
+            else:
+                # Up to the next chunk's beginning only, so that what follows need not be copied.
+                count = min(-filled % CHUNK or CHUNK, len(view))
+                buffer[filled : filled + count] = view[:count]
+                filled += count
+                if filled == WINDOW or (filled % CHUNK == 0 and len(view) - count >= CHUNK):
+                    yield at, buffer[:filled]
+                    at, filled = at + filled, 0
+            view = view[count:]
+    if filled:
+        yield at, buffer[:filled]

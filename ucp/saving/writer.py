@@ -1,0 +1,270 @@
+"""A process beside each training process that writes: it digests, writes, flushes, leaves the receipt and commits.
+
+The training process copies its tensors into memory that both share (`staging.Pool`) and says over a pipe how far it has
+come; all else happens here, so that saving takes neither Python's lock nor processor time from the thread that trains.
+Nothing here imports torch. What goes over the pipe:
+
+    to the writer    Job; ("filled", save, end): so many bytes of the file are in the memory;
+                     ("broken", save, kind, text): no more will come
+    from the writer  ("written", end): so much of the memory may be used again; ("logged", name, level, text);
+                     ("done", nbytes, seconds by stage) or ("failed", kind, text), once for each Job
+
+The writer ends as soon as its training process has ended, at whatever instant of a save: what is not published then
+never will be. It ignores SIGTERM and SIGINT, which schedulers and terminals send to all processes of a job: the
+training process decides what becomes of a save that is under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.spawn import get_executable
+from typing import Any, NoReturn
+
+from ucp.catalog import Catalog
+from ucp.errors import SaveFailed
+from ucp.formats.universal import fragmented
+from ucp.formats.universal.fragmented import Identity
+from ucp.job.stopwatch import Stopwatch
+from ucp.saving import commit
+from ucp.saving.commit import Session
+from ucp.saving.share import write_file, write_windows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one rank writes, decided and checked: everything but its tensors' bytes is in it, and no tensor.
+
+    name, size: of the tensors' file. extra: the name of the file with the training state's tensors, and its bytes.
+    catalog, state, own: as for `fragmented.receipt`.
+    """
+
+    name: str
+    size: int
+    extra: tuple[str, list[bytes]] | None
+    catalog: Catalog
+    state: dict[str, Any]
+    own: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One rank's part in one save. capacity: bytes of the shared memory, through which the file runs as through a ring;
+    window: bytes handled at once. timeout: seconds that the first rank waits for the others. environment: variables
+    that are set by now, among them what remote file systems are told by."""
+
+    session: Session
+    rank: int
+    share: Share
+    capacity: int
+    window: int
+    timeout: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class WriterLost(SaveFailed):
+    """The process that writes has ended, and with it the save that was under way."""
+
+
+def write(
+    session: Session, rank: int, share: Share, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch
+) -> None:
+    """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
+
+    windows: the bytes of the tensors' file, as for `write_windows`.
+    """
+    digests = {share.name: write_windows(session.path(share.name), windows, share.size, watch)}
+    if share.extra is not None:
+        name, raw = share.extra
+        digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
+    with watch.of("commit"):
+        identity = Identity(session.save, rank, session.world)
+        receipt = fragmented.receipt(identity, share.catalog, digests, share.state, share.own, share.catalog.writer)
+        commit.leave_receipt(session, rank, receipt)
+
+
+# --- in the training process -----------------------------------------------------------------------------------------
+
+# The search path is the training process's own, whatever it has made of it.
+_PROGRAM = """
+import sys
+connection, memory, parent = map(int, sys.argv[1:4])
+sys.path[:] = sys.argv[4:]
+from ucp.saving.writer import main
+main(connection, memory, parent)
+"""
+
+
+class Writer:
+    """The training process's end of the pipe; makes the process. memory: the shared memory's file descriptor.
+
+    Raises SaveFailed where no process can be started.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._pipe, theirs = Pipe()
+        try:
+            self._process = _start(theirs, memory)
+        except OSError as error:
+            self._pipe.close()
+            raise SaveFailed(
+                f"nothing was saved: the process that writes ({get_executable()}) cannot be started: "
+                f"{error.strerror or error}; a save that is not in the background needs none"
+            ) from error
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: Any) -> None:
+        """Raises WriterLost where the process has ended."""
+        try:
+            self._pipe.send(message)
+        except OSError as error:
+            raise self._lost() from error
+
+    def receive(self) -> Any:
+        """The next message, waited for. Raises WriterLost where the process has ended."""
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """Let the process end; what it is doing is given up."""
+        self._pipe.close()
+        self._process.wait()
+
+    def _lost(self) -> WriterLost:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return WriterLost(f"the process that writes (number {self.pid}) {how}, and the save that was under way with it")
+
+
+def _start(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
+    """A fresh interpreter: a fork of a process that uses a device, or has threads, would not be sound."""
+    numbers = (theirs.fileno(), memory)
+    command = [get_executable(), "-c", _PROGRAM, *map(str, (*numbers, os.getpid())), *sys.path]
+    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+    return subprocess.Popen(
+        command, pass_fds=numbers, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
+    )
+
+
+# Where there are no processors to spare, training goes first.
+_NICE = 10
+
+
+# --- in the writer ---------------------------------------------------------------------------------------------------
+
+
+def main(connection: int, memory: int, parent: int) -> NoReturn:
+    """The process's program. connection, memory: file descriptors; parent: the training process's number."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
+    pipe = Connection(connection)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, parent, inbox), name="ucp-listen", daemon=True).start()
+    logging.basicConfig(level=logging.INFO, handlers=[_Telling(pipe)], force=True)
+    ring = memoryview(b"")
+    while True:
+        job = inbox.get()
+        if not isinstance(job, Job):
+            continue  # a word about a save that has failed here
+        if len(ring) != job.capacity:
+            ring = memoryview(mmap.mmap(memory, job.capacity))
+        watch = Stopwatch()
+        try:
+            nbytes = _perform(job, _windows(job, ring, pipe, inbox), watch)
+        except Exception as error:  # noqa: BLE001 - it is told to the training process
+            pipe.send(("failed", *commit.described(error)))
+        else:
+            pipe.send(("done", nbytes, watch.seconds))
+
+
+def _listen(pipe: Connection, parent: int, inbox: queue.SimpleQueue[Any]) -> None:
+    """Take in what is sent, and end the process with its training process.
+
+    The pipe alone does not tell: forked children of the training process, such as a data loader's, hold it open.
+    """
+    while True:
+        try:
+            if pipe.poll(0.5):
+                inbox.put(pipe.recv())
+            elif os.getppid() != parent:
+                os._exit(0)
+        except (EOFError, OSError):
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - nobody could be told in another way
+            traceback.print_exc()
+            os._exit(1)
+
+
+class _Telling(logging.Handler):
+    """What is logged here, the training process logs."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._pipe.send(("logged", record.name, record.levelno, record.getMessage()))
+
+
+def _perform(job: Job, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> int:
+    """Write, and publish on the first rank, returning the bytes of all files; wait for that on the others."""
+    os.environ.update(job.environment)
+    try:
+        write(job.session, job.rank, job.share, windows, watch)
+    except Exception as error:
+        if job.rank == 0:
+            commit.condemn(job.session, error)
+        else:
+            commit.leave_failure(job.session, job.rank, error)
+        raise
+    with watch.of("commit"):
+        if job.rank == 0:
+            return commit.commit(job.session, timeout=job.timeout, watched=True)
+        # The first rank may wait so long for the others, and then has to publish.
+        commit.await_verdict(job.session, 2 * job.timeout)
+        return 0
+
+
+def _windows(
+    job: Job, ring: memoryview, pipe: Connection, inbox: queue.SimpleQueue[Any]
+) -> Iterator[tuple[int, memoryview]]:
+    """The file's bytes, as (offset, bytes), as they come into the memory. Raises what broke the copying."""
+    filled = 0
+    size = job.share.size
+    for at in range(0, size, job.window):
+        count = min(job.window, size - at)
+        while filled < at + count:
+            what, save, *rest = inbox.get()
+            if save != job.session.save:
+                continue
+            if what == "broken":
+                raise commit.rebuilt(*rest)
+            filled = rest[0]
+        place = at % job.capacity
+        yield at, ring[place : place + count]
+        if size > job.capacity:
+            pipe.send(("written", at + count))

@@ -1,0 +1,69 @@
+"""The classes in checkpoints that are not imported: a `Standin` takes the place of each of their objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucp.storage.torch_pt.values import DtypeName, Standin
+
+# Classes of DeepSpeed and torch seen in their checkpoints; they become `Standin`s. DeepSpeed's releases of 2022 had
+# `fragment_address` in bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
+STANDINS = frozenset(
+    {
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        ("deepspeed.runtime.zero.offload_config", "OffloadDeviceEnum"),
+        ("deepspeed.runtime.config", "DtypeEnum"),
+        ("deepspeed.utils.tensor_fragment", "fragment_address"),
+        ("deepspeed.runtime.bf16_optimizer", "fragment_address"),
+        ("deepspeed.pt.loss_scaler", "LossScaler"),
+        ("deepspeed.pt.loss_scaler", "DynamicLossScaler"),
+        # The metadata of torch.distributed.checkpoint.
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    }
+)
+
+# Members of the enumerations among them, by name. A member pickles as its class called with its value, but under the
+# Pythons 3.11.0 to 3.11.3 (Debian 12's, for one) as ``getattr(class, name)``.
+MEMBERS: dict[tuple[str, str], dict[str, Any]] = {
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): {
+        "disabled": 0,
+        "optimizer_states": 1,
+        "gradients": 2,
+        "weights": 3,
+    },
+    ("deepspeed.runtime.zero.offload_config", "OffloadDeviceEnum"): {"none": "none", "cpu": "cpu", "nvme": "nvme"},
+    ("deepspeed.runtime.config", "DtypeEnum"): {
+        "fp16": DtypeName("float16"),
+        "fp32": DtypeName("float32"),
+        "int8": DtypeName("int8"),
+        "bf16": DtypeName("bfloat16"),
+    },
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): {
+        "TORCH_CONTIGUOUS_FORMAT": 0,
+        "TORCH_CHANNELS_LAST": 1,
+        "TORCH_PRESERVE_FORMAT": 2,
+    },
+}
+
+
+def member(module: str, name: str, attribute: Any) -> Standin | None:
+    """A member of an enumeration by its name; None where there is none."""
+    members = MEMBERS.get((module, name), {})
+    if not isinstance(attribute, str) or attribute not in members:
+        return None
+    return Standin(module, name, (members[attribute],))

@@ -1,0 +1,314 @@
+"""Storage for stock torch.distributed.checkpoint: any checkpoint under ``dcp.load``, this project's under ``dcp.save``.
+
+    import torch.distributed.checkpoint as dcp
+    import ucp.dcp
+
+    dcp.load(state, storage_reader=ucp.dcp.StorageReader("runs/deepspeed"))     # a DeepSpeed ZeRO-3 one, say
+    dcp.save(state, storage_writer=ucp.dcp.StorageWriter("runs/step-1000"))     # and dcp.async_save
+
+Both follow DCP's protocol, in which ranks agree through DCP, so they work in any process group that it is given. What
+they can do is what `ucp.load` and `ucp.save` do, but for two things that are DCP's: a load that fails on one rank may
+have changed others, and of a plain tensor that ranks have each for themselves only one is saved.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from ucp.catalog import Catalog, LogicalTensor
+from ucp.checkpoint import open as open_checkpoint
+from ucp.errors import Mismatch, SaveFailed, Unsupported
+from ucp.formats.dcp import writer as canonical
+from ucp.formats.shared.roles import PARAM, VALUES, Entry, assign
+from ucp.job import ranks
+from ucp.loading.name_match import bare
+from ucp.loading.spec_names import config_of, under_spec
+from ucp.saving import commit
+from ucp.saving.commit import Session
+from ucp.saving.save import write_share
+from ucp.storage.dtypes import to_torch
+from ucp.torchdist.checkpointing import split_path
+from ucp.torchdist.source import source_of_entries
+from ucp.torchdist.state_dicts import check_tensor
+from ucp.torchdist.target import fill, plan, read
+
+log = logging.getLogger(__name__)
+
+__all__ = ["StorageReader", "StorageWriter"]
+
+
+class StorageReader(dcp.StorageReader):
+    """Lets ``dcp.load`` read a checkpoint of any format that `ucp.open` knows, into its own sharding.
+
+    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). The state dict's names may be nested
+    or flattened, with the model under "model" or bare; optimizer states and param groups are found by the parameters'
+    names. model: the module that is loaded, where a spec's ``names:`` tell what its parameters are called in the
+    checkpoint; a transformers model's config has the spec's sizes. verify: check digests.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: torch.nn.Module | None = None,
+        verify: bool = True,
+        **opening: Any,
+    ) -> None:
+        self.checkpoint_id = os.fspath(path)
+        self._opening, self._verify = {"model_config": config_of(model), **opening}, verify
+        self._live = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._catalog: Catalog | None = None
+        self._objects: dict[str, Any] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = os.fspath(checkpoint_id)
+        self._catalog = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> torch_metadata.Metadata:
+        with open_checkpoint(self.checkpoint_id, **self._opening) as checkpoint:
+            catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+        self._catalog = under_spec(catalog, self._live, self._opening) if self._live else catalog
+        names = _Names(self._catalog)
+        self._objects = names.objects
+        return torch_metadata.Metadata(names, names.paths, {})
+
+    def set_up_storage_reader(
+        self, metadata: torch_metadata.Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing is needed: `read_metadata` has opened the checkpoint on every rank."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the plan names. Raises Mismatch where something does not fit; nothing of this rank is changed."""
+        catalog = self._catalog
+        if catalog is None:
+            raise Unsupported("StorageReader.read_data was called before read_metadata")
+        entries = _entries(planner)
+        # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) knows no values yet.
+        blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
+        entries.update({key: Entry(entries[key].path, None, self._objects[key]) for key in blind})
+        asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
+        what = _planned(self.checkpoint_id, entries, asked, catalog)
+        fill(entries, what, read(entries, catalog, what, self._verify).buffers)
+        done = set(what.wants) | set(what.fills) | set(what.own)
+        for item in plan.items:
+            key = item.dest_index.fqn
+            if item.type is LoadItemType.BYTE_IO:
+                # What belongs to the optimizer's implementation (foreach, fused) stays as it is.
+                value = what.values.get(key, entries[key].value)
+                stream = io.BytesIO()
+                torch.save(value, stream)
+                stream.seek(0)
+                planner.load_bytes(item, stream)
+            elif key in done:
+                planner.commit_tensor(item, planner.resolve_tensor(item))
+        out: Future[None] = Future()
+        out.set_result(None)
+        return out
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return os.path.isdir(checkpoint_id)
+
+
+def _planned(path: str, entries: Mapping[str, Entry], asked: set[str], catalog: Catalog) -> Any:
+    what = plan(entries, assign(entries, complete=False), catalog)
+    missing = sorted(asked.intersection(what.missing))
+    if what.wrong or missing:
+        raise Mismatch(
+            f"{path}: nothing was loaded on this rank: "
+            + "; ".join([*what.wrong, *(f"'{key}' is not in the checkpoint" for key in missing)])
+        )
+    return what
+
+
+def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, Entry]:
+    """The planner's state dict, flattened."""
+    found = getattr(planner, "state_dict", None)
+    if not isinstance(found, Mapping):
+        raise Unsupported(
+            f"{type(planner).__name__} does not show its state dict; use DCP's default planner or one derived from it"
+        )
+    paths = getattr(planner, "mappings", {})
+    out: dict[str, Entry] = {}
+    for key, value in found.items():
+        path = tuple(paths.get(key, (key,)))
+        if isinstance(value, torch.Tensor):
+            check_tensor(key, value)
+            out[key] = Entry(path, tuple(value.shape), value)
+        else:
+            out[key] = Entry(path, None, value)
+    return out
+
+
+class _Names(dict[str, Any]):
+    """What a checkpoint holds by the names of a state dict, whatever prefix these have.
+
+    Iterated, it has the entries as `ucp.formats.dcp.writer` names them. DCP's planners only ask it whether an entry is
+    there, and whether that is a tensor and of what shape; the entry itself is found later, with the whole state dict in
+    view.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        super().__init__()
+        self._catalog = catalog
+        self.paths: dict[str, tuple[Any, ...]] = {}
+        self.objects: dict[str, Any] = {}
+        self._short = {bare(n): i.name for i in catalog.parameters.values() for n in (i.name, *i.aliases)}
+        self._owners = {n: i.name for i in catalog.parameters.values() for n in (i.name, *i.aliases)}
+        own = [o.get(VALUES, {}) for o in catalog.training_state.extra.get("ranks", ())]
+        self._own = own[ranks.rank()] if len(own) == ranks.world_size() else {}
+        for path, value in canonical.entries(catalog):
+            key = ".".join(map(str, path))
+            self.paths[key] = path
+            found: Any = _bytes()
+            if isinstance(value, LogicalTensor):
+                found = _tensor(value)
+            elif isinstance(value, canonical.Single):
+                found = _single()
+            else:
+                self.objects[key] = value
+            super().__setitem__(key, found)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (isinstance(key, str) and self._find(key) is not None)
+
+    def __missing__(self, key: str) -> Any:
+        found = self._find(key)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def _find(self, key: str) -> Any | None:
+        parts = key.split(".")
+        if key in self._own:
+            value = self._own[key]
+            return _whole(value.dtype, value.shape) if isinstance(value, torch.Tensor) else _bytes()
+        if "param_groups" in parts:
+            return _bytes()
+        for at in range(len(parts)):
+            name, rest = ".".join(parts[at:]), parts[:at]
+            owner = self._owner(name)
+            if owner is not None and (owner, PARAM) in self._catalog.tensors and "state" not in rest[-1:]:
+                return _tensor(self._catalog.tensors[owner, PARAM])
+            owner = self._owner(".".join(parts[at:-1])) if rest[-1:] == ["state"] else None
+            if owner is not None:
+                tensor = self._catalog.tensors.get((owner, parts[-1]))
+                if tensor is not None:
+                    return _tensor(tensor)
+                if parts[-1] in self._catalog.parameters[owner].scalars:
+                    return _single()
+        return None
+
+    def _owner(self, name: str) -> str | None:
+        return self._owners.get(name) or self._short.get(bare(name))
+
+
+def _tensor(tensor: LogicalTensor) -> torch_metadata.TensorStorageMetadata:
+    return _whole(to_torch(tensor.dtype), tensor.shape)
+
+
+def _single() -> torch_metadata.TensorStorageMetadata:
+    return _whole(torch.float32, ())
+
+
+def _whole(dtype: torch.dtype, shape: Sequence[int]) -> torch_metadata.TensorStorageMetadata:
+    size = torch.Size(shape)
+    chunk = torch_metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    return torch_metadata.TensorStorageMetadata(torch_metadata.TensorProperties(dtype=dtype), size, [chunk])
+
+
+def _bytes() -> torch_metadata.BytesStorageMetadata:
+    return torch_metadata.BytesStorageMetadata()
+
+
+class StorageWriter(dcp.StorageWriter):
+    """Lets ``dcp.save`` and ``dcp.async_save`` write the fragmented form: committed in one rename, with digests, to be
+    loaded in any layout and under DeepSpeed.
+
+    path: the checkpoint's folder; one that is there is replaced once the new one is whole. timeout: seconds that the
+    coordinator waits for the others' files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float = commit.TIMEOUT) -> None:
+        self.checkpoint_id = os.fspath(path)
+        self._timeout = timeout
+        self._session: Session | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = os.fspath(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed: the coordinator begins in `prepare_global_plan`."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Begin the save, and tell every rank where."""
+        folder, name = split_path(self.checkpoint_id)
+        session = self._session = commit.begin(folder, name, len(plans), latest=False)
+        # A save that another rank gives up is never finished here; then its folder goes with this object.
+        weakref.finalize(self, _abandon, session)
+        return [replace(plan, storage_data=(session, rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file and leave its receipt. Raises Unsupported, DestinationError."""
+        session, rank = plan.storage_data
+        entries = _entries(planner)
+        mine = {item.index.fqn for item in plan.items if item.tensor_data is not None}
+        _check_shards(plan.items, entries)
+        source = source_of_entries(entries, mine, rank, session.world)
+        write_share(session, rank, source)
+        out: Future[list[WriteResult]] = Future()
+        out.set_result([WriteResult(item.index, item.tensor_storage_size() or 0, None) for item in plan.items])
+        return out
+
+    def finish(self, metadata: torch_metadata.Metadata, results: list[list[WriteResult]]) -> None:
+        """Publish the checkpoint. Raises SaveFailed where ranks do not hold every element exactly once."""
+        if self._session is None:
+            raise SaveFailed(f"{self.checkpoint_id}: finish was called on a rank that has not begun the save")
+        commit.commit(self._session, timeout=self._timeout)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _check_shards(items: list[WriteItem], entries: Mapping[str, Entry]) -> None:
+    """Raise Unsupported for shards that are neither a DTensor's nor a whole tensor."""
+    for item in items:
+        if item.tensor_data is None:
+            continue
+        value = entries[item.index.fqn].value
+        if not isinstance(value, DTensor) and item.tensor_data.chunk.sizes != item.tensor_data.size:
+            raise Unsupported(
+                f"'{item.index.fqn}' is a {type(value).__name__}; DTensors and plain tensors are supported"
+            )
+
+
+def _abandon(session: Session) -> None:
+    if os.path.isdir(session.temporary):
+        commit.abandon(session)

@@ -1,0 +1,115 @@
+"""State dicts of torch.distributed: their entries by flat name, and putting values back where they came from.
+
+Flat names are those of torch.distributed.checkpoint (its ``_nested_dict.py``): the keys that lead to an entry, joined
+by dots. Mappings are followed, lists and tuples where tensors or mappings are in them; anything else is one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from ucp.errors import BadArgument, Unsupported
+from ucp.formats.shared.roles import Entry
+from ucp.storage.dtypes import from_torch, to_safetensors
+from ucp.torchdist.dtensors import local_tensor
+
+
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with what its Stateful objects say in their place. Collective if theirs is."""
+    if not isinstance(state_dict, Mapping):
+        raise BadArgument(f"a state dict is a mapping of names to values, found {type(state_dict).__name__}")
+    return {
+        key: value.state_dict() if isinstance(value, Stateful) else value
+        for key, value in sorted(state_dict.items(), key=lambda item: str(item[0]))
+    }
+
+
+@torch.no_grad()  # once for all tensors, not for each
+def flatten(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
+    """All entries by flat name; tensors are checked (`check_tensor`).
+
+    Raises Unsupported for two entries of one flat name, and for tensors that cannot be kept.
+    """
+    out: dict[str, Entry] = {}
+    for path, value in _leaves((), state_dict):
+        key = ".".join(map(str, path))
+        if key in out:
+            raise Unsupported(f"two entries of the state dict have the flat name '{key}'; rename one")
+        if isinstance(value, torch.Tensor):
+            check_tensor(key, value)
+            out[key] = Entry(path, tuple(value.shape), value)
+        else:
+            out[key] = Entry(path, None, value)
+    return out
+
+
+def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves((*path, key), item)
+    elif isinstance(value, (list, tuple)) and any(map(_is_inner, value)):
+        for index, item in enumerate(value):
+            yield from _leaves((*path, index), item)
+    else:
+        yield path, value
+
+
+def _is_inner(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_inner, value))
+    return isinstance(value, (torch.Tensor, Mapping))
+
+
+def check_tensor(key: str, tensor: torch.Tensor) -> None:
+    """Raise Unsupported, naming the entry, for a tensor whose elements cannot be kept exactly as they are."""
+    local = local_tensor(tensor)
+    what = None
+    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        what = f"of class {type(local).__name__}, a tensor subclass"
+    elif local.layout != torch.strided or local.is_nested:
+        what = "a sparse or nested tensor"
+    elif local.is_quantized:
+        what = "a quantised tensor"
+    elif local.is_meta:
+        what = "on the meta device, which has no data"
+    elif local.is_conj() or local.is_neg():
+        what = "one with its conjugate or negative bit set, to be resolved first"
+    if what is not None:
+        raise Unsupported(f"'{key}' is {what}; checkpoints hold plain tensors and DTensors of them")
+    try:
+        to_safetensors(from_torch(local.dtype))
+    except Unsupported as error:
+        raise Unsupported(f"'{key}': {error}") from error
+
+
+def put(state_dict: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
+    """Set the entry at a path; tuples on the way are made anew."""
+    _put(state_dict, path, value)
+
+
+def _put(container: Any, path: tuple[Any, ...], value: Any) -> Any:
+    key = path[0]
+    inner = value if len(path) == 1 else _put(container[key], path[1:], value)
+    if isinstance(container, tuple):
+        items = (*container[:key], inner, *container[key + 1 :])
+        make: Callable[..., Any] = type(container)
+        return make(*items) if hasattr(container, "_fields") else make(items)
+    container[key] = inner
+    return container
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Equal for entries that are the same memory seen in the same way: tied parameters. None for no elements."""
+    local = local_tensor(tensor)
+    if not tensor.numel():
+        return None
+    placed = (tuple(map(repr, tensor.placements)),) if isinstance(tensor, DTensor) else ()
+    shape = tuple(tensor.shape)
+    # The storage rather than its address, so that ranks with an empty shard can tell, too.
+    storage = local.untyped_storage()._cdata, local.storage_offset(), local.dtype
+    return *storage, shape, tuple(local.shape), local.stride(), placed
