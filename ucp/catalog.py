@@ -156,6 +156,7 @@ class Catalog:
 
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""
+        self._check_names()
         sizes = np.array([f.size for f in self.files], np.float64)
         by_ndim: dict[int, list[LogicalTensor]] = {}
         for tensor in self.tensors.values():
@@ -165,6 +166,13 @@ class Catalog:
                 for tensor in tensors:  # one by one, to say what is wrong
                     tensor.check_coverage()
                     self.check_ranges(tensor, sizes)
+
+    def _check_names(self) -> None:
+        """Raise DamagedCheckpoint for a name that is no text: it could be written nowhere."""
+        named = [(name, *info.aliases, *info.states) for name, info in self.parameters.items()]
+        for name in (name for several in named for name in several):
+            if not isinstance(name, str) or not (name.isascii() or _is_unicode(name)):
+                raise DamagedCheckpoint(f"the name {name!r} is no text; the checkpoint's metadata is damaged")
 
     def check_ranges(self, tensor: LogicalTensor, sizes: NDArray[np.float64]) -> None:
         """Raise DamagedCheckpoint unless the tensor's fragments lie within its files; sizes: of all files, in bytes."""
@@ -201,6 +209,10 @@ class Catalog:
             if name in info.aliases:
                 return info.name
         raise KeyError(name)
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _byte_ranges(b: Blocks, bases: Ints, width: int | Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

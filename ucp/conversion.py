@@ -27,7 +27,7 @@ from ucp.formats.shared import shards
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import Choice, choose
-from ucp.storage import configs, locations
+from ucp.storage import configs, locations, names
 from ucp.storage.commit import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
@@ -261,7 +261,7 @@ def _write_whole(
             log.warning("continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, total / 1e9)
         finished = job.finish(write_leading(writing, part, team))
         for name, raw in finished.items():
-            _write(part / CHECKPOINT / name, raw)
+            _write(Path(names.below(part / CHECKPOINT, name)), raw)
         writing.check_source()
     return finished
 
@@ -292,7 +292,7 @@ def _upload(writing: Writing, url: str, job: _Job) -> dict[str, bytes]:
         writing.check_source()
         finished = job.finish(found)
         for name, raw in finished.items():
-            upload(f"{url.rstrip('/')}/{name}", raw)
+            upload(names.below(url, name), raw)
     except BaseException:
         discard(url, [*finished, *(file.name for file in job.files)])
         raise
@@ -336,7 +336,8 @@ def _to_deepspeed_universal(catalog: Catalog, options: _Options) -> _Job:
 
 def _tagged_job(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> _Job:
     """A job in DeepSpeed's convention: everything in a folder named by the tag, and a file beside it that names it."""
-    placed = [dataclasses.replace(file, name=f"{tag}/{file.name}") for file in files]
+    folder = names.entry(tag, "the source's tag", BadArgument, "rename its folder")
+    placed = [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in files]
     text = tag.encode("utf-8")
     placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
     return _Job(catalog, tuple(placed), lambda digests: {}, tag=tag, target_layout=layout)

@@ -29,7 +29,7 @@ from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.saving.retention import Keep, prune
 from ucp.storage import commit as storage
-from ucp.storage import locations
+from ucp.storage import locations, names
 from ucp.storage.locations import is_remote, locate
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ def begin(
     """
     if not tag or tag.startswith(".") or tag == LATEST or "/" in tag or "\0" in tag:
         raise BadArgument(f"tag '{tag}' cannot be used: it has to be a folder's name, not hidden and not '{LATEST}'")
+    names.entry(tag, "tag", BadArgument, "choose another")
     if is_remote(folder):
         return begin_remote(folder, tag, world, latest=latest, keep=keep)
     target = Path(os.path.abspath(folder), tag)
@@ -227,10 +228,10 @@ def _sweep_remote(place: Path) -> None:
     """Remove what a save has left under a tag that never got a manifest."""
     if not locations.is_folder(place):
         return
-    names = locations.names(place)
-    if not names or not all(_SAVE.fullmatch(name) for name in names):
+    there = locations.names(place)
+    if not there or not all(_SAVE.fullmatch(name) for name in there):
         return
-    newest = max((locations.newest_ns(place / name) for name in names), default=0)
+    newest = max((locations.newest_ns(place / name) for name in there), default=0)
     if newest and time.time() - newest / 1e9 > storage.STALE:
         _remove_remote(place)
 

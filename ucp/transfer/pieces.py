@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DestinationError
+from ucp.storage import names
 from ucp.storage.crc32 import combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
 from ucp.transfer.targets import TargetFile
@@ -174,7 +175,7 @@ def _store_crcs(path: str, file: TargetFile, found: dict[int, list[tuple[int, in
 
 
 def path_of(folder: str | os.PathLike[str], file: TargetFile) -> str:
-    return os.path.join(folder, *file.name.split("/"))
+    return names.below(folder, file.name)
 
 
 def failed(path: str, error: OSError) -> DestinationError:

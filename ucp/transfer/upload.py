@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 
 from ucp.errors import DestinationError
-from ucp.storage import locations
+from ucp.storage import locations, names
 from ucp.storage.crc32 import Passing
 from ucp.storage.digests import ChunkDigests, digest_chunks
 from ucp.transfer.gather import Reader
@@ -67,7 +67,7 @@ def upload_files(
         buffer = np.empty(window + 2 * MARGIN, np.uint8)
         table = bytearray()
         crcs = Passing(file.crc32_entries)
-        with _stream(f"{url.rstrip('/')}/{file.name}") as write:
+        with _stream(names.below(url, file.name)) as write:
             for start, work in windows(file, window, 0, file.size):
                 if stop.is_set():
                     raise DestinationError(f"{url}: given up, since another of its files failed")
@@ -104,11 +104,11 @@ def upload(url: str, raw: bytes) -> None:
         raise DestinationError(f"{url}: cannot be written: {error.strerror or error}") from error
 
 
-def discard(url: str, names: Iterable[str]) -> None:
+def discard(url: str, files: Iterable[str]) -> None:
     """Remove these files below the URL, as far as that is possible."""
-    for name in names:
+    for name in files:
         with contextlib.suppress(OSError):
-            locations.remove(f"{url.rstrip('/')}/{name}")
+            locations.remove(names.below(url, name))
 
 
 @contextlib.contextmanager

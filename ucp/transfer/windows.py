@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ucp.errors import BadArgument
+from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import ALIGNMENT
@@ -102,9 +103,10 @@ def _processors() -> int:
 def check_files(files: Sequence[TargetFile]) -> None:
     """Plan everything without writing anything.
 
-    Raises Mismatch where elements would lose bits and DamagedCheckpoint where the source lacks some that are wanted;
-    ValueError where a file is described so that its parts lie outside it.
+    Raises Unsupported for names that cannot be files', Mismatch where elements would lose bits, DamagedCheckpoint where
+    the source lacks some that are wanted; ValueError where a file is described so that its parts lie outside it.
     """
+    names.check_planned(file.name for file in files)
     for file in files:
         end = max((offset + len(raw) for offset, raw in file.literals), default=0)
         for copy in plan(file.wants):

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from ucp.catalog import Catalog, LogicalTensor, SourceFile
 from ucp.formats.shared import shards
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import whole
+from ucp.storage import names
 from ucp.storage.digests import ChunkDigests
 from ucp.transfer.targets import TargetFile
 
@@ -67,7 +67,7 @@ def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> Plan:
     files: list[TargetFile] = []
     placed: dict[tuple[str, str], LogicalTensor] = {}
     for state, tensors in by_state.items():
-        stem = "model" if state == "param" else f"optimizer.{quote(state, safe='')}"
+        stem = "model" if state == "param" else f"optimizer.{names.escaped(state)}"
         made = shards.plan(stem, tensors, max_shard)
         for tensor in tensors:
             number, offset = made.places[tensor.name]

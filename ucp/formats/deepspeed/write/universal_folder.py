@@ -30,6 +30,7 @@ from ucp.formats.deepspeed.write.native import VERSION, check_groups, model_stat
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.spec.experts import expert_of
+from ucp.storage import names
 from ucp.storage.torch_pt.values import Size
 from ucp.transfer.targets import TargetFile
 
@@ -166,13 +167,16 @@ def _optimizer_file(
 
 
 def _parameter_files(catalog: Catalog, config: EngineConfig, info: ParameterInfo) -> list[TargetFile]:
+    advice = "DeepSpeed's universal folder has one for each; --to universal keeps any name"
+    folder = names.entry(info.name, "the parameter", advice=advice)
     out = []
     for state in info.states:
-        file = FileBuilder(f"zero/{info.name}/{'fp32' if state == PARAM else state}.pt", catalog)
+        stem = "fp32" if state == PARAM else names.entry(state, f"the state of '{folder}'", advice=advice)
+        file = FileBuilder(f"zero/{folder}/{stem}.pt", catalog)
         tensor = catalog.tensors[info.name, state]
         out.append(file.finish({"param": file.whole(tensor, _dtype(config, state, tensor.dtype)), "cat_dim": 0}))
     for name, value in scalar_values(config, info.scalars).items():
-        out.append(FileBuilder(f"zero/{info.name}/{name}.pt", catalog).finish(value))
+        out.append(FileBuilder(f"zero/{folder}/{name}.pt", catalog).finish(value))
     return out
 
 
