@@ -28,7 +28,7 @@ from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import Choice, choose
 from ucp.storage import configs, locations, names
-from ucp.storage.commit import check_destination
+from ucp.storage.atomic import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count, digest_file
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote, locate

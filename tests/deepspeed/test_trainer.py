@@ -11,14 +11,14 @@ import pytest
 
 import ucp
 from tests.deepspeed.programs import apart, furthest, losses, start
-from ucp.inspection.listing import Entry, listing
+from ucp.inspection.listing import ListedCheckpoint, listing
 
 pytestmark = pytest.mark.slow
 
 CLOSE = 5e-5
 
 
-def story(program: str, folder: Path, prefix: str, *options: str) -> Entry:
+def story(program: str, folder: Path, prefix: str, *options: str) -> ListedCheckpoint:
     """Killed in step 5, and resumed at another stage; returns the checkpoint that the killed run has left."""
     uninterrupted = start(program, folder / "whole", 2, 6, *options)
     first = start(program, folder / "run", 2, 6, "--die", 5, *options)

@@ -30,7 +30,7 @@ from ucp.saving.background import Saver
 from ucp.saving.commit import Session
 from ucp.saving.save import write_share
 from ucp.saving.source import Holding, Source
-from ucp.storage import commit as storage
+from ucp.storage import atomic
 from ucp.storage.dtypes import from_torch
 
 # Prime sizes, one element, none at all, no dimension, three of them; one longer than a digest's chunk.
@@ -209,7 +209,7 @@ def save_in_background(folder: Path, tag: str, made: Source, death: Death | None
         text = errors.read().decode()
     count, process = struct.unpack("<qq", counters[:])
     deadline = time.monotonic() + 20
-    while process and storage._is_alive(process):
+    while process and atomic._is_alive(process):
         if time.monotonic() > deadline:
             raise AssertionError("the writer goes on without its training process")
         time.sleep(0.001)
@@ -331,6 +331,6 @@ def instrument(rank: int, death: Death | None, counters: Any, victim: int | None
         original = getattr(os, name)
         setattr(os, name, counted(getattr(original, "original", original)))
         getattr(os, name).original = getattr(original, "original", original)
-    exchange = storage._rename_with  # the system call that Python lacks
-    storage._rename_with = counted(getattr(exchange, "original", exchange))
-    storage._rename_with.original = getattr(exchange, "original", exchange)
+    exchange = atomic._rename_with  # the system call that Python lacks
+    atomic._rename_with = counted(getattr(exchange, "original", exchange))
+    atomic._rename_with.original = getattr(exchange, "original", exchange)

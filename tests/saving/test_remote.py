@@ -17,8 +17,7 @@ from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.retention import Keep
 from ucp.saving.save import write_share
-from ucp.storage import commit as storage
-from ucp.storage import locations
+from ucp.storage import atomic, locations
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +90,7 @@ def test_leftovers_and_other_things(bucket: str, monkeypatch: pytest.MonkeyPatch
         commit.begin(url, "notes", 1)
     commit.begin(url, "step2", 1)
     assert locations.exists(dead.temporary)
-    monkeypatch.setattr(storage, "STALE", -3600)
+    monkeypatch.setattr(atomic, "STALE", -3600)
     commit.begin(url, "step3", 1)
     assert not locations.exists(dead.temporary)
     assert locations.read(f"{url}/notes/read.me") == b"mine"

@@ -29,7 +29,7 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.saving import commit, share
 from ucp.saving.save import write_share
 from ucp.saving.source import Holding, Source
-from ucp.storage import commit as storage
+from ucp.storage import atomic
 from ucp.storage.digests import digest_file
 
 
@@ -349,7 +349,7 @@ def test_a_missing_file_is_found(tmp_path: Path) -> None:
 def test_leftovers(tmp_path: Path) -> None:
     """Those of dead processes here go at once, those of another machine once nobody has written them for long."""
     _, made = sources(3, 1)
-    here, elsewhere = storage._place_of_process(), "00000000"
+    here, elsewhere = atomic._machine_of_process(), "00000000"
     dead = subprocess.Popen(["true"])
     dead.wait()
     kept = tmp_path / f".ucp-tmp-now-{dead.pid}-{elsewhere}01234567"
@@ -362,7 +362,7 @@ def test_leftovers(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "rank-00000-of-00001.safetensors").write_bytes(b"half")
     (tmp_path / f".ucp-tmp-latest-{dead.pid}-{here}01234567").write_text("no")
-    old = time.time() - storage.STALE - 60
+    old = time.time() - atomic.STALE - 60
     os.utime(gone[2] / "rank-00000-of-00001.safetensors", (old, old))
     os.utime(gone[2], (old, old))
     with pytest.raises(NotACheckpoint):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.spec.grammar import Axis, Cut, Expression, Name, Number, Product, Sum, parse, spell
-from ucp.spec.positions import Place, Source
+from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Product, Sum, parse, spell
+from ucp.spec.positions import Position, SpecText
 
 
 def expression(text: str) -> Expression:
-    return parse(Source(text, Place("test", 1, 1)))
+    return parse(SpecText(text, Position("test", 1, 1)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def length(axis: Axis, sizes: Mapping[str, int]) -> int:
 
 def indices(axis: Axis, case: Case, at: Mapping[str, int]) -> list[int]:
     """The indices of the whole axis that the rank at this coordinate holds, in its order."""
-    if isinstance(axis, (Number, Name)):
+    if isinstance(axis, (Number, AxisName)):
         return list(range(length(axis, case.sizes)))
     if isinstance(axis, Product):
         held = [0]

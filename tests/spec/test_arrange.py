@@ -17,13 +17,13 @@ from ucp.geometry import Blocks, box, concat, flat_ranges
 from ucp.spec import grammar
 from ucp.spec.arrange import View, carry, piece, segments
 from ucp.spec.grammar import Expression
-from ucp.spec.positions import Place, Source
+from ucp.spec.positions import Position, SpecText
 
 SIZES = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 1}
 
 
 def parse(text: str) -> Expression:
-    return grammar.parse(Source(text, Place("test", 1, 1)))
+    return grammar.parse(SpecText(text, Position("test", 1, 1)))
 
 
 def arrangement(rng: np.random.Generator, names: list[str]) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucp.geometry import concat, coverage_gap
-from ucp.spec.experts import Expert, Experts, counts, expert_of, holders, ordered
+from ucp.spec.experts import Expert, Experts, counts, data_ranks, expert_of, ordered
 
 LAYER = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
 
@@ -33,7 +33,7 @@ def test_names(name: str, expected: Expert | None) -> None:
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_every_rank_holds_the_experts_of_one_expert_parallel_rank(ep: int, copies: int, data_first: bool) -> None:
     dp = ep * copies
-    found = [list(holders(rank, dp, ep, data_first)) for rank in range(ep)]
+    found = [list(data_ranks(rank, dp, ep, data_first)) for rank in range(ep)]
     assert sorted(r for group in found for r in group) == list(range(dp))
     assert all(len(group) == copies for group in found)
     if data_first:

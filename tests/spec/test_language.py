@@ -15,13 +15,13 @@ from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.bound import bind
 from ucp.spec.check import check_names, words
 from ucp.spec.language import load, loads, unused_sizes
-from ucp.spec.positions import Place, Source, SpecError
+from ucp.spec.positions import Position, SpecError, SpecText
 
-HERE = Place("spec.yaml", 7, 12)
+HERE = Position("spec.yaml", 7, 12)
 
 
-def source(text: str) -> Source:
-    return Source(text, HERE)
+def source(text: str) -> SpecText:
+    return SpecText(text, HERE)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_expressions_that_are_refused(text: str, column: int, marks: str, messag
     assert caught.value.picture == f"    {text}\n    {marks}"
 
 
-def column_of_refusal(parse: Callable[[Source], object], text: str) -> int:
+def column_of_refusal(parse: Callable[[SpecText], object], text: str) -> int:
     """Where the text is refused; its beginning if it is not."""
     try:
         parse(source(text))
     except SpecError as error:
-        return error.place.column
+        return error.position.column
     return HERE.column
 
 

@@ -16,7 +16,7 @@ from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.foreign_names import assemble
 from ucp.spec.grammar import parse
 from ucp.spec.language import loads
-from ucp.spec.positions import Place, Source, SpecError
+from ucp.spec.positions import Position, SpecError, SpecText
 
 README = Path(ucp.__file__).parent / "specs/README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def numbers(text: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(("expression", "sizes", "ranks", "shards"), table("expression"))
 def test_what_a_rank_holds(expression: str, sizes: str, ranks: str, shards: str) -> None:
-    tree = parse(Source(expression.strip("`"), Place("README", 1, 1)))
+    tree = parse(SpecText(expression.strip("`"), Position("README", 1, 1)))
     known, mesh = numbers(sizes), numbers(ranks)
     padded = {"vocab": known["vocab"] + known.pop("pad")} if "pad" in known else {}
     tensor = ids(shape_of(tree, known))
@@ -74,7 +74,7 @@ def test_sizes(size: str, config: str, value: str) -> None:
             bind(loads(text), numbers(config))
     else:
         assert bind(loads(text), numbers(config)).sizes == {"n": int(value)}
-    assert arithmetic.parse(Source(size.strip("`"), Place("README", 1, 1))).references()
+    assert arithmetic.parse(SpecText(size.strip("`"), Position("README", 1, 1))).references()
 
 
 def test_the_spec_and_the_names_are_the_catalogues() -> None:

@@ -112,14 +112,14 @@ def guarded(program: str, job: Callable[[], int], debug: bool) -> int:
 def start_logging(program: str, quiet: bool, debug: bool) -> None:
     """Send the library's warnings (everything, with ``debug``) to stderr, each as a line."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Line(program))
+    handler.setFormatter(_OneLine(program))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
     for name in ("ucp", program):
         logging.getLogger(name).setLevel(level)
 
 
-class _Line(logging.Formatter):
+class _OneLine(logging.Formatter):
     def __init__(self, program: str) -> None:
         super().__init__()
         self._program = program

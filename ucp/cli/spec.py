@@ -17,7 +17,7 @@ from ucp.errors import BadArgument
 from ucp.storage import configs
 
 if TYPE_CHECKING:
-    from ucp.inspection.shards import Checked, Shards
+    from ucp.inspection.shards import ShardReport, Shards
     from ucp.inspection.trial import Trial
     from ucp.spec.bound import Bound
     from ucp.spec.language import Line, Spec
@@ -174,7 +174,7 @@ def _unused_sizes(spec: Spec) -> None:
     from ucp.spec.language import unused_sizes
 
     for name in unused_sizes(spec):
-        log.warning(f"{spec.sizes[name].source.place}: nothing uses the size '{name}'")
+        log.warning(f"{spec.sizes[name].source.position}: nothing uses the size '{name}'")
 
 
 def _syntax(args: argparse.Namespace, spec: Spec) -> int:
@@ -216,7 +216,7 @@ def _sizes(args: argparse.Namespace, bound: Bound) -> int:
     return run.DONE
 
 
-def _report(args: argparse.Namespace, bound: Bound, checked: Checked, trial: Trial | None) -> None:
+def _report(args: argparse.Namespace, bound: Bound, checked: ShardReport, trial: Trial | None) -> None:
     report = checked.report
     groups: dict[str, list[Any]] = {}
     for one in report.checked:

@@ -79,7 +79,7 @@ def bind(engine: Any, config: Config) -> None:
     other engine is touched."""
     if config.save_format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
-        ranks.together(lambda: check_features(engine, advice))
+        ranks.all_or_none(lambda: check_features(engine, advice))
     engine.ucp = EngineUcp(engine, config)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save_format == "universal":
@@ -106,10 +106,10 @@ def load_checkpoint(
     DamagedCheckpoint, UnsafePickle.
     """
     config: Config = engine.ucp.config
-    ranks.together(engine.ucp.wait)
+    ranks.all_or_none(engine.ucp.wait)
     watch = Stopwatch()
-    ranks.together(lambda: _check(engine, custom_load_fn))
-    target = ranks.together(
+    ranks.all_or_none(lambda: _check(engine, custom_load_fn))
+    target = ranks.all_or_none(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
     )
     local = [g.names for g in target.groups]

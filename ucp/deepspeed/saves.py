@@ -43,9 +43,9 @@ def save_checkpoint(
     config: Config = engine.ucp.config
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     engine._checkpoint_tag_validation(name)
-    live = ranks.together(lambda: _live(engine))
+    live = ranks.all_or_none(lambda: _live(engine))
     live.place(config.choice())
-    source = ranks.together(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))
+    source = ranks.all_or_none(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))
     keep = None if config.keep_last is None else Keep(config.keep_last, config.keep_every)
     if engine.ucp.saver is not None:
         hold_updates(engine, engine.ucp.hold)

@@ -15,13 +15,13 @@ from ucp.storage import locations
 
 SCHEMA = "ucp.ls/1"
 LEFTOVER = ".ucp-"
-"""What the hidden folders of unfinished saves and conversions begin with (`ucp.storage.commit`)."""
+"""What the hidden folders of unfinished saves and conversions begin with (`ucp.storage.atomic`)."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedCheckpoint:
     """A checkpoint. written: seconds since the epoch, of its newest file. bytes: of all its files. step, layout: None
     where it can't be read. whole: its metadata is complete and every file is there with its size (digests and values:
     `ucp verify`); None where that can't be told, as of a newer version's. problem: why it is not so. latest: the file
@@ -46,7 +46,7 @@ class Listing:
 
     folder: str
     latest: str | None
-    checkpoints: tuple[Entry, ...]
+    checkpoints: tuple[ListedCheckpoint, ...]
     unfinished: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def resolve(folder: str | os.PathLike[str], tag: str | None = None) -> Path:
     return found[0]
 
 
-def _entry(path: Path, latest: str | None) -> Entry:
+def _entry(path: Path, latest: str | None) -> ListedCheckpoint:
     reader = formats.find(path)
     step: int | None = None
     layout = problem = None
@@ -117,7 +117,7 @@ def _entry(path: Path, latest: str | None) -> Entry:
     except UcpError as error:
         whole, problem = None, str(error)
     files = list(_sizes(path))
-    return Entry(
+    return ListedCheckpoint(
         tag=path.name,
         path=str(path),
         format="" if reader is None else reader.NAME,

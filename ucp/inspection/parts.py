@@ -28,7 +28,7 @@ from ucp.spec.select import Choice
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """What some ranks hold together. catalog: the tensors, under the part's own names and shapes. ranks: over which
     they are cut, in order, by their numbers among all."""
 
@@ -37,15 +37,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """parts: of the whole model. stages: the first layer of each pipeline stage, and at the end the number of layers;
     None without a pipeline."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     stages: tuple[int, ...] | None
 
 
-def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, Any] | None) -> Parts:
+def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, Any] | None) -> ModelParts:
     """The parts of a model in this layout.
 
     choice: the spec, where tensor parallelism or other names need one. given: the DeepSpeed config of the resume, None
@@ -62,13 +62,13 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
     if layout.ep > 1 or counts(plain.parameters):
         spread = experts.spread(plain, layout, config)
         if spread is not None:
-            return Parts(tuple(_with_experts(plain, spread)), None)
+            return ModelParts(tuple(_with_experts(plain, spread)), None)
     if layout.tp * layout.pp == 1:
-        return Parts((Part(plain, tuple(range(layout.dp))),), None)
+        return ModelParts((ModelPart(plain, tuple(range(layout.dp))),), None)
     return _model_parallel(catalog, layout, choice, config, given is not None)
 
 
-def held(part: Part, layout: Layout) -> Iterator[tuple[LogicalTensor, Blocks]]:
+def held(part: ModelPart, layout: Layout) -> Iterator[tuple[LogicalTensor, Blocks]]:
     """Every tensor of the part, with the boxes of it that ranks hold; ``buffers`` is the rank."""
     infos, dp = part.catalog.parameters, len(part.ranks)
     groups = [[n for n in group.names if n in infos] for group in part.catalog.training_state.param_groups]
@@ -112,10 +112,10 @@ def _on_all(shape: Shape, dp: int) -> Blocks:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[Part]:
+def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[ModelPart]:
     """Each expert-parallel rank's experts on the ranks that have them, and the rest of the model on all."""
     shared = [name for name in catalog.parameters if not spread.layer_of(name)]
-    yield Part(_only(catalog, shared), tuple(range(spread.layout.dp)))
+    yield ModelPart(_only(catalog, shared), tuple(range(spread.layout.dp)))
     for rank in range(spread.layout.ep):
         names = [name for name in catalog.parameters if spread.layer_of(name) and _is_on(name, spread, rank)]
         own = _only(catalog, names)
@@ -126,7 +126,7 @@ def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[Part]:
             }
             infos = {n: replace(info, shape=tensors[n, "param"].shape) for n, info in own.parameters.items()}
             own = replace(own, parameters=infos, tensors=tensors)
-        yield Part(own, tuple(spread.holders(rank)))
+        yield ModelPart(own, tuple(spread.data_ranks(rank)))
 
 
 def _is_on(name: str, spread: Spread, rank: int) -> bool:
@@ -153,21 +153,21 @@ def _only(catalog: Catalog, names: Sequence[str]) -> Catalog:
 
 def _model_parallel(
     catalog: Catalog, layout: Layout, choice: Choice, config: Mapping[str, Any], is_given: bool
-) -> Parts:
+) -> ModelParts:
     autotp = _is_autotp(catalog, config, is_given)
     bound = choice.bound(None, "autotp" if autotp else "megatron")
     if layout.tp > 1 and bound is None:
         raise Unsupported(
             f"layout '{layout}': how tensor parallelism cuts the model is not known; give a spec (--spec)"
         )
-    out: list[Part] = []
+    out: list[ModelPart] = []
     stages: Stages | None = None
     for tp in range(layout.tp):
         own = tp_slices.without_padding(catalog)
         if layout.tp > 1 and bound is not None:
             own = tp_slices.sliced(catalog, bound, layout, tp, autotp)
         if layout.pp == 1:
-            out.append(Part(own, _ranks(layout, 0, tp)))
+            out.append(ModelPart(own, _ranks(layout, 0, tp)))
             continue
         if bound is not None:
             own = best_names(own, bound, pipeline.is_name)
@@ -175,8 +175,8 @@ def _model_parallel(
             stages = _stages(own, layout, config)
         pipeline.check_names(own, stages)
         for pp in range(layout.pp):
-            out.append(Part(pipeline.share(own, stages, pp), _ranks(layout, pp, tp)))
-    return Parts(tuple(out), None if stages is None else stages.bounds)
+            out.append(ModelPart(pipeline.share(own, stages, pp), _ranks(layout, pp, tp)))
+    return ModelParts(tuple(out), None if stages is None else stages.bounds)
 
 
 def _is_autotp(catalog: Catalog, config: Mapping[str, Any], is_given: bool) -> bool:

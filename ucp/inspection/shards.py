@@ -158,7 +158,7 @@ def _fitting(shards: Shards) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Checked:
+class ShardReport:
     """report: by names and whole shapes. merged: parameters whose shards were merged and cut again. copies: those of
     them of which several ranks hold the same elements, equal to the bit."""
 
@@ -167,19 +167,19 @@ class Checked:
     copies: int
 
 
-def check_spec(bound: Bound, shards: Shards) -> Checked:
+def check_spec(bound: Bound, shards: Shards) -> ShardReport:
     """Check a spec against all weights of a checkpoint.
 
     Raises SpecError and Mismatch at the first shard that contradicts it.
     """
     local = {name: shape for held in shards.parts.values() for name, shape in held.items()}
     if shards.layout.tp == 1:
-        return Checked(check_names(bound, local, shards.buffers, shards.tied), 0, 0)
+        return ShardReport(check_names(bound, local, shards.buffers, shards.tied), 0, 0)
     expressions, cuttings = solved(bound, shards)
     whole = {name: shape_of(e, bound.sizes, cuttings[name].padded) for name, e in expressions.items()}
     report = check_names(bound, {**local, **whole}, shards.buffers, shards.tied)
     if report.problems:
-        return Checked(report, 0, 0)
+        return ShardReport(report, 0, 0)
     copies = 0
     for name, expression in expressions.items():
         if expression.average is not None:
@@ -188,7 +188,7 @@ def check_spec(bound: Bound, shards: Shards) -> Checked:
         tensor = merge(expression, bound.sizes, cuttings[name], slices, name)
         held = [_cut_again(expression, bound, cuttings[name], tensor, at, array, name) for at, array in slices]
         copies += sum(held) > tensor.size
-    return Checked(report, len(expressions), copies)
+    return ShardReport(report, len(expressions), copies)
 
 
 def solved(bound: Bound, shards: Shards) -> tuple[dict[str, Expression], dict[str, Cutting]]:
@@ -217,5 +217,7 @@ def _cut_again(
     again = cut(expression, bound.sizes, cutting, tensor, at, np.invert(own))
     count = int(shard(expression, bound.sizes, cutting, at).blocks.sizes.prod(axis=1).sum())
     if int((again == own).sum()) != count:
-        raise Mismatch(f"{expression.source.place}: '{name}', merged and cut again, is another on tp rank {at['tp']}")
+        raise Mismatch(
+            f"{expression.source.position}: '{name}', merged and cut again, is another on tp rank {at['tp']}"
+        )
     return count

@@ -21,7 +21,7 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """The elements ``[first, last)`` of a tensor's row-major order. index: of the tensor among those asked for."""
 
     index: int
@@ -29,9 +29,9 @@ class Piece:
     last: int
 
 
-def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[list[Piece]]:
+def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[list[Stretch]]:
     """All elements of all tensors in order, as batches of at most ``limit`` bytes (and at least one element)."""
-    batch: list[Piece] = []
+    batch: list[Stretch] = []
     held = 0
     for index, tensor in enumerate(tensors):
         width = itemsize(tensor.dtype)
@@ -41,14 +41,14 @@ def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[li
                 yield batch
                 batch, held = [], 0
             count = min(n - at, max((limit - held) // width, 1))
-            batch.append(Piece(index, at, at + count))
+            batch.append(Stretch(index, at, at + count))
             held += count * width
             at += count
     if batch:
         yield batch
 
 
-def read(reader: Reader, tensors: Sequence[LogicalTensor], batch: Iterable[Piece]) -> list[Bytes]:
+def read(reader: Reader, tensors: Sequence[LogicalTensor], batch: Iterable[Stretch]) -> list[Bytes]:
     """The bytes of these pieces, in the tensors' own element types. Raises what reading raises."""
     wants: list[Want] = []
     out: list[Bytes] = []
@@ -66,7 +66,7 @@ def total(tensors: Iterable[LogicalTensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def each(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Iterator[tuple[Piece, Bytes]]:
+def each(checkpoint: Checkpoint, tensors: Sequence[LogicalTensor]) -> Iterator[tuple[Stretch, Bytes]]:
     """Every piece of these tensors with its bytes."""
     for batch in batches(tensors):
         yield from zip(batch, read(checkpoint.reader, tensors, batch), strict=True)

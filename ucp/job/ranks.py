@@ -27,7 +27,7 @@ def world_size() -> int:
     return dist.get_world_size() if _many() else 1
 
 
-def together(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T]) -> T:
     """Run ``work`` on every rank; if it raises on any, every rank raises.
 
     A rank of its own error re-raises that; the others raise the first failing rank's, with its number. Collective:

@@ -146,7 +146,7 @@ def is_worthwhile(
     sample, room = _sample(parts)
     began = time.perf_counter()
     # Ranks read different bytes here, at once: the speed of the storage for all of them together.
-    count = ranks.together(lambda: read(sample, np.empty(room, np.uint8)))
+    count = ranks.all_or_none(lambda: read(sample, np.empty(room, np.uint8)))
     reading = (time.perf_counter() - began) / max(count, 1)
     trial = torch.zeros(_TRIAL, dtype=torch.uint8, device=_device(None))
     for _ in range(2):  # the first makes the connections

@@ -81,12 +81,12 @@ def load(
     """
     watch = watch or Stopwatch()
     state = None if wish.weights_only else catalog.training_state
-    what = ranks.together(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
+    what = ranks.all_or_none(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     with Files() as files:
         reading = _Reading(Reader(catalog, files, verify), files, target, what, threads or reading_threads())
         tied.check(reading.reader, what.tied, watch)
         sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
-        tensors = ranks.together(lambda: watch.timed("read", lambda: reading.run(sharing)))
+        tensors = ranks.all_or_none(lambda: watch.timed("read", lambda: reading.run(sharing)))
         bytes_read = files.bytes_read
     if sharing is not None:
         watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))

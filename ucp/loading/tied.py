@@ -39,7 +39,7 @@ def check(reader: Reader, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]], 
         with watch.of("read"):
             return [(a.name, a.state, b.name) for a, b in pairs if _differ(reader, a, b, share, shares)]
 
-    mine = ranks.together(differing)
+    mine = ranks.all_or_none(differing)
     found, _ = ranks.distinct(mine)
     differ = sorted({pair for pairs in found for pair in pairs})
     if differ:

@@ -35,7 +35,7 @@ from ucp.saving.retention import Keep
 from ucp.saving.save import SaveReport, prepare
 from ucp.saving.source import Source
 from ucp.saving.staging import MEMORY, Copying, Pool
-from ucp.saving.writer import Job, Share, Writer, WriterLost
+from ucp.saving.writer import Share, WriteJob, WriterLost, WriterProcess
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Saver:
         self._done = done
         self._pool = Pool(memory)
         self._policy = policy
-        self._writer: Writer | None = None
+        self._writer: WriterProcess | None = None
         self._thread: threading.Thread | None = None
         self._copying: Copying | None = None
         self._error: BaseException | None = None
@@ -118,11 +118,11 @@ class Saver:
             return share, Copying(self._pool, plan, pieces)
 
         with watch.of("prepare"):
-            share, copying = ranks.together(begin)
+            share, copying = ranks.all_or_none(begin)
             session = ranks.from_first(
                 lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
             )
-        job = Job(session, ranks.rank(), share, self._pool.nbytes, self._pool.window, timeout, dict(os.environ))
+        job = WriteJob(session, ranks.rank(), share, self._pool.nbytes, self._pool.window, timeout, dict(os.environ))
         # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying
@@ -155,7 +155,7 @@ class Saver:
         if self._writer is not None and not self._writer.is_alive():
             self._dismiss()  # what it was doing has been told
         if self._writer is None:
-            self._writer = Writer(self._pool.file)
+            self._writer = WriterProcess(self._pool.file)
             # Where the saver goes, so does its writer; where the program ends, the pipe does.
             self._end = weakref.finalize(self, self._writer.end)
             self._end.atexit = False
@@ -165,7 +165,7 @@ class Saver:
             self._end()
             self._writer = None
 
-    def _finish(self, job: Job, copying: Copying, watch: Stopwatch) -> None:
+    def _finish(self, job: WriteJob, copying: Copying, watch: Stopwatch) -> None:
         try:
             nbytes = self._follow(job, copying, watch)
         except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
@@ -183,7 +183,7 @@ class Saver:
         if job.rank == 0:
             log.info("%s", report)
 
-    def _follow(self, job: Job, copying: Copying, watch: Stopwatch) -> int:
+    def _follow(self, job: WriteJob, copying: Copying, watch: Stopwatch) -> int:
         """Copy, and tell the writer, until it is done; returns the bytes of all files on the first rank."""
         writer = self._writer
         if writer is None:

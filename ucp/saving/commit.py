@@ -28,8 +28,7 @@ from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.saving.retention import Keep, prune
-from ucp.storage import commit as storage
-from ucp.storage import locations, names
+from ucp.storage import atomic, locations, names
 from ucp.storage.locations import is_remote, locate
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ class Session:
 
     def put(self, path: Path, data: bytes) -> None:
         """Write a small file in one step. Raises DestinationError."""
-        storage.write_atomic(path, data)
+        atomic.write_atomic(path, data)
 
     def publish(self, body: bytes) -> int:
         """Add the manifest, and put the checkpoint in its place; returns the bytes of all files. On the first rank.
@@ -109,12 +108,12 @@ class Session:
             raise DestinationError(
                 f"{self.destination}: the manifest cannot be written: {error.strerror or error}"
             ) from error
-        storage.publish(Path(self.temporary), self.destination)
+        atomic.publish(Path(self.temporary), self.destination)
         return nbytes
 
     def discard(self) -> None:
         """Remove what was written."""
-        storage.discard(Path(self.temporary))
+        atomic.discard(Path(self.temporary))
 
     def discard_tensors(self) -> None:
         """Remove what was written, but for the notes."""
@@ -149,7 +148,7 @@ def begin(
             raise DestinationError(f"{target}: exists already and is no folder; choose another tag")
         if formats.find(target) is None and any(target.iterdir()):
             raise DestinationError(f"{target}: exists already and holds no checkpoint, so it is not replaced")
-    temporary = storage.reserve(target, keep=_in_use, process=process)
+    temporary = atomic.reserve(target, keep=_in_use, process=process)
     _in_use.add(temporary.name)
     inode = temporary.stat().st_ino
     session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode, keep)
@@ -206,7 +205,7 @@ class RemoteSession(Session):
 def begin_remote(
     url: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
 ) -> RemoteSession:
-    """`begin` behind a URL. What dead saves of other tags have left is removed once it is `storage.STALE` seconds old.
+    """`begin` behind a URL. What dead saves of other tags have left is removed once it is `atomic.STALE` seconds old.
 
     Raises DestinationError where the URL cannot be used or holds something else under the tag.
     """
@@ -232,7 +231,7 @@ def _sweep_remote(place: Path) -> None:
     if not there or not all(_SAVE.fullmatch(name) for name in there):
         return
     newest = max((locations.newest_ns(place / name) for name in there), default=0)
-    if newest and time.time() - newest / 1e9 > storage.STALE:
+    if newest and time.time() - newest / 1e9 > atomic.STALE:
         _remove_remote(place)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ucp.checkpoint import LATEST
 from ucp.formats.universal import manifest
-from ucp.storage import commit as storage
-from ucp.storage import locations
+from ucp.storage import atomic, locations
 from ucp.storage.locations import locate
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def _remove(path: Path) -> None:
         locations.remove(path / manifest.NAME)
         locations.remove_tree(path)
     else:
-        storage.remove_whole(path)
+        atomic.remove_whole(path)
 
 
 def _number(tag: str) -> tuple[str, int | None]:

@@ -22,7 +22,7 @@ from ucp.progress import watching
 from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.retention import Keep
-from ucp.saving.share import WINDOW, Piece, assign, lay_out
+from ucp.saving.share import WINDOW, WrittenElements, assign, lay_out
 from ucp.saving.source import Source
 from ucp.saving.staging import Copying, Pool
 from ucp.saving.writer import Share, write
@@ -107,7 +107,7 @@ def save(
     return SaveReport(str(session.destination), session.tag, nbytes, written, dict(watch.seconds), watch.passed)
 
 
-def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, list[Piece]]:
+def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, list[WrittenElements]]:
     """This rank's share, and the header and the pieces of its tensors' file; talks to nobody and writes nothing.
 
     Raises Unsupported for what cannot be stored.
@@ -150,9 +150,9 @@ def _held(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _placed(source: Source, pieces: list[Piece]) -> dict[tuple[str, str], LogicalTensor]:
+def _placed(source: Source, pieces: list[WrittenElements]) -> dict[tuple[str, str], LogicalTensor]:
     """All tensors of the model, with the fragments that this rank wrote, in its first file."""
-    written: dict[tuple[str, str], list[Piece]] = {}
+    written: dict[tuple[str, str], list[WrittenElements]] = {}
     for piece in pieces:
         written.setdefault((piece.holding.name, piece.holding.state), []).append(piece)
     out: dict[tuple[str, str], LogicalTensor] = {}

@@ -32,7 +32,7 @@ WINDOW = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class WrittenElements:
     """Elements that this rank writes, as they lie in its file.
 
     start: byte in the file. blocks: as in a LogicalTensor of the file, in elements from ``start``. dense: first element
@@ -95,12 +95,12 @@ def _nbytes(holding: Holding) -> int:
     return int(holding.blocks.counts.sum()) * itemsize(holding.dtype)
 
 
-def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Piece]]:
+def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[WrittenElements]]:
     """The file for these holdings: one flat tensor for each, without the gaps that the buffer has between them.
 
     Raises Unsupported for element types that safetensors lacks.
     """
-    pieces: list[Piece] = []
+    pieces: list[WrittenElements] = []
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     seen: set[str] = set()
     arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # of many tensors the blocks are the same
@@ -115,7 +115,7 @@ def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Pie
             key += "'"
         seen.add(key)
         entries.append((key, holding.dtype, (count,)))
-        pieces.append(Piece(holding, key, 0, blocks, dense))
+        pieces.append(WrittenElements(holding, key, 0, blocks, dense))
     plan = safetensors.plan_file(entries)
     placed = [replace(piece, start=plan.offsets[piece.key]) for piece in pieces]
     return plan, sorted(placed, key=lambda piece: piece.start)
@@ -150,7 +150,7 @@ def _packed(blocks: Blocks) -> Blocks:
     return Blocks(blocks.offsets, blocks.sizes, starts, strides, np.zeros_like(blocks.buffers))
 
 
-def elements(piece: Piece, tensor: torch.Tensor, part: int) -> torch.Tensor:
+def elements(piece: WrittenElements, tensor: torch.Tensor, part: int) -> torch.Tensor:
     """One part of the piece's elements, where they lie: row-major, not always dense. A dense piece has one part, any
     other one for each block. tensor: the holding's, or a copy."""
     flat = tensor.reshape(-1)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.job.stopwatch import Stopwatch
-from ucp.saving.share import WINDOW, Piece, elements
+from ucp.saving.share import WINDOW, WrittenElements, elements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.safetensors import FilePlan
 
@@ -134,7 +134,7 @@ class Copying:
     with `arriving` another process does.
     """
 
-    def __init__(self, pool: Pool, plan: FilePlan, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pool: Pool, plan: FilePlan, pieces: Sequence[WrittenElements]) -> None:
         import torch
 
         self._pool = pool
@@ -283,7 +283,7 @@ class Copying:
                 self._gap.add_(1)
 
 
-def _runs(plan: FilePlan, pieces: Sequence[Piece]) -> Iterator[_Run]:
+def _runs(plan: FilePlan, pieces: Sequence[WrittenElements]) -> Iterator[_Run]:
     """The file as runs, as few as may be: what follows one another in the file and in memory is one.
 
     A tensor that forward may change, a buffer's, is copied first.
@@ -318,7 +318,7 @@ def _runs(plan: FilePlan, pieces: Sequence[Piece]) -> Iterator[_Run]:
     yield last
 
 
-def _made_dense(piece: Piece, tensor: torch.Tensor, k: int) -> torch.Tensor:
+def _made_dense(piece: WrittenElements, tensor: torch.Tensor, k: int) -> torch.Tensor:
     """The piece's k-th part as dense bytes."""
     import torch
 

@@ -61,7 +61,7 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class WriteJob:
     """One rank's part in one save. capacity: bytes of the shared memory, through which the file runs as through a ring;
     window: bytes handled at once. timeout: seconds that the first rank waits for the others. environment: variables
     that are set by now, among them what remote file systems are told by."""
@@ -108,7 +108,7 @@ main(connection, memory, parent)
 """
 
 
-class Writer:
+class WriterProcess:
     """The training process's end of the pipe; makes the process. memory: the shared memory's file descriptor.
 
     Raises SaveFailed where no process can be started.
@@ -188,7 +188,7 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
     ring = memoryview(b"")
     while True:
         job = inbox.get()
-        if not isinstance(job, Job):
+        if not isinstance(job, WriteJob):
             continue  # a word about a save that has failed here
         if len(ring) != job.capacity:
             ring = memoryview(mmap.mmap(memory, job.capacity))
@@ -230,7 +230,7 @@ class _Telling(logging.Handler):
         self._pipe.send(("logged", record.name, record.levelno, record.getMessage()))
 
 
-def _perform(job: Job, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> int:
+def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> int:
     """Write, and publish on the first rank, returning the bytes of all files; wait for that on the others."""
     os.environ.update(job.environment)
     try:
@@ -250,7 +250,7 @@ def _perform(job: Job, windows: Iterator[tuple[int, memoryview]], watch: Stopwat
 
 
 def _windows(
-    job: Job, ring: memoryview, pipe: Connection, inbox: queue.SimpleQueue[Any]
+    job: WriteJob, ring: memoryview, pipe: Connection, inbox: queue.SimpleQueue[Any]
 ) -> Iterator[tuple[int, memoryview]]:
     """The file's bytes, as (offset, bytes), as they come into the memory. Raises what broke the copying."""
     filled = 0

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ucp.spec.positions import Source, SpecError
+from ucp.spec.positions import SpecError, SpecText
 
 Span = tuple[int, int]
 Value = int | bool | str | None | float
@@ -51,7 +51,7 @@ class Formula:
     """A parsed size or condition."""
 
     root: Node
-    source: Source
+    source: SpecText
 
     def references(self) -> tuple[Reference, ...]:
         """Every name in it, from left to right."""
@@ -82,13 +82,13 @@ _TOKEN = re.compile(
 _LEVELS = (("or",), ("and",), ("==", "!="), ("+", "-"), ("*", "/", "//"))
 
 
-def parse(source: Source) -> Formula:
+def parse(source: SpecText) -> Formula:
     """Read a size or a condition. Raises SpecError, which marks what is wrong."""
-    return _Parser(source).formula()
+    return _ArithmeticParser(source).formula()
 
 
-class _Parser:
-    def __init__(self, source: Source) -> None:
+class _ArithmeticParser:
+    def __init__(self, source: SpecText) -> None:
         self.source = source
         self.tokens: list[tuple[str, str, Span]] = []
         self.at = 0
@@ -169,7 +169,7 @@ def evaluate(formula: Formula, lookup: Callable[[Reference], Value]) -> Value:
 
 
 class _Evaluation:
-    def __init__(self, source: Source, lookup: Callable[[Reference], Value]) -> None:
+    def __init__(self, source: SpecText, lookup: Callable[[Reference], Value]) -> None:
         self.source = source
         self.lookup = lookup
 

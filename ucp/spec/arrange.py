@@ -16,7 +16,7 @@ import numpy as np
 
 from ucp.geometry import Blocks, Ints, Shape, numel
 from ucp.spec.evaluate import axis_size, shape_of
-from ucp.spec.grammar import Axis, Cut, Expression, Name, Number, Padded, Product, Sum, spell, walk
+from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Padded, Product, Sum, spell, walk
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class View:
         """
         out: list[str] = []
         for axis in (leaf for dim in self.expression.dims for leaf in self._leaves(dim)):
-            name = spell(axis) if isinstance(axis, (Name, Number)) else axis.name
+            name = spell(axis) if isinstance(axis, (AxisName, Number)) else axis.name
             if isinstance(axis, Number):
                 raise self.expression.refuse(
                     axis, f"the number {name} can't be matched by name; give it one under sizes:"
@@ -57,7 +57,7 @@ class View:
             out.append(name)
         return tuple(out)
 
-    def _leaves(self, axis: Axis) -> Iterator[Name | Padded | Number]:
+    def _leaves(self, axis: Axis) -> Iterator[AxisName | Padded | Number]:
         if isinstance(axis, Cut):
             yield from self._leaves(axis.axis)
         elif isinstance(axis, Product):
@@ -68,7 +68,7 @@ class View:
         elif self.is_leaf(axis):
             yield axis
 
-    def is_leaf(self, axis: Name | Padded | Number) -> bool:
+    def is_leaf(self, axis: AxisName | Padded | Number) -> bool:
         """Whether the axis is a dimension of its own once the tensor is taken apart."""
         return self.size(axis) != 1 and (isinstance(axis, Number) or axis.name not in self.fixed)
 
@@ -93,7 +93,7 @@ def piece(expression: Expression, segment: int | None, fixed: Mapping[str, int])
             return replace(axis, factors=factors) if factors else None
         if isinstance(axis, Sum):
             return axis if segment is None else of(axis.segments[segment])
-        return None if isinstance(axis, (Name, Padded)) and axis.name in fixed else axis
+        return None if isinstance(axis, (AxisName, Padded)) and axis.name in fixed else axis
 
     return replace(expression, dims=tuple(d for d in map(of, expression.dims) if d is not None))
 
@@ -246,5 +246,5 @@ def _before(axis: Sum, view: View) -> int:
     return sum(view.size(s) for s in axis.segments[: view.segment])
 
 
-def _index(axis: Name | Padded | Number, view: View) -> int:
+def _index(axis: AxisName | Padded | Number, view: View) -> int:
     return 0 if isinstance(axis, Number) else view.fixed.get(axis.name, 0)

@@ -69,7 +69,7 @@ class Bound:
         if others:
             other = others[0][0].pattern
             raise other.refuse(
-                f"'{name}' matches '{other}' and '{first[0].pattern}' (line {first[0].pattern.source.place.line}), "
+                f"'{name}' matches '{other}' and '{first[0].pattern}' (line {first[0].pattern.source.position.line}), "
                 "which are equally specific; write one of them out further"
             )
         active, captures = first
@@ -98,7 +98,7 @@ def is_held(found: Found, sizes: Mapping[str, int], cutting: Cutting, coordinate
 
 
 def _why(error: SpecError) -> str:
-    return str(error).removeprefix(f"{error.place}: ")
+    return str(error).removeprefix(f"{error.position}: ")
 
 
 def bind(

@@ -17,14 +17,14 @@ from ucp.spec.bound import Bound, Found
 from ucp.spec.evaluate import Cutting, Mesh, axis_size, shard
 from ucp.spec.grammar import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.patterns import Pattern
-from ucp.spec.positions import Place, SpecError
+from ucp.spec.positions import Position, SpecError
 from ucp.spec.solve import Coordinate, Observed, solve_cuts
 
 Shards = Sequence[tuple[Coordinate, NDArray]]
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedTensor:
     """One parameter or buffer: its line (None: a buffer without one) and its pattern in the paper's words."""
 
     name: str
@@ -41,7 +41,7 @@ class Report:
     trust: statement -> the names that it is about. absent: optional lines that no name matches.
     """
 
-    checked: tuple[Checked, ...]
+    checked: tuple[CheckedTensor, ...]
     problems: tuple[SpecError, ...]
     trust: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     padding: Mapping[str, int] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def check_names(
     are replicated. aliases: other name of a tied parameter -> the name that it is listed under.
     """
     problems: list[SpecError] = []
-    checked: list[Checked] = []
+    checked: list[CheckedTensor] = []
     observed: list[Observed] = []
     trust: dict[str, list[str]] = {}
     aliases = aliases or {}
@@ -120,7 +120,7 @@ def check_names(
             found = bound.find(name)
             if found is None and name not in buffers:
                 raise SpecError(
-                    Place(bound.spec.file, 1, 1),
+                    Position(bound.spec.file, 1, 1),
                     f"no line under parameters: matches '{name}' (shape {list(shape)}); write one",
                 )
             if found is not None:
@@ -131,7 +131,9 @@ def check_names(
                 for statement in trusted(found.expression, bound.sizes):
                     trust.setdefault(statement, []).append(name)
             checked.append(
-                Checked(name, tuple(shape), found, words(found.pattern, found.expression) if found else "replicated")
+                CheckedTensor(
+                    name, tuple(shape), found, words(found.pattern, found.expression) if found else "replicated"
+                )
             )
         except SpecError as error:
             problems.append(error)
@@ -196,7 +198,7 @@ def _check_ties(bound: Bound, names: set[str], aliases: Mapping[str, str], probl
         if tied not in group and bound.owner(owner) not in group:
             problems.append(
                 SpecError(
-                    Place(bound.spec.file, 1, 1),
+                    Position(bound.spec.file, 1, 1),
                     f"'{name}' is tied to '{owner}' in the checkpoint, and nothing under tied: says so",
                 )
             )
@@ -222,9 +224,9 @@ def merge(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, sh
             before = filled[box]
             if before.any() and not _same(out[box][before], part[before]):
                 raise Mismatch(
-                    f"{expression.source.place}: '{expression}' says that ranks hold copies of parts of '{name}', but "
-                    f"those{_at(at)} differ from another rank's; it is cut otherwise, or its copies are not kept alike "
-                    "(then write average)"
+                    f"{expression.source.position}: '{expression}' says that ranks hold copies of parts of '{name}', "
+                    f"but those{_at(at)} differ from another rank's; it is cut otherwise, or its copies are not kept "
+                    "alike (then write average)"
                 )
             out[box] = part
             filled[box] = True
@@ -243,7 +245,9 @@ def cut(
     """
     held = shard(expression, sizes, cutting, at)
     if held.shape != into.shape:
-        raise Mismatch(f"{expression.source.place}: the shard{_at(at)} is {list(held.shape)}, not {list(into.shape)}")
+        raise Mismatch(
+            f"{expression.source.position}: the shard{_at(at)} is {list(held.shape)}, not {list(into.shape)}"
+        )
     flat = np.ascontiguousarray(into).reshape(-1)
     for box, part in _parts(held.blocks, flat):
         part[...] = tensor[box]
@@ -287,7 +291,7 @@ def check_shards(bound: Bound, mesh: Mesh, shards: Mapping[str, Shards]) -> dict
     for name, held in shards.items():
         found = bound.find(name)
         if found is None:
-            raise SpecError(Place(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}'; write one")
+            raise SpecError(Position(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}'; write one")
         observed.append(Observed(name, found.expression, [(at, array.shape) for at, array in held]))
     cuttings = solve_cuts(observed, bound.sizes, mesh)
     for o in observed:

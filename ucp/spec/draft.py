@@ -24,14 +24,14 @@ _PLAIN = re.compile(r"[A-Za-z_][\w.]*(\{[a-z]\}[\w.]*)*")
 
 
 @dataclass(frozen=True)
-class Known:
+class Drafted:
     """A parameter's expression."""
 
     axes: str
 
 
 @dataclass(frozen=True)
-class Open:
+class Pending:
     """Why a parameter has no expression yet, and what to decide."""
 
     why: str
@@ -84,7 +84,7 @@ class Axes:
 
 
 def write(
-    lines: Mapping[str, Known | Open],
+    lines: Mapping[str, Drafted | Pending],
     sizes: Mapping[str, tuple[int, str]],
     *,
     model: str,
@@ -100,7 +100,7 @@ def write(
     Raises Unsupported for a name that no pattern can spell.
     """
     patterns = _patterns(lines, captures)
-    open_ones = [p for p, line in patterns.items() if isinstance(line, Open)]
+    open_ones = [p for p, line in patterns.items() if isinstance(line, Pending)]
     out = [f"# {line}" for line in head]
     if open_ones:
         out.append(f"# {len(open_ones)} lines are marked unknown. The spec can't be used before they are written.")
@@ -109,21 +109,23 @@ def write(
     out += [f"  {name}: {n}" + (f"  # {comment}" if comment else "") for name, (n, comment) in sizes.items()]
     out += ["", "parameters:"]
     for pattern, line in patterns.items():
-        said = json.dumps(line.axes) if isinstance(line, Known) else f"{{unknown: {json.dumps(line.why)}}}"
+        said = json.dumps(line.axes) if isinstance(line, Drafted) else f"{{unknown: {json.dumps(line.why)}}}"
         out.append(f"  {_quoted(pattern)}: {said}")
     out += ["", "tied:"] if tied else []
     out += [f"  {_quoted(alias)}: {_quoted(owner)}" for alias, owner in (tied or {}).items()]
     return "\n".join(out) + "\n"
 
 
-def _patterns(lines: Mapping[str, Known | Open], captures: Sequence[tuple[str, str]]) -> dict[str, Known | Open]:
+def _patterns(
+    lines: Mapping[str, Drafted | Pending], captures: Sequence[tuple[str, str]]
+) -> dict[str, Drafted | Pending]:
     """What most of the parameters that are numbered alike have, under one pattern; the others under their own names."""
     families: dict[str, list[str]] = {}
     for name in lines:
         if not name or re.search(r"[{}*\s]|\.\.", f".{name}."):
             raise Unsupported(f"a spec can't spell the parameter name '{name}'")
         families.setdefault(_family(name, captures), []).append(name)
-    out: dict[str, Known | Open] = {}
+    out: dict[str, Drafted | Pending] = {}
     for family, members in families.items():
         if len(members) == 1 and not any(capture in family for _, capture in captures):
             out[members[0]] = lines[members[0]]

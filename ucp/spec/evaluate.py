@@ -17,7 +17,7 @@ import numpy as np
 
 from ucp.errors import Mismatch
 from ucp.geometry import Blocks, Ints, Shape, empty, numel, row_major, whole
-from ucp.spec.grammar import Axis, Cut, Expression, Name, Number, Padded, Product, Sum, cuts, spell
+from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Padded, Product, Sum, cuts, spell
 from ucp.spec.positions import suggestion
 
 RULES = ("exact", "balanced", "ceil")
@@ -66,11 +66,11 @@ def axis_size(expression: Expression, axis: Axis, sizes: Mapping[str, int], padd
     """How many indices the axis has. Raises SpecError for a name without a size."""
     if isinstance(axis, Number):
         return axis.value
-    if isinstance(axis, (Name, Padded)):
+    if isinstance(axis, (AxisName, Padded)):
         if axis.name not in sizes:
             raise expression.refuse(axis, f"no size is known for '{axis.name}'{suggestion(axis.name, sizes)}")
         true = sizes[axis.name]
-        if isinstance(axis, Name) or axis.name not in padded:
+        if isinstance(axis, AxisName) or axis.name not in padded:
             return true
         if padded[axis.name] < true:
             raise expression.refuse(axis, f"'{axis.name}' is {true}; padding can't make it {padded[axis.name]}")
@@ -260,7 +260,8 @@ def shard_blocks(
     out = shard(expression, sizes, cutting, coordinate)
     if out.logical != tuple(shape):
         raise Mismatch(
-            f"{expression.source.place}: '{expression}' makes a tensor of {list(out.logical)}, and it has {list(shape)}"
+            f"{expression.source.position}: '{expression}' makes a tensor of {list(out.logical)}, and it has "
+            f"{list(shape)}"
         )
     return out.blocks
 

@@ -53,7 +53,7 @@ def counts(names: Iterable[str]) -> dict[str, int]:
     return out
 
 
-def holders(rank: int, dp: int, ep: int, data_first: bool) -> range:
+def data_ranks(rank: int, dp: int, ep: int, data_first: bool) -> range:
     """The data-parallel ranks that hold the experts of an expert-parallel rank, in the order in which ZeRO cuts them.
 
     data_first: ``use_data_before_expert_parallelism``: neighbours hold the same experts, else every ep-th rank does.

@@ -25,7 +25,7 @@ from ucp.spec.positions import SpecError
 
 
 @dataclass(frozen=True)
-class Part:
+class Contribution:
     """What one smaller parameter, ``source``, gives to a larger one. views: for each of its segments, how it lies in
     itself and in the larger one."""
 
@@ -48,7 +48,7 @@ class Assembled:
 
     name: str
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[Contribution, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Moves:
 
 
 @dataclass
-class _Group:
+class _JoinedParameters:
     """Smaller parameters that make one larger one by a line, as they are met."""
 
     renaming: Renaming
@@ -78,7 +78,7 @@ def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework:
     """
     plain: dict[str, str] = {}
     split: dict[str, Assembled] = {}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _JoinedParameters] = {}
     for name in names:
         line = _line(bound, framework, name, to_framework)
         if line is None:
@@ -92,7 +92,7 @@ def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework:
         elif isinstance(side, Pattern):
             split[name] = _assembled(bound, renaming, captures, name)
         else:
-            group = groups.setdefault(renaming.pattern.fill(captures), _Group(renaming, captures, []))
+            group = groups.setdefault(renaming.pattern.fill(captures), _JoinedParameters(renaming, captures, []))
             group.names.append(name)
     joined = {name: _assembled(bound, group.renaming, group.captures, name) for name, group in groups.items()}
     for name, made in joined.items():
@@ -141,7 +141,7 @@ def _line(
     if others:
         raise others[0][1].source.refuse(
             (0, len(others[0][1].source.text)),
-            f"'{name}' matches '{first[1]}' (line {first[1].source.place.line}) as well, equally specific",
+            f"'{name}' matches '{first[1]}' (line {first[1].source.position.line}) as well, equally specific",
         )
     return first
 
@@ -149,7 +149,7 @@ def _line(
 def _assembled(bound: Bound, renaming: Renaming, captures: Mapping[str, int], name: str) -> Assembled:
     """A larger parameter by its line and the numbers in its name."""
     whole = _own(bound, renaming.pattern, name) if renaming.apart else renaming.expression
-    parts: list[Part] = []
+    parts: list[Contribution] = []
     sizes = [_size(bound, renaming, axis) for axis in renaming.stack.values()]
     for index in product(*map(range, sizes)):
         fixed = dict(zip(renaming.stack.values(), index, strict=True))
@@ -187,7 +187,7 @@ def _piece(whole: Expression, j: int, count: int, fixed: Mapping[str, int]) -> E
 
 def _part(
     bound: Bound, whole: Expression, part: Expression, source: str, j: int, count: int, fixed: Mapping[str, int]
-) -> Part:
+) -> Contribution:
     own = segments(part)
     if count * own != segments(whole):
         raise _wrong_count(whole, count * own)
@@ -196,7 +196,7 @@ def _part(
         here, there = View(part, bound.sizes, k, {}), View(whole, bound.sizes, j * own + k, fixed)
         _matching(whole, there, here, source)
         views.append((here, there))
-    return Part(source, views[0][0].shape, tuple(views))
+    return Contribution(source, views[0][0].shape, tuple(views))
 
 
 def _wrong_count(whole: Expression, found: int) -> SpecError:

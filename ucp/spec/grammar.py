@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ucp.spec.positions import Source, SpecError, suggestion
+from ucp.spec.positions import SpecError, SpecText, suggestion
 
 MESH = ("dp", "tp", "pp", "ep", "sp")
 RESERVED = (*MESH, "average", "repeat", "pad", "scalar", "config", "or", "and", "not", "true", "false", "null")
@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Name:
+class AxisName:
     """An axis by its name."""
 
     name: str
@@ -78,7 +78,7 @@ class Cut:
     span: Span
 
 
-Axis = Name | Number | Padded | Product | Sum | Cut
+Axis = AxisName | Number | Padded | Product | Sum | Cut
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Expression:
 
     dims: tuple[Axis, ...]
     average: str | None
-    source: Source
+    source: SpecText
 
     def __str__(self) -> str:
         dims = " ".join(map(spell, self.dims)) or "scalar"
@@ -100,7 +100,7 @@ class Expression:
 
 def spell(axis: Axis) -> str:
     """The axis in its one canonical spelling; two axes that spell alike are the same axis."""
-    if isinstance(axis, Name):
+    if isinstance(axis, AxisName):
         return axis.name
     if isinstance(axis, Number):
         return str(axis.value)
@@ -144,9 +144,9 @@ def cuts(expression: Expression) -> tuple[Cut, ...]:
     return tuple(a for dim in expression.dims for a in walk(dim) if isinstance(a, Cut))
 
 
-def names(expression: Expression) -> tuple[Name | Padded, ...]:
+def names(expression: Expression) -> tuple[AxisName | Padded, ...]:
     """Every named axis in the expression, from left to right."""
-    return tuple(a for dim in expression.dims for a in walk(dim) if isinstance(a, (Name, Padded)))
+    return tuple(a for dim in expression.dims for a in walk(dim) if isinstance(a, (AxisName, Padded)))
 
 
 _TOKEN = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<number>[0-9]+)|(?P<sign>[()|/+,])|(?P<space>\s+)")
@@ -159,7 +159,7 @@ class _Token:
     span: Span
 
 
-def _tokens(source: Source) -> list[_Token]:
+def _tokens(source: SpecText) -> list[_Token]:
     out, at = [], 0
     while at < len(source.text):
         match = _TOKEN.match(source.text, at)
@@ -174,13 +174,13 @@ def _tokens(source: Source) -> list[_Token]:
     return [*out, _Token("end", "the end", (at, at))]
 
 
-def parse(source: Source) -> Expression:
+def parse(source: SpecText) -> Expression:
     """Read one expression. Raises SpecError, which marks what is wrong and says what is allowed."""
-    return _Parser(source).expression()
+    return _ExpressionParser(source).expression()
 
 
-class _Parser:
-    def __init__(self, source: Source) -> None:
+class _ExpressionParser:
+    def __init__(self, source: SpecText) -> None:
         self.source = source
         self.tokens = _tokens(source)
         self.at = 0
@@ -287,7 +287,7 @@ class _Parser:
                 kind = "a mesh dimension and stands" if token.text in MESH else "a word of the language and stands"
                 where = "behind '/'" if token.text in MESH else "for no axis here"
                 raise self.refuse(token.span, f"'{token.text}' is {kind} {where}")
-            return Name(token.text, token.span)
+            return AxisName(token.text, token.span)
         self.depth += 1
         if self.depth > 50:
             raise self.refuse(token.span, "brackets are nested more than 50 deep")
@@ -304,13 +304,13 @@ class _Parser:
             self.take()
             end = self.expect(")", "to close (name+pad)").span[1]
             (axes, span) = segments[0]
-            if len(axes) != 1 or not isinstance(axes[0], Name):
+            if len(axes) != 1 or not isinstance(axes[0], AxisName):
                 raise self.refuse(span, "only a name can be padded: (vocab+pad)")
             return Padded(axes[0].name, (opened.span[0], end))
         while self.is_sign("|"):
             self.take()
             segments.append(self.axes_span())
-        end = self.expect(")", f"to close the '(' in column {self.source.place.column + opened.span[0]}").span[1]
+        end = self.expect(")", f"to close the '(' in column {self.source.position.column + opened.span[0]}").span[1]
         whole = (opened.span[0], end)
         parts = [axes[0] if len(axes) == 1 else Product(axes, span) for axes, span in segments]
         if len(parts) > 1:

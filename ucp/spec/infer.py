@@ -16,7 +16,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
 from ucp.spec import affine
-from ucp.spec.draft import Axes, Known, Open, write
+from ucp.spec.draft import Axes, Drafted, Pending, write
 from ucp.spec.language import Spec, loads
 from ucp.spec.placement import Parts
 
@@ -68,16 +68,16 @@ def draft(
     shards = _shards(parts)
     axes = Axes()
     said = None if info is None else _Info(info)
-    lines: dict[str, Known | Open] = {}
+    lines: dict[str, Drafted | Pending] = {}
     for name, held in shards.items():
         if name in buffers and (said is None or not said.mentions(name)):
             continue
-        if isinstance(held, Open):
+        if isinstance(held, Pending):
             lines[name] = held
         elif layout.tp == 1 and not (said and said.listed("vocabulary_parameter_patterns", name)):
             lines[name] = _whole(axes, held[0])
         elif sorted(held) != list(range(layout.tp)):
-            lines[name] = Open(f"only the tensor-parallel ranks {sorted(held)} have it")
+            lines[name] = Pending(f"only the tensor-parallel ranks {sorted(held)} have it")
         elif said is None:
             lines[name] = _guarded(axes, held, (contents or {}).get(name, ""))
         else:
@@ -95,43 +95,45 @@ def draft(
     )
 
 
-def _shards(parts: Parts) -> dict[str, Shards | Open]:
+def _shards(parts: Parts) -> dict[str, Shards | Pending]:
     """Shapes by tensor-parallel rank; those of several pipeline stages or expert ranks must be the same."""
     out: dict[str, Any] = {}
     for at, held in sorted(parts.items()):
         for name, shape in held.items():
             known = out.setdefault(name, {})
             if isinstance(known, dict) and known.setdefault(at.tp, shape) != shape:
-                out[name] = Open(
+                out[name] = Pending(
                     f"tensor-parallel rank {at.tp} has it as {list(known[at.tp])} and as {list(shape)} on different "
                     "pipeline stages"
                 )
     return out
 
 
-def _whole(axes: Axes, shape: Shape) -> Known:
-    return Known(" ".join(map(axes.whole, shape)) or "scalar")
+def _whole(axes: Axes, shape: Shape) -> Drafted:
+    return Drafted(" ".join(map(axes.whole, shape)) or "scalar")
 
 
-def _guarded(axes: Axes, held: Shards, contents: str) -> Known | Open:
+def _guarded(axes: Axes, held: Shards, contents: str) -> Drafted | Pending:
     """What shapes and contents alone allow to say."""
     shapes = [held[r] for r in sorted(held)]
     shown = f"{list(shapes[0])} on every rank"
     if len(set(shapes)) > 1:
-        return Open(
+        return Pending(
             f"the ranks hold {_shown(shapes)}; say how they are cut: in one piece (axis/tp), or segment by segment "
             "((a/tp | b/tp))"
         )
     if contents == "equal":
         return _whole(axes, shapes[0])
     if contents == "constant":
-        return Open(f"{shown}, all of one value: whole on every rank, or cut; say which")
+        return Pending(f"{shown}, all of one value: whole on every rank, or cut; say which")
     if contents == "differ":
-        return Open(f"{shown}, with other values: say along which dimension it is cut, and whether segment by segment")
-    return Open(f"{shown}: whole on every rank, or cut; say which")
+        return Pending(
+            f"{shown}, with other values: say along which dimension it is cut, and whether segment by segment"
+        )
+    return Pending(f"{shown}: whole on every rank, or cut; say which")
 
 
-class _Table:
+class _PatternTable:
     """What is said by patterns: of a name, or of all that a regular expression matches from their beginning."""
 
     def __init__(self, said: Mapping[str, Any]) -> None:
@@ -156,9 +158,9 @@ class _Info:
                 f"the checkpoint's universal_checkpoint_info is of version {self.version}; this program knows those up "
                 f"to {VERSION}; give a spec instead (spec=, --spec)"
             )
-        self.lists = {key: _Table(dict.fromkeys(_texts(info, key), True)) for key in _LISTS}
+        self.lists = {key: _PatternTable(dict.fromkeys(_texts(info, key), True)) for key in _LISTS}
         unsupported = info.get("autotp_unsupported_parameter_patterns") or {}
-        self.unsupported = _Table(_mapping(unsupported, "autotp_unsupported_parameter_patterns"))
+        self.unsupported = _PatternTable(_mapping(unsupported, "autotp_unsupported_parameter_patterns"))
         self.vocabulary = info.get("original_vocab_size")
         maps = _mapping(info.get("affine_map") or {}, "affine_map")
         if maps and maps.get("version", affine.VERSION) not in range(1, affine.VERSION + 1):
@@ -166,10 +168,10 @@ class _Info:
                 f"the checkpoint's affine_map is of version {maps['version']}; this program knows {affine.VERSION}; "
                 "give a spec instead (spec=, --spec)"
             )
-        self.maps = _Table(_mapping(maps.get("params", {}), "affine_map"))
+        self.maps = _PatternTable(_mapping(maps.get("params", {}), "affine_map"))
         widths = _mapping(info.get("sub_param_shard_widths") or {}, "sub_param_shard_widths")
         entries = [_mapping(e, "parameter_with_sub_params") for e in info.get("parameter_with_sub_params") or ()]
-        self.subs = _Table({p: (entry, widths.get(p)) for entry in entries for p in _texts(entry, "patterns")})
+        self.subs = _PatternTable({p: (entry, widths.get(p)) for entry in entries for p in _texts(entry, "patterns")})
 
     def mentions(self, name: str) -> bool:
         """Whether any list has the name."""
@@ -178,7 +180,7 @@ class _Info:
     def listed(self, key: str, name: str) -> bool:
         return self.lists[key].get(name) is not None
 
-    def line(self, axes: Axes, name: str, held: Shards) -> Known | Open:
+    def line(self, axes: Axes, name: str, held: Shards) -> Drafted | Pending:
         """What the info says of one parameter."""
         shapes = [held[r] for r in sorted(held)]
         try:
@@ -189,21 +191,21 @@ class _Info:
                 "give a spec instead (spec=, --spec)"
             ) from error
 
-    def _line(self, axes: Axes, name: str, shapes: Sequence[Shape]) -> Known | Open:
+    def _line(self, axes: Axes, name: str, shapes: Sequence[Shape]) -> Drafted | Pending:
         why = self.unsupported.get(name)
         if why is not None:
-            return Open(f"DeepSpeed's AutoTP says that it can't tell how it is cut: {why}")
+            return Pending(f"DeepSpeed's AutoTP says that it can't tell how it is cut: {why}")
         found = self.maps.get(name)
         if found is not None:
             return _from_map(axes, _mapping(found, name), shapes)
         if self.listed("tp_replicated_parameter_patterns", name):
             if len(set(shapes)) > 1:
-                return Open(f"it is listed as replicated, and ranks hold {_shown(shapes)}")
+                return Pending(f"it is listed as replicated, and ranks hold {_shown(shapes)}")
             return _whole(axes, shapes[0])
         if self.listed("parameter_to_average_patterns", name):
             if len(set(shapes)) > 1:
-                return Open(f"it is listed as an average of copies, and ranks hold {_shown(shapes)}")
-            return Known(f"average({_whole(axes, shapes[0]).axes}, tp)")
+                return Pending(f"it is listed as an average of copies, and ranks hold {_shown(shapes)}")
+            return Drafted(f"average({_whole(axes, shapes[0]).axes}, tp)")
         if self.listed("parameter_with_2_sub_params_cat_dim_0", name):
             return self._in_segments(axes, name, shapes, 0, _equal(shapes, 0, 2))
         sub = self.subs.get(name)
@@ -214,65 +216,71 @@ class _Info:
 
     def _sub_params(
         self, axes: Axes, name: str, shapes: Sequence[Shape], entry: Mapping[str, Any], widths: Any
-    ) -> Known | Open:
+    ) -> Drafted | Pending:
         dim = int(entry["partition_dim"])
         said = entry["shape"][dim]
         if widths is not None:
             segments = [tuple(int(w) for w in one) for one in widths]
         elif self.version >= 0.4:
-            return Open(
+            return Pending(
                 "it is listed as made of sub-parameters, and sub_param_shard_widths does not say how wide they are"
             )
         elif isinstance(said, (tuple, list)):
             if any(int(n) % len(shapes) for n in said):
-                return Open(
+                return Pending(
                     f"its sub-parameters {list(said)} do not divide by {len(shapes)} ranks; say how they are cut"
                 )
             segments = [(int(n) // len(shapes),) * len(shapes) for n in said]
         else:
             return self._in_segments(axes, name, shapes, dim, _equal(shapes, dim, int(said)))
         if len(entry["shape"]) != len(shapes[0]):
-            return Open(f"its sub-parameters are those of another shape, {entry['shape']}; ranks hold {_shown(shapes)}")
+            return Pending(
+                f"its sub-parameters are those of another shape, {entry['shape']}; ranks hold {_shown(shapes)}"
+            )
         return self._in_segments(axes, name, shapes, dim, segments)
 
     def _in_segments(
         self, axes: Axes, name: str, shapes: Sequence[Shape], dim: int, segments: Sequence[tuple[int, ...]] | None
-    ) -> Known | Open:
+    ) -> Drafted | Pending:
         rest = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
         if segments is None or len(shapes[0]) <= dim or len({len(s) for s in shapes}) > 1 or len(rest) > 1:
-            return Open(f"it is said to be cut along dimension {dim}, and ranks hold {_shown(shapes)}")
+            return Pending(f"it is said to be cut along dimension {dim}, and ranks hold {_shown(shapes)}")
         if any(sum(one[r] for one in segments) != s[dim] for r, s in enumerate(shapes)):
-            return Open(f"the widths of its sub-parameters, {segments}, are not those of {_shown(shapes)}")
+            return Pending(f"the widths of its sub-parameters, {segments}, are not those of {_shown(shapes)}")
         dims = [axes.whole(n) for n in shapes[0]]
         total = sum(map(sum, segments))
         if self.listed("vocabulary_parameter_patterns", name):
             n = self.vocabulary
             if not isinstance(n, int) or dim or len(segments) > 1 or n > total:
-                return Open(f"it is listed as a vocabulary of {n}, and ranks hold {_shown(shapes)}")
+                return Pending(f"it is listed as a vocabulary of {n}, and ranks hold {_shown(shapes)}")
             if n < total:
                 dims[0] = axes.padded("vocab", n)
-                return Known(" ".join(dims))
+                return Drafted(" ".join(dims))
         cut = axes.dimension(segments)
         if cut is None:
-            return Open(f"its segments are cut as {segments}, which no cut of one axis makes; give them axes by hand")
+            return Pending(
+                f"its segments are cut as {segments}, which no cut of one axis makes; give them axes by hand"
+            )
         dims[dim] = cut
-        return Known(" ".join(dims))
+        return Drafted(" ".join(dims))
 
 
-def _from_map(axes: Axes, entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Known | Open:
+def _from_map(axes: Axes, entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Drafted | Pending:
     try:
         found = affine.read(entry)
     except affine.NotSegments as why:
-        return Open(f"its affine map can't be written as axes: {why}")
+        return Pending(f"its affine map can't be written as axes: {why}")
     if list(found.shards) != list(shapes):
-        return Open(f"its affine map is one of the shards {_shown(found.shards)}, and ranks hold {_shown(shapes)}")
+        return Pending(f"its affine map is one of the shards {_shown(found.shards)}, and ranks hold {_shown(shapes)}")
     dims = [axes.whole(n) for n in found.shape]
     if found.dim is not None:
         cut = axes.dimension(found.segments)
         if cut is None:
-            return Open(f"its segments are cut as {found.segments}, which no cut of one axis makes; write them by hand")
+            return Pending(
+                f"its segments are cut as {found.segments}, which no cut of one axis makes; write them by hand"
+            )
         dims[found.dim] = cut
-    return Known(" ".join(dims) or "scalar")
+    return Drafted(" ".join(dims) or "scalar")
 
 
 def _equal(shapes: Sequence[Shape], dim: int, parts: int) -> list[tuple[int, ...]] | None:

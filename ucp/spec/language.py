@@ -1,4 +1,4 @@
-"""Read a spec: YAML with the place of every word, so that each refusal can point at what it means.
+"""Read a spec: YAML with the position of every word, so that each refusal can point at what it means.
 
 The reference of the language, with examples, is the README beside the catalogue. A `Spec` is what a file says;
 `ucp.spec.bound` joins it with a model's config.
@@ -18,7 +18,7 @@ from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.arithmetic import Formula
 from ucp.spec.grammar import Expression
 from ucp.spec.patterns import Pattern, Template
-from ucp.spec.positions import Place, Source, SpecError, suggestion
+from ucp.spec.positions import Position, SpecError, SpecText, suggestion
 
 VERSION = 1
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> Spec:
             text = stream.read()
         except UnicodeDecodeError as error:
             raise SpecError(
-                Place(os.fspath(path), 1, 1), f"not UTF-8 text ({error.reason} at byte {error.start})"
+                Position(os.fspath(path), 1, 1), f"not UTF-8 text ({error.reason} at byte {error.start})"
             ) from None
     return loads(text, os.fspath(path))
 
@@ -114,47 +114,47 @@ def loads(text: str, file: str = "spec") -> Spec:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 1, 1)
+        position = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file, 1, 1)
         words = " ".join(str(w) for w in (error.context, error.problem) if w)
         raise SpecError(
-            place, f"not YAML: {words}; put quotes around names and expressions with special signs"
+            position, f"not YAML: {words}; put quotes around names and expressions with special signs"
         ) from None
     except RecursionError:
-        raise SpecError(Place(file, 1, 1), "nested too deep to be a spec") from None
+        raise SpecError(Position(file, 1, 1), "nested too deep to be a spec") from None
     except yaml.YAMLError as error:
-        raise SpecError(Place(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
-    return _Reader(file).spec(root)
+        raise SpecError(Position(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
+    return _SpecReader(file).spec(root)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    key: Source
+class _YamlEntry:
+    key: SpecText
     value: yaml.Node
 
 
-class _Reader:
+class _SpecReader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.depth = 0
 
-    def place(self, node: yaml.Node) -> Place:
-        return Place(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+    def position(self, node: yaml.Node) -> Position:
+        return Position(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
 
     def refuse(self, node: yaml.Node, message: str) -> SpecError:
-        return SpecError(self.place(node), message)
+        return SpecError(self.position(node), message)
 
-    def text(self, node: yaml.Node, what: str) -> Source:
+    def text(self, node: yaml.Node, what: str) -> SpecText:
         """A scalar as it stands, and where its first character is."""
         if not isinstance(node, yaml.ScalarNode):
             raise self.refuse(node, f"{what} must be a text")
-        place = self.place(node)
-        return Source(node.value, place.right(1) if node.style in ('"', "'") else place)
+        position = self.position(node)
+        return SpecText(node.value, position.right(1) if node.style in ('"', "'") else position)
 
-    def entries(self, node: yaml.Node | None, what: str, allowed: tuple[str, ...] = ()) -> Iterator[_Entry]:
+    def entries(self, node: yaml.Node | None, what: str, allowed: tuple[str, ...] = ()) -> Iterator[_YamlEntry]:
         if not isinstance(node, yaml.MappingNode):
             if node is None:
                 raise SpecError(
-                    Place(self.file, 1, 1), f"{what} is empty; it must be a mapping, 'name: value' in each line"
+                    Position(self.file, 1, 1), f"{what} is empty; it must be a mapping, 'name: value' in each line"
                 )
             raise self.refuse(node, f"{what} must be a mapping, 'name: value' in each line")
         seen: dict[str, int] = {}
@@ -169,12 +169,12 @@ class _Reader:
                     (0, len(source.text)),
                     f"'{source.text}' is given twice in {what}, first in line {seen[source.text]}",
                 )
-            seen[source.text] = source.place.line
-            yield _Entry(source, value)
+            seen[source.text] = source.position.line
+            yield _YamlEntry(source, value)
 
     def spec(self, root: yaml.Node | None) -> Spec:
         parts = {e.key.text: e.value for e in self.entries(root, "a spec", _SECTIONS)}
-        start = Place(self.file, 1, 1)
+        start = Position(self.file, 1, 1)
         for needed in ("ucp", "model", "parameters"):
             if needed not in parts:
                 raise SpecError(start, f"the spec has no '{needed}:'; it needs ucp: {VERSION}, model: and parameters:")
@@ -202,7 +202,7 @@ class _Reader:
         _check(spec)
         return spec
 
-    def section(self, parts: Mapping[str, yaml.Node], name: str) -> Iterator[_Entry]:
+    def section(self, parts: Mapping[str, yaml.Node], name: str) -> Iterator[_YamlEntry]:
         return self.entries(parts[name], f"{name}:") if name in parts else iter(())
 
     def models(self, node: yaml.Node) -> tuple[str, ...]:
@@ -222,7 +222,7 @@ class _Reader:
         except (yaml.YAMLError, ValueError):
             raise self.refuse(node, f"'{node.value}' can't be read as {node.tag.rpartition(':')[2]}") from None
 
-    def size(self, entry: _Entry) -> Formula:
+    def size(self, entry: _YamlEntry) -> Formula:
         name = entry.key
         if not _NAME.fullmatch(name.text) or name.text in grammar.RESERVED:
             why = "is a word of the language" if name.text in grammar.RESERVED else "is no name (letters, digits and _)"
@@ -238,7 +238,7 @@ class _Reader:
             raise source.refuse((0, len(source.text)), f"{what} is true or false")
         return source.text == "true"
 
-    def unknown(self, entry: _Entry) -> Unknown | None:
+    def unknown(self, entry: _YamlEntry) -> Unknown | None:
         """The line if it is marked as unknown."""
         if not isinstance(entry.value, yaml.MappingNode) or len(entry.value.value) != 1:
             return None
@@ -247,7 +247,7 @@ class _Reader:
             return None
         return Unknown(patterns.parse(entry.key), self.text(why, "unknown").text)
 
-    def line(self, entry: _Entry) -> Line:
+    def line(self, entry: _YamlEntry) -> Line:
         pattern = patterns.parse(entry.key)
         if not isinstance(entry.value, yaml.MappingNode):
             return Line(pattern, grammar.parse(self.text(entry.value, "an expression")))
@@ -265,7 +265,7 @@ class _Reader:
             self.boolean(more["optional"], "optional") if "optional" in more else False,
         )
 
-    def tie(self, entry: _Entry) -> Tie:
+    def tie(self, entry: _YamlEntry) -> Tie:
         pattern = patterns.parse(entry.key)
         when = None
         if isinstance(entry.value, yaml.MappingNode):
@@ -280,10 +280,10 @@ class _Reader:
         _known_captures(to, pattern.captures)
         return Tie(pattern, to, when)
 
-    def renamings(self, entry: _Entry) -> tuple[Renaming, ...]:
+    def renamings(self, entry: _YamlEntry) -> tuple[Renaming, ...]:
         return tuple(self.renaming(e) for e in self.entries(entry.value, f"names: {entry.key.text}"))
 
-    def renaming(self, entry: _Entry) -> Renaming:
+    def renaming(self, entry: _YamlEntry) -> Renaming:
         pattern = patterns.parse(entry.key)
         if not isinstance(entry.value, yaml.MappingNode):
             to = patterns.template(self.text(entry.value, "the parameter that it renames"))
@@ -367,8 +367,8 @@ def _refuse_equals(lines: tuple[Line, ...]) -> None:
             ):
                 continue
             raise a.refuse(
-                f"'{a}' and '{b}' (line {b.source.place.line}) are equally specific, and both match '{a.example()}'; "
-                "write one of them out further"
+                f"'{a}' and '{b}' (line {b.source.position.line}) are equally specific, and both match "
+                f"'{a.example()}'; write one of them out further"
             )
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ucp.spec import grammar
 from ucp.spec.grammar import Cut, Expression
-from ucp.spec.positions import Source, SpecError
+from ucp.spec.positions import SpecError, SpecText
 
 _LITERAL, _CAPTURE, _STAR = 2, 1, 0
 _PIECE = re.compile(r"\{[^{}]*\}?|\*|[^{}*]+|\}")
@@ -26,7 +26,7 @@ _SHIFTED = re.compile(r"\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:([+-])\s*([0-9]+)\s*)
 class Pattern:
     """A pattern of names. captures: in their order; cuts: captured axis -> an expression that is its cut."""
 
-    source: Source
+    source: SpecText
     regex: re.Pattern[str]
     rank: tuple[int, ...]
     captures: tuple[str, ...]
@@ -59,7 +59,7 @@ class Pattern:
         return self.source.refuse((0, len(self.source.text)), message)
 
 
-def parse(source: Source) -> Pattern:
+def parse(source: SpecText) -> Pattern:
     """Read a pattern. Raises SpecError for an empty part, and for brackets that capture nothing."""
     regex, ranks, captures, cut = "", [_LITERAL], [], []
     for match in _PIECE.finditer(source.text):
@@ -77,8 +77,8 @@ def parse(source: Source) -> Pattern:
             captures.append(name)
             if found[2]:
                 inside = text[1:-1].strip()
-                place = source.place.right(span[0] + 1)
-                cut.append(grammar.parse(Source(inside, place)))
+                start = source.position.right(span[0] + 1)
+                cut.append(grammar.parse(SpecText(inside, start)))
         else:
             regex += re.escape(text)
             ranks += [_LITERAL] * text.count(".")
@@ -91,7 +91,7 @@ def parse(source: Source) -> Pattern:
 class Template:
     """A name to be filled in from captures, ``model.layers.{i-2}.weight`` for one: each with a shift."""
 
-    source: Source
+    source: SpecText
     pieces: tuple[str | tuple[str, int], ...]
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ class Template:
         return "".join(out)
 
 
-def template(source: Source) -> Template:
+def template(source: SpecText) -> Template:
     """Read a template. Raises SpecError for a ``*``, which nothing would fill, and for brackets that are no capture."""
     pieces: list[str | tuple[str, int]] = []
     for match in _PIECE.finditer(source.text):

@@ -22,7 +22,7 @@ from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.grammar import Expression, Padded, names
-from ucp.spec.positions import Place, SpecError
+from ucp.spec.positions import Position, SpecError
 from ucp.spec.solve import Observed, solve_cuts
 
 
@@ -92,8 +92,8 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
             mine = shard(expression, bound.sizes, cutting, at._asdict())
             if mine.shape != shape:
                 raise Mismatch(
-                    f"{expression.source.place}: '{expression}' makes '{name}' {list(mine.shape)} on {at}, but it has "
-                    f"{list(shape)}"
+                    f"{expression.source.position}: '{expression}' makes '{name}' {list(mine.shape)} on {at}, but it "
+                    f"has {list(shape)}"
                 )
             own = Placed(name, mine.logical, mine.blocks, average=expression.average is not None)
             out[at, name] = (own, *_padding(bound, name, expression, cutting, at))
@@ -139,7 +139,8 @@ def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expr
         if optional:
             return None
         raise SpecError(
-            Place(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}' (shape {list(shape)}); write one"
+            Position(bound.spec.file, 1, 1),
+            f"no line under parameters: matches '{name}' (shape {list(shape)}); write one",
         )
     return found.expression
 
@@ -151,7 +152,7 @@ def _padding(bound: Bound, name: str, expression: Expression, cutting: Cutting, 
     if not wide:
         return ()
     if len(wide) > 1:
-        raise Unsupported(f"{expression.source.place}: '{name}' is padded along {len(wide)} axes; one is supported")
+        raise Unsupported(f"{expression.source.position}: '{name}' is padded along {len(wide)} axes; one is supported")
     k = wide[0]
     blocks = shard(expression, bound.sizes, cutting, at._asdict(), keep_padding=True).blocks
     first = np.maximum(blocks.offsets[:, k], true[k])

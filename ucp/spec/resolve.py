@@ -15,7 +15,7 @@ from ucp.spec.placement import Parts, Placed, Placements, place, uncut
 from ucp.spec.select import Choice
 
 
-def decide(
+def find_placements(
     choice: Choice,
     info: Any,
     recorded: Callable[[], Mapping[str, Any] | None],

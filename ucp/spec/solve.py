@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ucp.geometry import Shape, numel
 from ucp.spec.evaluate import Cutting, Mesh, Widths, axis_size, position
-from ucp.spec.grammar import Axis, Cut, Expression, Name, Padded, Product, Sum, spell, walk
+from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Padded, Product, Sum, spell, walk
 
 Coordinate = Mapping[str, int]
 
@@ -100,7 +100,7 @@ class _Solver:
 
     def sized(self, dim: Axis) -> str:
         """``kv_heads 3, head_dim 10``: the named axes in a dimension with their sizes."""
-        found = {a.name: self.sizes[a.name] for a in walk(dim) if isinstance(a, (Name, Padded))}
+        found = {a.name: self.sizes[a.name] for a in walk(dim) if isinstance(a, (AxisName, Padded))}
         return ", ".join(f"{name} {n}" for name, n in found.items()) or "by its numbers"
 
     def cuts(self, o: Observed, k: int) -> list[Cut]:

@@ -16,7 +16,7 @@ from ucp.storage import locations
 
 
 @dataclass
-class _Open:
+class _OpenFile:
     fd: int
     users: int = 0
     dropped: bool = False
@@ -32,7 +32,7 @@ class Files:
     def __init__(self, keep_open: int = 64) -> None:
         self.bytes_read = 0
         self._keep_open = keep_open
-        self._files: OrderedDict[str, _Open] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:
@@ -131,7 +131,7 @@ class Files:
             with self._lock:
                 file = self._files.get(name)
                 if file is None:
-                    file = self._files[name] = _Open(fd)
+                    file = self._files[name] = _OpenFile(fd)
                 else:
                     os.close(fd)  # another thread was faster
                 file.users += 1

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ucp.errors import DestinationError, ProcessLost
-from ucp.storage.commit import staged, sync_tree
+from ucp.storage.atomic import staged, sync_tree
 
 log = logging.getLogger(__name__)
 

@@ -244,7 +244,7 @@ def load_training(
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _open(path, state_dict, opening)))
     state = catalog.training_state
     stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
-    loaders = ranks.together(lambda: _check(where, state, lr_scheduler, dataloader))
+    loaders = ranks.all_or_none(lambda: _check(where, state, lr_scheduler, dataloader))
     unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
 
     def fill(blank: bool) -> StateDictReport:
@@ -403,7 +403,7 @@ def _write_in_background(
     """As `_write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
     folder, name = split_path(path)
     saver = _saver()
-    ranks.together(saver.wait)
+    ranks.all_or_none(saver.wait)
     saver.limit(memory)
     recorded = (ranks.rank(), ranks.world_size()) if metrics else None
     pending = PendingSave(os.path.join(os.path.abspath(folder), name), recorded)

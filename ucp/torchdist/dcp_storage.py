@@ -34,7 +34,7 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import Mismatch, SaveFailed, Unsupported
 from ucp.formats.dcp import writer as canonical
-from ucp.formats.shared.roles import PARAM, VALUES, Entry, assign
+from ucp.formats.shared.roles import PARAM, VALUES, StateEntry, assign
 from ucp.job import ranks
 from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of, under_spec
@@ -107,7 +107,7 @@ class StorageReader(dcp.StorageReader):
         entries = _entries(planner)
         # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) knows no values yet.
         blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
-        entries.update({key: Entry(entries[key].path, None, self._objects[key]) for key in blind})
+        entries.update({key: StateEntry(entries[key].path, None, self._objects[key]) for key in blind})
         asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
         what = _planned(self.checkpoint_id, entries, asked, catalog)
         fill(entries, what, read(entries, catalog, what, self._verify).buffers)
@@ -132,7 +132,7 @@ class StorageReader(dcp.StorageReader):
         return os.path.isdir(checkpoint_id)
 
 
-def _planned(path: str, entries: Mapping[str, Entry], asked: set[str], catalog: Catalog) -> Any:
+def _planned(path: str, entries: Mapping[str, StateEntry], asked: set[str], catalog: Catalog) -> Any:
     what = plan(entries, assign(entries, complete=False), catalog)
     missing = sorted(asked.intersection(what.missing))
     if what.wrong or missing:
@@ -143,7 +143,7 @@ def _planned(path: str, entries: Mapping[str, Entry], asked: set[str], catalog: 
     return what
 
 
-def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, Entry]:
+def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, StateEntry]:
     """The planner's state dict, flattened."""
     found = getattr(planner, "state_dict", None)
     if not isinstance(found, Mapping):
@@ -151,14 +151,14 @@ def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, Entry]:
             f"{type(planner).__name__} does not show its state dict; use DCP's default planner or one derived from it"
         )
     paths = getattr(planner, "mappings", {})
-    out: dict[str, Entry] = {}
+    out: dict[str, StateEntry] = {}
     for key, value in found.items():
         path = tuple(paths.get(key, (key,)))
         if isinstance(value, torch.Tensor):
             check_tensor(key, value)
-            out[key] = Entry(path, tuple(value.shape), value)
+            out[key] = StateEntry(path, tuple(value.shape), value)
         else:
-            out[key] = Entry(path, None, value)
+            out[key] = StateEntry(path, None, value)
     return out
 
 
@@ -297,7 +297,7 @@ class StorageWriter(dcp.StorageWriter):
         return True
 
 
-def _check_shards(items: list[WriteItem], entries: Mapping[str, Entry]) -> None:
+def _check_shards(items: list[WriteItem], entries: Mapping[str, StateEntry]) -> None:
     """Raise Unsupported for shards that are neither a DTensor's nor a whole tensor."""
     for item in items:
         if item.tensor_data is None:

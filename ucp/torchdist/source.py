@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import SaveFailed
-from ucp.formats.shared.roles import OUTSIDE, PARAM, VALUES, Entry, Roles, assign, param_groups
+from ucp.formats.shared.roles import OUTSIDE, PARAM, VALUES, Roles, StateEntry, assign, param_groups
 from ucp.geometry import Blocks, Shape, empty
 from ucp.job import ranks
 from ucp.parallel.mesh import Layout
@@ -49,7 +49,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _RankFacts:
     """What a rank tells of its state dict."""
 
     tensors: dict[Key, _Held]
@@ -64,7 +64,7 @@ class _Facts:
 class _Local:
     """This rank's state dict, taken apart."""
 
-    facts: _Facts
+    facts: _RankFacts
     tensors: dict[Key, torch.Tensor]
     blocks: dict[Key, Blocks]
     entry_of: dict[Key, str]
@@ -85,13 +85,13 @@ def make_source(
     Raises on every rank: Unsupported for what cannot be kept, SaveFailed where the ranks contradict each other.
     """
     several = ranks.world_size() > 1
-    local = ranks.together(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size()))
+    local = ranks.all_or_none(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size()))
     facts = _exchange(local.facts)
     me = ranks.rank()
-    return ranks.together(lambda: _join(local, facts, me, training_state or TrainingState(), dict(own or {})))
+    return ranks.all_or_none(lambda: _join(local, facts, me, training_state or TrainingState(), dict(own or {})))
 
 
-def source_of_entries(entries: Mapping[str, Entry], mine: set[str], rank: int, world: int) -> Source:
+def source_of_entries(entries: Mapping[str, StateEntry], mine: set[str], rank: int, world: int) -> Source:
     """What one of ``world`` ranks saves where others have decided who writes what: of its tensors those named in
     ``mine``. Talks to nobody; every rank's state dict has to have the same entries."""
     local = _take_apart(entries, {}, False, world)
@@ -105,7 +105,7 @@ def source_of_entries(entries: Mapping[str, Entry], mine: set[str], rank: int, w
     return replace(source, holdings=[replace(holding, holders=(rank,)) for holding in holdings])
 
 
-def _exchange(facts: _Facts) -> list[_Facts]:
+def _exchange(facts: _RankFacts) -> list[_RankFacts]:
     if ranks.world_size() == 1:
         return [facts]
     found: list[Any] = [None] * ranks.world_size()
@@ -117,10 +117,10 @@ def _exchange(facts: _Facts) -> list[_Facts]:
 
 
 @torch.no_grad()  # once for all tensors, not for each
-def _take_apart(entries: Mapping[str, Entry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
+def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
     """compare: tell the others what tensors hold that are not sharded."""
     roles = assign(entries)
-    local = _Local(_Facts({}, {}, [], {}, _layout(entries, world), roles.outside), {}, {}, {}, [], {})
+    local = _Local(_RankFacts({}, {}, [], {}, _layout(entries, world), roles.outside), {}, {}, {}, [], {})
     memories: dict[Any, str] = {}
     # Of tied tensors, the one that the optimizer names is the parameter, and the others are its further names.
     for key, what in sorted(roles.tensors.items(), key=lambda item: item[1][0] not in roles.trained):
@@ -154,7 +154,7 @@ def plain_value(value: Any) -> Any:
     return local_tensor(value).item() if isinstance(value, torch.Tensor) else value
 
 
-def _groups(roles: Roles, entries: Mapping[str, Entry]) -> list[ParamGroup]:
+def _groups(roles: Roles, entries: Mapping[str, StateEntry]) -> list[ParamGroup]:
     options: dict[str, dict[str, Any]] = {}
     for key, (group, option) in roles.options.items():
         value = entries[key].value
@@ -162,7 +162,7 @@ def _groups(roles: Roles, entries: Mapping[str, Entry]) -> list[ParamGroup]:
     return param_groups(roles, options, lambda tensor: _content(tensor).hex())
 
 
-def _layout(entries: Mapping[str, Entry], world: int) -> Layout:
+def _layout(entries: Mapping[str, StateEntry], world: int) -> Layout:
     """The layout, as far as meshes tell it: 'tp' by its name, all other ranks data parallel; sharded there: stage 3."""
     tensors = [e.value for e in entries.values() if isinstance(e.value, DTensor)]
     tp, sharded = 1, False
@@ -201,7 +201,7 @@ class _Joined:
 
 
 def _join(
-    local: _Local, facts: Sequence[_Facts], me: int, training_state: TrainingState, own: dict[str, Any]
+    local: _Local, facts: Sequence[_RankFacts], me: int, training_state: TrainingState, own: dict[str, Any]
 ) -> Source:
     joined = _Joined()
     told: dict[Key, dict[int, _Held]] = {}
@@ -295,7 +295,7 @@ def _aliases(told: Mapping[Key, Mapping[int, _Held]]) -> dict[str, str]:
     return {name: owner for name, owner in out.items() if owner not in out}
 
 
-def _scalars(facts: Sequence[_Facts]) -> dict[str, dict[str, Any]]:
+def _scalars(facts: Sequence[_RankFacts]) -> dict[str, dict[str, Any]]:
     """Each parameter's values, as any rank knows them; the saver compares them."""
     out: dict[str, dict[str, Any]] = {}
     for fact in facts:
@@ -312,7 +312,7 @@ def _scalars(facts: Sequence[_Facts]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _param_groups(local: _Local, facts: Sequence[_Facts], aliases: Mapping[str, str]) -> tuple[ParamGroup, ...]:
+def _param_groups(local: _Local, facts: Sequence[_RankFacts], aliases: Mapping[str, str]) -> tuple[ParamGroup, ...]:
     """This rank's groups, with the parameters that only other ranks have (pipeline stages)."""
     names: list[dict[str, None]] = [{} for _ in local.groups]
     for rank, fact in enumerate(facts):
@@ -326,7 +326,7 @@ def _param_groups(local: _Local, facts: Sequence[_Facts], aliases: Mapping[str, 
     return tuple(ParamGroup(tuple(n), group.options) for n, group in zip(names, local.groups, strict=True))
 
 
-def _values(local: _Local, facts: Sequence[_Facts], me: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _values(local: _Local, facts: Sequence[_RankFacts], me: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values of this rank alone, and those that all ranks have alike."""
     mine: dict[str, Any] = {}
     shared: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.shared.roles import Entry
+from ucp.formats.shared.roles import StateEntry
 from ucp.storage.dtypes import from_torch, to_safetensors
 from ucp.torchdist.dtensors import local_tensor
 
@@ -30,21 +30,21 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()  # once for all tensors, not for each
-def flatten(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
+def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
     """All entries by flat name; tensors are checked (`check_tensor`).
 
     Raises Unsupported for two entries of one flat name, and for tensors that cannot be kept.
     """
-    out: dict[str, Entry] = {}
+    out: dict[str, StateEntry] = {}
     for path, value in _leaves((), state_dict):
         key = ".".join(map(str, path))
         if key in out:
             raise Unsupported(f"two entries of the state dict have the flat name '{key}'; rename one")
         if isinstance(value, torch.Tensor):
             check_tensor(key, value)
-            out[key] = Entry(path, tuple(value.shape), value)
+            out[key] = StateEntry(path, tuple(value.shape), value)
         else:
-            out[key] = Entry(path, None, value)
+            out[key] = StateEntry(path, None, value)
     return out
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ucp.catalog import Catalog
 from ucp.errors import Mismatch
-from ucp.formats.shared.roles import PARAM, VALUES, Entry, Roles, assign
+from ucp.formats.shared.roles import PARAM, VALUES, Roles, StateEntry, assign
 from ucp.geometry import numel
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch, stages_text
@@ -99,12 +99,12 @@ def load_into(
     Raises Mismatch, and what reading raises, on every rank and with nothing changed.
     """
     watch = watch or Stopwatch()
-    entries, what = ranks.together(
+    entries, what = ranks.all_or_none(
         lambda: watch.timed(
             "plan", lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused, unseen if blank else ())
         )
     )
-    found = ranks.together(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify, unseen)))
+    found = ranks.all_or_none(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify, unseen)))
 
     def apply() -> None:
         fill(entries, what, found.buffers)
@@ -131,7 +131,7 @@ def _planned(
     allow_missing: Sequence[str],
     allow_unused: Sequence[str] | None,
     blank: Collection[str],
-) -> tuple[dict[str, Entry], Plan]:
+) -> tuple[dict[str, StateEntry], Plan]:
     entries = flatten(state_dict)
     what = plan(entries, assign(entries, complete=False), catalog)
     missing = [key for key in what.missing if not _allowed(key, allow_missing)]
@@ -170,7 +170,7 @@ def _shown(items: Sequence[str]) -> str:
     return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
-def plan(entries: Mapping[str, Entry], roles: Roles, catalog: Catalog) -> Plan:
+def plan(entries: Mapping[str, StateEntry], roles: Roles, catalog: Catalog) -> Plan:
     """Everything that a load will do on this rank; talks to nobody."""
     what = Plan()
     asked = [name for name, _ in (*roles.tensors.values(), *roles.scalars.values())]
@@ -222,7 +222,7 @@ def _own(catalog: Catalog) -> Mapping[str, Any]:
     return {}
 
 
-def _want(what: Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[str, str]) -> None:
+def _want(what: Plan, key: str, entry: StateEntry, catalog: Catalog, source: tuple[str, str]) -> None:
     tensor = catalog.tensors[source]
     dtype = from_torch(entry.value.dtype)
     if tensor.shape != entry.shape:
@@ -233,7 +233,7 @@ def _want(what: Plan, key: str, entry: Entry, catalog: Catalog, source: tuple[st
         what.wants[key] = Want(tensor, blocks_of(key, entry.value), dtype)
 
 
-def _scalar(what: Plan, key: str, entry: Entry, value: Any) -> None:
+def _scalar(what: Plan, key: str, entry: StateEntry, value: Any) -> None:
     if entry.shape is None:
         what.values[key] = value
     elif numel(entry.shape) != 1 or not _holds(entry.value.dtype, value):
@@ -249,7 +249,7 @@ def _holds(dtype: torch.dtype, value: Any) -> bool:
     return value != value or torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
 
 
-def _take_own(what: Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
+def _take_own(what: Plan, key: str, entry: StateEntry, value: torch.Tensor) -> None:
     local = local_tensor(entry.value)
     if value.shape != local.shape or value.dtype != local.dtype:
         what.wrong.append(
@@ -260,7 +260,7 @@ def _take_own(what: Plan, key: str, entry: Entry, value: torch.Tensor) -> None:
 
 
 def _options(
-    what: Plan, entries: Mapping[str, Entry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
+    what: Plan, entries: Mapping[str, StateEntry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
 ) -> None:
     """Hyperparameters, from the checkpoint's groups that hold the same parameters."""
     groups = catalog.training_state.param_groups
@@ -279,7 +279,7 @@ def _options(
             _option(what, key, entries[key], found[0])
 
 
-def _option(what: Plan, key: str, entry: Entry, value: Any) -> None:
+def _option(what: Plan, key: str, entry: StateEntry, value: Any) -> None:
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if entry.shape is not None:
         _scalar(what, key, entry, number)
@@ -305,7 +305,7 @@ class Read:
 
 
 def read(
-    entries: Mapping[str, Entry], catalog: Catalog, what: Plan, verify: bool = True, unseen: Collection[str] = ()
+    entries: Mapping[str, StateEntry], catalog: Catalog, what: Plan, verify: bool = True, unseen: Collection[str] = ()
 ) -> Read:
     """Read this rank's shards: of entries named in ``unseen`` into their tensors, where these are dense host memory.
 
@@ -351,7 +351,7 @@ def _check_tied(locals_: Mapping[str, torch.Tensor], raw: Sequence[NDArray[np.ui
 
 
 @torch.no_grad()
-def fill(entries: Mapping[str, Entry], what: Plan, buffers: dict[str, torch.Tensor]) -> None:
+def fill(entries: Mapping[str, StateEntry], what: Plan, buffers: dict[str, torch.Tensor]) -> None:
     """Copy what was read into the tensors of the state dict; ``buffers`` is empty afterwards."""
     for key in list(buffers):
         local = local_tensor(entries[key].value)

@@ -25,7 +25,7 @@ _FILES, _BLOCKS = 128, 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Window:
     """A window: its file's index, its first byte, its size in bytes, and what fills it."""
 
     file: int
@@ -36,7 +36,7 @@ class Part:
 
 def batches(
     files: Sequence[TargetFile], share: Sequence[tuple[int, int]], window: int, together: int, verified: bool
-) -> Iterator[list[Part]]:
+) -> Iterator[list[Window]]:
     """The windows of the files' bytes [first, last) of ``share``, in batches for one thread each.
 
     window, together: bytes of a window, and of all those of a batch. verified: chunks of the source are read whole.
@@ -44,7 +44,7 @@ def batches(
     for group in _groups(files, share, verified):
         small = CHUNK if len(group) > 1 or (verified and _is_short(files[group[0]])) else window
         found = (
-            Part(k, start, min(small, share[k][1] - start), work)
+            Window(k, start, min(small, share[k][1] - start), work)
             for k in group
             for start, work in windows(files[k], small, *share[k])
         )
@@ -56,7 +56,7 @@ def batches(
         yield from (parts[at : at + count] for at in range(0, len(parts), count))
 
 
-def copies(batch: Sequence[Part]) -> list[Copy]:
+def copies(batch: Sequence[Window]) -> list[Copy]:
     """What fills a batch, its windows' buffers numbered in their order, sorted by the source."""
     found = [replace(copy, buffer=k) for k, part in enumerate(batch) for copy in part.work.copies]
     return sorted(found, key=lambda copy: (copy.file, copy.at))
@@ -97,6 +97,6 @@ def _blocks(file: TargetFile) -> int:
     return out
 
 
-def _place(part: Part) -> tuple[int, int, int, int]:
+def _place(part: Window) -> tuple[int, int, int, int]:
     first = part.work.copies[0] if part.work.copies else None
     return (-1, 0, part.file, part.start) if first is None else (first.file, first.at, part.file, part.start)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import BadArgument, ProcessLost, UcpError
-from ucp.storage.commit import write_atomic
+from ucp.storage.atomic import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import numpy as np
 from ucp.storage.crc32 import Crc32Entry, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
-from ucp.transfer.batches import Part, batches, copies
+from ucp.transfer.batches import Window, batches, copies
 from ucp.transfer.gather import Bytes, Reader, execute
 from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
@@ -80,7 +80,7 @@ def write_share(
     pool = ThreadPoolExecutor(workers, "ucp-write")
     closer = _Closer()
     running: set[Future[list[Piece]]] = set()
-    outputs: dict[int, _Output] = {}
+    outputs: dict[int, _FileInProgress] = {}
 
     def finish(everything: bool) -> None:
         """Collect completed batches; block while as many are under way as may be."""
@@ -99,7 +99,7 @@ def write_share(
         for batch in batches(files, share, window, together, reader.verifies):
             for index in {part.file for part in batch} - outputs.keys():
                 first, last = share[index]
-                outputs[index] = _Output.open(folder, index, files[index], last - first)
+                outputs[index] = _FileInProgress.open(folder, index, files[index], last - first)
             running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note))
             finish(everything=False)
         finish(everything=True)
@@ -115,7 +115,7 @@ def write_share(
 
 
 @dataclass
-class _Output:
+class _FileInProgress:
     """A file being written, by this process in part; remaining: bytes."""
 
     index: int
@@ -127,7 +127,7 @@ class _Output:
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], index: int, file: TargetFile, nbytes: int) -> _Output:
+    def open(cls, folder: str | os.PathLike[str], index: int, file: TargetFile, nbytes: int) -> _FileInProgress:
         path = path_of(folder, file)
         try:
             return cls(index, file, path, os.open(path, os.O_RDWR | os.O_CLOEXEC), nbytes)
@@ -172,18 +172,18 @@ def _buffer(index: int, size: int) -> Bytes:
 
 def _write_batch(
     reader: Reader,
-    outputs: Mapping[int, _Output],
-    batch: Sequence[Part],
+    outputs: Mapping[int, _FileInProgress],
+    batch: Sequence[Window],
     known: Mapping[tuple[int, int], bytes],
     note: Callable[[Piece], None],
 ) -> list[Piece]:
     """Fill, digest and write windows, except for those whose bytes are there already."""
     pieces = []
-    missing: list[Part] = []
+    missing: list[Window] = []
     buffers: list[Bytes] = []
     filled: list[memoryview] = []
 
-    def finished(part: Part, view: memoryview, digests: bytes) -> None:
+    def finished(part: Window, view: memoryview, digests: bytes) -> None:
         output = outputs[part.file]
         pieces.append(output.piece(part.start, view, digests))
         note(pieces[-1])
@@ -207,7 +207,7 @@ def _write_batch(
     return pieces
 
 
-def _write(output: _Output, start: int, filled: memoryview) -> None:
+def _write(output: _FileInProgress, start: int, filled: memoryview) -> None:
     large = output.file.size >= LARGE
     try:
         # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
@@ -220,7 +220,7 @@ def _write(output: _Output, start: int, filled: memoryview) -> None:
 
 
 def _digests_there(
-    output: _Output, start: int, filled: memoryview, known: Mapping[tuple[int, int], bytes]
+    output: _FileInProgress, start: int, filled: memoryview, known: Mapping[tuple[int, int], bytes]
 ) -> bytes | None:
     """The digests of a window whose bytes on disk are known and right (they are in ``filled`` then); else None."""
     first = start // CHUNK
@@ -244,7 +244,7 @@ class _Closer:
         self._pool = ThreadPoolExecutor(1, "ucp-close")
         self._pending: list[Future[None]] = []
 
-    def close(self, output: _Output) -> None:
+    def close(self, output: _FileInProgress) -> None:
         if output.file.size < LARGE:
             os.close(output.fd)
         else:
@@ -259,7 +259,7 @@ class _Closer:
         self._pool.shutdown(wait=True)
 
     @staticmethod
-    def _flush(output: _Output) -> None:
+    def _flush(output: _FileInProgress) -> None:
         try:
             os.fdatasync(output.fd)
         except OSError as error:

@@ -7,41 +7,41 @@ from typing import Any
 import pytest
 
 from ucp.errors import Unsupported
-from ucp.formats.shared.roles import Entry, Roles, assign, param_groups
+from ucp.formats.shared.roles import Roles, StateEntry, assign, param_groups
 
 SHAPES = {"embed.weight": (5, 3), "head.bias": (3,), "gain": ()}
 
 
-def model(prefix: str, extra: dict[str, tuple[int, ...]] | None = None) -> dict[str, Entry]:
+def model(prefix: str, extra: dict[str, tuple[int, ...]] | None = None) -> dict[str, StateEntry]:
     first = (prefix,) if prefix else ()
     found = {**SHAPES, **(extra or {})}
-    return {".".join((*first, name)): Entry((*first, name), shape) for name, shape in found.items()}
+    return {".".join((*first, name)): StateEntry((*first, name), shape) for name, shape in found.items()}
 
 
-def states(root: str) -> dict[str, Entry]:
+def states(root: str) -> dict[str, StateEntry]:
     out = {}
     for name, shape in SHAPES.items():
         for state, size in (("exp_avg", shape), ("step", ())):
             path = (root, "state", name, state)
-            out[".".join(path)] = Entry(path, size)
+            out[".".join(path)] = StateEntry(path, size)
     return out
 
 
 def nested(
     root: str = "optim", groups: tuple[Any, ...] = (["embed.weight"], ["gain", "head.bias"])
-) -> dict[str, Entry]:
+) -> dict[str, StateEntry]:
     out = states(root)
     for index, names in enumerate(groups):
-        out[f"{root}.param_groups.{index}.params"] = Entry((root, "param_groups", index, "params"), None, names)
-        out[f"{root}.param_groups.{index}.lr"] = Entry((root, "param_groups", index, "lr"), None, 0.1 * index)
+        out[f"{root}.param_groups.{index}.params"] = StateEntry((root, "param_groups", index, "params"), None, names)
+        out[f"{root}.param_groups.{index}.lr"] = StateEntry((root, "param_groups", index, "lr"), None, 0.1 * index)
     return out
 
 
-def flattened(root: str = "optimizer") -> dict[str, Entry]:
+def flattened(root: str = "optimizer") -> dict[str, StateEntry]:
     out = states(root)
     for name in SHAPES:
         key = f"param_groups.{name}.lr"
-        out[f"{root}.{key}"] = Entry((root, key), None, 0.0 if name == "embed.weight" else 0.1)
+        out[f"{root}.{key}"] = StateEntry((root, key), None, 0.0 if name == "embed.weight" else 0.1)
     return out
 
 
@@ -51,8 +51,8 @@ def everything(roles: Roles) -> set[str]:
 
 @pytest.mark.parametrize("prefix", ["model", "net", "", "module"])
 @pytest.mark.parametrize("optimizer", [nested(), flattened()], ids=["nested", "flattened"])
-def test_parameters_are_called_as_the_module_calls_them(prefix: str, optimizer: dict[str, Entry]) -> None:
-    entries = {**model(prefix, {"seen": ()}), **optimizer, "epoch": Entry(("epoch",), None, 3)}
+def test_parameters_are_called_as_the_module_calls_them(prefix: str, optimizer: dict[str, StateEntry]) -> None:
+    entries = {**model(prefix, {"seen": ()}), **optimizer, "epoch": StateEntry(("epoch",), None, 3)}
     roles = assign(entries)
     assert everything(roles) == set(entries)
     named = {*((name, "param") for name in (*SHAPES, "seen")), *((name, "exp_avg") for name in SHAPES)}
@@ -91,21 +91,26 @@ def test_without_an_optimizer() -> None:
     assert assign(model("model")).tensors["model.gain"] == ("gain", "param")
     assert assign(model("net")).tensors["net.gain"] == ("net.gain", "param")
     # A flat name that begins so is not nested under "model": Hugging Face's, say.
-    flat = assign({"model.gain": Entry(("model.gain",), ())})
+    flat = assign({"model.gain": StateEntry(("model.gain",), ())})
     assert flat.tensors["model.gain"] == ("model.gain", "param")
 
 
 def test_states_of_other_shapes_are_tensors_by_themselves() -> None:
     entries = {**model("model"), **nested()}
-    entries["optim.state.embed.weight.row"] = Entry(("optim", "state", "embed.weight", "row"), (5,))
-    entries["optim.state.embed.weight.mu"] = Entry(("optim", "state", "embed.weight", "mu"), (1,))
+    entries["optim.state.embed.weight.row"] = StateEntry(("optim", "state", "embed.weight", "row"), (5,))
+    entries["optim.state.embed.weight.mu"] = StateEntry(("optim", "state", "embed.weight", "mu"), (1,))
     roles = assign(entries)
     assert roles.tensors["optim.state.embed.weight.row"] == ("optim.state.embed.weight.row", "param")
     assert roles.scalars["optim.state.embed.weight.mu"] == ("embed.weight", "mu")
 
 
 def test_what_is_nested_beside_bare_names_is_outside() -> None:
-    entries = {**model(""), **flattened(), "train.step": Entry(("train", "step"), ()), "mean": Entry(("mean",), (2,))}
+    entries = {
+        **model(""),
+        **flattened(),
+        "train.step": StateEntry(("train", "step"), ()),
+        "mean": StateEntry(("mean",), (2,)),
+    }
     roles = assign(entries)
     assert roles.outside == ["train.step"]
     assert roles.model == {*SHAPES, "mean"}
@@ -134,4 +139,4 @@ def test_two_optimizers() -> None:
 
 def test_two_of_one_name_are_refused() -> None:
     with pytest.raises(Unsupported, match=r"'model\.gain' and 'gain' .* would both be called 'gain'"):
-        assign({**model("model"), **nested(), "gain": Entry(("gain",), (2,))})
+        assign({**model("model"), **nested(), "gain": StateEntry(("gain",), (2,))})

@@ -21,7 +21,7 @@ from ucp.errors import Unsupported
 from ucp.storage.crc32 import combine, combine_all
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
-from ucp.storage.torch_pt.writer import Placeholder, Storage, plan_torch_file, scalar_tensor
+from ucp.storage.torch_pt.writer import Placeholder, SharedStorage, plan_torch_file, scalar_tensor
 
 DTYPES = [
     "float32",
@@ -158,7 +158,7 @@ def test_storages_lie_on_aligned_bytes_and_meta_loads_know_where(tmp_path: Path)
 
 
 def test_shared_storages_strides_and_repeated_tensors_stay_so(tmp_path: Path) -> None:
-    storage = Storage(24 * 4)
+    storage = SharedStorage(24 * 4)
     first = Placeholder((2, 3), "float32", storage=storage)
     second = Placeholder((3, 2), "float32", (2, 4), storage, 6)
     whole = np.arange(24, dtype="<f4")

@@ -11,7 +11,7 @@ import torch
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
 from ucp.deepspeed.live.experts import LiveExperts
-from ucp.deepspeed.live.parallel import Placed, layout_of, place_slots
+from ucp.deepspeed.live.parallel import PlacedSlots, layout_of, place_slots
 from ucp.deepspeed.live.source import make_source, nbytes_to_save
 from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
@@ -42,7 +42,7 @@ class LiveEngine:
             slots.append(slot)
         self._experts = LiveExperts(engine)
         self._slots = tuple(self._experts.lift(slot) for slot in slots)
-        self._placed: Placed | None = None
+        self._placed: PlacedSlots | None = None
 
     def place(self, choice: Choice) -> None:
         """Lift the slots into the whole model's tensors, where tensor or pipeline parallelism cuts it. Collective.

@@ -21,12 +21,12 @@ from ucp.loading.spec_names import config_of
 from ucp.loading.target import Group, Member, Placement, Slot
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.placement import Placements, held_first
-from ucp.spec.resolve import decide
+from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 
 
 @dataclass(frozen=True)
-class Table:
+class RankTensors:
     """One rank's local tensors: name -> (shape, kind), at its coordinate, and the names in each param group."""
 
     at: Coordinate
@@ -34,7 +34,7 @@ class Table:
     groups: tuple[tuple[str, ...], ...]
 
 
-class Placed:
+class PlacedSlots:
     """Where this rank's local tensors lie in the whole model's.
 
     slots: for loading, everything that this rank holds. elsewhere: as of a Target. groups: the names in each param
@@ -42,7 +42,7 @@ class Placed:
     """
 
     def __init__(
-        self, slots: Sequence[Slot], tables: Sequence[Table], of_rank: Sequence[int], placements: Placements
+        self, slots: Sequence[Slot], tables: Sequence[RankTensors], of_rank: Sequence[int], placements: Placements
     ) -> None:
         self._at = tables[of_rank[ranks.rank()]].at
         self._placements = placements
@@ -119,7 +119,7 @@ def layout_of(engine: Any) -> Layout:
     )
 
 
-def _all_groups(tables: Sequence[Table], placements: Placements) -> tuple[tuple[str, ...], ...]:
+def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[tuple[str, ...], ...]:
     """Raises Unsupported where parts of the model have not equally many param groups."""
     names: list[dict[str, None]] = [{} for _ in tables[0].groups]
     for table in tables:
@@ -133,27 +133,27 @@ def _all_groups(tables: Sequence[Table], placements: Placements) -> tuple[tuple[
     return tuple(tuple(group) for group in names)
 
 
-def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> Placed | None:
+def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> PlacedSlots | None:
     """Lift the slots of every rank; None where the model is neither cut nor padded. Collective.
 
     Raises on every rank: SpecError and Mismatch where the spec does not fit, Unsupported where there is none.
     """
     layout = layout_of(engine)
     stage, slice_ = divmod(engine.checkpoint_mp_rank, layout.tp)
-    own = Table(
+    own = RankTensors(
         Coordinate(slice_, stage),
         {m.name: (m.shape, s.kind) for s in slots for m in s.members},
         tuple(g.names for g in groups),
     )
     if layout.tp * layout.pp == 1:
-        alike = ranks.together(lambda: _placements(engine, [own], layout, choice))
+        alike = ranks.all_or_none(lambda: _placements(engine, [own], layout, choice))
         if all(len(places) == 1 for places in alike.values()):
             return None
     tables, of_rank = ranks.distinct(own)
-    return ranks.together(lambda: Placed(slots, tables, of_rank, _placements(engine, tables, layout, choice)))
+    return ranks.all_or_none(lambda: PlacedSlots(slots, tables, of_rank, _placements(engine, tables, layout, choice)))
 
 
-def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Choice) -> Placements:
+def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choice: Choice) -> Placements:
     parts: dict[Coordinate, dict[str, Shape]] = {}
     buffers: set[str] = set()
     for table in tables:
@@ -161,7 +161,7 @@ def _placements(engine: Any, tables: Sequence[Table], layout: Layout, choice: Ch
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
     section = "autotp" if engine.autotp_size() > 1 else "megatron"
-    found = decide(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
+    found = find_placements(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

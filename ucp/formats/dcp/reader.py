@@ -16,7 +16,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import NAME, metadata
-from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Entry, Roles, assign, param_groups
+from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import locations
@@ -42,7 +42,9 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
         tensors = _tensors(found.tensors, records)
     entries = {
-        key: Entry(found.paths.get(key, (key,)), found.tensors[key].shape if key in tensors else None, objects.get(key))
+        key: StateEntry(
+            found.paths.get(key, (key,)), found.tensors[key].shape if key in tensors else None, objects.get(key)
+        )
         for key in (*found.tensors, *found.objects)
     }
     catalog = _catalog(entries, tensors, records, files)
@@ -51,7 +53,7 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _KnownRecord:
     """A tensor's record, for others that begin alike. before: all bytes before the elements, which are at ``at``."""
 
     before: bytes
@@ -59,7 +61,7 @@ class _Known:
     strides: Shape
 
 
-class _Place(NamedTuple):
+class _ElementsAt(NamedTuple):
     """Where a chunk's elements lie. file: its index; at: the first one's byte in it."""
 
     file: int
@@ -75,7 +77,7 @@ class _Records:
         self._open: tuple[str, str, BinaryIO] | None = None  # as the metadata names it, its path, the stream
         self._index = 0  # of the open file
         self._closing = ExitStack()
-        self._known: dict[tuple[Any, ...], _Known] = {}
+        self._known: dict[tuple[Any, ...], _KnownRecord] = {}
         self.files: dict[str, int] = {}  # path -> its index
 
     def __enter__(self) -> _Records:
@@ -95,7 +97,7 @@ class _Records:
             place = f"bytes {record.start} to {record.start + record.length}"
             raise DamagedCheckpoint(f"{error} (entry '{key}', {place})") from error
 
-    def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> _Place:
+    def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> _ElementsAt:
         """Where a chunk's elements lie.
 
         Most records are as another one of the same length, type and shape but for the elements: then comparing what
@@ -106,7 +108,7 @@ class _Records:
         known = self._known.get(kind)
         stream, _ = self._stream(key, record)
         if known is not None and _bytes(stream, record.start, known.at) == known.before:
-            return _Place(self._index, record.start + known.at, known.strides)
+            return _ElementsAt(self._index, record.start + known.at, known.strides)
         ref = self.load(key, record)
         if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
             found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
@@ -116,8 +118,8 @@ class _Records:
             )
         at = ref.offset - record.start
         if at <= _LONGEST:
-            self._known[kind] = _Known(_bytes(stream, record.start, at), at, ref.strides)
-        return _Place(self._index, ref.offset, ref.strides)
+            self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides)
+        return _ElementsAt(self._index, ref.offset, ref.strides)
 
     def _stream(self, key: str, record: metadata.Record) -> tuple[BinaryIO, str]:
         if self._open is None or self._open[0] != record.file:
@@ -146,7 +148,7 @@ def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
 def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[str, LogicalTensor]:
     """The tensors of all entries, under their flat names; files are read from front to back."""
     chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
-    placed: dict[str, list[tuple[metadata.Chunk, _Place]]] = {key: [] for key in found}
+    placed: dict[str, list[tuple[metadata.Chunk, _ElementsAt]]] = {key: [] for key in found}
     for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):
         placed[key].append((chunk, records.tensor(key, dtype, chunk)))
     out = {}
@@ -166,7 +168,7 @@ def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[st
 
 
 def _catalog(
-    entries: Mapping[str, Entry], found: Mapping[str, LogicalTensor], records: _Records, files: Files
+    entries: Mapping[str, StateEntry], found: Mapping[str, LogicalTensor], records: _Records, files: Files
 ) -> Catalog:
     roles = assign(entries)
     tensors: dict[tuple[str, str], LogicalTensor] = {}
@@ -207,7 +209,7 @@ def _catalog(
     )
 
 
-def _training_state(roles: Roles, entries: Mapping[str, Entry], groups: list[ParamGroup]) -> TrainingState:
+def _training_state(roles: Roles, entries: Mapping[str, StateEntry], groups: list[ParamGroup]) -> TrainingState:
     """Values that belong to no parameter; fields of a training state where `write` made the checkpoint."""
     values = {key: entries[key].value for key in roles.values}
     known = {f"{TRAINING_STATE}.{f.name}": f.name for f in dataclasses.fields(TrainingState)}

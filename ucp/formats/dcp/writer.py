@@ -20,7 +20,7 @@ from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.errors import Unsupported
 from ucp.formats.dcp import METADATA
 from ucp.formats.shared.roles import MODEL, OUTSIDE, PARAM, TRAINING_STATE, VALUES
-from ucp.formats.shared.torch_files import FileBuilder, Piece
+from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import Shape, box, numel
 from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.dtypes import itemsize, to_torch
@@ -38,8 +38,8 @@ def plan(catalog: Catalog) -> list[TargetFile]:
 
     Raises Unsupported for a training state that is not plain data.
     """
-    writer = _Writer(catalog)
-    written: dict[tuple[str, str], list[_Placed]] = {}
+    writer = _RecordWriter(catalog)
+    written: dict[tuple[str, str], list[_WrittenRecord]] = {}
     for path, value in entries(catalog):
         if isinstance(value, LogicalTensor):
             # Tied parameters are several entries of the same bytes.
@@ -95,7 +95,7 @@ def _rest(state: TrainingState) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _WrittenRecord:
     """A record: its file and byte range, and the chunk of a tensor that it holds; None for an object."""
 
     file: str
@@ -126,21 +126,23 @@ class _Data:
         return start
 
 
-class _Writer:
+class _RecordWriter:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._files: list[_Data] = [_Data("__0_0.distcp")]
         self._paths: dict[str, tuple[Any, ...]] = {}
-        self._tensors: dict[str, tuple[str, Shape, list[_Placed]]] = {}
-        self._objects: dict[str, _Placed] = {}
+        self._tensors: dict[str, tuple[str, Shape, list[_WrittenRecord]]] = {}
+        self._objects: dict[str, _WrittenRecord] = {}
 
-    def add_tensor(self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[_Placed] | None) -> list[_Placed]:
+    def add_tensor(
+        self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[_WrittenRecord] | None
+    ) -> list[_WrittenRecord]:
         """A tensor; its records, which are those of ``placed`` where it has been written under another name."""
         if placed is None:
             placed = []
             for offsets, sizes in _chunks(tensor.shape, itemsize(tensor.dtype)):
                 builder = FileBuilder("", self._catalog)
-                pieces = [Piece(tensor, box(offsets, sizes))] if numel(sizes) else []
+                pieces = [PlaceholderPiece(tensor, box(offsets, sizes))] if numel(sizes) else []
                 record = builder.finish(builder.tensor(sizes, tensor.dtype, pieces))
                 placed.append(self._append(record, (offsets, sizes)))
         self._tensors[self._key(path)] = (tensor.dtype, tensor.shape, placed)
@@ -161,11 +163,11 @@ class _Writer:
         self._paths[key] = path
         return key
 
-    def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> _Placed:
+    def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> _WrittenRecord:
         if self._files[-1].size >= FILE:
             self._files.append(_Data(f"__0_{len(self._files)}.distcp"))
         data = self._files[-1]
-        return _Placed(data.name, data.append(record), record.size, chunk)
+        return _WrittenRecord(data.name, data.append(record), record.size, chunk)
 
     def finish(self) -> list[TargetFile]:
         raw = pickle.dumps(self._metadata(), protocol=4)

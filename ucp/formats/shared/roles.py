@@ -40,7 +40,7 @@ _PREFERRED = (f"{MODEL}.", "", "module.")
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class StateEntry:
     """An entry of a state dict. path: the keys that lead to it. shape: a tensor's; None for any other value."""
 
     path: tuple[Any, ...]
@@ -81,7 +81,7 @@ class Roles:
         return "frozen" if name in self.model and floating else "buffer"
 
 
-def assign(entries: Mapping[str, Entry], complete: bool = True) -> Roles:
+def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
     """The roles of all entries, by their flat names.
 
     complete: optimizer states are a parameter's only where its weight is there too, as a catalog needs it.
@@ -93,7 +93,7 @@ def assign(entries: Mapping[str, Entry], complete: bool = True) -> Roles:
     trained = [name for o in optimizers for names in o.groups.values() for name in names]
     try:
         prefix = _prefix(entries, optimizers, trained)
-    except _Open:
+    except _Undecided:
         prefix, optimizers, trained = None, [], []
     if prefix is not None:
         flat = not prefix and all(len(entries[n].path) == 1 for n in trained if n in entries)
@@ -137,7 +137,7 @@ def param_groups(
 
 
 @dataclass(frozen=True)
-class _Optimizer:
+class _OptimizerRoot:
     """root: of its entries' names, with the dot. nested: its groups are numbered. groups: by name."""
 
     root: str
@@ -145,7 +145,7 @@ class _Optimizer:
     groups: Mapping[str, tuple[str, ...]]
 
 
-def _roots(entries: Mapping[str, Entry]) -> Iterator[str]:
+def _roots(entries: Mapping[str, StateEntry]) -> Iterator[str]:
     seen: dict[str, None] = {}
     for key in entries:
         at = key.find(_GROUPS)
@@ -156,7 +156,7 @@ def _roots(entries: Mapping[str, Entry]) -> Iterator[str]:
     yield from seen
 
 
-def _optimizer(root: str, entries: Mapping[str, Entry]) -> _Optimizer | None:
+def _optimizer(root: str, entries: Mapping[str, StateEntry]) -> _OptimizerRoot | None:
     """The optimizer whose entries begin with ``root``; None where it does not name its parameters."""
     start = root + _GROUPS
     inside = [key for key in entries if key.startswith(start)]
@@ -168,11 +168,11 @@ def _optimizer(root: str, entries: Mapping[str, Entry]) -> _Optimizer | None:
             if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                 return None
             groups[key.removesuffix(f".{_MEMBERS}")] = tuple(names)
-        return _Optimizer(root, True, groups)
+        return _OptimizerRoot(root, True, groups)
     named = dict.fromkeys(key.removeprefix(start).rpartition(".")[0] for key in inside)
     if "" in named:
         return None
-    return _Optimizer(root, False, {start + name: (name,) for name in named})
+    return _OptimizerRoot(root, False, {start + name: (name,) for name in named})
 
 
 def _is_members(text: str) -> bool:
@@ -181,7 +181,7 @@ def _is_members(text: str) -> bool:
     return last == _MEMBERS and number.isdecimal()
 
 
-def _prefix(entries: Mapping[str, Entry], optimizers: Sequence[_Optimizer], trained: list[str]) -> str | None:
+def _prefix(entries: Mapping[str, StateEntry], optimizers: Sequence[_OptimizerRoot], trained: list[str]) -> str | None:
     """Where the model's tensors lie; None where the state dict has no model. Raises _Open where that is open."""
     tensors = [key for key, entry in entries.items() if entry.shape is not None]
     names, counts = set(trained), Counter[str]()
@@ -200,22 +200,24 @@ def _prefix(entries: Mapping[str, Entry], optimizers: Sequence[_Optimizer], trai
         if prefix in (whole or counts):
             return prefix
     if len(whole) > 1:
-        raise _Open
+        raise _Undecided
     if whole:
         return whole[0]
     nested = any(key.startswith(f"{MODEL}.") and entries[key].path[0] == MODEL for key in tensors)
     return f"{MODEL}." if nested else None
 
 
-class _Open(Exception):
+class _Undecided(Exception):
     """Several entries might be the model."""
 
 
-def _inside(key: str, optimizer: _Optimizer) -> bool:
+def _inside(key: str, optimizer: _OptimizerRoot) -> bool:
     return key.startswith((optimizer.root + _GROUPS, optimizer.root + _STATE))
 
 
-def _take(roles: Roles, optimizer: _Optimizer, rest: dict[str, Entry], weights: Mapping[str, Shape | None]) -> None:
+def _take(
+    roles: Roles, optimizer: _OptimizerRoot, rest: dict[str, StateEntry], weights: Mapping[str, Shape | None]
+) -> None:
     """Give an optimizer's entries their roles, and remove them from ``rest``."""
     start, states = optimizer.root + _GROUPS, optimizer.root + _STATE
     roles.groups.update(optimizer.groups)

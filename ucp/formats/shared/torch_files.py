@@ -21,7 +21,7 @@ from ucp.transfer.targets import TargetFile
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlaceholderPiece:
     """Elements of a logical tensor that go into a placeholder: ``blocks.starts`` counts the placeholder's elements.
 
     round: the placeholder may be of a narrower type than the tensor (a mixed-precision engine's weights).
@@ -38,10 +38,10 @@ class FileBuilder:
 
     name: str
     catalog: Catalog
-    _pieces: dict[Placeholder, list[Piece]] = field(default_factory=dict)
+    _pieces: dict[Placeholder, list[PlaceholderPiece]] = field(default_factory=dict)
     _references: dict[tuple[str, int], Placeholder] = field(default_factory=dict)
 
-    def tensor(self, shape: Sequence[int], dtype: str, pieces: Sequence[Piece] = ()) -> Placeholder:
+    def tensor(self, shape: Sequence[int], dtype: str, pieces: Sequence[PlaceholderPiece] = ()) -> Placeholder:
         """A tensor of this file. Elements that no piece covers are zero.
 
         Raises Mismatch where a piece's values don't fit into the type exactly, unless it is to be rounded.
@@ -55,7 +55,7 @@ class FileBuilder:
 
     def whole(self, tensor: LogicalTensor, dtype: str | None = None, round: bool = False) -> Placeholder:  # noqa: A002
         """A whole logical tensor, in its own element type or another."""
-        return self.tensor(tensor.shape, dtype or tensor.dtype, [Piece(tensor, whole(tensor.shape), round)])
+        return self.tensor(tensor.shape, dtype or tensor.dtype, [PlaceholderPiece(tensor, whole(tensor.shape), round)])
 
     def finish(self, obj: Any) -> TargetFile:
         """The file that holds ``obj``, in which tensors may also be references into the source's files."""

@@ -25,7 +25,7 @@ from ucp.transfer.targets import TargetFile
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConsolidatedPlan:
     """A consolidated checkpoint before its first byte is written.
 
     source: the catalog to read from. files: everything but the manifest. result: the catalog of what will have been
@@ -52,7 +52,7 @@ class Plan:
         return manifest.frame(body)
 
 
-def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> Plan:
+def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> ConsolidatedPlan:
     """Lay out the files. ``max_shard`` is in bytes.
 
     Raises Unsupported for element types that safetensors lacks and for training state that is not plain data,
@@ -85,4 +85,4 @@ def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> Plan:
         tensors={key: placed[key] for key in catalog.tensors},
         chunk_digests={},
     )
-    return Plan(source, tuple(files), result, training_state)
+    return ConsolidatedPlan(source, tuple(files), result, training_state)

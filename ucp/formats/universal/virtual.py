@@ -23,7 +23,7 @@ from ucp.transfer.targets import TargetFile
 
 
 @dataclass(frozen=True)
-class Plan:
+class VirtualPlan:
     """A virtual checkpoint before it is written.
 
     source: the catalog to read the training state's tensors from. files: at most one, with those tensors. result: the
@@ -67,7 +67,7 @@ class Plan:
         return manifest.frame(body)
 
 
-def plan(catalog: Catalog) -> Plan:
+def plan(catalog: Catalog) -> VirtualPlan:
     """Describe a catalog where it is.
 
     Raises Unsupported for training state that is not plain data, and for tensors that lie in no file.
@@ -98,7 +98,7 @@ def plan(catalog: Catalog) -> Plan:
         tensors=tensors,
         chunk_digests={int(place[k]): table for k, table in catalog.chunk_digests.items() if place[k] >= 0},
     )
-    return Plan(source, files, result, training_state)
+    return VirtualPlan(source, files, result, training_state)
 
 
 def _pointer(path: str, folder: str) -> str:

@@ -35,7 +35,7 @@ class Global:
 
 
 @dataclass(slots=True)
-class Storage:
+class StorageRef:
     """A torch storage: `numel` elements of `dtype` under `key`; `start` is its first byte in the file.
 
     In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`.
@@ -217,7 +217,7 @@ def _refuse_lazy_bits(metadata: Any) -> None:
 
 
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> TensorRef:
-    if type(storage) is not Storage:
+    if type(storage) is not StorageRef:
         raise TypeError(f"a tensor is built on a {type(storage).__name__}, not on a storage")
     shape, strides = tuple(shape), tuple(strides)
     numbers = (offset, *shape, *strides)

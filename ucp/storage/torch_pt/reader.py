@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.storage import dtypes, locations
-from ucp.storage.torch_pt.allowlist import Storage, StorageClass
+from ucp.storage.torch_pt.allowlist import StorageClass, StorageRef
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -107,9 +107,9 @@ class _Storages:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.found: dict[tuple[str, str], Storage] = {}  # by key and dtype
+        self.found: dict[tuple[str, str], StorageRef] = {}  # by key and dtype
 
-    def get(self, saved: Any, items: int) -> Storage:
+    def get(self, saved: Any, items: int) -> StorageRef:
         """The storage for a persistent id of the form ("storage", class, key, location, numel, ...)."""
         kind = saved[0] if isinstance(saved, tuple) and saved else saved
         if kind != "storage":
@@ -126,7 +126,7 @@ class _Storages:
         storage = self.found.get((key, storage_class.dtype))
         if storage is None:
             start = self.start(key, storage_class, numel)
-            storage = self.found[key, storage_class.dtype] = Storage(
+            storage = self.found[key, storage_class.dtype] = StorageRef(
                 self.path, key, storage_class.dtype, numel, location, start
             )
         elif storage.numel != numel:
@@ -144,7 +144,7 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _ENCRYPTED = 0x1
 
 
-class _Archive:
+class _ZipEntries:
     """The entries of a torch zip archive. Only the central directory and the local headers asked for are read."""
 
     def __init__(self, stream: Any, path: str, size: int, base: int = 0) -> None:
@@ -216,7 +216,7 @@ class _Archive:
 
 
 class _ZipStorages(_Storages):
-    def __init__(self, archive: _Archive) -> None:
+    def __init__(self, archive: _ZipEntries) -> None:
         super().__init__(archive.path)
         self._archive = archive
 
@@ -233,7 +233,7 @@ class _ZipStorages(_Storages):
 
 
 def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> Any:
-    archive = _Archive(stream, path, size, base)
+    archive = _ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
         raise Unsupported(f"{path}: a TorchScript program, not a checkpoint")
     if "byteorder" in archive and archive.read("byteorder").strip() != b"little":

@@ -50,7 +50,7 @@ _STORAGE_CLASSES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Storage:
+class SharedStorage:
     """A storage that several placeholders share. size: bytes. data: its bytes where they are known already."""
 
     size: int
@@ -69,7 +69,7 @@ class Placeholder:
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
-    storage: Storage | None = None
+    storage: SharedStorage | None = None
     offset: int = 0
     is_parameter: bool = False
     data: bytes | None = None
@@ -112,7 +112,7 @@ def plan_torch_file(obj: Any) -> TorchFilePlan:
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(obj)
-    archive = _Archive()
+    archive = _ZipRecords()
     archive.add_known("data.pkl", stream.getvalue())
     archive.add_known("byteorder", b"little")
     starts = [
@@ -131,7 +131,7 @@ def plan_torch_file(obj: Any) -> TorchFilePlan:
 
 
 @dataclass(frozen=True)
-class _Name:
+class _GlobalName:
     """A class or function, by name alone."""
 
     module: str
@@ -147,15 +147,15 @@ class _Pickler(_PythonPickler):
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=2)
-        self.storages: list[Storage] = []
+        self.storages: list[SharedStorage] = []
         self.placed: dict[Placeholder, int] = {}
-        self._keys: dict[Storage, int] = {}
-        self._names: dict[_Name, _Name] = {}
+        self._keys: dict[SharedStorage, int] = {}
+        self._names: dict[_GlobalName, _GlobalName] = {}
         self._embedded: dict[int, tuple[Placeholder, Any]] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         kind = type(obj)
-        if kind is _Name:
+        if kind is _GlobalName:
             return self._save_name(obj)
         known = self.memo.get(id(obj))
         if known is not None:
@@ -166,12 +166,12 @@ class _Pickler(_PythonPickler):
         elif kind is Standin:
             self._save_standin(obj)
         elif kind is DtypeName:
-            self.save(_Name("torch", obj.name))
+            self.save(_GlobalName("torch", obj.name))
         elif kind is DeviceName:
             name, _, index = obj.name.partition(":")
-            self._call(_Name("torch", "device"), (name, int(index)) if index else (name,), obj)
+            self._call(_GlobalName("torch", "device"), (name, int(index)) if index else (name,), obj)
         elif kind is Size:
-            self._call(_Name("torch", "Size"), (tuple(obj),), obj)
+            self._call(_GlobalName("torch", "Size"), (tuple(obj),), obj)
         elif kind is TensorRef:
             raise Unsupported(
                 f"{obj.file}: a tensor of shape {list(obj.shape)} lies there, and its data are needed here"
@@ -183,7 +183,7 @@ class _Pickler(_PythonPickler):
             super().save(obj, save_persistent_id)
         return None
 
-    def _save_name(self, name: _Name) -> None:
+    def _save_name(self, name: _GlobalName) -> None:
         # One object stands for all equal ones, so that the memo, which goes by identity, finds it again.
         name = self._names.setdefault(name, name)
         known = self.memo.get(id(name))
@@ -193,14 +193,14 @@ class _Pickler(_PythonPickler):
         self.write(pickle.GLOBAL + f"{name.module}\n{name.name}\n".encode())
         self.memoize(name)
 
-    def _call(self, function: _Name, args: tuple[Any, ...], obj: Any) -> None:
+    def _call(self, function: _GlobalName, args: tuple[Any, ...], obj: Any) -> None:
         self.save(function)
         self.save(args)
         self.write(pickle.REDUCE)
         self.memoize(obj)
 
     def _save_standin(self, obj: Standin) -> None:
-        cls = _Name(obj.class_module, obj.class_name)
+        cls = _GlobalName(obj.class_module, obj.class_name)
         self.save(cls)
         self.save(obj.class_args)
         # An enum member is its class called with its value; any other object is made without its __init__.
@@ -215,7 +215,7 @@ class _Pickler(_PythonPickler):
             self._save_plain_tensor(tensor)
             self.memoize(tensor)
             return
-        self.save(_Name("torch._utils", "_rebuild_parameter"))
+        self.save(_GlobalName("torch._utils", "_rebuild_parameter"))
         self._save_plain_tensor(tensor)
         self.save(True)
         self._save_no_hooks()
@@ -224,7 +224,7 @@ class _Pickler(_PythonPickler):
 
     def _save_plain_tensor(self, tensor: Placeholder) -> None:
         dtype = canonical(tensor.dtype)
-        storage = tensor.storage or Storage(tensor.extent, tensor.data)
+        storage = tensor.storage or SharedStorage(tensor.extent, tensor.data)
         if storage.size < tensor.extent or (storage.data is not None and len(storage.data) != storage.size):
             raise ValueError(
                 f"a storage of {storage.size} bytes does not hold a tensor that reaches to {tensor.extent}"
@@ -234,11 +234,11 @@ class _Pickler(_PythonPickler):
             self.storages.append(storage)
         self.placed[tensor] = key
         typed = _STORAGE_CLASSES.get(dtype)
-        self.save(_Name("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
+        self.save(_GlobalName("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
         self.write(pickle.MARK)
         self.write(pickle.MARK)
         self.save("storage")
-        self.save(_Name("torch", typed) if typed else _Name("torch.storage", "UntypedStorage"))
+        self.save(_GlobalName("torch", typed) if typed else _GlobalName("torch.storage", "UntypedStorage"))
         self.save(str(key))
         self.save("cpu")
         self.save(storage.size // (itemsize(dtype) if typed else 1))
@@ -249,11 +249,11 @@ class _Pickler(_PythonPickler):
         self.save(False)
         self._save_no_hooks()
         if not typed:
-            self.save(_Name("torch", dtype))
+            self.save(_GlobalName("torch", dtype))
         self.write(pickle.TUPLE + pickle.REDUCE)
 
     def _save_no_hooks(self) -> None:
-        self.save(_Name("collections", "OrderedDict"))
+        self.save(_GlobalName("collections", "OrderedDict"))
         self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
 
 
@@ -269,7 +269,7 @@ def _embedded(tensor: Any) -> Placeholder:
 
 
 @dataclass
-class _Record:
+class _ZipRecord:
     name: bytes
     header: int  # offset of the local header
     size: int
@@ -282,12 +282,12 @@ class _Record:
 
 
 @dataclass
-class _Archive:
+class _ZipRecords:
     """Zip records one after the other (APPNOTE.TXT 4.3: local headers, then the central directory and its end)."""
 
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     crc32_entries: list[Crc32Entry] = field(default_factory=list)
-    _records: list[_Record] = field(default_factory=list)
+    _records: list[_ZipRecord] = field(default_factory=list)
     _at: int = 0
 
     def add_known(self, name: str, data: bytes) -> int:
@@ -317,7 +317,7 @@ class _Archive:
         end = self._at + 30 + len(path) + len(extra) + 4
         padding = -end % ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        record = _Record(path, self._at, size, crc, self._at + 30 + len(path) + len(extra))
+        record = _ZipRecord(path, self._at, size, crc, self._at + 30 + len(path) + len(extra))
         shown = _MAX32 if large else told
         header = struct.pack(
             "<4s5H3I2H",

@@ -13,7 +13,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Mismatch
-from ucp.formats.deepspeed.read.mp_rank import Part
+from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import Blocks, compose, concat, intersect, numel
 from ucp.parallel.mesh import Coordinate
 from ucp.spec.experts import ordered
@@ -42,7 +42,7 @@ class _Gathered:
 
 
 def assemble(
-    parts: Mapping[Coordinate, Part], placements: Placements
+    parts: Mapping[Coordinate, LocalModel], placements: Placements
 ) -> tuple[dict[str, ParameterInfo], dict[tuple[str, str], LogicalTensor], tuple[LogicalTensor, ...], TrainingState]:
     """Parameters, tensors, copies and training state of the whole model.
 
@@ -84,7 +84,7 @@ def _info(local: ParameterInfo, placed: Placed) -> ParameterInfo:
     return replace(local, name=placed.name, shape=placed.shape, kind=kind, aliases=aliases)
 
 
-def _joined(known: ParameterInfo, other: ParameterInfo, part: Part) -> ParameterInfo:
+def _joined(known: ParameterInfo, other: ParameterInfo, part: LocalModel) -> ParameterInfo:
     """What two ranks say of one parameter; they must agree."""
     for what, a, b in (
         ("kind", known.kind, other.kind),
@@ -100,7 +100,7 @@ def _joined(known: ParameterInfo, other: ParameterInfo, part: Part) -> Parameter
     return replace(known, aliases=tuple(dict.fromkeys((*known.aliases, *other.aliases))))
 
 
-def _state(parts: Mapping[Coordinate, Part], placements: Placements) -> TrainingState:
+def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> TrainingState:
     """The first part's training state, with the param groups of all parts."""
     first = parts[min(parts)].training_state
     names: list[dict[str, None]] = [{} for _ in first.param_groups]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.errors import Unsupported
-from ucp.formats.deepspeed.read.mp_rank import Part
+from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import numel, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.placement import Placements
@@ -29,12 +29,14 @@ log = logging.getLogger(__name__)
 _FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
-def take_averages(catalog: Catalog, parts: Mapping[Coordinate, Part], placements: Placements, files: Files) -> Catalog:
+def take_averages(
+    catalog: Catalog, parts: Mapping[Coordinate, LocalModel], placements: Placements, files: Files
+) -> Catalog:
     """The catalog with the averages of all parameters that are placed as such.
 
     Raises Unsupported for element types that have no average, and for averages of parts.
     """
-    copies: dict[str, list[tuple[Part, str]]] = {}
+    copies: dict[str, list[tuple[LocalModel, str]]] = {}
     for (at, local), places in placements.items():
         for placed in places:
             if placed.average:

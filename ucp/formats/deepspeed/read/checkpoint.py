@@ -17,12 +17,12 @@ from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.read.experts import find_experts
 from ucp.formats.deepspeed.read.layers import with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.formats.deepspeed.read.mp_rank import Part, open_models, read_part
+from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
 from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.placement import Placements
-from ucp.spec.resolve import decide
+from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs
 from ucp.storage.files import Files
@@ -59,7 +59,7 @@ def read(
     tp, pp = _degrees(first, len(found))
     paths: dict[str, int] = {}
     sources: list[SourceFile] = []
-    parts: dict[Coordinate, Part] = {}
+    parts: dict[Coordinate, LocalModel] = {}
     for folder in found:
         stage, slice_ = divmod(folder.mp, tp)
         experts = find_experts(folder, models[folder.mp][0], len(found))
@@ -116,12 +116,12 @@ def describe(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
     return first.raw.get("universal_checkpoint_info"), recorded_config(first)
 
 
-def _placement(model: ModelFile, parts: dict[Coordinate, Part], layout: Layout, choice: Choice) -> Placements:
+def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     info = model.raw.get("universal_checkpoint_info")
     section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
-    found = decide(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section)
+    found = find_placements(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section)
     if found is None:
         raise _unknown_cuts(model, shapes)
     return found

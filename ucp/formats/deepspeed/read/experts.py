@@ -32,7 +32,7 @@ from ucp.formats.deepspeed.read.builder import Builder
 from ucp.formats.deepspeed.read.folder import Folder
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.geometry import Shape, box, concat
-from ucp.spec.experts import Expert, Experts, counts, expert_of, holders
+from ucp.spec.experts import Expert, Experts, counts, data_ranks, expert_of
 from ucp.storage.torch_pt.values import TensorRef
 
 # One rank's optimizer file and the state dict in it.
@@ -44,8 +44,9 @@ class ExpertFiles:
     """What a checkpoint says of its experts, if it has any.
 
     totals: experts of each of DeepSpeed's own layers. tensors: of experts, by the whole model's names; rows: of
-    AutoEP's stacks, by the expert's number. data_first: as for `holders`. optim_ranks: how many expert-parallel ranks
-    have optimizer files of their own (stage 0). aliases: AutoEP's further names of its routers, which no file gives.
+    AutoEP's stacks, by the expert's number. data_first: as for `data_ranks`. optim_ranks: how many expert-parallel
+    ranks have optimizer files of their own (stage 0). aliases: AutoEP's further names of its routers, which no file
+    gives.
     """
 
     path: Path
@@ -92,7 +93,7 @@ class ExpertFiles:
                 f"{path}: group {group} was cut into {count} partitions by {dp} data-parallel ranks, which does not "
                 f"fit the experts of '{wrong[0]}' in the model file; files of two runs are mixed"
             )
-        return [{i: optim[r] for i, r in enumerate(holders(rank, dp, ep, self.data_first))} for rank in range(ep)]
+        return [{i: optim[r] for i, r in enumerate(data_ranks(rank, dp, ep, self.data_first))} for rank in range(ep)]
 
     def _held_over(self, name: str, ep: int) -> bool:
         if name in self.experts.stacks:

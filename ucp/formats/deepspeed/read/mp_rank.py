@@ -22,7 +22,7 @@ from ucp.storage.torch_pt.values import Standin
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalModel:
     """What was read. model: the first data-parallel rank's model file; parameters, tensors: local names and shapes.
 
     Experts are the exception: they have the whole model's names and shapes. ep: over how many ranks they are spread.
@@ -50,7 +50,7 @@ def read_part(
     builder: Builder,
     param_names: Sequence[Sequence[str]] | None,
     experts: ExpertFiles,
-) -> Part:
+) -> LocalModel:
     """Read one model-parallel rank's files. Arguments and errors as for `ucp.formats.deepspeed.read`."""
     path, model = folder.path, models[0]
     dp = int(model.need("dp_world_size"))
@@ -82,7 +82,7 @@ def read_part(
             groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
             stage3.read_frozen(builder, models, aliases)
         else:
-            facts = stage12.Facts(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
+            facts = stage12.OptimizerContext(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
             groups = stage12.read(builder, optim, model.param_shapes, aliases, facts)
             same_run.check(builder, module)
     elif isinstance(model.raw.get("optimizer"), Mapping):
@@ -100,7 +100,7 @@ def read_part(
         builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
     experts.enter_frozen(builder)
     state = _training_state(model, groups, first_state, dp)
-    return Part(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+    return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
 
 
 def _refuse_unsupported(model: ModelFile) -> None:

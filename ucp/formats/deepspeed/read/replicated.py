@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ucp.formats.deepspeed.read.mp_rank import Part
+from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.parallel.mesh import Coordinate
 
 
@@ -22,10 +22,10 @@ def is_declared(info: Any, name: str) -> bool:
     return any(re.match(pattern, name) for pattern in found or ())
 
 
-def first_copies(parts: Mapping[Coordinate, Part]) -> dict[Coordinate, Part]:
+def first_copies(parts: Mapping[Coordinate, LocalModel]) -> dict[Coordinate, LocalModel]:
     """The parts without what the model declares to be another copy of an earlier stage's."""
     seen: dict[tuple[int, int], set[str]] = {}
-    out: dict[Coordinate, Part] = {}
+    out: dict[Coordinate, LocalModel] = {}
     for at in sorted(parts, key=lambda at: at.pp):
         part, earlier = parts[at], seen.setdefault((at.tp, at.ep), set())
         info = part.model.raw.get("universal_checkpoint_info")
@@ -35,7 +35,7 @@ def first_copies(parts: Mapping[Coordinate, Part]) -> dict[Coordinate, Part]:
     return {at: out[at] for at in parts}
 
 
-def _without(part: Part, names: set[str]) -> Part:
+def _without(part: LocalModel, names: set[str]) -> LocalModel:
     state = part.training_state
     groups = (replace(group, names=tuple(n for n in group.names if n not in names)) for group in state.param_groups)
     return replace(

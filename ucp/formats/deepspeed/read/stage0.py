@@ -38,7 +38,7 @@ SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _UnnamedParameter:
     """One parameter of the optimizer, not yet named. shape: None where nothing tells it."""
 
     group: int
@@ -104,7 +104,7 @@ def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any
     return [kinds[bool(group.get("moe"))] for group in groups]
 
 
-def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_Slot]) -> dict[int, Scalar]:
+def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_UnnamedParameter]) -> dict[int, Scalar]:
     """Param groups whose parameters have one step count together, and that.
 
     DeepSpeed's FusedAdam (the only one there with 'bias_correction' in its groups that counts so; ``ops/adam``) steps a
@@ -117,7 +117,7 @@ def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_Slot]) -
     return steps
 
 
-def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_Slot]:
+def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters: Any) -> list[_UnnamedParameter]:
     slots = []
     for g, group in enumerate(inner["param_groups"]):
         for i, number in enumerate(group["params"]):
@@ -148,18 +148,18 @@ def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters
                     f"{model.path}: optimizer states {sorted(tensors)} of parameter {number} have different shapes "
                     f"{sorted(map(list, shapes))}; checkpoints of this optimizer cannot be resharded"
                 )
-            slots.append(_Slot(g, shape or next(iter(shapes), None), master, tensors, scalars))
+            slots.append(_UnnamedParameter(g, shape or next(iter(shapes), None), master, tensors, scalars))
     return slots
 
 
 def _name(
     builder: Builder,
     model: ModelFile,
-    slots: list[_Slot],
+    slots: list[_UnnamedParameter],
     pools: Sequence[Mapping[str, TensorRef]],
     names: Sequence[Sequence[str]] | None,
     counts: list[int],
-) -> list[tuple[str, _Slot]]:
+) -> list[tuple[str, _UnnamedParameter]]:
     every = {name: ref for pool in pools for name, ref in pool.items()}
     if names is not None and [len(g) for g in names] == counts:
         pairs = list(zip((n for g in names for n in g), slots, strict=True))
@@ -182,7 +182,7 @@ def _name(
     return [(found[i], slot) for i, slot in enumerate(slots)]
 
 
-def _fits(builder: Builder, slot: _Slot, weight: TensorRef) -> bool:
+def _fits(builder: Builder, slot: _UnnamedParameter, weight: TensorRef) -> bool:
     """Whether nothing speaks against a slot being this parameter."""
     return slot.shape in (None, weight.shape) and (slot.master is None or _rounds_to(builder, slot.master, weight))
 
@@ -190,7 +190,7 @@ def _fits(builder: Builder, slot: _Slot, weight: TensorRef) -> bool:
 def _match(
     builder: Builder,
     model: ModelFile,
-    slots: list[tuple[int, _Slot]],
+    slots: list[tuple[int, _UnnamedParameter]],
     candidates: list[str],
     trainable: Mapping[str, TensorRef],
 ) -> dict[int, str]:
@@ -221,7 +221,7 @@ def _match(
     return out
 
 
-def _interchangeable(slots: list[tuple[int, _Slot]], hits: list[str], candidates: list[str]) -> bool:
+def _interchangeable(slots: list[tuple[int, _UnnamedParameter]], hits: list[str], candidates: list[str]) -> bool:
     """Equal weights (norms at their initial ones, say) leave only the order to tell them apart: trust it where all
     slots of the shape lie in one group and none of the candidates is left over."""
     return len({s.group for _, s in slots}) == 1 and len(slots) == len(candidates)
@@ -234,9 +234,9 @@ def _flat(
     masters: Sequence[TensorRef],
     pools: Sequence[Mapping[str, TensorRef]],
     names: Sequence[Sequence[str]] | None,
-) -> list[tuple[str, _Slot]]:
+) -> list[tuple[str, _UnnamedParameter]]:
     """One flat master per group: parameters end to end, recognised one after the other by their values."""
-    out: list[tuple[str, _Slot]] = []
+    out: list[tuple[str, _UnnamedParameter]] = []
     taken: set[str] = set()
     for g, flat in enumerate(masters):
         trainable = pools[g]
@@ -259,7 +259,7 @@ def _flat(
                 name = hits[0]
             shape = trainable[name].shape
             tensors = {k: _slice(v, at, shape) for k, v in state.tensors.items()}
-            out.append((name, _Slot(g, shape, _slice(flat, at, shape), tensors, state.scalars)))
+            out.append((name, _UnnamedParameter(g, shape, _slice(flat, at, shape), tensors, state.scalars)))
             at += numel(shape)
             taken.add(name)
     return out

@@ -36,7 +36,7 @@ MASTERS = "single_partition_of_fp32_groups"
 
 
 @dataclass(frozen=True)
-class Facts:
+class OptimizerContext:
     """What other files say of the optimizer's. offloaded: its states were kept on the host (``offload_optimizer``).
     round_robin: ``param_shapes`` has a group's parameters in that order, which is not the optimizer's."""
 
@@ -50,7 +50,7 @@ def read(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]],
     groups: list[dict[str, Shape]],
     aliases: Mapping[str, list[str]],
-    facts: Facts,
+    facts: OptimizerContext,
 ) -> list[ParamGroup]:
     """Enter all trainable parameters. ``optim`` is each rank's path and its ``optimizer_state_dict``."""
     for path, sd in optim.values():
@@ -81,7 +81,7 @@ def _read_group(
     shapes: Mapping[str, Shape],
     rank: int,
     aliases: Mapping[str, list[str]],
-    facts: Facts,
+    facts: OptimizerContext,
 ) -> None:
     """Enter the parameters of one flat buffer, which is cut over these files; rank: the expert-parallel one."""
     dp = len(optim)

@@ -17,7 +17,7 @@ from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import numel, restrict
 from ucp.parallel.mesh import Layout
-from ucp.spec.experts import Experts, counts, expert_of, holders
+from ucp.spec.experts import Experts, counts, data_ranks, expert_of
 from ucp.storage.torch_pt.writer import Placeholder
 from ucp.transfer.targets import TargetFile
 
@@ -48,9 +48,9 @@ class Spread:
     def held(self, layer: str) -> int:
         return self.totals[layer] // self.layout.ep
 
-    def holders(self, rank: int) -> range:
+    def data_ranks(self, rank: int) -> range:
         """The data-parallel ranks of an expert-parallel one."""
-        return holders(rank, self.layout.dp, self.layout.ep, self.data_first)
+        return data_ranks(rank, self.layout.dp, self.layout.ep, self.data_first)
 
     def entries(self, rank: int, data_rank: int) -> dict[str, Any]:
         """What a model file says of the experts; rank: the expert-parallel one of the data-parallel rank."""
@@ -82,7 +82,7 @@ class Spread:
             "checkpoint_format_version": 1 if partitioned else None,
             "ep_group_name": f"ep_size_{ep}",
             "ep_rank": rank,
-            "expert_data_parallel_rank": self.holders(rank).index(data_rank),
+            "expert_data_parallel_rank": self.data_ranks(rank).index(data_rank),
             "expert_data_parallel_world_size": self.layout.dp // ep,
             "global_expert_start": rank * held,
             "global_expert_end": (rank + 1) * held,

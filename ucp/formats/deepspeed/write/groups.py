@@ -11,7 +11,7 @@ import numpy as np
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write.config import EngineConfig
-from ucp.formats.shared.torch_files import FileBuilder, Piece
+from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
 from ucp.storage.dtypes import itemsize
@@ -178,9 +178,9 @@ def partition(file: FileBuilder, flat: Flat, state: str, dtype: str, rank: int, 
     if state in flat.whole_states:
         held = [tensors[name, state] for name, _ in flat.held(rank)]
         offsets, total = zero.flat_offsets([numel(tensor.shape) for tensor in held])
-        placed = [Piece(t, whole(t.shape, at)) for t, at in zip(held, offsets, strict=True)]
+        placed = [PlaceholderPiece(t, whole(t.shape, at)) for t, at in zip(held, offsets, strict=True)]
         return file.tensor((total,), dtype, placed)
-    pieces = [Piece(tensors[name, state], blocks) for name, blocks in flat.held(rank)]
+    pieces = [PlaceholderPiece(tensors[name, state], blocks) for name, blocks in flat.held(rank)]
     return file.tensor((flat.lean[rank] if trimmed else flat.size,), dtype, pieces)
 
 

@@ -22,7 +22,7 @@ from ucp.formats.deepspeed.write.config import EngineConfig, engine_config, loss
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.formats.shared.renaming import best_names
-from ucp.formats.shared.torch_files import FileBuilder, Piece
+from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
@@ -79,7 +79,7 @@ def plan(
             catalog if bound is None or layout.tp == 1 else tp_slices.sliced(source, bound, layout, rank, config.autotp)
         )
         if stages is None:
-            files += _share_files(Share(rank, own), config, layout)
+            files += _share_files(ModelRank(rank, own), config, layout)
             continue
         if bound is not None:
             own = best_names(own, bound, pipeline.is_name)
@@ -88,12 +88,12 @@ def plan(
         files += pipeline.layer_files(own, stages, lambda file, info: _weight(file, config, info), suffix)
         for stage in range(layout.pp):
             share = pipeline.share(own, stages, stage)
-            files += _share_files(Share(stage * layout.tp + rank, share, in_layers=True), config, layout)
+            files += _share_files(ModelRank(stage * layout.tp + rank, share, in_layers=True), config, layout)
     return files
 
 
 @dataclass(frozen=True)
-class Share:
+class ModelRank:
     """What one model-parallel rank's files hold. number: its number in their names. catalog: its own tensors, under its
     own names. in_layers: its weights are in layer files. spread: of its experts, and rank: which of them these are."""
 
@@ -108,7 +108,7 @@ class Share:
         return self.spread is not None and bool(self.spread.layer_of(name))
 
 
-def _share_files(share: Share, config: EngineConfig, layout: Layout) -> list[TargetFile]:
+def _share_files(share: ModelRank, config: EngineConfig, layout: Layout) -> list[TargetFile]:
     if layout.zero == 0:
         return [_stage0(share, config, layout)]
     cut = flats(share.catalog, config, range(layout.dp))
@@ -121,13 +121,13 @@ def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout, spread
     """A model with experts: their own files, and the rest from the view of each expert-parallel rank."""
     out = experts.files(catalog, spread, lambda file, info: _weight(file, config, info))
     for rank in range(layout.ep):
-        share = Share(0, experts.of_rank(catalog, spread, rank), spread=spread, rank=rank)
+        share = ModelRank(0, experts.of_rank(catalog, spread, rank), spread=spread, rank=rank)
         if layout.zero == 0:
             out += [_stage0(share, config, layout)] if rank == 0 else []
             file = FileBuilder(f"expp_rank_{rank}_mp_rank_00_optim_states.pt", share.catalog)
             out.append(file.finish({"optimizer": _stage0_optimizer(file, config)}))
             continue
-        mine = spread.holders(rank)
+        mine = spread.data_ranks(rank)
         cut = flats(share.catalog, config, range(layout.dp), mine)
         with_model = mine if layout.zero == 3 else [r for r in mine if r == 0]
         out += [_model_file(share, config, layout, data_rank, cut) for data_rank in with_model]
@@ -154,7 +154,7 @@ def check_groups(catalog: Catalog) -> None:
 # --- model files -----------------------------------------------------------------------------------------------------
 
 
-def _model_files(share: Share, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
+def _model_files(share: ModelRank, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
     """One file; at stage 3, where each rank holds its pieces of the frozen parameters, one for every rank."""
     if layout.zero < 3:
         return [_model_file(share, config, layout, 0, cut)]
@@ -165,12 +165,12 @@ def _model_files(share: Share, config: EngineConfig, layout: Layout, cut: Sequen
     return out + [replace(out[1], name=_model_name(share, layout, rank)) for rank in range(2, layout.dp)]
 
 
-def _model_name(share: Share, layout: Layout, rank: int) -> str:
+def _model_name(share: ModelRank, layout: Layout, rank: int) -> str:
     prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
     return f"{prefix}mp_rank_{share.number:02d}_model_states.pt"
 
 
-def _model_file(share: Share, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+def _model_file(share: ModelRank, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
     catalog = share.catalog
     file = FileBuilder(_model_name(share, layout, rank), catalog)
     frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
@@ -283,7 +283,7 @@ def _frozen(
     tensor = file.catalog.tensors[info.name, PARAM]
     blocks = zero.ceil_partition(info.shape, 0, layout.dp)
     mine = blocks.take(blocks.buffers == rank).in_buffer(0)
-    return file.tensor((zero.ceil_size(numel(info.shape), layout.dp),), tensor.dtype, [Piece(tensor, mine)])
+    return file.tensor((zero.ceil_size(numel(info.shape), layout.dp),), tensor.dtype, [PlaceholderPiece(tensor, mine)])
 
 
 def _shared(catalog: Catalog) -> dict[str, str]:
@@ -294,7 +294,9 @@ def _shared(catalog: Catalog) -> dict[str, str]:
 # --- optimizer files -------------------------------------------------------------------------------------------------
 
 
-def _optimizer_file(share: Share, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+def _optimizer_file(
+    share: ModelRank, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]
+) -> TargetFile:
     prefix = "bf16_" if config.dtype == "bfloat16" else ""
     name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{share.number:02d}_optim_states.pt"
     file = FileBuilder(name, share.catalog)
@@ -401,7 +403,7 @@ def _address(count: int, start: int) -> Standin:
 # --- stage 0 ---------------------------------------------------------------------------------------------------------
 
 
-def _stage0(share: Share, config: EngineConfig, layout: Layout) -> TargetFile:
+def _stage0(share: ModelRank, config: EngineConfig, layout: Layout) -> TargetFile:
     """Everything in one file. In low precision DeepSpeed wraps the optimizer: FusedAdam by flat masters, others not."""
     file = FileBuilder(_model_name(share, layout, 0), share.catalog)
     return file.finish(

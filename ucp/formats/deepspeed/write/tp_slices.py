@@ -69,8 +69,8 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
             continue
         if shape_of(expression, bound.sizes) != info.shape:
             raise Mismatch(
-                f"{expression.source.place}: '{expression}' makes '{name}' {list(shape_of(expression, bound.sizes))}, "
-                f"and the checkpoint has {list(info.shape)}"
+                f"{expression.source.position}: '{expression}' makes '{name}' {list(shape_of(expression, bound.sizes))}"
+                f", and the checkpoint has {list(info.shape)}"
             )
         cutting = Cutting({"tp": layout.tp}, rule, padded=_padded(catalog, expression, name))
         mine = shard(expression, bound.sizes, cutting, {"tp": rank}, keep_padding=True)

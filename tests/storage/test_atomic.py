@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from ucp.errors import DestinationError
-from ucp.storage import commit
-from ucp.storage.commit import check_destination, staged, write_atomic
+from ucp.storage import atomic
+from ucp.storage.atomic import check_destination, staged, write_atomic
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -75,7 +75,7 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_replaced_folder_is_gone(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:  # as on systems without renameat2
-        monkeypatch.setattr(commit, "_rename_with", lambda *args: False)
+        monkeypatch.setattr(atomic, "_rename_with", lambda *args: False)
     dest = tmp_path / "ckpt"
     dest.mkdir()
     fill(dest, "old")
@@ -181,7 +181,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
 
 VICTIM = """
 import sys, time
-from ucp.storage.commit import staged
+from ucp.storage.atomic import staged
 with staged(sys.argv[1], needed_bytes=0, replace=True) as temporary:
     (temporary / "half").write_text("x")
     print(temporary, flush=True)
@@ -223,7 +223,7 @@ def test_a_killed_process_leaves_the_old_state_and_its_rest_is_swept(tmp_path: P
 def test_death_between_two_renames_is_repaired(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as dead:
         pass
-    old = tmp_path / f".ucp-old-ckpt-{dead.pid}-{commit._place_of_process()}01234567"
+    old = tmp_path / f".ucp-old-ckpt-{dead.pid}-{atomic._machine_of_process()}01234567"
     old.mkdir()
     fill(old, "old")
     with pytest.raises(RuntimeError), staged(tmp_path / "ckpt", needed_bytes=0, replace=True):
@@ -235,7 +235,7 @@ def test_death_between_two_renames_is_repaired(tmp_path: Path) -> None:
 def test_everything_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dest = tmp_path / "ckpt"
     events: list[str] = []
-    real_fsync, real_publish = os.fsync, commit._publish
+    real_fsync, real_publish = os.fsync, atomic._publish
 
     def fsync(fd: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
@@ -246,7 +246,7 @@ def test_everything_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch:
         real_publish(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(commit, "_publish", publish)
+    monkeypatch.setattr(atomic, "_publish", publish)
     with staged(dest, needed_bytes=0) as temporary:
         fill(temporary, "x")
     before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]
@@ -295,11 +295,11 @@ def test_space_is_counted_where_the_folder_will_be(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_reserved_for_a_process_stays_while_that_lives(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    reserved = commit.reserve(tmp_path / "new", process=process.pid)
-    other = commit.reserve(tmp_path / "other")
+    reserved = atomic.reserve(tmp_path / "new", process=process.pid)
+    other = atomic.reserve(tmp_path / "other")
     assert reserved.is_dir()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and its number still taken
-    third = commit.reserve(tmp_path / "third", keep=[other.name])
+    third = atomic.reserve(tmp_path / "third", keep=[other.name])
     assert {path.name for path in tmp_path.iterdir()} == {other.name, third.name}
     process.communicate()

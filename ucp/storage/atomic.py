@@ -124,7 +124,7 @@ def discard(temporary: Path) -> None:
 
 
 def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: float) -> None:
-    here = _place_of_process()
+    here = _machine_of_process()
     for entry in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
         if match is None or entry.is_symlink() or entry.name in keep:
@@ -205,7 +205,7 @@ def sync_tree(folder: Path) -> None:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _place_of_process() -> str:
+def _machine_of_process() -> str:
     # A process number means something only on its machine, and there within its container.
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -216,7 +216,7 @@ def _place_of_process() -> str:
 
 def _temporary_name(target: Path, process: int | None = None) -> Path:
     process = process or os.getpid()
-    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_place_of_process()}{secrets.token_hex(4)}")
+    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_machine_of_process()}{secrets.token_hex(4)}")
 
 
 def _make_temporary(target: Path, process: int | None = None) -> Path:
@@ -251,7 +251,7 @@ def _make_parents(parent: Path) -> list[Path]:
 def _sweep(target: Path) -> None:
     """Remove what processes that died have left of commits to this destination."""
     pattern = re.compile(rf"\.ucp-(tmp|old)-{re.escape(target.name)}-(\d+)-([0-9a-f]{{8}})[0-9a-f]{{8}}")
-    here = _place_of_process()
+    here = _machine_of_process()
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
         if match is None or entry.is_symlink():
