@@ -18,7 +18,8 @@ from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.arithmetic import Formula
 from ucp.spec.grammar import Expression
 from ucp.spec.patterns import Pattern, Template
-from ucp.spec.positions import Position, SpecError, SpecText, suggestion
+from ucp.spec.positions import Position, SpecError, suggestion
+from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
@@ -98,80 +99,15 @@ class Spec:
 
 def load(path: str | os.PathLike[str]) -> Spec:
     """Read a spec's file. Raises SpecError, which points at the first thing that is wrong, and OSError."""
-    with open(path, encoding="utf-8") as stream:
-        try:
-            text = stream.read()
-        except UnicodeDecodeError as error:
-            raise SpecError(
-                Position(os.fspath(path), 1, 1), f"not UTF-8 text ({error.reason} at byte {error.start})"
-            ) from None
-    return loads(text, os.fspath(path))
+    return loads(read_text(path), os.fspath(path))
 
 
 def loads(text: str, file: str = "spec") -> Spec:
     """Read a spec from its text; ``file`` names it in refusals."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        position = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file, 1, 1)
-        words = " ".join(str(w) for w in (error.context, error.problem) if w)
-        raise SpecError(
-            position, f"not YAML: {words}; put quotes around names and expressions with special signs"
-        ) from None
-    except RecursionError:
-        raise SpecError(Position(file, 1, 1), "nested too deep to be a spec") from None
-    except yaml.YAMLError as error:
-        raise SpecError(Position(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
-    return _SpecReader(file).spec(root)
+    return _SpecReader(file).spec(compose(text, file))
 
 
-@dataclass(frozen=True)
-class _YamlEntry:
-    key: SpecText
-    value: yaml.Node
-
-
-class _SpecReader:
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.depth = 0
-
-    def position(self, node: yaml.Node) -> Position:
-        return Position(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
-
-    def refuse(self, node: yaml.Node, message: str) -> SpecError:
-        return SpecError(self.position(node), message)
-
-    def text(self, node: yaml.Node, what: str) -> SpecText:
-        """A scalar as it stands, and where its first character is."""
-        if not isinstance(node, yaml.ScalarNode):
-            raise self.refuse(node, f"{what} must be a text")
-        position = self.position(node)
-        return SpecText(node.value, position.right(1) if node.style in ('"', "'") else position)
-
-    def entries(self, node: yaml.Node | None, what: str, allowed: tuple[str, ...] = ()) -> Iterator[_YamlEntry]:
-        if not isinstance(node, yaml.MappingNode):
-            if node is None:
-                raise SpecError(
-                    Position(self.file, 1, 1), f"{what} is empty; it must be a mapping, 'name: value' in each line"
-                )
-            raise self.refuse(node, f"{what} must be a mapping, 'name: value' in each line")
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            source = self.text(key, f"a key of {what}")
-            if allowed and source.text not in allowed:
-                raise source.refuse(
-                    (0, len(source.text)), f"'{source.text}' is no part of {what}{suggestion(source.text, allowed)}"
-                )
-            if source.text in seen:
-                raise source.refuse(
-                    (0, len(source.text)),
-                    f"'{source.text}' is given twice in {what}, first in line {seen[source.text]}",
-                )
-            seen[source.text] = source.position.line
-            yield _YamlEntry(source, value)
-
+class _SpecReader(YamlReader):
     def spec(self, root: yaml.Node | None) -> Spec:
         parts = {e.key.text: e.value for e in self.entries(root, "a spec", _SECTIONS)}
         start = Position(self.file, 1, 1)
@@ -202,7 +138,7 @@ class _SpecReader:
         _check(spec)
         return spec
 
-    def section(self, parts: Mapping[str, yaml.Node], name: str) -> Iterator[_YamlEntry]:
+    def section(self, parts: Mapping[str, yaml.Node], name: str) -> Iterator[YamlEntry]:
         return self.entries(parts[name], f"{name}:") if name in parts else iter(())
 
     def models(self, node: yaml.Node) -> tuple[str, ...]:
@@ -222,7 +158,7 @@ class _SpecReader:
         except (yaml.YAMLError, ValueError):
             raise self.refuse(node, f"'{node.value}' can't be read as {node.tag.rpartition(':')[2]}") from None
 
-    def size(self, entry: _YamlEntry) -> Formula:
+    def size(self, entry: YamlEntry) -> Formula:
         name = entry.key
         if not _NAME.fullmatch(name.text) or name.text in grammar.RESERVED:
             why = "is a word of the language" if name.text in grammar.RESERVED else "is no name (letters, digits and _)"
@@ -238,7 +174,7 @@ class _SpecReader:
             raise source.refuse((0, len(source.text)), f"{what} is true or false")
         return source.text == "true"
 
-    def unknown(self, entry: _YamlEntry) -> Unknown | None:
+    def unknown(self, entry: YamlEntry) -> Unknown | None:
         """The line if it is marked as unknown."""
         if not isinstance(entry.value, yaml.MappingNode) or len(entry.value.value) != 1:
             return None
@@ -247,7 +183,7 @@ class _SpecReader:
             return None
         return Unknown(patterns.parse(entry.key), self.text(why, "unknown").text)
 
-    def line(self, entry: _YamlEntry) -> Line:
+    def line(self, entry: YamlEntry) -> Line:
         pattern = patterns.parse(entry.key)
         if not isinstance(entry.value, yaml.MappingNode):
             return Line(pattern, grammar.parse(self.text(entry.value, "an expression")))
@@ -265,7 +201,7 @@ class _SpecReader:
             self.boolean(more["optional"], "optional") if "optional" in more else False,
         )
 
-    def tie(self, entry: _YamlEntry) -> Tie:
+    def tie(self, entry: YamlEntry) -> Tie:
         pattern = patterns.parse(entry.key)
         when = None
         if isinstance(entry.value, yaml.MappingNode):
@@ -280,10 +216,10 @@ class _SpecReader:
         _known_captures(to, pattern.captures)
         return Tie(pattern, to, when)
 
-    def renamings(self, entry: _YamlEntry) -> tuple[Renaming, ...]:
+    def renamings(self, entry: YamlEntry) -> tuple[Renaming, ...]:
         return tuple(self.renaming(e) for e in self.entries(entry.value, f"names: {entry.key.text}"))
 
-    def renaming(self, entry: _YamlEntry) -> Renaming:
+    def renaming(self, entry: YamlEntry) -> Renaming:
         pattern = patterns.parse(entry.key)
         if not isinstance(entry.value, yaml.MappingNode):
             to = patterns.template(self.text(entry.value, "the parameter that it renames"))
