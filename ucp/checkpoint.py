@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import difflib
 import gc
-import logging
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, Train
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.spec.select import Choice, choose
 from ucp.storage import locations
 from ucp.storage.digests import verify_range
@@ -42,7 +42,7 @@ from ucp.transfer.gather import Reader, Want, gather
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LATEST = "latest"
 

@@ -9,7 +9,6 @@ whatever fails, the destination is as it was, and the same conversion continues 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsuppo
 from ucp.formats.shared import shards
 from ucp.formats.universal import consolidated, manifest, training, virtual
 from ucp.parallel.mesh import Layout, parse_layout
+from ucp.printable import logger
 from ucp.spec.select import Choice, choose
 from ucp.storage import configs, locations, names
 from ucp.storage.atomic import check_destination
@@ -42,7 +42,7 @@ from ucp.transfer.windows import budget, check_files
 from ucp.transfer.write import Progress
 from ucp.version import version
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Space kept free for folders and the file system's own bookkeeping.
 _SLACK = 1 << 20

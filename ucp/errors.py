@@ -6,9 +6,17 @@ line catches `UcpError` (exit code 2) and prints its message; any other exceptio
 
 from __future__ import annotations
 
+from ucp.printable import line
+
 
 class UcpError(Exception):
-    """The base of all errors that the input, the arguments or the environment are at fault for."""
+    """The base of all errors that the input, the arguments or the environment are at fault for.
+
+    Its text is one line: control characters in what it quotes are escaped (`ucp.printable`).
+    """
+
+    def __str__(self) -> str:
+        return line(super().__str__())
 
 
 class NotACheckpoint(UcpError):

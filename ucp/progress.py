@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-log = logging.getLogger(__name__)
+from ucp.printable import line, logger
+
+log = logger(__name__)
 
 LOG_EVERY = 15.0
 PATIENCE = 1.0
@@ -130,7 +132,7 @@ def _in_the_log(text: str) -> None:
 
 
 def _on_stderr(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{line(text)}\n")
     sys.stderr.flush()
 
 

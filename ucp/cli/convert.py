@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ucp import printable
 from ucp.cli import run
 from ucp.parallel.mesh import parse_layout
 from ucp.progress import ProgressBar
@@ -134,9 +134,9 @@ def _convert(args: argparse.Namespace) -> int:
     if not team.leads:
         return run.DONE
     if args.json:
-        sys.stdout.write(json.dumps({"schema": SCHEMA, **dataclasses.asdict(report)}) + "\n")
+        sys.stdout.write(printable.dumps({"schema": SCHEMA, **dataclasses.asdict(report)}) + "\n")
     elif not args.quiet:
-        sys.stdout.write(f"{report}\n")
+        sys.stdout.write(f"{printable.line(str(report))}\n")
     return run.DONE
 
 

@@ -1,13 +1,17 @@
-"""Results on stdout: tables for people on a terminal, lines with tabs for programs in a pipe, JSON on request."""
+"""Results on stdout: tables for people on a terminal, lines with tabs for programs in a pipe, JSON on request.
+
+What a checkpoint says is escaped here, entry by entry (`ucp.printable`), so that no entry makes a column or a line.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from ucp.printable import dumps, line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +33,28 @@ class Output:
     def result(self, as_json: Callable[[], Mapping[str, Any]]) -> bool:
         """Print the JSON form if that is asked for; True if nothing else is to be printed."""
         if self._json:
-            sys.stdout.write(json.dumps(as_json(), allow_nan=False, default=str) + "\n")
+            sys.stdout.write(dumps(as_json()) + "\n")
         return self._json or self._quiet
 
     def title(self, text: str) -> None:
-        self._line(self._marked(text, "1"))
+        self._line(self._marked(line(text), "1"))
 
     def good(self, text: str) -> None:
-        self._line(self._marked(text, "32"))
+        self._line(self._marked(line(text), "32"))
 
     def bad(self, text: str) -> None:
-        self._line(self._marked(text, "31"))
+        self._line(self._marked(line(text), "31"))
 
     def facts(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Names and values."""
-        width = max((len(name) for name, _ in pairs), default=0)
-        for name, value in pairs:
+        shown = [(line(name), line(value)) for name, value in pairs]
+        width = max((len(name) for name, _ in shown), default=0)
+        for name, value in shown:
             self._line(f"  {self._marked(name.ljust(width), '2')}  {value}" if self.people else f"{name}\t{value}")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         """Rows of columns; those numbered in ``right`` are set to the right. The head is for people only."""
+        rows = [tuple(map(line, row)) for row in rows]
         if not self.people:
             for row in rows:
                 self._line("\t".join(row))
@@ -63,7 +69,7 @@ class Output:
     def note(self, text: str) -> None:
         """A line for people only."""
         if self.people:
-            self._line(self._marked(text, "2"))
+            self._line(self._marked(line(text), "2"))
 
     def _marked(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text

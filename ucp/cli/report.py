@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ucp import printable
 from ucp.cli import run, source
 from ucp.progress import ProgressBar
 
@@ -48,5 +49,5 @@ def command(args: argparse.Namespace) -> int:
             progress=bar,
         )
     if not out.result(written.as_json):
-        sys.stdout.write(f"{written}\n")
+        sys.stdout.write(f"{printable.line(str(written))}\n")
     return run.DONE

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ucp import printable
 from ucp.errors import BadArgument, UcpError
 
 DONE, NO, AT_FAULT, INTERNAL = 0, 1, 2, 3
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(AT_FAULT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(AT_FAULT, f"{self.prog}: error: {printable.line(message)} (see {self.prog} --help)\n")
 
 
 class Version(argparse.Action):
@@ -105,7 +106,8 @@ def guarded(program: str, job: Callable[[], int], debug: bool) -> int:
         if debug:
             logging.getLogger(program).debug("traceback", exc_info=True)
         hint = "" if debug else " (run again with --debug for where it happened, and report it)"
-        say(f"{program}: internal error: {type(error).__name__}: {error}{hint}")
+        text = " ".join(str(error).splitlines())  # other libraries' messages may have several lines
+        say(f"{program}: internal error: {type(error).__name__}: {text}{hint}")
         return INTERNAL
 
 
@@ -125,10 +127,12 @@ class _OneLine(logging.Formatter):
         self._program = program
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{self._program}: {record.levelname.lower()}: {record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        text = printable.line(f"{self._program}: {record.levelname.lower()}: {record.getMessage()}")
+        if not record.exc_info:
+            return text
+        return f"{text}\n{printable.lines(self.formatException(record.exc_info))}"
 
 
 def say(line: str) -> None:
-    """A line on stderr; a message of several lines is joined, so that it stays one."""
-    sys.stderr.write(" ".join(line.splitlines()) + "\n")
+    """A line on stderr, whatever the message quotes."""
+    sys.stderr.write(printable.line(line) + "\n")

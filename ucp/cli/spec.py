@@ -6,12 +6,11 @@ Also ``python -m ucp.cli.spec``. Nothing heavy is imported before the arguments 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ucp import printable
 from ucp.cli import run
 from ucp.errors import BadArgument
 from ucp.storage import configs
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ucp.spec.language import Line, Spec
 
 PROGRAM = "ucp-spec"
-log = logging.getLogger(PROGRAM)
+log = printable.logger(PROGRAM)
 
 _EPILOG = """\
 examples:
@@ -98,7 +97,7 @@ def _refused(errors: Sequence[Any]) -> int:
     for error in errors[:20]:
         run.say(f"{PROGRAM}: error: {error}")
         if error.picture:
-            sys.stderr.write(error.picture + "\n")
+            sys.stderr.write(printable.lines(error.picture) + "\n")
     if len(errors) > 20:
         run.say(f"{PROGRAM}: error: and {len(errors) - 20} more of these")
     return run.AT_FAULT
@@ -106,9 +105,9 @@ def _refused(errors: Sequence[Any]) -> int:
 
 def _print(args: argparse.Namespace, result: Mapping[str, Any], lines: Sequence[str]) -> None:
     if args.json:
-        sys.stdout.write(json.dumps({"schema": f"ucp.spec-{args.command}/1", **result}) + "\n")
+        sys.stdout.write(printable.dumps({"schema": f"ucp.spec-{args.command}/1", **result}) + "\n")
     elif not args.quiet:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.write("".join(f"{printable.line(line)}\n" for line in lines))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import difflib
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ import hjson  # DeepSpeed's own requirement, and its way to read config files
 
 from ucp.errors import BadArgument
 from ucp.loading.exchange import ADAPTIVE
+from ucp.printable import logger
 from ucp.saving.background import POLICIES
 from ucp.saving.staging import MEMORY
 from ucp.spec.select import Choice, choose
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

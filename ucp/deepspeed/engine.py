@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
@@ -23,12 +22,13 @@ from ucp.job.timings import record_load, record_save
 from ucp.loading.load import LoadReport, load
 from ucp.loading.match import Wish
 from ucp.loading.spec_names import config_of, in_names_of
+from ucp.printable import logger
 from ucp.progress import tell
 from ucp.saving.background import Saver
 from ucp.saving.save import SaveReport
 from ucp.storage import locations
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class EngineUcp:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +11,11 @@ from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.live.hold import hold_updates, let_forward_go
 from ucp.deepspeed.supported import check_features
 from ucp.job import ranks
+from ucp.printable import logger
 from ucp.saving.retention import Keep
 from ucp.saving.save import save
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def save_checkpoint(

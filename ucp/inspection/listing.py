@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 from ucp import checkpoint, formats
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
+from ucp.printable import logger
 from ucp.storage import locations
 
 SCHEMA = "ucp.ls/1"
 LEFTOVER = ".ucp-"
 """What the hidden folders of unfinished saves and conversions begin with (`ucp.storage.atomic`)."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from typing import Any
 from ucp.errors import SaveFailed
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
+from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.retention import Keep
 from ucp.saving.save import SaveReport, prepare
@@ -37,7 +38,7 @@ from ucp.saving.source import Source
 from ucp.saving.staging import MEMORY, Copying, Pool
 from ucp.saving.writer import Share, WriteJob, WriterLost, WriterProcess
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 POLICIES = ("wait", "skip")
 

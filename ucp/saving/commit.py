@@ -13,7 +13,6 @@ next save removes it.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import secrets
@@ -27,11 +26,12 @@ from ucp import errors, formats
 from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
+from ucp.printable import logger
 from ucp.saving.retention import Keep, prune
 from ucp.storage import atomic, locations, names
 from ucp.storage.locations import is_remote, locate
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 TIMEOUT = 1800.0
 """Seconds that the first rank waits for the others' receipts."""

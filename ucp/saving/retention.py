@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from pathlib import Path
 
 from ucp.checkpoint import LATEST
 from ucp.formats.universal import manifest
+from ucp.printable import logger
 from ucp.storage import atomic, locations
 from ucp.storage.locations import locate
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

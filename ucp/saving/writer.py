@@ -37,11 +37,12 @@ from ucp.errors import SaveFailed
 from ucp.formats.universal import fragmented
 from ucp.formats.universal.fragmented import Identity
 from ucp.job.stopwatch import Stopwatch
+from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.share import write_file, write_windows
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

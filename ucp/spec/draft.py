@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ucp import printable
 from ucp.errors import Unsupported
 from ucp.spec.language import VERSION
 
@@ -101,7 +102,7 @@ def write(
     """
     patterns = _patterns(lines, captures)
     open_ones = [p for p, line in patterns.items() if isinstance(line, Pending)]
-    out = [f"# {line}" for line in head]
+    out = [f"# {printable.line(line)}" for line in head]
     if open_ones:
         out.append(f"# {len(open_ones)} lines are marked unknown. The spec can't be used before they are written.")
     out += [f"ucp: {VERSION}", f"model: {_quoted(model)}"]

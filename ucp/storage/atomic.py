@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import re
 import secrets
@@ -22,8 +21,9 @@ from pathlib import Path
 import xxhash
 
 from ucp.errors import DestinationError
+from ucp.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1

@@ -12,18 +12,18 @@ The file lies in the folder of checkpoints, not in a checkpoint, whose files are
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ucp.printable import logger
 from ucp.storage import locations
 
 NAME = "ucp-metrics.jsonl"
 SCHEMA = "ucp.metrics/1"
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ucp.errors import DestinationError, ProcessLost
+from ucp.printable import logger
 from ucp.storage.atomic import staged, sync_tree
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 CHECKPOINT, JOURNAL, TEAM = "checkpoint", "journal", "team"
 _IDENTITY, _LOCK = "identity", "lock"

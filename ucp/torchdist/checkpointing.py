@@ -15,7 +15,6 @@ saved here resumes under DeepSpeed.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
 from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of, under_spec
+from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.background import Saver
 from ucp.saving.save import SaveReport
@@ -46,7 +46,7 @@ from ucp.torchdist.source import make_source
 from ucp.torchdist.state_dicts import flatten, unwrap
 from ucp.torchdist.target import StateDictReport, load_into
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 __all__ = ["PendingSave", "TrainingReport", "async_save", "load", "load_training", "save", "save_training"]
 

@@ -14,7 +14,6 @@ have changed others, and of a plain tensor that ranks have each for themselves o
 from __future__ import annotations
 
 import io
-import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from ucp.formats.shared.roles import PARAM, VALUES, StateEntry, assign
 from ucp.job import ranks
 from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of, under_spec
+from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.save import write_share
@@ -47,7 +47,7 @@ from ucp.torchdist.source import source_of_entries
 from ucp.torchdist.state_dicts import check_tensor
 from ucp.torchdist.target import fill, plan, read
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 __all__ = ["StorageReader", "StorageWriter"]
 

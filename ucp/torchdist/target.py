@@ -8,7 +8,6 @@ saved them matters.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -29,6 +28,7 @@ from ucp.loading.host_memory import Memory
 from ucp.loading.load import reading_threads
 from ucp.loading.match import OWN_OPTIONS
 from ucp.loading.name_match import match
+from ucp.printable import logger
 from ucp.progress import watching
 from ucp.storage.dtypes import from_torch
 from ucp.storage.files import Files
@@ -36,7 +36,7 @@ from ucp.torchdist.dtensors import blocks_of, local_tensor
 from ucp.torchdist.state_dicts import flatten, put
 from ucp.transfer.gather import EXACT, Reader, Want, gather
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SHOWN = 8
 ALIGNMENT = 64  # bytes, of the tensors in the memory that they are read into

@@ -14,7 +14,6 @@ communication is needed. Process 0 leads:
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import secrets
@@ -28,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import BadArgument, ProcessLost, UcpError
+from ucp.printable import logger
 from ucp.storage.atomic import write_atomic
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # (number of this process, number of processes) as launchers tell them. SLURM_STEP_*: the allocation's own variables
 # are set for the script of a batch job too, which is one process.

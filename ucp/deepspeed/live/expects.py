@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from ucp.loading.target import Group
+from ucp.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # DeepSpeed's own optimizers (deepspeed/ops/*): states that have the parameter's shape.
 _DEEPSPEED = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,10 +15,11 @@ from ucp.geometry import empty
 from ucp.job import ranks
 from ucp.loading.target import Group, Slot
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.saving.source import Holding, Source
 from ucp.storage.dtypes import itemsize
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # A loss scaler's attributes at stage 0 (runtime/fp16/loss_scaler.py: LossScaleConfig), which has others too.
 _STAGE0_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")

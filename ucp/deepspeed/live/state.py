@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from ucp.catalog import TrainingState
 from ucp.deepspeed.live import generators
 from ucp.errors import Mismatch
 from ucp.job import ranks
+from ucp.printable import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # What a loss scaler has come to; the rest of its attributes are configuration and stay the target's.
 _SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

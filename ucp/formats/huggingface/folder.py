@@ -7,7 +7,6 @@ transformers writes one file, ``model.safetensors`` or ``pytorch_model.bin``, or
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.printable import logger
 from ucp.storage import configs, locations, safetensors
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _NUMBERED = re.compile(r"(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +10,14 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.geometry import box, numel
+from ucp.printable import logger
 from ucp.spec.bound import Bound
 from ucp.spec.foreign_names import is_about
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader, Want, gather
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FRAMEWORK = "huggingface"
 """The section under ``names:`` of a spec that says what a family's files call its parameters."""

@@ -6,7 +6,6 @@ Tied parameters are stored once, where the config ties them.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,13 +19,14 @@ from ucp.formats.huggingface.from_config import FRAMEWORK, with_prefix
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, carried, config_of
 from ucp.formats.shared import shards
 from ucp.formats.shared.renaming import best_names, rename
+from ucp.printable import logger
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import shape_of
 from ucp.spec.select import Choice
 from ucp.storage import configs
 from ucp.transfer.targets import TargetFile
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 DTYPES: Mapping[str, str] = {
     "bf16": "bfloat16",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ucp import checkpoint
+from ucp import checkpoint, printable
 from ucp.errors import DestinationError
 from ucp.inspection.planning import plan
 from ucp.inspection.report.data import report_data, timings_of
@@ -79,7 +79,7 @@ def write_report(
 
 def render(data: Mapping[str, Any]) -> str:
     """The page for this data."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(printable.data(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
     # In a script element "</" would end it and "<!--" begin a comment; JSON has no "<" of its own.
     parts = {
         "/*style*/": (_HERE / "report.css").read_text(encoding="utf-8"),

@@ -6,7 +6,6 @@ rounded once, and kept in the catalog itself; such parameters are few and small.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,13 +17,14 @@ from ucp.errors import Unsupported
 from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import numel, whole
 from ucp.parallel.mesh import Coordinate, Layout
+from ucp.printable import logger
 from ucp.spec.placement import Placements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.storage.rounding import round_to
 from ucp.transfer.gather import Reader, Want, gather
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 

@@ -8,7 +8,6 @@ in a warning.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -18,10 +17,11 @@ from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.read.builder import Builder, rounds_to
 from ucp.geometry import row_major
+from ucp.printable import logger
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Fragments looked at in each file, and elements of each.
 FRAGMENTS = 32

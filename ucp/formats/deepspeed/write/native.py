@@ -8,7 +8,6 @@ DeepSpeed 0.19.8 loads it without this project. Sources of the layout: ``runtime
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.spec.select import Choice
 from ucp.storage.torch_pt.values import Size, Standin
 from ucp.storage.torch_pt.writer import Placeholder
@@ -37,7 +37,7 @@ VERSION = "0.19.8"
 # Nothing is cut but by ZeRO and into stages.
 NO_SPEC = Choice()
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def plan(

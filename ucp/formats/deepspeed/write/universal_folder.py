@@ -16,7 +16,6 @@ weights land on other parameters under ``round_robin_gradients``, and a rank tha
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,12 +28,13 @@ from ucp.formats.deepspeed.write.groups import PARAM, group_options, scalar_valu
 from ucp.formats.deepspeed.write.native import VERSION, check_groups, model_state, partitioned_module, whole_module
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.spec.experts import expert_of
 from ucp.storage import names
 from ucp.storage.torch_pt.values import Size
 from ucp.transfer.targets import TargetFile
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _ADAM = {"exp_avg", "exp_avg_sq"}
 
