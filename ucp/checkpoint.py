@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
 import gc
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucp import formats
+from ucp import formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
-from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
+from ucp.errors import BadArgument, NotACheckpoint
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
-from ucp.printable import logger
+from ucp.run_folder import nearest
 from ucp.spec.select import Choice, choose
 from ucp.storage import locations
 from ucp.storage.digests import verify_range
@@ -41,10 +40,6 @@ from ucp.transfer.gather import Reader, Want, gather
 
 if TYPE_CHECKING:
     import torch
-
-log = logger(__name__)
-
-LATEST = "latest"
 
 
 class Checkpoint:
@@ -140,7 +135,7 @@ class Checkpoint:
             owner = self.catalog.resolve(name)
         except KeyError:
             everyone = [n for info in self.parameters.values() for n in (info.name, *info.aliases)]
-            raise BadArgument(f"{self.path}: no parameter '{name}'; {_nearest(name, everyone)}") from None
+            raise BadArgument(f"{self.path}: no parameter '{name}'; {nearest(name, everyone)}") from None
         found = self.catalog.tensors.get((owner, state))
         if found is None:
             info = self.parameters[owner]
@@ -170,7 +165,7 @@ class Checkpoint:
 def open(  # noqa: A001 (`ucp.open` is the public name)
     path: str | os.PathLike[str],
     spec: str | os.PathLike[str] | None = None,
-    tag: str | None = None,
+    tag: str | int | None = None,
     *,
     model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -181,9 +176,9 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     """Open a checkpoint, or one of a folder of checkpoints.
 
     path: a checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``): then the one
-    that the file ``latest`` names; where that file or that checkpoint is missing or damaged, the newest whole one, with
-    a logged warning that names it and says why. tag: the one to take, whatever ``latest`` says; a damaged one is an
-    error then.
+    that the file ``latest`` names, and without that file the newest, with a logged line (`ucp.run_folder` has the
+    rules). A damaged one is an error, and so is a ``latest`` that names none. tag: the one to take, whatever ``latest``
+    says; 'newest': the newest whole one, with a logged line that names what is passed over.
     spec: how tensor parallelism cuts the model: a spec's name in the catalogue or its file. Without one: what the
     checkpoint says of itself, then the catalogue's for the model's type; if neither decides, it is refused.
     model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
@@ -206,7 +201,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     return _open(path, tag, options, verify)
 
 
-def open_apart(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
+def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Checkpoint:
     """Open a checkpoint before a spec puts it together: every model-parallel rank's own tensors as they are.
 
     Where the format has such ranks, names are those of `ucp.spec.resolve.apart`. Arguments and errors as for `open`.
@@ -214,12 +209,12 @@ def open_apart(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoi
     return _open(path, tag, {"choice": Choice(apart=True)}, True)
 
 
-def _open(path: str | os.PathLike[str], tag: str | None, options: Mapping[str, Any], verify: bool) -> Checkpoint:
+def _open(path: str | os.PathLike[str], tag: str | int | None, options: Mapping[str, Any], verify: bool) -> Checkpoint:
     folder = locate(path)
     files = Files()
     try:
         with _no_collections():
-            where, catalog = _find(folder, tag, files, options)
+            where, catalog = run_folder.take(folder, tag, lambda path: _read(path, files, options))
     except BaseException as error:
         files.close()
         if isinstance(error, OSError) and locations.is_remote(folder):
@@ -241,74 +236,6 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _find(folder: Path, tag: str | None, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:
-    if tag is not None:
-        return _tagged(folder, tag, files, options)
-    if formats.find(folder) is not None:
-        return folder, _read(folder, files, options)
-    candidates = checkpoints_in(folder)
-    pointer = folder / LATEST
-    if not candidates:
-        reason = f"'{pointer}' names a checkpoint, but none is there: " if locations.is_file(pointer) else ""
-        error = formats.explain_unknown(folder)
-        raise NotACheckpoint(f"{reason}{error}")
-    try:
-        chosen = _latest(pointer, candidates)
-        return chosen, _read(chosen, files, options)
-    except (NotACheckpoint, DamagedCheckpoint) as error:
-        return _newest_whole(candidates, error, files, options)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a checkpoint or a folder of them, by the names in it."""
-    return formats.find(folder) is not None or bool(checkpoints_in(folder))
-
-
-def _tagged(folder: Path, tag: str, files: Files, options: Mapping[str, Any]) -> tuple[Path, Catalog]:
-    if not tag or tag in (".", "..") or "/" in tag or "\0" in tag:
-        raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
-    where = folder / tag
-    if formats.find(where) is None:
-        raise unknown_tag(folder, tag)
-    return where, _read(where, files, options)
-
-
-def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
-    """The error for a tag that no checkpoint in the folder has, with those that there are."""
-    names = [c.name for c in checkpoints_in(folder)]
-    hint = _nearest(tag, names) if names else "there is no checkpoint at all"
-    return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
-
-
-def _latest(pointer: Path, candidates: Sequence[Path]) -> Path:
-    """The checkpoint that ``latest`` names. Raises DamagedCheckpoint where it names none of those that are there."""
-    try:
-        tag = locations.read(pointer).decode("utf-8").strip()
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{pointer}: is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{pointer}: cannot be read: {error}") from error
-    for candidate in candidates:
-        if candidate.name == tag:
-            return candidate
-    raise DamagedCheckpoint(f"{pointer}: names '{tag[:200]}', which is no checkpoint in this folder")
-
-
-def _newest_whole(
-    candidates: Sequence[Path], reason: Exception, files: Files, options: Mapping[str, Any]
-) -> tuple[Path, Catalog]:
-    """The newest checkpoint that can be read, with a warning; ``reason`` is raised where there is none."""
-    for candidate in sorted(candidates, key=written_ns, reverse=True):
-        try:
-            catalog = _read(candidate, files, options)
-        except (NotACheckpoint, DamagedCheckpoint) as error:
-            log.debug("%s is not whole: %s", candidate, error)
-            continue
-        log.warning("taking '%s', the newest whole checkpoint of '%s': %s", candidate.name, candidate.parent, reason)
-        return candidate, catalog
-    raise reason
-
-
 def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
     """The catalog of one checkpoint's folder."""
     reader = formats.find(folder)
@@ -323,23 +250,6 @@ def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
     return reader.read_catalog(folder, files)
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders in this one that are checkpoints; unfinished ones (names with a leading dot) are left out."""
-    try:
-        names = locations.names(folder)
-    except OSError:
-        return []
-    entries = [folder / name for name in names if not name.startswith(".")]
-    # A model folder beside them, which has weights alone, is not one that a run would resume from.
-    others = (None, formats.huggingface)
-    return [e for e in entries if locations.is_folder(e) and formats.find(e) not in others]
-
-
-def written_ns(folder: Path) -> int:
-    """When the newest file of a checkpoint was written."""
-    return locations.newest_ns(folder)
-
-
 def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offsets and sizes. Raises BadArgument for what is no region of the tensor."""
     if isinstance(wanted, slice):
@@ -352,15 +262,6 @@ def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, 
         return region(shape, wanted)
     except (ValueError, TypeError) as error:
         raise BadArgument(f"region of '{name}' (shape {list(shape)}): {error}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    shown = ", ".join(repr(n) for n in known[:3])
-    return f"there are {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
 
 
 def _with_tensors(value: Any, load: Callable[[TensorRef], torch.Tensor]) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ucp import checkpoint, formats
+from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, Unsupported
 from ucp.formats.shared import shards
@@ -125,7 +125,7 @@ def convert(
     model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     virtual: bool = False,
-    tag: str | None = None,
+    tag: str | int | None = None,
     digests: bool = False,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -446,7 +446,7 @@ def _check_replaced(destination: Path, source: Catalog, overwrite: bool) -> None
     """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
     if not overwrite or not os.path.lexists(destination):
         return
-    if not checkpoint.is_checkpoint(destination):
+    if not run_folder.is_checkpoint(destination):
         raise DestinationError(f"{destination}: holds no checkpoint, so it is not replaced; choose another destination")
     inside = os.path.realpath(destination)
     for file in source.files:

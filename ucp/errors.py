@@ -31,6 +31,10 @@ class DigestMismatch(DamagedCheckpoint):
     """Bytes of a file differ from the digest that was recorded when they were written."""
 
 
+class RemovedMeanwhile(DamagedCheckpoint):
+    """The checkpoint's folder was removed while it was read: by a run's ``keep_last``, or by somebody."""
+
+
 class UnsafePickle(UcpError):
     """A pickle names a class or function outside the allow-list; nothing of it was run."""
 

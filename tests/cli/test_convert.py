@@ -95,7 +95,7 @@ def test_warnings_go_to_stderr(source: Path, tmp_path: Path) -> None:
     done = call(tmp_path / "run", tmp_path / "dest")
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
-    assert line.startswith("ucp-convert: warning: taking 'step1', the newest whole checkpoint")
+    assert line.startswith("ucp-convert: warning: taking 'step1', the newest checkpoint")
 
 
 def test_help_is_quick_and_complete() -> None:

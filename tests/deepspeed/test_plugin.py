@@ -133,7 +133,7 @@ class TestFolders:
         for truth, k in zip(found, (2, 0, 1, 0), strict=True):
             assert differences(truths[k], known(truth)) == []
 
-    def test_without_latest_the_newest_whole_one_is_taken_with_a_warning(
+    def test_without_latest_the_newest_is_taken_with_a_warning_and_whole_or_not_at_all(
         self, ranks: RankPool, several: tuple[Path, list[Truth]], tmp_path: Path
     ) -> None:
         folder, truths = several
@@ -141,14 +141,30 @@ class TestFolders:
         (tmp_path / "a" / "latest").unlink()
         found = self.load(ranks, tmp_path / "a")
         assert differences(truths[2], known(found.truth)) == []
-        assert any("taking 'three', the newest whole checkpoint" in w for w in found.warnings)
+        assert any("taking 'three', the newest checkpoint" in w for w in found.warnings)
         part = tmp_path / "a" / "three" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
         stat = part.stat()
         part.write_bytes(part.read_bytes()[:1000])
         os.utime(part, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        found = self.load(ranks, tmp_path / "a")
+        outcome = ranks.attempt(plugin_jobs.load_and_listen, PLAIN, str(tmp_path / "a"), world_size=2)
+        assert {f.type_name for f in outcome.failures} == {"ucp.errors.DamagedCheckpoint"}
+        assert "tag='newest'" in outcome.failures[0].message
+        found = self.load(ranks, tmp_path / "a", "newest")
         assert differences(truths[1], known(found.truth)) == []
-        assert any("taking 'two'" in w for w in found.warnings)
+        assert any("taking 'two', the newest whole checkpoint" in w for w in found.warnings)
+
+    def test_latest_is_read_as_what_it_means(
+        self, ranks: RankPool, several: tuple[Path, list[Truth]], tmp_path: Path
+    ) -> None:
+        folder, truths = several
+        shutil.copytree(folder, tmp_path / "a")
+        (tmp_path / "a" / "latest").write_bytes(b"\xef\xbb\xbf./one/\r\n")
+        found = self.load(ranks, tmp_path / "a")
+        assert differences(truths[0], known(found.truth)) == []
+        (tmp_path / "a" / "latest").write_bytes(b"four")
+        outcome = ranks.attempt(plugin_jobs.load_and_listen, PLAIN, str(tmp_path / "a"), world_size=2)
+        assert {f.type_name for f in outcome.failures} == {"ucp.errors.NotACheckpoint"}
+        assert "names 'four', which is not there" in outcome.failures[0].message
 
     def test_where_there_is_nothing_nothing_is_loaded_and_that_is_said(self, ranks: RankPool, tmp_path: Path) -> None:
         for folder in (tmp_path, tmp_path / "no such folder"):

@@ -16,7 +16,7 @@ import ucp
 from tests.formats import raw
 from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.checkpoint import Checkpoint
-from ucp.errors import BadArgument, NotACheckpoint
+from ucp.errors import DamagedCheckpoint, NotACheckpoint
 from ucp.formats.universal import manifest, virtual
 from ucp.geometry import concat
 from ucp.inspection.verify import Finding, Verdict, verify, verify_open
@@ -251,18 +251,20 @@ def test_a_parameter_without_its_optimizer_state(made: raw.Raw, tmp_path: Path) 
 
 
 def test_latest_that_is_damaged_is_not_passed_over(tmp_path: Path, made: raw.Raw) -> None:
-    """`ucp.open` takes the newest whole checkpoint instead; a check must not."""
+    """Neither by opening nor by a check, unless the newest whole one is asked for."""
     for tag in ("step1", "step2"):
         raw.write_consolidated(tmp_path / "run" / tag, made.catalog)
     (tmp_path / "run/latest").write_text("step2")
     (tmp_path / "run/step2/model-00001-of-00001.safetensors").unlink()
-    with ucp.open(tmp_path / "run") as opened:
-        assert opened.path.name == "step1"
+    os.utime(tmp_path / "run/step1/ucp.json", (1000, 1000))
+    with pytest.raises(DamagedCheckpoint, match=r"step2/model.*--newest"):
+        ucp.open(tmp_path / "run")
     assert not verify(tmp_path / "run").whole
     assert verify(tmp_path / "run", "step1").whole
     (tmp_path / "run/latest").unlink()
-    with pytest.raises(BadArgument, match="holds 2 checkpoints"):
-        verify(tmp_path / "run")
+    assert not verify(tmp_path / "run").whole
+    for found in (verify(tmp_path / "run", "newest"), verify(tmp_path / "run", "newest", quick=True)):
+        assert (Path(found.path).name, found.whole) == ("step1", True)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ucp import printable
-from ucp.cli import run
+from ucp.cli import run, source
 from ucp.parallel.mesh import parse_layout
 from ucp.progress import ProgressBar
 
@@ -45,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--version", action=run.Version)
-    p.add_argument(
-        "source", metavar="SOURCE", help="a checkpoint's folder, or a folder of them (then what 'latest' says)"
-    )
+    p.add_argument("source", metavar="SOURCE", help=source.CHECKPOINT)
     p.add_argument("dest", metavar="DEST", help="a folder that does not exist yet")
     p.add_argument(
         "--to",
@@ -65,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--digests", action="store_true", help="with --virtual: read SOURCE once and record its digests")
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
     p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers (default: 43MiB a thread)")
-    p.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    source.add_tag(p)
     p.add_argument("--ds-config", metavar="FILE", help="DeepSpeed config for what --layout leaves open (deepspeed)")
     p.add_argument("--dtype", metavar="T", help="element type of the weights: bf16, fp16, fp32 (huggingface)")
     p.add_argument(

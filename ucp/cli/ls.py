@@ -43,8 +43,8 @@ def command(args: argparse.Namespace) -> int:
     for entry in found.checkpoints:
         if entry.problem:
             run.say(f"ucp ls: {entry.problem}")
-    if found.latest is not None and not any(entry.latest for entry in found.checkpoints):
-        run.say(f"ucp ls: 'latest' names '{found.latest}', which is not there")
+    if found.refused is not None:
+        run.say(f"ucp ls: {found.refused}")
     for name in found.unfinished:
         run.say(f"ucp ls: {name} is what a save or a conversion under way has written, or left when it died")
     return run.DONE

@@ -10,12 +10,26 @@ from ucp.cli import run
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
 
-CHECKPOINT = "a checkpoint's folder, or a folder of them (then what 'latest' says)"
+CHECKPOINT = "a checkpoint's folder, or a folder of them (then what 'latest' says; without that file the newest)"
+NEWEST = "newest"  # `ucp.run_folder.NEWEST`, which takes too long to import before arguments are known to be right
+
+
+def add_tag(parser: argparse.ArgumentParser) -> None:
+    """The options that say which checkpoint of a folder is meant; both set ``tag``."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    which.add_argument(
+        "--newest",
+        dest="tag",
+        action="store_const",
+        const=NEWEST,
+        help="take the newest whole checkpoint, whatever 'latest' says",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options for opening a checkpoint."""
-    parser.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    add_tag(parser)
     parser.add_argument(
         "--spec", metavar="SPEC", help="how tensor parallelism cuts it: a name in the catalogue or a file"
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ucp import printable
-from ucp.cli import run
+from ucp.cli import run, source
 from ucp.errors import BadArgument
 from ucp.storage import configs
 
@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
         "MODULE:FUNCTION, called with (tp ranks, this rank) for a module from tokens to logits",
     )
     check.add_argument("--section", metavar="NAME", help="the section under layouts: that counts, such as autotp")
-    check.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    source.add_tag(check)
     infer = commands.add_parser("infer", help="draft a spec from what a checkpoint tells of itself")
     infer.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder of them")
-    infer.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    source.add_tag(infer)
     show = commands.add_parser("show", help="list the catalogue, or show one spec line by line")
     show.add_argument("spec", metavar="NAME", nargs="?", help="a name in the catalogue, or a spec's file")
     for command in (check, infer, show):

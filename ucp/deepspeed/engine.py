@@ -8,7 +8,6 @@ from types import MethodType
 from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.checkpoint import LATEST
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
@@ -24,6 +23,7 @@ from ucp.loading.match import Wish
 from ucp.loading.spec_names import config_of, in_names_of
 from ucp.printable import logger
 from ucp.progress import tell
+from ucp.run_folder import LATEST, is_checkpoint
 from ucp.saving.background import Saver
 from ucp.saving.save import SaveReport
 from ucp.storage import locations
@@ -89,7 +89,7 @@ def bind(engine: Any, config: Config) -> None:
 def load_checkpoint(
     engine: Any,
     load_dir: str,
-    tag: str | None = None,
+    tag: str | int | None = None,
     load_module_strict: bool = True,
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
@@ -162,7 +162,7 @@ def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
 
 def _open(
     load_dir: str,
-    tag: str | None,
+    tag: str | int | None,
     config: Config,
     names: Sequence[Sequence[str]],
     live: Collection[str],
@@ -187,7 +187,8 @@ def _open(
                 catalog = in_names_of(catalog, live, config.choice().bound(model))
             return str(checkpoint.path), catalog
     except NotACheckpoint:
-        if tag is not None or locations.exists(locations.locate(load_dir) / LATEST):
+        place = locations.locate(load_dir)
+        if tag is not None or locations.exists(place / LATEST) or is_checkpoint(place):
             raise
         return None
 

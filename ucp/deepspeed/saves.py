@@ -21,7 +21,7 @@ log = logger(__name__)
 def save_checkpoint(
     engine: Any,
     save_dir: str | os.PathLike[str],
-    tag: str | None = None,
+    tag: str | int | None = None,
     client_state: Mapping[str, Any] = {},  # as DeepSpeed's own signature has it; never changed
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,

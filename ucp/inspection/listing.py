@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ucp import checkpoint, formats
-from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
-from ucp.printable import logger
+from ucp import checkpoint, formats, run_folder
+from ucp.errors import DamagedCheckpoint, NotACheckpoint, RemovedMeanwhile, UcpError
 from ucp.storage import locations
 
 SCHEMA = "ucp.ls/1"
 LEFTOVER = ".ucp-"
 """What the hidden folders of unfinished saves and conversions begin with (`ucp.storage.atomic`)."""
-
-log = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,13 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class Listing:
-    """latest: what the file of that name says, None without one. unfinished: folders of saves that died."""
+    """latest: what the file of that name says, None without one. taken: the path of the checkpoint that opening the
+    folder takes; refused: why it takes none. unfinished: folders of saves that died."""
 
     folder: str
     latest: str | None
+    taken: str | None
+    refused: str | None
     checkpoints: tuple[ListedCheckpoint, ...]
     unfinished: tuple[str, ...]
 
@@ -60,51 +60,32 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
     """
     where = locations.locate(folder)
     alone = formats.find(where) is not None
-    found = [where] if alone else checkpoint.checkpoints_in(where)
+    found = [where] if alone else run_folder.checkpoints_in(where)
     parent = where.parent if alone else where
-    latest = _latest(parent / checkpoint.LATEST)
+    taken, refused = None, None
+    try:
+        taken = run_folder.choose(where).path
+    except NotACheckpoint as error:
+        refused = str(error)
     unfinished = [] if alone else _unfinished(where)
+    if taken is not None and taken not in found:
+        found.append(taken)  # what `latest` names may lie deeper
     if not found and not unfinished:
         raise formats.explain_unknown(where)
-    entries = [_entry(path, latest) for path in found]
+    named = run_folder.latest_name(parent)
+    entries = [entry for path in found if (entry := _entry(path, parent, named)) is not None]
     return Listing(
         str(where),
-        latest,
+        _latest(parent),
+        None if taken is None else str(taken),
+        refused,
         tuple(sorted(entries, key=lambda e: (e.written, e.step or 0))),
         tuple(sorted(unfinished)),
     )
 
 
-def resolve(folder: str | os.PathLike[str], tag: str | None = None) -> Path:
-    """The checkpoint that is meant: the folder itself, the one with this tag, or what ``latest`` names.
-
-    Unlike `ucp.open`, never another one instead of one that is damaged. Raises NotACheckpoint, BadArgument where there
-    are several and nothing says which.
-    """
-    where = locations.locate(folder)
-    if tag is not None:
-        if not locations.exists(where / tag):
-            raise checkpoint.unknown_tag(where, tag)
-        return where / tag
-    if formats.find(where) is not None:
-        return where
-    found = checkpoint.checkpoints_in(where)
-    named = _latest(where / checkpoint.LATEST)
-    if named is not None and "/" not in named:
-        if not found:
-            raise NotACheckpoint(f"{where / checkpoint.LATEST}: names '{named}', but no checkpoint is there")
-        return where / named
-    if not found:
-        raise formats.explain_unknown(where)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:4])
-        raise BadArgument(
-            f"{where}: holds {len(found)} checkpoints ({names}) and no file 'latest'; say which with --tag"
-        )
-    return found[0]
-
-
-def _entry(path: Path, latest: str | None) -> ListedCheckpoint:
+def _entry(path: Path, parent: Path, named: str | None) -> ListedCheckpoint | None:
+    """None where it was removed meanwhile."""
     reader = formats.find(path)
     step: int | None = None
     layout = problem = None
@@ -112,23 +93,28 @@ def _entry(path: Path, latest: str | None) -> ListedCheckpoint:
     try:
         with checkpoint.open(path) as opened:
             step, layout = opened.catalog.training_state.global_steps, str(opened.layout)
+    except RemovedMeanwhile:
+        return None
     except (DamagedCheckpoint, NotACheckpoint) as error:
         whole, problem = False, str(error)
     except UcpError as error:
         whole, problem = None, str(error)
-    files = list(_sizes(path))
+    try:
+        files, written = list(_sizes(path)), locations.newest_ns(path)
+    except FileNotFoundError:
+        return None
     return ListedCheckpoint(
-        tag=path.name,
+        tag=os.path.relpath(path, parent) if parent in path.parents else path.name,
         path=str(path),
         format="" if reader is None else reader.NAME,
         step=step,
         layout=layout,
-        written=locations.newest_ns(path) / 1e9,
+        written=written / 1e9,
         bytes=sum(files),
         files=len(files),
         whole=whole,
         problem=problem,
-        latest=path.name == latest,
+        latest=named is not None and path == parent / named,
     )
 
 
@@ -141,17 +127,11 @@ def _sizes(folder: Path) -> Iterator[int]:
             yield locations.stat(folder / name).size
 
 
-def _latest(pointer: Path) -> str | None:
+def _latest(parent: Path) -> str | None:
     try:
-        return locations.read(pointer).decode("utf-8").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        log.warning("%s: cannot be read: %s", pointer, error.strerror or error)
-        return None
-    except UnicodeDecodeError as error:
-        log.warning("%s: cannot be read: %s", pointer, error)
-        return None
+        return run_folder.latest_text(parent)
+    except NotACheckpoint:
+        return None  # `refused` says why
 
 
 def _unfinished(folder: Path) -> list[str]:

@@ -109,7 +109,7 @@ def bits(tensor: torch.Tensor) -> NDArray:
     return tensor.view(width).numpy() if numel(tensor.shape) else np.zeros(tuple(tensor.shape), np.uint8)
 
 
-def open_shards(path: str | os.PathLike[str], tag: str | None = None) -> Shards:
+def open_shards(path: str | os.PathLike[str], tag: str | int | None = None) -> Shards:
     """Arguments and errors as for `ucp.open`."""
     return Shards(open_apart(path, tag))
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ucp import checkpoint, formats
+from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
-from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, UcpError
+from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile, UcpError
 from ucp.formats.universal import manifest, schema
 from ucp.geometry import box
 from ucp.inspection import holders, stream
 from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
-from ucp.inspection.listing import resolve
 from ucp.inspection.state import state_findings
 from ucp.inspection.values import not_finite
 from ucp.storage import locations
@@ -92,7 +91,7 @@ class _Notes:
 
 def verify(
     path: str | os.PathLike[str],
-    tag: str | None = None,
+    tag: str | int | None = None,
     *,
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | None = None,
@@ -101,7 +100,7 @@ def verify(
     finite: bool = False,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Check the checkpoint that ``path`` and ``tag`` name (what ``latest`` names, even where that is damaged).
+    """Check the checkpoint that ``path`` and ``tag`` name, by the rules of `ucp.open`.
 
     Coverage (every element of every tensor held exactly once by ranges that exist), the training state, and, unless
     ``quick``: every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all copies of
@@ -109,14 +108,17 @@ def verify(
 
     Raises NotACheckpoint where nothing is recognised, BadArgument and what a spec raises; damage is a finding.
     """
-    where = resolve(path, tag)
+    choice: dict[str, Any] = {"spec": spec, "model_config": model_config, "sizes": sizes}
+    where = _where(locations.locate(path), tag, choice)
     reader = formats.find(where)
     if reader is None:
         raise formats.explain_unknown(where)
     notes = _Notes()
     try:
         # Digests and copies are compared below, all of them.
-        opened = checkpoint.open(where, spec, model_config=model_config, sizes=sizes, verify=False)
+        opened = checkpoint.open(where, **choice, verify=False)
+    except RemovedMeanwhile:
+        raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
         if reader is formats.universal:
             _look_closer(where, notes)
@@ -127,6 +129,14 @@ def verify(
         return notes.verdict(where, reader.NAME, None)
     with opened:
         return verify_open(opened, quick=quick, finite=finite, progress=progress)
+
+
+def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Path:
+    """The checkpoint that opening takes, where that is to be whole only if that was asked for."""
+    if tag == run_folder.NEWEST:
+        with checkpoint.open(folder, tag=tag, **choice, verify=False) as opened:
+            return opened.path
+    return run_folder.resolve(folder, tag)
 
 
 def verify_open(

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ucp import errors, formats
-from ucp.checkpoint import LATEST
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
 from ucp.formats.universal import fragmented, manifest
 from ucp.printable import logger
+from ucp.run_folder import LATEST
 from ucp.saving.retention import Keep, prune
 from ucp.storage import atomic, locations, names
 from ucp.storage.locations import is_remote, locate

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ucp.checkpoint import LATEST
 from ucp.formats.universal import manifest
 from ucp.printable import logger
+from ucp.run_folder import latest_name
 from ucp.storage import atomic, locations
 from ucp.storage.locations import locate
 
@@ -41,7 +41,9 @@ def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
         mark = path / manifest.NAME
         if step is not None and start == prefix and not _is_link(path) and locations.is_file(mark):
             found.append((locations.stat(mark).mtime_ns, step, path))
-    spared = {tag, _latest(folder)}
+    named = latest_name(place)
+    # What it names may lie deeper, in the folder of another checkpoint.
+    spared = {tag, named.split("/")[0] if named else None}
     removed = []
     for _, step, path in sorted(found, reverse=True)[keep.last :]:
         if path.name in spared or (keep.every is not None and step % keep.every == 0):
@@ -71,10 +73,3 @@ def _remove(path: Path) -> None:
 def _number(tag: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(.*?)(\d{1,18})", tag)
     return (match[1], int(match[2])) if match else (tag, None)
-
-
-def _latest(folder: str | os.PathLike[str]) -> str | None:
-    try:
-        return locations.read(locate(folder) / LATEST).decode("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None

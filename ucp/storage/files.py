@@ -6,12 +6,12 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, RemovedMeanwhile
 from ucp.storage import locations
 
 
@@ -82,7 +82,7 @@ class Files:
                 try:
                     count = os.preadv(fd, views, at)
                 except OSError as error:
-                    raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+                    raise _unreadable(name, error) from error
                 if count == 0:
                     raise DamagedCheckpoint(
                         f"{name}: the file is truncated: bytes {offset} to {stop} are wanted, and it has "
@@ -100,7 +100,7 @@ class Files:
         try:
             raw = memoryview(locations.read_range(name, offset, offset + total))
         except OSError as error:
-            raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+            raise _unreadable(name, error) from error
         if len(raw) != total:
             raise DamagedCheckpoint(
                 f"{name}: the file is truncated: bytes {offset} to {offset + total} are wanted, and there are "
@@ -114,7 +114,7 @@ class Files:
         try:
             return locations.stat(name)
         except OSError as error:
-            raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+            raise _unreadable(name, error) from error
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[int]:
@@ -127,7 +127,7 @@ class Files:
             try:
                 fd = os.open(name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             except OSError as error:
-                raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
+                raise _unreadable(name, error) from error
             with self._lock:
                 file = self._files.get(name)
                 if file is None:
@@ -158,3 +158,16 @@ class Files:
             else:
                 file.dropped = True  # its last reader closes it
             del self._files[name]
+
+
+def _unreadable(name: str | os.PathLike[str], error: OSError) -> DamagedCheckpoint:
+    """What to raise for a file that cannot be read: one that is gone with its folder is no damage."""
+    if isinstance(error, FileNotFoundError):
+        folder = os.path.dirname(str(name))
+        with suppress(OSError):
+            if not locations.exists(folder):
+                return RemovedMeanwhile(
+                    f"{name}: its folder is no longer there: the checkpoint was moved, or removed meanwhile, as a run "
+                    "with keep_last does"
+                )
+    return DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}")
