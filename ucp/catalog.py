@@ -135,7 +135,7 @@ class Catalog:
     chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
     tensor-parallel rank keeps. inline: the bytes of "files" that are no files, by index: what no file has, such as
-    averages.
+    averages. unchecked: sentences on what opening could not check.
     """
 
     format: str
@@ -148,6 +148,7 @@ class Catalog:
     chunk_digests: Mapping[int, Any] = field(default_factory=dict)
     copies: tuple[LogicalTensor, ...] = ()
     inline: Mapping[int, bytes] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
 
     @property
     def on_disk(self) -> tuple[SourceFile, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.storage import locations
+from ucp.storage.crc32 import crc32
 from ucp.storage.digests import CHUNK, digest_chunks
 from ucp.storage.files import Files
-from ucp.storage.torch_pt.reader import Section
+from ucp.storage.torch_pt.archive import Section
 
 BATCH = 16 * CHUNK
 PIECE = 4 << 20
@@ -129,7 +129,7 @@ def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:
     while left:
         piece = buffer[: min(left, PIECE)]
         files.read_into(path, at, piece)
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
         at, left = at + len(piece), left - len(piece)
     return crc
 

@@ -156,6 +156,8 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
     )
     for tensor in catalog.copies:
         _check_inside(catalog, tensor, notes)
+    for text in catalog.unchecked:
+        notes.add("unchecked", "", text, fault=False)
     for text, fault in state_findings(catalog):
         notes.add("training-state", "", text, fault)
     if quick:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from mmap import mmap
 
 import numpy as np
 
-from ucp.storage.crc32 import Crc32Entry, within
+from ucp.storage.crc32 import Crc32Entry, crc32, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
@@ -151,7 +150,7 @@ class _FileInProgress:
 def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tuple[tuple[int, int, int, int], ...]:
     """The CRC-32 of each part of an entry that lies in these bytes, which begin at byte ``start``."""
     return tuple(
-        (index, first, last - first, zlib.crc32(filled[first - start : last - start]))
+        (index, first, last - first, crc32(filled[first - start : last - start]))
         for index, first, last in within(entries, start, start + len(filled))
     )
 

@@ -15,7 +15,7 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, box, empty, numel, whole
 from ucp.storage.torch_pt.values import Standin, TensorRef
-from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
+from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file, stem_of
 from ucp.transfer.gather import Want, check_exact
 from ucp.transfer.targets import TargetFile
 
@@ -34,7 +34,7 @@ class PlaceholderPiece:
 
 @dataclass
 class FileBuilder:
-    """One ``.pt`` file to be. name: its path relative to the destination."""
+    """One ``.pt`` file to be. name: its path relative to the destination; "" for a record of another file."""
 
     name: str
     catalog: Catalog
@@ -59,7 +59,7 @@ class FileBuilder:
 
     def finish(self, obj: Any) -> TargetFile:
         """The file that holds ``obj``, in which tensors may also be references into the source's files."""
-        planned = plan_torch_file(self._resolve(obj))
+        planned = plan_torch_file(self._resolve(obj), stem_of(self.name))
         wants = tuple(
             Want(piece.tensor, piece.blocks, placeholder.dtype, planned.offsets[placeholder], piece.round)
             for placeholder, pieces in self._pieces.items()

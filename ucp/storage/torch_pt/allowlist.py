@@ -19,6 +19,7 @@ import numpy as np
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.storage import dtypes
+from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.standins import STANDINS, member
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
@@ -38,7 +39,8 @@ class Global:
 class StorageRef:
     """A torch storage: `numel` elements of `dtype` under `key`; `start` is its first byte in the file.
 
-    In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`.
+    In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`. record: its
+    bytes' CRC-32, where the file has one.
     """
 
     file: str
@@ -47,6 +49,7 @@ class StorageRef:
     numel: int
     device: str
     start: int
+    record: StoredCrc32 | None = None
     refs: list[TensorRef] = field(default_factory=list)
 
     @property
@@ -233,7 +236,8 @@ def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: A
                 f"bytes, and its storage {storage.key!r} has {storage.nbytes}"
             )
     start = storage.start + offset * width
-    ref = TensorRef(storage.file, start, dtype, shape, strides, storage.device, (storage.key, storage.numel))
+    where = (storage.key, storage.numel)
+    ref = TensorRef(storage.file, start, dtype, shape, strides, storage.device, where, storage.record)
     storage.refs.append(ref)
     return ref
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zipfile
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.storage import dtypes, locations
+from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.allowlist import StorageClass, StorageRef
+from ucp.storage.torch_pt.archive import SMALL_RECORDS, Section, ZipEntries
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.values import TensorRef
 
-__all__ = ["Section", "TensorRef", "load", "load_section"]
+__all__ = ["TensorRef", "TorchFile", "load", "load_file", "load_section"]
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
@@ -30,12 +31,32 @@ _PROTOCOL_VERSION = 1001
 _MAGIC_PICKLE = _MAGIC_NUMBER.to_bytes(10, "little")
 
 
+@dataclass(frozen=True)
+class TorchFile:
+    """What a `torch.save` file says. graph: its object, every tensor a `TensorRef` into that file.
+
+    stem: the name that the file had when it was written, without its extension: torch makes it the archive's root
+    folder. "archive" where torch wrote to a stream and knew no name; None in the older format, which keeps none.
+    has_crcs: whether its records' CRC-32s are there to be compared; those of its pickle and small records were.
+    """
+
+    graph: Any
+    stem: str | None
+    has_crcs: bool
+
+
 def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
-    """The object graph of a `torch.save` file; every tensor is a `TensorRef` into that file.
+    """The object graph of a `torch.save` file. Arguments and errors as for `load_file`."""
+    return load_file(path, trust=trust).graph
+
+
+def load_file(path: str | os.PathLike[str], *, trust: bool = False) -> TorchFile:
+    """Read a `torch.save` file, but for its tensors' data.
 
     `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
     chose. Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a
-    class outside the allow-list, and `Unsupported` for tensors that are not plain strided ones.
+    class outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` where
+    the pickle or another record that is read whole differs from the CRC-32 that is stored with it.
     """
     name = str(path)
     try:
@@ -49,7 +70,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
             if start.startswith(b"PK"):
                 return _load_zip(stream, name, size, trust)
             if _MAGIC_PICKLE in start:
-                return _load_legacy(stream, name, size, trust)
+                return TorchFile(_load_legacy(stream, name, size, trust), None, False)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{name}: there is no such file") from error
     except OSError as error:
@@ -70,36 +91,7 @@ def load_section(
         raise DamagedCheckpoint(
             f"{name}: the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}"
         )
-    return _load_zip(Section(stream, start, length), name, length, trust, start)
-
-
-class Section(io.RawIOBase):
-    """A range of an open file as a file of its own."""
-
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
-        self._stream = stream
-        self._start, self._length, self._at = start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("a position before the beginning")  # what zipfile takes for a damaged archive
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        self._stream.seek(self._start + self._at)
-        found = self._stream.read(min(len(view), max(self._length - self._at, 0)))
-        view[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+    return _load_zip(Section(stream, start, length), name, length, trust, start).graph
 
 
 class _Storages:
@@ -125,102 +117,28 @@ class _Storages:
             raise Unsupported(f"{self.path}: storage {key!r} is a view of another, as torch wrote before release 0.4")
         storage = self.found.get((key, storage_class.dtype))
         if storage is None:
-            start = self.start(key, storage_class, numel)
+            start, record = self.place_of(key, storage_class, numel)
             storage = self.found[key, storage_class.dtype] = StorageRef(
-                self.path, key, storage_class.dtype, numel, location, start
+                self.path, key, storage_class.dtype, numel, location, start, record
             )
         elif storage.numel != numel:
             raise DamagedCheckpoint(f"{self.path}: storage {key!r} has {storage.numel} elements, and {numel} elsewhere")
         return storage
 
-    def start(self, key: str, storage_class: StorageClass, numel: int) -> int:
-        """The first byte of the storage in the file."""
+    def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
+        """The first byte of the storage in the file, and its CRC-32 where it has one."""
         raise NotImplementedError
 
 
 # --- the zip archive -------------------------------------------------------------------------------------------------
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_ENCRYPTED = 0x1
-
-
-class _ZipEntries:
-    """The entries of a torch zip archive. Only the central directory and the local headers asked for are read."""
-
-    def __init__(self, stream: Any, path: str, size: int, base: int = 0) -> None:
-        self.path = path
-        self.size = size
-        self._base = base  # where the archive begins in the file
-        # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
-        self._stream = getattr(stream, "raw", stream)
-        try:
-            with zipfile.ZipFile(stream) as archive:
-                infos = archive.infolist()
-                self._data_end = base + archive.start_dir
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, struct.error) as error:
-            raise DamagedCheckpoint(
-                f"{path}: the file is truncated or damaged ({size} bytes, zip archive: {error})"
-            ) from error
-        self._entries = {info.filename: info for info in infos}
-        if len(self._entries) != len(infos):
-            raise DamagedCheckpoint(f"{path}: two entries of its zip archive have the same name")
-        pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
-        if not pickles:
-            raise DamagedCheckpoint(f"{path}: a zip archive ({size} bytes), but not one that torch.save wrote")
-        self._prefix = min(pickles, key=len).removesuffix("data.pkl")
-
-    def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._entries
-
-    def range(self, name: str) -> tuple[int, int]:
-        """The bytes `[start, stop)` of the file that are the entry's data."""
-        info = self._entries.get(self._prefix + name)
-        if info is None:
-            raise DamagedCheckpoint(f"{self.path}: its zip archive has no entry {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
-            raise Unsupported(f"{self.path}: entry {name!r} is compressed or encrypted, so that it has no byte ranges")
-        header = self._read(info.header_offset, _LOCAL_HEADER.size)
-        if len(header) != _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise DamagedCheckpoint(f"{self.path}: the header of zip entry {name!r} is damaged ({self.size} bytes)")
-        fields = _LOCAL_HEADER.unpack(header)
-        # The name and extra lengths of the local header differ from the central directory's: torch pads with them.
-        start = self._base + info.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
-        stop = start + info.file_size
-        if fields[3] != zipfile.ZIP_STORED or info.compress_size != info.file_size or stop > self._data_end:
-            raise DamagedCheckpoint(
-                f"{self.path}: zip entry {name!r} should be bytes {start} to {stop}, and the archive's data end at "
-                f"{self._data_end} ({self.size} bytes in the file)"
-            )
-        return start, stop
-
-    def read(self, name: str) -> bytes:
-        start, stop = self.range(name)
-        data = self._read(start - self._base, stop - start)
-        if len(data) < stop - start:
-            raise DamagedCheckpoint(f"{self.path}: ends inside zip entry {name!r} ({self.size} bytes)")
-        return data
-
-    def _read(self, at: int, count: int) -> bytes:
-        """Bytes of the archive; fewer where it ends before, none where a damaged directory points outside."""
-        if not 0 <= at <= self.size:
-            return b""
-        self._stream.seek(at)
-        parts = []
-        while count:
-            part = self._stream.read(count)
-            if not part:
-                break
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
-
 
 class _ZipStorages(_Storages):
-    def __init__(self, archive: _ZipEntries) -> None:
+    def __init__(self, archive: ZipEntries) -> None:
         super().__init__(archive.path)
         self._archive = archive
 
-    def start(self, key: str, storage_class: StorageClass, numel: int) -> int:
+    def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
         start, stop = self._archive.range(f"data/{key}")
         width = dtypes.itemsize(storage_class.dtype)
         # torch counts whole elements, so that a byte storage of odd length may have a rest.
@@ -229,18 +147,22 @@ class _ZipStorages(_Storages):
                 f"{self.path}: storage {key!r} should be {numel} elements of {storage_class.dtype} "
                 f"({numel * width} bytes), and its zip entry has {stop - start} bytes"
             )
-        return start
+        return start, self._archive.crc(f"data/{key}", start, stop)
 
 
-def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> Any:
-    archive = _ZipEntries(stream, path, size, base)
+def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> TorchFile:
+    archive = ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
         raise Unsupported(f"{path}: a TorchScript program, not a checkpoint")
     if "byteorder" in archive and archive.read("byteorder").strip() != b"little":
         raise Unsupported(f"{path}: written on a big-endian machine, which is not supported")
     storages = _ZipStorages(archive)
+    for name in SMALL_RECORDS:
+        if name in archive:
+            archive.read(name)
     data = archive.read("data.pkl")
-    return Unpickler(io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust).load()
+    graph = Unpickler(io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust).load()
+    return TorchFile(graph, archive.root, archive.has_crcs)
 
 
 # --- the older stream ------------------------------------------------------------------------------------------------
@@ -249,8 +171,8 @@ def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> 
 class _LegacyStorages(_Storages):
     """Storages whose places are known only once the pickle has been read."""
 
-    def start(self, key: str, storage_class: StorageClass, numel: int) -> int:
-        return 0
+    def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
+        return 0, None
 
     def place(self, stream: BinaryIO, keys: Any, size: int) -> None:
         """Find each storage's bytes, which follow the stream's position in the order of `keys`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ucp.storage import dtypes
+from ucp.storage.crc32 import StoredCrc32
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class TensorRef:
 
     `offset` is that of the tensor's first element, in bytes from the file's start; `strides` are in elements, as
     torch's are. Two tensors of one file that share a storage have the same `storage` (its key, and its length in
-    elements of the type it was written with).
+    elements of the type it was written with). record: the storage's bytes, with their CRC-32, where the file has one.
     """
 
     file: str
@@ -30,6 +31,7 @@ class TensorRef:
     strides: tuple[int, ...]
     device: str
     storage: tuple[str, int]
+    record: StoredCrc32 | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:

@@ -29,7 +29,8 @@ from ucp.storage.dtypes import canonical, itemsize
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef, contiguous_strides
 
 ALIGNMENT = 64
-_ROOT = "archive"
+# torch's name for the archive of what it writes to a stream.
+STREAM = "archive"
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _UTF8_NAME, _DESCRIPTOR_FOLLOWS = 0x0800, 0x0008  # flags of a record
 # torch/storage.py: the classes that name an element type in a pickle; types without one are stored untyped.
@@ -103,16 +104,27 @@ def scalar_tensor(value: float, dtype: str = "float32") -> Placeholder:
     return Placeholder((), dtype, data=np.asarray(value, np.dtype(dtype).newbyteorder("<")).tobytes())
 
 
-def plan_torch_file(obj: Any) -> TorchFilePlan:
+def stem_of(name: str) -> str:
+    """The root folder of the archive that torch would write into a file of this name.
+
+    It is the name without its last extension; a name that is not ASCII torch opens as a stream.
+    """
+    stem = name.rpartition("/")[2].rpartition("\\")[2]
+    stem = stem.rpartition(".")[0] if "." in stem else stem
+    return stem if stem and stem.isascii() else STREAM
+
+
+def plan_torch_file(obj: Any, stem: str = STREAM) -> TorchFilePlan:
     """Plan the file that ``torch.save(obj)`` would write with tensors in the placeholders' stead.
 
+    stem: the root folder of the archive, by which a file tells whose it is (`stem_of` its name).
     ``obj`` is made of plain Python values, numpy arrays, placeholders, `Standin`, `Size`, `DtypeName`, `DeviceName`
     and real tensors (embedded). Raises `Unsupported` for a `TensorRef`: its bytes are elsewhere.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(obj)
-    archive = _ZipRecords()
+    archive = _ZipRecords(stem)
     archive.add_known("data.pkl", stream.getvalue())
     archive.add_known("byteorder", b"little")
     starts = [
@@ -285,6 +297,7 @@ class _ZipRecord:
 class _ZipRecords:
     """Zip records one after the other (APPNOTE.TXT 4.3: local headers, then the central directory and its end)."""
 
+    root: str
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     crc32_entries: list[Crc32Entry] = field(default_factory=list)
     _records: list[_ZipRecord] = field(default_factory=list)
@@ -309,7 +322,7 @@ class _ZipRecords:
         return start
 
     def _begin(self, name: str, size: int, crc: int | None) -> int:
-        path = f"{_ROOT}/{name}".encode()
+        path = f"{self.root}/{name}".encode()
         large = size >= _MAX32
         told = 0 if crc is None else size  # 4.4.4: nothing is told here where a descriptor follows
         extra = struct.pack("<HHQQ", 1, 16, told, told) if large else b""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.read import folder as folders
+from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
@@ -26,6 +29,8 @@ from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs
 from ucp.storage.files import Files
+
+log = logging.getLogger(__name__)
 
 # No spec is given: the checkpoint is asked.
 ASK = Choice()
@@ -52,6 +57,22 @@ def read(
     read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch where
     the spec does not fit.
     """
+    with stems.noting() as unchecked:
+        catalog = _read(path, files, choice, trust_client_state, param_names, compare)
+    for sentence in unchecked.sentences():
+        log.warning("%s: %s", path, sentence)
+    return replace(catalog, unchecked=unchecked.sentences())
+
+
+def _read(
+    path: Path,
+    files: Files,
+    choice: Choice,
+    trust_client_state: bool,
+    param_names: Sequence[Sequence[str]] | None,
+    compare: bool,
+) -> Catalog:
+    """As `read`, without a word on what could not be checked."""
     found = folders.scan(path)
     opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
     models = with_modules(path, found, opened, param_names)

@@ -1,27 +1,20 @@
-"""The files of a DeepSpeed checkpoint folder: which rank wrote which, and whether they all are there.
-
-Names follow DeepSpeed's ``runtime/engine.py`` (``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``).
-"""
+"""The files of a DeepSpeed checkpoint folder: which rank wrote which, and whether they all are there."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.read import stems
+from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, LAYER, MODEL, OPTIM
 from ucp.storage import locations
 from ucp.storage.torch_pt import reader
 
-_MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
-_OPTIM = re.compile(r"^(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
-_PIPELINE = re.compile(r"^layer_\d+(-model_\d+)?-model_states\.pt$")
-_EXPERT = re.compile(r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt$")
 # checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
 _UNIVERSAL = "zero"
-_EXPERT_OPTIM = re.compile(r"^expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def looks_like(path: Path) -> bool:
         names = locations.names(path)
     except OSError:
         return False
-    return any(_MODEL.match(n) or _OPTIM.match(n) or _PIPELINE.match(n) for n in names)
+    return any(MODEL.match(n) or OPTIM.match(n) or LAYER.match(n) for n in names)
 
 
 def scan(path: Path) -> list[Folder]:
@@ -72,7 +65,7 @@ def scan(path: Path) -> list[Folder]:
     Raises Unsupported for what is not understood, DamagedCheckpoint for a folder without a model file, with files of
     both stage 3 and other stages, or without the files of some model-parallel rank.
     """
-    if locations.is_folder(path / _UNIVERSAL) and not any(map(_OPTIM.match, locations.names(path))):
+    if locations.is_folder(path / _UNIVERSAL) and not any(map(OPTIM.match, locations.names(path))):
         raise Unsupported(
             f"{path}: is DeepSpeed's own universal checkpoint (it has a folder '{_UNIVERSAL}'), which is written here "
             "(--to deepspeed-universal) and not read; take the checkpoint that it was made from"
@@ -84,15 +77,15 @@ def scan(path: Path) -> list[Folder]:
     expert_optim: dict[int, dict[int, Path]] = {}
     prefixes: set[bool] = set()
     for name in locations.names(path):
-        if expert := _EXPERT.match(name):
+        if expert := EXPERT.match(name):
             if expert["layer"] is None:
                 raise Unsupported(
                     f"{path}: '{name}' is of DeepSpeed before 0.5, whose experts' files are not supported"
                 )
             experts.setdefault(int(expert["mp"]), {})[int(expert["layer"]), int(expert["expert"])] = path / name
-        elif expert := _EXPERT_OPTIM.match(name):
+        elif expert := EXPERT_OPTIM.match(name):
             expert_optim.setdefault(int(expert["mp"]), {})[int(expert["ep"])] = path / name
-        model, opt = _MODEL.match(name), _OPTIM.match(name)
+        model, opt = MODEL.match(name), OPTIM.match(name)
         found = model or opt
         if not found:
             continue
@@ -131,8 +124,13 @@ def scan(path: Path) -> list[Folder]:
 
 
 def load(path: Path, trust: bool) -> dict[str, Any]:
-    """The object graph of one file, which DeepSpeed always writes as a dict."""
-    found = reader.load(path, trust=trust)
+    """The object graph of one file, which DeepSpeed always writes as a dict.
+
+    Raises DamagedCheckpoint where the file was written under another one's name, and what reading a torch file raises.
+    """
+    file = reader.load_file(path, trust=trust)
+    stems.check(path, file)
+    found = file.graph
     if not isinstance(found, dict):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__} where DeepSpeed writes a dict")
     return found

@@ -9,7 +9,6 @@ file, and its weights are in the file of another layer of the same tie.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +19,12 @@ from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import unnamed_pipeline
 from ucp.formats.deepspeed.read.folder import Folder
 from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.deepspeed.read.names import LAYER
 from ucp.formats.deepspeed.read.replicated import is_declared
 from ucp.geometry import Shape
 from ucp.storage import locations
 from ucp.storage.torch_pt.values import TensorRef
 
-_LAYER = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
 _TIED = unnamed_pipeline.TIED
 
 
@@ -36,7 +35,7 @@ def layer_files(path: Path) -> dict[int, dict[int, Path]]:
     """
     out: dict[int, dict[int, Path]] = {}
     for name in locations.names(path):
-        if found := _LAYER.match(name):
+        if found := LAYER.match(name):
             out.setdefault(int(found["tp"] or 0), {})[int(found["layer"])] = path / name
     every = {layer for files in out.values() for layer in files}
     for rank in range(max(out, default=-1) + 1):

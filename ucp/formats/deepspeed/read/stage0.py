@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -273,7 +273,7 @@ def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: TensorRef) -> b
 def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
     """A parameter inside a flat buffer."""
     offset = flat.offset + at * itemsize(flat.dtype)
-    return TensorRef(flat.file, offset, flat.dtype, shape, contiguous_strides(shape), flat.device, flat.storage)
+    return replace(flat, offset=offset, shape=shape, strides=contiguous_strides(shape))
 
 
 def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:

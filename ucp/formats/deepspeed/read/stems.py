@@ -1,0 +1,80 @@
+"""Whether a file is the one that its name says: torch keeps, in the archive, the name that it was written under.
+
+Ranks' files are alike in all but their data, so that two that were swapped would be read without a contradiction.
+torch makes the file's name (without its extension) the root folder of the archive in it. A root that is the name of
+another of DeepSpeed's files is refused. Some say nothing: a checkpoint engine that writes to a stream of its own
+(``fast_checkpoint_engine.py``) leaves "archive", torch's older format keeps no name, and tools may write under a
+temporary one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.deepspeed.read.names import is_ours
+from ucp.storage.torch_pt.reader import TorchFile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Unchecked:
+    """Files of one checkpoint for which a check was not possible. names: by stem; bytes: by CRC-32."""
+
+    names: dict[Path, None] = field(default_factory=dict)
+    bytes: dict[Path, None] = field(default_factory=dict)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What to tell, at most one line for each check."""
+        out = []
+        if self.names:
+            out.append(
+                f"{_counted(self.names)} not the name that it was written under, so it could not be checked that no "
+                "two ranks' files are swapped"
+            )
+        if self.bytes:
+            out.append(
+                f"{_counted(self.bytes)} no CRC-32s, so flipped bits in it can't be seen (torch's older format, or "
+                "torch.serialization.set_crc32_options(False))"
+            )
+        return tuple(out)
+
+
+def _counted(files: dict[Path, None]) -> str:
+    first = next(iter(files)).name
+    return f"'{first}' has" if len(files) == 1 else f"each of {len(files)} files ('{first}', …) has"
+
+
+_open: ContextVar[Unchecked | None] = ContextVar("unchecked", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[Unchecked]:
+    """Collect, from all files that the block reads, what could not be checked."""
+    found = Unchecked()
+    token = _open.set(found)
+    try:
+        yield found
+    finally:
+        _open.reset(token)
+
+
+def check(path: Path, file: TorchFile) -> None:
+    """Raise DamagedCheckpoint where the file was written as another one of a checkpoint."""
+    noted = _open.get() or Unchecked()
+    if not file.has_crcs:
+        noted.bytes[path] = None
+    if file.stem == path.name.removesuffix(".pt"):
+        return
+    if file.stem is not None and is_ours(f"{file.stem}.pt"):
+        raise DamagedCheckpoint(
+            f"{path}: was written as '{file.stem}.pt', as its archive says; the files of two ranks were swapped or "
+            "renamed: give each the name that it was written under"
+        )
+    noted.names[path] = None

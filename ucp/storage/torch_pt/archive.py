@@ -1,0 +1,177 @@
+"""The zip archives that `torch.save` writes, read by their directory; no tensor's data are touched.
+
+torch stores records uncompressed, each under the file's own name as it was when it was written
+(``mp_rank_00_model_states/data.pkl``), and gives each its CRC-32. What is read whole here is compared with it; where
+others read a record's bytes, `ZipEntries.crc` says what they should add up to.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from typing import Any, BinaryIO
+
+from ucp.errors import DamagedCheckpoint, DigestMismatch, Unsupported
+from ucp.storage.crc32 import StoredCrc32, crc32
+
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_DIRECTORY_ENTRY = struct.Struct("<4s4B4H3I5H2I")
+_CRC_IN_ENTRY = 16
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+# Read with a local header: torch pads a record's beginning to 64 bytes, in the header's extra field.
+_EXTRA = 128
+# Records of a few bytes that torch writes beside the pickle. Only 'byteorder' decides anything here.
+SMALL_RECORDS = (".format_version", ".storage_alignment", "version")
+
+
+class Section(io.RawIOBase):
+    """A range of an open file as a file of its own."""
+
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        self._stream = stream
+        self._start, self._length, self._at = start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("a position before the beginning")  # what zipfile takes for a damaged archive
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._stream.seek(self._start + self._at)
+        found = self._stream.read(min(len(view), max(self._length - self._at, 0)))
+        view[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+class ZipEntries:
+    """The records of one archive. Only its directory and the headers asked for are read.
+
+    stream: the archive as a file of its own; path: the file that it is, or lies in from byte ``base`` on; size: bytes.
+    Raises DamagedCheckpoint for what is not a whole archive of torch's.
+    """
+
+    def __init__(self, stream: Any, path: str, size: int, base: int = 0) -> None:
+        self.path = path
+        self.size = size
+        self._base = base
+        # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
+        self._stream = getattr(stream, "raw", stream)
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                infos = archive.infolist()
+                directory = archive.start_dir
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, struct.error) as error:
+            raise DamagedCheckpoint(
+                f"{path}: the file is truncated or damaged ({size} bytes, zip archive: {error})"
+            ) from error
+        self._data_end = base + directory
+        self._entries = {info.filename: info for info in infos}
+        if len(self._entries) != len(infos):
+            raise DamagedCheckpoint(f"{path}: two entries of its zip archive have the same name")
+        pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
+        if not pickles:
+            raise DamagedCheckpoint(f"{path}: a zip archive ({size} bytes), but not one that torch.save wrote")
+        self._prefix = min(pickles, key=len).removesuffix("data.pkl")
+        self._crc_places = self._places_of_crcs(directory, infos)
+        self.has_crcs = any(info.CRC for info in infos)
+        """Whether it was written with CRC-32s: `torch.serialization.set_crc32_options(False)` leaves zeros."""
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._entries
+
+    @property
+    def root(self) -> str:
+        """The folder in the archive that all records lie in."""
+        return self._prefix.rstrip("/")
+
+    def range(self, name: str) -> tuple[int, int]:
+        """The bytes `[start, stop)` of the file that are the record's data."""
+        info = self._entries.get(self._prefix + name)
+        if info is None:
+            raise DamagedCheckpoint(f"{self.path}: its zip archive has no entry {name!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+            raise Unsupported(f"{self.path}: entry {name!r} is compressed or encrypted, so that it has no byte ranges")
+        start = self._base + info.header_offset + self._header_length(name, info)
+        stop = start + info.file_size
+        if info.compress_size != info.file_size or stop > self._data_end:
+            raise DamagedCheckpoint(
+                f"{self.path}: zip entry {name!r} should be bytes {start} to {stop}, and the archive's data end at "
+                f"{self._data_end} ({self.size} bytes in the file)"
+            )
+        return start, stop
+
+    def _header_length(self, name: str, info: zipfile.ZipInfo) -> int:
+        """Bytes from a record's header to its data.
+
+        No CRC covers the header, and its lengths decide where the data begin: so its name must be the directory's, and
+        the fields of its extra part, with which torch pads, must fill that exactly.
+        """
+        wanted = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        raw = self._read(info.header_offset, LOCAL_HEADER.size + len(wanted) + _EXTRA)
+        if len(raw) >= LOCAL_HEADER.size and raw[:4] == b"PK\x03\x04":
+            fields = LOCAL_HEADER.unpack_from(raw)
+            at = LOCAL_HEADER.size + len(wanted)
+            end = at + fields[10]
+            if end > len(raw):
+                raw = self._read(info.header_offset, end)
+            stored = fields[3] == zipfile.ZIP_STORED and fields[9] == len(wanted)
+            if stored and len(raw) >= end and raw[at - len(wanted) : at] == wanted:
+                while at + 4 <= end:
+                    at += 4 + int.from_bytes(raw[at + 2 : at + 4], "little")
+                if at == end:
+                    return end
+        raise DamagedCheckpoint(f"{self.path}: the header of zip entry {name!r} is damaged ({self.size} bytes)")
+
+    def crc(self, name: str, start: int, stop: int) -> StoredCrc32 | None:
+        """The CRC-32 of a record, whose bytes of the file these are; None where the archive was written without."""
+        info = self._entries[self._prefix + name]
+        if not self.has_crcs:
+            return None
+        return StoredCrc32(name, start, stop, info.CRC, self._base + self._crc_places[info.filename])
+
+    def read(self, name: str) -> bytes:
+        """A whole record. Raises DigestMismatch where it differs from its CRC-32."""
+        start, stop = self.range(name)
+        data = self._read(start - self._base, stop - start)
+        if len(data) < stop - start:
+            raise DamagedCheckpoint(f"{self.path}: ends inside zip entry {name!r} ({self.size} bytes)")
+        wanted = self.crc(name, start, stop)
+        if wanted is not None and crc32(data) != wanted.crc:
+            raise DigestMismatch(wanted.differs(self.path, crc32(data)))
+        return data
+
+    def _places_of_crcs(self, directory: int, infos: list[zipfile.ZipInfo]) -> dict[str, int]:
+        """Where in the archive each record's CRC-32 is stored: in its entry of the directory, which lists them all."""
+        raw = self._read(directory, self.size - directory)
+        out: dict[str, int] = {}
+        at = 0
+        for info in infos:  # in the directory's order; zipfile has checked the entries
+            out[info.filename] = directory + at + _CRC_IN_ENTRY
+            fields = _DIRECTORY_ENTRY.unpack_from(raw, at)
+            at += _DIRECTORY_ENTRY.size + sum(fields[12:15])
+        return out
+
+    def _read(self, at: int, count: int) -> bytes:
+        """Bytes of the archive; fewer where it ends before, none where a damaged directory points outside."""
+        if not 0 <= at <= self.size:
+            return b""
+        self._stream.seek(at)
+        parts = []
+        while count:
+            part = self._stream.read(count)
+            if not part:
+                break
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
