@@ -17,15 +17,17 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucp import formats, run_folder
+from ucp import run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import BadArgument, NotACheckpoint
+from ucp.formats.base import Format, ReadRequest
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
 from ucp.run_folder import nearest
@@ -171,6 +173,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     sizes: Mapping[str, int] | None = None,
     trust_client_state: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
+    options: Mapping[str, Any] | None = None,
     verify: bool = True,
 ) -> Checkpoint:
     """Open a checkpoint, or one of a folder of checkpoints.
@@ -186,19 +189,20 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     trust_client_state: DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
     param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
     group's parameters in order, where the caller knows them.
+    options: what the format of another package takes besides, by name.
     verify: check digests, where the checkpoint has them, while reading, and a few elements of what it has twice.
 
     Raises NotACheckpoint where nothing is recognised, DamagedCheckpoint where files are missing, truncated, mixed or
     contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
     format's reader does.
     """
-    options = {
-        "choice": choose(spec, model_config, sizes),
-        "trust_client_state": trust_client_state,
-        "param_names": param_names,
-        "compare": verify,
-    }
-    return _open(path, tag, options, verify)
+    asked = _Asked(
+        choose(spec, model_config, sizes),
+        verify,
+        {"trust_client_state": trust_client_state, "param_names": param_names},
+        options or {},
+    )
+    return _open(path, tag, asked, verify)
 
 
 def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Checkpoint:
@@ -206,15 +210,37 @@ def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Ch
 
     Where the format has such ranks, names are those of `ucp.spec.resolve.apart`. Arguments and errors as for `open`.
     """
-    return _open(path, tag, {"choice": Choice(apart=True)}, True)
+    return _open(path, tag, _Asked(Choice(apart=True)), True)
 
 
-def _open(path: str | os.PathLike[str], tag: str | int | None, options: Mapping[str, Any], verify: bool) -> Checkpoint:
+@dataclass(frozen=True)
+class _Asked:
+    """How to read, before the format is known. some: options that a format which does not take them may leave aside;
+    own: those that it has to take."""
+
+    choice: Choice
+    compare: bool = True
+    some: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, known: Format) -> ReadRequest:
+        """The same for this format. Raises BadArgument for an option that it does not take, or of another type."""
+        takes = {option.name: option for option in known.read_options}
+        for name in self.own:
+            if name not in takes:
+                hint = f"; it takes {', '.join(takes)}" if takes else ""
+                raise BadArgument(f"reading a checkpoint of the format '{known.name}' takes no option '{name}'{hint}")
+        given = {**self.some, **self.own}
+        checked = {name: option.checked(given[name]) for name, option in takes.items() if name in given}
+        return ReadRequest(self.choice, self.compare, checked)
+
+
+def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, verify: bool) -> Checkpoint:
     folder = locate(path)
     files = Files()
     try:
         with _no_collections():
-            where, catalog = run_folder.take(folder, tag, lambda path: _read(path, files, options))
+            where, catalog = run_folder.take(folder, tag, lambda path, known: known.read(path, files, asked.of(known)))
     except BaseException as error:
         files.close()
         if isinstance(error, OSError) and locations.is_remote(folder):
@@ -234,20 +260,6 @@ def _no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _read(folder: Path, files: Files, options: Mapping[str, Any]) -> Catalog:
-    """The catalog of one checkpoint's folder."""
-    reader = formats.find(folder)
-    if reader is None:
-        raise formats.explain_unknown(folder)
-    if reader is formats.deepspeed:
-        return formats.deepspeed.read_catalog(folder, files, **options)
-    if reader is formats.dcp:
-        return formats.dcp.read_catalog(folder, files, trust_client_state=options["trust_client_state"])
-    if reader is formats.huggingface:
-        return formats.huggingface.read_catalog(folder, files, choice=options["choice"])
-    return reader.read_catalog(folder, files)
 
 
 def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,12 +19,13 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ucp import formats
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, RemovedMeanwhile
+from ucp.formats.base import Format
 from ucp.printable import logger
 from ucp.storage import locations
 
@@ -44,13 +45,14 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 
 @dataclass(frozen=True)
 class Chosen:
-    """path: the checkpoint's folder. note: what is to be said of the choice, if anything."""
+    """path: the checkpoint's folder; format: what it is. note: what is to be said of the choice, if anything."""
 
     path: Path
+    format: Format
     note: str = ""
 
 
-def take(folder: Path, tag: str | int | None, read: Callable[[Path], T]) -> tuple[Path, T]:
+def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
     """The checkpoint that is meant, and what ``read`` makes of it.
 
     folder: as `locations.locate` gives it. Where the checkpoint is removed meanwhile (as ``keep_last`` does) and no tag
@@ -63,7 +65,7 @@ def take(folder: Path, tag: str | int | None, read: Callable[[Path], T]) -> tupl
     for attempt in range(_ATTEMPTS):
         chosen = choose(folder, tag)
         try:
-            result = read(chosen.path)
+            result = read(chosen.path, chosen.format)
         except (NotACheckpoint, DamagedCheckpoint) as error:
             if is_checkpoint(chosen.path):
                 if tag is not None or chosen.path == folder:
@@ -85,18 +87,20 @@ def choose(folder: Path, tag: str | int | None = None) -> Chosen:
     Raises BadArgument for what is no tag, NotACheckpoint where nothing is meant or what ``latest`` says is not there.
     """
     if tag is not None:
-        return Chosen(_tagged(folder, tag))
-    if formats.find(folder) is not None:
-        return Chosen(folder)
+        return _tagged(folder, tag)
+    known = formats.find(folder)
+    if known is not None:
+        return Chosen(folder, known)
     named = _named(folder)
     if named is not None:
-        return Chosen(named)
+        return named
     found = checkpoints_in(folder)
     if not found:
         raise formats.explain_unknown(folder)
     _refuse_parts(folder, found)
     newest = _by_age(found)[0]
-    return Chosen(newest, f"taking '{newest.name}', the newest checkpoint of '{folder}', which has no file '{LATEST}'")
+    note = f"taking '{newest.path.name}', the newest checkpoint of '{folder}', which has no file '{LATEST}'"
+    return replace(newest, note=note)
 
 
 def resolve(folder: Path, tag: str | int | None = None) -> Path:
@@ -112,16 +116,16 @@ def is_checkpoint(folder: Path) -> bool:
     return formats.find(folder) is not None or bool(checkpoints_in(folder))
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders in this one that are checkpoints; unfinished ones (names with a leading dot) are left out."""
+def checkpoints_in(folder: Path) -> list[Chosen]:
+    """The folders in this one that are checkpoints which a run resumes from; unfinished ones (names with a leading dot)
+    are left out."""
     try:
         names = locations.names(folder)
     except OSError:
         return []
     entries = [folder / name for name in names if not name.startswith(".") and name != LATEST]
-    # A model folder beside them, which has weights alone, is not one that a run would resume from.
-    others = (None, formats.huggingface)
-    return [e for e in entries if locations.is_folder(e) and formats.find(e) not in others]
+    found = [(entry, formats.find(entry)) for entry in entries if locations.is_folder(entry)]
+    return [Chosen(entry, known) for entry, known in found if known is not None and known.resumable]
 
 
 def latest_text(folder: Path) -> str | None:
@@ -159,7 +163,7 @@ def latest_name(folder: Path) -> str | None:
 
 def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
     """The error for a tag that no checkpoint in the folder has, with those that there are."""
-    names = [c.name for c in checkpoints_in(folder)]
+    names = [c.path.name for c in checkpoints_in(folder)]
     hint = nearest(tag, names) if names else "there is no checkpoint at all"
     return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
 
@@ -174,29 +178,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"there are {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
 
 
-def _tagged(folder: Path, tag: str | int) -> Path:
+def _tagged(folder: Path, tag: str | int) -> Chosen:
     inside = _inside(folder, str(tag)) if isinstance(tag, (str, int)) else None
     if inside is None:
         raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
     where = folder / inside
-    if formats.find(where) is None:
+    known = formats.find(where)
+    if known is None:
         raise unknown_tag(folder, str(tag))
-    return where
+    return Chosen(where, known)
 
 
-def _named(folder: Path) -> Path | None:
+def _named(folder: Path) -> Chosen | None:
     """The checkpoint that ``latest`` names; None where there is no such file."""
     pointer = folder / LATEST
-    if locations.is_folder(pointer) and formats.find(pointer) is not None:
+    linked = formats.find(pointer) if locations.is_folder(pointer) else None
+    if linked is not None:
         # A link to the checkpoint, as other programs make it.
-        return pointer if locations.is_remote(pointer) else Path(os.path.realpath(pointer))
+        return Chosen(pointer if locations.is_remote(pointer) else Path(os.path.realpath(pointer)), linked)
     text = latest_text(folder)
     if text is None:
         return None
     inside = _inside(folder, text)
-    if inside is not None and formats.find(folder / inside) is not None:
-        return folder / inside
-    known = [c.name for c in checkpoints_in(folder)]
+    format_ = None if inside is None else formats.find(folder / inside)
+    if inside is not None and format_ is not None:
+        return Chosen(folder / inside, format_)
+    known = [c.path.name for c in checkpoints_in(folder)]
     if not known:
         raise NotACheckpoint(f"'{pointer}' names a checkpoint, but none is there: {formats.explain_unknown(folder)}")
     if inside is None:
@@ -232,26 +239,27 @@ def _inside(folder: Path, text: str) -> str | None:
     return relative
 
 
-def _newest_whole(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T]:
+def _newest_whole(folder: Path, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
     """The newest checkpoint that can be read, with a line that names it and what is passed over."""
-    if formats.find(folder) is not None:
-        return folder, read(folder)
+    known = formats.find(folder)
+    if known is not None:
+        return folder, read(folder, known)
     found = checkpoints_in(folder)
     if not found:
         raise formats.explain_unknown(folder)
-    if folder / NEWEST in found:
+    if any(one.path == folder / NEWEST for one in found):
         raise BadArgument(f"{folder}: '{NEWEST}' is a checkpoint's own name here; give the path of the one to take")
     _refuse_parts(folder, found)
     passed: list[Exception] = []
     for candidate in _by_age(found):
         try:
-            result = read(candidate)
+            result = read(candidate.path, candidate.format)
         except (NotACheckpoint, DamagedCheckpoint) as error:
             passed.append(error)
             continue
         over = "".join(f"; not whole: {error}" for error in passed)
-        log.warning("taking '%s', the newest whole checkpoint of '%s'%s", candidate.name, folder, over)
-        return candidate, result
+        log.warning("taking '%s', the newest whole checkpoint of '%s'%s", candidate.path.name, folder, over)
+        return candidate.path, result
     raise passed[0]
 
 
@@ -260,9 +268,9 @@ def _newest_whole(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T]:
 _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer|model|optim|dist_optimizer)(_\d+)?")
 
 
-def _refuse_parts(folder: Path, found: Sequence[Path]) -> None:
+def _refuse_parts(folder: Path, found: Sequence[Chosen]) -> None:
     """Raise NotACheckpoint where the folders in this one are parts of one checkpoint, so that none stands for it."""
-    parts = [path.name for path in found if _PARTS.fullmatch(path.name)]
+    parts = [one.path.name for one in found if _PARTS.fullmatch(one.path.name)]
     if parts:
         raise NotACheckpoint(
             f"{folder}: holds parts of one checkpoint, each a folder of its own ({', '.join(parts)}), which are not "
@@ -271,13 +279,13 @@ def _refuse_parts(folder: Path, found: Sequence[Path]) -> None:
         )
 
 
-def _by_age(found: Sequence[Path]) -> list[Path]:
+def _by_age(found: Sequence[Chosen]) -> list[Chosen]:
     """Newest first, by the newest file of each; of those as old, the higher number in the name."""
 
-    def age(path: Path) -> tuple[int, int]:
-        number = re.search(r"(\d{1,18})\D*$", path.name)
+    def age(one: Chosen) -> tuple[int, int]:
+        number = re.search(r"(\d{1,18})\D*$", one.path.name)
         try:
-            written = locations.newest_ns(path)
+            written = locations.newest_ns(one.path)
         except OSError:
             written = 0  # removed this moment; reading it will tell
         return written, int(number[1]) if number else -1

@@ -12,11 +12,12 @@ import torch
 import ucp
 from tests.formats import raw
 from tests.inspection.conftest import OLDER
-from ucp.catalog import SourceFile
+from ucp.catalog import Catalog, SourceFile, TrainingState
 from ucp.errors import BadArgument
 from ucp.inspection.display import age_text, bytes_text, count_text, seconds_text
-from ucp.inspection.holders import holders
+from ucp.inspection.owners import FileOwners, file_owners
 from ucp.inspection.summary import families, fragments, matching, summarise, tree
+from ucp.parallel.mesh import Layout
 
 
 def test_sums(virtual: Path, made: raw.Raw) -> None:
@@ -89,11 +90,15 @@ def test_a_glob_that_matches_nothing() -> None:
         matching(["a.b", "a.c"], "x*")
 
 
+def owners(*paths: str) -> FileOwners:
+    files = tuple(SourceFile(f"/run/{path}", 1, 0) for path in paths)
+    return file_owners(Catalog("universal", "", Layout(), files, {}, {}, TrainingState()))
+
+
 def test_who_wrote_a_file() -> None:
     def names(*paths: str) -> list[str]:
-        files = [SourceFile(f"/run/{path}", 1, 0) for path in paths]
-        found = holders(files)
-        return [found[k] for k in range(len(files))]
+        found = owners(*paths)
+        return [found[k] for k in range(len(paths))]
 
     assert names("zero_pp_rank_10_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt") == [
         "rank 10",
@@ -108,7 +113,7 @@ def test_who_wrote_a_file() -> None:
         "rank 7",
         "model.safetensors",
     ]
-    many = holders([SourceFile(f"/run/rank-{r:05d}-of-00012.safetensors", 1, 0) for r in range(12)])
+    many = owners(*(f"rank-{r:05d}-of-00012.safetensors" for r in range(12)))
     assert many.names == tuple(f"rank {r}" for r in range(12))
 
 

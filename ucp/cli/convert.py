@@ -6,16 +6,14 @@ Also ``python -m ucp.cli.convert``. Nothing heavy is imported before the argumen
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ucp import printable
+from ucp import formats, printable
 from ucp.cli import run, source
-from ucp.parallel.mesh import parse_layout
+from ucp.formats.base import Format
 from ucp.progress import ProgressBar
 
 PROGRAM = "ucp-convert"
@@ -37,7 +35,8 @@ exit codes: 0 done, 2 the input or the arguments are at fault (one line on stder
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The command's arguments; those of the formats' own are named by the formats."""
+    known = formats.built_in()
     p = run.Parser(
         prog=PROGRAM,
         description="Convert a training checkpoint into another form, layout or format.",
@@ -47,42 +46,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action=run.Version)
     p.add_argument("source", metavar="SOURCE", help=source.CHECKPOINT)
     p.add_argument("dest", metavar="DEST", help="a folder that does not exist yet")
-    p.add_argument(
-        "--to",
-        default="universal",
-        metavar="FORMAT",
-        help="universal (default), deepspeed, deepspeed-universal, dcp, huggingface; megatron is planned",
-    )
-    p.add_argument("--layout", metavar="L", help="ranks and ZeRO stage to write for, such as dp=4,zero=3 (deepspeed)")
+    p.add_argument("--to", default=formats.DEFAULT_TARGET, metavar="FORMAT", help=_targets(known))
+    cut = ", ".join(one.name for format_ in known for one in format_.targets if one.takes_layout)
+    p.add_argument("--layout", metavar="L", help=f"ranks and ZeRO stage to write for, such as dp=4,zero=3 ({cut})")
     p.add_argument(
         "--spec", metavar="SPEC", help="how tensor parallelism cuts SOURCE: a name in the catalogue or a file"
     )
     p.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     run.add_sizes(p)
-    p.add_argument("--virtual", action="store_true", help="write a manifest that points into SOURCE; copy no tensors")
-    p.add_argument("--digests", action="store_true", help="with --virtual: read SOURCE once and record its digests")
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
     p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers (default: 43MiB a thread)")
     source.add_tag(p)
-    p.add_argument("--ds-config", metavar="FILE", help="DeepSpeed config for what --layout leaves open (deepspeed)")
-    p.add_argument("--dtype", metavar="T", help="element type of the weights: bf16, fp16, fp32 (huggingface)")
-    p.add_argument(
-        "--max-shard-size", type=run.size, metavar="SIZE", help="of a file of weights, such as 5GB (huggingface)"
-    )
-    p.add_argument(
-        "--like",
-        metavar="FOLDER",
-        help="model folder to carry config, tokenizer and generation files from; a PEFT adapter's for an adapter "
-        "(huggingface)",
-    )
+    takers: dict[str, list[str]] = {}
+    options = {option.name: option for _, option in formats.options_of_targets(known)}
+    for target, option in formats.options_of_targets(known):
+        takers.setdefault(option.name, []).append(target.name)
+    for name, option in options.items():
+        run.add_option(p, option, f" ({', '.join(takers[name])})")
     p.add_argument("--overwrite", action="store_true", help="replace DEST if it is a checkpoint and not part of SOURCE")
     p.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
-    p.add_argument("--trust-client-state", action="store_true", help="run code that SOURCE's client state asks for")
+    for option in {option.name: option for format_ in known for option in format_.read_options}.values():
+        run.add_option(p, option)
+    p.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of a format that another package adds; may be repeated",
+    )
     p.add_argument("--dry-run", action="store_true", help="plan and check everything, write nothing")
     p.add_argument("--json", action="store_true", help="print the result as JSON (its 'schema' names the version)")
     p.add_argument("--quiet", action="store_true", help="no result line, no progress, no warnings")
     p.add_argument("--debug", action="store_true", help="log what happens, with tracebacks")
     return p
+
+
+def _targets(known: Sequence[Format]) -> str:
+    names = [target.name for format_ in known for target in format_.targets]
+    names[names.index(formats.DEFAULT_TARGET)] += " (default)"
+    return f"{', '.join(names)}, or what an installed package adds; {', '.join(formats.PLANNED)} is planned"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,12 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    layout = None if args.layout is None else parse_layout(args.layout)
     # Imported late: numpy and torch take longer than telling that an argument is wrong.
+    from ucp.parallel.mesh import parse_layout
+
+    layout = None if args.layout is None else parse_layout(args.layout)
+    options = _options(args)
     from ucp.conversion import convert
     from ucp.transfer.team import from_environment
 
     team = from_environment(os.environ)
+    import signal
+
     # A launcher ends the processes that are left when one has died; that is an interruption like any other.
     signal.signal(signal.SIGTERM, _interrupt)
     bar = ProgressBar(args.quiet or not team.leads)
@@ -111,31 +118,42 @@ def _convert(args: argparse.Namespace) -> int:
             args.spec,
             model_config=args.model_config,
             sizes=run.sizes(args.set),
-            virtual=args.virtual,
             tag=args.tag,
-            digests=args.digests,
             workers=args.workers,
             max_memory=args.max_memory,
             overwrite=args.overwrite,
             resume=not args.no_resume,
             team=team,
             dry_run=args.dry_run,
-            ds_config=args.ds_config,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            like=args.like,
-            trust_client_state=args.trust_client_state,
             progress=bar,
+            options=options,
         )
     finally:
         bar.close()
     if not team.leads:
         return run.DONE
     if args.json:
+        import dataclasses
+
         sys.stdout.write(printable.dumps({"schema": SCHEMA, **dataclasses.asdict(report)}) + "\n")
     elif not args.quiet:
         sys.stdout.write(f"{printable.line(str(report))}\n")
     return run.DONE
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The formats' own options that were given. Raises BadArgument."""
+    known = formats.built_in()
+    options = [option for _, option in formats.options_of_targets(known)]
+    options += [option for format_ in known for option in format_.read_options]
+    given = {option.name: value for option in options if (value := getattr(args, option.name, None)) is not None}
+    if args.option:
+        takes = {option.name: option for format_ in formats.every() for option in format_.read_options}
+        takes.update({option.name: option for option in formats.target(args.to).options})
+        for pair in args.option:
+            name, value = run.option(pair, takes)
+            given[name] = value
+    return given
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -10,11 +10,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ucp import printable
 from ucp.errors import BadArgument, UcpError
+from ucp.formats import base
+from ucp.formats.base import Option
 
 DONE, NO, AT_FAULT, INTERNAL = 0, 1, 2, 3
 INTERRUPTED = 130  # as shells count a program that ended by Ctrl-C
@@ -84,6 +86,40 @@ def sizes(pairs: Sequence[str]) -> dict[str, int]:
             raise BadArgument(f"--set {pair}: write NAME=N with a whole number, such as --set vocab=32000")
         out[name.strip()] = int(number)
     return out
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option, suffix: str = "") -> None:
+    """A format's own option as an argument, unless only Python can give it. Not given, it is not in the result."""
+    if option.kind == base.FLAG:
+        parser.add_argument(option.flag, action="store_true", default=argparse.SUPPRESS, help=f"{option.about}{suffix}")
+    elif option.kind != base.OBJECT:
+        parser.add_argument(
+            option.flag,
+            type=size if option.kind == base.SIZE else str,
+            default=argparse.SUPPRESS,
+            metavar=option.metavar,
+            help=f"{option.about}{suffix}",
+        )
+
+
+def option(pair: str, takes: Mapping[str, Option]) -> tuple[str, Any]:
+    """``NAME=VALUE`` as an option's name and its value. takes: the options that there are. Raises BadArgument."""
+    name, sign, text = pair.partition("=")
+    name = name.strip().replace("-", "_")
+    if not sign or name not in takes:
+        known = f"known are {', '.join(takes)}" if takes else "this format has none"
+        raise BadArgument(f"--option {pair}: write NAME=VALUE with the name of an option; {known}")
+    kind = takes[name].kind
+    if kind == base.FLAG and text in ("true", "false"):
+        return name, text == "true"
+    if kind == base.FLAG:
+        raise BadArgument(f"--option {pair}: write {name}=true or {name}=false")
+    if kind == base.SIZE:
+        try:
+            return name, size(text)
+        except argparse.ArgumentTypeError as error:
+            raise BadArgument(f"--option {pair}: {error}") from error
+    return name, text
 
 
 def guarded(program: str, job: Callable[[], int], debug: bool) -> int:

@@ -1,54 +1,148 @@
-"""Checkpoint formats, one module or package each, and how the one at hand is found.
+"""Checkpoint formats, one package each, and how the one at hand is found.
 
-A format offers ``NAME``, ``detect(folder) -> bool`` (by looking at names only) and ``read_catalog(folder, files)``.
-All of them are asked, so each imports what only reading needs when it reads.
+To add a format to this package, write a subclass of `ucp.formats.base.Format` and a line in `BUILT_IN`. Formats of
+other packages come through the entry-point group ``ucp.formats``; they are looked for where no built-in one will do.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from ucp.catalog import Catalog
-from ucp.errors import NotACheckpoint
-from ucp.formats import dcp, deepspeed, huggingface, universal
-from ucp.storage import locations
-from ucp.storage.files import Files
+from ucp.errors import BadArgument, NotACheckpoint, Unsupported
+from ucp.formats.base import FolderNames, Format, Option, WriteTarget
+from ucp.printable import logger
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
 
-class Format(Protocol):
-    """What a format's module offers to readers."""
+log = logger(__name__)
 
-    @property
-    def NAME(self) -> str:
-        """What `Catalog.format` says."""
-        ...
-
-    def detect(self, path: Path, /) -> bool:
-        """Whether the folder is a checkpoint of this format."""
-        ...
-
-    def read_catalog(self, path: Path, files: Files, /) -> Catalog:
-        """The folder's catalog."""
-        ...
+# In the order of trial: a manifest of ours is the surer sign. Each module has the format as FORMAT.
+BUILT_IN = ("ucp.formats.universal", "ucp.formats.deepspeed", "ucp.formats.dcp", "ucp.formats.huggingface")
+GROUP = "ucp.formats"
+"""The entry-point group of other packages' formats."""
+DEFAULT_TARGET = "universal"
+PLANNED = ("megatron",)
+"""Targets that are to come."""
 
 
-# In the order of trial: a manifest of ours is the surer sign.
-READERS: tuple[Format, ...] = (universal, deepspeed, dcp, huggingface)
+@cache
+def built_in() -> tuple[Format, ...]:
+    """The formats of this package, in the order of trial."""
+    return tuple(import_module(module).FORMAT for module in BUILT_IN)
+
+
+@cache
+def registered() -> tuple[Format, ...]:
+    """The formats of other packages, by their names in order. One that can't be used is left out, with a warning."""
+    from importlib.metadata import entry_points  # takes longer than all the rest of this module
+
+    found = {known.name: known for known in built_in()}
+    targets = {target.name for known in built_in() for target in known.targets}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        loaded = _load(entry)
+        if loaded is None:
+            continue
+        taken = sorted({loaded.name} & found.keys() | {target.name for target in loaded.targets} & targets)
+        if taken:
+            log.warning("%s is left out: there is a format or target '%s' already", _called(entry), taken[0])
+            continue
+        found[loaded.name] = loaded
+        targets.update(target.name for target in loaded.targets)
+    return tuple(found.values())[len(built_in()) :]
+
+
+def _load(entry: EntryPoint) -> Format | None:
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        log.warning("%s can't be loaded: %s: %s", _called(entry), type(error).__name__, error)
+        log.debug("traceback", exc_info=True)
+        return None
+    if not isinstance(loaded, Format):
+        log.warning("%s is a %s, not a ucp.formats.base.Format", _called(entry), type(loaded).__name__)
+        return None
+    return loaded
+
+
+def _called(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist is not None else "an unknown package"
+    return f"the format '{entry.name}' of {package} ({entry.value})"
+
+
+def every() -> Iterator[Format]:
+    """All formats, in the order of trial; those of other packages last, and looked for only when it comes to them."""
+    yield from built_in()
+    yield from registered()
+
+
+def look(path: Path) -> FolderNames:
+    """The names in a folder; none where there is no such folder, or it can't be listed."""
+    from ucp.storage import locations
+
+    try:
+        return FolderNames(path, tuple(locations.names(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return FolderNames(path, ())
+    except OSError:
+        return FolderNames(path, (), listed=False)
 
 
 def find(path: Path) -> Format | None:
     """The format of the checkpoint in this folder, or None where no format knows it."""
-    return next((reader for reader in READERS if reader.detect(path)), None)
+    folder = look(path)
+    return next((known for known in every() if _detects(known, folder)), None)
+
+
+def _detects(known: Format, folder: FolderNames) -> bool:
+    if known in built_in():
+        return known.detect(folder)
+    try:
+        return known.detect(folder)
+    except Exception as error:
+        log.warning("%s: the format '%s' fails to tell whether it is one of its: %s", folder.path, known.name, error)
+        log.debug("traceback", exc_info=True)
+        return False
+
+
+def named(name: str) -> Format | None:
+    """The format of this name, None if there is none."""
+    return next((known for known in every() if known.name == name), None)
+
+
+def those_of(name: str) -> list[Format]:
+    """The format of this name, and then the built-in ones: a checkpoint may point into files of these."""
+    own = named(name) if all(known.name != name for known in built_in()) else None
+    return [*([] if own is None else [own]), *built_in()]
+
+
+def target(name: str) -> WriteTarget:
+    """What ``to=`` names. Raises BadArgument where nothing has this name, Unsupported for what is to come."""
+    for known in every():
+        for one in known.targets:
+            if one.name == name:
+                return one
+    known_names = ", ".join(f"'{one.name}'" for known in every() for one in known.targets)
+    if name in PLANNED:
+        raise Unsupported(f"converting to '{name}' is not supported yet; supported are {known_names}")
+    raise BadArgument(f"unknown target format '{name}'; supported are {known_names}")
+
+
+def options_of_targets(among: Iterable[Format] | None = None) -> list[tuple[WriteTarget, Option]]:
+    """The targets' own options, each with the target that takes it; of all formats, unless some are given."""
+    among = every() if among is None else among
+    return [(one, option) for known in among for one in known.targets for option in one.options]
 
 
 def explain_unknown(path: Path) -> NotACheckpoint:
     """The error for a path that no format knows, saying what was looked for and what is there."""
-    known = (
-        "a universal checkpoint has 'ucp.json', a DeepSpeed one '*_model_states.pt', one of "
-        "torch.distributed '.metadata', a Hugging Face model folder "
-        "'model.safetensors' or an index of several"
-    )
+    from ucp.storage import locations
+
+    known = ", ".join(one.sign for one in every())
     if not locations.exists(path):
         return NotACheckpoint(f"{path}: there is no such file or folder")
     if not locations.is_folder(path):

@@ -59,34 +59,35 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
     Reads metadata only. Raises NotACheckpoint where there is none at all.
     """
     where = locations.locate(folder)
-    alone = formats.find(where) is not None
-    found = [where] if alone else run_folder.checkpoints_in(where)
-    parent = where.parent if alone else where
-    taken, refused = None, None
+    known = formats.find(where)
+    alone = None if known is None else run_folder.Chosen(where, known)
+    found = run_folder.checkpoints_in(where) if alone is None else [alone]
+    parent = where if alone is None else where.parent
+    taken, refused = alone, None
     try:
-        taken = run_folder.choose(where).path
+        taken = alone or run_folder.choose(where)
     except NotACheckpoint as error:
         refused = str(error)
-    unfinished = [] if alone else _unfinished(where)
-    if taken is not None and taken not in found:
+    unfinished = _unfinished(where) if alone is None else []
+    if taken is not None and all(one.path != taken.path for one in found):
         found.append(taken)  # what `latest` names may lie deeper
     if not found and not unfinished:
         raise formats.explain_unknown(where)
     named = run_folder.latest_name(parent)
-    entries = [entry for path in found if (entry := _entry(path, parent, named)) is not None]
+    entries = [entry for one in found if (entry := _entry(one, parent, named)) is not None]
     return Listing(
         str(where),
         _latest(parent),
-        None if taken is None else str(taken),
+        None if taken is None else str(taken.path),
         refused,
         tuple(sorted(entries, key=lambda e: (e.written, e.step or 0))),
         tuple(sorted(unfinished)),
     )
 
 
-def _entry(path: Path, parent: Path, named: str | None) -> ListedCheckpoint | None:
+def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedCheckpoint | None:
     """None where it was removed meanwhile."""
-    reader = formats.find(path)
+    path = found.path
     step: int | None = None
     layout = problem = None
     whole: bool | None = True
@@ -106,7 +107,7 @@ def _entry(path: Path, parent: Path, named: str | None) -> ListedCheckpoint | No
     return ListedCheckpoint(
         tag=os.path.relpath(path, parent) if parent in path.parents else path.name,
         path=str(path),
-        format="" if reader is None else reader.NAME,
+        format=found.format.name,
         step=step,
         layout=layout,
         written=written / 1e9,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
 from ucp.geometry import Blocks, Ints, intersect
-from ucp.inspection import holders
+from ucp.inspection.owners import file_owners
 from ucp.inspection.parts import held, parts
 from ucp.parallel.mesh import Layout
 from ucp.spec.select import Choice, choose
@@ -98,7 +98,7 @@ def plan(
     given = configs.given(ds_config, BadArgument)
     choice = _choice(checkpoint, spec, model_config, sizes) if layout.tp * layout.pp > 1 else Choice()
     found = parts(catalog, layout, choice, given)
-    who = holders.holders(catalog.files)
+    who = file_owners(catalog)
     world = layout.world_size
     flat = np.zeros(len(who.names) * world, np.float64)
     pieces = np.zeros(world, np.int64)

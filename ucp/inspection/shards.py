@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import formats
 from ucp.checkpoint import Checkpoint, open_apart
 from ucp.errors import Mismatch
-from ucp.formats import deepspeed
-from ucp.formats.deepspeed.read import checkpoint as reader
 from ucp.geometry import Shape, numel
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec import shipped
@@ -28,7 +27,7 @@ from ucp.spec.check import Report, check_names, cut, merge
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.grammar import Expression
 from ucp.spec.infer import draft
-from ucp.spec.resolve import shard_of
+from ucp.spec.resolve import name_of_shard, shard_of
 from ucp.spec.solve import Observed, solve_cuts
 
 if TYPE_CHECKING:
@@ -50,15 +49,17 @@ class Shards:
         self.tied: dict[str, str] = {}
         self.info: Any = None
         self.config: Mapping[str, Any] | None = None
-        self._is_apart = checkpoint.format == deepspeed.NAME
+        known = formats.named(checkpoint.format)
+        facts = None if known is None else known.model_facts(checkpoint.path)
+        self._is_apart = facts is not None
         for info in checkpoint.parameters.values():
             at, name = shard_of(info.name) if self._is_apart else (Coordinate(), info.name)
             self.parts.setdefault(at, {})[name] = info.shape
             self.tied.update(dict.fromkeys(info.aliases, name))
             if info.kind == "buffer":
                 self.buffers.add(name)
-        if self._is_apart:
-            self.info, self.config = reader.describe(checkpoint.path)
+        if facts is not None:
+            self.info, self.config = facts.info, facts.config
 
     def __enter__(self) -> Shards:
         return self
@@ -82,7 +83,7 @@ class Shards:
 
     def tensor(self, at: Coordinate, name: str) -> torch.Tensor:
         """A rank's weights."""
-        return self._checkpoint.read(f"{at.tp}.{at.pp}.{at.ep}:{name}" if self._is_apart else name)
+        return self._checkpoint.read(name_of_shard(at, name) if self._is_apart else name)
 
     def tensors(self, name: str) -> dict[int, torch.Tensor]:
         """As `slices`, the weights themselves."""

@@ -14,7 +14,8 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
 from ucp.geometry import numel
-from ucp.inspection import display, holders
+from ucp.inspection import display
+from ucp.inspection.owners import FileOwners, file_owners
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.inspect/1"
@@ -96,7 +97,7 @@ class Summary:
 def summarise(checkpoint: Checkpoint) -> Summary:
     """Everything that `inspect` shows. Reads no tensor."""
     catalog = checkpoint.catalog
-    who = holders.holders(catalog.files)
+    who = file_owners(catalog)
     held = held_bytes(catalog)
     copies: dict[tuple[str, str], int] = {}
     for copy in catalog.copies:
@@ -259,14 +260,14 @@ class Fragment:
 def fragments(catalog: Catalog, name: str, state: str) -> list[Fragment]:
     """All fragments of one tensor, copies last."""
     out: list[Fragment] = []
-    who = holders.holders(catalog.files)
+    who = file_owners(catalog)
     again = [copy for copy in catalog.copies if (copy.name, copy.state) == (name, state)]
     for k, tensor in enumerate((catalog.tensors[name, state], *again)):
         out += _fragments(catalog, who, tensor, copy=k > 0)
     return out
 
 
-def _fragments(catalog: Catalog, who: holders.Holders, tensor: LogicalTensor, copy: bool) -> Iterator[Fragment]:
+def _fragments(catalog: Catalog, who: FileOwners, tensor: LogicalTensor, copy: bool) -> Iterator[Fragment]:
     b = tensor.blocks
     places = tensor.bases + b.starts * itemsize(tensor.dtype)
     for k in range(len(b)):

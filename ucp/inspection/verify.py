@@ -17,12 +17,13 @@ import numpy as np
 from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
-from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile, UcpError
-from ucp.formats.universal import manifest, schema
+from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
+from ucp.formats.base import Salvage
 from ucp.geometry import box
-from ucp.inspection import holders, stream
+from ucp.inspection import stream
 from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
+from ucp.inspection.owners import file_owners
 from ucp.inspection.state import state_findings
 from ucp.inspection.values import not_finite
 from ucp.storage import locations
@@ -110,8 +111,8 @@ def verify(
     """
     choice: dict[str, Any] = {"spec": spec, "model_config": model_config, "sizes": sizes}
     where = _where(locations.locate(path), tag, choice)
-    reader = formats.find(where)
-    if reader is None:
+    known = formats.find(where)
+    if known is None:
         raise formats.explain_unknown(where)
     notes = _Notes()
     try:
@@ -120,13 +121,14 @@ def verify(
     except RemovedMeanwhile:
         raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
-        if reader is formats.universal:
-            _look_closer(where, notes)
+        salvage = known.salvage(where)
+        if salvage is not None:
+            _note_salvage(salvage, notes)
         elif not quick:
             _look_into_archives(where, notes)
         if not any(finding.kind != "digest" for finding in notes.found):
             notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
-        return notes.verdict(where, reader.NAME, None)
+        return notes.verdict(where, known.name, None)
     with opened:
         return verify_open(opened, quick=quick, finite=finite, progress=progress)
 
@@ -204,29 +206,14 @@ def _look_into_archives(where: Path, notes: _Notes) -> None:
                 notes.add("file", path, str(error).removeprefix(f"{path}: "))
 
 
-def _look_closer(where: Path, notes: _Notes) -> None:
-    """Every fault that a universal checkpoint's manifest shows, once it is known that there is one."""
-    path = str(where / manifest.NAME)
-    try:
-        body = manifest.load(path)
-        files = body["files"]
-        for name, size in zip(files["path"], files["size"], strict=True):
-            full = str(where / name) if locations.is_remote(where) else os.path.normpath(os.path.join(where, name))
-            try:
-                found = locations.stat(full).size
-            except OSError as missing:
-                notes.add("file", full, f"can't be read: {missing.strerror}; the manifest needs it")
-                continue
-            if found != size:
-                notes.add("file", full, f"has {found} bytes where the manifest says {size}")
-        if notes.found:
-            return
-        catalog = schema.decode(path, body, complete=False)
-    except (UcpError, KeyError, TypeError, ValueError):
-        return  # the error that opening gave tells it
-    for tensor in catalog.tensors.values():
-        _check_coverage(catalog, tensor, notes)
-        _check_inside(catalog, tensor, notes)
+def _note_salvage(salvage: Salvage, notes: _Notes) -> None:
+    """Every fault that the metadata of a damaged checkpoint still shows."""
+    for subject, text in salvage.faults:
+        notes.add("file", subject, text)
+    if salvage.catalog is not None:
+        for tensor in salvage.catalog.tensors.values():
+            _check_coverage(salvage.catalog, tensor, notes)
+            _check_inside(salvage.catalog, tensor, notes)
 
 
 def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> None:
@@ -250,7 +237,7 @@ def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> N
 def _holders_of(catalog: Catalog, tensor: LogicalTensor, at: Sequence[int]) -> set[str]:
     b, place = tensor.blocks, np.array(at, np.int64)
     hit = np.all((b.offsets <= place) & (place < b.offsets + b.sizes), axis=1)
-    who = holders.holders(catalog.files)
+    who = file_owners(catalog)
     return {who[int(k)] for k in b.buffers[hit]}
 
 
@@ -297,7 +284,7 @@ def _copies(opened: Checkpoint, notes: _Notes, advance: Callable[[int], None]) -
 
 
 def _first(opened: Checkpoint, tensor: LogicalTensor) -> str:
-    return holders.holders(opened.catalog.files)[int(tensor.blocks.buffers[0])]
+    return file_owners(opened.catalog)[int(tensor.blocks.buffers[0])]
 
 
 def _held_again(

@@ -53,10 +53,15 @@ def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) ->
 def apart(parts: Parts) -> Placements:
     """Every local tensor under a name of its own, ``tp.pp.ep:name``, nothing put together."""
     return {
-        (at, name): (Placed(f"{at.tp}.{at.pp}.{at.ep}:{name}", shape, whole(shape)),)
+        (at, name): (Placed(name_of_shard(at, name), shape, whole(shape)),)
         for at, held in parts.items()
         for name, shape in held.items()
     }
+
+
+def name_of_shard(at: Coordinate, name: str) -> str:
+    """The name that `apart` gives to a rank's local tensor."""
+    return f"{at.tp}.{at.pp}.{at.ep}:{name}"
 
 
 def shard_of(name: str) -> tuple[Coordinate, str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ucp.catalog import Catalog
+from ucp.parallel.mesh import Layout
 from ucp.storage.crc32 import Crc32Entry
+from ucp.storage.digests import ChunkDigests
 from ucp.transfer.gather import Want
 
 
@@ -23,3 +27,27 @@ class TargetFile:
     literals: tuple[tuple[int, bytes], ...]
     wants: tuple[Want, ...]
     crc32_entries: tuple[Crc32Entry, ...] = ()
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """A conversion before its first byte is written.
+
+    source: the catalog to read from. files: in the order of writing; the last one, or those of ``finish``, are what
+    readers find the checkpoint by. finish: small files that depend on the digests of what was written, name -> bytes;
+    they come after all others; None for none. tag: the folder below the destination that holds the checkpoint, None
+    where that is the destination itself. layout: what was written for, None where it fits all. is_virtual: whether it
+    points into the source's files instead of holding the tensors.
+    """
+
+    source: Catalog
+    files: tuple[TargetFile, ...]
+    finish: Callable[[dict[str, ChunkDigests]], dict[str, bytes]] | None = None
+    tag: str | None = None
+    layout: Layout | None = None
+    is_virtual: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of ``files``."""
+        return sum(file.size for file in self.files)

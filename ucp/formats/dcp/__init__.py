@@ -2,29 +2,62 @@
 
 A data file is a row of records, each a complete ``torch.save`` archive of one chunk of a tensor, or of one object. So
 every chunk's bytes are a byte range of a file, and are read like any other fragment. What the entries are to a training
-run, their names tell: see `names`.
+run, their names tell: see `ucp.formats.shared.roles`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ucp.catalog import Catalog
-from ucp.storage import locations
-from ucp.storage.files import Files
+from ucp.formats.base import FolderNames, Format, ReadRequest, WriteRequest, WriteTarget
+from ucp.formats.shared.options import TRUST_CLIENT_STATE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ucp.catalog import Catalog
+    from ucp.storage.files import Files
+    from ucp.transfer.targets import WritePlan
 
 NAME = "dcp"
 METADATA = ".metadata"
 
-
-def detect(path: Path) -> bool:
-    """Whether the folder has DCP's metadata."""
-    return locations.is_file(path / METADATA)
+# torch distributed/checkpoint/filesystem.py: ``__{rank}_{n}.distcp``.
+_DATA = re.compile(r"__(\d+)_\d+\.distcp")
 
 
-def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
-    """The folder's catalog; see `reading.read`."""
-    from ucp.formats.dcp import reader
+class DcpTarget(WriteTarget):
+    """What torch's own DCP loads, under the names that its programs use."""
 
-    return reader.read(path, files, **options)
+    name = NAME
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.dcp import writer
+        from ucp.formats.universal import training
+        from ucp.transfer.targets import WritePlan
+
+        source = training.with_sources_of_state(catalog)
+        return WritePlan(source, tuple(writer.plan(source)))
+
+
+class Dcp(Format):
+    name = NAME
+    sign = f"one of torch.distributed '{METADATA}'"
+    read_options = (TRUST_CLIENT_STATE,)
+    targets = (DcpTarget(),)
+
+    def detect(self, folder: FolderNames) -> bool:
+        return folder.has_file(METADATA)
+
+    def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
+        from ucp.formats.dcp import reader
+
+        return reader.read(path, files, **request.options)
+
+    def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
+        return {name: f"rank {int(found[1])}" for name in names if (found := _DATA.fullmatch(name))}
+
+
+FORMAT = Dcp()

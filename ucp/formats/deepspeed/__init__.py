@@ -1,30 +1,124 @@
-"""DeepSpeed's native checkpoints, read straight from their files.
+"""DeepSpeed's native checkpoints, read straight from their files, and written for any layout.
 
 No DeepSpeed and no torch is needed: the files' pickles are read with an allow-list, and every tensor in them is a byte
-range. Every model-parallel rank's files are read as a part of its own (`part`), and the parts are put together by what
-a spec, or the checkpoint itself, says of the model's cuts (`assemble`).
+range. Every model-parallel rank's files are read as a part of its own (`read.mp_rank`), and the parts are put together
+by what a spec, or the checkpoint itself, says of the model's cuts (`read.assemble`).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ucp.catalog import Catalog
-from ucp.storage.files import Files
+from ucp.errors import BadArgument
+from ucp.formats.base import (
+    CONFIG,
+    OBJECT,
+    FolderNames,
+    Format,
+    ModelFacts,
+    Option,
+    ReadRequest,
+    WriteRequest,
+    WriteTarget,
+)
+from ucp.formats.shared.options import TRUST_CLIENT_STATE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ucp.catalog import Catalog
+    from ucp.parallel.mesh import Layout
+    from ucp.storage.files import Files
+    from ucp.transfer.targets import TargetFile, WritePlan
 
 NAME = "deepspeed"
 
 
-def detect(path: Path) -> bool:
-    """Whether this folder is a DeepSpeed checkpoint (one tag's folder)."""
-    from ucp.formats.deepspeed.read import folder
+class DeepSpeedTarget(WriteTarget):
+    """A native checkpoint for the ranks of one layout."""
 
-    return folder.looks_like(path)
+    name = NAME
+    takes_layout = True
+    options = (
+        Option(
+            "ds_config",
+            CONFIG,
+            "DeepSpeed config for what --layout leaves open",
+            "FILE",
+            elsewhere="a DeepSpeed config is for 'deepspeed' only, not for '{to}'",
+        ),
+    )
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.deepspeed.write import native
+        from ucp.formats.universal import training
+
+        if request.layout is None:
+            raise BadArgument(f"converting to '{NAME}' needs a layout to write for, such as dp=4,zero=3")
+        source = training.with_sources_of_state(catalog)
+        files = native.plan(source, request.layout, request.options.get("ds_config"), request.choice)
+        return _tagged(source, files, request.tag, "latest", request.layout)
 
 
-def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
-    """The catalog of one tag's folder; see `reading.read`."""
-    from ucp.formats.deepspeed.read import checkpoint
+class DeepSpeedUniversalTarget(WriteTarget):
+    """DeepSpeed's own universal checkpoint, which its engines load with ``load_universal``."""
 
-    return checkpoint.read(path, files, **options)
+    name = "deepspeed-universal"
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.deepspeed.write import universal_folder
+        from ucp.formats.universal import training
+
+        source = training.with_sources_of_state(catalog)
+        return _tagged(source, universal_folder.plan(source), request.tag, "latest_universal", None)
+
+
+def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> WritePlan:
+    """In DeepSpeed's convention: everything in a folder named by the tag, and a file beside it that names it."""
+    from ucp.storage import names
+    from ucp.transfer.targets import TargetFile, WritePlan
+
+    folder = names.entry(tag, "the source's tag", BadArgument, "rename its folder")
+    placed = [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in files]
+    text = tag.encode("utf-8")
+    placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
+    return WritePlan(catalog, tuple(placed), tag=tag, layout=layout)
+
+
+class DeepSpeed(Format):
+    name = NAME
+    sign = "a DeepSpeed one '*_model_states.pt'"
+    read_options = (
+        TRUST_CLIENT_STATE,
+        Option("param_names", OBJECT, "each param group's parameters in order, where stage-0 files leave it open"),
+    )
+    targets = (DeepSpeedTarget(), DeepSpeedUniversalTarget())
+
+    def detect(self, folder: FolderNames) -> bool:
+        """Whether it is one tag's folder."""
+        from ucp.formats.deepspeed.read import folder as folders
+
+        return folders.looks_like(folder)
+
+    def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
+        from ucp.formats.deepspeed.read import checkpoint
+
+        return checkpoint.read(path, files, choice=request.choice, compare=request.compare, **request.options)
+
+    def tag(self, path: Path) -> str | None:
+        return path.name
+
+    def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
+        from ucp.formats.deepspeed.read.names import owners
+
+        return owners(names)
+
+    def model_facts(self, path: Path) -> ModelFacts | None:
+        from ucp.formats.deepspeed.read import checkpoint
+
+        return checkpoint.model_facts(path)
+
+
+FORMAT = DeepSpeed()

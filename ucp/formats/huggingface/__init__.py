@@ -6,13 +6,18 @@ names are the module's own as transformers 5 has them, whatever the files call t
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ucp.catalog import Catalog
-from ucp.storage import locations
-from ucp.storage.files import Files
+from ucp.formats.base import PATH, SIZE, TEXT, FolderNames, Format, Option, ReadRequest, WriteRequest, WriteTarget
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ucp.catalog import Catalog
+    from ucp.storage.files import Files
+    from ucp.transfer.targets import WritePlan
 
 NAME = "huggingface"
 
@@ -21,17 +26,68 @@ NAME = "huggingface"
 _TRAINING = re.compile(r"latest|latest_universal|ucp\.json|global_step.*|optimizer\..*\.safetensors(\.index\.json)?")
 
 
-def detect(path: Path) -> bool:
-    """Whether this folder has weight files, and is no training checkpoint or folder of them besides."""
-    from ucp.formats.huggingface import folder
+class HuggingFaceTarget(WriteTarget):
+    """The weights alone, as a model folder."""
 
-    if not any(kind.in_folder(path) for kind in folder.KINDS):
-        return False
-    return not any(_TRAINING.fullmatch(name) for name in locations.names(path))
+    name = NAME
+    options = (
+        Option("dtype", TEXT, "element type of the weights: bf16, fp16, fp32", "T"),
+        Option("max_shard_size", SIZE, "of a file of weights, such as 5GB", "SIZE"),
+        Option(
+            "like",
+            PATH,
+            "model folder to carry config, tokenizer and generation files from; a PEFT adapter's for an adapter",
+            "FOLDER",
+        ),
+    )
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.huggingface import writer
+        from ucp.formats.shared import shards
+        from ucp.transfer.targets import WritePlan
+
+        options = request.options
+        source, files = writer.plan(
+            catalog,
+            dtype=options.get("dtype"),
+            max_shard=options.get("max_shard_size", shards.SHARD),
+            like=_model_folder(request),
+            choice=request.choice,
+        )
+        return WritePlan(source, tuple(files))
 
 
-def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
-    """The catalog of a folder; see `reading.read`."""
-    from ucp.formats.huggingface import reader
+def _model_folder(request: WriteRequest) -> Path | None:
+    """The folder to carry files from: the one given, else the source where it is a model's."""
+    from pathlib import Path
 
-    return reader.read(path, files, **options)
+    from ucp.storage import configs, locations
+
+    like = request.options.get("like")
+    if like is not None:
+        return Path(os.path.abspath(like))
+    is_one = request.source_format == NAME and locations.is_file(request.source / configs.MODEL)
+    return request.source if is_one else None
+
+
+class HuggingFace(Format):
+    name = NAME
+    sign = "a Hugging Face model folder 'model.safetensors' or an index of several"
+    resumable = False
+    targets = (HuggingFaceTarget(),)
+
+    def detect(self, folder: FolderNames) -> bool:
+        """Whether it has weight files, and is no training checkpoint or folder of them besides."""
+        from ucp.formats.huggingface.folder import KINDS
+
+        return any(
+            folder.has_file(name) for kind in KINDS for name in (kind.single, kind.index)
+        ) and not folder.any_name(_TRAINING)
+
+    def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
+        from ucp.formats.huggingface import reader
+
+        return reader.read(path, files, request.choice)
+
+
+FORMAT = HuggingFace()

@@ -2,29 +2,89 @@
 
 Three physical forms share one schema (`schema`): *consolidated* (every tensor whole, in safetensors files: see
 `consolidated`), *virtual* (byte ranges of another checkpoint: see `virtual`) and *fragmented* (many fragments per
-tensor, as ranks save them). Reading (`reading`) never asks which form it is. Nothing here needs pickle.
+tensor, as ranks save them). Reading (`reader`) never asks which form it is. Nothing here needs pickle.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ucp.catalog import Catalog
-from ucp.formats.universal import manifest
-from ucp.storage import locations
-from ucp.storage.files import Files
+from ucp.errors import BadArgument
+from ucp.formats.base import FLAG, FolderNames, Format, Option, ReadRequest, Salvage, WriteRequest, WriteTarget
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ucp.catalog import Catalog
+    from ucp.storage.files import Files
+    from ucp.transfer.targets import WritePlan
 
 NAME = "universal"
+MANIFEST = "ucp.json"
+"""The manifest's file name."""
+
+_RANK = re.compile(r"rank-(\d+)-of-\d+\.safetensors")
 
 
-def detect(path: Path) -> bool:
-    """Whether this folder has a manifest."""
-    return locations.is_file(path / manifest.NAME)
+class UniversalTarget(WriteTarget):
+    """Every tensor once, whole, or with ``virtual`` a manifest alone."""
+
+    name = NAME
+    options = (
+        Option(
+            "virtual",
+            FLAG,
+            "write a manifest that points into SOURCE; copy no tensors",
+            default=False,
+            elsewhere="the virtual form exists in the universal format only, not in '{to}'",
+        ),
+        Option(
+            "digests",
+            FLAG,
+            "with --virtual: read SOURCE once and record its digests",
+            default=False,
+            elsewhere="digests can be asked for in the virtual form only, not in '{to}'",
+        ),
+    )
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.universal import consolidated, manifest, virtual
+        from ucp.transfer.targets import WritePlan
+
+        writer = manifest.writer_name()
+        with_digests = request.options.get("digests", False)
+        if request.options.get("virtual", False):
+            return virtual.write_plan(virtual.plan(catalog), writer, request.destination, with_digests, request.workers)
+        if with_digests:
+            raise BadArgument(
+                "digests can be asked for in the virtual form only; the consolidated form always has them"
+            )
+        whole = consolidated.plan(catalog)
+        return WritePlan(whole.source, whole.files, lambda digests: {MANIFEST: whole.manifest(digests, writer)})
 
 
-def read_catalog(path: Path, files: Files, **options: Any) -> Catalog:
-    """The folder's catalog; see `reading.read`."""
-    from ucp.formats.universal import reader
+class Universal(Format):
+    name = NAME
+    sign = f"a universal checkpoint has '{MANIFEST}'"
+    targets = (UniversalTarget(),)
 
-    return reader.read(path, files, **options)
+    def detect(self, folder: FolderNames) -> bool:
+        return folder.has_file(MANIFEST)
+
+    def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
+        from ucp.formats.universal import reader
+
+        return reader.read(path, files)
+
+    def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
+        return {name: f"rank {int(found[1])}" for name in names if (found := _RANK.fullmatch(name))}
+
+    def salvage(self, path: Path) -> Salvage | None:
+        from ucp.formats.universal import salvage
+
+        return salvage.salvage(path)
+
+
+FORMAT = Universal()

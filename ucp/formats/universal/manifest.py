@@ -15,10 +15,11 @@ from typing import Any
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, Unsupported
+from ucp.formats.universal import MANIFEST
 from ucp.storage import locations
 from ucp.version import version
 
-NAME = "ucp.json"
+NAME = MANIFEST
 VERSION = "1.0"
 """Major.minor: another major version is refused; a greater minor one only adds what may be ignored."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,11 @@ from ucp.catalog import Catalog, SourceFile
 from ucp.errors import Unsupported
 from ucp.formats.universal import manifest, schema, training
 from ucp.storage import locations
-from ucp.storage.digests import ChunkDigests
-from ucp.transfer.targets import TargetFile
+from ucp.storage.digests import ChunkDigests, digest_file
+from ucp.storage.files import Files
+from ucp.transfer.destination import check_unchanged
+from ucp.transfer.targets import TargetFile, WritePlan
+from ucp.transfer.windows import budget
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,23 @@ def plan(catalog: Catalog) -> VirtualPlan:
         chunk_digests={int(place[k]): table for k, table in catalog.chunk_digests.items() if place[k] >= 0},
     )
     return VirtualPlan(source, files, result, training_state)
+
+
+def write_plan(made: VirtualPlan, writer: str, destination: str, with_digests: bool, workers: int | None) -> WritePlan:
+    """The same as a conversion writes it. with_digests: read the files pointed at, once, for digests of their chunks.
+    workers: threads for that."""
+
+    def finish(digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
+        foreign = _digests_of(made.foreign, workers) if with_digests else {}
+        check_unchanged(made.foreign)
+        return {manifest.NAME: made.manifest(digests, writer, destination, foreign)}
+
+    return WritePlan(made.source, made.files, finish, is_virtual=True)
+
+
+def _digests_of(files: tuple[SourceFile, ...], workers: int | None) -> dict[int, ChunkDigests]:
+    with Files() as source, ThreadPoolExecutor(budget(workers, None)[0]) as pool:
+        return dict(enumerate(pool.map(lambda file: digest_file(file.path, source), files)))
 
 
 def _pointer(path: str, folder: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ucp.catalog import Catalog
-from ucp.inspection import holders
+from ucp.inspection.owners import file_owners
 from ucp.inspection.planning import ResumePlan
 from ucp.inspection.report.maps import rectangles
 from ucp.inspection.summary import Summary
@@ -52,7 +52,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 
 def _parameters(summary: Summary, catalog: Catalog) -> dict[str, Any]:
-    who = holders.holders(catalog.files)
+    who = file_owners(catalog)
     state_sets: dict[str, int] = {}
     state_list: list[list[list[Any]]] = []
     maps: dict[str, int] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.base import ModelFacts
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import stems
@@ -130,11 +131,11 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
     return tp, pp
 
 
-def describe(path: Path) -> tuple[Any, Mapping[str, Any] | None]:
-    """What a checkpoint's folder says of its model: its ``universal_checkpoint_info`` and its config, None if none."""
+def model_facts(path: Path) -> ModelFacts:
+    """What a checkpoint's folder says of its model."""
     folder = folders.scan(path)[0]
     first = open_models(folder, False)[0]
-    return first.raw.get("universal_checkpoint_info"), recorded_config(first)
+    return ModelFacts(first.raw.get("universal_checkpoint_info"), recorded_config(first))
 
 
 def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: Layout, choice: Choice) -> Placements:

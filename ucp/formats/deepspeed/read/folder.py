@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.base import FolderNames
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, LAYER, MODEL, OPTIM
 from ucp.storage import locations
@@ -50,13 +51,9 @@ class Folder:
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{{}}_mp_rank_{self.mp:02d}_optim_states.pt"
 
 
-def looks_like(path: Path) -> bool:
+def looks_like(folder: FolderNames) -> bool:
     """Whether this folder holds files with the names that DeepSpeed gives to a checkpoint's."""
-    try:
-        names = locations.names(path)
-    except OSError:
-        return False
-    return any(MODEL.match(n) or OPTIM.match(n) or LAYER.match(n) for n in names)
+    return any(map(folder.any_name, (MODEL, OPTIM, LAYER)))
 
 
 def scan(path: Path) -> list[Folder]:

@@ -1,0 +1,253 @@
+"""The Format protocol: what a checkpoint format offers to everything else, and the nouns that it is said in.
+
+A format is one object, a subclass of `Format`. It says how a folder of it looks (`detect`), reads one as a catalog
+(`read`), and has one `WriteTarget` for each kind of checkpoint that it writes. Opening, converting, the command line
+and the inspection know formats by this protocol alone. All formats are asked about every folder, so a format's own
+module imports what reading and writing need only when it reads or writes.
+
+The built-in formats stand in the table in `ucp.formats`. Another package registers one through the entry-point group
+``ucp.formats``, whose entries name such an object::
+
+    [project.entry-points."ucp.formats"]
+    npz = "my_package.npz:FORMAT"
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ucp.errors import BadArgument
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from ucp.catalog import Catalog, LogicalTensor
+    from ucp.geometry import Blocks
+    from ucp.parallel.mesh import Layout
+    from ucp.spec.select import Choice
+    from ucp.storage.files import Files
+    from ucp.transfer.targets import WritePlan
+
+FLAG, TEXT, SIZE, PATH, CONFIG, OBJECT = "flag", "text", "size", "path", "config", "object"
+"""The kinds of options: True or False; a text; bytes; a path; a JSON file's path or its content; any Python object."""
+
+_WANTED = {
+    FLAG: "True or False",
+    TEXT: "a text",
+    SIZE: "a number of bytes",
+    PATH: "a path",
+    CONFIG: "a path or a mapping",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a format's own, as Python callers and the command line give it.
+
+    name: the keyword, such as ``max_shard_size``; on the command line it is ``--max-shard-size``, except for kind
+    OBJECT, which only Python can give. kind: one of the kinds above. about: what it does, in a few words for
+    ``--help``. metavar: what stands for its value there. default: the value that counts as not given. elsewhere: what
+    to say where it is given for a target that does not take it, with ``{to}`` for that target's name.
+    """
+
+    name: str
+    kind: str
+    about: str
+    metavar: str = ""
+    default: Any = None
+    elsewhere: str = ""
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def checked(self, value: Any) -> Any:
+        """The value as the format gets it; a config is read. Raises BadArgument for one of another kind."""
+        if value is None and self.default is None:
+            return None
+        if self.kind == FLAG:
+            fits = isinstance(value, bool)
+        elif self.kind == TEXT:
+            fits = isinstance(value, str)
+        elif self.kind == SIZE:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        elif self.kind == PATH:
+            fits = isinstance(value, (str, os.PathLike))
+        elif self.kind == CONFIG:
+            fits = isinstance(value, (str, os.PathLike, Mapping))
+        else:
+            fits = True
+        if not fits:
+            raise BadArgument(f"{self.name}: {_WANTED[self.kind]} is expected, and it is {value!r}")
+        if self.kind == CONFIG:
+            from ucp.storage import configs
+
+            return configs.given(value, BadArgument)
+        return value
+
+
+@dataclass(frozen=True)
+class FolderNames:
+    """What one look into a folder shows; all formats are asked about it.
+
+    names: of the files and folders in it, sorted. listed: False where the folder cannot be listed; a file of a known
+    name can be asked for even then.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    listed: bool = True
+
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file of this name. Raises OSError where that cannot be told of a URL."""
+        from ucp.storage import locations
+
+        return (name in self.names or not self.listed) and locations.is_file(self.path / name)
+
+    def any_name(self, pattern: re.Pattern[str]) -> bool:
+        """Whether a name matches the pattern from its beginning to its end."""
+        return any(pattern.fullmatch(name) for name in self.names)
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """How a checkpoint is to be read.
+
+    choice: the spec, and the model's config, that the caller gives. compare: refuse a checkpoint in which copies of the
+    same elements differ. options: those of the format's ``read_options`` that were given, by name, checked.
+    """
+
+    choice: Choice
+    compare: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a checkpoint says of its model. info: how its framework cuts it, as DeepSpeed's
+    ``universal_checkpoint_info`` says it; config: the model's; each None where the checkpoint has none."""
+
+    info: Any
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Salvage:
+    """What can be told of a checkpoint that is too damaged to be opened.
+
+    faults: of its files, each with what is wrong. catalog: what its metadata still says, unchecked; None for nothing.
+    """
+
+    faults: tuple[tuple[str, str], ...]
+    catalog: Catalog | None = None
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """What a target has to know besides the catalog.
+
+    source, source_format: the opened checkpoint's folder, and its format's name. destination: a path or URL. tag: the
+    checkpoint's name, for targets whose folder holds several. layout: the ranks to write for, None where the target
+    takes none. choice: the spec that the caller gives. options: the target's own that were given, by name, checked.
+    workers: threads, None for the default.
+    """
+
+    source: Path
+    source_format: str
+    destination: str
+    tag: str
+    layout: Layout | None
+    choice: Choice
+    options: Mapping[str, Any] = field(default_factory=dict)
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a framework divides a checkpoint over the ranks of a layout.
+
+    held: every tensor with the boxes of it that ranks hold, ``buffers`` being the rank; a tensor that is cut up between
+    the frameworks' modules comes once for each part, as a tensor of that part. stages: the first layer of each pipeline
+    stage, and at the end the number of layers; None without a pipeline.
+    """
+
+    held: Iterable[tuple[LogicalTensor, Blocks]]
+    stages: tuple[int, ...] | None = None
+
+
+class WriteTarget(ABC):
+    """One kind of checkpoint that a format writes: what ``to=`` and ``--to`` name.
+
+    options: of its own. takes_layout: whether it is written for the ranks of one layout, which the caller has to give.
+    """
+
+    name: str
+    options: tuple[Option, ...] = ()
+    takes_layout: bool = False
+
+    @abstractmethod
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        """Every file that is to be written. Nothing is written and no tensor is read.
+
+        Raises BadArgument for options that contradict each other, Unsupported for what the target can't hold, SpecError
+        and Mismatch where a spec does not fit.
+        """
+
+    def divide(self, catalog: Catalog, layout: Layout, choice: Choice, options: Mapping[str, Any]) -> Division | None:
+        """How a run of this target's framework divides the checkpoint over its ranks; None where that is not known.
+
+        Raises what `plan` raises.
+        """
+        return None
+
+
+class Format(ABC):
+    """A checkpoint format.
+
+    name: what `ucp.open(...).format` says; short, in small letters. sign: what tells a folder of it, as in "a DeepSpeed
+    one '*_model_states.pt'"; a path that no format knows is refused with the signs of all. resumable: whether a run
+    resumes from it, so that a folder of checkpoints counts it as one; a folder of weights alone is none. read_options:
+    what a caller may say of reading it.
+    """
+
+    name: str
+    sign: str
+    resumable: bool = True
+    read_options: tuple[Option, ...] = ()
+    targets: tuple[WriteTarget, ...] = ()
+
+    @abstractmethod
+    def detect(self, folder: FolderNames) -> bool:
+        """Whether the folder is a checkpoint of this format, by names alone: every folder is asked about."""
+
+    @abstractmethod
+    def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
+        """The catalog of the checkpoint in a folder, its ``format`` this one's name, its coverage checked.
+
+        Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what can't be
+        read exactly, UnsafePickle, SpecError and Mismatch where the spec does not fit.
+        """
+
+    def tag(self, path: Path) -> str | None:
+        """The name that the checkpoint in this folder has among those of its run; None where folders have none."""
+        return None
+
+    def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Who wrote the files of these names, such as "rank 3"; names that are not this format's are left out."""
+        return {}
+
+    def model_facts(self, path: Path) -> ModelFacts | None:
+        """What a checkpoint says of its model, where its files hold each model-parallel rank's own tensors, so that
+        `read` with a choice ``apart`` gives them the names of `ucp.spec.resolve.apart`; None where they are whole."""
+        return None
+
+    def salvage(self, path: Path) -> Salvage | None:
+        """What can be told of a damaged checkpoint; None where only opening it says what is wrong."""
+        return None

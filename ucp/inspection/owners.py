@@ -1,0 +1,44 @@
+"""Which rank wrote a file, as its name tells: every format that ranks write in parallel numbers its files.
+
+A file of any other name is an owner of its own, called by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp import formats
+from ucp.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class FileOwners:
+    """names: every owner once, ranks in order of their numbers. of_file: for each file, which of them wrote it."""
+
+    names: tuple[str, ...]
+    of_file: NDArray[np.int64]
+
+    def __getitem__(self, file: int) -> str:
+        return self.names[int(self.of_file[file])]
+
+
+def file_owners(catalog: Catalog) -> FileOwners:
+    """Who wrote the catalog's files. All formats are asked: a virtual checkpoint has the files of another format."""
+    names = [os.path.basename(file.path) for file in catalog.files]
+    known: dict[str, str] = {}
+    for one in formats.those_of(catalog.format):
+        known = {**one.file_owners(names), **known}
+    found = [known.get(name, name) for name in names]
+    order = sorted(set(found), key=_natural)
+    position = {name: k for k, name in enumerate(order)}
+    return FileOwners(tuple(order), np.array([position[name] for name in found], np.int64))
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """Sorts numbers in a text by their value."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
