@@ -13,13 +13,17 @@ import torch
 
 import ucp
 from tests.formats import raw
-from ucp import checkpoint, run_folder
+from ucp import run_folder
+from ucp.catalog import Catalog
 from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
 from ucp.errors import BadArgument, NotACheckpoint, RemovedMeanwhile
+from ucp.formats import universal
+from ucp.formats.base import ReadRequest
 from ucp.inspection.listing import listing
 from ucp.inspection.verify import verify
 from ucp.saving.retention import Keep, prune
+from ucp.storage.files import Files
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +202,14 @@ def test_retention_spares_what_latest_means(run: Path) -> None:
 
 def retired_while_opened(monkeypatch: pytest.MonkeyPatch, *victims: Path) -> None:
     """Let each of these be removed once its opening has begun."""
-    reader = checkpoint.formats.universal.read_catalog
+    read = universal.Universal.read
 
-    def slow(path: Path, files: object, **options: object) -> object:
+    def slow(self: universal.Universal, path: Path, files: Files, request: ReadRequest) -> Catalog:
         if path in victims:
             shutil.rmtree(path)
-        return reader(path, files, **options)  # type: ignore[arg-type]
+        return read(self, path, files, request)
 
-    monkeypatch.setattr(checkpoint.formats.universal, "read_catalog", slow)
+    monkeypatch.setattr(universal.Universal, "read", slow)
 
 
 def test_a_checkpoint_that_is_retired_while_it_is_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
