@@ -6,7 +6,6 @@ every file of the destination, and its space is compared with what is free. Then
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
 from collections.abc import Mapping
@@ -163,34 +162,12 @@ def _sort(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[dict[str, A
     """
     opening = {name: value for name, value in settings.items() if name in _OPENING}
     running = Running(**{name: value for name, value in settings.items() if name in _RUNNING})
-    own = {}
-    takes = {option.name: option for option in target.options}
-    for name, value in settings.items():
-        if name in takes:
-            value = takes[name].checked(value)
-            if value != takes[name].default:
-                own[name] = value
-        elif name not in (*_OPENING, *_RUNNING):
-            if any(option.name == name for known in formats.every() for option in known.read_options):
-                opening.setdefault("options", {})[name] = value
-            else:
-                _refuse(target, name, value)
-    return opening, running, own
-
-
-def _refuse(target: WriteTarget, name: str, value: Any) -> None:
-    """Raise BadArgument for a setting that the target does not take, unless it is another's, at its default."""
-    takers = [(one, option) for one, option in formats.options_of_targets() if option.name == name]
-    if not takers:
-        known = [*(option.name for option in target.options), *_RUNNING, *_OPENING]
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it takes {', '.join(known)}"
-        raise BadArgument(f"converting to '{target.name}' takes no option '{name}'; {hint}")
-    option = takers[0][1]
-    if value != option.default:
-        names = " or ".join(f"'{one.name}'" for one, _ in takers)
-        said = option.elsewhere or f"{name} is for {names} only, not for '{{to}}'"
-        raise BadArgument(said.format(to=target.name))
+    others = {name: value for name, value in settings.items() if name not in (*_OPENING, *_RUNNING)}
+    read_by = {option.name for known in formats.every() for option in known.read_options} if others else set()
+    reading = {name: others.pop(name) for name in read_by & others.keys() - {o.name for o in target.options}}
+    if reading:
+        opening["options"] = reading
+    return opening, running, formats.own_options(target, others, (*_RUNNING, *_OPENING))
 
 
 def _tag(opened: checkpoint.Checkpoint) -> str:

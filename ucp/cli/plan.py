@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", required=True, metavar="L", help="ranks (dp, tp, pp, ep) and ZeRO stage, as dp=64,zero=3"
     )
-    source.add_ds_config(parser)
+    source.add_division(parser)
     parser.add_argument("--rank-bandwidth", type=run.size, metavar="SIZE", help="bytes per second that a rank reads")
     parser.add_argument("--storage-bandwidth", type=run.size, metavar="SIZE", help="bytes per second of all together")
     parser.add_argument("--ranks-per-node", type=run.count, default=8, metavar="N", help="for the memory (default 8)")
@@ -53,10 +53,10 @@ def command(args: argparse.Namespace) -> int:
             spec=args.spec,
             model_config=args.model_config,
             sizes=run.sizes(args.set),
-            ds_config=args.ds_config,
             rank_bandwidth=args.rank_bandwidth,
             storage_bandwidth=args.storage_bandwidth,
             ranks_per_node=args.ranks_per_node,
+            **source.division(args),
         )
     if not out.result(lambda: found.as_json(args.matrix)):
         _print(out, found, args.ranks_per_node)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=source.CHECKPOINT)
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
     parser.add_argument("--plan-layout", metavar="L", help="show what a resume on this layout moves, as dp=64,zero=3")
-    source.add_ds_config(parser)
+    source.add_division(parser)
     parser.add_argument("--quick", action="store_true", help="do not read tensors to check digests")
     parser.add_argument("--finite", action="store_true", help="look for infinities and NaN, too")
     source.add_arguments(parser)
@@ -40,13 +40,13 @@ def command(args: argparse.Namespace) -> int:
             args.output,
             tag=args.tag,
             layout=layout,
-            ds_config=args.ds_config,
             spec=args.spec,
             model_config=args.model_config,
             sizes=run.sizes(args.set),
             quick=args.quick,
             finite=args.finite,
             progress=bar,
+            **source.division(args),
         )
     if not out.result(written.as_json):
         sys.stdout.write(f"{printable.line(str(written))}\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ucp import formats
 from ucp.cli import run
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_sizes(parser)
 
 
-def add_ds_config(parser: argparse.ArgumentParser) -> None:
-    """The option of what plans a resume."""
-    parser.add_argument(
-        "--ds-config",
-        metavar="FILE",
-        help="DeepSpeed config of the resume: which layers each pipeline stage has, AutoTP, AutoEP (default: recorded)",
-    )
+def add_division(parser: argparse.ArgumentParser) -> None:
+    """The options of what plans a resume: of the format that says how its framework divides a model over ranks."""
+    for option in formats.dividing().options:
+        run.add_option(parser, option)
+
+
+def division(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that were given."""
+    return {option.name: vars(args)[option.name] for option in formats.dividing().options if option.name in args}
 
 
 def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None) -> Checkpoint:

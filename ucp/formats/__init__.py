@@ -6,10 +6,11 @@ other packages come through the entry-point group ``ucp.formats``; they are look
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
 from ucp.formats.base import FolderNames, Format, Option, WriteTarget
@@ -136,6 +137,50 @@ def options_of_targets(among: Iterable[Format] | None = None) -> list[tuple[Writ
     """The targets' own options, each with the target that takes it; of all formats, unless some are given."""
     among = every() if among is None else among
     return [(one, option) for known in among for one in known.targets for option in one.options]
+
+
+def dividing(name: str | None = None) -> WriteTarget:
+    """The target whose framework divides a model over ranks: the one of this name, else the first that there is.
+
+    Raises BadArgument where that one is written for no layout.
+    """
+    if name is None:
+        return next(one for known in every() for one in known.targets if one.takes_layout)
+    found = target(name)
+    if not found.takes_layout:
+        raise BadArgument(f"'{name}' is written for no layout, so nothing can be said of its ranks")
+    return found
+
+
+def own_options(of: WriteTarget, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """The target's own options among those given, checked; one at its default counts as not given.
+
+    others: names that are taken elsewhere, for the hint. Raises BadArgument for an option that the target does not
+    take, unless it is another target's and at its default.
+    """
+    takes = {option.name: option for option in of.options}
+    own = {}
+    for name, value in given.items():
+        if name not in takes:
+            _refuse(of, name, value, (*takes, *others))
+            continue
+        value = takes[name].checked(value)
+        if value != takes[name].default:
+            own[name] = value
+    return own
+
+
+def _refuse(of: WriteTarget, name: str, value: object, known: Sequence[str]) -> None:
+    takers = [(one, option) for one, option in options_of_targets() if option.name == name]
+    if not takers:
+        near = get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(known) or 'none'}"
+        raise BadArgument(f"'{of.name}' takes no option '{name}'; {hint}")
+    option = takers[0][1]
+    if value != option.default:
+        names = " or ".join(f"'{one.name}'" for one, _ in takers)
+        said = option.elsewhere or f"{name} is for {names} only, not for '{{to}}'"
+        raise BadArgument(said.format(to=of.name))
 
 
 def explain_unknown(path: Path) -> NotACheckpoint:

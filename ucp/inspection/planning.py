@@ -1,8 +1,6 @@
 """What a resume on another layout would read, rank by rank, from the geometry alone.
 
-A rank of ZeRO stage 1 or 2 reads its partition of every param group's masters and states, and everything that no
-optimizer updates; of stage 3 its piece of every parameter; of stage 0 all. Under tensor, pipeline and expert
-parallelism each rank's part of the model is cut so (`ucp.inspection.parts`).
+Which rank holds what is the framework's to say: `ucp.formats.base.WriteTarget.divide` of the target that it loads.
 """
 
 from __future__ import annotations
@@ -16,11 +14,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ucp import formats
+from ucp.catalog import Catalog
 from ucp.checkpoint import Checkpoint
-from ucp.errors import BadArgument
+from ucp.errors import Unsupported
+from ucp.formats.base import Division
 from ucp.geometry import Blocks, Ints, intersect
 from ucp.inspection.owners import file_owners
-from ucp.inspection.parts import held, parts
 from ucp.parallel.mesh import Layout
 from ucp.spec.select import Choice, choose
 from ucp.storage import configs
@@ -76,36 +76,75 @@ def plan(
     checkpoint: Checkpoint,
     layout: Layout,
     *,
+    to: str | None = None,
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
-    ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     rank_bandwidth: float | None = None,
     storage_bandwidth: float | None = None,
     ranks_per_node: int = 8,
+    **options: Any,
 ) -> ResumePlan:
     """The plan of a resume of this checkpoint on this layout, weights and optimizer.
 
-    spec, model_config, sizes: as for `ucp.open`, where the layout has tensor parallelism, or pipeline stages with other
-    names. ds_config: the DeepSpeed config of the resume, for what the layout leaves open: ``"pipeline"`` as for
-    ``ucp.convert`` (default: layers divided by their parameters, as PipelineModule does), AutoEP, AutoTP. Default: the
-    config that the checkpoint recorded. rank_bandwidth, storage_bandwidth: bytes per second that one rank, and all
-    together, can read.
+    to: the target of `ucp.convert` whose framework resumes; default: DeepSpeed's. spec, model_config, sizes: as for
+    `ucp.open`, where the layout has tensor parallelism, or pipeline stages with other names. rank_bandwidth,
+    storage_bandwidth: bytes per second that one rank, and all together, can read. options: of the target, for what the
+    layout leaves open. DeepSpeed's ``ds_config``: the config of the resume; ``"pipeline"`` in it as for ``ucp.convert``
+    (default: layers divided by their parameters, as PipelineModule does), AutoEP, AutoTP. Default: the config that the
+    checkpoint recorded.
 
-    Raises what `ucp.inspection.parts.parts` raises, BadArgument for a config that can't be read.
+    Raises what `WriteTarget.divide` raises, BadArgument for a config that can't be read.
     """
-    catalog = checkpoint.catalog
-    given = configs.given(ds_config, BadArgument)
+    target = formats.dividing(to)
+    own = formats.own_options(target, options)
     choice = _choice(checkpoint, spec, model_config, sizes) if layout.tp * layout.pp > 1 else Choice()
-    found = parts(catalog, layout, choice, given)
+    division = target.divide(checkpoint.catalog, layout, choice, own)
+    if division is None:
+        raise Unsupported(f"how '{target.name}' divides a model over ranks is not known, so no resume can be planned")
+    moves = _moves(checkpoint.catalog, division, layout.world_size)
+    by_rank = moves.bytes.sum(axis=0).astype(np.int64)
+    ranks = tuple(
+        RankPlan(r, int(n), int(moves.opened[:, r].sum()), int(moves.pieces[r]), int(n)) for r, n in enumerate(by_rank)
+    )
+    seconds, bound_by = _time(by_rank, rank_bandwidth, storage_bandwidth)
+    return ResumePlan(
+        path=str(checkpoint.path),
+        source_layout=str(checkpoint.layout),
+        layout=str(layout),
+        bytes=int(by_rank.sum()),
+        stored=sum(t.nbytes for t in checkpoint.catalog.tensors.values()),
+        files=int(moves.opened.any(axis=1).sum()),
+        ranks=ranks,
+        largest=int(np.argmax(by_rank)),
+        node_memory=max(int(by_rank[k : k + ranks_per_node].sum()) for k in range(0, len(by_rank), ranks_per_node)),
+        seconds=seconds,
+        bound_by=bound_by,
+        stages=division.stages,
+        sources=moves.owners,
+        moved=moves.bytes.astype(np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """What goes where. owners: of the checkpoint's files. bytes: (owners, ranks). opened: (files, ranks) whether the
+    rank reads some of the file. pieces: (ranks,) boxes that it copies."""
+
+    owners: tuple[str, ...]
+    bytes: NDArray[np.float64]
+    opened: NDArray[np.bool_]
+    pieces: NDArray[np.int64]
+
+
+def _moves(catalog: Catalog, division: Division, world: int) -> _Moves:
     who = file_owners(catalog)
-    world = layout.world_size
     flat = np.zeros(len(who.names) * world, np.float64)
     pieces = np.zeros(world, np.int64)
     opened = np.zeros((len(catalog.files), world), bool)
     # States of a parameter, and layers of a model, are mostly cut alike: each pair of cuts is compared once.
     known: dict[bytes, tuple[Ints, Ints, Ints]] = {}
-    for tensor, target in (both for part in found.parts for both in held(part, layout)):
+    for tensor, target in division.held:
         key = _cut_key(tensor.blocks) + _cut_key(target)
         if key not in known:
             copies = intersect(tensor.blocks, target)
@@ -114,34 +153,21 @@ def plan(
         np.add.at(flat, who.of_file[files] * world + to, elements * itemsize(tensor.dtype))
         np.add.at(pieces, to, 1)
         opened[files, to] = True
-    moved = flat.reshape(len(who.names), world)
-    by_rank = moved.sum(axis=0).astype(np.int64)
-    ranks = tuple(
-        RankPlan(r, int(by_rank[r]), int(opened[:, r].sum()), int(pieces[r]), int(by_rank[r])) for r in range(world)
-    )
-    total, largest = int(by_rank.sum()), int(np.argmax(by_rank))
+    return _Moves(who.names, flat.reshape(len(who.names), world), opened, pieces)
+
+
+def _time(
+    by_rank: NDArray[np.int64], rank_bandwidth: float | None, storage_bandwidth: float | None
+) -> tuple[float | None, str | None]:
+    """The seconds that reading takes, and what bounds them; None without a bandwidth."""
+    if not rank_bandwidth and not storage_bandwidth:
+        return None, None
     times = {
-        "rank": by_rank[largest] / rank_bandwidth if rank_bandwidth else 0.0,
-        "storage": total / storage_bandwidth if storage_bandwidth else 0.0,
+        "rank": by_rank.max() / rank_bandwidth if rank_bandwidth else 0.0,
+        "storage": by_rank.sum() / storage_bandwidth if storage_bandwidth else 0.0,
     }
-    is_timed = bool(rank_bandwidth or storage_bandwidth)
     slowest = max(times, key=lambda key: times[key])
-    return ResumePlan(
-        path=str(checkpoint.path),
-        source_layout=str(checkpoint.layout),
-        layout=str(layout),
-        bytes=total,
-        stored=sum(t.nbytes for t in catalog.tensors.values()),
-        files=int(opened.any(axis=1).sum()),
-        ranks=ranks,
-        largest=largest,
-        node_memory=max(int(by_rank[k : k + ranks_per_node].sum()) for k in range(0, world, ranks_per_node)),
-        seconds=float(times[slowest]) if is_timed else None,
-        bound_by=slowest if is_timed else None,
-        stages=found.stages,
-        sources=who.names,
-        moved=moved.astype(np.int64),
-    )
+    return float(times[slowest]), slowest
 
 
 def _cut_key(blocks: Blocks) -> bytes:

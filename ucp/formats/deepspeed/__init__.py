@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
 from ucp.formats.base import (
     CONFIG,
     OBJECT,
+    Division,
     FolderNames,
     Format,
     ModelFacts,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ucp.catalog import Catalog
     from ucp.parallel.mesh import Layout
+    from ucp.spec.select import Choice
     from ucp.storage.files import Files
     from ucp.transfer.targets import TargetFile, WritePlan
 
@@ -45,7 +47,8 @@ class DeepSpeedTarget(WriteTarget):
         Option(
             "ds_config",
             CONFIG,
-            "DeepSpeed config for what --layout leaves open",
+            "DeepSpeed config for what the layout leaves open: element types, each pipeline stage's layers, AutoTP, "
+            "AutoEP (default: as recorded)",
             "FILE",
             elsewhere="a DeepSpeed config is for 'deepspeed' only, not for '{to}'",
         ),
@@ -60,6 +63,11 @@ class DeepSpeedTarget(WriteTarget):
         source = training.with_sources_of_state(catalog)
         files = native.plan(source, request.layout, request.options.get("ds_config"), request.choice)
         return _tagged(source, files, request.tag, "latest", request.layout)
+
+    def divide(self, catalog: Catalog, layout: Layout, choice: Choice, options: Mapping[str, Any]) -> Division:
+        from ucp.formats.deepspeed import division
+
+        return division.divide(catalog, layout, choice, options.get("ds_config"))
 
 
 class DeepSpeedUniversalTarget(WriteTarget):
@@ -98,9 +106,9 @@ class DeepSpeed(Format):
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether it is one tag's folder."""
-        from ucp.formats.deepspeed.read import folder as folders
+        from ucp.formats.deepspeed.read import names
 
-        return folders.looks_like(folder)
+        return any(map(folder.any_name, (names.MODEL, names.OPTIM, names.LAYER)))
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.deepspeed.read import checkpoint

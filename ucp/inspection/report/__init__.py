@@ -45,15 +45,15 @@ def write_report(
     *,
     tag: str | None = None,
     layout: Layout | None = None,
-    ds_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     quick: bool = False,
     finite: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> WrittenReport:
-    """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it, with ds_config as for
+    """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it, with options as for
     `plan`. quick, finite: as for `verify`.
 
     Raises what `verify` and `plan` raise, DestinationError where the page can't be written.
@@ -66,7 +66,7 @@ def write_report(
         with checkpoint.open(verdict.path, spec, model_config=model_config, sizes=sizes, verify=False) as opened:
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
-                planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, ds_config=ds_config)
+                planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, **options)
     records = timings_of(read_metrics(locations.locate(verdict.path).parent), verdict.path)
     page = render(report_data(verdict, summary, catalog, planned, records))
     raw = page.encode("utf-8")

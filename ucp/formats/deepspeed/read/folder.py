@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.base import FolderNames
 from ucp.formats.deepspeed.read import stems
-from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, LAYER, MODEL, OPTIM
+from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, MODEL, OPTIM
 from ucp.storage import locations
 from ucp.storage.torch_pt import reader
 
@@ -49,11 +48,6 @@ class Folder:
     def optim_pattern(self) -> str:
         """The names of this part's optimizer files, ``{}`` for the data-parallel rank."""
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{{}}_mp_rank_{self.mp:02d}_optim_states.pt"
-
-
-def looks_like(folder: FolderNames) -> bool:
-    """Whether this folder holds files with the names that DeepSpeed gives to a checkpoint's."""
-    return any(map(folder.any_name, (MODEL, OPTIM, LAYER)))
 
 
 def scan(path: Path) -> list[Folder]:

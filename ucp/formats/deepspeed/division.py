@@ -1,4 +1,8 @@
-"""What each rank of a layout holds of a checkpoint's tensors: what a resume there brings to it.
+"""What each rank of a layout holds of a checkpoint's tensors in a DeepSpeed run: what a resume there brings to it.
+
+A rank of ZeRO stage 1 or 2 holds its partition of every param group's masters and states, and everything that no
+optimizer updates; of stage 3 its piece of every parameter; of stage 0 all. Under tensor, pipeline and expert
+parallelism each rank's part of the model is cut so.
 
 A model-parallel part (a pipeline stage's slice on a tensor-parallel rank) has a catalog of its own, the one that its
 native files would be written from; what it trains is cut over the ranks that hold it. A rank's number counts stages
@@ -16,6 +20,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
+from ucp.formats.base import Division
 from ucp.formats.deepspeed.write import experts, pipeline, tp_slices
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.pipeline import Stages
@@ -43,6 +48,12 @@ class ModelParts:
 
     parts: tuple[ModelPart, ...]
     stages: tuple[int, ...] | None
+
+
+def divide(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, Any] | None) -> Division:
+    """What each rank holds. Arguments and errors are those of `parts`."""
+    found = parts(catalog, layout, choice, given)
+    return Division((both for part in found.parts for both in held(part, layout)), found.stages)
 
 
 def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, Any] | None) -> ModelParts:
