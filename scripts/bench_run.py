@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import bench_tools
+import gpu_builds
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKS = {
@@ -42,6 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     args.data = args.data.absolute()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gpu_builds.plain_architectures()
     result = modules[args.work].run(args)
     result["machine"] = bench_tools.machine(args.data)
     print(bench_tools.table(result))

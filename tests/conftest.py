@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts import gpu_builds
+
 if TYPE_CHECKING:
     from tests.engines.moe import MoeSources
     from tests.engines.pipe_runs import PipeSources
     from tests.engines.pool import RankPool
     from tests.engines.sources import Sources
     from tests.engines.tp_runs import TpSources
+
+
+gpu_builds.plain_architectures()
 
 
 @pytest.fixture(scope="session")
