@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, concat, coverage_gap, coverage_holds, numel
+from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import itemsize
 
@@ -46,6 +47,8 @@ class LogicalTensor:
 
     blocks: its boxes; ``blocks.buffers`` is an index into the catalog's files, ``blocks.starts`` counts elements of
     this dtype from the byte ``bases`` of that file ((n,) int64), so any byte offset can be said exactly.
+    digest: of all its elements in this dtype, where the checkpoint has recorded it; of a tensor that is another one's
+    part, or put together otherwise, None.
     """
 
     name: str
@@ -54,6 +57,7 @@ class LogicalTensor:
     dtype: str
     blocks: Blocks
     bases: Ints
+    digest: Recorded | None = None
 
     @property
     def nbytes(self) -> int:

@@ -177,7 +177,7 @@ def test_nothing_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 def test_an_unknown_manifest_version(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     path = source / manifest.NAME
-    path.write_bytes(path.read_bytes().replace(b'"ucp":"1.0"', b'"ucp":"2.0"'))
+    path.write_bytes(path.read_bytes().replace(b'"ucp":"1.1"', b'"ucp":"2.0"'))
     assert "manifest version '2.0' is not supported" in refused(capsys, source, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
 

@@ -37,8 +37,11 @@ from ucp.errors import SaveFailed
 from ucp.formats.universal import fragmented
 from ucp.formats.universal.fragmented import Identity
 from ucp.job.stopwatch import Stopwatch
+from ucp.logical.record import EVERY
+from ucp.logical.runs import Sample
 from ucp.printable import logger
 from ucp.saving import commit
+from ucp.saving.adding import Adding
 from ucp.saving.commit import Session
 from ucp.saving.share import write_file, write_windows
 
@@ -87,13 +90,14 @@ def write(
 
     windows: the bytes of the tensors' file, as for `write_windows`.
     """
-    digests = {share.name: write_windows(session.path(share.name), windows, share.size, watch)}
+    adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
+    digests = {share.name: write_windows(session.path(share.name), adding.along(windows, watch), share.size, watch)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
     with watch.of("commit"):
         identity = Identity(session.save, rank, session.world)
-        receipt = fragmented.receipt(identity, share.catalog, digests, share.state, share.own, share.catalog.writer)
+        receipt = fragmented.receipt(identity, adding.catalog(), digests, share.state, share.own, share.catalog.writer)
         commit.leave_receipt(session, rank, receipt)
 
 

@@ -73,7 +73,7 @@ def test_an_unknown_version_is_named_even_where_the_digest_cannot_be_checked(
     folder: Path, body: dict[str, Any]
 ) -> None:
     content = (folder / manifest.NAME).read_bytes()
-    (folder / manifest.NAME).write_bytes(content.replace(b'"ucp":"1.0"', b'"ucp":"7.1"'))
+    (folder / manifest.NAME).write_bytes(content.replace(b'"ucp":"1.1"', b'"ucp":"7.1"'))
     with pytest.raises(Unsupported, match=r"manifest version '7\.1'"):
         ucp.open(folder)
     (folder / manifest.NAME).write_text(json.dumps({"ucp": "3.0", "digest": "sha3:"}))

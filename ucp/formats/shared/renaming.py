@@ -191,6 +191,7 @@ def _arranged(recipe: _Recipe, olds: Sequence[LogicalTensor]) -> LogicalTensor:
         shape=recipe.shape,
         blocks=concat(parts, len(recipe.shape)),
         bases=np.concatenate(bases),
+        digest=None,
     )
 
 

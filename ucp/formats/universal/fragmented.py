@@ -7,6 +7,8 @@ hold every element exactly once before anything is published.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
 from ucp.errors import DamagedCheckpoint, SaveFailed
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import concat, empty
+from ucp.logical.record import Recorded
 from ucp.storage import locations, plain
 from ucp.storage.digests import ChunkDigests
 
@@ -131,7 +134,8 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
             replace(t.blocks, buffers=t.blocks.buffers + base) for t, base in zip(held, bases.tolist(), strict=False)
         ]
         blocks = concat(shifted, len(tensor.shape))
-        tensors[key] = replace(tensor, blocks=blocks, bases=np.concatenate([t.bases for t in held]))
+        bases_of = np.concatenate([t.bases for t in held])
+        tensors[key] = replace(tensor, blocks=blocks, bases=bases_of, digest=_digest(held))
     bare = next((name for name in parameters if (name, "param") not in tensors), None)
     if bare is not None:
         raise SaveFailed(f"no rank has the weights of '{bare}'; nothing was saved")
@@ -139,6 +143,15 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     for base, share in zip(bases.tolist(), shares, strict=False):
         digests.update({base + k: table for k, table in share.chunk_digests.items()})
     return replace(first, files=tuple(files), parameters=parameters, tensors=tensors, chunk_digests=digests)
+
+
+def _digest(held: Sequence[LogicalTensor]) -> Recorded | None:
+    """What the ranks' parts add up to; None where one of them has not said."""
+    parts = [t.digest for t in held if len(t.blocks) or t.digest is not None]
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts) or len({part.sample for part in known}) > 1:
+        return None
+    return functools.reduce(operator.add, known)
 
 
 def _nothing_of(tensor: LogicalTensor) -> LogicalTensor:

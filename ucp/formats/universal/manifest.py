@@ -20,7 +20,7 @@ from ucp.storage import locations
 from ucp.version import version
 
 NAME = MANIFEST
-VERSION = "1.0"
+VERSION = "1.1"
 """Major.minor: another major version is refused; a greater minor one only adds what may be ignored."""
 
 _HEAD = b'{"digest":"xxh3_128:'

@@ -12,6 +12,7 @@ The body is kept in columns, so that a checkpoint of millions of fragments stays
 - ``blocks``: ``file`` (index), ``byte`` (offset of the first element in the file), ``box`` (for each block its offsets,
   then its sizes, in elements), ``strides`` ({``block``: indices, ``values``: strides in elements}; a block that is not
   named lies densely in row-major order)
+- ``logical_digests`` (may be missing): see `ucp.formats.universal.logical`
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, UcpError
-from ucp.formats.universal import training
+from ucp.formats.universal import logical, training
 from ucp.formats.universal.manifest import VERSION
 from ucp.geometry import Blocks, Ints, Shape, numel
 from ucp.parallel.mesh import Layout
@@ -102,6 +103,7 @@ def encode(
             "blocks": [len(t.blocks) for t in tensors],
         },
         "blocks": _encode_blocks(tensors),
+        **logical.encode(tensors),
         "training_state": training_state,
     }
 
@@ -294,12 +296,13 @@ def _decode_tensors(
     shapes = [parameters[p].shape for p in parameter.tolist()]
     blocks = _decode_blocks(fields, shapes, fields.integers("tensors", "blocks", count), files)
     out: dict[tuple[str, str], LogicalTensor] = {}
-    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), blocks, strict=True)
-    for p, s, d, (block, bases) in rows:
+    digests = logical.decode(fields.path, fields.body, count)
+    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), blocks, digests, strict=True)
+    for p, s, d, (block, bases), digest in rows:
         key = (parameters[p].name, states[s])
         if key in out:
             raise fields.damaged(f"'{key[0]}' ({key[1]}) is described twice")
-        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], block, bases)
+        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], block, bases, digest)
     return out
 
 
@@ -359,13 +362,13 @@ class _Fields:
 
     def __init__(self, path: str, body: Mapping[str, Any]) -> None:
         self.path = path
-        self._body = body
+        self.body = body
 
     def damaged(self, what: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"{self.path}: {what}")
 
     def _typed(self, name: str, kind: type) -> Any:
-        value = self._body.get(name)
+        value = self.body.get(name)
         if not isinstance(value, kind):
             raise self.damaged(f"'{name}' should be a {kind.__name__} and is {type(value).__name__}")
         return value
@@ -380,7 +383,7 @@ class _Fields:
         return self._typed(name, list)
 
     def choice(self, name: str, allowed: Sequence[str]) -> str:
-        value = self._body.get(name)
+        value = self.body.get(name)
         if value not in allowed:
             raise self.damaged(f"'{name}' is {value!r}; known are {', '.join(allowed)}")
         return str(value)

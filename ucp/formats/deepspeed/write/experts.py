@@ -199,7 +199,7 @@ def rank_rows(tensor: LogicalTensor, held: int, rank: int) -> LogicalTensor:
     stack = [range(r * held, (r + 1) * held) for r in range(tensor.shape[0] // held)]
     outer = Experts(stacks={tensor.name: stack}).place(tensor.name, shape, rank).blocks
     blocks, index = restrict(tensor.blocks, outer, shape)
-    return replace(tensor, shape=shape, blocks=blocks, bases=tensor.bases[index])
+    return replace(tensor, shape=shape, blocks=blocks, bases=tensor.bases[index], digest=None)
 
 
 def _is_moe(group: ParamGroup, how: Spread) -> bool:

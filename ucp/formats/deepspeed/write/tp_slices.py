@@ -81,7 +81,9 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
         for state in info.states:
             tensor = _with_padding(catalog, name, state)
             blocks, index = restrict(tensor.blocks, mine.blocks, mine.shape)
-            tensors[name, state] = replace(tensor, shape=mine.shape, blocks=blocks, bases=tensor.bases[index])
+            tensors[name, state] = replace(
+                tensor, shape=mine.shape, blocks=blocks, bases=tensor.bases[index], digest=None
+            )
     kept = {key: tensor for key, tensor in tensors.items() if key[1] in parameters[key[0]].states}
     training_state = whole.training_state
     groups = (

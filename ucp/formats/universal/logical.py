@@ -1,0 +1,68 @@
+"""The manifest's ``logical_digests``: of every tensor's elements and their places, whatever the layout.
+
+    {"scheme": "rows-256x2", "seed": 7, "every": 32, "whole": [...], "sampled": [...]}
+
+``whole`` and ``sampled`` are columns of the tensors: 32 hexadecimal digits (the two lanes of `ucp.logical.digest`, 64
+bits each), null for a tensor that has none. ``sampled`` is of the blocks that ``seed`` and ``every`` pick
+(`ucp.logical.runs.Sample`). Digests of a scheme that a reader doesn't know are as good as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import DamagedCheckpoint
+from ucp.logical.digest import SCHEME, Digest
+from ucp.logical.record import Recorded
+from ucp.logical.runs import Sample
+
+NAME = "logical_digests"
+
+
+def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
+    """The manifest's entry, if any of the tensors has a digest; nothing otherwise."""
+    sample = next((t.digest.sample for t in tensors if t.digest is not None), None)
+    if sample is None:
+        return {}
+    known = [t.digest if t.digest is not None and t.digest.sample == sample else None for t in tensors]
+    return {
+        NAME: {
+            "scheme": SCHEME,
+            "seed": sample.seed,
+            "every": sample.every,
+            "whole": [None if digest is None else str(digest.whole) for digest in known],
+            "sampled": [None if digest is None else str(digest.sampled) for digest in known],
+        }
+    }
+
+
+def decode(path: str, body: Mapping[str, Any], count: int) -> list[Recorded | None]:
+    """Each tensor's digest. Raises DamagedCheckpoint for what is none."""
+    found = body.get(NAME)
+    if found is None:
+        return [None] * count
+    if not isinstance(found, dict):
+        raise DamagedCheckpoint(f"{path}: '{NAME}' is not an object; the manifest is damaged")
+    if found.get("scheme") != SCHEME:
+        return [None] * count
+    seed, every = found.get("seed"), found.get("every")
+    if type(seed) is not int or not 0 <= seed < 1 << 64 or type(every) is not int or not 1 <= every < 1 << 31:
+        raise DamagedCheckpoint(f"{path}: '{NAME}' has the sample {seed!r}, {every!r}; the manifest is damaged")
+    sample = Sample(seed, every)
+    columns = [_column(path, found, name, count) for name in ("whole", "sampled")]
+    return [
+        None if whole is None or sampled is None else Recorded(whole, sampled, sample)
+        for whole, sampled in zip(*columns, strict=True)
+    ]
+
+
+def _column(path: str, found: dict[str, Any], name: str, count: int) -> list[Digest | None]:
+    values = found.get(name)
+    if not isinstance(values, list) or len(values) != count:
+        raise DamagedCheckpoint(f"{path}: '{NAME}.{name}' has not {count} entries; the manifest is damaged")
+    try:
+        return [None if value is None else Digest.parse(str(value)) for value in values]
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: '{NAME}.{name}': {error}; the manifest is damaged") from error

@@ -1,0 +1,349 @@
+"""Logical digests of live tensors, on whatever device they are: one pass, nothing gathered, at most 64 MiB of memory.
+
+In host memory `ucp.logical.digest` reads them where they are, with several threads. On a device the same sums are made
+by plain torch operations: products of matrices of doubles, exact as there. Both are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.logical import digest as logical
+from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW, Digest, digest_bytes, padded_batches
+from ucp.logical.runs import Runs, Sample, runs_of, within_buffer
+from ucp.storage.dtypes import itemsize, to_torch
+
+# Bytes of a tensor that one thread, or the device, takes at once.
+PIECE = 16 << 20
+# On a device: runs of at least so many bytes are multiplied where they are.
+_LONG = 256 << 10
+# On a device: runs in rows of their own are worth it from so many bytes on.
+_SHORT = 128
+# On a device: words of short runs that are added at once, of all tensors together.
+_ITEMS = 1 << 19
+# Row keys that are kept on a device: 16 MiB.
+_KEPT = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """Elements of a logical tensor in memory, on any device.
+
+    tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
+    it, in elements. dtype: digest its elements as they are in this type (`ucp.storage.dtypes`); None: as they are.
+    """
+
+    tensor: torch.Tensor
+    shape: Shape
+    blocks: Blocks
+    dtype: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element that is digested."""
+        return self.tensor.element_size() if self.dtype is None else itemsize(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.blocks.counts.sum()) * self.width
+
+
+@torch.no_grad()
+def digests(lives: Sequence[Live], *, sample: Sample | None = None, threads: int = 1) -> list[Digest]:
+    """The digest of each. sample: of the blocks that it picks alone. threads: for those in host memory.
+
+    A tensor that is not contiguous is copied.
+    """
+    out: list[Digest] = [Digest()] * len(lives)
+    by_device: dict[torch.device, list[int]] = {}
+    for k, live in enumerate(lives):
+        if len(live.blocks):
+            by_device.setdefault(live.tensor.device, []).append(k)
+    for device, members in by_device.items():
+        work = _on_host if device.type in ("cpu", "mps") else on_device
+        for k, found in zip(members, work([lives[k] for k in members], sample, threads), strict=True):
+            out[k] = found
+    return out
+
+
+def _windows(live: Live, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
+    """The tensor's memory in pieces of bytes, and the runs in each; at most about ``most`` bytes where it is converted,
+    or lies on a device that numpy can't see."""
+    flat = live.tensor.detach().reshape(-1)
+    nbytes = numel(live.shape) * live.width
+    for every in runs_of(live.shape, live.blocks, live.width):
+        found = every if sample is None else sample.of(every, nbytes)
+        if not len(found):
+            continue
+        first, last = int(found.sources.min()), int((found.sources + found.sizes).max())
+        step = most // ROW * ROW
+        for low in range(first // live.width * live.width, last, step):
+            part = within_buffer(found, low, min(low + step, last))
+            if len(part):
+                # As little as holds them: of a sample most need not be looked at.
+                begin = int(part.sources.min()) // live.width * live.width
+                end = int((part.sources + part.sizes).max())
+                piece = flat[(low + begin) // live.width : -(-(low + end) // live.width)]
+                yield _bits(piece, live.dtype), Runs(part.sources - begin, part.places, part.sizes)
+
+
+def _bits(piece: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    """The elements' bytes, converted first where a type is given."""
+    if dtype is not None and piece.dtype != to_torch(dtype):
+        piece = converted(piece, to_torch(dtype))
+    return piece.view(torch.uint8)
+
+
+def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values in another type. Into bfloat16 and back the bits of what is no number stay, too."""
+    if values.dtype == torch.float32 and dtype == torch.bfloat16:
+        cut = (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+        rounded = values.to(dtype)
+        return torch.where(values.isnan(), cut, rounded)
+    return values.to(dtype)
+
+
+def _on_host(lives: Sequence[Live], sample: Sample | None, threads: int) -> list[Digest]:
+    def work(job: tuple[int, torch.Tensor, Runs]) -> tuple[int, Digest]:
+        k, raw, runs = job
+        return k, digest_bytes(raw.cpu().numpy(), runs)
+
+    jobs = ((k, raw, runs) for k, live in enumerate(lives) for raw, runs in _windows(live, sample, PIECE))
+    out = [Digest()] * len(lives)
+    if threads <= 1 or sum(live.nbytes for live in lives) < PIECE:
+        for k, found in map(work, jobs):
+            out[k] += found
+        return out
+    with ThreadPoolExecutor(threads, "ucp-digest") as pool:
+        # A bounded number at a time: what is converted takes memory.
+        for batch in _batched(jobs, 2 * threads):
+            for k, found in pool.map(work, batch):
+                out[k] += found
+    return out
+
+
+def _batched(
+    jobs: Iterator[tuple[int, torch.Tensor, Runs]], count: int
+) -> Iterator[list[tuple[int, torch.Tensor, Runs]]]:
+    batch = []
+    for job in jobs:
+        batch.append(job)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    yield batch
+
+
+# --- on a device -----------------------------------------------------------------------------------------------------
+
+
+def on_device(lives: Sequence[Live], sample: Sample | None = None, threads: int = 1) -> list[Digest]:
+    """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too."""
+    sums = _Sums(lives[0].tensor.device, len(lives))
+    for k, live in enumerate(lives):
+        for raw, runs in _windows(live, sample, PIECE):
+            sums.add(k, raw, runs)
+    return sums.finish()
+
+
+class _Sums:
+    """The sums of several tensors of a device, which is asked for them once, at the end."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._sums = torch.zeros((count, LANES), dtype=torch.int64, device=device)
+        self._pending: list[tuple[int, torch.Tensor, Runs]] = []
+        self._held = 0
+
+    def add(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
+        """Bytes of one of them, and where they belong."""
+        long = runs.sizes >= _LONG
+        for k in np.flatnonzero(long).tolist():
+            self._add_long(index, raw, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
+        rest = runs.take(np.flatnonzero(~long))
+        if not len(rest):
+            return
+        padded = rest.sizes >= _SHORT
+        if padded.sum() >= 64:
+            self._add_padded(index, raw, rest.take(np.flatnonzero(padded)))
+            rest = rest.take(np.flatnonzero(~padded))
+        if len(rest):
+            self._add_later(index, raw, rest)
+
+    def finish(self) -> list[Digest]:
+        self._flush()
+        found = self._sums.cpu().numpy().view(np.uint64).tolist()
+        return [Digest(first, second) for first, second in found]
+
+    def _add_long(self, index: int, raw: torch.Tensor, source: int, place: int, size: int) -> None:
+        head = -place % ROW
+        body = (size - head) // ROW * ROW
+        whole = raw[source + head : source + head + body]
+        self._add_rows(index, whole, _keys_of(self._device, (place + head) // ROW, body // ROW))
+        for low, high in ((0, head), (head + body, size)):
+            if high > low:
+                piece = raw[source + low : source + high]
+                self._add_later(index, piece, _run(place + low, high - low))
+
+    def _add_rows(self, index: int, raw: torch.Tensor, keys: torch.Tensor) -> None:
+        """Whole rows; keys: (2, n)."""
+        if raw.data_ptr() % 4 or raw.storage_offset() % 4:
+            raw = raw.clone()
+        doubles = raw.view(torch.int32).view(-1, COLUMNS).to(torch.float64)
+        exact = (doubles @ _digits(self._device)).to(torch.int64).view(-1, LANES, DIGITS)
+        rows = (exact * _weights(self._device)).sum(2)
+        self._sums[index] += (rows * keys.t()).sum(0)
+
+    def _add_padded(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
+        """Runs alike are copied into rows of their own, all at once."""
+        for part in padded_batches(runs, PIECE // ROW):
+            stretches = part.stretches()
+            if 16 * len(stretches) > len(part.runs):
+                self._add_later(index, raw, part.runs)
+                continue
+            padded = torch.zeros(part.used * ROW, dtype=torch.uint8, device=self._device)
+            starts = (np.cumsum(part.rows) - part.rows) * ROW + part.runs.places % ROW
+            for first, last in stretches:
+                size, source, wide = (
+                    int(part.runs.sizes[first]),
+                    int(part.runs.sources[first]),
+                    int(part.rows[first]) * ROW,
+                )
+                step = int(part.runs.sources[first + 1]) - source if last - first > 1 else size
+                shape = (last - first, size)
+                target = padded.as_strided(shape, (wide, 1), int(starts[first]))
+                target.copy_(raw.as_strided(shape, (step, 1), raw.storage_offset() + source))
+            self._add_rows(index, padded, _keys_at(self._device, part.numbers))
+
+    def _add_later(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
+        """Short runs, which are put together with those of other tensors: a device works on many at once."""
+        ends = np.cumsum(runs.sizes)
+        at = 0
+        while at < len(runs):
+            room = _ITEMS - self._held
+            stop = int(np.searchsorted(ends, (int(ends[at - 1]) if at else 0) + room, "right"))
+            if stop == at and self._held:
+                self._flush()
+                continue
+            stop = max(stop, at + 1)
+            part = runs.take(np.arange(at, stop))
+            low, high = int(part.sources.min()), int((part.sources + part.sizes).max())
+            if high - low > 4 * int(part.sizes.sum()) and high - low > PIECE:
+                self._flush()
+            self._pending.append((index, raw[low:high], Runs(part.sources - low, part.places, part.sizes)))
+            self._held += int(part.sizes.sum())
+            if self._held >= _ITEMS or high - low > PIECE // 2:
+                self._flush()
+            at = stop
+
+    def _flush(self) -> None:
+        """Add what was put together, byte by byte where it is odd, else by halves or whole words."""
+        if not self._pending:
+            return
+        pieces = [raw for _, raw, _ in self._pending]
+        raw = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
+        shifts = np.cumsum([0, *(len(piece) for piece in pieces)])
+        runs = Runs(
+            np.concatenate([r.sources + shift for (_, _, r), shift in zip(self._pending, shifts, strict=False)]),
+            np.concatenate([r.places for _, _, r in self._pending]),
+            np.concatenate([r.sizes for _, _, r in self._pending]),
+        )
+        owners = np.repeat([index for index, _, _ in self._pending], [len(r) for _, _, r in self._pending])
+        bits = int(np.bitwise_or.reduce(runs.places | runs.sizes | runs.sources))
+        width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
+        counts = runs.sizes // width
+        # Of each item: which run, and its number in it.
+        n = int(counts.sum())
+        columns = np.stack([runs.places, runs.sources // width, owners, np.cumsum(counts) - counts])
+        table = torch.from_numpy(columns).to(self._device)
+        which = torch.repeat_interleave(torch.from_numpy(counts).to(self._device), output_size=n)
+        number = torch.arange(n, device=self._device) - table[3, which]
+        values = _items(raw, width)[table[1, which] + number].to(torch.int64)
+        places = table[0, which] + number * width
+        if width < 4:
+            values = (values & ((1 << 8 * width) - 1)) << 8 * (places & 3)
+            values = values.to(torch.int32).to(torch.int64)  # a word's last byte carries its sign
+        words = places >> 2
+        keys = _keys_at(self._device, words >> 8)
+        keys *= _table(self._device)[:, words & (COLUMNS - 1)]
+        keys *= values
+        self._sums.index_add_(0, table[2, which], keys.t())
+        self._pending.clear()
+        self._held = 0
+
+
+def _items(raw: torch.Tensor, width: int) -> torch.Tensor:
+    if width == 1:
+        return raw
+    return raw[: len(raw) // width * width].view(torch.int32 if width == 4 else torch.int16)
+
+
+def _run(place: int, size: int) -> Runs:
+    return Runs(*(np.array([n], np.int64) for n in (0, place, size)))
+
+
+@lru_cache(16)
+def _digits(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(logical.digits()).to(device)
+
+
+@lru_cache(16)
+def _weights(device: torch.device) -> torch.Tensor:
+    return torch.tensor([1 << DIGIT_BITS * k for k in range(DIGITS)], device=device)
+
+
+@lru_cache(16)
+def _table(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(logical.table()).to(device)
+
+
+_keys: dict[torch.device, torch.Tensor] = {}
+
+
+def _keys_of(device: torch.device, first: int, count: int) -> torch.Tensor:
+    """(2, count) the keys of rows from ``first`` on."""
+    if first + count > _KEPT:
+        return _row_keys(torch.arange(first, first + count, device=device))
+    return _kept(device, first + count)[:, first : first + count]
+
+
+def _keys_at(device: torch.device, rows: torch.Tensor | Ints) -> torch.Tensor:
+    """(2, n) the keys of these rows."""
+    if isinstance(rows, np.ndarray):
+        highest, rows = int(rows.max()), torch.from_numpy(rows).to(device)
+        if highest < _KEPT:
+            return _kept(device, highest + 1)[:, rows]
+    return _row_keys(rows)
+
+
+def _kept(device: torch.device, count: int) -> torch.Tensor:
+    found = _keys.get(device)
+    if found is None or found.shape[1] < count:
+        step = 1 << 16
+        wanted = min(_KEPT, max(step, 1 << (count - 1).bit_length()))
+        found = torch.empty((LANES, wanted), dtype=torch.int64, device=device)
+        for at in range(0, wanted, step):
+            found[:, at : at + step] = _row_keys(torch.arange(at, at + step, device=device))
+        _keys[device] = found
+    return found
+
+
+def _row_keys(rows: torch.Tensor) -> torch.Tensor:
+    """`ucp.logical.digest.row_keys` in torch, whose 64-bit words have a sign."""
+    z = rows * LANES + torch.arange(LANES, device=rows.device)[:, None]
+    z = z + (logical.KEY_SEED + 1)
+    z = z * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * _signed(factor)
+    return (z ^ ((z >> 31) & ((1 << 33) - 1))) | 1
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,298 @@
+"""The digest of a logical tensor: of all its elements and their places, independent of how they are cut.
+
+**Construction.** A tensor is a row of bytes (`ucp.logical.runs`), taken as signed little-endian words of 32 bits and,
+in thought, as rows of 256 words. The word w at column c of row r adds, in each of two lanes,
+
+    M[lane](r) * V[lane](c) * w    modulo 2^64
+
+M is a strong mixer of the row's number, made odd, so that it never repeats; V is a table of 256 fixed random numbers of
+60 bits. The digest is the two sums. A word's contribution is the sum of its bytes' (of which the last one carries the
+sign), so any bytes of it may be added anywhere: ranks, shards, chunks and files add up what they have in any order.
+
+**Why place and value are both bound.** A word is multiplied by a key that no other place of the tensor has. Two
+elements, two rows or two blocks that change places change the sum, at whatever distance, unless they are equal; so
+does an element counted twice, and so does any bit, since it is the bits that are added: a zero's sign, a NaN's payload.
+
+**What a collision costs.** The digest is linear: changes d(i) go unseen if the sum of key(i) * d(i) is 0 in both lanes.
+For changes that do not depend on the keys the chance of that is about 2^-110, and at worst, where nothing but sign bits
+of 32-bit floats differ, about 2^-56, since a multiple of 2^31 meets the lowest 33 bits of a key only. The keys are
+fixed, so digests of different checkpoints and runs can be compared. So it guards against faults, and not against
+somebody who makes a change to fit: that would need keys that he doesn't know.
+
+**What is not bound.** The element type and the shape: equal bytes have equal digests. Who compares digests compares
+those, too (`Digest` is kept with the tensor's name, shape and type).
+
+**Speed.** A table's number is four digits of 15 bits, so a row times the table is one product of matrices of doubles,
+in which every sum stays below 2^53 and so is exact in whatever order it is added: 4 GB/s a core. What is left are two
+64-bit products for each row of 1 KiB. Nothing here needs torch; `ucp.job.live_digest` does the same on devices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.logical.runs import Runs, mixed
+
+Bytes = NDArray[np.uint8]
+
+SCHEME = "rows-256x2"
+"""The construction's name, kept beside the digests: those of another one are not compared."""
+
+COLUMNS = 256
+ROW = 4 * COLUMNS  # bytes
+LANES, DIGITS, DIGIT_BITS = 2, 4, 15
+
+_MASK = (1 << 64) - 1
+KEY_SEED, _TABLE_SEED = 0x5563_7044_6967_6573, 0x6C6F_6769_6361_6C31
+
+# Rows of one product of matrices: so small that BLAS does it in the calling thread, while it is in the cache.
+_ROWS = 128
+# Rows of words that are put together before they are multiplied.
+_PADDED = 1024
+# Runs of at least so many bytes are multiplied where they are; shorter ones are copied into rows first.
+_LONG = 64 << 10
+# Shorter than this, runs are added word by word.
+_SHORT = 64
+# Items of short runs that are added at once.
+_ITEMS = 64 << 10
+# Row keys that are kept: 4 MiB, enough for 256 MiB of a tensor.
+_KEPT = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """The two sums of some of a tensor's bytes. Those of disjoint parts add up to that of all (``+``)."""
+
+    first: int = 0
+    second: int = 0
+
+    def __add__(self, other: Digest) -> Digest:
+        return Digest((self.first + other.first) & _MASK, (self.second + other.second) & _MASK)
+
+    def __str__(self) -> str:
+        return f"{self.first:016x}{self.second:016x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """The inverse of ``str``. Raises ValueError."""
+        if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+            raise ValueError(f"{text[:40]!r} is no logical digest: 32 hexadecimal digits are one")
+        return cls(int(text[:16], 16), int(text[16:], 16))
+
+
+def total(parts: Iterable[Digest]) -> Digest:
+    """The digest of all these parts together."""
+    first = second = 0
+    for part in parts:
+        first, second = first + part.first, second + part.second
+    return Digest(first & _MASK, second & _MASK)
+
+
+@lru_cache(1)
+def digits() -> NDArray[np.float64]:
+    """(256, 8) the table's digits, as doubles: those of the first lane, least first, then those of the second."""
+    drawn = mixed(np.arange(COLUMNS * LANES * DIGITS, dtype=np.uint64) + np.uint64(_TABLE_SEED))
+    small = (drawn >> np.uint64(64 - DIGIT_BITS)).astype(np.int64) - (1 << (DIGIT_BITS - 1))
+    return np.ascontiguousarray(small.reshape(COLUMNS, LANES * DIGITS).astype(np.float64))
+
+
+@lru_cache(1)
+def weights() -> NDArray[np.int64]:
+    """(4,) what the digits of a number count."""
+    return np.int64(1) << np.arange(DIGITS, dtype=np.int64) * DIGIT_BITS
+
+
+@lru_cache(1)
+def table() -> NDArray[np.int64]:
+    """(2, 256) the key of each column in both lanes."""
+    keys = (digits().astype(np.int64).reshape(COLUMNS, LANES, DIGITS) * weights()).sum(axis=2)
+    return np.ascontiguousarray(keys.T)
+
+
+def row_keys(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(2, n) the keys of these rows in both lanes."""
+    numbers = rows.astype(np.uint64) * np.uint64(LANES) + np.arange(LANES, dtype=np.uint64)[:, None]
+    return (mixed(numbers + np.uint64(KEY_SEED)) | np.uint64(1)).view(np.int64)
+
+
+class _Scratch(threading.local):
+    """A thread's own memory: what products of matrices go through."""
+
+    def __init__(self) -> None:
+        self.words = np.empty((_ROWS, COLUMNS), np.float64)
+        self.found = np.empty((_PADDED, LANES * DIGITS), np.float64)
+        self.padded = np.empty(_PADDED * ROW, np.uint8)
+
+
+_scratch = _Scratch()
+_keys = np.zeros((LANES, 0), np.int64)
+
+
+def digest_bytes(buffer: Any, runs: Runs) -> Digest:
+    """The digest of the bytes of a buffer that the runs say where they belong.
+
+    buffer: anything with bytes. Each byte of the tensor counts as often as a run has it. Extra memory: about 4 MiB for
+    each thread, whatever the buffer's size, and as much for all of them.
+    """
+    flat = np.frombuffer(buffer, np.uint8) if not isinstance(buffer, np.ndarray) else buffer.view(np.uint8).reshape(-1)
+    sums = [0] * LANES
+    long = runs.sizes >= _LONG
+    pieces = [runs.take(np.flatnonzero(~long))] if not long.all() else []
+    for k in np.flatnonzero(long).tolist():
+        source, place, size = int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k])
+        head = -place % ROW
+        body = (size - head) // ROW * ROW
+        _add_rows(sums, flat[source + head : source + head + body], (place + head) // ROW)
+        ends = [(low, high) for low, high in ((0, head), (head + body, size)) if high > low]
+        pieces += [Runs(*np.array([[source + low], [place + low], [high - low]], np.int64)) for low, high in ends]
+    for piece in pieces:
+        short = piece.sizes < _SHORT
+        if short.any():
+            _add_items(sums, flat, piece.take(np.flatnonzero(short)))
+        if not short.all():
+            _add_padded(sums, flat, piece.take(np.flatnonzero(~short)))
+    return Digest(sums[0] & _MASK, sums[1] & _MASK)
+
+
+def _add_rows(sums: list[int], raw: Bytes, first: int) -> None:
+    """Whole rows, one after the other from the row ``first`` on."""
+    words = raw.view(np.int32).reshape(-1, COLUMNS)
+    for at in range(0, len(words), _PADDED):
+        part = words[at : at + _PADDED]
+        _add_products(sums, part, _keys_of(first + at, len(part)))
+
+
+def _add_products(sums: list[int], words: NDArray[np.int32], keys: NDArray[np.int64]) -> None:
+    """At most `_PADDED` rows of words; keys: (2, n)."""
+    doubles, found = _scratch.words, _scratch.found[: len(words)]
+    for at in range(0, len(words), _ROWS):
+        part = words[at : at + _ROWS]
+        doubles[: len(part)] = part
+        np.matmul(doubles[: len(part)], digits(), out=found[at : at + len(part)])
+    exact = found.T.astype(np.int64, order="C")
+    for lane in range(LANES):
+        own = exact[lane * DIGITS : (lane + 1) * DIGITS]
+        for k in range(1, DIGITS):
+            own[0] += own[k] << DIGIT_BITS * k
+        sums[lane] += int(np.dot(own[0], keys[lane]))
+
+
+def _keys_of(first: int, count: int) -> NDArray[np.int64]:
+    """As `row_keys`, kept for the rows that most tensors have."""
+    if first + count > _KEPT:
+        return row_keys(np.arange(first, first + count))
+    return _kept(first + count)[:, first : first + count]
+
+
+def _kept(count: int) -> NDArray[np.int64]:
+    global _keys
+    if _keys.shape[1] < count:
+        _keys = row_keys(np.arange(min(_KEPT, 1 << (count - 1).bit_length())))
+    return _keys
+
+
+def _keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(2, n) the keys of these rows."""
+    highest = int(rows.max()) + 1
+    return _kept(highest)[:, rows] if highest <= _KEPT else row_keys(rows)
+
+
+def _add_padded(sums: list[int], flat: Bytes, runs: Runs) -> None:
+    """Runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
+    padded = _scratch.padded
+    for part in padded_batches(runs, _PADDED):
+        padded[: part.used * ROW] = 0
+        _copy_into_rows(padded, flat, part)
+        _add_products(sums, padded[: part.used * ROW].view(np.int32).reshape(-1, COLUMNS), _keys_at(part.numbers))
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Runs and the rows that they are copied into, one after the other. rows: how many each takes; numbers: (used,) of
+    which row of the tensor each of them is; used: rows in all."""
+
+    runs: Runs
+    rows: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+
+    @property
+    def used(self) -> int:
+        return len(self.numbers)
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Runs ``[first, last)`` of one size, at one place in their rows and at one distance in the buffer, as those of
+        a tensor cut by columns are."""
+        size, within, step = self.runs.sizes, self.runs.places % ROW, np.diff(self.runs.sources)
+        alike = (size[1:] == size[:-1]) & (within[1:] == within[:-1]) & (step > 0)
+        begins = np.ones(len(size), bool)
+        begins[1:] = ~alike
+        begins[2:] |= alike[:-1] & (step[1:] != step[:-1])
+        first = np.flatnonzero(begins)
+        return list(zip(first.tolist(), [*first[1:].tolist(), len(size)], strict=True))
+
+
+def padded_batches(runs: Runs, most: int) -> Iterator[Padded]:
+    """The runs in batches of at most so many rows; none may need more."""
+    runs = runs.take(np.argsort(runs.places % ROW, kind="stable"))
+    first = runs.places // ROW
+    rows = (runs.places + runs.sizes - 1) // ROW - first + 1
+    ends = np.cumsum(rows)
+    at = 0
+    while at < len(runs):
+        done = int(ends[at - 1]) if at else 0
+        stop = int(np.searchsorted(ends, done + most, "right"))
+        counts = rows[at:stop]
+        numbers = np.arange(int(ends[stop - 1]) - done) + np.repeat(
+            first[at:stop] - (ends[at:stop] - counts - done), counts
+        )
+        yield Padded(runs.take(np.arange(at, stop)), counts, numbers)
+        at = stop
+
+
+def _copy_into_rows(padded: Bytes, flat: Bytes, part: Padded) -> None:
+    """Each run into its rows, at its place in them; those alike in one assignment."""
+    runs = part.runs
+    starts = (np.cumsum(part.rows) - part.rows) * ROW + runs.places % ROW
+    listed = list(zip(runs.sources.tolist(), starts.tolist(), runs.sizes.tolist(), strict=True))
+    for first, last in part.stretches():
+        source, place, size = listed[first]
+        if last - first == 1:
+            padded[place : place + size] = flat[source : source + size]
+            continue
+        shape, step = (last - first, size), listed[first + 1][0] - source
+        wide = int(part.rows[first]) * ROW
+        target = np.ndarray(shape, np.uint8, padded.data, place, (wide, 1))
+        target[...] = np.ndarray(shape, np.uint8, flat.data, source, (step, 1))
+
+
+def _add_items(sums: list[int], flat: Bytes, runs: Runs) -> None:
+    """Very short runs: word by word, or by halves and quarters of words where they are no whole ones."""
+    bits = int(np.bitwise_or.reduce(runs.places | runs.sizes))
+    width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
+    kind: np.dtype[Any] = np.dtype({4: "<i4", 2: "<u2", 1: "u1"}[width])
+    # An item may begin at any byte: each of these overlaps the next one.
+    items: NDArray[Any] = np.ndarray((len(flat) - width + 1,), kind, flat.data, 0, (1,))
+    counts = runs.sizes // width
+    ends = np.cumsum(counts)
+    at = 0
+    while at < len(runs):
+        stop = max(int(np.searchsorted(ends, (ends[at - 1] if at else 0) + _ITEMS, "right")), at + 1)
+        part = counts[at:stop]
+        step = (np.arange(int(part.sum())) - np.repeat(np.cumsum(part) - part, part)) * width
+        places = np.repeat(runs.places[at:stop], part) + step
+        values = items[np.repeat(runs.sources[at:stop], part) + step].astype(np.int64)
+        if width < 4:
+            values <<= 8 * (places & 3)
+            values = values.astype(np.int32).astype(np.int64)  # a word's last byte carries its sign
+        words = places >> 2
+        keys, columns = _keys_at(words >> 8), words & (COLUMNS - 1)
+        for lane in range(LANES):
+            sums[lane] += int(np.dot(keys[lane] * table()[lane, columns], values))
+        at = stop

@@ -1,0 +1,160 @@
+"""Where elements of a logical tensor lie in memory, as runs of bytes: what a logical digest is added up over.
+
+A logical tensor is a row of bytes here: its elements in row-major order, each little-endian. A *run* is a range of
+that row that lies in one piece in a buffer, too. Blocks of any kind become runs, a bounded number of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, row_major, runs
+
+LIMIT = 1 << 18
+"""Runs that are listed at once."""
+
+SAMPLE_BLOCK = 64 << 10
+"""Bytes of a block of a tensor's row: what a sample takes or leaves."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Columns of bytes: run k is ``buffer[sources[k]:][:sizes[k]]`` and ``row[places[k]:][:sizes[k]]``."""
+
+    sources: Ints
+    places: Ints
+    sizes: Ints
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.sizes.sum())
+
+    def take(self, index: Ints) -> Runs:
+        return Runs(self.sources[index], self.places[index], self.sizes[index])
+
+
+def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None) -> Iterator[Runs]:
+    """The runs of these blocks, all in one buffer.
+
+    width: bytes of an element. bases: (n,) the byte of the buffer from which each block's place is counted; 0 without.
+    Yields at most ``LIMIT`` runs at a time.
+    """
+    for part in _bounded(_copies(shape, blocks)):
+        which, sources, places, counts = runs(part)
+        start = 0 if bases is None else bases[part.source[which]]
+        yield Runs(sources * width + start, places * width, counts * width)
+
+
+def _copies(shape: Shape, blocks: Blocks) -> Copies:
+    """From the buffer to the row-major order of the whole tensor."""
+    strides = np.array(row_major(shape), np.int64)
+    kept = np.flatnonzero(np.all(blocks.sizes > 0, axis=1))
+    blocks = blocks if len(kept) == len(blocks) else blocks.take(kept)
+    return collapse(
+        Copies(
+            source=kept,
+            target=np.zeros_like(kept),
+            source_starts=blocks.starts,
+            target_starts=np.sum(blocks.offsets * strides, axis=1, dtype=np.int64),
+            sizes=blocks.sizes,
+            source_strides=blocks.strides,
+            target_strides=np.tile(strides, (len(blocks), 1)),
+        )
+    )
+
+
+def _bounded(copies: Copies) -> Iterator[Copies]:
+    """The copies in groups of at most ``LIMIT`` runs; one that has more is halved along its longest outer dimension."""
+    outer = np.prod(copies.sizes[:, :-1], axis=1, dtype=np.int64)
+    if int(outer.sum()) <= LIMIT:
+        if len(copies):
+            yield copies
+        return
+    if len(copies) > 1:
+        half = len(copies) // 2
+        yield from _bounded(_taken(copies, slice(0, half)))
+        yield from _bounded(_taken(copies, slice(half, None)))
+        return
+    axis = int(np.argmax(copies.sizes[0, :-1]))
+    count = int(copies.sizes[0, axis])
+    for first, last in ((0, count // 2), (count // 2, count)):
+        sizes = copies.sizes.copy()
+        sizes[0, axis] = last - first
+        yield from _bounded(
+            Copies(
+                copies.source,
+                copies.target,
+                copies.source_starts + first * copies.source_strides[:, axis],
+                copies.target_starts + first * copies.target_strides[:, axis],
+                sizes,
+                copies.source_strides,
+                copies.target_strides,
+            )
+        )
+
+
+def _taken(c: Copies, part: slice) -> Copies:
+    return Copies(
+        c.source[part],
+        c.target[part],
+        c.source_starts[part],
+        c.target_starts[part],
+        c.sizes[part],
+        c.source_strides[part],
+        c.target_strides[part],
+    )
+
+
+def within_buffer(found: Runs, first: int, last: int) -> Runs:
+    """The parts of the runs that lie in the buffer's bytes ``[first, last)``, counted from ``first``."""
+    low = np.maximum(found.sources, first)
+    high = np.minimum(found.sources + found.sizes, last)
+    keep = np.flatnonzero(high > low)
+    low, high = low[keep], high[keep]
+    return Runs(low - first, found.places[keep] + low - found.sources[keep], high - low)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which blocks of `SAMPLE_BLOCK` bytes of a tensor's row are looked at: the first, and of every ``every`` blocks
+    that follow one another one, drawn by ``seed``. So small tensors are looked at whole, and another seed looks at
+    other blocks."""
+
+    seed: int
+    every: int
+
+    def picks(self, nbytes: int) -> Ints:
+        """The blocks of a row of so many bytes that are looked at, ascending."""
+        count = -(-nbytes // SAMPLE_BLOCK)
+        groups = np.arange(-(-count // self.every), dtype=np.uint64)
+        drawn = mixed(groups + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)) % np.uint64(self.every)
+        found = (groups * np.uint64(self.every) + drawn).astype(np.int64)
+        found = found[found < count]
+        return np.unique(np.concatenate([np.zeros(min(count, 1), np.int64), found]))
+
+    def of(self, found: Runs, nbytes: int) -> Runs:
+        """The parts of the runs, of a tensor of so many bytes, that are looked at."""
+        starts = self.picks(nbytes) * SAMPLE_BLOCK
+        first = np.searchsorted(starts + SAMPLE_BLOCK, found.places, "right")
+        last = np.searchsorted(starts, found.places + found.sizes, "left")
+        times = np.maximum(last - first, 0)
+        which = np.repeat(np.arange(len(found)), times)
+        pick = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times) + first[which]
+        low = np.maximum(found.places[which], starts[pick])
+        high = np.minimum(found.places[which] + found.sizes[which], starts[pick] + SAMPLE_BLOCK)
+        return Runs(found.sources[which] + low - found.places[which], low, high - low)
+
+
+def mixed(values: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
+    """A 64-bit mixer (the finalizer of splitmix64): a bijection in which every bit of the input changes half of the
+    output's."""
+    z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,53 @@
+"""The logical digests of what a rank saves, added up beside the writing, from the copies that are written.
+
+The copies are what the device or the tensors' memory gave, moments before; a load compares with these digests what it
+has put in place, on the device again. So whatever happens to a tensor between the two is found: in the files, on the
+way, in a layout's arithmetic, in the load. What a copy from the device itself does to it is found where the live state
+is digested before the save: `ucp.digest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from ucp.catalog import Catalog
+from ucp.job.stopwatch import Stopwatch
+from ucp.logical.digest import Digest
+from ucp.logical.record import Entry, Passing, Recorded
+from ucp.logical.runs import Sample
+from ucp.storage.dtypes import itemsize
+
+
+class Adding:
+    """The digests of a share. catalog: its tensors, all in its first file."""
+
+    def __init__(self, catalog: Catalog, sample: Sample) -> None:
+        self._catalog = catalog
+        held = [tensor for tensor in catalog.tensors.values() if len(tensor.blocks)]
+        self._keys = [(tensor.name, tensor.state) for tensor in held]
+        self._passing = Passing([Entry(t.shape, itemsize(t.dtype), t.blocks, t.bases) for t in held], sample)
+        self._nothing = Recorded(Digest(), Digest(), sample)
+        self._found = [self._nothing] * len(held)
+
+    def along(self, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> Iterator[tuple[int, memoryview]]:
+        """The same windows, each digested by a thread while the caller writes it.
+
+        watch: gets the seconds of 'digest' that the caller waits for it.
+        """
+        with ThreadPoolExecutor(1, "ucp-digest") as pool:
+            for at, window in windows:
+                work = pool.submit(self._passing.of, at, window)
+                yield at, window
+                with watch.of("digest"):
+                    for k, part in work.result():
+                        self._found[k] += part
+
+    def catalog(self) -> Catalog:
+        """The share's catalog, with the digests of what has passed."""
+        found = dict(zip(self._keys, self._found, strict=True))
+        tensors = {
+            key: replace(tensor, digest=found.get(key, self._nothing)) for key, tensor in self._catalog.tensors.items()
+        }
+        return replace(self._catalog, tensors=tensors)
