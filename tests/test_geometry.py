@@ -18,7 +18,7 @@ from ucp.geometry import (
     box,
     collapse,
     concat,
-    coverage_gap,
+    coverage_fault,
     coverage_holds,
     empty,
     flat_ranges,
@@ -187,15 +187,15 @@ def test_region_refuses_steps_and_too_many_slices() -> None:
 def test_exact_covers_are_accepted_and_planted_faults_found(shape, rng) -> None:
     blocks, _ = p.partitions(rng, shape)
     n, k = numel(shape), int(rng.integers(len(blocks)))
-    assert coverage_gap(shape, blocks) is None
-    assert coverage_gap(shape, blocks.take(rng.permutation(len(blocks)))) is None
+    assert coverage_fault(shape, blocks) is None
+    assert coverage_fault(shape, blocks.take(rng.permutation(len(blocks)))) is None
 
     others = np.arange(len(blocks)) != k
     lost = int(np.prod(blocks.sizes[k]))
-    assert coverage_gap(shape, blocks.take(others)) == f"{lost} of {n} elements are missing"
+    assert str(coverage_fault(shape, blocks.take(others))) == f"{lost} of {n} elements are missing"
 
     twice = blocks.take(np.append(np.arange(len(blocks)), k))
-    assert coverage_gap(shape, twice) == f"{lost} elements are held more than once"
+    assert str(coverage_fault(shape, twice)) == f"{lost} elements are held more than once"
 
     if not shape:
         return
@@ -204,24 +204,26 @@ def test_exact_covers_are_accepted_and_planted_faults_found(shape, rng) -> None:
         # One block, moved by one: it overlaps a neighbour or leaves the tensor, even though the count is right.
         offsets = blocks.offsets.copy()
         offsets[k, axis] += fault
-        gap = coverage_gap(shape, Blocks(offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers))
+        gap = coverage_fault(shape, Blocks(offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers))
         low, high = offsets[k, axis], offsets[k, axis] + blocks.sizes[k, axis]
         outside = low < 0 or high > shape[axis]
-        assert gap == "a fragment lies outside the tensor" if outside else "held more than once" in str(gap)
+        assert str(gap) == "a fragment lies outside the tensor" if outside else "held more than once" in str(gap)
+        assert gap is not None
+        assert gap.kind == ("outside" if outside else "overlap")
 
 
 def test_no_blocks_cover_only_a_tensor_without_elements() -> None:
-    assert coverage_gap((0, 4), empty(2)) is None
-    assert coverage_gap((2, 2), empty(2)) == "4 of 4 elements are missing"
-    assert coverage_gap((), empty(0)) == "1 of 1 elements are missing"
-    assert coverage_gap((), whole(())) is None
+    assert coverage_fault((0, 4), empty(2)) is None
+    assert str(coverage_fault((2, 2), empty(2))) == "4 of 4 elements are missing"
+    assert str(coverage_fault((), empty(0))) == "1 of 1 elements are missing"
+    assert coverage_fault((), whole(())) is None
 
 
 def test_boxes_that_lie_about_themselves_are_outside() -> None:
     """A damaged file can claim anything: negative sizes whose product is positive, sums that overflow."""
     top = np.iinfo(np.int64).max
     for offsets, size in [((2, 2), (-1, -4)), ((top, 0), (2, 2)), ((top - 1, 0), (top, 1)), ((0, 0), (top, top))]:
-        assert coverage_gap((2, 2), box(offsets, size, strides=(1, 1))) == "a fragment lies outside the tensor"
+        assert str(coverage_fault((2, 2), box(offsets, size, strides=(1, 1)))) == "a fragment lies outside the tensor"
 
 
 # ---- intersection
@@ -338,7 +340,7 @@ def test_many_tensors_at_once_are_as_one_by_one(shapes, rng, cuts) -> None:
         expected += zip(*(column.tolist() for column in columns), copies.sizes.tolist(), strict=True)
     columns = (found.source, found.target, found.source_starts, found.target_starts)
     assert sorted(zip(*(c.tolist() for c in columns), found.sizes.tolist(), strict=True)) == sorted(expected)
-    whole_ones = [coverage_gap(shape, blocks) is None for shape, blocks in zip(shapes, sources, strict=True)]
+    whole_ones = [coverage_fault(shape, blocks) is None for shape, blocks in zip(shapes, sources, strict=True)]
     assert coverage_holds(shapes, source, groups[0]) == all(whole_ones)
     twice = concat([source, source.take(np.array([0]))], 2) if len(source) else source
     again = np.append(groups[0], groups[0][:1])

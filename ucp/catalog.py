@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, Ints, Shape, concat, coverage_gap, coverage_holds, numel
+from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import itemsize
@@ -69,7 +69,7 @@ class LogicalTensor:
 
     def check_coverage(self) -> None:
         """Raise DamagedCheckpoint unless the fragments hold every element exactly once."""
-        gap = coverage_gap(self.shape, self.blocks)
+        gap = coverage_fault(self.shape, self.blocks)
         if gap:
             raise DamagedCheckpoint(
                 f"'{self.name}' ({self.state}, shape {list(self.shape)}): {gap}; the checkpoint is incomplete or its "

@@ -1,10 +1,17 @@
-"""What can go wrong, as classes that a caller can catch.
+"""What can go wrong, as classes that a caller can catch, and how an error reaches other processes.
 
 Every message is one sentence or two: the file or tensor, what was expected, what was found and what to do. The command
 line catches `UcpError` (exit code 2) and prints its message; any other exception is a fault of this project.
+
+An error that another process has to raise travels as a note, which is plain JSON (`noted`), and is raised there as the
+same class with the same details (`rebuilt`). Collectives, pipes and files carry the same notes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ucp.printable import line
 
@@ -12,11 +19,24 @@ from ucp.printable import line
 class UcpError(Exception):
     """The base of all errors that the input, the arguments or the environment are at fault for.
 
-    Its text is one line: control characters in what it quotes are escaped (`ucp.printable`).
+    Its text is one line: control characters in what it quotes are escaped (`ucp.printable`). file: the file that the
+    message begins with, None where it names none at its beginning. message: what is wrong, without that beginning.
     """
+
+    def __init__(self, message: str, *, file: str | None = None) -> None:
+        super().__init__(message if file is None else f"{file}: {message}")
+        self.message = message
+        self.file = file
 
     def __str__(self) -> str:
         return line(super().__str__())
+
+    def details(self) -> dict[str, Any]:
+        """What the error knows beside its text, as plain JSON."""
+        return {}
+
+    def restore(self, details: Mapping[str, Any]) -> None:
+        """Take back what `details` gave."""
 
 
 class NotACheckpoint(UcpError):
@@ -61,3 +81,65 @@ class SaveFailed(UcpError):
 
 class ProcessLost(UcpError):
     """A process that shared the work failed, was lost or never came; what was written is there to continue from."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A position in a text. file: as people know it; line and column count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+    def right(self, characters: int) -> Position:
+        """The position so many characters further on in the line."""
+        return Position(self.file, self.line, self.column + characters)
+
+
+class SpecError(UcpError):
+    """A spec, or what it says of a model, is refused.
+
+    ``str()`` is one line that begins with the position; ``picture`` is the offending text with a line of marks under
+    the part that is meant, or empty.
+    """
+
+    def __init__(self, message: str, position: Position | None = None, picture: str = "") -> None:
+        super().__init__(message, file=None if position is None else str(position))
+        self.position = position
+        self.picture = picture
+
+    def details(self) -> dict[str, Any]:
+        return {"position": self.position and asdict(self.position), "picture": self.picture}
+
+    def restore(self, details: Mapping[str, Any]) -> None:
+        at = details["position"]
+        self.position = None if at is None else Position(**at)
+        self.picture = details["picture"]
+
+
+def described(error: BaseException) -> str:
+    """An error's text for people; of an error that is none of ours, its class, too."""
+    return str(error) if isinstance(error, UcpError) else f"{type(error).__name__}: {error}"
+
+
+def noted(error: BaseException) -> dict[str, Any]:
+    """An error as a note for another process, in plain JSON."""
+    if not isinstance(error, UcpError):
+        return {"kind": "", "text": described(error), "details": {}}
+    return {"kind": type(error).__name__, "text": str(error), "details": error.details()}
+
+
+def rebuilt(note: Mapping[str, Any], start: str = "", otherwise: type[Exception] = SaveFailed) -> Exception:
+    """The error of a note, its text behind ``start``.
+
+    otherwise: the class for an error that is none of ours.
+    """
+    found = globals().get(note["kind"])
+    if not (isinstance(found, type) and issubclass(found, UcpError)):
+        return otherwise(start + note["text"])
+    error = found(start + note["text"])
+    error.restore(note["details"])
+    return error

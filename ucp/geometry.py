@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -428,8 +429,29 @@ def region(shape: Sequence[int], slices: Sequence[slice] | None) -> tuple[Shape,
     return tuple(offsets), tuple(sizes)
 
 
-def coverage_gap(shape: Sequence[int], blocks: Blocks) -> str | None:
-    """None if the blocks hold every element of the tensor exactly once, else a few words on what is wrong.
+@dataclass(frozen=True)
+class CoverageFault:
+    """Why blocks don't hold every element of a tensor exactly once; as text, a few words on it.
+
+    kind: "outside" (a box leaves the tensor), "overlap" (elements are held more than once) or "hole" (elements are
+    missing). elements: how many are missing, or held more than once (one held three times counts three times). total:
+    elements of the tensor.
+    """
+
+    kind: Literal["outside", "overlap", "hole"]
+    elements: int
+    total: int
+
+    def __str__(self) -> str:
+        if self.kind == "outside":
+            return "a fragment lies outside the tensor"
+        if self.kind == "overlap":
+            return f"{self.elements} elements are held more than once"
+        return f"{self.elements} of {self.total} elements are missing"
+
+
+def coverage_fault(shape: Sequence[int], blocks: Blocks) -> CoverageFault | None:
+    """None if the blocks hold every element of the tensor exactly once, else what is wrong.
 
     Out-of-bounds boxes, overlaps and holes are told apart. The check is exact: boxes that are in bounds, pairwise
     disjoint and as many elements in all as the tensor has, cover it.
@@ -437,20 +459,20 @@ def coverage_gap(shape: Sequence[int], blocks: Blocks) -> str | None:
     size = np.array([int(s) for s in shape], np.int64)
     # Compared without adding: the numbers may come from a damaged file, and a sum of two could overflow.
     if np.any((blocks.sizes < 0) | (blocks.offsets < 0) | (blocks.offsets > size - blocks.sizes)):
-        return "a fragment lies outside the tensor"
+        return CoverageFault("outside", 0, numel(shape))
     total, held = numel(shape), int(blocks.counts.sum())
     if len(blocks) > 1:
         pairs = intersect(blocks, blocks)
         twice = int(pairs.counts[pairs.source < pairs.target].sum())
         if twice:
-            return f"{twice} elements are held more than once"
+            return CoverageFault("overlap", twice, total)
     if held != total:
-        return f"{total - held} of {total} elements are missing"
+        return CoverageFault("hole", total - held, total)
     return None
 
 
 def coverage_holds(shapes: Sequence[Sequence[int]], blocks: Blocks, groups: Ints) -> bool:
-    """Whether `coverage_gap` finds nothing in any of these tensors of as many dimensions.
+    """Whether `coverage_fault` finds nothing in any of these tensors of as many dimensions.
 
     groups: (n,) to which of the shapes each block belongs, ascending.
     """

@@ -14,11 +14,10 @@ import ucp
 from tests.formats import raw
 from tests.spec.models import MODELS, config_of, names_of
 from ucp.checkpoint import Checkpoint
-from ucp.errors import UcpError, Unsupported
+from ucp.errors import SpecError, UcpError, Unsupported
 from ucp.formats.deepspeed.division import balanced
 from ucp.inspection.planning import balance, plan
 from ucp.parallel.mesh import Layout, parse_layout
-from ucp.spec.positions import SpecError
 from ucp.storage.files import Files
 
 

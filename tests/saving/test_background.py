@@ -224,7 +224,7 @@ PROGRAM = """
 import os, sys, time
 import torch
 from pathlib import Path
-from tests.training import save_jobs as jobs
+from tests.saving import save_jobs as jobs
 from ucp.saving.background import Saver
 folder, what = Path(sys.argv[1]), sys.argv[2]
 follow = Saver._follow

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import ucp
 from tests.saving import save_jobs as jobs
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, NotACheckpoint, UcpError
-from ucp.geometry import Blocks, coverage_gap, empty, whole
+from ucp.geometry import Blocks, coverage_fault, empty, whole
 from ucp.job.stopwatch import Stopwatch
 from ucp.saving import commit, share
 from ucp.saving.save import write_share
@@ -146,7 +146,7 @@ def test_what_several_ranks_hold_is_written_once_and_evenly(
     for k, (shape, _, _) in enumerate(tensors):
         parts = [assigned[rank][k].blocks for rank in range(world)]
         together = Blocks(*(np.concatenate([getattr(p, f) for p in parts]) for f in Blocks.__dataclass_fields__))
-        assert coverage_gap(shape, together) is None
+        assert coverage_fault(shape, together) is None
     for ranks in {ranks for _, _, ranks in tensors}:
         written = [
             sum(share._nbytes(assigned[rank][k]) for k, t in enumerate(tensors) if t[2] == ranks) for rank in ranks

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp.errors import Position
 from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Product, Sum, parse, spell
-from ucp.spec.positions import Position, SpecText
+from ucp.spec.positions import SpecText
 
 
 def expression(text: str) -> Expression:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from tests.property import box_splits, flat_splits, generators, law
 from tests.spec.test_foreign_names import moved
+from ucp.errors import Position
 from ucp.geometry import Blocks, box, concat, flat_ranges
 from ucp.spec import grammar
 from ucp.spec.arrange import View, carry, piece, segments
 from ucp.spec.grammar import Expression
-from ucp.spec.positions import Position, SpecText
+from ucp.spec.positions import SpecText
 
 SIZES = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 1}
 

@@ -9,14 +9,13 @@ from hypothesis import given
 from tests.property import generators, ids, law
 from tests.spec import naive
 from tests.spec.models import MODELS, config_of, names_of
-from ucp.errors import Mismatch
+from ucp.errors import Mismatch, SpecError
 from ucp.spec import shipped
 from ucp.spec.bound import bind, is_held
 from ucp.spec.check import check_shards, merge
 from ucp.spec.evaluate import Cutting
 from ucp.spec.grammar import Cut, walk
 from ucp.spec.language import loads
-from ucp.spec.positions import SpecError
 
 
 @given(generators)

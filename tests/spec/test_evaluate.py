@@ -11,11 +11,10 @@ from hypothesis import given
 from tests.property import cut, generators, ids, law
 from tests.spec import naive
 from tests.spec.naive import expression
-from ucp.errors import Mismatch
+from ucp.errors import Mismatch, SpecError
 from ucp.geometry import concat, intersect, runs
 from ucp.spec.evaluate import Cutting, Shard, coordinates, shape_of, shard, shard_blocks
 from ucp.spec.grammar import cuts
-from ucp.spec.positions import SpecError
 
 
 def shards_of(case: naive.Case) -> list[tuple[dict[str, int], Shard]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucp.geometry import concat, coverage_gap
+from ucp.geometry import concat, coverage_fault
 from ucp.spec.experts import Expert, Experts, counts, data_ranks, expert_of, ordered
 
 LAYER = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
@@ -68,7 +68,7 @@ def test_stacks_are_put_together_by_their_placement() -> None:
             box = tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))
             out[box] = shard[start : start + int(np.prod(size))].reshape(size)
     np.testing.assert_array_equal(out, whole)
-    assert coverage_gap((6, 2, 3), concat((p.blocks for p in places), 3)) is None
+    assert coverage_fault((6, 2, 3), concat((p.blocks for p in places), 3)) is None
 
 
 @given(st.permutations(range(4)), st.integers(1, 3))

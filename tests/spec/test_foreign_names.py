@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 
 from tests.property import generators, law
 from tests.spec.models import MODELS, config_of
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, SpecError
 from ucp.geometry import Blocks, whole
 from ucp.spec import shipped
 from ucp.spec.bound import Bound, bind
 from ucp.spec.foreign_names import Assembled, Moves, assemble, moves
 from ucp.spec.language import loads
-from ucp.spec.positions import SpecError
 
 SIZES = {"h": 5, "kv": 2, "q": 3, "d": 4, "f": 7, "e": 3}
 HEAD = "ucp: 1\nmodel: test\nsizes: {h: config.h, kv: config.kv, q: config.q, d: config.d, f: config.f, e: config.e}\n"

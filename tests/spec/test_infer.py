@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint, SpecError, Unsupported
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
 from ucp.spec.check import check_shards, merge
 from ucp.spec.infer import draft, infer
 from ucp.spec.language import loads
 from ucp.spec.placement import place
-from ucp.spec.positions import SpecError
 
 torch.manual_seed(0)
 Shards = Sequence[Tensor]

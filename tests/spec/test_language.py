@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.property import law
-from ucp.errors import BadArgument, UcpError
+from ucp.errors import BadArgument, Position, SpecError, UcpError
 from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.bound import bind
 from ucp.spec.check import check_names, words
 from ucp.spec.language import load, loads, unused_sizes
-from ucp.spec.positions import Position, SpecError, SpecText
+from ucp.spec.positions import SpecText
 
 HERE = Position("spec.yaml", 7, 12)
 

@@ -9,14 +9,13 @@ from hypothesis import given
 from tests.property import HOLE, cut, generators, ids, law, partitions
 from tests.spec import naive
 from tests.spec.naive import expression
-from ucp.errors import Mismatch
-from ucp.geometry import Blocks, compose, concat, coverage_gap, restrict, whole
+from ucp.errors import Mismatch, SpecError
+from ucp.geometry import Blocks, compose, concat, coverage_fault, restrict, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.evaluate import Cutting, shard
 from ucp.spec.language import loads
 from ucp.spec.placement import held_first, place, uncut
-from ucp.spec.positions import SpecError
 
 
 @given(generators)
@@ -48,7 +47,7 @@ def test_fragments_of_a_tensor_are_fragments_of_its_shards(rng: np.random.Genera
         found = shard(expression(case.text), case.sizes, Cutting(case.mesh, case.rule, case.widths), at)
         blocks, index = restrict(whole_blocks, found.blocks, found.shape)
         np.testing.assert_array_equal(blocks.buffers, whole_blocks.buffers[index])
-        assert coverage_gap(found.shape, blocks) is None
+        assert coverage_fault(found.shape, blocks) is None
         for buffer, original in zip(cut(blocks, lengths, naive.taken(case, at, tensor)), buffers, strict=True):
             np.testing.assert_array_equal(buffer[buffer != HOLE], original[buffer != HOLE])
 
@@ -104,7 +103,7 @@ def held_once(placements: object, name: str) -> str | None:
             if one.name == name:
                 shape = one.shape
                 parts.append(one.blocks.take(mask))
-    return coverage_gap(shape, concat(parts, len(shape)))
+    return coverage_fault(shape, concat(parts, len(shape)))
 
 
 def test_stages_of_a_pipeline_hold_their_names() -> None:

@@ -10,13 +10,14 @@ import pytest
 
 import ucp
 from tests.property import cut, ids
+from ucp.errors import Position, SpecError
 from ucp.spec import arithmetic, shipped
 from ucp.spec.bound import bind
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.foreign_names import assemble
 from ucp.spec.grammar import parse
 from ucp.spec.language import loads
-from ucp.spec.positions import Position, SpecError, SpecText
+from ucp.spec.positions import SpecText
 
 README = Path(ucp.__file__).parent / "specs/README.md"
 TEXT = README.read_text(encoding="utf-8")

@@ -9,10 +9,10 @@ from hypothesis import given
 from tests.property import cut, generators, ids, law
 from tests.spec import naive
 from tests.spec.naive import expression
+from ucp.errors import SpecError
 from ucp.geometry import Shape
 from ucp.spec.evaluate import shard
 from ucp.spec.grammar import cuts
-from ucp.spec.positions import SpecError
 from ucp.spec.solve import Observed, solve_cuts
 
 

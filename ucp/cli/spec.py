@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> int:
-    from ucp.spec.positions import SpecError
+    from ucp.errors import SpecError
 
     try:
         return {"check": _check, "infer": _infer, "show": _show}[args.command](args)

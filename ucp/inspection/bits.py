@@ -94,7 +94,7 @@ def _archive(path: str, files: Files) -> list[str]:
             archives = _archives(stream)
     except (OSError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DamagedCheckpoint(f"{path}: can't be read as an archive: {reason}") from error
+        raise DamagedCheckpoint(f"can't be read as an archive: {reason}", file=path) from error
     out = []
     for entries in archives:
         bad = [info for info in entries if _crc(path, info, files) != info.CRC]

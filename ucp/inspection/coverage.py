@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from ucp.geometry import Blocks, Shape, coverage_gap
+from ucp.geometry import Blocks, CoverageFault, Shape, coverage_fault
 
 CELLS = 1 << 24
 """Above so many cells of the grid that the boxes' edges make, faults are counted and not located."""
@@ -29,20 +29,20 @@ class Gap:
         return f"[{', '.join(spans)}]"
 
 
-def faults(shape: Shape, blocks: Blocks) -> tuple[Gap | None, Gap | None, str | None]:
-    """The first hole and the first overlap, None where there is none; and what `coverage_gap` says, if it does.
+def faults(shape: Shape, blocks: Blocks) -> tuple[Gap | None, Gap | None, CoverageFault | None]:
+    """The first hole and the first overlap, None where there is none; and what `coverage_fault` says, if it does.
 
     Exact: the boxes' edges cut the tensor into cells, in each of which the number of boxes is the same everywhere.
     """
-    words = coverage_gap(shape, blocks)
-    if words is None or "outside" in words or not shape:
-        return None, None, words
+    fault = coverage_fault(shape, blocks)
+    if fault is None or fault.kind == "outside" or not shape:
+        return None, None, fault
     edges = [
         np.unique(np.concatenate([[0, n], blocks.offsets[:, k], blocks.offsets[:, k] + blocks.sizes[:, k]]))
         for k, n in enumerate(shape)
     ]
     if np.prod([float(len(e)) for e in edges]) > CELLS:
-        return None, None, words
+        return None, None, fault
     # How many boxes begin minus how many end at each corner, summed along every axis.
     held = np.zeros([len(e) for e in edges], np.int64)
     low = [np.searchsorted(e, blocks.offsets[:, k]) for k, e in enumerate(edges)]
@@ -56,7 +56,7 @@ def faults(shape: Shape, blocks: Blocks) -> tuple[Gap | None, Gap | None, str | 
     volumes = np.ones(held.shape, np.int64)
     for k, e in enumerate(edges):
         volumes *= np.diff(e).reshape([-1 if j == k else 1 for j in range(len(shape))])
-    return _gap(held == 0, held, volumes, edges), _gap(held > 1, held, volumes, edges), words
+    return _gap(held == 0, held, volumes, edges), _gap(held > 1, held, volumes, edges), fault
 
 
 def _gap(mask: np.ndarray, held: np.ndarray, volumes: np.ndarray, edges: list[np.ndarray]) -> Gap | None:

@@ -203,7 +203,7 @@ def _look_into_archives(where: Path, notes: _Notes) -> None:
                 for _, entry in damaged_entries([path], files, lambda _: None):
                     notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
             except DamagedCheckpoint as error:
-                notes.add("file", path, str(error).removeprefix(f"{path}: "))
+                notes.add("file", path, error.message)
 
 
 def _note_salvage(salvage: Salvage, notes: _Notes) -> None:
@@ -218,8 +218,8 @@ def _note_salvage(salvage: Salvage, notes: _Notes) -> None:
 
 def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> None:
     subject, n = f"{tensor.name}:{tensor.state}", f"shape {list(tensor.shape)}"
-    hole, twice, words = faults(tensor.shape, tensor.blocks)
-    if words is None:
+    hole, twice, fault = faults(tensor.shape, tensor.blocks)
+    if fault is None:
         return
     if hole is not None:
         notes.add("hole", subject, f"{hole.elements} elements are in no fragment ({n}); first {hole.box}")
@@ -231,7 +231,7 @@ def _check_coverage(catalog: Catalog, tensor: LogicalTensor, notes: _Notes) -> N
             f"{twice.elements} elements are in {twice.times} fragments ({n}); first {twice.box}: {by}",
         )
     if hole is None and twice is None:
-        notes.add("outside" if "outside" in words else "hole", subject, f"{words} ({n})")
+        notes.add("outside" if fault.kind == "outside" else "hole", subject, f"{fault} ({n})")
 
 
 def _holders_of(catalog: Catalog, tensor: LogicalTensor, at: Sequence[int]) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ucp.errors import UcpError
+from ucp.errors import noted, rebuilt
 
 T = TypeVar("T")
 
@@ -35,12 +35,12 @@ def all_or_none(work: Callable[[], T]) -> T:
     """
     result, error = _attempt(work)
     if _many():
-        found: list[bytes | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, _portable(error))
-        failed = [(r, pickle.loads(e)) for r, e in enumerate(found) if e is not None]
-        if error is None and failed:
-            first, (kind, message) = failed[0]
-            raise kind(f"rank {first}: {message}")
+        found: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, None if error is None else noted(error))
+        if error is None:
+            for other, note in enumerate(found):
+                if note is not None:
+                    raise rebuilt(note, f"rank {other}: ", otherwise=RuntimeError)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -51,14 +51,13 @@ def from_first(work: Callable[[], T]) -> T:
     if not _many():
         return work()
     result, error = _attempt(work) if dist.get_rank() == 0 else (None, None)
-    box: list[Any] = [(_portable(error), result if error is None else None)]
+    box: list[Any] = [(None, result) if error is None else (noted(error), None)]
     dist.broadcast_object_list(box, src=0)
-    portable, shared = box[0]
+    note, shared = box[0]
     if error is not None:
         raise error
-    if portable is not None:
-        kind, message = pickle.loads(portable)
-        raise kind(f"rank 0: {message}")
+    if note is not None:
+        raise rebuilt(note, "rank 0: ", otherwise=RuntimeError)
     return shared
 
 
@@ -84,12 +83,3 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:  # noqa: BLE001 (raised again once all ranks know)
         return None, error
-
-
-def _portable(error: Exception | None) -> bytes | None:
-    """The error's class, if it is one of ours, and text: what every rank can rebuild."""
-    if error is None:
-        return None
-    kind = type(error) if isinstance(error, UcpError) else RuntimeError
-    text = str(error) if isinstance(error, UcpError) else f"{type(error).__name__}: {error}"
-    return pickle.dumps((kind, text))

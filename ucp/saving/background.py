@@ -27,7 +27,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from ucp.errors import SaveFailed
+from ucp.errors import SaveFailed, noted, rebuilt
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.printable import logger
@@ -203,7 +203,7 @@ class Saver:
                     raise
                 except Exception as error:  # noqa: BLE001 - raised once the writer knows
                     broken = error
-                    writer.send(("broken", job.session.save, *commit.described(error)))
+                    writer.send(("broken", job.session.save, noted(error)))
                 what, *rest = writer.receive()
                 written = None
                 if what == "written":
@@ -211,7 +211,7 @@ class Saver:
                 elif what == "logged":
                     logging.getLogger(rest[0]).log(rest[1], "%s", rest[2])
                 elif what == "failed":
-                    raise broken or commit.rebuilt(*rest)
+                    raise broken or rebuilt(rest[0])
                 else:
                     for stage, seconds in rest[1].items():
                         watch.add(stage, seconds)

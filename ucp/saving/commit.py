@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ucp import errors, formats
-from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError
+from ucp import formats
+from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError, described, noted, rebuilt
 from ucp.formats.universal import fragmented, manifest
 from ucp.printable import logger
 from ucp.run_folder import LATEST
@@ -266,24 +266,13 @@ def leave_verdict(session: Session, error: BaseException) -> None:
         _note(session, session.verdict, error)
 
 
-def described(error: BaseException) -> tuple[str, str]:
-    """An error as (its class, if that is one of ours, else nothing; its text), for other processes."""
-    kind = type(error).__name__ if isinstance(error, UcpError) else ""
-    return kind, str(error) if kind else f"{type(error).__name__}: {error}"
-
-
-def rebuilt(kind: str, text: str) -> UcpError:
-    """The error that `described` described; SaveFailed for what is none of ours."""
-    found = getattr(errors, kind, None) if kind else None
-    return (found if isinstance(found, type) and issubclass(found, UcpError) else SaveFailed)(text)
-
-
-def _note(session: Session, path: Path, error: BaseException) -> None:
-    kind, text = described(error)
+def _note(session: Session, path: Path, error: BaseException, tells_outcome: bool = False) -> None:
+    """Leave a note of an error. tells_outcome: its text says already that nothing was saved."""
+    note = {**noted(error), "tells_outcome": tells_outcome}
     try:
-        session.put(path, json.dumps({"kind": kind, "text": text}).encode())
+        session.put(path, json.dumps(note).encode())
     except UcpError as second:
-        log.warning("%s: cannot say that the save failed (%s): %s", path, text, second)
+        log.warning("%s: cannot say that the save failed (%s): %s", path, described(error), second)
 
 
 def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False) -> int:
@@ -294,13 +283,16 @@ def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False)
     Raises SaveFailed (or the rank's own error) where a rank gave up or left no receipt within ``timeout`` seconds;
     then, as after any other error, the temporary folder is gone and everything is as it was.
     """
+    failed: Exception | None = None
     try:
-        _await(session, timeout)
+        failed = _await(session, timeout)
+        if failed is not None:
+            raise failed
         receipts = [str(session.receipt(rank)) for rank in range(session.world)]
         nbytes = session.publish(fragmented.merge(session.temporary, receipts, session.save, session.prefix))
     except BaseException as error:
         if watched:
-            condemn(session, error)
+            condemn(session, error, tells_outcome=error is failed)
         else:
             abandon(session)
         raise
@@ -324,10 +316,13 @@ def release(session: Session) -> None:
     _in_use.discard(os.path.basename(session.temporary))
 
 
-def condemn(session: Session, error: BaseException) -> None:
-    """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises."""
+def condemn(session: Session, error: BaseException, *, tells_outcome: bool = False) -> None:
+    """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises.
+
+    tells_outcome: the error's text says already that nothing was saved.
+    """
     session.discard_tensors()
-    _note(session, session.verdict, error)
+    _note(session, session.verdict, error, tells_outcome)
     _in_use.discard(os.path.basename(session.temporary))
 
 
@@ -351,7 +346,8 @@ def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
         pause = min(pause * 1.5, _POLL[1])
 
 
-def _await(session: Session, timeout: float) -> None:
+def _await(session: Session, timeout: float) -> Exception | None:
+    """Wait for all receipts; returns why the save has failed, None if it has not."""
     missing = set(range(session.world))
     deadline = time.monotonic() + timeout
     pause = _POLL[0]
@@ -361,12 +357,12 @@ def _await(session: Session, timeout: float) -> None:
                 missing.discard(rank)
             elif locations.exists(session.failure(rank)):
                 start = f"{session.destination}: nothing was saved, since rank {rank} failed: "
-                raise _noted(session.failure(rank), start)
+                return _noted(session.failure(rank), start)
         if not missing:
-            return
+            return None
         if time.monotonic() > deadline:
             named = ", ".join(map(str, sorted(missing)[:8])) + (", …" if len(missing) > 8 else "")
-            raise SaveFailed(
+            return SaveFailed(
                 f"{session.destination}: nothing was saved: {len(missing)} of {session.world} ranks ({named}) left no "
                 f"receipt within {timeout:g} seconds; they died, hang, or do not see the same folder"
             )
@@ -374,11 +370,10 @@ def _await(session: Session, timeout: float) -> None:
         pause = min(pause * 1.5, _POLL[1])
 
 
-def _noted(path: Path, start: str) -> UcpError:
+def _noted(path: Path, start: str) -> Exception:
     """The error that a rank left a note of."""
     note: dict[str, Any] = json.loads(locations.read(path))
-    text = note["text"]
-    return rebuilt(note["kind"], text if text.startswith(start[:-2]) else start + text)
+    return rebuilt(note, "" if note["tells_outcome"] else start)
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

@@ -33,7 +33,7 @@ from multiprocessing.spawn import get_executable
 from typing import Any, NoReturn
 
 from ucp.catalog import Catalog
-from ucp.errors import SaveFailed
+from ucp.errors import SaveFailed, noted, rebuilt
 from ucp.formats.universal import fragmented
 from ucp.formats.universal.fragmented import Identity
 from ucp.job.stopwatch import Stopwatch
@@ -201,7 +201,7 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
         try:
             nbytes = _perform(job, _windows(job, ring, pipe, inbox), watch)
         except Exception as error:  # noqa: BLE001 - it is told to the training process
-            pipe.send(("failed", *commit.described(error)))
+            pipe.send(("failed", noted(error)))
         else:
             pipe.send(("done", nbytes, watch.seconds))
 
@@ -267,7 +267,7 @@ def _windows(
             if save != job.session.save:
                 continue
             if what == "broken":
-                raise commit.rebuilt(*rest)
+                raise rebuilt(rest[0])
             filled = rest[0]
         place = at % job.capacity
         yield at, ring[place : place + count]

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ucp.spec.positions import SpecError, SpecText
+from ucp.errors import SpecError
+from ucp.spec.positions import SpecText
 
 Span = tuple[int, int]
 Value = int | bool | str | None | float

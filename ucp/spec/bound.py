@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ucp.errors import BadArgument
+from ucp.errors import BadArgument, SpecError
 from ucp.spec import arithmetic
 from ucp.spec.arithmetic import Formula, Missing, Reference, Value
 from ucp.spec.evaluate import Cutting, axis_size, parts, position
 from ucp.spec.grammar import Expression, names, spell
 from ucp.spec.language import Line, Spec, Tie
 from ucp.spec.patterns import Pattern, cut_of
-from ucp.spec.positions import SpecError, suggestion
+from ucp.spec.positions import suggestion
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Bound:
         for axis in names(active.expression):
             if axis.name in self.absent:
                 raise active.expression.refuse(
-                    axis, f"'{name}' needs '{axis.name}', and {_why(self.absent[axis.name])}"
+                    axis, f"'{name}' needs '{axis.name}', and {self.absent[axis.name].message}"
                 )
         return Found(name, active.pattern, active.expression, captures, self.owner(name))
 
@@ -95,10 +95,6 @@ def is_held(found: Found, sizes: Mapping[str, int], cutting: Cutting, coordinate
         if not first <= found.captures[name] < last:
             return False
     return True
-
-
-def _why(error: SpecError) -> str:
-    return str(error).removeprefix(f"{error.position}: ")
 
 
 def bind(

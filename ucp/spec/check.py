@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.errors import Mismatch
+from ucp.errors import Mismatch, Position, SpecError
 from ucp.geometry import Blocks, Shape
 from ucp.spec.bound import Bound, Found
 from ucp.spec.evaluate import Cutting, Mesh, axis_size, shard
 from ucp.spec.grammar import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.patterns import Pattern
-from ucp.spec.positions import Position, SpecError
 from ucp.spec.solve import Coordinate, Observed, solve_cuts
 
 Shards = Sequence[tuple[Coordinate, NDArray]]
@@ -120,8 +119,8 @@ def check_names(
             found = bound.find(name)
             if found is None and name not in buffers:
                 raise SpecError(
-                    Position(bound.spec.file, 1, 1),
                     f"no line under parameters: matches '{name}' (shape {list(shape)}); write one",
+                    Position(bound.spec.file, 1, 1),
                 )
             if found is not None:
                 _check_captures(bound, found)
@@ -198,8 +197,8 @@ def _check_ties(bound: Bound, names: set[str], aliases: Mapping[str, str], probl
         if tied not in group and bound.owner(owner) not in group:
             problems.append(
                 SpecError(
-                    Position(bound.spec.file, 1, 1),
                     f"'{name}' is tied to '{owner}' in the checkpoint, and nothing under tied: says so",
+                    Position(bound.spec.file, 1, 1),
                 )
             )
 
@@ -291,7 +290,7 @@ def check_shards(bound: Bound, mesh: Mesh, shards: Mapping[str, Shards]) -> dict
     for name, held in shards.items():
         found = bound.find(name)
         if found is None:
-            raise SpecError(Position(bound.spec.file, 1, 1), f"no line under parameters: matches '{name}'; write one")
+            raise SpecError(f"no line under parameters: matches '{name}'; write one", Position(bound.spec.file, 1, 1))
         observed.append(Observed(name, found.expression, [(at, array.shape) for at, array in held]))
     cuttings = solve_cuts(observed, bound.sizes, mesh)
     for o in observed:

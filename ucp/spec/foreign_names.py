@@ -14,14 +14,13 @@ from itertools import product
 
 import numpy as np
 
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, SpecError
 from ucp.geometry import Blocks, Ints, Shape, concat
 from ucp.spec.arrange import View, carry, piece, segments
 from ucp.spec.bound import Bound
 from ucp.spec.grammar import Expression
 from ucp.spec.language import Renaming
 from ucp.spec.patterns import Pattern, Template
-from ucp.spec.positions import SpecError
 
 
 @dataclass(frozen=True)

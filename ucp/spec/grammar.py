@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ucp.spec.positions import SpecError, SpecText, suggestion
+from ucp.errors import SpecError
+from ucp.spec.positions import SpecText, suggestion
 
 MESH = ("dp", "tp", "pp", "ep", "sp")
 RESERVED = (*MESH, "average", "repeat", "pad", "scalar", "config", "or", "and", "not", "true", "false", "null")

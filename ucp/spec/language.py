@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
+from ucp.errors import Position, SpecError
 from ucp.spec import arithmetic, grammar, patterns
 from ucp.spec.arithmetic import Formula
 from ucp.spec.grammar import Expression
 from ucp.spec.patterns import Pattern, Template
-from ucp.spec.positions import Position, SpecError, suggestion
+from ucp.spec.positions import suggestion
 from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1
@@ -113,7 +114,7 @@ class _SpecReader(YamlReader):
         start = Position(self.file, 1, 1)
         for needed in ("ucp", "model", "parameters"):
             if needed not in parts:
-                raise SpecError(start, f"the spec has no '{needed}:'; it needs ucp: {VERSION}, model: and parameters:")
+                raise SpecError(f"the spec has no '{needed}:'; it needs ucp: {VERSION}, model: and parameters:", start)
         version = self.text(parts["ucp"], "ucp")
         if version.text != str(VERSION):
             raise version.refuse(

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ucp.errors import SpecError
 from ucp.spec import grammar
 from ucp.spec.grammar import Cut, Expression
-from ucp.spec.positions import SpecError, SpecText
+from ucp.spec.positions import SpecText
 
 _LITERAL, _CAPTURE, _STAR = 2, 1, 0
 _PIECE = re.compile(r"\{[^{}]*\}?|\*|[^{}*]+|\}")

@@ -16,13 +16,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.errors import Mismatch, Unsupported
+from ucp.errors import Mismatch, Position, SpecError, Unsupported
 from ucp.geometry import Blocks, Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.grammar import Expression, Padded, names
-from ucp.spec.positions import Position, SpecError
 from ucp.spec.solve import Observed, solve_cuts
 
 
@@ -139,8 +138,8 @@ def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expr
         if optional:
             return None
         raise SpecError(
-            Position(bound.spec.file, 1, 1),
             f"no line under parameters: matches '{name}' (shape {list(shape)}); write one",
+            Position(bound.spec.file, 1, 1),
         )
     return found.expression
 

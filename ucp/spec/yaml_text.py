@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from ucp.spec.positions import Position, SpecError, SpecText, suggestion
+from ucp.errors import Position, SpecError
+from ucp.spec.positions import SpecText, suggestion
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -18,7 +19,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
             return stream.read()
         except UnicodeDecodeError as error:
             raise SpecError(
-                Position(os.fspath(path), 1, 1), f"not UTF-8 text ({error.reason} at byte {error.start})"
+                f"not UTF-8 text ({error.reason} at byte {error.start})", Position(os.fspath(path), 1, 1)
             ) from None
 
 
@@ -32,12 +33,12 @@ def compose(text: str, file: str) -> yaml.Node | None:
         position = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file, 1, 1)
         words = " ".join(str(w) for w in (error.context, error.problem) if w)
         raise SpecError(
-            position, f"not YAML: {words}; put quotes around names and expressions with special signs"
+            f"not YAML: {words}; put quotes around names and expressions with special signs", position
         ) from None
     except RecursionError:
-        raise SpecError(Position(file, 1, 1), "nested too deep to be a spec") from None
+        raise SpecError("nested too deep to be a spec", Position(file, 1, 1)) from None
     except yaml.YAMLError as error:
-        raise SpecError(Position(file, 1, 1), f"not YAML: {' '.join(str(error).split())}") from None
+        raise SpecError(f"not YAML: {' '.join(str(error).split())}", Position(file, 1, 1)) from None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class YamlReader:
 
     def refuse(self, node: yaml.Node, message: str) -> SpecError:
         """The error that points at the node."""
-        return SpecError(self.position(node), message)
+        return SpecError(message, self.position(node))
 
     def text(self, node: yaml.Node, what: str) -> SpecText:
         """A scalar as it stands, and where its first character is."""
@@ -74,7 +75,7 @@ class YamlReader:
         if not isinstance(node, yaml.MappingNode):
             if node is None:
                 raise SpecError(
-                    Position(self.file, 1, 1), f"{what} is empty; it must be a mapping, 'name: value' in each line"
+                    f"{what} is empty; it must be a mapping, 'name: value' in each line", Position(self.file, 1, 1)
                 )
             raise self.refuse(node, f"{what} must be a mapping, 'name: value' in each line")
         seen: dict[str, int] = {}

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ucp.errors import BadArgument, ProcessLost, UcpError
+from ucp.errors import BadArgument, ProcessLost, UcpError, described
 from ucp.printable import logger
 from ucp.storage.atomic import write_atomic
 
@@ -177,8 +177,7 @@ def joined(team: Team, folder: Path, identity: str) -> Iterator[Attempt]:
         yield attempt
     except BaseException as error:
         if not attempt.stopped:
-            text = str(error) if isinstance(error, UcpError) else f"{type(error).__name__}: {error}"
-            _tell(attempt.failure(team.process), text)
+            _tell(attempt.failure(team.process), described(error))
         raise
     finally:
         beat.end()

@@ -73,15 +73,15 @@ class ZipEntries:
                 directory = archive.start_dir
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, struct.error) as error:
             raise DamagedCheckpoint(
-                f"{path}: the file is truncated or damaged ({size} bytes, zip archive: {error})"
+                f"the file is truncated or damaged ({size} bytes, zip archive: {error})", file=path
             ) from error
         self._data_end = base + directory
         self._entries = {info.filename: info for info in infos}
         if len(self._entries) != len(infos):
-            raise DamagedCheckpoint(f"{path}: two entries of its zip archive have the same name")
+            raise DamagedCheckpoint("two entries of its zip archive have the same name", file=path)
         pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if not pickles:
-            raise DamagedCheckpoint(f"{path}: a zip archive ({size} bytes), but not one that torch.save wrote")
+            raise DamagedCheckpoint(f"a zip archive ({size} bytes), but not one that torch.save wrote", file=path)
         self._prefix = min(pickles, key=len).removesuffix("data.pkl")
         self._crc_places = self._places_of_crcs(directory, infos)
         self.has_crcs = any(info.CRC for info in infos)
@@ -99,15 +99,18 @@ class ZipEntries:
         """The bytes `[start, stop)` of the file that are the record's data."""
         info = self._entries.get(self._prefix + name)
         if info is None:
-            raise DamagedCheckpoint(f"{self.path}: its zip archive has no entry {name!r}")
+            raise DamagedCheckpoint(f"its zip archive has no entry {name!r}", file=self.path)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
-            raise Unsupported(f"{self.path}: entry {name!r} is compressed or encrypted, so that it has no byte ranges")
+            raise Unsupported(
+                f"entry {name!r} is compressed or encrypted, so that it has no byte ranges", file=self.path
+            )
         start = self._base + info.header_offset + self._header_length(name, info)
         stop = start + info.file_size
         if info.compress_size != info.file_size or stop > self._data_end:
             raise DamagedCheckpoint(
-                f"{self.path}: zip entry {name!r} should be bytes {start} to {stop}, and the archive's data end at "
-                f"{self._data_end} ({self.size} bytes in the file)"
+                f"zip entry {name!r} should be bytes {start} to {stop}, and the archive's data end at "
+                f"{self._data_end} ({self.size} bytes in the file)",
+                file=self.path,
             )
         return start, stop
 
@@ -131,7 +134,7 @@ class ZipEntries:
                     at += 4 + int.from_bytes(raw[at + 2 : at + 4], "little")
                 if at == end:
                     return end
-        raise DamagedCheckpoint(f"{self.path}: the header of zip entry {name!r} is damaged ({self.size} bytes)")
+        raise DamagedCheckpoint(f"the header of zip entry {name!r} is damaged ({self.size} bytes)", file=self.path)
 
     def crc(self, name: str, start: int, stop: int) -> StoredCrc32 | None:
         """The CRC-32 of a record, whose bytes of the file these are; None where the archive was written without."""
@@ -145,7 +148,7 @@ class ZipEntries:
         start, stop = self.range(name)
         data = self._read(start - self._base, stop - start)
         if len(data) < stop - start:
-            raise DamagedCheckpoint(f"{self.path}: ends inside zip entry {name!r} ({self.size} bytes)")
+            raise DamagedCheckpoint(f"ends inside zip entry {name!r} ({self.size} bytes)", file=self.path)
         wanted = self.crc(name, start, stop)
         if wanted is not None and crc32(data) != wanted.crc:
             raise DigestMismatch(wanted.differs(self.path, crc32(data)))

@@ -62,27 +62,29 @@ class Unpickler:
                 operation = table[code[0]] if code else None
                 if operation is None:
                     what = f"unknown operation {code!r}" if code else "it ends too early"
-                    raise DamagedCheckpoint(f"{self._path}: not a readable pickle: {what}")
+                    raise DamagedCheckpoint(f"not a readable pickle: {what}")
                 if operation(self) is _STOP:
                     return self._pop()
         except UcpError as error:
-            if str(error).startswith(self._path):
+            if error.file is not None:
                 raise
-            raise type(error)(f"{self._path}: {error}") from error
+            raise type(error)(error.message, file=self._path) from error
         except MemoryError as error:
-            raise DamagedCheckpoint(f"{self._path}: its pickle asks for more memory than there is") from error
+            raise DamagedCheckpoint("its pickle asks for more memory than there is", file=self._path) from error
         except Exception as error:
             # What damage can raise is open-ended (any operation on any wrong operand), so that all of it is caught.
-            raise DamagedCheckpoint(f"{self._path}: not a readable pickle: {type(error).__name__}: {error}") from error
+            raise DamagedCheckpoint(
+                f"not a readable pickle: {type(error).__name__}: {error}", file=self._path
+            ) from error
 
     # --- bytes and stack ---------------------------------------------------------------------------------------------
 
     def _read(self, count: int) -> bytes:
         if count > self._limit:
-            raise DamagedCheckpoint(f"{self._path}: its pickle has an item of {count} bytes, more than the whole file")
+            raise DamagedCheckpoint(f"its pickle has an item of {count} bytes, more than the whole file")
         data = self._stream_read(count)
         if len(data) != count:
-            raise DamagedCheckpoint(f"{self._path}: not a readable pickle: it ends too early")
+            raise DamagedCheckpoint("not a readable pickle: it ends too early")
         return data
 
     def _uint(self, count: int) -> int:
@@ -91,7 +93,7 @@ class Unpickler:
     def _line(self) -> str:
         line = self._readline()
         if not line.endswith(b"\n"):
-            raise DamagedCheckpoint(f"{self._path}: not a readable pickle: it ends too early")
+            raise DamagedCheckpoint("not a readable pickle: it ends too early")
         return line[:-1].decode("utf-8")
 
     def _pop(self) -> Any:
@@ -131,7 +133,7 @@ class Unpickler:
     def _import(self, module: str, name: str) -> Any:
         if not self._trust:
             raise UnsafePickle(
-                f"{self._path}: its pickle names {module}.{name}, which is not on the list of classes that are safe to "
+                f"its pickle names {module}.{name}, which is not on the list of classes that are safe to "
                 f"read; nothing was run. If you trust whoever wrote the file, allow it with trust=True (in a DeepSpeed "
                 f'config "ucp": {{"trust_client_state": true}}), which runs code from the file'
             )
@@ -206,7 +208,7 @@ class Unpickler:
 
     def _persist(self, saved: Any) -> Any:
         if self._persistent is None:
-            raise UnsafePickle(f"{self._path}: its pickle refers to a stored object where none can be")
+            raise UnsafePickle("its pickle refers to a stored object where none can be")
         return self._persistent(saved)
 
 
@@ -315,7 +317,7 @@ def _short_text(self: Unpickler) -> None:
     count = self._stream_read(1)[0]
     raw = self._stream_read(count)
     if len(raw) != count:
-        raise DamagedCheckpoint(f"{self._path}: not a readable pickle: it ends too early")
+        raise DamagedCheckpoint("not a readable pickle: it ends too early")
     self._stack.append(raw.decode("utf-8", "surrogatepass"))
 
 

@@ -66,16 +66,16 @@ def load_file(path: str | os.PathLike[str], *, trust: bool = False) -> TorchFile
             start = stream.read(32)
             stream.seek(0)
             if size == 0:
-                raise DamagedCheckpoint(f"{name}: the file is empty (0 bytes)")
+                raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
             if start.startswith(b"PK"):
                 return _load_zip(stream, name, size, trust)
             if _MAGIC_PICKLE in start:
                 return TorchFile(_load_legacy(stream, name, size, trust), None, False)
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{name}: there is no such file") from error
+        raise DamagedCheckpoint("there is no such file", file=name) from error
     except OSError as error:
-        raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
-    raise DamagedCheckpoint(f"{name}: not a file that torch.save wrote ({size} bytes, it begins with {start[:8]!r})")
+        raise DamagedCheckpoint(f"cannot be read: {error.strerror or error}", file=name) from error
+    raise DamagedCheckpoint(f"not a file that torch.save wrote ({size} bytes, it begins with {start[:8]!r})", file=name)
 
 
 def load_section(
@@ -89,7 +89,7 @@ def load_section(
     size = stream.seek(0, os.SEEK_END)
     if not 0 <= start <= start + length <= size:
         raise DamagedCheckpoint(
-            f"{name}: the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}"
+            f"the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}", file=name
         )
     return _load_zip(Section(stream, start, length), name, length, trust, start).graph
 
@@ -105,16 +105,18 @@ class _Storages:
         """The storage for a persistent id of the form ("storage", class, key, location, numel, ...)."""
         kind = saved[0] if isinstance(saved, tuple) and saved else saved
         if kind != "storage":
-            raise UnsafePickle(f"{self.path}: its pickle refers to a stored {kind!r}; only tensor storages are read")
+            raise UnsafePickle(f"its pickle refers to a stored {kind!r}; only tensor storages are read", file=self.path)
         if len(saved) != items:
-            raise DamagedCheckpoint(f"{self.path}: a storage is described by {len(saved)} items instead of {items}")
+            raise DamagedCheckpoint(f"a storage is described by {len(saved)} items instead of {items}", file=self.path)
         _, storage_class, key, location, numel, *view = saved
         if type(storage_class) is not StorageClass or type(key) is not str or type(location) is not str:
-            raise DamagedCheckpoint(f"{self.path}: the description of storage {key!r} is damaged")
+            raise DamagedCheckpoint(f"the description of storage {key!r} is damaged", file=self.path)
         if type(numel) is not int or not 0 <= numel < 2**60:
-            raise DamagedCheckpoint(f"{self.path}: storage {key!r} has {numel!r} elements")
+            raise DamagedCheckpoint(f"storage {key!r} has {numel!r} elements", file=self.path)
         if any(item is not None for item in view):
-            raise Unsupported(f"{self.path}: storage {key!r} is a view of another, as torch wrote before release 0.4")
+            raise Unsupported(
+                f"storage {key!r} is a view of another, as torch wrote before release 0.4", file=self.path
+            )
         storage = self.found.get((key, storage_class.dtype))
         if storage is None:
             start, record = self.place_of(key, storage_class, numel)
@@ -122,7 +124,9 @@ class _Storages:
                 self.path, key, storage_class.dtype, numel, location, start, record
             )
         elif storage.numel != numel:
-            raise DamagedCheckpoint(f"{self.path}: storage {key!r} has {storage.numel} elements, and {numel} elsewhere")
+            raise DamagedCheckpoint(
+                f"storage {key!r} has {storage.numel} elements, and {numel} elsewhere", file=self.path
+            )
         return storage
 
     def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
@@ -144,8 +148,9 @@ class _ZipStorages(_Storages):
         # torch counts whole elements, so that a byte storage of odd length may have a rest.
         if not 0 <= stop - start - numel * width < width:
             raise DamagedCheckpoint(
-                f"{self.path}: storage {key!r} should be {numel} elements of {storage_class.dtype} "
-                f"({numel * width} bytes), and its zip entry has {stop - start} bytes"
+                f"storage {key!r} should be {numel} elements of {storage_class.dtype} "
+                f"({numel * width} bytes), and its zip entry has {stop - start} bytes",
+                file=self.path,
             )
         return start, self._archive.crc(f"data/{key}", start, stop)
 
@@ -153,9 +158,9 @@ class _ZipStorages(_Storages):
 def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> TorchFile:
     archive = ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
-        raise Unsupported(f"{path}: a TorchScript program, not a checkpoint")
+        raise Unsupported("a TorchScript program, not a checkpoint", file=path)
     if "byteorder" in archive and archive.read("byteorder").strip() != b"little":
-        raise Unsupported(f"{path}: written on a big-endian machine, which is not supported")
+        raise Unsupported("written on a big-endian machine, which is not supported", file=path)
     storages = _ZipStorages(archive)
     for name in SMALL_RECORDS:
         if name in archive:
@@ -177,7 +182,7 @@ class _LegacyStorages(_Storages):
     def place(self, stream: BinaryIO, keys: Any, size: int) -> None:
         """Find each storage's bytes, which follow the stream's position in the order of `keys`."""
         if not isinstance(keys, list) or set(keys) != {key for key, _ in self.found}:
-            raise DamagedCheckpoint(f"{self.path}: its list of storages does not match its pickle")
+            raise DamagedCheckpoint("its list of storages does not match its pickle", file=self.path)
         # Of the types that one storage may be read as, the first is the one that it was written with.
         written = {key: storage for (key, _), storage in reversed(self.found.items())}
         at = stream.tell()
@@ -189,13 +194,14 @@ class _LegacyStorages(_Storages):
             start, stop = at + 8, at + 8 + storage.nbytes
             if len(header) < 8 or stop > size:
                 raise DamagedCheckpoint(
-                    f"{self.path}: the file is truncated: storage {key!r} should be bytes {start} to {stop}, "
-                    f"and the file has {size}"
+                    f"the file is truncated: storage {key!r} should be bytes {start} to {stop}, "
+                    f"and the file has {size}",
+                    file=self.path,
                 )
             if numel != storage.numel:
                 raise DamagedCheckpoint(
-                    f"{self.path}: storage {key!r} should have {storage.numel} elements of {storage.dtype}, "
-                    f"and {numel} are stored"
+                    f"storage {key!r} should have {storage.numel} elements of {storage.dtype}, and {numel} are stored",
+                    file=self.path,
                 )
             for (other, _), reading in self.found.items():
                 if other == key:
@@ -208,10 +214,10 @@ def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool) -> Any:
         return Unpickler(stream, path, size).load()
 
     if plain() != _MAGIC_NUMBER or plain() != _PROTOCOL_VERSION:
-        raise DamagedCheckpoint(f"{path}: not a file that torch.save wrote ({size} bytes)")
+        raise DamagedCheckpoint(f"not a file that torch.save wrote ({size} bytes)", file=path)
     system = plain()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Unsupported(f"{path}: written on a big-endian machine, which is not supported")
+        raise Unsupported("written on a big-endian machine, which is not supported", file=path)
     storages = _LegacyStorages(path)
     graph = Unpickler(stream, path, size, lambda saved: storages.get(saved, 6), trust).load()
     storages.place(stream, plain(), size)
