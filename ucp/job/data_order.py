@@ -8,12 +8,13 @@ there, on however many ranks, sees each following sample once and in the same gl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
-from ucp.errors import BadArgument
+from ucp.errors import BadArgument, Mismatch
 
 
 class GlobalOrder(Sampler[int]):
@@ -34,17 +35,60 @@ class GlobalOrder(Sampler[int]):
         self._length, self._batch = length, batch
         self._rank, self._world = rank, world
         self._seen, self._seed, self._shuffle = seen, seed, shuffle
+        self._given = 0  # of this rank's, since ``seen``
+        self._goes_on = False  # the next iterator goes on after those, once a state was loaded
 
     def __iter__(self) -> Iterator[int]:
+        if not self._goes_on:
+            self._given = 0
+        self._goes_on = False
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        start = self._seen + self._rank * self._batch
+        step, inside = divmod(self._given, self._batch)
+        start = self._seen + (step * self._world + self._rank) * self._batch
         while True:
-            for number in range(start, start + self._batch):
+            for number in range(start + inside, start + self._batch):
                 if number // self._length != epoch:
                     epoch = number // self._length
                     order = self._order(epoch)
+                self._given += 1
                 yield int(order[number % self._length])
+            inside = 0
             start += self._world * self._batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far all ranks have come, for torchdata's StatefulDataLoader; it is the same on every rank."""
+        return {
+            "seen": self._seen,
+            "given": self._given,
+            "batch": self._batch,
+            "world": self._world,
+            "length": self._length,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the ranks that saved had come, with any number of them. Raises Mismatch as `check_state` does."""
+        self.check_state(state)
+        seen, given = int(state["seen"]), int(state["given"])
+        if (state["batch"], state["world"]) != (self._batch, self._world):
+            seen, given = seen + given * int(state["world"]), 0
+        self._seen, self._given, self._goes_on = seen, given, True
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise Mismatch where the order is another one, or ranks were within a micro-step and are divided anew."""
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise Mismatch(f"the state of the samples' order lacks {', '.join(missing)}; it is not GlobalOrder's")
+        for key, own in (("length", self._length), ("seed", self._seed), ("shuffle", self._shuffle)):
+            if state[key] != own:
+                raise Mismatch(f"the order of samples is another one: its {key} was {state[key]}, and it is {own}")
+        given, batch, world = state["given"], state["batch"], state["world"]
+        if (batch, world) != (self._batch, self._world) and given % batch:
+            raise Mismatch(
+                f"each of {world} ranks had drawn {given} samples, which is no whole number of batches of {batch}, "
+                f"so {self._world} ranks in batches of {self._batch} cannot go on"
+            )
 
     def _order(self, epoch: int) -> torch.Tensor:
         if not self._shuffle:

@@ -28,7 +28,7 @@ from ucp.catalog import Catalog, TrainingState
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch, SaveFailed
 from ucp.formats.shared.roles import MODEL, PARAM, assign
-from ucp.job import generators, ranks
+from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
 from ucp.loading.name_match import bare
@@ -40,7 +40,6 @@ from ucp.saving.save import SaveReport
 from ucp.saving.save import save as save_source
 from ucp.saving.source import Source
 from ucp.saving.staging import MEMORY
-from ucp.storage import plain
 from ucp.torchdist.optimizers import OPTIMIZER, Optimizers, listed, names_without_states, set_states, state_dict_of
 from ucp.torchdist.source import make_source
 from ucp.torchdist.state_dicts import flatten, unwrap
@@ -192,7 +191,7 @@ def save_training(
         ),
         {
             **({"rng": generators.capture()} if rng else {}),
-            **({} if dataloader is None else {_DATALOADER: dataloader.state_dict()}),
+            **data_loaders.kept_of(dataloader),
         },
     )
     if background:
@@ -232,8 +231,8 @@ def load_training(
     Arguments as for `save_training` and `load`. What was saved of a model or optimizer has to be used and all that they
     have has to be there, unless allow_missing and allow_unused (patterns of names, or ``name:state``) say otherwise. A
     data loader's state and random number generators are the ranks' own: with another number of ranks the loader's is
-    refused unless all ranks had the same, and the generators stay as the program seeded them, with a warning. A spec's
-    sizes come from a transformers model's own config.
+    moved where it is known how (`ucp.job.data_loaders`) and else refused, and the generators stay as the program seeded
+    them, with a warning. A spec's sizes come from a transformers model's own config.
 
     Raises on every rank, with nothing changed: Mismatch, NotACheckpoint, DamagedCheckpoint.
     """
@@ -285,9 +284,6 @@ def load_training(
     return TrainingReport(state.global_steps, state.global_samples, state.client_state, report, clip)
 
 
-_DATALOADER = "dataloader"
-
-
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
     """Which of the model's tensors are trained, frozen, and buffers."""
     updated = {id(p) for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
@@ -314,15 +310,13 @@ def _check(where: str, state: TrainingState, lr_scheduler: Any, dataloader: Any)
         log.warning("%s: the lr scheduler's state is not used: none was passed", where)
     if dataloader is None:
         return None
-    saved_loaders = [own[_DATALOADER] for own in state.extra.get("ranks", ()) if _DATALOADER in own]
-    if len(saved_loaders) == ranks.world_size():
-        return saved_loaders[ranks.rank()]
-    if saved_loaders and all(plain.encode(loader) == plain.encode(saved_loaders[0]) for loader in saved_loaders):
-        return saved_loaders[0]
-    raise Mismatch(
-        f"{where}: nothing was loaded: it has the data loader's states of {len(saved_loaders)} ranks, and "
-        f"{ranks.world_size()} load; pass dataloader=None and set the position by the report's step or samples"
-    )
+    try:
+        moved = data_loaders.restored(state.extra.get("ranks", ()), dataloader, ranks.rank(), ranks.world_size())
+    except Mismatch as error:
+        raise Mismatch(f"{where}: nothing was loaded: {error}") from None
+    if moved.note and ranks.rank() == 0:
+        log.warning("%s: %s", where, moved.note)
+    return moved.state
 
 
 def _restore_generators(where: str, state: TrainingState) -> None:

@@ -1,0 +1,263 @@
+"""A data loader's saved state on another number of ranks: only a position that is known to be global may move.
+
+A state that is equal on every rank may still be a count per rank, which means other samples on another number of
+ranks. So what a state says is looked up, and not guessed from its being equal. Known are
+
+- `ucp.job.data_order.GlobalOrder`, by itself or as the sampler of torchdata's ``StatefulDataLoader``: its state is the
+  number of samples that all ranks have seen, and any number of ranks goes on from there.
+- ``StatefulDataLoader`` over a map-style data set with torch's ``DistributedSampler`` or torchdata's own: rank r of n
+  takes every n-th sample of one order, so that ranks that have taken k each have seen its first k * n. On m ranks that
+  is k * n / m each, if this is a whole number of steps; else the next whole step, and a line says what is left out.
+
+Everything else is refused on another number of ranks: iterable data sets, states of workers and of data sets, other
+samplers, other loaders.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from ucp.errors import Mismatch
+from ucp.job.data_order import GlobalOrder
+from ucp.storage import plain
+
+STATE = "dataloader"
+PLACE = "dataloader_place"
+"""What a rank keeps of its data loader: the state, and where it stood when that was taken."""
+
+WAYS_ON = (
+    "draw the samples by ucp.job.data_order.GlobalOrder, which goes on with any number of ranks, or pass "
+    "dataloader=None and set the position by the report's step or samples"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose samples a loader gives. replicas, rank: of the sampler, which tensor-parallel ranks share; batch: samples
+    of one step on one rank; length: of the data set; seed, shuffle: of the order; drop_last: the sampler's."""
+
+    replicas: int
+    rank: int
+    batch: int
+    length: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+
+
+@dataclass(frozen=True)
+class Restored:
+    """state: for this rank's loader. note: what is to be said of it, if anything."""
+
+    state: Any
+    note: str = ""
+
+
+def kept_of(loader: Any) -> dict[str, Any]:
+    """What a rank keeps of its data loader; nothing without one."""
+    if loader is None:
+        return {}
+    place = _place(loader)
+    return {STATE: loader.state_dict(), **({} if place is None else {PLACE: asdict(place)})}
+
+
+def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: int) -> Restored:
+    """The state for this rank's loader. saved: what every rank of the run that saved kept (`kept_of`).
+
+    Raises Mismatch, which begins with what the checkpoint has, where no state fits these ranks.
+    """
+    kept = [own for own in saved if STATE in own]
+    live, old = _place(loader), [_place_kept(own) for own in kept]
+    changed = live is not None and any(place is not None and place.replicas != live.replicas for place in old)
+    if len(kept) == world and not changed:
+        return Restored(kept[rank][STATE])
+    if not kept:
+        raise Mismatch(f"it has no data loader's state; {WAYS_ON}")
+    if isinstance(loader, GlobalOrder) and _is_global(kept):
+        loader.check_state(kept[0][STATE])
+        return Restored(kept[0][STATE])
+    if live is not None:
+        same = next((own for own, place in zip(kept, old, strict=True) if place is not None and place == live), None)
+        return Restored(same[STATE]) if same is not None else _moved(kept, old, live, loader)
+    if _is_stateful_loader(loader) and isinstance(loader.sampler, GlobalOrder):
+        return _global_position(kept, loader)
+    raise Mismatch(f"{_counted(kept, world)}, and {_unknown(loader)} of {world}; {WAYS_ON}")
+
+
+def _counted(kept: Sequence[Mapping[str, Any]], world: int) -> str:
+    return f"it has the data loader's states of {len(kept)} ranks, and {world} load"
+
+
+def _unknown(loader: Any) -> str:
+    name = type(loader).__name__
+    if _is_stateful_loader(loader):
+        if isinstance(loader.dataset, IterableDataset):
+            return f"an iterable data set's position ({type(loader.dataset).__name__}) is no position"
+        return f"what {name} draws by {type(loader.sampler).__name__} on one number of ranks is not known to be that"
+    return f"the state of {name} is not known to be one"
+
+
+def _is_stateful_loader(loader: Any) -> bool:
+    """Whether it is torchdata's; one that somebody has passed was imported."""
+    module = sys.modules.get("torchdata.stateful_dataloader")
+    return module is not None and isinstance(loader, module.StatefulDataLoader)
+
+
+def _place(loader: Any) -> Place | None:
+    """None where ranks are not known to share one order."""
+    if not _is_stateful_loader(loader) or loader.batch_size is None:
+        return None
+    sampler, dataset = loader.sampler, loader.dataset
+    of_torchdata = sys.modules.get("torchdata.stateful_dataloader.sampler")
+    known = (DistributedSampler, getattr(of_torchdata, "StatefulDistributedSampler", DistributedSampler))
+    # Subclasses may divide the samples in another way.
+    if type(sampler) not in known or isinstance(dataset, IterableDataset):
+        return None
+    return Place(
+        int(sampler.num_replicas),
+        int(sampler.rank),
+        int(loader.batch_size),
+        len(sampler.dataset),
+        int(sampler.seed),
+        bool(sampler.shuffle),
+        bool(sampler.drop_last),
+    )
+
+
+def _place_kept(own: Mapping[str, Any]) -> Place | None:
+    found = own.get(PLACE)
+    try:
+        return None if found is None else Place(**found)
+    except TypeError as error:
+        raise Mismatch(f"its '{PLACE}' is not understood: {error}; {WAYS_ON}") from None
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Of a StatefulDataLoader's state. samples: that this rank was given; finished: its epoch is at its end."""
+
+    samples: int
+    finished: bool
+
+
+def _position(state: Any, place: Place | None, counted: bool = True) -> _Position:
+    """counted: the state has to say how many samples were drawn, beside the sampler's own word.
+
+    Raises Mismatch for a state that holds more than a position, or none.
+    """
+    if not isinstance(state, Mapping):
+        raise Mismatch(f"its data loader's state is a {type(state).__name__}; {WAYS_ON}")
+    snapshot = state.get("_snapshot")
+    main = _main_of(state)
+    since = 0 if snapshot is None else state.get("_steps_since_snapshot", 0)
+    workers = [main] if snapshot is None else list((snapshot.get("_worker_snapshots") or {}).values())
+    if any(worker.get(key) is not None for worker in workers for key in ("dataset_state", "fetcher_state")):
+        raise Mismatch(f"its data loader's state holds a data set's or a worker's own state; {WAYS_ON}")
+    order = main.get("_sampler_iter_state")
+    if not isinstance(order, Mapping) or "samples_yielded" not in order:
+        raise Mismatch(f"its data loader's state does not say how many samples were drawn; {WAYS_ON}")
+    samples = int(order["samples_yielded"])
+    if since and place is None and counted:
+        raise Mismatch(f"its data loader's state counts steps, and not how many samples a step had; {WAYS_ON}")
+    if place is not None:
+        samples += since * place.batch
+    return _Position(samples, bool(state.get("_iterator_finished")))
+
+
+def _moved(kept: Sequence[Mapping[str, Any]], old: Sequence[Place | None], live: Place, loader: Any) -> Restored:
+    """The state of a loader whose rank takes every n-th sample of one order, from ranks that did so, too."""
+    positions = {_position(own[STATE], place) for own, place in zip(kept, old, strict=True)}
+    if len(positions) > 1:
+        counts = sorted({position.samples for position in positions})
+        raise Mismatch(f"its ranks had drawn {counts[0]} to {counts[-1]} samples, which is no one position; {WAYS_ON}")
+    (position,) = positions
+    replicas = {len(kept) if place is None else place.replicas for place in old}
+    before = next((place for place in old if place is not None), None)
+    for what in ("length", "seed", "shuffle"):
+        if before is not None and getattr(before, what) != getattr(live, what):
+            was, now = getattr(before, what), getattr(live, what)
+            raise Mismatch(f"its samples were drawn in another order: {what} was {was} and is {now}; {WAYS_ON}")
+    seen = position.samples * max(replicas)
+    said = f"{seen} samples of the epoch were drawn by {max(replicas)} ranks"
+    if position.finished or seen >= live.length:
+        # A loader without a state begins the next epoch.
+        return Restored({}, f"the data loader begins an epoch: {said}, which ended it")
+    a_step = live.replicas * live.batch
+    steps = -(-seen // a_step)
+    out = min(steps * a_step, live.length) - seen
+    note = f"the data loader goes on at sample {seen + out} of the epoch's order: {said}"
+    if out:
+        note += f", and {live.replicas} ranks step by {a_step}, so that {out} samples are left out and seen by none"
+    samples = steps * live.batch
+    return Restored(_with_position(kept[0][STATE], loader, {"yielded": samples}, samples, steps), note)
+
+
+def _is_global(kept: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all ranks say the same."""
+    first = plain.encode(kept[0][STATE])
+    return all(plain.encode(own[STATE]) == first for own in kept)
+
+
+def _global_position(kept: Sequence[Mapping[str, Any]], loader: Any) -> Restored:
+    """The state of a loader over `GlobalOrder`, whose own state is in it, and global."""
+    orders = []
+    for own in kept:
+        _position(own[STATE], None, counted=False)
+        main = _main_of(own[STATE])
+        order = main["_sampler_iter_state"].get("sampler_state")
+        if not isinstance(order, Mapping):
+            raise Mismatch(f"its data loader's state does not have GlobalOrder's position; {WAYS_ON}")
+        loader.sampler.check_state(order)
+        since = int(own[STATE].get("_steps_since_snapshot", 0))
+        orders.append({**order, "given": order["given"] + since * order["batch"]})
+    if not _is_global([{STATE: order} for order in orders]):
+        raise Mismatch(f"its ranks had come to different samples of the order; {WAYS_ON}")
+    steps = orders[0]["given"] // orders[0]["batch"]
+    return Restored(_with_position(kept[0][STATE], loader, orders[0], orders[0]["given"], steps))
+
+
+def _main_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a StatefulDataLoader's state says of the main process."""
+    found: Mapping[str, Any] = state if "_snapshot" not in state else state["_snapshot"].get("_main_snapshot", {})
+    return found
+
+
+def _with_position(
+    state: Mapping[str, Any], loader: Any, sampler: Mapping[str, Any], samples: int, steps: int
+) -> dict[str, Any]:
+    """A StatefulDataLoader's state, moved to so many steps and samples of its rank.
+
+    sampler: the sampler's own state, where it has one. Workers of map-style data sets have nothing of their own, so
+    that their number may be another one.
+    """
+    main = dict(_main_of(state))
+    order = {**main["_sampler_iter_state"], "samples_yielded": samples}
+    if "sampler_state" in order:
+        order["sampler_state"] = dict(sampler)
+    main["_sampler_iter_state"], main["_sampler_iter_yielded"] = order, steps
+    workers = loader.num_workers
+    if bool(workers) != ("_snapshot" in state):
+        raise Mismatch(
+            f"its data loader had {'workers' if not workers else 'no workers'} and this one has {workers}; use the "
+            "same, or pass dataloader=None"
+        )
+    if not workers:
+        return {**main, "_num_yielded": steps, "_iterator_finished": False}
+    main["_num_workers"] = workers
+    nothing = {"dataset_state": None, "fetcher_state": None}
+    return {
+        "_snapshot": {
+            "_snapshot_step": steps,
+            "_last_yielded_worker_id": (steps - 1) % workers,
+            "_main_snapshot": main,
+            "_worker_snapshots": {f"worker_{k}": {"worker_id": k, **nothing} for k in range(workers)},
+        },
+        "_steps_since_snapshot": 0,
+        "_iterator_finished": False,
+    }
