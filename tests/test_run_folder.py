@@ -19,7 +19,7 @@ from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
 from ucp.errors import BadArgument, NotACheckpoint, RemovedMeanwhile
 from ucp.formats import universal
-from ucp.formats.base import ReadRequest
+from ucp.formats.nouns import ReadRequest
 from ucp.inspection.listing import listing
 from ucp.inspection.verify import verify
 from ucp.saving.retention import Keep, prune

@@ -27,7 +27,8 @@ import numpy as np
 from ucp import run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import BadArgument, NotACheckpoint
-from ucp.formats.base import Format, ReadRequest
+from ucp.formats.base import Format
+from ucp.formats.nouns import ReadRequest
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
 from ucp.run_folder import nearest

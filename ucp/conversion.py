@@ -16,7 +16,8 @@ from typing import Any
 from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, DestinationError
-from ucp.formats.base import WriteRequest, WriteTarget
+from ucp.formats.base import WriteTarget
+from ucp.formats.nouns import WriteRequest
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import choose
 from ucp.storage.locations import is_remote, locate

@@ -17,7 +17,8 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.base import TEXT, FolderNames, Format, Option, ReadRequest, WriteRequest, WriteTarget
+from ucp.formats.base import TEXT, Format, Option, WriteTarget
+from ucp.formats.nouns import FolderNames, ReadRequest, WriteRequest
 from ucp.geometry import numel, whole
 from ucp.parallel.mesh import Layout
 from ucp.storage import locations

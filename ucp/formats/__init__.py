@@ -7,18 +7,19 @@ other packages come through the entry-point group ``ucp.formats``; they are look
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
-from ucp.formats.base import FolderNames, Format, Option, WriteTarget
+from ucp.formats.base import Format, Option, WriteTarget
 from ucp.printable import logger
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from pathlib import Path
+
+    from ucp.formats.nouns import FolderNames
 
 log = logger(__name__)
 
@@ -83,6 +84,7 @@ def every() -> Iterator[Format]:
 
 def look(path: Path) -> FolderNames:
     """The names in a folder; none where there is no such folder, or it can't be listed."""
+    from ucp.formats.nouns import FolderNames
     from ucp.storage import locations
 
     try:
@@ -173,6 +175,8 @@ def own_options(of: WriteTarget, given: Mapping[str, Any], others: Iterable[str]
 def _refuse(of: WriteTarget, name: str, value: object, known: Sequence[str]) -> None:
     takers = [(one, option) for one, option in options_of_targets() if option.name == name]
     if not takers:
+        from difflib import get_close_matches
+
         near = get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(known) or 'none'}"
         raise BadArgument(f"'{of.name}' takes no option '{name}'; {hint}")

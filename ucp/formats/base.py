@@ -1,4 +1,4 @@
-"""The Format protocol: what a checkpoint format offers to everything else, and the nouns that it is said in.
+"""The Format protocol: what a checkpoint format offers to everything else. Its nouns are in `ucp.formats.nouns`.
 
 A format is one object, a subclass of `Format`. It says how a folder of it looks (`detect`), reads one as a catalog
 (`read`), and has one `WriteTarget` for each kind of checkpoint that it writes. Opening, converting, the command line
@@ -17,18 +17,17 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from ucp.catalog import Catalog, LogicalTensor
-    from ucp.geometry import Blocks
+    from ucp.catalog import Catalog
+    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, Salvage, WriteRequest
     from ucp.parallel.mesh import Layout
     from ucp.spec.select import Choice
     from ucp.storage.files import Files
@@ -91,95 +90,6 @@ class Option:
 
             return configs.given(value, BadArgument)
         return value
-
-
-@dataclass(frozen=True)
-class FolderNames:
-    """What one look into a folder shows; all formats are asked about it.
-
-    names: of the files and folders in it, sorted. listed: False where the folder cannot be listed; a file of a known
-    name can be asked for even then.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    listed: bool = True
-
-    def has_file(self, name: str) -> bool:
-        """Whether there is a file of this name. Raises OSError where that cannot be told of a URL."""
-        from ucp.storage import locations
-
-        return (name in self.names or not self.listed) and locations.is_file(self.path / name)
-
-    def any_name(self, pattern: re.Pattern[str]) -> bool:
-        """Whether a name matches the pattern from its beginning to its end."""
-        return any(pattern.fullmatch(name) for name in self.names)
-
-
-@dataclass(frozen=True)
-class ReadRequest:
-    """How a checkpoint is to be read.
-
-    choice: the spec, and the model's config, that the caller gives. compare: refuse a checkpoint in which copies of the
-    same elements differ. options: those of the format's ``read_options`` that were given, by name, checked.
-    """
-
-    choice: Choice
-    compare: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a checkpoint says of its model. info: how its framework cuts it, as DeepSpeed's
-    ``universal_checkpoint_info`` says it; config: the model's; each None where the checkpoint has none."""
-
-    info: Any
-    config: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Salvage:
-    """What can be told of a checkpoint that is too damaged to be opened.
-
-    faults: of its files, each with what is wrong. catalog: what its metadata still says, unchecked; None for nothing.
-    """
-
-    faults: tuple[tuple[str, str], ...]
-    catalog: Catalog | None = None
-
-
-@dataclass(frozen=True)
-class WriteRequest:
-    """What a target has to know besides the catalog.
-
-    source, source_format: the opened checkpoint's folder, and its format's name. destination: a path or URL. tag: the
-    checkpoint's name, for targets whose folder holds several. layout: the ranks to write for, None where the target
-    takes none. choice: the spec that the caller gives. options: the target's own that were given, by name, checked.
-    workers: threads, None for the default.
-    """
-
-    source: Path
-    source_format: str
-    destination: str
-    tag: str
-    layout: Layout | None
-    choice: Choice
-    options: Mapping[str, Any] = field(default_factory=dict)
-    workers: int | None = None
-
-
-@dataclass(frozen=True)
-class Division:
-    """How a framework divides a checkpoint over the ranks of a layout.
-
-    held: every tensor with the boxes of it that ranks hold, ``buffers`` being the rank; a tensor that is cut up between
-    the frameworks' modules comes once for each part, as a tensor of that part. stages: the first layer of each pipeline
-    stage, and at the end the number of layers; None without a pipeline.
-    """
-
-    held: Iterable[tuple[LogicalTensor, Blocks]]
-    stages: tuple[int, ...] | None = None
 
 
 class WriteTarget(ABC):

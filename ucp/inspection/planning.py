@@ -18,7 +18,7 @@ from ucp import formats
 from ucp.catalog import Catalog
 from ucp.checkpoint import Checkpoint
 from ucp.errors import Unsupported
-from ucp.formats.base import Division
+from ucp.formats.nouns import Division
 from ucp.geometry import Blocks, Ints, intersect
 from ucp.inspection.owners import file_owners
 from ucp.parallel.mesh import Layout

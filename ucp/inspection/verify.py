@@ -18,7 +18,7 @@ from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
-from ucp.formats.base import Salvage
+from ucp.formats.nouns import Salvage
 from ucp.geometry import box
 from ucp.inspection import stream
 from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files

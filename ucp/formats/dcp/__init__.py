@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ucp.formats.base import FolderNames, Format, ReadRequest, WriteRequest, WriteTarget
+from ucp.formats.base import Format, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
+    from ucp.formats.nouns import FolderNames, ReadRequest, WriteRequest
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 

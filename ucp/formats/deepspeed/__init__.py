@@ -12,24 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
-from ucp.formats.base import (
-    CONFIG,
-    OBJECT,
-    Division,
-    FolderNames,
-    Format,
-    ModelFacts,
-    Option,
-    ReadRequest,
-    WriteRequest,
-    WriteTarget,
-)
+from ucp.formats.base import CONFIG, OBJECT, Format, Option, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
+    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, WriteRequest
     from ucp.parallel.mesh import Layout
     from ucp.spec.select import Choice
     from ucp.storage.files import Files

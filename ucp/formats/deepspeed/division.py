@@ -20,10 +20,10 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.base import Division
 from ucp.formats.deepspeed.write import experts, pipeline, tp_slices
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.pipeline import Stages
+from ucp.formats.nouns import Division
 from ucp.formats.shared.renaming import best_names
 from ucp.geometry import Blocks, Shape, concat, numel, whole
 from ucp.parallel import zero

@@ -10,12 +10,13 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from ucp.formats.base import PATH, SIZE, TEXT, FolderNames, Format, Option, ReadRequest, WriteRequest, WriteTarget
+from ucp.formats.base import PATH, SIZE, TEXT, Format, Option, WriteTarget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
+    from ucp.formats.nouns import FolderNames, ReadRequest, WriteRequest
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ucp.errors import BadArgument
-from ucp.formats.base import FLAG, FolderNames, Format, Option, ReadRequest, Salvage, WriteRequest, WriteTarget
+from ucp.formats.base import FLAG, Format, Option, WriteTarget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
+    from ucp.formats.nouns import FolderNames, ReadRequest, Salvage, WriteRequest
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 
@@ -82,9 +83,9 @@ class Universal(Format):
         return {name: f"rank {int(found[1])}" for name in names if (found := _RANK.fullmatch(name))}
 
     def salvage(self, path: Path) -> Salvage | None:
-        from ucp.formats.universal import salvage
+        from ucp.formats.universal.salvage import salvage
 
-        return salvage.salvage(path)
+        return salvage(path)
 
 
 FORMAT = Universal()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ucp.errors import UcpError
-from ucp.formats.base import Salvage
+from ucp.formats.nouns import Salvage
 from ucp.formats.universal import manifest, schema
 from ucp.storage import locations
 

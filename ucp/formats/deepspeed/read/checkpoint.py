@@ -11,7 +11,6 @@ from typing import Any
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.base import ModelFacts
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import stems
@@ -23,6 +22,7 @@ from ucp.formats.deepspeed.read.layers import with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
 from ucp.formats.deepspeed.read.replicated import first_copies
+from ucp.formats.nouns import ModelFacts
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.placement import Placements
