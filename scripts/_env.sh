@@ -113,6 +113,8 @@ build_env() {
     say "  universal-checkpoint, and what its tests need"
     pip_install --no-build-isolation --editable "$root[deepspeed,remote,test]" ||
         die "pip could not install this project (its message is above)"
+    # The peer of merges: its own pins are older than what is here, so it comes without what it asks for.
+    pip_install --no-deps mergekit immutables scipy || die "pip could not install mergekit (its message is above)"
 
     describe_inputs "$(python_version "$python")" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"

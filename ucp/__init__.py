@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint, open  # noqa: A004 (`ucp.open` is the public name, as `gzip.open` is)
     from ucp.conversion import ConversionReport, convert
     from ucp.errors import UcpError
+    from ucp.merging.combine import MergeReport, merge
     from ucp.parallel.mesh import Layout
     from ucp.torchdist.checkpointing import async_save, load, load_training, save, save_training
 
 __all__ = [
     "open",
     "convert",
+    "merge",
     "save",
     "async_save",
     "load",
@@ -35,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "ConversionReport",
     "Layout",
+    "MergeReport",
     "ParameterInfo",
     "ParamGroup",
     "TrainingState",
@@ -46,6 +49,8 @@ _HOMES = {
     "open": "ucp.checkpoint",
     "Checkpoint": "ucp.checkpoint",
     "convert": "ucp.conversion",
+    "merge": "ucp.merging.combine",
+    "MergeReport": "ucp.merging.combine",
     "save": "ucp.torchdist.checkpointing",
     "async_save": "ucp.torchdist.checkpointing",
     "load": "ucp.torchdist.checkpointing",

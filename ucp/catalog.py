@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
-from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize
 
 # Wrappers put these into names: DistributedDataParallel and DeepSpeed's older saves, torch.compile.
@@ -132,16 +131,35 @@ class TrainingState:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ByteSource(Protocol):
+    """Bytes that lie in no file: they are kept in memory, or computed when they are read. Thread-safe."""
+
+    def read_into(self, offset: int, parts: Sequence[NDArray[np.uint8]]) -> None:
+        """Fill the parts, one after the other, with the bytes from ``offset`` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A `ByteSource` whose bytes are kept."""
+
+    raw: bytes
+
+    def read_into(self, offset: int, parts: Sequence[NDArray[np.uint8]]) -> None:
+        for part in parts:
+            part[:] = np.frombuffer(self.raw, np.uint8, len(part), offset)
+            offset += len(part)
+
+
 @dataclass(frozen=True)
 class Catalog:
     """All logical tensors of a checkpoint, with the files that their fragments lie in.
 
     format: the name of the format it was read from; writer: framework and version, for people.
     chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
-    crc_records: per file without digests, the records that have a CRC-32 in it: index into files -> in their order.
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
-    tensor-parallel rank keeps. inline: the bytes of "files" that are no files, by index: what no file has, such as
-    averages. unchecked: sentences on what opening could not check.
+    tensor-parallel rank keeps. computed: where the bytes of "files" that are no files come from, by index: what no file
+    has, such as averages. unchecked: sentences on what opening could not check.
     """
 
     format: str
@@ -152,15 +170,14 @@ class Catalog:
     tensors: Mapping[tuple[str, str], LogicalTensor]
     training_state: TrainingState
     chunk_digests: Mapping[int, Any] = field(default_factory=dict)
-    crc_records: Mapping[int, tuple[StoredCrc32, ...]] = field(default_factory=dict)
     copies: tuple[LogicalTensor, ...] = ()
-    inline: Mapping[int, bytes] = field(default_factory=dict)
+    computed: Mapping[int, ByteSource] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
 
     @property
     def on_disk(self) -> tuple[SourceFile, ...]:
         """The files that really are files."""
-        return tuple(file for k, file in enumerate(self.files) if k not in self.inline)
+        return tuple(file for k, file in enumerate(self.files) if k not in self.computed)
 
     def check(self) -> None:
         """Raise DamagedCheckpoint unless every tensor is covered exactly once by ranges that exist in its files."""

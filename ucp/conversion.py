@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from ucp.catalog import Catalog
 from ucp.errors import BadArgument, DestinationError
 from ucp.formats.base import WriteTarget
 from ucp.formats.nouns import WriteRequest
-from ucp.formats.signature import defaults_of, showing
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import choose
 from ucp.storage.locations import is_remote, locate
@@ -38,9 +36,7 @@ class ConversionReport:
     layout: of the run that saved the source; target_layout: of the destination, where it has one of its own. tag: the
     folder below the destination that holds the checkpoint, for DeepSpeed's formats. parameters, tensors: counts (a
     tensor is one state of one parameter). files, bytes_written: of the destination. bytes_read: what was read of the
-    source's tensors. verified_bytes: how much of that was compared with the source's digests or CRC-32s, with the rest
-    of the records that it lies in; unverified_bytes: how much has neither. Of a team, what this process knows.
-    seconds: from opening the source to the end.
+    source's tensors. seconds: from opening the source to the end.
     """
 
     source: str
@@ -56,8 +52,6 @@ class ConversionReport:
     files: int
     bytes_written: int
     bytes_read: int
-    verified_bytes: int
-    unverified_bytes: int
     seconds: float
     dry_run: bool
 
@@ -66,28 +60,13 @@ class ConversionReport:
         if self.target_layout is not None:
             target += f" ({self.target_layout})"
         did = "would write" if self.dry_run else "wrote"
-        checked = ""
-        if self.verified_bytes or self.unverified_bytes:
-            checked = f" (verified {self.verified_bytes / 1e9:.3f} GB of the source"
-            if self.unverified_bytes:
-                checked += f", with nothing to verify {self.unverified_bytes / 1e9:.3f} GB by"
-            checked += ")"
         return (
             f"{did} {self.destination}: {self.tensors} tensors of {self.parameters} parameters, {self.files} files, "
-            f"{self.bytes_written / 1e9:.3f} GB{checked}, from {self.source_format} ({self.layout}) to {target} in "
+            f"{self.bytes_written / 1e9:.3f} GB, from {self.source_format} ({self.layout}) to {target} in "
             f"{self.seconds:.1f} s"
         )
 
 
-# Every keyword that `convert` takes besides its parameters, each declared in one other place only.
-_SETTINGS = {
-    **{name: signature(checkpoint.open).parameters[name].default for name in _OPENING},
-    **{field.name: field.default for field in fields(Running)},
-    **defaults_of(),
-}
-
-
-@showing(_SETTINGS)
 def convert(
     source: str | os.PathLike[str],
     dest: str | os.PathLike[str],
@@ -129,8 +108,8 @@ def convert(
     started = time.monotonic()
     target = formats.target(to)
     layout = parse_layout(layout) if isinstance(layout, str) else layout
-    opening, running, own = _sort(target, _merged(settings, options))
-    _check_layout(target, layout)
+    opening, running, own = divide_settings(target, _merged(settings, options))
+    check_layout(target, layout)
     budget(running.workers, running.max_memory)
     destination = str(locate(dest))
     with checkpoint.open(source, spec, **opening) as opened:
@@ -140,7 +119,7 @@ def convert(
         )
         plan = target.plan(opened.catalog, request)
         if running.overwrite and not is_remote(destination):
-            _check_replaced(Path(destination), plan.source)
+            check_replaced(Path(destination), plan.source)
         check_files(plan.files)
         written = carry_out(plan, destination, running)
     return ConversionReport(
@@ -157,14 +136,13 @@ def convert(
         files=written.files,
         bytes_written=written.nbytes,
         bytes_read=written.bytes_read,
-        verified_bytes=written.verified_bytes,
-        unverified_bytes=written.unverified_bytes,
         seconds=time.monotonic() - started,
         dry_run=running.dry_run,
     )
 
 
-def _check_layout(target: WriteTarget, layout: Layout | None) -> None:
+def check_layout(target: WriteTarget, layout: Layout | None) -> None:
+    """Raise BadArgument where a target's layout is missing, or one is given that it does not take."""
     if layout is not None and not target.takes_layout:
         takers = " or ".join(f"'{one.name}'" for known in formats.every() for one in known.targets if one.takes_layout)
         raise BadArgument(f"a layout is for {takers} only: '{target.name}' checkpoints have none, and resume in any")
@@ -179,7 +157,7 @@ def _merged(settings: Mapping[str, Any], options: Mapping[str, Any] | None) -> d
     return {**settings, **(options or {})}
 
 
-def _sort(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Running, dict[str, Any]]:
+def divide_settings(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Running, dict[str, Any]]:
     """The settings of reading, of the run, and of the target that were given, each checked.
 
     Raises BadArgument for one that nothing takes, or another target only.
@@ -201,7 +179,7 @@ def _tag(opened: checkpoint.Checkpoint) -> str:
     return own or f"global_step{opened.catalog.training_state.global_steps or 0}"
 
 
-def _check_replaced(destination: Path, source: Catalog) -> None:
+def check_replaced(destination: Path, source: Catalog) -> None:
     """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
     if not os.path.lexists(destination):
         return

@@ -11,6 +11,7 @@ import pytest
 
 from tests.formats import raw
 from tests.inspection.conftest import OLDER
+from tests.merging.test_adapters import adapter
 from ucp.cli.main import main
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "ucp/cli/json.md"
@@ -55,6 +56,7 @@ def places(tmp_path: Path) -> dict[str, str]:
         "OUT": str(tmp_path / "out"),
         "NATIVE": str(OLDER / "0.14.4-z1-bf16"),
         "CONFIG": str(config),
+        "LORA": str(adapter(tmp_path / "lora", 0)),
     }
 
 
@@ -66,6 +68,8 @@ COMMANDS = {
     "ucp.plan/1": ["plan GOOD --layout dp=2,zero=3 --matrix"],
     "ucp.report-written/1": ["report GOOD -o OUT"],
     "ucp.convert/1": ["convert GOOD OUT --dry-run"],
+    "ucp.merge/1": ["merge GOOD GOOD OUT --plan"],
+    "ucp.merge-adapters/1": ["merge LORA LORA OUT --adapter-merge delta"],
     "ucp.spec-list/1": ["spec show"],
     "ucp.spec-show/1": ["spec show llama"],
     "ucp.spec-infer/1": ["spec infer NATIVE"],

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, ls, output, plan, report, run, show, spec, verify
+from ucp.cli import convert, diff, ls, merge, output, plan, report, run, show, spec, verify
 
 PROGRAM = "ucp"
 
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "diff": diff,
     "plan": plan,
     "report": report,
+    "merge": merge,
 }
 # Commands that are programs of their own, too.
 PROGRAMS = {"convert": convert, "spec": spec}
@@ -35,6 +36,7 @@ examples:
   ucp plan runs/llama --layout dp=64,zero=3    what a resume there reads, rank by rank
   ucp report runs/llama -o report.html         all that as a page to look at
   ucp convert runs/llama universal             the same as ucp-convert
+  ucp merge a b mean                           two checkpoints' weights into one
 
 exit codes: 0 done, 1 the answer is no (damaged; they differ), 2 the input or the arguments are at fault (one line on
 stderr says how), 3 an internal error

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
+from ucp.catalog import Catalog, InMemory, LogicalTensor, SourceFile, TrainingState
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import numel, whole
@@ -68,13 +68,12 @@ def take_averages(
         files=(*catalog.files, SourceFile("(averages)", len(raw), 0)),
         tensors=tensors,
         copies=tuple(copy for copy in catalog.copies if copy.name not in copies),
-        inline={**catalog.inline, index: bytes(raw)},
+        computed={**catalog.computed, index: InMemory(bytes(raw))},
     )
 
 
 def _bare(catalog: Catalog) -> Catalog:
-    files, records = catalog.files, catalog.crc_records
-    return Catalog(catalog.format, catalog.writer, Layout(), files, {}, {}, TrainingState(), crc_records=records)
+    return Catalog(catalog.format, catalog.writer, Layout(), catalog.files, {}, {}, TrainingState())
 
 
 def _read(reader: Reader, tensor: LogicalTensor) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ temporary one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +18,9 @@ from pathlib import Path
 
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.read.names import is_ours
-from ucp.printable import logger
 from ucp.storage.torch_pt.reader import TorchFile
 
-log = logger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass

@@ -1,0 +1,48 @@
+"""Combining checkpoints: a new one whose tensors are computed from those of several others, of any formats and layouts.
+
+A merged tensor is a tensor of a catalog like any other; only its bytes lie in no file: they are computed when they are
+read (`computed`). So a merge is a conversion of such a catalog, into any format and layout, in bounded memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ucp.merging.coefficients import Barrier, SearchResult, barrier, search
+    from ucp.merging.combine import MergeReport, merge
+    from ucp.merging.weights import ema, lawa, metric_weights, uniform
+
+__all__ = [
+    "merge",
+    "MergeReport",
+    "search",
+    "SearchResult",
+    "barrier",
+    "Barrier",
+    "uniform",
+    "ema",
+    "lawa",
+    "metric_weights",
+]
+
+_HOMES = {
+    "merge": "ucp.merging.combine",
+    "MergeReport": "ucp.merging.combine",
+    "search": "ucp.merging.coefficients",
+    "SearchResult": "ucp.merging.coefficients",
+    "barrier": "ucp.merging.coefficients",
+    "Barrier": "ucp.merging.coefficients",
+    "uniform": "ucp.merging.weights",
+    "ema": "ucp.merging.weights",
+    "lawa": "ucp.merging.weights",
+    "metric_weights": "ucp.merging.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ucp.merging' has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""What is done to each parameter of a merge, and by which sources: by one method for all, or by a merge file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ucp.errors import BadArgument
+from ucp.merging.language import Recipe
+from ucp.merging.language import load as load_recipe
+from ucp.merging.methods import WEIGHTED, MethodOptions, Sources, operations, resolved_weights
+from ucp.merging.operations import Copied, Operation
+
+_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
+
+
+@dataclass(frozen=True)
+class AssignedSource:
+    """A checkpoint that takes part. name: as messages call it; is_mask: its tensors only say what counts."""
+
+    name: str
+    path: str
+    is_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which operation each parameter gets.
+
+    sources: all that are opened: the base if there is one, those that are merged (``first`` is the first of these,
+    ``count`` how many), the masks. method: its name, or the merge file's. weights: normalised, of a linear method.
+    operation: by a parameter's name and its layer as a share of all, None outside layers.
+    """
+
+    sources: tuple[AssignedSource, ...]
+    first: int
+    count: int
+    method: str
+    weights: tuple[float, ...] | None
+    operation: Callable[[str, float | None], Operation]
+
+    def operation_for(self, only: Sequence[str], names: Collection[str]) -> Callable[[str], Operation]:
+        """The operation by name alone, for a model of these parameters; those that fit no pattern of ``only`` are the
+        first source's (the base's, if there is one)."""
+        layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name)) is not None}
+        last = max(layers.values(), default=0)
+
+        def operation(name: str) -> Operation:
+            if only and not any(fnmatchcase(name, pattern) for pattern in only):
+                return Copied(0)
+            return self.operation(name, layers[name] / last if name in layers and last else None)
+
+        return operation
+
+
+def assigned(
+    sources: Sequence[str | os.PathLike[str]],
+    method: str,
+    options: MethodOptions,
+    base: str | os.PathLike[str] | None,
+    masks: Sequence[str | os.PathLike[str]],
+    recipe: str | os.PathLike[str] | Recipe | None,
+) -> Assignment:
+    """The assignment that a merge's arguments ask for.
+
+    Raises
+    ------
+    BadArgument
+        For arguments that contradict each other, and what `operations` raises.
+    SpecError
+        For a merge file that is refused.
+    """
+    if recipe is not None:
+        if sources or base is not None or masks or options != MethodOptions():
+            raise BadArgument("a merge file names its sources and methods itself; give it alone")
+        return _by_recipe(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    if not sources:
+        raise BadArgument("there is nothing to merge; name at least one checkpoint")
+    paths = [*([] if base is None else [base]), *sources]
+    first = len(paths) - len(sources)
+    given = [AssignedSource(os.fspath(path), os.fspath(path)) for path in paths]
+    given += [AssignedSource(os.fspath(path), os.fspath(path), is_mask=True) for path in masks]
+    numbers = Sources(
+        tuple(range(first, len(paths))), None if base is None else 0, tuple(range(len(paths), len(given)))
+    )
+    make = operations(method, numbers, options)
+    make(None)  # what is wrong with the options is said before anything is opened
+    weights = resolved_weights(method, len(sources), options) if method in WEIGHTED else None
+    return Assignment(tuple(given), first, len(sources), method, weights, lambda name, layer: make(layer))
+
+
+def _by_recipe(recipe: Recipe) -> Assignment:
+    sources = tuple(AssignedSource(name, path) for name, path in recipe.sources.items())
+    return Assignment(sources, 0, len(sources), recipe.file, None, lambda name, layer: recipe.operation(name))

@@ -1,0 +1,262 @@
+"""Merge checkpoints of any formats and layouts into one of any format and layout (`ucp.merge`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ucp import formats
+from ucp.catalog import Catalog
+from ucp.checkpoint import open as open_checkpoint
+from ucp.conversion import check_layout, check_replaced, divide_settings
+from ucp.errors import BadArgument
+from ucp.formats.nouns import WriteRequest
+from ucp.merging.assignment import AssignedSource, Assignment, assigned
+from ucp.merging.language import Recipe
+from ucp.merging.methods import MethodOptions
+from ucp.merging.metrics import recorded
+from ucp.merging.operations import Operation
+from ucp.merging.plan import MergeRules, MergeSource, merged_catalog
+from ucp.parallel.mesh import Layout, parse_layout
+from ucp.spec.select import choose
+from ucp.storage import dtypes
+from ucp.storage.locations import exists, is_remote, locate
+from ucp.transfer.destination import carry_out
+from ucp.transfer.targets import TargetFile, WritePlan
+from ucp.transfer.windows import check_files
+from ucp.version import version
+
+RECORD = "merge.json"
+TAG = "merged"
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or would do (``dry_run``).
+
+    sources: as they were given. method: its name, or the merge file. weights: of a linear method, normalised; else
+    None. lines: for every operation how many parameters it is for, by its description. layout, tag: of the destination.
+    bytes_written: of the destination; seconds: from opening the sources to the end.
+    """
+
+    sources: tuple[str, ...]
+    destination: str
+    method: str
+    weights: tuple[float, ...] | None
+    lines: Mapping[str, int]
+    to: str
+    layout: str | None
+    tag: str | None
+    parameters: int
+    tensors: int
+    files: int
+    bytes_written: int
+    optimizer: str
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        did = "would write" if self.dry_run else "wrote"
+        weights = "" if self.weights is None else f" ({', '.join(f'{w:.6g}' for w in self.weights)})"
+        states = "weights alone" if self.optimizer == "none" else f"optimizer states: {self.optimizer}"
+        return (
+            f"{did} {self.destination}: {self.parameters} parameters of {len(self.sources)} checkpoints by "
+            f"{self.method}{weights}, {states}, {self.bytes_written / 1e9:.3f} GB in {self.seconds:.1f} s"
+        )
+
+
+def merge(
+    sources: Sequence[str | os.PathLike[str]],
+    dest: str | os.PathLike[str],
+    method: str = "linear",
+    *,
+    base: str | os.PathLike[str] | None = None,
+    masks: Sequence[str | os.PathLike[str]] = (),
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    only: Sequence[str] = (),
+    optimizer: str | int = "none",
+    step: str | None = None,
+    buffers: int | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    to: str = formats.DEFAULT_TARGET,
+    layout: str | Layout | None = None,
+    spec: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> MergeReport:
+    """Merge checkpoints; each tensor is computed in float64, in the order of the sources, and rounded once.
+
+    Parameters
+    ----------
+    sources
+        Checkpoints that `ucp.open` reads, of any formats and layouts, ``path@tag`` for one of a folder of several. With
+        a recipe that names its sources: none.
+    dest, to, layout, spec
+        As for `ucp.convert`.
+    method
+        One of `ucp.merging.methods.METHODS`. Its options (`MethodOptions`: weights, normalize, t, scale, density, seed,
+        elect, beta, window, stride, metrics, penalty, form) are keywords, too.
+    base
+        The checkpoint that all sources began from, for task, ties and dare. masks: checkpoints with the tensors that
+        the differences are multiplied by, one for each source (task).
+    recipe
+        A merge file, in place of a method.
+    only
+        Patterns of the parameters that are merged; the others are the base's, or the first source's.
+    optimizer
+        'none': weights alone. 'average': states are averaged as the weights are. A number k, from 0: states, counters
+        and scheduler of that source. step: 'max' where averaged step counts differ.
+    buffers
+        The source, from 0, whose integer tensors count where they differ.
+    dtype
+        Of the weights: 'bf16', 'fp16', 'fp32'; default is the widest among the sources.
+    allow_nonfinite
+        Merge NaN and infinity instead of refusing them.
+    settings
+        Further ones of `ucp.convert`: of the run (workers, max_memory, overwrite, resume, dry_run, team, progress), of
+        opening the sources, and the target's own.
+
+    Raises
+    ------
+    UcpError
+        BadArgument, SpecError, Mismatch, Unsupported as each says; the destination is untouched then.
+    """
+    started = time.monotonic()
+    given = {f.name: settings.pop(f.name) for f in dataclasses.fields(MethodOptions) if f.name in settings}
+    if method == "mwa" and given.get("metrics") is None:
+        form = given.get("form") or "loss"
+        given["metrics"] = tuple(_metric(source, form) for source in sources)
+    work = assigned(sources, method, MethodOptions(**given), base, masks, recipe)
+    target = formats.target(to)
+    shape = parse_layout(layout) if isinstance(layout, str) else layout
+    check_layout(target, shape)
+    opening, running, own = divide_settings(target, settings)
+    states = _source_of_states(optimizer, work)
+    counted = None if buffers is None else work.first + buffers
+    kept = None if dtype is None else dtypes.canonical(_SHORT.get(dtype, dtype))
+    destination = str(locate(dest))
+    with ExitStack() as stack:
+        opened = [_opened(one, spec, opening, stack) for one in work.sources]
+        operation = work.operation_for(only, opened[0].catalog.parameters)
+        catalog = merged_catalog(opened, MergeRules(operation, kept, states, step, counted, not allow_nonfinite))
+        where = opened[0].checkpoint.path
+        choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
+        request = WriteRequest(where, "merge", destination, TAG, shape, choice, own, running.workers)
+        lines = _lines(catalog, operation)
+        plan = _with_record(target.plan(catalog, request), _record(work, opened, lines, given))
+        if running.overwrite and not is_remote(destination):
+            check_replaced(Path(destination), plan.source)
+        check_files(plan.files)
+        written = carry_out(plan, destination, running)
+    return MergeReport(
+        tuple(one.path for one in work.sources),
+        destination,
+        work.method,
+        work.weights,
+        lines,
+        to,
+        None if plan.layout is None else str(plan.layout),
+        plan.tag,
+        len(catalog.parameters),
+        len(catalog.tensors),
+        written.files,
+        written.nbytes,
+        str(optimizer),
+        time.monotonic() - started,
+        running.dry_run,
+    )
+
+
+def _source_of_states(optimizer: str | int, work: Assignment) -> str | int:
+    """The rule for optimizer states, with the source's number among all that are opened. Raises BadArgument."""
+    if isinstance(optimizer, int) and 0 <= optimizer < work.count:
+        return work.first + optimizer
+    if optimizer in ("none", "average"):
+        return optimizer
+    raise BadArgument(
+        f"optimizer is 'none', 'average' or the number of a source, 0 to {work.count - 1}, found {optimizer!r}"
+    )
+
+
+def _opened(
+    one: AssignedSource, spec: str | os.PathLike[str] | None, opening: Mapping[str, Any], stack: ExitStack
+) -> MergeSource:
+    path, tag = _tagged(one.path)
+    checkpoint = stack.enter_context(open_checkpoint(path, spec, **({**opening, "tag": tag} if tag else opening)))
+    return MergeSource(one.name, checkpoint, one.is_mask)
+
+
+def _tagged(text: str) -> tuple[str, str | None]:
+    """A path and a tag: of ``path@tag`` where no such path is."""
+    path, at, tag = text.rpartition("@")
+    return (path, tag) if at and not exists(locate(text)) else (text, None)
+
+
+def _metric(source: str | os.PathLike[str], form: str) -> float:
+    path, tag = _tagged(os.fspath(source))
+    with open_checkpoint(path, tag=tag) as checkpoint:
+        return recorded(checkpoint, form)
+
+
+def _lines(catalog: Catalog, operation: Callable[[str], Operation]) -> dict[str, int]:
+    """Each operation as people read it, with the number of parameters that it is for."""
+    out: dict[str, int] = {}
+    for name in catalog.parameters:
+        text = repr(operation(name))
+        out[text] = out.get(text, 0) + 1
+    return out
+
+
+def _record(
+    work: Assignment, opened: Sequence[MergeSource], lines: Mapping[str, int], options: Mapping[str, Any]
+) -> bytes:
+    """What ``merge.json`` says: by which sources and how the checkpoint came about."""
+    said = {
+        "merge": 1,
+        "version": version(),
+        "method": work.method,
+        "options": options,
+        "weights": work.weights,
+        "sources": [
+            {
+                "name": one.name,
+                "path": str(one.checkpoint.path),
+                "format": one.checkpoint.format,
+                "layout": str(one.checkpoint.layout),
+                "step": one.catalog.training_state.global_steps,
+                "digest": digest_of(one.catalog),
+            }
+            for one in opened
+        ],
+        "operations": lines,
+    }
+    return (json.dumps(said, indent=2, sort_keys=False) + "\n").encode()
+
+
+def digest_of(catalog: Catalog) -> str | None:
+    """A digest of a checkpoint's stored digests, None where it has none for some of its files."""
+    found = xxhash.xxh3_128()
+    for index, file in enumerate(catalog.files):
+        if index in catalog.computed:
+            continue
+        table = catalog.chunk_digests.get(index)
+        if table is None:
+            return None
+        found.update(os.path.basename(file.path).encode() + table.table)
+    return found.hexdigest()
+
+
+def _with_record(plan: WritePlan, record: bytes) -> WritePlan:
+    """The plan with ``merge.json`` among its files."""
+    name = RECORD if plan.tag is None else f"{plan.tag}/{RECORD}"
+    return dataclasses.replace(plan, files=(TargetFile(name, len(record), ((0, record),), ()), *plan.files))

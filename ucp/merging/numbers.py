@@ -1,0 +1,57 @@
+"""Elements as float64 and back: all arithmetic of a merge is done there, and rounded once at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.errors import Unsupported
+from ucp.storage.dtypes import numpy_dtype
+
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.float64]
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+"""Element types that can be combined; the others are copied where all sources are equal."""
+
+
+def as_numbers(raw: Bytes, dtype: str) -> Numbers:
+    """Elements of a floating type (or a mask's, of bool or a byte) as float64, exactly."""
+    if dtype == "bfloat16":
+        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return raw.view(numpy_dtype(dtype)).astype(np.float64)
+
+
+def as_bytes(values: Numbers, dtype: str) -> Bytes:
+    """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype == "bfloat16":
+            return _bfloat16(values).view(np.uint8)
+        if dtype in FLOATS:
+            return np.ascontiguousarray(values.astype(numpy_dtype(dtype))).view(np.uint8)
+    raise Unsupported(f"{dtype} is no floating type that numbers are rounded to; use one of {', '.join(FLOATS)}")
+
+
+def _bfloat16(values: Numbers) -> NDArray[np.uint16]:
+    """By way of float32, rounded to odd there: to the nearest twice would round some ties the wrong way."""
+    single = values.astype(np.float32)
+    bits: NDArray[Any] = single.view(np.uint32).copy()
+    back = single.astype(np.float64)
+    inexact = (back != values) & np.isfinite(values)
+    beyond = inexact & (np.abs(back) > np.abs(values))
+    bits[beyond] -= 1  # the neighbour towards zero
+    bits[inexact] |= 1
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    out = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    out[np.isnan(values)] = 0x7FC0
+    return out
+
+
+def common_dtype(dtypes: list[str]) -> str:
+    """The floating type that holds the values of all of these: the widest, float32 for two different half types."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return dtypes[0]
+    return "float64" if "float64" in found else "float32"
