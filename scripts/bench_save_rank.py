@@ -148,7 +148,7 @@ def fsdp(args: argparse.Namespace, model: Any) -> tuple[Callable[[], None], dict
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=args.device)
     alone = dist.new_group(backend="gloo")  # the save's own: it talks while training does
     under_way: list[Any] = []
-    ours: list[ucp.torchdist.checkpointing.PendingSave] = []
+    ours: list[ucp.torchdist.save.PendingSave] = []
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

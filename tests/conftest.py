@@ -78,12 +78,12 @@ def forked_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Non
     it to let the next save have a new one."""
     from tests.saving import save_jobs
     from ucp.saving import writer
-    from ucp.torchdist import checkpointing
+    from ucp.torchdist import save
 
     for name in ("Pipe", "_start"):
         monkeypatch.setattr(writer, name, getattr(writer, name))
     save_jobs.fork_writers()
-    renew = checkpointing._saver()._dismiss
+    renew = save._saver()._dismiss
     renew()
     yield renew
     renew()

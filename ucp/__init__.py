@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ucp.errors import UcpError
     from ucp.merging.combine import MergeReport, merge
     from ucp.parallel.mesh import Layout
-    from ucp.torchdist.checkpointing import async_save, load, load_training, save, save_training
+    from ucp.torchdist.load import load
+    from ucp.torchdist.save import async_save, save
+    from ucp.torchdist.training import load_training, save_training
 
 __all__ = [
     "open",
@@ -51,11 +53,11 @@ _HOMES = {
     "convert": "ucp.conversion",
     "merge": "ucp.merging.combine",
     "MergeReport": "ucp.merging.combine",
-    "save": "ucp.torchdist.checkpointing",
-    "async_save": "ucp.torchdist.checkpointing",
-    "load": "ucp.torchdist.checkpointing",
-    "save_training": "ucp.torchdist.checkpointing",
-    "load_training": "ucp.torchdist.checkpointing",
+    "save": "ucp.torchdist.save",
+    "async_save": "ucp.torchdist.save",
+    "load": "ucp.torchdist.load",
+    "save_training": "ucp.torchdist.training",
+    "load_training": "ucp.torchdist.training",
     "ConversionReport": "ucp.conversion",
     "Layout": "ucp.parallel.mesh",
     "ParameterInfo": "ucp.catalog",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ucp.geometry import Blocks, concat, flat_ranges, whole
-from ucp.loading.exchange import _filled, part
+from ucp.loading import exchange
+from ucp.loading.exchange import Sharing, part
 
 
 def elements(blocks: Blocks) -> list[tuple[int, ...]]:
@@ -41,9 +45,29 @@ def test_parts_hold_every_element_once(shape: list[int], data: st.DataObject, pa
     assert all(int(one.counts.sum()) * size <= total // parts + 1 + size for one in found)
 
 
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("limit", [1, 3, 10, 100])
-def test_the_exchange_is_bounded(limit: int) -> None:
+def test_the_exchange_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Every byte goes through the group's collectives once, so many at a time, and each to its own place."""
     buffers = [torch.arange(n, dtype=torch.uint8) for n in (5, 0, 1, 12, 3)]
-    lists = list(_filled(buffers, limit))
-    assert [sum(map(len, pieces)) for pieces in lists[:-1]] == [limit] * (len(lists) - 1)
-    assert torch.cat([piece for pieces in lists for piece in pieces]).equal(torch.cat(buffers))
+    sent: list[torch.Tensor] = []
+
+    def add_one(staging: torch.Tensor, **_: Any) -> None:
+        sent.append(staging.clone())
+        staging += 1
+
+    monkeypatch.setattr(exchange, "BOUND", limit)
+    monkeypatch.setattr(dist, "all_reduce", add_one)
+    tensors = {(key, "param", "uint8"): buffer.clone() for key, buffer in enumerate(buffers)}
+    exchange.exchange(Sharing({(0,): tuple(tensors)}, ((0,),)), tensors)
+    assert [len(staging) for staging in sent[:-1]] == [limit] * (len(sent) - 1)
+    assert torch.cat(sent).equal(torch.cat(buffers))
+    assert all(tensor.equal(buffer + 1) for tensor, buffer in zip(tensors.values(), buffers, strict=True))

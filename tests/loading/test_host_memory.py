@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from ucp.loading import host_memory
-from ucp.loading.host_memory import Memory
+from ucp.loading.host_memory import Memory, joined
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 1 << 20, (1 << 20) + 1, (33 << 20) + 17])
 @pytest.mark.parametrize("missing", ["nothing", "huge pages", "both"])
 def test_memory_is_zero_and_writable(monkeypatch: pytest.MonkeyPatch, nbytes: int, missing: str) -> None:
     if missing != "nothing":
-        monkeypatch.setattr(host_memory, "_HUGE", None)
+        monkeypatch.setattr(host_memory, "HUGE", None)
     if missing == "both":
-        monkeypatch.setattr(host_memory, "_POPULATE", 9999)  # what an older kernel says to it
+        monkeypatch.setattr(host_memory, "POPULATE", 9999)  # what an older kernel says to it
     taken = [Memory().take(nbytes)]
     taken.append(Memory().take(nbytes))
     for one in taken:
@@ -28,12 +28,12 @@ def test_memory_is_zero_and_writable(monkeypatch: pytest.MonkeyPatch, nbytes: in
 
 def test_the_quicker_pages_are_taken() -> None:
     pages = Memory()
-    if len(pages._cost) < 2:
+    if len(pages.cost) < 2:
         pytest.skip("no huge pages here")
-    pages._cost = {True: 1.0, False: 0.0}
+    pages.cost = {True: 1.0, False: 0.0}
     pages.take(64 << 20)
-    assert pages._cost[True] == 1.0  # never tried again while ordinary ones are quicker
-    assert 0 < pages._cost[False] < 1
+    assert pages.cost[True] == 1.0  # never tried again while ordinary ones are quicker
+    assert 0 < pages.cost[False] < 1
 
 
 @pytest.mark.parametrize("nbytes", [0, 5, (1 << 20) + 3, 3 << 20, 40 << 20])
@@ -44,5 +44,17 @@ def test_tensors_stay_what_they_are(nbytes: int) -> None:
 
 
 def test_neighbours_are_one_range() -> None:
-    found = host_memory._joined([(8192, 12288), (0, 4096), (4096, 8192), (20480, 24576), (20480, 28672)])
+    found = joined([(8192, 12288), (0, 4096), (4096, 8192), (20480, 24576), (20480, 28672)])
     assert list(found) == [(0, 12288), (20480, 28672)]
+
+
+def test_several_at_once_lie_in_one_memory() -> None:
+    sizes = [3, 0, 64, (2 << 20) + 1, 8]
+    taken = Memory().take_all(sizes)
+    assert [len(one) for one in taken] == sizes
+    assert not any(bool(one.any()) for one in taken)
+    assert all(one.data_ptr() % 64 == 0 for one in taken if len(one))
+    for k, one in enumerate(taken):
+        one.fill_(k + 1)
+    assert all(bool((one == k + 1).all()) for k, one in enumerate(taken))
+    assert Memory().take_all([]) == []

@@ -12,7 +12,7 @@ import pytest
 from tests.saving.parts import ADAM, FakeTarget, Saved, catalog, group, slot, target
 from ucp.catalog import Catalog, ParamGroup
 from ucp.errors import Mismatch
-from ucp.loading.match import Plan, Wish, plan
+from ucp.loading.match import LoadPlan, Wish, plan
 
 SHAPE = (2, 3)
 
@@ -35,7 +35,7 @@ def refusal(saved: Catalog, at: FakeTarget, wish: Wish | None = None) -> str:
     return text
 
 
-def wanted(found: Plan) -> dict[tuple[int, str], list[str]]:
+def wanted(found: LoadPlan) -> dict[tuple[int, str], list[str]]:
     return {(key, state): [w.tensor.name for w in wants] for (key, state, _), wants in found.wants.items()}
 
 

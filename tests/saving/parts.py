@@ -11,6 +11,7 @@ import torch
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.geometry import numel, whole
+from ucp.loading.refusals import Words
 from ucp.loading.target import Group, Loaded, Member, Slot
 from ucp.parallel.mesh import Layout
 
@@ -67,6 +68,13 @@ class FakeTarget:
     layout: Layout = field(default_factory=lambda: Layout(dp=1, zero=3))
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    words: Words = field(default_factory=lambda: Words("the engine", "allow_missing, allow_unused", "not strict"))
+    copies: bool = False
+    named: Mapping[str, Any] | None = None
+    keeps_memory: bool = True
+
+    def room(self, key: int, state: str) -> torch.Tensor | None:
+        return None
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return None

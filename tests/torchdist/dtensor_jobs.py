@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import ucp
 import ucp.dcp
 from tests.engines.fsdp import FURTHER, STEPS, Live, Mesh, State
+from tests.engines.truth import same
 
 warnings.filterwarnings("ignore")
 
@@ -240,6 +241,37 @@ def cross(mesh: Mesh, source: str, target: str, flat: bool) -> Run:
             target, model=live.model, optimizer=live.optimizer, step=report.step, samples=report.samples, rng=False
         )
     return Run(states, (), tuple(live.train(STEPS, 3)), (report.step, report.samples, report.extra))
+
+
+def load_once(mesh: Mesh, path: str, once: bool | str) -> tuple[int, int, bool, State]:
+    """Load model and optimizer with ``read_once``: the bytes brought to this rank, those that it read, whether any were
+    exchanged, and the state after it."""
+    from ucp.loading import exchange
+
+    exchange.BOUND = 1 << 12  # many rounds
+    live = Live(mesh)
+    state = shared_model(live)
+    report = ucp.load(state, path, read_once=once, verify=False)
+    _set(live, state)
+    return report.nbytes, report.bytes_read, report.read_once, live.state()
+
+
+def resume_once(path: str, once: bool) -> tuple[int, int, bool]:
+    """Save a model that all ranks hold whole, and resume it with a new optimizer; the same of that, and an error where
+    anything is not as it was."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 40)).square().sum().backward()
+    optimizer.step()
+    ucp.save_training(path, model=model, optimizer=optimizer)
+    torch.manual_seed(1)
+    other = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.5)
+    report = ucp.load_training(path, model=other, optimizer=fresh, read_once=once, verify=False).tensors
+    if not (same(other.state_dict(), model.state_dict()) and same(fresh.state_dict(), optimizer.state_dict())):
+        raise ValueError("what was resumed is not what was saved")
+    return report.nbytes, report.bytes_read, report.read_once
 
 
 def stages(folder: str) -> list[str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict as api
 from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 import ucp
 from tests.engines.truth import same
 from ucp.errors import DamagedCheckpoint, Mismatch
-from ucp.torchdist.optimizers import OPTIMIZER, blank_states, state_dict_of
+from ucp.torchdist.optimizers import blank_states
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -189,11 +190,11 @@ def test_states_are_read_into_the_memory_that_they_stay_in(tmp_path: Path, monke
     asked: list[int] = []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        out = state_dict_of(*args, **kwargs)
-        states = out[0][OPTIMIZER]["state"].values()
-        asked.extend(s["exp_avg"].data_ptr() for s in states)
+        out = torch_states(*args, **kwargs)
+        asked.extend(s["exp_avg"].data_ptr() for s in out["state"].values())
         return out
 
-    monkeypatch.setattr("ucp.torchdist.checkpointing.state_dict_of", noted)
+    torch_states = api.get_optimizer_state_dict
+    monkeypatch.setattr(api, "get_optimizer_state_dict", noted)
     ucp.load_training(tmp_path / "now", model=new, optimizer=optimizer)
     assert asked == [s["exp_avg"].data_ptr() for s in optimizer.state.values()]

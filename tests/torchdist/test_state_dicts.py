@@ -171,3 +171,36 @@ def test_ranks_with_entries_of_their_own(ranks: RankPool, tmp_path: Path) -> Non
         ):
             assert re.search(text, message), message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stages"]
+
+
+def test_what_replicas_want_alike_is_read_once(ranks: RankPool, tmp_path: Path) -> None:
+    """HSDP: each shard lies on two ranks, of which each reads half; buffers and step counts lie on all."""
+    path = str(tmp_path / "hsdp")
+    mesh = Mesh(2, replicas=2)
+    first = ranks.run(jobs.save, mesh, [(jobs.shared_model, jobs.save_ucp, path)], world_size=4)[0]
+    alone = ranks.run(jobs.load_once, replace(mesh, seed=1), path, False, world_size=4)
+    once = ranks.run(jobs.load_once, replace(mesh, seed=1), path, True, world_size=4)
+    little = ranks.run(jobs.load_once, replace(mesh, seed=1), path, "adaptive", world_size=4)
+    for found in (alone, once, little):
+        assert all(differences(first.states["saved"], state) == [] for *_, state in found)
+    assert [exchanged for _, _, exchanged, _ in once] == [True] * 4
+    assert not any(exchanged for _, _, exchanged, _ in (*alone, *little))  # not worth it for so little
+    state = first.states["saved"]
+    trained = sum(t.nbytes for states in state.params.values() for k, t in states.items() if t.dim() or k == "param")
+    everything = trained + sum(b.nbytes for b in state.buffers.values())
+    assert everything <= sum(read for _, read, _, _ in once) <= 1.05 * everything
+    assert sum(read for _, read, _, _ in alone) >= 2 * trained
+    assert sum(nbytes for nbytes, *_ in once) == sum(nbytes for nbytes, *_ in alone) >= 2 * trained
+
+
+def test_a_model_that_all_ranks_hold_is_read_once(ranks: RankPool, tmp_path: Path) -> None:
+    """Plain tensors, and a new optimizer's states, which are read straight to where they stay."""
+    weights = 4 * (40 * 30 + 30 + 30 * 20 + 20)
+    alone = ranks.run(jobs.resume_once, str(tmp_path / "alone"), False, world_size=3)
+    once = ranks.run(jobs.resume_once, str(tmp_path / "once"), True, world_size=3)
+    assert [(nbytes, exchanged) for nbytes, _, exchanged in (*alone, *once)] == [
+        (3 * weights, k) for k in (False, True) for _ in range(3)
+    ]
+    assert all(read >= 3 * weights for _, read, _ in alone)
+    assert sum(read for _, read, _ in once) <= 1.01 * 3 * weights
+    assert all(read <= 1.1 * weights for _, read, _ in once)

@@ -283,3 +283,28 @@ def test_a_failure_in_the_background_is_raised_once(
         pending.result()
     forked_writers()
     assert ucp.async_save({"w": torch.ones(9)}, tmp_path / "saved").result().nbytes > 0
+
+
+def test_one_tensor_under_two_names(tmp_path: Path) -> None:
+    """A tied parameter comes from whichever of its names the checkpoint has, and from both only where they agree."""
+    ucp.save({"model": {"embed": torch.arange(6.0)}}, tmp_path / "one")
+    ucp.save({"model": {"embed": torch.arange(6.0), "head": torch.arange(6.0)}}, tmp_path / "two")
+    ucp.save({"model": {"embed": torch.arange(6.0), "head": torch.zeros(6)}}, tmp_path / "differ")
+    shared = torch.zeros(6)
+    tied = {"model": {"head": shared, "embed": shared}}
+    for name in ("one", "two"):
+        shared.zero_()
+        ucp.load(tied, tmp_path / name)
+        assert shared.tolist() == list(range(6))
+    shared.fill_(7)
+    with pytest.raises(Mismatch, match=r"'model\.\w+' and 'model\.\w+' are one tensor here, .*different values"):
+        ucp.load(tied, tmp_path / "differ")
+    assert shared.tolist() == [7] * 6
+    apart = {"model": {"head": torch.ones(6), "embed": torch.ones(6)}}
+    ucp.save(tied, tmp_path / "tied")
+    ucp.load(apart, tmp_path / "tied")
+    assert (apart["model"]["head"].tolist(), apart["model"]["embed"].tolist()) == ([7] * 6, [7] * 6)
+    with pytest.raises(
+        Unsupported, match=r"'model\.a' and 'model\.b' of the state dict are one memory seen in two ways"
+    ):
+        ucp.load({"model": {"a": shared, "b": shared.view(2, 3)}}, tmp_path / "one")

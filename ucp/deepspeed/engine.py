@@ -132,7 +132,7 @@ def load_checkpoint(
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,
     )
-    report = load(catalog, target, wish, verify=config.verify, read_once=config.read_once, watch=watch)
+    report = load(catalog, target, wish, path=path, verify=config.verify, read_once=config.read_once, watch=watch)
     engine.ucp.last_load = report
     if config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)
@@ -142,7 +142,7 @@ def load_checkpoint(
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
     if ranks.rank() == 0:
-        tell(log, f"{report} ({path})")
+        tell(log, str(report))
     return _returned_path(path), _client_state(catalog)
 
 

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ucp.errors import BadArgument
 from ucp.geometry import Blocks, concat, flat_ranges
 from ucp.job import ranks
-from ucp.loading.match import Plan
+from ucp.loading.match import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Bytes, Want
-
-Entry = tuple[int, str, str]  # slot key, state, element type: as in `Plan.wants`
 
 ADAPTIVE = "adaptive"
 BOUND = 32 << 20
@@ -33,6 +32,12 @@ WORTHWHILE = 64 << 20
 """Bytes that ranks want alike below which 'adaptive' measures nothing, and every rank reads for itself."""
 _SAMPLE = 16 << 20
 _TRIAL = 4 << 20
+
+
+def check_choice(read_once: bool | str) -> None:
+    """Raise BadArgument for what is no answer to whether bytes are read once."""
+    if not isinstance(read_once, bool) and read_once != ADAPTIVE:
+        raise BadArgument(f"read_once is True, False or '{ADAPTIVE}'; found {read_once!r}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Sharing:
         return frozenset(entry for entries in self.groups.values() for entry in entries)
 
 
-def find(target: Target, what: Plan) -> Sharing:
+def find(target: Target, what: LoadPlan) -> Sharing:
     """What all ranks of a group want alike, entry by entry. Collective."""
     slots = {slot.key: slot for slot in target.slots}
     mine: dict[tuple[int, ...], list[Entry]] = {}
@@ -85,12 +90,12 @@ def _description(wants: Sequence[Want]) -> tuple[object, ...]:
     )
 
 
-def nbytes(what: Plan, entries: frozenset[Entry]) -> int:
+def nbytes(what: LoadPlan, entries: frozenset[Entry]) -> int:
     """Bytes of the checkpoint that these entries want."""
     return sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
 
 
-def shared_parts(what: Plan, sharing: Sharing) -> dict[Entry, list[Want]]:
+def shared_parts(what: LoadPlan, sharing: Sharing) -> dict[Entry, list[Want]]:
     """Of every shared entry, what this rank reads: its equal part of the group's bytes, in the entries' order."""
     out: dict[Entry, list[Want]] = {}
     for group, entries in sharing.groups.items():
@@ -134,7 +139,7 @@ def part(blocks: Blocks, size: int, low: int, high: int) -> Blocks:
 
 
 def is_worthwhile(
-    what: Plan, sharing: Sharing, parts: Mapping[Entry, Sequence[Want]], read: Callable[[list[Want], Bytes], int]
+    what: LoadPlan, sharing: Sharing, parts: Mapping[Entry, Sequence[Want]], read: Callable[[list[Want], Bytes], int]
 ) -> bool:
     """Whether reading once and exchanging is faster than reading everywhere, as measured now. Collective.
 
@@ -179,7 +184,10 @@ def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
 
 
 def exchange(sharing: Sharing, tensors: Mapping[Entry, torch.Tensor]) -> None:
-    """Give every rank of each group what the others have read. Collective; tensors: flat, on the host."""
+    """Give every rank of each group what the others have read, in turns of at most ``BOUND`` bytes. Collective.
+
+    tensors: flat, on the host.
+    """
     world = tuple(range(ranks.world_size()))
     for group in sharing.all_groups:
         handle = None if group == world else dist.new_group(list(group))

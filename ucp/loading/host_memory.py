@@ -11,24 +11,28 @@ import ctypes
 import itertools
 import mmap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 _PIECE = 16 << 20
 # Bytes from which memory gets pages of its own.
 _OWN = 1 << 20
-_HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
-_POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on; Python's mmap does not name it
+# Bytes: tensors in one memory begin at multiples of this.
+_ALIGNMENT = 64
+HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
+POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on; Python's mmap does not name it
 _kernel = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 class Memory:
-    """Gets memory whose pages are there already. One for each load: it remembers which are quick now."""
+    """Gets memory whose pages are there already. One for each load: it remembers which are quick now.
+
+    cost: seconds per byte of the last piece of huge (True) and of ordinary pages (False); 0 for what was not tried yet.
+    """
 
     def __init__(self) -> None:
-        # Seconds per byte of the last piece of ordinary and of huge pages. What was not tried yet comes first.
-        self._cost = {True: 0.0, False: 0.0} if _HUGE is not None else {False: 0.0}
+        self.cost = {True: 0.0, False: 0.0} if HUGE is not None else {False: 0.0}
 
     def take(self, nbytes: int) -> torch.Tensor:
         """That many zero bytes, flat."""
@@ -39,9 +43,15 @@ class Memory:
         self.ready([out])
         return out
 
+    def take_all(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """The same for several at once, one after the other in one memory, which lives as long as any of them."""
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        memory = self.take(starts[-1])
+        return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
         """Have the pages of tensors that were just allocated; their elements stay what they are. Dense host memory."""
-        for begin, end in _joined(map(_pages, tensors)):
+        for begin, end in joined(map(_pages, tensors)):
             if end - begin < _OWN:
                 continue
             cuts = [begin, *range((begin // _PIECE + 1) * _PIECE, end, _PIECE), end]
@@ -49,13 +59,13 @@ class Memory:
                 self._populate(low, high - low)
 
     def _populate(self, address: int, count: int) -> None:
-        huge = min(self._cost, key=lambda kind: self._cost[kind])
+        huge = min(self.cost, key=lambda kind: self.cost[kind])
         began = time.perf_counter()
         # A kernel without them gives the pages when they are written.
-        if huge and _HUGE is not None:
-            _madvise(address, count, _HUGE)
-        _madvise(address, count, _POPULATE)
-        self._cost[huge] = (time.perf_counter() - began) / count
+        if huge and HUGE is not None:
+            _madvise(address, count, HUGE)
+        _madvise(address, count, POPULATE)
+        self.cost[huge] = (time.perf_counter() - began) / count
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
@@ -64,7 +74,7 @@ def _pages(tensor: torch.Tensor) -> tuple[int, int]:
     return begin // page * page, -(-(begin + tensor.numel() * tensor.element_size()) // page) * page
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The same addresses, those that follow one another as one: a huge page may reach over several tensors."""
     last: tuple[int, int] | None = None
     for begin, end in sorted(ranges):

@@ -6,50 +6,56 @@ unrestored, what would stay unused, shapes that differ, hyperparameters that one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
-from ucp.errors import Mismatch
 from ucp.loading.name_match import match
+from ucp.loading.options import holds, match_named, match_options
+from ucp.loading.refusals import PARAM, VALUE, Findings, Item, allowed, values_text
 from ucp.loading.target import Member, Slot, Target
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.gather import EXACT, Want
 
-# What a param group says of its implementation or its identity rather than of the training: always the target's.
-OWN_OPTIONS = frozenset(
-    ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "step", "name", "moe", "use_muon")
-)
-SHOWN = 8
+Entry = tuple[int, str, str]
+"""Slot key, state, element type to read: of one tensor that a load brings."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the caller of a load asked for. allow_missing, allow_unused: glob patterns of names, or of ``name:state``
-    for optimizer states; what is missing stays as it is. strict: refuse missing and unused parameters and buffers."""
+    """What the caller of a load asked for.
+
+    allow_missing, allow_unused: glob patterns of names, or of ``name:state`` for optimizer states; what is missing
+    stays as it is. strict: refuse missing and unused parameters and buffers. partial: what the target does not ask for
+    may stay unread.
+    """
 
     weights_only: bool = False
     optimizer: bool = True
-    lr_scheduler: bool = True
     strict: bool = True
     allow_missing: tuple[str, ...] = ()
     allow_unused: tuple[str, ...] = ()
+    partial: bool = False
+
+    @property
+    def states(self) -> bool:
+        """Whether optimizer states and hyperparameters are restored."""
+        return self.optimizer and not self.weights_only
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """Everything that a load will do on this rank.
 
-    wants: (slot key, state, element type to read) -> what to gather. scalars: slots whose optimizer state will be
-    set. options: by param group. sources: param group -> index of the checkpoint's group.
-    left, unused: what stays as it is and what is not read, by the caller's leave (names, and ``name:state``). rounded:
-    frozen weights and buffers that the live model keeps in fewer bits. tied: pairs of the checkpoint's tensors that are
-    one parameter here and so have to be equal; the second is what is read.
+    wants: what to gather, by entry. scalars: slots whose optimizer state will be set. options: by param group. sources:
+    param group -> index of the checkpoint's group. left, unused: what stays as it is and what is not read, by the
+    caller's leave (names, and ``name:state``). rounded: frozen weights and buffers that the live model keeps in fewer
+    bits. tied: pairs of the checkpoint's tensors that are one parameter here and so have to be equal; the second is
+    what is read. named: values by name.
     """
 
-    wants: Mapping[tuple[int, str, str], list[Want]]
+    wants: Mapping[Entry, list[Want]]
     scalars: Mapping[int, Mapping[str, Any]]
     options: Mapping[int, Mapping[str, Any]]
     sources: Mapping[int, int]
@@ -58,197 +64,248 @@ class Plan:
     rounded: tuple[str, ...]
     notes: tuple[str, ...]
     tied: tuple[tuple[LogicalTensor, LogicalTensor], ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class _Findings:
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    spared: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    tied: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
-    lacking: dict[str, list[str]] = field(default_factory=dict)
-    unplaced: dict[str, list[str]] = field(default_factory=dict)
+@dataclass(frozen=True)
+class _Sides:
+    """The two sides of a comparison, and what has come of it. names: live name -> the checkpoint's."""
 
-    def lacks(self, member: Member, state: str, allowed: bool) -> None:
-        """The checkpoint has no such state of a parameter."""
-        if allowed:
-            self.left.append(f"{member.name}:{state}")
-        else:
-            self.lacking.setdefault(state, []).append(f"'{member.name}' {list(member.shape)}")
+    catalog: Catalog
+    target: Target
+    wish: Wish
+    names: dict[str, str]
+    found: Findings
+    wants: dict[Entry, list[Want]] = field(default_factory=dict)
+    scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def leaves(self, member: Member, state: str, allowed: bool) -> None:
-        """The live optimizer has no place for a state of a parameter."""
-        if allowed:
-            self.spared.append(f"{member.name}:{state}")
-        else:
-            self.unplaced.setdefault(state, []).append(f"'{member.name}' {list(member.shape)}")
+    def may_miss(self, name: str, state: str) -> bool:
+        return allowed(self.target.words.spellings(name, state), self.wish.allow_missing)
+
+    def may_leave(self, name: str, state: str = PARAM) -> bool:
+        return allowed(self.target.words.spellings(name, state), self.wish.allow_unused)
 
 
-def plan(catalog: Catalog, target: Target, wish: Wish) -> Plan:
+def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
     """The plan of a load, or Mismatch with a list of all that does not fit. Changes nothing, talks to nobody."""
-    found = _Findings()
-    names = match(catalog, [*(m.name for s in target.slots for m in s.members), *target.elsewhere])
-    _without_other_padding(catalog, target, names, found)
-    wants: dict[tuple[int, str, str], list[Want]] = {}
-    rounded: list[str] = []
-    scalars: dict[int, dict[str, Any]] = {}
-    restore_states = wish.optimizer and not wish.weights_only
+    found = Findings(target.words)
+    asked = [*(m.name for s in target.slots for m in s.members), *target.elsewhere]
+    asked += [name for group in target.groups for name in group.names]
+    sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found)
+    _without_other_padding(sides)
     for slot in target.slots:
-        _weights(catalog, slot, names, wish, found, wants, rounded)
-        if slot.kind == "parameter" and restore_states:
-            _states(catalog, target, slot, names, wish, found, wants, scalars)
-    if restore_states and not wish.strict:
-        _some_trained(target, names, wish, found)
-    _unused(catalog, target, names, wish, found, restore_states)
-    options: dict[int, Mapping[str, Any]] = {}
-    sources: dict[int, int] = {}
-    if restore_states:
-        options, sources = _options(catalog, target, names, found)
-    _refuse(catalog, target, found)
-    return Plan(
-        wants,
-        scalars,
+        if slot.asked is None or PARAM in slot.asked.states:
+            _weights(sides, slot)
+        if slot.kind == "parameter" and wish.states:
+            _states(sides, slot)
+    if wish.states and not wish.strict:
+        _some_trained(sides)
+    _unused(sides)
+    options, sources = match_options(catalog, target, sides.names, found) if wish.states else ({}, {})
+    named = match_named(
+        catalog,
+        target,
+        found,
+        lambda key: sides.may_miss(key, VALUE),
+        lambda key: wish.partial or sides.may_leave(key, VALUE),
+    )
+    found.refuse(catalog.layout, target.layout)
+    return LoadPlan(
+        sides.wants,
+        sides.scalars,
         options,
         sources,
         tuple(found.left),
         tuple(found.spared),
-        tuple(rounded),
+        tuple(found.rounded),
         tuple(dict.fromkeys(found.notes)),
         tuple(found.tied),
+        named,
     )
 
 
-def _without_other_padding(catalog: Catalog, target: Target, names: dict[str, str], found: _Findings) -> None:
+def _without_other_padding(sides: _Sides) -> None:
     """Leave out padding that is not as wide in the checkpoint as here: it is no part of the parameter."""
-    for slot in target.slots:
+    for slot in sides.target.slots:
         for member in slot.members:
-            source = catalog.parameters.get(names.get(member.name, ""))
+            source = sides.catalog.parameters.get(sides.names.get(member.name, ""))
             if member.padding and (source is None or source.shape != member.shape):
-                names.pop(member.name, None)
-                found.notes.append(f"{member.name} {list(member.shape)} stays as it is: the checkpoint's is another")
-
-
-def _allowed(name: str, state: str | None, patterns: Iterable[str]) -> bool:
-    keys = [name] if state is None else [name, f"{name}:{state}"]
-    return any(fnmatchcase(k, p) for k in keys for p in patterns)
-
-
-def _weights(
-    catalog: Catalog,
-    slot: Slot,
-    names: Mapping[str, str],
-    wish: Wish,
-    found: _Findings,
-    wants: dict[tuple[int, str, str], list[Want]],
-    rounded: list[str],
-) -> None:
-    for member in slot.members:
-        what = f"{'buffer' if slot.kind == 'buffer' else 'parameter'} '{member.name}' {list(member.shape)}"
-        source = names.get(member.name)
-        if source is None:
-            if member.padding or not wish.strict or _allowed(member.name, None, wish.allow_missing):
-                found.left.append(member.name)
-            else:
-                found.missing.append(what)
-            continue
-        tensor = catalog.tensors.get((source, "param"))
-        if tensor is None:
-            found.missing.append(f"{what} (the checkpoint has its optimizer state but no weight)")
-            continue
-        if tensor.shape != member.shape:
-            found.wrong.append(f"{what} has shape {list(tensor.shape)} in the checkpoint")
-            continue
-        dtype = slot.dtype
-        if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
-            if slot.kind == "parameter" or (tensor.dtype, dtype) not in ROUNDED:
-                found.wrong.append(
-                    f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits"
+                sides.names.pop(member.name, None)
+                sides.found.notes.append(
+                    f"{member.name} {list(member.shape)} stays as it is: the checkpoint's is another"
                 )
-                continue
-            rounded.append(member.name)
-            dtype = tensor.dtype
-        wants.setdefault((slot.key, "param", dtype), []).append(Want(tensor, member.blocks, dtype))
 
 
-def _states(
-    catalog: Catalog,
-    target: Target,
-    slot: Slot,
-    names: Mapping[str, str],
-    wish: Wish,
-    found: _Findings,
-    wants: dict[tuple[int, str, str], list[Want]],
-    scalars: dict[int, dict[str, Any]],
-) -> None:
+# --- weights and buffers ---------------------------------------------------------------------------------------------
+
+
+def _weights(sides: _Sides, slot: Slot) -> None:
+    for member in slot.members:
+        item = Item(slot.kind, member.name, member.shape)
+        source = sides.names.get(member.name)
+        if source is None:
+            may = member.padding or not sides.wish.strict or sides.may_miss(member.name, PARAM)
+            sides.found.lacks(item, may and not _is_blank(slot, PARAM))
+            continue
+        tensor = sides.catalog.tensors.get((source, PARAM))
+        if tensor is None:
+            note = " (the checkpoint has its optimizer state but no weight)"
+            sides.found.missing.append(replace(item, note=note))
+            continue
+        dtype = _read_as(sides, slot, item, tensor)
+        if dtype is not None:
+            want = Want(tensor, member.blocks, dtype)
+            sides.wants.setdefault((slot.key, PARAM, dtype), []).append(want)
+
+
+def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> str | None:
+    """The element type to read a weight or state as; None where it does not fit, which is noted."""
+    dtype = slot.dtype if item.state == PARAM else slot.states.get(item.state, slot.dtype)
+    shape = slot.placement(item.state).shape
+    item = item if shape is None else replace(item, shape=shape)
+    if tensor.shape != item.shape:
+        sides.found.wrong.append(sides.target.words.other_shape(item, tensor.shape))
+        return None
+    if tensor.dtype == dtype or (tensor.dtype, dtype) in EXACT:
+        return dtype
+    if slot.kind != "parameter" and (tensor.dtype, dtype) in ROUNDED:
+        sides.found.rounded.append(item.name)
+        return tensor.dtype
+    what = sides.target.words.live(item)
+    sides.found.wrong.append(f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
+    return None
+
+
+# --- optimizer states ------------------------------------------------------------------------------------------------
+
+
+def _states(sides: _Sides, slot: Slot) -> None:
     """The optimizer states of one slot, which has the same ones for all of its members, and one value of 'step'."""
-    members = [(m, catalog.parameters[names[m.name]]) for m in slot.members if m.name in names]
+    members = [(m, sides.catalog.parameters[sides.names[m.name]]) for m in slot.members if m.name in sides.names]
+    if slot.asked is not None:
+        _lacking_all(sides, slot)
     if not members:
         return
-    kept = {m.name: set(info.states) - {"param"} for m, info in members}
+    kept = {m.name: set(info.states) - {PARAM} for m, info in members}
     brought = set().union(*kept.values())
-    if not brought and _steps_taken(catalog) == 0:
-        scalars[slot.key] = {}
+    if slot.asked is None and not brought and _steps_taken(sides.catalog) == 0:
+        sides.scalars[slot.key] = {}
         return
-    group = target.groups[slot.group] if slot.group is not None else None
-    if group is None or group.expects is None:
-        expects = brought
-        found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(brought)}")
-    else:
-        expects = set(group.expects)
+    expects = _expected(sides, slot, brought)
     for member, _ in members:
         for state in sorted(expects - kept[member.name]):
-            found.lacks(member, state, _allowed(member.name, state, wish.allow_missing))
+            _lack(sides, slot, member, state)
         for state in sorted(kept[member.name] - expects):
-            found.leaves(member, state, _allowed(member.name, state, wish.allow_unused))
-    values = _common_values([(m, info) for m, info in members if kept[m.name] or info.scalars], found)
-    if group is not None and group.values is not None:
-        values = {k: v for k, v in values.items() if k in group.values}
-        if brought & expects:
-            for value in sorted(group.values - set(values)):
-                for member, _ in members:
-                    found.lacks(member, value, _allowed(member.name, value, wish.allow_missing))
-    if not (brought & expects or values):
+            may = sides.wish.partial or sides.may_leave(member.name, state)
+            sides.found.leaves(Item(slot.kind, member.name, member.shape, state), may)
+    values = _values(sides, slot, [(m, info) for m, info in members if kept[m.name] or info.scalars])
+    for member, value in _values_lacking(sides, slot, members, values, bool(brought & expects)):
+        _lack(sides, slot, member, value)
+    if values or (brought & expects and slot.asked is None):
+        sides.scalars[slot.key] = values
+    if brought & expects or (values and slot.asked is None):
+        _want_states(sides, slot, members, sorted(expects))
+
+
+def _lacking_all(sides: _Sides, slot: Slot) -> None:
+    """What a slot asks for of parameters that the checkpoint does not know."""
+    if slot.asked is None:
         return
-    scalars[slot.key] = values
-    places = {state: dict(zip(slot.members, slot.placement(state).blocks, strict=True)) for state in expects}
-    for state in sorted(expects):
-        dtype = slot.states.get(state, slot.dtype)
-        # A state that nobody brings (by the caller's leave) stays, or starts from zero where there is none yet.
-        of_state = wants.setdefault((slot.key, state, dtype), [])
-        for member, info in members:
-            if state not in kept[member.name]:
-                continue
-            tensor = catalog.tensors[info.name, state]
-            if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
-                found.wrong.append(
-                    f"optimizer state '{state}' of '{member.name}' is {tensor.dtype} in the checkpoint and {dtype} "
-                    "here, which would lose bits"
-                )
-                return
-            of_state.append(Want(tensor, places[state][member], dtype))
+    for member in slot.members:
+        if member.name not in sides.names:
+            for state in sorted({*slot.asked.states, *slot.asked.values} - {PARAM}):
+                _lack(sides, slot, member, state)
 
 
-def _common_values(members: Sequence[tuple[Member, ParameterInfo]], found: _Findings) -> dict[str, Any]:
-    """The values (such as 'step') that all of a slot's members have."""
+def _lack(sides: _Sides, slot: Slot, member: Member, state: str) -> None:
+    may = sides.may_miss(member.name, state) and not _is_blank(slot, state)
+    sides.found.lacks(Item(slot.kind, member.name, member.shape, state), may)
+
+
+def _is_blank(slot: Slot, state: str) -> bool:
+    return slot.asked is not None and state in slot.asked.blank
+
+
+def _expected(sides: _Sides, slot: Slot, brought: set[str]) -> set[str]:
+    """The states that the slot takes."""
+    if slot.asked is not None:
+        return set(slot.asked.states) - {PARAM}
+    group = sides.target.groups[slot.group] if slot.group is not None else None
+    if group is not None and group.expects is not None:
+        return set(group.expects)
+    sides.found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(brought)}")
+    return brought
+
+
+def _values(sides: _Sides, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]]) -> dict[str, Any]:
+    """The values (such as 'step') that all of a slot's members have, as far as the slot takes them."""
     if not members:
         return {}
     first, values = members[0][0], dict(members[0][1].scalars)
     for member, info in members[1:]:
         if dict(info.scalars) != values:
-            found.wrong.append(
-                f"'{member.name}' has {_values(info.scalars)} and '{first.name}' {_values(values)}, but one flat "
-                "buffer has one value here"
+            sides.found.wrong.append(
+                f"'{member.name}' has {values_text(info.scalars)} and '{first.name}' {values_text(values)}, but one "
+                "flat buffer has one value here"
             )
             break
+    taken = _values_taken(sides, slot)
+    if taken is not None:
+        values = {k: v for k, v in values.items() if k in taken}
+    for name, dtype in (slot.asked.values if slot.asked is not None else {}).items():
+        if name in values and dtype is not None and not holds(dtype, values[name]):
+            words, item = sides.target.words, Item(slot.kind, first.name, first.shape, name)
+            sides.found.wrong.append(words.not_held(words.value_of(item), values[name], dtype))
     return values
+
+
+def _values_taken(sides: _Sides, slot: Slot) -> frozenset[str] | None:
+    """Names of the values that the slot takes; None where that is unknown."""
+    if slot.asked is not None:
+        return frozenset(slot.asked.values)
+    return sides.target.groups[slot.group].values if slot.group is not None else None
+
+
+def _values_lacking(
+    sides: _Sides,
+    slot: Slot,
+    members: Sequence[tuple[Member, ParameterInfo]],
+    values: Mapping[str, Any],
+    any_states: bool,
+) -> Iterator[tuple[Member, str]]:
+    """The values that the slot takes and the checkpoint lacks. An optimizer of which no state is brought needs none."""
+    if any_states or slot.asked is not None:
+        for value in sorted((_values_taken(sides, slot) or frozenset()) - set(values)):
+            yield from ((member, value) for member, _ in members)
+
+
+def _want_states(
+    sides: _Sides, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]], states: Sequence[str]
+) -> None:
+    for state in states:
+        places = dict(zip(slot.members, slot.placement(state).blocks, strict=True))
+        dtype = slot.states.get(state, slot.dtype)
+        having = [(m, info) for m, info in members if state in info.states]
+        if not having and slot.asked is not None:
+            continue
+        # A state that nobody brings (by the caller's leave) stays, or starts from zero where there is none yet.
+        of_state = sides.wants.setdefault((slot.key, state, dtype), [])
+        for member, info in having:
+            if slot.asked is None and info.shape != member.shape:
+                continue  # which is told of its weights
+            tensor = sides.catalog.tensors[info.name, state]
+            item = Item(slot.kind, member.name, member.shape, state)
+            if _read_as(sides, slot, item, tensor) is None:
+                return
+            of_state.append(Want(tensor, places[member], dtype))
 
 
 def _steps_taken(catalog: Catalog) -> int | None:
     state = catalog.training_state
     return None if state.global_steps is None else state.global_steps - (state.skipped_steps or 0)
+
+
+# --- what the other side has -----------------------------------------------------------------------------------------
 
 
 def _trained(target: Target) -> set[str]:
@@ -257,155 +314,76 @@ def _trained(target: Target) -> set[str]:
     return trained | {name for name, kind in target.elsewhere.items() if kind == "parameter"}
 
 
-def _some_trained(target: Target, names: Mapping[str, str], wish: Wish, found: _Findings) -> None:
+def _some_trained(sides: _Sides) -> None:
     """Without strictness some names may be missing; where all that are trained are, it is no resume."""
-    trained = sorted(_trained(target))
-    if trained and not any(n in names or _allowed(n, None, wish.allow_missing) for n in trained):
-        found.wrong.append(
-            f"none of the {len(trained)} parameters trained here ('{trained[0]}', …) is in the checkpoint, not even "
-            "load_module_strict=False resumes from that (load_module_only=True takes the weights that are)"
+    trained = sorted(_trained(sides.target))
+    if trained and not any(n in sides.names or sides.may_miss(n, PARAM) for n in trained):
+        more = sides.target.words.unstrict
+        sides.found.wrong.append(
+            f"none of the {len(trained)} parameters trained here ('{trained[0]}', …) is in the checkpoint"
+            + (f", {more}" if more else "")
         )
 
 
-def _unused(
-    catalog: Catalog,
-    target: Target,
-    names: Mapping[str, str],
-    wish: Wish,
-    found: _Findings,
-    restore_states: bool,
-) -> None:
-    used = set(names.values())
-    trained = _trained(target)
-    owners = _owners(catalog, target, names)
-    for info in catalog.parameters.values():
+def _unused(sides: _Sides) -> None:
+    """What the checkpoint has and nothing here takes."""
+    used = {
+        sides.names[name] for name in (*_with_weights(sides.target), *sides.target.elsewhere) if name in sides.names
+    }
+    owners = _owners(sides)
+    wish = sides.wish
+    for info in sides.catalog.parameters.values():
         if info.name in used:
             continue
-        if info.name in owners and wish.strict and not _allowed(info.name, None, wish.allow_unused):
-            _same_as_owner(catalog, info, catalog.parameters[owners[info.name]], restore_states, found)
-        elif info.kind == "padding" or not wish.strict or _allowed(info.name, None, wish.allow_unused):
-            found.spared.append(info.name)
+        may = sides.may_leave(info.name)
+        if info.name in owners and wish.strict and not may:
+            _same_as_owner(sides, info, sides.catalog.parameters[owners[info.name]])
         else:
-            found.unused.append(
-                f"{'buffer' if info.kind == 'buffer' else 'parameter'} '{info.name}' {list(info.shape)}"
-            )
-    if not restore_states:
+            free = may or wish.partial or not wish.strict or info.kind == "padding"
+            sides.found.leaves(Item(info.kind, info.name, info.shape), free)
+    if not wish.states:
         return
-    for live, source in names.items():
-        states = set(catalog.parameters[source].states) - {"param"}
-        if live not in trained:
-            for state in sorted(states):
-                if _allowed(live, state, wish.allow_unused):
-                    found.spared.append(f"{live}:{state}")
-                else:
-                    found.unused.append(f"optimizer state '{state}' of '{live}', which is not trained here")
+    untrained = {m.name for s in sides.target.slots if s.kind != "parameter" for m in s.members}
+    untrained |= {name for name, kind in sides.target.elsewhere.items() if kind != "parameter"}
+    for live, source in sides.names.items():
+        if live in untrained:
+            for state in sorted(set(sides.catalog.parameters[source].states) - {PARAM}):
+                item = Item("", live, (), state, note=", which is not trained here")
+                sides.found.leaves(item, wish.partial or sides.may_leave(live, state))
 
 
-def _owners(catalog: Catalog, target: Target, names: Mapping[str, str]) -> dict[str, str]:
+def _with_weights(target: Target) -> Iterator[str]:
+    """The names whose weights are asked for."""
+    for slot in target.slots:
+        if slot.asked is None or PARAM in slot.asked.states:
+            yield from (member.name for member in slot.members)
+
+
+def _owners(sides: _Sides) -> dict[str, str]:
     """The checkpoint's parameters that are other names of a tied one here -> the one that is restored.
 
     torch's state dicts have a tied parameter under each of its names, and so have the checkpoints that keep them.
     """
-    tied = {alias: owner for alias, owner in target.tied.items() if owner in names}
+    names = sides.names
+    tied = {alias: owner for alias, owner in sides.target.tied.items() if owner in names}
     return {
-        source: names[tied[alias]] for alias, source in match(catalog, tied).items() if source not in names.values()
+        source: names[tied[alias]]
+        for alias, source in match(sides.catalog, tied).items()
+        if source not in names.values()
     }
 
 
-def _same_as_owner(
-    catalog: Catalog, info: ParameterInfo, owner: ParameterInfo, restore_states: bool, found: _Findings
-) -> None:
+def _same_as_owner(sides: _Sides, info: ParameterInfo, owner: ParameterInfo) -> None:
     """What the checkpoint has under a tied parameter's other name has to be what it has under the one that is read."""
     for state in sorted(info.states):
-        if state != "param" and not restore_states:
+        if state != PARAM and not sides.wish.states:
             continue
-        one, other = catalog.tensors[info.name, state], catalog.tensors.get((owner.name, state))
+        one, other = sides.catalog.tensors[info.name, state], sides.catalog.tensors.get((owner.name, state))
         if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
             has = "it has none" if other is None else f"it has {other.dtype} {list(other.shape)}"
-            found.wrong.append(
+            sides.found.wrong.append(
                 f"'{info.name}' ({state}, {one.dtype} {list(one.shape)}) is tied to '{owner.name}' here, and {has} in "
                 "the checkpoint"
             )
         else:
-            found.tied.append((one, other))
-    if restore_states and info.scalars and dict(info.scalars) != dict(owner.scalars):
-        found.wrong.append(
-            f"'{info.name}' is tied to '{owner.name}' here, and they have {_values(info.scalars)} and "
-            f"{_values(owner.scalars)} in the checkpoint"
-        )
-
-
-def _options(
-    catalog: Catalog, target: Target, names: Mapping[str, str], found: _Findings
-) -> tuple[dict[int, Mapping[str, Any]], dict[int, int]]:
-    """Each live group's hyperparameters, from the checkpoint's groups that hold the same parameters."""
-    groups = catalog.training_state.param_groups
-    owner = {n: i for i, g in enumerate(groups) for n in g.names}
-    options: dict[int, Mapping[str, Any]] = {}
-    sources: dict[int, int] = {}
-    for index, group in enumerate(target.groups):
-        origins = sorted({owner[names[n]] for n in group.names if n in names and names[n] in owner})
-        if not origins:
-            if group.names:
-                found.notes.append(f"param group {index} keeps its own hyperparameters: the checkpoint has none for it")
-            continue
-        kept = [_training_options(groups[i].options) for i in origins]
-        if any(k is None for k in kept):
-            found.notes.append(
-                f"param group {index} keeps its own hyperparameters: this checkpoint (an elastic one) recorded none"
-            )
-            continue
-        for i, other in zip(origins[1:], kept[1:], strict=True):
-            differing = sorted(
-                k for k in {*(kept[0] or {}), *(other or {})} if (kept[0] or {}).get(k) != (other or {}).get(k)
-            )
-            if differing:
-                k = differing[0]
-                found.wrong.append(
-                    f"param group {index} here holds parameters of the checkpoint's groups {origins[0]} and {i}, whose "
-                    f"'{k}' differ ({(kept[0] or {}).get(k)!r} and {(other or {}).get(k)!r})"
-                )
-        options[index] = {k: v for k, v in (kept[0] or {}).items() if k in group.options or k == "initial_lr"}
-        if len(origins) == 1:
-            sources[index] = origins[0]
-    return options, sources
-
-
-def _training_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if options is None else {k: v for k, v in options.items() if k not in OWN_OPTIONS}
-
-
-def _values(scalars: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in sorted(scalars.items())) or "no values"
-
-
-def _refuse(catalog: Catalog, target: Target, found: _Findings) -> None:
-    parts = []
-    if found.wrong:
-        parts.append(f"{len(found.wrong)} do not fit: {_list(found.wrong)}")
-    for listed, by_state, text in (
-        (found.missing, found.lacking, "would stay unrestored"),
-        (found.unused, found.unplaced, "of the checkpoint would stay unused"),
-    ):
-        count = len(listed) + sum(map(len, by_state.values()))
-        if count:
-            parts.append(f"{count} {text}: {_list([*listed, *_by_state(by_state)])}")
-    if parts:
-        raise Mismatch(
-            f"nothing was loaded: the checkpoint ({catalog.layout}) and the engine ({target.layout}) do not match; "
-            + "; ".join(parts)
-            + '; to load all the same, name them in "ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}'
-        )
-
-
-def _by_state(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """One item for each state, however many parameters it is of."""
-    out = []
-    for state, names in found.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        out.append(f"optimizer state '{state}' of {', '.join(names[:3])}{more}")
-    return out
-
-
-def _list(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+            sides.found.tied.append((one, other))

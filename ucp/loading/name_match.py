@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ucp.catalog import Catalog, bare
 
 
-def match(catalog: Catalog, targets: Iterable[str]) -> dict[str, str]:
+def match(catalog: Catalog, targets: Iterable[str], copies: bool = False) -> dict[str, str]:
     """Target name -> checkpoint name, for every target that the checkpoint has under its own or a tied name.
 
     Equal names come first; then names that are equal without wrappers' prefixes, where that is unambiguous. No
-    checkpoint name is given to two targets.
+    checkpoint name is given to two targets, but with ``copies``, where equal names are given to all that ask.
     """
-    targets = list(targets)
+    targets = list(dict.fromkeys(targets))
     exact: dict[str, str] = {}
     for info in catalog.parameters.values():
         for name in (info.name, *info.aliases):
             exact[name] = info.name
     out: dict[str, str] = {}
     used: set[str] = set()
+    for target in targets:
+        if target in exact and (copies or exact[target] not in used):
+            out[target] = exact[target]
+            used.add(exact[target])
+    rest = [target for target in targets if target not in out]
+    if not rest:
+        return out
     by_bare = _unambiguous(exact)
-    target_bare = [bare(t) for t in targets]
-    for candidates in (exact, by_bare):
-        for target, short in zip(targets, target_bare, strict=True):
-            key = target if candidates is exact else short
-            if target in out or key not in candidates or candidates[key] in used:
-                continue
-            if candidates is by_bare and target_bare.count(short) > 1:
-                continue
-            out[target] = candidates[key]
-            used.add(candidates[key])
+    short = {target: bare(target) for target in targets}
+    asked = Counter(short.values())
+    for target in rest:
+        found = by_bare.get(short[target])
+        if found is not None and found not in used and asked[short[target]] == 1:
+            out[target] = found
+            used.add(found)
     return out
 
 

@@ -1,7 +1,9 @@
 """What a live training process offers to be filled: the nouns between a framework's engine and the loader.
 
 A framework's adapter describes the memory of one rank as slots, each a flat buffer with the same blocks that describe
-a file's fragments, and takes the loaded values back. The loader knows nothing of the framework.
+a file's fragments, and takes the loaded values back. The loader knows nothing of the framework: a DeepSpeed engine, a
+state dict of torch.distributed and a model with its optimizers are all targets, and what differs between them is said
+here, by properties.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ucp.catalog import TrainingState
 from ucp.geometry import Blocks, Shape
+from ucp.loading.refusals import Words
 from ucp.parallel.mesh import Layout
 
 if TYPE_CHECKING:
@@ -38,12 +41,28 @@ class Placement:
     """Where a state lies that an optimizer lays out otherwise than the weights.
 
     length: of the flat buffer, in elements. blocks: of each member, in the members' order. holders: for each member the
-    global ranks that hold the same elements of it, () for this rank alone.
+    global ranks that hold the same elements of it, () for this rank alone. shape: of the whole state, where it is
+    another than its parameter's.
     """
 
     length: int
     blocks: tuple[Blocks, ...]
     holders: tuple[tuple[int, ...], ...]
+    shape: Shape | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a slot asks for, where it says so itself instead of leaving it to its optimizer.
+
+    states: 'param' (the weights) and optimizer states, as tensors. values: single values, such as 'step' -> the element
+    type of the tensor that keeps it, None where any value can be kept. blank: states whose elements mean nothing yet,
+    so that none may be left as it is.
+    """
+
+    states: frozenset[str]
+    values: Mapping[str, str | None] = field(default_factory=dict)
+    blank: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,8 @@ class Slot:
     length: elements, padding included. dtype: of the most precise weights held here. members: all parameters that lie
     in this slot on any rank, so that all ranks judge alike. group: index of the param group. states: the optimizer
     states that exist now -> dtype (a fresh optimizer has none yet). placed: states that lie otherwise than the weights.
-    holders: the global ranks that hold the same slot with the same values; () for this rank alone.
+    holders: the global ranks that hold the same slot with the same values; () for this rank alone. asked: what is to be
+    brought; None for the weights and whatever the optimizer of its group keeps.
     """
 
     key: int
@@ -66,6 +86,7 @@ class Slot:
     states: Mapping[str, str] = field(default_factory=dict)
     placed: Mapping[str, Placement] = field(default_factory=dict)
     holders: tuple[int, ...] = ()
+    asked: Asked | None = None
 
     def placement(self, state: str) -> Placement:
         """Where a state of this slot lies; ``placed`` where it says so, else as the weights do."""
@@ -76,13 +97,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """A live param group. expects: the names of the optimizer states that its optimizer keeps for a parameter, tensors
-    of its shape; values: those of single values, such as 'step'. None where that is unknown."""
+    """A live param group. options: its hyperparameters now. expects: the names of the optimizer states that its
+    optimizer keeps for a parameter, tensors of its shape; values: those of single values, such as 'step'; None where
+    that is unknown. takes: hyperparameters that it is given though it does not have them yet."""
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
     expects: frozenset[str] | None
     values: frozenset[str] | None = None
+    takes: frozenset[str] = frozenset(("initial_lr",))
 
 
 @dataclass(frozen=True)
@@ -90,9 +113,9 @@ class Loaded:
     """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
 
     tensors: flat 1-d tensors of the placement's length, padding zero. scalars: slot key -> {'step': ...}; a slot that
-    is named here gets exactly the states brought for it. options: param group index -> hyperparameters to set.
-    sources: param group index -> the checkpoint's group with the same parameters.
-    training_state: None where only weights were asked for.
+    is named here and asks for nothing itself gets exactly the states brought for it. options: param group index ->
+    hyperparameters to set. sources: param group index -> the checkpoint's group with the same parameters.
+    training_state: None where only weights were asked for. named: of the target's ``named``, what the checkpoint has.
     """
 
     tensors: Mapping[tuple[int, str], torch.Tensor]
@@ -100,10 +123,16 @@ class Loaded:
     options: Mapping[int, Mapping[str, Any]]
     sources: Mapping[int, int]
     training_state: TrainingState | None
+    named: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(Protocol):
     """A live training process, seen from one rank."""
+
+    @property
+    def words(self) -> Words:
+        """How refusals and reports call the target and what it holds."""
+        ...
 
     @property
     def layout(self) -> Layout: ...
@@ -123,6 +152,28 @@ class Target(Protocol):
     @property
     def tied(self) -> Mapping[str, str]:
         """Other names of tied parameters -> the one that they have in slots."""
+        ...
+
+    @property
+    def copies(self) -> bool:
+        """Whether one tensor of the checkpoint may fill several of the target's (a state dict that names a tied
+        parameter twice), or that is a misfit (a model that has untied it)."""
+        ...
+
+    @property
+    def named(self) -> Mapping[str, Any] | None:
+        """Plain values, and tensors of this rank alone, that are asked for by name -> what is there now. None: the
+        target keeps none, and those of a checkpoint are no concern of it."""
+        ...
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether `apply` may put the loaded tensors themselves in place, so that each needs memory of its own."""
+        ...
+
+    def room(self, key: int, state: str) -> torch.Tensor | None:
+        """The slot's own dense host memory, flat, where nobody has seen yet what is in it: it is read into straight
+        away. None where reading has to leave the slot alone until all is well."""
         ...
 
     def current(self, key: int, state: str) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from ucp.errors import Mismatch
 from ucp.geometry import flat_ranges, numel
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
+from ucp.loading.refusals import Words
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Reader, Want, gather
 
@@ -22,33 +23,40 @@ from ucp.transfer.gather import Reader, Want, gather
 _WINDOW = 8 << 20
 
 
-def check(reader: Reader, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]], watch: Stopwatch) -> None:
-    """Compare the copies of each pair bit for bit; ranks that know of the same pairs share the work. Collective.
+def check(
+    reader: Reader,
+    pairs: Sequence[tuple[LogicalTensor, LogicalTensor]],
+    words: Words,
+    watch: Stopwatch,
+    alone: bool = False,
+) -> None:
+    """Compare the copies of each pair bit for bit; ranks that know of the same pairs share the work. Collective, unless
+    ``alone``.
 
-    watch: gets the seconds of this rank's share as 'read'.
+    words: of the target. watch: gets the seconds of this rank's share as 'read'.
 
     Raises Mismatch on every rank, naming both, where they differ.
     """
-    said, which = ranks.distinct([(one.name, one.state, other.name) for one, other in pairs])
+    said, which = ([[*map(_names, pairs)]], [0]) if alone else ranks.distinct([*map(_names, pairs)])
     if not any(said):
         return
-    rank = ranks.rank()
+    rank = 0 if alone else ranks.rank()
     share, shares = which[:rank].count(which[rank]), which.count(which[rank])
 
     def differing() -> list[tuple[str, str, str]]:
         with watch.of("read"):
-            return [(a.name, a.state, b.name) for a, b in pairs if _differ(reader, a, b, share, shares)]
+            return [_names(pair) for pair in pairs if _differ(reader, *pair, share, shares)]
 
-    mine = ranks.all_or_none(differing)
-    found, _ = ranks.distinct(mine)
+    found = [differing()] if alone else ranks.distinct(ranks.all_or_none(differing))[0]
     differ = sorted({pair for pairs in found for pair in pairs})
     if differ:
         name, state, owner = differ[0]
-        raise Mismatch(
-            f"nothing was loaded: '{name}' is tied to '{owner}' here, and the checkpoint has different values for them "
-            f"({state}{f', and {len(differ) - 1} more' if differ[1:] else ''}); to load '{owner}' alone, use "
-            f'"ucp": {{"load": {{"allow_unused": ["{name}"]}}}}'
-        )
+        more = f", and {len(differ) - 1} more" if differ[1:] else ""
+        raise Mismatch(words.tied_differ(name, owner, f"{state}{more}"))
+
+
+def _names(pair: tuple[LogicalTensor, LogicalTensor]) -> tuple[str, str, str]:
+    return pair[0].name, pair[0].state, pair[1].name
 
 
 def _differ(reader: Reader, one: LogicalTensor, other: LogicalTensor, share: int, shares: int) -> bool:

@@ -31,10 +31,12 @@ from torch.futures import Future
 
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import open as open_checkpoint
-from ucp.errors import Mismatch, SaveFailed, Unsupported
+from ucp.errors import SaveFailed, Unsupported
 from ucp.formats.dcp import writer as canonical
-from ucp.formats.shared.roles import PARAM, VALUES, StateEntry, assign
+from ucp.formats.shared.roles import PARAM, VALUES, StateEntry
 from ucp.job import ranks
+from ucp.loading.load import load
+from ucp.loading.match import Wish
 from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of, under_spec
 from ucp.printable import logger
@@ -42,10 +44,10 @@ from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.save import write_share
 from ucp.storage.dtypes import to_torch
-from ucp.torchdist.checkpointing import split_path
+from ucp.torchdist.save import split_path
 from ucp.torchdist.source import source_of_entries
 from ucp.torchdist.state_dicts import check_tensor
-from ucp.torchdist.target import fill, plan, read
+from ucp.torchdist.target import StateDictTarget, StateDictWords
 
 log = logger(__name__)
 
@@ -109,19 +111,19 @@ class StorageReader(dcp.StorageReader):
         blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
         entries.update({key: StateEntry(entries[key].path, None, self._objects[key]) for key in blind})
         asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
-        what = _planned(self.checkpoint_id, entries, asked, catalog)
-        fill(entries, what, read(entries, catalog, what, self._verify).buffers)
-        done = set(what.wants) | set(what.fills) | set(what.own)
+        target = StateDictTarget(self.checkpoint_id, entries, catalog, only=asked, words=_WORDS)
+        # DCP makes the ranks agree, in a process group of its own.
+        load(catalog, target, Wish(partial=True), path=self.checkpoint_id, verify=self._verify, alone=True)
         for item in plan.items:
             key = item.dest_index.fqn
             if item.type is LoadItemType.BYTE_IO:
                 # What belongs to the optimizer's implementation (foreach, fused) stays as it is.
-                value = what.values.get(key, entries[key].value)
+                value = target.values.get(key, entries[key].value)
                 stream = io.BytesIO()
                 torch.save(value, stream)
                 stream.seek(0)
                 planner.load_bytes(item, stream)
-            elif key in done:
+            elif key in target.filled:
                 planner.commit_tensor(item, planner.resolve_tensor(item))
         out: Future[None] = Future()
         out.set_result(None)
@@ -132,15 +134,10 @@ class StorageReader(dcp.StorageReader):
         return os.path.isdir(checkpoint_id)
 
 
-def _planned(path: str, entries: Mapping[str, StateEntry], asked: set[str], catalog: Catalog) -> Any:
-    what = plan(entries, assign(entries, complete=False), catalog)
-    missing = sorted(asked.intersection(what.missing))
-    if what.wrong or missing:
-        raise Mismatch(
-            f"{path}: nothing was loaded on this rank: "
-            + "; ".join([*what.wrong, *(f"'{key}' is not in the checkpoint" for key in missing)])
-        )
-    return what
+_WORDS = StateDictWords(
+    allow="DCP's DefaultLoadPlanner(allow_partial_load=True) leaves what is missing",
+    begins="nothing was loaded on this rank",
+)
 
 
 def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, StateEntry]:

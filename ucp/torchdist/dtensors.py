@@ -16,7 +16,7 @@ they agree in the elements, and all shapes are checked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Ints, Shape, empty, numel, row_major, whole
+from ucp.parallel.mesh import Layout
 
 Ranges = list[tuple[int, int]]  # (first, count) in the whole tensor, in the order in which the shard has them
 
@@ -75,6 +76,44 @@ def mesh_shape(mesh: DeviceMesh) -> Shape:
     if shape is None:
         shape = _shapes[mesh] = tuple(mesh.shape)
     return shape
+
+
+# The ranks of a mesh that hold the same as this one, by the mesh dimensions that cut.
+_holders: WeakKeyDictionary[DeviceMesh, dict[tuple[bool, ...], tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
+    """The global ranks that hold the same elements of a tensor as this one, ascending: of one that is no DTensor, all;
+    () where this rank holds none of it. world: the number of all ranks."""
+    if not isinstance(tensor, DTensor):
+        return tuple(range(world))
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    cut = tuple(not isinstance(placement, Replicate) for placement in tensor.placements)
+    known = _holders.setdefault(tensor.device_mesh, {})
+    if cut not in known:
+        place = tuple(index if cuts else slice(None) for index, cuts in zip(coordinate, cut, strict=True))
+        known[cut] = tuple(sorted(tensor.device_mesh.mesh[place].reshape(-1).tolist()))
+    return known[cut]
+
+
+def layout_of(values: Iterable[Any], world: int) -> Layout:
+    """The layout, as far as meshes tell it: 'tp' by its name, all other ranks data parallel; sharded there: stage 3.
+
+    values: among them the DTensors. world: the number of all ranks.
+    """
+    tp, sharded = 1, False
+    for tensor in values:
+        if not isinstance(tensor, DTensor):
+            continue
+        names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
+        for name, size, placement in zip(names, mesh_shape(tensor.device_mesh), tensor.placements, strict=True):
+            if name == "tp":
+                tp = max(tp, size)
+            elif isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
+                sharded = True
+    return Layout(dp=max(world // tp, 1), tp=tp if world % tp == 0 else 1, zero=3 if sharded else 0)
 
 
 def shard_ranges(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import SaveFailed
@@ -26,7 +26,7 @@ from ucp.parallel.mesh import Layout
 from ucp.saving.source import Holding, Source
 from ucp.storage import plain
 from ucp.storage.dtypes import from_torch
-from ucp.torchdist.dtensors import blocks_of, local_tensor, mesh_shape
+from ucp.torchdist.dtensors import blocks_of, layout_of, local_tensor
 from ucp.torchdist.state_dicts import flatten, storage_key
 
 Key = tuple[str, str]
@@ -120,7 +120,8 @@ def _exchange(facts: _RankFacts) -> list[_RankFacts]:
 def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
     """compare: tell the others what tensors hold that are not sharded."""
     roles = assign(entries)
-    local = _Local(_RankFacts({}, {}, [], {}, _layout(entries, world), roles.outside), {}, {}, {}, [], {})
+    layout = layout_of([entry.value for entry in entries.values()], world)
+    local = _Local(_RankFacts({}, {}, [], {}, layout, roles.outside), {}, {}, {}, [], {})
     memories: dict[Any, str] = {}
     # Of tied tensors, the one that the optimizer names is the parameter, and the others are its further names.
     for key, what in sorted(roles.tensors.items(), key=lambda item: item[1][0] not in roles.trained):
@@ -160,20 +161,6 @@ def _groups(roles: Roles, entries: Mapping[str, StateEntry]) -> list[ParamGroup]
         value = entries[key].value
         options.setdefault(group, {})[option] = local_tensor(value) if isinstance(value, torch.Tensor) else value
     return param_groups(roles, options, lambda tensor: _content(tensor).hex())
-
-
-def _layout(entries: Mapping[str, StateEntry], world: int) -> Layout:
-    """The layout, as far as meshes tell it: 'tp' by its name, all other ranks data parallel; sharded there: stage 3."""
-    tensors = [e.value for e in entries.values() if isinstance(e.value, DTensor)]
-    tp, sharded = 1, False
-    for tensor in tensors:
-        names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
-        for name, size, placement in zip(names, mesh_shape(tensor.device_mesh), tensor.placements, strict=True):
-            if name == "tp":
-                tp = max(tp, size)
-            elif isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
-                sharded = True
-    return Layout(dp=max(world // tp, 1), tp=tp if world % tp == 0 else 1, zero=3 if sharded else 0)
 
 
 def _digest(raw: Any) -> bytes:

@@ -1,362 +1,363 @@
-"""A checkpoint of any format into a state dict of torch.distributed: into the tensors where they are, by name.
+"""A state dict of torch.distributed as a target: its tensors by name, filled where they are.
 
-As with engines, all of it or nothing: compare and plan, read this rank's byte ranges into host memory, and only then
-copy, each step agreed on by all ranks. What nobody has seen yet is read into straight away. Optimizer states and
-hyperparameters are found by the parameters' names, so that neither the order of param groups nor the framework that
-saved them matters.
+Optimizer states and hyperparameters are found by the parameters' names, so that neither the order of param groups nor
+the framework that saved them matters. What a name means depends on the checkpoint, too: a tensor that belongs to no
+parameter is kept under its flat name, and a rank's own values beside the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ucp.catalog import Catalog
-from ucp.errors import Mismatch
+from ucp.catalog import Catalog, TrainingState
+from ucp.errors import Unsupported
 from ucp.formats.shared.roles import PARAM, VALUES, Roles, StateEntry, assign
-from ucp.geometry import numel
+from ucp.geometry import Blocks, Shape, empty, numel
 from ucp.job import ranks
-from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading.exchange import nbytes_of
-from ucp.loading.host_memory import Memory
-from ucp.loading.load import reading_threads
-from ucp.loading.match import OWN_OPTIONS
 from ucp.loading.name_match import match
-from ucp.printable import logger
-from ucp.progress import watching
+from ucp.loading.options import OWN_OPTIONS, own_values, shared_values
+from ucp.loading.refusals import VALUE, Item, Words, named
+from ucp.loading.target import Asked, Group, Loaded, Member, Placement, Slot
+from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import from_torch
-from ucp.storage.files import Files
-from ucp.torchdist.dtensors import blocks_of, local_tensor
-from ucp.torchdist.state_dicts import flatten, put
-from ucp.transfer.gather import EXACT, Reader, Want, gather
-
-log = logger(__name__)
-
-SHOWN = 8
-ALIGNMENT = 64  # bytes, of the tensors in the memory that they are read into
+from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, local_tensor
+from ucp.torchdist.state_dicts import put, storage_key
 
 
 @dataclass(frozen=True)
-class StateDictReport:
-    """What a load did. nbytes: of the tensors brought to this rank; bytes_read: of the files. left: entries that stayed
-    as they were, by the caller's leave or because the checkpoint records no hyperparameters for them. unused: what the
-    checkpoint has besides. seconds: by stage, on this rank: open (the first rank), plan, read, apply, and wait, for
-    the others. overlapping: seconds within those: 'digest', checking what was read, of all reading threads together.
+class StateDictWords(Words):
+    """Entries are called by their flat names, as the caller's state dict has them.
+
+    begins: the first words of a refusal. apart: what to do where two entries are one tensor, and not one in the
+    checkpoint. prefixes: of weights' and of optimizer states' flat names, where patterns may mean what is not asked for
+    by such names, too. path: the checkpoint's. keys: (name, state) -> flat name. options: (group, option) -> flat name.
+    own: how many ranks have saved values of their own, by flat name.
     """
 
-    path: str
-    tensors: int
-    nbytes: int
-    bytes_read: int
-    left: tuple[str, ...]
-    unused: tuple[str, ...]
-    seconds: Mapping[str, float]
-    overlapping: Mapping[str, float] = field(default_factory=dict)
+    whole: str = "the state dict"
+    allow: str = "allow_missing=[...] leaves what is missing as it is"
+    begins: str = "nothing was loaded"
+    apart: str = "leave one of them out of the state dict"
+    prefixes: tuple[str, str] | None = None
+    path: str = ""
+    keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    options: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    own: Mapping[str, int] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return f"restored {self.tensors} tensors from {self.path} in {stages_text(self.seconds)}"
+    unrestored = "are not in the checkpoint"
+
+    def opening(self, checkpoint: object, here: object) -> str:
+        return f"{self.path}: {self.begins}, since what is asked for is not what the checkpoint has"
+
+    def advice(self) -> str:
+        return self.allow
+
+    def label(self, name: str, state: str) -> str:
+        return self.keys.get((name, state)) or named(name, state)
+
+    def spellings(self, name: str, state: str) -> Sequence[str]:
+        out = (self.label(name, state), *super().spellings(name, state))
+        if self.prefixes is None or state == VALUE:
+            return out
+        return (*out, f"{self.prefixes[0]}{name}" if state == PARAM else f"{self.prefixes[1]}{name}.{state}")
+
+    def live(self, item: Item) -> str:
+        return f"'{self.label(item.name, item.state)}'{item.note}"
+
+    def saved(self, item: Item) -> str:
+        return f"{named(item.name, item.state)}{item.note}"
+
+    def missing(self, items: Sequence[Item]) -> list[str]:
+        return [f"{self.live(item)}{self._why(self.label(item.name, item.state))}" for item in items]
+
+    def _why(self, key: str) -> str:
+        if key not in self.own:
+            return ""
+        return f" (each of {self.own[key]} ranks has its own, and {ranks.world_size()} load)"
+
+    def unused(self, items: Sequence[Item]) -> list[str]:
+        return sorted(map(self.saved, items))
+
+    def other_shape(self, item: Item, found: Shape) -> str:
+        return f"{self.live(item)} is {list(found)} in the checkpoint and {list(item.shape)} here"
+
+    def other_options(self, group: int, option: str, origins: Sequence[int], values: Sequence[Any]) -> str:
+        shown = ", ".join(map(repr, values))
+        what = self.option_of(group, option)
+        return f"{what} is for parameters of the checkpoint's groups {list(origins)}, which have {shown}"
+
+    def option(self, group: int, option: str) -> str | None:
+        return self.options[group, option]
+
+    def value_of(self, item: Item) -> str:
+        return self.live(item)
+
+    def option_of(self, group: int, option: str) -> str:
+        return f"'{self.options[group, option]}'"
+
+    def tied_differ(self, name: str, owner: str, states: str) -> str:
+        one, other = self.label(name, PARAM), self.label(owner, PARAM)
+        return (
+            f"{self.path}: {self.begins}: '{one}' and '{other}' are one tensor here, and the checkpoint has "
+            f"different values for them ({states}); {self.apart}"
+        )
 
 
 @dataclass
-class Plan:
-    """wants: entry -> what to gather into its shard. fills: entries that are tensors of one value. own: tensors that
-    this rank had for itself. values: what to set."""
+class _OfName:
+    """What is asked for under one name: state -> flat name, of tensors and of single values."""
 
-    wants: dict[str, Want] = field(default_factory=dict)
-    fills: dict[str, Any] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    tensors: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
 
 
-def load_into(
-    state_dict: dict[str, Any],
-    path: str,
-    catalog: Catalog,
-    allow_missing: Sequence[str] = (),
-    allow_unused: Sequence[str] | None = None,
-    verify: bool = True,
-    watch: Stopwatch | None = None,
-    unseen: Collection[str] = (),
-    blank: bool = False,
-) -> StateDictReport:
-    """Fill the state dict (without Stateful objects: `state_dicts.unwrap`) in place. Collective.
+class StateDictTarget:
+    """The entries of a state dict on one rank.
 
-    catalog: its training state's tensors are real ones. allow_missing: patterns of flat names that may stay as they
-    are. allow_unused: patterns of what of the checkpoint's tensors may stay unread (names, and ``name:state`` for
-    optimizer states); None for anything. watch: of a load that began earlier, with opening. unseen: flat names of
-    tensors that are thrown away if the load fails. blank: their elements are anything, so none may stay as it is.
-
-    Raises Mismatch, and what reading raises, on every rank and with nothing changed.
+    filled: after `apply`, the flat names of the tensors that have been filled. values: the new values of entries that
+    are no tensors, by flat name; `put_values` sets them.
     """
-    watch = watch or Stopwatch()
-    entries, what = ranks.all_or_none(
-        lambda: watch.timed(
-            "plan", lambda: _planned(state_dict, path, catalog, allow_missing, allow_unused, unseen if blank else ())
+
+    copies = True
+    keeps_memory = False
+    elsewhere: Mapping[str, str] = {}
+
+    def __init__(
+        self,
+        path: str,
+        entries: Mapping[str, StateEntry],
+        catalog: Catalog,
+        *,
+        only: Collection[str] | None = None,
+        unseen: Collection[str] = (),
+        blank: bool = False,
+        words: StateDictWords | None = None,
+    ) -> None:
+        """Ask for the entries, as `state_dicts.flatten` gives them. Talks to nobody.
+
+        path, catalog: the checkpoint's; its training state's tensors are real ones. only: flat names of what is asked
+        for, None for all. unseen: flat names of tensors that are thrown away if the load fails: they are read into
+        straight away. blank: the elements of these mean nothing yet, so none may stay as it is. words: of refusals, but
+        for the names.
+
+        Raises Unsupported for shards that are not known, and for one memory that two entries see in two ways.
+        """
+        self._entries = entries
+        self._catalog = catalog
+        self._unseen = frozenset(unseen)
+        self._blank = blank
+        self._world = ranks.world_size()
+        self._keys: dict[tuple[str, str], str] = {}
+        self._options: dict[tuple[int, str], str] = {}
+        self.filled: set[str] = set()
+        self.values: dict[str, Any] = {}
+        self.named: dict[str, Any] = {}
+        roles = assign(entries, complete=False)
+        asked = self._take(roles, entries.keys() if only is None else only)
+        self.tied: Mapping[str, str] = self._untie(asked, roles)
+        self.groups: Sequence[Group] = self._groups(roles, entries.keys() if only is None else only)
+        with torch.no_grad():  # once for all tensors, not for each
+            self.slots: Sequence[Slot] = [self._slot(k, name, found) for k, (name, found) in enumerate(asked.items())]
+        saved = catalog.training_state.extra.get("ranks", ())
+        own = {key: len(saved) for values in saved for key in values.get(VALUES, {})}
+        self.words: Words = replace(
+            words or StateDictWords(), path=path, keys=self._keys, options=self._options, own=own
         )
-    )
-    found = ranks.all_or_none(lambda: watch.timed("read", lambda: read(entries, catalog, what, verify, unseen)))
 
-    def apply() -> None:
-        fill(entries, what, found.buffers)
-        for key, value in what.values.items():
-            put(state_dict, entries[key].path, value)
+    # --- what is asked for ---
 
-    watch.timed("apply", apply)
-    return StateDictReport(
-        path,
-        len(what.wants),
-        found.nbytes,
-        found.bytes_read,
-        tuple(what.left),
-        tuple(what.unused),
-        watch.with_wait(),
-        {"digest": found.digest_seconds},
-    )
+    def _take(self, roles: Roles, only: Collection[str]) -> dict[str, _OfName]:
+        """The tensors and single values by name; fills in ``named``."""
+        catalog = self._catalog
+        own, shared = own_values(catalog), shared_values(catalog)
+        asked = {**roles.tensors, **roles.scalars}
+        names = match(catalog, [name for name, _ in asked.values()], copies=True)
+        out: dict[str, _OfName] = {}
+        for key, (name, state) in asked.items():
+            if key not in only:
+                continue
+            is_tensor = self._entries[key].shape is not None
+            source = names.get(name)
+            if source is not None and is_tensor and (source, state) in catalog.tensors:
+                out.setdefault(name, _OfName()).tensors[state] = key
+            elif source is not None and state in catalog.parameters[source].scalars and self._is_single(key):
+                out.setdefault(name, _OfName()).values[state] = key
+            elif is_tensor and isinstance(own.get(key), torch.Tensor):
+                self.named[key] = local_tensor(self._entries[key].value)
+                continue
+            elif is_tensor and (key, PARAM) in catalog.tensors:
+                name, state = key, PARAM
+                out.setdefault(name, _OfName()).tensors[state] = key
+            elif not is_tensor and key in shared:
+                self.named[key] = self._entries[key].value
+                continue
+            elif is_tensor and key in roles.tensors:
+                out.setdefault(name, _OfName()).tensors[state] = key
+            else:
+                out.setdefault(name, _OfName()).values[state] = key
+            self._keys[name, state] = key
+        self.named.update((key, self._entries[key].value) for key in roles.values if key in only)
+        return out
 
+    def _is_single(self, key: str) -> bool:
+        shape = self._entries[key].shape
+        return shape is None or numel(shape) == 1
 
-def _planned(
-    state_dict: Mapping[str, Any],
-    path: str,
-    catalog: Catalog,
-    allow_missing: Sequence[str],
-    allow_unused: Sequence[str] | None,
-    blank: Collection[str],
-) -> tuple[dict[str, StateEntry], Plan]:
-    entries = flatten(state_dict)
-    what = plan(entries, assign(entries, complete=False), catalog)
-    missing = [key for key in what.missing if not _allowed(key, allow_missing)]
-    unused = [] if allow_unused is None else [key for key in what.unused if not _allowed(key, allow_unused)]
-    what.left.extend(key for key in what.missing if key not in missing)
-    missing += [key for key in what.left if key in blank]
-    parts = []
-    if what.wrong:
-        parts.append(f"{len(what.wrong)} do not fit: {_shown(what.wrong)}")
-    if missing:
-        listed = [f"'{key}'{_why_missing(key, catalog)}" for key in missing]
-        parts.append(f"{len(missing)} are not in the checkpoint: {_shown(listed)} (allow_missing=[...] leaves them)")
-    if unused:
-        parts.append(
-            f"{len(unused)} of the checkpoint would stay unused: {_shown(unused)} (allow_unused=[...] allows it)"
+    def _untie(self, asked: dict[str, _OfName], roles: Roles) -> dict[str, str]:
+        """Take out the further names of tensors that are one memory; returns these -> the name that stays, which is one
+        that the checkpoint has."""
+        same: dict[Any, list[str]] = {}
+        views: dict[tuple[int, int], Any] = {}
+        for name, found in asked.items():
+            key = found.tensors.get(PARAM)
+            memory = None if key is None else storage_key(self._entries[key].value)
+            if key is None or memory is None:
+                continue
+            same.setdefault(memory, []).append(name)
+            local = local_tensor(self._entries[key].value)
+            if local.numel() and views.setdefault((local.data_ptr(), local.nbytes), memory) != memory:
+                other = self._keys[same[views[local.data_ptr(), local.nbytes]][0], PARAM]
+                raise Unsupported(
+                    f"'{other}' and '{key}' of the state dict are one memory seen in two ways; leave one of them out"
+                )
+        out: dict[str, str] = {}
+        for together in same.values():
+            if len(together) > 1:
+                known = match(self._catalog, together, copies=True)
+                owner, *others = sorted(together, key=lambda name: (name not in known, name not in roles.trained))
+                for name in others:
+                    out[name] = owner
+                    del asked[name].tensors[PARAM]
+                    if not asked[name].tensors and not asked[name].values:
+                        del asked[name]
+        return out
+
+    def _groups(self, roles: Roles, only: Collection[str]) -> list[Group]:
+        options: dict[str, dict[str, Any]] = {group: {} for group in roles.groups}
+        order = {group: index for index, group in enumerate(roles.groups)}
+        for key, (group, option) in roles.options.items():
+            if option not in OWN_OPTIONS and key in only:
+                value = self._entries[key].value
+                options[group][option] = local_tensor(value) if isinstance(value, torch.Tensor) else value
+                self._options[order[group], option] = key
+        return [Group(names, options[group], None, takes=frozenset()) for group, names in roles.groups.items()]
+
+    def _slot(self, key: int, name: str, asked: _OfName) -> Slot:
+        places = dict(self._places(asked))
+        base = places.get(PARAM) or next(iter(places.values()), None)
+        states = {state: place.dtype for state, place in places.items() if state != PARAM}
+        values = {state: self._dtype(entry) for state, entry in asked.values.items()}
+        every = {**asked.tensors, **asked.values}
+        blank = frozenset(state for state, entry in every.items() if self._blank and entry in self._unseen)
+        wanted = Asked(frozenset(asked.tensors), values, blank)
+        if base is None:
+            return Slot(key, "parameter", 0, "", (Member(name, (), empty(0)),), asked=wanted)
+        placed = {
+            state: Placement(place.length, (place.blocks,), (place.holders,), place.shape)
+            for state, place in places.items()
+            if place is not base and not place.lies_as(base)
+        }
+        member = Member(name, base.shape, base.blocks)
+        return Slot(
+            key, "parameter", base.length, base.dtype, (member,), None, states, placed, base.holders, asked=wanted
         )
-    if parts:
-        raise Mismatch(
-            f"{path}: nothing was loaded, since what is asked for is not what the checkpoint has; {'; '.join(parts)}"
-        )
-    return entries, what
 
-
-def _allowed(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) or fnmatchcase(key.partition(":")[0], pattern) for pattern in patterns)
-
-
-def _why_missing(key: str, catalog: Catalog) -> str:
-    saved = catalog.training_state.extra.get("ranks", ())
-    if any(key in own.get(VALUES, {}) for own in saved):
-        return f" (each of {len(saved)} ranks has its own, and {ranks.world_size()} load)"
-    return ""
-
-
-def _shown(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
-def plan(entries: Mapping[str, StateEntry], roles: Roles, catalog: Catalog) -> Plan:
-    """Everything that a load will do on this rank; talks to nobody."""
-    what = Plan()
-    asked = [name for name, _ in (*roles.tensors.values(), *roles.scalars.values())]
-    names = _names(catalog, [*asked, *(name for group in roles.groups.values() for name in group)])
-    own, shared = _own(catalog), catalog.training_state.extra.get(VALUES, {})
-    used: set[tuple[str, str]] = set()
-    for key, (name, state) in {**roles.tensors, **roles.scalars}.items():
-        source = names.get(name)
-        entry = entries[key]
-        if source is not None and (source, state) in catalog.tensors and entry.shape is not None:
-            used.add((source, state))
-            _want(what, key, entry, catalog, (source, state))
-        elif source is not None and state in catalog.parameters[source].scalars:
-            _scalar(what, key, entry, catalog.parameters[source].scalars[state])
-        elif isinstance(own.get(key), torch.Tensor) and entry.shape is not None:
-            _take_own(what, key, entry, own[key])
-        elif (key, PARAM) in catalog.tensors and entry.shape is not None:
-            used.add((key, PARAM))
-            _want(what, key, entry, catalog, (key, PARAM))
-        elif key in shared and entry.shape is None:
-            what.values[key] = shared[key]
-        else:
-            what.missing.append(key)
-    _options(what, entries, roles, catalog, names)
-    for key in roles.values:
-        if key in own or key in shared:
-            what.values[key] = own[key] if key in own else shared[key]
-        else:
-            what.missing.append(key)
-    for name, state in catalog.tensors:
-        if (name, state) not in used:
-            what.unused.append(name if state == PARAM else f"{name}:{state}")
-    what.unused.extend(key for key in shared if key not in what.values)
-    return what
-
-
-def _names(catalog: Catalog, asked: list[str]) -> dict[str, str]:
-    """The checkpoint's name for each of these; two that are tied there have the same."""
-    owners = {alias: info.name for info in catalog.parameters.values() for alias in (info.name, *info.aliases)}
-    exact = {name: owners[name] for name in asked if name in owners}
-    return {**match(catalog, [name for name in dict.fromkeys(asked) if name not in exact]), **exact}
-
-
-def _own(catalog: Catalog) -> Mapping[str, Any]:
-    """What this rank had for itself when as many ranks saved; of other numbers, what all of them had alike."""
-    saved = [own.get(VALUES, {}) for own in catalog.training_state.extra.get("ranks", ())]
-    if len(saved) == ranks.world_size():
-        return saved[ranks.rank()]
-    return {}
-
-
-def _want(what: Plan, key: str, entry: StateEntry, catalog: Catalog, source: tuple[str, str]) -> None:
-    tensor = catalog.tensors[source]
-    dtype = from_torch(entry.value.dtype)
-    if tensor.shape != entry.shape:
-        what.wrong.append(f"'{key}' is {list(tensor.shape)} in the checkpoint and {list(entry.shape or ())} here")
-    elif tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
-        what.wrong.append(f"'{key}' is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
-    else:
-        what.wants[key] = Want(tensor, blocks_of(key, entry.value), dtype)
-
-
-def _scalar(what: Plan, key: str, entry: StateEntry, value: Any) -> None:
-    if entry.shape is None:
-        what.values[key] = value
-    elif numel(entry.shape) != 1 or not _holds(entry.value.dtype, value):
-        what.wrong.append(f"'{key}' is the value {value!r} in the checkpoint, which {entry.value.dtype} does not hold")
-    else:
-        what.fills[key] = value
-
-
-def _holds(dtype: torch.dtype, value: Any) -> bool:
-    """Whether a tensor of this type can have exactly this value."""
-    if not isinstance(value, (bool, int, float)):
-        return False
-    return value != value or torch.tensor(value, dtype=torch.float64).to(dtype).item() == value
-
-
-def _take_own(what: Plan, key: str, entry: StateEntry, value: torch.Tensor) -> None:
-    local = local_tensor(entry.value)
-    if value.shape != local.shape or value.dtype != local.dtype:
-        what.wrong.append(
-            f"'{key}' is {value.dtype} {list(value.shape)} in the checkpoint and {local.dtype} {list(local.shape)} here"
-        )
-    else:
-        what.own[key] = value
-
-
-def _options(
-    what: Plan, entries: Mapping[str, StateEntry], roles: Roles, catalog: Catalog, names: Mapping[str, str]
-) -> None:
-    """Hyperparameters, from the checkpoint's groups that hold the same parameters."""
-    groups = catalog.training_state.param_groups
-    owner = {name: index for index, group in enumerate(groups) for name in group.names}
-    for key, (group, option) in roles.options.items():
-        if option in OWN_OPTIONS:
-            continue
-        origins = sorted({owner[names.get(n, n)] for n in roles.groups[group] if names.get(n, n) in owner})
-        found = [options[option] for index in origins if option in (options := groups[index].options or {})]
-        if not found or len(found) < len(origins):
-            what.left.append(key)
-        elif any(not _same(value, found[0]) for value in found[1:]):
-            differing = _shown([*map(repr, found)])
-            what.wrong.append(f"'{key}' is for parameters of the checkpoint's groups {origins}, which have {differing}")
-        else:
-            _option(what, key, entries[key], found[0])
-
-
-def _option(what: Plan, key: str, entry: StateEntry, value: Any) -> None:
-    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    if entry.shape is not None:
-        _scalar(what, key, entry, number)
-    elif isinstance(entry.value, tuple) and isinstance(value, list):
-        what.values[key] = tuple(value)
-    else:
-        what.values[key] = number
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
-
-
-@dataclass
-class Read:
-    """This rank's shards, in host memory, and what bringing them there took. buffers: those that are to be copied into
-    their tensors. nbytes: of all; bytes_read: of the files."""
-
-    buffers: dict[str, torch.Tensor]
-    nbytes: int
-    bytes_read: int
-    digest_seconds: float
-
-
-def read(
-    entries: Mapping[str, StateEntry], catalog: Catalog, what: Plan, verify: bool = True, unseen: Collection[str] = ()
-) -> Read:
-    """Read this rank's shards: of entries named in ``unseen`` into their tensors, where these are dense host memory.
-
-    Raises what reading raises.
-    """
-    locals_ = {key: local_tensor(entries[key].value) for key in what.wants}
-    straight = {key for key, local in locals_.items() if key in unseen and _is_dense_in_host(local)}
-    sizes = {key: local.numel() * local.element_size() for key, local in locals_.items() if key not in straight}
-    pages = Memory()
-    pages.ready(locals_[key] for key in straight)
-    starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())]).tolist()
-    memory = pages.take(starts[-1])
-    buffers = {
-        key: memory[start : start + size].view(locals_[key].dtype)
-        for start, (key, size) in zip(starts, sizes.items(), strict=False)
-    }
-    raw = [buffers.get(key, local).reshape(-1).view(torch.uint8).numpy() for key, local in locals_.items()]
-    wants = [
-        Want(want.tensor, want.blocks.in_buffer(index), want.dtype) for index, want in enumerate(what.wants.values())
-    ]
-    total = sum(map(nbytes_of, wants))
-    with Files() as files, watching("loading", lambda: files.bytes_read, total, ranks.rank() == 0):
-        reader = Reader(catalog, files, verify)
-        nbytes = gather(reader, wants, raw, reading_threads())
-        _check_tied(locals_, raw)
-        return Read(buffers, nbytes, files.bytes_read, reader.digest_seconds)
-
-
-def _is_dense_in_host(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
-def _check_tied(locals_: Mapping[str, torch.Tensor], raw: Sequence[NDArray[np.uint8]]) -> None:
-    """Raise Mismatch where entries that are one memory (a tied parameter's two names) would get different values."""
-    first: dict[tuple[int, int], tuple[str, NDArray[np.uint8]]] = {}
-    for (key, local), values in zip(locals_.items(), raw, strict=True):
-        other, others = first.setdefault((local.data_ptr(), len(values)), (key, values))
-        if other != key and not np.array_equal(values, others):
-            raise Mismatch(
-                f"nothing was loaded: '{key}' and '{other}' are one tensor here, and the checkpoint has different "
-                "values for them; leave one of them out of the state dict"
+    def _places(self, asked: _OfName) -> Iterator[tuple[str, _Place]]:
+        for state, key in asked.tensors.items():
+            tensor = self._entries[key].value
+            yield (
+                state,
+                _Place(
+                    tuple(tensor.shape),
+                    local_tensor(tensor).numel(),
+                    blocks_of(key, tensor),
+                    holders_of(tensor, self._world),
+                    from_torch(tensor.dtype),
+                ),
             )
 
+    def _dtype(self, key: str) -> str | None:
+        value = self._entries[key].value
+        return from_torch(value.dtype) if isinstance(value, torch.Tensor) else None
 
-@torch.no_grad()
-def fill(entries: Mapping[str, StateEntry], what: Plan, buffers: dict[str, torch.Tensor]) -> None:
-    """Copy what was read into the tensors of the state dict; ``buffers`` is empty afterwards."""
-    for key in list(buffers):
-        local = local_tensor(entries[key].value)
-        local.copy_(buffers.pop(key).view(local.shape))
-    for key, value in what.fills.items():
-        local_tensor(entries[key].value).fill_(value)
-    for key, tensor in what.own.items():
-        local_tensor(entries[key].value).copy_(tensor)
+    # --- as a target ---
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of([entry.value for entry in self._entries.values()], self._world)
+
+    def _key(self, key: int, state: str) -> str:
+        """The flat name of what a slot asks for."""
+        return self._keys[self.slots[key].members[0].name, state]
+
+    def _has(self, name: str) -> bool:
+        return self._keys[name, PARAM] in self.filled
+
+    def _local(self, key: int, state: str) -> torch.Tensor:
+        return local_tensor(self._entries[self._key(key, state)].value)
+
+    def room(self, key: int, state: str) -> torch.Tensor | None:
+        if self._key(key, state) not in self._unseen:
+            return None
+        local = self._local(key, state)
+        return local.reshape(-1) if local.device.type == "cpu" and local.is_contiguous() else None
+
+    def current(self, key: int, state: str) -> torch.Tensor | None:
+        return self._local(key, state).cpu().reshape(-1).clone()
+
+    def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
+        """Nothing: the plan has compared all that a state dict asks for."""
+
+    @torch.no_grad()
+    def apply(self, loaded: Loaded) -> None:
+        """Fill the tensors; other values are kept for `put_values`."""
+        for (key, state), tensor in loaded.tensors.items():
+            local = self._local(key, state)
+            self.filled.add(self._key(key, state))
+            if local.data_ptr() != tensor.data_ptr():
+                local.copy_(tensor.view(local.shape))
+        self.filled.update(self._keys[name, PARAM] for name, owner in self.tied.items() if self._has(owner))
+        for key, values in loaded.scalars.items():
+            for state, value in values.items():
+                self._set(self._key(key, state), value)
+        for index, options in loaded.options.items():
+            for option, value in options.items():
+                self._set(self._options[index, option], value)
+        for entry, value in loaded.named.items():
+            self._set(entry, value)
+
+    def _set(self, key: str, value: Any) -> None:
+        if self._entries[key].shape is None:
+            self.values[key] = value
+            return
+        local = local_tensor(self._entries[key].value)
+        self.filled.add(key)
+        if isinstance(value, torch.Tensor):
+            local.copy_(value)
+        else:
+            local.fill_(value)
+
+    def put_values(self, state_dict: dict[str, Any]) -> None:
+        """Set the values that are no tensors in the state dict that the entries are of."""
+        for key, value in self.values.items():
+            put(state_dict, self._entries[key].path, value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A tensor of the state dict on this rank; length: in elements."""
+
+    shape: Shape
+    length: int
+    blocks: Blocks
+    holders: tuple[int, ...]
+    dtype: str
+
+    def lies_as(self, other: _Place) -> bool:
+        """Known of shards that are arranged once for all tensors cut alike."""
+        return self.blocks is other.blocks and (self.shape, self.holders) == (other.shape, other.holders)

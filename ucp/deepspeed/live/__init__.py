@@ -19,14 +19,26 @@ from ucp.deepspeed.live.stage12 import Stage12
 from ucp.deepspeed.live.state import check_state, restore_state
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
+from ucp.loading.refusals import Words
 from ucp.loading.target import Group, Loaded, Slot
 from ucp.parallel.mesh import Layout
 from ucp.saving.source import Source
 from ucp.spec.select import Choice
 
+WORDS = Words(
+    "the engine",
+    '"ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}',
+    "not even load_module_strict=False resumes from that (load_module_only=True takes the weights that are)",
+)
+
 
 class LiveEngine:
     """The training state of one rank of a DeepSpeed engine. Built anew for every load: engines change."""
+
+    words = WORDS
+    copies = False
+    named = None
+    keeps_memory = True
 
     def __init__(self, engine: Any, *, load_lr_scheduler: bool = True) -> None:
         self.engine = engine
@@ -93,6 +105,10 @@ class LiveEngine:
         if self._placed is None:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
+
+    def room(self, key: int, state: str) -> torch.Tensor | None:
+        """Nowhere: the masters and states that the engine has are in use."""
+        return None
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         found = self.live(key)[0] if state == "param" else self.live(key)[1].get(state)

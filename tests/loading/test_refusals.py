@@ -1,0 +1,139 @@
+"""A refusal speaks of its target in that target's own words: of an engine, of a state dict, of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ucp
+from tests.saving.parts import FakeTarget, Saved, catalog, slot, target
+from ucp.catalog import ParamGroup
+from ucp.errors import BadArgument, Mismatch
+from ucp.loading.load import LoadReport, load
+from ucp.loading.match import Wish, plan
+from ucp.loading.target import Target
+from ucp.torchdist.state_dicts import flatten
+from ucp.torchdist.target import StateDictTarget
+
+ENGINES = ("the engine", '"ucp"', "load_module_strict", "param group 0")
+"""What a refusal about a state dict never says."""
+
+
+def state_dict(**model: torch.Tensor) -> dict[str, Any]:
+    states = {name: {"exp_avg": torch.zeros_like(t), "step": torch.tensor(0.0)} for name, t in model.items()}
+    groups = [{"params": list(model), "lr": 0.5}]
+    return {"model": dict(model), "optim": {"state": states, "param_groups": groups}}
+
+
+def both(saved: Mapping[str, Saved], here: Mapping[str, tuple[int, ...]], **options: Any) -> tuple[str, str]:
+    """What is said where this is saved and that is to be filled: of an engine, and of a state dict."""
+    found = catalog(saved, **options)
+    members: FakeTarget = target(slot(0, here))
+    entries = flatten(state_dict(**{name: torch.zeros(shape) for name, shape in here.items()}))
+    texts = []
+    targets: list[Target] = [members, StateDictTarget("runs/one", entries, found)]
+    for one in targets:
+        with pytest.raises(Mismatch) as caught:
+            plan(found, one, Wish())
+        texts.append(str(caught.value))
+    assert texts[0].startswith("nothing was loaded: the checkpoint (dp=2,zero=1) and the engine (dp=1,zero=3) do not")
+    assert texts[1].startswith("runs/one: nothing was loaded, since what is asked for is not what the checkpoint has")
+    assert not any(word in texts[1] for word in ENGINES)
+    return texts[0], texts[1]
+
+
+def test_what_is_missing() -> None:
+    of_engine, of_state_dict = both({"a": Saved()}, {"a": (2, 3), "b": (4,)})
+    assert "1 would stay unrestored: parameter 'b' [4]; " in of_engine
+    names = "'model.b', 'optim.state.b.exp_avg', 'optim.state.b.step'"
+    assert f"3 are not in the checkpoint: {names}; " in of_state_dict
+    assert of_state_dict.endswith("; allow_missing=[...] leaves what is missing as it is")
+
+
+def test_what_is_unused() -> None:
+    of_engine, of_state_dict = both({"a": Saved(), "b": Saved((4,))}, {"a": (2, 3)})
+    assert "1 of the checkpoint would stay unused: parameter 'b' [4]; " in of_engine
+    assert "2 of the checkpoint would stay unused: a:exp_avg_sq, b" in of_state_dict
+
+
+def test_other_shapes_and_element_types() -> None:
+    of_engine, of_state_dict = both({"a": Saved((3, 2))}, {"a": (2, 3)})
+    assert "1 do not fit: parameter 'a' [2, 3] has shape [3, 2] in the checkpoint" in of_engine
+    assert "'model.a' is [3, 2] in the checkpoint and [2, 3] here" in of_state_dict
+    of_engine, of_state_dict = both({"a": Saved(dtype="float64")}, {"a": (2, 3)})
+    lost = "is float64 in the checkpoint and float32 here, which would lose bits"
+    assert f"parameter 'a' [2, 3] {lost}" in of_engine
+    assert f"'model.a' {lost}" in of_state_dict
+
+
+def test_groups_that_do_not_agree() -> None:
+    groups = [ParamGroup(("a",), {"lr": 0.1}), ParamGroup(("b",), {"lr": 0.2})]
+    of_engine, of_state_dict = both({"a": Saved(), "b": Saved()}, {"a": (2, 3), "b": (2, 3)}, groups=groups)
+    assert (
+        "param group 0 here holds parameters of the checkpoint's groups 0 and 1, whose 'lr' differ (0.1 and 0.2)"
+        in (of_engine)
+    )
+    assert "'optim.param_groups.0.lr' is for parameters of the checkpoint's groups [0, 1], which have 0.1, 0.2" in (
+        of_state_dict
+    )
+
+
+def test_nothing_is_advised_where_no_permission_helps() -> None:
+    of_engine, of_state_dict = both({"a": Saved((3, 2), states=("exp_avg",))}, {"a": (2, 3)})
+    assert "allow" not in of_state_dict
+    assert "to load all the same" in of_engine  # of a state that is missing besides
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    ucp.save(state_dict(a=torch.ones(2, 3), b=torch.ones(4)), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_reports_have_the_same_fields(saved: Path) -> None:
+    """Of a state dict, of a model with its optimizer, and of any other target."""
+    state = state_dict(a=torch.zeros(2, 3))
+    report = ucp.load(state, saved)
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
+    training = ucp.load_training(saved, model=model)
+    for one, tensors, unused in (
+        (report, 2, ("b",)),
+        (training.tensors, 2, ("a:exp_avg", "b:exp_avg")),
+    ):
+        assert type(one) is LoadReport
+        assert (one.path, one.tensors, one.left, one.read_once) == (str(saved), tensors, (), False)
+        assert set(one.unused) == set(unused)
+        assert (one.source, one.target) == ("universal dp=1,zero=0", "dp=1,zero=0")
+        assert set(one.seconds) == {"open", "plan", "read", "apply", "wait"}
+        assert str(one).startswith(f"restored {tensors} tensors (")
+        assert str(one).endswith(f"({saved})")
+    assert report.nbytes == 2 * 6 * 4
+    assert report.bytes_read >= report.nbytes
+
+
+def test_patterns_may_be_flat_names_or_parameters_names(saved: Path) -> None:
+    """allow_missing and allow_unused take the same spellings."""
+    for pattern in ("model.c", "c", "model.[c-z]"):
+        state = {"model": {"a": torch.zeros(2, 3), "c": torch.full((2,), 7.0)}}
+        assert ucp.load(state, saved, allow_missing=[pattern]).left == ("model.c",)
+        assert (state["model"]["a"].sum(), state["model"]["c"].sum()) == (6, 14)
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(2, 3))
+    for pattern in ("b", "model.b", "[b]"):
+        assert "b" in ucp.load_training(saved, model=model, allow_unused=[pattern]).tensors.unused
+    with pytest.raises(Mismatch, match=r"1 of the checkpoint would stay unused: b; .*allow_unused=\[\.\.\.\]"):
+        ucp.load_training(saved, model=model, allow_unused=["a", "model.c"])
+
+
+def test_reading_once_is_never_auto(saved: Path) -> None:
+    state = {"model": {"a": torch.zeros(2, 3)}}
+    with pytest.raises(BadArgument, match="read_once is True, False or 'adaptive'; found 'auto'"):
+        ucp.load(state, saved, read_once="auto")
+    with pytest.raises(BadArgument, match="read_once"):
+        load(catalog({}), target(), Wish(), read_once="once")
+    assert not state["model"]["a"].any()

@@ -1,0 +1,147 @@
+"""Hyperparameters of param groups, and values that a checkpoint keeps by name, for a live training state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ucp.catalog import Catalog, ParamGroup
+from ucp.formats.shared.roles import VALUES
+from ucp.job import ranks
+from ucp.loading.refusals import VALUE, Findings, Item
+from ucp.loading.target import Group, Target
+from ucp.storage.dtypes import from_torch, to_torch
+
+# What a param group says of its implementation or its identity rather than of the training: always the target's.
+OWN_OPTIONS = frozenset(
+    ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "step", "name", "moe", "use_muon")
+)
+
+
+def match_options(
+    catalog: Catalog, target: Target, names: Mapping[str, str], found: Findings
+) -> tuple[dict[int, Mapping[str, Any]], dict[int, int]]:
+    """Each live group's hyperparameters, from the checkpoint's groups that hold the same parameters; and of each live
+    group with a single such group that one's index.
+
+    names: live name -> the checkpoint's.
+    """
+    saved = catalog.training_state.param_groups
+    owner = {name: index for index, group in enumerate(saved) for name in group.names}
+    options: dict[int, Mapping[str, Any]] = {}
+    sources: dict[int, int] = {}
+    for index, group in enumerate(target.groups):
+        # A group may name parameters that it asks nothing else of: they are called alike in the checkpoint.
+        known = (names.get(name, name) for name in group.names)
+        origins = sorted({owner[name] for name in known if name in owner})
+        taken = _of_origins(saved, origins, index, group, found)
+        if taken is not None:
+            options[index] = taken
+            if len(origins) == 1:
+                sources[index] = origins[0]
+    return options, sources
+
+
+def _of_origins(
+    saved: Sequence[ParamGroup], origins: Sequence[int], index: int, group: Group, found: Findings
+) -> dict[str, Any] | None:
+    """What a live group takes of the checkpoint's groups, which have to agree; None where it keeps its own."""
+    wanted = sorted({*group.options, *group.takes} - OWN_OPTIONS)
+    kept = [options for i in origins if (options := saved[i].options) is not None]
+    if not origins or len(kept) < len(origins):
+        why = "this checkpoint (an elastic one) recorded none" if origins else "the checkpoint has none for it"
+        if group.names:
+            _keeps(index, wanted, group, why, found)
+        return None
+    out: dict[str, Any] = {}
+    for option in wanted:
+        values = [options.get(option) for options in kept]
+        first = next((k for k, value in enumerate(values) if not _same(value, values[0])), None)
+        if first is not None:
+            shown = [origins[0], origins[first]]
+            found.wrong.append(found.words.other_options(index, option, shown, [values[0], values[first]]))
+        elif option in kept[0]:
+            out[option] = _fitting(index, option, group.options.get(option), kept[0][option], found)
+    _keeps(index, [option for option in wanted if option not in kept[0]], group, "", found)
+    return out
+
+
+def _keeps(index: int, options: Sequence[str], group: Group, why: str, found: Findings) -> None:
+    """A group's hyperparameters stay as they are; why: for all of them."""
+    labels = [label for o in options if o in group.options and (label := found.words.option(index, o)) is not None]
+    found.left.extend(labels)
+    if why and not labels:
+        found.notes.append(f"param group {index} keeps its own hyperparameters: {why}")
+
+
+def _fitting(index: int, option: str, live: Any, value: Any, found: Findings) -> Any:
+    """The value in the form that the live one has."""
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(live, torch.Tensor):
+        dtype = from_torch(live.dtype)
+        if live.numel() != 1 or not holds(dtype, number):
+            found.wrong.append(found.words.not_held(found.words.option_of(index, option), number, dtype))
+        return number
+    return tuple(number) if isinstance(live, tuple) and isinstance(number, list) else number
+
+
+def holds(dtype: str, value: Any) -> bool:
+    """Whether a tensor of this element type can have exactly this value."""
+    if not isinstance(value, (bool, int, float)):
+        return False
+    return value != value or torch.tensor(value, dtype=torch.float64).to(to_torch(dtype)).item() == value
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
+
+
+def own_values(catalog: Catalog) -> Mapping[str, Any]:
+    """What this rank had for itself, where as many ranks saved."""
+    saved = [own.get(VALUES, {}) for own in catalog.training_state.extra.get("ranks", ())]
+    return saved[ranks.rank()] if len(saved) == ranks.world_size() else {}
+
+
+def shared_values(catalog: Catalog) -> Mapping[str, Any]:
+    """What all ranks had alike, beside the tensors."""
+    found: Mapping[str, Any] = catalog.training_state.extra.get(VALUES, {})
+    return found
+
+
+def match_named(
+    catalog: Catalog,
+    target: Target,
+    found: Findings,
+    may_miss: Callable[[str], bool],
+    may_leave: Callable[[str], bool],
+) -> dict[str, Any]:
+    """The values that the target asks for by name: this rank's own before those that all ranks had."""
+    own, shared = own_values(catalog), shared_values(catalog)
+    asked = target.named
+    if asked is None:
+        found.spared.extend(shared)
+        return {}
+    out: dict[str, Any] = {}
+    for key, live in asked.items():
+        if key in own:
+            out[key] = own[key]
+            _check_own(key, live, own[key], found)
+        elif key in shared:
+            out[key] = shared[key]
+        else:
+            found.lacks(Item("value", key, (), VALUE), may_miss(key))
+    for key in shared:
+        if key not in out:
+            found.leaves(Item("value", key, (), VALUE), may_leave(key))
+    return out
+
+
+def _check_own(key: str, live: Any, value: Any, found: Findings) -> None:
+    """A tensor of this rank alone is filled, and so has to be of the same kind."""
+    if not isinstance(live, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return
+    if (value.shape, value.dtype) != (live.shape, live.dtype):
+        there, here = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (value, live))
+        found.wrong.append(f"'{key}' is {there} in the checkpoint and {here} here")

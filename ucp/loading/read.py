@@ -1,0 +1,89 @@
+"""Read what a plan wants of a checkpoint's files, this rank's part of it, into host memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ucp.job import ranks
+from ucp.loading import exchange
+from ucp.loading.host_memory import Memory
+from ucp.loading.match import Entry, LoadPlan
+from ucp.loading.target import Slot, Target
+from ucp.progress import watching
+from ucp.storage.dtypes import itemsize, to_torch
+from ucp.storage.files import Files
+from ucp.transfer.gather import Bytes, Reader, Want, gather
+
+
+@dataclass(frozen=True)
+class Reading:
+    """This rank's reading of what a plan wants."""
+
+    reader: Reader
+    files: Files
+    target: Target
+    what: LoadPlan
+    threads: int
+
+    def run(self, sharing: exchange.Sharing | None) -> dict[Entry, torch.Tensor]:
+        """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Of what is
+        shared this rank's part is filled in, and the rest is zero."""
+        parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
+        tensors = self._memory(parts)
+        buffers: list[Bytes] = []
+        wants: list[Want] = []
+        for entry, found in self.what.wants.items():
+            wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
+            buffers.append(tensors[entry].view(torch.uint8).numpy())
+        before = self.files.bytes_read
+        total = sum(exchange.nbytes_of(want) for want in wants)
+        with watching("loading", lambda: self.files.bytes_read - before, total, ranks.rank() == 0):
+            gather(self.reader, wants, buffers, self.threads)
+        return tensors
+
+    def _memory(self, parts: Mapping[Entry, object]) -> dict[Entry, torch.Tensor]:
+        """A flat tensor for each entry, in the plan's order: the slot's own memory where that may be read into."""
+        slots = {slot.key: slot for slot in self.target.slots}
+        memory = Memory()
+        tensors: dict[Entry, torch.Tensor] = {}
+        fresh: dict[Entry, int] = {}
+        straight: list[torch.Tensor] = []
+        for entry, wants in self.what.wants.items():
+            key, state, dtype = entry
+            room = self.target.room(key, state)
+            if room is not None:
+                straight.append(room)
+                tensors[entry] = room
+            elif (kept := self._present(slots[key], entry, len(wants))) is not None:
+                tensors[entry] = kept
+            else:
+                fresh[entry] = slots[key].placement(state).length * itemsize(dtype)
+        memory.ready(straight)
+        for entry in tensors.keys() & parts.keys():
+            tensors[entry].zero_()
+        made = map(memory.take, fresh.values()) if self.target.keeps_memory else memory.take_all(list(fresh.values()))
+        for entry, raw in zip(fresh, made, strict=True):
+            tensors[entry] = raw.view(to_torch(entry[2]))
+        return tensors
+
+    def _present(self, slot: Slot, entry: Entry, count: int) -> torch.Tensor | None:
+        """What the slot holds now, where some of its members are not brought; None where it holds nothing."""
+        if count == len(slot.members):
+            return None
+        current = self.target.current(slot.key, entry[1])
+        return None if current is None else current.to(to_torch(entry[2]))
+
+    def sample(self, wants: list[Want], buffer: Bytes) -> int:
+        """Read some, to see how fast that is; returns the bytes."""
+        return gather(self.reader, wants, [buffer], self.threads)
+
+
+def reading_threads() -> int:
+    """Reading threads for this process: the machine's processors over the ranks on it, at most 8, and at least 2, so
+    that one reads on while another waits for a disk."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    return max(2, min(8, (os.cpu_count() or 1) // max(local, 1)))

@@ -1,0 +1,191 @@
+"""What keeps a checkpoint from fitting a target, and the one sentence that says so in the target's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import Mismatch
+from ucp.geometry import Shape
+
+PARAM = "param"
+VALUE = "value"
+"""In the place of a state: a value that belongs to no parameter."""
+SHOWN = 8
+"""Items of a list that a refusal names; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A weight, an optimizer state or a single value, of the live side or of the checkpoint.
+
+    kind: as of slots. state: 'param' for the weight. note: what to say beside its name.
+    """
+
+    kind: str
+    name: str
+    shape: Shape
+    state: str = PARAM
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a target is spoken of. A target that calls things otherwise derives a class of its own.
+
+    whole: what is filled. allow: how a caller says what may be left. unstrict: what to add where not even a caller who
+    wants no strictness can resume.
+    """
+
+    whole: str
+    allow: str
+    unstrict: str = ""
+
+    unrestored = "would stay unrestored"
+
+    def opening(self, checkpoint: object, here: object) -> str:
+        """How a refusal begins; checkpoint, here: the layouts."""
+        return f"nothing was loaded: the checkpoint ({checkpoint}) and {self.whole} ({here}) do not match"
+
+    def advice(self) -> str:
+        """How it ends."""
+        return f"to load all the same, name them in {self.allow}"
+
+    def label(self, name: str, state: str) -> str:
+        """A weight or state in one word, for reports."""
+        return named(name, state)
+
+    def spellings(self, name: str, state: str) -> Sequence[str]:
+        """What the caller's patterns may call it; a parameter's name is its states', too."""
+        return tuple(dict.fromkeys((name, named(name, state))))
+
+    def live(self, item: Item) -> str:
+        """One of the target's."""
+        if item.state != PARAM:
+            return f"optimizer state '{item.state}' of '{item.name}'{item.note}"
+        return f"{'buffer' if item.kind == 'buffer' else 'parameter'} '{item.name}' {list(item.shape)}{item.note}"
+
+    def saved(self, item: Item) -> str:
+        """One of the checkpoint's."""
+        return self.live(item)
+
+    def missing(self, items: Sequence[Item]) -> list[str]:
+        """The target's that the checkpoint lacks; one entry for each state, however many parameters it is of."""
+        return _by_state(items, self.live)
+
+    def unused(self, items: Sequence[Item]) -> list[str]:
+        """The checkpoint's that have no place in the target."""
+        return _by_state(items, self.saved)
+
+    def other_shape(self, item: Item, found: Shape) -> str:
+        return f"{self.live(item)} has shape {list(found)} in the checkpoint"
+
+    def other_options(self, group: int, option: str, origins: Sequence[int], values: Sequence[Any]) -> str:
+        """A param group holds parameters of several of the checkpoint's, which do not agree."""
+        listed, last = ", ".join(map(str, origins[:-1])), origins[-1]
+        shown = " and ".join(map(repr, values))
+        return (
+            f"param group {group} here holds parameters of the checkpoint's groups {listed} and {last}, whose "
+            f"'{option}' differ ({shown})"
+        )
+
+    def option(self, group: int, option: str) -> str | None:
+        """A hyperparameter in one word, for reports; None where reports do not list them one by one."""
+        return None
+
+    def not_held(self, what: str, value: Any, dtype: str) -> str:
+        return f"{what} is the value {value!r} in the checkpoint, which torch.{dtype} does not hold"
+
+    def value_of(self, item: Item) -> str:
+        """A single value that an optimizer keeps for a parameter."""
+        return f"'{item.state}' of '{item.name}'"
+
+    def option_of(self, group: int, option: str) -> str:
+        """A hyperparameter."""
+        return f"'{option}' of param group {group}"
+
+    def tied_differ(self, name: str, owner: str, states: str) -> str:
+        """The checkpoint has different values under two names of what is one parameter here."""
+        return (
+            f"nothing was loaded: '{name}' is tied to '{owner}' here, and the checkpoint has different values for them "
+            f"({states}); to load '{owner}' alone, name '{name}' in {self.allow}"
+        )
+
+
+def named(name: str, state: str) -> str:
+    """A weight, a state (``name:state``) or a value, in one word."""
+    return name if state in (PARAM, VALUE) else f"{name}:{state}"
+
+
+def _by_state(items: Sequence[Item], single: Any) -> list[str]:
+    out = [single(item) for item in items if item.state == PARAM or item.note]
+    by_state: dict[str, list[str]] = {}
+    for item in items:
+        if item.state != PARAM and not item.note:
+            by_state.setdefault(item.state, []).append(f"'{item.name}' {list(item.shape)}")
+    for state, names in by_state.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        out.append(f"optimizer state '{state}' of {', '.join(names[:3])}{more}")
+    return out
+
+
+@dataclass
+class Findings:
+    """What a comparison has found so far. missing, unused, wrong: what a refusal lists; left, spared: what stays as it
+    is and what is not read, by the caller's leave; tied: pairs that have to be equal; notes: what to tell besides."""
+
+    words: Words
+    missing: list[Item] = field(default_factory=list)
+    unused: list[Item] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    spared: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tied: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
+
+    def lacks(self, item: Item, allowed: bool) -> None:
+        """The checkpoint has no such thing of the target's."""
+        if allowed:
+            self.left.append(self.words.label(item.name, item.state))
+        else:
+            self.missing.append(item)
+
+    def leaves(self, item: Item, allowed: bool) -> None:
+        """The target has no place for such a thing of the checkpoint's."""
+        if allowed:
+            self.spared.append(named(item.name, item.state))
+        else:
+            self.unused.append(item)
+
+    def refuse(self, checkpoint: object, here: object) -> None:
+        """Raise Mismatch where anything does not fit; checkpoint, here: the layouts."""
+        parts = []
+        if self.wrong:
+            parts.append(f"{len(self.wrong)} do not fit: {listed(self.wrong)}")
+        if self.missing:
+            parts.append(f"{len(self.missing)} {self.words.unrestored}: {listed(self.words.missing(self.missing))}")
+        if self.unused:
+            shown = listed(self.words.unused(self.unused))
+            parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {shown}")
+        if self.missing or self.unused:
+            parts.append(self.words.advice())
+        if parts:
+            raise Mismatch("; ".join([self.words.opening(checkpoint, here), *parts]))
+
+
+def listed(items: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def allowed(spellings: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether any of these names is one that the patterns (as of a shell) mean."""
+    return any(fnmatchcase(name, pattern) for name in spellings for pattern in patterns)
+
+
+def values_text(scalars: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(scalars.items())) or "no values"

@@ -1,0 +1,155 @@
+"""Save the state dict of a torch.distributed program (FSDP2, HSDP, tensor parallelism, DDP, one process).
+
+    import ucp
+    state = {"model": model_state_dict, "optim": optimizer_state_dict, "epoch": epoch}
+    ucp.save(state, "runs/step-1000")          # as torch.distributed.checkpoint.save
+
+Every rank writes its own fragments. Parameters, optimizer states and hyperparameters are kept by the names of
+``torch.distributed.checkpoint.state_dict`` (nested or flattened), so what is saved here resumes under DeepSpeed, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ucp.errors import BadArgument, SaveFailed
+from ucp.job import ranks
+from ucp.job.timings import record_save
+from ucp.printable import logger
+from ucp.saving import commit
+from ucp.saving.background import Saver
+from ucp.saving.save import SaveReport
+from ucp.saving.save import save as save_source
+from ucp.saving.source import Source
+from ucp.saving.staging import MEMORY
+from ucp.torchdist.source import make_source
+from ucp.torchdist.state_dicts import unwrap
+
+log = logger(__name__)
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
+) -> SaveReport:
+    """Save a state dict as the checkpoint ``path``. Collective over all ranks; without a process group, one process.
+
+    state_dict: tensors, DTensors, Stateful objects and plain Python values, nested as one likes. What ranks call by one
+    name but have each for themselves (a tensor that is no DTensor, such as a random number generator's state) is kept
+    for each of them; it comes back where as many ranks load. timeout: seconds that the first rank waits for the others.
+    metrics: add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
+
+    A checkpoint at ``path`` is replaced in one rename once the new one is whole; until then, and after any failure, it
+    is as it was. Raises on every rank: Unsupported (by name, for what cannot be kept exactly), DestinationError,
+    SaveFailed (a rank failed, or ranks contradict each other).
+    """
+    return write(make_source(unwrap(state_dict)), path, timeout, metrics)
+
+
+def async_save(
+    state_dict: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    lazy: bool = False,
+    memory: int = MEMORY,
+    timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
+) -> PendingSave:
+    """As `save`, but return once everything is copied to host memory; a process of its own writes it.
+
+    lazy: return before that; then call ``hold()`` on what is returned before anything changes the tensors, so that
+    the copying is done beside forward and backward. memory: bytes of host memory that a rank's copies may take; it is
+    kept for the next save. A larger share is copied and written in turns, and the call or ``hold()`` waits for most of
+    that. One save at a time is under way: the next one waits for it first, and raises what went wrong with it. Leaving
+    the process waits, too.
+    """
+    source = make_source(unwrap(state_dict))
+    return write_in_background(source, path, lazy=lazy, memory=memory, timeout=timeout, metrics=metrics)
+
+
+def write(source: Source, path: str | os.PathLike[str], timeout: float, metrics: bool) -> SaveReport:
+    """Save what `make_source` made of a state dict. Collective."""
+    folder, name = split_path(path)
+    report = save_source(source, folder, name, latest=False, timeout=timeout)
+    if ranks.rank() == 0:
+        log.info("%s", report)
+    if metrics:
+        record_save(report, ranks.rank(), ranks.world_size())
+    return report
+
+
+@dataclass(eq=False)
+class PendingSave:
+    """A save that is under way in the background."""
+
+    path: str
+    _metrics: tuple[int, int] | None = None  # rank and world size, where timings are recorded
+    _report: SaveReport | None = None
+
+    def hold(self) -> None:
+        """Return once the tensors may be changed. Needed after a lazy save only."""
+        if self._report is None and _pending.get(self.path) is self:
+            _saver().hold()
+
+    def done(self) -> bool:
+        """Whether it has been finished, well."""
+        return self._report is not None
+
+    def result(self) -> SaveReport:
+        """Wait for it. Raises what went wrong with it; SaveFailed where that has been raised before."""
+        if self._report is None:
+            _saver().wait()
+        if self._report is None:
+            raise SaveFailed(f"{self.path}: was not saved; the error was raised before")
+        return self._report
+
+
+_background: Saver | None = None
+_pending: dict[str, PendingSave] = {}
+
+
+def _saver() -> Saver:
+    global _background
+    if _background is None:
+        _background = Saver(_finished)
+    return _background
+
+
+def _finished(report: SaveReport) -> None:
+    pending = _pending.pop(report.path, None)
+    if pending is not None:
+        pending._report = report
+        if pending._metrics is not None:
+            record_save(report, *pending._metrics)
+
+
+def write_in_background(
+    source: Source, path: str | os.PathLike[str], *, lazy: bool = False, memory: int, timeout: float, metrics: bool
+) -> PendingSave:
+    """As `write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
+    folder, name = split_path(path)
+    saver = _saver()
+    ranks.all_or_none(saver.wait)
+    saver.limit(memory)
+    recorded = (ranks.rank(), ranks.world_size()) if metrics else None
+    pending = PendingSave(os.path.join(os.path.abspath(folder), name), recorded)
+    _pending.clear()
+    _pending[pending.path] = pending
+    saver.save(source, folder, name, latest=False, timeout=timeout)
+    if not lazy:
+        saver.hold()
+    return pending
+
+
+def split_path(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The folder and the name of a checkpoint at this path. Raises BadArgument where it cannot be one."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if not name:
+        raise BadArgument(f"{os.fspath(path)}: cannot be a checkpoint; name a folder")
+    return folder, name

@@ -1,0 +1,295 @@
+"""Save and load all that a torch.distributed run needs to go on: a model and what belongs to it, in any layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.state_dict as api
+
+from ucp.catalog import Catalog, TrainingState
+from ucp.errors import Mismatch
+from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.job import data_loaders, generators, ranks
+from ucp.job.stopwatch import Stopwatch
+from ucp.loading.exchange import ADAPTIVE
+from ucp.loading.load import LoadReport
+from ucp.loading.load import load as load_target
+from ucp.loading.match import Wish
+from ucp.loading.name_match import bare
+from ucp.loading.spec_names import config_of
+from ucp.loading.target import Loaded
+from ucp.printable import logger
+from ucp.saving import commit
+from ucp.saving.save import SaveReport
+from ucp.saving.staging import MEMORY
+from ucp.torchdist.load import open_for, tell
+from ucp.torchdist.optimizers import (
+    OPTIMIZER,
+    Made,
+    Optimizers,
+    listed,
+    names_without_states,
+    set_states,
+    state_dict_of,
+)
+from ucp.torchdist.save import PendingSave, write, write_in_background
+from ucp.torchdist.source import make_source
+from ucp.torchdist.state_dicts import flatten
+from ucp.torchdist.target import StateDictTarget, StateDictWords
+
+log = logger(__name__)
+
+
+def save_training(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module,
+    optimizer: Optimizers = (),
+    lr_scheduler: Any = None,
+    dataloader: Any = None,
+    step: int | None = None,
+    samples: int | None = None,
+    rng: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    background: bool = False,
+    memory: int = MEMORY,
+    timeout: float = commit.TIMEOUT,
+    metrics: bool = False,
+) -> SaveReport | PendingSave:
+    """Save everything that a run needs to go on: `load_training` takes it back, in any layout. Collective.
+
+    model: of any parallelism that torch's ``get_model_state_dict`` knows. optimizer: one, or several. lr_scheduler,
+    dataloader: objects with ``state_dict``; the data loader's is each rank's own, and so are the random number
+    generators (rng). step, samples: how far the run has come. extra: plain values to be given back. background: return
+    once everything is copied, as `async_save`, in so much host memory. metrics: as for `save`.
+
+    The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
+    """
+    state_dict, _ = state_dict_of(model, optimizer, blank=True)
+    for name in names_without_states(state_dict, optimizer):
+        state_dict[OPTIMIZER]["state"].pop(name, None)
+    source = make_source(
+        state_dict,
+        _kinds(model, optimizer),
+        TrainingState(
+            lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
+            global_steps=step,
+            global_samples=samples,
+            client_state=dict(extra or {}),
+        ),
+        {
+            **({"rng": generators.capture()} if rng else {}),
+            **data_loaders.kept_of(dataloader),
+        },
+    )
+    if background:
+        return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
+    return write(source, path, timeout, metrics)
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What `load_training` found. step, samples: None where the checkpoint does not say. extra: as given to the save
+    (under DeepSpeed: the client state). clip_grad: the norm to which DeepSpeed clipped gradients in the run that saved,
+    which the program has to do itself now; None where it did not, or the checkpoint does not say."""
+
+    step: int | None
+    samples: int | None
+    extra: Mapping[str, Any]
+    tensors: LoadReport
+    clip_grad: float | None = None
+
+
+def load_training(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module,
+    optimizer: Optimizers = (),
+    lr_scheduler: Any = None,
+    dataloader: Any = None,
+    rng: bool = True,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+    verify: bool = True,
+    read_once: bool | str = ADAPTIVE,
+    metrics: bool = False,
+    **opening: Any,
+) -> TrainingReport:
+    """Put a whole training state of any supported format and layout in place, or refuse. Collective.
+
+    What was saved of a model or optimizer has to be used and all that they have has to be there, unless allow_missing
+    and allow_unused say otherwise. A data loader's state and random number generators are the ranks' own: with another
+    number of ranks the loader's is moved where it is known how (`ucp.job.data_loaders`) and else refused, and the
+    generators stay as the program seeded them, with a warning.
+
+    Parameters
+    ----------
+    path, opening, verify, read_once, metrics
+        as for `load`; a spec's sizes come from a transformers model's own config.
+    model, optimizer, lr_scheduler, dataloader, rng
+        as for `save_training`.
+    allow_missing, allow_unused
+        patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
+
+    Raises Mismatch, NotACheckpoint, DamagedCheckpoint on every rank, with nothing changed.
+    """
+    watch = Stopwatch()
+    live = _Live(model, optimizer, lr_scheduler, dataloader, rng)
+    # Nothing is known of what states the optimizers of the checkpoint had: those that are made quickly are tried first.
+    state_dict, made = state_dict_of(model, optimizer, blank=True)
+    opening.setdefault("model_config", config_of(model))
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
+    position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
+    unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
+    wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread)
+
+    def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
+        def target() -> TrainingTarget:
+            return TrainingTarget(live, position, where, catalog, state_dict, made, blank)
+
+        found = ranks.all_or_none(lambda: watch.timed("plan", target))
+        return load_target(catalog, found, wish, path=where, verify=verify, read_once=read_once, watch=watch)
+
+    try:
+        report = fill(state_dict, made, True)
+    except Mismatch:
+        if not made:
+            raise
+        report = fill(*state_dict_of(model, optimizer), False)
+    tell(report, metrics)
+    return _report(where, catalog.training_state, report, optimizer)
+
+
+def _report(where: str, state: TrainingState, report: LoadReport, optimizer: Optimizers) -> TrainingReport:
+    clip = _clipping(where, state, optimizer)
+    return TrainingReport(state.global_steps, state.global_samples, state.client_state, report, clip)
+
+
+def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float | None:
+    """The norm to which gradients were clipped; said, since nothing here does it by itself."""
+    clip = state.clip_grad or None
+    if clip is not None and listed(optimizer) and ranks.rank() == 0:
+        log.warning(
+            "%s: the run that saved it clipped gradients to a norm of %g; nothing here does it by itself: call "
+            "torch.nn.utils.clip_grad_norm_ with the report's clip_grad before every step",
+            where,
+            clip,
+        )
+    return clip
+
+
+@dataclass(frozen=True, eq=False)
+class _Live:
+    """What a program hands in to be restored; see `load_training`."""
+
+    model: torch.nn.Module
+    optimizer: Optimizers
+    lr_scheduler: Any
+    dataloader: Any
+    rng: bool
+
+
+class TrainingTarget(StateDictTarget):
+    """A model, its optimizers and what else a run goes on with, on one rank.
+
+    position: the data loader's state. state_dict, made, blank: of `state_dict_of`.
+    """
+
+    def __init__(
+        self,
+        live: _Live,
+        position: Any,
+        where: str,
+        catalog: Catalog,
+        state_dict: dict[str, Any],
+        made: Made,
+        blank: bool,
+    ) -> None:
+        self._live, self._position, self._where = live, position, where
+        self._state_dict, self._made = state_dict, made
+        self._stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
+        if listed(live.optimizer) and not self._stepped:
+            state_dict[OPTIMIZER]["state"].clear()
+        unseen = {
+            f"{OPTIMIZER}.state.{name}.{key}"
+            for name in names_without_states(state_dict, live.optimizer)
+            for key in state_dict[OPTIMIZER]["state"].get(name, ())
+        }
+        words = StateDictWords(
+            whole="the model",
+            allow="allow_missing=[...] leaves what is missing as it is, allow_unused=[...] leaves out what is unused",
+            apart="allow_unused=[...] with one of their names takes the other alone",
+            prefixes=(f"{MODEL}.", f"{OPTIMIZER}.state."),
+        )
+        super().__init__(where, flatten(state_dict), catalog, unseen=unseen, blank=blank, words=words)
+
+    def apply(self, loaded: Loaded) -> None:
+        super().apply(loaded)
+        self.put_values(self._state_dict)
+        live = self._live
+        api.set_model_state_dict(live.model, self._state_dict[MODEL])
+        if listed(live.optimizer):
+            states = self._state_dict[OPTIMIZER]
+            set_states(live.model, live.optimizer, states, self._made if self._stepped else None)
+        state = loaded.training_state
+        if state is None:
+            return
+        if live.lr_scheduler is not None:
+            live.lr_scheduler.load_state_dict(state.lr_scheduler)
+        if live.dataloader is not None:
+            live.dataloader.load_state_dict(self._position)
+        if live.rng:
+            _restore_generators(self._where, state)
+
+
+def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
+    """Which of the model's tensors are trained, frozen, and buffers."""
+    updated = {id(p) for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
+    out = {bare(name): "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        trained = id(param) in updated if updated else param.requires_grad
+        out[bare(name)] = "parameter" if trained else "frozen"
+    return out
+
+
+def _check(where: str, state: TrainingState, live: _Live) -> Any:
+    """Raise Mismatch where scheduler or loader would stay unrestored; returns the loader's state for this rank."""
+    lr_scheduler, dataloader = live.lr_scheduler, live.dataloader
+    if lr_scheduler is not None:
+        current, saved = lr_scheduler.state_dict(), state.lr_scheduler
+        if saved is None:
+            raise Mismatch(f"{where}: nothing was loaded: it has no lr scheduler's state; pass lr_scheduler=None")
+        if not isinstance(saved, Mapping) or set(saved) != set(current):
+            found = sorted(saved) if isinstance(saved, Mapping) else type(saved).__name__
+            raise Mismatch(
+                f"{where}: nothing was loaded: its lr scheduler's state has {found}, and {type(lr_scheduler).__name__} "
+                f"has {sorted(current)}; it is another scheduler's, so pass lr_scheduler=None"
+            )
+    elif state.lr_scheduler is not None and ranks.rank() == 0:
+        log.warning("%s: the lr scheduler's state is not used: none was passed", where)
+    if dataloader is None:
+        return None
+    try:
+        moved = data_loaders.restored(state.extra.get("ranks", ()), dataloader, ranks.rank(), ranks.world_size())
+    except Mismatch as error:
+        raise Mismatch(f"{where}: nothing was loaded: {error}") from None
+    if moved.note and ranks.rank() == 0:
+        log.warning("%s: %s", where, moved.note)
+    return moved.state
+
+
+def _restore_generators(where: str, state: TrainingState) -> None:
+    saved = [own["rng"] for own in state.extra.get("ranks", ()) if "rng" in own]
+    if len(saved) == ranks.world_size():
+        generators.restore(saved[ranks.rank()])
+    elif ranks.rank() == 0:
+        log.warning(
+            "%s: random number generators stay as this program seeded them: %d ranks saved theirs, and %d resume",
+            where,
+            len(saved),
+            ranks.world_size(),
+        )
