@@ -1,7 +1,7 @@
 """The experts of a live engine: this rank's slots as parts of the whole model's tensors.
 
 Every rank knows which experts it holds and how many there are, so nothing is exchanged. A slot lists the experts of all
-ranks, without elements where they are others', so that all ranks judge alike; see `ucp.spec.experts` for the rules.
+ranks, without elements where they are others', so that all ranks judge alike; see `ucp.formats.deepspeed.experts` for the rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepspeed.utils import groups
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, compose, empty
 from ucp.loading.target import Group, Member, Placement, Slot
-from ucp.spec.experts import Experts, expert_of, ordered
+from ucp.formats.deepspeed.experts import Experts, expert_of, ordered
 
 
 class LiveExperts:

@@ -28,7 +28,7 @@ from ucp.formats.shared.renaming import best_names
 from ucp.geometry import Blocks, Shape, concat, numel, whole
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
-from ucp.spec.experts import counts, expert_of
+from ucp.formats.deepspeed.experts import counts, expert_of
 from ucp.spec.select import Choice
 
 

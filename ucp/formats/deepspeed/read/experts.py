@@ -32,7 +32,7 @@ from ucp.formats.deepspeed.read.builder import Builder
 from ucp.formats.deepspeed.read.folder import Folder
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.geometry import Shape, box, concat
-from ucp.spec.experts import Expert, Experts, counts, data_ranks, expert_of
+from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
 from ucp.storage.torch_pt.values import TensorRef
 
 # One rank's optimizer file and the state dict in it.

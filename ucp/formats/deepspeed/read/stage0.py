@@ -29,7 +29,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read.builder import Builder, Scalar, options_of, rounds_to, split_state
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.geometry import Shape, numel
-from ucp.spec.experts import expert_of
+from ucp.formats.deepspeed.experts import expert_of
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
 

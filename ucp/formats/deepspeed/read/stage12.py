@@ -28,7 +28,7 @@ from ucp.formats.deepspeed.read.builder import (
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
-from ucp.spec.experts import ordered
+from ucp.formats.deepspeed.experts import ordered
 from ucp.storage.torch_pt.values import TensorRef
 
 MOMENTUM = "momentum_buffer"

@@ -29,7 +29,7 @@ from ucp.formats.deepspeed.write.native import VERSION, check_groups, model_stat
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
-from ucp.spec.experts import expert_of
+from ucp.formats.deepspeed.experts import expert_of
 from ucp.storage import names
 from ucp.storage.torch_pt.values import Size
 from ucp.transfer.targets import TargetFile
