@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucp.geometry import concat, coverage_fault
 from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of, ordered
+from ucp.geometry import concat, coverage_fault
 
 LAYER = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
 

@@ -16,9 +16,9 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 
 from ucp.errors import Unsupported
+from ucp.formats.deepspeed.experts import Experts, expert_of, ordered
 from ucp.geometry import Blocks, compose, empty
 from ucp.loading.target import Group, Member, Placement, Slot
-from ucp.formats.deepspeed.experts import Experts, expert_of, ordered
 
 
 class LiveExperts:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
+from ucp.formats.deepspeed.experts import counts, expert_of
 from ucp.formats.deepspeed.write import experts, pipeline, tp_slices
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.pipeline import Stages
@@ -28,7 +29,6 @@ from ucp.formats.shared.renaming import best_names
 from ucp.geometry import Blocks, Shape, concat, numel, whole
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
-from ucp.formats.deepspeed.experts import counts, expert_of
 from ucp.spec.select import Choice
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog, TrainingState
-from ucp.formats.deepspeed.read.builder import Builder
 from ucp.formats.huggingface import NAME
 from ucp.formats.huggingface import folder as folders
 from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
+from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.renaming import rename
 from ucp.parallel.mesh import Layout
 from ucp.spec.select import Choice

@@ -1,4 +1,4 @@
-"""Collects logical tensors while a DeepSpeed checkpoint is read, and what every optimizer file has in common."""
+"""Collects files, parameters and logical tensors while a checkpoint is read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
 from ucp.spec.placement import Placed
 from ucp.storage import locations
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
-from ucp.storage.rounding import round_to
 from ucp.storage.torch_pt.values import TensorRef
 
 Scalar = int | float | bool
@@ -121,99 +120,3 @@ class Builder:
         if ref.dtype == "bfloat16":
             return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
         return raw.view(numpy_dtype(ref.dtype))[0].item()
-
-
-def rounds_to(high: NDArray[Any], source: str, low: NDArray[Any], target: str) -> bool | None:
-    """Whether masters (bits of ``source`` elements) round to these weights, bit for bit; None if that says nothing.
-
-    A not-a-number is any not-a-number: its bits depend on the torch that rounded it.
-    """
-    if source == target:
-        return bool(np.array_equal(high, low))
-    if source != "float32" or target not in ("bfloat16", "float16"):
-        return None
-    found = round_to(high.view(np.float32), target).view(np.uint16)
-    return bool(np.all((found == low) | np.isnan(high.view(np.float32))))
-
-
-@dataclass(frozen=True)
-class FlatState:
-    """A flat buffer's optimizer states on one rank, told apart. tensors: as long as the buffer; scalars: the rest."""
-
-    tensors: Mapping[str, TensorRef]
-    scalars: Mapping[str, Scalar]
-
-
-def split_state(
-    builder: Builder, path: Path, where: str, state: Mapping[str, Any], lengths: Sequence[int]
-) -> FlatState:
-    """Tell tensors of one of these lengths from scalars; refuse by name what is neither.
-
-    Adafactor's factors and block-quantised states, for example, have a shape that a flat buffer's cut says nothing of.
-    """
-    tensors: dict[str, TensorRef] = {}
-    scalars: dict[str, Scalar] = {}
-    for key, value in state.items():
-        if value is None:
-            continue
-        if isinstance(value, TensorRef) and value.shape == ():
-            scalars[key] = builder.scalar(value)
-        elif isinstance(value, TensorRef) and len(value.shape) == 1 and value.shape[0] in lengths:
-            tensors[key] = value
-        elif isinstance(value, (bool, int, float)):
-            scalars[key] = value
-        else:
-            found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
-            raise Unsupported(
-                f"{path}: optimizer state '{key}' of {where} has {found}, neither the parameters' shape nor a single "
-                "value; checkpoints of this optimizer cannot be resharded"
-            )
-    return FlatState(tensors, scalars)
-
-
-def same_on_all_ranks(what: str, values: Mapping[Path, Any]) -> Any:
-    """The common value. Raises DamagedCheckpoint naming two files that disagree."""
-    first_path, first = next(iter(values.items()))
-    for path, value in values.items():
-        if value != first:
-            raise DamagedCheckpoint(
-                f"{path}: {what} is {_short(value)}, but '{first_path.name}' says {_short(first)}; files of two runs "
-                "are mixed"
-            )
-    return first
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def join_states(
-    what: str, ranks: Mapping[int, tuple[Path, FlatState]]
-) -> tuple[dict[str, dict[int, TensorRef]], dict[str, Scalar]]:
-    """One flat group's states over all ranks: state -> rank -> buffer, and the scalars that all ranks agree on."""
-    names = same_on_all_ranks(
-        f"the list of optimizer states of {what}", {p: sorted(s.tensors) for p, s in ranks.values()}
-    )
-    scalars = same_on_all_ranks(f"the optimizer values of {what}", {p: dict(s.scalars) for p, s in ranks.values()})
-    return {n: {r: s.tensors[n] for r, (_, s) in ranks.items()} for n in names}, scalars
-
-
-def flat_refs(path: Path, key: str, value: Any) -> list[TensorRef]:
-    """A list of flat 1-d buffers, checked to be that."""
-    if not isinstance(value, (list, tuple)):
-        raise DamagedCheckpoint(f"{path}: '{key}' is missing or no list of flat buffers")
-    for i, ref in enumerate(value):
-        if not isinstance(ref, TensorRef):
-            raise Unsupported(
-                f"{path}: '{key}[{i}]' is {type(ref).__name__}, not a tensor; states offloaded to NVMe are not in the "
-                "checkpoint's own files and cannot be read"
-            )
-        if len(ref.shape) != 1 or not ref.is_contiguous:
-            raise DamagedCheckpoint(f"{path}: '{key}[{i}]' has shape {list(ref.shape)}; a flat buffer is expected")
-    return list(value)
-
-
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group's hyperparameters: everything but its parameters."""
-    return {k: v for k, v in group.items() if k not in ("params", "param_names")}

@@ -13,10 +13,10 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Mismatch
+from ucp.formats.deepspeed.experts import ordered
 from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import Blocks, compose, concat, intersect, numel
 from ucp.parallel.mesh import Coordinate
-from ucp.formats.deepspeed.experts import ordered
 from ucp.spec.placement import Placed, Placements, held_first
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files

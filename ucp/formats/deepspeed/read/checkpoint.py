@@ -16,13 +16,14 @@ from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
-from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.read.experts import find_experts
 from ucp.formats.deepspeed.read.layers import with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
+from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.nouns import ModelFacts
+from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.placement import Placements

@@ -27,12 +27,12 @@ import numpy as np
 
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
 from ucp.formats.deepspeed.read import folder as folders
-from ucp.formats.deepspeed.read.builder import Builder
 from ucp.formats.deepspeed.read.folder import Folder
 from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape, box, concat
-from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
 from ucp.storage.torch_pt.values import TensorRef
 
 # One rank's optimizer file and the state dict in it.

@@ -15,9 +15,10 @@ from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import same_run, stage0, stage3, stage12
-from ucp.formats.deepspeed.read.builder import Builder, same_on_all_ranks
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
+from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
+from ucp.formats.shared.builder import Builder
 from ucp.storage.torch_pt.values import Standin
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.read.builder import Builder, rounds_to
+from ucp.formats.deepspeed.read.optimizer_files import rounds_to
+from ucp.formats.shared.builder import Builder
 from ucp.geometry import row_major
 from ucp.printable import logger
 from ucp.storage.dtypes import itemsize

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.read.builder import Builder, Scalar, options_of, rounds_to, split_state
-from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.geometry import Shape, numel
 from ucp.formats.deepspeed.experts import expert_of
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.deepspeed.read.optimizer_files import options_of, rounds_to, split_state
+from ucp.formats.shared.builder import Builder, Scalar
+from ucp.geometry import Shape, numel
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
 

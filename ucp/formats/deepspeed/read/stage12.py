@@ -16,8 +16,9 @@ from typing import Any
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.read.builder import (
-    Builder,
+from ucp.formats.deepspeed.experts import ordered
+from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.optimizer_files import (
     FlatState,
     flat_refs,
     join_states,
@@ -25,10 +26,9 @@ from ucp.formats.deepspeed.read.builder import (
     same_on_all_ranks,
     split_state,
 )
-from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.shared.builder import Builder
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
-from ucp.formats.deepspeed.experts import ordered
 from ucp.storage.torch_pt.values import TensorRef
 
 MOMENTUM = "momentum_buffer"

@@ -13,17 +13,16 @@ from typing import Any
 
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.read.builder import (
-    Builder,
-    Scalar,
+from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.deepspeed.read.optimizer_files import (
     flat_refs,
     join_states,
     options_of,
     same_on_all_ranks,
     split_state,
 )
-from ucp.formats.deepspeed.read.experts import ExpertFiles
-from ucp.formats.deepspeed.read.model_files import ModelFile
+from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel
 from ucp.parallel.zero import ceil_partition, ceil_size
 from ucp.storage.torch_pt.values import TensorRef

@@ -14,10 +14,10 @@ from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
 from ucp.errors import BadArgument, Unsupported
+from ucp.formats.deepspeed.experts import Experts, counts, data_ranks, expert_of
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import numel, restrict
 from ucp.parallel.mesh import Layout
-from ucp.formats.deepspeed.experts import Experts, counts, data_ranks, expert_of
 from ucp.storage.torch_pt.writer import Placeholder
 from ucp.transfer.targets import TargetFile
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
+from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.write.config import EngineConfig, engine_config, loss_scaler
 from ucp.formats.deepspeed.write.experts import refuse_stacks
 from ucp.formats.deepspeed.write.groups import PARAM, group_options, scalar_values
@@ -29,7 +30,6 @@ from ucp.formats.deepspeed.write.native import VERSION, check_groups, model_stat
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
-from ucp.formats.deepspeed.experts import expert_of
 from ucp.storage import names
 from ucp.storage.torch_pt.values import Size
 from ucp.transfer.targets import TargetFile
