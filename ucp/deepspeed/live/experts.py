@@ -1,7 +1,8 @@
 """The experts of a live engine: this rank's slots as parts of the whole model's tensors.
 
 Every rank knows which experts it holds and how many there are, so nothing is exchanged. A slot lists the experts of all
-ranks, without elements where they are others', so that all ranks judge alike; see `ucp.formats.deepspeed.experts` for the rules.
+ranks, without elements where they are others', so that all ranks judge alike. The rules are in
+`ucp.formats.deepspeed.experts`.
 """
 
 from __future__ import annotations
