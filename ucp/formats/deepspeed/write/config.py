@@ -15,6 +15,9 @@ from typing import Any
 from ucp.errors import BadArgument, Unsupported
 from ucp.storage.torch_pt.values import DtypeName, Standin
 
+VERSION = "0.19.8"
+"""The release whose layout is written. Loaders compare it with the releases in which the layout changed."""
+
 _FP32 = ("fp32", "float32", "float", "torch.float32")
 # constants.py: GRADIENT_CLIPPING_DEFAULT; zero/config.py: sub_group_size, in elements.
 _CLIP_DEFAULT = 1.0

@@ -48,6 +48,22 @@ class Flat:
         return self._by_rank.get(rank, ())
 
 
+def check_groups(catalog: Catalog) -> None:
+    """Refuse a source whose optimizer's groups don't hold exactly the trained parameters."""
+    groups = catalog.training_state.param_groups
+    grouped = [name for group in groups for name in group.names]
+    trained = [info.name for info in catalog.parameters.values() if info.kind == "parameter"]
+    if not grouped:
+        raise Unsupported("the source has no optimizer param groups, which a native DeepSpeed checkpoint is ordered by")
+    missing, unknown = sorted(set(trained) - set(grouped)), sorted(set(grouped) - set(trained))
+    if missing or unknown or len(set(grouped)) != len(grouped):
+        what = "lies in no param group" if missing else "is in a param group, but is no trained parameter"
+        name = (missing or unknown or sorted({n for n in grouped if grouped.count(n) > 1}))[0]
+        if not missing and not unknown:
+            what = "lies in two param groups"
+        raise Unsupported(f"'{name}' {what}; a native DeepSpeed checkpoint has every trained parameter in one group")
+
+
 def flats(
     catalog: Catalog, config: EngineConfig, ranks: Sequence[int], of_experts: Sequence[int] | None = None
 ) -> list[Flat]:

@@ -23,10 +23,10 @@ from typing import Any
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.experts import expert_of
-from ucp.formats.deepspeed.write.config import EngineConfig, engine_config, loss_scaler
+from ucp.formats.deepspeed.write.config import VERSION, EngineConfig, engine_config, loss_scaler
 from ucp.formats.deepspeed.write.experts import refuse_stacks
-from ucp.formats.deepspeed.write.groups import PARAM, group_options, scalar_values
-from ucp.formats.deepspeed.write.native import VERSION, check_groups, model_state, partitioned_module, whole_module
+from ucp.formats.deepspeed.write.groups import PARAM, check_groups, group_options, scalar_values
+from ucp.formats.deepspeed.write.model_files import model_state, partitioned_module, whole_module
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger

@@ -1,0 +1,177 @@
+"""The model files of a native checkpoint: weights as each stage keeps them, counters, scheduler and client state.
+
+Source of the layout: ``runtime/engine.py: _common_checkpoint_state, _save_checkpoint``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ucp.catalog import Catalog, ParameterInfo
+from ucp.formats.deepspeed.write.config import VERSION, EngineConfig
+from ucp.formats.deepspeed.write.experts import Spread
+from ucp.formats.deepspeed.write.groups import PARAM, Flat
+from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
+from ucp.geometry import numel
+from ucp.parallel import zero
+from ucp.parallel.mesh import Layout
+from ucp.storage.torch_pt.values import Size
+from ucp.storage.torch_pt.writer import Placeholder
+from ucp.transfer.targets import TargetFile
+
+
+@dataclass(frozen=True)
+class ModelRank:
+    """What one model-parallel rank's files hold. number: its number in their names. catalog: its own tensors, under its
+    own names. in_layers: its weights are in layer files. spread: of its experts, and rank: which of them these are."""
+
+    number: int
+    catalog: Catalog
+    in_layers: bool = False
+    spread: Spread | None = None
+    rank: int = 0
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor is an expert's, which model files leave out."""
+        return self.spread is not None and bool(self.spread.layer_of(name))
+
+
+def model_files(share: ModelRank, config: EngineConfig, layout: Layout, cut: Sequence[Flat]) -> list[TargetFile]:
+    """One file; at stage 3, where each rank holds its pieces of the frozen parameters, one for every rank."""
+    if layout.zero < 3:
+        return [model_file(share, config, layout, 0, cut)]
+    if any(info.kind == "frozen" for info in share.catalog.parameters.values()):
+        return [model_file(share, config, layout, rank, cut) for rank in range(layout.dp)]
+    # Rank 0 knows the tied names; the others' files are all the same.
+    out = [model_file(share, config, layout, rank, cut) for rank in range(min(layout.dp, 2))]
+    return out + [replace(out[1], name=model_name(share, layout, rank)) for rank in range(2, layout.dp)]
+
+
+def model_name(share: ModelRank, layout: Layout, rank: int) -> str:
+    prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
+    return f"{prefix}mp_rank_{share.number:02d}_model_states.pt"
+
+
+def model_file(share: ModelRank, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]) -> TargetFile:
+    catalog = share.catalog
+    file = FileBuilder(model_name(share, layout, rank), catalog)
+    frozen = [info for info in catalog.parameters.values() if info.kind == "frozen"]
+    module = None
+    if not share.in_layers:
+        make_module = partitioned_module if layout.zero == 3 else whole_module
+        module = make_module(file, config, share.is_expert)
+    shapes = fragments = None
+    if module is not None and layout.zero >= 2:
+        shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
+        # Of a frozen expert DeepSpeed would copy the first rank's into all ranks' own: those come from their files.
+        if not any(share.is_expert(info.name) for info in frozen):
+            fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
+    trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
+    return file.finish(
+        model_state(
+            catalog,
+            config,
+            layout,
+            module=module,
+            optimizer=None,
+            param_shapes=trained,
+            frozen_param_shapes=shapes,
+            shared_params=_shared(catalog) if rank == 0 else {},
+            frozen_param_fragments=fragments,
+            extra={} if share.spread is None else share.spread.entries(share.rank, rank),
+        )
+    )
+
+
+def model_state(
+    catalog: Catalog,
+    config: EngineConfig,
+    layout: Layout,
+    *,
+    module: Mapping[str, Placeholder] | None,
+    optimizer: Any,
+    param_shapes: Any,
+    frozen_param_shapes: Any,
+    shared_params: Any,
+    frozen_param_fragments: Any,
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """A model file's content, in the order in which the engine writes it (``_common_checkpoint_state``)."""
+    state = catalog.training_state
+    return {
+        "module": module,
+        "buffer_names": [info.name for info in catalog.parameters.values() if info.kind == "buffer"],
+        "optimizer": optimizer,
+        "param_shapes": param_shapes,
+        "frozen_param_shapes": frozen_param_shapes,
+        "shared_params": shared_params,
+        "frozen_param_fragments": frozen_param_fragments,
+        "lr_scheduler": state.lr_scheduler,
+        "data_sampler": state.extra.get("data_sampler"),
+        "random_ltd": state.extra.get("random_ltd"),
+        "skipped_steps": state.skipped_steps or 0,
+        "global_steps": state.global_steps or 0,
+        "global_samples": state.global_samples or 0,
+        "dp_world_size": layout.dp,
+        "mp_world_size": layout.tp * layout.pp,
+        "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
+        "ds_config": dict(config.raw),
+        "ds_version": VERSION,
+        **extra,
+        **state.client_state,
+    }
+
+
+def whole_module(
+    file: FileBuilder, config: EngineConfig, left_out: Callable[[str], bool] = lambda name: False
+) -> OrderedDict[str, Placeholder]:
+    """The module's state dict with whole weights: trained ones rounded to the engine's type, all others as they are.
+
+    Names of tied parameters share one tensor. left_out: whether a name has no place there, as experts have none.
+    """
+    module: OrderedDict[str, Placeholder] = OrderedDict()
+    for info in file.catalog.parameters.values():
+        if left_out(info.name):
+            continue
+        module.update(dict.fromkeys((info.name, *info.aliases), weight(file, config, info)))
+    return module
+
+
+def weight(file: FileBuilder, config: EngineConfig, info: ParameterInfo) -> Placeholder:
+    tensor = file.catalog.tensors[info.name, PARAM]
+    return file.whole(tensor, config.dtype, round=True) if info.kind == "parameter" else file.whole(tensor)
+
+
+def partitioned_module(
+    file: FileBuilder, config: EngineConfig, left_out: Callable[[str], bool] = lambda name: False
+) -> OrderedDict[str, Placeholder]:
+    """The same at stage 3: buffers are whole, parameters empty, since their partitions lie elsewhere."""
+    module: OrderedDict[str, Placeholder] = OrderedDict()
+    nothing = file.tensor((0,), config.dtype)
+    for info in file.catalog.parameters.values():
+        if left_out(info.name):
+            continue
+        weight = file.whole(file.catalog.tensors[info.name, PARAM]) if info.kind == "buffer" else nothing
+        module.update(dict.fromkeys((info.name, *info.aliases), weight))
+    return module
+
+
+def _frozen(
+    file: FileBuilder, module: Mapping[str, Placeholder], info: ParameterInfo, layout: Layout, rank: int
+) -> Placeholder:
+    """A frozen parameter as this rank's file has it: whole, or at stage 3 the rank's ceil-sized piece."""
+    if layout.zero < 3:
+        return module[info.name]
+    tensor = file.catalog.tensors[info.name, PARAM]
+    blocks = zero.ceil_partition(info.shape, 0, layout.dp)
+    mine = blocks.take(blocks.buffers == rank).in_buffer(0)
+    return file.tensor((zero.ceil_size(numel(info.shape), layout.dp),), tensor.dtype, [PlaceholderPiece(tensor, mine)])
+
+
+def _shared(catalog: Catalog) -> dict[str, str]:
+    """Tied names: alias -> the name that holds the data."""
+    return {alias: info.name for info in catalog.parameters.values() for alias in info.aliases}
