@@ -21,7 +21,8 @@ from ucp.formats.nouns import WriteRequest
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import choose
 from ucp.storage.locations import is_remote, locate
-from ucp.transfer.destination import Running, carry_out
+from ucp.transfer.destination import Running, Written, carry_out
+from ucp.transfer.targets import WritePlan
 from ucp.transfer.windows import budget, check_files
 
 # What `ucp.open` takes of a conversion's settings; the rest of them are fields of Running and the target's options.
@@ -122,8 +123,22 @@ def convert(
             check_replaced(Path(destination), plan.source)
         check_files(plan.files)
         written = carry_out(plan, destination, running)
+    seconds = time.monotonic() - started
+    return _report(str(locate(source)), destination, opened, to, plan, written, seconds, running.dry_run)
+
+
+def _report(
+    source: str,
+    destination: str,
+    opened: checkpoint.Checkpoint,
+    to: str,
+    plan: WritePlan,
+    written: Written,
+    seconds: float,
+    dry_run: bool,
+) -> ConversionReport:
     return ConversionReport(
-        source=str(locate(source)),
+        source=source,
         destination=destination,
         source_format=opened.format,
         to=to,
@@ -136,8 +151,8 @@ def convert(
         files=written.files,
         bytes_written=written.nbytes,
         bytes_read=written.bytes_read,
-        seconds=time.monotonic() - started,
-        dry_run=running.dry_run,
+        seconds=seconds,
+        dry_run=dry_run,
     )
 
 

@@ -61,16 +61,7 @@ def encode(
     dtypes = sorted({t.dtype for t in catalog.tensors.values()})
     position = {name: k for k, name in enumerate(catalog.parameters)}
     infos = list(catalog.parameters.values())
-    scalars = [plain.encode(dict(info.scalars), where=f"'{info.name}'") for info in infos]
-    distinct: dict[str, int] = {}
-    shared: list[Any] = []
-    scalar_of = []
-    for value in scalars:
-        key = repr(value)
-        if key not in distinct:
-            distinct[key] = len(shared)
-            shared.append(value)
-        scalar_of.append(distinct[key])
+    scalar_of, shared = _encode_scalars(infos)
     tensors = list(catalog.tensors.values())
     return {
         "ucp": VERSION,
@@ -106,6 +97,21 @@ def encode(
         **logical.encode(tensors),
         "training_state": training_state,
     }
+
+
+def _encode_scalars(infos: Sequence[ParameterInfo]) -> tuple[list[int], list[Any]]:
+    """For each parameter an index into the distinct values, and these."""
+    distinct: dict[str, int] = {}
+    shared: list[Any] = []
+    scalar_of = []
+    for info in infos:
+        value = plain.encode(dict(info.scalars), where=f"'{info.name}'")
+        key = repr(value)
+        if key not in distinct:
+            distinct[key] = len(shared)
+            shared.append(value)
+        scalar_of.append(distinct[key])
+    return scalar_of, shared
 
 
 def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:

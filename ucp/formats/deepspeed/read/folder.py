@@ -61,57 +61,78 @@ def scan(path: Path) -> list[Folder]:
             f"{path}: is DeepSpeed's own universal checkpoint (it has a folder '{_UNIVERSAL}'), which is written here "
             "(--to deepspeed-universal) and not read; take the checkpoint that it was made from"
         )
-    whole: dict[int, Path] = {}
-    parts: dict[int, dict[int, Path]] = {}
-    optim: dict[int, dict[int, Path]] = {}
-    experts: dict[int, dict[tuple[int, int], Path]] = {}
-    expert_optim: dict[int, dict[int, Path]] = {}
-    prefixes: set[bool] = set()
-    for name in locations.names(path):
-        if expert := EXPERT.match(name):
-            if expert["layer"] is None:
-                raise Unsupported(
-                    f"{path}: '{name}' is of DeepSpeed before 0.5, whose experts' files are not supported"
-                )
-            experts.setdefault(int(expert["mp"]), {})[int(expert["layer"]), int(expert["expert"])] = path / name
-        elif expert := EXPERT_OPTIM.match(name):
-            expert_optim.setdefault(int(expert["mp"]), {})[int(expert["ep"])] = path / name
-        model, opt = MODEL.match(name), OPTIM.match(name)
-        found = model or opt
-        if not found:
-            continue
-        mp = int(found["mp"])
-        if opt:
-            prefixes.add(bool(opt["bf16"]))
-            optim.setdefault(mp, {})[int(opt["dp"])] = path / name
-        elif found["dp"] is None:
-            whole[mp] = path / name
-        else:
-            parts.setdefault(mp, {})[int(found["dp"])] = path / name
-    if whole and parts:
-        some = parts[min(parts)]
-        raise DamagedCheckpoint(
-            f"{path}: holds both '{whole[min(whole)].name}' (stages 0 to 2) and '{some[min(some)].name}' (stage 3); "
-            "files of two checkpoints are mixed"
-        )
-    if len(prefixes) > 1:
-        raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
-    if not whole and not parts:
-        raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
-    models: Mapping[int, Mapping[int, Path]] = parts or {mp: {0: file} for mp, file in whole.items()}
-    ranks = sorted({0, *models, *optim})
+    found = _sorted(path)
+    _check(path, found)
+    models: Mapping[int, Mapping[int, Path]] = found.parts or {mp: {0: file} for mp, file in found.whole.items()}
+    ranks = sorted({0, *models, *found.optim})
     lost = [mp for mp in range(ranks[-1] + 1) if mp not in models]
     if lost:
         raise DamagedCheckpoint(
             f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost[0]} "
             f"('*mp_rank_{lost[0]:02d}_model_states.pt'); the checkpoint is incomplete"
         )
+    bf16 = found.prefixes == {True}
     return [
         Folder(
-            path, mp, models[mp], optim.get(mp, {}), prefixes == {True}, experts.get(mp, {}), expert_optim.get(mp, {})
+            path,
+            mp,
+            models[mp],
+            found.optim.get(mp, {}),
+            bf16,
+            found.experts.get(mp, {}),
+            found.expert_optim.get(mp, {}),
         )
         for mp in ranks
     ]
+
+
+@dataclass
+class _Sorted:
+    """A folder's files, each kind by model-parallel rank. whole: model files of stages 0 to 2; parts: those of stage 3,
+    by data-parallel rank. prefixes: whether optimizer files begin with ``bf16_``."""
+
+    whole: dict[int, Path] = field(default_factory=dict)
+    parts: dict[int, dict[int, Path]] = field(default_factory=dict)
+    optim: dict[int, dict[int, Path]] = field(default_factory=dict)
+    experts: dict[int, dict[tuple[int, int], Path]] = field(default_factory=dict)
+    expert_optim: dict[int, dict[int, Path]] = field(default_factory=dict)
+    prefixes: set[bool] = field(default_factory=set)
+
+
+def _sorted(path: Path) -> _Sorted:
+    out = _Sorted()
+    for name in locations.names(path):
+        if expert := EXPERT.match(name):
+            if expert["layer"] is None:
+                raise Unsupported(
+                    f"{path}: '{name}' is of DeepSpeed before 0.5, whose experts' files are not supported"
+                )
+            out.experts.setdefault(int(expert["mp"]), {})[int(expert["layer"]), int(expert["expert"])] = path / name
+        elif expert := EXPERT_OPTIM.match(name):
+            out.expert_optim.setdefault(int(expert["mp"]), {})[int(expert["ep"])] = path / name
+        elif optim := OPTIM.match(name):
+            out.prefixes.add(bool(optim["bf16"]))
+            out.optim.setdefault(int(optim["mp"]), {})[int(optim["dp"])] = path / name
+        elif model := MODEL.match(name):
+            if model["dp"] is None:
+                out.whole[int(model["mp"])] = path / name
+            else:
+                out.parts.setdefault(int(model["mp"]), {})[int(model["dp"])] = path / name
+    return out
+
+
+def _check(path: Path, found: _Sorted) -> None:
+    """Raise DamagedCheckpoint where files are of two runs, or no model file is there."""
+    if found.whole and found.parts:
+        some = found.parts[min(found.parts)]
+        raise DamagedCheckpoint(
+            f"{path}: holds both '{found.whole[min(found.whole)].name}' (stages 0 to 2) and "
+            f"'{some[min(some)].name}' (stage 3); files of two checkpoints are mixed"
+        )
+    if len(found.prefixes) > 1:
+        raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
+    if not found.whole and not found.parts:
+        raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
 
 
 def load(path: Path, trust: bool) -> dict[str, Any]:

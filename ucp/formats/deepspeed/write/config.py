@@ -80,28 +80,14 @@ def engine_config(
         )
     raw = copy.deepcopy(dict(recorded if given is None else given))
     zero = _section(raw, "zero_optimization")
+    offload = _offload(zero)
     if given is not None and "stage" in zero and _integer(zero, "stage", 0) != stage:
         raise BadArgument(
             f"the config given is for ZeRO stage {zero['stage']}, the layout for stage {stage}; change one of them"
         )
     raw["zero_optimization"] = {**zero, "stage": stage}
-    bf16 = _section(raw, "bf16") or _section(raw, "bfloat16")
-    fp16 = _section(raw, "fp16")
-    use_bf16, use_fp16 = _flag(bf16, "enabled"), _flag(fp16, "enabled")
-    if use_bf16 and use_fp16:
-        raise BadArgument("the config enables both bf16 and fp16; DeepSpeed accepts one of them")
-    dtype = "bfloat16" if use_bf16 else "float16" if use_fp16 else "float32"
-    master = "float32"
-    if use_bf16 and _flag(bf16, "bf16_master_weights_and_grads"):
-        master = "bfloat16"
-    if use_fp16 and _flag(fp16, "fp16_master_weights_and_grads"):
-        master = "float16"
-    offload = _offload(zero)
-    if offload == "nvme":
-        raise Unsupported(
-            "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
-            "which are not written: use 'cpu' or no offload"
-        )
+    dtype, master = _dtypes(raw)
+    _refuse_engines(raw, zero, stage, offload)
     sliced = _section(raw, "tensor_parallel")
     autotp = max(_integer(sliced, "autotp_size", 1), 1)
     if given is not None and autotp not in (1, tp):
@@ -110,17 +96,6 @@ def engine_config(
         )
     if autotp > 1:
         raw["tensor_parallel"] = {**sliced, "autotp_size": tp}
-    if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
-        raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
-    if stage == 3 and _flag(zero, "elastic_checkpoint"):
-        raise Unsupported(
-            "the target's config asks for elastic_checkpoint, which DeepSpeed refuses at stage 3; drop it"
-        )
-    if stage == 3 and str(_section(raw, "optimizer").get("type")).lower() == "adagrad" and offload != "cpu":
-        raise Unsupported(
-            "DeepSpeed 0.19.8 loads no checkpoint of Adagrad at stage 3, its own included (it numbers the optimizer's "
-            "parameters twice); choose zero=0, 1 or 2, or another optimizer"
-        )
     accumulation = _section(raw, "data_types").get("grad_accum_dtype")
     optimizer, step_is_tensor, fused = _optimizer(raw, offload == "cpu")
     return EngineConfig(
@@ -133,13 +108,47 @@ def engine_config(
         round_robin=_flag(zero, "round_robin_gradients"),
         alignment=_ALIGNMENT if _flag(zero, "parameter_alignment") else 0,
         offloads_optimizer=offload == "cpu",
-        bf16_optimizer=use_bf16 and stage == 1 and accumulation in _FP32 and offload != "cpu",
+        bf16_optimizer=dtype == "bfloat16" and stage == 1 and accumulation in _FP32 and offload != "cpu",
         autotp=autotp > 1,
         optimizer=optimizer,
         step_is_tensor=step_is_tensor,
         fused=fused,
-        fp16=fp16,
+        fp16=_section(raw, "fp16"),
     )
+
+
+def _dtypes(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """Element types of the module's weights, and of the optimizer's."""
+    bf16 = _section(raw, "bf16") or _section(raw, "bfloat16")
+    fp16 = _section(raw, "fp16")
+    use_bf16, use_fp16 = _flag(bf16, "enabled"), _flag(fp16, "enabled")
+    if use_bf16 and use_fp16:
+        raise BadArgument("the config enables both bf16 and fp16; DeepSpeed accepts one of them")
+    if use_bf16:
+        return "bfloat16", "bfloat16" if _flag(bf16, "bf16_master_weights_and_grads") else "float32"
+    if use_fp16:
+        return "float16", "float16" if _flag(fp16, "fp16_master_weights_and_grads") else "float32"
+    return "float32", "float32"
+
+
+def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int, offload: str) -> None:
+    """Raise Unsupported for an engine whose checkpoints cannot be written."""
+    if offload == "nvme":
+        raise Unsupported(
+            "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
+            "which are not written: use 'cpu' or no offload"
+        )
+    if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
+        raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
+    if stage == 3 and _flag(zero, "elastic_checkpoint"):
+        raise Unsupported(
+            "the target's config asks for elastic_checkpoint, which DeepSpeed refuses at stage 3; drop it"
+        )
+    if stage == 3 and str(_section(raw, "optimizer").get("type")).lower() == "adagrad" and offload != "cpu":
+        raise Unsupported(
+            f"DeepSpeed {VERSION} loads no checkpoint of Adagrad at stage 3, its own included (it numbers the "
+            "optimizer's parameters twice); choose zero=0, 1 or 2, or another optimizer"
+        )
 
 
 def _optimizer(raw: Mapping[str, Any], on_cpu: bool) -> tuple[str, bool | None, bool | None]:
