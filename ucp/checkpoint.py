@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ucp import run_folder
+from ucp import formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import BadArgument, NotACheckpoint
+from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import ReadRequest
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.run_folder import nearest
 from ucp.spec.select import Choice, choose
 from ucp.storage import locations
@@ -43,6 +45,8 @@ from ucp.transfer.gather import Reader, Want, gather
 
 if TYPE_CHECKING:
     import torch
+
+log = logger(__name__)
 
 
 class Checkpoint:
@@ -98,6 +102,12 @@ class Checkpoint:
         if state is None:
             state = self._training_state = _with_tensors(self.catalog.training_state, self._load)
         return state
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names in its folder that look like training state and are not read, such as a Trainer's ``optimizer.pt``."""
+        known = formats.named(self.format)
+        return () if known is None else beside.unread(self.path, known, self.catalog)
 
     def read(self, name: str, state: str = "param", region: Sequence[slice] | None = None) -> torch.Tensor:
         """One region of a logical tensor, as a new torch tensor on the CPU in the checkpoint's element type.
@@ -247,7 +257,10 @@ def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, ve
         if isinstance(error, OSError) and locations.is_remote(folder):
             raise NotACheckpoint(f"{folder}: cannot be reached: {error.strerror or error}") from error
         raise
-    return Checkpoint(where, catalog, files, verify)
+    opened = Checkpoint(where, catalog, files, verify)
+    if names := opened.unread:
+        log.warning("%s: %s", where, beside.sentence(names, "in it"))
+    return opened
 
 
 @contextmanager

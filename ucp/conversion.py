@@ -16,14 +16,18 @@ from typing import Any
 from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, DestinationError
+from ucp.formats import beside
 from ucp.formats.base import WriteTarget
 from ucp.formats.nouns import WriteRequest
 from ucp.parallel.mesh import Layout, parse_layout
+from ucp.printable import logger
 from ucp.spec.select import choose
 from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, Written, carry_out
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.windows import budget, check_files
+
+log = logger(__name__)
 
 # What `ucp.open` takes of a conversion's settings; the rest of them are fields of Running and the target's options.
 _OPENING = ("tag", "model_config", "sizes", "trust_client_state", "param_names")
@@ -114,6 +118,8 @@ def convert(
     budget(running.workers, running.max_memory)
     destination = str(locate(dest))
     with checkpoint.open(source, spec, **opening) as opened:
+        if names := beside.around(opened.path):
+            log.warning("%s: %s", opened.path, beside.sentence(names, "beside it"))
         choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
         request = WriteRequest(
             opened.path, opened.format, destination, _tag(opened), layout, choice, own, running.workers

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from ucp import formats
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, RemovedMeanwhile
+from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.printable import logger
 from ucp.storage import locations
@@ -263,14 +264,9 @@ def _newest_whole(folder: Path, read: Callable[[Path, Format], T]) -> tuple[Path
     raise passed[0]
 
 
-# Names under which frameworks keep parts of one checkpoint as folders beside each other: Accelerate's FSDP plugin,
-# and programs that follow torch's examples.
-_PARTS = re.compile(r"(pytorch_model_fsdp|optimizer|model|optim|dist_optimizer)(_\d+)?")
-
-
 def _refuse_parts(folder: Path, found: Sequence[Chosen]) -> None:
     """Raise NotACheckpoint where the folders in this one are parts of one checkpoint, so that none stands for it."""
-    parts = [one.path.name for one in found if _PARTS.fullmatch(one.path.name)]
+    parts = [one.path.name for one in found if beside.is_part(one.path.name)]
     if parts:
         raise NotACheckpoint(
             f"{folder}: holds parts of one checkpoint, each a folder of its own ({', '.join(parts)}), which are not "

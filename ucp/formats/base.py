@@ -153,6 +153,13 @@ class Format(ABC):
         """Who wrote the files of these names, such as "rank 3"; names that are not this format's are left out."""
         return {}
 
+    def knows(self, name: str) -> bool:
+        """Whether a file or folder of this name in a checkpoint's folder is read, or holds nothing of a training run.
+
+        What is not known, and looks like training state, is named when the checkpoint is opened.
+        """
+        return False
+
     def model_facts(self, path: Path) -> ModelFacts | None:
         """What a checkpoint says of its model, where its files hold each model-parallel rank's own tensors, so that
         `read` with a choice ``apart`` gives them the names of `ucp.spec.resolve.apart`; None where they are whole."""

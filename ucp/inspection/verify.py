@@ -18,6 +18,7 @@ from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
+from ucp.formats import beside
 from ucp.formats.nouns import Salvage
 from ucp.geometry import box
 from ucp.inspection import stream
@@ -40,8 +41,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: 'unreadable', 'file', 'hole', 'overlap', 'outside', 'digest', 'copy', 'training-state', 'not-finite' or
-    'unchecked'. subject: the file or ``name:state`` that it is about. fault: False for what is only to be known."""
+    """kind: 'unreadable', 'file', 'hole', 'overlap', 'outside', 'digest', 'copy', 'training-state', 'not-finite',
+    'unread' or 'unchecked'. subject: the file or ``name:state`` that it is about. fault: False for what is only to be
+    known."""
 
     kind: str
     subject: str
@@ -162,6 +164,9 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         notes.add("unchecked", "", text, fault=False)
     for text, fault in state_findings(catalog):
         notes.add("training-state", "", text, fault)
+    for left, place in ((opened.unread, "in it"), (beside.around(opened.path), "beside it")):
+        if left:
+            notes.add("unread", "", beside.sentence(left, place), fault=False)
     if quick:
         notes.add("unchecked", "", "bytes were not read (quick)", fault=False)
         return

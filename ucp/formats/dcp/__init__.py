@@ -60,5 +60,8 @@ class Dcp(Format):
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
         return {name: f"rank {int(found[1])}" for name in names if (found := _DATA.fullmatch(name))}
 
+    def knows(self, name: str) -> bool:
+        return name == METADATA or _DATA.fullmatch(name) is not None
+
 
 FORMAT = Dcp()

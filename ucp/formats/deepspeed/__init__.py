@@ -113,6 +113,11 @@ class DeepSpeed(Format):
 
         return owners(names)
 
+    def knows(self, name: str) -> bool:
+        from ucp.formats.deepspeed.read.names import is_ours
+
+        return is_ours(name)
+
     def model_facts(self, path: Path) -> ModelFacts | None:
         from ucp.formats.deepspeed.read import checkpoint
 

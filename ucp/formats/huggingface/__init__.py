@@ -26,6 +26,12 @@ NAME = "huggingface"
 # Hugging Face's Trainer leaves them, and a universal one that has lost its manifest.
 _TRAINING = re.compile(r"latest|latest_universal|ucp\.json|global_step.*|optimizer\..*\.safetensors(\.index\.json)?")
 
+# The same weights for other programs, and the arguments that the Trainer was started with.
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d{5,}-of-\d{5,})?\.(safetensors|bin)|(consolidated|openvino_model|sentencepiece|spiece)"
+    r"\b.*|training_args\.bin"
+)
+
 
 class HuggingFaceTarget(WriteTarget):
     """The weights alone, as a model folder."""
@@ -89,6 +95,9 @@ class HuggingFace(Format):
         from ucp.formats.huggingface import reader
 
         return reader.read(path, files, request.choice)
+
+    def knows(self, name: str) -> bool:
+        return _WEIGHTS.fullmatch(name) is not None
 
 
 FORMAT = HuggingFace()

@@ -27,6 +27,7 @@ MANIFEST = "ucp.json"
 """The manifest's file name."""
 
 _RANK = re.compile(r"rank-(\d+)-of-\d+\.safetensors")
+_OWN = re.compile(r"(rank-\d+-of-\d+|training-state(-\d+)?|(model|optimizer\..+)-\d+-of-\d+)\.safetensors")
 
 
 class UniversalTarget(WriteTarget):
@@ -81,6 +82,9 @@ class Universal(Format):
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
         return {name: f"rank {int(found[1])}" for name in names if (found := _RANK.fullmatch(name))}
+
+    def knows(self, name: str) -> bool:
+        return _OWN.fullmatch(name) is not None
 
     def salvage(self, path: Path) -> Salvage | None:
         from ucp.formats.universal.salvage import salvage

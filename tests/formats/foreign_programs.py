@@ -1,0 +1,107 @@
+"""Folders of other programs' checkpoints, made by themselves: Trainer, Accelerate, Lightning. Run as a program each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def trainer(folder: str) -> None:
+    """Hugging Face's Trainer: ``checkpoint-2``, a model folder with the training state beside the weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    data: Any = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(8)]
+    arguments = TrainingArguments(
+        folder, max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    Trainer(LlamaForCausalLM(config), arguments, train_dataset=data).train()
+
+
+def accelerate(folder: str) -> None:
+    """Accelerate on one process: ``save_state``."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model: Any = nn.Linear(8, 8)
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.backward(model(torch.randn(4, 8)).sum())
+    optimizer.step()
+    scheduler.step()
+    accelerator.save_state(folder)
+
+
+def accelerate_fsdp(folder: str) -> None:
+    """Accelerate's FSDP plugin: the model and the optimizer, each a folder of torch.distributed's."""
+    import torch.distributed as dist
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=0, world_size=1)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    save_fsdp_model(plugin, accelerator, model, folder)
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, folder)
+    torch.save({"last_epoch": 1}, Path(folder) / "scheduler.bin")
+    dist.destroy_process_group()
+
+
+def lightning(folder: str) -> None:
+    """Lightning's ModelParallelStrategy: shards of torch.distributed's with ``meta.pt`` beside them."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def configure_model(self) -> None:
+            fully_shard(self.linear, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.linear(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4)
+
+    run = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=ModelParallelStrategy(process_group_backend="gloo"),
+        max_steps=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    run.fit(Module())
+    run.save_checkpoint(folder)
+
+
+PROGRAMS = {program.__name__: program for program in (trainer, accelerate, accelerate_fsdp, lightning)}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,132 @@
+"""Training state that lies in or beside a folder and is not read is named, and a part is never the whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ucp
+from tests.formats import raw
+from tests.inspection.conftest import OLDER
+from ucp.cli import convert as convert_command
+from ucp.errors import NotACheckpoint
+from ucp.inspection.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+def make(folder: Path, program: str) -> Path:
+    """What the program has written, made once."""
+    path = folder / program
+    if not path.exists():
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29597",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+        }
+        command = [sys.executable, "-m", "tests.formats.foreign_programs", program, str(path)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        assert path.exists(), done.stderr
+    return path
+
+
+def unread(path: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """What opening the folder says of it, which is what a check says."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(path):
+        pass
+    (line,) = [r.getMessage() for r in caplog.records if "not read" in r.getMessage()]
+    (finding,) = [f for f in verify(path, quick=True).findings if f.kind == "unread"]
+    assert not finding.fault
+    assert line == f"{path}: {finding.text}"
+    return finding.text
+
+
+@pytest.mark.slow
+def test_a_trainers_checkpoint(
+    made: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(made, "trainer") / "checkpoint-2"
+    names = "'optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'trainer_state.json'"
+    assert unread(path, caplog) == f"not read, though training state is kept under such names: {names}, in it"
+    assert convert_command.main([str(path), str(made / "converted")]) == 0
+    assert names in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerates_state(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = unread(make(made, "accelerate"), caplog)
+    assert "'optimizer.bin', 'random_states_0.pkl', 'scheduler.bin'" in text
+
+
+@pytest.mark.slow
+def test_accelerates_folders_of_parts(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make(made, "accelerate_fsdp")
+    for tag in (None, "newest"):
+        with pytest.raises(NotACheckpoint, match=r"parts of one checkpoint.*optimizer_0, pytorch_model_fsdp_0"):
+            ucp.open(path, tag=tag)
+    assert convert_command.main([str(path), str(made / "parts")]) == 2
+    assert not (made / "parts").exists()
+    for part, other in (("optimizer_0", "pytorch_model_fsdp_0"), ("pytorch_model_fsdp_0", "optimizer_0")):
+        (finding,) = [f for f in verify(path / part, quick=True).findings if f.kind == "unread"]
+        assert f"'{other}', 'scheduler.bin', beside it" in finding.text
+
+
+@pytest.mark.slow
+def test_lightnings_loops(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "'meta.pt', in it" in unread(make(made, "lightning"), caplog)
+
+
+def test_a_trainers_state_beside_a_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DeepSpeed's tag in a Trainer's folder: the Trainer reads the rest itself, so a conversion says it, not a load."""
+    ours = raw.write_consolidated(tmp_path / "checkpoint-7/global_step7", raw.make(tmp_path / "raw").catalog)
+    for name in ("trainer_state.json", "rng_state_0.pth", "scheduler.pt", "zero_to_fp32.py", "config.json"):
+        (ours.parent / name).write_bytes(b"")
+    (ours.parent / "latest").write_text("global_step7")
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(ours.parent):
+        assert not caplog.records
+    ucp.convert(ours.parent, tmp_path / "out")
+    (record,) = caplog.records
+    names = "'rng_state_0.pth', 'scheduler.pt', 'trainer_state.json', beside it"
+    assert record.getMessage().endswith(names)
+    assert [f.text.endswith(names) for f in verify(ours.parent).findings if f.kind == "unread"] == [True]
+
+
+@pytest.mark.parametrize("form", ["consolidated", "fragmented", "virtual"])
+def test_nothing_is_said_of_our_own(tmp_path: Path, form: str) -> None:
+    path = raw.write_form(form, tmp_path / form, raw.make(tmp_path / "source"))
+    with ucp.open(path) as opened:
+        assert opened.unread == ()
+        (path / "model_ema.pt").write_bytes(b"")
+        (path / "notes.txt").write_bytes(b"")
+        assert opened.unread == ("model_ema.pt",)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in OLDER.iterdir() if p.is_dir()))
+def test_nothing_is_said_of_deepspeeds(name: str) -> None:
+    with ucp.open(OLDER / name) as opened:
+        assert opened.unread == ()
+
+
+def test_nothing_is_said_of_what_we_convert_to(tmp_path: Path) -> None:
+    source = raw.write_form("consolidated", tmp_path / "source", raw.make(tmp_path / "raw"))
+    for to, layout in (("dcp", None), ("huggingface", None), ("deepspeed", "dp=2,zero=3")):
+        options = {"ds_config": {}} if layout else {}
+        ucp.convert(source, tmp_path / to, to, layout, **options)
+        with ucp.open(tmp_path / to) as opened:
+            assert opened.unread == ()
