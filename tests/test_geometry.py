@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -13,23 +14,27 @@ from tests import property as p
 from ucp.geometry import (
     Blocks,
     Copies,
-    _candidates,
-    _pair_count,
     box,
     collapse,
     concat,
     coverage_fault,
     coverage_holds,
+    dense_strides,
     empty,
+    extents,
     flat_ranges,
     intersect,
     intersect_grouped,
     numel,
+    packed,
     region,
     row_major,
     runs,
+    span,
+    take_elements,
     whole,
 )
+from ucp.geometry.copies import candidates, pair_count
 from ucp.parallel.zero import ceil_partition, flat_partition
 
 
@@ -48,6 +53,61 @@ def test_numel_and_row_major_are_numpys(shape: tuple[int, ...]) -> None:
     if tensor.size:
         at = p.positions(np.array(shape), 0, np.array(row_major(shape)))
         assert np.array_equal(at, p.ids(shape))
+
+
+# ---- one set of blocks
+
+
+def positions_of(blocks: Blocks, k: int) -> np.ndarray:
+    """Where every element of one block lies in its buffer, in the box's row-major order."""
+    return p.positions(blocks.sizes[k], int(blocks.starts[k]), blocks.strides[k]).reshape(-1)
+
+
+def elements_of(blocks: Blocks) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(buffer, position in it, index in the tensor) of every element, block after block, in row-major order."""
+    out = []
+    for k in range(len(blocks)):
+        index = [tuple((blocks.offsets[k] + inside).tolist()) for inside in np.ndindex(*blocks.sizes[k].tolist())]
+        out += [(int(blocks.buffers[k]), a, i) for a, i in zip(positions_of(blocks, k).tolist(), index, strict=True)]
+    return out
+
+
+@given(p.shapes, p.generators)
+@p.law()
+def test_taking_elements_is_cutting_the_list_of_them(shape, rng) -> None:
+    blocks, _ = p.partitions(rng, shape)
+    every = elements_of(blocks)
+    bounds = np.sort(rng.integers(-2, len(every) + 3, int(rng.integers(2, 6)))).tolist()
+    for first, last in itertools.pairwise(bounds):
+        assert sorted(elements_of(take_elements(blocks, first, last))) == sorted(every[max(first, 0) : max(last, 0)])
+
+
+@given(p.shapes, p.generators)
+@p.law()
+def test_extents_and_spans_are_the_first_and_last_positions(shape, rng) -> None:
+    blocks, _ = p.partitions(rng, shape)
+    flipped = Blocks(blocks.offsets, blocks.sizes, blocks.starts + 100_000, -blocks.strides, blocks.buffers)
+    for some in (blocks, flipped):
+        first, ends = extents(some)
+        for k in range(len(some)):
+            at = positions_of(some, k)
+            assert (first[k], ends[k]) == (at.min(), at.max() + 1)
+    for k in range(len(blocks)):
+        at = positions_of(blocks, k)
+        assert span(blocks.sizes[k].tolist(), blocks.strides[k].tolist()) == at.max() - at.min() + 1
+    assert span((2, 0), (1, 1)) == 0
+
+
+@given(p.shapes, p.generators)
+@p.law()
+def test_packed_blocks_lie_one_after_the_other(shape, rng) -> None:
+    blocks, _ = p.partitions(rng, shape)
+    tight = packed(blocks)
+    assert [at for _, at, _ in elements_of(tight)] == list(range(numel(shape)))
+    assert [index for *_, index in elements_of(tight)] == [index for *_, index in elements_of(blocks)]
+    assert [row_major(sizes) for sizes in blocks.sizes.tolist()] == list(
+        map(tuple, dense_strides(blocks.sizes).tolist())
+    )
 
 
 # ---- flat ranges
@@ -299,9 +359,9 @@ def test_candidates_are_all_overlapping_pairs_once(rng, many, more, span) -> Non
     # Some very long ones among short ones: what a running maximum would stumble over.
     a_hi = a_lo + np.where(rng.random(many) < 0.1, span, rng.integers(1, 6, many))
     b_hi = b_lo + np.where(rng.random(more) < 0.1, span, rng.integers(1, 6, more))
-    i, j = _candidates(a_lo, a_hi, b_lo, b_hi)
+    i, j = candidates(a_lo, a_hi, b_lo, b_hi)
     brute = {(k, m) for k in range(many) for m in range(more) if a_lo[k] < b_hi[m] and b_lo[m] < a_hi[k]}
-    assert len(i) == len(brute) == _pair_count(a_lo, a_hi, b_lo, b_hi)
+    assert len(i) == len(brute) == pair_count(a_lo, a_hi, b_lo, b_hi)
     assert set(zip(i.tolist(), j.tolist(), strict=True)) == brute
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, numel
+from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, extents, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import itemsize
@@ -242,11 +242,8 @@ def _is_unicode(name: str) -> bool:
 
 def _byte_ranges(b: Blocks, bases: Ints, width: int | Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """As `LogicalTensor.byte_ranges`; width: bytes of an element, of all blocks or of each."""
-    # In floating point: exact up to 2^53 bytes, and hostile strides, whose products overflow integers, stay large.
-    reach = np.maximum(b.sizes - 1, 0) * b.strides.astype(np.float64)
-    first = bases + (b.starts + np.minimum(reach, 0).sum(axis=1)) * width
-    ends = bases + (b.starts + np.maximum(reach, 0).sum(axis=1) + 1) * width
-    return first, ends
+    first, ends = extents(b)
+    return bases + first * width, bases + ends * width
 
 
 def _all_whole(tensors: Sequence[LogicalTensor], ndim: int, sizes: NDArray[np.float64]) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ucp.errors import SpecError
 from ucp.merging.language import loads
 from ucp.merging.operations import Differences, Drawn, Largest, Lerp, Linear, Operation, Slerp
-from ucp.spec.positions import SpecError
 
 FILE = """\
 merge: 1

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ucp.errors import BadArgument
-from ucp.geometry import Blocks, concat, flat_ranges
+from ucp.geometry import Blocks, extents, take_elements
 from ucp.job import ranks
 from ucp.loading.match import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
@@ -119,23 +119,7 @@ def part(blocks: Blocks, size: int, low: int, high: int) -> Blocks:
 
     An element belongs where its last byte does, so parts of neighbouring bounds leave none out and take none twice.
     """
-    counts = blocks.counts
-    first = np.cumsum(counts) - counts
-    begin, end = (np.clip(bound // size - first, 0, counts) for bound in (low, high))
-    whole = (begin == 0) & (end == counts)
-    pieces = [blocks.take(whole)]
-    for k in np.flatnonzero((begin < end) & ~whole).tolist():  # at most the two that the bounds fall into
-        cut = flat_ranges(blocks.sizes[k].tolist(), begin[k : k + 1], end[k : k + 1], [0])
-        pieces.append(
-            Blocks(
-                cut.offsets + blocks.offsets[k],
-                cut.sizes,
-                blocks.starts[k] + (cut.offsets * blocks.strides[k]).sum(axis=1, dtype=np.int64),
-                np.tile(blocks.strides[k], (len(cut), 1)),
-                np.full(len(cut), blocks.buffers[k]),
-            )
-        )
-    return concat(pieces, blocks.ndim)
+    return take_elements(blocks, low // size, high // size)
 
 
 def is_worthwhile(
@@ -175,10 +159,10 @@ def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
                 if not len(blocks):
                     continue
                 width = itemsize(entry[2])
-                low = int(blocks.starts.min())
-                reach = int((blocks.starts + ((blocks.sizes - 1) * blocks.strides).sum(axis=1)).max()) + 1 - low
+                first, ends = extents(blocks)
+                low = int(first.min())
                 out.append(replace(want, blocks=blocks.in_buffer(0, -low), base=room))
-                room += reach * width
+                room += (int(ends.max()) - low) * width
                 held += int(blocks.counts.sum()) * itemsize(want.tensor.dtype)
     return out, room
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.geometry import Blocks, Ints, Shape, extents, numel
 from ucp.logical.digest import Digest, digest_bytes, total
 from ucp.logical.runs import LIMIT, Runs, Sample, runs_of, within_buffer
 
@@ -92,7 +92,5 @@ def _extent(entry: Entry) -> tuple[int, int]:
     blocks = entry.blocks
     if not len(blocks) or not int(blocks.counts.sum()):
         return 0, 0
-    reach = (blocks.sizes - 1) * blocks.strides
-    first = entry.bases + (blocks.starts + np.minimum(reach, 0).sum(axis=1)) * entry.width
-    last = entry.bases + (blocks.starts + np.maximum(reach, 0).sum(axis=1) + 1) * entry.width
-    return int(first.min()), int(last.max())
+    first, ends = extents(blocks)
+    return int((entry.bases + first * entry.width).min()), int((entry.bases + ends * entry.width).max())

@@ -21,10 +21,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ucp.errors import Position, SpecError
 from ucp.merging.operations import Differences, Drawn, Largest, Lerp, Linear, Operation, Slerp
 from ucp.spec import patterns
 from ucp.spec.patterns import Pattern
-from ucp.spec.positions import Position, SpecError, SpecText, suggestion
+from ucp.spec.positions import SpecText, suggestion
 from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1

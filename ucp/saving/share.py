@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ucp.errors import BadArgument, DestinationError
-from ucp.geometry import Blocks, concat, empty, flat_ranges
+from ucp.geometry import Blocks, extents, packed, take_elements
 from ucp.job.stopwatch import Stopwatch
 from ucp.saving.source import Holding
 from ucp.storage import locations, safetensors
@@ -65,30 +65,8 @@ def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
             # An element that straddles a cut belongs to the side that it begins on.
             first, last = (min(max(-(-(at - start) // width), 0), count) for at in (low, high))
             if (first, last) != (0, count):
-                out[index] = replace(holdings[index], blocks=cut(holdings[index].blocks, first, last))
+                out[index] = replace(holdings[index], blocks=take_elements(holdings[index].blocks, first, last))
     return out
-
-
-def cut(blocks: Blocks, first: int, last: int) -> Blocks:
-    """The elements ``[first, last)`` of the blocks, counted block after block, each in row-major order."""
-    parts: list[Blocks] = []
-    ends = np.cumsum([0, *blocks.counts.tolist()]).tolist()
-    for k in range(len(blocks)):
-        low, high = max(first - ends[k], 0), min(last, ends[k + 1]) - ends[k]
-        if high <= low:
-            continue
-        one = blocks.take(np.array([k]))
-        inner = flat_ranges(one.sizes[0].tolist(), [low], [high], [0])
-        parts.append(
-            Blocks(
-                inner.offsets + one.offsets,
-                inner.sizes,
-                one.starts + np.sum(inner.offsets * one.strides, axis=1, dtype=np.int64),
-                np.repeat(one.strides, len(inner), axis=0),
-                np.repeat(one.buffers, len(inner)),
-            )
-        )
-    return concat(parts, blocks.ndim) if parts else empty(blocks.ndim)
 
 
 def _nbytes(holding: Holding) -> int:
@@ -127,27 +105,11 @@ def _arranged(blocks: Blocks) -> tuple[int, Blocks, tuple[int, int] | None]:
     count = int(blocks.counts.sum())
     if not count:
         return 0, blocks, None
-    lowest, highest = _extent(blocks)
+    first, ends = extents(blocks)
+    lowest, highest = int(first.min()), int(ends.max())
     if highest - lowest == count:
         return count, blocks.in_buffer(0, -lowest), (lowest, count)
-    return count, _packed(blocks), None
-
-
-def _extent(blocks: Blocks) -> tuple[int, int]:
-    """The range of the buffer, in elements, from the first element to the end of the last."""
-    reach = (blocks.sizes - 1) * blocks.strides
-    first = blocks.starts + np.minimum(reach, 0).sum(axis=1)
-    last = blocks.starts + np.maximum(reach, 0).sum(axis=1)
-    return int(first.min()), int(last.max()) + 1
-
-
-def _packed(blocks: Blocks) -> Blocks:
-    """The same boxes one after the other, each dense and row-major."""
-    strides = np.ones_like(blocks.sizes)
-    for k in range(blocks.ndim - 2, -1, -1):
-        strides[:, k] = strides[:, k + 1] * blocks.sizes[:, k + 1]
-    starts = np.cumsum([0, *blocks.counts.tolist()])[:-1]
-    return Blocks(blocks.offsets, blocks.sizes, starts, strides, np.zeros_like(blocks.buffers))
+    return count, packed(blocks), None
 
 
 def elements(piece: WrittenElements, tensor: torch.Tensor, part: int) -> torch.Tensor:

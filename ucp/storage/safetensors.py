@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucp.errors import BadArgument, DamagedCheckpoint, Unsupported
+from ucp.geometry import row_major
 from ucp.storage import dtypes, locations
-from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
+from ucp.storage.torch_pt.values import TensorRef
 
 MAX_HEADER = 100_000_000  # bytes
 ALIGNMENT = 64  # bytes; where the data begin, so that a memory-mapped file serves any element type
@@ -145,7 +146,7 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorRef:
             f"{offsets} hold {offsets[1] - offsets[0]}"
         )
     shape = tuple(shape)
-    return TensorRef(path, data_start + offsets[0], dtype, shape, contiguous_strides(shape), "cpu", (name, numel))
+    return TensorRef(path, data_start + offsets[0], dtype, shape, row_major(shape), "cpu", (name, numel))
 
 
 def _check_coverage(path: str, tensors: dict[str, TensorRef], data_start: int, size: int) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Mismatch
-from ucp.geometry import Blocks, collapse, concat, intersect_grouped
+from ucp.geometry import Blocks, collapse, concat, intersect_grouped, span
 from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks, verify_parts
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
@@ -91,8 +91,7 @@ class Copy:
     @property
     def span(self) -> int:
         """Bytes of the file from the first element to the end of the last, gaps included."""
-        last = sum((n - 1) * step for n, step in zip(self.sizes, self.steps, strict=True))
-        return (last + 1) * itemsize(self.source_dtype)
+        return span(self.sizes, self.steps) * itemsize(self.source_dtype)
 
     def narrow(self, axis: int, first: int, count: int) -> Copy:
         """The part with ``count`` indices of one dimension, from ``first`` on."""

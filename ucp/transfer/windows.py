@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ucp.errors import BadArgument
+from ucp.geometry import span
 from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
@@ -153,8 +154,7 @@ def windows(file: TargetFile, window: int, first: int, last: int) -> Iterator[tu
 
 def _extent(copy: Copy) -> int:
     """Bytes in the target from the copy's first element to the end of its last."""
-    last = sum((n - 1) * step for n, step in zip(copy.sizes, copy.target_steps, strict=True))
-    return (last + 1) * itemsize(copy.target_dtype)
+    return span(copy.sizes, copy.target_steps) * itemsize(copy.target_dtype)
 
 
 def cut_at_windows(copy: Copy, window: int) -> Iterator[tuple[int, Copy]]:

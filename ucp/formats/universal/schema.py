@@ -28,7 +28,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, UcpError
 from ucp.formats.universal import logical, training
 from ucp.formats.universal.manifest import VERSION
-from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.geometry import Blocks, Ints, Shape, dense_strides, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import locations, plain, safetensors
 from ucp.storage.digests import ChunkDigests
@@ -122,21 +122,13 @@ def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     strides: list[int] = []
     for tensor in tensors:
         b = tensor.blocks
-        odd = np.flatnonzero(np.any((b.strides != _dense(b.sizes)) & (b.sizes > 1), axis=1))
+        odd = np.flatnonzero(np.any((b.strides != dense_strides(b.sizes)) & (b.sizes > 1), axis=1))
         strided += (odd + len(file)).tolist()
         strides += b.strides[odd].ravel().tolist()
         file += b.buffers.tolist()
         byte += (tensor.bases + b.starts * itemsize(tensor.dtype)).tolist()
         boxes += np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
     return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
-
-
-def _dense(sizes: Ints) -> Ints:
-    """(n, d) row-major strides of boxes of these sizes."""
-    out = np.ones_like(sizes)
-    for k in range(sizes.shape[1] - 2, -1, -1):
-        out[:, k] = out[:, k + 1] * sizes[:, k + 1]
-    return out
 
 
 def decode(path: str, body: dict[str, Any], *, complete: bool = True) -> Catalog:
@@ -333,7 +325,7 @@ def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files
         d = len(shape)
         pair = boxes[at:end].reshape(count, 2, d)
         offsets, sizes = pair[:, 0], pair[:, 1]
-        strides = _dense(sizes)
+        strides = dense_strides(sizes)
         odd = which[np.searchsorted(which, first) : np.searchsorted(which, first + count)] - first
         if len(odd):
             if used + len(odd) * d > len(values):

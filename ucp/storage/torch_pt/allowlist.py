@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.geometry import span
 from ucp.storage import dtypes
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.standins import STANDINS, member
@@ -229,11 +230,11 @@ def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: A
     dtype = dtype or storage.dtype
     width = dtypes.itemsize(dtype)
     if 0 not in shape:
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if (last + 1) * width > storage.nbytes:
+        needed = (offset + span(shape, strides)) * width
+        if needed > storage.nbytes:
             raise DamagedCheckpoint(
-                f"a {dtype} tensor of shape {shape}, strides {strides} and offset {offset} needs {(last + 1) * width} "
-                f"bytes, and its storage {storage.key!r} has {storage.nbytes}"
+                f"a {dtype} tensor of shape {shape}, strides {strides} and offset {offset} needs {needed} bytes, "
+                f"and its storage {storage.key!r} has {storage.nbytes}"
             )
     start = storage.start + offset * width
     where = (storage.key, storage.numel)

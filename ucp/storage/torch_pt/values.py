@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ucp.geometry import row_major, span
 from ucp.storage import dtypes
 from ucp.storage.crc32 import StoredCrc32
 
@@ -48,26 +49,13 @@ class TensorRef:
         """Whether the elements lie row-major without gaps, as one byte range."""
         return self.numel == 0 or all(
             size == 1 or stride == wanted
-            for size, stride, wanted in zip(self.shape, self.strides, contiguous_strides(self.shape), strict=True)
+            for size, stride, wanted in zip(self.shape, self.strides, row_major(self.shape), strict=True)
         )
 
     @property
     def span(self) -> tuple[int, int]:
         """The byte range `[start, stop)` of the file that holds all elements, gaps included."""
-        if self.numel == 0:
-            return self.offset, self.offset
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        return self.offset, self.offset + (last + 1) * dtypes.itemsize(self.dtype)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides of a shape, in elements; like torch's, an axis of size 0 counts as 1."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+        return self.offset, self.offset + span(self.shape, self.strides) * dtypes.itemsize(self.dtype)
 
 
 class Size(tuple[int, ...]):

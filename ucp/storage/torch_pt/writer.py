@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from ucp.errors import Unsupported
+from ucp.geometry import row_major, span
 from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.dtypes import canonical, itemsize
-from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef, contiguous_strides
+from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 ALIGNMENT = 64
 # torch's name for the archive of what it writes to a stream.
@@ -80,9 +81,8 @@ class Placeholder:
         """Bytes from the storage's beginning to the end of the tensor's last element."""
         if 0 in self.shape:
             return 0
-        strides = contiguous_strides(self.shape) if self.strides is None else self.strides
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True))
-        return (self.offset + last + 1) * itemsize(self.dtype)
+        strides = row_major(self.shape) if self.strides is None else self.strides
+        return (self.offset + span(self.shape, strides)) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Pickler(_PythonPickler):
         self.write(pickle.TUPLE + pickle.BINPERSID)
         self.save(tensor.offset)
         self.save(tuple(tensor.shape))
-        self.save(contiguous_strides(tensor.shape) if tensor.strides is None else tuple(tensor.strides))
+        self.save(row_major(tensor.shape) if tensor.strides is None else tuple(tensor.strides))
         self.save(False)
         self._save_no_hooks()
         if not typed:

@@ -10,14 +10,15 @@ import pytest
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.unnamed_pipeline import split, with_names
-from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
+from ucp.geometry import row_major
+from ucp.storage.torch_pt.values import TensorRef
 
 PATH = Path("run")
 WEIGHT, BIAS, NORM, EMBED = (4, 6), (6,), (4,), (9, 4)
 
 
 def ref(shape: tuple[int, ...]) -> TensorRef:
-    return TensorRef("file", 0, "float32", shape, contiguous_strides(shape), "cpu", ("0", 1))
+    return TensorRef("file", 0, "float32", shape, row_major(shape), "cpu", ("0", 1))
 
 
 def model(*shapes: tuple[int, ...], groups: tuple[int, ...] = (), buffers: tuple[str, ...] = ()) -> ModelFile:

@@ -30,9 +30,9 @@ from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import options_of, rounds_to, split_state
 from ucp.formats.shared.builder import Builder, Scalar
-from ucp.geometry import Shape, numel
+from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
-from ucp.storage.torch_pt.values import TensorRef, contiguous_strides
+from ucp.storage.torch_pt.values import TensorRef
 
 # Elements of each tensor that are compared to recognise a parameter by its values.
 SAMPLE = 64
@@ -274,7 +274,7 @@ def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: TensorRef) -> b
 def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
     """A parameter inside a flat buffer."""
     offset = flat.offset + at * itemsize(flat.dtype)
-    return replace(flat, offset=offset, shape=shape, strides=contiguous_strides(shape))
+    return replace(flat, offset=offset, shape=shape, strides=row_major(shape))
 
 
 def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
