@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ucp.errors import BadArgument, DestinationError
 from ucp.formats import beside
 from ucp.formats.base import WriteTarget
 from ucp.formats.nouns import WriteRequest
+from ucp.formats.signature import defaults_of, showing
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.printable import logger
 from ucp.spec.select import choose
@@ -72,6 +74,15 @@ class ConversionReport:
         )
 
 
+# Every keyword that `convert` takes besides its parameters, each declared in one other place only.
+_SETTINGS = {
+    **{name: signature(checkpoint.open).parameters[name].default for name in _OPENING},
+    **{field.name: field.default for field in fields(Running)},
+    **defaults_of(),
+}
+
+
+@showing(_SETTINGS)
 def convert(
     source: str | os.PathLike[str],
     dest: str | os.PathLike[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -259,3 +260,12 @@ def test_others_are_not_asked_where_a_built_in_one_will_do(
     commands.main(["inspect", str(tmp_path / "out")])
     assert "toy_broken" not in sys.modules
     assert caplog.records == []
+
+
+def test_signatures_show_what_formats_declare() -> None:
+    """`convert` takes the formats' options as ``**``, and still says what they are."""
+    shown = inspect.signature(ucp.convert).parameters
+    assert {"virtual", "ds_config", "max_shard_size", "workers", "tag"} <= shown.keys()
+    assert (shown["virtual"].default, shown["resume"].default, shown["like"].default) == (False, True, None)
+    with pytest.raises(BadArgument, match=r"'universal' takes no option 'virtul'; did you mean 'virtual'\?"):
+        ucp.convert("source", "dest", virtul=True)

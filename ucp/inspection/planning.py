@@ -19,6 +19,7 @@ from ucp.catalog import Catalog
 from ucp.checkpoint import Checkpoint
 from ucp.errors import Unsupported
 from ucp.formats.nouns import Division
+from ucp.formats.signature import defaults_of, showing
 from ucp.geometry import Blocks, Ints, intersect
 from ucp.inspection.owners import file_owners
 from ucp.parallel.mesh import Layout
@@ -72,6 +73,7 @@ class ResumePlan:
         return found
 
 
+@showing(defaults_of([formats.dividing()]))
 def plan(
     checkpoint: Checkpoint,
     layout: Layout,

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ucp import checkpoint, printable
+from ucp import checkpoint, formats, printable
 from ucp.errors import DestinationError
+from ucp.formats.signature import defaults_of, showing
 from ucp.inspection.planning import plan
 from ucp.inspection.report.data import report_data, timings_of
 from ucp.inspection.summary import summarise
@@ -39,6 +40,7 @@ class WrittenReport:
         return f"wrote {self.path}: {self.parameters} parameters, {self.bytes / 1e6:.2f} MB; the checkpoint is {state}"
 
 
+@showing(defaults_of([formats.dividing()]))
 def write_report(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
