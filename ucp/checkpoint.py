@@ -291,37 +291,46 @@ def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, 
 
 
 def _with_tensors(value: Any, load: Callable[[TensorRef], torch.Tensor]) -> Any:
-    """A copy of a plain value with torch's own tensors, dtypes, sizes and devices where it has stand-ins for them."""
+    """A copy of a plain value with torch's own tensors, dtypes, sizes and devices where it has stand-ins for them. What
+    lies in several places of the value does so in the copy."""
     import torch
 
-    def convert(item: Any) -> Any:
-        return _with_tensors(item, load)
+    made: dict[int, Any] = {}
 
-    if isinstance(value, TensorRef):
-        return load(value)
-    if isinstance(value, DtypeName):
-        return to_torch(value.name)
-    if isinstance(value, DeviceName):
-        return torch.device(value.name)
-    if isinstance(value, Size):
-        return torch.Size(value)
-    if isinstance(value, (TrainingState, ParamGroup)):
-        return dataclasses.replace(
-            value, **{f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    if type(value) is list:
-        return [convert(item) for item in value]
-    if type(value) is tuple:
-        return tuple(convert(item) for item in value)
-    if isinstance(value, deque):
-        return deque((convert(item) for item in value), value.maxlen)
-    if isinstance(value, dict):  # OrderedDict and defaultdict keep their class
-        out = copy.copy(value)
-        for key in value:
-            out[key] = convert(value[key])
-        return out
-    if isinstance(value, argparse.Namespace):
-        namespace = argparse.Namespace()
-        vars(namespace).update({name: convert(item) for name, item in vars(value).items()})
-        return namespace
-    return value
+    def convert(item: Any) -> Any:
+        key = id(item)
+        if key not in made:
+            made[key] = converted(item)
+        return made[key]
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return load(value)
+        if isinstance(value, DtypeName):
+            return to_torch(value.name)
+        if isinstance(value, DeviceName):
+            return torch.device(value.name)
+        if isinstance(value, Size):
+            return torch.Size(value)
+        if isinstance(value, (TrainingState, ParamGroup)):
+            return dataclasses.replace(
+                value, **{f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        if type(value) is list:
+            return [convert(item) for item in value]
+        if type(value) is tuple:
+            return tuple(convert(item) for item in value)
+        if isinstance(value, deque):
+            return deque((convert(item) for item in value), value.maxlen)
+        if isinstance(value, dict):  # OrderedDict and defaultdict keep their class
+            out = copy.copy(value)
+            for key in value:
+                out[key] = convert(value[key])
+            return out
+        if isinstance(value, argparse.Namespace):
+            namespace = argparse.Namespace()
+            vars(namespace).update({name: convert(item) for name, item in vars(value).items()})
+            return namespace
+        return value
+
+    return convert(value)

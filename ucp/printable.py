@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,17 @@ def data(value: Any) -> Any:
     return value
 
 
+def short(value: Any) -> str:
+    """A foreign value as an error or a table may show it, whatever it is: its ``repr``, of long ones the beginning.
+
+    Deep values, shared ones and long integers, whose ``repr`` fails or never ends, are cut first.
+    """
+    try:
+        return line(_SHORT.repr(value))
+    except (ValueError, RecursionError) as error:
+        return f"<{type(value).__name__}: {error}>"
+
+
 def dumps(value: Any) -> str:
     """JSON in ASCII on one line, in which every control character stands as JSON's own escape (DEL, too)."""
     return json.dumps(value, allow_nan=False, default=str).replace("\x7f", "\\u007f")
@@ -49,6 +61,21 @@ def logger(name: str) -> logging.Logger:
     found = logging.getLogger(name)
     found.addFilter(_CLEAN)
     return found
+
+
+class _Short(reprlib.Repr):
+    """Longer than reprlib's own, since a table cuts to its own width; and for integers that Python does not print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, 200, 200, 60
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 12
+
+    def repr_int(self, x: int, level: int) -> str:
+        return hex(x)[: self.maxlong] + "..." if x.bit_length() > 8000 else repr(x)
+
+
+_SHORT = _Short()
 
 
 class _Clean(logging.Filter):

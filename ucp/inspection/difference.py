@@ -17,6 +17,8 @@ from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.inspection import stream
 from ucp.inspection.values import Distance
+from ucp.printable import short
+from ucp.storage import graphs
 
 if TYPE_CHECKING:
     import torch
@@ -322,19 +324,29 @@ def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
     return text
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """A nested value as its leaves by path. Tuples count as lists, numbers by their value."""
-    if isinstance(value, Mapping):
-        out: dict[str, Any] = {}
-        for key, item in value.items():
-            out.update(_flat(item, f"{path}.{key}" if path else str(key)))
-        return out
-    if isinstance(value, (list, tuple)):
-        out = {}
-        for index, item in enumerate(value):
-            out.update(_flat(item, f"{path}[{index}]"))
-        return out
-    return {path: value}
+def _flat(value: Any, start: str = "") -> dict[str, Any]:
+    """A nested value as its leaves by path. Tuples count as lists, numbers by their value.
+
+    What shares so much that its leaves would be endless has those of each container once, and where it is met again
+    the path of that.
+    """
+    out: dict[str, Any] = {}
+    known: dict[int, str] | None = None if graphs.measure(value).is_spread else {}
+
+    def add(value: Any, path: str) -> None:
+        if isinstance(value, (Mapping, list, tuple)):
+            if known is not None and known.setdefault(id(value), path) != path:
+                out[path] = f"the same as {known[id(value)]}"
+                return
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                named = f"{path}.{key}" if path else str(key)
+                add(item, named if isinstance(value, Mapping) else f"{path}[{key}]")
+        else:
+            out[path] = value
+
+    add(value, start)
+    return out
 
 
 def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -365,5 +377,5 @@ def _equal_arrays(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _shown(value: Any) -> str:
     if hasattr(value, "dtype"):
         return f"tensor {list(value.shape)} {value.dtype}"
-    text = repr(value) if value is not None else "none"
+    text = short(value) if value is not None else "none"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError
 from ucp.storage import locations
 
@@ -38,7 +39,9 @@ def of_model(*folders: Path, error: type[UcpError] = DamagedCheckpoint) -> dict[
 def _read(path: str | os.PathLike[str], error: type[UcpError]) -> dict[str, Any] | None:
     name = str(path)
     try:
-        found = json.loads(locations.read(path))
+        raw = locations.read(path)
+        limits.check_json(name, raw)
+        found = json.loads(raw)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as reason:

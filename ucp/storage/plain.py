@@ -2,6 +2,9 @@
 
 None, booleans, finite floats, ordinary ints, text, lists and dicts with text keys are JSON's own. Everything else is an
 object with the key "$", which names its kind. Tensors are handed to a callback, which stores them and returns a key.
+
+JSON has no way to say that one list lies in two places, so it is written twice. Where that would repeat too much, it is
+written once as a ``shared`` (``n``: its number, ``v``: itself) and meant by ``same`` (``v``: that number) elsewhere.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
-from ucp.storage import dtypes
+from ucp.storage import dtypes, graphs
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 # Ints beyond this are written in hexadecimal: decimal digits of any number take Python quadratic time, and it refuses.
@@ -43,6 +47,12 @@ _FACTORIES: dict[str, Any] = {
 }
 _FACTORY_NAMES = {factory: name for name, factory in _FACTORIES.items()}
 
+REPEATS = 250_000
+"""Values that may be written again because they are shared."""
+
+# Beside containers, what is long enough that writing it again counts.
+_LONG = (str, bytes, bytearray, np.ndarray)
+
 Put = Callable[[Any], Any]
 Get = Callable[[Any], Any]
 
@@ -51,11 +61,15 @@ def encode(value: Any, put: Put | None = None, where: str = "value") -> Any:
     """JSON-able data for a plain value; `json.dumps` and `json.loads` with their defaults keep it exact.
 
     `put(tensor)` stores a tensor (a `TensorRef` or a torch.Tensor) and returns a JSON-able key. `where` begins the path
-    that an error names. Containers are copied where they are shared. Raises `Unsupported` for a value of another class,
+    that an error names. Containers are copied where they are
+    shared, unless that repeats more than `REPEATS` values. Raises `Unsupported` for a value of another class,
     for a structure that contains itself, and for one nested too deeply.
     """
     try:
-        return _Encoder(put).encode(value, where)
+        try:
+            return _Encoder(put).encode(value, where)
+        except _RepeatsError:
+            return _Encoder(put, graphs.measure(value).again).encode(value, where)
     except RecursionError as error:
         raise Unsupported(f"{where}: nested too deeply to be stored") from error
 
@@ -75,16 +89,51 @@ def decode(data: Any, get: Get | None = None, *, torch_values: bool = False) -> 
         raise DamagedCheckpoint(f"stored values are damaged: {type(error).__name__}: {error}") from error
 
 
+def _length(value: Any) -> int:
+    return value.nbytes if isinstance(value, np.ndarray) else len(value)
+
+
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
+class _RepeatsError(Exception):
+    """Copying what is shared would repeat too much."""
+
+
 class _Encoder:
-    def __init__(self, put: Put | None) -> None:
+    """shared: identities of what lies in several places and is to be written once; None: write it as often."""
+
+    def __init__(self, put: Put | None, shared: frozenset[int] | None = None) -> None:
         self._put = put
+        self._shared = shared
+        self._numbers: dict[int, int] = {}  # of what was written as shared, by identity
         self._open: set[int] = set()  # containers that are being encoded
+        self._values = 0  # encoded so far
+        self._known: dict[int, int] = {}  # how many values there are in a container, by its identity
+        self._repeats = 0
 
     def encode(self, value: Any, where: str) -> Any:
         kind = type(value)
+        self._values += 1
+        heavy = kind in _CONTAINERS or (kind in _LONG and _length(value) >= graphs.HEAVY)
+        if not heavy:
+            return self._encode(value, kind, where)
+        key = id(value)
+        if self._shared is not None and key in self._shared:
+            if key in self._numbers:
+                return {"$": "same", "v": self._numbers[key]}
+            self._numbers[key] = len(self._numbers)
+            return {"$": "shared", "n": self._numbers[key], "v": self._encode(value, kind, where)}
+        if key in self._known and self._shared is None:
+            self._repeats += self._known[key]
+            if self._repeats > REPEATS:
+                raise _RepeatsError
+        before = self._values
+        encoded = self._encode(value, kind, where)
+        self._known[key] = self._values - before + (_length(value) // 64 if kind in _LONG else 1)
+        return encoded
+
+    def _encode(self, value: Any, kind: type, where: str) -> Any:
         if value is None or kind is bool:
             return value
         encoder = _ENCODERS.get(kind)
@@ -211,8 +260,10 @@ def _encode_path(value: pathlib.PurePath, where: str) -> Any:
 
 
 def _encode_set(self: _Encoder, value: Any, where: str) -> Any:
-    # Sorted by their text, so that the same set is always stored alike.
+    # Sorted by their text, so that the same set is always stored alike; and so nothing in it has a number by its order.
+    shared, self._shared = self._shared, None if self._shared is None else frozenset()
     items = sorted(self.items(value, where), key=repr)
+    self._shared = shared
     return {"$": type(value).__name__, "v": items}
 
 
@@ -282,6 +333,7 @@ class _Decoder:
     def __init__(self, get: Get | None, torch_values: bool) -> None:
         self._get = get
         self._torch_values = torch_values
+        self._shared: dict[Any, Any] = {}
 
     def decode(self, data: Any) -> Any:
         if isinstance(data, list):
@@ -297,6 +349,11 @@ class _Decoder:
             return self._get(data["v"])
         if kind in _TORCH_KINDS:
             return self._torch(kind, data["v"])
+        if kind == "shared":
+            value = self._shared[data["n"]] = self.decode(data["v"])
+            return value
+        if kind == "same":
+            return self._shared[data["v"]]
         decoder = _DECODERS.get(kind)
         if decoder is None:
             raise Unsupported(f"stored values hold a {kind!r}, which this release does not know")
@@ -311,6 +368,10 @@ class _Decoder:
         return [(self.decode(key), self.decode(item)) for key, item in data["v"]]
 
     def _torch(self, kind: str, value: Any) -> Any:
+        if kind == "torch.Size" and not (isinstance(value, list) and all(type(n) is int for n in value)):
+            raise TypeError("a torch.Size is a list of whole numbers")
+        if kind != "torch.Size" and not isinstance(value, str):
+            raise TypeError(f"a {kind} is a name")
         if not self._torch_values:
             return {"torch.Size": Size, "torch.dtype": DtypeName, "torch.device": DeviceName}[kind](value)
         import torch
@@ -353,6 +414,8 @@ def _decode_array(self: _Decoder, data: dict[str, Any]) -> Any:
     dtype, shape = _decode_dtype(data["dtype"]), tuple(data["shape"])
     content = bytearray(_bytes(data))
     if dtype.itemsize == 0:
+        if math.prod(shape) > limits.EMPTY_ITEMS:
+            raise ValueError(f"an array of {math.prod(shape)} elements that have no bytes")
         return np.zeros(shape, dtype)
     return np.frombuffer(content, dtype).reshape(shape, order=data["order"])
 

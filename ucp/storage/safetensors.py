@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, Unsupported
 from ucp.geometry import row_major
 from ucp.storage import dtypes, locations
@@ -117,6 +118,7 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not begin with '{'")
+        limits.check_json(path, text)
         fields: dict[str, Any] = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         return fields
     except (ValueError, RecursionError) as error:

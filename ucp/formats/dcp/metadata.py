@@ -16,7 +16,8 @@ from typing import Any
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.formats.dcp import METADATA
 from ucp.geometry import Shape
-from ucp.storage import locations
+from ucp.printable import short
+from ucp.storage import graphs, locations
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.values import DtypeName, Standin
 
@@ -62,6 +63,7 @@ def load(folder: Path) -> Metadata:
     try:
         raw = locations.read(path)
         found = Unpickler(io.BytesIO(raw), path, len(raw)).load()
+        graphs.check(path, found)
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
@@ -108,9 +110,9 @@ def _record(path: str, key: str, info: Standin) -> Record:
         )
     name, start, length = info.relative_path, info.offset, info.length
     if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/"):
-        raise DamagedCheckpoint(f"{path}: '{key}' lies in {name!r}, which is not a file of this folder")
+        raise DamagedCheckpoint(f"{path}: '{key}' lies in {short(name)}, which is not a file of this folder")
     if type(start) is not int or type(length) is not int or start < 0 or length < 0:
-        raise DamagedCheckpoint(f"{path}: '{key}' has the impossible byte range {start!r}, {length!r}")
+        raise DamagedCheckpoint(f"{path}: '{key}' has the impossible byte range {short(start)}, {short(length)}")
     return Record(name, start, length)
 
 

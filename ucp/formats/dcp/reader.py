@@ -19,7 +19,7 @@ from ucp.formats.dcp import NAME, metadata
 from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
-from ucp.storage import locations
+from ucp.storage import graphs, locations
 from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.torch_pt import reader
@@ -90,7 +90,9 @@ class _Records:
         """What `torch.save` wrote there."""
         stream, path = self._stream(key, record)
         try:
-            return reader.load_section(stream, path, record.start, record.length, trust=trust)
+            found = reader.load_section(stream, path, record.start, record.length, trust=trust)
+            graphs.check(path, found)
+            return found
         except UnsafePickle as error:
             raise UnsafePickle(f"entry '{key}': {error}") from error
         except DamagedCheckpoint as error:

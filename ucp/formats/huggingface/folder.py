@@ -16,7 +16,7 @@ from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.printable import logger
-from ucp.storage import configs, locations, safetensors
+from ucp.storage import configs, graphs, locations, safetensors
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -121,6 +121,7 @@ def _tensors(path: Path) -> dict[str, TensorRef]:
     if path.suffix == ".safetensors":
         return safetensors.read_header(path).tensors
     found = reader.load(path)
+    graphs.check(str(path), found)
     if not isinstance(found, Mapping):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__}, not a state dict")
     for name, value in found.items():

@@ -40,6 +40,7 @@ class FileBuilder:
     catalog: Catalog
     _pieces: dict[Placeholder, list[PlaceholderPiece]] = field(default_factory=dict)
     _references: dict[tuple[str, int], Placeholder] = field(default_factory=dict)
+    _resolved: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def tensor(self, shape: Sequence[int], dtype: str, pieces: Sequence[PlaceholderPiece] = ()) -> Placeholder:
         """A tensor of this file. Elements that no piece covers are zero.
@@ -69,7 +70,15 @@ class FileBuilder:
         return TargetFile(self.name, planned.size, planned.literals, wants, planned.crc32_entries)
 
     def _resolve(self, value: Any) -> Any:
-        """The same tree with placeholders for references; containers without any stay the objects they are."""
+        """The same tree with placeholders for references; containers without any stay the objects they are, and what
+        lies in several places does so in the result."""
+        key = id(value)
+        if key not in self._resolved:
+            # The value is kept beside what it became, so that nothing else gets its identity meanwhile.
+            self._resolved[key] = value, self._with_placeholders(value)
+        return self._resolved[key][1]
+
+    def _with_placeholders(self, value: Any) -> Any:
         if isinstance(value, TensorRef):
             return self._reference(value)
         if isinstance(value, argparse.Namespace):

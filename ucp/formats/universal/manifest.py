@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, Unsupported
 from ucp.formats.universal import MANIFEST
 from ucp.storage import locations
@@ -101,6 +102,7 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not a JSON number")
 
+    limits.check_json(path, raw)
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:

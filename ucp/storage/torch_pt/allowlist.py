@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.geometry import span
+from ucp.printable import short
 from ucp.storage import dtypes
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.standins import STANDINS, member
@@ -223,10 +225,12 @@ def _refuse_lazy_bits(metadata: Any) -> None:
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> TensorRef:
     if type(storage) is not StorageRef:
         raise TypeError(f"a tensor is built on a {type(storage).__name__}, not on a storage")
-    shape, strides = tuple(shape), tuple(strides)
+    shape, strides = _numbers(shape), _numbers(strides)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-        raise ValueError(f"offset {offset!r}, shape {shape!r} and strides {strides!r} do not describe a tensor")
+        raise ValueError(
+            f"offset {short(offset)}, shape {short(shape)} and strides {short(strides)} do not describe a tensor"
+        )
     dtype = dtype or storage.dtype
     width = dtypes.itemsize(dtype)
     if 0 not in shape:
@@ -236,6 +240,11 @@ def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: A
                 f"a {dtype} tensor of shape {shape}, strides {strides} and offset {offset} needs {needed} bytes, "
                 f"and its storage {storage.key!r} has {storage.nbytes}"
             )
+    if math.prod(shape) * width > limits.metadata_bytes(storage.nbytes):
+        raise DamagedCheckpoint(
+            f"a tensor of shape {shape} repeats the {storage.nbytes} bytes of its storage {storage.key!r} more "
+            "often than is read"
+        )
     start = storage.start + offset * width
     where = (storage.key, storage.numel)
     ref = TensorRef(storage.file, start, dtype, shape, strides, storage.device, where, storage.record)
@@ -252,10 +261,10 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = N
 def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) -> TensorRef:
     # A plain tensor that carries Python attributes, as ZeRO-3's do; the attributes are dropped.
     if type(tensor_class) is not Global or (tensor_class.module, tensor_class.name) not in _TENSOR_CLASSES:
-        raise TypeError(f"a tensor of class {tensor_class!r}")
+        raise TypeError(f"a tensor of class {short(tensor_class)}")
     if type(function) is not Global or (function.module, function.name) not in _TENSOR_BUILDERS:
-        raise TypeError(f"a tensor built by {function!r}")
-    ref: TensorRef = call(function, tuple(args))
+        raise TypeError(f"a tensor built by {short(function)}")
+    ref: TensorRef = call(function, tuple(_sequence(args)))
     return ref
 
 
@@ -278,10 +287,17 @@ _INTS = {int}
 
 
 def _size(items: Any) -> Size:
-    size = Size(items)
+    size = Size(_numbers(items))
     if not _INTS.issuperset(map(type, size)):
         raise TypeError("a torch.Size holds whole numbers")
     return size
+
+
+def _numbers(items: Any) -> tuple[Any, ...]:
+    # A range is tiny in the file and huge in memory.
+    if not isinstance(items, tuple | list):
+        raise TypeError(f"expected a tuple of numbers, not a {type(items).__name__}")
+    return tuple(items)
 
 
 def _text(*args: Any) -> str:
@@ -407,7 +423,7 @@ def _member(owner: Any, name: Any) -> Standin:
     found = member(owner.module, owner.name, name) if type(owner) is Global else None
     if found is None:
         raise UnsafePickle(
-            f"its pickle asks for {name!r} of {owner}, which is no member of a known enumeration; nothing was run"
+            f"its pickle asks for {short(name)} of {owner}, which is no member of a known enumeration; nothing was run"
         )
     return found
 
@@ -417,7 +433,7 @@ def _member(owner: Any, name: Any) -> Standin:
 
 def _numpy_dtype(spec: Any, align: Any = False, copy: Any = False) -> np.dtype[Any]:
     if not isinstance(spec, str) or not _SIMPLE_NUMPY.match(spec):
-        raise Unsupported(f"it holds a numpy array of type {spec!r}; only plain numbers and text are supported")
+        raise Unsupported(f"it holds a numpy array of type {short(spec)}; only plain numbers and text are supported")
     return np.dtype(spec)
 
 
@@ -437,7 +453,7 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
 
 def _numpy_reconstruct(array_class: Any, shape: Any, kind: Any) -> np.ndarray[Any, Any]:
     if array_class != Global("numpy", "ndarray"):
-        raise TypeError(f"a numpy array of class {array_class!r}")
+        raise TypeError(f"a numpy array of class {short(array_class)}")
     return np.empty(0, np.uint8)
 
 
@@ -451,7 +467,7 @@ def _set_array(array: np.ndarray[Any, Any], state: Any) -> None:
 def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
     _check_array(dtype, shape, data)
     if order not in ("C", "F"):
-        raise TypeError(f"a numpy array of order {order!r}")
+        raise TypeError(f"a numpy array of order {short(order)}")
     return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
 
 
@@ -460,6 +476,8 @@ def _check_array(dtype: Any, shape: Any, data: Any) -> None:
         raise Unsupported("it holds a numpy array of Python objects, which is not supported")
     if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or not isinstance(data, bytes | bytearray):
         raise TypeError("a numpy array is a shape, a dtype and bytes")
+    if dtype.itemsize == 0 and math.prod(shape) > limits.EMPTY_ITEMS:
+        raise ValueError(f"a numpy array of {math.prod(shape)} elements that have no bytes")
     if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"a numpy array of shape {shape} and type {dtype} does not have {len(data)} bytes")
 

@@ -17,13 +17,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.storage.torch_pt import allowlist
 from ucp.storage.torch_pt.allowlist import GETATTR, Global, StorageClass
-from ucp.storage.torch_pt.values import Standin, TensorRef
+from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _MARK = object()
+# Bytes, about, that Python keeps for an entry of a dict or set, of the memo, and for an object that a call makes.
+_ITEM_BYTES, _MEMO_BYTES, _CALL_BYTES = 64, 80, 200
+_BETWEEN_CHECKS = range(4096)  # operations: few of them cannot take much by themselves
 _STOP = object()
 
 
@@ -52,19 +56,22 @@ class Unpickler:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Any] = {}
+        self.spent = 0  # bytes of memory, about, of what was built so far
 
     def load(self) -> Any:
         """The object. Raises `DamagedCheckpoint`, `UnsafePickle` or `Unsupported`, each naming the file."""
         read, table = self._stream_read, _OPCODES
         try:
             while True:
-                code = read(1)
-                operation = table[code[0]] if code else None
-                if operation is None:
-                    what = f"unknown operation {code!r}" if code else "it ends too early"
-                    raise DamagedCheckpoint(f"not a readable pickle: {what}")
-                if operation(self) is _STOP:
-                    return self._pop()
+                for _ in _BETWEEN_CHECKS:
+                    code = read(1)
+                    operation = table[code[0]] if code else None
+                    if operation is None:
+                        what = f"unknown operation {code!r}" if code else "it ends too early"
+                        raise DamagedCheckpoint(f"not a readable pickle: {what}")
+                    if operation(self) is _STOP:
+                        return self._pop()
+                self._check_budget()
         except UcpError as error:
             if error.file is not None:
                 raise
@@ -77,6 +84,14 @@ class Unpickler:
                 f"not a readable pickle: {type(error).__name__}: {error}", file=self._path
             ) from error
 
+    def _check_budget(self) -> None:
+        spent = self.spent + len(self._memo) * _MEMO_BYTES
+        if spent > limits.metadata_bytes(self._limit):
+            raise DamagedCheckpoint(
+                f"its pickle asks for more than {limits.metadata_bytes(self._limit)} bytes of memory, "
+                f"which is the most for a file of {self._limit}"
+            )
+
     # --- bytes and stack ---------------------------------------------------------------------------------------------
 
     def _read(self, count: int) -> bytes:
@@ -85,7 +100,15 @@ class Unpickler:
         data = self._stream_read(count)
         if len(data) != count:
             raise DamagedCheckpoint("not a readable pickle: it ends too early")
+        self.spent += count
         return data
+
+    def _long(self, count: int) -> int:
+        if count > limits.INTEGER_BYTES:
+            raise DamagedCheckpoint(
+                f"its pickle has an integer of {count} bytes, and {limits.INTEGER_BYTES} is the most that is read"
+            )
+        return int.from_bytes(self._read(count), "little", signed=True)
 
     def _uint(self, count: int) -> int:
         return int.from_bytes(self._read(count), "little")
@@ -150,7 +173,12 @@ class Unpickler:
         if type(target) is Global:
             if kwargs:
                 raise TypeError(f"{target} takes no keyword arguments")
-            return allowlist.call(target, args)
+            made = allowlist.call(target, args)
+            weight = _weight(made)
+            self.spent += _CALL_BYTES + weight
+            if weight > _CALL_BYTES:
+                self._check_budget()  # the file may have it copied again and again
+            return made
         self._require_trust(target)
         return target(*self._real(args), **self._real(kwargs or {}))
 
@@ -177,6 +205,8 @@ class Unpickler:
     def _build(self, obj: Any, state: Any) -> None:
         if not self._trust or _is_inert(obj):
             allowlist.build(obj, state)
+            self.spent += _weight(obj)
+            self._check_budget()
             return
         state = self._real(state)
         setter = getattr(obj, "__setstate__", None)
@@ -203,6 +233,7 @@ class Unpickler:
         if type(target) not in _DICTS and (not self._trust or _is_inert(target)):
             raise TypeError(f"items are set in a {type(target).__name__}")
         allowlist.checked_keys(items[::2])
+        self.spent += _ITEM_BYTES * len(items)
         for at in range(0, len(items), 2):
             target[items[at]] = items[at + 1]
 
@@ -212,6 +243,17 @@ class Unpickler:
         return self._persistent(saved)
 
 
+def _weight(made: Any) -> int:
+    """About how many bytes a call has made: it may copy its arguments, which are in the file only once."""
+    kind = type(made)
+    if kind in (str, bytes, bytearray):
+        return len(made)
+    if kind is np.ndarray:
+        return int(made.nbytes)
+    return _ITEM_BYTES * len(made) if kind in _COPIED else 0
+
+
+_COPIED = {*_DICTS, set, frozenset, collections.deque, Size}
 _INERT = {Global, StorageClass, Standin, TensorRef, argparse.Namespace, np.ndarray, *_DICTS}
 
 
@@ -241,8 +283,8 @@ _pusher(b"N", lambda self: None)  # NONE
 _pusher(b"\x88", lambda self: True)  # NEWTRUE
 _pusher(b"\x89", lambda self: False)  # NEWFALSE
 _pusher(b"J", lambda self: int.from_bytes(self._read(4), "little", signed=True))  # BININT
-_pusher(b"\x8a", lambda self: int.from_bytes(self._read(self._uint(1)), "little", signed=True))  # LONG1
-_pusher(b"\x8b", lambda self: int.from_bytes(self._read(self._uint(4)), "little", signed=True))  # LONG4
+_pusher(b"\x8a", lambda self: self._long(self._uint(1)))  # LONG1
+_pusher(b"\x8b", lambda self: self._long(self._uint(4)))  # LONG4
 _pusher(b"G", lambda self: struct.unpack(">d", self._read(8))[0])  # BINFLOAT
 _pusher(b"X", lambda self: self._read(self._uint(4)).decode("utf-8", "surrogatepass"))  # BINUNICODE
 _pusher(b"\x8d", lambda self: self._read(self._uint(8)).decode("utf-8", "surrogatepass"))  # BINUNICODE8
@@ -254,13 +296,39 @@ _pusher(b"\x8e", lambda self: self._read(self._uint(8)))  # BINBYTES8
 _pusher(b"\x96", lambda self: bytearray(self._read(self._uint(8))))  # BYTEARRAY8
 
 # Containers.
-_pusher(b"]", lambda self: [])  # EMPTY_LIST
-_pusher(b"}", lambda self: {})  # EMPTY_DICT
 _pusher(b")", lambda self: ())  # EMPTY_TUPLE
-_pusher(b"\x8f", lambda self: set())  # EMPTY_SET
-_pusher(b"t", lambda self: tuple(self._pop_to_mark()))  # TUPLE
-_pusher(b"l", lambda self: self._pop_to_mark())  # LIST
 _pusher(b"\x91", lambda self: frozenset(allowlist.checked_keys(self._pop_to_mark())))  # FROZENSET
+
+
+@_opcode(b"]")  # EMPTY_LIST
+def _empty_list(self: Unpickler) -> None:
+    self.spent += 56
+    self._stack.append([])
+
+
+@_opcode(b"}")  # EMPTY_DICT
+def _empty_dict(self: Unpickler) -> None:
+    self.spent += 64
+    self._stack.append({})
+
+
+@_opcode(b"\x8f")  # EMPTY_SET
+def _empty_set(self: Unpickler) -> None:
+    self.spent += 216
+    self._stack.append(set())
+
+
+@_opcode(b"t")  # TUPLE
+def _tuple(self: Unpickler) -> None:
+    self.spent += 40
+    self._stack.append(tuple(self._pop_to_mark()))
+
+
+@_opcode(b"l")  # LIST
+def _list(self: Unpickler) -> None:
+    self.spent += 56
+    self._stack.append(self._pop_to_mark())
+
 
 # The memo.
 _pusher(b"2", lambda self: self._top())  # DUP
@@ -298,6 +366,7 @@ def _tuple1(self: Unpickler) -> None:
     item = self._stack[-1]
     if item is _MARK:
         raise ValueError("a mark where a value belongs")
+    self.spent += 48
     self._stack[-1] = (item,)
 
 
@@ -318,6 +387,7 @@ def _short_text(self: Unpickler) -> None:
     raw = self._stream_read(count)
     if len(raw) != count:
         raise DamagedCheckpoint("not a readable pickle: it ends too early")
+    self.spent += 56
     self._stack.append(raw.decode("utf-8", "surrogatepass"))
 
 
@@ -351,11 +421,13 @@ def _discard_to_mark(self: Unpickler) -> None:
 @_opcode(b"\x86")  # TUPLE2
 def _tuple2(self: Unpickler) -> None:
     second = self._pop()
+    self.spent += 56
     self._stack.append((self._pop(), second))
 
 
 @_opcode(b"\x87")  # TUPLE3
 def _tuple3(self: Unpickler) -> None:
+    self.spent += 64
     third = self._pop()
     second = self._pop()
     self._stack.append((self._pop(), second, third))
@@ -400,6 +472,7 @@ def _add_items(self: Unpickler) -> None:
     target = self._top()
     if type(target) is not set:
         raise TypeError(f"items are added to a {type(target).__name__}")
+    self.spent += _ITEM_BYTES * len(items)
     target.update(allowlist.checked_keys(items))
 
 

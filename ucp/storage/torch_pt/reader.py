@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.printable import short
 from ucp.storage import dtypes, locations
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.allowlist import StorageClass, StorageRef
@@ -105,14 +106,16 @@ class _Storages:
         """The storage for a persistent id of the form ("storage", class, key, location, numel, ...)."""
         kind = saved[0] if isinstance(saved, tuple) and saved else saved
         if kind != "storage":
-            raise UnsafePickle(f"its pickle refers to a stored {kind!r}; only tensor storages are read", file=self.path)
+            raise UnsafePickle(
+                f"its pickle refers to a stored {short(kind)}; only tensor storages are read", file=self.path
+            )
         if len(saved) != items:
             raise DamagedCheckpoint(f"a storage is described by {len(saved)} items instead of {items}", file=self.path)
         _, storage_class, key, location, numel, *view = saved
         if type(storage_class) is not StorageClass or type(key) is not str or type(location) is not str:
-            raise DamagedCheckpoint(f"the description of storage {key!r} is damaged", file=self.path)
+            raise DamagedCheckpoint(f"the description of storage {short(key)} is damaged", file=self.path)
         if type(numel) is not int or not 0 <= numel < 2**60:
-            raise DamagedCheckpoint(f"storage {key!r} has {numel!r} elements", file=self.path)
+            raise DamagedCheckpoint(f"storage {key!r} has {short(numel)} elements", file=self.path)
         if any(item is not None for item in view):
             raise Unsupported(
                 f"storage {key!r} is a view of another, as torch wrote before release 0.4", file=self.path

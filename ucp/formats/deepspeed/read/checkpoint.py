@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,14 @@ from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
+from ucp.printable import logger
 from ucp.spec.placement import Placements
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs
 from ucp.storage.files import Files
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # No spec is given: the checkpoint is asked.
 ASK = Choice()

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
@@ -33,6 +34,7 @@ from ucp.formats.deepspeed.read.folder import Folder
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape, box, concat
+from ucp.printable import short
 from ucp.storage.torch_pt.values import TensorRef
 
 # One rank's optimizer file and the state dict in it.
@@ -188,14 +190,14 @@ def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
     or pipeline parallelism.
     """
     totals = model.raw.get("num_experts")
-    stacks = _stacks(model)
+    stacks = _stacks(model, len(folder.model) + len(folder.optim) + len(folder.expert_optim) + len(folder.experts))
     if totals is None and not folder.experts:
         return ExpertFiles(folder.path)
     if parts > 1:
         raise Unsupported(f"{folder.path}: has experts under tensor or pipeline parallelism, which is not supported")
     if not isinstance(totals, (list, tuple)):
         raise Unsupported(
-            f"{model.path}: 'num_experts' is {totals!r}, no list; experts of such old files cannot be read"
+            f"{model.path}: 'num_experts' is {short(totals)}, no list; experts of such old files cannot be read"
         )
     partitioned = folder.partitioned_model
     tensors: dict[str, TensorRef] = {}
@@ -270,14 +272,20 @@ def _router_aliases(model: ModelFile) -> dict[str, str]:
     return out
 
 
-def _stacks(model: ModelFile) -> dict[str, list[list[int]]]:
-    """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows are.
+def _stacks(model: ModelFile, files: int) -> dict[str, list[list[int]]]:
+    """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows are. files: how many there are,
+    of which every expert-parallel rank wrote one at least.
 
     ``checkpoint/autoep_affine.py`` gives the placement; older files have none, and then ranks have equally many each.
     """
     out: dict[str, list[list[int]]] = {}
     for layer in _layers(model):
         count, ep = int(layer["num_experts"]), int(layer["ep_size"])
+        if not 0 < ep <= files or not 0 < count <= limits.EXPERTS:
+            raise DamagedCheckpoint(
+                f"{model.path}: says that '{layer['expert_key_prefix']}' has {count} experts on {ep} ranks, and there "
+                f"are {files} files"
+            )
         placement = layer.get("expert_placement")
         if placement is None:
             stack = [list(range(rank * (count // ep), (rank + 1) * (count // ep))) for rank in range(ep)]

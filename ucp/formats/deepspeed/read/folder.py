@@ -4,17 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, MODEL, OPTIM
-from ucp.storage import locations
+from ucp.storage import graphs, locations
 from ucp.storage.torch_pt import reader
 
 # checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
 _UNIVERSAL = "zero"
+
+# runtime/engine.py: _common_checkpoint_state and _save_checkpoint. What else is in the file is the caller's.
+OWN_KEYS = frozenset(
+    [
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "csr_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "ds_config",
+        "ds_version",
+        "universal_checkpoint_info",
+        "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +96,11 @@ def scan(path: Path) -> list[Folder]:
     _check(path, found)
     models: Mapping[int, Mapping[int, Path]] = found.parts or {mp: {0: file} for mp, file in found.whole.items()}
     ranks = sorted({0, *models, *found.optim})
-    lost = [mp for mp in range(ranks[-1] + 1) if mp not in models]
-    if lost:
+    lost = next((mp for mp in range(ranks[-1] + 1) if mp not in models), None)
+    if lost is not None:
         raise DamagedCheckpoint(
-            f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost[0]} "
-            f"('*mp_rank_{lost[0]:02d}_model_states.pt'); the checkpoint is incomplete"
+            f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost} "
+            f"('*mp_rank_{lost:02d}_model_states.pt'); the checkpoint is incomplete"
         )
     bf16 = found.prefixes == {True}
     return [
@@ -145,16 +176,21 @@ def load(path: Path, trust: bool) -> dict[str, Any]:
     found = file.graph
     if not isinstance(found, dict):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__} where DeepSpeed writes a dict")
+    # What is the caller's own is handed on as it is; all else is compared and gone through.
+    gone_through = {key: found[key] for key in found if "module" not in found or key in OWN_KEYS}
+    graphs.check(str(path), found, gone_through)
     return found
 
 
 def check_ranks(what: str, files: Mapping[int, Path], dp: int, path: Path, pattern: str, said_by: Path) -> None:
     """Raise DamagedCheckpoint unless there is exactly one file for each of the ranks 0 to dp - 1."""
-    missing = [r for r in range(dp) if r not in files]
-    if missing:
-        names = ", ".join(pattern.format(r) for r in missing[:4]) + (", …" if len(missing) > 4 else "")
+    count = dp - sum(0 <= r < dp for r in files)
+    if count > 0:
+        # As many steps as there are files: what one of them says may be any number.
+        missing = islice((r for r in range(dp) if r not in files), 5)
+        names = ", ".join(pattern.format(r) for r in islice(missing, 4)) + (", …" if count > 4 else "")
         raise DamagedCheckpoint(
-            f"{path}: {len(missing)} of {dp} {what} files are missing ({names}); '{said_by.name}' says that {dp} "
+            f"{path}: {count} of {dp} {what} files are missing ({names}); '{said_by.name}' says that {dp} "
             "data-parallel ranks saved"
         )
     extra = sorted(r for r in files if r >= dp)

@@ -38,7 +38,7 @@ def layer_files(path: Path) -> dict[int, dict[int, Path]]:
         if found := LAYER.match(name):
             out.setdefault(int(found["tp"] or 0), {})[int(found["layer"])] = path / name
     every = {layer for files in out.values() for layer in files}
-    for rank in range(max(out, default=-1) + 1):
+    for rank in range(max(out, default=-1) + 1):  # as far as a rank that lacks files, however high the numbers are
         lost = sorted(every - set(out.get(rank, ())))
         if lost:
             raise DamagedCheckpoint(

@@ -8,38 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.read.folder import OWN_KEYS
 from ucp.geometry import Shape
 from ucp.storage.torch_pt.values import TensorRef
-
-# runtime/engine.py: _common_checkpoint_state and _save_checkpoint. What else is in the file is the caller's.
-OWN_KEYS = frozenset(
-    [
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "csr_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "checkpoint_parallel_dimensions",
-        "ds_config",
-        "ds_version",
-        "universal_checkpoint_info",
-        "num_experts",
-        "ds_autoep_layers",
-        "autoep_layers",
-    ]
-)
 
 
 @dataclass(frozen=True)

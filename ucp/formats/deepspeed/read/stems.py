@@ -9,7 +9,6 @@ temporary one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,9 +17,10 @@ from pathlib import Path
 
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.read.names import is_ours
+from ucp.printable import logger
 from ucp.storage.torch_pt.reader import TorchFile
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

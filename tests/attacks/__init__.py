@@ -1,0 +1,1 @@
+"""Attackers that stay: bombs, mutations and faults by seed, each refused by an error of ours or without any effect."""

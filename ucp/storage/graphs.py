@@ -1,0 +1,142 @@
+"""The shape of plain values as they come out of a pickle: how deep they nest, what they share, what copies would take.
+
+A pickle can hold one list in many places, and so can that list: forty such steps are a kilobyte in the file and a
+million million values to whoever walks them as a tree. Here each container is visited once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ucp import limits
+from ucp.errors import Unsupported
+from ucp.storage.torch_pt.values import Size, Standin
+
+_POINTER, _OBJECT = 8, 56  # bytes, about
+_MOST = 1 << 62
+HEAVY = 1024
+"""Bytes from which on a text or an array counts as shared, as a container does."""
+_TEXTS = (str, bytes, bytearray)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """depth: of the nesting. folded: bytes of all values, each counted once; unfolded: where everything that is shared
+    is copied for each of its places, and ranges are written out. again: the identities of containers met twice."""
+
+    depth: int
+    folded: int
+    unfolded: int
+    again: frozenset[int]
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether copies of what is shared stay within what metadata may take."""
+        return self.unfolded <= limits.metadata_bytes(self.folded)
+
+
+class ContainsItselfError(ValueError):
+    """A container is, by some way, in itself."""
+
+
+def measure(value: Any) -> Measure:
+    """Measure a value. Raises ContainsItselfError."""
+    done: dict[int, tuple[int, int]] = {}
+    opened: set[int] = set()
+    again: set[int] = set()
+    heavy: set[int] = set()
+    folded = 0
+    # One frame for each container under way: its identity, what of it is left, its depth and its unfolded bytes so far.
+    frames: list[list[Any]] = [[0, iter((value,)), 0, 0]]
+    while True:
+        frame = frames[-1]
+        for child in frame[1]:
+            kind = type(child)
+            inner = _children(child, kind)
+            if inner is None:
+                own, spread = _bytes_of(child, kind)
+                if spread >= HEAVY:
+                    (again if id(child) in heavy else heavy).add(id(child))
+                folded += own
+                frame[3] += spread
+                continue
+            key = id(child)
+            if key in done:
+                again.add(key)
+                folded += _POINTER
+                frame[2] = max(frame[2], done[key][0])
+                frame[3] = min(frame[3] + done[key][1], _MOST)
+                continue
+            if key in opened:
+                raise ContainsItselfError(f"a {kind.__name__} contains itself")
+            opened.add(key)
+            folded += _OBJECT
+            frames.append([key, inner, 0, _OBJECT])
+            break
+        else:
+            frames.pop()
+            if not frames:
+                return Measure(frame[2], folded, frame[3], frozenset(again))
+            opened.discard(frame[0])
+            done[frame[0]] = frame[2] + 1, frame[3]
+            frames[-1][2] = max(frames[-1][2], frame[2] + 1)
+            frames[-1][3] = min(frames[-1][3] + frame[3], _MOST)
+
+
+def check(path: str, value: Any, spread: Any = None) -> None:
+    """Look at what a file's pickle holds before anybody walks through it.
+
+    value: all of it, which may not contain itself nor nest deeper than `limits.NESTING`. spread: the part of it that is
+    gone through as a tree (None: all): copies of what it shares have to fit into what metadata may take.
+
+    Raises Unsupported.
+    """
+    try:
+        found = measure(value)
+        if found.depth > limits.NESTING:
+            raise Unsupported(
+                f"{path}: its values are nested {found.depth} deep, and {limits.NESTING} is the most that is read"
+            )
+        if spread is not None:
+            found = measure(spread)
+    except ContainsItselfError as error:
+        raise Unsupported(f"{path}: {error}, which cannot be read") from error
+    if not found.is_spread:
+        raise Unsupported(
+            f"{path}: {found.folded} bytes of values stand for {found.unfolded}, since lists in it are used in many "
+            f"places or ranges are long; {limits.metadata_bytes(found.folded)} is the most that is read"
+        )
+
+
+def _children(value: Any, kind: type) -> Iterator[Any] | None:
+    """What a container holds; None for what is none."""
+    if kind in (list, tuple, set, frozenset, deque, Size):
+        return iter(value)
+    if isinstance(value, dict):
+        hung = getattr(value, "__dict__", None)
+        return chain(value, value.values(), hung.values() if hung else ())
+    if kind is argparse.Namespace:
+        return iter(vars(value).values())
+    if kind is Standin:
+        return iter((value.class_args, value.state))
+    if kind is slice:
+        return iter((value.start, value.stop, value.step))
+    return None
+
+
+def _bytes_of(value: Any, kind: type) -> tuple[int, int]:
+    """About how many bytes a plain value takes, and how many where it is written out."""
+    if kind in _TEXTS:
+        return _POINTER + len(value), _POINTER + len(value)
+    if kind is range:
+        return _OBJECT, _OBJECT + min(_POINTER * max((value.stop - value.start) // value.step, 0), _MOST)
+    if kind is np.ndarray:
+        return _OBJECT, _OBJECT + value.nbytes
+    return _POINTER, _POINTER
