@@ -71,7 +71,7 @@ ATTRIBUTES = {
     "Checkpoint": "close format layout parameters read reader training_state verify",
     "ConversionReport": (
         "bytes_read bytes_written destination dry_run files layout parameters seconds source source_format tag "
-        "target_layout tensors to virtual"
+        "target_layout tensors to unverified_bytes verified_bytes virtual"
     ),
     "Layout": "dp tp pp ep zero world_size",
     "ParameterInfo": "name shape states kind scalars aliases",

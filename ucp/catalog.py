@@ -18,6 +18,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, extents, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
+from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize
 
 # Wrappers put these into names: DistributedDataParallel and DeepSpeed's older saves, torch.compile.
@@ -157,6 +158,7 @@ class Catalog:
 
     format: the name of the format it was read from; writer: framework and version, for people.
     chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
+    crc_records: per file without digests, the records that have a CRC-32 in it: index into files -> in their order.
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
     tensor-parallel rank keeps. computed: where the bytes of "files" that are no files come from, by index: what no file
     has, such as averages. unchecked: sentences on what opening could not check.
@@ -170,6 +172,7 @@ class Catalog:
     tensors: Mapping[tuple[str, str], LogicalTensor]
     training_state: TrainingState
     chunk_digests: Mapping[int, Any] = field(default_factory=dict)
+    crc_records: Mapping[int, tuple[StoredCrc32, ...]] = field(default_factory=dict)
     copies: tuple[LogicalTensor, ...] = ()
     computed: Mapping[int, ByteSource] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()

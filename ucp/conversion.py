@@ -43,7 +43,9 @@ class ConversionReport:
     layout: of the run that saved the source; target_layout: of the destination, where it has one of its own. tag: the
     folder below the destination that holds the checkpoint, for DeepSpeed's formats. parameters, tensors: counts (a
     tensor is one state of one parameter). files, bytes_written: of the destination. bytes_read: what was read of the
-    source's tensors. seconds: from opening the source to the end.
+    source's tensors. verified_bytes: how much of that was compared with the source's digests or CRC-32s, with the rest
+    of the records that it lies in; unverified_bytes: how much has neither. Of a team, what this process knows.
+    seconds: from opening the source to the end.
     """
 
     source: str
@@ -59,6 +61,8 @@ class ConversionReport:
     files: int
     bytes_written: int
     bytes_read: int
+    verified_bytes: int
+    unverified_bytes: int
     seconds: float
     dry_run: bool
 
@@ -67,9 +71,15 @@ class ConversionReport:
         if self.target_layout is not None:
             target += f" ({self.target_layout})"
         did = "would write" if self.dry_run else "wrote"
+        checked = ""
+        if self.verified_bytes or self.unverified_bytes:
+            checked = f" (verified {self.verified_bytes / 1e9:.3f} GB of the source"
+            if self.unverified_bytes:
+                checked += f", with nothing to verify {self.unverified_bytes / 1e9:.3f} GB by"
+            checked += ")"
         return (
             f"{did} {self.destination}: {self.tensors} tensors of {self.parameters} parameters, {self.files} files, "
-            f"{self.bytes_written / 1e9:.3f} GB, from {self.source_format} ({self.layout}) to {target} in "
+            f"{self.bytes_written / 1e9:.3f} GB{checked}, from {self.source_format} ({self.layout}) to {target} in "
             f"{self.seconds:.1f} s"
         )
 
@@ -168,6 +178,8 @@ def _report(
         files=written.files,
         bytes_written=written.nbytes,
         bytes_read=written.bytes_read,
+        verified_bytes=written.verified_bytes,
+        unverified_bytes=written.unverified_bytes,
         seconds=seconds,
         dry_run=dry_run,
     )

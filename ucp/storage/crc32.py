@@ -8,7 +8,7 @@ polynomial, an operation on 32 bits whatever n is.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ try:
 except ImportError:  # no build of it for this machine
     from zlib import crc32
 
-__all__ = ["Crc32Entry", "Passing", "StoredCrc32", "combine", "combine_all", "crc32", "within"]
+__all__ = ["Crc32Entry", "Passing", "StoredCrc32", "combine", "combine_all", "crc32", "in_order", "within"]
 
 # zlib's polynomial in the bit order of its CRC register: the highest power of x is the lowest bit.
 _POLYNOMIAL = 0xEDB88320
@@ -57,12 +57,17 @@ class StoredCrc32:
     crc: int | None
     at: int
 
-    def differs(self, path: str, found: int) -> str:
-        """The sentence for bytes that have another CRC-32."""
+    def differs(self, path: str, wanted: int, found: int) -> str:
+        """The sentence for bytes that have another CRC-32 than they should."""
         return (
             f"{path}: its record '{self.name}' ({self.stop - self.start} bytes from byte {self.start}) is damaged: its "
-            f"CRC-32 should be {self.crc or 0:08x} and is {found:08x}; take another copy of the file"
+            f"CRC-32 should be {wanted:08x} and is {found:08x}; take another copy of the file"
         )
+
+
+def in_order(records: Mapping[int, Mapping[int, StoredCrc32]]) -> dict[int, tuple[StoredCrc32, ...]]:
+    """Each file's records in the order of their first bytes, by which they are given."""
+    return {file: tuple(found[start] for start in sorted(found)) for file, found in sorted(records.items())}
 
 
 def within(entries: Sequence[Crc32Entry], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -114,15 +119,19 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
+@lru_cache(maxsize=64)
+def _power(k: int) -> int:
+    """x^(8 * 2^k) modulo the polynomial."""
+    return 1 << 23 if k == 0 else _multiply(_power(k - 1), _power(k - 1))
+
+
 @lru_cache(maxsize=4096)
 def _shift(size: int) -> int:
     """x^(8 size) modulo the polynomial."""
-    result, power = _ONE, 1 << 23  # x^0 and x^8
-    while size:
-        if size & 1:
-            result = _multiply(result, power)
-        power = _multiply(power, power)
-        size >>= 1
+    result = _ONE
+    for k in range(size.bit_length()):
+        if size >> k & 1:
+            result = _multiply(result, _power(k))
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +97,24 @@ def digest_chunks(data: Any) -> bytes:
     return b"".join(xxhash.xxh3_64_digest(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK))
 
 
-def digest_file(path: str | os.PathLike[str], files: Files | None = None) -> ChunkDigests:
-    """The digests of a local file, read in pieces. Raises `DamagedCheckpoint` if it cannot be read."""
+def digest_file(
+    path: str | os.PathLike[str], files: Files | None = None, seen: Callable[[int, memoryview], None] | None = None
+) -> ChunkDigests:
+    """The digests of a local file, read in pieces. seen: called with each piece's first byte and the piece.
+
+    Raises `DamagedCheckpoint` if it cannot be read, and what ``seen`` raises.
+    """
     if files is None:
         with Files() as own:
-            return digest_file(path, own)
+            return digest_file(path, own, seen)
     size = files.size(path)
     table = bytearray()
     buffer = memoryview(bytearray(min(size, _BATCH)))
     for at in range(0, size, _BATCH):
         piece = buffer[: min(_BATCH, size - at)]
         files.read_into(path, at, piece)
+        if seen is not None:
+            seen(at, piece)
         table += digest_chunks(piece)
     return ChunkDigests(size, bytes(table))
 

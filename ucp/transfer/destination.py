@@ -57,26 +57,31 @@ class Running:
 
 @dataclass(frozen=True)
 class Written:
-    """files, nbytes: of the destination. bytes_read: of the source's tensors."""
+    """files, nbytes: of the destination. bytes_read: of the source's tensors. verified_bytes: of those (with what else
+    their records hold), how many were compared with a digest or a CRC-32; unverified_bytes: how many had none."""
 
     files: int
     nbytes: int
     bytes_read: int
+    verified_bytes: int
+    unverified_bytes: int
 
 
 def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
     """Check the destination, and write everything unless it is a dry run.
 
     Raises DestinationError where the destination can't be written, BadArgument for what a URL does not allow,
-    DamagedCheckpoint where the source changes meanwhile, ProcessLost, and what reading the source raises.
+    DamagedCheckpoint where the source changes meanwhile, DigestMismatch where its bytes differ from the digests or
+    CRC-32s that it has, ProcessLost, and what reading the source raises.
     """
     team = running.team or Team()
     identity = identify(plan)
     _check(destination, plan, identity if running.resume else None, team, running.overwrite)
     finished: dict[str, bytes] = {}
     with Files() as files:
+        reader = Reader(plan.source, files, keeps_pieces=True)
         writing = Writing(
-            Reader(plan.source, files),
+            reader,
             plan.files,
             identity,
             lambda: check_unchanged(plan.source.on_disk),
@@ -93,7 +98,13 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
         else:
             write_following(writing, part_folder(destination), team)
         read = files.bytes_read
-    return Written(len(plan.files) + len(finished), plan.nbytes + sum(map(len, finished.values())), read)
+    return Written(
+        len(plan.files) + len(finished),
+        plan.nbytes + sum(map(len, finished.values())),
+        read,
+        reader.verified_bytes,
+        reader.unverified_bytes,
+    )
 
 
 def identify(plan: WritePlan) -> str:
@@ -192,6 +203,7 @@ def _upload(writing: Writing, url: str, plan: WritePlan) -> dict[str, bytes]:
             max_memory=writing.max_memory,
             progress=writing.progress,
         )
+        writing.reader.records.finish()
         writing.check_source()
         finished = plan.finish(found) if plan.finish is not None else {}
         for name, raw in finished.items():

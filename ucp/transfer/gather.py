@@ -29,6 +29,7 @@ from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.rounding import ROUNDED, round_to
+from ucp.transfer.checksums import STEP, RecordChecks
 
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
@@ -109,18 +110,33 @@ class Copy:
 
 
 class Reader:
-    """Byte ranges of a catalog's files, verified against its digests where it has them. Thread-safe.
+    """Byte ranges of a catalog's files, verified against its digests where it has them, else against the CRC-32s of
+    torch's records where these are read whole. Thread-safe.
 
-    digest_seconds: what checking digests has taken so far, of all threads together.
+    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. digest_seconds: what checking digests and CRC-32s has
+    taken so far, of all threads together.
     """
 
-    def __init__(self, catalog: Catalog, files: Files, verify: bool = True) -> None:
+    def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
         self.digest_seconds = 0.0
+        self._digested = self._unchecked = 0
         self._lock = Lock()
         self._paths = [f.path for f in catalog.files]
         self._files = files
         self._computed = dict(catalog.computed)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
+        self.records = RecordChecks(catalog.crc_records if verify else {}, self._paths, files, keeps_pieces)
+
+    @property
+    def verified_bytes(self) -> int:
+        """Bytes that were compared with a digest or a CRC-32: whole chunks, each time they are read, and whole
+        records."""
+        return self._digested + self.records.verified_bytes
+
+    @property
+    def unverified_bytes(self) -> int:
+        """Bytes that were read and compared with nothing: there is no digest, or the record was not read whole."""
+        return self._unchecked + self.records.unverified_bytes
 
     @property
     def verifies(self) -> bool:
@@ -139,9 +155,7 @@ class Reader:
             return
         path, digests = self._paths[file], self._digests.get(file)
         if digests is None:
-            for part in parts:
-                self._files.read_into(path, offset, part.data)
-                offset += len(part)
+            self._read_records(file, path, offset, parts)
             return
         at, stop = offset, offset + sum(map(len, parts))
         if stop > digests.size:
@@ -161,6 +175,22 @@ class Reader:
                 end = max(end, at + min((stop - at) // CHUNK, most) * CHUNK)
                 self._read_whole(path, digests, at, end, _taken(rest, end - at))
             at = end
+
+    def _read_records(self, file: int, path: str, offset: int, parts: Sequence[Bytes]) -> None:
+        """Bytes of a file without digests, which may lie in records with CRC-32s."""
+        checked = self.records.covers(file)
+        for part in parts:
+            step = STEP if checked and not is_remote(path) else len(part)
+            for at in range(0, len(part), step or 1):
+                piece = part[at : at + step]
+                self._files.read_into(path, offset + at, piece.data)
+                if checked:
+                    began = perf_counter()
+                    self.records.add(file, offset + at, piece)
+                    self._count(perf_counter() - began)
+            offset += len(part)
+        if not checked:
+            self._count(0.0, unchecked=sum(map(len, parts)))
 
     def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
         """Whole chunks, verified."""
@@ -189,7 +219,7 @@ class Reader:
 
     def _check(self, path: str, digests: ChunkDigests, index: int, parts: list[Bytes]) -> None:
         """Whole chunks, in one part or one after the other in several."""
-        began = perf_counter()
+        began, nbytes = perf_counter(), sum(map(len, parts))
         if len(parts) == 1:
             verify_chunks(path, digests, index, parts[0].data)
         else:
@@ -198,9 +228,13 @@ class Reader:
                 size = min(CHUNK, digests.size - index * CHUNK)
                 verify_parts(path, digests, index, [part.data for part in _taken(rest, size)])
                 index += 1
-        took = perf_counter() - began
+        self._count(perf_counter() - began, digested=nbytes)
+
+    def _count(self, seconds: float, digested: int = 0, unchecked: int = 0) -> None:
         with self._lock:
-            self.digest_seconds += took
+            self.digest_seconds += seconds
+            self._digested += digested
+            self._unchecked += unchecked
 
 
 def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
@@ -283,7 +317,8 @@ def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
 def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], threads: int | None = None) -> int:
     """Fill the buffers with what is wanted and return the number of payload bytes moved.
 
-    Elements of a buffer that no want covers are left as they are. ``threads`` defaults to the number of processors,
+    Records of torch files that are read whole by now are compared with their CRC-32s, as all digests are. Elements of a
+    buffer that no want covers are left as they are. ``threads`` defaults to the number of processors,
     at most 8; small jobs run in the calling thread.
     """
     copies = plan(wants)
@@ -291,10 +326,11 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
     workers = min(threads or min(os.cpu_count() or 1, 8), 1 + total // (4 << 20))
     if workers <= 1:
         execute(reader, copies, buffers)
-        return total
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(execute, reader, part, buffers) for part in _split(copies, total, workers)]:
-            done.result()
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(execute, reader, part, buffers) for part in _split(copies, total, workers)]:
+                done.result()
+    reader.records.settle()
     return total
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -19,6 +19,7 @@ from ucp.errors import DamagedCheckpoint, DestinationError
 from ucp.storage import names
 from ucp.storage.crc32 import combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
+from ucp.transfer.checksums import RecordPiece
 from ucp.transfer.targets import TargetFile
 
 
@@ -39,7 +40,9 @@ class Piece:
 
 _HEAD = struct.Struct("<IQQII")  # file, start, size, bytes of digests, number of CRCs
 _CRC = struct.Struct("<IQQI")
-_END = _HEAD.pack(0xFFFFFFFF, 0, 0, 0, 0)
+_FINISHED = 0xFFFFFFFF
+_END = _HEAD.pack(_FINISHED, 0, 0, 0, 0)
+_RECORDS = 0xFFFFFFFE  # in a file's place: what follows are CRC-32s of the source
 _SEAL = 8  # bytes of xxh3_64 behind each record, so that a torn one is known
 
 
@@ -57,6 +60,12 @@ class Journal:
         """Note that this piece was written. Raises DestinationError."""
         head = _HEAD.pack(piece.file, piece.start, piece.size, len(piece.digests), len(piece.crcs))
         self._append(head + piece.digests + b"".join(_CRC.pack(*crc) for crc in piece.crcs))
+
+    def add_record_pieces(self, pieces: Sequence[RecordPiece]) -> None:
+        """Note what was read of the source's records. Raises DestinationError."""
+        if pieces:
+            head = _HEAD.pack(_RECORDS, 0, 0, 0, len(pieces))
+            self._append(head + b"".join(_CRC.pack(*piece) for piece in pieces))
 
     def finish(self) -> None:
         """Note that this process has written its share and flushed it. Raises DestinationError."""
@@ -77,23 +86,36 @@ class Journal:
 
 
 def read_journal(path: str | os.PathLike[str]) -> tuple[list[Piece], bool]:
-    """The records of a journal up to the first that is torn, and whether its process had finished."""
+    """The pieces in a journal up to the first record that is torn, and whether its process had finished."""
+    out: list[Piece] = []
+    for file, start, size, digests, crcs in _journal_records(path):
+        if file == _FINISHED:
+            return out, True
+        if file != _RECORDS:
+            out.append(Piece(file, start, size, digests, crcs))
+    return out, False
+
+
+def read_record_pieces(path: str | os.PathLike[str]) -> list[RecordPiece]:
+    """What a process has noted of the source's records."""
+    return [piece for file, _, _, _, pieces in _journal_records(path) if file == _RECORDS for piece in pieces]
+
+
+def _journal_records(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[int, int, int, bytes, tuple[tuple[int, int, int, int], ...]]]:
+    """(file, start, size, digests, CRCs) of each record up to the first that is torn."""
     with open(path, "rb") as stream:
         raw = stream.read()
-    out: list[Piece] = []
     at = 0
     while at + _HEAD.size + _SEAL <= len(raw):
         file, start, size, width, count = _HEAD.unpack_from(raw, at)
         end = at + _HEAD.size + width + count * _CRC.size
         if raw[end : end + _SEAL] != xxhash.xxh3_64_digest(raw[at:end]):
-            break
-        if raw[at:end] == _END:
-            return out, True
+            return
         digests = raw[at + _HEAD.size : at + _HEAD.size + width]
-        crcs = tuple(_CRC.iter_unpack(raw[at + _HEAD.size + width : end]))
-        out.append(Piece(file, start, size, digests, crcs))
+        yield file, start, size, digests, tuple(_CRC.iter_unpack(raw[at + _HEAD.size + width : end]))
         at = end + _SEAL
-    return out, False
 
 
 def known_chunks(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from ucp.storage.digests import CHUNK, ChunkDigests
 from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
 from ucp.transfer.gather import Reader
-from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, seal_files
+from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, read_record_pieces, seal_files
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.team import Attempt, Team, joined, lead
 from ucp.transfer.windows import shares
@@ -37,7 +38,9 @@ def noted_bytes(part: Path) -> int:
 def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDigests]:
     """Process 0: have all files written into a folder of `ucp.storage.partial`; returns their digests by name.
 
-    Raises what `write_share` raises, and ProcessLost.
+    What was read in part of the source's records is read to the end, and each is compared with its CRC-32.
+
+    Raises what `write_share` raises, ProcessLost, and DigestMismatch for a damaged record.
     """
     create_files(part / CHECKPOINT, writing.files, continued=True)
     attempt = lead(team, part / TEAM, writing.identity)
@@ -48,8 +51,13 @@ def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDi
         return path.exists() and read_journal(path)[1]
 
     attempt.await_all(finished)
+    records = writing.reader.records
     for process in attempt.members:
-        pieces += read_journal(_journal(part, attempt, process))[0]
+        journal = _journal(part, attempt, process)
+        pieces += read_journal(journal)[0]
+        records.add_known(read_record_pieces(journal))
+    # Only now: other processes read other parts of the same records.
+    records.finish()
     return seal_files(part / CHECKPOINT, writing.files, pieces)
 
 
@@ -68,6 +76,17 @@ def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
     share = shares(writing.files, attempt.team.process, attempt.team.processes)
     known = known_chunks(_earlier(part, attempt.name), share)
     journal = Journal(_journal(part, attempt, attempt.team.process))
+    records = writing.reader.records
+    records.add_known(piece for path in _earlier_journals(part, attempt.name) for piece in read_record_pieces(path))
+
+    turn = Lock()
+
+    def note(piece: Piece) -> None:
+        # What was read for a piece is noted before it, so that no known piece comes of bytes that are not.
+        with turn:
+            journal.add_record_pieces(records.take_pieces())
+        journal.add(piece)
+
     try:
         pieces = write_share(
             writing.reader,
@@ -78,9 +97,10 @@ def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
             max_memory=writing.max_memory,
             progress=progress,
             known=known,
-            note=journal.add,
+            note=note,
         )
         writing.check_source()
+        journal.add_record_pieces(records.take_pieces())
         journal.finish()
         return pieces
     finally:
@@ -93,5 +113,9 @@ def _journal(part: Path, attempt: Attempt, process: int) -> Path:
 
 def _earlier(part: Path, attempt: str) -> list[Piece]:
     """What attempts other than this one have noted."""
+    return [piece for path in _earlier_journals(part, attempt) for piece in read_journal(path)[0]]
+
+
+def _earlier_journals(part: Path, attempt: str) -> list[Path]:
     paths = sorted((part / JOURNAL).iterdir()) if (part / JOURNAL).is_dir() else []
-    return [piece for path in paths if path.name.rpartition("-")[0] != attempt for piece in read_journal(path)[0]]
+    return [path for path in paths if path.name.rpartition("-")[0] != attempt]

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,10 +20,12 @@ from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, Sta
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import graphs, locations
+from ucp.storage.crc32 import StoredCrc32, in_order
 from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
+from ucp.transfer.checksums import read_record
 from ucp.transfer.gather import widen
 
 # Bytes before a record's elements that are worth comparing.
@@ -54,19 +56,22 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
 
 @dataclass(frozen=True)
 class _KnownRecord:
-    """A tensor's record, for others that begin alike. before: all bytes before the elements, which are at ``at``."""
+    """A tensor's record, for others that begin alike. before: all bytes before the elements, which are at ``at``;
+    crc: of its elements, where it has one, counted from the record's beginning."""
 
     before: bytes
     at: int
     strides: Shape
+    crc: StoredCrc32 | None
 
 
 class _ElementsAt(NamedTuple):
-    """Where a chunk's elements lie. file: its index; at: the first one's byte in it."""
+    """Where a chunk's elements lie. file: its index; at: the first one's byte in it; crc: of their bytes."""
 
     file: int
     at: int
     strides: Shape
+    crc: StoredCrc32 | None
 
 
 class _Records:
@@ -79,6 +84,7 @@ class _Records:
         self._closing = ExitStack()
         self._known: dict[tuple[Any, ...], _KnownRecord] = {}
         self.files: dict[str, int] = {}  # path -> its index
+        self.crcs: dict[int, dict[int, StoredCrc32]] = {}  # by the file's index and their first byte
 
     def __enter__(self) -> _Records:
         return self
@@ -110,7 +116,9 @@ class _Records:
         known = self._known.get(kind)
         stream, _ = self._stream(key, record)
         if known is not None and _bytes(stream, record.start, known.at) == known.before:
-            return _ElementsAt(self._index, record.start + known.at, known.strides)
+            # Its own CRC-32 is where the other's is, behind its elements: it's read when they are.
+            crc = None if known.crc is None else replace(_moved(known.crc, record.start), crc=None)
+            return _ElementsAt(self._index, record.start + known.at, known.strides, crc)
         ref = self.load(key, record)
         if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
             found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
@@ -120,8 +128,9 @@ class _Records:
             )
         at = ref.offset - record.start
         if at <= _LONGEST:
-            self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides)
-        return _ElementsAt(self._index, ref.offset, ref.strides)
+            crc = None if ref.record is None else _moved(ref.record, -record.start)
+            self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides, crc)
+        return _ElementsAt(self._index, ref.offset, ref.strides, ref.record)
 
     def _stream(self, key: str, record: metadata.Record) -> tuple[BinaryIO, str]:
         if self._open is None or self._open[0] != record.file:
@@ -140,6 +149,10 @@ class _Records:
         return stream, path
 
 
+def _moved(crc: StoredCrc32, by: int) -> StoredCrc32:
+    return replace(crc, start=crc.start + by, stop=crc.stop + by, at=crc.at + by)
+
+
 def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
     # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
     stream = getattr(stream, "raw", stream)
@@ -152,7 +165,10 @@ def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[st
     chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
     placed: dict[str, list[tuple[metadata.Chunk, _ElementsAt]]] = {key: [] for key in found}
     for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):
-        placed[key].append((chunk, records.tensor(key, dtype, chunk)))
+        place = records.tensor(key, dtype, chunk)
+        placed[key].append((chunk, place))
+        if place.crc is not None:
+            records.crcs.setdefault(place.file, {})[place.crc.start] = place.crc
     out = {}
     for key, tensor in found.items():
         held = [(chunk, place) for chunk, place in placed[key] if numel(chunk.sizes)]
@@ -182,7 +198,7 @@ def _catalog(
     paths = list(records.files)
 
     def value(key: str) -> Any:
-        return _item(found[key], paths, files) if key in found else entries[key].value
+        return _item(found[key], paths, records.crcs, files) if key in found else entries[key].value
 
     scalars: dict[str, dict[str, Any]] = {}
     for key, (name, scalar) in roles.scalars.items():
@@ -208,6 +224,7 @@ def _catalog(
         parameters=parameters,
         tensors=tensors,
         training_state=_training_state(roles, entries, param_groups(roles, options, repr)),
+        crc_records=in_order(records.crcs),
     )
 
 
@@ -220,10 +237,16 @@ def _training_state(roles: Roles, entries: Mapping[str, StateEntry], groups: lis
     return TrainingState(**{**fields, "param_groups": tuple(groups), "extra": extra})
 
 
-def _item(tensor: LogicalTensor, paths: list[str], files: Files) -> Any:
-    """The value of a tensor of one element."""
-    raw = bytearray(itemsize(tensor.dtype))
-    files.read_into(paths[int(tensor.blocks.buffers[0])], int(tensor.bases[0]), raw)
+def _item(tensor: LogicalTensor, paths: list[str], crcs: Mapping[int, Mapping[int, StoredCrc32]], files: Files) -> Any:
+    """The value of a tensor of one element. Raises DigestMismatch where its record is damaged."""
+    file, at = int(tensor.blocks.buffers[0]), int(tensor.bases[0])
+    record = crcs.get(file, {}).get(at)
+    size = itemsize(tensor.dtype)
+    if record is not None and record.stop - record.start == size:
+        raw = bytearray(read_record(files, paths[file], record))
+    else:
+        raw = bytearray(size)
+        files.read_into(paths[file], at, raw)
     number = np.frombuffer(raw, numpy_dtype(tensor.dtype))
     return (number if is_numpy_native(tensor.dtype) else widen(number, tensor.dtype, "float64")).item()
 

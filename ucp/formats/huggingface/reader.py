@@ -15,6 +15,7 @@ from ucp.formats.shared.renaming import rename
 from ucp.parallel.mesh import Layout
 from ucp.spec.select import Choice
 from ucp.storage import configs, locations
+from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
 
 
@@ -37,6 +38,7 @@ def read(path: Path, files: Files, choice: Choice | None = None) -> Catalog:
         parameters=builder.parameters,
         tensors=builder.tensors,
         training_state=TrainingState(),
+        crc_records=in_order(builder.records),
     )
     bound = (choice or Choice()).bound(config)
     if bound is not None:

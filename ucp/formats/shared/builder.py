@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,36 +14,45 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
 from ucp.spec.placement import Placed
 from ucp.storage import locations
+from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.values import TensorRef
+from ucp.transfer.checksums import read_record
 
 Scalar = int | float | bool
+# A single value's record is read and checked whole where it has at most so many bytes.
+SMALL_RECORD = 64 << 10
 
 
 @dataclass
 class Builder:
-    """The files, parameters and tensors found so far. paths, sources: shared by the parts of one checkpoint."""
+    """The files, parameters and tensors found so far. paths, sources and records (those of `Catalog.crc_records`, by
+    their first bytes) are shared by the parts of one checkpoint."""
 
     files: Files
     paths: dict[str, int] = field(default_factory=dict)
     sources: list[SourceFile] = field(default_factory=list)
+    records: dict[int, dict[int, StoredCrc32]] = field(default_factory=dict)
     parameters: dict[str, ParameterInfo] = field(default_factory=dict)
     tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
 
-    def file(self, path: str | Path) -> int:
-        """The index of a file, entered at first use."""
-        path = str(path)
+    def file(self, ref: TensorRef) -> int:
+        """The index of a tensor's file, entered at first use with what the file tells of the tensor's bytes."""
+        path = ref.file
         if path not in self.paths:
             stat = locations.stat(path)
             self.paths[path] = len(self.sources)
             self.sources.append(SourceFile(path, stat.size, stat.mtime_ns))
-        return self.paths[path]
+        index = self.paths[path]
+        if ref.record is not None:
+            self.records.setdefault(index, {})[ref.record.start] = ref.record
+        return index
 
     def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:
         """A tensor that lies in one piece in one file."""
         if numel(ref.shape):
-            blocks = box([0] * len(ref.shape), ref.shape, 0, ref.strides, self.file(ref.file))
+            blocks = box([0] * len(ref.shape), ref.shape, 0, ref.strides, self.file(ref))
         else:
             blocks = empty(len(ref.shape))
         return LogicalTensor(name, state, ref.shape, ref.dtype, blocks, np.full(len(blocks), ref.offset, np.int64))
@@ -62,7 +70,7 @@ class Builder:
             )
         file_of, base_of = np.zeros(max(refs) + 1, np.int64), np.zeros(max(refs) + 1, np.int64)
         for r in ranks:
-            file_of[r], base_of[r] = self.file(refs[r].file), refs[r].offset
+            file_of[r], base_of[r] = self.file(refs[r]), refs[r].offset
         placed = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, file_of[blocks.buffers])
         return LogicalTensor(name, state, shape, next(iter(dtypes)), placed, base_of[blocks.buffers])
 
@@ -114,9 +122,14 @@ class Builder:
         return raw.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size])
 
     def scalar(self, ref: TensorRef) -> Scalar:
-        """The value of a 0-d tensor."""
-        raw = np.empty(itemsize(ref.dtype), np.uint8)
-        self.files.read_into(ref.file, ref.offset, raw)
+        """The value of a 0-d tensor. Raises DigestMismatch where the record that it lies in is damaged."""
+        size = itemsize(ref.dtype)
+        if ref.record is not None and ref.record.stop - ref.record.start <= SMALL_RECORD:
+            at = ref.offset - ref.record.start
+            raw = np.frombuffer(read_record(self.files, ref.file, ref.record), np.uint8)[at : at + size]
+        else:
+            raw = np.empty(size, np.uint8)
+            self.files.read_into(ref.file, ref.offset, raw)
         if ref.dtype == "bfloat16":
             return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
         return raw.view(numpy_dtype(ref.dtype))[0].item()

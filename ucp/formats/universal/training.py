@@ -14,6 +14,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParamGroup, SourceFile, Training
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import box, empty, numel, whole
 from ucp.storage import locations, plain, safetensors
+from ucp.storage.crc32 import in_order
 from ucp.storage.dtypes import canonical
 from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.gather import Want
@@ -120,13 +121,12 @@ def _check(path: str, name: str, value: Any, types: tuple[type, ...]) -> None:
 
 
 def with_sources(catalog: Catalog, tensors: Tensors) -> Catalog:
-    """The catalog with the files that the training state's tensors lie in added, where it lacks them."""
+    """The catalog with the files that the training state's tensors lie in added, where it lacks them, and with the
+    CRC-32s of these tensors' bytes."""
     known = {file.path for file in catalog.files}
     missing = dict.fromkeys(
         r.file for r in tensors.entries.values() if isinstance(r, TensorRef) and r.file not in known
     )
-    if not missing:
-        return catalog
     added = []
     for name in missing:
         try:
@@ -134,7 +134,13 @@ def with_sources(catalog: Catalog, tensors: Tensors) -> Catalog:
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
         added.append(SourceFile(name, stat.size, stat.mtime_ns))
-    return dataclasses.replace(catalog, files=(*catalog.files, *added))
+    files = (*catalog.files, *added)
+    index = {file.path: k for k, file in enumerate(files)}
+    records = {k: {record.start: record for record in found} for k, found in catalog.crc_records.items()}
+    for ref in tensors.entries.values():
+        if isinstance(ref, TensorRef) and ref.record is not None:
+            records.setdefault(index[ref.file], {})[ref.record.start] = ref.record
+    return dataclasses.replace(catalog, files=files, crc_records=in_order(records))
 
 
 def with_sources_of_state(catalog: Catalog) -> Catalog:

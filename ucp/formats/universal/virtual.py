@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from ucp.formats.universal import manifest, schema, training
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests, digest_file
 from ucp.storage.files import Files
+from ucp.storage.torch_pt.archive import crcs_of
+from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.destination import check_unchanged
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import budget
@@ -101,6 +104,7 @@ def plan(catalog: Catalog) -> VirtualPlan:
         files=(*(catalog.files[k] for k in used.tolist()), *(SourceFile(f.name, f.size, 0) for f in files)),
         tensors=tensors,
         chunk_digests={int(place[k]): table for k, table in catalog.chunk_digests.items() if place[k] >= 0},
+        crc_records={int(place[k]): found for k, found in catalog.crc_records.items() if place[k] >= 0},
     )
     return VirtualPlan(source, files, result, training_state)
 
@@ -110,16 +114,27 @@ def write_plan(made: VirtualPlan, writer: str, destination: str, with_digests: b
     workers: threads for that."""
 
     def finish(digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
-        foreign = _digests_of(made.foreign, workers) if with_digests else {}
+        foreign = _digests_of(made, workers) if with_digests else {}
         check_unchanged(made.foreign)
         return {manifest.NAME: made.manifest(digests, writer, destination, foreign)}
 
     return WritePlan(made.source, made.files, finish, is_virtual=True)
 
 
-def _digests_of(files: tuple[SourceFile, ...], workers: int | None) -> dict[int, ChunkDigests]:
+def _digests_of(made: VirtualPlan, workers: int | None) -> dict[int, ChunkDigests]:
+    """The digests of the files pointed at. Raises DigestMismatch where their bytes differ from CRC-32s that they have:
+    a digest would bless the damage."""
+    paths = [file.path for file in made.foreign]
+    # Everything gets a digest, what no tensor needs (weights beside their masters) too.
+    records = {index: crcs_of(paths[index]) or found for index, found in made.result.crc_records.items()}
     with Files() as source, ThreadPoolExecutor(budget(workers, None)[0]) as pool:
-        return dict(enumerate(pool.map(lambda file: digest_file(file.path, source), files)))
+        checks = RecordChecks(records, paths, source)
+
+        def digest(index: int) -> ChunkDigests:
+            seen = partial(checks.add, index) if checks.covers(index) else None
+            return digest_file(paths[index], source, seen)
+
+        return dict(enumerate(pool.map(digest, range(len(paths)))))
 
 
 def _pointer(path: str, folder: str) -> str:

@@ -13,6 +13,7 @@ import zipfile
 from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, DigestMismatch, Unsupported
+from ucp.storage import locations
 from ucp.storage.crc32 import StoredCrc32, crc32
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -23,6 +24,22 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _EXTRA = 128
 # Records of a few bytes that torch writes beside the pickle. Only 'byteorder' decides anything here.
 SMALL_RECORDS = (".format_version", ".storage_alignment", "version")
+
+
+def crcs_of(path: str) -> tuple[StoredCrc32, ...]:
+    """The CRC-32s of all records of a file of torch's; () where the file is not one archive of its own.
+
+    Raises DamagedCheckpoint for a file that cannot be read.
+    """
+    try:
+        with locations.opened(path) as stream:
+            start = stream.read(2)
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            archive = ZipEntries(stream, path, size) if start == b"PK" else None
+            return tuple(archive.crcs()) if archive is not None and archive.is_whole_file else ()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 class Section(io.RawIOBase):
@@ -143,6 +160,17 @@ class ZipEntries:
             return None
         return StoredCrc32(name, start, stop, info.CRC, self._base + self._crc_places[info.filename])
 
+    @property
+    def is_whole_file(self) -> bool:
+        """Whether the archive begins where its file does; of a row of archives in one file only the first does."""
+        return self._base == 0 and min(info.header_offset for info in self._entries.values()) == 0
+
+    def crcs(self) -> list[StoredCrc32]:
+        """The CRC-32s of all records that have bytes, in the order of the file; none where it was written without."""
+        names = [name.removeprefix(self._prefix) for name, info in self._entries.items() if info.file_size]
+        found = [self.crc(name, *self.range(name)) for name in names if self._prefix + name in self._entries]
+        return sorted((crc for crc in found if crc is not None), key=lambda crc: crc.start)
+
     def read(self, name: str) -> bytes:
         """A whole record. Raises DigestMismatch where it differs from its CRC-32."""
         start, stop = self.range(name)
@@ -150,8 +178,8 @@ class ZipEntries:
         if len(data) < stop - start:
             raise DamagedCheckpoint(f"ends inside zip entry {name!r} ({self.size} bytes)", file=self.path)
         wanted = self.crc(name, start, stop)
-        if wanted is not None and crc32(data) != wanted.crc:
-            raise DigestMismatch(wanted.differs(self.path, crc32(data)))
+        if wanted is not None and wanted.crc is not None and crc32(data) != wanted.crc:
+            raise DigestMismatch(wanted.differs(self.path, wanted.crc, crc32(data)))
         return data
 
     def _places_of_crcs(self, directory: int, infos: list[zipfile.ZipInfo]) -> dict[str, int]:

@@ -73,7 +73,8 @@ def take_averages(
 
 
 def _bare(catalog: Catalog) -> Catalog:
-    return Catalog(catalog.format, catalog.writer, Layout(), catalog.files, {}, {}, TrainingState())
+    files, records = catalog.files, catalog.crc_records
+    return Catalog(catalog.format, catalog.writer, Layout(), files, {}, {}, TrainingState(), crc_records=records)
 
 
 def _read(reader: Reader, tensor: LogicalTensor) -> NDArray[np.uint8]:

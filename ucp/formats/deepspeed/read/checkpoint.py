@@ -30,6 +30,7 @@ from ucp.spec.placement import Placements
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs
+from ucp.storage.crc32 import StoredCrc32, in_order
 from ucp.storage.files import Files
 
 log = logger(__name__)
@@ -82,12 +83,13 @@ def _read(
     tp, pp = _degrees(first, len(found))
     paths: dict[str, int] = {}
     sources: list[SourceFile] = []
+    records: dict[int, dict[int, StoredCrc32]] = {}
     parts: dict[Coordinate, LocalModel] = {}
     for folder in found:
         stage, slice_ = divmod(folder.mp, tp)
         experts = find_experts(folder, models[folder.mp][0], len(found))
         for rank, held in experts.parts(folder, models[folder.mp]).items():
-            builder = Builder(files, paths, sources)
+            builder = Builder(files, paths, sources, records)
             parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
     parts = first_copies(parts)
     same = {part.model.path: part for part in parts.values()}
@@ -106,6 +108,7 @@ def _read(
         parameters=parameters,
         tensors=tensors,
         training_state=state,
+        crc_records=in_order(records),
         copies=copies,
     )
     catalog = take_averages(catalog, parts, placements, files)

@@ -111,8 +111,7 @@ class ExpertFiles:
             shape = next(iter(rows.values())).shape
             refs = sorted(rows.items())
             blocks = [
-                box([e, *[0] * len(shape)], (1, *shape), 0, (0, *ref.strides), builder.file(ref.file))
-                for e, ref in refs
+                box([e, *[0] * len(shape)], (1, *shape), 0, (0, *ref.strides), builder.file(ref)) for e, ref in refs
             ]
             tensor = LogicalTensor(
                 name,

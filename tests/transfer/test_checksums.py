@@ -1,0 +1,154 @@
+"""Records put together from pieces in any order, by several readers: whole ones pass, a flipped bit never does."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.formats import raw
+from ucp.errors import DigestMismatch
+from ucp.storage.crc32 import StoredCrc32
+from ucp.storage.files import Files
+from ucp.transfer.checksums import RecordChecks
+
+# Records with gaps between them; one of one byte, one of none is not a record.
+PLACES = ((3, 700), (700, 701), (710, 9_000), (9_001, 60_000))
+SIZE = 60_100
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "file"
+    path.write_bytes(random.Random(5).randbytes(SIZE))
+    return path
+
+
+def records(path: Path) -> dict[int, tuple[StoredCrc32, ...]]:
+    data = path.read_bytes()
+    return {0: tuple(StoredCrc32(f"r{k}", a, b, zlib.crc32(data[a:b]), 0) for k, (a, b) in enumerate(PLACES))}
+
+
+@st.composite
+def reads(draw: st.DrawFn) -> list[tuple[int, int]]:
+    edge = st.integers(0, SIZE)
+    pairs = draw(st.lists(st.tuples(edge, edge), min_size=1, max_size=12))
+    return [(min(pair), max(pair)) for pair in pairs]
+
+
+def read(checks: RecordChecks, path: Path, ranges: list[tuple[int, int]]) -> None:
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    for a, b in ranges:
+        checks.add(0, a, data[a:b])
+
+
+def touched(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in PLACES if any(x < b and a < y for x, y in ranges)]
+
+
+@given(ranges=reads(), at=st.integers(0, SIZE - 1), bit=st.integers(0, 7))
+@settings(deadline=None, max_examples=150)
+def test_any_ranges_in_any_order(path: Path, ranges: list[tuple[int, int]], at: int, bit: int) -> None:
+    known = records(path)
+    with Files() as files:
+        checks = RecordChecks(known, [str(path)], files)
+        read(checks, path, ranges)
+        checks.finish()
+        assert checks.verified_bytes == sum(b - a for a, b in touched(ranges))
+        assert checks.unverified_bytes == 0
+        raw.flip(path, at, 1 << bit)
+        try:
+            checks = RecordChecks(known, [str(path)], files)
+            if any(a <= at < b for a, b in touched(ranges)):
+                with pytest.raises(DigestMismatch, match=r"record 'r\d' .* is damaged: its CRC-32 should be"):
+                    finished(checks, path, ranges)
+            else:
+                finished(checks, path, ranges)
+        finally:
+            raw.flip(path, at, 1 << bit)
+
+
+def finished(checks: RecordChecks, path: Path, ranges: list[tuple[int, int]]) -> None:
+    read(checks, path, ranges)
+    checks.finish()
+
+
+def test_a_whole_record_is_compared_at_once(path: Path) -> None:
+    with Files() as files:
+        checks = RecordChecks(records(path), [str(path)], files)
+        read(checks, path, [(9_001, 30_000), (30_000, 59_999)])
+        assert (checks.verified_bytes, checks.unverified_bytes) == (0, 59_999 - 9_001)
+        read(checks, path, [(59_999, 60_000)])
+        assert (checks.verified_bytes, checks.unverified_bytes, files.bytes_read) == (60_000 - 9_001, 0, 0)
+
+
+def test_a_load_reads_what_little_is_missing_and_no_more(path: Path) -> None:
+    with Files() as files:
+        checks = RecordChecks(records(path), [str(path)], files)
+        read(checks, path, [(9_001, 59_000), (710, 1_000)])
+        checks.settle()
+        assert files.bytes_read == 1_000
+        assert (checks.verified_bytes, checks.unverified_bytes) == (60_000 - 9_001, 290)
+        checks.settle()
+        assert files.bytes_read == 1_000
+
+
+def test_the_crc_may_stand_in_the_file(tmp_path: Path) -> None:
+    data = random.Random(3).randbytes(1000)
+    path = tmp_path / "file"
+    path.write_bytes(data + zlib.crc32(data[10:500]).to_bytes(4, "little"))
+    with Files() as files:
+        checks = RecordChecks({0: (StoredCrc32("x", 10, 500, None, 1000),)}, [str(path)], files)
+        read(checks, path, [(10, 500)])
+        assert checks.verified_bytes == 490
+        raw.flip(path, 1001, 1)
+        with pytest.raises(DigestMismatch):
+            read(RecordChecks({0: (StoredCrc32("x", 10, 500, None, 1000),)}, [str(path)], files), path, [(10, 500)])
+
+
+@given(first=reads(), second=reads(), third=reads())
+@settings(deadline=None, max_examples=80)
+def test_several_readers_add_up(
+    path: Path, first: list[tuple[int, int]], second: list[tuple[int, int]], third: list[tuple[int, int]]
+) -> None:
+    """Processes that share the work, whose ranges may overlap: what the leader hears is as if it had read it."""
+    with Files() as files, Files() as own:
+        others = [RecordChecks(records(path), [str(path)], files, keeps_pieces=True) for _ in range(2)]
+        for checks, ranges in zip(others, (first, second), strict=True):
+            read(checks, path, ranges)
+        leader = RecordChecks(records(path), [str(path)], own, keeps_pieces=True)
+        read(leader, path, third)
+        for checks in others:
+            leader.add_known(checks.take_pieces())
+            assert checks.take_pieces() == []
+        leader.finish()
+        assert leader.verified_bytes == sum(b - a for a, b in touched([*first, *second, *third]))
+        assert own.bytes_read <= leader.verified_bytes
+
+
+def test_threads_that_read_the_same(path: Path) -> None:
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+
+    def ranges(seed: int) -> Iterator[tuple[int, int]]:
+        for _ in range(200):
+            a = random.Random(seed).randrange(SIZE)
+            yield a, min(a + 5_000, SIZE)
+            seed += 1000
+
+    with Files() as files, ThreadPoolExecutor(8) as pool:
+        checks = RecordChecks(records(path), [str(path)], files)
+
+        def work(seed: int) -> None:
+            for a, b in ranges(seed):
+                checks.add(0, a, data[a:b])
+
+        list(pool.map(work, range(8)))
+        checks.finish()
+        assert checks.verified_bytes == sum(b - a for a, b in PLACES)

@@ -1,0 +1,221 @@
+"""The CRC-32s of a source's records, compared while their bytes are read, in whatever pieces and order.
+
+A record of a torch file (a tensor's storage) has one CRC-32 for all its bytes. Readers take parts of it, several
+threads at once. Each part's CRC is computed where it is read, once for every byte, and the parts of a record are
+combined when they cover it: what is read whole is compared at once. What is then still missing is read by `finish` (a
+conversion, which must not bless damage) or, where it is little (padding that nobody wants), by `settle` (a load).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.errors import DigestMismatch
+from ucp.storage.crc32 import StoredCrc32, combine_all, crc32
+from ucp.storage.files import Files
+
+# Read at once and looked at while it is in the processor's cache.
+STEP = 4 << 20
+# A load reads what is missing of a record where that is at most this part of it.
+_SMALL_PART = 32
+
+RecordPiece = tuple[int, int, int, int]
+"""A part of a record that was read: the file's index, the first byte, the number of bytes, their CRC-32."""
+
+
+@dataclass
+class _Progress:
+    """What has been read of one record. starts, stops: of the byte ranges that are read or being read, apart and in
+    order. pieces: (first byte, bytes, CRC-32) of those that are done; done: their bytes. compared: it was whole."""
+
+    record: StoredCrc32
+    starts: list[int] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)
+    done: int = 0
+    compared: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.record.stop - self.record.start
+
+    def claim(self, low: int, high: int) -> list[tuple[int, int]]:
+        """Take the bytes [low, high); returns those parts of them that nobody had taken."""
+        first = bisect_left(self.stops, low)
+        last = first
+        free = []
+        at = low
+        while last < len(self.starts) and self.starts[last] <= high:
+            if self.starts[last] > at:
+                free.append((at, self.starts[last]))
+            at = max(at, self.stops[last])
+            last += 1
+        if at < high:
+            free.append((at, high))
+        if last > first:
+            low, high = min(low, self.starts[first]), max(high, self.stops[last - 1])
+        self.starts[first:last], self.stops[first:last] = [low], [high]
+        return free
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The byte ranges that nobody has taken."""
+        edges = [self.record.start, *(edge for pair in zip(self.starts, self.stops, strict=True) for edge in pair)]
+        edges.append(self.record.stop)
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+
+class RecordChecks:
+    """The state of checking one source. Thread-safe.
+
+    records: of each file that has any, by the file's index, in the order of the file. paths: of all files.
+    keeps_pieces: remember what `take_pieces` hands out.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[int, Sequence[StoredCrc32]],
+        paths: Sequence[str],
+        files: Files,
+        keeps_pieces: bool = False,
+    ) -> None:
+        self._files = files
+        self._paths = paths
+        self._progress = {index: [_Progress(record) for record in found] for index, found in records.items()}
+        self._stops = {index: [record.stop for record in found] for index, found in records.items()}
+        self._touched: dict[tuple[int, int], _Progress] = {}
+        self._unsettled: dict[tuple[int, int], _Progress] = {}
+        self._new: list[RecordPiece] | None = [] if keeps_pieces else None
+        self._lock = Lock()
+        self.verified_bytes = 0
+        """Bytes of records that were compared with their CRC-32."""
+
+    def covers(self, file: int) -> bool:
+        """Whether the file has records with CRC-32s."""
+        return file in self._progress
+
+    @property
+    def unverified_bytes(self) -> int:
+        """Bytes that were read of records that were not read whole."""
+        with self._lock:
+            return sum(progress.done for progress in self._touched.values())
+
+    def add(self, file: int, start: int, data: Any) -> None:
+        """Take bytes that were read, which begin at byte ``start`` of the file.
+
+        Raises DigestMismatch where they complete a record that differs from its CRC-32.
+        """
+        stop = start + len(data)
+        for progress in self._within(file, start, stop):
+            low, high = max(progress.record.start, start), min(progress.record.stop, stop)
+            with self._lock:
+                if progress.compared:
+                    continue
+                free = progress.claim(low, high)
+            self._put(file, progress, [(a, b - a, crc32(data[a - start : b - start])) for a, b in free])
+
+    def add_known(self, pieces: Iterable[RecordPiece]) -> None:
+        """Take what others have read, or an earlier attempt; what overlaps with what is here already is passed over."""
+        for file, start, size, crc in sorted(pieces, key=lambda piece: (piece[0], piece[1], -piece[2])):
+            for progress in self._within(file, start, start + size):
+                with self._lock:
+                    whole = progress.record.start <= start and start + size <= progress.record.stop
+                    overlaps = any(a < start + size and start < b for a, b in self._taken(progress, start))
+                    if progress.compared or overlaps or not whole:
+                        continue
+                    progress.claim(start, start + size)
+                self._put(file, progress, [(start, size, crc)])
+
+    @staticmethod
+    def _taken(progress: _Progress, start: int) -> list[tuple[int, int]]:
+        """The first range that ends behind ``start``."""
+        k = bisect_right(progress.stops, start)
+        return list(zip(progress.starts[k : k + 1], progress.stops[k : k + 1], strict=True))
+
+    def take_pieces(self) -> list[RecordPiece]:
+        """What was read since this was last asked for."""
+        with self._lock:
+            if self._new is None:
+                return []
+            out, self._new = self._new, []
+            return out
+
+    def settle(self) -> None:
+        """Read what is missing of records of which little is Raises what reading raises, and DigestMismatch."""
+        with self._lock:
+            recent, self._unsettled = self._unsettled, {}
+        for (file, _), progress in recent.items():
+            with self._lock:
+                missing = [] if progress.compared else progress.missing()
+            if sum(b - a for a, b in missing) <= progress.size // _SMALL_PART:
+                self._complete(file, missing)
+
+    def finish(self) -> None:
+        """Read what is missing of every record that was read in part. Raises what reading raises, and DigestMismatch.
+
+        No other thread reads meanwhile.
+        """
+        for (file, _), progress in list(self._touched.items()):
+            self._complete(file, progress.missing())
+
+    def _complete(self, file: int, missing: Iterable[tuple[int, int]]) -> None:
+        for low, high in missing:
+            for at in range(low, high, STEP):
+                buffer: NDArray[np.uint8] = np.empty(min(STEP, high - at), np.uint8)
+                self._files.read_into(self._paths[file], at, buffer.data)
+                self.add(file, at, buffer)
+
+    def _within(self, file: int, start: int, stop: int) -> list[_Progress]:
+        """The records that these bytes are part of."""
+        records, stops = self._progress[file], self._stops[file]
+        first = last = bisect_right(stops, start)
+        while last < len(records) and records[last].record.start < stop:
+            last += 1
+        return records[first:last]
+
+    def _put(self, file: int, progress: _Progress, pieces: Sequence[tuple[int, int, int]]) -> None:
+        key = (file, progress.record.start)
+        with self._lock:
+            progress.pieces += pieces
+            progress.done += sum(size for _, size, _ in pieces)
+            if self._new is not None:
+                self._new += [(file, *piece) for piece in pieces]
+            if progress.done < progress.size:
+                self._touched[key] = self._unsettled[key] = progress
+                return
+            if progress.compared:
+                return
+            progress.compared = True
+            self._touched.pop(key, None)
+            self.verified_bytes += progress.size
+        self._compare(self._paths[file], progress)
+        progress.pieces.clear()
+
+    def _compare(self, path: str, progress: _Progress) -> None:
+        record = progress.record
+        found = combine_all((crc, size) for _, size, crc in sorted(progress.pieces))
+        _check(self._files, path, record, found)
+
+
+def read_record(files: Files, path: str, record: StoredCrc32) -> bytes:
+    """A whole record, for small ones. Raises what reading raises, and DigestMismatch where its CRC-32 is another."""
+    raw = bytearray(record.stop - record.start)
+    files.read_into(path, record.start, raw)
+    _check(files, path, record, crc32(raw))
+    return bytes(raw)
+
+
+def _check(files: Files, path: str, record: StoredCrc32, found: int) -> None:
+    wanted = record.crc
+    if wanted is None:
+        raw = bytearray(4)
+        files.read_into(path, record.at, raw)
+        wanted = int.from_bytes(raw, "little")
+    if found != wanted:
+        raise DigestMismatch(record.differs(path, wanted, found))
