@@ -25,6 +25,7 @@ from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.inspection.shards import Shards, bits, solved
 from ucp.spec.bound import Bound
 from ucp.spec.check import merge
+from ucp.storage import locations
 
 # Largest difference of logits that is rounding, over the largest logit.
 TOLERANCE = 1e-5
@@ -143,7 +144,7 @@ def _tied(module: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[Tensor
 
 def _maker(factory: str, folder: str) -> Factory:
     if factory == AUTOTP:
-        return _autotp(json.loads(Path(folder, "config.json").read_text()))
+        return _autotp(json.loads(locations.read(Path(folder, "config.json"))))
     module, _, function = factory.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)

@@ -320,7 +320,7 @@ def _rename_with(source: Path, target: Path, flags: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(fd)
     except OSError as error:

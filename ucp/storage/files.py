@@ -125,7 +125,7 @@ class Files:
         if file is None:
             # Opened without the lock: on a network file system this can take long.
             try:
-                fd = os.open(name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                fd = locations.open_file(name)
             except OSError as error:
                 raise _unreadable(name, error) from error
             with self._lock:

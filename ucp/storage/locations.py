@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat as statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -115,11 +116,30 @@ def newest_ns(folder: str | os.PathLike[str]) -> int:
     return max((stat(place / name).mtime_ns for name in names(folder) if is_file(place / name)), default=0)
 
 
+def open_file(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a local regular file, to read from. Raises OSError.
+
+    A pipe or a device under a checkpoint's name would let a reader wait for ever, or do what a device does: it is
+    opened without waiting, and looked at by its descriptor, so that nobody can put another in its place meanwhile.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        if statistics.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not statistics.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, and no regular file", os.fspath(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """The file, to be read and searched. Raises OSError."""
     if not is_remote(path):
-        with open(path, "rb") as stream:
+        with open(open_file(path), "rb") as stream:
             yield stream
         return
     fs, name = _filesystem(path)
@@ -131,7 +151,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def read(path: str | os.PathLike[str]) -> bytes:
     """A whole, small file. Raises OSError."""
     if not is_remote(path):
-        return Path(path).read_bytes()
+        with open(open_file(path), "rb") as stream:
+            return stream.read()
     fs, name = _filesystem(path)
     return bytes(attempted(path, lambda: fs.cat_file(name)))
 

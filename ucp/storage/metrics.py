@@ -36,7 +36,7 @@ def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         return
     line = json.dumps({"schema": SCHEMA, **record}, separators=(",", ":")) + "\n"
     try:
-        fd = os.open(Path(folder, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        fd = os.open(Path(folder, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             os.write(fd, line.encode("utf-8"))
         finally:
@@ -55,7 +55,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("seconds"), dict):
             out.append(record)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ucp.errors import DestinationError, ProcessLost
 from ucp.printable import logger
+from ucp.storage import locations
 from ucp.storage.atomic import staged, sync_tree
 
 log = logger(__name__)
@@ -165,7 +166,7 @@ def _destination(part: Path) -> Path:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return locations.read(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
 

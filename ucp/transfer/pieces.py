@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DestinationError
-from ucp.storage import names
+from ucp.storage import locations, names
 from ucp.storage.crc32 import combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
 from ucp.transfer.checksums import RecordPiece
@@ -52,7 +52,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
         try:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise failed(self._path, error) from error
 
@@ -105,8 +105,7 @@ def _journal_records(
     path: str | os.PathLike[str],
 ) -> Iterator[tuple[int, int, int, bytes, tuple[tuple[int, int, int, int], ...]]]:
     """(file, start, size, digests, CRCs) of each record up to the first that is torn."""
-    with open(path, "rb") as stream:
-        raw = stream.read()
+    raw = locations.read(path)
     at = 0
     while at + _HEAD.size + _SEAL <= len(raw):
         file, start, size, width, count = _HEAD.unpack_from(raw, at)

@@ -28,6 +28,7 @@ from typing import Any
 
 from ucp.errors import BadArgument, ProcessLost, UcpError, described
 from ucp.printable import logger
+from ucp.storage import locations
 from ucp.storage.atomic import write_atomic
 
 log = logger(__name__)
@@ -97,7 +98,9 @@ class Attempt:
         for process, where in self.members.items():
             path = self.failure(process)
             if path.exists():
-                raise ProcessLost(f"process {process} ({where}) failed: {path.read_text()}")
+                raise ProcessLost(
+                    f"process {process} ({where}) failed: {locations.read(path).decode('utf-8', 'replace')}"
+                )
             size = _size(self.sign(process))
             if size != self._seen.get(process, (-1, 0.0))[0]:
                 self._seen[process] = (size, now)
@@ -240,7 +243,7 @@ class _Beat:
 
 def _read_attempt(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / _ATTEMPT).read_text())
+        found: dict[str, Any] = json.loads(locations.read(folder / _ATTEMPT))
         return found
     except (OSError, ValueError):
         return {}
@@ -248,10 +251,14 @@ def _read_attempt(folder: Path) -> dict[str, Any]:
 
 def _grow(path: Path, text: str) -> None:
     try:
-        with open(path, "a") as stream:
+        with open(path, "a", opener=_without_waiting) as stream:
             stream.write(text)
     except OSError as error:
         log.debug("%s: %s", path, error)  # the folder is not there yet, or no more
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe of that name would wait for a reader
 
 
 def _tell(path: Path, text: str) -> None:
@@ -263,7 +270,7 @@ def _tell(path: Path, text: str) -> None:
 
 def _place(hello: Path) -> str:
     try:
-        return hello.read_text().partition("\n")[0]
+        return locations.read(hello).decode("utf-8", "replace").partition("\n")[0]
     except OSError:
         return "unknown host"
 

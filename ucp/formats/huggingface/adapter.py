@@ -14,7 +14,7 @@ from ucp.catalog import Catalog
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.huggingface import like as likes
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, literal
-from ucp.storage import configs
+from ucp.storage import configs, locations
 from ucp.transfer.targets import TargetFile
 
 _PREFIX = "base_model.model."
@@ -79,4 +79,4 @@ def refuse(catalog: Catalog) -> None:
 
 def carried(like: Path) -> list[TargetFile]:
     """The adapter's config, as it is, and the tokenizer's files."""
-    return [literal(ADAPTER_CONFIG, (like / ADAPTER_CONFIG).read_bytes()), *likes.carried(like, None, ())]
+    return [literal(ADAPTER_CONFIG, locations.read(like / ADAPTER_CONFIG)), *likes.carried(like, None, ())]

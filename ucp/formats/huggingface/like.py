@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import BadArgument, Unsupported
-from ucp.storage import configs
+from ucp.storage import configs, locations
 from ucp.transfer.targets import TargetFile
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,7 +48,7 @@ def carried(like: Path, config: dict[str, Any] | None, dtypes: Collection[str]) 
             if config is not None:
                 out.append(literal(configs.MODEL, _with_dtype(path, config, dtypes)))
         else:
-            out.append(literal(path.name, path.read_bytes()))
+            out.append(literal(path.name, locations.read(path)))
     return out
 
 
@@ -61,10 +61,10 @@ def _with_dtype(path: Path, config: dict[str, Any], dtypes: Collection[str]) -> 
     """The config's bytes, with the element type that loses nothing of the weights: transformers loads them in that."""
     widest = [group for group in _WIDTHS if any(name in dtypes for name in group)]
     if not widest:
-        return path.read_bytes()
+        return locations.read(path)
     last = [name for name in widest[-1] if name in dtypes]
     dtype = last[0] if len(last) == 1 else "float32"
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     if config.get(key) == dtype:
-        return path.read_bytes()
+        return locations.read(path)
     return json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"

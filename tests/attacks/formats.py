@@ -1,0 +1,102 @@
+"""A small checkpoint of every format, and all that can be read of one."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ucp
+from tests.formats import raw
+from tests.formats.dcp import states
+from ucp.catalog import ParamGroup, TrainingState
+
+OLDER = Path(__file__).parents[1] / "formats/deepspeed/older"
+FORMATS = ("zero0", "zero1", "zero3", "dcp", "huggingface", "bin", "fragmented", "consolidated", "virtual")
+_OLDER = {"zero0": "0.14.4-z0-bf16", "zero1": "0.14.4-z1-bf16", "zero3": "0.14.4-z3-fp32"}
+CONFIG = {"model_type": "llama", "hidden_size": 7, "vocab_size": 13, "architectures": ["Nobody"]}
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the checkpoint of that format at ``folder/run`` (a run's folder or the checkpoint itself)."""
+    run = folder / "run"
+    if name in _OLDER:
+        shutil.copytree(OLDER / _OLDER[name], run)
+        (run / "truth.safetensors").unlink()
+        (run / "made_with.json").unlink()
+    elif name == "dcp":
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(states.nested(), checkpoint_id=run, no_dist=True)
+    elif name in ("huggingface", "bin"):
+        import json
+
+        from safetensors.torch import save_file
+
+        run.mkdir(parents=True)
+        tensors = {"model.embed.weight": torch.randn(13, 7), "model.norm.weight": torch.randn(7).bfloat16()}
+        (run / "config.json").write_text(json.dumps(CONFIG))
+        if name == "bin":
+            torch.save(tensors, run / "pytorch_model.bin")
+        else:
+            for k, (key, tensor) in enumerate(tensors.items(), 1):
+                save_file({key: tensor}, run / f"model-{k:05d}-of-00002.safetensors", {"format": "pt"})
+            where = {key: f"model-{k:05d}-of-00002.safetensors" for k, key in enumerate(tensors, 1)}
+            (run / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    elif name == "fragmented":
+        ucp.save(states.nested(), run)
+    else:
+        groups = (ParamGroup(tuple(raw.SHAPES), {"lr": 0.1, "betas": (0.9, 0.99)}),)
+        client = {"epoch": 2, "rng": torch.arange(5).numpy(), "seen": {1, 2}}
+        state = TrainingState(groups, global_steps=7, client_state=client)
+        made = raw.make(folder / "raw", training_state=state)
+        (raw.virtual_checkpoint if name == "virtual" else _consolidated)(run / "step7", made)
+        (run / "latest").write_text("step7")
+    return run
+
+
+def _consolidated(folder: Path, made: raw.Raw) -> Path:
+    return raw.write_consolidated(folder, made.catalog)
+
+
+def files(run: Path) -> list[Path]:
+    """All files of the run's folder."""
+    return sorted(path for path in run.rglob("*") if path.is_file())
+
+
+def everything(run: Path, **options: Any) -> Mapping[str, str]:
+    """All that reading the checkpoint tells, as texts and digests by name, so that two readings can be compared."""
+    out: dict[str, str] = {}
+    with ucp.open(run, **options) as opened:
+        out["format"] = opened.format
+        out["layout"] = str(opened.layout)
+        for name, info in opened.parameters.items():
+            told = (info.shape, dict(info.states), info.kind, sorted(info.scalars.items()), sorted(info.aliases))
+            out[f"parameter {name}"] = repr(told)
+            for state in info.states:
+                tensor = opened.read(name, state)
+                bits = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+                kind = f"{tensor.dtype} {tuple(tensor.shape)}"
+                out[f"tensor {name} {state}"] = f"{kind} {hashlib.sha256(bits).hexdigest()}"
+        for field, value in vars(opened.training_state).items():
+            out[f"state {field}"] = text(value)
+    return out
+
+
+def text(value: Any) -> str:
+    """A value of a training state as text, tensors and arrays with all their elements."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor({value.dtype}, {value.tolist()})"
+    if hasattr(value, "tolist"):
+        return f"array({value.dtype}, {value.tolist()})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{text(k)}: {text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}[" + ", ".join(map(text, value)) + "]"
+    if hasattr(value, "__dataclass_fields__"):
+        return f"{type(value).__name__}({', '.join(text(getattr(value, k)) for k in value.__dataclass_fields__)})"
+    return repr(value)
