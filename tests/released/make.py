@@ -33,6 +33,7 @@ RUNS = {
     "native-zero2": (2, "deepspeed", {"stage": 2, "bf16": False, "native": True}),
     "fsdp2": (2, "fsdp2", {}),
     "dtensors": (2, "dtensors", {}),
+    "llama": (2, "llama", {}),
 }
 # name: (source, options of convert)
 CONVERTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,6 +149,49 @@ def run_deepspeed(folder: Path, name: str, stage: int, bf16: bool, native: bool 
 KEYS = ("names", "lr", "weight_decay", "betas", "eps")
 
 
+def llama() -> nn.Module:
+    """A Llama of about 1,500 elements, which the READMEs' commands are run with, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+def run_llama(folder: Path, name: str) -> None:
+    """Two checkpoints of a run: the older one by stock DeepSpeed, the newer one by us. Beside them the model folder."""
+    import deepspeed
+
+    import ucp.deepspeed
+    from tests.engines import truth
+
+    deepspeed.init_distributed("gloo")
+    model = llama()
+    if not dist.get_rank():
+        model.save_pretrained(folder / f"{name}-base")
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "ucp": {"enabled": True},
+    }
+    engine, *_ = ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for step in range(4):
+        engine.backward(engine(input_ids=tokens(step), use_cache=False).logits.logsumexp(-1).mean())
+        engine.step()
+        if step == 1:
+            deepspeed.DeepSpeedEngine.save_checkpoint(engine, str(folder / name))
+    torch.manual_seed(100 + dist.get_rank())
+    engine.save_checkpoint(str(folder / name))
+    engine.ucp.wait()
+    found = truth.gather(engine)
+    said: dict[str, Any] = {"generators": True}
+    if found is not None:
+        groups = [{k: v for k, v in g.items() if k in KEYS} for g in found.groups]
+        said |= {"aliases": {}, "groups": groups, "counters": found.counters, "step": 4}
+    write_truth(folder, name, {} if found is None else {n: dict(s) for n, s in found.params.items()}, {}, said)
+
+
 class Loader:
     """A data loader's state: each rank's own."""
 
@@ -259,6 +303,7 @@ if __name__ == "__main__":
     else:
         folder, name = Path(sys.argv[1]), sys.argv[2]
         _, job, arguments = RUNS[name]
-        {"deepspeed": run_deepspeed, "fsdp2": run_fsdp2, "dtensors": run_dtensors}[job](folder, name, **arguments)
+        jobs = {"deepspeed": run_deepspeed, "fsdp2": run_fsdp2, "dtensors": run_dtensors, "llama": run_llama}
+        jobs[job](folder, name, **arguments)
         dist.barrier()
         dist.destroy_process_group()
