@@ -63,8 +63,9 @@ def places(tmp_path: Path) -> dict[str, str]:
 COMMANDS = {
     "ucp.inspect/1": ["inspect GOOD", "inspect GOOD --tree --param *"],
     "ucp.ls/1": ["ls GOOD"],
-    "ucp.verify/1": ["verify GOOD --finite"],
-    "ucp.diff/1": ["diff GOOD OTHER"],
+    "ucp.verify/1": ["verify GOOD --finite", "verify GOOD --against 00000000000000000000000000000000"],
+    "ucp.digest/1": ["digest GOOD --compute"],
+    "ucp.diff/1": ["diff GOOD OTHER", "diff GOOD OTHER --quick"],
     "ucp.plan/1": ["plan GOOD --layout dp=2,zero=3 --matrix"],
     "ucp.report-written/1": ["report GOOD -o OUT"],
     "ucp.convert/1": ["convert GOOD OUT --dry-run"],

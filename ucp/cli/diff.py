@@ -13,6 +13,7 @@ HELP = "compare two checkpoints of any formats and layouts: names, shapes, types
 EXAMPLES = """\
   ucp diff runs/llama universal                       0: the same to the bit; 1: they differ
   ucp diff runs/llama --tag-a step100 runs/llama --tag-b step200 --state param
+  ucp diff --quick runs/llama universal               by their digests, in no time where both have recorded them
   ucp diff before after --rtol 1e-5 --ignore-types    as two runs' states are compared
 """
 SHOWN = 40
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-types", action="store_true", help="compare values only, not their element types")
     parser.add_argument("--tensors-only", action="store_true", help="leave out the training state")
     parser.add_argument("--no-values", action="store_true", help="names, shapes, training state; read no tensor")
+    parser.add_argument(
+        "--quick", action="store_true", help="compare values by logical digests, and read none that both have recorded"
+    )
     source.add_arguments(parser)
 
 
@@ -44,9 +48,12 @@ def _tolerance(text: str) -> float:
 
 
 def command(args: argparse.Namespace) -> int:
+    from ucp.errors import BadArgument
     from ucp.inspection import display
     from ucp.inspection.difference import diff
 
+    if args.quick and (args.no_values or args.atol or args.rtol):
+        raise BadArgument("--quick compares digests, to the bit: give it without --no-values, --atol and --rtol")
     out = Output(args)
     with (
         source.open_checkpoint(args, args.a, args.tag_a) as a,
@@ -63,12 +70,15 @@ def command(args: argparse.Namespace) -> int:
             types=not args.ignore_types,
             training_state=not args.tensors_only and not args.param and not args.state,
             values=not args.no_values,
+            quick=args.quick,
             progress=bar,
         )
     code = run.DONE if found.same else run.NO
     if out.result(found.as_json):
         return code
     counted = f"{found.compared} tensors compared ({display.bytes_text(found.bytes)}), {found.equal} equal to the bit"
+    if args.quick:
+        counted += f"; {len(found.by_digest)} by digests" + (", reading nothing" if not found.read else "")
     (out.good if found.same else out.bad)(f"{'the same' if found.same else 'they differ'}: {counted}")
     rows = [("only in A", name, "", "") for name in found.only_a]
     rows += [("only in B", name, "", "") for name in found.only_b]
@@ -86,6 +96,7 @@ def command(args: argparse.Namespace) -> int:
             how = f"max abs {t.absolute:.3g}, max rel {t.relative:.3g}{unlike}"
             label = "values" if t.beyond else "close"
             rows.append((label, name, f"{t.different} of {t.elements} differ{at}", how))
+    rows += [("digest", name, *digests) for name, digests in found.by_digest.items() if digests[0] != digests[1]]
     rows += [("value", name, *values) for name, values in found.scalars.items()]
     rows += [("training state", name, *values) for name, values in found.training_state.items()]
     shown = rows[:SHOWN] if out.people else rows

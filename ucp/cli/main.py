@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, ls, merge, output, plan, report, run, show, spec, verify
+from ucp.cli import convert, diff, digest, ls, merge, output, plan, report, run, show, spec, verify
 
 PROGRAM = "ucp"
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "ls": ls,
     "verify": verify,
     "diff": diff,
+    "digest": digest,
     "plan": plan,
     "report": report,
     "merge": merge,
@@ -33,6 +34,7 @@ examples:
   ucp inspect runs/llama                       what is in the newest
   ucp verify runs/llama --finite               every element there once, no bit flipped, no NaN
   ucp diff runs/llama universal                whether two hold the same, to the bit
+  ucp digest runs/llama                        a digest of every tensor, the same in every layout
   ucp plan runs/llama --layout dp=64,zero=3    what a resume there reads, rank by rank
   ucp report runs/llama -o report.html         all that as a page to look at
   ucp convert runs/llama universal             the same as ucp-convert

@@ -13,6 +13,7 @@ EXAMPLES = """\
   ucp verify runs/llama                      reads every byte that a digest or a checksum covers
   ucp verify runs/llama --finite             and looks for infinities and NaN
   ucp verify runs/llama --quick              metadata only: files, sizes, coverage, training state
+  ucp verify copy --against DIGEST           and that all tensors together have this digest: see ucp digest
   ucp verify runs/llama || exit 1            1: damaged; 2: no checkpoint at all
 """
 
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=source.CHECKPOINT)
     parser.add_argument("--finite", action="store_true", help="look for values that are infinite or not a number")
     parser.add_argument("--quick", action="store_true", help="read metadata only, no tensors")
+    parser.add_argument(
+        "--against", metavar="DIGEST", help="the digest of all tensors (ucp digest) that it should have; computed anew"
+    )
     source.add_arguments(parser)
 
 
@@ -41,6 +45,7 @@ def command(args: argparse.Namespace) -> int:
             sizes=run.sizes(args.set),
             quick=args.quick,
             finite=args.finite,
+            against=args.against,
             progress=bar,
         )
     code = run.DONE if verdict.whole else run.NO
@@ -62,6 +67,7 @@ def command(args: argparse.Namespace) -> int:
         ("digested_by_zip", "compared with checksums in torch's files"),
         ("compared", "of copies compared with each other"),
         ("finite", "looked through for infinities and NaN"),
+        ("logical", "compared with logical digests"),
     ):
         if done.get(key):
             facts.append((key.replace("_", " "), f"{display.bytes_text(done[key])} {what}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.inspection import stream
+from ucp.inspection.digests import digests as digests_of_some
 from ucp.inspection.values import Distance
 from ucp.printable import short
 from ucp.storage import graphs
@@ -65,7 +66,9 @@ class Difference:
     """a, b: the paths. only_a, only_b: ``name:state`` (``name`` where the other has nothing of the parameter at all).
     shapes: name -> both shapes. scalars, training_state: what differs -> both values, as text. tensors: that differ.
     compared: how many tensors' values were compared, and their bytes on one side; equal: how many were equal bit for
-    bit. types_count: whether other element types are a difference.
+    bit. types_count: whether other element types are a difference. by_digest: ``name:state`` -> both logical digests,
+    where these were compared instead of the values; read: bytes read on both sides for the values, or for digests that
+    were not recorded.
     """
 
     a: str
@@ -80,12 +83,16 @@ class Difference:
     bytes: int
     equal: int
     types_count: bool = True
+    by_digest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    read: int = 0
 
     @property
     def same(self) -> bool:
         """Whether nothing differs that counts."""
         found = self.only_a or self.only_b or self.shapes or self.scalars or self.training_state
-        return not found and not any(t.beyond or (self.types_count and t.types_differ) for t in self.tensors)
+        if found or any(ours != theirs for ours, theirs in self.by_digest.values()):
+            return False
+        return not any(t.beyond or (self.types_count and t.types_differ) for t in self.tensors)
 
     def as_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "same": self.same, **asdict(self)}
@@ -102,6 +109,7 @@ def diff(
     types: bool = True,
     training_state: bool = True,
     values: bool = True,
+    quick: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
     """Compare two open checkpoints; tied parameters are found under any of their names.
@@ -109,6 +117,7 @@ def diff(
     params: globs of the parameters that count, states: names of the states; all without. absolute, relative: elements
     count as equal within ``absolute + relative * max(|a|, |b|)``; without, bits count (values, where the element types
     differ). types: other element types are a difference. values: read the tensors, in pieces of a few megabytes.
+    quick: compare logical digests instead where the element types are the same, and read only what has none recorded.
 
     Raises BadArgument for a glob or a state that neither checkpoint has, and what reading raises.
     """
@@ -126,8 +135,15 @@ def diff(
         else:
             pairs.append((ours, theirs))
     tensors: tuple[TensorDifference, ...] = ()
+    digests: dict[str, tuple[str, str]] = {}
+    read = 0
     if values:
-        tensors = tuple(_values(a, b, pairs, (absolute, relative), progress))
+        alike = [pair for pair in pairs if quick and pair[0].dtype == pair[1].dtype]
+        others = [pair for pair in pairs if not quick or pair[0].dtype != pair[1].dtype]
+        digests = _digests(a, b, alike, progress)
+        tensors = tuple(_values(a, b, others, (absolute, relative), progress))
+        read = stream.total(t for pair in others for t in pair)
+        read += stream.total(t for pair in alike for t in pair if t.digest is None)
     state: dict[str, tuple[str, str]] = {}
     if training_state:
         ours_state, theirs_state = a.training_state, b.training_state
@@ -144,8 +160,10 @@ def diff(
         training_state=state,
         compared=len(pairs) if values else 0,
         bytes=stream.total(ours for ours, _ in pairs) if values else 0,
-        equal=len(pairs) - len(tensors) if values else 0,
+        equal=len(pairs) - len(tensors) - sum(x != y for x, y in digests.values()) if values else 0,
         types_count=types,
+        by_digest=digests,
+        read=read,
     )
 
 
@@ -239,6 +257,15 @@ def _values(
                 relative=found.relative,
                 unlike=found.unlike,
             )
+
+
+def _digests(
+    a: Checkpoint, b: Checkpoint, pairs: Sequence[tuple[LogicalTensor, LogicalTensor]], progress: Progress | None
+) -> dict[str, tuple[str, str]]:
+    """``name:state`` -> both digests, of tensors of one shape and element type."""
+    ours = digests_of_some(a, [x for x, _ in pairs], progress=progress)
+    theirs = digests_of_some(b, [y for _, y in pairs], progress=progress)
+    return {f"{x.name}:{x.state}": (str(x.digest), str(y.digest)) for x, y in zip(ours, theirs, strict=True)}
 
 
 def _scalars(a: Checkpoint, b: Checkpoint, counts: Callable[[str], bool]) -> dict[str, tuple[str, str]]:

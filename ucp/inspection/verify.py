@@ -17,13 +17,14 @@ import numpy as np
 from ucp import checkpoint, formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
-from ucp.errors import DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
+from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
 from ucp.formats import beside
 from ucp.formats.nouns import Salvage
 from ucp.geometry import box
 from ucp.inspection import stream
 from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
+from ucp.inspection.digests import contradictions, digests_of
 from ucp.inspection.owners import file_owners
 from ucp.inspection.state import state_findings
 from ucp.inspection.values import not_finite
@@ -56,7 +57,8 @@ class Verdict:
     """What was found, and what was checked.
 
     checked: tensors, copies: counts; digested, digested_by_zip: bytes of files compared with the checkpoint's digests,
-    with the CRC-32 of torch's files; compared: bytes of copies; finite: bytes of values.
+    with the CRC-32 of torch's files; compared: bytes of copies; finite: bytes of values; logical: of tensors compared
+    with logical digests.
     """
 
     path: str
@@ -101,13 +103,16 @@ def verify(
     sizes: Mapping[str, int] | None = None,
     quick: bool = False,
     finite: bool = False,
+    against: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check the checkpoint that ``path`` and ``tag`` name, by the rules of `ucp.open`.
 
     Coverage (every element of every tensor held exactly once by ranges that exist), the training state, and, unless
     ``quick``: every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all copies of
-    what several ranks keep. finite: besides, that no value is infinite or not a number.
+    what several ranks keep. finite: besides, that no value is infinite or not a number. against: the digest of all
+    tensors together (`ucp.logical.listing`) that it should have, and so every tensor that which is recorded for it;
+    computed from the files, or, with ``quick``, of the recorded ones.
 
     Raises NotACheckpoint where nothing is recognised, BadArgument and what a spec raises; damage is a finding.
     """
@@ -132,7 +137,7 @@ def verify(
             notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
         return notes.verdict(where, known.name, None)
     with opened:
-        return verify_open(opened, quick=quick, finite=finite, progress=progress)
+        return verify_open(opened, quick=quick, finite=finite, against=against, progress=progress)
 
 
 def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Path:
@@ -144,11 +149,18 @@ def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Pa
 
 
 def verify_open(
-    opened: Checkpoint, *, quick: bool = False, finite: bool = False, progress: Progress | None = None
+    opened: Checkpoint,
+    *,
+    quick: bool = False,
+    finite: bool = False,
+    against: str | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """The same for an open checkpoint, whose coverage opening has checked already."""
     notes = _Notes()
     _check(opened, notes, quick=quick, finite=finite, progress=progress)
+    if against is not None:
+        _against(opened, against, quick, notes, progress)
     return notes.verdict(opened.path, opened.format, str(opened.layout))
 
 
@@ -198,6 +210,25 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
     _copies(opened, notes, advance)
     if finite:
         _finite(opened, floating, notes, advance)
+
+
+def _against(opened: Checkpoint, wanted: str, quick: bool, notes: _Notes, progress: Progress | None) -> None:
+    """Compare the digest of all tensors with one that was given, and computed ones with those recorded."""
+    if len(wanted) != 32 or not set(wanted.lower()) <= set("0123456789abcdef"):
+        raise BadArgument(f"'{wanted[:40]}' is no digest of a checkpoint: `ucp digest` prints one of 32 digits")
+    tensors = opened.catalog.tensors.values()
+    lacking = [f"{t.name}:{t.state}" for t in tensors if t.digest is None]
+    if quick and lacking:
+        raise BadArgument(
+            f"{opened.path}: {len(lacking)} tensors ('{lacking[0]}') have no recorded digest, and nothing is read for "
+            "a quick answer; verify without it"
+        )
+    found = digests_of(opened, compute=not quick, progress=progress)
+    for name in contradictions(opened, found):
+        notes.add("digest", name, "its elements have another logical digest than the manifest says")
+    if found.all != wanted.lower():
+        notes.add("digest", str(opened.path), f"all tensors have the digest {found.all}, not {wanted.lower()}")
+    notes.checked["logical"] = stream.total(tensors)
 
 
 def _look_into_archives(where: Path, notes: _Notes) -> None:

@@ -38,17 +38,19 @@ class Live:
 
     tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
     it, in elements. dtype: digest its elements as they are in this type (`ucp.storage.dtypes`); None: as they are.
+    back: turn them back into their own type then, to see whether the other one holds them exactly.
     """
 
     tensor: torch.Tensor
     shape: Shape
     blocks: Blocks
     dtype: str | None = None
+    back: bool = False
 
     @property
     def width(self) -> int:
         """Bytes of an element that is digested."""
-        return self.tensor.element_size() if self.dtype is None else itemsize(self.dtype)
+        return self.tensor.element_size() if self.dtype is None or self.back else itemsize(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -91,22 +93,24 @@ def _windows(live: Live, sample: Sample | None, most: int) -> Iterator[tuple[tor
                 begin = int(part.sources.min()) // live.width * live.width
                 end = int((part.sources + part.sizes).max())
                 piece = flat[(low + begin) // live.width : -(-(low + end) // live.width)]
-                yield _bits(piece, live.dtype), Runs(part.sources - begin, part.places, part.sizes)
+                yield _bits(piece, live), Runs(part.sources - begin, part.places, part.sizes)
 
 
-def _bits(piece: torch.Tensor, dtype: str | None) -> torch.Tensor:
+def _bits(piece: torch.Tensor, live: Live) -> torch.Tensor:
     """The elements' bytes, converted first where a type is given."""
-    if dtype is not None and piece.dtype != to_torch(dtype):
-        piece = converted(piece, to_torch(dtype))
+    if live.dtype is not None:
+        there = converted(piece, to_torch(live.dtype))
+        piece = converted(there, piece.dtype) if live.back else there
     return piece.view(torch.uint8)
 
 
 def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in another type. Into bfloat16 and back the bits of what is no number stay, too."""
+    """The values in another type. From bfloat16 and back the bits of what is no number stay, too."""
     if values.dtype == torch.float32 and dtype == torch.bfloat16:
-        cut = (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
-        rounded = values.to(dtype)
-        return torch.where(values.isnan(), cut, rounded)
+        upper = (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+        return torch.where(values.isnan(), upper, values.to(dtype))
+    if values.dtype == torch.bfloat16 and dtype == torch.float32:
+        return (values.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     return values.to(dtype)
 
 

@@ -15,13 +15,16 @@ import xxhash
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
+from ucp.logical.record import EVERY
+from ucp.logical.runs import Sample
 from ucp.printable import logger
 from ucp.storage import locations, names
 from ucp.storage.atomic import check_destination
-from ucp.storage.digests import chunk_count
+from ucp.storage.digests import ChunkDigests, chunk_count
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
+from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.team import Team
@@ -88,6 +91,7 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
             running.workers,
             running.max_memory,
             running.progress,
+            _collecting(plan, identity),
         )
         if running.dry_run:
             log.debug("%s: nothing is written in a dry run", destination)
@@ -105,6 +109,20 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
         reader.verified_bytes,
         reader.unverified_bytes,
     )
+
+
+def _collecting(plan: WritePlan, identity: str) -> Collecting | None:
+    """What digests the tensors on their way: all, or those that the source has digests of; None for none."""
+    if not plan.records and all(tensor.digest is None for tensor in plan.source.tensors.values()):
+        return None
+    sample = Sample(int(identity[:16], 16), EVERY)
+    return Collecting(plan.files, sample, lambda want: plan.records or want.tensor.digest is not None)
+
+
+def _finished(plan: WritePlan, writing: Writing, digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
+    """The small files, once all others are written. Raises DamagedCheckpoint where tensors are not the source's."""
+    logical = {} if writing.collecting is None else writing.collecting.finish(plan.source)
+    return plan.finish(digests, logical) if plan.finish is not None else {}
 
 
 def identify(plan: WritePlan) -> str:
@@ -168,7 +186,7 @@ def _manifest_bound(catalog: Catalog, written: int) -> int:
     """About the most bytes that a manifest has: digests in base64, and text for each block, tensor and name."""
     digested = max(written, sum(file.size for file in catalog.files))
     blocks = sum(len(tensor.blocks) for tensor in catalog.tensors.values())
-    return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 300
+    return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 400
 
 
 def _write_whole(writing: Writing, destination: str, plan: WritePlan, team: Team, running: Running) -> dict[str, bytes]:
@@ -177,7 +195,7 @@ def _write_whole(writing: Writing, destination: str, plan: WritePlan, team: Team
         if there := noted_bytes(part):
             log.warning("continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, plan.nbytes / 1e9)
         digests = write_leading(writing, part, team)
-        finished = plan.finish(digests) if plan.finish is not None else {}
+        finished = _finished(plan, writing, digests)
         for name, raw in finished.items():
             _write(Path(names.below(part / CHECKPOINT, name)), raw)
         writing.check_source()
@@ -202,10 +220,11 @@ def _upload(writing: Writing, url: str, plan: WritePlan) -> dict[str, bytes]:
             threads=writing.threads,
             max_memory=writing.max_memory,
             progress=writing.progress,
+            collecting=writing.collecting,
         )
         writing.reader.records.finish()
         writing.check_source()
-        finished = plan.finish(found) if plan.finish is not None else {}
+        finished = _finished(plan, writing, found)
         for name, raw in finished.items():
             upload(names.below(url, name), raw)
     except BaseException:

@@ -28,7 +28,8 @@ class Piece:
     """Whole chunks of a file that were written, in bytes.
 
     file: its index. digests: of its chunks, one after the other. crcs: (index of the file's CRC-32 entry, first byte,
-    bytes, CRC-32) for each part of an entry that lies in this piece.
+    bytes, CRC-32) for each part of an entry that lies in this piece. logical: what it adds to logical digests, as
+    `ucp.transfer.collecting` keeps it.
     """
 
     file: int
@@ -36,12 +37,13 @@ class Piece:
     size: int
     digests: bytes
     crcs: tuple[tuple[int, int, int, int], ...] = ()
+    logical: bytes = b""
 
 
-_HEAD = struct.Struct("<IQQII")  # file, start, size, bytes of digests, number of CRCs
+_HEAD = struct.Struct("<IQQIII")  # file, start, size, bytes of digests, number of CRCs, bytes of logical digests' parts
 _CRC = struct.Struct("<IQQI")
 _FINISHED = 0xFFFFFFFF
-_END = _HEAD.pack(_FINISHED, 0, 0, 0, 0)
+_END = _HEAD.pack(_FINISHED, 0, 0, 0, 0, 0)
 _RECORDS = 0xFFFFFFFE  # in a file's place: what follows are CRC-32s of the source
 _SEAL = 8  # bytes of xxh3_64 behind each record, so that a torn one is known
 
@@ -58,13 +60,14 @@ class Journal:
 
     def add(self, piece: Piece) -> None:
         """Note that this piece was written. Raises DestinationError."""
-        head = _HEAD.pack(piece.file, piece.start, piece.size, len(piece.digests), len(piece.crcs))
-        self._append(head + piece.digests + b"".join(_CRC.pack(*crc) for crc in piece.crcs))
+        sizes = len(piece.digests), len(piece.crcs), len(piece.logical)
+        head = _HEAD.pack(piece.file, piece.start, piece.size, *sizes)
+        self._append(head + piece.digests + b"".join(_CRC.pack(*crc) for crc in piece.crcs) + piece.logical)
 
     def add_record_pieces(self, pieces: Sequence[RecordPiece]) -> None:
         """Note what was read of the source's records. Raises DestinationError."""
         if pieces:
-            head = _HEAD.pack(_RECORDS, 0, 0, 0, len(pieces))
+            head = _HEAD.pack(_RECORDS, 0, 0, 0, len(pieces), 0)
             self._append(head + b"".join(_CRC.pack(*piece) for piece in pieces))
 
     def finish(self) -> None:
@@ -88,32 +91,32 @@ class Journal:
 def read_journal(path: str | os.PathLike[str]) -> tuple[list[Piece], bool]:
     """The pieces in a journal up to the first record that is torn, and whether its process had finished."""
     out: list[Piece] = []
-    for file, start, size, digests, crcs in _journal_records(path):
-        if file == _FINISHED:
+    for piece in _journal_records(path):
+        if piece.file == _FINISHED:
             return out, True
-        if file != _RECORDS:
-            out.append(Piece(file, start, size, digests, crcs))
+        if piece.file != _RECORDS:
+            out.append(piece)
     return out, False
 
 
 def read_record_pieces(path: str | os.PathLike[str]) -> list[RecordPiece]:
     """What a process has noted of the source's records."""
-    return [piece for file, _, _, _, pieces in _journal_records(path) if file == _RECORDS for piece in pieces]
+    return [crc for piece in _journal_records(path) if piece.file == _RECORDS for crc in piece.crcs]
 
 
-def _journal_records(
-    path: str | os.PathLike[str],
-) -> Iterator[tuple[int, int, int, bytes, tuple[tuple[int, int, int, int], ...]]]:
-    """(file, start, size, digests, CRCs) of each record up to the first that is torn."""
+def _journal_records(path: str | os.PathLike[str]) -> Iterator[Piece]:
+    """Each record up to the first that is torn, as a piece, whatever it is."""
     raw = locations.read(path)
     at = 0
     while at + _HEAD.size + _SEAL <= len(raw):
-        file, start, size, width, count = _HEAD.unpack_from(raw, at)
-        end = at + _HEAD.size + width + count * _CRC.size
+        file, start, size, width, count, logical = _HEAD.unpack_from(raw, at)
+        middle = at + _HEAD.size + width + count * _CRC.size
+        end = middle + logical
         if raw[end : end + _SEAL] != xxhash.xxh3_64_digest(raw[at:end]):
             return
         digests = raw[at + _HEAD.size : at + _HEAD.size + width]
-        yield file, start, size, digests, tuple(_CRC.iter_unpack(raw[at + _HEAD.size + width : end]))
+        crcs = tuple(_CRC.iter_unpack(raw[at + _HEAD.size + width : middle]))
+        yield Piece(file, start, size, digests, crcs, raw[middle:end])
         at = end + _SEAL
 
 

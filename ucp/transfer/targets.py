@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ucp.catalog import Catalog
+from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
 from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.digests import ChunkDigests
@@ -34,18 +35,20 @@ class WritePlan:
     """A conversion before its first byte is written.
 
     source: the catalog to read from. files: in the order of writing; the last one, or those of ``finish``, are what
-    readers find the checkpoint by. finish: small files that depend on the digests of what was written, name -> bytes;
-    they come after all others; None for none. tag: the folder below the destination that holds the checkpoint, None
-    where that is the destination itself. layout: what was written for, None where it fits all. is_virtual: whether it
-    points into the source's files instead of holding the tensors.
+    readers find the checkpoint by. finish: small files that depend on what was written, name -> bytes, made of the
+    files' digests by name and the tensors' logical digests; they come after all others; None for none. records:
+    whether these are wanted of all tensors, and not only where the source has them, to compare. tag: the folder below
+    the destination that holds the checkpoint, None where that is the destination itself. layout: what was written for,
+    None where it fits all. is_virtual: whether it points into the source's files instead of holding the tensors.
     """
 
     source: Catalog
     files: tuple[TargetFile, ...]
-    finish: Callable[[dict[str, ChunkDigests]], dict[str, bytes]] | None = None
+    finish: Callable[[dict[str, ChunkDigests], Mapping[tuple[str, str], Recorded]], dict[str, bytes]] | None = None
     tag: str | None = None
     layout: Layout | None = None
     is_virtual: bool = False
+    records: bool = False
 
     @property
     def nbytes(self) -> int:

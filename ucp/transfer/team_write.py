@@ -9,6 +9,7 @@ from threading import Lock
 
 from ucp.storage.digests import CHUNK, ChunkDigests
 from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
+from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Reader
 from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, read_record_pieces, seal_files
 from ucp.transfer.targets import TargetFile
@@ -19,7 +20,8 @@ from ucp.transfer.write import Progress, write_share
 
 @dataclass(frozen=True)
 class Writing:
-    """What is written, and how: the same files in every process. check_source: raises where the source has changed."""
+    """What is written, and how: the same files in every process. check_source: raises where the source has changed.
+    collecting: digests what is written."""
 
     reader: Reader
     files: Sequence[TargetFile]
@@ -28,6 +30,7 @@ class Writing:
     threads: int | None = None
     max_memory: int | None = None
     progress: Progress | None = None
+    collecting: Collecting | None = None
 
 
 def noted_bytes(part: Path) -> int:
@@ -58,6 +61,9 @@ def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDi
         records.add_known(read_record_pieces(journal))
     # Only now: other processes read other parts of the same records.
     records.finish()
+    if writing.collecting is not None:
+        for piece in pieces:
+            writing.collecting.add(piece.file, piece.logical)
     return seal_files(part / CHECKPOINT, writing.files, pieces)
 
 
@@ -98,6 +104,7 @@ def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
             progress=progress,
             known=known,
             note=note,
+            collecting=writing.collecting,
         )
         writing.check_source()
         journal.add_record_pieces(records.take_pieces())

@@ -18,6 +18,7 @@ from ucp.errors import DestinationError
 from ucp.storage import locations, names
 from ucp.storage.crc32 import Passing
 from ucp.storage.digests import ChunkDigests, digest_chunks
+from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, budget, windows
@@ -47,13 +48,14 @@ def upload_files(
     threads: int | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    collecting: Collecting | None = None,
 ) -> dict[str, ChunkDigests]:
     """Write the files below the URL, several at a time, and the last when all others are there, since readers find a
     checkpoint by it; returns their chunks' digests by name.
 
-    threads, max_memory, progress: as for `ucp.transfer.write.write_share`; beside its window, a file under way holds
-    two parts of `PART` bytes. Raises DestinationError, and what reading the source raises; `discard` removes what is
-    there then.
+    threads, max_memory, progress, collecting: as for `ucp.transfer.write.write_share`; beside its window, a file under
+    way holds two parts of `PART` bytes. Raises DestinationError, and what reading the source raises; `discard` removes
+    what is there then.
     """
     workers, window = budget(threads, max_memory)
     if max_memory is not None:
@@ -62,8 +64,9 @@ def upload_files(
     stop = threading.Event()
     lock = threading.Lock()
 
-    def one(file: TargetFile) -> tuple[str, ChunkDigests]:
+    def one(index: int) -> tuple[str, ChunkDigests]:
         nonlocal done
+        file = files[index]
         buffer = np.empty(window + 2 * MARGIN, np.uint8)
         table = bytearray()
         crcs = Passing(file.crc32_entries)
@@ -75,18 +78,21 @@ def upload_files(
                 filled = work.fill(reader, start, size, buffer)
                 crcs.store(start, filled)
                 table += digest_chunks(filled)
+                logical = b"" if collecting is None else collecting.of(index, start, filled)
                 write(filled)
                 with lock:
+                    if collecting is not None:
+                        collecting.add(index, logical)
                     done += size
                     if progress is not None:
                         progress(done, total)
         return file.name, ChunkDigests(file.size, bytes(table))
 
     with ThreadPoolExecutor(workers, "ucp-upload") as pool:
-        futures = [pool.submit(one, file) for file in files[:-1]]
+        futures = [pool.submit(one, index) for index in range(len(files) - 1)]
         try:
             found = dict(future.result() for future in as_completed(futures))
-            return found | dict(map(one, files[-1:]))
+            return found | dict(map(one, range(len(files))[-1:]))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -19,6 +19,7 @@ from ucp.storage.crc32 import Crc32Entry, crc32, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
+from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Bytes, Reader, execute
 from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
 from ucp.transfer.targets import TargetFile
@@ -60,12 +61,14 @@ def write_share(
     progress: Progress | None = None,
     known: Mapping[tuple[int, int], bytes] | None = None,
     note: Callable[[Piece], None] = lambda piece: None,
+    collecting: Collecting | None = None,
 ) -> list[Piece]:
     """Fill each file's bytes [first, last) of ``share``; returns what was written. The files exist (`create_files`).
 
     threads: default is the number of processors, at most 8. max_memory: bytes for windows and scratch; both the
     threads and the window shrink to respect it. known: digests of chunks that an earlier attempt wrote; a window whose
     bytes have them is left as it is. note: called with every piece as soon as it is written, from several threads.
+    collecting: what digests windows on their way; pieces then tell what they add.
     Large files are on the device when the function returns.
 
     Raises DestinationError where a file can't be written (no space, a device error), BadArgument where ``max_memory``
@@ -99,7 +102,7 @@ def write_share(
             for index in {part.file for part in batch} - outputs.keys():
                 first, last = share[index]
                 outputs[index] = _FileInProgress.open(folder, index, files[index], last - first)
-            running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note))
+            running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note, collecting))
             finish(everything=False)
         finish(everything=True)
         closer.finish()
@@ -143,8 +146,9 @@ class _FileInProgress:
         with self.lock:
             self.remaining -= count
 
-    def piece(self, start: int, filled: memoryview, digests: bytes) -> Piece:
-        return Piece(self.index, start, len(filled), digests, _crcs(self.file.crc32_entries, start, filled))
+    def piece(self, start: int, filled: memoryview, digests: bytes, collecting: Collecting | None) -> Piece:
+        logical = b"" if collecting is None else collecting.of(self.index, start, filled)
+        return Piece(self.index, start, len(filled), digests, _crcs(self.file.crc32_entries, start, filled), logical)
 
 
 def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tuple[tuple[int, int, int, int], ...]:
@@ -175,6 +179,7 @@ def _write_batch(
     batch: Sequence[Window],
     known: Mapping[tuple[int, int], bytes],
     note: Callable[[Piece], None],
+    collecting: Collecting | None,
 ) -> list[Piece]:
     """Fill, digest and write windows, except for those whose bytes are there already."""
     pieces = []
@@ -184,7 +189,7 @@ def _write_batch(
 
     def finished(part: Window, view: memoryview, digests: bytes) -> None:
         output = outputs[part.file]
-        pieces.append(output.piece(part.start, view, digests))
+        pieces.append(output.piece(part.start, view, digests, collecting))
         note(pieces[-1])
         output.complete(part.size)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from ucp.catalog import Catalog
     from ucp.formats.nouns import FolderNames, ReadRequest, Salvage, WriteRequest
+    from ucp.logical.record import Recorded
+    from ucp.storage.digests import ChunkDigests
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 
@@ -64,7 +66,11 @@ class UniversalTarget(WriteTarget):
                 "digests can be asked for in the virtual form only; the consolidated form always has them"
             )
         whole = consolidated.plan(catalog)
-        return WritePlan(whole.source, whole.files, lambda digests: {MANIFEST: whole.manifest(digests, writer)})
+
+        def finish(digests: dict[str, ChunkDigests], logical: Mapping[tuple[str, str], Recorded]) -> dict[str, bytes]:
+            return {MANIFEST: whole.manifest(digests, writer, logical)}
+
+        return WritePlan(whole.source, whole.files, finish, records=True)
 
 
 class Universal(Format):

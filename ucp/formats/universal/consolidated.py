@@ -19,6 +19,7 @@ from ucp.catalog import Catalog, LogicalTensor, SourceFile
 from ucp.formats.shared import shards
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import whole
+from ucp.logical.record import Recorded
 from ucp.storage import names
 from ucp.storage.digests import ChunkDigests
 from ucp.transfer.targets import TargetFile
@@ -37,10 +38,19 @@ class ConsolidatedPlan:
     result: Catalog
     training_state: dict[str, Any]
 
-    def manifest(self, digests: Mapping[str, ChunkDigests], writer: str) -> bytes:
-        """The manifest's bytes, once the files' digests are known by name."""
+    def manifest(
+        self,
+        digests: Mapping[str, ChunkDigests],
+        writer: str,
+        logical: Mapping[tuple[str, str], Recorded] | None = None,
+    ) -> bytes:
+        """The manifest's bytes, once the files' digests are known by name, and the tensors' logical digests, or those
+        that the source has."""
+        tensors = self.result.tensors
+        if logical is not None:
+            tensors = {key: dataclasses.replace(tensor, digest=logical.get(key)) for key, tensor in tensors.items()}
         body = schema.encode(
-            self.result,
+            dataclasses.replace(self.result, tensors=tensors),
             form="consolidated",
             writer=writer,
             paths=[file.path for file in self.result.files],

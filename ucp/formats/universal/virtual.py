@@ -19,6 +19,7 @@ import numpy as np
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import Unsupported
 from ucp.formats.universal import manifest, schema, training
+from ucp.logical.record import Recorded
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests, digest_file
 from ucp.storage.files import Files
@@ -113,7 +114,7 @@ def write_plan(made: VirtualPlan, writer: str, destination: str, with_digests: b
     """The same as a conversion writes it. with_digests: read the files pointed at, once, for digests of their chunks.
     workers: threads for that."""
 
-    def finish(digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
+    def finish(digests: dict[str, ChunkDigests], logical: Mapping[tuple[str, str], Recorded]) -> dict[str, bytes]:
         foreign = _digests_of(made, workers) if with_digests else {}
         check_unchanged(made.foreign)
         return {manifest.NAME: made.manifest(digests, writer, destination, foreign)}
