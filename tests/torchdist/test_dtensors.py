@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, numel
-from ucp.torchdist.dtensors import blocks_of, mesh_shape, product, shard_ranges
+from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, mesh_shape, product, shard_ranges
 
 
 def gathered(whole: torch.Tensor, blocks: Blocks, sizes: list[int]) -> torch.Tensor:
@@ -100,6 +100,29 @@ def test_real_dtensors(mesh: DeviceMesh, placements: tuple[object, object]) -> N
     local = cut_by_torch(whole, normal, [2, 3], list(mesh.get_coordinate() or ()))
     tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
     assert torch.equal(gathered(whole, blocks_of("w", tensor), list(local.shape)), local)
+
+
+@pytest.mark.parametrize(
+    ("placements", "ranks"),
+    [
+        ((Shard(0), Shard(1)), (1,)),
+        ((Replicate(), Shard(0)), (1, 4)),
+        ((Shard(-1), Replicate()), (0, 1, 2)),
+        ((Replicate(), Replicate()), (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_who_holds_the_same(mesh: DeviceMesh, placements: tuple[object, object], ranks: tuple[int, ...]) -> None:
+    tensor = DTensor.from_local(torch.zeros(2, 2), mesh, placements, run_check=False)
+    assert holders_of(tensor, 6) == ranks
+    assert holders_of(torch.zeros(2), 3) == (0, 1, 2)
+
+
+def test_the_layout_that_meshes_tell(mesh: DeviceMesh) -> None:
+    cut = [DTensor.from_local(torch.zeros(2), mesh, [Replicate(), Shard(0)], run_check=False)]
+    whole = [DTensor.from_local(torch.zeros(2), mesh, [Shard(0), Replicate()], run_check=False)]
+    assert str(layout_of(["no tensor", torch.zeros(1), *cut], 6)) == "dp=2,tp=3,zero=0"
+    assert str(layout_of(whole, 6)) == "dp=2,tp=3,zero=3"
+    assert str(layout_of([torch.zeros(1)], 4)) == "dp=4,zero=0"
 
 
 def test_refusals(mesh: DeviceMesh) -> None:

@@ -40,14 +40,34 @@ def save(
 ) -> SaveReport:
     """Save a state dict as the checkpoint ``path``. Collective over all ranks; without a process group, one process.
 
-    state_dict: tensors, DTensors, Stateful objects and plain Python values, nested as one likes. What ranks call by one
-    name but have each for themselves (a tensor that is no DTensor, such as a random number generator's state) is kept
-    for each of them; it comes back where as many ranks load. timeout: seconds that the first rank waits for the others.
-    metrics: add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
-
     A checkpoint at ``path`` is replaced in one rename once the new one is whole; until then, and after any failure, it
-    is as it was. Raises on every rank: Unsupported (by name, for what cannot be kept exactly), DestinationError,
-    SaveFailed (a rank failed, or ranks contradict each other).
+    is as it was.
+
+    Parameters
+    ----------
+    state_dict
+        tensors, DTensors, Stateful objects and plain Python values, nested as one likes. What ranks call by one name
+        but have each for themselves (a tensor that is no DTensor, such as a random number generator's state) is kept
+        for each of them; it comes back where as many ranks load.
+    path
+        the checkpoint's folder.
+    timeout
+        seconds that the first rank waits for the others.
+    metrics
+        add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
+
+    Returns
+    -------
+    SaveReport
+
+    Raises
+    ------
+    Unsupported
+        on every rank, as all of these: by name, for what cannot be kept exactly.
+    DestinationError
+        where the folder cannot be written.
+    SaveFailed
+        where a rank failed, or ranks contradict each other.
     """
     return write(make_source(unwrap(state_dict)), path, timeout, metrics)
 
@@ -63,11 +83,26 @@ def async_save(
 ) -> PendingSave:
     """As `save`, but return once everything is copied to host memory; a process of its own writes it.
 
-    lazy: return before that; then call ``hold()`` on what is returned before anything changes the tensors, so that
-    the copying is done beside forward and backward. memory: bytes of host memory that a rank's copies may take; it is
-    kept for the next save. A larger share is copied and written in turns, and the call or ``hold()`` waits for most of
-    that. One save at a time is under way: the next one waits for it first, and raises what went wrong with it. Leaving
-    the process waits, too.
+    One save at a time is under way: the next one waits for it first, and raises what went wrong with it. Leaving the
+    process waits, too.
+
+    Parameters
+    ----------
+    state_dict, path, timeout, metrics
+        as for `save`.
+    lazy
+        return before everything is copied; then call ``hold()`` on what is returned before anything changes the
+        tensors, so that the copying is done beside forward and backward.
+    memory
+        bytes of host memory that a rank's copies may take; it is kept for the next save. A larger share is copied and
+        written in turns, and the call or ``hold()`` waits for most of that.
+
+    Returns
+    -------
+    PendingSave
+        whose ``result()`` waits for the report.
+
+    Raises what `save` does, as far as the call itself finds it.
     """
     source = make_source(unwrap(state_dict))
     return write_in_background(source, path, lazy=lazy, memory=memory, timeout=timeout, metrics=metrics)

@@ -62,12 +62,32 @@ def save_training(
 ) -> SaveReport | PendingSave:
     """Save everything that a run needs to go on: `load_training` takes it back, in any layout. Collective.
 
-    model: of any parallelism that torch's ``get_model_state_dict`` knows. optimizer: one, or several. lr_scheduler,
-    dataloader: objects with ``state_dict``; the data loader's is each rank's own, and so are the random number
-    generators (rng). step, samples: how far the run has come. extra: plain values to be given back. background: return
-    once everything is copied, as `async_save`, in so much host memory. metrics: as for `save`.
+    The checkpoint resumes under DeepSpeed as well.
 
-    The checkpoint resumes under DeepSpeed as well. Raises as `save` does.
+    Parameters
+    ----------
+    path, timeout, metrics
+        as for `save`.
+    model
+        of any parallelism that torch's ``get_model_state_dict`` knows.
+    optimizer
+        one, or several.
+    lr_scheduler, dataloader
+        objects with ``state_dict``; the data loader's is each rank's own.
+    step, samples
+        how far the run has come.
+    rng
+        keep each rank's random number generators.
+    extra
+        plain values to be given back.
+    background, memory
+        return once everything is copied, as `async_save`, in so many bytes of host memory.
+
+    Returns
+    -------
+    SaveReport, or PendingSave in the background
+
+    Raises what `save` does.
     """
     state_dict, _ = state_dict_of(model, optimizer, blank=True)
     for name in names_without_states(state_dict, optimizer):
