@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ucp.errors import Unsupported
 from ucp.geometry import Blocks, concat, flat_ranges, whole
 from ucp.loading import exchange
 from ucp.loading.exchange import Sharing, part
@@ -71,3 +72,13 @@ def test_the_exchange_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: int) ->
     assert [len(staging) for staging in sent[:-1]] == [limit] * (len(sent) - 1)
     assert torch.cat(sent).equal(torch.cat(buffers))
     assert all(tensor.equal(buffer + 1) for tensor, buffer in zip(tensors.values(), buffers, strict=True))
+
+
+@pytest.mark.usefixtures("group")
+def test_backends_that_exchange_neither_the_hosts_nor_cudas_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exchange.is_possible("adaptive")
+    assert exchange.is_possible(True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "xpu:xccl")
+    assert not exchange.is_possible("adaptive")
+    with pytest.raises(Unsupported, match="this one has xpu only; use read_once=False"):
+        exchange.is_possible(True)

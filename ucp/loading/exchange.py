@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ucp.errors import BadArgument
+from ucp.errors import BadArgument, Unsupported
 from ucp.geometry import Blocks, extents, take_elements
 from ucp.job import ranks
 from ucp.loading.match import Entry, LoadPlan
@@ -213,11 +213,30 @@ def _filled(buffers: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.
         yield pieces
 
 
+def is_possible(read_once: bool | str) -> bool:
+    """Whether the process group exchanges tensors of the host or of CUDA. Raises Unsupported where it does not, and it
+    was asked for."""
+    backends = _backends(None)
+    possible = "cpu" in backends or "cuda" in backends
+    if not possible and read_once is True:
+        raise Unsupported(
+            f"read_once needs a process group that exchanges tensors of the host or of CUDA, and this one has "
+            f"{', '.join(backends)} only; use read_once=False"
+        )
+    return possible
+
+
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's backend exchanges tensors."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """Where the group's backends exchange tensors: in the host's memory where any of them can."""
+    if "cpu" in _backends(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _backends(group: dist.ProcessGroup | None) -> list[str]:
+    """The kinds of devices whose tensors the group exchanges."""
+    config = str(dist.get_backend_config(group))  # such as "cpu:gloo,cuda:nccl"
+    return [pair.partition(":")[0] for pair in config.split(",")]
 
 
 def _everyones(value: float) -> list[float]:

@@ -88,7 +88,8 @@ def load(
     someone else makes the ranks agree (torch.distributed.checkpoint).
 
     Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
-    DamagedCheckpoint when files do, BadArgument for another ``read_once``.
+    DamagedCheckpoint when files do, BadArgument for another ``read_once``,
+    Unsupported where the process group cannot exchange what is to be read once.
     """
     exchange.check_choice(read_once)
     watch = watch or Stopwatch()
@@ -136,6 +137,8 @@ def _checked_plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
 
 def _sharing(reading: Reading, read_once: bool | str) -> exchange.Sharing | None:
     """What is read once; None where every rank reads for itself. Collective."""
+    if not exchange.is_possible(read_once):
+        return None
     sharing = exchange.find(reading.target, reading.what)
     if not sharing.all_groups:
         return None
