@@ -41,6 +41,7 @@ from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
 from ucp.storage.locations import locate
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, TensorRef
+from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.gather import Reader, Want, gather
 
 if TYPE_CHECKING:
@@ -130,15 +131,21 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Read every byte that has a digest and check it; returns how many bytes that were (0: it has no digests).
+        """Read every byte that has a digest, or lies in a tensor's record with a CRC-32, and check it; returns how many
+        bytes that were (0: it has neither).
 
-        Raises DigestMismatch at the first damaged chunk.
+        Raises DigestMismatch at the first damaged chunk or record.
         """
         tables = self.catalog.chunk_digests
-        total, done = sum(table.size for table in tables.values()), 0
+        records = RecordChecks(self.catalog.crc_records, [file.path for file in self.catalog.files], self._files)
+        total, done = sum(table.size for table in tables.values()) + records.nbytes, 0
         for index, table in tables.items():
             verify_range(self._files, self.catalog.files[index].path, table, 0, table.size)
             done += table.size
+            if progress is not None:
+                progress(done, total)
+        for nbytes in records.read_all():
+            done += nbytes
             if progress is not None:
                 progress(done, total)
         return total

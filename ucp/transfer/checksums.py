@@ -9,7 +9,7 @@ conversion, which must not bless damage) or, where it is little (padding that no
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -163,6 +163,18 @@ class RecordChecks:
         """
         for (file, _), progress in list(self._touched.items()):
             self._complete(file, progress.missing())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(progress.size for found in self._progress.values() for progress in found)
+
+    def read_all(self) -> Iterator[int]:
+        """Read every record to its end; yields the bytes of each. Raises as `finish` does."""
+        for file, found in self._progress.items():
+            for progress in found:
+                self._complete(file, progress.missing())
+                yield progress.size
 
     def _complete(self, file: int, missing: Iterable[tuple[int, int]]) -> None:
         for low, high in missing:

@@ -111,10 +111,23 @@ def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> Tr
                 f"{part.model.path}: has {len(groups)} param groups, and {len(names)} on the first model-parallel "
                 "rank; files of two runs are mixed"
             )
+        for g, (group, other) in enumerate(zip(groups, first.param_groups, strict=True)):
+            _check_options(part, g, group, other)
         for group, into in zip(groups, names, strict=True):
             into.update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
     joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, first.param_groups, strict=True))
     return replace(first, param_groups=tuple(joined))
+
+
+def _check_options(part: LocalModel, g: int, group: ParamGroup, first: ParamGroup) -> None:
+    """Raise DamagedCheckpoint where a part's param group has other hyperparameters than the first part's."""
+    for key, value in (group.options or {}).items():
+        other = (first.options or {}).get(key, value)
+        if type(value) in (bool, int, float, str) and type(other) in (bool, int, float, str) and value != other:
+            raise DamagedCheckpoint(
+                f"{part.model.path}: '{key}' of param group {g} is {value!r}, and {other!r} on the first "
+                "model-parallel rank; files of two saves are mixed"
+            )
 
 
 def check_copies(catalog: Catalog, files: Files) -> None:

@@ -12,7 +12,7 @@ from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.read import folder as folders
-from ucp.formats.deepspeed.read import stems
+from ucp.formats.deepspeed.read import same_save, stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.experts import find_experts
@@ -23,6 +23,7 @@ from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.malformed import malformed
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.printable import logger
@@ -60,11 +61,14 @@ def read(
     read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch where
     the spec does not fit.
     """
-    with stems.noting() as unchecked:
+    with stems.noting() as unchecked, malformed(path, "what its files hold"):
         catalog = _read(path, files, choice, trust_client_state, param_names, compare)
-    for sentence in unchecked.sentences():
+    sentences = unchecked.sentences()
+    if apart := same_save.far_apart(catalog.on_disk):
+        sentences = (*sentences, apart)
+    for sentence in sentences:
         log.warning("%s: %s", path, sentence)
-    return replace(catalog, unchecked=unchecked.sentences())
+    return replace(catalog, unchecked=sentences)
 
 
 def _read(
@@ -93,8 +97,9 @@ def _read(
             parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
     parts = first_copies(parts)
     same = {part.model.path: part for part in parts.values()}
-    for key in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
+    for key in ("global_steps", "global_samples", "dp_world_size", "mp_world_size"):
         same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
+    same_save.check_writers({p: part.model.raw for p, part in same.items()})
     zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
     ep = max(part.ep for part in parts.values())
     layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, ep=ep, zero=zero)

@@ -14,11 +14,12 @@ from typing import Any
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import folder as folders
-from ucp.formats.deepspeed.read import same_run, stage0, stage3, stage12
+from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.malformed import malformed
 from ucp.storage.torch_pt.values import Standin
 
 
@@ -53,13 +54,23 @@ def read_part(
     experts: ExpertFiles,
 ) -> LocalModel:
     """Read one model-parallel rank's files. Arguments and errors as for `ucp.formats.deepspeed.read`."""
+    with malformed(models[0].path):
+        return _read_part(folder, models, builder, param_names, experts)
+
+
+def _read_part(
+    folder: folders.Folder,
+    models: Mapping[int, ModelFile],
+    builder: Builder,
+    param_names: Sequence[Sequence[str]] | None,
+    experts: ExpertFiles,
+) -> LocalModel:
     path, model = folder.path, models[0]
     dp = int(model.need("dp_world_size"))
     _refuse_unsupported(model)
     if folder.partitioned_model:
         folders.check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
-        for key in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
-            same_on_all_ranks(f"'{key}'", {m.path: m.raw.get(key) for m in models.values()})
+        same_save.check_models({m.path: m.raw for m in models.values()})
     module, buffers = model.module, model.buffers
     shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
     owners = set(_trainable_names(model))
@@ -72,25 +83,32 @@ def read_part(
     stage = 0
     if model.raw.get("param_shapes") is not None:
         folders.check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
-        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r])) for r in range(dp)}
+        whole = {r: folders.load(folder.optim[r], trust=False) for r in range(dp)}
+        same_save.check_optimizers(
+            {folder.optim[r]: raw for r, raw in whole.items()}, {m.path: m.raw for m in models.values()}
+        )
+        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r], raw)) for r, raw in whole.items()}
         first_state = optim[0][1]
-        stage = same_on_all_ranks("the ZeRO stage", {p: _stage(sd) for p, sd in optim.values()})
+        stage = same_on_all_ranks("the ZeRO stage", {p: _stage(p, sd) for p, sd in optim.values()})
         if (stage == 3) != folder.partitioned_model:
             raise DamagedCheckpoint(
                 f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
             )
         if stage == 3:
-            groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
+            with malformed(path, "what the optimizer files hold"):
+                groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
             stage3.read_frozen(builder, models, aliases)
         else:
             facts = stage12.OptimizerContext(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
-            groups = stage12.read(builder, optim, model.param_shapes, aliases, facts)
+            with malformed(path, "what the optimizer files hold"):
+                groups = stage12.read(builder, optim, model.param_shapes, aliases, facts)
             same_run.check(builder, module)
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
         if param_names is not None:  # the caller knows all experts, this part has its rank's
             param_names = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
-        groups = stage0.read(builder, model, candidates, aliases, param_names)
+        with malformed(model.path, "'optimizer'"):
+            groups = stage0.read(builder, model, candidates, aliases, param_names)
         first_state = model.raw["optimizer"]
     else:
         groups = []
@@ -138,17 +156,18 @@ def _toward_owners(shared: Mapping[str, str], owners: set[str]) -> dict[str, str
     return out
 
 
-def _optimizer_state(path: Path) -> Mapping[str, Any]:
-    found = folders.load(path, trust=False).get("optimizer_state_dict")
+def _optimizer_state(path: Path, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = raw.get("optimizer_state_dict")
     if not isinstance(found, Mapping):
         raise DamagedCheckpoint(f"{path}: the key 'optimizer_state_dict' is missing; this is no optimizer file")
     return found
 
 
-def _stage(sd: Mapping[str, Any]) -> int:
+def _stage(path: Path, sd: Mapping[str, Any]) -> int:
     """The ZeRO stage. BF16_Optimizer, which is a stage 1, does not write it."""
     found = sd.get("zero_stage", 1)
-    return int(found.value if isinstance(found, Standin) else found)
+    with malformed(path, "'zero_stage'"):
+        return int(found.value if isinstance(found, Standin) else found)
 
 
 def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:

@@ -55,6 +55,8 @@ def split_state(
             tensors[key] = value
         elif isinstance(value, (bool, int, float)):
             scalars[key] = value
+        elif isinstance(value, TensorRef) and value.shape == (0,):
+            raise offloaded_to_nvme(path, f"state '{key}' of {where}")
         else:
             found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
             raise Unsupported(
@@ -90,6 +92,15 @@ def join_states(
     )
     scalars = same_on_all_ranks(f"the optimizer values of {what}", {p: dict(s.scalars) for p, s in ranks.values()})
     return {n: {r: s.tensors[n] for r, (_, s) in ranks.items()} for n in names}, scalars
+
+
+def offloaded_to_nvme(path: Path, what: str) -> Unsupported:
+    """The error for an empty tensor where a flat buffer belongs: DeepSpeed's swapper leaves it so."""
+    return Unsupported(
+        f"{path}: {what} is empty: it was offloaded to NVMe ('offload_optimizer': {{'device': 'nvme'}}), and only raw "
+        f"swap files hold it ('{path.parent.name}/offloaded_tensors'), which is not supported; load the checkpoint "
+        "with DeepSpeed, and save it with the optimizer offloaded to 'cpu' or not at all"
+    )
 
 
 def flat_refs(path: Path, key: str, value: Any) -> list[TensorRef]:

@@ -27,6 +27,7 @@ from ucp.formats.deepspeed.read.optimizer_files import (
     split_state,
 )
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.malformed import malformed
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
 from ucp.storage.torch_pt.values import TensorRef
@@ -63,11 +64,11 @@ def read(
     out: list[ParamGroup] = []
     for g, shapes in enumerate(groups):
         names: list[str] = []
-        for rank, share in enumerate(facts.experts.shares(optim, g, shapes, _partitions(optim[0][1], g))):
+        for rank, share in enumerate(facts.experts.shares(optim, g, shapes, _partitions(*optim[0], g))):
             _read_group(builder, share, g, shapes, rank, aliases, facts)
             order = undo_round_robin(list(shapes), len(share)) if facts.round_robin else list(shapes)
             names += [facts.experts.experts.place(n, shapes[n], rank).name for n in order]
-        options = same_on_all_ranks(f"the param group {g}", {p: _options(sd, g) for p, sd in optim.values()})
+        options = same_on_all_ranks(f"the param group {g}", {p: _options(p, sd, g) for p, sd in optim.values()})
         if options and "step" in options:
             _step_into_scalars(builder, names, options.pop("step"))
         out.append(ParamGroup(tuple(ordered(dict.fromkeys(names))), options))
@@ -86,28 +87,28 @@ def _read_group(
     """Enter the parameters of one flat buffer, which is cut over these files; rank: the expert-parallel one."""
     dp = len(optim)
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
-    padding = {r: _padding(sd, g) for r, (_, sd) in optim.items()}
+    padding = {r: _padding(path, sd, g) for r, (path, sd) in optim.items()}
     sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
     if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
         sizes = {r: masters[r][g].shape[0] for r in optim}
     size = same_on_all_ranks(f"the partition size of group {g}", {optim[r][0]: sizes[r] for r in optim})
     _check_count(optim, g, dp)
-    between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(sd, g) for p, sd in optim.values()})
+    between = same_on_all_ranks("param_alignment_paddings", {p: _alignment(p, sd, g) for p, sd in optim.values()})
     offsets, total = flat_offsets([numel(s) for s in shapes.values()], between)
     if not total <= size * dp < total + max(size, 1) + 2 * dp * dp:
         raise DamagedCheckpoint(
             f"{optim[0][0]}: group {g} has {dp} partitions of {size} elements, but the model file's parameters "
             f"need {total}; files of two runs are mixed"
         )
+    if not facts.round_robin:
+        _check_slices(optim, g, {n: (at, numel(s)) for (n, s), at in zip(shapes.items(), offsets, strict=True)}, size)
     cuts = {n: flat_partition(s, at, size) for (n, s), at in zip(shapes.items(), offsets, strict=True)}
     momentum = _whole_momentum(shapes, cuts, dp) if _keeps_whole_momentum(optim[0][1], g, facts.offloaded) else None
-    held = {
-        r: (
-            path,
-            _state(builder, path, sd, g, (size, size - padding[r]), momentum.lengths[r] if momentum else None),
-        )
-        for r, (path, sd) in optim.items()
-    }
+    held = {}
+    for r, (path, sd) in optim.items():
+        with malformed(path, f"the optimizer's state of group {g}"):
+            lengths = (size, size - padding[r])
+            held[r] = path, _state(builder, path, sd, g, lengths, momentum.lengths[r] if momentum else None)
     states, scalars = join_states(f"group {g}", held)
     by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
     for name, shape in shapes.items():
@@ -153,25 +154,61 @@ def _whole_momentum(shapes: Mapping[str, Shape], cuts: Mapping[str, Blocks], dp:
     return _Momentum(lengths, blocks)
 
 
-def _padding(sd: Mapping[str, Any], g: int) -> int:
+def _padding(path: Path, sd: Mapping[str, Any], g: int) -> int:
     paddings = sd.get("group_paddings")
-    return int(paddings[g]) if paddings else 0
+    with malformed(path, "'group_paddings'"):
+        return int(paddings[g]) if paddings else 0
 
 
-def _alignment(sd: Mapping[str, Any], g: int) -> list[int] | None:
+def _alignment(path: Path, sd: Mapping[str, Any], g: int) -> list[int] | None:
     paddings = sd.get("param_alignment_paddings")
-    return [int(n) for n in paddings[g]] if paddings else None
+    with malformed(path, "'param_alignment_paddings'"):
+        return [int(n) for n in paddings[g]] if paddings else None
 
 
-def _partitions(sd: Mapping[str, Any], g: int) -> int:
+def _partitions(path: Path, sd: Mapping[str, Any], g: int) -> int:
     """Into how many partitions a group was cut, by a file that says it; else 0."""
     count = sd.get("partition_count")
-    return int(count[g] if isinstance(count, (list, tuple)) else count or 0)
+    with malformed(path, "'partition_count'"):
+        return int(count[g] if isinstance(count, (list, tuple)) else count or 0)
+
+
+def _check_slices(
+    optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, places: Mapping[str, tuple[int, int]], size: int
+) -> None:
+    """Raise DamagedCheckpoint where a file's slices are another rank's: the files of two ranks are swapped.
+
+    places: the first element and the number of elements of every parameter in the whole flat buffer. A file that has
+    slices of no rank proves nothing (there are forms of them that are not known here).
+    """
+    told = {r: _slices(path, sd, g) for r, (path, sd) in optim.items()}
+    if not any(told.values()):
+        return
+    wanted: dict[int, dict[str, tuple[int, int]]] = {r: {} for r in optim}
+    for name, (at, count) in places.items():
+        for r in range(at // size, -(-(at + count) // size)) if size else ():
+            first, last = max(at, r * size), min(at + count, (r + 1) * size)
+            wanted.get(r, {})[name] = (first - r * size, last - first)
+    for r, slices in told.items():
+        if slices and slices != wanted[r]:
+            other = next((k for k, theirs in wanted.items() if theirs == slices), None)
+            if other is not None:
+                raise DamagedCheckpoint(
+                    f"{optim[r][0]}: its 'param_slice_mappings' are those of '{optim[other][0].name}'; the files of "
+                    "two ranks were swapped"
+                )
+
+
+def _slices(path: Path, sd: Mapping[str, Any], g: int) -> dict[str, tuple[int, int]]:
+    """Name -> (first element, elements) of the group's parameters in this rank's partition, as the file has them."""
+    found = sd.get("param_slice_mappings")
+    with malformed(path, "'param_slice_mappings'"):
+        return {str(name): (int(place.start), int(place.numel)) for name, place in found[g].items()} if found else {}
 
 
 def _check_count(optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, dp: int) -> None:
     for path, sd in optim.values():
-        count = _partitions(sd, g)
+        count = _partitions(path, sd, g)
         if count and count != dp:
             raise DamagedCheckpoint(
                 f"{path}: group {g} was cut into {count} partitions, but there are {dp} optimizer files; files "
@@ -200,9 +237,10 @@ def _state(
     return FlatState({**rest.tensors, **own.tensors}, {**rest.scalars, **own.scalars})
 
 
-def _options(sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
+def _options(path: Path, sd: Mapping[str, Any], g: int) -> dict[str, Any] | None:
     base = sd["base_optimizer_state"]
-    return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
+    with malformed(path, "'param_groups'"):
+        return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
 
 
 def _step_into_scalars(builder: Builder, names: Iterable[str], step: Any) -> None:

@@ -18,11 +18,13 @@ from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import (
     flat_refs,
     join_states,
+    offloaded_to_nvme,
     options_of,
     same_on_all_ranks,
     split_state,
 )
 from ucp.formats.shared.builder import Builder, Scalar
+from ucp.formats.shared.malformed import malformed
 from ucp.geometry import Shape, numel
 from ucp.parallel.zero import ceil_partition, ceil_size
 from ucp.storage.torch_pt.values import TensorRef
@@ -53,8 +55,7 @@ def read(
                 f"{path}: was written by {count} data-parallel ranks, but there are {dp} optimizer files"
             )
     members = same_on_all_ranks(
-        "the optimizer's param groups",
-        {optim[r][0]: [list(g["params"]) for g in bases[r]["param_groups"]] for r in optim},
+        "the optimizer's param groups", {path: _members(path, bases[r]) for r, (path, _) in optim.items()}
     )
     flat = [i for ids in members for i in ids]
     if sorted(flat) != list(range(len(groups))):
@@ -68,7 +69,7 @@ def read(
     for s, shapes in enumerate(groups):
         group = next(g for g, ids in enumerate(members) if s in ids)
         step = {"step": options[group]["step"]} if "step" in options[group] else {}
-        for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(optim[0][1], s))):
+        for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(*optim[0], s))):
             _read_subgroup(builder, share, s, shapes, rank, aliases, experts, step)
     return [
         ParamGroup(tuple(n for s in ids for n in groups[s]), {k: v for k, v in options[g].items() if k != "step"})
@@ -76,10 +77,28 @@ def read(
     ]
 
 
-def _partitions(sd: Mapping[str, Any], s: int) -> int:
+def _members(path: Path, base: Mapping[str, Any]) -> list[list[int]]:
+    with malformed(path, "'param_groups'"):
+        return [list(group["params"]) for group in base["param_groups"]]
+
+
+def _partitions(path: Path, sd: Mapping[str, Any], s: int) -> int:
     """Into how many partitions a subgroup was cut; AutoEP's experts into fewer than the rest."""
     found = sd.get("ds_zero_partition_groups")
-    return int(found[s]["partition_count"]) if found else int(sd.get("partition_count") or 0)
+    with malformed(path, "the count of partitions"):
+        return int(found[s]["partition_count"]) if found else int(sd.get("partition_count") or 0)
+
+
+def _check_rank(path: Path, sd: Mapping[str, Any], s: int, r: int) -> None:
+    """Raise DamagedCheckpoint where the file says that it is another rank's among those that share the subgroup."""
+    found = sd.get("ds_zero_partition_groups")
+    with malformed(path, "'ds_zero_partition_groups'"):
+        said = found[s].get("partition_rank") if found else None
+    if isinstance(said, int) and said != r:
+        raise DamagedCheckpoint(
+            f"{path}: holds partition {said} of subgroup {s}, and by its name it should be {r}; the files of two ranks "
+            "were swapped"
+        )
 
 
 def _read_subgroup(
@@ -96,16 +115,19 @@ def _read_subgroup(
     dp = len(optim)
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS))[s] for r, (p, sd) in optim.items()}
     size = sum(ceil_size(numel(shape), dp) for shape in shapes.values())
-    for r, (path, _) in optim.items():
+    for r, (path, sd) in optim.items():
+        _check_rank(path, sd, s, r)
+        if size and not masters[r].shape[0]:
+            raise offloaded_to_nvme(path, f"subgroup {s} of its masters")
         if masters[r].shape[0] != size:
             raise DamagedCheckpoint(
                 f"{path}: subgroup {s} has {masters[r].shape[0]} elements, but the model file's parameters over "
                 f"{dp} ranks need {size}; files of two runs are mixed"
             )
-    held = {
-        r: (path, split_state(builder, path, f"subgroup {s}", _base(path, sd)["state"].get(s, {}), (size,)))
-        for r, (path, sd) in optim.items()
-    }
+    held = {}
+    for r, (path, sd) in optim.items():
+        with malformed(path, f"the optimizer's state of subgroup {s}"):
+            held[r] = path, split_state(builder, path, f"subgroup {s}", _base(path, sd)["state"].get(s, {}), (size,))
     states, scalars = join_states(f"subgroup {s}", held)
     by_rank: dict[str, dict[int, TensorRef]] = {"param": masters, **states}
     offset = 0

@@ -1,0 +1,33 @@
+"""What reading a file's own structure raises where that is not as its format has it, turned into an error that says so.
+
+A reader takes a file's object graph apart by keys, types and lengths. A damaged or foreign file fails at any of these,
+by whatever Python raises there. Readers do that work in this block, so that the file is named and not this project
+blamed. Blocks may be nested, the innermost tells: name the one file that is looked at where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ucp.errors import DamagedCheckpoint
+
+# What taking values apart raises on other values than expected. Errors of ours, of the system and of memory pass.
+_RAISED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextmanager
+def malformed(path: str | Path, what: str = "") -> Iterator[None]:
+    """Raise DamagedCheckpoint for what the block raises on malformed content of this file (or folder).
+
+    what: the key or part that is looked at, for the message.
+    """
+    try:
+        yield
+    except _RAISED as error:
+        where = f"{path}: {what} is" if what else f"{path}: is"
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise DamagedCheckpoint(
+            f"{where} not what is written there ({reason[:300]}); the file is damaged, or another program's"
+        ) from error
