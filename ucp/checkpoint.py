@@ -190,6 +190,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     model_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
     trust_client_state: bool = False,
+    trust_paths: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
@@ -205,6 +206,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
     checkpoint has recorded or has beside it. sizes: sizes of the spec by name, which go before the config.
     trust_client_state: DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
+    trust_paths: virtual checkpoints: follow them to files outside the folder that they name as their source.
     param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
     group's parameters in order, where the caller knows them.
     options: what the format of another package takes besides, by name.
@@ -217,7 +219,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     asked = _Asked(
         choose(spec, model_config, sizes),
         verify,
-        {"trust_client_state": trust_client_state, "param_names": param_names},
+        {"trust_client_state": trust_client_state, "trust_paths": trust_paths, "param_names": param_names},
         options or {},
     )
     return _open(path, tag, asked, verify)

@@ -32,7 +32,7 @@ from ucp.transfer.windows import budget, check_files
 log = logger(__name__)
 
 # What `ucp.open` takes of a conversion's settings; the rest of them are fields of Running and the target's options.
-_OPENING = ("tag", "model_config", "sizes", "trust_client_state", "param_names")
+_OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names")
 _RUNNING = tuple(field.name for field in fields(Running))
 
 
@@ -113,7 +113,8 @@ def convert(
     to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp' or 'huggingface' (weights alone, as a model folder), or
         what an installed package adds.
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
-    settings: of reading the source, as for `ucp.open`: tag, model_config, sizes, trust_client_state, param_names.
+    settings: of reading the source, as for `ucp.open`: tag, model_config, sizes, trust_client_state,
+        trust_paths, param_names.
         Of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
         Of the target, its own:
         'universal': virtual: write a manifest that points into the source, which stays where it is; digests (virtual

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
 
 CHECKPOINT = "a checkpoint's folder, or a folder of them (then what 'latest' says; without that file the newest)"
+TRUST_PATHS = "follow a virtual checkpoint to files outside the folder that it names as its source"
 NEWEST = "newest"  # `ucp.run_folder.NEWEST`, which takes too long to import before arguments are known to be right
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spec", metavar="SPEC", help="how tensor parallelism cuts it: a name in the catalogue or a file"
     )
     parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
+    parser.add_argument("--trust-paths", action="store_true", help=TRUST_PATHS)
     run.add_sizes(parser)
 
 
@@ -54,5 +56,10 @@ def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None)
     import ucp
 
     return ucp.open(
-        path, args.spec, args.tag if tag is None else tag, model_config=args.model_config, sizes=run.sizes(args.set)
+        path,
+        args.spec,
+        args.tag if tag is None else tag,
+        model_config=args.model_config,
+        sizes=run.sizes(args.set),
+        trust_paths=args.trust_paths,
     )

@@ -43,6 +43,7 @@ def command(args: argparse.Namespace) -> int:
             spec=args.spec,
             model_config=args.model_config,
             sizes=run.sizes(args.set),
+            trust_paths=args.trust_paths,
             quick=args.quick,
             finite=args.finite,
             against=args.against,

@@ -101,6 +101,7 @@ def verify(
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
+    trust_paths: bool = False,
     quick: bool = False,
     finite: bool = False,
     against: str | None = None,
@@ -116,7 +117,7 @@ def verify(
 
     Raises NotACheckpoint where nothing is recognised, BadArgument and what a spec raises; damage is a finding.
     """
-    choice: dict[str, Any] = {"spec": spec, "model_config": model_config, "sizes": sizes}
+    choice: dict[str, Any] = {"spec": spec, "model_config": model_config, "sizes": sizes, "trust_paths": trust_paths}
     where = _where(locations.locate(path), tag, choice)
     known = formats.find(where)
     if known is None:

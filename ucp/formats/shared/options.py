@@ -4,5 +4,8 @@ from __future__ import annotations
 
 from ucp.formats.base import FLAG, Option
 
+TRUST_PATHS = Option("trust_paths", FLAG, "follow a virtual SOURCE to files outside the folder it names", default=False)
+"""Read files that a virtual checkpoint points at wherever they lie."""
+
 TRUST_CLIENT_STATE = Option("trust_client_state", FLAG, "run code that SOURCE's client state asks for", default=False)
 """Unpickle classes outside the allow-list, which runs their code."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ucp.errors import BadArgument
 from ucp.formats.base import FLAG, Format, Option, WriteTarget
+from ucp.formats.shared.options import TRUST_PATHS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +77,7 @@ class UniversalTarget(WriteTarget):
 class Universal(Format):
     name = NAME
     sign = f"a universal checkpoint has '{MANIFEST}'"
+    read_options = (TRUST_PATHS,)
     targets = (UniversalTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -84,7 +86,7 @@ class Universal(Format):
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.universal import reader
 
-        return reader.read(path, files)
+        return reader.read(path, files, trust_paths=request.options.get("trust_paths", False))
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
         return {name: f"rank {int(found[1])}" for name in names if (found := _RANK.fullmatch(name))}

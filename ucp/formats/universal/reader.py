@@ -10,11 +10,13 @@ from ucp.storage import locations
 from ucp.storage.files import Files
 
 
-def read(path: Path, files: Files) -> Catalog:
+def read(path: Path, files: Files, trust_paths: bool = False) -> Catalog:
     """The catalog of a universal checkpoint's folder, everything in its manifest checked.
+
+    trust_paths: follow a virtual one to files outside the folder that it names as its source.
 
     Raises DigestMismatch or DamagedCheckpoint where the manifest or its files' sizes and times are not as recorded,
     Unsupported for a manifest of another major version.
     """
     where = str(locations.locate(path) / manifest.NAME)
-    return schema.decode(where, manifest.load(where))
+    return schema.decode(where, manifest.load(where), trust_paths=trust_paths)

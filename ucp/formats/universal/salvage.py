@@ -29,6 +29,6 @@ def salvage(folder: Path) -> Salvage:
                 faults.append((full, f"has {found} bytes where the manifest says {size}"))
         if faults:
             return Salvage(tuple(faults))
-        return Salvage((), schema.decode(path, body, complete=False))
+        return Salvage((), schema.decode(path, body, complete=False, trust_paths=True))
     except (UcpError, KeyError, TypeError, ValueError):
         return Salvage(tuple(faults))  # the error that opening gave tells the rest

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
-from ucp.errors import DamagedCheckpoint, UcpError
+from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.formats.universal import logical, training
 from ucp.formats.universal.manifest import VERSION
 from ucp.geometry import Blocks, Ints, Shape, dense_strides, numel
 from ucp.parallel.mesh import Layout
+from ucp.printable import short
 from ucp.storage import locations, plain, safetensors
 from ucp.storage.digests import ChunkDigests
 from ucp.storage.dtypes import itemsize
@@ -51,11 +52,12 @@ def encode(
     digests: Mapping[int, ChunkDigests],
     training_state: dict[str, Any],
     source: tuple[str, str],
+    source_folder: str | None = None,
 ) -> dict[str, Any]:
     """The manifest's body.
 
     paths: the files' names as the manifest shall have them. mtimes: None for the checkpoint's own files. source: format
-    and writer of the checkpoint that this one was made from.
+    and writer of the checkpoint that this one was made from. source_folder: where the files lie that it points at.
     """
     states = sorted({state for _, state in catalog.tensors})
     dtypes = sorted({t.dtype for t in catalog.tensors.values()})
@@ -68,7 +70,11 @@ def encode(
         "writer": writer,
         "kind": "training",
         "form": form,
-        "source": {"format": source[0], "writer": source[1]},
+        "source": {
+            "format": source[0],
+            "writer": source[1],
+            **({} if source_folder is None else {"folder": source_folder}),
+        },
         "layout": {name: getattr(catalog.layout, name) for name in _LAYOUT},
         "spec": None,
         "files": {
@@ -131,9 +137,9 @@ def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
 
 
-def decode(path: str, body: dict[str, Any], *, complete: bool = True) -> Catalog:
+def decode(path: str, body: dict[str, Any], *, complete: bool = True, trust_paths: bool = False) -> Catalog:
     """The catalog that a manifest describes; ``path`` is the manifest's own. complete: it must hold every element, as
-    all manifests do but those of one rank's share.
+    all manifests do but those of one rank's share. trust_paths: a virtual one's files may lie anywhere.
 
     Every name, index and range is checked before it is used. Raises DamagedCheckpoint where the manifest contradicts
     itself or its files, and where a file of a form that keeps its files beside the manifest lies outside its folder.
@@ -141,7 +147,7 @@ def decode(path: str, body: dict[str, Any], *, complete: bool = True) -> Catalog
     fields = _Fields(path, body)
     form = fields.choice("form", FORMS)
     fields.choice("kind", ("training",))
-    files = _decode_files(fields, os.path.dirname(path), form)
+    files = _decode_files(fields, os.path.dirname(path), form, trust_paths)
     digests = _decode_digests(fields, files)
     parameters = _decode_parameters(fields)
     tensors = _decode_tensors(fields, parameters, len(files))
@@ -171,7 +177,7 @@ def decode(path: str, body: dict[str, Any], *, complete: bool = True) -> Catalog
     return catalog
 
 
-def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, ...]:
+def _decode_files(fields: _Fields, folder: str, form: str, trust_paths: bool) -> tuple[SourceFile, ...]:
     paths = fields.column("files", "path", str)
     sizes = fields.integers("files", "size", len(paths)).tolist()
     mtimes = fields.column("files", "mtime_ns", (int, type(None)))
@@ -183,6 +189,8 @@ def _decode_files(fields: _Fields, folder: str, form: str) -> tuple[SourceFile, 
     out = []
     for name, size, mtime in zip(paths, sizes, mtimes, strict=True):
         full = _inside(fields, inside, name) if mtime is None else _outside(inside, name)
+        if mtime is not None and not trust_paths:
+            _check_pointer(fields, inside, full)
         try:
             stat = locations.stat(full)
         except (OSError, ValueError) as error:  # ValueError: the name cannot be a file's
@@ -212,6 +220,27 @@ def _inside(fields: _Fields, folder: str, name: str) -> str:
     if not full or os.path.commonpath([folder, full]) != folder:
         raise fields.damaged(f"points at '{name}', outside its own folder; such a manifest is not followed")
     return full
+
+
+def _check_pointer(fields: _Fields, folder: str, full: str) -> None:
+    """Raise Unsupported where a virtual checkpoint, which anybody may have written, points out of the folder that it
+    names as its source. One of a release that named none may point at what lies beside it."""
+    named = fields.mapping("source").get("folder", os.pardir)
+    if not isinstance(named, str) or "\0" in named:
+        raise fields.damaged(f"'source.folder' is {short(named)}")
+    source = _outside(folder, named)
+    if locations.is_remote(full):
+        held = full.startswith(source.rstrip("/") + "/") and ".." not in full.split("/")
+    else:
+        source = os.path.realpath(source)
+        real = os.path.realpath(full)
+        held = source != os.sep and os.path.commonpath([source, real]) == source
+    if not held:
+        raise Unsupported(
+            f"points at '{full}', outside '{source}', which it names as its source; trust_paths=True (--trust-paths) "
+            "follows it, if you trust whoever wrote it",
+            file=fields.path,
+        )
 
 
 def _outside(folder: str, name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class VirtualPlan:
             digests=tables,
             training_state=self.training_state,
             source=(self.source.format, self.source.writer),
+            source_folder=_source_folder([file.path for file in self.foreign], folder),
         )
         return manifest.frame(body)
 
@@ -136,6 +138,18 @@ def _digests_of(made: VirtualPlan, workers: int | None) -> dict[int, ChunkDigest
             return digest_file(paths[index], source, seen)
 
         return dict(enumerate(pool.map(digest, range(len(paths)))))
+
+
+def _source_folder(paths: list[str], folder: str) -> str | None:
+    """The folder that all these files lie in, as `_pointer` would name it; None where there is none but the root."""
+    if not paths:
+        return None
+    if any(map(locations.is_remote, paths)):
+        columns = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+        parts = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        return "/".join(parts) if len(parts) > 3 else None
+    common = os.path.commonpath([os.path.dirname(os.path.realpath(path)) for path in paths])
+    return None if common == os.sep else _pointer(common, folder)
 
 
 def _pointer(path: str, folder: str) -> str:

@@ -50,22 +50,22 @@ def write_report(
     spec: str | os.PathLike[str] | None = None,
     model_config: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
+    trust_paths: bool = False,
     quick: bool = False,
     finite: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> WrittenReport:
     """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it, with options as for
-    `plan`. quick, finite: as for `verify`.
+    `plan`. quick, finite, trust_paths: as for `verify`.
 
     Raises what `verify` and `plan` raise, DestinationError where the page can't be written.
     """
-    verdict = verify(
-        path, tag, spec=spec, model_config=model_config, sizes=sizes, quick=quick, finite=finite, progress=progress
-    )
+    choice: dict[str, Any] = {"model_config": model_config, "sizes": sizes, "trust_paths": trust_paths}
+    verdict = verify(path, tag, spec=spec, **choice, quick=quick, finite=finite, progress=progress)
     summary, planned, catalog = None, None, None
     if verdict.layout is not None:
-        with checkpoint.open(verdict.path, spec, model_config=model_config, sizes=sizes, verify=False) as opened:
+        with checkpoint.open(verdict.path, spec, **choice, verify=False) as opened:
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
                 planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, **options)
