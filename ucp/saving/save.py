@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
+from ucp.formats.shared.training_state import Tensors, encode
 from ucp.formats.universal import fragmented, manifest, training
 from ucp.geometry import concat
 from ucp.job import ranks
@@ -112,8 +113,8 @@ def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, lis
 
     Raises Unsupported for what cannot be stored.
     """
-    met = training.Tensors(prefix=f"r{rank}t" if rank else "t")
-    state = fragmented.empty_state() if rank else training.encode(source.training_state, met)
+    met = Tensors(prefix=f"r{rank}t" if rank else "t")
+    state = fragmented.empty_state() if rank else encode(source.training_state, met)
     own = {name: plain.encode(value, met.put, f"rank {rank}'s {name}") for name, value in source.own.items()}
     plan, pieces = lay_out(assign(source.holdings, rank))
     name = fragmented.file_name(rank, world)
@@ -170,7 +171,7 @@ def _placed(source: Source, pieces: list[WrittenElements]) -> dict[tuple[str, st
     return out
 
 
-def _tensors_file(met: training.Tensors, rank: int) -> tuple[str, list[bytes]] | None:
+def _tensors_file(met: Tensors, rank: int) -> tuple[str, list[bytes]] | None:
     """The file of the training state's tensors, as the bytes to write one after the other."""
     nothing = Catalog("universal", "", Layout(), (), {}, {}, TrainingState())
     name = training.RANK_TENSORS_FILE.format(rank=rank) if rank else training.TENSORS_FILE

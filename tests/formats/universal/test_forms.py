@@ -22,7 +22,8 @@ import ucp
 from tests.formats import raw
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, Unsupported
-from ucp.formats.universal import consolidated, manifest, schema, training, virtual
+from ucp.formats.shared.training_state import Tensors, encode
+from ucp.formats.universal import consolidated, manifest, schema, virtual
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -78,7 +79,7 @@ def test_the_fragmented_form_is_read(tmp_path: Path) -> None:
         paths=[Path(file.path).name for file in made.catalog.files],
         mtimes=[None] * len(made.catalog.files),
         digests={k: digest_file(file.path) for k, file in enumerate(made.catalog.files)},
-        training_state=training.encode(made.catalog.training_state, training.Tensors()),
+        training_state=encode(made.catalog.training_state, Tensors()),
         source=("test", "test"),
     )
     (folder / manifest.NAME).write_bytes(manifest.frame(body))

@@ -36,10 +36,10 @@ class DcpTarget(WriteTarget):
 
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
         from ucp.formats.dcp import writer
-        from ucp.formats.universal import training
+        from ucp.formats.shared.training_state import with_sources_of_state
         from ucp.transfer.targets import WritePlan
 
-        source = training.with_sources_of_state(catalog)
+        source = with_sources_of_state(catalog)
         return WritePlan(source, tuple(writer.plan(source)))
 
 

@@ -46,11 +46,11 @@ class DeepSpeedTarget(WriteTarget):
 
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
         from ucp.formats.deepspeed.write import native
-        from ucp.formats.universal import training
+        from ucp.formats.shared.training_state import with_sources_of_state
 
         if request.layout is None:
             raise BadArgument(f"converting to '{NAME}' needs a layout to write for, such as dp=4,zero=3")
-        source = training.with_sources_of_state(catalog)
+        source = with_sources_of_state(catalog)
         files = native.plan(source, request.layout, request.options.get("ds_config"), request.choice)
         return _tagged(source, files, request.tag, "latest", request.layout)
 
@@ -67,9 +67,9 @@ class DeepSpeedUniversalTarget(WriteTarget):
 
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
         from ucp.formats.deepspeed.write import universal_folder
-        from ucp.formats.universal import training
+        from ucp.formats.shared.training_state import with_sources_of_state
 
-        source = training.with_sources_of_state(catalog)
+        source = with_sources_of_state(catalog)
         return _tagged(source, universal_folder.plan(source), request.tag, "latest_universal", None)
 
 

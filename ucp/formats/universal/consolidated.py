@@ -17,6 +17,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, SourceFile
 from ucp.formats.shared import shards
+from ucp.formats.shared.training_state import Tensors, encode, with_sources
 from ucp.formats.universal import manifest, schema, training
 from ucp.geometry import whole
 from ucp.logical.record import Recorded
@@ -68,9 +69,9 @@ def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> ConsolidatedPlan:
     Raises Unsupported for element types that safetensors lacks and for training state that is not plain data,
     BadArgument for a shard size below 1.
     """
-    met = training.Tensors()
-    training_state = training.encode(catalog.training_state, met)
-    source = training.with_sources(catalog, met)
+    met = Tensors()
+    training_state = encode(catalog.training_state, met)
+    source = with_sources(catalog, met)
     by_state: dict[str, list[LogicalTensor]] = {}
     for tensor in catalog.tensors.values():
         by_state.setdefault(tensor.state, []).append(tensor)

@@ -18,7 +18,8 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
 from ucp.errors import DamagedCheckpoint, SaveFailed
-from ucp.formats.universal import manifest, schema, training
+from ucp.formats.shared.training_state import Tensors, encode
+from ucp.formats.universal import manifest, schema
 from ucp.geometry import concat, empty
 from ucp.logical.record import Recorded
 from ucp.storage import locations, plain
@@ -50,8 +51,8 @@ def receipt(
     """A receipt's bytes.
 
     catalog: all parameters of the model, and of their tensors the fragments that this rank wrote; its files' paths are
-    relative to the folder. training_state: as `training.encode` made it; the first rank's counts. own: what only this
-    rank knows (its RNG), as `plain.encode` made it.
+    relative to the folder. training_state: as `encode` made it; the first rank's counts. own: what only this rank knows,
+    such as its generators, as `plain.encode` made it.
     """
     body = schema.encode(
         catalog,
@@ -68,7 +69,7 @@ def receipt(
 
 def empty_state() -> dict[str, Any]:
     """The training state in the receipts of all ranks but the first."""
-    return training.encode(TrainingState(), training.Tensors())
+    return encode(TrainingState(), Tensors())
 
 
 def merge(folder: str, receipts: Sequence[str], save: str, prefix: str = "") -> bytes:

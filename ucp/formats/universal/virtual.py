@@ -19,6 +19,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import Unsupported
+from ucp.formats.shared.training_state import Tensors, encode, with_sources
 from ucp.formats.universal import manifest, schema, training
 from ucp.logical.record import Recorded
 from ucp.storage import locations
@@ -90,9 +91,9 @@ def plan(catalog: Catalog) -> VirtualPlan:
             f"'{names[0]}' is the average of its copies, which lies in no file, so a virtual checkpoint cannot point "
             "at it; convert without --virtual"
         )
-    met = training.Tensors()
-    training_state = training.encode(catalog.training_state, met)
-    source = training.with_sources(catalog, met)
+    met = Tensors()
+    training_state = encode(catalog.training_state, met)
+    source = with_sources(catalog, met)
     extra = training.tensors_file(source, met)
     files = () if extra is None else (extra,)
     used = np.unique(np.concatenate([np.zeros(0, np.int64), *(t.blocks.buffers for t in catalog.tensors.values())]))
