@@ -51,8 +51,8 @@ def receipt(
     """A receipt's bytes.
 
     catalog: all parameters of the model, and of their tensors the fragments that this rank wrote; its files' paths are
-    relative to the folder. training_state: as `encode` made it; the first rank's counts. own: what only this rank knows,
-    such as its generators, as `plain.encode` made it.
+    relative to the folder. training_state: as `encode` made it; the first rank's counts. own: what this rank alone
+    knows, such as its generators, as `plain.encode` made it.
     """
     body = schema.encode(
         catalog,
