@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ucp import progress
-from ucp.progress import LOG_EVERY, ProgressBar, watching
+from ucp import limits
+from ucp.progress import ProgressBar, watching
 
 
 def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch:
             now[0] += 1
             bar(second * 10**9, 60 * 10**9)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 60 // LOG_EVERY
+    assert len(lines) == 60 // limits.PROGRESS_LOG_SECONDS
     assert lines[0] == "verifying  23%  14.00 of 60.00 GB, 933 MB/s, 0:49 left"
 
 
@@ -42,8 +42,8 @@ def test_only_the_first_rank_shows_progress(
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("PATIENCE", 0.05), ("LOG_EVERY", 0.0), ("_REDRAW", 0.01)):
-        monkeypatch.setattr(progress, name, seconds)
+    for name, seconds in (("PATIENCE", 0.05), ("LOG", 0.0), ("REDRAW", 0.01)):
+        monkeypatch.setattr(limits, f"PROGRESS_{name}_SECONDS", seconds)
 
 
 def test_what_is_watched_is_told_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,8 @@ def test_an_error_passes_through_and_ends_the_thread(monkeypatch: pytest.MonkeyP
 
 
 def test_a_bar_on_a_terminal() -> None:
-    program = "import time; from ucp import progress; progress.PATIENCE = 0.1; done = iter(range(100000))\n"
+    program = "import time; from ucp import limits, progress; limits.PROGRESS_PATIENCE_SECONDS = 0.1\n"
+    program += "done = iter(range(100000))\n"
     program += "with progress.watching('saving', lambda: next(done) * 10**6, 10**10): time.sleep(1)"
     master, slave = pty.openpty()
     root = Path(__file__).resolve().parents[1]

@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ucp import limits
 from ucp.printable import line, logger
 
 log = logger(__name__)
-
-LOG_EVERY = 15.0
-PATIENCE = 1.0
-_REDRAW = 0.2
 
 
 class ProgressBar:
@@ -41,9 +38,11 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._shown or (self._terminal and not self._drawn and now - self._started < PATIENCE):
+        if not self._shown or (
+            self._terminal and not self._drawn and now - self._started < limits.PROGRESS_PATIENCE_SECONDS
+        ):
             return
-        pause = _REDRAW if self._terminal else LOG_EVERY
+        pause = limits.PROGRESS_REDRAW_SECONDS if self._terminal else limits.PROGRESS_LOG_SECONDS
         last = self._terminal and done >= total
         if now - self._last < pause and not last:
             return
@@ -99,11 +98,11 @@ def watching(what: str, done: Callable[[], int], total: int, shown: bool = True)
 
     def show() -> None:
         nonlocal begun
-        if over.wait(PATIENCE):
+        if over.wait(limits.PROGRESS_PATIENCE_SECONDS):
             return
         begun = True
         with bar:
-            while not over.wait(_REDRAW):
+            while not over.wait(limits.PROGRESS_REDRAW_SECONDS):
                 bar(min(done(), total - 1), total)  # it isn't over until the block is
             if well:
                 bar.finish(total)

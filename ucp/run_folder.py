@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from ucp import formats
+from ucp import formats, limits
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, RemovedMeanwhile
 from ucp.formats import beside
 from ucp.formats.base import Format
@@ -39,8 +39,6 @@ NEWEST = "newest"
 """The tag that stands for the newest whole checkpoint."""
 WAY_ON = f"say which with a tag; tag='{NEWEST}' (--{NEWEST}) takes the newest whole one"
 
-# How often another checkpoint is looked for, where the one at hand is removed while it is opened.
-_ATTEMPTS = 5
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -63,7 +61,7 @@ def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T])
     """
     if tag == NEWEST:
         return _newest_whole(folder, read)
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(limits.OPEN_ATTEMPTS_COUNT):
         chosen = choose(folder, tag)
         try:
             result = read(chosen.path, chosen.format)
@@ -72,7 +70,7 @@ def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T])
                 if tag is not None or chosen.path == folder:
                     raise
                 raise type(error)(f"{error}; {WAY_ON}") from error
-            if tag is not None or chosen.path == folder or attempt == _ATTEMPTS - 1:
+            if tag is not None or chosen.path == folder or attempt == limits.OPEN_ATTEMPTS_COUNT - 1:
                 raise _removed(chosen.path) from error
             log.warning("%s: was removed while it was opened, so the checkpoint after it is looked for", chosen.path)
             continue

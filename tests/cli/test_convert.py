@@ -120,7 +120,7 @@ def test_the_entry_point_is_the_command() -> None:
 
 
 # Progress is shown from the second second on.
-AT_ONCE = "from ucp import progress; progress.PATIENCE = 0; from ucp.cli.convert import main; main()"
+AT_ONCE = "from ucp import limits; limits.PROGRESS_PATIENCE_SECONDS = 0; from ucp.cli.convert import main; main()"
 
 
 def test_progress_on_a_terminal_only(source: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.sources import Sources
 from tests.engines.truth import Truth, gather
+from ucp import limits
 
 
 def load_and_count(case: Case, folder: str, tag: str) -> tuple[int, int]:
@@ -27,11 +28,10 @@ def load_once(
 ) -> tuple[int, int, bool, Truth | None]:
     """The same with ``read_once``; whether bytes were exchanged, and the state after it. measured: decide by measuring,
     however little there is."""
-    from ucp.loading import exchange
 
-    exchange.BOUND = 1 << 12  # many rounds
+    limits.EXCHANGE_BUFFER_BYTES = 1 << 12  # many rounds
     if measured:
-        exchange.WORTHWHILE = 1
+        limits.EXCHANGE_WORTHWHILE_BYTES = 1
     section = {"enabled": True, "load": {"read_once": once}}
     engine: Any = build_engine(case, initialize="ucp.deepspeed:initialize", extra={"ucp": section})
     engine.load_checkpoint(folder, tag)

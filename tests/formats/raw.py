@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
-from ucp.formats.shared import shards
 from ucp.formats.universal import consolidated, manifest, virtual
 from ucp.geometry import whole
 from ucp.parallel.mesh import Layout
@@ -163,7 +163,7 @@ def virtual_checkpoint(folder: Path, raw: Raw) -> Path:
     return folder
 
 
-def write_consolidated(folder: Path, catalog: Catalog, max_shard: int = shards.SHARD) -> Path:
+def write_consolidated(folder: Path, catalog: Catalog, max_shard: int = limits.SHARD_FILE_BYTES) -> Path:
     """A consolidated universal checkpoint."""
     folder.mkdir(parents=True)
     plan = consolidated.plan(catalog, max_shard)

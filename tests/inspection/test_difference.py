@@ -12,6 +12,7 @@ import torch
 import ucp
 from tests.formats import raw
 from tests.inspection.conftest import OLDER
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParamGroup
 from ucp.checkpoint import Checkpoint
 from ucp.inspection import stream
@@ -63,7 +64,7 @@ def test_native_checkpoints_of_the_same_run() -> None:
     assert found.same
 
 
-@pytest.mark.parametrize("limit", [stream.LIMIT, 64])
+@pytest.mark.parametrize("limit", [limits.STREAM_BATCH_BYTES, 64])
 def test_a_changed_element(
     tmp_path: Path, made: raw.Raw, consolidated: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import whole
@@ -22,7 +23,7 @@ from ucp.inspection import display
 from ucp.inspection.planning import plan
 from ucp.inspection.report import render, write_report
 from ucp.inspection.report.data import report_data
-from ucp.inspection.report.maps import LIMIT, rectangles
+from ucp.inspection.report.maps import rectangles
 from ucp.inspection.summary import summarise
 from ucp.inspection.verify import Verdict
 from ucp.parallel.mesh import Layout, parse_layout
@@ -146,7 +147,7 @@ def test_many_fragments_are_few_rectangles() -> None:
     blocks = ceil_partition((1000, 300), 0, 5000)
     drawn = rectangles((1000, 300), blocks, blocks.buffers)
     boxes = np.array(drawn["boxes"]).reshape(-1, 7)
-    assert len(boxes) == LIMIT
+    assert len(boxes) == limits.MAP_RECTANGLES_COUNT
     assert boxes[:, 6].sum() == drawn["fragments"] == len(blocks)
     assert boxes[0, 4] == 0
     assert boxes[-1, 5] == 4999

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ucp import limits
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, concat, flat_ranges, whole
 from ucp.loading import exchange
@@ -65,7 +66,7 @@ def test_the_exchange_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: int) ->
         sent.append(staging.clone())
         staging += 1
 
-    monkeypatch.setattr(exchange, "BOUND", limit)
+    monkeypatch.setattr(limits, "EXCHANGE_BUFFER_BYTES", limit)
     monkeypatch.setattr(dist, "all_reduce", add_one)
     tensors = {(key, "param", "uint8"): buffer.clone() for key, buffer in enumerate(buffers)}
     exchange.exchange(Sharing({(0,): tuple(tensors)}, ((0,),)), tensors)

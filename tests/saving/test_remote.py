@@ -12,12 +12,13 @@ import torch
 
 import ucp
 from tests.saving import save_jobs as jobs
+from ucp import limits
 from ucp.errors import DestinationError, NotACheckpoint, SaveFailed
 from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.retention import Keep
 from ucp.saving.save import write_share
-from ucp.storage import atomic, locations
+from ucp.storage import locations
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,7 @@ def test_leftovers_and_other_things(bucket: str, monkeypatch: pytest.MonkeyPatch
         commit.begin(url, "notes", 1)
     commit.begin(url, "step2", 1)
     assert locations.exists(dead.temporary)
-    monkeypatch.setattr(atomic, "STALE", -3600)
+    monkeypatch.setattr(limits, "STALE_FOLDER_SECONDS", -3600)
     commit.begin(url, "step3", 1)
     assert not locations.exists(dead.temporary)
     assert locations.read(f"{url}/notes/read.me") == b"mine"

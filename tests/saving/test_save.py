@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import ucp
 from tests.saving import save_jobs as jobs
+from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError, NotACheckpoint, UcpError
 from ucp.geometry import Blocks, coverage_fault, empty, whole
 from ucp.job.stopwatch import Stopwatch
@@ -362,7 +363,7 @@ def test_leftovers(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "rank-00000-of-00001.safetensors").write_bytes(b"half")
     (tmp_path / f".ucp-tmp-latest-{dead.pid}-{here}01234567").write_text("no")
-    old = time.time() - atomic.STALE - 60
+    old = time.time() - limits.STALE_FOLDER_SECONDS - 60
     os.utime(gone[2] / "rank-00000-of-00001.safetensors", (old, old))
     os.utime(gone[2], (old, old))
     with pytest.raises(NotACheckpoint):

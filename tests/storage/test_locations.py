@@ -17,6 +17,7 @@ import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.write.test_native import raw_source
 from tests.s3 import get, put
+from ucp import limits
 from ucp.errors import (
     BadArgument,
     DamagedCheckpoint,
@@ -59,7 +60,7 @@ def test_ranges_names_and_what_is_missing(bucket: str, tmp_path: Path) -> None:
 
 def test_attempts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What may pass is tried again, and told in the end; what will not pass is told at once."""
-    monkeypatch.setattr(locations, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(limits, "REQUEST_FIRST_PAUSE_SECONDS", 0.001)
     calls: list[int] = []
 
     def failing(times: int, error: Exception) -> str:
@@ -72,7 +73,7 @@ def test_attempts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     with pytest.raises(OSError, match="reset"):
         locations.attempted("s3://x", lambda: failing(9, ConnectionResetError("reset")))
-    assert len(calls) == locations.ATTEMPTS
+    assert len(calls) == limits.REQUEST_ATTEMPTS_COUNT
     calls.clear()
     with pytest.raises(FileNotFoundError):
         locations.attempted("s3://x", lambda: failing(9, FileNotFoundError()))

@@ -13,10 +13,10 @@ from tests.faults import CUT, DROPPED, UNAVAILABLE, Proxy, Request, between, mos
 from tests.formats import raw
 from tests.formats.deepspeed.write.test_native import ADAMW
 from tests.s3 import put
+from ucp import limits
 from ucp.catalog import ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, DestinationError
 from ucp.storage import locations
-from ucp.transfer import upload
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +35,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def proxy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(upload, "PART", PART)
-    monkeypatch.setattr(locations, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(locations, "ATTEMPTS", 2)
+    monkeypatch.setattr(limits, "UPLOAD_PART_BYTES", PART)
+    monkeypatch.setattr(limits, "REQUEST_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(limits, "REQUEST_ATTEMPTS_COUNT", 2)
     with between() as found:
         yield found
 

@@ -17,6 +17,7 @@ import ucp
 import ucp.dcp
 from tests.engines.fsdp import FURTHER, STEPS, Live, Mesh, State
 from tests.engines.truth import same
+from ucp import limits
 
 warnings.filterwarnings("ignore")
 
@@ -246,9 +247,8 @@ def cross(mesh: Mesh, source: str, target: str, flat: bool) -> Run:
 def load_once(mesh: Mesh, path: str, once: bool | str) -> tuple[int, int, bool, State]:
     """Load model and optimizer with ``read_once``: the bytes brought to this rank, those that it read, whether any were
     exchanged, and the state after it."""
-    from ucp.loading import exchange
 
-    exchange.BOUND = 1 << 12  # many rounds
+    limits.EXCHANGE_BUFFER_BYTES = 1 << 12  # many rounds
     live = Live(mesh)
     state = shared_model(live)
     report = ucp.load(state, path, read_once=once, verify=False)

@@ -16,9 +16,9 @@ from torch import nn
 import ucp
 from tests.engines.truth import same
 from tests.formats.dcp import states
+from ucp import limits
 from ucp.errors import DigestMismatch, Mismatch, NotACheckpoint, SaveFailed, Unsupported
 from ucp.saving.save import SaveReport
-from ucp.saving.share import WINDOW
 from ucp.storage.metrics import read_metrics
 
 Pair = namedtuple("Pair", "tensor number")
@@ -31,7 +31,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, make: Any, save: str) -> None:
     if save == "async_save":
         pending = ucp.async_save(truth, tmp_path / "saved", memory=1)
         assert pending.result().path == str(tmp_path / "saved")
-        assert pending.result().memory == WINDOW
+        assert pending.result().memory == limits.SAVE_WINDOW_BYTES
         assert pending.done()
     else:
         ucp.save(truth, tmp_path / "saved")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests import property as p
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, DigestMismatch, Mismatch
 from ucp.geometry import Blocks, box, concat, empty, flat_ranges, intersect, numel, region, whole
@@ -108,9 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def constants(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Also with limits so small that random tensors take every path: runs in place, gaps, cuts."""
     if request.param == "small":
-        monkeypatch.setattr(room, "SHORT_RUN", 24)
-        monkeypatch.setattr(room, "LONG_GAP", 20)
-        monkeypatch.setattr(room, "SCRATCH", 48)
+        monkeypatch.setattr(limits, "SHORT_RUN_BYTES", 24)
+        monkeypatch.setattr(limits, "LONG_GAP_BYTES", 20)
+        monkeypatch.setattr(limits, "SCRATCH_BYTES", 48)
     return request.param
 
 
@@ -261,7 +262,7 @@ def test_a_transposed_target_reads_each_byte_about_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: bool
 ) -> None:
     """However small the scratch, the file is walked forward once."""
-    monkeypatch.setattr(room, "SCRATCH", 64 << 10)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 64 << 10)
     shape = (1200, 900)
     bits = np.random.default_rng(7).integers(0, 2**32, shape, np.uint32)
     held, tensor = simple(tmp_path, bits, "float32", digests)
@@ -272,7 +273,7 @@ def test_a_transposed_target_reads_each_byte_about_once(
 
 
 def test_a_transposed_source_reads_each_byte_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SCRATCH", 64 << 10)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 64 << 10)
     shape = (1200, 900)
     bits = np.random.default_rng(8).integers(0, 2**32, shape, np.uint32)
     held, tensor = simple(tmp_path, np.ascontiguousarray(bits.T), "float32")
@@ -285,7 +286,7 @@ def test_a_transposed_source_reads_each_byte_about_once(tmp_path: Path, monkeypa
 
 def test_scratch_stays_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 32 << 10
-    monkeypatch.setattr(room, "SCRATCH", limit)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", limit)
     spans: list[int] = []
     real = room._strided
 
@@ -623,7 +624,7 @@ def test_a_fragment_may_be_wanted_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_memory_beside_the_buffers_is_the_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr(room, "SCRATCH", 1 << 20)
+    monkeypatch.setattr(limits, "SCRATCH_BYTES", 1 << 20)
     shape = (2048, 1024)
     held, tensor = simple(tmp_path, np.ones(shape, np.float32), "float32")
     out = np.zeros(numel(shape) * DTYPES[dtype], np.uint8)

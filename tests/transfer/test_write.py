@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -18,18 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.formats import raw
+from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.geometry import box, row_major, whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
 from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer import windows, write
-from ucp.transfer.gather import SCRATCH, Copy, Reader, Want
+from ucp.transfer.gather import Copy, Reader, Want
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import budget, check_files
 from ucp.transfer.write import write_files
 
-LEAST = SCRATCH + 4 * CHUNK  # what one thread needs to work with windows of one chunk
+LEAST = limits.SCRATCH_BYTES + 4 * CHUNK  # what one thread needs to work with windows of one chunk
 
 
 def one_file(made: raw.Raw, state: str = "param", name: str = "sub/out.bin") -> tuple[TargetFile, bytes]:
@@ -158,13 +160,13 @@ def test_cutting_at_windows_keeps_every_element(copy: Copy, window: int) -> None
 
 def test_a_budget_is_kept() -> None:
     mib = 1 << 20
-    assert budget(4, None) == (4, windows.WINDOW)
+    assert budget(4, None) == (4, limits.CONVERT_WINDOW_BYTES)
     for limit in (LEAST, 20 * mib, 40 * mib, 100 * mib, 1 << 34):
         workers, window = budget(8, limit)
         assert 1 <= workers <= 8
         assert window % CHUNK == 0
-        assert 0 < window <= windows.WINDOW
-        assert workers * (window + SCRATCH + 3 * CHUNK) <= limit
+        assert 0 < window <= limits.CONVERT_WINDOW_BYTES
+        assert workers * (window + limits.SCRATCH_BYTES + 3 * CHUNK) <= limit
     with pytest.raises(BadArgument, match="memory limit of 1000 bytes"):
         budget(None, 1000)
     with pytest.raises(BadArgument, match="0 workers"):
@@ -172,9 +174,10 @@ def test_a_budget_is_kept() -> None:
 
 
 def test_as_many_threads_as_processors_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_quota", lambda: math.inf)  # of this machine's control groups
     for processors, threads in ((1, 1), (3, 3), (128, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: set(range(count)))
-        assert budget(None, None) == (threads, windows.WINDOW)
+        assert budget(None, None) == (threads, limits.CONVERT_WINDOW_BYTES)
 
 
 def test_a_truncated_source_names_its_file(tmp_path: Path) -> None:

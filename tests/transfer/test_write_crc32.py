@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.formats.raw import make
+from ucp import limits
 from ucp.geometry import whole
 from ucp.storage.crc32 import Crc32Entry, Passing
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
-from ucp.transfer.gather import SCRATCH, Reader, Want
+from ucp.transfer.gather import Reader, Want
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.write import write_files
 
@@ -44,7 +45,7 @@ def test_records_longer_than_a_window(tmp_path: Path) -> None:
             Reader(raw.catalog, files),
             tmp_path / "out",
             [file],
-            max_memory=SCRATCH + 6 * CHUNK,
+            max_memory=limits.SCRATCH_BYTES + 6 * CHUNK,
             threads=3,
         )
     path = tmp_path / "out" / "a" / "b.pt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
 from ucp.progress import ProgressBar
@@ -16,7 +17,6 @@ EXAMPLES = """\
   ucp diff --quick runs/llama universal               by their digests, in no time where both have recorded them
   ucp diff before after --rtol 1e-5 --ignore-types    as two runs' states are compared
 """
-SHOWN = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def command(args: argparse.Namespace) -> int:
     rows += [("digest", name, *digests) for name, digests in found.by_digest.items() if digests[0] != digests[1]]
     rows += [("value", name, *values) for name, values in found.scalars.items()]
     rows += [("training state", name, *values) for name, values in found.training_state.items()]
-    shown = rows[:SHOWN] if out.people else rows
+    shown = rows[: limits.DIFF_LINES_COUNT] if out.people else rows
     out.table(("what", "of", "in A", "in B"), shown)
     if len(shown) < len(rows):
         out.note(f"  and {len(rows) - len(shown)} more (in a pipe, or with --json, all)")

@@ -6,6 +6,7 @@ import argparse
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
 
@@ -23,7 +24,6 @@ EXAMPLES = """\
   ucp plan runs/moe --layout dp=8,ep=4,zero=1
   ucp convert runs/llama out --dry-run        what a conversion would write
 """
-SHOWN = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
         facts.append(("time", f"{display.seconds_text(found.seconds)}, limited by {limit}"))
     out.title(f"a resume on {found.layout}")
     out.facts(facts)
-    shown = found.ranks[:SHOWN] if out.people else found.ranks
+    shown = found.ranks[: limits.PLAN_LINES_COUNT] if out.people else found.ranks
     rows = [(f"rank {r.rank}", display.bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     if not out.people:
         rows = [(f"rank {r.rank}", str(r.bytes), str(r.files), str(r.pieces)) for r in shown]

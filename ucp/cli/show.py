@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
 
@@ -21,7 +22,6 @@ EXAMPLES = """\
   ucp inspect runs/llama --param '*.0.*.weight'       each of these, with where its fragments lie
   ucp inspect runs/llama --json | jq .step
 """
-FRAGMENTS_SHOWN = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +160,7 @@ def _parameters(out: Output, checkpoint: Checkpoint, kept: list[ParameterSummary
                 spans = ", ".join(f"{o}:{o + n}" for o, n in zip(place.offsets, place.sizes, strict=True))
                 holder = f"{place.holder} (copy)" if place.copy else place.holder
                 rows.append((p.name, state, s.dtype, f"[{spans}]", holder, str(place.byte), place.file))
-        shown = rows[:FRAGMENTS_SHOWN] if out.people else rows
+        shown = rows[: limits.INSPECT_FRAGMENTS_COUNT] if out.people else rows
         head = ("parameter", "state", "type", "box", "held by", "at byte", "of file")
         out.table(head[out.people :], [row[out.people :] for row in shown], right=(4,))
         if len(shown) < len(rows):

@@ -11,11 +11,11 @@ from typing import Any
 
 import hjson  # DeepSpeed's own requirement, and its way to read config files
 
+from ucp import limits
 from ucp.errors import BadArgument
 from ucp.loading.exchange import ADAPTIVE
 from ucp.printable import logger
 from ucp.saving.background import POLICIES
-from ucp.saving.staging import MEMORY
 from ucp.spec.select import Choice, choose
 
 log = logger(__name__)
@@ -48,9 +48,9 @@ class Config:
     allow_untested_version: bool = False
     save_format: str = "universal"
     save_async: bool = True
-    save_memory: int = MEMORY
+    save_memory: int = limits.STAGING_BYTES
     save_policy: str = "wait"
-    save_timeout: float = 1800.0
+    save_timeout: float = limits.SAVE_TIMEOUT_SECONDS
     keep_last: int | None = None
     keep_every: int | None = None
     metrics: bool = False
@@ -136,9 +136,9 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
         allow_untested_version=section.get("allow_untested_version", False),
         save_format=save.get("format", FORMATS[0]),
         save_async=save.get("async", save_async),
-        save_memory=save.get("memory", MEMORY),
+        save_memory=save.get("memory", limits.STAGING_BYTES),
         save_policy=save.get("policy", POLICIES[0]),
-        save_timeout=float(save.get("timeout", 1800.0)),
+        save_timeout=float(save.get("timeout", limits.SAVE_TIMEOUT_SECONDS)),
         keep_last=save.get("keep_last"),
         keep_every=save.get("keep_every"),
         metrics=section.get("metrics", False),

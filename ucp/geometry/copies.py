@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ucp import limits
 from ucp.geometry.blocks import Blocks, Ints, row_major
 
 
@@ -92,7 +93,7 @@ def intersect_grouped(source: Blocks, source_groups: Ints, target: Blocks, targe
     count = 1 + int(max(source_groups.max(initial=-1), target_groups.max(initial=-1)))
     sources, targets = (np.bincount(groups, minlength=count) for groups in (source_groups, target_groups))
     first_source, first_target = np.cumsum(sources) - sources, np.cumsum(targets) - targets
-    few = sources * targets <= _FEW
+    few = sources * targets <= limits.PAIRS_TRIED_COUNT
     k, at = _spread(np.zeros(count, np.int64), np.where(few, sources * targets, 0))
     i, j = [first_source[k] + at // targets[k]], [first_target[k] + at % targets[k]]
     for group in np.flatnonzero(~few).tolist():
@@ -104,13 +105,9 @@ def intersect_grouped(source: Blocks, source_groups: Ints, target: Blocks, targe
     return _copies(source, target, np.concatenate(i), np.concatenate(j))
 
 
-# Pairs of blocks that are all tried: sorting out those that may overlap costs more.
-_FEW = 64
-
-
 def _pairs(source: Blocks, target: Blocks) -> tuple[Ints, Ints]:
     """Pairs of blocks of one tensor that may overlap."""
-    if source.ndim == 0 or len(source) * len(target) <= _FEW:
+    if source.ndim == 0 or len(source) * len(target) <= limits.PAIRS_TRIED_COUNT:
         return np.repeat(np.arange(len(source)), len(target)), np.tile(np.arange(len(target)), len(source))
     return _overlapping(source, target)
 

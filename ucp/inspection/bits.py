@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.storage import locations
@@ -19,9 +20,6 @@ from ucp.storage.crc32 import crc32
 from ucp.storage.digests import CHUNK, digest_chunks
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.archive import Section
-
-BATCH = 16 * CHUNK
-PIECE = 4 << 20
 
 Advance = Callable[[int], None]
 
@@ -31,12 +29,14 @@ def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Iterator
 
     advance: told the bytes that were read. Raises DamagedCheckpoint for a file that can't be read.
     """
-    jobs = [(k, at) for k, table in catalog.chunk_digests.items() for at in range(0, table.size, BATCH)]
+    jobs = [
+        (k, at) for k, table in catalog.chunk_digests.items() for at in range(0, table.size, limits.CRC_BATCH_BYTES)
+    ]
 
     def work(job: tuple[int, int]) -> tuple[int, list[tuple[int, int, int]]]:
         index, at = job
         table = catalog.chunk_digests[index]
-        size = min(BATCH, table.size - at)
+        size = min(limits.CRC_BATCH_BYTES, table.size - at)
         raw = bytearray(size)
         files.read_into(catalog.files[index].path, at, memoryview(raw))
         found = np.frombuffer(digest_chunks(memoryview(raw)), np.uint64)
@@ -125,9 +125,9 @@ def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:
     files.read_into(path, info.header_offset, header)
     name, extra = struct.unpack_from("<HH", header, 26)
     at, left, crc = info.header_offset + len(header) + name + extra, info.compress_size, 0
-    buffer = memoryview(bytearray(min(left, PIECE)))
+    buffer = memoryview(bytearray(min(left, limits.CRC_PIECE_BYTES)))
     while left:
-        piece = buffer[: min(left, PIECE)]
+        piece = buffer[: min(left, limits.CRC_PIECE_BYTES)]
         files.read_into(path, at, piece)
         crc = crc32(piece, crc)
         at, left = at + len(piece), left - len(piece)
@@ -135,4 +135,4 @@ def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:
 
 
 def _threads() -> int:
-    return min(os.cpu_count() or 1, 8)
+    return min(limits.processors(), limits.THREADS_MAX_COUNT)

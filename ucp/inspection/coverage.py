@@ -7,10 +7,8 @@ from itertools import product
 
 import numpy as np
 
+from ucp import limits
 from ucp.geometry import Blocks, CoverageFault, Shape, coverage_fault
-
-CELLS = 1 << 24
-"""Above so many cells of the grid that the boxes' edges make, faults are counted and not located."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def faults(shape: Shape, blocks: Blocks) -> tuple[Gap | None, Gap | None, Covera
         np.unique(np.concatenate([[0, n], blocks.offsets[:, k], blocks.offsets[:, k] + blocks.sizes[:, k]]))
         for k, n in enumerate(shape)
     ]
-    if np.prod([float(len(e)) for e in edges]) > CELLS:
+    if np.prod([float(len(e)) for e in edges]) > limits.COVERAGE_CELLS_COUNT:
         return None, None, fault
     # How many boxes begin minus how many end at each corner, summed along every axis.
     held = np.zeros([len(e) for e in edges], np.int64)

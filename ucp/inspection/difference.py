@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor, ParamGroup, TrainingState
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
@@ -30,8 +31,6 @@ Progress = Callable[[int, int], None]
 
 # Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
-# Names that are listed of many.
-_NAMED = 3
 # Recorded by some optimizers' files only, and set by the config anyway.
 _NOT_ALWAYS_RECORDED = ("clip_grad",)
 
@@ -180,7 +179,9 @@ def _check_filters(a: Checkpoint, b: Checkpoint, params: Sequence[str], states: 
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(f"'{name}'" for name in names[: limits.DIFFERENCE_NAMES_COUNT]) + (
+        ", …" if len(names) > limits.DIFFERENCE_NAMES_COUNT else ""
+    )
 
 
 def _paired(

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import flat_ranges, numel
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Reader, Want, gather
-
-LIMIT = 32 << 20
-"""Bytes of a batch."""
 
 Bytes = NDArray[np.uint8]
 
@@ -29,7 +27,7 @@ class Stretch:
     last: int
 
 
-def batches(tensors: Sequence[LogicalTensor], limit: int = LIMIT) -> Iterator[list[Stretch]]:
+def batches(tensors: Sequence[LogicalTensor], limit: int = limits.STREAM_BATCH_BYTES) -> Iterator[list[Stretch]]:
     """All elements of all tensors in order, as batches of at most ``limit`` bytes (and at least one element)."""
     batch: list[Stretch] = []
     held = 0

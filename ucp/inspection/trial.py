@@ -21,14 +21,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from ucp import limits
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.inspection.shards import Shards, bits, solved
 from ucp.spec.bound import Bound
 from ucp.spec.check import merge
 from ucp.storage import locations
 
-# Largest difference of logits that is rounding, over the largest logit.
-TOLERANCE = 1e-5
 # The built-in factory: transformers' model of the checkpoint's config, cut by DeepSpeed's AutoTP.
 AUTOTP = "autotp"
 
@@ -44,7 +43,7 @@ class Trial:
 
     @property
     def agrees(self) -> bool:
-        return self.difference <= TOLERANCE * self.scale
+        return self.difference <= limits.TRIAL_TOLERANCE_RATIO * self.scale
 
 
 def try_model(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ucp import checkpoint, formats, run_folder
+from ucp import checkpoint, formats, limits, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
@@ -34,8 +34,6 @@ from ucp.storage.files import Files
 from ucp.transfer.gather import Want, gather
 
 SCHEMA = "ucp.verify/1"
-SHOWN = 20
-"""Faults of one kind that are listed; those beyond are counted."""
 
 Progress = Callable[[int, int], None]
 
@@ -82,7 +80,7 @@ class _Notes:
     more: dict[str, int] = field(default_factory=dict)
 
     def add(self, kind: str, subject: str, text: str, fault: bool = True) -> None:
-        if sum(f.kind == kind for f in self.found) >= SHOWN:
+        if sum(f.kind == kind for f in self.found) >= limits.VERIFY_FAULTS_COUNT:
             self.more[kind] = self.more.get(kind, 0) + 1
         else:
             self.found.append(Finding(kind, subject, text, fault))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ucp import limits
 from ucp.errors import BadArgument, Unsupported
 from ucp.geometry import Blocks, extents, take_elements
 from ucp.job import ranks
@@ -26,12 +27,6 @@ from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Bytes, Want
 
 ADAPTIVE = "adaptive"
-BOUND = 32 << 20
-"""Bytes of the buffer that a rank exchanges through, on the device of the group's backend."""
-WORTHWHILE = 64 << 20
-"""Bytes that ranks want alike below which 'adaptive' measures nothing, and every rank reads for itself."""
-_SAMPLE = 16 << 20
-_TRIAL = 4 << 20
 
 
 def check_choice(read_once: bool | str) -> None:
@@ -130,20 +125,20 @@ def is_worthwhile(
     read: gathers wants whose blocks lie in one buffer; returns the bytes read.
     """
     most = max(_everyones(nbytes(what, sharing.entries)))
-    if most < WORTHWHILE:
+    if most < limits.EXCHANGE_WORTHWHILE_BYTES:
         return False
     sample, room = _sample(parts)
     began = time.perf_counter()
     # Ranks read different bytes here, at once: the speed of the storage for all of them together.
     count = ranks.all_or_none(lambda: read(sample, np.empty(room, np.uint8)))
     reading = (time.perf_counter() - began) / max(count, 1)
-    trial = torch.zeros(_TRIAL, dtype=torch.uint8, device=_device(None))
+    trial = torch.zeros(limits.EXCHANGE_TRIAL_BYTES, dtype=torch.uint8, device=_device(None))
     for _ in range(2):  # the first makes the connections
         began = time.perf_counter()
         dist.all_reduce(trial)
         if trial.is_cuda:
             torch.cuda.synchronize()
-        exchanging = (time.perf_counter() - began) / _TRIAL
+        exchanging = (time.perf_counter() - began) / limits.EXCHANGE_TRIAL_BYTES
     slowest = max(_everyones(reading)), max(_everyones(exchanging))
     return slowest[0] / min(map(len, sharing.all_groups)) + slowest[1] < slowest[0]
 
@@ -154,8 +149,8 @@ def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
     room = held = 0
     for entry, wants in parts.items():
         for want in wants:
-            if held < _SAMPLE:
-                blocks = part(want.blocks, itemsize(want.tensor.dtype), 0, _SAMPLE - held)
+            if held < limits.READ_SAMPLE_BYTES:
+                blocks = part(want.blocks, itemsize(want.tensor.dtype), 0, limits.READ_SAMPLE_BYTES - held)
                 if not len(blocks):
                     continue
                 width = itemsize(entry[2])
@@ -183,7 +178,9 @@ def exchange(sharing: Sharing, tensors: Mapping[Entry, torch.Tensor]) -> None:
 
 
 def _sum(buffers: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    staging = torch.empty(min(BOUND, sum(map(len, buffers))), dtype=torch.uint8, device=_device(group))
+    staging = torch.empty(
+        min(limits.EXCHANGE_BUFFER_BYTES, sum(map(len, buffers))), dtype=torch.uint8, device=_device(group)
+    )
     for pieces in _filled(buffers, len(staging)):
         at = 0
         for piece in pieces:

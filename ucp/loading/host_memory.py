@@ -15,11 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-_PIECE = 16 << 20
-# Bytes from which memory gets pages of its own.
-_OWN = 1 << 20
-# Bytes: tensors in one memory begin at multiples of this.
-_ALIGNMENT = 64
+from ucp import limits
+
 HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on; Python's mmap does not name it
 _kernel = getattr(ctypes.CDLL(None), "madvise", None)
@@ -36,7 +33,7 @@ class Memory:
 
     def take(self, nbytes: int) -> torch.Tensor:
         """That many zero bytes, flat."""
-        if nbytes < _OWN:
+        if nbytes < limits.OWN_PAGES_BYTES:
             return torch.zeros(nbytes, dtype=torch.uint8)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         out = torch.frombuffer(memory, dtype=torch.uint8)
@@ -45,16 +42,29 @@ class Memory:
 
     def take_all(self, sizes: Sequence[int]) -> list[torch.Tensor]:
         """The same for several at once, one after the other in one memory, which lives as long as any of them."""
-        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        starts = [
+            0,
+            *itertools.accumulate(
+                -(-size // limits.HOST_ALIGNMENT_BYTES) * limits.HOST_ALIGNMENT_BYTES for size in sizes
+            ),
+        ]
         memory = self.take(starts[-1])
         return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
         """Have the pages of tensors that were just allocated; their elements stay what they are. Dense host memory."""
         for begin, end in joined(map(_pages, tensors)):
-            if end - begin < _OWN:
+            if end - begin < limits.OWN_PAGES_BYTES:
                 continue
-            cuts = [begin, *range((begin // _PIECE + 1) * _PIECE, end, _PIECE), end]
+            cuts = [
+                begin,
+                *range(
+                    (begin // limits.HOST_MEMORY_PIECE_BYTES + 1) * limits.HOST_MEMORY_PIECE_BYTES,
+                    end,
+                    limits.HOST_MEMORY_PIECE_BYTES,
+                ),
+                end,
+            ]
             for low, high in itertools.pairwise(cuts):
                 self._populate(low, high - low)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ucp import limits
 from ucp.job import ranks
 from ucp.loading import exchange
 from ucp.loading.host_memory import Memory
@@ -83,7 +84,7 @@ class Reading:
 
 
 def reading_threads() -> int:
-    """Reading threads for this process: the machine's processors over the ranks on it, at most 8, and at least 2, so
-    that one reads on while another waits for a disk."""
+    """Reading threads for this process: the processors that it may use, over the ranks on the machine, so many at most
+    as `limits.THREADS_MAX_COUNT`, and at least 2, so that one reads on while another waits for a disk."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    return max(2, min(8, (os.cpu_count() or 1) // max(local, 1)))
+    return max(2, min(limits.THREADS_MAX_COUNT, limits.processors() // max(local, 1)))

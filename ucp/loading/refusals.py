@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import Shape
@@ -14,8 +15,6 @@ from ucp.geometry import Shape
 PARAM = "param"
 VALUE = "value"
 """In the place of a state: a value that belongs to no parameter."""
-SHOWN = 8
-"""Items of a list that a refusal names; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,9 @@ class Findings:
 
 def listed(items: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
-    return ", ".join(items[:SHOWN]) + (f", and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+    return ", ".join(items[: limits.REFUSAL_ITEMS_COUNT]) + (
+        f", and {len(items) - limits.REFUSAL_ITEMS_COUNT} more" if len(items) > limits.REFUSAL_ITEMS_COUNT else ""
+    )
 
 
 def allowed(spellings: Sequence[str], patterns: Sequence[str]) -> bool:

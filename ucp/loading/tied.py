@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import flat_ranges, numel
@@ -18,9 +19,6 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.loading.refusals import Words
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Reader, Want, gather
-
-# Bytes of each copy that are compared at a time.
-_WINDOW = 8 << 20
 
 
 def check(
@@ -62,7 +60,7 @@ def _names(pair: tuple[LogicalTensor, LogicalTensor]) -> tuple[str, str, str]:
 def _differ(reader: Reader, one: LogicalTensor, other: LogicalTensor, share: int, shares: int) -> bool:
     """Whether the elements of this share are not the same in both."""
     width, count = itemsize(one.dtype), numel(one.shape)
-    step, last = _WINDOW // width, count * (share + 1) // shares
+    step, last = limits.TIED_WINDOW_BYTES // width, count * (share + 1) // shares
     for start in range(count * share // shares, last, step):
         blocks = flat_ranges(one.shape, [start], [min(start + step, last)], [0])
         found = [np.empty(int(blocks.counts.sum()) * width, np.uint8) for _ in (one, other)]

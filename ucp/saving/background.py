@@ -27,6 +27,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from ucp import limits
 from ucp.errors import SaveFailed, noted, rebuilt
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
@@ -35,7 +36,7 @@ from ucp.saving import commit
 from ucp.saving.retention import Keep
 from ucp.saving.save import SaveReport, prepare
 from ucp.saving.source import Source
-from ucp.saving.staging import MEMORY, Copying, Pool
+from ucp.saving.staging import Copying, Pool
 from ucp.saving.writer import Share, WriteJob, WriterLost, WriterProcess
 
 log = logger(__name__)
@@ -54,7 +55,11 @@ class Saver:
     """
 
     def __init__(
-        self, done: Callable[[SaveReport], None] | None = None, *, memory: int = MEMORY, policy: str = "wait"
+        self,
+        done: Callable[[SaveReport], None] | None = None,
+        *,
+        memory: int = limits.STAGING_BYTES,
+        policy: str = "wait",
     ) -> None:
         self._done = done
         self._pool = Pool(memory)
@@ -97,7 +102,7 @@ class Saver:
         tag: str,
         *,
         latest: bool = True,
-        timeout: float = commit.TIMEOUT,
+        timeout: float = limits.SAVE_TIMEOUT_SECONDS,
         keep: Keep | None = None,
     ) -> bool:
         """As `ucp.saving.save.save`, but the tensors are copied later: call `hold` before they change.

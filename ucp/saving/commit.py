@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ucp import formats
+from ucp import formats, limits
 from ucp.errors import BadArgument, DestinationError, SaveFailed, UcpError, described, noted, rebuilt
 from ucp.formats.universal import fragmented, manifest
 from ucp.printable import logger
@@ -33,11 +33,8 @@ from ucp.storage.locations import is_remote, locate
 
 log = logger(__name__)
 
-TIMEOUT = 1800.0
-"""Seconds that the first rank waits for the others' receipts."""
 
 _RECEIPTS = "receipts"
-_POLL = (0.002, 0.1)  # seconds: at first, and at most
 
 # Temporary folders of this process's saves that are under way.
 _in_use: set[str] = set()
@@ -205,7 +202,8 @@ class RemoteSession(Session):
 def begin_remote(
     url: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
 ) -> RemoteSession:
-    """`begin` behind a URL. What dead saves of other tags have left is removed once it is `atomic.STALE` seconds old.
+    """`begin` behind a URL. What dead saves of other tags have left is removed once it is old enough
+    (`limits.STALE_FOLDER_SECONDS`).
 
     Raises DestinationError where the URL cannot be used or holds something else under the tag.
     """
@@ -231,7 +229,7 @@ def _sweep_remote(place: Path) -> None:
     if not there or not all(_SAVE.fullmatch(name) for name in there):
         return
     newest = max((locations.newest_ns(place / name) for name in there), default=0)
-    if newest and time.time() - newest / 1e9 > atomic.STALE:
+    if newest and time.time() - newest / 1e9 > limits.STALE_FOLDER_SECONDS:
         _remove_remote(place)
 
 
@@ -275,7 +273,7 @@ def _note(session: Session, path: Path, error: BaseException, tells_outcome: boo
         log.warning("%s: cannot say that the save failed (%s): %s", path, described(error), second)
 
 
-def commit(session: Session, *, timeout: float = TIMEOUT, watched: bool = False) -> int:
+def commit(session: Session, *, timeout: float = limits.SAVE_TIMEOUT_SECONDS, watched: bool = False) -> int:
     """Wait for all receipts, then publish the checkpoint. On the first rank; returns the bytes of all its files.
 
     watched: the other ranks look for the verdict in files (`await_verdict`), so leave one where the save fails.
@@ -326,13 +324,13 @@ def condemn(session: Session, error: BaseException, *, tells_outcome: bool = Fal
     _in_use.discard(os.path.basename(session.temporary))
 
 
-def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
+def await_verdict(session: Session, timeout: float = limits.SAVE_TIMEOUT_SECONDS) -> None:
     """Return once the first rank has published the checkpoint. On the other ranks.
 
     Raises what the first rank noted where it gave up, SaveFailed where it does neither within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
-    pause = _POLL[0]
+    pause = limits.RECEIPT_POLL_SECONDS[0]
     while True:
         if session.is_published():
             return
@@ -343,14 +341,14 @@ def await_verdict(session: Session, timeout: float = TIMEOUT) -> None:
                 f"{session.destination}: was not published by rank 0 within {timeout:g} seconds; it died or hangs"
             )
         time.sleep(pause)
-        pause = min(pause * 1.5, _POLL[1])
+        pause = min(pause * 1.5, limits.RECEIPT_POLL_SECONDS[1])
 
 
 def _await(session: Session, timeout: float) -> Exception | None:
     """Wait for all receipts; returns why the save has failed, None if it has not."""
     missing = set(range(session.world))
     deadline = time.monotonic() + timeout
-    pause = _POLL[0]
+    pause = limits.RECEIPT_POLL_SECONDS[0]
     while True:
         for rank in sorted(missing):
             if locations.exists(session.receipt(rank)):
@@ -367,7 +365,7 @@ def _await(session: Session, timeout: float) -> Exception | None:
                 f"receipt within {timeout:g} seconds; they died, hang, or do not see the same folder"
             )
         time.sleep(pause)
-        pause = min(pause * 1.5, _POLL[1])
+        pause = min(pause * 1.5, limits.RECEIPT_POLL_SECONDS[1])
 
 
 def _noted(path: Path, start: str) -> Exception:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, SourceFile, TrainingState
 from ucp.formats.shared.training_state import Tensors, encode
 from ucp.formats.universal import fragmented, manifest, training
@@ -23,17 +24,13 @@ from ucp.progress import watching
 from ucp.saving import commit
 from ucp.saving.commit import Session
 from ucp.saving.retention import Keep
-from ucp.saving.share import WINDOW, WrittenElements, assign, lay_out
+from ucp.saving.share import WrittenElements, assign, lay_out
 from ucp.saving.source import Source
 from ucp.saving.staging import Copying, Pool
 from ucp.saving.writer import Share, write
 from ucp.storage import plain
 from ucp.storage.locations import is_remote
 from ucp.storage.safetensors import FilePlan
-
-# Windows of memory that tensors pass through where nothing goes on beside: some are filled by a device while others are
-# written.
-_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def save(
     tag: str,
     *,
     latest: bool = True,
-    timeout: float = commit.TIMEOUT,
+    timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     keep: Keep | None = None,
 ) -> SaveReport:
     """Write the checkpoint ``folder/tag``. Collective; the first rank's folder, tag and ``latest`` count.
@@ -139,7 +136,7 @@ def write_share(session: Session, rank: int, source: Source, watch: Stopwatch | 
     watch = watch or Stopwatch()
     with watch.of("prepare"):
         share, plan, pieces = prepare(source, rank, session.world)
-        copying = Copying(Pool(_TURNS * WINDOW), plan, pieces)
+        copying = Copying(Pool(limits.SAVE_TURNS_WINDOWS * limits.SAVE_WINDOW_BYTES), plan, pieces)
     path = session.path(share.name)
     with watching("saving", lambda: _held(path), share.size, rank == 0 and not is_remote(path)):
         write(session, rank, share, copying.windows(watch), watch)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import BadArgument, DestinationError
 from ucp.geometry import Blocks, extents, packed, take_elements
 from ucp.job.stopwatch import Stopwatch
@@ -22,13 +23,10 @@ from ucp.saving.source import Holding
 from ucp.storage import locations, safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
-from ucp.storage.writeback import LARGE, write_at, write_past_cache
+from ucp.storage.writeback import write_at, write_past_cache
 
 if TYPE_CHECKING:
     import torch
-
-# Bytes digested and written at once; tensors on a device pass through host memory in such pieces. A multiple of CHUNK.
-WINDOW = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
                 with watch.of("digest"):
                     table += digest_chunks(window)
                 with watch.of("write"):
-                    (write_past_cache if size >= LARGE else write_at)(fd, window, at)
+                    (write_past_cache if size >= limits.WRITEBACK_FILE_BYTES else write_at)(fd, window, at)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
@@ -171,7 +169,7 @@ def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, wa
     table = bytearray()
     written = 0
     try:
-        with locations.created(path, WINDOW) as stream:
+        with locations.created(path, limits.SAVE_WINDOW_BYTES) as stream:
             for _, window in windows:
                 with watch.of("digest"):
                     table += digest_chunks(window)
@@ -187,13 +185,13 @@ def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, wa
 
 def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryview]]:
     """The same bytes in pieces that begin at multiples of the digests' chunk; long parts are not copied."""
-    buffer = memoryview(bytearray(WINDOW))
+    buffer = memoryview(bytearray(limits.SAVE_WINDOW_BYTES))
     filled = at = 0
     for part in parts:
         view = memoryview(part)
         while len(view):
             if filled == 0 and len(view) >= CHUNK:
-                count = min(len(view) // CHUNK * CHUNK, WINDOW)
+                count = min(len(view) // CHUNK * CHUNK, limits.SAVE_WINDOW_BYTES)
                 yield at, view[:count]
                 at += count
             else:
@@ -201,7 +199,7 @@ def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryv
                 count = min(-filled % CHUNK or CHUNK, len(view))
                 buffer[filled : filled + count] = view[:count]
                 filled += count
-                if filled == WINDOW or (filled % CHUNK == 0 and len(view) - count >= CHUNK):
+                if filled == limits.SAVE_WINDOW_BYTES or (filled % CHUNK == 0 and len(view) - count >= CHUNK):
                     yield at, buffer[:filled]
                     at, filled = at + filled, 0
             view = view[count:]

@@ -22,23 +22,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ucp import limits
 from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.job.stopwatch import Stopwatch
-from ucp.saving.share import WINDOW, WrittenElements, elements
+from ucp.saving.share import WrittenElements, elements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.safetensors import FilePlan
 
 if TYPE_CHECKING:
     import torch
 
-MEMORY = 16 << 30
-"""Bytes of host memory that a rank's pool may take if nothing else is asked for."""
 
-# Windows that are copied before the writer hears of them: few words pass, and it begins early.
-_STEP = 16
-# Windows that a device copies without making way.
-_UNBROKEN = 4
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
@@ -49,8 +44,8 @@ class Pool:
     memory, flat, as a tensor of bytes that begins at a page, so that it can be written past the page cache.
     """
 
-    def __init__(self, limit: int = MEMORY) -> None:
-        self.window = WINDOW
+    def __init__(self, limit: int = limits.STAGING_BYTES) -> None:
+        self.window = limits.SAVE_WINDOW_BYTES
         self.limit(limit)
         self._pinned: weakref.finalize[Any, Any] | None = None
         self.file = _memory_file()
@@ -145,7 +140,7 @@ class Copying:
         in_host = sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_cuda)
         self._asks = self._device is not None and in_host <= pool.window
         pool.reserve(plan.size, pinned=self._device is not None)
-        self._step = min(_STEP, max(pool.nbytes // pool.window // 4, 1)) * pool.window
+        self._step = min(limits.COPY_STEP_WINDOWS, max(pool.nbytes // pool.window // 4, 1)) * pool.window
         self._dense: tuple[_Run, torch.Tensor] | None = None  # what was made dense is kept while steps run through it
         self._launched = 0
         self._under_way: deque[tuple[int, Any]] = deque()
@@ -264,7 +259,7 @@ class Copying:
         the second one, and what training asks for goes first. On an H100 that computes, beside 5 GiB a word waits for
         1 ms and not for 97 ms, and the copies take 0.100 s and not 0.098 s; with a kernel after each window, 0.117 s.
         """
-        capacity, unbroken = self._pool.nbytes, _UNBROKEN * self._pool.window
+        capacity, unbroken = self._pool.nbytes, limits.COPY_UNBROKEN_WINDOWS * self._pool.window
         while low < high:
             run = self._runs[0]
             if run.end <= low:

@@ -32,6 +32,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
 from typing import Any, NoReturn
 
+from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import SaveFailed, noted, rebuilt
 from ucp.formats.universal import fragmented
@@ -174,10 +175,6 @@ def _start(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
     )
 
 
-# Where there are no processors to spare, training goes first.
-_NICE = 10
-
-
 # --- in the writer ---------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +182,7 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
     """The process's program. connection, memory: file descriptors; parent: the training process's number."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICE)
+    os.nice(limits.WRITER_NICENESS)
     pipe = Connection(connection)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, parent, inbox), name="ucp-listen", daemon=True).start()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import xxhash
 
+from ucp import limits
 from ucp.errors import DestinationError
 from ucp.printable import logger
 
@@ -30,9 +31,6 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _LEFTOVER = re.compile(r"\.ucp-(tmp|old)-(.+)-(\d+)-([0-9a-f]{8})[0-9a-f]{8}")
-
-STALE = 3600
-"""Seconds without a write after which a temporary folder of another machine is taken for a dead process's."""
 
 
 @contextmanager
@@ -138,7 +136,7 @@ def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: f
             # What is in use of these processes is in `keep`: the rest they gave up, or others had their numbers.
             unused = int(process) in own or not _is_alive(int(process))
         else:
-            unused = now - _newest(entry) > STALE
+            unused = now - _newest(entry) > limits.STALE_FOLDER_SECONDS
         if unused:
             _remove(entry)
 

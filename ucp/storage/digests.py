@@ -15,14 +15,12 @@ from typing import Any
 
 import xxhash
 
+from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch
 from ucp.storage.files import Files
 
 CHUNK = 1 << 20  # bytes
 WIDTH = 8  # bytes of one digest
-
-# How much `digest_file` and `verify_range` hold at once.
-_BATCH = 16 * CHUNK
 
 
 def chunk_count(size: int) -> int:
@@ -109,9 +107,9 @@ def digest_file(
             return digest_file(path, own, seen)
     size = files.size(path)
     table = bytearray()
-    buffer = memoryview(bytearray(min(size, _BATCH)))
-    for at in range(0, size, _BATCH):
-        piece = buffer[: min(_BATCH, size - at)]
+    buffer = memoryview(bytearray(min(size, limits.DIGEST_BATCH_BYTES)))
+    for at in range(0, size, limits.DIGEST_BATCH_BYTES):
+        piece = buffer[: min(limits.DIGEST_BATCH_BYTES, size - at)]
         files.read_into(path, at, piece)
         if seen is not None:
             seen(at, piece)
@@ -174,9 +172,9 @@ def verify_range(files: Files, path: str | os.PathLike[str], digests: ChunkDiges
     """
     _check_inside(path, digests, start, stop)
     low, high = covering(start, stop, digests.size)
-    buffer = memoryview(bytearray(min(high - low, _BATCH)))
-    for at in range(low, high, _BATCH):
-        piece = buffer[: min(_BATCH, high - at)]
+    buffer = memoryview(bytearray(min(high - low, limits.DIGEST_BATCH_BYTES)))
+    for at in range(low, high, limits.DIGEST_BATCH_BYTES):
+        piece = buffer[: min(limits.DIGEST_BATCH_BYTES, high - at)]
         files.read_into(path, at, piece)
         verify_chunks(path, digests, at // CHUNK, piece)
 

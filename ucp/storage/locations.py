@@ -18,16 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from ucp import limits
 from ucp.errors import BadArgument
 
 T = TypeVar("T")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-ATTEMPTS = 4
-FIRST_PAUSE = 0.2
-"""Seconds before the second attempt; each further pause is twice as long."""
-# Bytes fetched at once while metadata are read from a remote file.
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield stream
         return
     fs, name = _filesystem(path)
-    remote = attempted(path, lambda: fs.open(name, "rb", block_size=_BLOCK, cache_type="background"))
+    remote = attempted(path, lambda: fs.open(name, "rb", block_size=limits.REMOTE_BLOCK_BYTES, cache_type="background"))
     with remote as stream, translated(path):
         yield stream
 
@@ -221,8 +217,8 @@ def translated(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
     """``work``, again after a pause where it failed by what may pass. Raises OSError."""
-    pause = FIRST_PAUSE
-    for left in range(ATTEMPTS - 1, -1, -1):
+    pause = limits.REQUEST_FIRST_PAUSE_SECONDS
+    for left in range(limits.REQUEST_ATTEMPTS_COUNT - 1, -1, -1):
         try:
             with translated(path):
                 return work()

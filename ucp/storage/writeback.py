@@ -11,11 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-# Files of at least this many bytes are written back while the work goes on; for smaller ones it is not worth a call.
-LARGE = 32 << 20
-# Bytes of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
-# dear: on ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
-PIECE = 256 << 10
+from ucp import limits
+
 # Bytes that memory, offset and length are multiples of where the page cache is passed by.
 ALIGNMENT = 4096
 _SYNC_FILE_RANGE_WRITE = 2
@@ -25,7 +22,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of the data at a byte offset of an open file, in short pieces. Raises OSError."""
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done : done + PIECE], offset + done)
+        done += os.pwrite(fd, data[done : done + limits.WRITE_PIECE_BYTES], offset + done)
 
 
 def write_past_cache(fd: int, data: memoryview, offset: int) -> None:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import SaveFailed, Unsupported
@@ -248,7 +249,7 @@ class StorageWriter(dcp.StorageWriter):
     coordinator waits for the others' files.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, timeout: float = commit.TIMEOUT) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float = limits.SAVE_TIMEOUT_SECONDS) -> None:
         self.checkpoint_id = os.fspath(path)
         self._timeout = timeout
         self._session: Session | None = None

@@ -15,16 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ucp import limits
 from ucp.errors import BadArgument, SaveFailed
 from ucp.job import ranks
 from ucp.job.timings import record_save
 from ucp.printable import logger
-from ucp.saving import commit
 from ucp.saving.background import Saver
 from ucp.saving.save import SaveReport
 from ucp.saving.save import save as save_source
 from ucp.saving.source import Source
-from ucp.saving.staging import MEMORY
 from ucp.torchdist.source import make_source
 from ucp.torchdist.state_dicts import unwrap
 
@@ -35,7 +34,7 @@ def save(
     state_dict: Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
-    timeout: float = commit.TIMEOUT,
+    timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> SaveReport:
     """Save a state dict as the checkpoint ``path``. Collective over all ranks; without a process group, one process.
@@ -77,8 +76,8 @@ def async_save(
     path: str | os.PathLike[str],
     *,
     lazy: bool = False,
-    memory: int = MEMORY,
-    timeout: float = commit.TIMEOUT,
+    memory: int = limits.STAGING_BYTES,
+    timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> PendingSave:
     """As `save`, but return once everything is copied to host memory; a process of its own writes it.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.state_dict as api
 
+from ucp import limits
 from ucp.catalog import Catalog, TrainingState
 from ucp.errors import Mismatch
 from ucp.formats.shared.roles import MODEL, PARAM
@@ -23,9 +24,7 @@ from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
-from ucp.saving import commit
 from ucp.saving.save import SaveReport
-from ucp.saving.staging import MEMORY
 from ucp.torchdist.load import open_for, tell
 from ucp.torchdist.optimizers import (
     OPTIMIZER,
@@ -56,8 +55,8 @@ def save_training(
     rng: bool = True,
     extra: Mapping[str, Any] | None = None,
     background: bool = False,
-    memory: int = MEMORY,
-    timeout: float = commit.TIMEOUT,
+    memory: int = limits.STAGING_BYTES,
+    timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> SaveReport | PendingSave:
     """Save everything that a run needs to go on: `load_training` takes it back, in any layout. Collective.

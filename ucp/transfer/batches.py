@@ -10,18 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ucp import limits
 from ucp.geometry import numel
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Copy
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import Work, windows
-
-# Pieces shorter on average than this, in bytes, are short: of longer ones it costs less to read their ends twice than
-# to work in small windows.
-SHORT = CHUNK
-# How much is planned at once: files, and blocks of sources and targets.
-_FILES, _BLOCKS = 128, 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +66,9 @@ def _groups(files: Sequence[TargetFile], share: Sequence[tuple[int, int]], verif
             continue
         blocks = _blocks(files[k])
         short = verified and _is_short(files[k])
-        if group and (not short or len(group) == _FILES or held + blocks > _BLOCKS):
+        if group and (
+            not short or len(group) == limits.PLANNED_FILES_COUNT or held + blocks > limits.PLANNED_BLOCKS_COUNT
+        ):
             yield group
             group, held = [], 0
         if short:
@@ -85,7 +82,7 @@ def _groups(files: Sequence[TargetFile], share: Sequence[tuple[int, int]], verif
 
 def _is_short(file: TargetFile) -> bool:
     nbytes = sum(int(want.blocks.counts.sum()) * itemsize(want.dtype) for want in file.wants)
-    return 0 < nbytes < SHORT * _blocks(file)
+    return 0 < nbytes < limits.SHORT_PIECE_BYTES * _blocks(file)
 
 
 def _blocks(file: TargetFile) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from ucp import limits
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.logical.record import EVERY
@@ -34,9 +35,6 @@ from ucp.transfer.write import Progress
 from ucp.version import version
 
 log = logger(__name__)
-
-# Space kept free for folders and the file system's own bookkeeping.
-_SLACK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _check(destination: str, plan: WritePlan, identity: str | None, team: Team, 
     if is_remote(destination):
         _check_remote(destination, team, overwrite)
     elif team.leads:
-        needed = plan.nbytes + _manifest_bound(plan.source, plan.nbytes) + _SLACK
+        needed = plan.nbytes + _manifest_bound(plan.source, plan.nbytes) + limits.FREE_SPACE_SLACK_BYTES
         held = 0 if identity is None else held_bytes(destination, identity)
         check_destination(destination, needed_bytes=needed - held, replace=overwrite)
 

@@ -8,7 +8,6 @@ digests every chunk is verified as it passes.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.geometry import Blocks, collapse, concat, intersect_grouped, span
@@ -34,20 +34,6 @@ from ucp.transfer.checksums import STEP, RecordChecks
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
 Cache = OrderedDict[tuple[int, int], Bytes]
-
-# Runs shorter than this are fetched together, with the gaps between them, when that costs less than separate reads.
-SHORT_RUN = 32 << 10
-# Gaps longer than this are never read for the sake of the short runs between them.
-LONG_GAP = 16 << 10
-# Scratch for strided or converted copies, per thread, in bytes.
-SCRATCH = 8 << 20
-# Verified chunks kept by each reader thread, for neighbours that share a chunk.
-CHUNKS_KEPT = 2
-# Whole chunks that are read at once: of a file here few, verified while they are in the processor's cache; from behind
-# a URL many, since every request takes its time.
-CHUNKS_AT_ONCE, CHUNKS_FETCHED = 4, 32
-# Parts that bytes are read into straight away; into more of them they are copied.
-PARTS = 128
 
 
 @dataclass(frozen=True)
@@ -164,7 +150,7 @@ class Reader:
                 "do not belong together"
             )
         rest = deque(parts)
-        most = CHUNKS_FETCHED if is_remote(path) else CHUNKS_AT_ONCE
+        most = limits.CHUNKS_FETCHED_COUNT if is_remote(path) else limits.CHUNKS_AT_ONCE_COUNT
         while at < stop:
             index, within = divmod(at, CHUNK)
             end = min((index + 1) * CHUNK, stop)
@@ -194,7 +180,7 @@ class Reader:
 
     def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
         """Whole chunks, verified."""
-        if len(parts) <= PARTS:
+        if len(parts) <= limits.READ_PARTS_COUNT:
             self._files.read_parts(path, at, [part.data for part in parts])
             self._check(path, digests, at // CHUNK, parts)
             return
@@ -210,7 +196,7 @@ class Reader:
             return cache[key]
         size = min(CHUNK, digests.size - index * CHUNK)
         # The oldest chunk's memory serves the new one: the system need not clear pages for each.
-        room = cache.popitem(last=False)[1] if len(cache) >= CHUNKS_KEPT else np.empty(CHUNK, np.uint8)
+        room = cache.popitem(last=False)[1] if len(cache) >= limits.CHUNKS_KEPT_COUNT else np.empty(CHUNK, np.uint8)
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
         self._check(path, digests, index, [chunk])
@@ -318,12 +304,12 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
     """Fill the buffers with what is wanted and return the number of payload bytes moved.
 
     Records of torch files that are read whole by now are compared with their CRC-32s, as all digests are. Elements of a
-    buffer that no want covers are left as they are. ``threads`` defaults to the number of processors,
-    at most 8; small jobs run in the calling thread.
+    buffer that no want covers are left as they are. ``threads`` defaults to the processors that this
+    process may use, at most `limits.THREADS_MAX_COUNT`; small jobs run in the calling thread.
     """
     copies = plan(wants)
     total = sum(c.nbytes for c in copies)
-    workers = min(threads or min(os.cpu_count() or 1, 8), 1 + total // (4 << 20))
+    workers = min(threads or min(limits.processors(), limits.THREADS_MAX_COUNT), 1 + total // limits.BYTES_PER_READER)
     if workers <= 1:
         execute(reader, copies, buffers)
     else:
@@ -417,7 +403,7 @@ def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -
         return
     size = itemsize(copy.source_dtype)
     gap = copy.steps[axis] * size - copy.narrow(axis, 0, 1).span
-    if gap >= LONG_GAP or copy.sizes[-1] * size >= SHORT_RUN:
+    if gap >= limits.LONG_GAP_BYTES or copy.sizes[-1] * size >= limits.SHORT_RUN_BYTES:
         for index in range(copy.sizes[axis]):
             _serve(reader, copy.narrow(axis, index, 1), buffers, cache)
     else:
@@ -427,7 +413,7 @@ def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -
 def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
     """Read the copy with its gaps, as much at a time as fits the scratch, and place it by array assignment."""
     # A conversion makes up to seven arrays of the bytes' size beside the bytes read (two when widening to double).
-    share = SCRATCH if copy.source_dtype == copy.target_dtype else SCRATCH // 8
+    share = limits.SCRATCH_BYTES if copy.source_dtype == copy.target_dtype else limits.SCRATCH_BYTES // 8
     for piece in _cut(copy, max(share * copy.nbytes // copy.span, 1)):
         _place(reader, piece, buffers, cache)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.errors import BadArgument, ProcessLost, UcpError, described
 from ucp.printable import logger
 from ucp.storage import locations
@@ -52,9 +53,9 @@ class Team:
 
     process: int = 0
     processes: int = 1
-    join: float = 300.0
-    lost: float = 60.0
-    beat: float = 0.5
+    join: float = limits.TEAM_JOIN_SECONDS
+    lost: float = limits.TEAM_LOST_SECONDS
+    beat: float = limits.TEAM_BEAT_SECONDS
 
     @property
     def leads(self) -> bool:

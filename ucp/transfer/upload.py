@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import DestinationError
 from ucp.storage import locations, names
 from ucp.storage.crc32 import Passing
@@ -23,9 +24,6 @@ from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, budget, windows
 from ucp.transfer.write import Progress
-
-# Bytes of each part of a multipart upload.
-PART = 16 << 20
 
 
 def check_upload(url: str) -> None:
@@ -59,7 +57,7 @@ def upload_files(
     """
     workers, window = budget(threads, max_memory)
     if max_memory is not None:
-        workers = max(1, min(workers, max_memory // (window + 2 * PART)))
+        workers = max(1, min(workers, max_memory // (window + 2 * limits.UPLOAD_PART_BYTES)))
     total, done = sum(file.size for file in files), 0
     stop = threading.Event()
     lock = threading.Lock()
@@ -121,7 +119,7 @@ def discard(url: str, files: Iterable[str]) -> None:
 def _stream(url: str) -> Iterator[Callable[[memoryview], object]]:
     """A function that appends bytes to a new file, which exists once the block ends without an exception."""
     try:
-        with locations.created(url, PART) as stream:
+        with locations.created(url, limits.UPLOAD_PART_BYTES) as stream:
             yield stream.write
     except OSError as error:
         raise DestinationError(f"{url}: cannot be written: {error.strerror or error}") from error

@@ -7,33 +7,28 @@ each window belongs to one of them whatever memory each has.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import BadArgument
 from ucp.geometry import span
 from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import ALIGNMENT
-from ucp.transfer.gather import SCRATCH, Bytes, Copy, Reader, execute, plan
+from ucp.transfer.gather import Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
-# Bytes of a window where memory allows: long enough that planning and system calls don't show.
-WINDOW = 8 << 20
-UNIT = WINDOW
-# Bytes of windows filled together, where they share chunks of the source and memory allows (`ucp.transfer.batches`).
-TOGETHER = 32 << 20
+UNIT = limits.CONVERT_WINDOW_BYTES
 # An element that straddles two windows is gathered whole in both: its other part falls into a margin. 16 bytes do;
 # so many keep the window itself aligned where its buffer is.
 MARGIN = ALIGNMENT
 # What one thread may hold beside its window: gather's scratch and a few verified chunks.
-_OVERHEAD = SCRATCH + 3 * CHUNK
-_MAX_THREADS = 8
+_OVERHEAD = limits.SCRATCH_BYTES + 3 * CHUNK
 
 
 @dataclass
@@ -76,29 +71,24 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     """(threads, bytes of a window) for the memory that may be used. Raises BadArgument if it is too little for one."""
     if threads is not None and threads < 1:
         raise BadArgument(f"{threads} workers were asked for; at least 1 is needed")
-    workers = threads or min(_processors(), _MAX_THREADS)
+    workers = threads or min(limits.processors(), limits.THREADS_MAX_COUNT)
     if max_memory is None:
-        return workers, WINDOW
+        return workers, limits.CONVERT_WINDOW_BYTES
     least = _OVERHEAD + CHUNK
     if max_memory < least:
         raise BadArgument(f"a memory limit of {max_memory} bytes is too little to work in; at least {least} are needed")
-    workers = min(workers, max(max_memory // (_OVERHEAD + WINDOW), 1))
-    chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, WINDOW // CHUNK)
+    workers = min(workers, max(max_memory // (_OVERHEAD + limits.CONVERT_WINDOW_BYTES), 1))
+    chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, limits.CONVERT_WINDOW_BYTES // CHUNK)
     return workers, CHUNK << (chunks.bit_length() - 1)
 
 
 def room_together(workers: int, window: int, max_memory: int | None) -> int:
     """Bytes of windows that one thread may fill together."""
     if max_memory is None:
-        return TOGETHER
+        return limits.WINDOWS_TOGETHER_BYTES
     # A thread keeps the buffer of a larger window that it had before.
     room = max_memory // workers - _OVERHEAD - (window - CHUNK)
-    return max(window, min(room // (CHUNK + 2 * MARGIN) * CHUNK, TOGETHER))
-
-
-def _processors() -> int:
-    """How many this process may use, which under a batch system are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(window, min(room // (CHUNK + 2 * MARGIN) * CHUNK, limits.WINDOWS_TOGETHER_BYTES))
 
 
 def check_files(files: Sequence[TargetFile]) -> None:

@@ -15,9 +15,10 @@ from mmap import mmap
 
 import numpy as np
 
+from ucp import limits
 from ucp.storage.crc32 import Crc32Entry, crc32, within
 from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
-from ucp.storage.writeback import LARGE, start_writeback, write_at, write_past_cache
+from ucp.storage.writeback import start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
 from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Bytes, Reader, execute
@@ -212,7 +213,7 @@ def _write_batch(
 
 
 def _write(output: _FileInProgress, start: int, filled: memoryview) -> None:
-    large = output.file.size >= LARGE
+    large = output.file.size >= limits.WRITEBACK_FILE_BYTES
     try:
         # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
         with output.turn:
@@ -249,7 +250,7 @@ class _Closer:
         self._pending: list[Future[None]] = []
 
     def close(self, output: _FileInProgress) -> None:
-        if output.file.size < LARGE:
+        if output.file.size < limits.WRITEBACK_FILE_BYTES:
             os.close(output.fd)
         else:
             self._pending.append(self._pool.submit(self._flush, output))

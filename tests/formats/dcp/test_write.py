@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import ucp
 from tests.engines.truth import same
 from tests.formats.dcp import states
+from ucp import limits
 from ucp.errors import DigestMismatch
-from ucp.formats.dcp import writer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -31,8 +31,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_stock_dcp_loads_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "CHUNK", 60)  # three rows of 'up.weight'
-    monkeypatch.setattr(writer, "FILE", 4000)
+    monkeypatch.setattr(limits, "DCP_CHUNK_BYTES", 60)  # three rows of 'up.weight'
+    monkeypatch.setattr(limits, "DCP_FILE_BYTES", 4000)
     ucp.convert(source, tmp_path / "dcp", to="dcp")
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) > 3
     truth = states.nested()
@@ -48,7 +48,7 @@ def test_stock_dcp_loads_it(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_stock_dcp_loads_it_from_a_url(bucket: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
-    monkeypatch.setattr(writer, "FILE", 4000)
+    monkeypatch.setattr(limits, "DCP_FILE_BYTES", 4000)
     url = f"{bucket}/{source.parent.name}"
     ucp.convert(source, url, to="dcp")
     truth = states.nested()

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import NAME, metadata
@@ -28,8 +29,6 @@ from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.checksums import read_record
 from ucp.transfer.gather import widen
 
-# Bytes before a record's elements that are worth comparing.
-_LONGEST = 4096
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -127,7 +126,7 @@ class _Records:
                 "the files do not belong together"
             )
         at = ref.offset - record.start
-        if at <= _LONGEST:
+        if at <= limits.DCP_PREAMBLE_BYTES:
             crc = None if ref.record is None else _moved(ref.record, -record.start)
             self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides, crc)
         return _ElementsAt(self._index, ref.offset, ref.strides, ref.record)

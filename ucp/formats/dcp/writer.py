@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.errors import Unsupported
 from ucp.formats.dcp import METADATA
@@ -26,11 +27,6 @@ from ucp.storage.crc32 import Crc32Entry
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.torch_pt.writer import ALIGNMENT, scalar_tensor
 from ucp.transfer.targets import TargetFile
-
-CHUNK = 128 << 20
-"""Bytes of a chunk, about: what a stock reader reads at least, and what several of its ranks may share."""
-FILE = 4 << 30
-"""Bytes of a data file, about."""
 
 
 def plan(catalog: Catalog) -> list[TargetFile]:
@@ -164,7 +160,7 @@ class _RecordWriter:
         return key
 
     def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> _WrittenRecord:
-        if self._files[-1].size >= FILE:
+        if self._files[-1].size >= limits.DCP_FILE_BYTES:
             self._files.append(_Data(f"__0_{len(self._files)}.distcp"))
         data = self._files[-1]
         return _WrittenRecord(data.name, data.append(record), record.size, chunk)
@@ -208,6 +204,6 @@ def _chunks(shape: Shape, width: int) -> Iterator[tuple[Shape, Shape]]:
     if not shape or not numel(shape):
         yield (0,) * len(shape), shape
         return
-    rows = max(CHUNK // (numel(shape[1:]) * width), 1)
+    rows = max(limits.DCP_CHUNK_BYTES // (numel(shape[1:]) * width), 1)
     for first in range(0, shape[0], rows):
         yield (first, *(0,) * (len(shape) - 1)), (min(rows, shape[0] - first), *shape[1:])

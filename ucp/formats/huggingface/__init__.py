@@ -10,6 +10,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from ucp import limits
 from ucp.formats.base import PATH, SIZE, TEXT, Format, Option, WriteTarget
 
 if TYPE_CHECKING:
@@ -50,14 +51,13 @@ class HuggingFaceTarget(WriteTarget):
 
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
         from ucp.formats.huggingface import writer
-        from ucp.formats.shared import shards
         from ucp.transfer.targets import WritePlan
 
         options = request.options
         source, files = writer.plan(
             catalog,
             dtype=options.get("dtype"),
-            max_shard=options.get("max_shard_size", shards.SHARD),
+            max_shard=options.get("max_shard_size", limits.SHARD_FILE_BYTES),
             like=_model_folder(request),
             choice=request.choice,
         )

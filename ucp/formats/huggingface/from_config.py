@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.geometry import box, numel
 from ucp.printable import logger
@@ -21,8 +22,6 @@ log = logger(__name__)
 
 FRAMEWORK = "huggingface"
 """The section under ``names:`` of a spec that says what a family's files call its parameters."""
-
-_COMPARED = 32 << 20  # bytes of a tensor that are compared at a time
 
 
 def with_prefix(catalog: Catalog, bound: Bound) -> Catalog:
@@ -104,7 +103,7 @@ def _equal(catalog: Catalog, one: str, other: str, files: Files) -> bool:
         return False
     if _place(a) == _place(b) or not numel(a.shape):
         return True
-    rows = max(_COMPARED // max(a.nbytes // max(a.shape[0], 1), 1), 1) if a.shape else 1
+    rows = max(limits.COMPARED_BYTES // max(a.nbytes // max(a.shape[0], 1), 1), 1) if a.shape else 1
     reader = Reader(catalog, files)
     for first in range(0, a.shape[0] if a.shape else 1, rows):
         sizes = (min(rows, a.shape[0] - first), *a.shape[1:]) if a.shape else ()

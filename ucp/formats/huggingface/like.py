@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.errors import BadArgument, Unsupported
 from ucp.storage import configs, locations
 from ucp.transfer.targets import TargetFile
@@ -16,7 +17,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Config, generation, tokenizer and processor files, chat templates, the model's own code.
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".spm", ".bpe", ".py")
 _LEFT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
-_LARGEST = 256 << 20  # bytes of a file that is carried
 
 # Of the element types of weights, the later ones hold all values of those before them.
 _WIDTHS = (("bfloat16", "float16"), ("float32",), ("float64",))
@@ -42,7 +42,11 @@ def carried(like: Path, config: dict[str, Any] | None, dtypes: Collection[str]) 
     for path in sorted(like.iterdir()):
         if not path.is_file() or path.suffix not in _CARRIED or path.name in (*_LEFT, "ucp.json"):
             continue
-        if path.name.endswith(".index.json") or path.name.startswith("adapter_") or path.stat().st_size > _LARGEST:
+        if (
+            path.name.endswith(".index.json")
+            or path.name.startswith("adapter_")
+            or path.stat().st_size > limits.CARRIED_FILE_BYTES
+        ):
             continue
         if path.name == configs.MODEL:
             if config is not None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, bare
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.huggingface import adapter
@@ -41,7 +42,7 @@ def plan(
     catalog: Catalog,
     *,
     dtype: str | None = None,
-    max_shard: int = shards.SHARD,
+    max_shard: int = limits.SHARD_FILE_BYTES,
     like: Path | None = None,
     choice: Choice | None = None,
 ) -> tuple[Catalog, list[TargetFile]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import BadArgument
 from ucp.geometry import numel, whole
@@ -13,9 +14,6 @@ from ucp.storage import safetensors
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile
-
-SHARD = 5_000_000_000
-"""Bytes that a safetensors file may have before another one is begun; one tensor is never cut."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Sharded:
 def plan(
     stem: str,
     tensors: Sequence[LogicalTensor],
-    max_shard: int = SHARD,
+    max_shard: int = limits.SHARD_FILE_BYTES,
     *,
     dtypes: Mapping[str, str] | None = None,
     always_index: bool = True,

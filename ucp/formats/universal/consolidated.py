@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, SourceFile
 from ucp.formats.shared import shards
 from ucp.formats.shared.training_state import Tensors, encode, with_sources
@@ -63,7 +64,7 @@ class ConsolidatedPlan:
         return manifest.frame(body)
 
 
-def plan(catalog: Catalog, max_shard: int = shards.SHARD) -> ConsolidatedPlan:
+def plan(catalog: Catalog, max_shard: int = limits.SHARD_FILE_BYTES) -> ConsolidatedPlan:
     """Lay out the files. ``max_shard`` is in bytes.
 
     Raises Unsupported for element types that safetensors lacks and for training state that is not plain data,

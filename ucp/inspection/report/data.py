@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog
 from ucp.inspection.owners import file_owners
 from ucp.inspection.planning import ResumePlan
@@ -17,9 +18,6 @@ from ucp.inspection.verify import Verdict
 from ucp.version import version
 
 SCHEMA = "ucp.report/1"
-
-CELLS = 64
-"""Rows and columns of the matrix of a planned resume; more sources or ranks are drawn together."""
 
 
 def report_data(
@@ -105,9 +103,9 @@ def _plan(plan: ResumePlan) -> dict[str, Any]:
 def _binned(matrix: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """The rows, neighbours added together so that at most ``CELLS`` are left."""
     n = len(matrix)
-    if n <= CELLS:
+    if n <= limits.MATRIX_CELLS_COUNT:
         return matrix, list(labels)
-    edges = np.linspace(0, n, CELLS + 1).astype(np.int64)
+    edges = np.linspace(0, n, limits.MATRIX_CELLS_COUNT + 1).astype(np.int64)
     spans = list(zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True))
     return np.add.reduceat(matrix, edges[:-1], axis=0), [f"{labels[a]} to {labels[b]}" for a, b in spans]
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.geometry import Blocks, Ints, Shape, numel
-
-LIMIT = 256
-"""Rectangles of one map; beyond, neighbours are drawn as one."""
 
 
 def rectangles(shape: Shape, blocks: Blocks, holders: Ints) -> dict[str, Any]:
@@ -26,7 +24,7 @@ def rectangles(shape: Shape, blocks: Blocks, holders: Ints) -> dict[str, Any]:
     if len(plane) and np.all(plane[:, 1] > 0):
         order = np.lexsort((plane[:, 2], plane[:, 0]))
         plane, held = plane[order], held[order]
-    if len(plane) > LIMIT:
+    if len(plane) > limits.MAP_RECTANGLES_COUNT:
         plane, held = _joined(plane, held)
     return {
         "rows": rows,
@@ -52,7 +50,7 @@ def _plane(shape: Shape, blocks: Blocks) -> Ints:
 
 def _joined(plane: Ints, held: Ints) -> tuple[Ints, Ints]:
     """``LIMIT`` rectangles, each around as many neighbours."""
-    edges = np.linspace(0, len(plane), LIMIT + 1).astype(np.int64)[:-1]
+    edges = np.linspace(0, len(plane), limits.MAP_RECTANGLES_COUNT + 1).astype(np.int64)[:-1]
     row, end = np.minimum.reduceat(plane[:, 0], edges), np.maximum.reduceat(plane[:, 0] + plane[:, 1], edges)
     column = np.minimum.reduceat(plane[:, 2], edges)
     right = np.maximum.reduceat(plane[:, 2] + plane[:, 3], edges)

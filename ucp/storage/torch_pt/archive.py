@@ -12,6 +12,7 @@ import struct
 import zipfile
 from typing import Any, BinaryIO
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, DigestMismatch, Unsupported
 from ucp.storage import locations
 from ucp.storage.crc32 import StoredCrc32, crc32
@@ -20,8 +21,6 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _DIRECTORY_ENTRY = struct.Struct("<4s4B4H3I5H2I")
 _CRC_IN_ENTRY = 16
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-# Read with a local header: torch pads a record's beginning to 64 bytes, in the header's extra field.
-_EXTRA = 128
 # Records of a few bytes that torch writes beside the pickle. Only 'byteorder' decides anything here.
 SMALL_RECORDS = (".format_version", ".storage_alignment", "version")
 
@@ -138,7 +137,7 @@ class ZipEntries:
         the fields of its extra part, with which torch pads, must fill that exactly.
         """
         wanted = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
-        raw = self._read(info.header_offset, LOCAL_HEADER.size + len(wanted) + _EXTRA)
+        raw = self._read(info.header_offset, LOCAL_HEADER.size + len(wanted) + limits.ZIP_EXTRA_BYTES)
         if len(raw) >= LOCAL_HEADER.size and raw[:4] == b"PK\x03\x04":
             fields = LOCAL_HEADER.unpack_from(raw)
             at = LOCAL_HEADER.size + len(wanted)

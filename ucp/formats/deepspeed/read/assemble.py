@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.formats.deepspeed.experts import ordered
@@ -20,10 +21,6 @@ from ucp.parallel.mesh import Coordinate
 from ucp.spec.placement import Placed, Placements, held_first
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
-
-# Places of each copy that are compared with the tensor, and elements at each.
-PLACES = 4
-ELEMENTS = 16
 
 
 @dataclass
@@ -153,11 +150,11 @@ def _places(copy: LogicalTensor, tensor: LogicalTensor) -> Iterator[tuple[tuple[
     """Some places that both hold: ((file, byte), (file, byte), elements)."""
     found = intersect(tensor.blocks, copy.blocks)
     width = itemsize(copy.dtype)
-    step = max(1, len(found) // PLACES)
+    step = max(1, len(found) // limits.COPY_PLACES_COUNT)
     for k in range(0, len(found), step):
         i, j = int(found.source[k]), int(found.target[k])
         dense = found.sizes.shape[1] > 0 and found.source_strides[k, -1] == 1 and found.target_strides[k, -1] == 1
-        count = min(ELEMENTS, int(found.sizes[k, -1])) if dense else 1
+        count = min(limits.COPY_ELEMENTS_COUNT, int(found.sizes[k, -1])) if dense else 1
         there = int(tensor.blocks.buffers[i]), int(tensor.bases[i] + found.source_starts[k] * width)
         here = int(copy.blocks.buffers[j]), int(copy.bases[j] + found.target_starts[k] * width)
         yield there, here, count

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.read.optimizer_files import rounds_to
@@ -24,12 +25,6 @@ from ucp.storage.torch_pt.values import TensorRef
 
 log = logger(__name__)
 
-# Fragments looked at in each file, and elements of each.
-FRAGMENTS = 32
-ELEMENTS = 16
-# A file is foreign if at least so many fragments say so, and more than say otherwise.
-ENOUGH = 2
-
 
 def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
     """Raise DamagedCheckpoint if an optimizer file's masters are not the model file's weights; warn of odd ones."""
@@ -40,11 +35,11 @@ def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
                 by_file[int(tensor.blocks.buffers[i])].append((name, i))
     odd: set[str] = set()
     for file, fragments in by_file.items():
-        step = max(1, len(fragments) // FRAGMENTS)
+        step = max(1, len(fragments) // limits.SAME_RUN_FRAGMENTS_COUNT)
         verdicts = {(n, i): _agrees(builder, builder.tensors[n, "param"], i, module[n]) for n, i in fragments[::step]}
         differ = [name for (name, _), verdict in verdicts.items() if verdict is False]
         agree = sum(verdict is True for verdict in verdicts.values())
-        if len(differ) >= ENOUGH and len(differ) > agree:
+        if len(differ) >= limits.SAME_RUN_ENOUGH_COUNT and len(differ) > agree:
             raise DamagedCheckpoint(
                 f"{builder.sources[file].path}: {len(differ)} of {len(differ) + agree} fragments of its masters that "
                 f"were compared are not the model file's weights ('{differ[0]}', …); files of two runs or of two steps "
@@ -68,7 +63,7 @@ def _agrees(builder: Builder, masters: LogicalTensor, block: int, weight: Tensor
     if weight.shape != masters.shape or not weight.is_contiguous:
         return None
     b = masters.blocks
-    count = min(ELEMENTS, int(b.sizes[block, -1]) if b.ndim else 1)
+    count = min(limits.SAME_RUN_ELEMENTS_COUNT, int(b.sizes[block, -1]) if b.ndim else 1)
     first = int(np.dot(b.offsets[block], row_major(masters.shape))) if b.ndim else 0
     at = int(masters.bases[block]) + int(b.starts[block]) * itemsize(masters.dtype)
     high = builder.bits(builder.sources[int(b.buffers[block])].path, at, count, masters.dtype)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import expert_of
@@ -33,9 +34,6 @@ from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef
-
-# Elements of each tensor that are compared to recognise a parameter by its values.
-SAMPLE = 64
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
     """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
     if master.shape != weight.shape:
         return False
-    n, k = master.numel, min(master.numel, SAMPLE // 2)
+    n, k = master.numel, min(master.numel, limits.STAGE0_SAMPLE_COUNT // 2)
     return all(
         rounds_to(_at(builder, master, first, k), master.dtype, _at(builder, weight, first, k), weight.dtype)
         for first in (0, n - k)
