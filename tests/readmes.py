@@ -34,6 +34,7 @@ READMES = (
     "ucp/deepspeed/README.md",
     "ucp/formats/README.md",
     "ucp/formats/universal/README.md",
+    "ucp/merging/README.md",
     "ucp/torchdist/README.md",
 )
 # Its examples are run by tests/spec/test_readme.py.
@@ -43,6 +44,7 @@ KINDS = {
     "bash": ("", "scripts", "install", "cluster", "ranks", "tutorial"),
     "python": ("", "deepspeed", "tutorial"),
     "json": ("",),
+    "yaml": ("",),
     "toml": ("",),
     "text": ("",),
 }

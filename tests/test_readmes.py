@@ -93,6 +93,14 @@ def test_configs_are_read(fence: Fence) -> None:
     assert config.parse(json.loads(fence.text)).enabled
 
 
+@pytest.mark.parametrize("fence", of_kind("yaml", ""), ids=lambda f: f.where)
+def test_merge_files_are_read(fence: Fence, tmp_path: Path) -> None:
+    readmes.make_runs(tmp_path)
+    (tmp_path / "merge.yaml").write_text(fence.text)
+    readmes.run(Fence(fence.where, "bash", "", "ucp merge out --recipe merge.yaml"), tmp_path, {})
+    assert (tmp_path / "out/merge.json").exists()
+
+
 def test_every_key_is_known() -> None:
     pytest.importorskip("deepspeed")
     from ucp.deepspeed import config
