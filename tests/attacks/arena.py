@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import time
@@ -74,6 +75,7 @@ def fight(attacks: Sequence[Callable[[], Any]]) -> Iterator[Verdict]:
 
 def _run(results: Connection, attacks: Sequence[Callable[[], Any]]) -> None:
     gc.freeze()
+    logging.disable()
     for attack in attacks:
         before = _forget_peak()
         start = time.monotonic()
