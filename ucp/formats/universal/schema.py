@@ -59,12 +59,8 @@ def encode(
     paths: the files' names as the manifest shall have them. mtimes: None for the checkpoint's own files. source: format
     and writer of the checkpoint that this one was made from. source_folder: where the files lie that it points at.
     """
-    states = sorted({state for _, state in catalog.tensors})
-    dtypes = sorted({t.dtype for t in catalog.tensors.values()})
-    position = {name: k for k, name in enumerate(catalog.parameters)}
     infos = list(catalog.parameters.values())
     scalar_of, shared = _encode_scalars(infos)
-    tensors = list(catalog.tensors.values())
     return {
         "ucp": VERSION,
         "writer": writer,
@@ -91,6 +87,18 @@ def encode(
         },
         "aliases": {info.name: list(info.aliases) for info in infos if info.aliases},
         "scalars": shared,
+        **_encode_tensors(catalog),
+        "training_state": training_state,
+    }
+
+
+def _encode_tensors(catalog: Catalog) -> dict[str, Any]:
+    """The manifest's sections about tensors."""
+    states = sorted({state for _, state in catalog.tensors})
+    dtypes = sorted({t.dtype for t in catalog.tensors.values()})
+    position = {name: k for k, name in enumerate(catalog.parameters)}
+    tensors = list(catalog.tensors.values())
+    return {
         "states": states,
         "dtypes": dtypes,
         "tensors": {
@@ -101,7 +109,6 @@ def encode(
         },
         "blocks": _encode_blocks(tensors),
         **logical.encode(tensors),
-        "training_state": training_state,
     }
 
 

@@ -75,10 +75,7 @@ def _read_part(
     shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
     owners = set(_trainable_names(model))
     shared = _toward_owners(shared, owners)
-    aliases: dict[str, list[str]] = defaultdict(list)
-    for alias, owner in shared.items():
-        aliases[owner].append(alias)
-
+    aliases = _by_owner(shared)
     first_state: Mapping[str, Any] = {}
     stage = 0
     if model.raw.get("param_shapes") is not None:
@@ -120,6 +117,14 @@ def _read_part(
     experts.enter_frozen(builder)
     state = _training_state(model, groups, first_state, dp)
     return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+
+
+def _by_owner(shared: Mapping[str, str]) -> dict[str, list[str]]:
+    """Owner -> its other names."""
+    out: dict[str, list[str]] = defaultdict(list)
+    for alias, owner in shared.items():
+        out[owner].append(alias)
+    return out
 
 
 def _refuse_unsupported(model: ModelFile) -> None:
