@@ -226,6 +226,7 @@ def test_unknown_folders_are_told_what_was_looked_for(installed: Path, tmp_path:
         ("import no_such_module", "can't be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
         ("FORMAT = 3", r"is a int, not a ucp\.formats\.base\.Format"),
         ("raise SystemError('boom')", "can't be loaded: SystemError: boom"),
+        (TOY.read_text().replace("    sign = ", "    sigh = "), "is left out: Npz has no 'sign'"),
         (TOY.read_text().replace('"npz"', '"dcp"'), "is left out: there is a format or target 'dcp' already"),
     ],
 )

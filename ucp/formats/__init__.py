@@ -68,6 +68,10 @@ def _load(entry: EntryPoint) -> Format | None:
     if not isinstance(loaded, Format):
         log.warning("%s is a %s, not a ucp.formats.base.Format", _called(entry), type(loaded).__name__)
         return None
+    for one, attribute in [(loaded, "name"), (loaded, "sign"), *((target, "name") for target in loaded.targets)]:
+        if not isinstance(getattr(one, attribute, None), str):
+            log.warning("%s is left out: %s has no '%s'", _called(entry), type(one).__name__, attribute)
+            return None
     return loaded
 
 
