@@ -32,7 +32,9 @@ class LoadReport:
     them, gaps between short runs and whole digest chunks included. seconds: by stage, on this rank: open (the first
     rank), plan, read, exchange (of what is read once, and measuring whether that is worth it), apply, and wait, for the
     other ranks. overlapping: seconds within those: 'digest', checking what was read, of all reading threads together.
-    read_once: whether ranks that want the same bytes read them once among them.
+    read_once: whether ranks that want the same bytes read them once among them. verified_bytes: of what this rank read,
+    how much was compared with the checkpoint's digests, or with CRC-32s of records that it read whole;
+    unverified_bytes: how much was compared with nothing, since there is neither or the record was read in part.
     """
 
     tensors: int
@@ -45,6 +47,8 @@ class LoadReport:
     read_once: bool = False
     overlapping: Mapping[str, float] = field(default_factory=dict)
     path: str = ""
+    verified_bytes: int = 0
+    unverified_bytes: int = 0
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -61,6 +65,8 @@ class LoadReport:
             f"restored {self.tensors} tensors ({_size(self.nbytes)} on this rank) from {self.source} to {self.target} "
             f"in {stages_text(self.seconds)}"
         )
+        if self.unverified_bytes:
+            text += f"; verified {_size(self.verified_bytes)}, not {_size(self.unverified_bytes)}"
         if self.left:
             text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
         if self.unused:
@@ -83,9 +89,10 @@ def load(
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
     path: of the checkpoint, for the report. verify: check the chunks read against the checkpoint's digests, where it
-    has them. read_once: have each byte that several ranks want read by one of them and exchanged; 'adaptive': where
-    that is measured to be faster. watch: of a load that began earlier, with opening. alone: talk to no other rank;
-    someone else makes the ranks agree (torch.distributed.checkpoint).
+    has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each byte
+    that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster. watch:
+    of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
+    (torch.distributed.checkpoint).
 
     Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
     DamagedCheckpoint when files do, BadArgument for another ``read_once``,
@@ -121,6 +128,8 @@ def load(
         sharing is not None,
         {"digest": reading.reader.digest_seconds},
         path,
+        reading.reader.verified_bytes,
+        reading.reader.unverified_bytes,
     )
 
 

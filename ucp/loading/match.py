@@ -16,7 +16,8 @@ from ucp.loading.options import holds, match_named, match_options
 from ucp.loading.refusals import PARAM, VALUE, Findings, Item, allowed, values_text
 from ucp.loading.target import Member, Slot, Target
 from ucp.storage.rounding import ROUNDED
-from ucp.transfer.gather import EXACT, Want
+from ucp.transfer.exact import EXACT
+from ucp.transfer.gather import Want
 
 Entry = tuple[int, str, str]
 """Slot key, state, element type to read: of one tensor that a load brings."""

@@ -61,7 +61,7 @@ def load(
     allow_missing
         patterns of what may stay as it is: flat names ("optim.*"), or parameters' names and ``name:state``.
     verify
-        check digests, where the checkpoint has them.
+        check digests, where the checkpoint has them, and the CRC-32s of torch's records that this rank reads whole.
     read_once
         have each byte that several ranks want (replicas, plain tensors) read by one of them and exchanged; 'adaptive':
         where that is measured to be faster.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor
-from ucp.errors import DamagedCheckpoint, Mismatch
+from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, collapse, concat, intersect_grouped, span
 from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks, verify_parts
 from ucp.storage.dtypes import itemsize, numpy_dtype
@@ -30,6 +30,7 @@ from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.rounding import ROUNDED, round_to
 from ucp.transfer.checksums import STEP, RecordChecks
+from ucp.transfer.exact import check_exact, widen
 
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
@@ -435,36 +436,3 @@ def _converted(values: NDArray[np.generic], source: str, target: str) -> NDArray
 def _strided(buffer: Bytes, at: int, sizes: tuple[int, ...], steps: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     size = itemsize(dtype)
     return np.ndarray(sizes, numpy_dtype(dtype), buffer.data, at, tuple(s * size for s in steps))
-
-
-# (from, to): every value of the first is one of the second.
-EXACT = {
-    ("bfloat16", "float32"),
-    ("bfloat16", "float64"),
-    ("float16", "float32"),
-    ("float16", "float64"),
-    ("float32", "float64"),
-}
-
-
-def check_exact(tensor: LogicalTensor, dtype: str) -> None:
-    """Raise Mismatch unless elements of this dtype hold all of the tensor's values exactly."""
-    if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
-        raise Mismatch(
-            f"'{tensor.name}' ({tensor.state}) is {tensor.dtype} in the checkpoint and {dtype} in the target; that "
-            "would lose bits, so it is not done: use the checkpoint's element type in the target"
-        )
-
-
-def widen(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.generic]:
-    """The same values in a wider element type; bits unchanged where the types are equal."""
-    if source == target:
-        return values
-    if source == "bfloat16":
-        bits = values.astype(np.uint32)
-        bits <<= np.uint32(16)
-        values = bits.view(np.float32)
-        if target == "float32":
-            return values
-    with np.errstate(invalid="ignore"):  # a signalling not-a-number becomes a quiet one
-        return values.astype(numpy_dtype(target))

@@ -17,6 +17,7 @@ from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import NAME, metadata
+from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
@@ -27,7 +28,7 @@ from ucp.storage.files import Files
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.checksums import read_record
-from ucp.transfer.gather import widen
+from ucp.transfer.exact import widen
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -38,6 +39,11 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
     Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
+    with malformed(folder, "what its metadata and records hold"):
+        return _read(folder, files, trust_client_state)
+
+
+def _read(folder: Path, files: Files, trust_client_state: bool) -> Catalog:
     found = metadata.load(folder)
     with _Records(folder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}

@@ -16,7 +16,8 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, box, empty, numel, whole
 from ucp.storage.torch_pt.values import Standin, TensorRef
 from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file, stem_of
-from ucp.transfer.gather import Want, check_exact
+from ucp.transfer.exact import check_exact
+from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile
 
 

@@ -16,7 +16,7 @@ from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.writer import Placeholder, scalar_tensor
-from ucp.transfer.gather import EXACT
+from ucp.transfer.exact import EXACT
 
 PARAM = "param"
 

@@ -1,0 +1,42 @@
+"""Element types that hold all values of another, and the step from one to the other."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import Mismatch
+from ucp.storage.dtypes import numpy_dtype
+
+# (from, to): every value of the first is one of the second.
+EXACT = {
+    ("bfloat16", "float32"),
+    ("bfloat16", "float64"),
+    ("float16", "float32"),
+    ("float16", "float64"),
+    ("float32", "float64"),
+}
+
+
+def check_exact(tensor: LogicalTensor, dtype: str) -> None:
+    """Raise Mismatch unless elements of this dtype hold all of the tensor's values exactly."""
+    if tensor.dtype != dtype and (tensor.dtype, dtype) not in EXACT:
+        raise Mismatch(
+            f"'{tensor.name}' ({tensor.state}) is {tensor.dtype} in the checkpoint and {dtype} in the target; that "
+            "would lose bits, so it is not done: use the checkpoint's element type in the target"
+        )
+
+
+def widen(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.generic]:
+    """The same values in a wider element type; bits unchanged where the types are equal."""
+    if source == target:
+        return values
+    if source == "bfloat16":
+        bits = values.astype(np.uint32)
+        bits <<= np.uint32(16)
+        values = bits.view(np.float32)
+        if target == "float32":
+            return values
+    with np.errstate(invalid="ignore"):  # a signalling not-a-number becomes a quiet one
+        return values.astype(numpy_dtype(target))
