@@ -6,7 +6,7 @@ import pytest
 
 from ucp.errors import SpecError
 from ucp.merging.language import loads
-from ucp.merging.operations import Differences, Drawn, Largest, Lerp, Linear, Operation, Slerp
+from ucp.merging.operations import Combination, Differences, Drawn, Largest, Lerp, Linear, Slerp
 
 FILE = """\
 merge: 1
@@ -31,11 +31,11 @@ parameters:
         ("anything", Linear(((0, 0.7), (1, 0.3)))),
     ],
 )
-def test_the_most_specific_line_counts(name: str, operation: Operation) -> None:
+def test_the_most_specific_line_counts(name: str, operation: Combination) -> None:
     assert loads(FILE).operation(name) == operation
 
 
-def of(expression: str) -> Operation:
+def of(expression: str) -> Combination:
     return loads(f'merge: 1\nsources: {{a: x, b: y}}\nparameters:\n  "*": "{expression}"\n').operation("w")
 
 
@@ -50,7 +50,7 @@ def of(expression: str) -> Operation:
         ("dare(a, b, density=0.5, seed=3)", Differences(0, ((1, 1.0),), 1.0, Drawn(0.5, 3))),
     ],
 )
-def test_sums_and_calls(expression: str, operation: Operation) -> None:
+def test_sums_and_calls(expression: str, operation: Combination) -> None:
     assert of(expression) == operation
 
 

@@ -13,7 +13,7 @@ from ucp.errors import BadArgument
 from ucp.merging import numbers, selection, weights
 from ucp.merging.methods import MethodOptions, Sources, interpolated, operations
 from ucp.merging.numbers import Numbers
-from ucp.merging.operations import Operation, Whole
+from ucp.merging.operations import Combination, Whole
 
 SIZE = 5003
 
@@ -23,7 +23,7 @@ def drawn(seed: int, count: int = 4, size: int = SIZE) -> list[Numbers]:
     return [rng.normal(size=size).astype(np.float32).astype(np.float64) for _ in range(count)]
 
 
-def applied(operation: Operation, tensors: Sequence[Numbers], cut: int) -> Numbers:
+def applied(operation: Combination, tensors: Sequence[Numbers], cut: int) -> Numbers:
     """The operation's result, part by part of ``cut`` elements."""
     size = len(tensors[0])
     whole = Whole("w:param", size, tuple("abcdefgh"[: len(tensors)]))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ucp.errors import BadArgument
-from ucp.merging.language import Recipe
+from ucp.merging.language import MergeFile
 from ucp.merging.language import load as load_recipe
 from ucp.merging.methods import WEIGHTED, MethodOptions, Sources, operations, resolved_weights
-from ucp.merging.operations import Copied, Operation
+from ucp.merging.operations import Combination, Copied
 
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
 
@@ -40,15 +40,15 @@ class Assignment:
     count: int
     method: str
     weights: tuple[float, ...] | None
-    operation: Callable[[str, float | None], Operation]
+    operation: Callable[[str, float | None], Combination]
 
-    def operation_for(self, only: Sequence[str], names: Collection[str]) -> Callable[[str], Operation]:
+    def operation_for(self, only: Sequence[str], names: Collection[str]) -> Callable[[str], Combination]:
         """The operation by name alone, for a model of these parameters; those that fit no pattern of ``only`` are the
         first source's (the base's, if there is one)."""
         layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name)) is not None}
         last = max(layers.values(), default=0)
 
-        def operation(name: str) -> Operation:
+        def operation(name: str) -> Combination:
             if only and not any(fnmatchcase(name, pattern) for pattern in only):
                 return Copied(0)
             return self.operation(name, layers[name] / last if name in layers and last else None)
@@ -62,7 +62,7 @@ def assigned(
     options: MethodOptions,
     base: str | os.PathLike[str] | None,
     masks: Sequence[str | os.PathLike[str]],
-    recipe: str | os.PathLike[str] | Recipe | None,
+    recipe: str | os.PathLike[str] | MergeFile | None,
 ) -> Assignment:
     """The assignment that a merge's arguments ask for.
 
@@ -76,7 +76,7 @@ def assigned(
     if recipe is not None:
         if sources or base is not None or masks or options != MethodOptions():
             raise BadArgument("a merge file names its sources and methods itself; give it alone")
-        return _by_recipe(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+        return _by_recipe(recipe if isinstance(recipe, MergeFile) else load_recipe(recipe))
     if not sources:
         raise BadArgument("there is nothing to merge; name at least one checkpoint")
     paths = [*([] if base is None else [base]), *sources]
@@ -92,6 +92,6 @@ def assigned(
     return Assignment(tuple(given), first, len(sources), method, weights, lambda name, layer: make(layer))
 
 
-def _by_recipe(recipe: Recipe) -> Assignment:
+def _by_recipe(recipe: MergeFile) -> Assignment:
     sources = tuple(AssignedSource(name, path) for name, path in recipe.sources.items())
     return Assignment(sources, 0, len(sources), recipe.file, None, lambda name, layer: recipe.operation(name))

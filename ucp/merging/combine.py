@@ -21,10 +21,10 @@ from ucp.conversion import check_layout, check_replaced, divide_settings
 from ucp.errors import BadArgument
 from ucp.formats.nouns import WriteRequest
 from ucp.merging.assignment import AssignedSource, Assignment, assigned
-from ucp.merging.language import Recipe
+from ucp.merging.language import MergeFile
 from ucp.merging.methods import MethodOptions
 from ucp.merging.metrics import recorded
-from ucp.merging.operations import Operation
+from ucp.merging.operations import Combination
 from ucp.merging.plan import MergeRules, MergeSource, merged_catalog
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.spec.select import choose
@@ -75,23 +75,37 @@ class MergeReport:
         )
 
 
+@dataclass(frozen=True)
+class MergeSettings:
+    """What a merge does with all that is not plainly a weight of a source.
+
+    only: patterns of the parameters that are merged; the others are the base's, or the first source's.
+    optimizer: 'none': weights alone. 'average': states are averaged as the weights are. A number k, from 0: states,
+    counters and scheduler of that source. step: 'max' where averaged step counts differ.
+    buffers: the source, from 0, whose integer tensors count where they differ.
+    dtype: of the weights: 'bf16', 'fp16', 'fp32'; default is the widest among the sources.
+    allow_nonfinite: merge NaN and infinity instead of refusing them.
+    """
+
+    only: Sequence[str] = ()
+    optimizer: str | int = "none"
+    step: str | None = None
+    buffers: int | None = None
+    dtype: str | None = None
+    allow_nonfinite: bool = False
+
+
 def merge(
     sources: Sequence[str | os.PathLike[str]],
     dest: str | os.PathLike[str],
     method: str = "linear",
-    *,
-    base: str | os.PathLike[str] | None = None,
-    masks: Sequence[str | os.PathLike[str]] = (),
-    recipe: str | os.PathLike[str] | Recipe | None = None,
-    only: Sequence[str] = (),
-    optimizer: str | int = "none",
-    step: str | None = None,
-    buffers: int | None = None,
-    dtype: str | None = None,
-    allow_nonfinite: bool = False,
     to: str = formats.DEFAULT_TARGET,
     layout: str | Layout | None = None,
     spec: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    masks: Sequence[str | os.PathLike[str]] = (),
+    recipe: str | os.PathLike[str] | MergeFile | None = None,
     **settings: Any,
 ) -> MergeReport:
     """Merge checkpoints; each tensor is computed in float64, in the order of the sources, and rounded once.
@@ -100,31 +114,20 @@ def merge(
     ----------
     sources
         Checkpoints that `ucp.open` reads, of any formats and layouts, ``path@tag`` for one of a folder of several. With
-        a recipe that names its sources: none.
+        a recipe, which names its sources itself: none.
     dest, to, layout, spec
         As for `ucp.convert`.
     method
-        One of `ucp.merging.methods.METHODS`. Its options (`MethodOptions`: weights, normalize, t, scale, density, seed,
-        elect, beta, window, stride, metrics, penalty, form) are keywords, too.
+        One of `ucp.merging.methods.METHODS`.
     base
         The checkpoint that all sources began from, for task, ties and dare. masks: checkpoints with the tensors that
         the differences are multiplied by, one for each source (task).
     recipe
         A merge file, in place of a method.
-    only
-        Patterns of the parameters that are merged; the others are the base's, or the first source's.
-    optimizer
-        'none': weights alone. 'average': states are averaged as the weights are. A number k, from 0: states, counters
-        and scheduler of that source. step: 'max' where averaged step counts differ.
-    buffers
-        The source, from 0, whose integer tensors count where they differ.
-    dtype
-        Of the weights: 'bf16', 'fp16', 'fp32'; default is the widest among the sources.
-    allow_nonfinite
-        Merge NaN and infinity instead of refusing them.
     settings
-        Further ones of `ucp.convert`: of the run (workers, max_memory, overwrite, resume, dry_run, team, progress), of
-        opening the sources, and the target's own.
+        The method's options (fields of `MethodOptions`), the fields of `MergeSettings`, and what `ucp.convert` takes:
+        of the run (workers, max_memory, overwrite, resume, dry_run, team, progress), of opening the sources, and the
+        target's own.
 
     Raises
     ------
@@ -132,28 +135,49 @@ def merge(
         BadArgument, SpecError, Mismatch, Unsupported as each says; the destination is untouched then.
     """
     started = time.monotonic()
-    given = {f.name: settings.pop(f.name) for f in dataclasses.fields(MethodOptions) if f.name in settings}
-    if method == "mwa" and given.get("metrics") is None:
-        form = given.get("form") or "loss"
-        given["metrics"] = tuple(_metric(source, form) for source in sources)
-    work = assigned(sources, method, MethodOptions(**given), base, masks, recipe)
+    options = _taken(MethodOptions, settings)
+    treated = MergeSettings(**_taken(MergeSettings, settings))
+    if method == "mwa" and options.get("metrics") is None:
+        form = options.get("form") or "loss"
+        options["metrics"] = tuple(_metric(source, form) for source in sources)
+    work = assigned(sources, method, MethodOptions(**options), base, masks, recipe)
+    report = _carried_out(work, str(locate(dest)), to, layout, spec, treated, settings, options)
+    return dataclasses.replace(report, seconds=time.monotonic() - started)
+
+
+def _taken(kind: type[MethodOptions | MergeSettings], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are fields of a class; they are taken out."""
+    return {f.name: settings.pop(f.name) for f in dataclasses.fields(kind) if f.name in settings}
+
+
+def _carried_out(
+    work: Assignment,
+    destination: str,
+    to: str,
+    layout: str | Layout | None,
+    spec: str | os.PathLike[str] | None,
+    treated: MergeSettings,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> MergeReport:
+    """Plan the merge and write it. settings: of opening, of the run, and the target's own."""
     target = formats.target(to)
     shape = parse_layout(layout) if isinstance(layout, str) else layout
     check_layout(target, shape)
     opening, running, own = divide_settings(target, settings)
-    states = _source_of_states(optimizer, work)
-    counted = None if buffers is None else work.first + buffers
-    kept = None if dtype is None else dtypes.canonical(_SHORT.get(dtype, dtype))
-    destination = str(locate(dest))
+    states = _source_of_states(treated.optimizer, work)
+    counted = None if treated.buffers is None else work.first + treated.buffers
+    dtype = None if treated.dtype is None else dtypes.canonical(_SHORT.get(treated.dtype, treated.dtype))
     with ExitStack() as stack:
         opened = [_opened(one, spec, opening, stack) for one in work.sources]
-        operation = work.operation_for(only, opened[0].catalog.parameters)
-        catalog = merged_catalog(opened, MergeRules(operation, kept, states, step, counted, not allow_nonfinite))
+        operation = work.operation_for(treated.only, opened[0].catalog.parameters)
+        rules = MergeRules(operation, dtype, states, treated.step, counted, not treated.allow_nonfinite)
+        catalog = merged_catalog(opened, rules)
         where = opened[0].checkpoint.path
         choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
         request = WriteRequest(where, "merge", destination, TAG, shape, choice, own, running.workers)
         lines = _lines(catalog, operation)
-        plan = _with_record(target.plan(catalog, request), _record(work, opened, lines, given))
+        plan = _with_record(target.plan(catalog, request), _record(work, opened, lines, options))
         if running.overwrite and not is_remote(destination):
             check_replaced(Path(destination), plan.source)
         check_files(plan.files)
@@ -171,8 +195,8 @@ def merge(
         len(catalog.tensors),
         written.files,
         written.nbytes,
-        str(optimizer),
-        time.monotonic() - started,
+        str(treated.optimizer),
+        0.0,
         running.dry_run,
     )
 
@@ -208,7 +232,7 @@ def _metric(source: str | os.PathLike[str], form: str) -> float:
         return recorded(checkpoint, form)
 
 
-def _lines(catalog: Catalog, operation: Callable[[str], Operation]) -> dict[str, int]:
+def _lines(catalog: Catalog, operation: Callable[[str], Combination]) -> dict[str, int]:
     """Each operation as people read it, with the number of parameters that it is for."""
     out: dict[str, int] = {}
     for name in catalog.parameters:

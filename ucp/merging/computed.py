@@ -17,7 +17,7 @@ from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import flat_ranges, numel
 from ucp.merging.numbers import Bytes, Numbers, as_bytes, as_numbers
-from ucp.merging.operations import Copied, Operation, Whole
+from ucp.merging.operations import Combination, Copied, Whole
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Reader, Want, gather
 
@@ -47,7 +47,7 @@ class MergedTensor:
     state: str
     shape: tuple[int, ...]
     dtype: str
-    operation: Operation
+    operation: Combination
     inputs: Sequence[Input | None]
     finite: bool = True
     _lock: Lock = field(default_factory=Lock)
@@ -66,7 +66,7 @@ class MergedTensor:
         width = itemsize(self.dtype)
         stop = offset + sum(map(len, parts))
         first, last = offset // width, -(-stop // width)
-        out = _Spread(parts, skip=offset - first * width)
+        out = _Scatter(parts, skip=offset - first * width)
         for begin in range(first, last, _BLOCK_ELEMENTS):
             out.take(self._block(begin, min(begin + _BLOCK_ELEMENTS, last)))
 
@@ -132,7 +132,7 @@ def equal(one: Input, two: Input) -> bool:
     return True
 
 
-class _Spread:
+class _Scatter:
     """Bytes that come block by block, into parts; the first ``skip`` of them are left out."""
 
     def __init__(self, parts: Sequence[Bytes], skip: int) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ucp.errors import Position, SpecError
-from ucp.merging.operations import Differences, Drawn, Largest, Lerp, Linear, Operation, Slerp
+from ucp.merging.operations import Combination, Differences, Drawn, Largest, Lerp, Linear, Slerp
 from ucp.spec import patterns
 from ucp.spec.patterns import Pattern
 from ucp.spec.positions import SpecText, suggestion
@@ -33,7 +33,7 @@ _LONGEST = 2000
 """Characters of an expression; more is no expression that anyone writes."""
 
 _Sum = dict[int, float]
-_Value = float | _Sum | Operation
+_Value = float | _Sum | Combination
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeFile:
     """What a merge file says. sources: name -> path, with ``@tag`` for one of several; None if it names no paths."""
 
     file: str
     sources: Mapping[str, str]
     rules: tuple[Rule, ...]
 
-    def operation(self, name: str) -> Operation:
+    def operation(self, name: str) -> Combination:
         """What is done for a parameter.
 
         Raises SpecError, which points at the line, where no pattern fits or numbers are wrong.
@@ -67,21 +67,23 @@ class Recipe:
             one, other = fitting[0][1].pattern, fitting[1][1].pattern
             raise one.refuse(f"'{name}' fits '{one}' and '{other}', which are equally specific; make one more so")
         _, rule, captured = fitting[0]
-        return _Evaluation(rule.text, {name: k for k, name in enumerate(self.sources)}, captured).operation(rule.root)
+        return _RuleEvaluation(rule.text, {name: k for k, name in enumerate(self.sources)}, captured).operation(
+            rule.root
+        )
 
 
-def load(path: str | os.PathLike[str]) -> Recipe:
+def load(path: str | os.PathLike[str]) -> MergeFile:
     """Read a merge file. Raises SpecError, which points at the first thing that is wrong, and OSError."""
     return loads(read_text(path), os.fspath(path))
 
 
-def loads(text: str, file: str = "merge") -> Recipe:
+def loads(text: str, file: str = "merge") -> MergeFile:
     """Read a merge file from its text; ``file`` names it in refusals."""
-    return _RecipeReader(file).recipe(text)
+    return _MergeFileReader(file).recipe(text)
 
 
-class _RecipeReader(YamlReader):
-    def recipe(self, text: str) -> Recipe:
+class _MergeFileReader(YamlReader):
+    def recipe(self, text: str) -> MergeFile:
         root = compose(text, self.file)
         parts = {e.key.text: e.value for e in self.entries(root, "a merge file", ("merge", "sources", "parameters"))}
         for needed in ("merge", "sources", "parameters"):
@@ -97,10 +99,10 @@ class _RecipeReader(YamlReader):
             )
         sources = {e.key.text: self._source(e) for e in self.entries(parts["sources"], "sources:")}
         rules = tuple(self._rule(e) for e in self.entries(parts["parameters"], "parameters:"))
-        recipe = Recipe(self.file, sources, rules)
+        recipe = MergeFile(self.file, sources, rules)
         for rule in rules:  # names and calls are checked before any checkpoint is opened
             captured = dict.fromkeys(rule.pattern.captures, 1)
-            _Evaluation(rule.text, {name: k for k, name in enumerate(sources)}, captured).operation(rule.root)
+            _RuleEvaluation(rule.text, _numbers(sources), captured).operation(rule.root)
         return recipe
 
     def _source(self, entry: YamlEntry) -> str:
@@ -111,6 +113,10 @@ class _RecipeReader(YamlReader):
     def _rule(self, entry: YamlEntry) -> Rule:
         text = self.text(entry.value, "an expression")
         return Rule(patterns.parse(entry.key), text, _parsed(text))
+
+
+def _numbers(sources: Mapping[str, str]) -> dict[str, int]:
+    return {name: k for k, name in enumerate(sources)}
 
 
 def _match(rule: Rule, name: str) -> dict[str, int] | None:
@@ -136,14 +142,14 @@ def _parsed(text: SpecText) -> ast.expr:
 
 
 @dataclass
-class _Evaluation:
+class _RuleEvaluation:
     """An expression for one parameter. sources: name -> number; captured: numbers of the pattern."""
 
     text: SpecText
     sources: Mapping[str, int]
     captured: Mapping[str, int]
 
-    def operation(self, root: ast.expr) -> Operation:
+    def operation(self, root: ast.expr) -> Combination:
         value = self.value(root)
         if isinstance(value, float):
             raise self.refuse(root, "a number is no tensor; name a source")
@@ -212,7 +218,7 @@ class _Evaluation:
             raise self.refuse(node, "a number can't be added to a tensor")
         return {k: left.get(k, 0.0) + right.get(k, 0.0) for k in dict.fromkeys((*left, *right))}
 
-    def call(self, node: ast.Call) -> Operation:
+    def call(self, node: ast.Call) -> Combination:
         if not isinstance(node.func, ast.Name) or node.func.id not in _CALLS:
             raise self.refuse(node.func, f"there is no such call; known are {', '.join(_CALLS)}")
         count, keys, make = _CALLS[node.func.id]
@@ -241,44 +247,44 @@ def _scaled(value: float | _Sum, factor: float) -> float | _Sum:
     return value * factor if isinstance(value, float) else {k: weight * factor for k, weight in value.items()}
 
 
-def _needed(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float], key: str) -> float:
+def _needed(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float], key: str) -> float:
     if key not in numbers:
         raise self.refuse(node, f"needs {key}=")
     return numbers[key]
 
 
-def _density(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> float:
+def _density(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> float:
     density = _needed(self, node, numbers, "density")
     if not 0 < density <= 1:
         raise self.refuse(node, f"a density lies above 0 and is at most 1, found {density:g}")
     return density
 
 
-def _lerp(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> Operation:
+def _lerp(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> Combination:
     return Lerp(self.source(node.args[0]), self.source(node.args[1]), _needed(self, node, numbers, "t"))
 
 
-def _slerp(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> Operation:
+def _slerp(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> Combination:
     return Slerp(self.source(node.args[0]), self.source(node.args[1]), _needed(self, node, numbers, "t"))
 
 
-def _task(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> Operation:
+def _task(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> Combination:
     return Differences(self.source(node.args[0]), self.terms(node.args[1]), numbers.get("scale", 1.0))
 
 
-def _ties(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> Operation:
+def _ties(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> Combination:
     chosen = Largest(_density(self, node, numbers))
     base, terms = self.source(node.args[0]), self.terms(node.args[1])
     return Differences(base, terms, numbers.get("scale", 1.0), chosen, elected=True)
 
 
-def _dare(self: _Evaluation, node: ast.Call, numbers: Mapping[str, float]) -> Operation:
+def _dare(self: _RuleEvaluation, node: ast.Call, numbers: Mapping[str, float]) -> Combination:
     chosen = Drawn(_density(self, node, numbers), math.floor(numbers.get("seed", 0)))
     base, terms = self.source(node.args[0]), self.terms(node.args[1])
     return Differences(base, terms, numbers.get("scale", 1.0), chosen)
 
 
-_Maker = Callable[[_Evaluation, ast.Call, Mapping[str, float]], Operation]
+_Maker = Callable[[_RuleEvaluation, ast.Call, Mapping[str, float]], Combination]
 _CALLS: Mapping[str, tuple[int, tuple[str, ...], _Maker]] = {
     "lerp": (2, ("t",), _lerp),
     "slerp": (2, ("t",), _slerp),

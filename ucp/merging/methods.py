@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from ucp.errors import BadArgument
 from ucp.merging import weights as closed
 from ucp.merging.operations import (
+    Combination,
     Differences,
     Drawn,
     Largest,
     Lerp,
     Linear,
-    Operation,
     Slerp,
     check_density,
 )
@@ -55,7 +55,7 @@ class Method:
 
     takes: tuple[str, ...]
     needs_base: bool
-    make: Callable[[Sources, MethodOptions, float | None], Operation]
+    make: Callable[[Sources, MethodOptions, float | None], Combination]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sources:
     masks: tuple[int, ...] = ()
 
 
-def operations(method: str, sources: Sources, options: MethodOptions) -> Callable[[float | None], Operation]:
+def operations(method: str, sources: Sources, options: MethodOptions) -> Callable[[float | None], Combination]:
     """What a method does to a parameter, by its layer (as a share of all, None outside layers).
 
     Raises
@@ -145,8 +145,8 @@ WEIGHTED: Mapping[str, Callable[[int, MethodOptions], tuple[float, ...]]] = {
 """The linear methods, and their weights before any division."""
 
 
-def _linear(method: str) -> Callable[[Sources, MethodOptions, float | None], Operation]:
-    def make(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _linear(method: str) -> Callable[[Sources, MethodOptions, float | None], Combination]:
+    def make(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
         weights = WEIGHTED[method](len(sources.merged), options)
         normalised = _normalises(method, options)
         if normalised and not math.fsum(weights):
@@ -176,29 +176,29 @@ def interpolated(values: Sequence[float], layer: float | None) -> float:
     return values[k] + (at - k) * (values[k + 1] - values[k])
 
 
-def _lerp(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _lerp(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
     t = _between(sources, options, layer, "lerp")
     return Lerp(sources.merged[0], sources.merged[1], t)
 
 
-def _slerp(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _slerp(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
     t = _between(sources, options, layer, "slerp")
     return Slerp(sources.merged[0], sources.merged[1], t)
 
 
-def _task(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _task(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
     if sources.masks and len(sources.masks) != len(sources.merged):
         raise BadArgument(f"{len(sources.masks)} masks were given for {len(sources.merged)} checkpoints; give one each")
     normalised = bool(options.normalize)
     return Differences(*_differences(sources, options), normalised=normalised, masks=sources.masks)
 
 
-def _ties(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _ties(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
     density = check_density(_needed(options.density, "density", "ties"))
     return Differences(*_differences(sources, options), selector=Largest(density), elected=True)
 
 
-def _dare(sources: Sources, options: MethodOptions, layer: float | None) -> Operation:
+def _dare(sources: Sources, options: MethodOptions, layer: float | None) -> Combination:
     density = check_density(_needed(options.density, "density", "dare"))
     chosen = Drawn(density, options.seed or 0)
     return Differences(*_differences(sources, options), selector=chosen, elected=bool(options.elect))

@@ -38,7 +38,7 @@ class Whole:
     names: tuple[str, ...]
 
 
-class Operation(Protocol):
+class Combination(Protocol):
     """One way to combine sources, by their numbers."""
 
     @property

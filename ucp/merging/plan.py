@@ -16,7 +16,7 @@ from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.geometry import whole
 from ucp.merging.computed import Input, MergedTensor, equal
 from ucp.merging.numbers import FLOATS, common_dtype
-from ucp.merging.operations import Copied, Linear, Operation
+from ucp.merging.operations import Combination, Copied, Linear
 from ucp.parallel.mesh import Layout
 
 PARAM = "param"
@@ -47,7 +47,7 @@ class MergeRules:
     infinity.
     """
 
-    operation: Callable[[str], Operation]
+    operation: Callable[[str], Combination]
     dtype: str | None = None
     optimizer: str | int = "none"
     step: str | None = None
@@ -147,7 +147,7 @@ class _Build:
             )
         return found
 
-    def _tensor(self, name: str, state: str, operation: Operation) -> str:
+    def _tensor(self, name: str, state: str, operation: Combination) -> str:
         """Add one merged tensor; returns its element type."""
         read = {k: self._given(k, name, state) for k in dict.fromkeys(operation.sources)}
         dtypes = [tensor.dtype for k, tensor in read.items() if not self.sources[k].is_mask]
@@ -171,7 +171,7 @@ class _Build:
         given = self.sources[source]
         return None if tensor is None else Input(given.name, tensor, given.checkpoint.reader)
 
-    def _unmixed(self, name: str, state: str, operation: Operation) -> str:
+    def _unmixed(self, name: str, state: str, operation: Combination) -> str:
         """A tensor whose elements are no floating-point numbers: the same in all sources that are read."""
         chosen = self.rules.buffers
         order = list(dict.fromkeys(operation.sources)) if chosen is None else [chosen]
@@ -194,7 +194,7 @@ class _Build:
         self.tensors[tensor.name, tensor.state] = dataclasses.replace(tensor, blocks=blocks)
         return tensor.dtype
 
-    def _scalars(self, name: str, operation: Operation) -> dict[str, Any]:
+    def _scalars(self, name: str, operation: Combination) -> dict[str, Any]:
         """Values such as 'step', which have to be equal or are told by the rules."""
         found = [self._info(k, name).scalars for k in operation.sources]
         out = dict(found[0])
@@ -241,7 +241,7 @@ class _Build:
         return self.sources[taken if isinstance(taken, int) else -1].catalog.training_state
 
 
-def _simplest(operation: Operation) -> Operation:
+def _simplest(operation: Combination) -> Combination:
     """A linear merge that takes one source whole is a copy of it: bit for bit, without arithmetic."""
     if isinstance(operation, Linear):
         terms = [(k, weight) for k, weight in operation.terms if weight]
@@ -250,7 +250,7 @@ def _simplest(operation: Operation) -> Operation:
     return operation
 
 
-def _averaged(name: str, state: str, operation: Operation) -> Operation:
+def _averaged(name: str, state: str, operation: Combination) -> Combination:
     """How a state is averaged beside its weight. Raises Unsupported."""
     if not isinstance(operation, (Linear, Copied)):
         raise Unsupported(
