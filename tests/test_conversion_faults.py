@@ -16,6 +16,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, DestinationError
 
 SHAPES = {"w": (3000, 1000), "b": (3,), "v": (1500, 1000)}
@@ -125,9 +126,8 @@ def test_the_disk_fills_up_meanwhile(
     source: Path, tmp_path: Path, options: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else takes the space that was free at the beginning. Files count as large, so writes are direct."""
-    from ucp.transfer import write
 
-    monkeypatch.setattr(write, "LARGE", 1 << 20)
+    monkeypatch.setattr(limits, "WRITEBACK_FILE_BYTES", 1 << 20)
     other = small_disk / "other"
 
     def fill() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.saving import save_jobs as jobs
-from ucp.saving import commit, staging
+from ucp import limits
+from ucp.saving import commit
 from ucp.saving.background import Saver
 from ucp.saving.save import write_share
 from ucp.saving.source import Source
@@ -24,7 +25,7 @@ def on_device(made: Source) -> Source:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_straight_to_files(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "WINDOW", 1 << 20)  # so that tensors pass in several pieces
+    monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)  # so that tensors pass in several pieces
     values = jobs.values(seed)
     session = commit.begin(tmp_path, "now", 2)
     for rank in range(2):
@@ -35,7 +36,7 @@ def test_straight_to_files(tmp_path: Path, seed: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("memory", [1, 16 << 30], ids=["in turns", "whole"])
 def test_in_the_background(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "WINDOW", 1 << 20)
+    monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)
     saver = Saver(memory=memory)
     for seed in range(4):
         values = jobs.values(seed)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.saving import save_jobs as jobs
+from ucp import limits
 from ucp.job.stopwatch import Stopwatch
-from ucp.saving import share, staging
+from ucp.saving import share
 from ucp.saving.background import Saver
 from ucp.saving.share import assign, lay_out
 from ucp.saving.source import Source
@@ -55,7 +56,7 @@ def file_of(copying: Copying) -> bytes:
 def test_the_file_is_the_same_whatever_the_pool(seed: int, world: int, window: int, windows: int) -> None:
     values = jobs.values(seed, small=seed % 2 == 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "WINDOW", window)
+        patch.setattr(limits, "SAVE_WINDOW_BYTES", window)
         for rank in range(world):
             plan, pieces = lay_out(assign(jobs.source(values, rank, world, seed).holdings, rank))
             pool = Pool(windows * window)
@@ -112,7 +113,7 @@ def test_a_program_may_drop_the_tensors(tmp_path: Path, slow: threading.Event) -
 
 def test_a_share_larger_than_the_pool_holds_the_update_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is copied in turns: the last window is copied when those before it have been written."""
-    monkeypatch.setattr(staging, "WINDOW", 1 << 20)
+    monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)
     values = jobs.values(3)
     made = jobs.source(values, 0, 1, 3)
     saver = Saver(memory=1)
@@ -141,7 +142,7 @@ def test_the_pool_is_reused_and_allocated_when_asked(tmp_path: Path) -> None:
 
 
 def test_what_the_pool_may_take_can_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "WINDOW", 1 << 20)
+    monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)
     saver = Saver()
     for limit, expected in ((2 << 20, 2 << 20), (16 << 20, 5 << 20), (3 << 20, 3 << 20), (1, 1 << 20)):
         values = {("w", "param"): torch.randn(1 << 20)}  # 4 MiB, and a header

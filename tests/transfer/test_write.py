@@ -84,7 +84,7 @@ def test_large_files_are_written_past_the_page_cache(tmp_path: Path, monkeypatch
     """From aligned memory, a window at a time; the bytes are right, those at the end too."""
     made = raw.make(tmp_path / "source", shapes=BIG, dp=2)
     target, expected = one_file(made, "param", "one.bin")
-    monkeypatch.setattr(write, "LARGE", 1 << 20)
+    monkeypatch.setattr(limits, "WRITEBACK_FILE_BYTES", 1 << 20)
     past: list[tuple[int, int]] = []
     direct = write.write_past_cache
 

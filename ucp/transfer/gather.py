@@ -322,7 +322,8 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
 
 
 def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
-    """Do these copies in this order, in the calling thread; memory beside the buffers is about ``SCRATCH`` bytes."""
+    """Do these copies in this order, in the calling thread; beside the buffers they take about as much
+    memory as `limits.SCRATCH_BYTES`."""
     cache: Cache = OrderedDict()
     for together in _neighbours(copies):
         if len(together) > 1:
