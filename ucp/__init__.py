@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ucp.errors import UcpError
     from ucp.merging.combine import MergeReport, merge
     from ucp.parallel.mesh import Layout
+    from ucp.torchdist.digest import digest
     from ucp.torchdist.load import load
     from ucp.torchdist.save import async_save, save
     from ucp.torchdist.training import load_training, save_training
@@ -34,6 +35,7 @@ __all__ = [
     "save",
     "async_save",
     "load",
+    "digest",
     "save_training",
     "load_training",
     "Checkpoint",
@@ -56,6 +58,7 @@ _HOMES = {
     "save": "ucp.torchdist.save",
     "async_save": "ucp.torchdist.save",
     "load": "ucp.torchdist.load",
+    "digest": "ucp.torchdist.digest",
     "save_training": "ucp.torchdist.training",
     "load_training": "ucp.torchdist.training",
     "ConversionReport": "ucp.conversion",

@@ -75,6 +75,10 @@ class DestinationError(UcpError):
     """The destination exists already, cannot be written, or has too little space."""
 
 
+class ProofFailed(UcpError):
+    """After a load what is live is not what the checkpoint has, by their logical digests; it is in place already."""
+
+
 class SaveFailed(UcpError):
     """A save was given up, because of one of its ranks; the checkpoints that were there before are as they were."""
 

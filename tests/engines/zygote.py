@@ -118,6 +118,7 @@ def run_rank(job: dict[str, Any], rank: int, listener: socket.socket) -> tuple[A
         function = resolve(job["function"])
         if job["distributed"]:
             init_process_group(rank, job["world_size"], listener)
+        importlib.import_module("tests.engines.proving").install()
         value = function(*args, **kwargs)
         return ("value", pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
     except BaseException as error:  # noqa: BLE001 - a rank reports whatever stopped it, SystemExit included

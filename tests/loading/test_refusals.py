@@ -109,7 +109,7 @@ def test_reports_have_the_same_fields(saved: Path) -> None:
         assert (one.path, one.tensors, one.left, one.read_once) == (str(saved), tensors, (), False)
         assert set(one.unused) == set(unused)
         assert (one.source, one.target) == ("universal dp=1,zero=0", "dp=1,zero=0")
-        assert set(one.seconds) == {"open", "plan", "read", "apply", "wait"}
+        assert set(one.seconds) == {"open", "plan", "read", "apply", "prove", "wait"}
         assert str(one).startswith(f"restored {tensors} tensors (")
         assert str(one).endswith(f"({saved})")
     assert report.nbytes == 2 * 6 * 4

@@ -12,7 +12,7 @@ import torch
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.geometry import numel, whole
 from ucp.loading.refusals import Words
-from ucp.loading.target import Group, Loaded, Member, Slot
+from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.mesh import Layout
 
 Shape = tuple[int, ...]
@@ -78,6 +78,12 @@ class FakeTarget:
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return None
+
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        return None
+
+    def weights(self) -> tuple[Weights, ...]:
+        return ()
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         return None

@@ -14,6 +14,7 @@ import hjson  # DeepSpeed's own requirement, and its way to read config files
 from ucp import limits
 from ucp.errors import BadArgument
 from ucp.loading.exchange import ADAPTIVE
+from ucp.loading.proof import ALWAYS, FULL
 from ucp.printable import logger
 from ucp.saving.background import POLICIES
 from ucp.spec.select import Choice, choose
@@ -28,8 +29,10 @@ class Config:
     enabled: bind the engine. spec, sizes: how tensor parallelism cuts the model, as for `ucp.open`.
     allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
     verify: check digests while loading. read_once: have each byte that several ranks want read by one of them and
-    exchanged: True, False, or 'adaptive', where that is measured to be faster. trust_client_state: unpickle any class
-    in client state, running its code. allow_untested_version: try a DeepSpeed that the tests have not run.
+    exchanged: True, False, or 'adaptive', where that is measured to be faster. prove: compare what is live after a
+    load with the checkpoint's logical digests: True, where it has them; False; 'full', never a sample in host memory;
+    or 'always', computing those that it lacks from its files, too. trust_client_state: unpickle any class in client
+    state, running its code. allow_untested_version: try a DeepSpeed that the tests have not run.
     save_format: 'universal', or 'deepspeed' for
     DeepSpeed's own save. save_async: save in the background. save_memory: bytes of host memory that a rank's copies for
     that may take. save_policy: 'wait' for a save under way before the next one, or 'skip' the next one. save_timeout:
@@ -44,6 +47,7 @@ class Config:
     allow_unused: tuple[str, ...] = ()
     verify: bool = True
     read_once: bool | str = ADAPTIVE
+    prove: bool | str = True
     trust_client_state: bool = False
     allow_untested_version: bool = False
     save_format: str = "universal"
@@ -70,7 +74,13 @@ _TOP: dict[str, Any] = {
     "allow_untested_version": bool,
     "metrics": bool,
 }
-_LOAD: dict[str, Any] = {"allow_missing": list, "allow_unused": list, "verify": bool, "read_once": object}
+_LOAD: dict[str, Any] = {
+    "allow_missing": list,
+    "allow_unused": list,
+    "verify": bool,
+    "read_once": object,
+    "prove": object,
+}
 _SAVE: dict[str, Any] = {
     "format": str,
     "async": bool,
@@ -108,6 +118,10 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
             f'"ucp": {{"load": {{"read_once"}}}} is true, false or "{ADAPTIVE}" (never "auto", which Accelerate '
             f"refuses in a config); found {once!r}"
         )
+    if not any(load.get("prove", True) is known for known in (True, False)) and load["prove"] not in (ALWAYS, FULL):
+        raise BadArgument(
+            f'"ucp": {{"load": {{"prove"}}}} is true, false, "{FULL}" or "{ALWAYS}"; found {load["prove"]!r}'
+        )
     save = section.get("save", {})
     _check('"ucp": {"save"}', save, _SAVE)
     for key, known in (("format", FORMATS), ("policy", POLICIES)):
@@ -132,6 +146,7 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
         allow_unused=tuple(load.get("allow_unused", ())),
         verify=load.get("verify", True),
         read_once=once,
+        prove=load.get("prove", True),
         trust_client_state=section.get("trust_client_state", False),
         allow_untested_version=section.get("allow_untested_version", False),
         save_format=save.get("format", FORMATS[0]),

@@ -20,11 +20,14 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
 from ucp.loading.load import LoadReport, load
 from ucp.loading.match import Wish
+from ucp.loading.read import reading_threads
 from ucp.loading.spec_names import config_of, in_names_of
+from ucp.logical.listing import Digests
 from ucp.printable import logger
 from ucp.progress import tell
 from ucp.run_folder import LATEST, is_checkpoint
 from ucp.saving.background import Saver
+from ucp.saving.digest import digest_source
 from ucp.saving.save import SaveReport
 from ucp.storage import locations
 
@@ -68,6 +71,16 @@ class EngineUcp:
         if self.config.metrics:
             record_save(report, self._rank, self._world)
 
+    def digest(self) -> Digests:
+        """The logical digests of the training state now: of every tensor that a save would write, and ``.all`` of them
+        together; equal to those of a checkpoint of this state in any layout. Collective; nothing is gathered.
+
+        Raises Mismatch where ranks hold different values of what should be the same.
+        """
+        live = ranks.all_or_none(lambda: LiveEngine(self._engine))
+        live.place(self.config.choice())
+        return digest_source(ranks.all_or_none(lambda: live.source({})), threads=reading_threads())
+
     @property
     def samples_seen(self) -> int:
         """Samples of the training data that this run has consumed, over all layouts it has had."""
@@ -103,7 +116,7 @@ def load_checkpoint(
     refuse together, and then nothing has changed.
 
     Raises Mismatch when anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
-    DamagedCheckpoint, UnsafePickle.
+    DamagedCheckpoint, UnsafePickle; and, with everything in place, ProofFailed.
     """
     config: Config = engine.ucp.config
     ranks.all_or_none(engine.ucp.wait)
@@ -132,7 +145,16 @@ def load_checkpoint(
         allow_missing=config.allow_missing,
         allow_unused=config.allow_unused,
     )
-    report = load(catalog, target, wish, path=path, verify=config.verify, read_once=config.read_once, watch=watch)
+    report = load(
+        catalog,
+        target,
+        wish,
+        path=path,
+        verify=config.verify,
+        read_once=config.read_once,
+        watch=watch,
+        prove=config.prove,
+    )
     engine.ucp.last_load = report
     if config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)

@@ -38,7 +38,8 @@ class Live:
 
     tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
     it, in elements. dtype: digest its elements as they are in this type (`ucp.storage.dtypes`); None: as they are.
-    back: turn them back into their own type then, to see whether the other one holds them exactly.
+    back: turn them back into their own type then, to see whether the other one holds them exactly. rounded: into the
+    other type as a copy does it.
     """
 
     tensor: torch.Tensor
@@ -46,6 +47,7 @@ class Live:
     blocks: Blocks
     dtype: str | None = None
     back: bool = False
+    rounded: bool = False
 
     @property
     def width(self) -> int:
@@ -99,7 +101,8 @@ def _windows(live: Live, sample: Sample | None, most: int) -> Iterator[tuple[tor
 def _bits(piece: torch.Tensor, live: Live) -> torch.Tensor:
     """The elements' bytes, converted first where a type is given."""
     if live.dtype is not None:
-        there = converted(piece, to_torch(live.dtype))
+        kind = to_torch(live.dtype)
+        there = piece.to(kind) if live.rounded else converted(piece, kind)
         piece = converted(there, piece.dtype) if live.back else there
     return piece.view(torch.uint8)
 

@@ -14,8 +14,9 @@ from typing import TypeVar
 from ucp.catalog import Catalog
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading import exchange, tied
+from ucp.loading import exchange, proof, tied
 from ucp.loading.match import LoadPlan, Wish, plan
+from ucp.loading.proof import Proof
 from ucp.loading.read import Reading, reading_threads
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
@@ -30,11 +31,12 @@ class LoadReport:
 
     path: the checkpoint's. nbytes: of the tensors brought to this rank; bytes_read: what was read of the files for
     them, gaps between short runs and whole digest chunks included. seconds: by stage, on this rank: open (the first
-    rank), plan, read, exchange (of what is read once, and measuring whether that is worth it), apply, and wait, for the
-    other ranks. overlapping: seconds within those: 'digest', checking what was read, of all reading threads together.
-    read_once: whether ranks that want the same bytes read them once among them. verified_bytes: of what this rank read,
-    how much was compared with the checkpoint's digests, or with CRC-32s of records that it read whole;
-    unverified_bytes: how much was compared with nothing, since there is neither or the record was read in part.
+    rank), plan, read, exchange (of what is read once, and measuring whether that is worth it), apply, prove, and wait,
+    for the other ranks. overlapping: seconds within those: 'digest', checking what was read, of all reading threads
+    together. read_once: whether ranks that want the same bytes read them once among them. verified_bytes: of what this
+    rank read, how much was compared with the checkpoint's digests, or with CRC-32s of records that it read whole;
+    unverified_bytes: how much was compared with nothing, since there is neither or the record was read in part. proof:
+    that what is live now is what the checkpoint has; None where it has no digests.
     """
 
     tensors: int
@@ -49,6 +51,7 @@ class LoadReport:
     path: str = ""
     verified_bytes: int = 0
     unverified_bytes: int = 0
+    proof: Proof | None = None
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -71,7 +74,8 @@ class LoadReport:
             text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
         if self.unused:
             text += f"; not used: {len(self.unused)} ({', '.join(self.unused[:4])}, …)"
-        return f"{text} ({self.path})" if self.path else text
+        text = f"{text} ({self.path})" if self.path else text
+        return text if self.proof is None else f"{text}; {self.proof}"
 
 
 def load(
@@ -85,6 +89,7 @@ def load(
     read_once: bool | str = False,
     watch: Stopwatch | None = None,
     alone: bool = False,
+    prove: bool | str = True,
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
@@ -92,13 +97,15 @@ def load(
     has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each byte
     that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster. watch:
     of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
-    (torch.distributed.checkpoint).
+    (torch.distributed.checkpoint), and nothing is proved. prove: compare what is live afterwards with the checkpoint's
+    logical digests (`ucp.loading.proof.CHOICES`).
 
     Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
-    DamagedCheckpoint when files do, BadArgument for another ``read_once``,
-    Unsupported where the process group cannot exchange what is to be read once.
+    DamagedCheckpoint when files do, BadArgument for another ``read_once`` or ``prove``, Unsupported where the process
+    group cannot exchange what is to be read once; and, with everything in place, ProofFailed.
     """
     exchange.check_choice(read_once)
+    proof.check_choice(prove)
     watch = watch or Stopwatch()
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
@@ -116,6 +123,9 @@ def load(
     brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
     loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
     watch.timed("apply", lambda: target.apply(loaded))
+    proved = None
+    if not alone:
+        proved = watch.timed("prove", lambda: _proved(catalog, target, what, prove, threads or reading_threads()))
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
         count,
@@ -130,7 +140,13 @@ def load(
         path,
         reading.reader.verified_bytes,
         reading.reader.unverified_bytes,
+        proved,
     )
+
+
+def _proved(catalog: Catalog, target: Target, what: LoadPlan, choice: bool | str, threads: int) -> Proof | None:
+    with Files() as files:
+        return proof.prove(catalog, target, what, Reader(catalog, files), choice, threads=threads)
 
 
 def _by_itself(work: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ here, by properties.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,6 +95,23 @@ class Slot:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights that a model computes with, beside the masters that they are a rounded copy of.
+
+    name: the module's own. group: the global ranks whose masters make them up. master: what this rank has of the
+    masters; live: of the weights. Both in the coordinates of one tensor of this shape.
+    """
+
+    name: str
+    group: tuple[int, ...]
+    shape: Shape
+    master: torch.Tensor
+    master_blocks: Blocks
+    live: torch.Tensor
+    live_blocks: Blocks
+
+
 @dataclass(frozen=True)
 class Group:
     """A live param group. options: its hyperparameters now. expects: the names of the optimizer states that its
@@ -174,6 +191,15 @@ class Target(Protocol):
     def room(self, key: int, state: str) -> torch.Tensor | None:
         """The slot's own dense host memory, flat, where nobody has seen yet what is in it: it is read into straight
         away. None where reading has to leave the slot alone until all is well."""
+        ...
+
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        """What the slot holds now, where it is, no copy; it is read as one flat row-major buffer. After `apply` that is
+        what the program trains on. None where it has no such state, or none that can be looked at."""
+        ...
+
+    def weights(self) -> Iterable[Weights]:
+        """The weights that are rounded copies of what the slots hold."""
         ...
 
     def current(self, key: int, state: str) -> torch.Tensor | None:

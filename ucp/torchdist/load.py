@@ -43,6 +43,7 @@ def load(
     verify: bool = True,
     read_once: bool | str = ADAPTIVE,
     metrics: bool = False,
+    prove: bool | str = True,
     **opening: Any,
 ) -> LoadReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
@@ -67,6 +68,10 @@ def load(
         where that is measured to be faster.
     metrics
         as for `save`.
+    prove
+        afterwards compare what is live with the checkpoint's logical digests, on all ranks together: True: where it
+        has them (much in host memory is sampled); 'full': never a sample; 'always': those of a checkpoint without them
+        are computed from its files, too; False: never. The report says what was proved.
 
     Returns
     -------
@@ -80,13 +85,17 @@ def load(
         lose bits.
     NotACheckpoint, DamagedCheckpoint
         where there is none, or its bytes are not what was saved.
+    ProofFailed
+        with everything in place: what is live is not what was saved.
     """
     watch = Stopwatch()
     unwrapped = unwrap(state_dict)
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, unwrapped, opening)))
     target = ranks.all_or_none(lambda: watch.timed("plan", lambda: StateDictTarget(where, flatten(unwrapped), catalog)))
     wish = Wish(allow_missing=tuple(allow_missing), partial=True)
-    report = load_target(catalog, target, wish, path=where, verify=verify, read_once=read_once, watch=watch)
+    report = load_target(
+        catalog, target, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
+    )
     target.put_values(unwrapped)
     for key, value in state_dict.items():
         if isinstance(value, Stateful):

@@ -22,7 +22,7 @@ from ucp.job import ranks
 from ucp.loading.name_match import match
 from ucp.loading.options import OWN_OPTIONS, own_values, shared_values
 from ucp.loading.refusals import VALUE, Item, Words, named
-from ucp.loading.target import Asked, Group, Loaded, Member, Placement, Slot
+from ucp.loading.target import Asked, Group, Loaded, Member, Placement, Slot, Weights
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import from_torch
 from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, local_tensor
@@ -306,6 +306,13 @@ class StateDictTarget:
             return None
         local = self._local(key, state)
         return local.reshape(-1) if local.device.type == "cpu" and local.is_contiguous() else None
+
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        return self._local(key, state)
+
+    def weights(self) -> tuple[Weights, ...]:
+        """None: a state dict has weights and no masters of them."""
+        return ()
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return self._local(key, state).cpu().reshape(-1).clone()

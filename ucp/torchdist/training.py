@@ -13,7 +13,7 @@ import torch.distributed.checkpoint.state_dict as api
 from ucp import limits
 from ucp.catalog import Catalog, TrainingState
 from ucp.errors import Mismatch
-from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.formats.shared.roles import MODEL, PARAM, StateEntry
 from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
@@ -25,6 +25,7 @@ from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
 from ucp.saving.save import SaveReport
+from ucp.torchdist.dtensors import local_tensor
 from ucp.torchdist.load import open_for, tell
 from ucp.torchdist.optimizers import (
     OPTIMIZER,
@@ -136,6 +137,7 @@ def load_training(
     verify: bool = True,
     read_once: bool | str = ADAPTIVE,
     metrics: bool = False,
+    prove: bool | str = True,
     **opening: Any,
 ) -> TrainingReport:
     """Put a whole training state of any supported format and layout in place, or refuse. Collective.
@@ -147,14 +149,15 @@ def load_training(
 
     Parameters
     ----------
-    path, opening, verify, read_once, metrics
+    path, opening, verify, read_once, metrics, prove
         as for `load`; a spec's sizes come from a transformers model's own config.
     model, optimizer, lr_scheduler, dataloader, rng
         as for `save_training`.
     allow_missing, allow_unused
         patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
 
-    Raises Mismatch, NotACheckpoint, DamagedCheckpoint on every rank, with nothing changed.
+    Raises Mismatch, NotACheckpoint, DamagedCheckpoint on every rank, with nothing changed; ProofFailed with everything
+    in place.
     """
     watch = Stopwatch()
     live = _Live(model, optimizer, lr_scheduler, dataloader, rng)
@@ -171,7 +174,9 @@ def load_training(
             return TrainingTarget(live, position, where, catalog, state_dict, made, blank)
 
         found = ranks.all_or_none(lambda: watch.timed("plan", target))
-        return load_target(catalog, found, wish, path=where, verify=verify, read_once=read_once, watch=watch)
+        return load_target(
+            catalog, found, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
+        )
 
     try:
         report = fill(state_dict, made, True)
@@ -230,6 +235,7 @@ class TrainingTarget(StateDictTarget):
     ) -> None:
         self._live, self._position, self._where = live, position, where
         self._state_dict, self._made = state_dict, made
+        self._now: Mapping[str, StateEntry] | None = None
         self._stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
         if listed(live.optimizer) and not self._stepped:
             state_dict[OPTIMIZER]["state"].clear()
@@ -246,8 +252,16 @@ class TrainingTarget(StateDictTarget):
         )
         super().__init__(where, flatten(state_dict), catalog, unseen=unseen, blank=blank, words=words)
 
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        """What the model and the optimizers have now: torch's functions may have given them copies."""
+        if self._now is None:
+            self._now = flatten(state_dict_of(self._live.model, self._live.optimizer)[0])
+        entry = self._now.get(self._key(key, state))
+        return None if entry is None or not isinstance(entry.value, torch.Tensor) else local_tensor(entry.value)
+
     def apply(self, loaded: Loaded) -> None:
         super().apply(loaded)
+        self._now = None
         self.put_values(self._state_dict)
         live = self._live
         api.set_model_state_dict(live.model, self._state_dict[MODEL])

@@ -20,7 +20,7 @@ from ucp.deepspeed.live.state import check_state, restore_state
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.loading.refusals import Words
-from ucp.loading.target import Group, Loaded, Slot
+from ucp.loading.target import Group, Loaded, Slot, Weights
 from ucp.parallel.mesh import Layout
 from ucp.saving.source import Source
 from ucp.spec.select import Choice
@@ -109,6 +109,15 @@ class LiveEngine:
     def room(self, key: int, state: str) -> torch.Tensor | None:
         """Nowhere: the masters and states that the engine has are in use."""
         return None
+
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        weights, states = self.live(key)
+        found = weights if state == "param" else states.get(state)
+        return found.detach() if isinstance(found, torch.Tensor) else None
+
+    def weights(self) -> Iterator[Weights]:
+        if self._optimizer is not None:
+            yield from self._optimizer.weights()
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         found = self.live(key)[0] if state == "param" else self.live(key)[1].get(state)

@@ -12,7 +12,7 @@ import torch
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
-from ucp.loading.target import Group, Loaded, Member, Slot
+from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import ceil_partition, flat_partition
 from ucp.storage.dtypes import from_torch
 
@@ -26,6 +26,10 @@ class Optimizer(Protocol):
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """A slot's masters, and the optimizer's state of them: what it steps itself, no copies."""
+        ...
+
+    def weights(self) -> Iterator[Weights]:
+        """The model's weights beside the masters that they are rounded from."""
         ...
 
     def begin(self) -> None: ...

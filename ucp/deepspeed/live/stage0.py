@@ -14,7 +14,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import whole
-from ucp.loading.target import Group, Loaded, Member, Slot
+from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import flat_offsets
 from ucp.storage.dtypes import from_torch
 
@@ -95,6 +95,15 @@ class Stage0:
         if "step" in state and unit.group in self._steps:
             state = {**state, "step": self._steps[unit.group]}
         return unit.master, state
+
+    def weights(self) -> Iterator[Weights]:
+        for unit in self._units:
+            if unit.master is unit.params[0]:
+                continue
+            for param, at in zip(unit.params, flat_offsets([p.numel() for p in unit.params])[0], strict=True):
+                shape = tuple(param.shape)
+                name, alone = self._names[param], (torch.distributed.get_rank(),)
+                yield Weights(name, alone, shape, unit.master, whole(shape, at), param.detach(), whole(shape))
 
     def begin(self) -> None:
         pass

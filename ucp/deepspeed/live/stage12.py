@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ucp.deepspeed.live.base import check_groups, own_flat_partition, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
-from ucp.loading.target import Group, Loaded, Member, Placement, Slot
+from ucp.loading.target import Group, Loaded, Member, Placement, Slot, Weights
 from ucp.parallel.zero import flat_offsets, flat_partition
 from ucp.storage.dtypes import from_torch
 
@@ -89,6 +89,16 @@ class Stage12:
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         flat = self._flats[self._keys.index(key)]
         return flat, self._inner.state.get(flat, {})
+
+    def weights(self) -> Iterator[Weights]:
+        for g, flat in enumerate(self._flats):
+            group = self._zero.real_dp_process_group[g]
+            rank, size = torch.distributed.get_rank(group), flat.numel()
+            globally = tuple(torch.distributed.get_process_group_ranks(group))
+            for param, at in zip(self._params[g], self._offsets[g], strict=True):
+                shape = tuple(param.shape)
+                masters = own_flat_partition(shape, at, size, rank)
+                yield Weights(self._names[param], globally, shape, flat, masters, param.detach(), whole(shape))
 
     def begin(self) -> None:
         pass

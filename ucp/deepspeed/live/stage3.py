@@ -18,7 +18,7 @@ from ucp.deepspeed.live.base import (
 )
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
-from ucp.loading.target import Group, Loaded, Member, Slot
+from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import ceil_size
 from ucp.storage.dtypes import from_torch
 
@@ -68,6 +68,19 @@ class Stage3:
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         flat = self._flats[self._keys.index(key)]
         return flat, self._inner.state.get(flat, {})
+
+    def weights(self) -> Iterator[Weights]:
+        for s, flat in enumerate(self._flats):
+            at = 0
+            for param in self._zero.fp16_groups[s]:
+                group, shape, piece = param.ds_process_group, tuple(param.ds_shape), param.partition_numel()
+                dp, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+                masters, own = (own_ceil_partition(shape, start, dp, rank) for start in (at, 0))
+                at += piece
+                globally = tuple(torch.distributed.get_process_group_ranks(group))
+                if param.ds_tensor.numel() == piece:  # elsewhere where parameters are offloaded to NVMe
+                    live = param.ds_tensor.detach()
+                    yield Weights(self._names[param], globally, shape, flat, masters, live, own)
 
     def begin(self) -> None:
         """Partition every parameter that is gathered now, so that its piece is the only copy."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
-from ucp.loading.target import Group, Loaded, Slot
+from ucp.loading.target import Group, Loaded, Slot, Weights
 
 
 class WeightsOnly:
@@ -27,6 +27,10 @@ class WeightsOnly:
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         raise KeyError(key)
+
+    def weights(self) -> Iterator[Weights]:
+        """None: there are no masters."""
+        return iter(())
 
     def begin(self) -> None:
         """Partition every parameter that is gathered now, so that its piece is the only copy."""
