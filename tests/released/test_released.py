@@ -57,7 +57,7 @@ def test_every_tensor(released: Path, release: str, name: str) -> None:
     wanted = {key: t for key, t in tensors.items() if key.partition("|")[0] in said["kinds"]}
     with ucp.open(released / release / name) as checkpoint:
         check(checkpoint, wanted, said)
-        assert (checkpoint.verify() > 0) == (name != "native-zero2")  # DeepSpeed's own files have no digests
+        assert checkpoint.verify() > 0
 
 
 def check(checkpoint: ucp.Checkpoint, wanted: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
