@@ -44,6 +44,13 @@ THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.
 DIGEST_BATCH_BYTES = 16 * MIB
 
+# Read at once of a record with a CRC-32, and looked at while it is in the processor's cache.
+RECORD_STEP_BYTES = 4 * MIB
+# A load reads what is missing of a record, to compare its CRC-32, where that is at most this part of it (padding).
+RECORD_MISSING_PART = 1 / 32
+# A single value's record is read and compared whole where it has at most so many bytes.
+SMALL_RECORD_BYTES = 64 * KIB
+
 # --- converting -----------------------------------------------------------------------------------------------------
 
 # A window where memory allows: long enough that planning and system calls don't show.
@@ -127,6 +134,8 @@ OPEN_ATTEMPTS_COUNT = 5
 SAME_RUN_FRAGMENTS_COUNT = 32
 SAME_RUN_ELEMENTS_COUNT = 16
 SAME_RUN_ENOUGH_COUNT = 2
+# Ranks save at about the same time: files that were written further apart are told.
+SAVED_APART_SECONDS = 1800
 # Whether copies are equal: places of each copy that are compared with the tensor, and elements at each.
 COPY_PLACES_COUNT = 4
 COPY_ELEMENTS_COUNT = 16

@@ -17,14 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.errors import DigestMismatch
 from ucp.storage.crc32 import StoredCrc32, combine_all, crc32
 from ucp.storage.files import Files
-
-# Read at once and looked at while it is in the processor's cache.
-STEP = 4 << 20
-# A load reads what is missing of a record where that is at most this part of it.
-_SMALL_PART = 32
 
 RecordPiece = tuple[int, int, int, int]
 """A part of a record that was read: the file's index, the first byte, the number of bytes, their CRC-32."""
@@ -153,7 +149,7 @@ class RecordChecks:
         for (file, _), progress in recent.items():
             with self._lock:
                 missing = [] if progress.compared else progress.missing()
-            if sum(b - a for a, b in missing) <= progress.size // _SMALL_PART:
+            if sum(b - a for a, b in missing) <= progress.size * limits.RECORD_MISSING_PART:
                 self._complete(file, missing)
 
     def finish(self) -> None:
@@ -178,8 +174,8 @@ class RecordChecks:
 
     def _complete(self, file: int, missing: Iterable[tuple[int, int]]) -> None:
         for low, high in missing:
-            for at in range(low, high, STEP):
-                buffer: NDArray[np.uint8] = np.empty(min(STEP, high - at), np.uint8)
+            for at in range(low, high, limits.RECORD_STEP_BYTES):
+                buffer: NDArray[np.uint8] = np.empty(min(limits.RECORD_STEP_BYTES, high - at), np.uint8)
                 self._files.read_into(self._paths[file], at, buffer.data)
                 self.add(file, at, buffer)
 

@@ -29,7 +29,7 @@ from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.rounding import ROUNDED, round_to
-from ucp.transfer.checksums import STEP, RecordChecks
+from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.exact import check_exact, widen
 
 Bytes = NDArray[np.uint8]
@@ -167,7 +167,7 @@ class Reader:
         """Bytes of a file without digests, which may lie in records with CRC-32s."""
         checked = self.records.covers(file)
         for part in parts:
-            step = STEP if checked and not is_remote(path) else len(part)
+            step = limits.RECORD_STEP_BYTES if checked and not is_remote(path) else len(part)
             for at in range(0, len(part), step or 1):
                 piece = part[at : at + step]
                 self._files.read_into(path, offset + at, piece.data)

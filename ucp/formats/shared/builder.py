@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp import limits
 from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
@@ -21,8 +22,6 @@ from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.checksums import read_record
 
 Scalar = int | float | bool
-# A single value's record is read and checked whole where it has at most so many bytes.
-SMALL_RECORD = 64 << 10
 
 
 @dataclass
@@ -124,7 +123,7 @@ class Builder:
     def scalar(self, ref: TensorRef) -> Scalar:
         """The value of a 0-d tensor. Raises DigestMismatch where the record that it lies in is damaged."""
         size = itemsize(ref.dtype)
-        if ref.record is not None and ref.record.stop - ref.record.start <= SMALL_RECORD:
+        if ref.record is not None and ref.record.stop - ref.record.start <= limits.SMALL_RECORD_BYTES:
             at = ref.offset - ref.record.start
             raw = np.frombuffer(read_record(self.files, ref.file, ref.record), np.uint8)[at : at + size]
         else:

@@ -174,6 +174,34 @@ def test_slices_tell_ranks_apart_where_names_do_not(tmp_path: Path, which: str) 
     assert other.name in str(e.value)
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("which", ["z3"])
+def test_whole_weights_beside_tell_stage_3_ranks_apart(tmp_path: Path, which: str, kind: str) -> None:
+    """As Hugging Face's Trainer leaves them. Weights of another step are no reason to refuse."""
+    from safetensors.torch import save_file
+
+    folder = saved(tmp_path, which)
+    with ucp.open(folder) as checkpoint:
+        weights = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.parameters}
+    save = save_file if kind.endswith("safetensors") else torch.save
+    one, other = optimizer_of(folder, 0), optimizer_of(folder, 1)
+    for path in (one, other):
+        through_a_stream(path)
+    save(weights, folder / kind)
+    with ucp.open(folder, tag=TAG):
+        pass
+    one.rename(folder / "kept")
+    other.rename(one)
+    (folder / "kept").rename(other)
+    text = refusal(folder)
+    assert "swapped" in text
+    assert one.name in text
+    assert other.name in text
+    save({name: weight * 1.5 for name, weight in weights.items()}, folder / kind)
+    with ucp.open(folder, tag=TAG):
+        pass
+
+
 def emptied(content: dict[str, Any], masters: bool) -> None:
     """As DeepSpeed's swapper leaves the first subgroup."""
     state = content["optimizer_state_dict"]

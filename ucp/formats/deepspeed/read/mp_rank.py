@@ -14,7 +14,7 @@ from typing import Any
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import folder as folders
-from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12
+from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, swapped
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
@@ -95,6 +95,7 @@ def _read_part(
             with malformed(path, "what the optimizer files hold"):
                 groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
             stage3.read_frozen(builder, models, aliases)
+            swapped.check(builder, swapped.weights_beside(path))
         else:
             facts = stage12.OptimizerContext(_offloads_optimizer(model), _is_round_robin(model, first_state), experts)
             with malformed(path, "what the optimizer files hold"):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.catalog import SourceFile
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.storage.torch_pt.values import Standin
@@ -32,8 +33,6 @@ _DECIDING = (
 # Counters of DeepSpeed's and torch's schedulers; other state may depend on what a rank saw (ReduceLROnPlateau).
 _COUNTERS = ("last_batch_iteration", "last_epoch", "_step_count")
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "dynamic_loss_scale")
-# All ranks write at about the same time. Further apart than this, in seconds, files are told.
-FAR_APART = 1800
 
 
 def check_models(models: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -87,7 +86,7 @@ def _same(what: str, values: Mapping[Path, Any]) -> None:
 def far_apart(files: Iterable[SourceFile]) -> str | None:
     """A sentence on files whose times are far apart; None where they are not, or the storage tells no times."""
     known = sorted((file for file in files if file.mtime_ns), key=lambda file: file.mtime_ns)
-    if not known or known[-1].mtime_ns - known[0].mtime_ns <= FAR_APART * 10**9:
+    if not known or known[-1].mtime_ns - known[0].mtime_ns <= limits.SAVED_APART_SECONDS * 10**9:
         return None
     first, last = (
         f"'{Path(f.path).name}' {time.strftime('%Y-%m-%d %H:%M', time.gmtime(f.mtime_ns // 10**9))} UTC"
