@@ -113,12 +113,22 @@ class Checkpoint:
     def read(self, name: str, state: str = "param", region: Sequence[slice] | None = None) -> torch.Tensor:
         """One region of a logical tensor, as a new torch tensor on the CPU in the checkpoint's element type.
 
-        name: a parameter or buffer, or another name of a tied one. state: 'param' or an optimizer state. region: one
-        slice for each leading dimension (step 1; what is not given is whole); the result has one dimension for each of
-        the tensor's.
+        Parameters
+        ----------
+        name
+            A parameter or buffer, or another name of a tied one.
+        state
+            'param' or an optimizer state.
+        region
+            One slice for each leading dimension (step 1; what is not given is whole); the result has one dimension for
+            each of the tensor's.
 
-        Raises BadArgument for a name, state or region that the checkpoint does not have (it lists near names),
-        DigestMismatch where a chunk that holds some of the region is damaged.
+        Raises
+        ------
+        BadArgument
+            For a name, state or region that the checkpoint does not have; near names are listed.
+        DigestMismatch
+            Where a chunk that holds some of the region is damaged.
         """
         import torch
 
@@ -131,10 +141,17 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Read every byte that has a digest, or lies in a tensor's record with a CRC-32, and check it; returns how many
-        bytes that were (0: it has neither).
+        """Read every byte that has a digest, or lies in a tensor's record with a CRC-32, and check it.
 
-        Raises DigestMismatch at the first damaged chunk or record.
+        Returns
+        -------
+        int
+            How many bytes that were; 0 where it has neither.
+
+        Raises
+        ------
+        DigestMismatch
+            At the first damaged chunk or record.
         """
         tables = self.catalog.chunk_digests
         records = RecordChecks(self.catalog.crc_records, [file.path for file in self.catalog.files], self._files)
@@ -197,24 +214,41 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
 ) -> Checkpoint:
     """Open a checkpoint, or one of a folder of checkpoints.
 
-    path: a checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``): then the one
-    that the file ``latest`` names, and without that file the newest, with a logged line (`ucp.run_folder` has the
-    rules). A damaged one is an error, and so is a ``latest`` that names none. tag: the one to take, whatever ``latest``
-    says; 'newest': the newest whole one, with a logged line that names what is passed over.
-    spec: how tensor parallelism cuts the model: a spec's name in the catalogue or its file. Without one: what the
-    checkpoint says of itself, then the catalogue's for the model's type; if neither decides, it is refused.
-    model_config: for the spec's sizes, the model's config.json (a mapping, a file or its folder); default is what the
-    checkpoint has recorded or has beside it. sizes: sizes of the spec by name, which go before the config.
-    trust_client_state: DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
-    trust_paths: virtual checkpoints: follow them to files outside the folder that they name as their source.
-    param_names: DeepSpeed stage 0 only, whose files number the optimizer's parameters and do not name them: each param
-    group's parameters in order, where the caller knows them.
-    options: what the format of another package takes besides, by name.
-    verify: check digests, where the checkpoint has them, while reading, and a few elements of what it has twice.
+    Parameters
+    ----------
+    path
+        A checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``). Of a folder of
+        them: the one that the file ``latest`` names; without that file the newest, with a logged line
+        (`ucp.run_folder` has the rules). A damaged one is an error, and so is a ``latest`` that names none.
+    spec
+        How tensor parallelism cuts the model: the name of a shipped spec, or a file. Without one: what the checkpoint
+        says of itself, then the shipped one for the model's type; if neither decides, it is refused.
+    tag
+        The one to take, whatever ``latest`` says; 'newest': the newest whole one, with a line on what is passed over.
+    model_config, sizes
+        For the spec's sizes: the model's config.json (a mapping, a file or its folder; default: what the checkpoint has
+        recorded or has beside it), and sizes by name, which go before the config.
+    trust_client_state
+        DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
+    trust_paths
+        Virtual checkpoints: follow them to files outside the folder that they name as their source.
+    param_names
+        DeepSpeed stage 0, whose files do not name the optimizer's parameters: each param group's, in order.
+    options
+        What the format of another package takes besides, by name.
+    verify
+        Check digests, where there are some, while reading, and a few elements of what the checkpoint has twice.
 
-    Raises NotACheckpoint where nothing is recognised, DamagedCheckpoint where files are missing, truncated, mixed or
-    contradict each other, SpecError and Mismatch where the spec does not fit, Unsupported and UnsafePickle as the
-    format's reader does.
+    Raises
+    ------
+    NotACheckpoint
+        Where nothing is recognised.
+    DamagedCheckpoint
+        Where files are missing, truncated, mixed or contradict each other.
+    SpecError, Mismatch
+        Where the spec does not fit.
+    Unsupported, UnsafePickle
+        As the format's reader does.
     """
     asked = _Asked(
         choose(spec, model_config, sizes),

@@ -58,7 +58,15 @@ def initialize_for_others(*args: Any, **kwargs: Any) -> Any:
 
 
 def attach(engine: Any) -> Any:
-    """Bind an engine that exists already, whatever its config's ``enabled`` says; returns the engine."""
+    """Bind an engine that exists already, whatever its config's ``enabled`` says; returns the engine.
+
+    Raises
+    ------
+    Unsupported
+        For a DeepSpeed version or an engine that is not supported, by name.
+    BadArgument
+        For a ``"ucp"`` section that is wrong.
+    """
     config = configs.parse(engine._config._param_dict)
     check_version(config.allow_untested_version)
     bind(engine, config)

@@ -113,12 +113,24 @@ def diff(
 ) -> Difference:
     """Compare two open checkpoints; tied parameters are found under any of their names.
 
-    params: globs of the parameters that count, states: names of the states; all without. absolute, relative: elements
-    count as equal within ``absolute + relative * max(|a|, |b|)``; without, bits count (values, where the element types
-    differ). types: other element types are a difference. values: read the tensors, in pieces of a few megabytes.
-    quick: compare logical digests instead where the element types are the same, and read only what has none recorded.
+    Parameters
+    ----------
+    params, states
+        Globs of the parameters and names of the states that count; all without.
+    absolute, relative
+        Elements count as equal within ``absolute + relative * max(|a|, |b|)``. Without, bits count (values, where the
+        element types differ).
+    types
+        Another element type is a difference.
+    values
+        Read the tensors, in pieces of a few megabytes.
+    quick
+        Compare logical digests instead where the element types are the same, and read only what has none recorded.
 
-    Raises BadArgument for a glob or a state that neither checkpoint has, and what reading raises.
+    Raises
+    ------
+    BadArgument
+        For a glob or a state that neither checkpoint has; and what reading raises.
     """
 
     def counts(name: str) -> bool:

@@ -56,7 +56,12 @@ class Listing:
 def listing(folder: str | os.PathLike[str]) -> Listing:
     """The checkpoints in a folder, oldest first; of a checkpoint's own folder, that one.
 
-    Reads metadata only. Raises NotACheckpoint where there is none at all.
+    Reads metadata only.
+
+    Raises
+    ------
+    NotACheckpoint
+        Where there is none at all.
     """
     where = locations.locate(folder)
     known = formats.find(where)

@@ -89,14 +89,25 @@ def plan(
 ) -> ResumePlan:
     """The plan of a resume of this checkpoint on this layout, weights and optimizer.
 
-    to: the target of `ucp.convert` whose framework resumes; default: DeepSpeed's. spec, model_config, sizes: as for
-    `ucp.open`, where the layout has tensor parallelism, or pipeline stages with other names. rank_bandwidth,
-    storage_bandwidth: bytes per second that one rank, and all together, can read. options: of the target, for what the
-    layout leaves open. DeepSpeed's ``ds_config``: the config of the resume; ``"pipeline"`` in it as for ``ucp.convert``
-    (default: layers divided by their parameters, as PipelineModule does), AutoEP, AutoTP. Default: the config that the
-    checkpoint recorded.
+    Parameters
+    ----------
+    to
+        The target of `ucp.convert` whose framework resumes; default: DeepSpeed's.
+    spec, model_config, sizes
+        As for `ucp.open`, where the layout has tensor parallelism, or pipeline stages with other names.
+    rank_bandwidth, storage_bandwidth
+        Bytes per second that one rank, and all together, can read.
+    ranks_per_node
+        For the host memory that a node needs.
+    options
+        Of the target, for what the layout leaves open. DeepSpeed's ``ds_config``: the config of the resume (default:
+        the recorded one); ``"pipeline"`` in it as for ``ucp.convert`` (default: layers divided by their parameters, as
+        PipelineModule does), AutoEP, AutoTP.
 
-    Raises what `WriteTarget.divide` raises, BadArgument for a config that can't be read.
+    Raises
+    ------
+    UcpError
+        What `WriteTarget.divide` raises; BadArgument for a config that can't be read.
     """
     target = formats.dividing(to)
     own = formats.own_options(target, options)

@@ -107,13 +107,30 @@ def verify(
 ) -> Verdict:
     """Check the checkpoint that ``path`` and ``tag`` name, by the rules of `ucp.open`.
 
-    Coverage (every element of every tensor held exactly once by ranges that exist), the training state, and, unless
-    ``quick``: every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all copies of
-    what several ranks keep. finite: besides, that no value is infinite or not a number. against: the digest of all
-    tensors together (`ucp.logical.listing`) that it should have, and so every tensor that which is recorded for it;
-    computed from the files, or, with ``quick``, of the recorded ones.
+    Checked are coverage (every element of every tensor held exactly once by ranges that exist) and the training state;
+    unless ``quick`` also every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all
+    copies of what several ranks keep.
 
-    Raises NotACheckpoint where nothing is recognised, BadArgument and what a spec raises; damage is a finding.
+    Parameters
+    ----------
+    path, tag, spec, model_config, sizes, trust_paths
+        As for `ucp.open`.
+    quick
+        Read no tensor.
+    finite
+        Check besides that no value is infinite or not a number.
+    against
+        The digest of all tensors together (`ucp.logical.listing`) that it should have, and so every tensor the one
+        that is recorded for it; computed from the files, or, with ``quick``, of the recorded ones.
+    progress
+        Called with (bytes done, bytes in all).
+
+    Raises
+    ------
+    NotACheckpoint
+        Where nothing is recognised.
+    BadArgument, SpecError
+        For the arguments; damage is a finding and no error.
     """
     choice: dict[str, Any] = {"spec": spec, "model_config": model_config, "sizes": sizes, "trust_paths": trust_paths}
     where = _where(locations.locate(path), tag, choice)

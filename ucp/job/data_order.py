@@ -20,9 +20,20 @@ from ucp.errors import BadArgument, Mismatch
 class GlobalOrder(Sampler[int]):
     """A sampler for one rank's DataLoader: this rank's indices into the data set, without end.
 
-    length: samples in the data set. batch: of one rank in a micro-step (the DataLoader's batch_size). seen: samples
-    that all ranks together have seen (``engine.ucp.samples_seen``). shuffle: a new permutation for every epoch. The
-    last batch of an epoch is filled up from the next one, so that none is dropped.
+    The last batch of an epoch is filled up from the next one, so that none is dropped.
+
+    Parameters
+    ----------
+    length
+        Samples in the data set.
+    batch
+        Samples of one rank in a micro-step (the DataLoader's batch_size).
+    rank, world
+        This rank among those that get different data, and how many these are.
+    seen
+        Samples that all ranks together have seen (``engine.ucp.samples_seen``).
+    seed, shuffle
+        A new permutation for every epoch, by the seed; without shuffle the data set's own order.
     """
 
     def __init__(

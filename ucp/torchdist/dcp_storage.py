@@ -58,10 +58,18 @@ __all__ = ["StorageReader", "StorageWriter"]
 class StorageReader(dcp.StorageReader):
     """Lets ``dcp.load`` read a checkpoint of any format that `ucp.open` knows, into its own sharding.
 
-    path: as for `ucp.open`, and so is ``opening`` (tag, spec, model_config, ...). The state dict's names may be nested
-    or flattened, with the model under "model" or bare; optimizer states and param groups are found by the parameters'
-    names. model: the module that is loaded, where a spec's ``names:`` tell what its parameters are called in the
-    checkpoint; a transformers model's config has the spec's sizes. verify: check digests.
+    The state dict's names may be nested or flattened, with the model under "model" or bare; optimizer states and param
+    groups are found by the parameters' names.
+
+    Parameters
+    ----------
+    path, opening
+        As for `ucp.open` (tag, spec, model_config, ...).
+    model
+        The module that is loaded, where a spec's ``names:`` tell what its parameters are called in the checkpoint; a
+        transformers model's config has the spec's sizes.
+    verify
+        Check digests.
     """
 
     def __init__(
@@ -245,8 +253,12 @@ class StorageWriter(dcp.StorageWriter):
     """Lets ``dcp.save`` and ``dcp.async_save`` write the fragmented form: committed in one rename, with digests, to be
     loaded in any layout and under DeepSpeed.
 
-    path: the checkpoint's folder; one that is there is replaced once the new one is whole. timeout: seconds that the
-    coordinator waits for the others' files.
+    Parameters
+    ----------
+    path
+        The checkpoint's folder; one that is there is replaced once the new one is whole.
+    timeout
+        Seconds that the coordinator waits for the others' files.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = limits.SAVE_TIMEOUT_SECONDS) -> None:

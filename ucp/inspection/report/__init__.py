@@ -56,10 +56,21 @@ def write_report(
     progress: Progress | None = None,
     **options: Any,
 ) -> WrittenReport:
-    """Write a page about a checkpoint, damaged ones included. layout: plan a resume on it, with options as for
-    `plan`. quick, finite, trust_paths: as for `verify`.
+    """Write a page about a checkpoint, damaged ones included.
 
-    Raises what `verify` and `plan` raise, DestinationError where the page can't be written.
+    Parameters
+    ----------
+    path, tag, spec, model_config, sizes, trust_paths, quick, finite
+        As for `verify`.
+    output
+        The page's file.
+    layout, options
+        Plan a resume on this layout, with options as for `plan`.
+
+    Raises
+    ------
+    DestinationError
+        Where the page can't be written; and what `verify` and `plan` raise.
     """
     choice: dict[str, Any] = {"model_config": model_config, "sizes": sizes, "trust_paths": trust_paths}
     verdict = verify(path, tag, spec=spec, **choice, quick=quick, finite=finite, progress=progress)
