@@ -210,8 +210,8 @@ def divide_settings(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[d
     opening = {name: value for name, value in settings.items() if name in _OPENING}
     running = Running(**{name: value for name, value in settings.items() if name in _RUNNING})
     others = {name: value for name, value in settings.items() if name not in (*_OPENING, *_RUNNING)}
-    read_by = {option.name for known in formats.every() for option in known.read_options} if others else set()
-    reading = {name: others.pop(name) for name in read_by & others.keys() - {o.name for o in target.options}}
+    foreign = others.keys() - {option.name for option in target.options} - defaults_of().keys()
+    reading = {name: others.pop(name) for name in foreign if formats.is_read_option(name)}
     if reading:
         opening["options"] = reading
     return opening, running, formats.own_options(target, others, (*_RUNNING, *_OPENING))

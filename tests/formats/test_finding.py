@@ -9,6 +9,7 @@ import pytest
 import ucp
 from tests.formats import raw
 from ucp import formats
+from ucp.errors import BadArgument
 from ucp.formats.base import OBJECT
 from ucp.storage import locations
 
@@ -62,3 +63,16 @@ def test_names_of_formats_targets_and_options_are_told_apart() -> None:
         for option in (*one.read_options, *(option for target in one.targets for option in target.options)):
             assert option.about
             assert option.kind == OBJECT or option.flag.startswith("--")
+
+
+def test_options_of_built_in_targets_load_no_other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for other packages' formats takes longer than a virtual checkpoint of a small model."""
+    raw.write_consolidated(tmp_path / "source", raw.make(tmp_path / "raw").catalog)
+
+    def refuse() -> tuple[formats.Format, ...]:
+        raise AssertionError("other packages' formats were looked for")
+
+    monkeypatch.setattr(formats, "registered", refuse)
+    ucp.convert(tmp_path / "source", tmp_path / "pointer", virtual=True)
+    with pytest.raises(BadArgument, match="dtype is for 'huggingface' only"):
+        ucp.convert(tmp_path / "source", tmp_path / "dest", dtype="bf16")

@@ -177,7 +177,7 @@ def own_options(of: WriteTarget, given: Mapping[str, Any], others: Iterable[str]
 
 
 def _refuse(of: WriteTarget, name: str, value: object, known: Sequence[str]) -> None:
-    takers = [(one, option) for one, option in options_of_targets() if option.name == name]
+    takers = next((found for among in (built_in, every) if (found := _takers(name, among()))), [])
     if not takers:
         from difflib import get_close_matches
 
@@ -189,6 +189,15 @@ def _refuse(of: WriteTarget, name: str, value: object, known: Sequence[str]) -> 
         names = " or ".join(f"'{one.name}'" for one, _ in takers)
         said = option.elsewhere or f"{name} is for {names} only, not for '{{to}}'"
         raise BadArgument(said.format(to=of.name))
+
+
+def _takers(name: str, among: Iterable[Format]) -> list[tuple[WriteTarget, Option]]:
+    return [(one, option) for one, option in options_of_targets(among) if option.name == name]
+
+
+def is_read_option(name: str) -> bool:
+    """Whether some format takes an option of this name when it reads."""
+    return any(option.name == name for known in every() for option in known.read_options)
 
 
 def explain_unknown(path: Path) -> NotACheckpoint:
