@@ -16,6 +16,7 @@ import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.read.test_damaged import OLDER, TAG
 from ucp.errors import DamagedCheckpoint, DigestMismatch
+from ucp.inspection.verify import verify
 
 RECORDS = 4  # of each file
 TARGETS: dict[str, dict[str, Any]] = {
@@ -110,6 +111,11 @@ def test_files_without_crcs_are_said_not_to_be_verified(tmp_path: Path) -> None:
     assert report.verified_bytes == 0
     assert report.unverified_bytes > 0
     assert "with nothing to verify" in str(report)
+    verdict = verify(source)
+    assert (verdict.whole, verdict.checked["digested_by_zip"]) == (True, 0)
+    told = [finding.text for finding in verdict.findings if finding.kind == "unchecked"]
+    assert any("no CRC-32s" in text for text in told)
+    assert any(text.startswith("3 files have no digests, so flipped bits can't be seen") for text in told)
 
 
 @pytest.mark.parametrize("where", ["one", "many"])

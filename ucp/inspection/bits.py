@@ -63,8 +63,20 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
     for identity, path in sorted(found.items()):
         if identity not in digested:
             with locations.opened(path) as stream:
-                (zips if zipfile.is_zipfile(stream) else others).append(path)
+                (zips if _has_crcs(stream) else others).append(path)
     return zips, others
+
+
+def _has_crcs(stream: BinaryIO) -> bool:
+    """Whether this is an archive (or several in a row, of which the last is looked at) whose entries have CRC-32s:
+    torch writes zeros where it was told not to compute them. A damaged one is looked at later."""
+    if not zipfile.is_zipfile(stream):
+        return False
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            return any(info.CRC for info in archive.infolist())
+    except zipfile.BadZipFile:
+        return True
 
 
 def torch_files(folder: Path) -> list[str]:
@@ -79,8 +91,8 @@ def _identity(path: str) -> str:
 def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Iterator[tuple[str, str]]:
     """(file, what of it) for every entry of these archives that differs from its CRC-32.
 
-    An archive in which no entry fits its CRC was written without any (``torch.serialization`` can be told so), and is
-    passed over. advance: told the bytes that were read. Raises DamagedCheckpoint for a file that can't be read.
+    An archive whose entries have no CRC-32 (`checked_files` tells those apart) is passed over. advance: told the bytes
+    that were read. Raises DamagedCheckpoint for a file that can't be read.
     """
     with ThreadPoolExecutor(_threads()) as pool:
         for path, bad in zip(paths, pool.map(lambda path: _archive(path, files), paths), strict=True):
@@ -97,8 +109,8 @@ def _archive(path: str, files: Files) -> list[str]:
         raise DamagedCheckpoint(f"can't be read as an archive: {reason}", file=path) from error
     out = []
     for entries in archives:
-        bad = [info for info in entries if _crc(path, info, files) != info.CRC]
-        if not len(bad) == len(entries) > 1:
+        if any(info.CRC for info in entries):
+            bad = [info for info in entries if _crc(path, info, files) != info.CRC]
             out += [f"entry '{info.filename}' ({info.file_size} bytes from byte {info.header_offset})" for info in bad]
     return out
 
