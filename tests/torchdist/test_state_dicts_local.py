@@ -244,7 +244,7 @@ def test_timings_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture, 
     assert (save["what"], save["bytes"], save["checkpoint"]) == ("save", report.written, str(path))
     assert save["seconds"] == pytest.approx(report.seconds, abs=1e-5)
     assert (load["what"], load["bytes"], load["checkpoint"]) == ("load", loaded.bytes_read, str(path))
-    assert [*load["seconds"]] == ["open", "plan", "read", "apply", "wait"]
+    assert [*load["seconds"]] == ["open", "plan", "read", "apply", "prove", "wait"]
     assert load["seconds"] == pytest.approx(loaded.seconds, abs=1e-5)
     assert load["overlapping"] == pytest.approx(loaded.overlapping, abs=1e-5)
     assert str(report) in caplog.messages

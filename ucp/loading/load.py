@@ -74,8 +74,9 @@ class LoadReport:
             text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
         if self.unused:
             text += f"; not used: {len(self.unused)} ({', '.join(self.unused[:4])}, …)"
-        text = f"{text} ({self.path})" if self.path else text
-        return text if self.proof is None else f"{text}; {self.proof}"
+        if self.proof is not None:
+            text += f"; {self.proof}"
+        return f"{text} ({self.path})" if self.path else text
 
 
 def load(

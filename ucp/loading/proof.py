@@ -65,9 +65,9 @@ class Proof:
         return not self.unproved
 
     def __str__(self) -> str:
-        text = f"proved: {self.tensors} tensors, {self.nbytes / 1e9:.1f} GB live equal to {self.of}'s"
-        if self.nbytes < 50_000_000:
-            text = text.replace(f"{self.nbytes / 1e9:.1f} GB", f"{self.nbytes / 1e6:.3f} MB")
+        scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1, "B")) if self.nbytes >= s or s == 1)
+        size = f"{self.nbytes / scale:.{0 if unit == 'B' else 1}f} {unit}"
+        text = f"proved: {self.tensors} tensors, {size} live equal to {self.of}'s"
         if self.weights:
             text += f", {self.weights} rounded weights to their masters"
         if self.sample is not None:

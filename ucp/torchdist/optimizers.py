@@ -17,7 +17,8 @@ import torch
 from torch.distributed.checkpoint import state_dict as api
 from torch.distributed.tensor import DTensor
 
-from ucp.formats.shared.roles import MODEL
+from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.loading.name_match import bare
 from ucp.torchdist.dtensors import local_tensor
 
 OPTIMIZER = "optim"
@@ -78,6 +79,27 @@ def names_without_states(state_dict: Mapping[str, Any], optimizer: Optimizers) -
         at += len(o.param_groups)
         if not o.state:
             out += [name for group in groups for name in group["params"]]
+    return out
+
+
+def tensors_now(
+    model: torch.nn.Module, optimizer: Optimizers, state_dict: Mapping[str, Any]
+) -> dict[tuple[str, str], Any]:
+    """What model and optimizers have themselves: (name, 'param' or state) -> tensor or value. state_dict: of
+    `state_dict_of`, for the names of the optimizers' parameters."""
+    out: dict[tuple[str, str], Any] = {}
+    for name, tensor in (
+        *model.named_buffers(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+    ):
+        out[bare(name), PARAM] = tensor
+    at = 0
+    for o in listed(optimizer):
+        groups = state_dict[OPTIMIZER]["param_groups"][at : at + len(o.param_groups)]
+        at += len(o.param_groups)
+        for named, group in zip(groups, o.param_groups, strict=True):
+            for name, param in zip(named["params"], group["params"], strict=True):
+                out.update({(name, state): value for state, value in o.state.get(param, {}).items()})
     return out
 
 

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint.state_dict as api
 from ucp import limits
 from ucp.catalog import Catalog, TrainingState
 from ucp.errors import Mismatch
-from ucp.formats.shared.roles import MODEL, PARAM, StateEntry
+from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
@@ -35,6 +35,7 @@ from ucp.torchdist.optimizers import (
     names_without_states,
     set_states,
     state_dict_of,
+    tensors_now,
 )
 from ucp.torchdist.save import PendingSave, write, write_in_background
 from ucp.torchdist.source import make_source
@@ -235,7 +236,7 @@ class TrainingTarget(StateDictTarget):
     ) -> None:
         self._live, self._position, self._where = live, position, where
         self._state_dict, self._made = state_dict, made
-        self._now: Mapping[str, StateEntry] | None = None
+        self._now: Mapping[tuple[str, str], Any] | None = None
         self._stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
         if listed(live.optimizer) and not self._stepped:
             state_dict[OPTIMIZER]["state"].clear()
@@ -253,11 +254,11 @@ class TrainingTarget(StateDictTarget):
         super().__init__(where, flatten(state_dict), catalog, unseen=unseen, blank=blank, words=words)
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
-        """What the model and the optimizers have now: torch's functions may have given them copies."""
+        """What the model and the optimizers themselves have now: torch's functions may have given them copies."""
         if self._now is None:
-            self._now = flatten(state_dict_of(self._live.model, self._live.optimizer)[0])
-        entry = self._now.get(self._key(key, state))
-        return None if entry is None or not isinstance(entry.value, torch.Tensor) else local_tensor(entry.value)
+            self._now = tensors_now(self._live.model, self._live.optimizer, self._state_dict)
+        found = self._now.get((self.slots[key].members[0].name, state))
+        return local_tensor(found) if isinstance(found, torch.Tensor) else None
 
     def apply(self, loaded: Loaded) -> None:
         super().apply(loaded)
