@@ -25,12 +25,13 @@ WIDTHS = [1, 2, 4, 8, 16]
 def by_definition(raw: bytes) -> Digest:
     """As the module's docstring says it, word by word in Python's own numbers."""
     words = np.frombuffer(raw + b"\0" * (-len(raw) % 4), "<i4").tolist()
+    weights = table().tolist()
     sums = [0, 0]
-    for number, word in enumerate(words):
-        row, column = divmod(number, 256)
+    for row in range(-(-len(words) // 256)):
         for lane in range(2):
             key = int(mixed(np.array([2 * row + lane], np.uint64) + np.uint64(logical.KEY_SEED))[0]) | 1
-            sums[lane] += key * int(table()[lane, column]) * word
+            columns = zip(weights[lane], words[256 * row : 256 * row + 256], strict=False)
+            sums[lane] += key * sum(weight * word for weight, word in columns)
     return Digest(sums[0] % 2**64, sums[1] % 2**64)
 
 
