@@ -11,7 +11,7 @@ from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
-from ucp.deepspeed.live.state import warn_of_clipping
+from ucp.deepspeed.live.state import samples_seen, warn_of_clipping
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import NotACheckpoint, Unsupported
@@ -83,8 +83,9 @@ class EngineUcp:
 
     @property
     def samples_seen(self) -> int:
-        """Samples of the training data that this run has consumed, over all layouts it has had."""
-        return self._engine.global_samples
+        """Samples of the training data that this run has consumed, over all layouts it has had, each counted once:
+        ``engine.global_samples`` counts one under AutoTP for every tensor-parallel rank that sees it."""
+        return samples_seen(self._engine)
 
 
 def bind(engine: Any, config: Config) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.deepspeed.live import generators
+from ucp.deepspeed.live.state import samples_per_step, samples_seen
 from ucp.errors import Unsupported
 from ucp.geometry import empty
 from ucp.job import ranks
@@ -134,10 +135,10 @@ def _training_state(live: Live, groups: Sequence[Group], client_state: Mapping[s
         loss_scaler=_loss_scaler(engine.optimizer),
         clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
         global_steps=engine.global_steps,
-        global_samples=int(engine.global_samples),  # under sequence parallelism DeepSpeed counts in floats
+        global_samples=samples_seen(engine),
         skipped_steps=engine.skipped_steps,
         dp_world_size=engine.seq_dp_world_size,
-        global_batch_size=int(engine.train_batch_size()),
+        global_batch_size=samples_per_step(engine),
         extra=extra,
         client_state=dict(client_state),
         config=_config(engine),

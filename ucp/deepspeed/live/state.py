@@ -55,18 +55,37 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
     if state.global_steps is not None:
         engine.global_steps = state.global_steps
         samples = state.global_samples
-        engine.global_samples = state.global_steps * engine.train_batch_size() if samples is None else samples
+        if samples is None:
+            samples = state.global_steps * samples_per_step(engine)
+        engine.global_samples = samples * times_counted(engine)
     if state.skipped_steps is not None:
         engine.skipped_steps = state.skipped_steps
     _restore_rng(engine, state.extra.get("ranks", ()))
     engine.loaded_checkpoint_dp_world_size = state.dp_world_size
     engine.loaded_checkpoint_mp_world_size = 1
-    batch = engine.train_batch_size()
+    batch = samples_per_step(engine)
     if state.global_batch_size is not None and state.global_batch_size != batch:
         warn(
             f"the global batch size changes from {state.global_batch_size} to {batch} samples with this resume; "
-            f"engine.ucp.samples_seen ({engine.global_samples}) says where the data stands"
+            f"engine.ucp.samples_seen ({samples_seen(engine)}) says where the data stands"
         )
+
+
+def samples_seen(engine: Any) -> int:
+    """Samples of the training data that all ranks have consumed, each counted once."""
+    return int(engine.global_samples) // times_counted(engine)
+
+
+def samples_per_step(engine: Any) -> int:
+    """Samples that all ranks consume in an optimizer step: those of the data-parallel ranks of the mesh, and not again
+    those of the ranks of tensor, pipeline and sequence parallelism, which see the same."""
+    data_ranks = engine.seq_dp_world_size // engine.sequence_parallel_size
+    return int(engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * data_ranks)
+
+
+def times_counted(engine: Any) -> int:
+    """How often DeepSpeed counts a sample in ``global_samples``; see `ucp.formats.shared.samples`."""
+    return max(int(engine.train_batch_size()) // samples_per_step(engine), 1)
 
 
 def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint
+from ucp.formats.shared.samples import counted_by_us
 from ucp.formats.shared.training_state import PLAIN, Tensors
 from ucp.geometry import box, empty, numel, whole
 from ucp.storage import plain, safetensors
@@ -54,7 +55,7 @@ def decode(path: str, data: Any, tensors: Mapping[str, TensorRef]) -> TrainingSt
     values = {name: plain.decode(data[name], get) for name in PLAIN if name in data}
     for name, value in values.items():
         _check(path, name, value, _TYPES.get(name, (object,)))
-    return TrainingState(param_groups=tuple(groups), **values)
+    return counted_by_us(TrainingState(param_groups=tuple(groups), **values))
 
 
 _NUMBER = (int, type(None))

@@ -20,6 +20,7 @@ from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
+from ucp.formats.shared.samples import counted_once
 from ucp.storage.torch_pt.values import Standin
 
 
@@ -183,7 +184,7 @@ def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mappi
     if not isinstance(batch, int) and steps and samples:
         batch = samples // steps
     clip = optimizer.get("clip_grad", config.get("gradient_clipping"))  # stage 3 has it in the config alone
-    return TrainingState(
+    state = TrainingState(
         param_groups=tuple(groups),
         lr_scheduler=model.raw.get("lr_scheduler"),
         loss_scaler=_loss_scaler(optimizer),
@@ -197,6 +198,7 @@ def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mappi
         client_state=model.client_state,
         config=config,
     )
+    return counted_once(state)
 
 
 def _loss_scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:

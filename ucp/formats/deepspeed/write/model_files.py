@@ -15,6 +15,7 @@ from ucp.catalog import Catalog, ParameterInfo
 from ucp.formats.deepspeed.write.config import VERSION, EngineConfig
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import PARAM, Flat
+from ucp.formats.shared.samples import autotp_size
 from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import numel
 from ucp.parallel import zero
@@ -115,7 +116,7 @@ def model_state(
         "random_ltd": state.extra.get("random_ltd"),
         "skipped_steps": state.skipped_steps or 0,
         "global_steps": state.global_steps or 0,
-        "global_samples": state.global_samples or 0,
+        "global_samples": (state.global_samples or 0) * autotp_size(config.raw),
         "dp_world_size": layout.dp,
         "mp_world_size": layout.tp * layout.pp,
         "checkpoint_parallel_dimensions": {"pp_degree": layout.pp, "tp_degree": layout.tp},
