@@ -22,10 +22,14 @@ from ucp.formats.universal import consolidated, manifest, virtual
 from ucp.geometry import whole
 from ucp.parallel.mesh import Layout
 from ucp.parallel.zero import ceil_partition, flat_partition
+from ucp.storage.digests import ChunkDigests
 from ucp.storage.dtypes import numpy_dtype, to_torch
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader
-from ucp.transfer.write import write_files
+from ucp.transfer.pieces import create_files, seal_files
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.windows import shares
+from ucp.transfer.write import Progress, write_share
 
 Array = NDArray[Any]
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -161,6 +165,27 @@ def virtual_checkpoint(folder: Path, raw: Raw) -> Path:
         digests = write_files(Reader(plan.source, files), folder, plan.files)
     (folder / manifest.NAME).write_bytes(plan.manifest(digests, "test", str(folder)))
     return folder
+
+
+def write_files(
+    reader: Reader,
+    folder: str | os.PathLike[str],
+    files: Sequence[TargetFile],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, ChunkDigests]:
+    """Write the files into an existing folder, in one go and by one process; return their chunks' digests by file name.
+
+    Arguments and errors as of `write_share`. Flushing the small files and the folders is left to the caller, who
+    commits them all at once. Files may be left half written by an error; the caller owns the folder.
+    """
+    create_files(folder, files)
+    pieces = write_share(
+        reader, folder, files, shares(files, 0, 1), threads=threads, max_memory=max_memory, progress=progress
+    )
+    return seal_files(folder, files, pieces)
 
 
 def write_consolidated(folder: Path, catalog: Catalog, max_shard: int = limits.SHARD_FILE_BYTES) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests import property as p
 from ucp.geometry import Blocks, box, concat, flat_ranges, row_major, whole
 from ucp.job import live_digest
-from ucp.job.live_digest import Live, digests, on_device
+from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical import digest as logical
 from ucp.logical import runs as running
 from ucp.logical.digest import Digest, digest_bytes, row_keys, table, total
@@ -117,7 +117,7 @@ def test_large_cuts_take_every_way_and_add_up(shape, width) -> None:
                 blocks = box(offsets, [high - low if k == axis else size for k, size in enumerate(shape)])
                 found = found + of_blocks(shape, blocks, width, piece)
                 kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
-                live.append(Live(torch.from_numpy(piece).view(kind), shape, blocks))
+                live.append(LiveElements(torch.from_numpy(piece).view(kind), shape, blocks))
             assert found == wanted
             assert total(on_device(live)) == wanted
             assert total(digests(live, threads=2)) == wanted
@@ -207,21 +207,22 @@ def test_faults_are_found(name: str) -> None:
         after = of_array(damaged)
         assert after.first != before.first
         assert after.second != before.second
-        live = Live(torch.from_numpy(damaged), damaged.shape, whole(damaged.shape))
+        live = LiveElements(torch.from_numpy(damaged), damaged.shape, whole(damaged.shape))
         assert on_device([live]) == digests([live]) == [after]
 
 
 def test_a_shard_twice_is_found() -> None:
     values = np.random.default_rng(1).standard_normal((8, 1000)).astype(np.float32)
     shards = [
-        Live(torch.from_numpy(values[k : k + 2].copy()), values.shape, box([k, 0], [2, 1000])) for k in range(0, 8, 2)
+        LiveElements(torch.from_numpy(values[k : k + 2].copy()), values.shape, box([k, 0], [2, 1000]))
+        for k in range(0, 8, 2)
     ]
     parts = digests(shards)
     assert total(parts) == of_array(values)
     assert total([*parts, parts[2]]) != of_array(values)
     assert total(parts[1:]) != of_array(values)
     # The first shard's values in the second one's place, too.
-    wrong = Live(shards[0].tensor, values.shape, shards[1].blocks)
+    wrong = LiveElements(shards[0].tensor, values.shape, shards[1].blocks)
     assert total([parts[0], *digests([wrong]), *parts[2:]]) != of_array(values)
 
 
@@ -257,7 +258,7 @@ def test_a_sample_is_the_digest_of_the_blocks_that_it_picks() -> None:
         wanted = of_array(cut)
         ends = [0, 70_001, 1 << 20, (1 << 20) + 5, len(raw)]
         lives = [
-            Live(torch.from_numpy(raw[low:high].copy()), shape, flat_ranges(shape, [low], [high], [0]))
+            LiveElements(torch.from_numpy(raw[low:high].copy()), shape, flat_ranges(shape, [low], [high], [0]))
             for low, high in itertools.pairwise(ends)
         ]
         assert total(digests(lives, sample=sample)) == wanted
@@ -276,10 +277,10 @@ def test_live_tensors_are_digested_as_another_type() -> None:
     rounded.view(torch.int16)[6] = 0x7FC1
     rounded.view(torch.int16)[7] = 0x7F81
     wide = (rounded.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    narrow = Live(rounded, (3000,), whole((3000,)))
-    again = Live(wide, (3000,), whole((3000,)), "bfloat16")
+    narrow = LiveElements(rounded, (3000,), whole((3000,)))
+    again = LiveElements(wide, (3000,), whole((3000,)), "bfloat16")
     assert digests([narrow]) == digests([again]) == on_device([again])
-    assert digests([Live(wide, (3000,), whole((3000,)))]) != digests([narrow])
+    assert digests([LiveElements(wide, (3000,), whole((3000,)))]) != digests([narrow])
 
 
 def test_tensors_of_every_type_and_none(monkeypatch) -> None:
@@ -289,9 +290,9 @@ def test_tensors_of_every_type_and_none(monkeypatch) -> None:
     for dtype in (torch.bool, torch.int8, torch.float16, torch.bfloat16, torch.float64, torch.complex64):
         raw = torch.from_numpy(rng.integers(0, 2, 40_960, dtype=np.uint8))
         tensor = raw.view(dtype)
-        lives.append(Live(tensor, tuple(tensor.shape), whole(tensor.shape)))
-        lives.append(Live(tensor[:1].reshape(()), (), whole(())))
-    lives.append(Live(torch.empty(0), (0, 3), whole((0, 3))))
+        lives.append(LiveElements(tensor, tuple(tensor.shape), whole(tensor.shape)))
+        lives.append(LiveElements(tensor[:1].reshape(()), (), whole(())))
+    lives.append(LiveElements(torch.empty(0), (0, 3), whole((0, 3))))
     wanted = [of_array(live.tensor.reshape(-1).view(torch.uint8).numpy()) for live in lives]
     assert digests(lives) == digests(lives, threads=3) == on_device(lives) == wanted
 
@@ -301,22 +302,22 @@ def test_views_at_odd_places_of_a_buffer() -> None:
     shape = (1, 4000)
     for start in (0, 1, 2, 3):
         own = buffer[start : start + 4000].clone()
-        held = Live(buffer, shape, box([0, 0], shape, start))
-        view = Live(buffer[start:], shape, whole(shape))
+        held = LiveElements(buffer, shape, box([0, 0], shape, start))
+        view = LiveElements(buffer[start:], shape, whole(shape))
         assert (
             digests([held])
             == digests([view])
             == on_device([held])
             == on_device([view])
-            == digests([Live(own, shape, whole(shape))])
+            == digests([LiveElements(own, shape, whole(shape))])
         )
     parts = concat([flat_ranges(shape, [0, 1001], [1001, 4000], [999, 2000])], 2)
     moved = torch.zeros(5000, dtype=torch.bfloat16)
     moved[999:2000], moved[2000:4999] = own[:1001], own[1001:]
     assert (
-        on_device([Live(moved, shape, parts)])
-        == digests([Live(moved, shape, parts)])
-        == digests([Live(own, shape, whole(shape))])
+        on_device([LiveElements(moved, shape, parts)])
+        == digests([LiveElements(moved, shape, parts)])
+        == digests([LiveElements(own, shape, whole(shape))])
     )
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.spec.models import MODELS, config_of
+from tests.spec.shards import check_shards
 from ucp.spec import shipped
 from ucp.spec.bound import bind
-from ucp.spec.check import check_shards, merge
+from ucp.spec.check import merge
 
 FUSED = {
     "bloom": "transformer.h.0.self_attention.query_key_value",

@@ -9,13 +9,13 @@ from hypothesis import given
 from tests.property import generators, ids, law
 from tests.spec import naive
 from tests.spec.models import MODELS, config_of, names_of
-from ucp.errors import Mismatch, SpecError
+from tests.spec.shards import check_shards
+from ucp.errors import Mismatch
 from ucp.spec import shipped
-from ucp.spec.bound import bind, is_held
-from ucp.spec.check import check_shards, merge
+from ucp.spec.bound import bind
+from ucp.spec.check import merge
 from ucp.spec.evaluate import Cutting
 from ucp.spec.grammar import Cut, walk
-from ucp.spec.language import loads
 
 
 @given(generators)
@@ -115,24 +115,3 @@ def test_megatrons_gated_mlp_has_two_segments() -> None:
     found = bound.find("2.mlp.dense_h_to_4h.weight")
     assert found is not None
     assert str(found.expression) == "(ffn/tp | ffn/tp) hidden"
-
-
-def test_which_rank_has_an_expert() -> None:
-    text = "ucp: 1\nmodel: x\nsizes: {experts: config.e}\nparameters: {'m.{experts/ep}.w': '2', b: '2'}\n"
-    bound = bind(loads(text), {"e": 5})
-    cutting = Cutting({"ep": 2, "tp": 2}, "balanced")
-    held = {}
-    for rank in range(2):
-        for e in range(5):
-            found = bound.find(f"m.{e}.w")
-            assert found is not None
-            held[rank, e] = is_held(found, bound.sizes, cutting, {"ep": rank, "tp": 1})
-    assert [e for r, e in held if r == 0 and held[r, e]] == [0, 1, 2]
-    assert [e for r, e in held if r == 1 and held[r, e]] == [3, 4]
-    other = bound.find("b")
-    assert other is not None
-    assert is_held(other, bound.sizes, cutting, {"ep": 1})
-    found = bound.find("m.0.w")
-    assert found is not None
-    with pytest.raises(SpecError, match="'experts/ep' cuts 5 in equal parts for 2 ranks of ep"):
-        is_held(found, bound.sizes, Cutting({"ep": 2}), {"ep": 0})

@@ -11,9 +11,9 @@ from hypothesis import given
 from tests.property import cut, generators, ids, law
 from tests.spec import naive
 from tests.spec.naive import expression
-from ucp.errors import Mismatch, SpecError
+from ucp.errors import SpecError
 from ucp.geometry import concat, intersect, runs
-from ucp.spec.evaluate import Cutting, Shard, coordinates, shape_of, shard, shard_blocks
+from ucp.spec.evaluate import Cutting, Shard, coordinates, shape_of, shard
 from ucp.spec.grammar import cuts
 
 
@@ -171,8 +171,6 @@ def test_sizes_and_shapes_that_are_wrong() -> None:
         held("(haeds/tp 2)", {"heads": 4}, {"tp": 2})
     with pytest.raises(SpecError, match="'vocab' is 5; padding can't make it 4"):
         held("(vocab+pad)/tp", {"vocab": 5}, {"tp": 2}, padded={"vocab": 4})
-    with pytest.raises(Mismatch, match=r"test:1:1: 'a b' makes a tensor of \[2, 3\], and it has \[3, 2\]"):
-        shard_blocks(expression("a b"), {"a": 2, "b": 3}, (3, 2), Cutting(), {})
     with pytest.raises(ValueError, match="coordinate tp=2 is outside of the mesh, which has 2 ranks there"):
         shard(expression("a/tp"), {"a": 4}, Cutting({"tp": 2}), {"tp": 2})
     with pytest.raises(ValueError, match="unknown rule 'evenly' of cutting; use exact, balanced, ceil"):

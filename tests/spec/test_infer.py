@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.spec.shards import check_shards
 from ucp.errors import DamagedCheckpoint, SpecError, Unsupported
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
-from ucp.spec.check import check_shards, merge
+from ucp.spec.check import merge
 from ucp.spec.infer import draft, infer
 from ucp.spec.language import loads
 from ucp.spec.placement import place

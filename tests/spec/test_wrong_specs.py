@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.spec.shards import check_shards
 from ucp.errors import UcpError
 from ucp.spec.bound import bind
-from ucp.spec.check import check_shards, merge, trusted
+from ucp.spec.check import merge, trusted
 from ucp.spec.evaluate import Cutting
 from ucp.spec.language import loads
 

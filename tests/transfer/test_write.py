@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.formats import raw
+from tests.formats.raw import write_files
 from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.geometry import box, row_major, whole
@@ -29,7 +30,6 @@ from ucp.transfer import windows, write
 from ucp.transfer.gather import Copy, Reader, Want
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import budget, check_files
-from ucp.transfer.write import write_files
 
 LEAST = limits.SCRATCH_BYTES + 4 * CHUNK  # what one thread needs to work with windows of one chunk
 

@@ -16,16 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.formats.raw import make
+from tests.formats.raw import make, write_files
 from ucp import limits
 from ucp.geometry import whole
-from ucp.storage.crc32 import Crc32Entry, Passing
+from ucp.storage.crc32 import Crc32Entry, PassingEntries
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
 from ucp.transfer.gather import Reader, Want
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.write import write_files
 
 
 def test_records_longer_than_a_window(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_crcs_are_stored_while_the_bytes_pass(sizes: list[int], steps: list[int]
     for entry in entries:
         for position in entry.positions:
             wanted[position : position + 4] = zlib.crc32(raw[entry.offset : entry.end]).to_bytes(4, "little")
-    passing = Passing(entries)
+    passing = PassingEntries(entries)
     start = 0
     for step in cycle(steps):
         passing.store(start, memoryview(raw)[start : start + step])
@@ -91,4 +90,4 @@ def test_crcs_are_stored_while_the_bytes_pass(sizes: list[int], steps: list[int]
 
 def test_a_crc_ahead_of_its_bytes_is_a_fault_of_the_plan() -> None:
     with pytest.raises(ValueError, match="ahead of the bytes"):
-        Passing([Crc32Entry(10, 5, (4,))])
+        PassingEntries([Crc32Entry(10, 5, (4,))])

@@ -38,7 +38,7 @@ WAYS_ON = (
 
 
 @dataclass(frozen=True)
-class Place:
+class SamplesOf:
     """Whose samples a loader gives. replicas, rank: of the sampler, which tensor-parallel ranks share; batch: samples
     of one step on one rank; length: of the data set; seed, shuffle: of the order; drop_last: the sampler's."""
 
@@ -109,7 +109,7 @@ def _is_stateful_loader(loader: Any) -> bool:
     return module is not None and isinstance(loader, module.StatefulDataLoader)
 
 
-def _place(loader: Any) -> Place | None:
+def _place(loader: Any) -> SamplesOf | None:
     """None where ranks are not known to share one order."""
     if not _is_stateful_loader(loader) or loader.batch_size is None:
         return None
@@ -119,7 +119,7 @@ def _place(loader: Any) -> Place | None:
     # Subclasses may divide the samples in another way.
     if type(sampler) not in known or isinstance(dataset, IterableDataset):
         return None
-    return Place(
+    return SamplesOf(
         int(sampler.num_replicas),
         int(sampler.rank),
         int(loader.batch_size),
@@ -130,10 +130,10 @@ def _place(loader: Any) -> Place | None:
     )
 
 
-def _place_kept(own: Mapping[str, Any]) -> Place | None:
+def _place_kept(own: Mapping[str, Any]) -> SamplesOf | None:
     found = own.get(PLACE)
     try:
-        return None if found is None else Place(**found)
+        return None if found is None else SamplesOf(**found)
     except TypeError as error:
         raise Mismatch(f"its '{PLACE}' is not understood: {error}; {WAYS_ON}") from None
 
@@ -146,7 +146,7 @@ class _Position:
     finished: bool
 
 
-def _position(state: Any, place: Place | None, counted: bool = True) -> _Position:
+def _position(state: Any, place: SamplesOf | None, counted: bool = True) -> _Position:
     """counted: the state has to say how many samples were drawn, beside the sampler's own word.
 
     Raises Mismatch for a state that holds more than a position, or none.
@@ -170,7 +170,9 @@ def _position(state: Any, place: Place | None, counted: bool = True) -> _Positio
     return _Position(samples, bool(state.get("_iterator_finished")))
 
 
-def _moved(kept: Sequence[Mapping[str, Any]], old: Sequence[Place | None], live: Place, loader: Any) -> Restored:
+def _moved(
+    kept: Sequence[Mapping[str, Any]], old: Sequence[SamplesOf | None], live: SamplesOf, loader: Any
+) -> Restored:
     """The state of a loader whose rank takes every n-th sample of one order, from ranks that did so, too."""
     positions = {_position(own[STATE], place) for own, place in zip(kept, old, strict=True)}
     if len(positions) > 1:

@@ -33,7 +33,7 @@ _KEPT = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Live:
+class LiveElements:
     """Elements of a logical tensor in memory, on any device.
 
     tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
@@ -60,7 +60,7 @@ class Live:
 
 
 @torch.no_grad()
-def digests(lives: Sequence[Live], *, sample: Sample | None = None, threads: int = 1) -> list[Digest]:
+def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, threads: int = 1) -> list[Digest]:
     """The digest of each. sample: of the blocks that it picks alone. threads: for those in host memory.
 
     A tensor that is not contiguous is copied.
@@ -77,7 +77,7 @@ def digests(lives: Sequence[Live], *, sample: Sample | None = None, threads: int
     return out
 
 
-def _windows(live: Live, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
+def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
     """The tensor's memory in pieces of bytes, and the runs in each; at most about ``most`` bytes where it is converted,
     or lies on a device that numpy can't see."""
     flat = live.tensor.detach().reshape(-1)
@@ -98,7 +98,7 @@ def _windows(live: Live, sample: Sample | None, most: int) -> Iterator[tuple[tor
                 yield _bits(piece, live), Runs(part.sources - begin, part.places, part.sizes)
 
 
-def _bits(piece: torch.Tensor, live: Live) -> torch.Tensor:
+def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
     """The elements' bytes, converted first where a type is given."""
     if live.dtype is not None:
         kind = to_torch(live.dtype)
@@ -117,7 +117,7 @@ def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype)
 
 
-def _on_host(lives: Sequence[Live], sample: Sample | None, threads: int) -> list[Digest]:
+def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
     def work(job: tuple[int, torch.Tensor, Runs]) -> tuple[int, Digest]:
         k, raw, runs = job
         return k, digest_bytes(raw.cpu().numpy(), runs)
@@ -151,7 +151,7 @@ def _batched(
 # --- on a device -----------------------------------------------------------------------------------------------------
 
 
-def on_device(lives: Sequence[Live], sample: Sample | None = None, threads: int = 1) -> list[Digest]:
+def on_device(lives: Sequence[LiveElements], sample: Sample | None = None, threads: int = 1) -> list[Digest]:
     """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too."""
     sums = _Sums(lives[0].tensor.device, len(lives))
     for k, live in enumerate(lives):

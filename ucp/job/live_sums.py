@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sum:
+class SumOverRanks:
     """A tensor on all ranks together. elements: held, replicas once. differ: two ranks hold the same elements with
     different values. flawed: a rank's part is."""
 
@@ -53,7 +53,7 @@ def region_of(blocks: Blocks) -> int:
     return xxhash.xxh3_64_intdigest(blocks.offsets[order].tobytes() + b"/" + blocks.sizes[order].tobytes())
 
 
-def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, Sum]:
+def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
     """The sums of all tensors that any rank has parts of, the same on every rank. Collective."""
     named, _ = ranks.distinct(sorted(key for key, held in parts.items() if held))
     keys = {_hash(key): key for found in named for key in found}
@@ -78,7 +78,7 @@ def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, Sum]:
     for key, _, a, b, elements, _ in held.tolist():
         digest, count = sums.get(key, (Digest(), 0))
         sums[key] = digest + Digest(a, b), count + elements
-    return {keys[key]: Sum(*found, key in odd, key in flawed) for key, found in sums.items()}
+    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed) for key, found in sums.items()}
 
 
 def _hash(key: Key) -> int:

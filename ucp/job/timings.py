@@ -5,15 +5,33 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ucp.formats.universal import manifest
 from ucp.job import ranks
-from ucp.saving.save import SaveReport
 from ucp.storage import locations, metrics
 
 
-def record_save(report: SaveReport, rank: int, world: int) -> None:
+class Finished(Protocol):
+    """What is recorded of a save (`ucp.saving.save.SaveReport`). seconds: by stage; wall: from its call to its end."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def tag(self) -> str: ...
+
+    @property
+    def written(self) -> int: ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+    @property
+    def wall(self) -> float: ...
+
+
+def record_save(report: Finished, rank: int, world: int) -> None:
     """Add this rank's record of a save that was finished; talks to nobody."""
     ident = f"{report.tag}:{_manifest(report.path)}"
     _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))

@@ -22,8 +22,8 @@ from ucp.catalog import LogicalTensor
 from ucp.errors import BadArgument, ProofFailed
 from ucp.geometry import numel
 from ucp.job import ranks
-from ucp.job.live_digest import Live, digests
-from ucp.job.live_sums import Key, Part, Sum, add_up, region_of
+from ucp.job.live_digest import LiveElements, digests
+from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
 from ucp.loading.match import LoadPlan
 from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
@@ -91,7 +91,7 @@ class _Held:
     """A tensor of the checkpoint in this rank's memory. turn: of several that one tensor of the checkpoint fills."""
 
     tensor: LogicalTensor
-    live: Live
+    live: LiveElements
     turn: int
 
     @property
@@ -139,7 +139,7 @@ def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]
                 unproved[name] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
             else:
                 as_saved = None if own == tensor.dtype else tensor.dtype
-                yield _Held(tensor, Live(memory, tensor.shape, want.blocks, as_saved), turn)
+                yield _Held(tensor, LiveElements(memory, tensor.shape, want.blocks, as_saved), turn)
 
 
 def _sample(catalog: Catalog, held: Sequence[_Held], weights: Sequence[Weights], choice: bool | str) -> Sample | None:
@@ -158,15 +158,15 @@ def _sample(catalog: Catalog, held: Sequence[_Held], weights: Sequence[Weights],
 
 def _live_sums(
     held: Sequence[_Held], weights: Sequence[Weights], sample: Sample | None, threads: int
-) -> dict[Key, Sum]:
+) -> dict[Key, SumOverRanks]:
     """What all ranks hold, by tensor: of weights twice, as they are and as their masters say."""
     lives = [h.live for h in held]
     turned = [k for k, live in enumerate(lives) if live.dtype is not None]
     lives += [replace(lives[k], dtype=None) for k in turned]
     lives += [replace(lives[k], back=True) for k in turned]
     first = len(lives)
-    lives += [Live(w.live, w.shape, w.live_blocks) for w in weights]
-    lives += [Live(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True) for w in weights]
+    lives += [LiveElements(w.live, w.shape, w.live_blocks) for w in weights]
+    lives += [LiveElements(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True) for w in weights]
     found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
     exact = {k: found[len(held) + n] == found[len(held) + len(turned) + n] for n, k in enumerate(turned)}
     parts: dict[Key, list[Part]] = {}
@@ -188,7 +188,7 @@ def _live_sums(
 
 def _wanted(
     held: Sequence[_Held],
-    sums: Mapping[Key, Sum],
+    sums: Mapping[Key, SumOverRanks],
     catalog: Catalog,
     reader: Reader,
     sample: Sample | None,
@@ -220,7 +220,7 @@ def _wanted(
 
 
 def _judged(
-    sums: Mapping[Key, Sum],
+    sums: Mapping[Key, SumOverRanks],
     wanted: Mapping[tuple[str, str], Digest],
     catalog: Catalog,
     sample: Sample | None,

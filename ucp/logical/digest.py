@@ -214,7 +214,7 @@ def _add_padded(sums: list[int], flat: Bytes, runs: Runs) -> None:
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedRuns:
     """Runs and the rows that they are copied into, one after the other. rows: how many each takes; numbers: (used,) of
     which row of the tensor each of them is; used: rows in all."""
 
@@ -238,7 +238,7 @@ class Padded:
         return list(zip(first.tolist(), [*first[1:].tolist(), len(size)], strict=True))
 
 
-def padded_batches(runs: Runs, most: int) -> Iterator[Padded]:
+def padded_batches(runs: Runs, most: int) -> Iterator[PaddedRuns]:
     """The runs in batches of at most so many rows; none may need more."""
     runs = runs.take(np.argsort(runs.places % ROW, kind="stable"))
     first = runs.places // ROW
@@ -252,11 +252,11 @@ def padded_batches(runs: Runs, most: int) -> Iterator[Padded]:
         numbers = np.arange(int(ends[stop - 1]) - done) + np.repeat(
             first[at:stop] - (ends[at:stop] - counts - done), counts
         )
-        yield Padded(runs.take(np.arange(at, stop)), counts, numbers)
+        yield PaddedRuns(runs.take(np.arange(at, stop)), counts, numbers)
         at = stop
 
 
-def _copy_into_rows(padded: Bytes, flat: Bytes, part: Padded) -> None:
+def _copy_into_rows(padded: Bytes, flat: Bytes, part: PaddedRuns) -> None:
     """Each run into its rows, at its place in them; those alike in one assignment."""
     runs = part.runs
     starts = (np.cumsum(part.rows) - part.rows) * ROW + runs.places % ROW

@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Passing:
+class PassingTensors:
     """A file's tensors, digested piece by piece, in any order and by several threads."""
 
     entries: Sequence[Entry]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from ucp.catalog import Catalog
 from ucp.job.stopwatch import Stopwatch
 from ucp.logical.digest import Digest
-from ucp.logical.record import Entry, Passing, Recorded
+from ucp.logical.record import Entry, PassingTensors, Recorded
 from ucp.logical.runs import Sample
 from ucp.storage.dtypes import itemsize
 
@@ -27,7 +27,7 @@ class Adding:
         self._catalog = catalog
         held = [tensor for tensor in catalog.tensors.values() if len(tensor.blocks)]
         self._keys = [(tensor.name, tensor.state) for tensor in held]
-        self._passing = Passing([Entry(t.shape, itemsize(t.dtype), t.blocks, t.bases) for t in held], sample)
+        self._passing = PassingTensors([Entry(t.shape, itemsize(t.dtype), t.blocks, t.bases) for t in held], sample)
         self._nothing = Recorded(Digest(), Digest(), sample)
         self._found = [self._nothing] * len(held)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ucp.errors import Mismatch
 from ucp.geometry import numel
 from ucp.job import ranks
-from ucp.job.live_digest import Live, digests
+from ucp.job.live_digest import LiveElements, digests
 from ucp.job.live_sums import Key, Part, add_up, region_of
 from ucp.logical.digest import Digest
 from ucp.logical.listing import Digests, TensorDigest
@@ -19,7 +19,7 @@ def digest_source(source: Source, *, threads: int = 1) -> Digests:
     Raises Mismatch on every rank where ranks hold different values of the same elements, or not all of a tensor.
     """
     held = [h for h in source.holdings if len(h.blocks)]
-    lives = [Live(h.tensor, h.shape, h.blocks) for h in held]
+    lives = [LiveElements(h.tensor, h.shape, h.blocks) for h in held]
     found = ranks.all_or_none(lambda: digests(lives, threads=threads))
     parts: dict[Key, list[Part]] = {}
     for h, live, digest in zip(held, lives, found, strict=True):

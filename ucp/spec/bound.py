@@ -9,10 +9,9 @@ from typing import Any
 from ucp.errors import BadArgument, SpecError
 from ucp.spec import arithmetic
 from ucp.spec.arithmetic import Formula, Missing, Reference, Value
-from ucp.spec.evaluate import Cutting, axis_size, parts, position
-from ucp.spec.grammar import Expression, names, spell
+from ucp.spec.grammar import Expression, names
 from ucp.spec.language import Line, Spec, Tie
-from ucp.spec.patterns import Pattern, cut_of
+from ucp.spec.patterns import Pattern
 from ucp.spec.positions import suggestion
 
 
@@ -79,22 +78,6 @@ class Bound:
                     axis, f"'{name}' needs '{axis.name}', and {self.absent[axis.name].message}"
                 )
         return Found(name, active.pattern, active.expression, captures, self.owner(name))
-
-
-def is_held(found: Found, sizes: Mapping[str, int], cutting: Cutting, coordinate: Mapping[str, int]) -> bool:
-    """Whether the rank at this coordinate has the parameter at all: it does unless its name counts along a cut axis,
-    and the number is in another rank's part.
-
-    Raises SpecError where the axis can't be cut so, or has no size.
-    """
-    for inside in found.pattern.cuts:
-        cut = cut_of(inside)
-        name = spell(cut.axis)
-        n = axis_size(inside, cut.axis, sizes, {})
-        first, last = parts(inside, cut, n, cutting)[position(cut, cutting.mesh, coordinate)]
-        if not first <= found.captures[name] < last:
-            return False
-    return True
 
 
 def bind(

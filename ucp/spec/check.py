@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ucp.errors import Mismatch, Position, SpecError
 from ucp.geometry import Blocks, Shape
 from ucp.spec.bound import Bound, Found
-from ucp.spec.evaluate import Cutting, Mesh, axis_size, shard
+from ucp.spec.evaluate import Cutting, axis_size, shard
 from ucp.spec.grammar import Axis, Cut, Expression, Number, Padded, Product, Sum, cuts, spell, walk
 from ucp.spec.patterns import Pattern
 from ucp.spec.solve import Coordinate, Observed, solve_cuts
@@ -276,23 +276,3 @@ def _same(a: NDArray, b: NDArray) -> bool:
 
 def _at(at: Coordinate) -> str:
     return " on " + ", ".join(f"{m} rank {r}" for m, r in at.items()) if at else ""
-
-
-def check_shards(bound: Bound, mesh: Mesh, shards: Mapping[str, Shards]) -> dict[str, Cutting]:
-    """Check a spec against the shards themselves, and return how every parameter is cut.
-
-    shards: parameter -> its shards in memory with their mesh coordinates. Every shard's shape must follow from one cut
-    of every axis, copies must be equal, parts must not be missing.
-
-    Raises SpecError and Mismatch at the first thing that is wrong.
-    """
-    observed = []
-    for name, held in shards.items():
-        found = bound.find(name)
-        if found is None:
-            raise SpecError(f"no line under parameters: matches '{name}'; write one", Position(bound.spec.file, 1, 1))
-        observed.append(Observed(name, found.expression, [(at, array.shape) for at, array in held]))
-    cuttings = solve_cuts(observed, bound.sizes, mesh)
-    for o in observed:
-        merge(o.expression, bound.sizes, cuttings[o.name], shards[o.name], o.name)
-    return cuttings

@@ -15,7 +15,6 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from ucp.errors import Mismatch
 from ucp.geometry import Blocks, Ints, Shape, empty, numel, row_major, whole
 from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Padded, Product, Sum, cuts, spell
 from ucp.spec.positions import suggestion
@@ -243,27 +242,6 @@ def _boxes(columns: list[tuple[Ints, Ints, Ints]], shape: Shape) -> Blocks:
         np.tile(strides, (len(index), 1)),
         np.zeros(len(index), np.int64),
     )
-
-
-def shard_blocks(
-    expression: Expression,
-    sizes: Mapping[str, int],
-    shape: Shape,
-    cutting: Cutting,
-    coordinate: Mapping[str, int],
-) -> Blocks:
-    """The blocks of the tensor of this (unpadded) shape that the rank at this coordinate holds.
-
-    Both directions: with them as source the shard is read into the tensor, with them as target it is cut from it.
-    Raises Mismatch where the expression gives another shape, and what `shard` raises.
-    """
-    out = shard(expression, sizes, cutting, coordinate)
-    if out.logical != tuple(shape):
-        raise Mismatch(
-            f"{expression.source.position}: '{expression}' makes a tensor of {list(out.logical)}, and it has "
-            f"{list(shape)}"
-        )
-    return out.blocks
 
 
 def coordinates(expression: Expression, mesh: Mesh) -> list[dict[str, int]]:

@@ -18,7 +18,7 @@ try:
 except ImportError:  # no build of it for this machine
     from zlib import crc32
 
-__all__ = ["Crc32Entry", "Passing", "StoredCrc32", "combine", "combine_all", "crc32", "in_order", "within"]
+__all__ = ["Crc32Entry", "PassingEntries", "StoredCrc32", "combine", "combine_all", "crc32", "in_order", "within"]
 
 # zlib's polynomial in the bit order of its CRC register: the highest power of x is the lowest bit.
 _POLYNOMIAL = 0xEDB88320
@@ -80,7 +80,7 @@ def within(entries: Sequence[Crc32Entry], start: int, stop: int) -> Iterator[tup
         yield index, max(entry.offset, start), min(entry.end, stop)
 
 
-class Passing:
+class PassingEntries:
     """The CRC-32s of a file's entries, stored while its bytes pass from the first to the last.
 
     Raises ValueError for an entry whose CRC is wanted before its last byte has passed.

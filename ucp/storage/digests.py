@@ -63,29 +63,6 @@ class ChunkDigests:
         return cls(size, table)
 
 
-class DigestBuilder:
-    """Collects the digests of a file that is written chunk by chunk, in any order."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._table = bytearray(chunk_count(size) * WIDTH)
-        self._missing = set(range(chunk_count(size)))
-
-    def add(self, offset: int, data: Any) -> None:
-        """Take whole chunks: `data` begins at `offset`, both multiples of CHUNK except at the file's end."""
-        view = memoryview(data).cast("B")
-        first = check_aligned(self._size, offset, len(view))
-        digests = digest_chunks(view)
-        self._table[first * WIDTH : first * WIDTH + len(digests)] = digests
-        self._missing.difference_update(range(first, first + len(digests) // WIDTH))
-
-    def finish(self) -> ChunkDigests:
-        """The digests. Raises `BadArgument` if a chunk was never added."""
-        if self._missing:
-            raise BadArgument(f"chunk {min(self._missing)} of {chunk_count(self._size)} was never digested")
-        return ChunkDigests(self._size, bytes(self._table))
-
-
 def digest_chunks(data: Any) -> bytes:
     """The digests, one after the other, of data that begins at a chunk's start."""
     view = memoryview(data)

@@ -137,11 +137,6 @@ def from_storage_class(class_name: str) -> str:
     return _BY_STORAGE_CLASS[class_name]
 
 
-def is_storage_class(class_name: str) -> bool:
-    """Whether the name is that of a torch storage class whose element type is supported."""
-    return class_name in _BY_STORAGE_CLASS
-
-
 def to_torch(name: str) -> torch.dtype:
     """The torch dtype. Imports torch. Raises `Unsupported` if this torch lacks the type."""
     import torch

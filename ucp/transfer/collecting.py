@@ -17,7 +17,7 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import numel
 from ucp.logical.digest import Digest
-from ucp.logical.record import Entry, Passing, Recorded
+from ucp.logical.record import Entry, PassingTensors, Recorded
 from ucp.logical.runs import Sample
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Want
@@ -31,7 +31,7 @@ Key = tuple[str, str]
 @dataclass(frozen=True, eq=False)
 class _File:
     wants: tuple[Want, ...]
-    passing: Passing
+    passing: PassingTensors
 
 
 class Collecting:
@@ -99,7 +99,7 @@ def _file(file: TargetFile, sample: Sample, counts: Callable[[Want], bool]) -> _
     entries = [
         Entry(w.tensor.shape, itemsize(w.dtype), w.blocks, np.full(len(w.blocks), w.base, np.int64)) for w in wants
     ]
-    return _File(wants, Passing(entries, sample))
+    return _File(wants, PassingTensors(entries, sample))
 
 
 def _multiple(digest: Digest, times: int) -> Digest:

@@ -17,7 +17,7 @@ import numpy as np
 from ucp import limits
 from ucp.errors import DestinationError
 from ucp.storage import locations, names
-from ucp.storage.crc32 import Passing
+from ucp.storage.crc32 import PassingEntries
 from ucp.storage.digests import ChunkDigests, digest_chunks
 from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Reader
@@ -67,7 +67,7 @@ def upload_files(
         file = files[index]
         buffer = np.empty(window + 2 * MARGIN, np.uint8)
         table = bytearray()
-        crcs = Passing(file.crc32_entries)
+        crcs = PassingEntries(file.crc32_entries)
         with _stream(names.below(url, file.name)) as write:
             for start, work in windows(file, window, 0, file.size):
                 if stop.is_set():

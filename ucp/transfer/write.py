@@ -17,38 +17,17 @@ import numpy as np
 
 from ucp import limits
 from ucp.storage.crc32 import Crc32Entry, crc32, within
-from ucp.storage.digests import CHUNK, ChunkDigests, chunk_count, digest_chunks
+from ucp.storage.digests import CHUNK, chunk_count, digest_chunks
 from ucp.storage.writeback import start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
 from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import Bytes, Reader, execute
-from ucp.transfer.pieces import Piece, create_files, failed, path_of, seal_files
+from ucp.transfer.pieces import Piece, failed, path_of
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.windows import MARGIN, budget, room_together, shares
+from ucp.transfer.windows import MARGIN, budget, room_together
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) now and then, from the calling thread."""
-
-
-def write_files(
-    reader: Reader,
-    folder: str | os.PathLike[str],
-    files: Sequence[TargetFile],
-    *,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, ChunkDigests]:
-    """Write the files into an existing folder, in one go; return their chunks' digests by file name.
-
-    Arguments and errors as of `write_share`. Flushing the small files and the folders is left to the caller, who
-    commits them all at once. Files may be left half written by an error; the caller owns the folder.
-    """
-    create_files(folder, files)
-    pieces = write_share(
-        reader, folder, files, shares(files, 0, 1), threads=threads, max_memory=max_memory, progress=progress
-    )
-    return seal_files(folder, files, pieces)
 
 
 def write_share(

@@ -26,7 +26,7 @@ log = logger(__name__)
 _STAGE0_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
-class Live(Protocol):
+class EngineFacts(Protocol):
     """What is needed of a live engine beside its slots."""
 
     engine: Any
@@ -40,7 +40,7 @@ class Live(Protocol):
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]: ...
 
 
-def make_source(live: Live, slots: Sequence[Slot], client_state: Mapping[str, Any], frozen: bool) -> Source:
+def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[str, Any], frozen: bool) -> Source:
     """What this rank saves. Raises Unsupported for optimizer state that has no place in the parameters."""
     rank = ranks.rank()
     aliases = _aliases(live.engine.module)
@@ -74,7 +74,7 @@ def nbytes_to_save(slots: Sequence[Slot], groups: Sequence[Group]) -> int:
     return total
 
 
-def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
+def _holdings(live: EngineFacts, slot: Slot, rank: int) -> Iterator[Holding]:
     weights, state = live.live(slot.key)
     for name, dtype in {"param": slot.dtype, **slot.states}.items():
         placement = slot.placement(name)
@@ -88,7 +88,7 @@ def _holdings(live: Live, slot: Slot, rank: int) -> Iterator[Holding]:
             yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
 
 
-def _scalars(live: Live, slot: Slot, groups: Sequence[Group]) -> dict[str, Any]:
+def _scalars(live: EngineFacts, slot: Slot, groups: Sequence[Group]) -> dict[str, Any]:
     """The values that an optimizer keeps once for a slot, such as 'step'; in the param group, some of them."""
     out: dict[str, Any] = {}
     for name, value in live.live(slot.key)[1].items():
@@ -121,7 +121,7 @@ def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
     return out
 
 
-def _training_state(live: Live, groups: Sequence[Group], client_state: Mapping[str, Any]) -> TrainingState:
+def _training_state(live: EngineFacts, groups: Sequence[Group], client_state: Mapping[str, Any]) -> TrainingState:
     engine = live.engine
     clip = getattr(engine.optimizer, "clip_grad", None)
     extra = {}

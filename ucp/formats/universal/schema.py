@@ -72,7 +72,6 @@ def encode(
             **({} if source_folder is None else {"folder": source_folder}),
         },
         "layout": {name: getattr(catalog.layout, name) for name in _LAYOUT},
-        "spec": None,
         "files": {
             "path": list(paths),
             "size": [file.size for file in catalog.files],

@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.formats.raw import Raw, make
+from tests.formats.raw import Raw, make, write_files
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.deepspeed.write import native
 from ucp.parallel.mesh import Layout
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader
-from ucp.transfer.write import write_files
 
 SHAPES = {
     "embed.weight": (13, 7),

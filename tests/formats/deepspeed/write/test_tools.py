@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.formats.deepspeed.write.test_native import ADAMW, BF16, GROUPS, SHAPES, raw_source
+from tests.formats.raw import write_files
 from ucp.catalog import Catalog
 from ucp.formats.deepspeed.write import native, universal_folder
 from ucp.parallel.mesh import Layout
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile
-from ucp.transfer.write import write_files
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,164 @@
+"""The house's rules, read from the source: floors, no circles, no private names of others, short files and functions.
+
+The exceptions only shrink: one that is no longer needed fails, too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    8: ("ucp", "ucp.cli", "ucp.dcp"),
+    7: ("ucp.deepspeed", "ucp.torchdist", "ucp.merging"),
+    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.inspection"),
+    5: ("ucp.checkpoint", "ucp.job", "ucp.run_folder"),
+    4: ("ucp.formats", "ucp.transfer"),
+    3: ("ucp.catalog", "ucp.spec", "ucp.specs"),
+    2: ("ucp.parallel", "ucp.storage", "ucp.logical"),
+    1: ("ucp.geometry", "ucp.errors", "ucp.limits", "ucp.printable", "ucp.progress", "ucp.version", "ucp._neighbours"),
+}
+
+# room -> rooms above it that it imports; each is a debt.
+UPWARD: set[tuple[str, str]] = set()
+CIRCLES: set[frozenset[str]] = set()
+LONG_FILES = {"ucp/storage/plain.py", "ucp/storage/torch_pt/pickles.py", "ucp/storage/torch_pt/allowlist.py"}
+LONG_FUNCTIONS = {
+    "ucp.deepspeed.engine.load_checkpoint",
+    "ucp.deepspeed.config.parse",
+    "ucp.inspection.difference.diff",
+    "ucp.loading.load.load",
+    "ucp.torchdist.load.load",
+    "ucp.torchdist.training.load_training",
+    "ucp.torchdist.training.save_training",
+    "ucp.transfer.write.write_share",
+}
+SAME_CLASSES: set[str] = set()
+
+LINES_OF_A_FILE = 450
+LINES_OF_A_FUNCTION = 60
+
+
+def modules() -> dict[str, ast.Module]:
+    out = {}
+    for path in sorted((ROOT / "ucp").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        out[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    return out
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    """The first two parts of a module's name: a room, or a module that stands by itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def floor(module: str) -> int:
+    return next(number for number, rooms in FLOORS.items() if room(module) in rooms)
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """(module, name in it or nothing, the name here) of everything of ours that a module imports, wherever."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "ucp":
+                    yield alias.name, "", alias.asname or alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ucp":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in MODULES:
+                    yield whole, "", alias.asname or alias.name
+                else:
+                    yield node.module, alias.name, alias.asname or alias.name
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_every_room_has_a_floor() -> None:
+    known = {name for rooms in FLOORS.values() for name in rooms}
+    assert {room(module) for module in MODULES} <= known
+
+
+def test_rooms_import_from_floors_below_only() -> None:
+    found = {
+        (room(module), room(other))
+        for module, tree in MODULES.items()
+        for other, _, _ in imported(tree)
+        if floor(other) > floor(module)
+    }
+    assert found == UPWARD
+
+
+def test_no_circles_between_rooms() -> None:
+    uses: dict[str, set[str]] = defaultdict(set)
+    for module, tree in MODULES.items():
+        if module != "ucp":  # the public face is imported by whoever imports anything
+            uses[room(module)] |= {
+                room(other) for other, _, _ in imported(tree) if room(other) not in (room(module), "ucp")
+            }
+    found = {frozenset((a, b)) for a in uses for b in reached(uses, a) if a != b and a in reached(uses, b)}
+    assert found == CIRCLES
+
+
+def reached(uses: dict[str, set[str]], start: str) -> set[str]:
+    out: set[str] = set()
+    left = [start]
+    while left:
+        for other in uses.get(left.pop(), ()):
+            if other not in out:
+                out.add(other)
+                left.append(other)
+    return out
+
+
+def test_no_private_name_of_another_module() -> None:
+    found = []
+    for module, tree in MODULES.items():
+        here = {}
+        for other, name, alias in imported(tree):
+            if is_private(name):
+                found.append(f"{module}: from {other} import {name}")
+            if not name:
+                here[alias] = other
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in here:
+                found.append(f"{module}: {ast.unparse(node)}")
+    assert found == []
+
+
+def test_files_are_short() -> None:
+    counts = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "ucp").rglob("*.py")
+    }
+    assert {path for path, count in counts.items() if count > LINES_OF_A_FILE} == LONG_FILES
+
+
+def test_functions_are_short() -> None:
+    found = {
+        f"{module}.{node.name}"
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > LINES_OF_A_FUNCTION
+    }
+    assert found == LONG_FUNCTIONS
+
+
+def test_no_class_has_the_name_of_another_rooms() -> None:
+    """Public ones; below `ucp.formats` each format is a room of its own."""
+    places: dict[str, set[str]] = defaultdict(set)
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not is_private(node.name):
+                places[node.name].add(".".join(module.split(".")[: 3 if room(module) == "ucp.formats" else 2]))
+    assert {name for name, rooms in places.items() if len(rooms) > 1} == SAME_CLASSES
