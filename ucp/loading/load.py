@@ -117,7 +117,8 @@ def load(
         tied.check(reading.reader, what.tied, target.words, watch, alone)
         if read_once and not alone and ranks.world_size() > 1:
             sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
-        tensors = agreed(lambda: watch.timed("read", lambda: reading.run(sharing)))
+        nbytes = exchange.nbytes(what, frozenset(what.wants))
+        tensors = agreed(lambda: watch.timed("read", lambda: reading.run(sharing, nbytes)))
         bytes_read = files.bytes_read
     if sharing is not None:
         watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
@@ -130,7 +131,7 @@ def load(
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
         count,
-        exchange.nbytes(what, frozenset(what.wants)),
+        nbytes,
         bytes_read,
         f"{catalog.format} {catalog.layout}",
         str(target.layout),

@@ -162,8 +162,9 @@ def _weights(sides: _Sides, slot: Slot) -> None:
 def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> str | None:
     """The element type to read a weight or state as; None where it does not fit, which is noted."""
     dtype = slot.dtype if item.state == PARAM else slot.states.get(item.state, slot.dtype)
-    shape = slot.placement(item.state).shape
-    item = item if shape is None else replace(item, shape=shape)
+    placed = slot.placed.get(item.state)
+    if placed is not None and placed.shape is not None:
+        item = replace(item, shape=placed.shape)
     if tensor.shape != item.shape:
         sides.found.wrong.append(sides.target.words.other_shape(item, tensor.shape))
         return None
@@ -284,11 +285,12 @@ def _want_states(
     sides: _Sides, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]], states: Sequence[str]
 ) -> None:
     for state in states:
-        places = dict(zip(slot.members, slot.placement(state).blocks, strict=True))
-        dtype = slot.states.get(state, slot.dtype)
         having = [(m, info) for m, info in members if state in info.states]
         if not having and slot.asked is not None:
             continue
+        placed = slot.placed.get(state)
+        places = {} if placed is None else dict(zip(slot.members, placed.blocks, strict=True))
+        dtype = slot.states.get(state, slot.dtype)
         # A state that nobody brings (by the caller's leave) stays, or starts from zero where there is none yet.
         of_state = sides.wants.setdefault((slot.key, state, dtype), [])
         for member, info in having:
@@ -298,7 +300,7 @@ def _want_states(
             item = Item(slot.kind, member.name, member.shape, state)
             if _read_as(sides, slot, item, tensor) is None:
                 return
-            of_state.append(Want(tensor, places[member], dtype))
+            of_state.append(Want(tensor, places.get(member, member.blocks), dtype))
 
 
 def _steps_taken(catalog: Catalog) -> int | None:

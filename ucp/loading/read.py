@@ -30,9 +30,9 @@ class Reading:
     what: LoadPlan
     threads: int
 
-    def run(self, sharing: exchange.Sharing | None) -> dict[Entry, torch.Tensor]:
+    def run(self, sharing: exchange.Sharing | None, nbytes: int) -> dict[Entry, torch.Tensor]:
         """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Of what is
-        shared this rank's part is filled in, and the rest is zero."""
+        shared this rank's part is filled in, and the rest is zero. nbytes: of all that the plan wants."""
         parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
         tensors = self._memory(parts)
         buffers: list[Bytes] = []
@@ -41,7 +41,7 @@ class Reading:
             wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
             buffers.append(tensors[entry].view(torch.uint8).numpy())
         before = self.files.bytes_read
-        total = sum(exchange.nbytes_of(want) for want in wants)
+        total = nbytes if sharing is None else sum(map(exchange.nbytes_of, wants))
         with watching("loading", lambda: self.files.bytes_read - before, total, ranks.rank() == 0):
             gather(self.reader, wants, buffers, self.threads)
         return tensors

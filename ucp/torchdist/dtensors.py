@@ -50,7 +50,7 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return whole(shape)
+        return _whole(shape)
     mesh = mesh_shape(tensor.device_mesh)
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
@@ -63,6 +63,18 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
             f"'{name}' {list(shape)}: this rank's shard has shape {list(found)} where {tensor.placements} on a mesh of "
             f"{list(mesh)} mean {list(sizes)}; only shards as torch cuts them are supported"
         )
+    return blocks
+
+
+@functools.lru_cache(10_000)
+def _whole(shape: Shape) -> Blocks:
+    return _shared(whole(shape))
+
+
+def _shared(blocks: Blocks) -> Blocks:
+    """The blocks, which several tensors have and nobody may change."""
+    for array in vars(blocks).values():
+        array.flags.writeable = False
     return blocks
 
 
@@ -128,10 +140,7 @@ def _held(shape: Shape, cuts: tuple[_Placement | None, ...], mesh: Shape, coordi
     """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again. Known
     by the cuts: which placements are equal is torch's business."""
     ranges = _ranges(shape, cuts, mesh, coordinate)
-    blocks = product(ranges)
-    for array in vars(blocks).values():
-        array.flags.writeable = False
-    return tuple(sum(count for _, count in along) for along in ranges), blocks
+    return tuple(sum(count for _, count in along) for along in ranges), _shared(product(ranges))
 
 
 def _ranges(
