@@ -169,7 +169,7 @@ def _check(path: Path, found: _Sorted) -> None:
 def load(path: Path, trust: bool) -> dict[str, Any]:
     """The object graph of one file, which DeepSpeed always writes as a dict.
 
-    Raises DamagedCheckpoint where the file was written under another one's name, and what reading a torch file raises.
+    Raises what reading a torch file raises. That it was written under another one's name is noted (`stems`).
     """
     file = reader.load_file(path, trust=trust)
     stems.check(path, file)

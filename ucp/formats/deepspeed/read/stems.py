@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.formats.deepspeed.read.names import is_ours
 from ucp.printable import logger
 from ucp.storage.torch_pt.reader import TorchFile
@@ -25,8 +25,10 @@ log = logger(__name__)
 
 @dataclass
 class Unchecked:
-    """Files of one checkpoint for which a check was not possible. names: by stem; bytes: by CRC-32."""
+    """Files of one checkpoint for which a check was not possible. names: by stem; bytes: by CRC-32. renamed: files that
+    were written under the name of another, with that."""
 
+    renamed: dict[Path, str] = field(default_factory=dict)
     names: dict[Path, None] = field(default_factory=dict)
     bytes: dict[Path, None] = field(default_factory=dict)
 
@@ -56,25 +58,43 @@ _open: ContextVar[Unchecked | None] = ContextVar("unchecked", default=None)
 
 @contextmanager
 def noting() -> Iterator[Unchecked]:
-    """Collect, from all files that the block reads, what could not be checked."""
+    """Collect, from all files that the block reads, what could not be checked.
+
+    Raises DamagedCheckpoint at the end of the block where a file was written as another one of a checkpoint. What else
+    the block finds wrong comes first in the message: it may well tell which tensors such files hold.
+    """
     found = Unchecked()
     token = _open.set(found)
     try:
         yield found
+    except UnsafePickle:
+        raise
+    except UcpError as error:
+        if found.renamed:
+            raise DamagedCheckpoint(f"{error}; {_swapped(found)}") from error
+        raise
     finally:
         _open.reset(token)
+    if found.renamed:
+        raise DamagedCheckpoint(_swapped(found))
+
+
+def _swapped(found: Unchecked) -> str:
+    path, stem = next(iter(found.renamed.items()))
+    return (
+        f"{path}: was written as '{stem}.pt', as its archive says; the files of two ranks were swapped or renamed: "
+        "give each the name that it was written under"
+    )
 
 
 def check(path: Path, file: TorchFile) -> None:
-    """Raise DamagedCheckpoint where the file was written as another one of a checkpoint."""
+    """Note a file that was written as another one of a checkpoint, or says nothing of that."""
     noted = _open.get() or Unchecked()
     if not file.has_crcs:
         noted.bytes[path] = None
     if file.stem == path.name.removesuffix(".pt"):
         return
     if file.stem is not None and is_ours(f"{file.stem}.pt"):
-        raise DamagedCheckpoint(
-            f"{path}: was written as '{file.stem}.pt', as its archive says; the files of two ranks were swapped or "
-            "renamed: give each the name that it was written under"
-        )
-    noted.names[path] = None
+        noted.renamed[path] = file.stem
+    else:
+        noted.names[path] = None
