@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import stat as statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -217,16 +216,23 @@ def translated(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
     """``work``, again after a pause where it failed by what may pass. Raises OSError."""
-    pause = limits.REQUEST_FIRST_PAUSE_SECONDS
-    for left in range(limits.REQUEST_ATTEMPTS_COUNT - 1, -1, -1):
-        try:
-            with translated(path):
-                return work()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
-        except OSError:
-            if not left:
-                raise
-        time.sleep(pause)
-        pause *= 2
-    raise AssertionError("unreachable")
+    # Imported late: only what lies behind a URL needs it.
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    def once() -> T:
+        with translated(path):
+            return work()
+
+    attempts = Retrying(
+        retry=retry_if_exception(_may_pass),
+        stop=stop_after_attempt(limits.REQUEST_ATTEMPTS_COUNT),
+        wait=wait_exponential(limits.REQUEST_FIRST_PAUSE_SECONDS),
+        reraise=True,
+    )
+    return attempts(once)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again may help: a missing file stays missing, a broken connection does not stay broken."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
