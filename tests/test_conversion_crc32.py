@@ -147,3 +147,39 @@ def test_dcp_records(tmp_path: Path, where: str) -> None:
     assert (report.verified_bytes, report.unverified_bytes) == (0, len(names) * 4800)
     assert "; verified 0 B, not " in str(report)
     assert all(torch.equal(loaded["model"][name], state["model"][name]) for name in names)
+
+
+def test_a_model_folders_bin_file(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    weights = {f"layer.{k}.weight": torch.randn(20, 30) for k in range(4)}
+    torch.save(weights, model / "pytorch_model.bin")
+    report = ucp.convert(model, tmp_path / "out")
+    assert (report.verified_bytes, report.unverified_bytes) == (4 * 2400, 0)
+    for name, place in storages(model / "pytorch_model.bin").items():
+        raw.flip(model / "pytorch_model.bin", place[-1], 2)
+        with pytest.raises(DigestMismatch, match=f"pytorch_model.bin: its record '{name}'"):
+            ucp.convert(model, tmp_path / "damaged")
+        with ucp.open(model) as checkpoint, pytest.raises(DigestMismatch):
+            checkpoint.verify()
+        raw.flip(model / "pytorch_model.bin", place[-1], 2)
+    with ucp.open(model) as checkpoint:
+        assert checkpoint.verify() == 4 * 2400
+
+
+def test_tensors_of_the_training_state(tmp_path: Path) -> None:
+    """The caller's tensors lie in records of their own."""
+    pytest.importorskip("deepspeed")
+    source = tmp_path / "saved"
+    shutil.copytree(OLDER["z1"], source)
+    path = next((source / TAG).glob("mp_rank_00_model_states.pt"))
+    content = torch.load(path, weights_only=False)
+    content["mine"] = mine = torch.randn(500)
+    torch.save(content, path)
+    ucp.convert(source, tmp_path / "whole")
+    raw.flip(path, path.read_bytes().index(mine.numpy().tobytes()) + 999, 4)
+    with pytest.raises(DigestMismatch, match=r"mp_rank_00_model_states\.pt: its record"):
+        ucp.convert(source, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+    with ucp.open(source) as checkpoint, pytest.raises(DigestMismatch):
+        _ = checkpoint.training_state

@@ -41,7 +41,7 @@ from ucp.storage.dtypes import to_torch
 from ucp.storage.files import Files
 from ucp.storage.locations import locate
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, TensorRef
-from ucp.transfer.checksums import RecordChecks
+from ucp.transfer.checksums import RecordChecks, read_record
 from ucp.transfer.gather import Reader, Want, gather
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Checkpoint:
         self.catalog = catalog
         self._files = files
         self._reader = Reader(catalog, files, verify)
+        self._verify = verify
         self._training_state: TrainingState | None = None
 
     def __enter__(self) -> Checkpoint:
@@ -192,7 +193,10 @@ class Checkpoint:
         index = next((k for k, file in enumerate(self.catalog.files) if file.path == ref.file), None)
         start, stop = ref.span
         raw = np.empty(stop - start, np.uint8)
-        if index is None:
+        record = ref.record if self._verify else None
+        if record is not None and (record.start, record.stop) == (start, stop):
+            raw[:] = np.frombuffer(read_record(self._files, ref.file, record), np.uint8)
+        elif index is None:
             self._files.read_into(ref.file, start, memoryview(raw.data))
         else:
             self._reader.read_into(index, start, [raw], OrderedDict())
