@@ -113,7 +113,7 @@ def test_every_key_is_known() -> None:
         **{"spec": "llama", "sizes": {"vocab": 8}, "load.allow_missing": ["a.*"], "load.allow_unused": ["b.*"]},
         **{"load.verify": False, "load.read_once": "adaptive", "save.format": "universal", "save.async": False},
         **{"save.memory": 1 << 30, "save.policy": "skip", "save.timeout": 10, "save.keep_last": 2},
-        "save.keep_every": 100,
+        **{"save.keep_every": 100, "load.prove": "full"},
     }
     assert set(keys) == set(values)
     section: dict[str, Any] = {}
