@@ -31,6 +31,8 @@ LONG_FUNCTIONS = {
     "ucp.deepspeed.engine.load_checkpoint",
     "ucp.deepspeed.config.parse",
     "ucp.inspection.difference.diff",
+    "ucp.inspection.planning.plan",
+    "ucp.inspection.verify.verify",
     "ucp.loading.load.load",
     "ucp.torchdist.load.load",
     "ucp.torchdist.training.load_training",
