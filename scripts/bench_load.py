@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }.items():
         needed, read = stages[name]["nbytes"], stages[name]["bytes_read"]
         more = {"GB": round(needed / 1e9, 2), "read/needed": round(read / needed, 3)}
+        more["prove s"] = round(stages[name]["prove"], 3)
         rows.append(_row(label, turns[name], turns["native"], **more))
     for work, one in fsdp.items():
         for name, label in {

@@ -111,7 +111,13 @@ def test_every_key_is_known() -> None:
     values = {
         **dict.fromkeys(("enabled", "metrics", "trust_client_state", "allow_untested_version"), True),
         **{"spec": "llama", "sizes": {"vocab": 8}, "load.allow_missing": ["a.*"], "load.allow_unused": ["b.*"]},
-        **{"load.verify": False, "load.read_once": "adaptive", "save.format": "universal", "save.async": False},
+        **{
+            "load.verify": False,
+            "load.read_once": "adaptive",
+            "load.prove": "always",
+            "save.format": "universal",
+            "save.async": False,
+        },
         **{"save.memory": 1 << 30, "save.policy": "skip", "save.timeout": 10, "save.keep_last": 2},
         **{"save.keep_every": 100, "load.prove": "full"},
     }

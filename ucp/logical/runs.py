@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, row_major, runs
+from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, numel, row_major, runs
 
 LIMIT = 1 << 18
 """Runs that are listed at once."""
@@ -45,10 +45,21 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
     width: bytes of an element. bases: (n,) the byte of the buffer from which each block's place is counted; 0 without.
     Yields at most ``LIMIT`` runs at a time.
     """
+    if _is_whole(shape, blocks):  # as most tensors are where nothing cuts them: no need to look further
+        first = int(blocks.starts[0]) * width + (0 if bases is None else int(bases[0]))
+        yield Runs(*(np.array([n], np.int64) for n in (first, 0, numel(shape) * width)))
+        return
     for part in _bounded(_copies(shape, blocks)):
         which, sources, places, counts = runs(part)
         start = 0 if bases is None else bases[part.source[which]]
         yield Runs(sources * width + start, places * width, counts * width)
+
+
+def _is_whole(shape: Shape, blocks: Blocks) -> bool:
+    """Whether it is the whole tensor, dense and row-major."""
+    if len(blocks) != 1 or tuple(blocks.sizes[0].tolist()) != tuple(shape) or not numel(shape):
+        return False
+    return tuple(blocks.strides[0].tolist()) == row_major(shape)
 
 
 def _copies(shape: Shape, blocks: Blocks) -> Copies:

@@ -1,0 +1,121 @@
+"""What the proof after a load costs: digesting a state on the host or a device, and its share of a load's time.
+
+One process, no engine: a state dict of fp32 weights and Adam's two states. It needs torch, no DeepSpeed, so where there
+is no environment of the project's own it runs as well: PYTHONPATH=. python scripts/bench_run.py prove --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import bench_tools
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gb", type=float, default=2.0, help="bytes of the state, in GB (default: 2)")
+    parser.add_argument(
+        "--hidden", type=int, default=4096, help="weights are hidden x hidden, and rows (default: 4096)"
+    )
+    parser.add_argument("--device", default="cpu", help="where the state lives: cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, help="threads for digests on the host (default: 1)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every work (default: 3)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    import ucp
+    from ucp.geometry import whole
+    from ucp.job.live_digest import Live, digests, on_device
+
+    state = _state(args)
+    tensors = [t for entry in (state["model"], *state["optim"]["state"].values()) for t in entry.values() if t.dim()]
+    nbytes = sum(t.nbytes for t in tensors)
+    lives = [Live(t, tuple(t.shape), whole(t.shape)) for t in tensors]
+    digests(lives[:2])  # tables
+    before = _allocated(args)
+    turns = _timed(args, lambda: digests(lives, threads=args.threads))
+    memory = _allocated(args, peak=True) - before
+    rows = [_row(f"digest of {nbytes / 1e9:.1f} GB on {args.device}", turns, nbytes)]
+    equal = None
+    if args.device != "cpu":
+        hosts = [Live(live.tensor.cpu(), live.shape, live.blocks) for live in lives[: len(lives) // 8]]
+        equal = digests(hosts) == digests(lives[: len(hosts)])
+        if not equal:
+            raise SystemExit("the device's digests are not the host's")
+    else:
+        small = lives[:2]
+        equal = on_device(small) == digests(small)
+    path = args.data / "prove"
+    shutil.rmtree(path, ignore_errors=True)
+    args.data.mkdir(parents=True, exist_ok=True)
+    ucp.save(state, path)
+    stages = {}
+    for prove in (True, "full", False):
+        loads = []
+        for _ in range(args.repeats + 1):
+            for tensor in tensors:
+                tensor.zero_()
+            began = time.perf_counter()
+            report = ucp.load(state, path, prove=prove)
+            loads.append(time.perf_counter() - began)
+        stages[str(prove)] = {**report.seconds, "proof": str(report.proof)}
+        seconds = report.seconds["prove"]
+        more = {"prove s": round(seconds, 3), "share %": round(100 * seconds / loads[-1], 2)}
+        rows.append(_row(f"ucp.load, prove={prove}", loads[1:], nbytes, **more))
+    shutil.rmtree(path)
+    return {
+        "title": f"prove: {nbytes / 1e9:.2f} GB in {len(tensors)} tensors on {args.device}, warm page cache",
+        "rows": rows,
+        "notes": [
+            f"{torch.__version__}; memory beside the tensors: {memory / (1 << 20):.0f} MiB of the device's",
+            f"device's and host's ways equal: {equal}",
+            "prove=True is a sample in host memory",
+        ],
+        "stages": stages,
+    }
+
+
+def _state(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator(args.device).manual_seed(0)
+    model: dict[str, torch.Tensor] = {}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    size = 0
+    while size < args.gb * 1e9:
+        layer = len(model) // 2
+        for name, shape in ((f"{layer}.weight", (args.hidden, args.hidden)), (f"{layer}.norm", (args.hidden,))):
+            made = [torch.randn(shape, device=args.device, generator=generator) for _ in range(3)]
+            model[name] = made[0]
+            states[name] = {"exp_avg": made[1], "exp_avg_sq": made[2], "step": torch.tensor(1.0)}
+            size += 3 * made[0].nbytes
+    group = {"params": list(model), "lr": 1e-3}
+    return {"model": model, "optim": {"state": states, "param_groups": [group]}}
+
+
+def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> list[float]:
+    turns = []
+    for _ in range(args.repeats):
+        began = time.perf_counter()
+        work()  # ends with a copy to the host, so the device has done all of it
+        turns.append(time.perf_counter() - began)
+    return turns
+
+
+def _allocated(args: argparse.Namespace, peak: bool = False) -> int:
+    import torch
+
+    if args.device == "cpu":
+        return 0
+    if not peak:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def _row(label: str, seconds: list[float], nbytes: int, **more: Any) -> dict[str, Any]:
+    return bench_tools.row(label, seconds, seconds, **{"GB/s": round(nbytes / min(seconds) / 1e9, 2), **more})
