@@ -28,7 +28,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, RemovedMe
 from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.printable import logger
-from ucp.storage import locations
+from ucp.storage import atomic, locations
 
 T = TypeVar("T")
 
@@ -90,6 +90,9 @@ def choose(folder: Path, tag: str | int | None = None) -> Chosen:
     known = formats.find(folder)
     if known is not None:
         return Chosen(folder, known)
+    put_back = _set_aside(folder)
+    if put_back is not None:
+        return put_back
     named = _named(folder)
     if named is not None:
         return named
@@ -183,9 +186,23 @@ def _tagged(folder: Path, tag: str | int) -> Chosen:
         raise BadArgument(f"tag '{tag}' is not the name of a folder in '{folder}'")
     where = folder / inside
     known = formats.find(where)
+    put_back = _set_aside(where) if known is None else None
+    if put_back is not None:
+        return put_back
     if known is None:
         raise unknown_tag(folder, str(tag))
     return Chosen(where, known)
+
+
+def _set_aside(where: Path) -> Chosen | None:
+    """The old checkpoint, where a save that was to replace it died between two renames."""
+    old = atomic.set_aside(where)
+    known = None if old is None else formats.find(old)
+    if old is None or known is None:
+        return None
+    return Chosen(
+        old, known, f"{where}: a save died while it replaced this checkpoint; the old one, '{old.name}', is taken"
+    )
 
 
 def _named(folder: Path) -> Chosen | None:
@@ -202,6 +219,9 @@ def _named(folder: Path) -> Chosen | None:
     format_ = None if inside is None else formats.find(folder / inside)
     if inside is not None and format_ is not None:
         return Chosen(folder / inside, format_)
+    put_back = None if inside is None else _set_aside(folder / inside)
+    if put_back is not None:
+        return put_back
     known = [c.path.name for c in checkpoints_in(folder)]
     if not known:
         raise NotACheckpoint(f"'{pointer}' names a checkpoint, but none is there: {formats.explain_unknown(folder)}")

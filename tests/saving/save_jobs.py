@@ -30,7 +30,7 @@ from ucp.saving.background import Saver
 from ucp.saving.commit import Session
 from ucp.saving.save import write_share
 from ucp.saving.source import Holding, Source
-from ucp.storage import atomic
+from ucp.storage import atomic, disk
 from ucp.storage.dtypes import from_torch
 
 # Prime sizes, one element, none at all, no dimension, three of them; one longer than a digest's chunk.
@@ -331,6 +331,6 @@ def instrument(rank: int, death: Death | None, counters: Any, victim: int | None
         original = getattr(os, name)
         setattr(os, name, counted(getattr(original, "original", original)))
         getattr(os, name).original = getattr(original, "original", original)
-    exchange = atomic._rename_with  # the system call that Python lacks
-    atomic._rename_with = counted(getattr(exchange, "original", exchange))
-    atomic._rename_with.original = getattr(exchange, "original", exchange)
+    exchange = disk.rename_with  # the system call that Python lacks
+    disk.rename_with = counted(getattr(exchange, "original", exchange))
+    disk.rename_with.original = getattr(exchange, "original", exchange)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ucp.errors import DestinationError
-from ucp.storage import atomic
+from ucp.storage import atomic, disk
 from ucp.storage.atomic import check_destination, staged, write_atomic
 
 
@@ -75,7 +75,7 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_replaced_folder_is_gone(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:  # as on systems without renameat2
-        monkeypatch.setattr(atomic, "_rename_with", lambda *args: False)
+        monkeypatch.setattr(disk, "rename_with", lambda *args: False)
     dest = tmp_path / "ckpt"
     dest.mkdir()
     fill(dest, "old")

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from ucp.formats.universal import fragmented, manifest
 from ucp.printable import logger
 from ucp.run_folder import LATEST
 from ucp.saving.retention import Keep, prune
-from ucp.storage import atomic, locations, names
+from ucp.storage import atomic, disk, locations, names
 from ucp.storage.locations import is_remote, locate
 
 log = logger(__name__)
@@ -98,8 +97,8 @@ class Session:
         Raises DestinationError.
         """
         try:
-            _write_flushed(self.path(manifest.NAME), body)
-            shutil.rmtree(self.path(_RECEIPTS))
+            disk.write_new(self.path(manifest.NAME), body)
+            disk.remove_tree(self.path(_RECEIPTS))
             nbytes = sum(entry.stat().st_size for entry in os.scandir(self.temporary))
         except OSError as error:
             raise DestinationError(
@@ -115,7 +114,7 @@ class Session:
     def discard_tensors(self) -> None:
         """Remove what was written, but for the notes."""
         for path in Path(self.temporary).glob("*.safetensors"):
-            path.unlink(missing_ok=True)
+            disk.remove_file(path, missing_ok=True)
 
 
 def begin(
@@ -150,7 +149,7 @@ def begin(
     inode = temporary.stat().st_ino
     session = Session(str(target.parent), tag, str(temporary), secrets.token_hex(8), world, latest, inode, keep)
     try:
-        Path(temporary, _RECEIPTS).mkdir()
+        disk.make_folder(Path(temporary, _RECEIPTS))
     except OSError as error:
         abandon(session)
         raise DestinationError(f"{target}: cannot be made: {error.strerror or error}") from error
@@ -372,10 +371,3 @@ def _noted(path: Path, start: str) -> Exception:
     """The error that a rank left a note of."""
     note: dict[str, Any] = json.loads(locations.read(path))
     return rebuilt(note, "" if note["tells_outcome"] else start)
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with open(path, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -20,7 +20,7 @@ from ucp.errors import BadArgument, DestinationError
 from ucp.geometry import Blocks, extents, packed, take_elements
 from ucp.job.stopwatch import Stopwatch
 from ucp.saving.source import Holding
-from ucp.storage import locations, safetensors
+from ucp.storage import disk, locations, safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import write_at, write_past_cache
@@ -140,7 +140,7 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
         return _upload(path, windows, size, watch)
     table = bytearray()
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        fd = disk.open_to_write(path)
         try:
             for at, window in windows:
                 with watch.of("digest"):
@@ -151,9 +151,9 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
             with watch.of("write"):
-                os.fsync(fd)
+                disk.flush(fd)
         except BaseException:
-            path.unlink(missing_ok=True)
+            disk.remove_file(path, missing_ok=True)
             raise
         finally:
             os.close(fd)

@@ -7,7 +7,6 @@ dies leaves its temporary folder behind; the next commit to the same destination
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -23,12 +22,10 @@ import xxhash
 from ucp import limits
 from ucp.errors import DestinationError
 from ucp.printable import logger
+from ucp.storage import disk, locations
 
 log = logger(__name__)
 
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _LEFTOVER = re.compile(r"\.ucp-(tmp|old)-(.+)-(\d+)-([0-9a-f]{8})[0-9a-f]{8}")
 
@@ -46,13 +43,17 @@ def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = F
     try:
         _sweep(target)
         temporary = _make_temporary(target)
+        filled = False
         try:
             yield temporary
+            filled = True
             sync_tree(temporary)
             _publish(temporary, target, replace)
         except OSError as error:
             if error.errno in _FULL:
                 raise DestinationError(f"{target}: the file system became full while it was written") from error
+            if filled:
+                raise DestinationError(f"{target}: cannot be put in place: {error.strerror or error}") from error
             raise
         finally:
             # After an exchange this is the old folder; after an error, the unfinished new one.
@@ -61,8 +62,13 @@ def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = F
         for folder in reversed(made):
             _remove_if_empty(folder)
         raise
-    for folder in (target, *reversed(made)):
-        _sync(folder.parent)
+    try:
+        for folder in (target, *reversed(made)):
+            _sync(folder.parent)
+    except OSError as error:
+        raise DestinationError(
+            f"{target}: is in its place, but may not outlive a power cut: {error.strerror or error}"
+        ) from error
 
 
 # --- the same in steps, for several processes that fill one folder ---------------------------------------------------
@@ -102,16 +108,21 @@ def publish(temporary: Path, dest: str | os.PathLike[str]) -> None:
     target = Path(os.path.abspath(dest))
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
         raise DestinationError(f"{target}: the destination to be replaced is not a folder")
-    _sync(temporary)
-    _publish(temporary, target, replace=True)
-    _sync(target.parent)
+    try:
+        _sync(temporary)
+        _publish(temporary, target, replace=True)
+        _sync(target.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DestinationError(f"{target}: the file system became full while it was put in place") from error
+        raise DestinationError(f"{target}: cannot be flushed to the device: {error.strerror or error}") from error
     _remove(temporary)  # after an exchange this is the old folder
 
 
 def remove_whole(folder: Path) -> None:
     """Remove a folder so that it is there or not at every instant: renamed first. Raises OSError."""
     temporary = _temporary_name(folder)
-    os.rename(folder, temporary)
+    disk.rename(folder, temporary)
     _sync(folder.parent)
     _remove(temporary)
 
@@ -130,7 +141,7 @@ def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: f
         kind, name, process, place = match.groups()
         if kind == "old" and not os.path.lexists(folder / name):
             if place == here and not _is_alive(int(process)):
-                os.rename(entry, folder / name)  # see _sweep
+                disk.rename(entry, folder / name)  # see _sweep
             continue
         if place == here:
             # What is in use of these processes is in `keep`: the rest they gave up, or others had their numbers.
@@ -180,16 +191,16 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(os.path.abspath(path))
     temporary = _temporary_name(target)
     try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        disk.write_new(temporary, data)
+        disk.rename(temporary, target)
         _sync(target.parent)
     except OSError as error:
         raise DestinationError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            disk.remove_file(temporary, missing_ok=True)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", temporary, error.strerror or error)
 
 
 def sync_tree(folder: Path) -> None:
@@ -220,7 +231,7 @@ def _temporary_name(target: Path, process: int | None = None) -> Path:
 def _make_temporary(target: Path, process: int | None = None) -> Path:
     temporary = _temporary_name(target, process)
     try:
-        temporary.mkdir()
+        disk.make_folder(temporary)
     except OSError as error:
         raise DestinationError(f"{target}: cannot be made: {error.strerror or error}") from error
     return temporary
@@ -235,7 +246,7 @@ def _make_parents(parent: Path) -> list[Path]:
     made: list[Path] = []
     for folder in reversed(missing):
         try:
-            folder.mkdir()
+            disk.make_folder(folder)
         except FileExistsError:
             continue  # another process was faster
         except OSError as error:
@@ -260,7 +271,7 @@ def _sweep(target: Path) -> None:
         elif not _is_alive(int(process)):
             if kind == "old" and not os.path.lexists(target):
                 # Died between the two renames of a replacement: the old folder is the one to keep.
-                os.rename(entry, target)
+                disk.rename(entry, target)
             else:
                 _remove(entry)
 
@@ -285,14 +296,19 @@ def _is_alive(process: int) -> bool:
 def _publish(temporary: Path, target: Path, replace: bool) -> None:
     try:
         if not os.path.lexists(target):
-            if not _rename_with(temporary, target, _RENAME_NOREPLACE):
-                os.rename(temporary, target)
+            if not disk.rename_with(temporary, target, disk.NOREPLACE):
+                disk.rename(temporary, target)
         elif not replace:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        elif not _rename_with(temporary, target, _RENAME_EXCHANGE):
+        elif not disk.rename_with(temporary, target, disk.EXCHANGE):
             old = target.with_name(temporary.name.replace(".ucp-tmp-", ".ucp-old-", 1))
-            os.rename(target, old)
-            os.rename(temporary, target)
+            disk.rename(target, old)
+            try:
+                disk.rename(temporary, target)
+            except OSError:
+                disk.rename(old, target)
+                raise
+            _sync(target.parent)
             _remove(old)
     except OSError as error:
         if error.errno in _FULL:
@@ -300,18 +316,18 @@ def _publish(temporary: Path, target: Path, replace: bool) -> None:
         raise DestinationError(f"{target}: cannot be put in place: {error.strerror or error}") from error
 
 
-def _rename_with(source: Path, target: Path, flags: int) -> bool:
-    """Linux's renameat2; False where the system or the file system does not have it."""
+def set_aside(target: Path) -> Path | None:
+    """Where the old folder is, if a replacement of ``target`` ended between its two renames, as it can on file systems
+    that cannot exchange folders; the next commit puts it back. None for none such, and where ``target`` is there."""
+    if locations.is_remote(target) or os.path.lexists(target):
+        return None
     try:
-        function = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number))
+        names = os.listdir(target.parent)
+    except OSError:
+        return None
+    found = [(match, name) for name in sorted(names) if (match := _LEFTOVER.fullmatch(name)) is not None]
+    old = [target.parent / name for match, name in found if match[1] == "old" and match[2] == target.name]
+    return old[0] if len(old) == 1 else None
 
 
 # --- small steps -----------------------------------------------------------------------------------------------------
@@ -320,7 +336,7 @@ def _rename_with(source: Path, target: Path, flags: int) -> bool:
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        os.fsync(fd)
+        disk.flush(fd)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some file systems cannot flush folders
             raise
@@ -330,15 +346,21 @@ def _sync(path: Path) -> None:
 
 def _remove(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
+        disk.remove_tree(folder)
         if folder.exists():
-            log.warning("%s could not be removed", folder)
+            left = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+            log.warning(
+                "%s could not be removed: %d bytes of it are left; the next save or commit removes it", folder, left
+            )
     elif os.path.lexists(folder):
-        folder.unlink()
+        try:
+            disk.remove_file(folder)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", folder, error.strerror or error)
 
 
 def _remove_if_empty(folder: Path) -> None:
     try:
-        folder.rmdir()
+        disk.remove_folder(folder)
     except OSError:
         log.debug("%s was kept: it is in use by now", folder)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ucp.errors import DestinationError, ProcessLost
 from ucp.printable import logger
-from ucp.storage import locations
-from ucp.storage.atomic import staged, sync_tree
+from ucp.storage import disk, locations
+from ucp.storage.atomic import staged, sync_tree, write_atomic
 
 log = logger(__name__)
 
@@ -66,7 +65,7 @@ def growing(dest: str | os.PathLike[str], identity: str, *, replace: bool, resum
                 if keep:
                     log.warning("what was written stays in '%s'; the same conversion continues from there", part)
                 else:
-                    shutil.rmtree(part, ignore_errors=True)
+                    disk.remove_tree(part)
     except BaseException:
         for folder in reversed(made):
             _remove_if_empty(folder)
@@ -81,7 +80,7 @@ def _make(part: Path) -> list[Path]:
         made.insert(0, folder)
         folder = folder.parent
     try:
-        part.mkdir(parents=True, exist_ok=True)
+        disk.make_folders(part)
     except OSError as error:
         for parent in reversed(made):
             _remove_if_empty(parent)
@@ -97,8 +96,9 @@ def _locked(part: Path) -> Iterator[None]:
     path = part / _LOCK
     while True:
         try:
-            part.mkdir(exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if not os.path.isdir(part):
+                disk.make_folder(part)
+            fd = disk.open_to_write(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise DestinationError(f"{path}: cannot be made: {error.strerror or error}") from error
         try:
@@ -130,12 +130,13 @@ def _prepare(part: Path, identity: str, resume: bool) -> None:
                 if entry.name == _LOCK:
                     continue
                 if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
+                    disk.remove_tree(entry)
                 else:
-                    entry.unlink()
+                    disk.remove_file(entry)
         for name in (CHECKPOINT, JOURNAL, TEAM):
-            (part / name).mkdir(exist_ok=True)
-        (part / _IDENTITY).write_text(identity)
+            if not os.path.isdir(part / name):
+                disk.make_folder(part / name)
+        write_atomic(part / _IDENTITY, identity.encode())
     except OSError as error:
         raise DestinationError(f"{part}: cannot be used: {error.strerror or error}") from error
 
@@ -146,7 +147,10 @@ def _publish(part: Path, dest: str | os.PathLike[str], replace: bool) -> None:
     except OSError as error:
         raise DestinationError(f"{dest}: cannot be flushed to the device: {error.strerror or error}") from error
     with staged(dest, needed_bytes=0, replace=replace) as temporary:
-        os.rename(part / CHECKPOINT, temporary)
+        try:
+            disk.rename(part / CHECKPOINT, temporary)
+        except OSError as error:
+            raise DestinationError(f"{dest}: cannot be put in place: {error.strerror or error}") from error
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -173,6 +177,6 @@ def _read(path: Path) -> str | None:
 
 def _remove_if_empty(folder: Path) -> None:
     try:
-        folder.rmdir()
+        disk.remove_folder(folder)
     except OSError:
         log.debug("%s was kept: it is in use by now", folder)

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from ucp import limits
+from ucp.storage import disk
 
 # Bytes that memory, offset and length are multiples of where the page cache is passed by.
 ALIGNMENT = 4096
@@ -22,7 +23,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of the data at a byte offset of an open file, in short pieces. Raises OSError."""
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done : done + limits.WRITE_PIECE_BYTES], offset + done)
+        done += disk.write_at(fd, data[done : done + limits.WRITE_PIECE_BYTES], offset + done)
 
 
 def write_past_cache(fd: int, data: memoryview, offset: int) -> None:
@@ -40,7 +41,7 @@ def write_past_cache(fd: int, data: memoryview, offset: int) -> None:
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags | direct)
             while done < whole and done % ALIGNMENT == 0:
-                done += os.pwrite(fd, data[done:whole], offset + done)
+                done += disk.write_at(fd, data[done:whole], offset + done)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

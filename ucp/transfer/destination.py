@@ -19,7 +19,7 @@ from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.logical.record import EVERY
 from ucp.logical.runs import Sample
 from ucp.printable import logger
-from ucp.storage import locations, names
+from ucp.storage import disk, locations, names
 from ucp.storage.atomic import check_destination
 from ucp.storage.digests import ChunkDigests, chunk_count
 from ucp.storage.files import Files
@@ -202,7 +202,7 @@ def _write_whole(writing: Writing, destination: str, plan: WritePlan, team: Team
 
 def _write(path: Path, raw: bytes) -> None:
     try:
-        path.write_bytes(raw)
+        disk.write_new(path, raw)
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
 

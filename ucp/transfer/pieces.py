@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import xxhash
 
 from ucp.errors import DamagedCheckpoint, DestinationError
-from ucp.storage import locations, names
+from ucp.storage import disk, locations, names
 from ucp.storage.crc32 import combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
+from ucp.storage.writeback import write_at
 from ucp.transfer.checksums import RecordPiece
 from ucp.transfer.targets import TargetFile
 
@@ -54,7 +55,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
         try:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            self._fd = disk.open_to_write(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise failed(self._path, error) from error
 
@@ -74,7 +75,7 @@ class Journal:
         """Note that this process has written its share and flushed it. Raises DestinationError."""
         self._append(_END)
         try:
-            os.fsync(self._fd)
+            disk.flush(self._fd)
         except OSError as error:
             raise failed(self._path, error) from error
 
@@ -83,7 +84,7 @@ class Journal:
 
     def _append(self, record: bytes) -> None:
         try:
-            os.write(self._fd, record + xxhash.xxh3_64_digest(record))
+            disk.write_all(self._fd, record + xxhash.xxh3_64_digest(record))
         except OSError as error:
             raise failed(self._path, error) from error
 
@@ -142,12 +143,12 @@ def create_files(folder: str | os.PathLike[str], files: Sequence[TargetFile], co
     for file in files:
         path = path_of(folder, file)
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if continued else os.O_EXCL) | os.O_CLOEXEC, 0o666)
+            disk.make_folders(os.path.dirname(path))
+            fd = disk.open_to_write(path, os.O_RDWR | os.O_CREAT | (0 if continued else os.O_EXCL))
         except OSError as error:
             raise failed(path, error) from error
         try:
-            os.ftruncate(fd, file.size)
+            disk.resize(fd, file.size)
         except OSError as error:
             raise failed(path, error) from error
         finally:
@@ -182,12 +183,12 @@ def _store_crcs(path: str, file: TargetFile, found: dict[int, list[tuple[int, in
     """Write each entry's CRC-32, and digest the chunks around it anew."""
     touched: set[int] = set()
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = disk.open_to_write(path, os.O_RDWR)
         try:
             for entry, parts in found.items():
                 crc = combine_all((crc, size) for _, size, crc in sorted(parts))
                 for position in file.crc32_entries[entry].positions:
-                    os.pwrite(fd, crc.to_bytes(4, "little"), position)
+                    write_at(fd, memoryview(crc.to_bytes(4, "little")), position)
                     touched.update((position // CHUNK, (position + 3) // CHUNK))
             for chunk in touched:
                 raw = os.pread(fd, min(CHUNK, file.size - chunk * CHUNK), chunk * CHUNK)

@@ -16,6 +16,7 @@ from mmap import mmap
 import numpy as np
 
 from ucp import limits
+from ucp.storage import disk
 from ucp.storage.crc32 import Crc32Entry, crc32, within
 from ucp.storage.digests import CHUNK, chunk_count, digest_chunks
 from ucp.storage.writeback import start_writeback, write_at, write_past_cache
@@ -112,7 +113,7 @@ class _FileInProgress:
     def open(cls, folder: str | os.PathLike[str], index: int, file: TargetFile, nbytes: int) -> _FileInProgress:
         path = path_of(folder, file)
         try:
-            return cls(index, file, path, os.open(path, os.O_RDWR | os.O_CLOEXEC), nbytes)
+            return cls(index, file, path, disk.open_to_write(path, os.O_RDWR), nbytes)
         except OSError as error:
             raise failed(path, error) from error
 
@@ -245,7 +246,7 @@ class _Closer:
     @staticmethod
     def _flush(output: _FileInProgress) -> None:
         try:
-            os.fdatasync(output.fd)
+            disk.flush(output.fd, data_only=True)
         except OSError as error:
             raise failed(output.path, error) from error
         finally:
