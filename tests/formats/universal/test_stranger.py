@@ -213,6 +213,38 @@ def test_strides(tmp_path: Path) -> None:
     assert same(found.tensors["w", "param"], weight.t().numpy())
 
 
+def mix(x: int) -> int:
+    z = (x + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def logical_digest(raw: bytes) -> str:
+    words = np.frombuffer(raw + bytes(-len(raw) % 4), "<i4").tolist()
+    lanes = [0, 0]
+    for number, word in enumerate(words):
+        r, c = divmod(number, 256)
+        for lane in (0, 1):
+            parts = [mix(0x6C6F676963616C31 + 8 * c + 4 * lane + k) >> 49 for k in range(4)]
+            column = sum((part - 2**14) * 2 ** (15 * k) for k, part in enumerate(parts))
+            lanes[lane] += (mix(0x5563704469676573 + 2 * r + lane) | 1) * column * word
+    return "".join(f"{lane % 2**64:016x}" for lane in lanes)
+
+
+def test_logical_digests(tmp_path: Path) -> None:
+    import torch
+
+    import ucp
+
+    torch.manual_seed(0)
+    ucp.save({"model": {"w": torch.randn(30, 17), "b": torch.randn(7, dtype=torch.bfloat16)}}, tmp_path / "saved")
+    found = Stranger(tmp_path / "saved")
+    kept = found.body["logical_digests"]
+    assert kept["scheme"] == "rows-256x2"
+    assert kept["whole"] == [logical_digest(tensor.tobytes()) for tensor in found.tensors.values()]
+
+
 @pytest.mark.parametrize("name", ["consolidated", "dtensors"])
 def test_every_flipped_bit_is_found(released: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
