@@ -21,6 +21,7 @@ WORKS = {
     "load": "ZeRO-1 on 4 ranks into ZeRO-3 on 2, beside DeepSpeed's native load and DCP with FSDP2",
     "save": "saving during training, beside DeepSpeed's own save",
     "prove": "the proof after a load, its share of the load, on the host or a device",
+    "merge": "two checkpoints into one, beside cp of the same bytes and mergekit on folders",
     "plan": "planning a change of layout for 1T parameters, with no data",
 }
 
