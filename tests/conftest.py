@@ -11,10 +11,9 @@ from scripts import gpu_builds
 
 if TYPE_CHECKING:
     from tests.engines.moe import MoeSources
-    from tests.engines.pipe_runs import PipeSources
+    from tests.engines.parallel_runs import ParallelSources
     from tests.engines.pool import RankPool
     from tests.engines.sources import Sources
-    from tests.engines.tp_runs import TpSources
 
 
 gpu_builds.plain_architectures()
@@ -48,19 +47,19 @@ def moe_sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Mo
 
 
 @pytest.fixture(scope="session")
-def pipes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> PipeSources:
+def pipes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> ParallelSources:
     """Checkpoints of pipelines by case, each made once in a session; read-only."""
-    from tests.engines.pipe_runs import PipeSources
+    from tests.engines.parallel_runs import ParallelSources
 
-    return PipeSources(ranks, tmp_path_factory.mktemp("pipes"))
+    return ParallelSources(ranks, tmp_path_factory.mktemp("pipes"))
 
 
 @pytest.fixture(scope="session")
-def sliced(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> TpSources:
+def sliced(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> ParallelSources:
     """Checkpoints of tensor-parallel engines by case, each made once in a session; read-only."""
-    from tests.engines.tp_runs import TpSources
+    from tests.engines.parallel_runs import ParallelSources
 
-    return TpSources(ranks, tmp_path_factory.mktemp("sliced"))
+    return ParallelSources(ranks, tmp_path_factory.mktemp("sliced"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import ucp
 from tests.cli.test_spec import call
 from tests.engines import tp_models
 from tests.engines.configs import Case
-from tests.engines.tp_runs import TpCase, TpRun, TpSources
+from tests.engines.parallel_runs import ParallelRun, ParallelSources
+from tests.engines.tp_runs import TpCase
 from tests.formats.deepspeed.read.test_matrix import check_tensors, known
 from tests.spec.models import config_of
 from ucp.spec import shipped
@@ -26,7 +27,7 @@ PLAIN = TpCase("megatron", tp=1, case=Case(stage=3, dp=2))
 
 
 @pytest.fixture
-def gpt(sliced: TpSources) -> TpRun:
+def gpt(sliced: ParallelSources) -> ParallelRun:
     return sliced.get(GPT)
 
 
@@ -38,7 +39,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_draft_of_a_checkpoint_that_describes_itself_reads_it(
-    sliced: TpSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    sliced: ParallelSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for k, tp in enumerate((LLAMA, GPT)):
         run = sliced.get(tp)
@@ -55,7 +56,7 @@ def test_a_draft_of_a_checkpoint_that_describes_itself_reads_it(
 
 
 def test_a_draft_without_information_says_what_is_to_be_decided(
-    sliced: TpSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    sliced: ParallelSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = sliced.get(SILENT)
     code, out, err = call(capsys, "infer", run.folder)
@@ -73,7 +74,7 @@ def test_a_draft_without_information_says_what_is_to_be_decided(
     assert "6 more are: 'language_model" in err
 
 
-def test_plain_checkpoints_are_drafted_whole(sliced: TpSources, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_checkpoints_are_drafted_whole(sliced: ParallelSources, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "infer", sliced.get(PLAIN).folder, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -82,7 +83,7 @@ def test_plain_checkpoints_are_drafted_whole(sliced: TpSources, capsys: pytest.C
 
 
 def test_check_merges_all_shards_and_cuts_them_again(
-    sliced: TpSources, gpt: TpRun, capsys: pytest.CaptureFixture[str], config: Path
+    sliced: ParallelSources, gpt: ParallelRun, capsys: pytest.CaptureFixture[str], config: Path
 ) -> None:
     code, out, _ = call(capsys, "check", "megatron_gpt_plain", gpt.folder)
     assert code == 0
@@ -118,7 +119,7 @@ def test_check_merges_all_shards_and_cuts_them_again(
     ],
 )
 def test_wrong_specs_are_refused_by_the_shards(
-    gpt: TpRun, capsys: pytest.CaptureFixture[str], tmp_path: Path, right: str, wrong: str, message: str
+    gpt: ParallelRun, capsys: pytest.CaptureFixture[str], tmp_path: Path, right: str, wrong: str, message: str
 ) -> None:
     text = (shipped.FOLDER / "megatron_gpt_plain.yaml").read_text()
     assert right in text

@@ -9,7 +9,8 @@ import deepspeed
 
 from tests.engines import pipe_runs
 from tests.engines.configs import make_config
-from tests.engines.pipe_runs import PipeCase, PipeRun
+from tests.engines.parallel_runs import ParallelRun
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pipe_truth import gather
 from tests.engines.runs import STEPS
 from tests.engines.truth import Truth
@@ -33,13 +34,13 @@ def build_engine(pipe: PipeCase, sp: int, section: dict[str, Any] | None) -> Any
     return engine
 
 
-def train_sequence_parallel(pipe: PipeCase, sp: int, folder: str) -> PipeRun:
+def train_sequence_parallel(pipe: PipeCase, sp: int, folder: str) -> ParallelRun:
     """Train and save with DeepSpeed's own save."""
     engine = build_engine(pipe, sp, None)
     losses = pipe_runs.continue_training(engine, pipe, 0, STEPS)
     truth = gather(engine)
     engine.save_checkpoint(folder)
-    return PipeRun(pipe, folder, "", tuple(losses), (), truth, None)
+    return ParallelRun(pipe, folder, "", tuple(losses), (), truth, None)
 
 
 def load_each(pipe: PipeCase, sp: int, folders: Sequence[str], section: dict[str, Any]) -> list[Truth | None]:

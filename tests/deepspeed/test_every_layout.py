@@ -16,7 +16,8 @@ from tests.deepspeed.agree import differences
 from tests.deepspeed.test_pipe import piped
 from tests.engines import pipe_models
 from tests.engines.configs import Case
-from tests.engines.pipe_runs import PipeCase, PipeRun, PipeSources
+from tests.engines.parallel_runs import ParallelRun, ParallelSources
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.truth import Truth
 
@@ -39,7 +40,7 @@ def sp_of(kind: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def runs(ranks: RankPool, pipes: PipeSources, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PipeRun]:
+def runs(ranks: RankPool, pipes: ParallelSources, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParallelRun]:
     """A run under each kind, saved by DeepSpeed."""
     out = {kind: pipes.get(pipe) for kind, pipe in KINDS.items() if kind != "SP"}
     folder = str(tmp_path_factory.mktemp("sp"))
@@ -50,7 +51,7 @@ def runs(ranks: RankPool, pipes: PipeSources, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def resumed(
-    ranks: RankPool, runs: dict[str, PipeRun], tmp_path_factory: pytest.TempPathFactory
+    ranks: RankPool, runs: dict[str, ParallelRun], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, Truth]]:
     """What an engine of a kind holds after resuming from each of the runs, one after the other."""
     spec = tmp_path_factory.mktemp("spec") / Path("pipe.yaml")
@@ -72,7 +73,7 @@ def resumed(
 @pytest.mark.parametrize("target", KINDS)
 @pytest.mark.parametrize("source", KINDS)
 def test_resumes(
-    runs: dict[str, PipeRun], resumed: Callable[[str], dict[str, Truth]], source: str, target: str
+    runs: dict[str, ParallelRun], resumed: Callable[[str], dict[str, Truth]], source: str, target: str
 ) -> None:
     saved = piped(runs[source].truth, KINDS[source])
     assert differences(saved, piped(resumed(target)[source], KINDS[target])) == []

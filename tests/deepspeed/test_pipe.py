@@ -13,9 +13,10 @@ import pytest
 import ucp
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
-from tests.engines import pipe_models, pipe_runs
+from tests.engines import parallel_runs, pipe_models, pipe_runs
 from tests.engines.configs import Case
-from tests.engines.pipe_runs import PipeCase, PipeSources
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE
 from tests.engines.truth import Truth, compare
@@ -134,10 +135,10 @@ def section(spec: str, *pipes: PipeCase) -> dict[str, Any]:
 
 def load(ranks: RankPool, target: PipeCase, folder: str, ucp_section: dict[str, Any], trained: int) -> Any:
     target = target.but(seed=SEED)
-    return ranks.run(pipe_runs.resume, target, folder, ucp_section, trained, world_size=target.world_size)[0]
+    return ranks.run(parallel_runs.resume, target, folder, ucp_section, trained, world_size=target.world_size)[0]
 
 
-def check(pair: Pair, run: pipe_runs.PipeRun, loaded: pipe_runs.PipeRun) -> None:
+def check(pair: Pair, run: pipe_runs.ParallelRun, loaded: pipe_runs.ParallelRun) -> None:
     assert differences(piped(run.truth, pair.source), piped(loaded.truth, pair.target)) == []
     assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
     if pair.losses == "equal":
@@ -149,7 +150,7 @@ def check(pair: Pair, run: pipe_runs.PipeRun, loaded: pipe_runs.PipeRun) -> None
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)
-def test_loads_exactly(ranks: RankPool, pipes: PipeSources, spec: str, pair: Pair) -> None:
+def test_loads_exactly(ranks: RankPool, pipes: ParallelSources, spec: str, pair: Pair) -> None:
     run = pipes.get(pair.source)
     trained = 0 if pair.losses == "equal" else 1
     check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), trained))
@@ -167,7 +168,7 @@ SAVES = [
 
 
 @pytest.mark.parametrize("pair", SAVES, ids=lambda pair: pair.label)
-def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: PipeSources, spec: str, pair: Pair) -> None:
+def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: ParallelSources, spec: str, pair: Pair) -> None:
     """Fragments of every stage, each tensor once; they resume in any layout."""
     saving = section(spec, pair.source)  # in the background
     run = pipes.get(pair.source, saving)
@@ -184,7 +185,7 @@ def test_saves_all_that_the_stages_hold(ranks: RankPool, pipes: PipeSources, spe
     check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), 1))
 
 
-def test_converted_pipelines_resume(ranks: RankPool, pipes: PipeSources, tmp_path: Path) -> None:
+def test_converted_pipelines_resume(ranks: RankPool, pipes: ParallelSources, tmp_path: Path) -> None:
     pair = Pair(PipeCase(pp=2, case=OPTIONS.but(dp=2)), PipeCase(pp=4, method="type:block", case=OPTIONS))
     run = pipes.get(pair.source)
     ucp.convert(run.folder, tmp_path / "whole")
@@ -201,9 +202,9 @@ def test_converted_pipelines_resume(ranks: RankPool, pipes: PipeSources, tmp_pat
     ],
     ids=("a stage lacks something", "other names"),
 )
-def test_all_stages_refuse_together(ranks: RankPool, pipes: PipeSources, target: PipeCase, words: str) -> None:
+def test_all_stages_refuse_together(ranks: RankPool, pipes: ParallelSources, target: PipeCase, words: str) -> None:
     run = pipes.get(PipeCase(pp=2, case=OPTIONS.but(dp=2, frozen=False)))
-    outcome = ranks.attempt(pipe_runs.resume, target, run.folder, {}, world_size=target.world_size)
+    outcome = ranks.attempt(parallel_runs.resume, target, run.folder, {}, world_size=target.world_size)
     assert outcome.all_raised
     assert {failure.type_name for failure in outcome.failures} == {"ucp.errors.Mismatch"}
     assert any(words in failure.message for failure in outcome.failures)

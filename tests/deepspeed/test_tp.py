@@ -11,11 +11,12 @@ import pytest
 import ucp
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
-from tests.engines import tp_runs
+from tests.engines import parallel_runs
 from tests.engines.configs import Case
+from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE
-from tests.engines.tp_runs import PRELOAD, TpCase, TpRun, TpSources
+from tests.engines.tp_runs import PRELOAD, TpCase
 from tests.engines.tp_truth import without_padding
 from tests.engines.truth import Truth, compare
 from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors, known
@@ -99,20 +100,22 @@ def section(*cases: TpCase) -> dict[str, Any]:
     return {"spec": "megatron_gpt_plain"} if any(not c.info and c.tp == 1 for c in cases) else {}
 
 
-def load(ranks: RankPool, target: TpCase, folder: str, section: dict[str, Any], trained: int) -> TpRun:
+def load(ranks: RankPool, target: TpCase, folder: str, section: dict[str, Any], trained: int) -> ParallelRun:
     target = target.but(seed=SEED)
-    found = ranks.run(tp_runs.resume, target, folder, section, trained, world_size=target.world_size, preload=PRELOAD)
+    found = ranks.run(
+        parallel_runs.resume, target, folder, section, trained, world_size=target.world_size, preload=PRELOAD
+    )
     return found[0]
 
 
-def truths(pair: Pair, run: TpRun, loaded: TpRun) -> tuple[Truth, Truth]:
+def truths(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> tuple[Truth, Truth]:
     """Padding of one width is restored; there is none of another to restore."""
     a, b = known(run.truth), known(loaded.truth)
     widths = [{n: t["param"].shape for n, t in truth.params.items()} for truth in (a, b)]
     return (a, b) if widths[0] == widths[1] else (without_padding(a), without_padding(b))
 
 
-def check(pair: Pair, run: TpRun, loaded: TpRun) -> None:
+def check(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> None:
     assert differences(*truths(pair, run, loaded)) == []
     assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
     if pair.losses == "equal":
@@ -124,7 +127,7 @@ def check(pair: Pair, run: TpRun, loaded: TpRun) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)
-def test_loads_exactly(ranks: RankPool, sliced: TpSources, pair: Pair) -> None:
+def test_loads_exactly(ranks: RankPool, sliced: ParallelSources, pair: Pair) -> None:
     run = sliced.get(pair.source)
     more = section(pair.source, pair.target)
     check(pair, run, load(ranks, pair.target, run.folder, more, 0 if pair.losses == "equal" else 1))
@@ -143,7 +146,7 @@ SAVES = [
 
 
 @pytest.mark.parametrize("pair", SAVES, ids=lambda pair: pair.label)
-def test_saves_all_that_the_ranks_hold(ranks: RankPool, sliced: TpSources, pair: Pair) -> None:
+def test_saves_all_that_the_ranks_hold(ranks: RankPool, sliced: ParallelSources, pair: Pair) -> None:
     """Fragments of every rank, each element once; they resume in any layout."""
     run = sliced.get(pair.source, {"save": {"async": False}})
     with ucp.open(run.folder) as checkpoint:

@@ -1,11 +1,10 @@
-"""Pipelines that train and save, and plain modules of the same model: cases, engines, training. Jobs for ranks."""
+"""Pipelines, and plain modules of the same model: cases, engines, training. The rig of `parallel_runs`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from tests.engines import models, pipe_models
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.pipe_truth import gather
-from tests.engines.pool import RankPool
-from tests.engines.runs import CLIENT_STATE, STEPS
-from tests.engines.truth import Truth
+from tests.engines.runs import CLIENT_STATE
 from tests.engines.zygote import resolve
 
 FURTHER = 3  # steps after the save
+PRELOAD = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class PipeCase:
     topology: with tp=1, use the topology that has an axis for tensor parallelism, too (its files are named otherwise).
     shift: the tied module has a parameter that is not tied; declared: the model says that the first copy counts.
     """
+
+    RIG: ClassVar[str] = __name__
 
     pp: int = 2
     tp: int = 1
@@ -120,45 +120,9 @@ def continue_training(engine: Any, pipe: PipeCase, from_step: int, steps: int) -
     return losses
 
 
-@dataclass(frozen=True, eq=False)
-class PipeRun:
-    """A run: truths on rank 0 only. further: losses of the steps after the save (or the load)."""
-
-    pipe: PipeCase
-    folder: str
-    tag: str
-    losses: tuple[float, ...]
-    further: tuple[float, ...]
-    truth: Truth | None
-    truth_after: Truth | None
-    client_state: Any = None
-
-
-def train(pipe: PipeCase, folder: str, section: dict[str, Any] | None = None, further: int = FURTHER) -> PipeRun:
-    """Train, save, train on."""
-    engine = build_engine(pipe, section)
-    losses = continue_training(engine, pipe, 0, STEPS)
-    truth = gather(engine)
-    tag = f"global_step{STEPS}"
-    engine.save_checkpoint(folder, tag, client_state=dict(CLIENT_STATE))
-    after = continue_training(engine, pipe, STEPS, further)
-    if section is not None:
-        engine.ucp.wait()
-    return PipeRun(pipe, folder, tag, tuple(losses), tuple(after), truth, gather(engine))
-
-
-def resume(
-    pipe: PipeCase, folder: str, section: dict[str, Any] | None = None, trained: int = 0, further: int = FURTHER
-) -> PipeRun:
-    """Load into a fresh engine, or one that has trained on other data, and train on."""
-    engine = build_engine(pipe, section)
-    continue_training(engine, pipe, 50, trained)
-    path, client_state = engine.load_checkpoint(folder)
-    if path is None:
-        raise FileNotFoundError(f"nothing was loaded from {folder}")
-    truth = gather(engine)
-    after = continue_training(engine, pipe, STEPS, further)
-    return PipeRun(pipe, folder, "", (), tuple(after), truth, gather(engine), client_state)
+def client_state(pipe: PipeCase) -> dict[str, Any]:
+    """What is given to the save."""
+    return dict(CLIENT_STATE)
 
 
 def split(pipe: PipeCase) -> list[int]:
@@ -167,18 +131,4 @@ def split(pipe: PipeCase) -> list[int]:
     return [int(layer) for layer in model.parts]
 
 
-class PipeSources:
-    """Runs of cases, each trained once and kept until the session ends. Treat the folders as read-only."""
-
-    def __init__(self, pool: RankPool, root: Path) -> None:
-        self.pool = pool
-        self._root = root
-        self._runs: dict[tuple[PipeCase, str], PipeRun] = {}
-
-    def get(self, pipe: PipeCase, section: dict[str, Any] | None = None) -> PipeRun:
-        """The run of ``pipe`` as rank 0 knows it; with ``section`` one of this project's engine, which saves so."""
-        key = (pipe, repr(section))
-        if key not in self._runs:
-            folder = str(self._root / f"{len(self._runs):03d}")
-            self._runs[key] = self.pool.run(train, pipe, folder, section, world_size=pipe.world_size)[0]
-        return self._runs[key]
+__all__ = ["FURTHER", "PRELOAD", "PipeCase", "build_engine", "client_state", "continue_training", "gather", "split"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines import tp_runs
+from tests.engines import parallel_runs
 from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.tp_runs import TpCase
@@ -28,7 +28,9 @@ LLAMA = ("transformers.models.llama.modeling_llama",)
 def test_whole_truths_are_those_of_the_plain_module(tp: TpCase, ranks: RankPool, tmp_path: object) -> None:
     plain = tp.but(tp=1, stage=1, dp=2)
     runs = [
-        ranks.run(tp_runs.train, case, f"{tmp_path}/{case.tp}", world_size=case.world_size, preload=LLAMA, further=0)[0]
+        ranks.run(
+            parallel_runs.train, case, f"{tmp_path}/{case.tp}", world_size=case.world_size, preload=LLAMA, further=0
+        )[0]
         for case in (tp, plain)
     ]
     assert runs[0].losses == pytest.approx(runs[1].losses, abs=5e-5)

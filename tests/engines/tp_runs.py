@@ -1,10 +1,9 @@
-"""Engines under tensor parallelism that train, save and resume: cases, engines, training. Jobs for ranks."""
+"""Engines under tensor parallelism: cases, engines, training. The rig of `parallel_runs`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,8 @@ from torch import nn
 
 from tests.engines import models, tp_models
 from tests.engines.configs import Case, make_config, parameter_groups
-from tests.engines.pool import RankPool
-from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS
+from tests.engines.runs import CLIENT_STATE, FURTHER
 from tests.engines.tp_truth import gather
-from tests.engines.truth import Truth
 from tests.engines.zygote import resolve
 
 
@@ -26,6 +23,8 @@ class TpCase:
     kind: 'autotp' (a Llama that DeepSpeed cuts) or 'megatron' (a GPT that cuts itself, with an mpu); the plain module
     with tp=1. kv_heads: of the Llama. info: the GPT says how it is cut. sp: ranks of sequence parallelism, dividing dp.
     """
+
+    RIG: ClassVar[str] = __name__
 
     kind: str = "autotp"
     tp: int = 2
@@ -126,64 +125,11 @@ def continue_training(engine: Any, tp: TpCase, from_step: int, steps: int) -> li
     return losses
 
 
-@dataclass(frozen=True, eq=False)
-class TpRun:
-    """A run: truths on rank 0 only. further: losses of the steps after the save (or the load)."""
-
-    tp: TpCase
-    folder: str
-    tag: str
-    losses: tuple[float, ...]
-    further: tuple[float, ...]
-    truth: Truth | None
-    truth_after: Truth | None
-    client_state: Any = None
-
-
-def train(tp: TpCase, folder: str, section: dict[str, Any] | None = None, further: int = FURTHER) -> TpRun:
-    """Train, save, train on."""
-    engine = build_engine(tp, section)
-    losses = continue_training(engine, tp, 0, STEPS)
-    truth = gather(engine)
-    tag = f"global_step{STEPS}"
-    client_state = dict(CLIENT_STATE)
-    if tp.kind == "megatron":
-        client_state["args"] = dict(tp_models.ARGS)
-    engine.save_checkpoint(folder, tag, client_state=client_state)
-    after = continue_training(engine, tp, STEPS, further)
-    return TpRun(tp, folder, tag, tuple(losses), tuple(after), truth, gather(engine))
-
-
-def resume(
-    tp: TpCase, folder: str, section: dict[str, Any] | None = None, trained: int = 0, further: int = FURTHER
-) -> TpRun:
-    """Load into a fresh engine, or one that has trained on other data, and train on."""
-    engine = build_engine(tp, section)
-    continue_training(engine, tp, 50, trained)
-    path, client_state = engine.load_checkpoint(folder)
-    if path is None:
-        raise FileNotFoundError(f"nothing was loaded from {folder}")
-    truth = gather(engine)
-    after = continue_training(engine, tp, STEPS, further)
-    return TpRun(tp, folder, "", (), tuple(after), truth, gather(engine), client_state)
+def client_state(tp: TpCase) -> dict[str, Any]:
+    """What is given to the save."""
+    return dict(CLIENT_STATE) | ({"args": dict(tp_models.ARGS)} if tp.kind == "megatron" else {})
 
 
 PRELOAD = ("transformers.models.llama.modeling_llama",)
 
-
-class TpSources:
-    """Runs of cases, each trained once and kept until the session ends. Treat the folders as read-only."""
-
-    def __init__(self, pool: RankPool, root: Path) -> None:
-        self.pool = pool
-        self._root = root
-        self._runs: dict[tuple[TpCase, str], TpRun] = {}
-
-    def get(self, tp: TpCase, section: dict[str, Any] | None = None) -> TpRun:
-        """The run of ``tp`` as rank 0 knows it; with ``section`` one of this project's engine, which saves so."""
-        key = (tp, repr(section))
-        if key not in self._runs:
-            folder = str(self._root / f"{len(self._runs):03d}")
-            found = self.pool.run(train, tp, folder, section, world_size=tp.world_size, preload=PRELOAD)
-            self._runs[key] = found[0]
-        return self._runs[key]
+__all__ = ["FURTHER", "PRELOAD", "TpCase", "build_engine", "client_state", "continue_training", "gather"]

@@ -41,11 +41,11 @@ def test_native_and_converted_are_the_same(sources: Sources, tmp_path: Path, cas
 
 def test_copies_of_tensor_parallel_ranks(ranks: RankPool, tmp_path: Path) -> None:
     """Norms that two ranks keep: equal as they were saved, found where one of them has drifted, by whoever wrote it."""
-    from tests.engines import tp_runs
+    from tests.engines import parallel_runs
     from tests.engines.tp_runs import PRELOAD, TpCase
 
     case = TpCase(case=Case(stage=1, dp=1))
-    ranks.run(tp_runs.train, case, str(tmp_path / "run"), world_size=2, preload=PRELOAD, further=0)
+    ranks.run(parallel_runs.train, case, str(tmp_path / "run"), world_size=2, preload=PRELOAD, further=0)
     with ucp.open(tmp_path / "run") as checkpoint:
         names = {copy.name for copy in checkpoint.catalog.copies if copy.state == "exp_avg"}
     assert any("norm" in name for name in names)

@@ -20,9 +20,8 @@ from ucp.parallel.mesh import parse_layout
 
 if TYPE_CHECKING:
     from tests.engines.moe import MoeSources
-    from tests.engines.pipe_runs import PipeSources
+    from tests.engines.parallel_runs import ParallelSources
     from tests.engines.pool import RankPool
-    from tests.engines.tp_runs import TpSources
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +65,7 @@ def planned(folder: str, layout: str, **how: Any) -> list[int]:
 )
 def test_pipelines(
     ranks: RankPool,
-    pipes: PipeSources,
+    pipes: ParallelSources,
     tmp_path: Path,
     source: PipeCase,
     target: PipeCase,
@@ -115,7 +114,7 @@ def test_stacked_experts(ranks: RankPool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tp", "dp", "stage"), [(2, 1, 1), (4, 1, 2)])
-def test_tensor_parallelism(ranks: RankPool, sliced: TpSources, tp: int, dp: int, stage: int) -> None:
+def test_tensor_parallelism(ranks: RankPool, sliced: ParallelSources, tp: int, dp: int, stage: int) -> None:
     """Three heads of keys on two ranks are cut unevenly; on four ranks one has none."""
     run = sliced.get(TpCase(kv_heads=3, case=Case(stage=1, dp=2, dtype="bf16")))
     target = TpCase(kv_heads=3, tp=tp, case=Case(stage=stage, dp=dp, dtype="bf16"))

@@ -10,7 +10,8 @@ import pytest
 from tests.cli.test_spec import call
 from tests.engines import tp_models
 from tests.engines.configs import Case
-from tests.engines.tp_runs import TpCase, TpRun, TpSources
+from tests.engines.parallel_runs import ParallelRun, ParallelSources
+from tests.engines.tp_runs import TpCase
 from tests.spec.models import config_of
 from ucp.spec.shipped import FOLDER
 
@@ -40,11 +41,11 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def gpt(sliced: TpSources) -> TpRun:
+def gpt(sliced: ParallelSources) -> ParallelRun:
     return sliced.get(TpCase("megatron"))
 
 
-def test_the_right_spec_passes(gpt: TpRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_right_spec_passes(gpt: ParallelRun, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "check", "megatron_gpt_plain", gpt.folder, "--model", GPT, "--json")
     assert (code, err) == (0, ""), err
     trial = json.loads(out)["trial"]
@@ -55,7 +56,7 @@ def test_the_right_spec_passes(gpt: TpRun, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_that_shapes_do_not_show(
-    gpt: TpRun, capsys: pytest.CaptureFixture[str], tmp_path: Path, mistake: str
+    gpt: ParallelRun, capsys: pytest.CaptureFixture[str], tmp_path: Path, mistake: str
 ) -> None:
     right, wrong = MISTAKES[mistake]
     assert right in RIGHT
@@ -70,7 +71,7 @@ def test_mistakes_that_shapes_do_not_show(
 
 
 def test_models_of_transformers_under_autotp(
-    sliced: TpSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    sliced: ParallelSources, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = sliced.get(TpCase(case=Case(stage=3, dp=2)))
     config = tmp_path / "config.json"
@@ -81,7 +82,7 @@ def test_models_of_transformers_under_autotp(
     assert trial["difference"] < 1e-5 * trial["scale"]
 
 
-def test_factories_that_are_none(gpt: TpRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_factories_that_are_none(gpt: ParallelRun, capsys: pytest.CaptureFixture[str]) -> None:
     for factory, words in (
         ("nowhere:gpt", "--model nowhere:gpt: can't be imported"),
         ("tests.inspection.trial_models:nothing", "has no attribute 'nothing'"),
@@ -93,7 +94,7 @@ def test_factories_that_are_none(gpt: TpRun, capsys: pytest.CaptureFixture[str])
         assert words in err
 
 
-def test_without_shards_there_is_nothing_to_try(sliced: TpSources, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_shards_there_is_nothing_to_try(sliced: ParallelSources, capsys: pytest.CaptureFixture[str]) -> None:
     run = sliced.get(TpCase("megatron", tp=1, case=Case(stage=3, dp=2)))
     code, _, err = call(capsys, "check", "megatron_gpt_plain", run.folder, "--model", GPT)
     assert code == 2

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tests.deepspeed.agree import IMPLEMENTATION, differences
-from tests.engines import load_jobs, pipe_models, pipe_runs, tp_runs
+from tests.engines import load_jobs, parallel_runs, pipe_models
 from tests.engines.configs import Case
 from tests.engines.fsdp import Mesh, State
-from tests.engines.pipe_runs import PipeCase, PipeSources
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankError, RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import train
-from tests.engines.tp_runs import PRELOAD, TpCase, TpSources
+from tests.engines.tp_runs import PRELOAD, TpCase
 from tests.engines.truth import Truth
 from tests.formats.deepspeed.read.test_matrix import known
 from tests.torchdist import crossing_jobs
@@ -80,7 +81,7 @@ SLICED = PipeCase(pp=2, tp=2, case=Case(stage=1, dp=1, accumulation=2))
 
 @pytest.mark.parametrize(("source", "back"), [(PIPELINE, SLICED), (SLICED, PIPELINE)], ids=["pp2-dp2", "tp2-pp2"])
 def test_from_pipelines_and_back(
-    ranks: RankPool, pipes: PipeSources, tmp_path: Path, source: PipeCase, back: PipeCase
+    ranks: RankPool, pipes: ParallelSources, tmp_path: Path, source: PipeCase, back: PipeCase
 ) -> None:
     """Stages, and slices of them, become one module under FSDP2, and a pipeline of the other kind again."""
     spec = tmp_path / "pipe.yaml"
@@ -96,12 +97,12 @@ def test_from_pipelines_and_back(
             assert holds(truth, State(params, buffers, state.groups)) == []
         assert (crossed.step, crossed.clip_grad) == (STEPS, 1.0)  # DeepSpeed's default
         assert crossed.further == pytest.approx(run.further, rel=1e-5)
-    loaded = ranks.run(pipe_runs.resume, back, target, {"spec": str(spec)}, 1, world_size=back.world_size)[0]
+    loaded = ranks.run(parallel_runs.resume, back, target, {"spec": str(spec)}, 1, world_size=back.world_size)[0]
     assert differences(truth, known(loaded.truth)) == []
     assert loaded.further == pytest.approx(run.further, rel=1e-5)
 
 
-def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: TpSources, tmp_path: Path) -> None:
+def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: ParallelSources, tmp_path: Path) -> None:
     """AutoTP's Llama, three key heads on two ranks, under FSDP2 on three ranks, and under AutoTP at another stage."""
     source = TpCase(kv_heads=3, case=Case(stage=1, dp=2, groups=3, frozen=True))
     run = sliced.get(source)
@@ -114,7 +115,7 @@ def test_from_tensor_parallelism_and_back(ranks: RankPool, sliced: TpSources, tm
         assert crossed.further == pytest.approx(run.further, rel=1e-5)
     back = source.but(stage=3, dp=1, seed=5)
     section, world = {"spec": "llama"}, back.world_size
-    loaded = ranks.run(tp_runs.resume, back, target, section, 1, world_size=world, preload=PRELOAD)[0]
+    loaded = ranks.run(parallel_runs.resume, back, target, section, 1, world_size=world, preload=PRELOAD)[0]
     assert differences(truth, known(loaded.truth)) == []
     assert loaded.further == pytest.approx(run.further, rel=1e-5)
 

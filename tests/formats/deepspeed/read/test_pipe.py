@@ -11,7 +11,8 @@ import torch
 import ucp
 from tests.engines import pipe_models
 from tests.engines.configs import Case
-from tests.engines.pipe_runs import PipeCase, PipeSources
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.pipe_runs import PipeCase
 from tests.formats.deepspeed.read.test_matrix import (
     check_parameters,
     check_regions,
@@ -48,7 +49,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("pipe", CASES, ids=lambda pipe: pipe.label)
-def test_everything_read_is_what_the_stages_held(pipes: PipeSources, spec: Path, pipe: PipeCase) -> None:
+def test_everything_read_is_what_the_stages_held(pipes: ParallelSources, spec: Path, pipe: PipeCase) -> None:
     run = pipes.get(pipe)
     truth = known(run.truth)
     with ucp.open(run.folder, spec if pipe.tp > 1 else None) as checkpoint:
@@ -62,7 +63,7 @@ def test_everything_read_is_what_the_stages_held(pipes: PipeSources, spec: Path,
         assert ("tied_modules.embed.weight" in copies) == (pipe.pp > 1)
 
 
-def copied(pipes: PipeSources, pipe: PipeCase, to: Path) -> Path:
+def copied(pipes: ParallelSources, pipe: PipeCase, to: Path) -> Path:
     run = pipes.get(pipe)
     shutil.copytree(run.folder, to / "run")
     return to / "run" / run.tag
@@ -75,7 +76,7 @@ def refusal(folder: Path, kind: type[UcpError], spec: Path | None = None) -> str
     return str(caught.value)
 
 
-def test_a_missing_layer_file_is_named(pipes: PipeSources, spec: Path, tmp_path: Path) -> None:
+def test_a_missing_layer_file_is_named(pipes: ParallelSources, spec: Path, tmp_path: Path) -> None:
     folder = copied(pipes, SLICED, tmp_path)
     (folder / "layer_04-model_01-model_states.pt").unlink()
     assert "'layer_04-model_01-model_states.pt'" in refusal(folder, DamagedCheckpoint, spec)
@@ -88,7 +89,7 @@ def test_a_missing_layer_file_is_named(pipes: PipeSources, spec: Path, tmp_path:
     assert "no layer files" in refusal(folder, DamagedCheckpoint, spec)
 
 
-def test_a_missing_stage_is_named(pipes: PipeSources, tmp_path: Path) -> None:
+def test_a_missing_stage_is_named(pipes: ParallelSources, tmp_path: Path) -> None:
     folder = copied(pipes, PLAIN, tmp_path)
     (folder / "mp_rank_01_model_states.pt").unlink()
     assert "no model file of rank 1" in refusal(folder, DamagedCheckpoint)
@@ -97,12 +98,12 @@ def test_a_missing_stage_is_named(pipes: PipeSources, tmp_path: Path) -> None:
     assert "2 model-parallel ranks (tp=1, pp=2)" in refusal(folder, DamagedCheckpoint)
 
 
-def test_copies_of_an_untied_parameter_are_refused_unless_the_model_declares_them(pipes: PipeSources) -> None:
+def test_copies_of_an_untied_parameter_are_refused_unless_the_model_declares_them(pipes: ParallelSources) -> None:
     run = pipes.get(PipeCase(pp=2, shift=True, declared=False, case=TRAINED))
     assert "'tied_modules.embed.shift'" in refusal(Path(run.folder) / run.tag, Mismatch)
 
 
-def test_a_layer_file_of_another_run_is_found(pipes: PipeSources, tmp_path: Path) -> None:
+def test_a_layer_file_of_another_run_is_found(pipes: ParallelSources, tmp_path: Path) -> None:
     """Its weights are not the masters that the optimizer files have."""
     folder = copied(pipes, PLAIN, tmp_path)
     for file in folder.glob("layer_0[2345]-*"):
@@ -110,7 +111,7 @@ def test_a_layer_file_of_another_run_is_found(pipes: PipeSources, tmp_path: Path
     assert "files of two runs" in refusal(folder, DamagedCheckpoint)
 
 
-def test_tied_copies_that_drifted_apart_are_found(pipes: PipeSources, tmp_path: Path) -> None:
+def test_tied_copies_that_drifted_apart_are_found(pipes: ParallelSources, tmp_path: Path) -> None:
     folder = copied(pipes, PLAIN, tmp_path)
     for file in folder.glob("zero_pp_rank_0_mp_rank_01_optim_states.pt"):
         saved = torch.load(file, weights_only=False)
@@ -131,7 +132,7 @@ UNNAMED = [
 
 
 @pytest.mark.parametrize("pipe", UNNAMED, ids=lambda pipe: pipe.label)
-def test_without_zero_the_engines_names_tell_the_split(pipes: PipeSources, spec: Path, pipe: PipeCase) -> None:
+def test_without_zero_the_engines_names_tell_the_split(pipes: ParallelSources, spec: Path, pipe: PipeCase) -> None:
     run = pipes.get(pipe)
     truth = known(run.truth)
     choice = spec if pipe.tp > 1 else None
@@ -143,7 +144,7 @@ def test_without_zero_the_engines_names_tell_the_split(pipes: PipeSources, spec:
         check_training_state(checkpoint, truth, pipe.case)
 
 
-def test_without_zero_and_names_a_tied_pipeline_is_refused(pipes: PipeSources) -> None:
+def test_without_zero_and_names_a_tied_pipeline_is_refused(pipes: ParallelSources) -> None:
     run = pipes.get(UNNAMED[1])
     text = refusal(Path(run.folder) / run.tag, Unsupported)
     assert "no splits of its 6 layers" in text

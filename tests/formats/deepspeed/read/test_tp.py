@@ -6,7 +6,8 @@ import pytest
 
 import ucp
 from tests.engines.configs import Case
-from tests.engines.tp_runs import TpCase, TpSources
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.tp_runs import TpCase
 from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors, known
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("tp", CASES, ids=lambda tp: tp.label)
-def test_everything_read_is_what_the_ranks_held(sliced: TpSources, tp: TpCase) -> None:
+def test_everything_read_is_what_the_ranks_held(sliced: ParallelSources, tp: TpCase) -> None:
     run = sliced.get(tp)
     truth = known(run.truth)
     with ucp.open(run.folder) as checkpoint:

@@ -13,9 +13,10 @@ import ucp
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
 from tests.deepspeed.test_pipe import piped
-from tests.engines import pipe_models, pipe_runs
+from tests.engines import parallel_runs, pipe_models, pipe_runs
 from tests.engines.configs import Case, make_config
-from tests.engines.pipe_runs import PipeCase, PipeSources
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.formats.deepspeed.read.test_matrix import known
 from ucp.errors import BadArgument, UcpError, Unsupported
@@ -59,7 +60,7 @@ def label(pair: tuple[PipeCase, PipeCase]) -> str:
 
 @pytest.mark.parametrize("pair", PAIRS, ids=label)
 def test_stock_pipelines_load_it(
-    ranks: RankPool, pipes: PipeSources, tmp_path: Path, pair: tuple[PipeCase, PipeCase]
+    ranks: RankPool, pipes: ParallelSources, tmp_path: Path, pair: tuple[PipeCase, PipeCase]
 ) -> None:
     source, target = pair
     run = pipes.get(source)
@@ -73,13 +74,13 @@ def test_stock_pipelines_load_it(
         spec=tmp_path / "pipe.yaml" if source.tp * target.tp > 1 or not source.pp else None,
         ds_config=config_of(ranks, target),
     )
-    loaded = ranks.run(pipe_runs.resume, target.but(seed=5), str(tmp_path / "out"), world_size=target.world_size)[0]
+    loaded = ranks.run(parallel_runs.resume, target.but(seed=5), str(tmp_path / "out"), world_size=target.world_size)[0]
     assert differences(piped(run.truth, source), known(loaded.truth)) == []
     if (case.dtype, case.stage) != ("fp16", 0):  # whose gradients DeepSpeed scales otherwise
         assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[case.dtype])
 
 
-def test_files_are_deepspeeds_own(ranks: RankPool, pipes: PipeSources, tmp_path: Path) -> None:
+def test_files_are_deepspeeds_own(ranks: RankPool, pipes: ParallelSources, tmp_path: Path) -> None:
     """Written for the layout that it was read from, they hold what DeepSpeed's own files hold."""
     pipe = PipeCase(pp=2, head_module=True, case=OPTIONS.but(dp=2))
     run = pipes.get(pipe)
@@ -96,11 +97,11 @@ def test_files_are_deepspeeds_own(ranks: RankPool, pipes: PipeSources, tmp_path:
             assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], (name, key)
 
 
-def test_what_deepspeed_can_not_load_itself_is_refused(ranks: RankPool, pipes: PipeSources, tmp_path: Path) -> None:
+def test_what_deepspeed_can_not_load_itself_is_refused(ranks: RankPool, pipes: ParallelSources, tmp_path: Path) -> None:
     """bf16 pipelines at stage 0: DeepSpeed fails at its own checkpoint; it is to be seen here once that changes."""
     pipe = PipeCase(pp=2, case=LOW.but(stage=0, dp=2))
     run = pipes.get(pipe)
-    outcome = ranks.attempt(pipe_runs.resume, pipe, run.folder, world_size=pipe.world_size)
+    outcome = ranks.attempt(parallel_runs.resume, pipe, run.folder, world_size=pipe.world_size)
     assert outcome.all_raised
     assert all("KeyError" in failure.type_name for failure in outcome.failures)
     config = make_config(pipe.case) | {"pipeline": {"partition": [0, 4, 8], "tied": TIED}}
@@ -123,7 +124,7 @@ def test_what_deepspeed_can_not_load_itself_is_refused(ranks: RankPool, pipes: P
     ],
 )
 def test_what_can_not_be_written_is_refused(
-    pipes: PipeSources, tmp_path: Path, pipeline: dict[str, Any], layout: str, kind: type[UcpError], text: str
+    pipes: ParallelSources, tmp_path: Path, pipeline: dict[str, Any], layout: str, kind: type[UcpError], text: str
 ) -> None:
     run = pipes.get(PipeCase(pp=2, case=OPTIONS.but(dp=2)))
     config = make_config(replace(OPTIONS, stage=int(layout[-1]))) | {"pipeline": pipeline}

@@ -10,10 +10,11 @@ import pytest
 import ucp
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
-from tests.engines import tp_models, tp_runs
+from tests.engines import parallel_runs, tp_models
 from tests.engines.configs import Case
+from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pool import RankPool
-from tests.engines.tp_runs import PRELOAD, TpCase, TpSources, config_of
+from tests.engines.tp_runs import PRELOAD, TpCase, config_of
 from tests.engines.tp_truth import without_padding
 from tests.formats.deepspeed.read.test_matrix import check_tensors, known
 from tests.spec.models import config_of as model_config
@@ -52,7 +53,7 @@ def spec_for(tp: TpCase) -> dict[str, Any]:
 
 @pytest.mark.parametrize("pair", PAIRS, ids=label)
 def test_stock_deepspeed_loads_it(
-    pair: tuple[TpCase, TpCase], ranks: RankPool, sliced: TpSources, tmp_path: Path
+    pair: tuple[TpCase, TpCase], ranks: RankPool, sliced: ParallelSources, tmp_path: Path
 ) -> None:
     source, target = pair
     run = sliced.get(source)
@@ -60,7 +61,7 @@ def test_stock_deepspeed_loads_it(
     ucp.convert(run.folder, tmp_path / "out", "deepspeed", layout, ds_config=config_of(target), **spec_for(source))
     fresh = target.but(seed=5)
     loaded = ranks.run(
-        tp_runs.resume, fresh, str(tmp_path / "out"), None, 0, world_size=target.world_size, preload=PRELOAD
+        parallel_runs.resume, fresh, str(tmp_path / "out"), None, 0, world_size=target.world_size, preload=PRELOAD
     )[0]
     truths = [known(run.truth), known(loaded.truth)]
     if "word_embeddings.weight[padding]" not in " ".join(truths[1].params):
@@ -70,7 +71,7 @@ def test_stock_deepspeed_loads_it(
 
 
 @pytest.mark.parametrize("layout", ["dp=2,zero=3", "dp=1,tp=4,zero=1"])
-def test_the_config_of_the_source_follows_the_layout(sliced: TpSources, tmp_path: Path, layout: str) -> None:
+def test_the_config_of_the_source_follows_the_layout(sliced: ParallelSources, tmp_path: Path, layout: str) -> None:
     """Without a config for the target: the recorded one, whose tensor parallelism becomes the layout's."""
     source = TpCase()
     run = sliced.get(source)
@@ -84,6 +85,6 @@ def test_the_config_of_the_source_follows_the_layout(sliced: TpSources, tmp_path
         ucp.convert(run.folder, tmp_path / "no", "deepspeed", layout, ds_config=given, **spec_for(source))
 
 
-def test_other_numbers_of_ranks_need_a_spec(sliced: TpSources, tmp_path: Path) -> None:
+def test_other_numbers_of_ranks_need_a_spec(sliced: ParallelSources, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="nothing says how 4 tensor-parallel ranks cut the model"):
         ucp.convert(sliced.get(TpCase()).folder, tmp_path / "out", "deepspeed", "dp=1,tp=4,zero=1")
