@@ -16,7 +16,7 @@ from ucp.storage.dtypes import from_torch, to_torch
 
 # What a param group says of its implementation or its identity rather than of the training: always the target's.
 OWN_OPTIONS = frozenset(
-    ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "step", "name", "moe", "use_muon")
+    ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "name", "moe", "use_muon")
 )
 
 

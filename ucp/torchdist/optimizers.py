@@ -8,8 +8,9 @@ that step on stand-ins of a few elements, and what they keep for these tells wha
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import state_dict as api
 from torch.distributed.tensor import DTensor
 
+from ucp.errors import Unsupported
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.loading.name_match import bare
 from ucp.torchdist.dtensors import local_tensor
@@ -40,46 +42,126 @@ def state_dict_of(model: torch.nn.Module, optimizer: Optimizers, *, blank: bool 
     none itself afterwards: they are the second result.
 
     blank: tensors of such states may have been allocated only, their elements being anything.
+
+    Raises Unsupported for an optimizer whose states could not be restored: one that steps by a closure (LBFGS), or has
+    more in its state_dict() than states and param groups (Ranger21).
     """
+    for o in listed(optimizer):
+        _check_kind(o)
     out: dict[str, Any] = {MODEL: api.get_model_state_dict(model)}
     made: Made = {}
     if listed(optimizer):
         with _untouched(optimizer, made, blank):
             out[OPTIMIZER] = api.get_optimizer_state_dict(model, listed(optimizer))
+        _without_the_step(out[OPTIMIZER], made)
     return out, made
+
+
+def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has states; entries that are empty (Schedule-free's ``train()`` makes them) are none."""
+    return any(optimizer.state.values())
+
+
+def _check_kind(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise Unsupported(
+            f"{type(optimizer).__name__} is not supported: it steps by a closure, so that its states can neither be "
+            "made nor restored by parameter name; leave it out (optimizer=()) and save its own state_dict() in extra"
+        )
+    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        return
+    more = sorted(optimizer.state_dict().keys() - {"state", "param_groups"})
+    if more:
+        raise Unsupported(
+            f"{type(optimizer).__name__} is not supported: its state_dict() keeps '{more[0]}' beside the parameters' "
+            "states and the param groups, which no state dict by parameter name has; leave it out (optimizer=()) and "
+            "save its own state_dict() in extra"
+        )
 
 
 @contextmanager
 def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]:
     """Leave optimizers that have not stepped as they are, though torch asks them for their states by a step, which
     counts, and asks for none where there are gradients. ``made`` gets these states."""
-    fresh = [o for o in listed(optimizer) if not o.state]
+    fresh = [o for o in listed(optimizer) if not has_stepped(o)]
     gradients = {p: p.grad for o in fresh for group in o.param_groups for p in group["params"]}
+    before = {o: (dict(o.state), [_options(group) for group in o.param_groups], _counters(o)) for o in fresh}
     for param in gradients:
         param.grad = None
     try:
         for o in fresh:
+            o.state.clear()  # of empty entries, for which torch would take them as made
             if blank:
                 o.state.update(blank_states(o) or {})  # and then torch does not make them
+            for group in o.param_groups:
+                if group.get("train_mode") is False:
+                    group["train_mode"] = True  # Schedule-free steps in no other
         yield
     finally:
         for param, gradient in gradients.items():
             param.grad = gradient
         for o in fresh:
             made[o] = dict(o.state)
+            states, groups, counters = before[o]
+            vars(o).update(counters)
             o.state.clear()
+            o.state.update(states)
+            for group, options in zip(o.param_groups, groups, strict=True):
+                for key in set(group) - set(options) - {"params"}:
+                    del group[key]
+                group.update(options)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options, as they are now: an optimizer may change them in place."""
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+
+
+def _counters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the optimizer keeps of its own progress as plain attributes (Ranger21 counts there)."""
+    return {k: v for k, v in vars(optimizer).items() if isinstance(v, (bool, int, float, str, type(None)))}
+
+
+def _groups(states: Mapping[str, Any], optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[Any, Any, Any]]:
+    """(optimizer, its group, that group of the state dict), in order."""
+    saved = iter(states["param_groups"])
+    for o in optimizers:
+        for group in o.param_groups:
+            yield o, group, next(saved)
+
+
+def _without_the_step(states: dict[str, Any], made: Made) -> None:
+    """Undo in the state dict what the step that made states has counted in the param groups.
+
+    What the optimizer keeps there from its first step on is asked for: its count is 0 before.
+    """
+    for _, live, saved in _groups(states, made):
+        for key in set(saved) - {"params"}:
+            if key in live:
+                saved[key] = copy.deepcopy(live[key])
+            elif key == "step":
+                saved[key] = 0
+
+
+def to_save(state_dict: dict[str, Any], optimizer: Optimizers) -> None:
+    """Take out what optimizers that have not stepped do not have yet."""
+    if not listed(optimizer):
+        return
+    for name in names_without_states(state_dict, optimizer):
+        state_dict[OPTIMIZER]["state"].pop(name, None)
+    for o, live, saved in _groups(state_dict[OPTIMIZER], listed(optimizer)):
+        if not has_stepped(o):
+            for key in set(saved) - set(live) - {"params"}:
+                del saved[key]
 
 
 def names_without_states(state_dict: Mapping[str, Any], optimizer: Optimizers) -> list[str]:
     """The names of the parameters of optimizers that have no states yet."""
-    out: list[str] = []
-    at = 0
-    for o in listed(optimizer):
-        groups = state_dict[OPTIMIZER]["param_groups"][at : at + len(o.param_groups)]
-        at += len(o.param_groups)
-        if not o.state:
-            out += [name for group in groups for name in group["params"]]
-    return out
+    if not listed(optimizer):
+        return []
+    groups = _groups(state_dict[OPTIMIZER], listed(optimizer))
+    return [name for o, _, saved in groups if not has_stepped(o) for name in saved["params"]]
 
 
 def tensors_now(
@@ -93,29 +175,54 @@ def tensors_now(
         *model.named_parameters(remove_duplicate=False),
     ):
         out[bare(name), PARAM] = tensor
-    at = 0
-    for o in listed(optimizer):
-        groups = state_dict[OPTIMIZER]["param_groups"][at : at + len(o.param_groups)]
-        at += len(o.param_groups)
-        for named, group in zip(groups, o.param_groups, strict=True):
-            for name, param in zip(named["params"], group["params"], strict=True):
-                out.update({(name, state): value for state, value in o.state.get(param, {}).items()})
+    if not listed(optimizer):
+        return out
+    for o, live, saved in _groups(state_dict[OPTIMIZER], listed(optimizer)):
+        for param, name in _pairs(live, saved):
+            out.update({(name, state): value for state, value in o.state.get(param, {}).items()})
     return out
 
 
-def set_states(model: torch.nn.Module, optimizer: Optimizers, state_dict: dict[str, Any], made: Made | None) -> None:
-    """Give the optimizers what was loaded. made: of `state_dict_of`; None where those are to have no states."""
+def set_states(
+    model: torch.nn.Module,
+    optimizer: Optimizers,
+    state_dict: dict[str, Any],
+    made: Made | None,
+    unstepped: Collection[str] = (),
+) -> None:
+    """Give the optimizers what was loaded.
+
+    made: of `state_dict_of`; None where those are to have no states. unstepped: names of parameters whose states were
+    made and not brought: they have none, so that the optimizer begins with them at its next step.
+    """
+    if made is None:
+        _set_unstepped(state_dict, listed(optimizer))
+        return
     gradients = {p: p.grad for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
+    named = [(o, p, n) for o, live, saved in _groups(state_dict, listed(optimizer)) for p, n in _pairs(live, saved)]
     for param in gradients:
         param.grad = None
-    for o, states in (made or {}).items():
+    for o, states in made.items():
+        o.state.clear()  # of empty entries
         o.state.update(states)  # or torch makes them once more
     api.set_optimizer_state_dict(model, listed(optimizer), state_dict)
     for param, gradient in gradients.items():
         param.grad = gradient
-    for o in listed(optimizer):
-        if made is None:
-            o.state.clear()
+    for o, param, name in named:
+        if name in unstepped:
+            o.state.pop(param, None)
+
+
+def _set_unstepped(state_dict: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Hyperparameters alone: torch would make states by a step."""
+    for o, live, saved in _groups(state_dict, optimizers):
+        live.pop("step", None)
+        live.update({key: saved[key] for key in live if key != "params" and key in saved})
+        o.state.clear()
+
+
+def _pairs(live: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, str]]:
+    return zip(live["params"], saved["params"], strict=True)
 
 
 # --- without a step --------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from ucp.torchdist.optimizers import (
     set_states,
     state_dict_of,
     tensors_now,
+    to_save,
 )
 from ucp.torchdist.save import PendingSave, write, write_in_background
 from ucp.torchdist.source import make_source
@@ -91,8 +92,7 @@ def save_training(
     Raises what `save` does.
     """
     state_dict, _ = state_dict_of(model, optimizer, blank=True)
-    for name in names_without_states(state_dict, optimizer):
-        state_dict[OPTIMIZER]["state"].pop(name, None)
+    to_save(state_dict, optimizer)
     source = make_source(
         state_dict,
         _kinds(model, optimizer),
@@ -268,7 +268,8 @@ class TrainingTarget(StateDictTarget):
         api.set_model_state_dict(live.model, self._state_dict[MODEL])
         if listed(live.optimizer):
             states = self._state_dict[OPTIMIZER]
-            set_states(live.model, live.optimizer, states, self._made if self._stepped else None)
+            unstepped = self._unstepped() if self._made else ()
+            set_states(live.model, live.optimizer, states, self._made if self._stepped else None, unstepped)
         state = loaded.training_state
         if state is None:
             return
@@ -278,6 +279,16 @@ class TrainingTarget(StateDictTarget):
             live.dataloader.load_state_dict(self._position)
         if live.rng:
             _restore_generators(self._where, state)
+
+    def _unstepped(self) -> set[str]:
+        """Parameters whose optimizer states were made here, and of which the checkpoint has brought none."""
+        brought = self.filled | self.values.keys()
+        states = self._state_dict[OPTIMIZER]["state"]
+        return {
+            name
+            for name in names_without_states(self._state_dict, self._live.optimizer)
+            if not any(f"{OPTIMIZER}.state.{name}.{key}" in brought for key in states.get(name, ()))
+        }
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
