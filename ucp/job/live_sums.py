@@ -39,12 +39,15 @@ class Part:
 @dataclass(frozen=True)
 class SumOverRanks:
     """A tensor on all ranks together. elements: held, replicas once. differ: two ranks hold the same elements with
-    different values. flawed: a rank's part is."""
+    different values. flawed: a rank's part is. every, held: the digest and the elements of all parts, replicas counted
+    as often as there are: where ranks cut their replicas differently, parts overlap, and only these add up evenly."""
 
     digest: Digest
     elements: int
     differ: bool
     flawed: bool
+    every: Digest
+    held: int
 
 
 def region_of(blocks: Blocks) -> int:
@@ -78,7 +81,11 @@ def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
     for key, _, a, b, elements, _ in held.tolist():
         digest, count = sums.get(key, (Digest(), 0))
         sums[key] = digest + Digest(a, b), count + elements
-    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed) for key, found in sums.items()}
+    uneven: dict[int, tuple[Digest, int]] = {}
+    for key, _, a, b, elements, _ in every.tolist():
+        digest, count = uneven.get(key, (Digest(), 0))
+        uneven[key] = digest + Digest(a, b), count + elements
+    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed, *uneven[key]) for key, found in sums.items()}
 
 
 def _hash(key: Key) -> int:

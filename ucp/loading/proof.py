@@ -249,6 +249,12 @@ def _judged(
             wrong.append(f"'{name}' ({state}): ranks hold different values of it")
         elif found.flawed:
             wrong.append(f"'{name}' ({state}): it has values that {tensor.dtype}, as it was saved, does not hold")
+        elif found.elements > count and found.held % max(count, 1) == 0:
+            # Replicas that ranks cut differently, as under tensor parallelism: all of them together.
+            if found.every != wanted[name, state] * (found.held // max(count, 1)):
+                wrong.append(f"'{name}' ({state}): its values are not those that were saved, in one of its copies")
+            else:
+                proved.add((name, state))
         elif found.elements > count:
             unproved[f"{name}:{state}"] = "ranks hold parts of it that overlap"
         elif found.elements < count:

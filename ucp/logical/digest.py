@@ -76,6 +76,10 @@ class Digest:
     def __add__(self, other: Digest) -> Digest:
         return Digest((self.first + other.first) & _MASK, (self.second + other.second) & _MASK)
 
+    def __mul__(self, times: int) -> Digest:
+        """Of elements that are held so many times."""
+        return Digest(self.first * times & _MASK, self.second * times & _MASK)
+
     def __str__(self) -> str:
         return f"{self.first:016x}{self.second:016x}"
 
