@@ -17,6 +17,7 @@ from typing import Any
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.experts import ordered
+from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.optimizer_files import (
     FlatState,
@@ -176,7 +177,7 @@ def _partitions(path: Path, sd: Mapping[str, Any], g: int) -> int:
 def _check_slices(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, places: Mapping[str, tuple[int, int]], size: int
 ) -> None:
-    """Raise DamagedCheckpoint where a file's slices are another rank's: the files of two ranks are swapped.
+    """Note where a file's slices are another rank's: the files of two ranks are swapped.
 
     places: the first element and the number of elements of every parameter in the whole flat buffer. A file that has
     slices of no rank proves nothing (there are forms of them that are not known here).
@@ -193,9 +194,10 @@ def _check_slices(
         if slices and slices != wanted[r]:
             other = next((k for k, theirs in wanted.items() if theirs == slices), None)
             if other is not None:
-                raise DamagedCheckpoint(
+                stems.note_swapped(
+                    optim[r][0],
                     f"{optim[r][0]}: its 'param_slice_mappings' are those of '{optim[other][0].name}'; the files of "
-                    "two ranks were swapped"
+                    "two ranks were swapped",
                 )
 
 

@@ -26,7 +26,7 @@ log = logger(__name__)
 @dataclass
 class Unchecked:
     """Files of one checkpoint for which a check was not possible. names: by stem; bytes: by CRC-32. renamed: files that
-    were written under the name of another, with that."""
+    are another rank's, with a sentence on that."""
 
     renamed: dict[Path, str] = field(default_factory=dict)
     names: dict[Path, None] = field(default_factory=dict)
@@ -80,11 +80,15 @@ def noting() -> Iterator[Unchecked]:
 
 
 def _swapped(found: Unchecked) -> str:
-    path, stem = next(iter(found.renamed.items()))
-    return (
-        f"{path}: was written as '{stem}.pt', as its archive says; the files of two ranks were swapped or renamed: "
-        "give each the name that it was written under"
-    )
+    return next(iter(found.renamed.values()))
+
+
+def note_swapped(path: Path, sentence: str) -> None:
+    """Note that a file is another rank's, by what the sentence says. Raises DamagedCheckpoint where nobody notes."""
+    noted = _open.get()
+    if noted is None:
+        raise DamagedCheckpoint(sentence)
+    noted.renamed.setdefault(path, sentence)
 
 
 def check(path: Path, file: TorchFile) -> None:
@@ -95,6 +99,9 @@ def check(path: Path, file: TorchFile) -> None:
     if file.stem == path.name.removesuffix(".pt"):
         return
     if file.stem is not None and is_ours(f"{file.stem}.pt"):
-        noted.renamed[path] = file.stem
+        noted.renamed[path] = (
+            f"{path}: was written as '{file.stem}.pt', as its archive says; the files of two ranks were swapped or "
+            "renamed: give each the name that it was written under"
+        )
     else:
         noted.names[path] = None
