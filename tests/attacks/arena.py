@@ -19,8 +19,6 @@ SECONDS = 5.0
 MEMORY = 512 << 20
 """What one attack may take, in seconds and in bytes beyond what the process had."""
 
-MALFORMED = ("TypeError", "KeyError", "ValueError", "AttributeError", "IndexError", "OverflowError", "AssertionError")
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -36,13 +34,6 @@ class Verdict:
     def within_limits(self) -> bool:
         return self.kind in ("refused", "read") and self.seconds < SECONDS and self.memory < MEMORY
 
-    @property
-    def is_malformed(self) -> bool:
-        """Whether a reader stumbled over a value of another kind, soon and without taking much."""
-        last = self.text.rstrip().rpartition("\n")[2].partition(":")[0]
-        small = self.seconds < SECONDS and self.memory < MEMORY
-        return self.kind == "broken" and small and last in MALFORMED
-
 
 def fight(attacks: Sequence[Callable[[], Any]]) -> Iterator[Verdict]:
     """Run the attacks in turn, in a fork of this process; another one where it hangs or dies."""
@@ -54,9 +45,9 @@ def fight(attacks: Sequence[Callable[[], Any]]) -> Iterator[Verdict]:
         theirs.close()
         try:
             while at < len(attacks):
-                if not mine.poll(2 * SECONDS):
+                if not mine.poll(4 * SECONDS):
                     child.kill()
-                    yield Verdict("hung", "", 2 * SECONDS, 0)
+                    yield Verdict("hung", "", 4 * SECONDS, 0)
                     at += 1
                     break
                 try:
@@ -78,14 +69,14 @@ def _run(results: Connection, attacks: Sequence[Callable[[], Any]]) -> None:
     logging.disable()
     for attack in attacks:
         before = _forget_peak()
-        start = time.monotonic()
+        start = time.process_time()  # others use this machine, too; what hangs is noticed by its clock
         try:
             kind, text = "read", str(attack())
         except UcpError as error:
             kind, text = "refused", f"{type(error).__name__}: {error}"
         except BaseException:  # noqa: BLE001 - whatever it is, it is the verdict
             kind, text = "broken", traceback.format_exc()
-        results.send(Verdict(kind, text, time.monotonic() - start, _peak() - before))
+        results.send(Verdict(kind, text, time.process_time() - start, _peak() - before))
     results.close()
     os._exit(0)
 
