@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import ucp
     from ucp.geometry import whole
-    from ucp.job.live_digest import Live, digests, on_device
+    from ucp.job.live_digest import LiveElements, digests, on_device
 
     state = _state(args)
     tensors = [t for entry in (state["model"], *state["optim"]["state"].values()) for t in entry.values() if t.dim()]
     nbytes = sum(t.nbytes for t in tensors)
-    lives = [Live(t, tuple(t.shape), whole(t.shape)) for t in tensors]
+    lives = [LiveElements(t, tuple(t.shape), whole(t.shape)) for t in tensors]
     digests(lives[:2])  # tables
     before = _allocated(args)
     turns = _timed(args, lambda: digests(lives, threads=args.threads))
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = [_row(f"digest of {nbytes / 1e9:.1f} GB on {args.device}", turns, nbytes)]
     equal = None
     if args.device != "cpu":
-        hosts = [Live(live.tensor.cpu(), live.shape, live.blocks) for live in lives[: len(lives) // 8]]
+        hosts = [LiveElements(live.tensor.cpu(), live.shape, live.blocks) for live in lives[: len(lives) // 8]]
         equal = digests(hosts) == digests(lives[: len(hosts)])
         if not equal:
             raise SystemExit("the device's digests are not the host's")
