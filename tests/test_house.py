@@ -29,7 +29,6 @@ CIRCLES: set[frozenset[str]] = set()
 LONG_FILES = {"ucp/storage/plain.py", "ucp/storage/torch_pt/pickles.py", "ucp/storage/torch_pt/allowlist.py"}
 LONG_FUNCTIONS = {
     "ucp.deepspeed.engine.load_checkpoint",
-    "ucp.deepspeed.config.parse",
     "ucp.inspection.difference.diff",
     "ucp.inspection.planning.plan",
     "ucp.inspection.verify.verify",

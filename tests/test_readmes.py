@@ -126,7 +126,7 @@ def test_every_key_is_known() -> None:
     for key in keys:
         room, _, name = key.rpartition(".")
         (section.setdefault(room, {}) if room else section)[name] = values[key]
-    assert config.parse({"ucp": section}).keep_every == 100
+    assert config.parse({"ucp": section}).save.keep_every == 100
 
 
 @pytest.mark.parametrize("fence", of_kind("bash", "scripts"), ids=lambda f: f.where)

@@ -107,8 +107,8 @@ def test_read_once_is_never_auto() -> None:
     from ucp.errors import BadArgument
 
     for value in (True, False, "adaptive"):
-        assert parse({"ucp": {"enabled": True, "load": {"read_once": value}}}).read_once == value
-    assert parse({"ucp": {"enabled": True}}).read_once == "adaptive"
+        assert parse({"ucp": {"enabled": True, "load": {"read_once": value}}}).load.read_once == value
+    assert parse({"ucp": {"enabled": True}}).load.read_once == "adaptive"
     for value in ("auto", 1, 0.0, None, "yes"):
         with pytest.raises(BadArgument, match=r'"read_once"}} is true, false or "adaptive" \(never "auto"'):
             parse({"ucp": {"enabled": True, "load": {"read_once": value}}})

@@ -5,11 +5,20 @@ from __future__ import annotations
 import base64
 import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import hjson  # DeepSpeed's own requirement, and its way to read config files
+import hjson  # DeepSpeed's own requirement, and its way to read config files; so is pydantic
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from ucp import limits
 from ucp.errors import BadArgument
@@ -19,44 +28,118 @@ from ucp.printable import logger
 from ucp.saving.background import POLICIES
 from ucp.spec.select import Choice, choose
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 log = logger(__name__)
 
 
-@dataclass(frozen=True)
-class Config:
+def _one_of(*known: bool | str, text: str) -> PlainValidator:
+    """What a key may be; text says so in a refusal. 1 is no true, and 0 no false."""
+
+    def check(value: Any) -> Any:
+        if not any(value is word or (isinstance(value, str) and value == word) for word in known):
+            raise ValueError(f"is {text}; found {value!r}")
+        return value
+
+    return PlainValidator(check)
+
+
+def _no_null(fault: Literal["int_type", "string_type"]) -> BeforeValidator:
+    """None is what a missing key means; null in the config is refused as any other wrong type."""
+
+    def check(value: Any) -> Any:
+        if value is None:
+            raise PydanticKnownError(fault)
+        return value
+
+    return BeforeValidator(check)
+
+
+FORMATS = ("universal", "deepspeed")
+
+_Once = _one_of(
+    *(True, False, ADAPTIVE),
+    text=f'true, false or "{ADAPTIVE}" (never "auto", which Accelerate refuses in a config)',
+)
+_Prove = _one_of(True, False, FULL, ALWAYS, text=f'true, false, "{FULL}" or "{ALWAYS}"')
+_Format = _one_of(*FORMATS, text=f"one of {', '.join(FORMATS)}")
+_Policy = _one_of(*POLICIES, text=f"one of {', '.join(POLICIES)}")
+_Patterns = Annotated[tuple[str, ...], Field(strict=False, description="a list of name patterns")]
+_Number = Annotated[int, Field(ge=1)]
+_Steps = Annotated[_Number | None, _no_null("int_type")]
+
+
+class _Section(BaseModel):
+    """One object of the config: no key that isn't known, and no value turned into another type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Its keys, as people write them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+class LoadSection(_Section):
+    """How checkpoints are loaded.
+
+    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread. verify: check digests while
+    loading. read_once: have each byte that several ranks want read by one of them and exchanged: True, False, or
+    'adaptive', where that is measured to be faster. prove: compare what is live after a load with the checkpoint's
+    logical digests: True, where it has them; False; 'full', never a sample in host memory; or 'always', computing those
+    that it lacks from its files, too.
+    """
+
+    allow_missing: _Patterns = ()
+    allow_unused: _Patterns = ()
+    verify: bool = True
+    read_once: Annotated[bool | str, _Once] = ADAPTIVE
+    prove: Annotated[bool | str, _Prove] = True
+
+
+class SaveSection(_Section):
+    """How checkpoints are saved.
+
+    format: 'universal', or 'deepspeed' for DeepSpeed's own save. background: save beside training; the key is
+    ``async``. memory: bytes of host memory that a rank's copies for that may take. policy: 'wait' for a save under way
+    before the next one, or 'skip' the next one. timeout: seconds that the first rank waits for the others' files.
+    keep_last, keep_every: how many of the newest checkpoints stay, and of which steps besides; None for all.
+    """
+
+    format: Annotated[str, _Format] = FORMATS[0]
+    background: bool = Field(default=True, alias="async")
+    memory: _Number = limits.STAGING_BYTES
+    policy: Annotated[str, _Policy] = POLICIES[0]
+    timeout: Annotated[float, Field(gt=0)] = limits.SAVE_TIMEOUT_SECONDS
+    keep_last: _Steps = None
+    keep_every: _Steps = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> SaveSection:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError('with "keep_every" needs "keep_last" beside it; without that, all are kept')
+        others = [key for key in self.model_dump(by_alias=True, exclude_unset=True) if key != "format"]
+        if self.format == "deepspeed" and others:
+            raise ValueError(f'has "{others[0]}", which is for "format": "universal"; the config asks for "deepspeed"')
+        return self
+
+
+class Config(_Section):
     """What the section says.
 
     enabled: bind the engine. spec, sizes: how tensor parallelism cuts the model, as for `ucp.open`.
-    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread.
-    verify: check digests while loading. read_once: have each byte that several ranks want read by one of them and
-    exchanged: True, False, or 'adaptive', where that is measured to be faster. prove: compare what is live after a
-    load with the checkpoint's logical digests: True, where it has them; False; 'full', never a sample in host memory;
-    or 'always', computing those that it lacks from its files, too. trust_client_state: unpickle any class in client
-    state, running its code. allow_untested_version: try a DeepSpeed that the tests have not run.
-    save_format: 'universal', or 'deepspeed' for
-    DeepSpeed's own save. save_async: save in the background. save_memory: bytes of host memory that a rank's copies for
-    that may take. save_policy: 'wait' for a save under way before the next one, or 'skip' the next one. save_timeout:
-    seconds that the first rank waits for the others' files. keep_last, keep_every: how many of the newest checkpoints
-    stay, and of which steps besides; None for all. metrics: write timings of saves and loads beside the checkpoints.
+    trust_client_state: unpickle any class in client state, running its code. allow_untested_version: try a DeepSpeed
+    that the tests have not run. metrics: write timings of saves and loads beside the checkpoints.
     """
 
     enabled: bool = False
-    spec: str | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    allow_missing: tuple[str, ...] = ()
-    allow_unused: tuple[str, ...] = ()
-    verify: bool = True
-    read_once: bool | str = ADAPTIVE
-    prove: bool | str = True
+    spec: Annotated[str | None, _no_null("string_type")] = None
+    sizes: Annotated[dict[str, int], Field(description="whole numbers by name")] = Field(default_factory=dict)
+    load: LoadSection = LoadSection()
+    save: SaveSection = SaveSection()
     trust_client_state: bool = False
     allow_untested_version: bool = False
-    save_format: str = "universal"
-    save_async: bool = True
-    save_memory: int = limits.STAGING_BYTES
-    save_policy: str = "wait"
-    save_timeout: float = limits.SAVE_TIMEOUT_SECONDS
-    keep_last: int | None = None
-    keep_every: int | None = None
     metrics: bool = False
 
     def choice(self) -> Choice:
@@ -64,113 +147,74 @@ class Config:
         return choose(self.spec, None, self.sizes)
 
 
-_TOP: dict[str, Any] = {
-    "enabled": bool,
-    "spec": str,
-    "sizes": dict,
-    "load": dict,
-    "save": dict,
-    "trust_client_state": bool,
-    "allow_untested_version": bool,
-    "metrics": bool,
+# pydantic's faults -> what the key needs, in our words.
+_NEEDS = {
+    "bool_type": "a bool",
+    "dict_type": "a dict",
+    "float_type": "a float",
+    "greater_than": "seconds above 0",
+    "greater_than_equal": "a number of at least 1",
+    "int_type": "a number of at least 1",
+    "model_type": "a dict",
+    "string_type": "a str",
+    "tuple_type": "a list",
 }
-_LOAD: dict[str, Any] = {
-    "allow_missing": list,
-    "allow_unused": list,
-    "verify": bool,
-    "read_once": object,
-    "prove": object,
-}
-_SAVE: dict[str, Any] = {
-    "format": str,
-    "async": bool,
-    "memory": int,
-    "policy": str,
-    "timeout": float,
-    "keep_last": int,
-    "keep_every": int,
-}
-_ACCEPTED: dict[type, Any] = {dict: Mapping, list: (list, tuple), float: (int, float)}
-FORMATS = ("universal", "deepspeed")
+_UNKNOWN = ("extra_forbidden", "invalid_key")
 
 
 def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
     """Read the section of a DeepSpeed config dict; without one, nothing is enabled.
 
     save_async: whether saves go on in the background where the section does not say so. Raises BadArgument for unknown
-    keys and wrong types.
+    keys, wrong types and values that a key can't have.
     """
     section = config.get("ucp")
     if section is None:
         return Config()
-    _check('"ucp"', section, _TOP)
-    sizes = section.get("sizes", {})
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes.values()):
-        raise BadArgument(f'"ucp": {{"sizes"}} needs whole numbers by name, found {sizes!r}')
-    load = section.get("load", {})
-    _check('"ucp": {"load"}', load, _LOAD)
-    for key in ("allow_missing", "allow_unused"):
-        if not all(isinstance(p, str) for p in load.get(key, [])):
-            raise BadArgument(f'"ucp": {{"load": {{"{key}"}}}} needs a list of name patterns, found {load[key]!r}')
-    once = load.get("read_once", ADAPTIVE)
-    if not isinstance(once, bool) and once != ADAPTIVE:
-        raise BadArgument(
-            f'"ucp": {{"load": {{"read_once"}}}} is true, false or "{ADAPTIVE}" (never "auto", which Accelerate '
-            f"refuses in a config); found {once!r}"
-        )
-    if not any(load.get("prove", True) is known for known in (True, False)) and load["prove"] not in (ALWAYS, FULL):
-        raise BadArgument(
-            f'"ucp": {{"load": {{"prove"}}}} is true, false, "{FULL}" or "{ALWAYS}"; found {load["prove"]!r}'
-        )
-    save = section.get("save", {})
-    _check('"ucp": {"save"}', save, _SAVE)
-    for key, known in (("format", FORMATS), ("policy", POLICIES)):
-        if save.get(key, known[0]) not in known:
-            raise BadArgument(f'"ucp": {{"save": {{"{key}"}}}} is one of {", ".join(known)}; found {save[key]!r}')
-    for key in ("memory", "keep_last", "keep_every"):
-        if key in save and (save[key] < 1 or save[key] is True):
-            raise BadArgument(f'"ucp": {{"save": {{"{key}"}}}} needs a number of at least 1, found {save[key]!r}')
-    if "keep_every" in save and "keep_last" not in save:
-        raise BadArgument('"ucp": {"save": {"keep_every"}} needs "keep_last" beside it; without that, all are kept')
-    if save.get("format") == "deepspeed" and (others := [key for key in save if key != "format"]):
-        raise BadArgument(
-            f'"ucp": {{"save": {{"{others[0]}"}}}} is for "format": "universal", and the config asks for "deepspeed"'
-        )
-    if not save.get("timeout", 1) > 0:
-        raise BadArgument(f'"ucp": {{"save": {{"timeout"}}}} needs seconds above 0, found {save["timeout"]!r}')
-    return Config(
-        enabled=section.get("enabled", False),
-        spec=section.get("spec"),
-        sizes=dict(section.get("sizes", {})),
-        allow_missing=tuple(load.get("allow_missing", ())),
-        allow_unused=tuple(load.get("allow_unused", ())),
-        verify=load.get("verify", True),
-        read_once=once,
-        prove=load.get("prove", True),
-        trust_client_state=section.get("trust_client_state", False),
-        allow_untested_version=section.get("allow_untested_version", False),
-        save_format=save.get("format", FORMATS[0]),
-        save_async=save.get("async", save_async),
-        save_memory=save.get("memory", limits.STAGING_BYTES),
-        save_policy=save.get("policy", POLICIES[0]),
-        save_timeout=float(save.get("timeout", limits.SAVE_TIMEOUT_SECONDS)),
-        keep_last=save.get("keep_last"),
-        keep_every=save.get("keep_every"),
-        metrics=section.get("metrics", False),
-    )
-
-
-def _check(where: str, section: Any, known: Mapping[str, type]) -> None:
     if not isinstance(section, Mapping):
-        raise BadArgument(f"{where} in the DeepSpeed config needs an object, found {section!r}")
-    for key, value in section.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
-            raise BadArgument(f"{where} in the DeepSpeed config has the unknown key '{key}'{hint}")
-        wanted = known[key]
-        if not isinstance(value, _ACCEPTED.get(wanted, wanted)) or (wanted is float and isinstance(value, bool)):
-            raise BadArgument(f"{where}: '{key}' needs a {wanted.__name__}, found {value!r}")
+        raise BadArgument(f'"ucp" in the DeepSpeed config needs an object, found {section!r}')
+    try:
+        said = Config.model_validate(dict(section))
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        # A key that isn't known comes first: another one's fault may be no more than what was misspelt.
+        raise BadArgument(_line(next((f for f in faults if f["type"] in _UNKNOWN), faults[0]), section)) from None
+    if "background" in said.save.model_fields_set:
+        return said
+    return said.model_copy(update={"save": said.save.model_copy(update={"background": save_async})})
+
+
+def _line(fault: ErrorDetails, section: Mapping[str, Any]) -> str:
+    """One of pydantic's faults as our one line: where, what is expected, what was found."""
+    path = list(fault["loc"])
+    if fault["type"] in _UNKNOWN:
+        known = _section_at(path[:-1]).keys()
+        near = difflib.get_close_matches(str(path[-1]), known, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+        return f"{_where(path[:-1])} in the DeepSpeed config has the unknown key '{path[-1]}'{hint}"
+    if fault["type"] == "value_error":
+        return f"{_where(path)} {fault['ctx']['error']}"
+    depth = 1 if path[0] not in _SECTIONS else 2
+    needs = _NEEDS.get(fault["type"], f"another value ({fault['msg']})")
+    if path[depth:]:  # an item of a list or of sizes is at fault; the key is told, with all that it holds
+        needs = _section_at(path[: depth - 1]).model_fields[str(path[depth - 1])].description or needs
+    found: Any = section
+    for key in path[:depth]:
+        found = found[key]
+    return f"{_where(path[: min(depth, len(path)) - 1])}: '{path[:depth][-1]}' needs {needs}, found {found!r}"
+
+
+_SECTIONS: dict[int | str, type[_Section]] = {"load": LoadSection, "save": SaveSection}
+
+
+def _section_at(path: Sequence[int | str]) -> type[_Section]:
+    return _SECTIONS[path[0]] if path else Config
+
+
+def _where(path: Sequence[int | str]) -> str:
+    """A key's place as people write it: `"ucp": {"save": {"memory"}}`."""
+    text = "".join(f': {{"{key}"' for key in path)
+    return f'"ucp"{text}{"}" * len(path)}'
 
 
 def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:

@@ -47,8 +47,8 @@ class EngineUcp:
         self.last_load: LoadReport | None = None
         self.last_save: SaveReport | None = None
         self.saver: Saver | None = None
-        if config.save_format == "universal" and config.save_async:
-            self.saver = Saver(self.saved, memory=config.save_memory, policy=config.save_policy)
+        if config.save.format == "universal" and config.save.background:
+            self.saver = Saver(self.saved, memory=config.save.memory, policy=config.save.policy)
             live = LiveEngine(engine)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 
@@ -91,12 +91,12 @@ class EngineUcp:
 def bind(engine: Any, config: Config) -> None:
     """Replace this one engine's ``load_checkpoint``, and ``save_checkpoint`` where the config says so; no class and no
     other engine is touched."""
-    if config.save_format == "universal":
+    if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
     engine.ucp = EngineUcp(engine, config)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
-    if config.save_format == "universal":
+    if config.save.format == "universal":
         engine.save_checkpoint = MethodType(save_checkpoint, engine)
 
 
@@ -143,18 +143,18 @@ def load_checkpoint(
         weights_only=load_module_only,
         optimizer=load_optimizer_states and target.trains,
         strict=load_module_strict,
-        allow_missing=config.allow_missing,
-        allow_unused=config.allow_unused,
+        allow_missing=config.load.allow_missing,
+        allow_unused=config.load.allow_unused,
     )
     report = load(
         catalog,
         target,
         wish,
         path=path,
-        verify=config.verify,
-        read_once=config.read_once,
+        verify=config.load.verify,
+        read_once=config.load.read_once,
         watch=watch,
-        prove=config.prove,
+        prove=config.load.prove,
     )
     engine.ucp.last_load = report
     if config.metrics:
