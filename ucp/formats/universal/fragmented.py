@@ -156,7 +156,7 @@ def _digest(held: Sequence[LogicalTensor]) -> Recorded | None:
 
 
 def _nothing_of(tensor: LogicalTensor) -> LogicalTensor:
-    return replace(tensor, blocks=empty(len(tensor.shape)), bases=np.zeros(0, np.int64))
+    return replace(tensor, blocks=empty(len(tensor.shape)), bases=np.zeros(0, np.int64), digest=None)
 
 
 def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
