@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -94,18 +97,33 @@ def test_an_error_passes_through_and_ends_the_thread(monkeypatch: pytest.MonkeyP
     assert not [thread for thread in threading.enumerate() if thread.name == "ucp-progress"]
 
 
-def test_a_bar_on_a_terminal() -> None:
+def on_a_terminal(columns: int) -> str:
+    """What a save shows on a terminal of so many columns; 0: one that does not know its size."""
     program = "import time; from ucp import limits, progress; limits.PROGRESS_PATIENCE_SECONDS = 0.1\n"
     program += "done = iter(range(100000))\n"
     program += "with progress.watching('saving', lambda: next(done) * 10**6, 10**10): time.sleep(1)"
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", program], stderr=slave, check=True, cwd=root)
     os.close(slave)
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
+    return shown
+
+
+@pytest.mark.parametrize("columns", [0, 160])
+def test_a_bar_on_a_terminal(columns: int) -> None:
+    shown = on_a_terminal(columns)
     assert shown.count("\r[") >= 3
     assert shown.count("\n") == 1
     assert "] saving   0%  0.00 of 10.00 GB" in shown
-    assert shown.rstrip().endswith("MB/s\x1b[K")
+    assert shown.rstrip().endswith("MB/s")
     assert f"[{'#' * 30}] saving 100%  10.00 of 10.00 GB" in shown
+
+
+def test_a_bar_fits_its_terminal() -> None:
+    shown = on_a_terminal(80)
+    assert " left" in shown
+    assert max(map(len, shown.split("\r"))) < 80
+    assert f"[{'#' * 10}] saving 100%  10.00 of 10.00 GB" in shown

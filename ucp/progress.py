@@ -1,8 +1,8 @@
 """How far something long has come: bytes, rate and time left, on stderr or in the log.
 
-On a terminal it is a line that is rewritten a few times a second, from the second ``PATIENCE`` on; elsewhere a line of
-its own every ``LOG_EVERY`` seconds, the first after as long. So what is short stays silent. Of the ranks of one job the
-first shows any. The environment variable ``UCP_PROGRESS=0`` turns it off.
+On a terminal it is tqdm's bar, redrawn every `limits.PROGRESS_REDRAW_SECONDS` once `PROGRESS_PATIENCE_SECONDS` are
+over; elsewhere a line of its own every `PROGRESS_LOG_SECONDS`, the first after as long. So what is short stays silent.
+Of the ranks of one job the first shows any. The environment variable ``UCP_PROGRESS=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ucp import limits
 from ucp.printable import line, logger
@@ -34,12 +35,12 @@ class ProgressBar:
         self._what = f"{what} " if what else ""
         self._line = line or _on_stderr
         self._started = self._last = time.monotonic()
-        self._drawn = False
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if not self._shown or (
-            self._terminal and not self._drawn and now - self._started < limits.PROGRESS_PATIENCE_SECONDS
+            self._terminal and self._bar is None and now - self._started < limits.PROGRESS_PATIENCE_SECONDS
         ):
             return
         pause = limits.PROGRESS_REDRAW_SECONDS if self._terminal else limits.PROGRESS_LOG_SECONDS
@@ -48,13 +49,13 @@ class ProgressBar:
             return
         self._last = now
         text = self._text(done, total, now - self._started)
-        if self._terminal:
-            self._drawn = True
-            bar = "#" * int(30 * (done / total if total else 1.0))
-            sys.stderr.write(f"\r[{bar:<30}] {text}\x1b[K")
-            sys.stderr.flush()
-        else:
+        if not self._terminal:
             self._line(text)
+        elif self._bar is None:
+            self._bar = _drawn(text, done, total)
+        else:
+            self._bar.n, self._bar.total, self._bar.desc = done, total, text
+            self._bar.refresh()
 
     def _text(self, done: int, total: int, seconds: float) -> str:
         rate = done / max(seconds, 1e-6)
@@ -66,14 +67,14 @@ class ProgressBar:
 
     def finish(self, total: int) -> None:
         """Show that all is done, where anything was shown of it."""
-        if self._drawn:
+        if self._bar is not None:
             self(total, total)
 
     def close(self) -> None:
         """End the line, so that what follows begins on its own."""
-        if self._drawn:
-            sys.stderr.write("\n")
-            self._drawn = False
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -128,6 +129,32 @@ def tell(logger: logging.Logger, text: str) -> None:
 
 def _in_the_log(text: str) -> None:
     tell(log, text)
+
+
+def _drawn(text: str, done: int, total: int) -> Any:
+    """A bar of tqdm's that has just been drawn. The text is ours, so that a bar and a log say the same."""
+    from tqdm import tqdm  # imported late: it takes longer than most commands' start
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread that looks after bars which are updated too seldom
+
+    columns = _columns()
+    return Bar(
+        desc=text,
+        initial=done,
+        total=total,
+        bar_format="[{bar:30}] {desc}" if columns >= 100 else "[{bar:10}] {desc}",
+        ascii=" #",
+        # A terminal that does not know its size says 0, and tqdm would draw nothing there.
+        **({"dynamic_ncols": True} if _columns(0) else {"ncols": columns, "nrows": 20}),
+    )
+
+
+def _columns(unknown: int = 120) -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or unknown
+    except (OSError, ValueError):
+        return unknown
 
 
 def _on_stderr(text: str) -> None:
