@@ -155,11 +155,21 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
 
 
+def test_no_module_hides_behind_another_name() -> None:
+    found = [
+        f"{module}: {other} as {alias}"
+        for module, tree in MODULES.items()
+        for other, name, alias in imported(tree)
+        if not name and alias not in (other, other.rpartition(".")[2])
+    ]
+    assert found == []
+
+
 def test_no_class_has_the_name_of_another_rooms() -> None:
-    """Public ones; below `ucp.formats` each format is a room of its own."""
+    """Private ones, too; below `ucp.formats` each format is a room of its own."""
     places: dict[str, set[str]] = defaultdict(set)
     for module, tree in MODULES.items():
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not is_private(node.name):
+            if isinstance(node, ast.ClassDef):
                 places[node.name].add(".".join(module.split(".")[: 3 if room(module) == "ucp.formats" else 2]))
     assert {name for name, rooms in places.items() if len(rooms) > 1} == SAME_CLASSES

@@ -21,7 +21,7 @@ except ImportError as error:  # pragma: no cover - depends on the environment
         "ucp.deepspeed needs DeepSpeed, which is not installed: pip install 'universal-checkpoint[deepspeed]'"
     ) from error
 
-from ucp.deepspeed import config as configs
+from ucp.deepspeed.config import find, parse
 from ucp.deepspeed.engine import EngineUcp, bind
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
 from ucp.job.data_order import GlobalOrder
@@ -33,11 +33,11 @@ _initialize = deepspeed.initialize
 def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     """``deepspeed.initialize``, and the engine bound if its config says so."""
     given = inspect.signature(_initialize).bind_partial(*args, **kwargs).arguments
-    early = configs.parse(configs.find(given.get("args"), given.get("config"), given.get("config_params")))
+    early = parse(find(given.get("args"), given.get("config"), given.get("config_params")))
     if early.enabled:
         check_version(early.allow_untested_version)
     result = _initialize(*args, **kwargs)
-    config = configs.parse(result[0]._config._param_dict, save_async=save_async)
+    config = parse(result[0]._config._param_dict, save_async=save_async)
     if config.enabled:
         check_version(config.allow_untested_version)
         bind(result[0], config)
@@ -67,7 +67,7 @@ def attach(engine: Any) -> Any:
     BadArgument
         For a ``"ucp"`` section that is wrong.
     """
-    config = configs.parse(engine._config._param_dict)
+    config = parse(engine._config._param_dict)
     check_version(config.allow_untested_version)
     bind(engine, config)
     return engine

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ucp.geometry import Blocks, Ints, Shape, numel
-from ucp.logical import digest as logical
+from ucp.logical import digest
 from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW, Digest, digest_bytes, padded_batches
 from ucp.logical.runs import Runs, Sample, runs_of, within_buffer
 from ucp.storage.dtypes import itemsize, to_torch
@@ -298,7 +298,7 @@ def _run(place: int, size: int) -> Runs:
 
 @lru_cache(16)
 def _digits(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(logical.digits()).to(device)
+    return torch.from_numpy(digest.digits()).to(device)
 
 
 @lru_cache(16)
@@ -308,7 +308,7 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 @lru_cache(16)
 def _table(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(logical.table()).to(device)
+    return torch.from_numpy(digest.table()).to(device)
 
 
 _keys: dict[torch.device, torch.Tensor] = {}
@@ -345,7 +345,7 @@ def _kept(device: torch.device, count: int) -> torch.Tensor:
 def _row_keys(rows: torch.Tensor) -> torch.Tensor:
     """`ucp.logical.digest.row_keys` in torch, whose 64-bit words have a sign."""
     z = rows * LANES + torch.arange(LANES, device=rows.device)[:, None]
-    z = z + (logical.KEY_SEED + 1)
+    z = z + (digest.KEY_SEED + 1)
     z = z * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * _signed(factor)

@@ -87,7 +87,7 @@ def check_choice(prove: bool | str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _LiveCopy:
     """A tensor of the checkpoint in this rank's memory. turn: of several that one tensor of the checkpoint fills."""
 
     tensor: LogicalTensor
@@ -122,7 +122,7 @@ def prove(
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
-def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]) -> Iterator[_Held]:
+def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]) -> Iterator[_LiveCopy]:
     """What was brought to this rank, where it is now."""
     turns: dict[tuple[str, str], int] = {}
     for (key, state, _), wants in what.wants.items():
@@ -139,10 +139,12 @@ def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]
                 unproved[name] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
             else:
                 as_saved = None if own == tensor.dtype else tensor.dtype
-                yield _Held(tensor, LiveElements(memory, tensor.shape, want.blocks, as_saved), turn)
+                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks, as_saved), turn)
 
 
-def _sample(catalog: Catalog, held: Sequence[_Held], weights: Sequence[Weights], choice: bool | str) -> Sample | None:
+def _sample(
+    catalog: Catalog, held: Sequence[_LiveCopy], weights: Sequence[Weights], choice: bool | str
+) -> Sample | None:
     """What is looked at: all, or where any rank has much in host memory a sample. Collective."""
     here = sum(h.live.nbytes for h in held if h.live.tensor.device.type == "cpu")
     here += sum(w.live.nbytes for w in weights if w.live.device.type == "cpu")
@@ -157,7 +159,7 @@ def _sample(catalog: Catalog, held: Sequence[_Held], weights: Sequence[Weights],
 
 
 def _live_sums(
-    held: Sequence[_Held], weights: Sequence[Weights], sample: Sample | None, threads: int
+    held: Sequence[_LiveCopy], weights: Sequence[Weights], sample: Sample | None, threads: int
 ) -> dict[Key, SumOverRanks]:
     """What all ranks hold, by tensor: of weights twice, as they are and as their masters say."""
     lives = [h.live for h in held]
@@ -187,7 +189,7 @@ def _live_sums(
 
 
 def _wanted(
-    held: Sequence[_Held],
+    held: Sequence[_LiveCopy],
     sums: Mapping[Key, SumOverRanks],
     catalog: Catalog,
     reader: Reader,

@@ -87,7 +87,7 @@ def search(
     """
     if len(sources) < 2 or budget < 1:
         raise BadArgument(f"a search needs at least 2 checkpoints and 1 evaluation, found {len(sources)} and {budget}")
-    line = _Segment.of(sources, device, model)
+    line = _MixedWeights.of(sources, device, model)
     evaluate = _Evaluations(lambda alpha: float(objective(line.at(alpha))), budget, None if log is None else Path(log))
     _evolve(evaluate, len(sources), random.Random(seed))
     best = min(evaluate.done, key=lambda one: one[1])
@@ -107,7 +107,7 @@ def barrier(
     """The objective along the line ``a + t (b - a)``: whether two checkpoints lie in one basin. Arguments: `search`."""
     if points < 2:
         raise BadArgument(f"a line has at least 2 points, found {points}")
-    line = _Segment.of((a, b), device, model)
+    line = _MixedWeights.of((a, b), device, model)
     t = tuple(k / (points - 1) for k in range(points))
     found = tuple(float(objective(line.at((1 - x, x)))) for x in t)
     excess = max(y - ((1 - x) * found[0] + x * found[-1]) for x, y in zip(t, found, strict=True))
@@ -192,7 +192,7 @@ def _noisy(alpha: tuple[float, ...], sigma: float, chance: random.Random) -> tup
 
 
 @dataclass
-class _Segment:
+class _MixedWeights:
     """The sources' weights as one of them and the others' differences, and the tensors that a merge is put into."""
 
     first: Mapping[str, torch.Tensor]
@@ -206,7 +206,7 @@ class _Segment:
         sources: Sequence[str | os.PathLike[str] | Checkpoint],
         device: str | torch.device,
         model: torch.nn.Module | None,
-    ) -> _Segment:
+    ) -> _MixedWeights:
         first = _weights(sources[0], device)
         differences = []
         for source in sources[1:]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ucp.errors import BadArgument
-from ucp.merging import weights as closed
 from ucp.merging.operations import (
     Combination,
     Differences,
@@ -18,6 +17,7 @@ from ucp.merging.operations import (
     Slerp,
     check_density,
 )
+from ucp.merging.weights import ema, lawa, proportions
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ def _given(count: int, options: MethodOptions) -> tuple[float, ...]:
 
 
 def _ema(count: int, options: MethodOptions) -> tuple[float, ...]:
-    return closed.ema(count, _needed(options.beta, "beta", "ema"))
+    return ema(count, _needed(options.beta, "beta", "ema"))
 
 
 def _lawa(count: int, options: MethodOptions) -> tuple[float, ...]:
-    return closed.lawa(count, int(_needed(options.window, "window", "lawa")), options.stride or 1)
+    return lawa(count, int(_needed(options.window, "window", "lawa")), options.stride or 1)
 
 
 def _mwa(count: int, options: MethodOptions) -> tuple[float, ...]:
@@ -127,7 +127,7 @@ def _mwa(count: int, options: MethodOptions) -> tuple[float, ...]:
             f"metrics-weighted averaging needs one metric for each of {count} checkpoints, found "
             f"{0 if options.metrics is None else len(options.metrics)}"
         )
-    return closed.proportions(options.metrics, _needed(options.penalty, "penalty", "mwa"), options.form or "loss")
+    return proportions(options.metrics, _needed(options.penalty, "penalty", "mwa"), options.form or "loss")
 
 
 def _needed(value: float | None, name: str, method: str) -> float:

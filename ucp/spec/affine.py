@@ -32,7 +32,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class _ShardPiece:
     """A piece along the dimension that is cut: where it lies in the shard and in the tensor, and how long it is."""
 
     at: int
@@ -64,7 +64,7 @@ def read(entry: Mapping[str, Any]) -> Affine:
     return Affine(shape, shards, dim, _segments(shape[dim], along))
 
 
-def _along(dim: int, shape: Shape, shard: Shape, pieces: Sequence[Mapping[str, Any]]) -> list[_Segment]:
+def _along(dim: int, shape: Shape, shard: Shape, pieces: Sequence[Mapping[str, Any]]) -> list[_ShardPiece]:
     """One rank's pieces in the shard's order."""
     out = []
     for piece in pieces:
@@ -78,7 +78,7 @@ def _along(dim: int, shape: Shape, shard: Shape, pieces: Sequence[Mapping[str, A
                 raise NotSegments("a piece lies in another order of dimensions")
         if int(start) % outer[dim] or int(at) % inner[dim]:
             raise NotSegments("a piece begins inside a row")
-        out.append(_Segment(int(at) // inner[dim], int(start) // outer[dim], size[dim]))
+        out.append(_ShardPiece(int(at) // inner[dim], int(start) // outer[dim], size[dim]))
     out.sort(key=lambda p: p.at)
     end = 0
     for p in out:
@@ -90,7 +90,7 @@ def _along(dim: int, shape: Shape, shard: Shape, pieces: Sequence[Mapping[str, A
     return out
 
 
-def _segments(n: int, ranks: Sequence[Sequence[_Segment]]) -> list[tuple[int, ...] | int]:
+def _segments(n: int, ranks: Sequence[Sequence[_ShardPiece]]) -> list[tuple[int, ...] | int]:
     """Walk along the dimension: every rank's next piece that begins here belongs to the segment."""
     out: list[tuple[int, ...] | int] = []
     nexts = [0] * len(ranks)

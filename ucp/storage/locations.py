@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat as statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, TypeVar, cast
 
 from ucp import limits
@@ -120,9 +120,9 @@ def open_file(path: str | os.PathLike[str]) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(fd).st_mode
-        if statistics.S_ISDIR(mode):
+        if S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if not statistics.S_ISREG(mode):
+        if not S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, and no regular file", os.fspath(path))
     except BaseException:
         os.close(fd)

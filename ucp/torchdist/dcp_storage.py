@@ -33,7 +33,7 @@ from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import SaveFailed, Unsupported
-from ucp.formats.dcp import writer as canonical
+from ucp.formats.dcp import writer
 from ucp.formats.shared.roles import PARAM, VALUES, StateEntry
 from ucp.job import ranks
 from ucp.loading.load import load
@@ -185,13 +185,13 @@ class _Names(dict[str, Any]):
         self._owners = {n: i.name for i in catalog.parameters.values() for n in (i.name, *i.aliases)}
         own = [o.get(VALUES, {}) for o in catalog.training_state.extra.get("ranks", ())]
         self._own = own[ranks.rank()] if len(own) == ranks.world_size() else {}
-        for path, value in canonical.entries(catalog):
+        for path, value in writer.entries(catalog):
             key = ".".join(map(str, path))
             self.paths[key] = path
             found: Any = _bytes()
             if isinstance(value, LogicalTensor):
                 found = _tensor(value)
-            elif isinstance(value, canonical.Single):
+            elif isinstance(value, writer.Single):
                 found = _single()
             else:
                 self.objects[key] = value

@@ -33,7 +33,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class _Held:
+class _TensorFacts:
     """What a rank tells of a tensor. region: digest of its boxes; content: of its bytes, where it is not sharded.
     memory: the first name of the same memory; "" where there are no elements to tell by. trained: an optimizer updates
     it. outside: it may be something else than the model's."""
@@ -52,7 +52,7 @@ class _Held:
 class _RankFacts:
     """What a rank tells of its state dict."""
 
-    tensors: dict[Key, _Held]
+    tensors: dict[Key, _TensorFacts]
     scalars: dict[str, dict[str, Any]]
     groups: list[tuple[tuple[str, ...], bytes]]
     values: dict[str, bytes]
@@ -130,7 +130,7 @@ def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], com
         floating = tensor.is_floating_point() or tensor.is_complex()
         local.tensors[what], local.blocks[what], local.entry_of[what] = local_tensor(tensor), blocks, key
         memory = storage_key(tensor) if what[1] == PARAM else None
-        local.facts.tensors[what] = _Held(
+        local.facts.tensors[what] = _TensorFacts(
             shape=tuple(tensor.shape),
             dtype=from_torch(tensor.dtype),
             kind=kinds.get(what[0]) or roles.kind(what[0], floating),
@@ -191,7 +191,7 @@ def _join(
     local: _Local, facts: Sequence[_RankFacts], me: int, training_state: TrainingState, own: dict[str, Any]
 ) -> Source:
     joined = _Joined()
-    told: dict[Key, dict[int, _Held]] = {}
+    told: dict[Key, dict[int, _TensorFacts]] = {}
     for rank, fact in enumerate(facts):
         for key, held in fact.tensors.items():
             told.setdefault(key, {})[rank] = held
@@ -236,7 +236,7 @@ def _join(
     return Source(facts[0].layout, parameters, holdings, saved, {**own, VALUES: mine} if mine else own)
 
 
-def _agreed(entry: str, by_rank: Mapping[int, _Held]) -> _Held:
+def _agreed(entry: str, by_rank: Mapping[int, _TensorFacts]) -> _TensorFacts:
     """What the ranks say of a tensor, all alike."""
     first, held = next(iter(by_rank.items()))
     if _alone(by_rank):
@@ -253,16 +253,16 @@ def _agreed(entry: str, by_rank: Mapping[int, _Held]) -> _Held:
     return held
 
 
-def _alone(by_rank: Mapping[int, _Held]) -> bool:
+def _alone(by_rank: Mapping[int, _TensorFacts]) -> bool:
     """Whether every rank has a tensor of its own by that name, outside the model."""
     return all(held.outside and held.content is not None for held in by_rank.values()) and _differ(by_rank)
 
 
-def _differ(by_rank: Mapping[int, _Held]) -> bool:
+def _differ(by_rank: Mapping[int, _TensorFacts]) -> bool:
     return len({(held.content, held.shape, held.dtype) for held in by_rank.values()}) > 1
 
 
-def _holders(by_rank: Mapping[int, _Held], me: int) -> tuple[int, ...]:
+def _holders(by_rank: Mapping[int, _TensorFacts], me: int) -> tuple[int, ...]:
     """The ranks that share the writing of what this rank holds; () where it holds nothing."""
     if me not in by_rank or not by_rank[me].region:
         return ()
@@ -272,7 +272,7 @@ def _holders(by_rank: Mapping[int, _Held], me: int) -> tuple[int, ...]:
     return tuple(rank for rank, held in by_rank.items() if held.region == by_rank[me].region)
 
 
-def _aliases(told: Mapping[Key, Mapping[int, _Held]]) -> dict[str, str]:
+def _aliases(told: Mapping[Key, Mapping[int, _TensorFacts]]) -> dict[str, str]:
     """Further names of tied tensors -> the first, where all ranks that can tell say so."""
     out: dict[str, str] = {}
     for (name, state), by_rank in told.items():

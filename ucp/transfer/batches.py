@@ -30,11 +30,11 @@ class Window:
 
 
 def batches(
-    files: Sequence[TargetFile], share: Sequence[tuple[int, int]], window: int, together: int, verified: bool
+    files: Sequence[TargetFile], share: Sequence[tuple[int, int]], window: int, batch_bytes: int, verified: bool
 ) -> Iterator[list[Window]]:
     """The windows of the files' bytes [first, last) of ``share``, in batches for one thread each.
 
-    window, together: bytes of a window, and of all those of a batch. verified: chunks of the source are read whole.
+    window: bytes of one. batch_bytes: of all those of a batch. verified: chunks of the source are read whole.
     """
     for group in _groups(files, share, verified):
         small = CHUNK if len(group) > 1 or (verified and _is_short(files[group[0]])) else window
@@ -47,7 +47,7 @@ def batches(
             yield from ([part] for part in found)
             continue
         parts = sorted(found, key=_place)
-        count = max(together // small, 1)
+        count = max(batch_bytes // small, 1)
         yield from (parts[at : at + count] for at in range(0, len(parts), count))
 
 

@@ -56,7 +56,7 @@ def write_share(
     is too little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
-    together = room_together(workers, window, max_memory)
+    batch_bytes = room_together(workers, window, max_memory)
     total = sum(last - first for first, last in share)
     pieces: list[Piece] = []
     done = 0
@@ -79,7 +79,7 @@ def write_share(
             closer.close(outputs.pop(index))
 
     try:
-        for batch in batches(files, share, window, together, reader.verifies):
+        for batch in batches(files, share, window, batch_bytes, reader.verifies):
             for index in {part.file for part in batch} - outputs.keys():
                 first, last = share[index]
                 outputs[index] = _FileInProgress.open(folder, index, files[index], last - first)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, Mismatch, Unsupported
-from ucp.formats.huggingface import like as likes
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, literal
+from ucp.formats.huggingface.like import carried as carried_from
 from ucp.storage import configs, locations
 from ucp.transfer.targets import TargetFile
 
@@ -79,4 +79,4 @@ def refuse(catalog: Catalog) -> None:
 
 def carried(like: Path) -> list[TargetFile]:
     """The adapter's config, as it is, and the tokenizer's files."""
-    return [literal(ADAPTER_CONFIG, locations.read(like / ADAPTER_CONFIG)), *likes.carried(like, None, ())]
+    return [literal(ADAPTER_CONFIG, locations.read(like / ADAPTER_CONFIG)), *carried_from(like, None, ())]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, TrainingState
 from ucp.formats.huggingface import NAME
-from ucp.formats.huggingface import folder as folders
+from ucp.formats.huggingface.folder import weights
 from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.renaming import rename
@@ -28,7 +28,7 @@ def read(path: Path, files: Files, choice: Choice | None = None) -> Catalog:
     path = locations.locate(path)
     config = configs.of_model(path)
     builder = Builder(files)
-    for name, ref in folders.weights(path).items():
+    for name, ref in weights(path).items():
         builder.add(name, "frozen", [builder.whole(name, "param", ref)])
     catalog = Catalog(
         format=NAME,

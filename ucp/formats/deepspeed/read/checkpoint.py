@@ -11,11 +11,11 @@ from typing import Any
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
-from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import same_save, stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.experts import find_experts
+from ucp.formats.deepspeed.read.folder import scan
 from ucp.formats.deepspeed.read.layers import with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
@@ -80,7 +80,7 @@ def _read(
     compare: bool,
 ) -> Catalog:
     """As `read`, without a word on what could not be checked."""
-    found = folders.scan(path)
+    found = scan(path)
     opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
     models = with_modules(path, found, opened, param_names)
     first = models[0][0]
@@ -142,7 +142,7 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
 
 def model_facts(path: Path) -> ModelFacts:
     """What a checkpoint's folder says of its model."""
-    folder = folders.scan(path)[0]
+    folder = scan(path)[0]
     first = open_models(folder, False)[0]
     return ModelFacts(first.raw.get("universal_checkpoint_info"), recorded_config(first))
 

@@ -29,8 +29,7 @@ from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
-from ucp.formats.deepspeed.read import folder as folders
-from ucp.formats.deepspeed.read.folder import Folder
+from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape, box, concat
@@ -136,7 +135,7 @@ class ExpertFiles:
         if not folder.expert_optim:
             return {0: {**models, 0: self._with(model, self.tensors) if self.tensors else model}}
         ep = self.optim_ranks
-        folders.check_ranks(
+        check_ranks(
             "expert-parallel optimizer",
             folder.expert_optim,
             ep,
@@ -148,7 +147,7 @@ class ExpertFiles:
             raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
         out: dict[int, Mapping[int, ModelFile]] = {}
         for rank, path in sorted(folder.expert_optim.items()):
-            optimizer = folders.load(path, trust=False).get("optimizer")
+            optimizer = load(path, trust=False).get("optimizer")
             _check_groups(path, optimizer, ep)
             mine = {n: ref for n, ref in self.tensors.items() if self._on_rank(n, rank, ep)}
             found = self._with(model, mine)
@@ -209,7 +208,7 @@ def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
                     f"{folder.path}: 'layer_{layer}_expert_{number}_mp_rank_{folder.mp:02d}_model_states.pt' is "
                     f"missing; '{model.path.name}' says that layer {layer} has {total} experts"
                 )
-            for name, ref in folders.load(path, trust=False).items():
+            for name, ref in load(path, trust=False).items():
                 _enter(path, number, name, ref, stacks, tensors, rows)
     extra = [path for (layer, n), path in folder.experts.items() if layer >= len(totals) or n >= int(totals[layer])]
     if extra:

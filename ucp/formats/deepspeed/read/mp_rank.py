@@ -13,9 +13,9 @@ from typing import Any
 
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.read import folder as folders
 from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, swapped
 from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.shared.builder import Builder
@@ -40,15 +40,15 @@ class LocalModel:
     training_state: TrainingState
 
 
-def open_models(folder: folders.Folder, trust: bool) -> dict[int, ModelFile]:
+def open_models(folder: Folder, trust: bool) -> dict[int, ModelFile]:
     """The part's model files by data-parallel rank. Raises DamagedCheckpoint where the first rank's is missing."""
     if 0 not in folder.model:
         raise DamagedCheckpoint(f"{folder.path}: rank 0's model file '{folder.model_pattern.format(0)}' is missing")
-    return {r: ModelFile(p, folders.load(p, trust)) for r, p in folder.model.items()}
+    return {r: ModelFile(p, load(p, trust)) for r, p in folder.model.items()}
 
 
 def read_part(
-    folder: folders.Folder,
+    folder: Folder,
     models: Mapping[int, ModelFile],
     builder: Builder,
     param_names: Sequence[Sequence[str]] | None,
@@ -60,7 +60,7 @@ def read_part(
 
 
 def _read_part(
-    folder: folders.Folder,
+    folder: Folder,
     models: Mapping[int, ModelFile],
     builder: Builder,
     param_names: Sequence[Sequence[str]] | None,
@@ -70,7 +70,7 @@ def _read_part(
     dp = int(model.need("dp_world_size"))
     _refuse_unsupported(model)
     if folder.partitioned_model:
-        folders.check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
+        check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
         same_save.check_models({m.path: m.raw for m in models.values()})
     module, buffers = model.module, model.buffers
     shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
@@ -80,8 +80,8 @@ def _read_part(
     first_state: Mapping[str, Any] = {}
     stage = 0
     if model.raw.get("param_shapes") is not None:
-        folders.check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
-        whole = {r: folders.load(folder.optim[r], trust=False) for r in range(dp)}
+        check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
+        whole = {r: load(folder.optim[r], trust=False) for r in range(dp)}
         same_save.check_optimizers(
             {folder.optim[r]: raw for r, raw in whole.items()}, {m.path: m.raw for m in models.values()}
         )
