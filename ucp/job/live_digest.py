@@ -28,6 +28,8 @@ _LONG = 256 << 10
 _SHORT = 128
 # On a device: words of short runs that are added at once, of all tensors together.
 _ITEMS = 1 << 19
+# On a device: rows that are multiplied at once (16 MiB as doubles), and rows whose products are kept (4 MiB).
+_ROWS_AT_ONCE, _ROWS_KEPT = 8 << 10, 64 << 10
 # Row keys that are kept on a device: 16 MiB.
 _KEPT = 1 << 20
 
@@ -168,6 +170,10 @@ class _Sums:
         self._sums = torch.zeros((count, LANES), dtype=torch.int64, device=device)
         self._pending: list[tuple[int, torch.Tensor, Runs]] = []
         self._held = 0
+        self._doubles = torch.empty((_ROWS_AT_ONCE, COLUMNS), dtype=torch.float64, device=device)
+        self._exact = torch.empty((_ROWS_KEPT, LANES * DIGITS), dtype=torch.float64, device=device)
+        self._segments: list[tuple[int, int | Ints, int]] = []
+        self._rows = 0  # of ``_exact`` that are in use
 
     def add(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
         """Bytes of one of them, and where they belong."""
@@ -186,6 +192,7 @@ class _Sums:
 
     def finish(self) -> list[Digest]:
         self._flush()
+        self._flush_rows()
         found = self._sums.cpu().numpy().view(np.uint64).tolist()
         return [Digest(first, second) for first, second in found]
 
@@ -193,20 +200,60 @@ class _Sums:
         head = -place % ROW
         body = (size - head) // ROW * ROW
         whole = raw[source + head : source + head + body]
-        self._add_rows(index, whole, _keys_of(self._device, (place + head) // ROW, body // ROW))
+        self._add_rows(index, whole, (place + head) // ROW)
         for low, high in ((0, head), (head + body, size)):
             if high > low:
                 piece = raw[source + low : source + high]
                 self._add_later(index, piece, _run(place + low, high - low))
 
-    def _add_rows(self, index: int, raw: torch.Tensor, keys: torch.Tensor) -> None:
-        """Whole rows; keys: (2, n)."""
+    def _add_rows(self, index: int, raw: torch.Tensor, first: int | Ints) -> None:
+        """Whole rows; first: the number of the first one, if they follow one another, or the number of each.
+
+        Each piece takes two operations, a conversion and a product; what is left is done for many rows at once, since a
+        device waits longer for an operation to be asked for than it takes for such a piece.
+        """
         if raw.data_ptr() % 4 or raw.storage_offset() % 4:
             raw = raw.clone()
-        doubles = raw.view(torch.int32).view(-1, COLUMNS).to(torch.float64)
-        exact = (doubles @ _digits(self._device)).to(torch.int64).view(-1, LANES, DIGITS)
+        words = raw.view(torch.int32).view(-1, COLUMNS)
+        at = 0
+        while at < len(words):
+            count = min(len(words) - at, _ROWS_AT_ONCE, _ROWS_KEPT - self._rows)
+            self._doubles[:count].copy_(words[at : at + count])
+            exact = self._exact[self._rows : self._rows + count]
+            torch.mm(self._doubles[:count], _digits(self._device), out=exact)
+            numbers = first + at if isinstance(first, int) else first[at : at + count]
+            self._note(index, numbers, count)
+            at += count
+            if self._rows == _ROWS_KEPT:
+                self._flush_rows()
+
+    def _note(self, index: int, numbers: int | Ints, count: int) -> None:
+        """Remember whose the next rows are."""
+        if self._segments and isinstance(numbers, int):
+            owner, before, held = self._segments[-1]
+            if owner == index and isinstance(before, int) and before + held == numbers:
+                self._segments[-1] = (owner, before, held + count)
+                self._rows += count
+                return
+        self._segments.append((index, numbers, count))
+        self._rows += count
+
+    def _flush_rows(self) -> None:
+        """Add the rows whose exact products are kept."""
+        if not self._rows:
+            return
+        exact = self._exact[: self._rows].to(torch.int64).view(-1, LANES, DIGITS)
         rows = (exact * _weights(self._device)).sum(2)
-        self._sums[index] += (rows * keys.t()).sum(0)
+        at = 0
+        for index, numbers, count in self._segments:
+            if isinstance(numbers, int):
+                keys = _keys_of(self._device, numbers, count)
+            else:
+                keys = _keys_at(self._device, numbers)
+            self._sums[index] += (rows[at : at + count] * keys.t()).sum(0)
+            at += count
+        self._segments.clear()
+        self._rows = 0
 
     def _add_padded(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
         """Runs alike are copied into rows of their own, all at once."""
@@ -227,7 +274,7 @@ class _Sums:
                 shape = (last - first, size)
                 target = padded.as_strided(shape, (wide, 1), int(starts[first]))
                 target.copy_(raw.as_strided(shape, (step, 1), raw.storage_offset() + source))
-            self._add_rows(index, padded, _keys_at(self._device, part.numbers))
+            self._add_rows(index, padded, part.numbers)
 
     def _add_later(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
         """Short runs, which are put together with those of other tensors: a device works on many at once."""
