@@ -26,7 +26,7 @@ FLOORS = {
 # room -> rooms above it that it imports; each is a debt.
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[frozenset[str]] = set()
-LONG_FILES = {"ucp/storage/plain.py", "ucp/storage/torch_pt/pickles.py", "ucp/storage/torch_pt/allowlist.py"}
+LONG_FILES = {"ucp/storage/torch_pt/pickles.py"}
 LONG_FUNCTIONS = {
     "ucp.deepspeed.engine.load_checkpoint",
     "ucp.inspection.difference.diff",

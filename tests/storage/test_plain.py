@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as nps
 from tests.property import law
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.storage import plain
+from ucp.storage.plain_decoder import KINDS
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
 
@@ -289,7 +290,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text("ab<f4=", max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.fixed_dictionaries({"$": st.sampled_from([*plain._DECODERS, *plain._TORCH_KINDS]), "v": inner})
+        | st.fixed_dictionaries({"$": st.sampled_from(KINDS), "v": inner})
         | st.fixed_dictionaries(
             {
                 "$": st.sampled_from(["numpy.ndarray", "numpy.scalar"]),

@@ -10,9 +10,7 @@ import argparse
 import collections
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,50 +20,10 @@ from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.geometry import span
 from ucp.printable import short
 from ucp.storage import dtypes
-from ucp.storage.crc32 import StoredCrc32
+from ucp.storage.torch_pt import numpy_calls
+from ucp.storage.torch_pt.named import Global, StorageClass, StorageRef
 from ucp.storage.torch_pt.standins import STANDINS, member
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A class or function that a pickle names and the allow-list knows. It cannot be called by itself."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True)
-class StorageRef:
-    """A torch storage: `numel` elements of `dtype` under `key`; `start` is its first byte in the file.
-
-    In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`. record: its
-    bytes' CRC-32, where the file has one.
-    """
-
-    file: str
-    key: str
-    dtype: str
-    numel: int
-    device: str
-    start: int
-    record: StoredCrc32 | None = None
-    refs: list[TensorRef] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * dtypes.itemsize(self.dtype)
-
-    def move_to(self, start: int) -> None:
-        """Set the place, for the storage and for the tensors already built on it."""
-        for ref in self.refs:
-            # Still inside `load`: nobody has seen the frozen value yet.
-            object.__setattr__(ref, "offset", ref.offset - self.start + start)
-        self.start = start
-
 
 # Names that the pickles of Python 2 and of protocols below 3 use for today's modules.
 _MODULE_ALIASES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -90,8 +48,6 @@ _REFUSED_TENSORS = {
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
 }
 
-_SIMPLE_NUMPY = re.compile(r"[<>|=]?(?:[?bBhHiIlLqQefdgFD]|[biufc]\d{1,2}|[SU]\d{1,9})\Z")
-
 
 def find(module: str, name: str) -> Any | None:
     """What stands for a pickle's global: a value, a `Global` that `call` knows, or None when it is not allowed.
@@ -111,13 +67,6 @@ def find(module: str, name: str) -> Any | None:
     if key in _CALLS or key in STANDINS or key in _TENSOR_CLASSES or key in _VALUE_CLASSES:
         return Global(module, name)
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class StorageClass:
-    """A torch storage class, as the element type that it stands for."""
-
-    dtype: str
 
 
 _TORCH_DTYPES = frozenset(dtypes.names()) | {"half", "float", "double", "short", "int", "long", "cfloat", "cdouble"}
@@ -174,9 +123,9 @@ def build(obj: Any, state: Any) -> None:
         if "_metadata" in attributes:
             vars(obj)["_metadata"] = attributes["_metadata"]
     elif kind is np.ndarray:
-        _set_array(obj, state)
+        numpy_calls.set_array(obj, state)
     elif isinstance(obj, np.dtype):
-        _check_dtype_state(obj, state)
+        numpy_calls.check_dtype_state(obj, state)
     else:
         raise TypeError(f"an object of class {kind.__name__} takes no state")
 
@@ -428,60 +377,6 @@ def _member(owner: Any, name: Any) -> Standin:
     return found
 
 
-# --- numpy -----------------------------------------------------------------------------------------------------------
-
-
-def _numpy_dtype(spec: Any, align: Any = False, copy: Any = False) -> np.dtype[Any]:
-    if not isinstance(spec, str) or not _SIMPLE_NUMPY.match(spec):
-        raise Unsupported(f"it holds a numpy array of type {short(spec)}; only plain numbers and text are supported")
-    return np.dtype(spec)
-
-
-def _check_dtype_state(dtype: np.dtype[Any], state: Any) -> None:
-    # numpy pickles the byte order as state, and a field layout that simple types lack; nothing else is taken from it.
-    if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
-        raise Unsupported("it holds a numpy array of a structured type, which is not supported")
-    if state[1] == ">":
-        raise Unsupported("it holds a big-endian numpy array, which is not supported")
-
-
-def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    if not isinstance(dtype, np.dtype) or not isinstance(data, bytes) or len(data) != dtype.itemsize:
-        raise TypeError("a numpy scalar is a dtype and its bytes")
-    return np.frombuffer(data, dtype, count=1)[0] if data else dtype.type()
-
-
-def _numpy_reconstruct(array_class: Any, shape: Any, kind: Any) -> np.ndarray[Any, Any]:
-    if array_class != Global("numpy", "ndarray"):
-        raise TypeError(f"a numpy array of class {short(array_class)}")
-    return np.empty(0, np.uint8)
-
-
-def _set_array(array: np.ndarray[Any, Any], state: Any) -> None:
-    _, shape, dtype, fortran, data = state
-    _check_array(dtype, shape, data)
-    fields: Any = (1, shape, dtype, bool(fortran), bytes(data))
-    array.__setstate__(fields)
-
-
-def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    _check_array(dtype, shape, data)
-    if order not in ("C", "F"):
-        raise TypeError(f"a numpy array of order {short(order)}")
-    return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
-
-
-def _check_array(dtype: Any, shape: Any, data: Any) -> None:
-    if isinstance(data, list):
-        raise Unsupported("it holds a numpy array of Python objects, which is not supported")
-    if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or not isinstance(data, bytes | bytearray):
-        raise TypeError("a numpy array is a shape, a dtype and bytes")
-    if dtype.itemsize == 0 and math.prod(shape) > limits.EMPTY_ITEMS:
-        raise ValueError(f"a numpy array of {math.prod(shape)} elements that have no bytes")
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"a numpy array of shape {shape} and type {dtype} does not have {len(data)} bytes")
-
-
 # Classes that a pickle passes as arguments and never calls.
 _VALUE_CLASSES = {("numpy", "ndarray"), *FACTORIES}
 
@@ -507,11 +402,11 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytearray"): _bytearray,
     ("builtins", "range"): _range,
     ("builtins", "xrange"): _range,
-    ("numpy", "dtype"): _numpy_dtype,
+    ("numpy", "dtype"): numpy_calls.dtype_of,
     **{("pathlib", name): make for name, make in _PATHS.items()},
     **{("pathlib._local", name): make for name, make in _PATHS.items()},
 }
 for _core in ("numpy.core", "numpy._core"):
-    _CALLS[f"{_core}.multiarray", "_reconstruct"] = _numpy_reconstruct
-    _CALLS[f"{_core}.multiarray", "scalar"] = _numpy_scalar
-    _CALLS[f"{_core}.numeric", "_frombuffer"] = _numpy_frombuffer
+    _CALLS[f"{_core}.multiarray", "_reconstruct"] = numpy_calls.reconstruct
+    _CALLS[f"{_core}.multiarray", "scalar"] = numpy_calls.scalar
+    _CALLS[f"{_core}.numeric", "_frombuffer"] = numpy_calls.frombuffer

@@ -20,7 +20,8 @@ import numpy as np
 from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.storage.torch_pt import allowlist
-from ucp.storage.torch_pt.allowlist import GETATTR, Global, StorageClass
+from ucp.storage.torch_pt.allowlist import GETATTR
+from ucp.storage.torch_pt.named import Global, StorageClass
 from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)

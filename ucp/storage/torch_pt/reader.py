@@ -19,8 +19,8 @@ from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.printable import short
 from ucp.storage import dtypes, locations
 from ucp.storage.crc32 import StoredCrc32
-from ucp.storage.torch_pt.allowlist import StorageClass, StorageRef
 from ucp.storage.torch_pt.archive import SMALL_RECORDS, Section, ZipEntries
+from ucp.storage.torch_pt.named import StorageClass, StorageRef
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.values import TensorRef
 
