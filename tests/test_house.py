@@ -28,10 +28,6 @@ UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[frozenset[str]] = set()
 LONG_FILES = {"ucp/storage/torch_pt/pickles.py"}
 LONG_FUNCTIONS = {
-    "ucp.deepspeed.engine.load_checkpoint",
-    "ucp.inspection.difference.diff",
-    "ucp.inspection.planning.plan",
-    "ucp.inspection.verify.verify",
     "ucp.loading.load.load",
     "ucp.torchdist.load.load",
     "ucp.torchdist.training.load_training",

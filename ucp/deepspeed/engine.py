@@ -156,17 +156,21 @@ def load_checkpoint(
         watch=watch,
         prove=config.load.prove,
     )
-    engine.ucp.last_load = report
-    if config.metrics:
-        record_load(path, report.bytes_read, report.seconds, report.overlapping)
-    for text in (*report.plan.notes, *_weights_notes(report)):
-        if ranks.rank() == 0:
-            log.warning("%s", text)
+    _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
-    if ranks.rank() == 0:
-        tell(log, str(report))
     return _returned_path(path), _client_state(catalog)
+
+
+def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
+    """Keep a load's report, write its timings where the config wants them, and tell of it on the first rank."""
+    engine.ucp.last_load = report
+    if engine.ucp.config.metrics:
+        record_load(path, report.bytes_read, report.seconds, report.overlapping)
+    if ranks.rank() == 0:
+        for text in (*report.plan.notes, *_weights_notes(report)):
+            log.warning("%s", text)
+        tell(log, str(report))
 
 
 def _client_state(catalog: Catalog) -> dict[str, Any]:

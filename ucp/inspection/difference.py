@@ -132,34 +132,13 @@ def diff(
     BadArgument
         For a glob or a state that neither checkpoint has; and what reading raises.
     """
-
-    def counts(name: str) -> bool:
-        return not params or any(fnmatchcase(name, pattern) for pattern in params)
-
+    counts = _counting(params)
     _check_filters(a, b, params, states)
     left, right, only_a, only_b = _paired(a, b, counts, states)
-    shapes = {}
-    pairs: list[tuple[LogicalTensor, LogicalTensor]] = []
-    for ours, theirs in zip(left, right, strict=True):
-        if ours.shape != theirs.shape:
-            shapes[f"{ours.name}:{ours.state}"] = (ours.shape, theirs.shape)
-        else:
-            pairs.append((ours, theirs))
-    tensors: tuple[TensorDifference, ...] = ()
-    digests: dict[str, tuple[str, str]] = {}
-    read = 0
-    if values:
-        alike = [pair for pair in pairs if quick and pair[0].dtype == pair[1].dtype]
-        others = [pair for pair in pairs if not quick or pair[0].dtype != pair[1].dtype]
-        digests = _digests(a, b, alike, progress)
-        tensors = tuple(_values(a, b, others, (absolute, relative), progress))
-        read = stream.total(t for pair in others for t in pair)
-        read += stream.total(t for pair in alike for t in pair if t.digest is None)
-    state: dict[str, tuple[str, str]] = {}
-    if training_state:
-        ours_state, theirs_state = a.training_state, b.training_state
-        state = _changed(_flat_state(ours_state), _flat_state(theirs_state))
-        state.update(_groups(ours_state.param_groups, theirs_state.param_groups, lambda name: _name_in(a, b, name)))
+    both = list(zip(left, right, strict=True))
+    shapes = {f"{x.name}:{x.state}": (x.shape, y.shape) for x, y in both if x.shape != y.shape}
+    pairs = [(x, y) for x, y in both if x.shape == y.shape] if values else []
+    tensors, digests, read = _contents(a, b, pairs, (absolute, relative), quick, progress)
     return Difference(
         a=str(a.path),
         b=str(b.path),
@@ -168,14 +147,45 @@ def diff(
         shapes=shapes,
         tensors=tensors,
         scalars=_scalars(a, b, counts) if not states else {},
-        training_state=state,
-        compared=len(pairs) if values else 0,
-        bytes=stream.total(ours for ours, _ in pairs) if values else 0,
-        equal=len(pairs) - len(tensors) - sum(x != y for x, y in digests.values()) if values else 0,
+        training_state=_states(a, b) if training_state else {},
+        compared=len(pairs),
+        bytes=stream.total(ours for ours, _ in pairs),
+        equal=len(pairs) - len(tensors) - sum(x != y for x, y in digests.values()),
         types_count=types,
         by_digest=digests,
         read=read,
     )
+
+
+def _counting(params: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a parameter's name counts, by the globs."""
+    return lambda name: not params or any(fnmatchcase(name, pattern) for pattern in params)
+
+
+def _contents(
+    a: Checkpoint,
+    b: Checkpoint,
+    pairs: Sequence[tuple[LogicalTensor, LogicalTensor]],
+    within: tuple[float, float],
+    quick: bool,
+    progress: Progress | None,
+) -> tuple[tuple[TensorDifference, ...], dict[str, tuple[str, str]], int]:
+    """Tensors whose values differ, digests of those that were compared by them, and the bytes read for both."""
+    alike = [pair for pair in pairs if quick and pair[0].dtype == pair[1].dtype]
+    others = [pair for pair in pairs if not quick or pair[0].dtype != pair[1].dtype]
+    digests = _digests(a, b, alike, progress)
+    tensors = tuple(_values(a, b, others, within, progress))
+    read = stream.total(t for pair in others for t in pair)
+    read += stream.total(t for pair in alike for t in pair if t.digest is None)
+    return tensors, digests, read
+
+
+def _states(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[str, str]]:
+    """What differs between the training states."""
+    ours, theirs = a.training_state, b.training_state
+    state = _changed(_flat_state(ours), _flat_state(theirs))
+    state.update(_groups(ours.param_groups, theirs.param_groups, lambda name: _name_in(a, b, name)))
+    return state
 
 
 def _check_filters(a: Checkpoint, b: Checkpoint, params: Sequence[str], states: Sequence[str]) -> None:

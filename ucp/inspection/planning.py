@@ -117,9 +117,6 @@ def plan(
         raise Unsupported(f"how '{target.name}' divides a model over ranks is not known, so no resume can be planned")
     moves = _moves(checkpoint.catalog, division, layout.world_size)
     by_rank = moves.bytes.sum(axis=0).astype(np.int64)
-    ranks = tuple(
-        RankPlan(r, int(n), int(moves.opened[:, r].sum()), int(moves.pieces[r]), int(n)) for r, n in enumerate(by_rank)
-    )
     seconds, bound_by = _time(by_rank, rank_bandwidth, storage_bandwidth)
     return ResumePlan(
         path=str(checkpoint.path),
@@ -128,7 +125,7 @@ def plan(
         bytes=int(by_rank.sum()),
         stored=sum(t.nbytes for t in checkpoint.catalog.tensors.values()),
         files=int(moves.opened.any(axis=1).sum()),
-        ranks=ranks,
+        ranks=_rank_plans(moves, by_rank),
         largest=int(np.argmax(by_rank)),
         node_memory=max(int(by_rank[k : k + ranks_per_node].sum()) for k in range(0, len(by_rank), ranks_per_node)),
         seconds=seconds,
@@ -136,6 +133,12 @@ def plan(
         stages=division.stages,
         sources=moves.owners,
         moved=moves.bytes.astype(np.int64),
+    )
+
+
+def _rank_plans(moves: _Moves, by_rank: np.ndarray) -> tuple[RankPlan, ...]:
+    return tuple(
+        RankPlan(r, int(n), int(moves.opened[:, r].sum()), int(moves.pieces[r]), int(n)) for r, n in enumerate(by_rank)
     )
 
 

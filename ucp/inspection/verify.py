@@ -17,8 +17,9 @@ import numpy as np
 from ucp import checkpoint, formats, limits, run_folder
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.checkpoint import Checkpoint
-from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile
+from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, NotACheckpoint, RemovedMeanwhile, UcpError
 from ucp.formats import beside
+from ucp.formats.base import Format
 from ucp.formats.nouns import Salvage
 from ucp.geometry import box
 from ucp.inspection import stream
@@ -137,23 +138,28 @@ def verify(
     known = formats.find(where)
     if known is None:
         raise formats.explain_unknown(where)
-    notes = _Notes()
     try:
         # Digests and copies are compared below, all of them.
         opened = checkpoint.open(where, **choice, verify=False)
     except RemovedMeanwhile:
         raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
-        salvage = known.salvage(where)
-        if salvage is not None:
-            _note_salvage(salvage, notes)
-        elif not quick:
-            _look_into_archives(where, notes)
-        if not any(finding.kind != "digest" for finding in notes.found):
-            notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
-        return notes.verdict(where, known.name, None)
+        return _unopened(where, known, error, quick)
     with opened:
         return verify_open(opened, quick=quick, finite=finite, against=against, progress=progress)
+
+
+def _unopened(where: Path, known: Format, error: UcpError, quick: bool) -> Verdict:
+    """What is found in a checkpoint that can't be opened, for this error at least."""
+    notes = _Notes()
+    salvage = known.salvage(where)
+    if salvage is not None:
+        _note_salvage(salvage, notes)
+    elif not quick:
+        _look_into_archives(where, notes)
+    if not any(finding.kind != "digest" for finding in notes.found):
+        notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
+    return notes.verdict(where, known.name, None)
 
 
 def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Path:
