@@ -36,7 +36,9 @@ def test_a_run(tmp_path: Path, made: raw.Raw) -> None:
 
 def test_what_is_not_understood_is_not_called_damaged(consolidated: Path) -> None:
     path = consolidated / manifest.NAME
-    path.write_bytes(path.read_bytes().replace(b'"ucp":"1.0"', b'"ucp":"2.0"'))
+    ours = f'"ucp":"{manifest.VERSION}"'.encode()
+    assert ours in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(ours, b'"ucp":"2.0"'))
     (entry,) = listing(consolidated).checkpoints
     assert entry.whole is None
     assert "manifest version '2.0' is not supported" in str(entry.problem)

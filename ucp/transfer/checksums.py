@@ -108,6 +108,8 @@ class RecordChecks:
         Raises DigestMismatch where they complete a record that differs from its CRC-32.
         """
         stop = start + len(data)
+        if stop == start:
+            return  # nothing was read, so no record is read in part for `finish` to complete
         for progress in self._within(file, start, stop):
             low, high = max(progress.record.start, start), min(progress.record.stop, stop)
             with self._lock:
