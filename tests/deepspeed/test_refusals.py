@@ -6,12 +6,17 @@ the end the same engine takes a good one.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import ucp
+from tests.attacks import formats, plant
+from tests.attacks.test_virtual_paths import move
 from tests.deepspeed import jobs
 from tests.deepspeed.agree import differences
 from tests.deepspeed.jobs import Attempt, Refusal
@@ -19,6 +24,7 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.sources import Sources
 from tests.engines.truth import Truth
+from ucp.formats.universal import manifest
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +179,51 @@ def test_damaged_checkpoints(ranks: RankPool, sources: Sources, target: Case, tm
     check(found, 0, "DamagedCheckpoint", [re.escape(part.name)])
     check(found, 1, "DigestMismatch", [re.escape(states.name)])
     assert [r[2].kind for r in found] == [""] * target.dp
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [(Case(stage=3, dp=3), PLAIN), (Case(stage=1, dp=2), PLAIN.but(stage=3))],
+    ids=lambda case: case.label,
+)
+def test_planted_pickles(ranks: RankPool, sources: Sources, target: Case, source: Case, tmp_path: Path) -> None:
+    """Each of a checkpoint's files has a call in its pickle: nothing runs it, and the engine stays as it was."""
+    good = sources.get(source)
+    planted, flags = [], []
+    for path in sorted((Path(good.folder) / good.tag).glob("*.pt")):
+        run = sources.copy(source, tmp_path / path.stem)
+        planted.append(Path(run.folder) / run.tag / path.name)
+        flags.append(tmp_path / f"flag-{path.stem}")
+        plant.set_item(planted[-1], ["planted"], plant.call(f"touch {flags[-1]}"))
+    assert len(planted) == (4 if source.stage == 3 else 3)
+    dcp = formats.make("dcp", tmp_path)
+    flags.append(tmp_path / "flag-dcp")
+    (dcp / ".metadata").write_bytes(b"\x80\x02" + plant.call(f"touch {flags[-1]}") + b".")
+    tries = [*(Attempt(str(path.parents[1]), path.parent.name) for path in planted), Attempt(str(dcp))]
+    found = ranks.run(jobs.attempts, target, [*tries, Attempt(good.folder, good.tag)], world_size=target.dp)
+    for k in range(len(tries)):
+        check(found, k, "UnsafePickle", [r"names posix\.system"])
+    assert [flag.name for flag in flags if flag.exists()] == []
+    assert [r[-1].kind for r in found] == [""] * target.dp
+    for path, flag in zip(planted, flags, strict=False):  # the attacks are real ones
+        torch.load(path, weights_only=False)
+        assert flag.exists()
+
+
+def test_a_virtual_checkpoint_that_leads_elsewhere(ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
+    run = sources.copy(PLAIN, tmp_path / "run")
+    ucp.convert(run.folder, tmp_path / "virtual", virtual=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (first, *_) = json.loads((tmp_path / "virtual" / manifest.NAME).read_bytes())["files"]["path"]
+    move(tmp_path / "virtual", shutil.copy2(tmp_path / "virtual" / first, elsewhere / Path(first).name))
+    tries = [Attempt(str(tmp_path / "virtual"))]
+    found = ranks.run(jobs.attempts, PLAIN, tries, world_size=2)
+    check(found, 0, "Unsupported", [r"outside '.*', which it names as its source", r'"ucp": \{"load": \{"trust_paths'])
+    trusting = {"load": {"trust_paths": True}}
+    found = ranks.run(jobs.attempts, PLAIN, tries, section=trusting, world_size=2)
+    assert [r[0].kind for r in found] == ["", ""]
+    assert found[0][0].changed
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

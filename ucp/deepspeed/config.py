@@ -84,7 +84,8 @@ class _Section(BaseModel):
 class LoadSection(_Section):
     """How checkpoints are loaded.
 
-    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread. verify: check digests while
+    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread. trust_paths: follow a virtual
+    checkpoint to files outside the folder that it names as its source. verify: check digests while
     loading. read_once: have each byte that several ranks want read by one of them and exchanged: True, False, or
     'adaptive', where that is measured to be faster. prove: compare what is live after a load with the checkpoint's
     logical digests: True, where it has them; False; 'full', never a sample in host memory; or 'always', computing those
@@ -93,6 +94,7 @@ class LoadSection(_Section):
 
     allow_missing: _Patterns = ()
     allow_unused: _Patterns = ()
+    trust_paths: bool = False
     verify: bool = True
     read_once: Annotated[bool | str, _Once] = ADAPTIVE
     prove: Annotated[bool | str, _Prove] = True

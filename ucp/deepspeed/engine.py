@@ -207,6 +207,7 @@ def _open(
             model_config=model,
             sizes=config.sizes,
             trust_client_state=config.trust_client_state,
+            trust_paths=config.load.trust_paths,
             param_names=names,
         ) as checkpoint:
             catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)

@@ -243,8 +243,9 @@ def _check_pointer(fields: _Fields, folder: str, full: str) -> None:
         held = source != os.sep and os.path.commonpath([source, real]) == source
     if not held:
         raise Unsupported(
-            f"points at '{full}', outside '{source}', which it names as its source; trust_paths=True (--trust-paths) "
-            "follows it, if you trust whoever wrote it",
+            f"points at '{full}', outside '{source}', which it names as its source; trust_paths=True (--trust-paths; "
+            'under DeepSpeed in the config "ucp": {"load": {"trust_paths": true}}) follows it, if you trust whoever '
+            "wrote it",
             file=fields.path,
         )
 
