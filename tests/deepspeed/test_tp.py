@@ -13,9 +13,10 @@ from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
 from tests.engines import parallel_runs
 from tests.engines.configs import Case
+from tests.engines.models import GLOBAL_BATCH
 from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.pool import RankPool
-from tests.engines.runs import CLIENT_STATE
+from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.tp_runs import PRELOAD, TpCase
 from tests.engines.tp_truth import without_padding
 from tests.engines.truth import Truth, compare
@@ -116,6 +117,8 @@ def truths(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> tuple[Truth, Tr
 
 
 def check(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> None:
+    consumed = STEPS * GLOBAL_BATCH * pair.source.case.accumulation
+    assert {known(truth).counters["global_samples"] for truth in (run.truth, loaded.truth)} == {consumed}
     assert differences(*truths(pair, run, loaded)) == []
     assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
     if pair.losses == "equal":

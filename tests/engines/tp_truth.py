@@ -39,7 +39,17 @@ def gather(engine: Any) -> Truth | None:
     dist.gather_object((tp, own), everyone if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
         return None
-    return _join([found for _, found in sorted(((t, f) for t, f in everyone if f is not None), key=lambda x: x[0])])
+    found = sorted(((t, f) for t, f in everyone if f is not None), key=lambda x: x[0])
+    return _counted_once(_join([f for _, f in found]), engine)
+
+
+def _counted_once(truth: Truth, engine: Any) -> Truth:
+    """With the number of samples that the run has consumed: DeepSpeed counts each once for every rank of AutoTP."""
+    counted = truth.counters["global_samples"]
+    times = max(engine.autotp_size(), 1)
+    if counted % times:
+        raise ValueError(f"{counted} samples, counted {times} times each")
+    return replace(truth, counters={**truth.counters, "global_samples": counted // times})
 
 
 def without_padding(truth: Truth) -> Truth:
