@@ -35,6 +35,7 @@ READMES = (
     "ucp/formats/README.md",
     "ucp/formats/universal/README.md",
     "ucp/merging/README.md",
+    "ucp/storage/README.md",
     "ucp/torchdist/README.md",
 )
 # Its examples are run by tests/spec/test_readme.py.

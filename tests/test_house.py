@@ -31,7 +31,6 @@ LONG_FUNCTIONS = {
     "ucp.loading.load.load",
     "ucp.torchdist.load.load",
     "ucp.torchdist.training.load_training",
-    "ucp.torchdist.training.save_training",
     "ucp.transfer.write.write_share",
 }
 SAME_CLASSES: set[str] = set()

@@ -96,20 +96,24 @@ def save_training(
     source = make_source(
         state_dict,
         _kinds(model, optimizer),
-        TrainingState(
-            lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
-            global_steps=step,
-            global_samples=samples,
-            client_state=dict(extra or {}),
-        ),
-        {
-            **({"rng": generators.capture()} if rng else {}),
-            **data_loaders.kept_of(dataloader),
-        },
+        _progress(lr_scheduler, step, samples, extra),
+        {**({"rng": generators.capture()} if rng else {}), **data_loaders.kept_of(dataloader)},
     )
     if background:
         return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
     return write(source, path, timeout, metrics)
+
+
+def _progress(
+    lr_scheduler: Any, step: int | None, samples: int | None, extra: Mapping[str, Any] | None
+) -> TrainingState:
+    """How far the run has come, as the checkpoint says it."""
+    return TrainingState(
+        lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
+        global_steps=step,
+        global_samples=samples,
+        client_state=dict(extra or {}),
+    )
 
 
 @dataclass(frozen=True)
