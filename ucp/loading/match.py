@@ -200,6 +200,7 @@ def _states(sides: _Sides, slot: Slot) -> None:
         for state in sorted(kept[member.name] - expects):
             may = sides.wish.partial or sides.may_leave(member.name, state)
             sides.found.leaves(Item(slot.kind, member.name, member.shape, state), may)
+        _unasked_values(sides, slot, member)
     values = _values(sides, slot, [(m, info) for m, info in members if kept[m.name] or info.scalars])
     for member, value in _values_lacking(sides, slot, members, values, bool(brought & expects)):
         _lack(sides, slot, member, value)
@@ -207,6 +208,16 @@ def _states(sides: _Sides, slot: Slot) -> None:
         sides.scalars[slot.key] = values
     if brought & expects or (values and slot.asked is None):
         _want_states(sides, slot, members, sorted(expects))
+
+
+def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
+    """Refuse single values that torch's optimizers had and have no place here. What DeepSpeed's count besides ('step')
+    need mean nothing to a torch optimizer."""
+    if slot.asked is None or sides.wish.partial or sides.catalog.training_state.config:
+        return
+    for value in sorted(set(sides.catalog.parameters[sides.names[member.name]].scalars) - set(slot.asked.values)):
+        if value not in slot.asked.states and not sides.may_leave(member.name, value):
+            sides.found.leaves(Item(slot.kind, member.name, member.shape, value), False)
 
 
 def _lacking_all(sides: _Sides, slot: Slot) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,22 @@ def _of_origins(
             found.wrong.append(found.words.other_options(index, option, shown, [values[0], values[first]]))
         elif option in kept[0]:
             out[option] = _fitting(index, option, group.options.get(option), kept[0][option], found)
+    _same_forms(index, wanted, {*kept[0]} - OWN_OPTIONS, found)
     _keeps(index, [option for option in wanted if option not in kept[0]], group, "", found)
     return out
+
+
+def _same_forms(index: int, wanted: Sequence[str], saved: Collection[str], found: Findings) -> None:
+    """A list or mapping of tensors is an option for each entry ('h.0'); one with other entries can't be restored."""
+    for head in dict.fromkeys(option.partition(".")[0] for option in wanted):
+        here, there = (
+            sorted(o for o in options if o == head or o.startswith(f"{head}.")) for options in (wanted, saved)
+        )
+        if there and here != there:
+            found.wrong.append(
+                f"{found.words.option_of(index, here[0])} is a list or mapping with other entries: {', '.join(there)} "
+                f"in the checkpoint and {', '.join(here)} here; give it the checkpoint's before the load"
+            )
 
 
 def _keeps(index: int, options: Sequence[str], group: Group, why: str, found: Findings) -> None:

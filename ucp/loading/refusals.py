@@ -75,6 +75,10 @@ class Words:
         """The target's that the checkpoint lacks; one entry for each state, however many parameters it is of."""
         return _by_state(items, self.live)
 
+    def otherwise(self, item: Item) -> str | None:
+        """Where the checkpoint has what the target asks for in another form, which cannot be restored: a refusal."""
+        return None
+
     def unused(self, items: Sequence[Item]) -> list[str]:
         """The checkpoint's that have no place in the target."""
         return _by_state(items, self.saved)
@@ -150,6 +154,8 @@ class Findings:
         """The checkpoint has no such thing of the target's."""
         if allowed:
             self.left.append(self.words.label(item.name, item.state))
+        elif (otherwise := self.words.otherwise(item)) is not None:
+            self.wrong.append(otherwise)
         else:
             self.missing.append(item)
 

@@ -189,14 +189,16 @@ def set_states(
     state_dict: dict[str, Any],
     made: Made | None,
     unstepped: Collection[str] = (),
+    more: Sequence[Collection[str]] = (),
 ) -> None:
     """Give the optimizers what was loaded.
 
     made: of `state_dict_of`; None where those are to have no states. unstepped: names of parameters whose states were
-    made and not brought: they have none, so that the optimizer begins with them at its next step.
+    made and not brought: they have none, so that the optimizer begins with them at its next step. more: by group, the
+    options that were brought and that the optimizer did not have.
     """
     if made is None:
-        _set_unstepped(state_dict, listed(optimizer))
+        _set_unstepped(state_dict, listed(optimizer), more)
         return
     gradients = {p: p.grad for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
     named = [(o, p, n) for o, live, saved in _groups(state_dict, listed(optimizer)) for p, n in _pairs(live, saved)]
@@ -213,11 +215,14 @@ def set_states(
             o.state.pop(param, None)
 
 
-def _set_unstepped(state_dict: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _set_unstepped(
+    state_dict: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer], more: Sequence[Collection[str]]
+) -> None:
     """Hyperparameters alone: torch would make states by a step."""
-    for o, live, saved in _groups(state_dict, optimizers):
+    for k, (o, live, saved) in enumerate(_groups(state_dict, optimizers)):
         live.pop("step", None)
-        live.update({key: saved[key] for key in live if key != "params" and key in saved})
+        brought = {*live, *(more[k] if more else ())} - {"params"}
+        live.update({key: saved[key] for key in brought if key in saved})
         o.state.clear()
 
 

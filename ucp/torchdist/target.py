@@ -36,7 +36,8 @@ class StateDictWords(Words):
     begins: the first words of a refusal. apart: what to do where two entries are one tensor, and not one in the
     checkpoint. prefixes: of weights' and of optimizer states' flat names, where patterns may mean what is not asked for
     by such names, too. path: the checkpoint's. keys: (name, state) -> flat name. options: (group, option) -> flat name.
-    own: how many ranks have saved values of their own, by flat name.
+    nested: flat name of what is an empty list here -> those of its entries in the checkpoint. own: how many ranks have
+    saved values of their own, by flat name.
     """
 
     whole: str = "the state dict"
@@ -47,6 +48,7 @@ class StateDictWords(Words):
     path: str = ""
     keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
     options: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    nested: Mapping[str, Sequence[str]] = field(default_factory=dict)
     own: Mapping[str, int] = field(default_factory=dict)
 
     unrestored = "are not in the checkpoint"
@@ -74,6 +76,12 @@ class StateDictWords(Words):
 
     def missing(self, items: Sequence[Item]) -> list[str]:
         return [f"{self.live(item)}{self._why(self.label(item.name, item.state))}" for item in items]
+
+    def otherwise(self, item: Item) -> str | None:
+        entries = self.nested.get(self.label(item.name, item.state))
+        if entries is None:
+            return None
+        return f"{self.live(item)} is empty here and filled in the checkpoint ('{entries[0]}', …)"
 
     def _why(self, key: str) -> str:
         if key not in self.own:
@@ -166,7 +174,12 @@ class StateDictTarget:
         saved = catalog.training_state.extra.get("ranks", ())
         own = {key: len(saved) for values in saved for key in values.get(VALUES, {})}
         self.words: Words = replace(
-            words or StateDictWords(), path=path, keys=self._keys, options=self._options, own=own
+            words or StateDictWords(),
+            path=path,
+            keys=self._keys,
+            options=self._options,
+            nested=self._filled_there(),
+            own=own,
         )
 
     # --- what is asked for ---
@@ -202,6 +215,17 @@ class StateDictTarget:
                 out.setdefault(name, _OfName()).values[state] = key
             self._keys[name, state] = key
         self.named.update((key, self._entries[key].value) for key in roles.values if key in only)
+        return out
+
+    def _filled_there(self) -> dict[str, list[str]]:
+        """What is an empty list here and one of tensors or mappings in the checkpoint: its entries there."""
+        empty_here = {key for key, e in self._entries.items() if isinstance(e.value, (list, tuple)) and not e.value}
+        out: dict[str, list[str]] = {}
+        for name in (*self._catalog.parameters, *shared_values(self._catalog)) if empty_here else ():
+            head = name
+            while head := head.rpartition(".")[0]:
+                if head in empty_here:
+                    out.setdefault(head, []).append(name)
         return out
 
     def _is_single(self, key: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
-from ucp.loading.name_match import bare
+from ucp.loading.name_match import bare, match
+from ucp.loading.options import OWN_OPTIONS
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
@@ -244,6 +246,7 @@ class TrainingTarget(StateDictTarget):
         self._stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
         if listed(live.optimizer) and not self._stepped:
             state_dict[OPTIMIZER]["state"].clear()
+        self._more = _with_saved_options(state_dict, catalog) if listed(live.optimizer) else ()
         unseen = {
             f"{OPTIMIZER}.state.{name}.{key}"
             for name in names_without_states(state_dict, live.optimizer)
@@ -273,7 +276,8 @@ class TrainingTarget(StateDictTarget):
         if listed(live.optimizer):
             states = self._state_dict[OPTIMIZER]
             unstepped = self._unstepped() if self._made else ()
-            set_states(live.model, live.optimizer, states, self._made if self._stepped else None, unstepped)
+            made = self._made if self._stepped else None
+            set_states(live.model, live.optimizer, states, made, unstepped, self._more)
         state = loaded.training_state
         if state is None:
             return
@@ -293,6 +297,29 @@ class TrainingTarget(StateDictTarget):
             for name in names_without_states(self._state_dict, self._live.optimizer)
             if not any(f"{OPTIMIZER}.state.{name}.{key}" in brought for key in states.get(name, ()))
         }
+
+
+def _with_saved_options(state_dict: dict[str, Any], catalog: Catalog) -> Sequence[Collection[str]]:
+    """Add to each param group what the checkpoint's groups of its parameters have besides, such as what an optimizer
+    keeps there only from a real step on: torch's own load_state_dict takes it, too. Returns the options added, by
+    group.
+
+    Options of DeepSpeed's optimizers are left out: they need mean nothing to one of torch's.
+    """
+    groups = state_dict[OPTIMIZER]["param_groups"]
+    added: list[set[str]] = [set() for _ in groups]
+    if catalog.training_state.config:
+        return added
+    saved = {name: group.options or {} for group in catalog.training_state.param_groups for name in group.names}
+    names = match(catalog, [name for group in groups for name in group["params"]], copies=True)
+    for group, more in zip(groups, added, strict=True):
+        for name in group["params"]:
+            for option, value in saved.get(names.get(name, ""), {}).items():
+                head, nested, _ = option.partition(".")  # an entry of a list or mapping, which the plan refuses
+                if head not in OWN_OPTIONS and (head not in group or group[head] == {}):
+                    group[head] = None if nested else copy.deepcopy(value)
+                    more.add(head)
+    return added
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
