@@ -329,3 +329,14 @@ def test_texts() -> None:
         with pytest.raises(ValueError, match="32 hexadecimal digits"):
             Digest.parse(text)
     assert total([]) == Digest() == digest_bytes(b"", Runs(*[np.zeros(0, np.int64)] * 3))
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(40.0)[::2], torch.arange(40.0).view(20, 2)[:, 1:], torch.arange(12.0).view(3, 4).t()]
+)
+def test_elements_that_lie_apart(tensor: torch.Tensor) -> None:
+    blocks = whole(tuple(tensor.shape))
+    lying = [
+        LiveElements(t, tuple(t.shape), blocks) for t in (tensor, tensor.clone(memory_format=torch.contiguous_format))
+    ]
+    assert digests(lying[:1]) == digests(lying[1:]) == on_device(lying[:1])

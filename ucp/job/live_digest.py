@@ -101,7 +101,8 @@ def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[t
 
 
 def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
-    """The elements' bytes, converted first where a type is given."""
+    """The elements' bytes, converted first where a type is given. Elements that lie apart are put together."""
+    piece = piece.contiguous()
     if live.dtype is not None:
         kind = to_torch(live.dtype)
         there = piece.to(kind) if live.rounded else converted(piece, kind)
