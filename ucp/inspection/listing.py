@@ -110,7 +110,7 @@ def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedC
     except FileNotFoundError:
         return None
     return ListedCheckpoint(
-        tag=os.path.relpath(path, parent) if parent in path.parents else path.name,
+        tag="/".join(path.parts[len(parent.parts) :]) if parent in path.parents else path.name,
         path=str(path),
         format=found.format.name,
         step=step,

@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 
-from ucp.catalog import Catalog
+from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import numel
 from ucp.logical.digest import Digest
@@ -25,7 +25,12 @@ from ucp.transfer.targets import TargetFile
 
 _PART = struct.Struct("<IQQQQ")  # the want's number among those of its file that count, both lanes of both digests
 
-Key = tuple[str, str]
+Key = tuple[str, str, Digest | None]
+"""Name, state, and the source's digest: expert-parallel ranks give one name of their own to different experts."""
+
+
+def _key(tensor: LogicalTensor) -> Key:
+    return tensor.name, tensor.state, None if tensor.digest is None else tensor.digest.whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,7 @@ class Collecting:
         self._found: dict[Key, Recorded] = {}
         self._elements: dict[Key, int] = {}
         for want in chain.from_iterable(file.wants for file in self._files):
-            key = want.tensor.name, want.tensor.state
+            key = _key(want.tensor)
             self._found.setdefault(key, Recorded(Digest(), Digest(), sample))
             self._elements[key] = self._elements.get(key, 0) + int(want.blocks.counts.sum())
 
@@ -61,18 +66,15 @@ class Collecting:
         for k, *lanes in _PART.iter_unpack(parts):
             tensor = self._files[file].wants[k].tensor
             part = Recorded(Digest(*lanes[:2]), Digest(*lanes[2:]), self._sample)
-            self._found[tensor.name, tensor.state] += part
+            self._found[_key(tensor)] += part
 
-    def finish(self, source: Catalog) -> dict[Key, Recorded]:
+    def finish(self, source: Catalog) -> dict[tuple[str, str], Recorded]:
         """The digests of the tensors that were written whole, once; every window has been counted. source: what was
         read.
 
         Raises DamagedCheckpoint where a tensor was written that has not the digest which the source has recorded.
         """
-        tensors = {
-            (want.tensor.name, want.tensor.state): want.tensor
-            for want in chain.from_iterable(file.wants for file in self._files)
-        }
+        tensors = {_key(want.tensor): want.tensor for want in chain.from_iterable(file.wants for file in self._files)}
         nothing = Recorded(Digest(), Digest(), self._sample)
         out = {key: nothing for key, tensor in source.tensors.items() if not numel(tensor.shape)}
         wrong = []
@@ -84,7 +86,7 @@ class Collecting:
             if tensor.digest is not None and found.whole != _multiple(tensor.digest.whole, times):
                 wrong.append(f"'{tensor.name}' ({tensor.state})")
             if times == 1:
-                out[key] = found
+                out[tensor.name, tensor.state] = found
         if wrong:
             raise DamagedCheckpoint(
                 f"{len(wrong)} tensors that were written have other elements than the source's manifest says by their "
