@@ -182,8 +182,16 @@ class RemoteSession(Session):
 
     def publish(self, body: bytes) -> int:
         sizes = [locations.stat(self.path(n)).size for n in locations.names(self.temporary) if n != _RECEIPTS]
-        self.put(self.destination / manifest.NAME, body)
-        self.put(self.path(_RECEIPTS) / _PUBLISHED, b"")
+        try:
+            self.put(self.destination / manifest.NAME, body)
+        except DestinationError:
+            if not _holds(self.destination / manifest.NAME, body):
+                raise
+        # From here on the checkpoint is the new one: whatever fails now must not remove what it is made of.
+        try:
+            self.put(self.path(_RECEIPTS) / _PUBLISHED, b"")
+        except DestinationError as error:
+            log.warning("%s: is saved, but the other ranks may not be told: %s", self.destination, error)
         for name in locations.names(self.destination):
             if _SAVE.fullmatch(name) and name != self.save:
                 _remove_remote(self.destination / name)
@@ -196,6 +204,14 @@ class RemoteSession(Session):
         for name in locations.names(self.temporary):
             if name.endswith(".safetensors"):
                 locations.remove(self.path(name))
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a write that failed has come through all the same."""
+    try:
+        return locations.read(path) == data
+    except OSError:
+        return False
 
 
 def begin_remote(
