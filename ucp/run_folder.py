@@ -236,7 +236,7 @@ def _named(folder: Path) -> Chosen | None:
 
 def _inside(folder: Path, text: str) -> str | None:
     """The path relative to the folder that a tag or a pointer means; None where it is none below the folder."""
-    if "\0" in text:
+    if not locations.can_be_path(text):
         return None
     start = f"{str(folder).rstrip('/')}/"
     if locations.is_remote(folder):

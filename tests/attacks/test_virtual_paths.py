@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import save_file
 
 import ucp
 from tests.formats import raw
 from ucp.cli.main import main
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, Unsupported
 from ucp.formats.universal import manifest
 
 
@@ -27,7 +29,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     body = json.loads((folder / manifest.NAME).read_bytes())
     del body["digest"]
     change(body)
-    (folder / manifest.NAME).write_bytes(manifest.frame(body))
+    # In ASCII, since an attacker may also name half of a surrogate pair, which our writer would not.
+    text = json.dumps(body).encode()
+    digest = xxhash.xxh3_128_hexdigest(text[1:])
+    (folder / manifest.NAME).write_bytes(b'{"digest":"xxh3_128:' + digest.encode() + b'",' + text[1:])
 
 
 def move(folder: Path, secret: Path) -> None:
@@ -101,3 +106,44 @@ def test_a_manifest_that_names_no_source_points_beside_itself(pointing: Path, tm
     move(pointing, secret)
     with pytest.raises(Unsupported, match="outside"):
         ucp.open(pointing)
+
+
+@pytest.mark.parametrize("name", ["../raw/x\0y", "../raw/\ud800", "\0", "/\0", "../raw/" + "x" * 5000])
+@pytest.mark.parametrize("field", ["files", "source"])
+def test_a_name_that_no_file_can_have(pointing: Path, name: str, field: str) -> None:
+    def change(body: dict[str, Any]) -> None:
+        if field == "source":
+            body["source"]["folder"] = name
+        else:
+            body["files"]["path"][0] = name
+
+    edit(pointing, change)
+    for trust in (False, True):
+        if trust and field == "source":
+            continue
+        with pytest.raises((Unsupported, DamagedCheckpoint)):
+            ucp.open(pointing, trust_paths=trust)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "\ud800", "x" * 5000, "/\0"])
+def test_such_names_in_other_formats(tmp_path: Path, name: str) -> None:
+    folder = raw_huggingface(tmp_path, name)
+    with pytest.raises((Unsupported, DamagedCheckpoint)):
+        ucp.open(folder)
+    run = tmp_path / "run"
+    (run / "step").mkdir(parents=True)
+    (run / "latest").write_bytes(name.encode("utf-8", "surrogatepass"))
+    with pytest.raises(NotACheckpoint):
+        ucp.open(run)
+    with pytest.raises((NotACheckpoint, BadArgument)):
+        ucp.open(run, tag=name)
+
+
+def raw_huggingface(folder: Path, name: str) -> Path:
+    """A Hugging Face folder whose index names a file so."""
+    folder = folder / "hf"
+    folder.mkdir()
+    save_file({"a.weight": torch.ones(2)}, folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"a.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder

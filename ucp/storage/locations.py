@@ -38,6 +38,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def can_be_path(text: str) -> bool:
+    """Whether the system can take this text as a path at all: no NUL, and nothing that it cannot encode."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def locate(path: str | os.PathLike[str]) -> Path:
     """The location of this path or URL; local ones are made absolute.
 

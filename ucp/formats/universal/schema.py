@@ -194,6 +194,8 @@ def _decode_files(fields: _Fields, folder: str, form: str, trust_paths: bool) ->
     inside = folder if locations.is_remote(folder) else os.path.realpath(folder)
     out = []
     for name, size, mtime in zip(paths, sizes, mtimes, strict=True):
+        if not locations.can_be_path(name):
+            raise fields.damaged(f"the file {short(name)} has a name that no file can have")
         full = _inside(fields, inside, name) if mtime is None else _outside(inside, name)
         if mtime is not None and not trust_paths:
             _check_pointer(fields, inside, full)
@@ -219,7 +221,7 @@ def _decode_files(fields: _Fields, folder: str, form: str, trust_paths: bool) ->
 def _inside(fields: _Fields, folder: str, name: str) -> str:
     """The full path of a file that must lie in the manifest's folder, whatever links there are."""
     full = ""
-    if not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name and not locations.is_remote(name):
+    if not os.path.isabs(name) and ".." not in name.split("/") and not locations.is_remote(name):
         if locations.is_remote(folder):
             return str(locations.locate(folder) / name)
         full = os.path.realpath(os.path.join(folder, name))
@@ -232,7 +234,7 @@ def _check_pointer(fields: _Fields, folder: str, full: str) -> None:
     """Raise Unsupported where a virtual checkpoint, which anybody may have written, points out of the folder that it
     names as its source. One of a release that named none may point at what lies beside it."""
     named = fields.mapping("source").get("folder", os.pardir)
-    if not isinstance(named, str) or "\0" in named:
+    if not isinstance(named, str) or not locations.can_be_path(named):
         raise fields.damaged(f"'source.folder' is {short(named)}")
     source = _outside(folder, named)
     if locations.is_remote(full):
