@@ -13,7 +13,7 @@ import torch
 
 import ucp
 from tests.formats import raw
-from ucp import run_folder
+from ucp import formats, run_folder
 from ucp.catalog import Catalog
 from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
@@ -260,3 +260,108 @@ def test_the_forms_of_files_all_say_that_they_were_removed(tmp_path: Path) -> No
             shutil.rmtree(path)
             with pytest.raises(RemovedMeanwhile):
                 opened.read("embed.weight")
+
+
+def timed(path: Path, seconds: int) -> None:
+    for file in path.iterdir():
+        os.utime(file, ns=(0, 10**18 + seconds * 10**9))
+
+
+def test_steps_in_names_go_before_times(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "step3").rename(run / "step10")
+    timed(run / "step2", 99)
+    with caplog.at_level(logging.WARNING, "ucp"):
+        assert by_open(run, run) == "step10"
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "by the steps in their names (though 'step2' was written later)" in line
+
+
+def test_numbers_of_unlike_names_are_no_steps(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "step3").rename(run / "llama-70b")
+    timed(run / "step2", 99)
+    with caplog.at_level(logging.WARNING, "ucp"):
+        assert by_open(run, run) == "step2"
+    assert "by the times of their files" in caplog.records[0].getMessage()
+
+
+def test_steps_that_checkpoints_say_go_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(universal.Universal, "step", lambda self, path: {"step1": 30, "step2": 5}.get(path.name, 7))
+    with caplog.at_level(logging.WARNING, "ucp"):
+        assert by_open(run, run) == "step1"
+    assert "by the steps that they say" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("file", "text", "name"),
+    [
+        ("latest_checkpointed_iteration.txt", "1\n", "iter_0000001"),
+        ("latest_checkpointed_iteration.txt", "release", "release"),
+        ("latest_universal", "global_step1_universal", "global_step1_universal"),
+    ],
+)
+def test_other_programs_pointers(run: Path, tmp_path: Path, way: Way, file: str, text: str, name: str) -> None:
+    (run / "step1").rename(run / name)
+    (run / file).write_text(text)
+    assert way(run, tmp_path / "out") in (name, "step1")
+    (run / file).write_text("9" * 30)
+    with pytest.raises(NotACheckpoint, match=rf"{file}: names '9+', which is not there"):
+        way(run, tmp_path / "out")
+
+
+@pytest.fixture
+def nested(run: Path, tmp_path: Path) -> Path:
+    """As a Trainer on DeepSpeed leaves them: ``checkpoint-1/global_step1`` with ``checkpoint-1/latest``."""
+    out = tmp_path / "trainer"
+    for number in (1, 2):
+        shutil.copytree(run / f"step{number}", out / f"checkpoint-{number}/global_step{number}")
+        (out / f"checkpoint-{number}/latest").write_text(f"global_step{number}")
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpoints_that_lie_one_deeper(nested: Path, tmp_path: Path, way: Way) -> None:
+    assert way(nested, tmp_path / "out") in ("global_step2", "step2")
+    with ucp.open(nested, tag="checkpoint-1") as opened:
+        assert opened.path == nested / "checkpoint-1/global_step1"
+
+
+def test_a_listing_of_any_parent(nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").rename(tmp_path / "trainer/other")
+    assert [e.tag for e in listing(nested).checkpoints] == [
+        "checkpoint-1/global_step1",
+        "other/step1",
+        "checkpoint-2/global_step2",
+        "other/step2",
+        "other/step3",
+    ]
+    assert commands.main(["ls", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "trainer/checkpoint-2/global_step2" in shown.out
+    with pytest.raises(NotACheckpoint, match="further down there are 5: 'trainer/checkpoint-1/global_step1'"):
+        ucp.open(tmp_path)
+
+
+def test_weights_alone_beside_a_runs_checkpoints(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A Trainer's folder after training: the model, and the checkpoints on the way to it."""
+    ucp.convert(run / "step1", run / "model", to="huggingface")
+    (run / "model/model.safetensors").rename(run / "model.safetensors")
+    shutil.rmtree(run / "model")
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(run) as opened:
+        assert opened.format == "huggingface"
+    assert "of a training run there are 3: 'step1', 'step2', 'step3' in it" in caplog.text
+    assert [e.format for e in listing(run).checkpoints].count("universal") == 3
+
+
+def test_the_most_specific_format_is_taken(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "step1/.metadata").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(run / "step1") as opened:
+        assert opened.format == "universal"
+    assert "is read as the format 'universal'; it has files of 'dcp', too" in caplog.records[0].getMessage()
+    (dcp,) = [known for known in formats.built_in() if known.name == "dcp"]
+    monkeypatch.setattr(type(dcp), "specificity", 1)
+    assert formats.find(run / "step1") is dcp

@@ -127,6 +127,8 @@ READ_SAMPLE_BYTES = 16 * MIB
 EXCHANGE_TRIAL_BYTES = 4 * MIB
 # How often another checkpoint is looked for, where the one at hand is removed while it is opened.
 OPEN_ATTEMPTS_COUNT = 5
+# How many levels of folders a listing goes down: runs, their folders of checkpoints, a program's own folder in these.
+LISTED_DEPTH_COUNT = 4
 
 # --- recognising ----------------------------------------------------------------------------------------------------
 

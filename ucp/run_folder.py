@@ -4,10 +4,15 @@ In this order:
 
 1. A tag picks the folder of that name. It may have slashes, but leads nowhere out of the folder.
 2. A folder that is a checkpoint itself is that one.
-3. The file ``latest`` names one. Trailing slashes, ``./``, an absolute path inside the folder, line ends of other
-   systems and a byte-order mark are read as what they mean. Where it names anything else, nothing is taken: somebody
-   may have edited it to go back, and the newest would be the very checkpoint to get away from.
-4. Without that file, the newest is taken, by the times of its files, and a line says so.
+3. The file ``latest`` names one, or another program's file for the same (`POINTERS`). Trailing slashes, ``./``, an
+   absolute path inside the folder, line ends of other systems and a byte-order mark are read as what they mean. Where
+   it names anything else, nothing is taken: somebody may have edited it to go back, and the newest would be the very
+   checkpoint to get away from.
+4. Without such a file, the newest is taken: by the step that each says of itself (`Format.step`), else by the number in
+   names that are alike but for it, else by the times of its files. A line says which, and by what.
+
+A folder in which such a file names a checkpoint counts as that one, as a Trainer's ``checkpoint-10`` with a DeepSpeed
+checkpoint in it.
 
 The tag ``newest`` asks for the newest that is whole, whatever ``latest`` says.
 """
@@ -18,7 +23,7 @@ import codecs
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +40,20 @@ T = TypeVar("T")
 log = logger(__name__)
 
 LATEST = "latest"
+
+
+def _iteration(text: str) -> str:
+    """Megatron's folder of an iteration (megatron/training/checkpointing.py: get_checkpoint_name)."""
+    return f"iter_{int(text):07d}" if text.isdecimal() and text.isascii() and len(text) < 18 else text
+
+
+POINTERS: Mapping[str, Callable[[str], str]] = {
+    LATEST: str,
+    "latest_checkpointed_iteration.txt": _iteration,
+    "latest_universal": str,
+}
+"""Files that name the newest checkpoint of their folder, the first that is there, each with what its text means."""
+
 NEWEST = "newest"
 """The tag that stands for the newest whole checkpoint."""
 WAY_ON = f"say which with a tag; tag='{NEWEST}' (--{NEWEST}) takes the newest whole one"
@@ -49,6 +68,10 @@ class Chosen:
     path: Path
     format: Format
     note: str = ""
+
+    def within(self, folder: Path) -> str:
+        """Its name among those of a folder."""
+        return self.path.relative_to(folder).as_posix() if folder in self.path.parents else self.path.name
 
 
 def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
@@ -87,9 +110,9 @@ def choose(folder: Path, tag: str | int | None = None) -> Chosen:
     """
     if tag is not None:
         return _tagged(folder, tag)
-    known = formats.find(folder)
-    if known is not None:
-        return Chosen(folder, known)
+    known = formats.kinds(folder)
+    if known:
+        return Chosen(folder, known[0], _beside_others(folder, known))
     put_back = _set_aside(folder)
     if put_back is not None:
         return put_back
@@ -98,10 +121,11 @@ def choose(folder: Path, tag: str | int | None = None) -> Chosen:
         return named
     found = checkpoints_in(folder)
     if not found:
-        raise formats.explain_unknown(folder)
+        raise _none_here(folder)
     _refuse_parts(folder, found)
-    newest = _by_age(found)[0]
-    note = f"taking '{newest.path.name}', the newest checkpoint of '{folder}', which has no file '{LATEST}'"
+    ranked, why = newest_first(folder, found)
+    newest = ranked[0]
+    note = f"taking '{newest.within(folder)}', the newest checkpoint of '{folder}'{why}, which has no file '{LATEST}'"
     return replace(newest, note=note)
 
 
@@ -119,23 +143,82 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Chosen]:
-    """The folders in this one that are checkpoints which a run resumes from; unfinished ones (names with a leading dot)
-    are left out."""
+    """The folders in this one that are checkpoints which a run resumes from, or in which a file names one; unfinished
+    ones (names with a leading dot) are left out."""
     try:
         names = locations.names(folder)
     except OSError:
         return []
     entries = [folder / name for name in names if not name.startswith(".") and name != LATEST]
-    found = [(entry, formats.find(entry)) for entry in entries if locations.is_folder(entry)]
-    return [Chosen(entry, known) for entry, known in found if known is not None and known.resumable]
+    found = [one for entry in entries if locations.is_folder(entry) and (one := _at(entry)) is not None]
+    return [one for one in found if one.format.resumable]
+
+
+def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
+    """All checkpoints in the folder's folders, weights alone among them, so many levels down; not what lies in one."""
+    found: list[Chosen] = []
+    try:
+        names = locations.names(folder)
+    except OSError:
+        return found
+    for entry in [folder / name for name in names if not name.startswith(".") and name != LATEST]:
+        if not locations.is_folder(entry):
+            continue
+        one = _at(entry)
+        if one is not None:
+            found.append(one)
+        linked = not locations.is_remote(entry) and os.path.islink(entry)
+        if depth > 1 and not linked and (one is None or not one.format.resumable):
+            found += below(entry, depth - 1)
+    return found
+
+
+def _at(entry: Path) -> Chosen | None:
+    """The checkpoint that a folder is, or that a file in it names; None where it is none."""
+    known = formats.find(entry)
+    if known is not None:
+        return Chosen(entry, known)
+    try:
+        return _named(entry)
+    except NotACheckpoint:
+        return None
+
+
+def _beside_others(folder: Path, known: Sequence[Format]) -> str:
+    """What to say of a checkpoint's folder that is another format's too, or has whole checkpoints in it while it holds
+    weights alone."""
+    also = [one.name for one in known[1:] if one.specificity == known[0].specificity]
+    if also:
+        return f"{folder}: is read as the format '{known[0].name}'; it has files of {', '.join(map(repr, also))}, too"
+    inner = [] if known[0].resumable else [one.within(folder) for one in checkpoints_in(folder)]
+    if inner:
+        return (
+            f"{folder}: holds weights alone ('{known[0].name}'), which are taken; of a training run "
+            f"{nearest('', inner)} in it, to be had by the path"
+        )
+    return ""
 
 
 def latest_text(folder: Path) -> str | None:
-    """What the file ``latest`` says, without byte-order mark and white space around it; None where there is none.
+    """What the file ``latest``, or another of `POINTERS`, means; None where there is none.
 
     Raises NotACheckpoint where it cannot be read.
     """
-    pointer = folder / LATEST
+    found = _pointer(folder)
+    return None if found is None else found[1]
+
+
+def _pointer(folder: Path) -> tuple[Path, str] | None:
+    """The first of `POINTERS` in the folder, and what it means."""
+    for name, meaning in POINTERS.items():
+        text = _text(folder / name)
+        if text is not None:
+            return folder / name, meaning(text)
+    return None
+
+
+def _text(pointer: Path) -> str | None:
+    """A small file's text, without byte-order mark and white space around it; None where there is none."""
     try:
         raw = locations.read(pointer)
     except (FileNotFoundError, NotADirectoryError):
@@ -163,9 +246,20 @@ def latest_name(folder: Path) -> str | None:
     return None if text is None else _inside(folder, text)
 
 
+def _none_here(folder: Path) -> NotACheckpoint:
+    """The error for a folder that neither is a checkpoint nor has one right in it."""
+    deeper = [one.within(folder) for one in below(folder)]
+    if not deeper:
+        return formats.explain_unknown(folder)
+    return NotACheckpoint(
+        f"{folder}: is no checkpoint and no run's folder of them; further down {nearest('', deeper)}; give the path of "
+        "one"
+    )
+
+
 def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
     """The error for a tag that no checkpoint in the folder has, with those that there are."""
-    names = [c.path.name for c in checkpoints_in(folder)]
+    names = [c.within(folder) for c in checkpoints_in(folder)]
     hint = nearest(tag, names) if names else "there is no checkpoint at all"
     return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
 
@@ -177,7 +271,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(repr(n) for n in known[:3])
-    return f"there are {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
+    there = "is" if len(known) == 1 else "are"
+    return f"there {there} {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
 
 
 def _tagged(folder: Path, tag: str | int) -> Chosen:
@@ -189,9 +284,10 @@ def _tagged(folder: Path, tag: str | int) -> Chosen:
     put_back = _set_aside(where) if known is None else None
     if put_back is not None:
         return put_back
-    if known is None:
+    found = Chosen(where, known) if known is not None else _at(where)
+    if found is None:
         raise unknown_tag(folder, str(tag))
-    return Chosen(where, known)
+    return found
 
 
 def _set_aside(where: Path) -> Chosen | None:
@@ -212,9 +308,10 @@ def _named(folder: Path) -> Chosen | None:
     if linked is not None:
         # A link to the checkpoint, as other programs make it.
         return Chosen(pointer if locations.is_remote(pointer) else Path(os.path.realpath(pointer)), linked)
-    text = latest_text(folder)
-    if text is None:
+    told = _pointer(folder)
+    if told is None:
         return None
+    pointer, text = told
     inside = _inside(folder, text)
     format_ = None if inside is None else formats.find(folder / inside)
     if inside is not None and format_ is not None:
@@ -222,7 +319,7 @@ def _named(folder: Path) -> Chosen | None:
     put_back = None if inside is None else _set_aside(folder / inside)
     if put_back is not None:
         return put_back
-    known = [c.path.name for c in checkpoints_in(folder)]
+    known = [c.within(folder) for c in checkpoints_in(folder)]
     if not known:
         raise NotACheckpoint(f"'{pointer}' names a checkpoint, but none is there: {formats.explain_unknown(folder)}")
     if inside is None:
@@ -265,19 +362,19 @@ def _newest_whole(folder: Path, read: Callable[[Path, Format], T]) -> tuple[Path
         return folder, read(folder, known)
     found = checkpoints_in(folder)
     if not found:
-        raise formats.explain_unknown(folder)
+        raise _none_here(folder)
     if any(one.path == folder / NEWEST for one in found):
         raise BadArgument(f"{folder}: '{NEWEST}' is a checkpoint's own name here; give the path of the one to take")
     _refuse_parts(folder, found)
     passed: list[Exception] = []
-    for candidate in _by_age(found):
+    for candidate in newest_first(folder, found)[0]:
         try:
             result = read(candidate.path, candidate.format)
         except (NotACheckpoint, DamagedCheckpoint) as error:
             passed.append(error)
             continue
         over = "".join(f"; not whole: {error}" for error in passed)
-        log.warning("taking '%s', the newest whole checkpoint of '%s'%s", candidate.path.name, folder, over)
+        log.warning("taking '%s', the newest whole checkpoint of '%s'%s", candidate.within(folder), folder, over)
         return candidate.path, result
     raise passed[0]
 
@@ -293,18 +390,42 @@ def _refuse_parts(folder: Path, found: Sequence[Chosen]) -> None:
         )
 
 
-def _by_age(found: Sequence[Chosen]) -> list[Chosen]:
-    """Newest first, by the newest file of each; of those as old, the higher number in the name."""
+def newest_first(folder: Path, found: Sequence[Chosen]) -> tuple[list[Chosen], str]:
+    """The checkpoints of a folder, newest first, and by what that is told, for a sentence: by the step that each says
+    of itself, else by the number in names that are alike but for it, else by the newest file of each.
 
-    def age(one: Chosen) -> tuple[int, int]:
-        number = re.search(r"(\d{1,18})\D*$", one.path.name)
-        try:
-            written = locations.newest_ns(one.path)
-        except OSError:
-            written = 0  # removed this moment; reading it will tell
-        return written, int(number[1]) if number else -1
+    Where files say otherwise than steps, so does the sentence.
+    """
+    written = {one: _written(one) for one in found}
+    by_time = sorted(found, key=lambda one: (written[one], _numbered(one, folder)[1]), reverse=True)
+    if len(found) == 1:
+        return by_time, ""
+    steps = {one: one.format.step(one.path) for one in found}
+    names = {one: _numbered(one, folder) for one in found}
+    if None not in steps.values():
+        order, why = {one: step or 0 for one, step in steps.items()}, "by the steps that they say"
+    elif len({stem for stem, _ in names.values()}) == 1 and min(number for _, number in names.values()) >= 0:
+        order, why = {one: number for one, (_, number) in names.items()}, "by the steps in their names"
+    else:
+        return by_time, " by the times of their files"
+    ranked = sorted(found, key=lambda one: (order[one], written[one]), reverse=True)
+    if written[by_time[0]] > written[ranked[0]]:
+        why += f" (though '{by_time[0].within(folder)}' was written later)"
+    return ranked, f" {why}"
 
-    return sorted(found, key=age, reverse=True)
+
+def _numbered(one: Chosen, folder: Path) -> tuple[str, int]:
+    """The name in a folder without its last number, and that; -1 without one."""
+    name = one.within(folder).partition("/")[0]
+    number = re.search(r"(\d{1,18})(?=\D*$)", name)
+    return (name, -1) if number is None else (name[: number.start()] + name[number.end() :], int(number[1]))
+
+
+def _written(one: Chosen) -> int:
+    try:
+        return locations.newest_ns(one.path)
+    except OSError:
+        return 0  # removed this moment; reading it will tell
 
 
 def _removed(path: Path) -> RemovedMeanwhile:

@@ -26,8 +26,8 @@ def test_one_listing_serves_all_formats(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_conversion_looks_at_its_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw.write_consolidated(tmp_path / "source", raw.make(tmp_path / "raw").catalog)
     seen: list[Path] = []
-    find = formats.find
-    monkeypatch.setattr(formats, "find", lambda path: (seen.append(path), find(path))[1])
+    look = formats.look
+    monkeypatch.setattr(formats, "look", lambda path: (seen.append(path), look(path))[1])
     ucp.convert(tmp_path / "source", tmp_path / "dest")
     assert seen == [tmp_path / "source"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 
-# In the order of trial: a manifest of ours is the surer sign. Each module has the format as FORMAT.
+# In the order of trial, where formats are equally specific: a manifest of ours is the surer sign. Each module has the
+# format as FORMAT.
 BUILT_IN = ("ucp.formats.universal", "ucp.formats.deepspeed", "ucp.formats.dcp", "ucp.formats.huggingface")
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
@@ -100,14 +102,21 @@ def look(path: Path) -> FolderNames:
 
 
 def find(path: Path) -> Format | None:
-    """The format of the checkpoint in this folder, or None where no format knows it."""
+    """The format of the checkpoint in this folder, the most specific that knows it; None where no format does."""
+    return next(iter(kinds(path)), None)
+
+
+def kinds(path: Path) -> list[Format]:
+    """All built-in formats that know the folder, the most specific first; where none does, the first of another
+    package that knows it."""
     folder = look(path)
-    return next((known for known in every() if _detects(known, folder)), None)
+    found = [known for known in built_in() if known.detect(folder)]
+    if found:
+        return sorted(found, key=lambda known: -known.specificity)
+    return list(islice((known for known in registered() if _detects(known, folder)), 1))
 
 
 def _detects(known: Format, folder: FolderNames) -> bool:
-    if known in built_in():
-        return known.detect(folder)
     try:
         return known.detect(folder)
     except Exception as error:

@@ -130,6 +130,7 @@ class Format(ABC):
     name: str
     sign: str
     resumable: bool = True
+    specificity: int = 0
     read_options: tuple[Option, ...] = ()
     targets: tuple[WriteTarget, ...] = ()
 
@@ -144,6 +145,11 @@ class Format(ABC):
         Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what can't be
         read exactly, UnsafePickle, SpecError and Mismatch where the spec does not fit.
         """
+
+    def step(self, path: Path) -> int | None:
+        """The training step of the checkpoint in this folder, where a small file of it says so; None where only opening
+        it would tell. Of several checkpoints the newest is found by it."""
+        return None
 
     def tag(self, path: Path) -> str | None:
         """The name that the checkpoint in this folder has among those of its run; None where folders have none."""

@@ -54,9 +54,9 @@ class Listing:
 
 
 def listing(folder: str | os.PathLike[str]) -> Listing:
-    """The checkpoints in a folder, oldest first; of a checkpoint's own folder, that one.
+    """The checkpoints in a folder and the folders below it, oldest first; of a checkpoint's own folder, that one.
 
-    Reads metadata only.
+    A folder of weights alone may have a run's checkpoints in it. Reads metadata only.
 
     Raises
     ------
@@ -66,7 +66,9 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
     where = locations.locate(folder)
     known = formats.find(where)
     alone = None if known is None else run_folder.Chosen(where, known)
-    found = run_folder.checkpoints_in(where) if alone is None else [alone]
+    found = [] if alone is None else [alone]
+    if alone is None or not alone.format.resumable:
+        found += run_folder.below(where)
     parent = where if alone is None else where.parent
     taken, refused = alone, None
     try:
