@@ -113,8 +113,10 @@ build_env() {
     say "  universal-checkpoint, and what its tests need"
     pip_install --no-build-isolation --editable "$root[deepspeed,remote,test]" ||
         die "pip could not install this project (its message is above)"
-    # The peer of merges: its own pins are older than what is here, so it comes without what it asks for.
-    pip_install --no-deps mergekit immutables scipy || die "pip could not install mergekit (its message is above)"
+    # The peer of merges, and Megatron-Core, whose checkpoints are read and written: their own pins are older than what
+    # is here, or ask for a GPU's libraries, so they come without what they ask for.
+    pip_install --no-deps mergekit immutables scipy megatron-core ||
+        die "pip could not install mergekit and megatron-core (its message is above)"
 
     describe_inputs "$(python_version "$python")" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 import ucp
 from tests.engines.truth import same
@@ -180,9 +183,37 @@ class Custom:
 
 def test_nothing_is_run(folder: Path, tmp_path: Path) -> None:
     path = damaged(folder, tmp_path / "evil", lambda p: (p / ".metadata").write_bytes(pickle.dumps(Harmful())))
-    with pytest.raises(UnsafePickle, match=r"builtins\.setattr"):
+    with pytest.raises(UnsafePickle, match=r"builtins\.setattr") as caught:
         ucp.open(path)
     assert not Harmful.ran
+    assert "trust" not in str(caught.value)  # which would not help: metadata is never trusted
+
+
+def test_the_hint_of_a_refusal_works(tmp_path: Path) -> None:
+    """What it offers is an argument of `ucp.open`, and opens the checkpoint."""
+    dcp.save({"w": torch.ones(2), "loader": Custom()}, checkpoint_id=tmp_path / "own")
+    with pytest.raises(UnsafePickle) as caught:
+        ucp.open(tmp_path / "own")
+    offered = re.search(r"ucp\.open\(\.\.\., (\w+)=True\)", str(caught.value))
+    assert offered is not None
+    with ucp.open(tmp_path / "own", **{offered[1]: True}) as checkpoint:  # type: ignore[arg-type]
+        assert checkpoint.training_state.extra["state_dict"]["loader"].position == 4
+
+
+def test_the_plans_that_metadata_may_keep(folder: Path, tmp_path: Path) -> None:
+    """Megatron-Core hangs all ranks' plans on the metadata."""
+
+    def add(meta: Any) -> None:
+        index = MetadataIndex("model.up.weight", torch.Size([0, 0]))
+        items = [
+            WriteItem(index, WriteItemType.TENSOR, None, TensorWriteData(None, TensorProperties(), torch.Size([2]))),
+            WriteItem(index, WriteItemType.BYTE_IO, BytesIOWriteData(8)),
+        ]
+        meta.all_local_plans = [SavePlan(items)]
+
+    path = damaged(folder, tmp_path / "planned", rewrite(add))
+    with ucp.open(path) as checkpoint:
+        assert checkpoint.verify() > 0
 
 
 def test_an_object_of_an_unknown_class_is_named_and_can_be_trusted(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class _Records:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def load(self, key: str, record: metadata.Record, trust: bool = False) -> Any:
+    def load(self, key: str, record: metadata.Record, trust: bool | None = None) -> Any:
         """What `torch.save` wrote there."""
         stream, path = self._stream(key, record)
         try:

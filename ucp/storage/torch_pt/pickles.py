@@ -28,6 +28,11 @@ _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Co
 _MARK = object()
 # Bytes, about, that Python keeps for an entry of a dict or set, of the memo, and for an object that a call makes.
 _ITEM_BYTES, _MEMO_BYTES, _CALL_BYTES = 64, 80, 200
+# What whoever opens a checkpoint can say; no command can.
+_WAY_ON = (
+    ". If you trust whoever wrote the file, ucp.open(..., trust_client_state=True) allows it (in a DeepSpeed config "
+    '"ucp": {"trust_client_state": true}), which runs code from the file'
+)
 _BETWEEN_CHECKS = range(4096)  # operations: few of them cannot take much by themselves
 _STOP = object()
 
@@ -37,7 +42,8 @@ class Unpickler:
 
     `limit` is the number of bytes the stream has in all: no item may claim to be longer. `persistent` turns a
     persistent id (a tuple) into an object. With `trust`, globals outside the allow-list are imported and called, as
-    Python's unpickler does: that runs whatever code the pickle's author wished.
+    Python's unpickler does: that runs whatever code the pickle's author wished. None where no caller can have it so:
+    the refusal then offers nothing that would not help.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class Unpickler:
         path: str,
         limit: int,
         persistent: Callable[[Any], Any] | None = None,
-        trust: bool = False,
+        trust: bool | None = False,
     ) -> None:
         self._stream_read = stream.read
         self._readline = stream.readline
@@ -156,10 +162,10 @@ class Unpickler:
 
     def _import(self, module: str, name: str) -> Any:
         if not self._trust:
+            way_on = "" if self._trust is None else _WAY_ON
             raise UnsafePickle(
-                f"its pickle names {module}.{name}, which is not on the list of classes that are safe to "
-                f"read; nothing was run. If you trust whoever wrote the file, allow it with trust=True (in a DeepSpeed "
-                f'config "ucp": {{"trust_client_state": true}}), which runs code from the file'
+                f"its pickle names {module}.{name}, which is not on the list of classes that are safe to read; nothing "
+                f"was run{way_on}"
             )
         target: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -46,18 +46,19 @@ class TorchFile:
     has_crcs: bool
 
 
-def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
+def load(path: str | os.PathLike[str], *, trust: bool | None = False) -> Any:
     """The object graph of a `torch.save` file. Arguments and errors as for `load_file`."""
     return load_file(path, trust=trust).graph
 
 
-def load_file(path: str | os.PathLike[str], *, trust: bool = False) -> TorchFile:
+def load_file(path: str | os.PathLike[str], *, trust: bool | None = False) -> TorchFile:
     """Read a `torch.save` file, but for its tensors' data.
 
     `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
-    chose. Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a
-    class outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` where
-    the pickle or another record that is read whole differs from the CRC-32 that is stored with it.
+    chose; None says that whoever asked has no say in it. Raises `DamagedCheckpoint` if the file is missing, empty,
+    truncated or not a torch file, `UnsafePickle` for a class outside the allow-list, `Unsupported` for tensors that are
+    not plain strided ones, and `DigestMismatch` where the pickle or another record that is read whole differs from the
+    CRC-32 that is stored with it.
     """
     name = str(path)
     try:
@@ -80,7 +81,7 @@ def load_file(path: str | os.PathLike[str], *, trust: bool = False) -> TorchFile
 
 
 def load_section(
-    stream: BinaryIO, path: str | os.PathLike[str], start: int, length: int, *, trust: bool = False
+    stream: BinaryIO, path: str | os.PathLike[str], start: int, length: int, *, trust: bool | None = False
 ) -> Any:
     """As `load`, for a zip archive of `torch.save` that is the bytes `[start, start + length)` of another file.
 
@@ -158,7 +159,7 @@ class _ZipStorages(_Storages):
         return start, self._archive.crc(f"data/{key}", start, stop)
 
 
-def _load_zip(stream: Any, path: str, size: int, trust: bool, base: int = 0) -> TorchFile:
+def _load_zip(stream: Any, path: str, size: int, trust: bool | None, base: int = 0) -> TorchFile:
     archive = ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
         raise Unsupported("a TorchScript program, not a checkpoint", file=path)
@@ -212,9 +213,9 @@ class _LegacyStorages(_Storages):
             at = stop
 
 
-def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool) -> Any:
+def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None) -> Any:
     def plain() -> Any:
-        return Unpickler(stream, path, size).load()
+        return Unpickler(stream, path, size, trust=None).load()
 
     if plain() != _MAGIC_NUMBER or plain() != _PROTOCOL_VERSION:
         raise DamagedCheckpoint(f"not a file that torch.save wrote ({size} bytes)", file=path)

@@ -34,6 +34,25 @@ STANDINS = frozenset(
             )
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        # Plans, which `Metadata.all_local_plans` keeps; Megatron-Core has it in its checkpoints.
+        *(
+            ("torch.distributed.checkpoint.planner", name)
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
+        # What Megatron's arguments and other common state name (megatron/core/safe_globals.py, and older places).
+        ("types", "SimpleNamespace"),
+        ("signal", "Signals"),
+        ("megatron.core.enums", "ModelType"),
+        ("megatron.core.optimizer.optimizer_config", "OptimizerConfig"),
+        ("megatron.core.transformer.enums", "ModelType"),
+        ("megatron.core.transformer.enums", "LayerType"),
+        ("megatron.core.transformer.enums", "AttnType"),
+        ("megatron.core.transformer.enums", "AttnMaskType"),
+        ("megatron.core.transformer.enums", "AttnBackend"),
+        ("megatron.core.transformer.enums", "CudaGraphScope"),
+        ("megatron.core.rerun_state_machine", "RerunDiagnostic"),
+        ("megatron.core.rerun_state_machine", "RerunMode"),
+        ("megatron.core.rerun_state_machine", "RerunState"),
     }
 )
 
@@ -58,6 +77,9 @@ MEMBERS: dict[tuple[str, str], dict[str, Any]] = {
         "TORCH_CHANNELS_LAST": 1,
         "TORCH_PRESERVE_FORMAT": 2,
     },
+    ("torch.distributed.checkpoint.planner", "WriteItemType"): {"TENSOR": 1, "SHARD": 2, "BYTE_IO": 3},
+    ("megatron.core.enums", "ModelType"): {"encoder_or_decoder": 1},
+    ("megatron.core.transformer.enums", "AttnBackend"): {"flash": 1, "fused": 2, "unfused": 3, "local": 4, "auto": 5},
 }
 
 

@@ -147,7 +147,7 @@ class ExpertFiles:
             raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
         out: dict[int, Mapping[int, ModelFile]] = {}
         for rank, path in sorted(folder.expert_optim.items()):
-            optimizer = load(path, trust=False).get("optimizer")
+            optimizer = load(path, trust=None).get("optimizer")
             _check_groups(path, optimizer, ep)
             mine = {n: ref for n, ref in self.tensors.items() if self._on_rank(n, rank, ep)}
             found = self._with(model, mine)
@@ -208,7 +208,7 @@ def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
                     f"{folder.path}: 'layer_{layer}_expert_{number}_mp_rank_{folder.mp:02d}_model_states.pt' is "
                     f"missing; '{model.path.name}' says that layer {layer} has {total} experts"
                 )
-            for name, ref in load(path, trust=False).items():
+            for name, ref in load(path, trust=None).items():
                 _enter(path, number, name, ref, stacks, tensors, rows)
     extra = [path for (layer, n), path in folder.experts.items() if layer >= len(totals) or n >= int(totals[layer])]
     if extra:

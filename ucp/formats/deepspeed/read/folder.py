@@ -166,10 +166,11 @@ def _check(path: Path, found: _Sorted) -> None:
         raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
 
 
-def load(path: Path, trust: bool) -> dict[str, Any]:
+def load(path: Path, trust: bool | None) -> dict[str, Any]:
     """The object graph of one file, which DeepSpeed always writes as a dict.
 
-    Raises what reading a torch file raises. That it was written under another one's name is noted (`stems`).
+    trust: as for `reader.load_file`. Raises what reading a torch file raises. That it was written under another one's
+    name is noted (`stems`).
     """
     file = reader.load_file(path, trust=trust)
     stems.check(path, file)

@@ -110,7 +110,7 @@ def _sliced(folder: Folder) -> list[list[str]]:
     in bf16 without ZeRO, whose BF16_Optimizer cuts states as stage 1 does."""
     groups: dict[int, dict[str, None]] = {}
     for rank in sorted(folder.optim):
-        found = load(folder.optim[rank], trust=False).get("optimizer_state_dict")
+        found = load(folder.optim[rank], trust=None).get("optimizer_state_dict")
         slices = found.get("param_slice_mappings") if isinstance(found, Mapping) else None
         if not isinstance(slices, Sequence):
             raise DamagedCheckpoint(f"{folder.optim[rank]}: 'param_slice_mappings' is missing; this is no whole file")
@@ -182,7 +182,7 @@ def _with_split(
 
 def _layer(layer: int, file: Path, known: Mapping[str, Shape | None]) -> dict[str, TensorRef]:
     """A layer file's tensors by their names in the module."""
-    entries = load(file, trust=False)
+    entries = load(file, trust=None)
     for key, value in entries.items():
         if not isinstance(value, TensorRef):
             raise Unsupported(f"{file}: the layer's '{key}' is a {type(value).__name__}, not a tensor")

@@ -81,7 +81,7 @@ def _read_part(
     stage = 0
     if model.raw.get("param_shapes") is not None:
         check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
-        whole = {r: load(folder.optim[r], trust=False) for r in range(dp)}
+        whole = {r: load(folder.optim[r], trust=None) for r in range(dp)}
         same_save.check_optimizers(
             {folder.optim[r]: raw for r, raw in whole.items()}, {m.path: m.raw for m in models.values()}
         )

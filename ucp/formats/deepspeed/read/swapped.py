@@ -44,7 +44,7 @@ def weights_beside(folder: Path) -> Mapping[str, TensorRef]:
 
 
 def _tensors(path: Path) -> dict[str, TensorRef]:
-    found = safetensors.read_header(path).tensors if path.suffix == ".safetensors" else reader.load(path)
+    found = safetensors.read_header(path).tensors if path.suffix == ".safetensors" else reader.load(path, trust=None)
     items = found.items() if isinstance(found, Mapping) else ()
     return {name: ref for name, ref in items if isinstance(ref, TensorRef) and ref.is_contiguous}
 
