@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     8: ("ucp", "ucp.cli", "ucp.dcp"),
-    7: ("ucp.deepspeed", "ucp.torchdist", "ucp.merging"),
-    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.inspection"),
-    5: ("ucp.checkpoint", "ucp.job", "ucp.run_folder"),
+    7: ("ucp.deepspeed", "ucp.torchdist"),
+    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.merging", "ucp.inspection"),
+    5: ("ucp.checkpoint", "ucp.job", "ucp.run_folder", "ucp.settings"),
     4: ("ucp.formats", "ucp.transfer"),
     3: ("ucp.catalog", "ucp.spec", "ucp.specs"),
     2: ("ucp.parallel", "ucp.storage", "ucp.logical"),

@@ -14,15 +14,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ucp import checkpoint, formats, run_folder
-from ucp.catalog import Catalog
-from ucp.errors import BadArgument, DestinationError
+from ucp import checkpoint, formats
+from ucp.errors import BadArgument
 from ucp.formats import beside
-from ucp.formats.base import WriteTarget
 from ucp.formats.nouns import WriteRequest
 from ucp.formats.signature import defaults_of, showing
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.printable import logger
+from ucp.settings import OPENING, check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
 from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, Written, carry_out
@@ -30,10 +29,6 @@ from ucp.transfer.targets import WritePlan
 from ucp.transfer.windows import budget, check_files
 
 log = logger(__name__)
-
-# What `ucp.open` takes of a conversion's settings; the rest of them are fields of Running and the target's options.
-_OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names")
-_RUNNING = tuple(field.name for field in fields(Running))
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class ConversionReport:
 
 # Every keyword that `convert` takes besides its parameters, each declared in one other place only.
 _SETTINGS = {
-    **{name: signature(checkpoint.open).parameters[name].default for name in _OPENING},
+    **{name: signature(checkpoint.open).parameters[name].default for name in OPENING},
     **{field.name: field.default for field in fields(Running)},
     **defaults_of(),
 }
@@ -186,15 +181,6 @@ def _report(
     )
 
 
-def check_layout(target: WriteTarget, layout: Layout | None) -> None:
-    """Raise BadArgument where a target's layout is missing, or one is given that it does not take."""
-    if layout is not None and not target.takes_layout:
-        takers = " or ".join(f"'{one.name}'" for known in formats.every() for one in known.targets if one.takes_layout)
-        raise BadArgument(f"a layout is for {takers} only: '{target.name}' checkpoints have none, and resume in any")
-    if layout is None and target.takes_layout:
-        raise BadArgument(f"converting to '{target.name}' needs a layout to write for, such as dp=4,zero=3")
-
-
 def _merged(settings: Mapping[str, Any], options: Mapping[str, Any] | None) -> dict[str, Any]:
     twice = sorted(settings.keys() & (options or {}).keys())
     if twice:
@@ -202,38 +188,8 @@ def _merged(settings: Mapping[str, Any], options: Mapping[str, Any] | None) -> d
     return {**settings, **(options or {})}
 
 
-def divide_settings(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Running, dict[str, Any]]:
-    """The settings of reading, of the run, and of the target that were given, each checked.
-
-    Raises BadArgument for one that nothing takes, or another target only.
-    """
-    opening = {name: value for name, value in settings.items() if name in _OPENING}
-    running = Running(**{name: value for name, value in settings.items() if name in _RUNNING})
-    others = {name: value for name, value in settings.items() if name not in (*_OPENING, *_RUNNING)}
-    foreign = others.keys() - {option.name for option in target.options} - defaults_of().keys()
-    reading = {name: others.pop(name) for name in foreign if formats.is_read_option(name)}
-    if reading:
-        opening["options"] = reading
-    return opening, running, formats.own_options(target, others, (*_RUNNING, *_OPENING))
-
-
 def _tag(opened: checkpoint.Checkpoint) -> str:
     """The tag to write under: the source's own where it has one, else DeepSpeed's default for its step count."""
     known = formats.named(opened.format)
     own = None if known is None else known.tag(opened.path)
     return own or f"global_step{opened.catalog.training_state.global_steps or 0}"
-
-
-def check_replaced(destination: Path, source: Catalog) -> None:
-    """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
-    if not os.path.lexists(destination):
-        return
-    if not run_folder.is_checkpoint(destination):
-        raise DestinationError(f"{destination}: holds no checkpoint, so it is not replaced; choose another destination")
-    inside = os.path.realpath(destination)
-    for file in source.files:
-        if os.path.commonpath([inside, os.path.realpath(file.path)]) == inside:
-            raise DestinationError(
-                f"{destination}: holds '{file.path}', which is part of the source, so it is not replaced; choose "
-                "another destination"
-            )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 import ucp
 from ucp.errors import BadArgument, DestinationError, Mismatch, UcpError
+from ucp.inspection.digests import digests_of
 from ucp.merging import merge
 from ucp.merging.language import loads
 
@@ -216,7 +220,14 @@ def test_the_record(three: list[Path], tmp_path: Path) -> None:
     assert (said["method"], said["options"], said["weights"]) == ("ema", {"beta": 0.5}, [0.25, 0.25, 0.5])
     assert [source["path"] for source in said["sources"]] == [str(path) for path in three]
     assert len({source["digest"] for source in said["sources"]}) == 3
-    assert all(source["digest"] for source in said["sources"])
+    for source, path in zip(said["sources"], three, strict=True):
+        with ucp.open(path) as checkpoint:
+            assert source["digest"] == digests_of(checkpoint, compute=True).all
+    ucp.convert(three[0], tmp_path / "same")
+    merge([tmp_path / "same"], tmp_path / "copy")
+    assert (
+        json.loads((tmp_path / "copy/merge.json").read_text())["sources"][0]["digest"] == said["sources"][0]["digest"]
+    )
 
 
 def test_interrupted_and_continued(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +272,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         (three, {"method": "slerp", "t": (0.5,)}, "between 2 checkpoints, found 3"),
         (three, {"method": "task"}, "needs a base"),
         (three, {"optimizer": "sum"}, "'none', 'average' or the number"),
+        ([tmp_path / "gone"], {"dtype": "int32"}, "floating type, found 'int32'"),
         (three, {"colour": "red"}, "takes no option 'colour'"),
         ([tmp_path / "gone"], {}, "no such file or folder"),
         ([f"{three[0]}@step9"], {}, "no checkpoint|not the name|no such"),
@@ -275,3 +287,21 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         assert checkpoint.read("count").tolist() == [1]
     merge([three[0], nan], tmp_path / "allowed", allow_nonfinite=True)
     assert np.isnan(read(tmp_path / "allowed")["model.layers.1.w.weight"]).sum() == 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_merge(three: list[Path], tmp_path: Path) -> None:
+    merge(three, tmp_path / "alone", "ties", base=three[0], density=0.4)
+    command = [sys.executable, "-m", "ucp.cli.main", "merge", *three, tmp_path / "shared"]
+    started = [
+        subprocess.Popen(
+            [*map(str, command), "--method", "ties", "--base", str(three[0]), "--density", "0.4"],
+            cwd=Path(__file__).resolve().parents[2],
+            env={**os.environ, "RANK": str(k), "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+        )
+        for k in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")

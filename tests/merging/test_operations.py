@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from ucp.errors import BadArgument
-from ucp.merging import numbers, selection, weights
+from ucp.merging import selection, weights
 from ucp.merging.methods import MethodOptions, Sources, interpolated, operations
-from ucp.merging.numbers import Numbers
 from ucp.merging.operations import Combination, Whole
+from ucp.storage import numbers
+from ucp.storage.numbers import Numbers
 
 SIZE = 5003
 

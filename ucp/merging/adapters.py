@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ucp.errors import BadArgument, Mismatch, NotACheckpoint, Unsupported
-from ucp.merging.numbers import FLOATS, Numbers, as_bytes, as_numbers, common_dtype
 from ucp.storage import configs
 from ucp.storage.atomic import staged
+from ucp.storage.numbers import FLOATS, Numbers, as_bytes, as_numbers, common_dtype
 from ucp.storage.safetensors import plan_file, read_header
 
 CONFIG = "adapter_config.json"

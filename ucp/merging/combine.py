@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ucp import formats
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
-from ucp.conversion import check_layout, check_replaced, divide_settings
 from ucp.errors import BadArgument
 from ucp.formats.nouns import WriteRequest
+from ucp.logical.listing import TensorDigest, combined
 from ucp.merging.assignment import AssignedSource, Assignment, assigned
 from ucp.merging.language import MergeFile
 from ucp.merging.methods import MethodOptions
@@ -27,8 +25,9 @@ from ucp.merging.metrics import recorded
 from ucp.merging.operations import Combination
 from ucp.merging.plan import MergeRules, MergeSource, merged_catalog
 from ucp.parallel.mesh import Layout, parse_layout
+from ucp.settings import check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
-from ucp.storage import dtypes
+from ucp.storage.dtypes import FLOAT_SPELLINGS
 from ucp.storage.locations import exists, is_remote, locate
 from ucp.transfer.destination import carry_out
 from ucp.transfer.targets import TargetFile, WritePlan
@@ -37,7 +36,6 @@ from ucp.version import version
 
 RECORD = "merge.json"
 TAG = "merged"
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _carried_out(
     opening, running, own = divide_settings(target, settings)
     states = _source_of_states(treated.optimizer, work)
     counted = None if treated.buffers is None else work.first + treated.buffers
-    dtype = None if treated.dtype is None else dtypes.canonical(_SHORT.get(treated.dtype, treated.dtype))
+    dtype = None if treated.dtype is None else _float(treated.dtype)
     with ExitStack() as stack:
         opened = [_opened(one, spec, opening, stack) for one in work.sources]
         operation = work.operation_for(treated.only, opened[0].catalog.parameters)
@@ -199,6 +197,15 @@ def _carried_out(
         0.0,
         running.dry_run,
     )
+
+
+def _float(spelling: str) -> str:
+    """The element type that weights are wanted in. Raises BadArgument."""
+    if spelling not in FLOAT_SPELLINGS:
+        raise BadArgument(
+            f"merged weights are of a floating type, found '{spelling}'; known are {', '.join(FLOAT_SPELLINGS)}"
+        )
+    return FLOAT_SPELLINGS[spelling]
 
 
 def _source_of_states(optimizer: str | int, work: Assignment) -> str | int:
@@ -268,16 +275,14 @@ def _record(
 
 
 def digest_of(catalog: Catalog) -> str | None:
-    """A digest of a checkpoint's stored digests, None where it has none for some of its files."""
-    found = xxhash.xxh3_128()
-    for index, file in enumerate(catalog.files):
-        if index in catalog.computed:
-            continue
-        table = catalog.chunk_digests.get(index)
-        if table is None:
-            return None
-        found.update(os.path.basename(file.path).encode() + table.table)
-    return found.hexdigest()
+    """The logical digest of all of a checkpoint's tensors, the same in any layout, as ``ucp digest`` tells it; None
+    where it has not recorded those of all."""
+    found = [
+        TensorDigest(t.name, t.state, t.dtype, t.shape, t.digest.whole)
+        for t in catalog.tensors.values()
+        if t.digest is not None
+    ]
+    return combined(found) if len(found) == len(catalog.tensors) else None
 
 
 def _with_record(plan: WritePlan, record: bytes) -> WritePlan:

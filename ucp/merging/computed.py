@@ -6,9 +6,10 @@ of fixed size, one source after the other, so memory is bounded whatever the ten
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,21 @@ import numpy as np
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import flat_ranges, numel
-from ucp.merging.numbers import Bytes, Numbers, as_bytes, as_numbers
-from ucp.merging.operations import Combination, Copied, Whole
+from ucp.merging.operations import Combination, Whole
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
+from ucp.transfer.gather import Cache, Reader, Want, gather
 
-_BLOCK_ELEMENTS = 1 << 17
-"""Elements that are computed at a time: 1 MiB as float64, which fits the processor's cache. Sums over a tensor are made
-of sums of such blocks, so they are the same whoever reads it how."""
+_BLOCK_ELEMENTS = 1 << 14
+"""Elements that are computed at a time: 128 KiB as float64. So what several operations need at once stays in the
+processor's cache, and is memory that the allocator keeps: larger arrays are new pages each time. Sums over a tensor are
+made of sums of such blocks, so they are the same whoever reads it how."""
+
+
+_READ_ELEMENTS = 1 << 21
+_LEAST_ELEMENTS = 1 << 18
+"""Elements that are read at a time of all sources together, and of each at least: long enough that planning a read and
+the chunks at its ends do not show."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +75,10 @@ class MergedTensor:
         stop = offset + sum(map(len, parts))
         first, last = offset // width, -(-stop // width)
         out = _Scatter(parts, skip=offset - first * width)
-        for begin in range(first, last, _BLOCK_ELEMENTS):
-            out.take(self._block(begin, min(begin + _BLOCK_ELEMENTS, last)))
-
-    def _block(self, first: int, last: int) -> Bytes:
-        if isinstance(self.operation, Copied):
-            source = self._input(self.operation.source)
-            if source.tensor.dtype == self.dtype:
-                return _read(source, first, last)
         whole = self._whole()
         found = self._survey(whole)
-        parts = [self._numbers(k, first, last) for k in self.operation.sources]
-        return as_bytes(self.operation.combine(whole, found, first, parts), self.dtype)
+        for at, numbers in self._stream(self.operation.sources, first, last):
+            out.take(as_bytes(self.operation.combine(whole, found, at, numbers), self.dtype))
 
     def _whole(self) -> Whole:
         # Sources by their numbers: draws are the same wherever the checkpoints lie.
@@ -87,18 +87,26 @@ class MergedTensor:
     def _survey(self, whole: Whole) -> Any:
         with self._lock:
             if not self._surveyed:
-                self._found = self.operation.survey(whole, self._stream)
+                self._found = self.operation.survey(whole, self._all)
                 self._surveyed = True
             return self._found
 
-    def _stream(self, sources: Sequence[int]) -> Iterator[tuple[int, list[Numbers]]]:
-        total = numel(self.shape)
-        for first in range(0, total, _BLOCK_ELEMENTS):
-            yield first, [self._numbers(k, first, min(first + _BLOCK_ELEMENTS, total)) for k in sources]
+    def _all(self, sources: Sequence[int]) -> Iterator[tuple[int, list[Numbers]]]:
+        return self._stream(sources, 0, numel(self.shape))
 
-    def _numbers(self, source: int, first: int, last: int) -> Numbers:
-        given = self._input(source)
-        numbers = as_numbers(_read(given, first, last), given.tensor.dtype)
+    def _stream(self, sources: Sequence[int], first: int, last: int) -> Iterator[tuple[int, list[Numbers]]]:
+        """The elements ``[first, last)`` of these sources, block by block; what is read at a time is longer."""
+        given = [self._input(k) for k in sources]
+        for begin, raw in _pieces(given, first, last):
+            end = min(begin + _piece_elements(len(given)), last)
+            for at in range(begin, end, _BLOCK_ELEMENTS):
+                stop = min(at + _BLOCK_ELEMENTS, end)
+                yield at, [self._numbers(g, r, begin, at, stop) for g, r in zip(given, raw, strict=True)]
+
+    def _numbers(self, given: Input, raw: Bytes, begin: int, first: int, last: int) -> Numbers:
+        """The elements ``[first, last)``; raw: those from ``begin`` on."""
+        width = itemsize(given.tensor.dtype)
+        numbers = as_numbers(raw[(first - begin) * width : (last - begin) * width], given.tensor.dtype)
         if self.finite and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise Mismatch(
@@ -114,22 +122,56 @@ class MergedTensor:
         return given
 
 
-def _read(source: Input, first: int, last: int) -> Bytes:
-    """The elements ``[first, last)`` in row-major order, in the source's own element type."""
-    tensor = source.tensor
-    raw = np.empty((last - first) * itemsize(tensor.dtype), np.uint8)
-    gather(source.reader, [Want(tensor, flat_ranges(tensor.shape, [first], [last], [0]), tensor.dtype)], [raw], 1)
-    return raw
+class _Spare(local):
+    """A thread's memory that pieces are read into, kept for the next tensor: new pages cost as much as reading."""
+
+    def __init__(self) -> None:
+        self.free: list[Bytes] = []
+
+
+_spare = _Spare()
+
+
+def _pieces(given: Sequence[Input], first: int, last: int) -> Iterator[tuple[int, list[Bytes]]]:
+    """The elements ``[first, last)`` of these tensors in row-major order, piece by piece, each in its own element type:
+    (index of a piece's first element, its bytes until the next piece). Verified chunks that two pieces share are kept
+    from one to the next."""
+    piece = _piece_elements(len(given))
+    widths = [itemsize(each.tensor.dtype) for each in given]
+    chunks: list[Cache] = [OrderedDict() for _ in given]
+    held = [_room(piece * width) for width in widths]
+    try:
+        for begin in range(first, last, piece):
+            end = min(begin + piece, last)
+            out = []
+            for each, width, raw, cache in zip(given, widths, held, chunks, strict=True):
+                out.append(raw[: (end - begin) * width])
+                blocks = flat_ranges(each.tensor.shape, [begin], [end], [0])
+                gather(each.reader, [Want(each.tensor, blocks, each.tensor.dtype)], out[-1:], 1, cache)
+            yield begin, out
+    finally:
+        _spare.free += held
+
+
+def _room(nbytes: int) -> Bytes:
+    """Spare memory of at least so many bytes."""
+    fitting = [k for k, raw in enumerate(_spare.free) if len(raw) >= nbytes]
+    if fitting:
+        return _spare.free.pop(fitting[0])
+    if _spare.free:
+        _spare.free.pop()  # too short: it makes way
+    return np.empty(nbytes, np.uint8)
+
+
+def _piece_elements(sources: int) -> int:
+    """Elements that are read at a time of each of so many sources."""
+    return max(_READ_ELEMENTS // max(sources, 1), _LEAST_ELEMENTS)
 
 
 def equal(one: Input, two: Input) -> bool:
     """Whether two tensors of one shape and element type have the same bits."""
-    total = numel(one.tensor.shape)
-    for first in range(0, total, _BLOCK_ELEMENTS):
-        last = min(first + _BLOCK_ELEMENTS, total)
-        if not np.array_equal(_read(one, first, last), _read(two, first, last)):
-            return False
-    return True
+    pieces = _pieces([one, two], 0, numel(one.tensor.shape))
+    return all(np.array_equal(here, there) for _, (here, there) in pieces)
 
 
 class _Scatter:

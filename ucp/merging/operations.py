@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ucp.errors import BadArgument
 from ucp.merging import selection
-from ucp.merging.numbers import Numbers
 from ucp.merging.selection import Threshold
+from ucp.storage.numbers import Numbers
 
 _PARALLEL = 0.9995
 """Cosine beyond which slerp is lerp: the angle is too small to divide by its sine."""

@@ -15,9 +15,9 @@ from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.geometry import whole
 from ucp.merging.computed import Input, MergedTensor, equal
-from ucp.merging.numbers import FLOATS, common_dtype
 from ucp.merging.operations import Combination, Copied, Linear
 from ucp.parallel.mesh import Layout
+from ucp.storage.numbers import FLOATS, common_dtype
 
 PARAM = "param"
 _SHOWN = 5

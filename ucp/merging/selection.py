@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ucp.merging.numbers import Numbers
+from ucp.storage.numbers import Numbers
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _DIGIT = 16

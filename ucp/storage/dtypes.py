@@ -7,6 +7,7 @@ bits needs no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,15 @@ _TABLE: dict[str, _Dtype] = {
 }
 
 _BY_SAFETENSORS = {row.safetensors: name for name, row in _TABLE.items() if row.safetensors}
+
+FLOAT_SPELLINGS: Mapping[str, str] = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
+}
+"""What people may call the element types that weights are written in."""
 
 # torch/__init__.py: one storage class per type that existed before torch 2.3; newer types are stored untyped.
 _BY_STORAGE_CLASS = {

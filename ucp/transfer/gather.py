@@ -301,18 +301,25 @@ def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
     ]
 
 
-def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], threads: int | None = None) -> int:
+def gather(
+    reader: Reader,
+    wants: Sequence[Want],
+    buffers: Sequence[Bytes],
+    threads: int | None = None,
+    cache: Cache | None = None,
+) -> int:
     """Fill the buffers with what is wanted and return the number of payload bytes moved.
 
     Records of torch files that are read whole by now are compared with their CRC-32s, as all digests are. Elements of a
     buffer that no want covers are left as they are. ``threads`` defaults to the processors that this
-    process may use, at most `limits.THREADS_MAX_COUNT`; small jobs run in the calling thread.
+    process may use, at most `limits.THREADS_MAX_COUNT`; small jobs run in the calling thread. cache: that
+    thread's chunks of an earlier call.
     """
     copies = plan(wants)
     total = sum(c.nbytes for c in copies)
     workers = min(threads or min(limits.processors(), limits.THREADS_MAX_COUNT), 1 + total // limits.BYTES_PER_READER)
     if workers <= 1:
-        execute(reader, copies, buffers)
+        execute(reader, copies, buffers, cache)
     else:
         with ThreadPoolExecutor(workers) as pool:
             for done in [pool.submit(execute, reader, part, buffers) for part in _split(copies, total, workers)]:
@@ -321,10 +328,10 @@ def gather(reader: Reader, wants: Sequence[Want], buffers: Sequence[Bytes], thre
     return total
 
 
-def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes]) -> None:
+def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache | None = None) -> None:
     """Do these copies in this order, in the calling thread; beside the buffers they take about as much
-    memory as `limits.SCRATCH_BYTES`."""
-    cache: Cache = OrderedDict()
+    memory as `limits.SCRATCH_BYTES`. cache: chunks of the last copies before these."""
+    cache = OrderedDict() if cache is None else cache
     for together in _neighbours(copies):
         if len(together) > 1:
             _read(reader, together, buffers, cache)

@@ -25,17 +25,10 @@ from ucp.spec.bound import Bound
 from ucp.spec.evaluate import shape_of
 from ucp.spec.select import Choice
 from ucp.storage import configs
+from ucp.storage.dtypes import FLOAT_SPELLINGS
 from ucp.transfer.targets import TargetFile
 
 log = logger(__name__)
-
-DTYPES: Mapping[str, str] = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
-}
-"""Spellings of the element types that weights can be written in."""
 
 
 def plan(
@@ -48,7 +41,7 @@ def plan(
 ) -> tuple[Catalog, list[TargetFile]]:
     """The catalog that the files are written from, and the files.
 
-    dtype: one of `DTYPES`, for all tensors of floating-point numbers: rounded to nearest, ties to even; other tensors
+    dtype: one of `FLOAT_SPELLINGS`, for all tensors of floating-point numbers: rounded to nearest, ties to even; others
     stay exact. max_shard: bytes. like: a folder whose config, tokenizer and generation files are carried over; with an
     adapter_config.json and no config.json, the checkpoint's adapter is written and nothing else. choice: the spec, if
     not the catalogue's for the config's model_type; parameters that have another framework's names by it get its own.
@@ -56,11 +49,11 @@ def plan(
     Raises BadArgument for a type or folder that is none, Unsupported for what such a folder can't hold, Mismatch where
     values would be lost or the config is another model's, and what renaming raises.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise BadArgument(f"element type '{dtype}' is not known; known are {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOAT_SPELLINGS:
+        raise BadArgument(f"element type '{dtype}' is not known; known are {', '.join(FLOAT_SPELLINGS)}")
     if like is not None and not like.is_dir():
         raise BadArgument(f"{like}: is no folder; '--like' names a model folder")
-    target = None if dtype is None else DTYPES[dtype]
+    target = None if dtype is None else FLOAT_SPELLINGS[dtype]
     catalog = _weights(catalog)
     if like is not None and (like / ADAPTER_CONFIG).is_file() and not (like / configs.MODEL).is_file():
         catalog = adapter.select(catalog, like)

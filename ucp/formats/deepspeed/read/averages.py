@@ -21,12 +21,10 @@ from ucp.printable import logger
 from ucp.spec.placement import Placements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
-from ucp.storage.rounding import round_to
+from ucp.storage.numbers import FLOATS, as_bytes, as_numbers
 from ucp.transfer.gather import Reader, Want, gather
 
 log = logger(__name__)
-
-_FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 def take_averages(
@@ -84,12 +82,6 @@ def _read(reader: Reader, tensor: LogicalTensor) -> NDArray[np.uint8]:
 
 
 def _mean(copies: list[NDArray[np.uint8]], name: str, dtype: str) -> bytes:
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise Unsupported(f"'{name}' is {dtype}, and copies of such elements have no average")
-    found = [copy.view(_FLOATS[dtype]) for copy in copies]
-    if dtype == "bfloat16":
-        found = [(copy.astype(np.uint32) << 16).view(np.float32) for copy in found]
-    mean = np.mean(np.stack(found).astype(np.float64), axis=0)
-    if dtype == "bfloat16":
-        return round_to(mean.astype(np.float32), dtype).tobytes()
-    return mean.astype(_FLOATS[dtype]).tobytes()
+    return as_bytes(np.mean(np.stack([as_numbers(copy, dtype) for copy in copies]), axis=0), dtype).tobytes()

@@ -1,4 +1,4 @@
-"""Elements as float64 and back: all arithmetic of a merge is done there, and rounded once at the end."""
+"""Elements as float64 and back: where tensors are combined, arithmetic is done there and rounded once at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def as_numbers(raw: Bytes, dtype: str) -> Numbers:
 
 
 def as_bytes(values: Numbers, dtype: str) -> Bytes:
-    """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes."""
+    """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes.
+
+    Raises Unsupported for a type that is none of `FLOATS`.
+    """
     with np.errstate(over="ignore", under="ignore"):
         if dtype == "bfloat16":
             return _bfloat16(values).view(np.uint8)
