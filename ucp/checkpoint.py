@@ -298,7 +298,11 @@ def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, ve
     files = Files()
     try:
         with _no_collections():
-            where, catalog = run_folder.take(folder, tag, lambda path, known: known.read(path, files, asked.of(known)))
+
+            def read(path: Path, known: Format) -> Catalog:
+                return formats.read(known, path, files, asked.of(known))
+
+            where, catalog = run_folder.take(folder, tag, read)
     except BaseException as error:
         files.close()
         if isinstance(error, OSError) and locations.is_remote(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 # Why something that was loaded may stay without a proof.
-HONEST = ("rounded", "overlap")
+HONEST = ("overlap",)
 
 
 def install() -> None:
@@ -17,8 +17,8 @@ def install() -> None:
 
     prove = proof.prove
 
-    def strict(catalog: Any, target: Any, what: Any, reader: Any, choice: Any, *, threads: int = 1) -> Any:
-        found = prove(catalog, target, what, reader, proof.ALWAYS if choice is True else choice, threads=threads)
+    def strict(catalog: Any, target: Any, what: Any, reader: Any, choice: Any, **more: Any) -> Any:
+        found = prove(catalog, target, what, reader, proof.ALWAYS if choice is True else choice, **more)
         if choice is not False:
             assert found is not None
             assert str(found).startswith("proved: ")

@@ -22,7 +22,7 @@ from tests.formats import raw
 from ucp import formats
 from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
-from ucp.errors import BadArgument, NotACheckpoint
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
 
 ROOT = Path(ucp.__file__).resolve().parents[1]
 TOY = Path(__file__).with_name("npz_toy.py")
@@ -171,6 +171,29 @@ def test_damage_is_found(
     file.write_bytes(content[:-30])
     code, found = command(capsys, "verify", folder)
     assert code == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, "it lacks 'parameters'"),
+        ({"parameters": {"0.weight": 1}}, "TypeError"),
+        ({"parameters": {"nobody": ["frozen", {}, []]}}, "it lacks "),
+        ([], "TypeError"),
+    ],
+)
+def test_what_its_reader_does_not_expect_is_damage_of_the_files(
+    run: tuple[Path, nn.Module, torch.optim.Optimizer], capsys: pytest.CaptureFixture[str], facts: Any, reason: str
+) -> None:
+    """Whatever another package's reader raises: the one block that all formats are read in turns it into an error."""
+    folder = run[0] / "step3"
+    (folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(DamagedCheckpoint, match=re.escape(reason)) as caught:
+        ucp.open(folder)
+    assert str(caught.value).startswith(f"{folder}: as a checkpoint of the format 'npz' it is not what is written")
+    assert commands.main(["inspect", str(folder)]) == 2
+    assert commands.main(["verify", str(folder)]) == 1
+    capsys.readouterr()
 
 
 def test_the_command_in_a_process_of_its_own(installed: Path, tmp_path: Path) -> None:

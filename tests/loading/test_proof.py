@@ -15,6 +15,7 @@ from tests.inspection.test_digests import edited
 from tests.loading import proof_jobs as jobs
 from ucp.errors import BadArgument, ProofFailed
 from ucp.inspection.digests import digests_of
+from ucp.job.live_digest import converted
 from ucp.loading import proof
 from ucp.logical.digest import Digest
 
@@ -55,6 +56,33 @@ def test_faults_of_what_is_live_are_found(saved: Path, fault: Any) -> None:
     kind, text = jobs.load("plain", str(saved), fault)
     assert kind == "ProofFailed"
     assert f"1 of 5 tensors differ: '{FAULTS[fault]}' (param): its values are not those that were saved" in text
+
+
+NANS = {
+    torch.float16: (torch.int16, [0x7C01, 0x7E01, -0x3FF, 0x7DFF, 0x7FFF, 0x3C00]),
+    torch.bfloat16: (torch.int16, [0x7F81, 0x7FC1, -0x7F, 0x7FFF, 0x3F80]),
+    torch.float32: (torch.int32, [0x7F800001, 0x7FC00001, -0x7FFFFF, 0x7FFFFFFF, 0x3F800000]),
+}
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [(n, w) for n in NANS for w in NANS if w.itemsize > n.itemsize] + [(n, torch.float64) for n in NANS],
+)
+def test_what_is_no_number_is_proved_in_a_wider_type(tmp_path: Path, narrow: torch.dtype, wide: torch.dtype) -> None:
+    """Quiet or signalling, its sign and payload are there after the load, and turn back into what was saved."""
+    kind, bits = NANS[narrow]
+    saved = torch.tensor(bits * 9, dtype=kind).view(narrow)
+    ucp.save({"w": saved}, tmp_path / "saved")
+    state = {"w": torch.zeros(len(saved), dtype=wide)}
+    report = ucp.load(state, tmp_path / "saved")
+    assert report.proof is not None
+    assert report.proof.complete
+    assert torch.equal(state["w"].isnan(), saved.isnan())
+    assert torch.equal(state["w"].signbit(), saved.signbit())
+    assert torch.equal(converted(state["w"], narrow).view(kind), saved.view(kind))
+    state["w"][0] = torch.nan
+    assert not torch.equal(converted(state["w"], narrow).view(kind), saved.view(kind))
 
 
 def test_another_kind_of_proof_is_refused(saved: Path) -> None:

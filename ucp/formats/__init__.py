@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from pathlib import Path
 
-    from ucp.formats.nouns import FolderNames
+    from ucp.catalog import Catalog
+    from ucp.formats.nouns import FolderNames, ReadRequest
+    from ucp.storage.files import Files
 
 log = logger(__name__)
 
@@ -123,6 +125,15 @@ def _detects(known: Format, folder: FolderNames) -> bool:
         log.warning("%s: the format '%s' fails to tell whether it is one of its: %s", folder.path, known.name, error)
         log.debug("traceback", exc_info=True)
         return False
+
+
+def read(known: Format, path: Path, files: Files, request: ReadRequest) -> Catalog:
+    """The catalog of a checkpoint of this format. Raises what `Format.read` does; DamagedCheckpoint, too, for whatever
+    else its reader raises on what is in the folder."""
+    from ucp.formats.shared.malformed import malformed
+
+    with malformed(path, f"as a checkpoint of the format '{known.name}' it"):
+        return known.read(path, files, request)
 
 
 def named(name: str) -> Format | None:

@@ -41,7 +41,8 @@ class LiveElements:
     tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
     it, in elements. dtype: digest its elements as they are in this type (`ucp.storage.dtypes`); None: as they are.
     back: turn them back into their own type then, to see whether the other one holds them exactly. rounded: into the
-    other type as a copy does it.
+    other type as a copy does it. one_nan: what is no number has one and the same bits: those of a rounded one depend on
+    how torch came to round it.
     """
 
     tensor: torch.Tensor
@@ -50,6 +51,7 @@ class LiveElements:
     dtype: str | None = None
     back: bool = False
     rounded: bool = False
+    one_nan: bool = False
 
     @property
     def width(self) -> int:
@@ -107,17 +109,44 @@ def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
         kind = to_torch(live.dtype)
         there = piece.to(kind) if live.rounded else converted(piece, kind)
         piece = converted(there, piece.dtype) if live.back else there
+    if live.one_nan:
+        piece = torch.where(piece.isnan(), torch.full_like(piece, torch.nan), piece)
     return piece.view(torch.uint8)
 
 
+# Floating-point types: the integers of their width, and the bits of their fraction.
+_FLOATS = {
+    torch.float16: (torch.int16, 10),
+    torch.bfloat16: (torch.int16, 7),
+    torch.float32: (torch.int32, 23),
+    torch.float64: (torch.int64, 52),
+}
+
+
 def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in another type. From bfloat16 and back the bits of what is no number stay, too."""
-    if values.dtype == torch.float32 and dtype == torch.bfloat16:
-        upper = (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
-        return torch.where(values.isnan(), upper, values.to(dtype))
+    """The values in another type. What is no number keeps its sign and its payload, as far as there is room for it, as
+    `ucp.transfer.exact.widen` keeps it; torch's own conversion does so on some devices alone."""
     if values.dtype == torch.bfloat16 and dtype == torch.float32:
         return (values.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    return values.to(dtype)
+    out = values.to(dtype)
+    if values.dtype == dtype or values.dtype not in _FLOATS or dtype not in _FLOATS:
+        return out
+    odd = values.isnan()
+    if values.device.type == "cpu" and not bool(odd.any()):
+        return out
+    return torch.where(odd, _nans(values, dtype), out)
+
+
+def _nans(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values, all taken for what is no number, in another type."""
+    (here, fraction), (there, wanted) = _FLOATS[values.dtype], _FLOATS[dtype]
+    wide = max(here, there, key=lambda kind: kind.itemsize)
+    bits = values.view(here).to(wide)
+    payload = bits & ((1 << fraction) - 1)
+    payload = payload << wanted - fraction if wanted >= fraction else payload >> fraction - wanted
+    infinite = (1 << 8 * there.itemsize - 1) - (1 << wanted)
+    sign = (bits < 0).to(wide) << 8 * there.itemsize - 1
+    return (sign | infinite | payload).to(there).view(dtype)
 
 
 def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ucp.catalog import Catalog
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch, stages_text
 from ucp.loading import exchange, proof, tied
-from ucp.loading.match import LoadPlan, Wish, plan
+from ucp.loading.match import Entry, LoadPlan, Wish, plan
 from ucp.loading.proof import Proof
 from ucp.loading.read import Reading, reading_threads
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer.gather import Reader
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -127,7 +130,9 @@ def load(
     watch.timed("apply", lambda: target.apply(loaded))
     proved = None
     if not alone:
-        proved = watch.timed("prove", lambda: _proved(catalog, target, what, prove, threads or reading_threads()))
+        proved = watch.timed(
+            "prove", lambda: _proved(catalog, target, what, prove, tensors, threads or reading_threads())
+        )
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
         count,
@@ -146,9 +151,17 @@ def load(
     )
 
 
-def _proved(catalog: Catalog, target: Target, what: LoadPlan, choice: bool | str, threads: int) -> Proof | None:
+def _proved(
+    catalog: Catalog,
+    target: Target,
+    what: LoadPlan,
+    choice: bool | str,
+    brought: Mapping[Entry, torch.Tensor],
+    threads: int,
+) -> Proof | None:
     with Files() as files:
-        return proof.prove(catalog, target, what, Reader(catalog, files), choice, threads=threads)
+        reader = Reader(catalog, files)
+        return proof.prove(catalog, target, what, reader, choice, brought=brought, threads=threads)
 
 
 def _by_itself(work: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ Every rank digests what it holds now (masters, states, weights, buffers, frozen 
 replicas compared instead of added; and the sums are compared with the digests that were recorded when the checkpoint
 was made. So a fault of the files, of reading, of the layouts' arithmetic or of putting things in place is found,
 whatever else was checked. Where masters have rounded copies, which the model computes with, these are compared with the
-masters.
+masters; frozen weights and buffers that are kept rounded, with what was read for them.
 
 In a device's memory all is digested. In host memory, where that takes about as long as reading, blocks of 64 KiB are
 sampled: the first of each tensor, and one of every 32, drawn by the checkpoint's own seed.
@@ -24,7 +24,7 @@ from ucp.geometry import numel
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
 from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
-from ucp.loading.match import LoadPlan
+from ucp.loading.match import Entry, LoadPlan
 from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
 from ucp.logical.record import EVERY
@@ -35,6 +35,8 @@ from ucp.transfer.exact import EXACT
 from ucp.transfer.gather import Reader
 
 if TYPE_CHECKING:
+    import torch
+
     from ucp.catalog import Catalog
 
 ALWAYS, FULL = "always", "full"
@@ -44,6 +46,9 @@ CHOICES = (True, False, ALWAYS, FULL)
 SAMPLED_FROM = 32 << 20
 """Bytes in a rank's host memory from which on they are sampled: fewer take no time."""
 SHOWN = 8
+
+WEIGHTS, MASTERS = "weights", "masters"
+"""In the place of a state: weights that are rounded, and what they are rounded from."""
 
 
 @dataclass(frozen=True)
@@ -88,33 +93,59 @@ def check_choice(prove: bool | str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _LiveCopy:
-    """A tensor of the checkpoint in this rank's memory. turn: of several that one tensor of the checkpoint fills."""
+    """A tensor of the checkpoint in this rank's memory. turn: of several that one tensor of the checkpoint fills.
+    rounded: what the program keeps, where that has fewer bits than what was read, which is ``live`` then.
+    """
 
     tensor: LogicalTensor
     live: LiveElements
     turn: int
+    rounded: torch.Tensor | None = None
 
     @property
     def key(self) -> Key:
         return self.tensor.name, self.tensor.state, str(self.turn)
 
 
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Weights and what they are rounded from. which: tells those of one name apart."""
+
+    which: str
+    weights: Weights
+
+    @property
+    def name(self) -> str:
+        return self.weights.name
+
+
 def prove(
-    catalog: Catalog, target: Target, what: LoadPlan, reader: Reader, choice: bool | str, *, threads: int = 1
+    catalog: Catalog,
+    target: Target,
+    what: LoadPlan,
+    reader: Reader,
+    choice: bool | str,
+    *,
+    brought: Mapping[Entry, torch.Tensor] | None = None,
+    threads: int = 1,
 ) -> Proof | None:
     """Compare what is live with the checkpoint; None where nothing is to be compared. Collective.
 
-    choice: one of `CHOICES`. Raises ProofFailed on every rank, with the first tensors that differ, and what reading
-    raises where files are read.
+    choice: one of `CHOICES`. brought: what was read, by which weights are proved that are kept rounded. Raises
+    ProofFailed on every rank, with the first tensors that differ, and what reading raises where files are read.
     """
     if choice is False or (choice != ALWAYS and all(t.digest is None for t in catalog.tensors.values())):
         return None
     unproved: dict[str, str] = {}
-    held, weights = ranks.all_or_none(
-        lambda: (list(_held(target, what, choice == ALWAYS, unproved)), list(target.weights()))
+    held, pairs = ranks.all_or_none(
+        lambda: _held_and_pairs(target, what, choice == ALWAYS, brought or {}, unproved),
     )
-    sample = _sample(catalog, held, weights, choice)
-    sums = _live_sums(held, weights, sample, threads)
+    sample = _sample(catalog, held, pairs, choice)
+    sums = _live_sums(held, sample, threads)
+    sums.update(_pair_sums(pairs, sample, threads))
+    if odd := {key for key in sums if key[1] == WEIGHTS and not _agree(sums, key)}:
+        again = [pair for pair in pairs if (pair.name, WEIGHTS, pair.which) in odd]
+        sums.update(_pair_sums(again, sample, threads, one_nan=True))
     wanted = _wanted(held, sums, catalog, reader, sample, threads)
     of = f"step {catalog.training_state.global_steps}"
     if catalog.training_state.global_steps is None:
@@ -122,10 +153,26 @@ def prove(
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
-def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]) -> Iterator[_LiveCopy]:
+def _held_and_pairs(
+    target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
+) -> tuple[list[_LiveCopy], list[_Pair]]:
+    """What was brought to this rank, and what of it the program computes with rounded."""
+    held = list(_held(target, what, always, brought, unproved))
+    pairs = [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
+    for copy in held:
+        if copy.rounded is not None:
+            live, name = copy.live, copy.tensor.name
+            weights = Weights(name, (), live.shape, live.tensor, live.blocks, copy.rounded, live.blocks)
+            pairs.append(_Pair(f"copy {copy.turn}", weights))
+    return held, pairs
+
+
+def _held(
+    target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
+) -> Iterator[_LiveCopy]:
     """What was brought to this rank, where it is now."""
     turns: dict[tuple[str, str], int] = {}
-    for (key, state, _), wants in what.wants.items():
+    for (key, state, dtype), wants in what.wants.items():
         memory = target.memory(key, state) if wants else None
         for want in wants:
             tensor = want.tensor
@@ -135,19 +182,20 @@ def _held(target: Target, what: LoadPlan, always: bool, unproved: dict[str, str]
                 unproved[name] = "its memory is not at hand"
             elif tensor.digest is None and not always:
                 unproved[name] = "the checkpoint has no digest of it"
-            elif (own := from_torch(memory.dtype)) != tensor.dtype and (tensor.dtype, own) not in EXACT:
-                unproved[name] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
+            elif (own := from_torch(memory.dtype)) == tensor.dtype:
+                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks), turn)
+            elif (tensor.dtype, own) in EXACT:
+                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks, tensor.dtype), turn)
+            elif (read := brought.get((key, state, dtype))) is not None and dtype == tensor.dtype:
+                yield _LiveCopy(tensor, LiveElements(read, tensor.shape, want.blocks), turn, rounded=memory)
             else:
-                as_saved = None if own == tensor.dtype else tensor.dtype
-                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks, as_saved), turn)
+                unproved[name] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
 
 
-def _sample(
-    catalog: Catalog, held: Sequence[_LiveCopy], weights: Sequence[Weights], choice: bool | str
-) -> Sample | None:
+def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair], choice: bool | str) -> Sample | None:
     """What is looked at: all, or where any rank has much in host memory a sample. Collective."""
     here = sum(h.live.nbytes for h in held if h.live.tensor.device.type == "cpu")
-    here += sum(w.live.nbytes for w in weights if w.live.device.type == "cpu")
+    here += sum(p.weights.live.nbytes for p in pairs if p.weights.live.device.type == "cpu")
     much = choice != FULL and here >= SAMPLED_FROM
     said, _ = ranks.distinct(much)
     if not any(said):
@@ -158,34 +206,53 @@ def _sample(
     return Sample(xxhash.xxh3_64_intdigest(repr(sorted(catalog.tensors)).encode("utf-8", "surrogatepass")), EVERY)
 
 
-def _live_sums(
-    held: Sequence[_LiveCopy], weights: Sequence[Weights], sample: Sample | None, threads: int
-) -> dict[Key, SumOverRanks]:
-    """What all ranks hold, by tensor: of weights twice, as they are and as their masters say."""
+def _live_sums(held: Sequence[_LiveCopy], sample: Sample | None, threads: int) -> dict[Key, SumOverRanks]:
+    """What all ranks hold, by tensor. Collective."""
     lives = [h.live for h in held]
     turned = [k for k, live in enumerate(lives) if live.dtype is not None]
     lives += [replace(lives[k], dtype=None) for k in turned]
     lives += [replace(lives[k], back=True) for k in turned]
-    first = len(lives)
-    lives += [LiveElements(w.live, w.shape, w.live_blocks) for w in weights]
-    lives += [LiveElements(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True) for w in weights]
     found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
     exact = {k: found[len(held) + n] == found[len(held) + len(turned) + n] for n, k in enumerate(turned)}
     parts: dict[Key, list[Part]] = {}
-
-    def add(key: Key, number: int, flawed: bool = False) -> None:
-        blocks = lives[number].blocks
-        if len(blocks):
-            part = Part(found[number], int(blocks.counts.sum()), region_of(blocks), flawed)
-            parts.setdefault(key, []).append(part)
-
     for k, h in enumerate(held):
-        add(h.key, k, flawed=not exact.get(k, True))
-    for n, w in enumerate(weights):
-        group = ",".join(map(str, w.group))
-        add((w.name, "weights", group), first + n)
-        add((w.name, "masters", group), first + len(weights) + n)
+        _add(parts, h.key, h.live, found[k], flawed=not exact.get(k, True))
     return add_up(parts)
+
+
+def _pair_sums(
+    pairs: Sequence[_Pair], sample: Sample | None, threads: int, *, one_nan: bool = False
+) -> dict[Key, SumOverRanks]:
+    """What all ranks hold of weights, twice: as they are and as their masters say. one_nan: take all that is no number
+    for the same. Collective."""
+    lives: list[tuple[Key, LiveElements]] = []
+    for pair in pairs:
+        w = pair.weights
+        masters = LiveElements(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True)
+        weights = LiveElements(w.live, w.shape, w.live_blocks)
+        lives += [((w.name, WEIGHTS, pair.which), weights), ((w.name, MASTERS, pair.which), masters)]
+    lives = [(key, replace(live, one_nan=one_nan)) for key, live in lives]
+    found = ranks.all_or_none(lambda: digests([live for _, live in lives], sample=sample, threads=threads))
+    parts: dict[Key, list[Part]] = {}
+    for (key, live), digest in zip(lives, found, strict=True):
+        _add(parts, key, live, digest)
+    return add_up(parts)
+
+
+def _add(parts: dict[Key, list[Part]], key: Key, live: LiveElements, digest: Digest, *, flawed: bool = False) -> None:
+    if len(live.blocks):
+        part = Part(digest, int(live.blocks.counts.sum()), region_of(live.blocks), flawed)
+        parts.setdefault(key, []).append(part)
+
+
+def _agree(sums: Mapping[Key, SumOverRanks], key: Key) -> bool:
+    """Whether weights are what their masters say; True where no rank has the masters."""
+    name, _, which = key
+    masters = sums.get((name, MASTERS, which))
+    found = sums[key]
+    return masters is None or (
+        not found.differ and (found.digest, found.elements) == (masters.digest, masters.elements)
+    )
 
 
 def _wanted(
@@ -233,14 +300,14 @@ def _judged(
     wrong: list[str] = []
     proved: set[tuple[str, str]] = set()
     weights = 0
-    for (name, state, which), found in sums.items():
-        if state == "masters" and (name, "weights", which) in sums:
+    for key, found in sums.items():
+        name, state, which = key
+        if state == MASTERS and (name, WEIGHTS, which) in sums:
             continue
-        if state == "weights" and (name, "masters", which) in sums:
-            masters = sums[name, "masters", which]
+        if state == WEIGHTS and (name, MASTERS, which) in sums:
             if found.differ:
                 wrong.append(f"'{name}' (weights): ranks hold different values of it")
-            elif (found.digest, found.elements) != (masters.digest, masters.elements):
+            elif not _agree(sums, key):
                 wrong.append(f"'{name}' (weights): they are not its masters, rounded")
             else:
                 weights += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,5 +40,24 @@ def widen(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.g
         values = bits.view(np.float32)
         if target == "float32":
             return values
-    with np.errstate(invalid="ignore"):  # a signalling not-a-number becomes a quiet one
-        return values.astype(numpy_dtype(target))
+    with np.errstate(invalid="ignore"):
+        out = values.astype(numpy_dtype(target))
+    odd = np.isnan(values)
+    if odd.any():
+        out[odd] = _nans(values[odd], out.dtype)
+    return out
+
+
+_FRACTION_BITS = {2: 10, 4: 23, 8: 52}  # by the bytes of numpy's own floating-point types
+
+
+def _nans(values: NDArray[np.generic], dtype: np.dtype[Any]) -> NDArray[np.generic]:
+    """What is no number, in the wider type: its sign and payload stay, though a processor may make a signalling one
+    quiet, so that it is turned back into the same bits."""
+    narrow, wide = values.dtype.itemsize, dtype.itemsize
+    bits = values.view(f"u{narrow}").astype(np.uint64)
+    sign = bits >> np.uint64(8 * narrow - 1) << np.uint64(8 * wide - 1)
+    fraction = bits & np.uint64((1 << _FRACTION_BITS[narrow]) - 1)
+    exponent = np.uint64((1 << 8 * wide - 1) - (1 << _FRACTION_BITS[wide]))
+    moved = fraction << np.uint64(_FRACTION_BITS[wide] - _FRACTION_BITS[narrow])
+    return (sign | exponent | moved).astype(f"u{wide}").view(dtype)

@@ -17,7 +17,6 @@ from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import NAME, metadata
-from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
@@ -39,11 +38,6 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
     Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
-    with malformed(folder, "what its metadata and records hold"):
-        return _read(folder, files, trust_client_state)
-
-
-def _read(folder: Path, files: Files, trust_client_state: bool) -> Catalog:
     found = metadata.load(folder)
     with _Records(folder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}

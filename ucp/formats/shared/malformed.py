@@ -2,19 +2,37 @@
 
 A reader takes a file's object graph apart by keys, types and lengths. A damaged or foreign file fails at any of these,
 by whatever Python raises there. Readers do that work in this block, so that the file is named and not this project
-blamed. Blocks may be nested, the innermost tells: name the one file that is looked at where there is one.
+blamed. Every format's `read` is called in one (`ucp.formats.read`); blocks may be nested, the innermost tells: a reader
+names the one file that it looks at where there is one.
 """
 
 from __future__ import annotations
 
+import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, UcpError
 
-# What taking values apart raises on other values than expected. Errors of ours, of the system and of memory pass.
-_RAISED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+# What taking values apart raises on other values than expected, and what the standard library's readers do, and torch's
+# (RuntimeError). Errors of ours, of the system and of memory pass, and so does what only a program's own fault raises.
+_RAISED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @contextmanager
@@ -25,6 +43,8 @@ def malformed(path: str | Path, what: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except (UcpError, NotImplementedError):
+        raise
     except _RAISED as error:
         where = f"{path}: {what} is" if what else f"{path}: is"
         reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"

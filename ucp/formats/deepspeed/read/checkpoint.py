@@ -143,7 +143,8 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
 def model_facts(path: Path) -> ModelFacts:
     """What a checkpoint's folder says of its model."""
     folder = scan(path)[0]
-    first = open_models(folder, False)[0]
+    with malformed(path, "what its files hold"):
+        first = open_models(folder, False)[0]
     return ModelFacts(first.raw.get("universal_checkpoint_info"), recorded_config(first))
 
 
