@@ -269,6 +269,7 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         ([three[0], nan], {}, "'model.layers.1.w.weight' .* nan at element 7"),
         (counted, {}, r"'count' \(int64\) differs"),
         (three, {"weights": (1, 1, -2)}, "sum to 0"),
+        (three, {"weights": (0, 0, 0), "normalize": False}, "not all 0"),
         (three, {"method": "slerp", "t": (0.5,)}, "between 2 checkpoints, found 3"),
         (three, {"method": "task"}, "needs a base"),
         (three, {"optimizer": "sum"}, "'none', 'average' or the number"),

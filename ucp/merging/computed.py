@@ -6,9 +6,11 @@ of fixed size, one source after the other, so memory is bounded whatever the ten
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock, local
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
-from ucp.geometry import flat_ranges, numel
+from ucp.geometry import dense_strides, flat_ranges, numel
 from ucp.merging.operations import Combination, Whole
 from ucp.storage.dtypes import itemsize
 from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
@@ -41,6 +43,16 @@ class Input:
     name: str
     tensor: LogicalTensor
     reader: Reader
+
+    @cached_property
+    def lies_whole(self) -> bool:
+        """Whether all elements lie in one place, in row-major order."""
+        blocks, sizes = self.tensor.blocks, np.array([self.tensor.shape], np.int64)
+        return (
+            len(blocks) == 1
+            and np.array_equal(blocks.sizes, sizes)
+            and bool(np.all((blocks.strides == dense_strides(sizes)) | (sizes == 1)))
+        )
 
 
 @dataclass
@@ -78,7 +90,7 @@ class MergedTensor:
         whole = self._whole()
         found = self._survey(whole)
         for at, numbers in self._stream(self.operation.sources, first, last):
-            out.take(as_bytes(self.operation.combine(whole, found, at, numbers), self.dtype))
+            out.take(self.operation.combine(whole, found, at, numbers), self.dtype)
 
     def _whole(self) -> Whole:
         # Sources by their numbers: draws are the same wherever the checkpoints lie.
@@ -107,7 +119,8 @@ class MergedTensor:
         """The elements ``[first, last)``; raw: those from ``begin`` on."""
         width = itemsize(given.tensor.dtype)
         numbers = as_numbers(raw[(first - begin) * width : (last - begin) * width], given.tensor.dtype)
-        if self.finite and not np.isfinite(numbers).all():
+        # One sum of products tells that all are finite; where they are too large for it, each is looked at.
+        if self.finite and not math.isfinite(np.dot(numbers, numbers)) and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise Mismatch(
                 f"'{self.name}' ({self.state}) of '{given.name}' is {numbers[at - first]:g} at element {at}; a merge "
@@ -146,11 +159,22 @@ def _pieces(given: Sequence[Input], first: int, last: int) -> Iterator[tuple[int
             out = []
             for each, width, raw, cache in zip(given, widths, held, chunks, strict=True):
                 out.append(raw[: (end - begin) * width])
-                blocks = flat_ranges(each.tensor.shape, [begin], [end], [0])
-                gather(each.reader, [Want(each.tensor, blocks, each.tensor.dtype)], out[-1:], 1, cache)
+                _read(each, begin, end, out[-1], cache)
             yield begin, out
     finally:
         _spare.free += held
+
+
+def _read(given: Input, first: int, last: int, raw: Bytes, cache: Cache) -> None:
+    """The elements ``[first, last)`` of a tensor into ``raw``."""
+    tensor = given.tensor
+    blocks = tensor.blocks
+    if given.lies_whole:  # nothing to plan: that would take as long as the arithmetic
+        at = int(tensor.bases[0]) + (int(blocks.starts[0]) + first) * itemsize(tensor.dtype)
+        given.reader.read_into(int(blocks.buffers[0]), at, [raw], cache)
+        return
+    want = Want(tensor, flat_ranges(tensor.shape, [first], [last], [0]), tensor.dtype)
+    gather(given.reader, [want], [raw], 1, cache)
 
 
 def _room(nbytes: int) -> Bytes:
@@ -182,12 +206,23 @@ class _Scatter:
         self._skip = skip
         self._part = self._at = 0
 
-    def take(self, raw: Bytes) -> None:
+    def take(self, values: Numbers, dtype: str) -> None:
+        """These elements, rounded to an element type."""
+        nbytes = len(values) * itemsize(dtype)
+        if not self._skip and self._part < len(self._parts) and len(self._parts[self._part]) - self._at >= nbytes:
+            as_bytes(values, dtype, self._parts[self._part][self._at : self._at + nbytes])
+            self._moved(nbytes)
+            return
+        raw = as_bytes(values, dtype)
         raw, self._skip = raw[self._skip :], max(self._skip - len(raw), 0)
         while len(raw) and self._part < len(self._parts):
             room = self._parts[self._part][self._at :]
             count = min(len(room), len(raw))
             room[:count] = raw[:count]
-            raw, self._at = raw[count:], self._at + count
-            if count == len(room):
-                self._part, self._at = self._part + 1, 0
+            raw = raw[count:]
+            self._moved(count)
+
+    def _moved(self, count: int) -> None:
+        self._at += count
+        if self._at == len(self._parts[self._part]):
+            self._part, self._at = self._part + 1, 0

@@ -108,8 +108,8 @@ def _given(count: int, options: MethodOptions) -> tuple[float, ...]:
     weights = options.weights if options.weights is not None else (1.0,) * count
     if len(weights) != count:
         raise BadArgument(f"{len(weights)} weights were given for {count} checkpoints; give one for each")
-    if not all(map(math.isfinite, weights)):
-        raise BadArgument(f"weights have to be finite, found {', '.join(f'{w:g}' for w in weights)}")
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise BadArgument(f"weights have to be finite and not all 0, found {', '.join(f'{w:g}' for w in weights)}")
     return weights
 
 

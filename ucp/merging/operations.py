@@ -88,12 +88,13 @@ class Linear:
 
     def combine(self, whole: Whole, found: None, first: int, parts: Sequence[Numbers]) -> Numbers:
         weights = [weight for _, weight in self.terms if weight]
-        out = weights[0] * parts[0] if weights else np.zeros(len(parts[0]))
+        out = weights[0] * parts[0]
         for weight, part in zip(weights[1:], parts[1:], strict=True):
-            out += weight * part
-        if self.normalised:
-            out /= math.fsum(weight for _, weight in self.terms)
-        return out
+            out += part if weight == 1.0 else weight * part
+        total = math.fsum(weight for _, weight in self.terms) if self.normalised else 1.0
+        if math.frexp(total)[0] == 0.5:  # a power of 2: multiplying by its reciprocal is as exact, and faster
+            total, out = 1.0, out if total == 1.0 else np.multiply(out, 1.0 / total, out=out)
+        return out if total == 1.0 else np.divide(out, total, out=out)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import Unsupported
-from ucp.storage.dtypes import numpy_dtype
+from ucp.storage.dtypes import itemsize, numpy_dtype
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
@@ -24,16 +24,17 @@ def as_numbers(raw: Bytes, dtype: str) -> Numbers:
     return raw.view(numpy_dtype(dtype)).astype(np.float64)
 
 
-def as_bytes(values: Numbers, dtype: str) -> Bytes:
-    """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes.
+def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
+    """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes; ``out`` if given.
 
     Raises Unsupported for a type that is none of `FLOATS`.
     """
     with np.errstate(over="ignore", under="ignore"):
-        if dtype == "bfloat16":
-            return _bfloat16(values).view(np.uint8)
         if dtype in FLOATS:
-            return np.ascontiguousarray(values.astype(numpy_dtype(dtype))).view(np.uint8)
+            out = np.empty(len(values) * itemsize(dtype), np.uint8) if out is None else out
+            rounded = _bfloat16(values) if dtype == "bfloat16" else values
+            np.copyto(out.view(numpy_dtype(dtype)), rounded, casting="same_kind")
+            return out
     raise Unsupported(f"{dtype} is no floating type that numbers are rounded to; use one of {', '.join(FLOATS)}")
 
 
