@@ -108,6 +108,25 @@ SAVE_TURNS_WINDOWS = 4
 # The writing process's niceness where there are no processors to spare: training goes first.
 WRITER_NICENESS = 10
 
+# --- snapshots in memory --------------------------------------------------------------------------------------------
+
+# What a keeper's frame has at most: headers have directories in them, bodies pieces of files and whole manifests.
+KEEPER_HEADER_BYTES = 256 * MIB
+KEEPER_BODY_BYTES = 4 * GIB
+# Asked for at once of a file on another node.
+KEEPER_PART_BYTES = 8 * MIB
+# A keeper that is not reached, or doesn't answer, for so long is lost. An answer may have to wait for a rebuilding.
+KEEPER_CONNECT_SECONDS = 5.0
+KEEPER_ANSWER_SECONDS = 600.0
+# A process that has Python's start and a few imports before it, on a machine that is busy.
+KEEPER_START_SECONDS = 60.0
+# A keeper of which nobody has heard for so long ends: longer than a night's repair, shorter than for ever.
+KEEPER_LINGER_SECONDS = 24 * 3600.0
+KEEPER_WATCH_SECONDS = 5.0
+KEEPER_BACKLOG_COUNT = 128
+# The first rank waits so long for the others' part in a snapshot: one that takes longer protects nobody.
+SNAPSHOT_TIMEOUT_SECONDS = 60.0
+
 # --- loading --------------------------------------------------------------------------------------------------------
 
 # Memory that tensors get in one piece, touched by several threads.

@@ -24,6 +24,7 @@ from ucp import limits
 from ucp.errors import BadArgument
 from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.proof import ALWAYS, FULL
+from ucp.memory.options import Options, nbytes
 from ucp.printable import logger
 from ucp.saving.background import POLICIES
 from ucp.spec.select import Choice, choose
@@ -56,6 +57,12 @@ def _no_null(fault: Literal["int_type", "string_type"]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _group(value: Any) -> Any:
+    if value != "node" and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise ValueError(f'is "node", or a number of nodes of at least 2; found {value!r}')
+    return value
+
+
 FORMATS = ("universal", "deepspeed")
 
 _Once = _one_of(
@@ -63,6 +70,7 @@ _Once = _one_of(
     text=f'true, false or "{ADAPTIVE}" (never "auto", which Accelerate refuses in a config)',
 )
 _Prove = _one_of(True, False, FULL, ALWAYS, text=f'true, false, "{FULL}" or "{ALWAYS}"')
+_Group = PlainValidator(_group)
 _Format = _one_of(*FORMATS, text=f"one of {', '.join(FORMATS)}")
 _Policy = _one_of(*POLICIES, text=f"one of {', '.join(POLICIES)}")
 _Patterns = Annotated[tuple[str, ...], Field(strict=False, description="a list of name patterns")]
@@ -127,6 +135,36 @@ class SaveSection(_Section):
         return self
 
 
+class MemorySection(_Section):
+    """How snapshots are kept in memory (`ucp.memory.options.Options`, with sizes as text).
+
+    enabled: keep them. group: 'node' for one group of all nodes, or how many nodes protect each other at most.
+    """
+
+    enabled: bool = False
+    run: Annotated[str | None, _no_null("string_type")] = None
+    every: Annotated[int, Field(ge=0)] = 1
+    redundancy: Annotated[int, Field(ge=0, le=32)] = 1
+    group: Annotated[str | int, _Group] = "node"
+    keep: Annotated[int, Field(ge=2)] = 2
+    limit: Annotated[str | int | None, _no_null("string_type")] = None
+    persist_every: Annotated[int, Field(ge=0)] = 0
+    network: Annotated[str | int | None, _no_null("string_type")] = None
+
+    def options(self) -> Options:
+        """Raises BadArgument for a size that is none."""
+        return Options(
+            run=self.run,
+            every=self.every,
+            redundancy=self.redundancy,
+            group=None if self.group == "node" else int(self.group),
+            keep=self.keep,
+            limit=None if self.limit is None else nbytes(self.limit, "limit"),
+            persist_every=self.persist_every,
+            network=None if self.network is None else nbytes(self.network, "network"),
+        )
+
+
 class Config(_Section):
     """What the section says.
 
@@ -140,6 +178,7 @@ class Config(_Section):
     sizes: Annotated[dict[str, int], Field(description="whole numbers by name")] = Field(default_factory=dict)
     load: LoadSection = LoadSection()
     save: SaveSection = SaveSection()
+    memory: MemorySection = MemorySection()
     trust_client_state: bool = False
     allow_untested_version: bool = False
     metrics: bool = False
@@ -206,7 +245,7 @@ def _line(fault: ErrorDetails, section: Mapping[str, Any]) -> str:
     return f"{_where(path[: min(depth, len(path)) - 1])}: '{path[:depth][-1]}' needs {needs}, found {found!r}"
 
 
-_SECTIONS: dict[int | str, type[_Section]] = {"load": LoadSection, "save": SaveSection}
+_SECTIONS: dict[int | str, type[_Section]] = {"load": LoadSection, "save": SaveSection, "memory": MemorySection}
 
 
 def _section_at(path: Sequence[int | str]) -> type[_Section]:

@@ -13,8 +13,9 @@ from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine
 from ucp.deepspeed.live.state import samples_seen, warn_of_clipping
 from ucp.deepspeed.saves import save_checkpoint
+from ucp.deepspeed.snapshots import Snapshots
 from ucp.deepspeed.supported import check_engine, check_features
-from ucp.errors import NotACheckpoint, Unsupported
+from ucp.errors import BadArgument, NotACheckpoint, Unsupported
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
@@ -52,6 +53,24 @@ class EngineUcp:
             live = LiveEngine(engine)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 
+        self.memory: Snapshots | None = None
+        if config.memory.enabled:
+            self.memory = Snapshots(engine, config, self.saved)
+
+    def snapshot(self, client_state: Mapping[str, Any] | None = None) -> bool:
+        """Have the keepers in memory take the training state as it is now; returns whether that was begun. Collective.
+
+        client_state: as for ``save_checkpoint``; without it what ``engine.ucp.client_state`` gives.
+        """
+        if self.memory is None:
+            raise BadArgument('nothing is kept in memory: the config needs "ucp": {"memory": {"enabled": true}}')
+        return self.memory.take(self.client_state() if client_state is None else client_state)
+
+    def client_state(self) -> Mapping[str, Any]:
+        """What a snapshot that goes by ``every`` has as the client state. A program replaces this by its own function,
+        such as ``engine.ucp.client_state = lambda: {"data": order.state_dict()}``."""
+        return {}
+
     def hold(self) -> None:
         """Return once the save under way has copied what it needs, so that weights and optimizer states may be changed.
 
@@ -59,9 +78,18 @@ class EngineUcp:
         """
         if self.saver is not None:
             self.saver.hold()
+        if self.memory is not None:
+            self.memory.tier.hold()
+
+    def is_copying(self) -> bool:
+        """Whether `hold` would wait, or have the device wait."""
+        savers = (self.saver, None if self.memory is None else self.memory.tier.saver)
+        return any(saver is not None and saver.is_copying() for saver in savers)
 
     def wait(self) -> None:
         """Return once no save of this rank is under way in the background; raises what went wrong with the last one."""
+        if self.memory is not None:
+            self.memory.tier.wait()
         if self.saver is not None:
             self.saver.wait()
 
@@ -98,6 +126,8 @@ def bind(engine: Any, config: Config) -> None:
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save.format == "universal":
         engine.save_checkpoint = MethodType(save_checkpoint, engine)
+    if engine.ucp.memory is not None:
+        engine.ucp.memory.follow()
 
 
 def load_checkpoint(
@@ -126,17 +156,17 @@ def load_checkpoint(
     target = ranks.all_or_none(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
     )
+    place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     local = [g.names for g in target.groups]
     watch.timed("plan", lambda: target.place(config.choice()))
     # A pipeline's names are the whole model's on every stage; those of all stages tell more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
     found = ranks.from_first(
-        lambda: watch.timed("open", lambda: _open(load_dir, tag, config, names, live, config_of(engine.module)))
+        lambda: watch.timed("open", lambda: _open(place, tag, config, names, live, config_of(engine.module)))
     )
     if found is None:
-        if ranks.rank() == 0:
-            log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
+        _tell_of_nothing(load_dir)
         return None, None
     path, catalog = found
     wish = Wish(
@@ -146,20 +176,17 @@ def load_checkpoint(
         allow_missing=config.load.allow_missing,
         allow_unused=config.load.allow_unused,
     )
-    report = load(
-        catalog,
-        target,
-        wish,
-        path=path,
-        verify=config.load.verify,
-        read_once=config.load.read_once,
-        watch=watch,
-        prove=config.load.prove,
-    )
+    how = config.load.model_dump(include={"verify", "read_once", "prove"})
+    report = load(catalog, target, wish, path=path, watch=watch, **how)
     _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
     return _returned_path(path), _client_state(catalog)
+
+
+def _tell_of_nothing(load_dir: str) -> None:
+    if ranks.rank() == 0:
+        log.warning("%s: no checkpoint there; nothing was loaded (load_checkpoint returns None)", load_dir)
 
 
 def _tell_of(engine: Any, report: LoadReport, path: str) -> None:

@@ -46,10 +46,12 @@ def save_checkpoint(
     live = ranks.all_or_none(lambda: _live(engine))
     live.place(config.choice())
     source = ranks.all_or_none(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))
+    if engine.ucp.memory is not None:
+        engine.ucp.memory.name_after(save_dir)
     keep = None if config.save.keep_last is None else Keep(config.save.keep_last, config.save.keep_every)
     if engine.ucp.saver is not None:
         hold_updates(engine, engine.ucp.hold)
-        let_forward_go(engine, engine.ucp.saver.is_copying)
+        let_forward_go(engine, engine.ucp.is_copying)
         begun: bool = engine.ucp.saver.save(
             source, save_dir, name, latest=save_latest, timeout=config.save.timeout, keep=keep
         )

@@ -46,6 +46,15 @@ def all_or_none(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def gather(value: T) -> list[T]:
+    """What every rank says, by rank. Plain data. Collective."""
+    if not _many():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def from_first(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 only and give its result to every rank; an error there is raised everywhere."""
     if not _many():

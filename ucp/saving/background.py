@@ -50,8 +50,8 @@ class Saver:
     """One training state's saves in the background, at most one under way at a time.
 
     done: called, in the background, with the report of every save that was finished. memory: bytes of host memory for
-    the copies, at most. policy: what a save does that comes while one is under way: 'wait' for that, or 'skip' this
-    one with a warning.
+    the copies, at most; pool: another one than a bounded one of this process's own. policy: what a save does that comes
+    while one is under way: 'wait' for that, or 'skip' this one with a warning.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class Saver:
         *,
         memory: int = limits.STAGING_BYTES,
         policy: str = "wait",
+        pool: Pool | None = None,
     ) -> None:
         self._done = done
-        self._pool = Pool(memory)
+        self._pool = pool or Pool(memory)
         self._policy = policy
         self._writer: WriterProcess | None = None
         self._thread: threading.Thread | None = None
@@ -128,7 +129,8 @@ class Saver:
             session = ranks.from_first(
                 lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
             )
-        job = WriteJob(session, ranks.rank(), share, self._pool.nbytes, self._pool.window, timeout, dict(os.environ))
+        pool = self._pool
+        job = WriteJob(session, ranks.rank(), share, pool.nbytes, pool.window, timeout, dict(os.environ), copying.lease)
         # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying

@@ -23,6 +23,7 @@ from ucp.saving.source import Holding
 from ucp.storage import disk, locations, safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
+from ucp.storage.kept.files import Lease, of_run
 from ucp.storage.writeback import write_at, write_past_cache
 
 if TYPE_CHECKING:
@@ -162,6 +163,22 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
             raise DestinationError(f"{path}: the file system became full while {size} bytes were written") from error
         raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
     return ChunkDigests(size, bytes(table))
+
+
+def place_windows(
+    path: Path, windows: Iterable[tuple[int, memoryview]], lease: Lease, watch: Stopwatch
+) -> ChunkDigests:
+    """As `write_windows`, of windows of a keeper's memory, which becomes the file as it is."""
+    table = bytearray()
+    for _, window in windows:
+        with watch.of("digest"):
+            table += digest_chunks(window)
+    try:
+        with watch.of("write"):
+            of_run(lease.run).place(lease, str(path))
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be kept: {error.strerror or error}") from error
+    return ChunkDigests(lease.size, bytes(table))
 
 
 def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:

@@ -28,6 +28,7 @@ from ucp.geometry import numel
 from ucp.job.stopwatch import Stopwatch
 from ucp.saving.share import WrittenElements, elements
 from ucp.storage.dtypes import itemsize
+from ucp.storage.kept.files import Lease
 from ucp.storage.safetensors import FilePlan
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class Pool:
     """Host memory in windows of `WINDOW` bytes, kept from save to save; pinned where tensors come from a device.
 
     limit: bytes that it takes at most; at least one window there is. file: the descriptor of its memory. bytes: the
-    memory, flat, as a tensor of bytes that begins at a page, so that it can be written past the page cache.
+    memory, flat, as a tensor of bytes that begins at a page, so that it can be written past the page cache. lease:
+    where the memory is a keeper's, which holds all of the file then.
     """
+
+    lease: Lease | None = None
 
     def __init__(self, limit: int = limits.STAGING_BYTES) -> None:
         self.window = limits.SAVE_WINDOW_BYTES
@@ -77,7 +81,7 @@ class Pool:
         os.ftruncate(self.file, wanted)
         self.bytes = torch.frombuffer(mmap.mmap(self.file, wanted), dtype=torch.uint8)
         if pinned:
-            self._pinned = _pin(self, self.bytes)
+            self._pinned = pin(self, self.bytes)
 
 
 def _memory_file() -> int:
@@ -88,7 +92,7 @@ def _memory_file() -> int:
         return os.dup(stream.fileno())
 
 
-def _pin(owner: Pool, memory: torch.Tensor) -> weakref.finalize[Any, Any]:
+def pin(owner: Pool, memory: torch.Tensor) -> weakref.finalize[Any, Any]:
     """Pin memory for a device until the owner goes."""
     import torch
 
@@ -140,6 +144,7 @@ class Copying:
         in_host = sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_cuda)
         self._asks = self._device is not None and in_host <= pool.window
         pool.reserve(plan.size, pinned=self._device is not None)
+        self.lease = pool.lease
         self._step = min(limits.COPY_STEP_WINDOWS, max(pool.nbytes // pool.window // 4, 1)) * pool.window
         self._dense: tuple[_Run, torch.Tensor] | None = None  # what was made dense is kept while steps run through it
         self._launched = 0

@@ -16,6 +16,7 @@ training process decides what becomes of a save that is under way.
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import os
@@ -44,7 +45,8 @@ from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.adding import Adding
 from ucp.saving.commit import Session
-from ucp.saving.share import write_file, write_windows
+from ucp.saving.share import place_windows, write_file, write_windows
+from ucp.storage.kept.files import Lease, of_run
 
 log = logger(__name__)
 
@@ -69,7 +71,8 @@ class Share:
 class WriteJob:
     """One rank's part in one save. capacity: bytes of the shared memory, through which the file runs as through a ring;
     window: bytes handled at once. timeout: seconds that the first rank waits for the others. environment: variables
-    that are set by now, among them what remote file systems are told by."""
+    that are set by now, among them what remote file systems are told by. lease: of a keeper's memory, where the file
+    is filled in that, and stays."""
 
     session: Session
     rank: int
@@ -78,6 +81,7 @@ class WriteJob:
     window: int
     timeout: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    lease: Lease | None = None
 
 
 class WriterLost(SaveFailed):
@@ -85,14 +89,24 @@ class WriterLost(SaveFailed):
 
 
 def write(
-    session: Session, rank: int, share: Share, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch
+    session: Session,
+    rank: int,
+    share: Share,
+    windows: Iterator[tuple[int, memoryview]],
+    watch: Stopwatch,
+    lease: Lease | None = None,
 ) -> None:
     """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
 
-    windows: the bytes of the tensors' file, as for `write_windows`.
+    windows: the bytes of the tensors' file, as for `write_windows`. lease: of the memory that they lie in, where that
+    becomes the file.
     """
     adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
-    digests = {share.name: write_windows(session.path(share.name), adding.along(windows, watch), share.size, watch)}
+    passing, path = adding.along(windows, watch), session.path(share.name)
+    if lease is not None:
+        digests = {share.name: place_windows(path, passing, lease, watch)}
+    else:
+        digests = {share.name: write_windows(path, passing, share.size, watch)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
@@ -187,16 +201,13 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, parent, inbox), name="ucp-listen", daemon=True).start()
     logging.basicConfig(level=logging.INFO, handlers=[_Telling(pipe)], force=True)
-    ring = memoryview(b"")
     while True:
         job = inbox.get()
         if not isinstance(job, WriteJob):
             continue  # a word about a save that has failed here
-        if len(ring) != job.capacity:
-            ring = memoryview(mmap.mmap(memory, job.capacity))
         watch = Stopwatch()
         try:
-            nbytes = _perform(job, _windows(job, ring, pipe, inbox), watch)
+            nbytes = _perform(job, _windows(job, memory, pipe, inbox), watch)
         except Exception as error:  # noqa: BLE001 - it is told to the training process
             pipe.send(("failed", noted(error)))
         else:
@@ -236,7 +247,7 @@ def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: St
     """Write, and publish on the first rank, returning the bytes of all files; wait for that on the others."""
     os.environ.update(job.environment)
     try:
-        write(job.session, job.rank, job.share, windows, watch)
+        write(job.session, job.rank, job.share, windows, watch, job.lease)
     except Exception as error:
         if job.rank == 0:
             commit.condemn(job.session, error)
@@ -251,10 +262,17 @@ def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: St
         return 0
 
 
+@functools.lru_cache(1)
+def _ring(memory: int, capacity: int) -> memoryview:
+    """The pool's memory here; the same while the pool is."""
+    return memoryview(mmap.mmap(memory, capacity))
+
+
 def _windows(
-    job: WriteJob, ring: memoryview, pipe: Connection, inbox: queue.SimpleQueue[Any]
+    job: WriteJob, memory: int, pipe: Connection, inbox: queue.SimpleQueue[Any]
 ) -> Iterator[tuple[int, memoryview]]:
     """The file's bytes, as (offset, bytes), as they come into the memory. Raises what broke the copying."""
+    ring = _ring(memory, job.capacity) if job.lease is None else memoryview(of_run(job.lease.run).leased(job.lease))
     filled = 0
     size = job.share.size
     for at in range(0, size, job.window):

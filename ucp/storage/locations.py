@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from ucp import limits
 from ucp.errors import BadArgument
+from ucp.storage.kept import places
+from ucp.storage.kept.files import KeptPath, find
 
 T = TypeVar("T")
 
@@ -54,6 +56,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     text = str(path) if is_remote(path) else os.path.abspath(path)
     if not is_remote(text):
         return Path(text)
+    if text.startswith(places.SCHEME) and (found := find(text)) is not None:
+        return cast(Path, found)
     try:
         from upath import UPath
     except ImportError as error:
@@ -160,10 +164,11 @@ def read(path: str | os.PathLike[str]) -> bytes:
     return bytes(attempted(path, lambda: fs.cat_file(name)))
 
 
-def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes:
+def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes | memoryview:
     """The bytes ``[start, stop)`` of a remote file; fewer where it ends before. Raises OSError."""
     fs, name = _filesystem(path)
-    return bytes(attempted(path, lambda: fs.cat_file(name, start=start, end=stop)))
+    found: bytes | memoryview = attempted(path, lambda: fs.cat_file(name, start=start, end=stop))
+    return found
 
 
 def write(url: str | os.PathLike[str], raw: bytes) -> None:
@@ -224,12 +229,15 @@ def translated(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
     """``work``, again after a pause where it failed by what may pass. Raises OSError."""
-    # Imported late: only what lies behind a URL needs it.
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     def once() -> T:
         with translated(path):
             return work()
+
+    if isinstance(locate(path), KeptPath):  # no network between, so nothing that passes
+        return once()
+    # Imported late: only what lies behind a URL needs it.
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     attempts = Retrying(
         retry=retry_if_exception(_may_pass),

@@ -55,6 +55,11 @@ def load(path: str) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: the manifest cannot be read: {error.strerror or error}") from error
+    return parse(path, raw)
+
+
+def parse(path: str, raw: bytes) -> dict[str, Any]:
+    """As `load`, of a manifest's bytes."""
     framed = raw.startswith(_HEAD) and raw[_PREFIX - len(_TAIL) : _PREFIX] == _TAIL
     wanted = raw[len(_HEAD) : len(_HEAD) + 32]
     found = xxhash.xxh3_128_hexdigest(raw[_PREFIX:]).encode("ascii")

@@ -1,0 +1,248 @@
+"""What a keeper answers: one method for each request."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ucp import limits
+from ucp.formats.universal import manifest
+from ucp.memory.peers import Peers
+from ucp.memory.recovering import generation_of, recover, scrub
+from ucp.memory.shelf import Generation, KeptFile, Shelf
+from ucp.printable import logger
+from ucp.run_folder import LATEST
+from ucp.storage.kept.places import Note
+from ucp.storage.kept.wire import Frame
+
+log = logger(__name__)
+
+
+class Answers:
+    """heard: when somebody last asked, by the monotonic clock."""
+
+    def __init__(self, shelf: Shelf, peers: Peers, note: Note, end: Callable[[], None]) -> None:
+        self.shelf, self.peers, self._note, self._end = shelf, peers, note, end
+        self.heard = time.monotonic()
+        self._trainers: set[int] = set()
+        self._lock = threading.Lock()
+        self._job: Mapping[str, Any] = {}
+
+    def to(self, frame: Frame, far: bool) -> Frame:
+        """The answer. far: the question is another keeper's. Whatever goes wrong is an answer, too."""
+        op = str(frame.header.get("op", ""))
+        self.heard = time.monotonic()
+        answer = getattr(self, f"on_{op}", None)
+        if answer is None:
+            return Frame({"fault": f"a keeper has no answer to '{op[:40]}'", "errno": errno.EINVAL})
+        try:
+            fields = {key: value for key, value in frame.header.items() if key != "op"}
+            got = answer(body=frame.body, far=far, **fields)
+        except OSError as error:
+            return Frame({"fault": error.strerror or str(error), "errno": error.errno or errno.EIO})
+        except Exception as error:
+            log.exception("'%s' failed", op)
+            return Frame({"fault": f"{type(error).__name__}: {error}", "errno": errno.EIO})
+        return got if isinstance(got, Frame) else Frame(got or {})
+
+    def ask(self, node: str, op: str, body: Any = b"", **fields: Any) -> Frame:
+        """What a node's keeper answers, this one's included. Raises OSError."""
+        if node != self.shelf.node:
+            answer: Frame = self.peers.ask(node, op, body, **fields)
+            return answer
+        answer = self.to(Frame({"op": op, **fields}, body), True)
+        if "fault" in answer.header:
+            raise OSError(int(answer.header["errno"]), str(answer.header["fault"]))
+        return answer
+
+    def is_attended(self) -> bool:
+        """Whether a trainer that has come is alive."""
+        with self._lock:
+            self._trainers = {pid for pid in self._trainers if os.path.exists(f"/proc/{pid}")}
+            return bool(self._trainers)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def on_ping(self, **_: Any) -> dict[str, Any]:
+        return {"pid": os.getpid()}
+
+    def on_reach(self, **_: Any) -> dict[str, Any]:
+        """Which of the other keepers are not reached."""
+        return {"lost": self.peers.reach()}
+
+    def on_stat(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"found": self.shelf.stat(path)}
+
+    def on_names(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"names": self.shelf.names(path)}
+
+    def on_file(self, path: str, **_: Any) -> Frame:
+        """The descriptor of a file's memory, where it is here."""
+        entry = self.shelf.entries.get(path)
+        if entry is None or entry.holder != self.shelf.node or not entry.size:
+            return Frame({})
+        memory = self.shelf.memory(entry.memory)
+        return Frame({"size": entry.size, "memory": f"{os.getpid()}.{entry.memory}"}, file=memory.fd)
+
+    def on_read(self, path: str, start: int, stop: int, **_: Any) -> Frame:
+        """Bytes of a file, wherever it is."""
+        if stop - start > limits.KEEPER_BODY_BYTES or start < 0:
+            raise OSError(errno.EINVAL, f"{path}: {stop - start} bytes are too many to ask for at once")
+        small = self.shelf.small.get(path)
+        if small is not None:
+            return Frame({}, memoryview(small.body)[start:stop])
+        entry = self.shelf.entries.get(path)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if entry.holder != self.shelf.node:
+            return Frame({}, self.peers.ask(entry.holder, "read", path=path, start=start, stop=stop).body)
+        return Frame({}, self.shelf.memory(entry.memory).view[start : min(stop, entry.size)])
+
+    def on_put(self, path: str, body: Any, far: bool, when: int | None = None, **_: Any) -> None:
+        """A small file, which goes to all keepers."""
+        when = when or time.time_ns()
+        self.shelf.put(path, bytes(body), when)
+        if not far:
+            self.peers.tell("put", body, path=path, when=when)
+        if path.endswith(f"/{manifest.NAME}") and path.count("/") == 1:
+            self.committed(path.split("/")[0])
+
+    def committed(self, tag: str) -> None:
+        """A generation has become whole."""
+        found = self.shelf.generations[tag]
+        groups = tuple(map(tuple, self._job.get("groups", ())))
+        of = Generation(tag, found.save, found.when, groups, int(self._job.get("redundancy", 0)))
+        self.shelf.update(tag, found.save, of=of)
+        self.peers.part()
+
+    def on_store(self, path: str, body: Any, **_: Any) -> None:
+        """A new file of this node's own, of which the others are told."""
+        self._tell_of(self.shelf.store(path, body))
+
+    def on_place(self, path: str, rank: int, memory: int, lease: int, size: int, **_: Any) -> None:
+        self._tell_of(self.shelf.place(path, rank, memory, lease, size))
+
+    def on_entry(self, entry: Mapping[str, Any], **_: Any) -> None:
+        made = KeptFile(**entry)
+        with self.shelf.lock:
+            self.shelf.entries[made.path] = made
+
+    def _tell_of(self, entry: KeptFile) -> None:
+        self.peers.tell("entry", entry=vars(entry))
+
+    def on_remove(self, path: str, far: bool, **_: Any) -> None:
+        self.shelf.remove(path)
+        if not far:
+            self.peers.tell("remove", path=path)
+
+    # --- the job -----------------------------------------------------------------------------------------------------
+
+    def on_lease(self, rank: int, size: int, **_: Any) -> Frame:
+        """Memory for a rank's next snapshot, with its descriptor."""
+        number, lease = self.shelf.lease(rank, size)
+        name = f"{os.getpid()}.{number}"
+        return Frame({"memory": number, "lease": lease, "name": name}, file=self.shelf.memory(number).fd)
+
+    def on_leased(self, memory: int, lease: int, **_: Any) -> Frame:
+        """The same memory for another process of the rank's."""
+        return Frame({"name": f"{os.getpid()}.{memory}"}, file=self.shelf.leased(memory, lease).fd)
+
+    def on_come(self, pid: int, **_: Any) -> dict[str, Any]:
+        """A trainer's process has come."""
+        with self._lock:
+            self._trainers.add(pid)
+        return {"host": self._note.host, "port": self._note.port, "node": self._note.node, "domain": self._note.domain}
+
+    def on_go(self, pid: int, **_: Any) -> None:
+        """A trainer's process has ended normally: with the last one, this keeper does."""
+        with self._lock:
+            self._trainers.discard(pid)
+        if not self.is_attended():
+            self._end()
+
+    def on_leave(self, **_: Any) -> None:
+        """The run goes on without this node: end, unless a trainer is here."""
+        if not self.is_attended():
+            self._end()
+
+    def on_job(self, job: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        """A program has started, with these nodes: what another had under way is given up."""
+        self._job = job
+        self.shelf.keep = int(job["keep"])
+        self.shelf.limit = job["limit"]
+        self.peers.join(job["members"])
+        return {"void": self.shelf.give_up()}
+
+    def on_void(self, saves: list[str], **_: Any) -> None:
+        self.shelf.void(saves)
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def on_inventory(self, **_: Any) -> dict[str, Any]:
+        """What this keeper knows of generations and has of their files."""
+        with self.shelf.lock:
+            return {
+                "generations": [{**vars(one), "protected": sorted(one.protected)} for one in self.shelf.committed()],
+                "entries": [vars(e) for e in self.shelf.entries.values() if self.shelf.is_current(e)],
+                "known": self.peers.known,
+            }
+
+    def on_recover(self, **_: Any) -> dict[str, Any]:
+        """Make the newest generation that can be had whole, on all keepers, and forget newer ones."""
+        return recover(self)
+
+    def on_scrub(self, tag: str, files: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        """Which chunks of this keeper's files of a generation are not what their digests say."""
+        return {"bad": scrub(self.shelf, files)}
+
+    def on_settle(
+        self,
+        generation: Mapping[str, Any],
+        entries: list[Mapping[str, Any]],
+        known: list[Mapping[str, Any]],
+        body: Any,
+        **_: Any,
+    ) -> None:
+        """This generation is the one that counts: know its files and its manifest, and nothing newer."""
+        self.peers.learn(known)
+        made = generation_of(generation)
+        with self.shelf.lock:
+            for one in self.shelf.committed():
+                if one.when > made.when:
+                    self.shelf.remove(one.tag)
+            for entry in entries:
+                self.on_entry(entry)
+            self.shelf.put(f"{made.tag}/{manifest.NAME}", bytes(body), made.when)
+            self.shelf.generations[made.tag] = made
+            self.shelf.put(LATEST, made.tag.encode(), made.when)
+
+    def on_end(self, **_: Any) -> None:
+        """End now, whatever is held."""
+        self._end()
+
+    def on_status(self, **_: Any) -> dict[str, Any]:
+        with self.shelf.lock:
+            return {
+                "run": self._note.run,
+                "node": self._note.node,
+                "pid": os.getpid(),
+                "bytes": self.shelf.nbytes,
+                "trainers": sorted(self._trainers) if self.is_attended() else [],
+                "lost": self.peers.lost,
+                "generations": [
+                    {
+                        "tag": one.tag,
+                        "save": one.save,
+                        "when": one.when,
+                        "groups": one.groups,
+                        "redundancy": one.redundancy,
+                        "protected": one.is_protected,
+                        "bytes": sum(e.size for e in self.shelf.entries.values() if e.save == one.save),
+                    }
+                    for one in self.shelf.committed()
+                ],
+            }
