@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ucp
+import ucp.dcp
 from ucp.errors import UcpError
 from ucp.loading import proof
 from ucp.torchdist.dtensors import local_tensor
@@ -79,6 +82,43 @@ def load(layout: str, path: str, spoil: Callable[[dict[str, torch.Tensor]], None
     finally:
         StateDictTarget.apply = apply  # type: ignore[method-assign]
     return str(report.proof), None if report.proof is None else report.proof.tensors
+
+
+def dcp_load(
+    layout: str, path: str, spoil: Callable[[dict[str, torch.Tensor]], None] | None, members: list[int] | None = None
+) -> Any:
+    """What stock ``dcp.load`` proves, or raises on this rank. spoil: as of `load`, on rank 1. members: load in a
+    process group of these ranks alone."""
+    group = None if members is None else dist.new_group(members)
+    if members is not None and dist.get_rank() not in members:
+        return None
+    layout_of = laid_out if members is None else lambda _, whole: {"model": rows_of(whole, members)}
+    state = layout_of(layout, {name: torch.zeros_like(value) for name, value in values().items()})
+    reader = ucp.dcp.StorageReader(path)
+    apply = StateDictTarget.apply
+
+    def spoiled(self: StateDictTarget, loaded: Any) -> None:
+        apply(self, loaded)
+        if spoil is not None and dist.get_rank() == 1:
+            spoil({name: local_tensor(value) for name, value in state["model"].items()})
+
+    StateDictTarget.apply = spoiled  # type: ignore[method-assign]
+    try:
+        dcp.load(state, storage_reader=reader, process_group=group)
+    except CheckpointException as error:
+        return sorted(type(found[0]).__name__ for found in error.failures.values())
+    finally:
+        StateDictTarget.apply = apply  # type: ignore[method-assign]
+    assert reader.last_load is not None
+    assert reader.last_load.proof is not None
+    return reader.last_load.proof
+
+
+def rows_of(whole: dict[str, torch.Tensor], members: list[int]) -> dict[str, Any]:
+    """The values by rows on some of the ranks; a scalar on each."""
+    mesh = DeviceMesh("cpu", members)
+    placed = {n: [Shard(0)] if value.ndim else [Replicate()] for n, value in whole.items()}
+    return {n: distribute_tensor(value, mesh, placed[n]) for n, value in whole.items()}
 
 
 def differing_replicas(layout: str) -> str:

@@ -229,3 +229,23 @@ def test_a_replica_that_differs_is_found(ranks: RankPool, saved: Path) -> None:
             assert "'half' (param): ranks hold different values of it" in text, (layout, text)
     for text in ranks.run(jobs.differing_replicas, "replicas", world_size=2):
         assert text == "Mismatch: 'bias' (param) has no digest: ranks hold different values of the same elements"
+
+
+@pytest.mark.slow
+def test_stock_dcp_loads_are_proved_through_our_reader(ranks: RankPool, saved: Path) -> None:
+    for layout, world in LAYOUTS[1:]:
+        for found in ranks.run(jobs.dcp_load, layout, str(saved), None, world_size=world):
+            assert (found.tensors, found.complete) == (5, True), layout
+    for layout, world, fault in (("rows", 2, jobs.one_off), ("replicas", 3, jobs.replica_changed)):
+        for failures in ranks.run(jobs.dcp_load, layout, str(saved), fault, world_size=world):
+            assert failures == ["ProofFailed"] * world, layout
+
+
+@pytest.mark.slow
+def test_stock_dcp_in_a_group_of_some_ranks_proves_what_they_hold_whole(ranks: RankPool, saved: Path) -> None:
+    others, *found = ranks.run(jobs.dcp_load, "", str(saved), None, [1, 2], world_size=3)
+    assert others is None
+    for proof_ in found:
+        assert proof_.tensors == 1
+        assert sorted(proof_.unproved) == ["bias:param", "half:param", "odd:param", "w:param"]
+        assert set(proof_.unproved.values()) == {"other ranks hold the rest of it, and do not take part"}

@@ -20,6 +20,7 @@ from tests.engines.truth import same
 from tests.formats.dcp import states
 from ucp.errors import DestinationError, DigestMismatch
 from ucp.saving import share
+from ucp.torchdist.target import StateDictTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::FutureWarning")
 
@@ -52,8 +53,37 @@ OTHERS = ("epoch", "data", "train_state")
 def test_the_reader_finds_entries_whatever_their_names(source: Path, flat: bool) -> None:
     truth = model_and_optimizer(flat)
     loaded = states.blank(truth)
-    dcp.load(loaded, storage_reader=ucp.dcp.StorageReader(source))
+    reader = ucp.dcp.StorageReader(source)
+    dcp.load(loaded, storage_reader=reader)
     assert same(loaded, truth)
+    report = reader.last_load
+    assert report is not None
+    if (source / "ucp.json").exists():
+        assert report.proof is not None
+        assert (report.proof.tensors, report.proof.complete) == (report.tensors, True)
+    else:
+        assert report.proof is None
+    always = ucp.dcp.StorageReader(source, prove="always")
+    dcp.load(loaded, storage_reader=always)
+    assert always.last_load is not None
+    assert always.last_load.proof is not None
+    assert always.last_load.proof.complete
+
+
+def test_a_fault_after_a_stock_load_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ucp.save({"w": torch.arange(9.0)}, tmp_path / "saved")
+    apply = StateDictTarget.apply
+    loaded = {"w": torch.zeros(9)}
+
+    def spoiled(self: StateDictTarget, brought: Any) -> None:
+        apply(self, brought)
+        loaded["w"][3] += 1
+
+    monkeypatch.setattr(StateDictTarget, "apply", spoiled)
+    with pytest.raises(
+        CheckpointException, match=r"ProofFailed.*'w' \(param\): its values are not those that were saved"
+    ):
+        dcp.load(loaded, storage_reader=ucp.dcp.StorageReader(tmp_path / "saved"))
 
 
 def test_the_reader_without_a_state_dict(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ two makes all ranks refuse. Bytes that several ranks want may be read by one of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -101,8 +102,8 @@ def load(
     has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each byte
     that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster. watch:
     of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
-    (torch.distributed.checkpoint), and nothing is proved. prove: compare what is live afterwards with the checkpoint's
-    logical digests (`ucp.loading.proof.CHOICES`).
+    (torch.distributed.checkpoint), and of tensors that others hold parts of nothing is proved. prove: compare what is
+    live afterwards with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`).
 
     Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
     DamagedCheckpoint when files do, BadArgument for another ``read_once`` or ``prove``, Unsupported where the process
@@ -128,11 +129,8 @@ def load(
     brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
     loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
     watch.timed("apply", lambda: target.apply(loaded))
-    proved = None
-    if not alone:
-        proved = watch.timed(
-            "prove", lambda: _proved(catalog, target, what, prove, tensors, threads or reading_threads())
-        )
+    proving = _Proving(prove, threads or reading_threads(), alone)
+    proved = watch.timed("prove", lambda: _proved(catalog, target, what, tensors, proving))
     count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
     return LoadReport(
         count,
@@ -151,17 +149,23 @@ def load(
     )
 
 
+@dataclass(frozen=True)
+class _Proving:
+    """How a load is proved: arguments of `load`."""
+
+    choice: bool | str
+    threads: int
+    alone: bool
+
+
 def _proved(
-    catalog: Catalog,
-    target: Target,
-    what: LoadPlan,
-    choice: bool | str,
-    brought: Mapping[Entry, torch.Tensor],
-    threads: int,
+    catalog: Catalog, target: Target, what: LoadPlan, brought: Mapping[Entry, torch.Tensor], how: _Proving
 ) -> Proof | None:
-    with Files() as files:
+    with Files() as files, ranks.alone() if how.alone else nullcontext():
         reader = Reader(catalog, files)
-        return proof.prove(catalog, target, what, reader, choice, brought=brought, threads=threads)
+        return proof.prove(
+            catalog, target, what, reader, how.choice, brought=brought, threads=how.threads, alone=how.alone
+        )
 
 
 def _by_itself(work: Callable[[], T]) -> T:

@@ -128,11 +128,14 @@ def prove(
     *,
     brought: Mapping[Entry, torch.Tensor] | None = None,
     threads: int = 1,
+    alone: bool = False,
 ) -> Proof | None:
     """Compare what is live with the checkpoint; None where nothing is to be compared. Collective.
 
-    choice: one of `CHOICES`. brought: what was read, by which weights are proved that are kept rounded. Raises
-    ProofFailed on every rank, with the first tensors that differ, and what reading raises where files are read.
+    choice: one of `CHOICES`. brought: what was read, by which weights are proved that are kept rounded. alone: for a
+    rank that is in `ucp.job.ranks.alone`: tensors that it holds a part of stay without a proof.
+
+    Raises ProofFailed on every rank, with the first tensors that differ, and what reading raises where files are read.
     """
     if choice is False or (choice != ALWAYS and all(t.digest is None for t in catalog.tensors.values())):
         return None
@@ -150,6 +153,10 @@ def prove(
     of = f"step {catalog.training_state.global_steps}"
     if catalog.training_state.global_steps is None:
         of = "the checkpoint"
+    if alone:
+        for name, state, _ in [key for key, found in sums.items() if not _is_whole(catalog, key, found)]:
+            unproved[f"{name}:{state}"] = "other ranks hold the rest of it, and do not take part"
+        sums = {key: found for key, found in sums.items() if _is_whole(catalog, key, found)}
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
@@ -286,6 +293,11 @@ def _wanted(
         found = add_up({(t.name, t.state): [Part(digest, 0, rank)] for t, digest in zip(missing, mine, strict=True)})
         out.update({(t.name, t.state): found[t.name, t.state].digest for t in missing})
     return out
+
+
+def _is_whole(catalog: Catalog, key: Key, found: SumOverRanks) -> bool:
+    tensor = catalog.tensors.get((key[0], key[1]))
+    return tensor is None or found.elements >= numel(tensor.shape)
 
 
 def _judged(

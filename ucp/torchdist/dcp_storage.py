@@ -7,8 +7,9 @@
     dcp.save(state, storage_writer=ucp.dcp.StorageWriter("runs/step-1000"))     # and dcp.async_save
 
 Both follow DCP's protocol, in which ranks agree through DCP, so they work in any process group that it is given. What
-they can do is what `ucp.load` and `ucp.save` do, but for two things that are DCP's: a load that fails on one rank may
-have changed others, and of a plain tensor that ranks have each for themselves only one is saved.
+they can do is what `ucp.load` and `ucp.save` do, but for two things that are DCP's. In a process group of some of the
+job's ranks a load that fails on one may have changed others, and what they hold parts of is not proved. And of a plain
+tensor that ranks have each for themselves only one is saved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import io
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from ucp.errors import SaveFailed, Unsupported
 from ucp.formats.dcp import writer
 from ucp.formats.shared.roles import PARAM, VALUES, StateEntry
 from ucp.job import ranks
-from ucp.loading.load import load
+from ucp.loading.load import LoadReport, load
 from ucp.loading.match import Wish
 from ucp.loading.name_match import bare
 from ucp.loading.spec_names import config_of, under_spec
@@ -70,6 +72,13 @@ class StorageReader(dcp.StorageReader):
         transformers model's config has the spec's sizes.
     verify
         Check digests.
+    prove
+        As for `ucp.load`.
+
+    Attributes
+    ----------
+    last_load
+        The `LoadReport` of the last load on this rank.
     """
 
     def __init__(
@@ -78,10 +87,12 @@ class StorageReader(dcp.StorageReader):
         *,
         model: torch.nn.Module | None = None,
         verify: bool = True,
+        prove: bool | str = True,
         **opening: Any,
     ) -> None:
         self.checkpoint_id = os.fspath(path)
-        self._opening, self._verify = {"model_config": config_of(model), **opening}, verify
+        self.last_load: LoadReport | None = None
+        self._opening, self._verify, self._prove = {"model_config": config_of(model), **opening}, verify, prove
         self._live = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}
@@ -108,39 +119,69 @@ class StorageReader(dcp.StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+        """Tell every rank how many load."""
+        return [replace(plan, storage_data=_Ranks(len(plans))) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan names. Raises Mismatch where something does not fit; nothing of this rank is changed."""
+        """Fill what the plan names. Raises Mismatch where something does not fit; nothing of this rank is changed.
+
+        Where all ranks of the job load, they do so together, all or none of them.
+        """
         catalog = self._catalog
         if catalog is None:
             raise Unsupported("StorageReader.read_data was called before read_metadata")
+        # Another group of ranks than the whole job's is known to DCP alone, which makes them agree.
+        alone = not isinstance(plan.storage_data, _Ranks) or plan.storage_data.count != ranks.world_size()
+        with ranks.alone() if alone else nullcontext():
+            entries, target = ranks.all_or_none(lambda: self._target(plan, planner, catalog))
+        wish = Wish(partial=True)
+        report = load(
+            catalog, target, wish, path=self.checkpoint_id, verify=self._verify, alone=alone, prove=self._prove
+        )
+        self.last_load = report
+        if ranks.rank() == 0:
+            log.info("%s", report)
+        _commit(plan, planner, entries, target)
+        out: Future[None] = Future()
+        out.set_result(None)
+        return out
+
+    def _target(
+        self, plan: LoadPlan, planner: LoadPlanner, catalog: Catalog
+    ) -> tuple[dict[str, StateEntry], StateDictTarget]:
+        """The planner's state dict, and what of it the plan asks for."""
         entries = _entries(planner)
         # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) knows no values yet.
         blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
         entries.update({key: StateEntry(entries[key].path, None, self._objects[key]) for key in blind})
         asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
-        target = StateDictTarget(self.checkpoint_id, entries, catalog, only=asked, words=_WORDS)
-        # DCP makes the ranks agree, in a process group of its own.
-        load(catalog, target, Wish(partial=True), path=self.checkpoint_id, verify=self._verify, alone=True)
-        for item in plan.items:
-            key = item.dest_index.fqn
-            if item.type is LoadItemType.BYTE_IO:
-                # What belongs to the optimizer's implementation (foreach, fused) stays as it is.
-                value = target.values.get(key, entries[key].value)
-                stream = io.BytesIO()
-                torch.save(value, stream)
-                stream.seek(0)
-                planner.load_bytes(item, stream)
-            elif key in target.filled:
-                planner.commit_tensor(item, planner.resolve_tensor(item))
-        out: Future[None] = Future()
-        out.set_result(None)
-        return out
+        return entries, StateDictTarget(self.checkpoint_id, entries, catalog, only=asked, words=_WORDS)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return os.path.isdir(checkpoint_id)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """How many ranks load: what the coordinator adds to their plans."""
+
+    count: int
+
+
+def _commit(plan: LoadPlan, planner: LoadPlanner, entries: Mapping[str, StateEntry], target: StateDictTarget) -> None:
+    """Give the planner the values, and tell it of the tensors, which are filled."""
+    for item in plan.items:
+        key = item.dest_index.fqn
+        if item.type is LoadItemType.BYTE_IO:
+            # What belongs to the optimizer's implementation (foreach, fused) stays as it is.
+            value = target.values.get(key, entries[key].value)
+            stream = io.BytesIO()
+            torch.save(value, stream)
+            stream.seek(0)
+            planner.load_bytes(item, stream)
+        elif key in target.filled:
+            planner.commit_tensor(item, planner.resolve_tensor(item))
 
 
 _WORDS = StateDictWords(
