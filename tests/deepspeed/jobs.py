@@ -164,6 +164,20 @@ def version(found: str, allow: bool) -> str:
     return "" if hasattr(engine, "ucp") else "not bound"
 
 
+def lacking(owner: str, name: str, allow: bool) -> str:
+    """The refusal of an engine where DeepSpeed's ``owner`` ("module:class") has no ``name``; '' if it was made."""
+    import ucp.deepspeed  # noqa: F401 (keeps DeepSpeed's own initialize)
+    from tests.engines.zygote import resolve
+    from ucp.errors import Unsupported
+
+    delattr(resolve(owner), name)
+    try:
+        engine = build_target(Case(dp=2), {"allow_untested_version": allow})
+    except Unsupported as error:
+        return str(error)
+    return "" if hasattr(engine, "ucp") else "not bound"
+
+
 def bad_section(section: Any) -> str:
     """What ``initialize`` says of this "ucp" section."""
     import ucp.deepspeed

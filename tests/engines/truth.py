@@ -212,12 +212,19 @@ def _slots_of_stages_1_and_2(optimizer: Any, names: Any) -> Iterator[_Slot]:
                 raise ValueError(f"Muon's buffer of group {index} has {whole.numel()} elements instead of {offset}")
         yield from _slots_of_flat(
             optimizer.round_robin_bit16_groups[index],
-            optimizer.round_robin_bit16_offsets[index],
+            _offsets(optimizer, index),
             partition,
             dist.get_rank(group=optimizer.real_dp_process_group[index]),
             states,
             names,
         )
+
+
+def _offsets(optimizer: Any, index: int) -> list[int]:
+    """Where a group's parameters begin, by where the weights that the model computes with lie."""
+    flat = optimizer.bit16_groups_flat[index]
+    width = flat.element_size()
+    return [(p.data_ptr() - flat.data_ptr()) // width for p in optimizer.round_robin_bit16_groups[index]]
 
 
 def _slots_of_bf16_optimizer(optimizer: Any, names: Any) -> Iterator[_Slot]:
@@ -336,6 +343,9 @@ def _loss_scaler(engine: Any) -> dict[str, Any] | None:
     scaler = getattr(engine.optimizer, "loss_scale_config", None)
     if scaler is None:
         scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None and hasattr(engine.optimizer, "dynamic_loss_scale") and hasattr(engine.optimizer, "cur_iter"):
+        names = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter")  # stage 0 before DeepSpeed 0.18
+        return {name: getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name)}
     if scaler is None:
         return None
     return {"class": type(scaler).__name__, **{key: _plain(value) for key, value in vars(scaler).items()}}

@@ -13,6 +13,7 @@ Run as ``python -m tests.engines.zygote <read fd> <write fd>``; frames are an 8-
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -108,6 +109,7 @@ def run_rank(job: dict[str, Any], rank: int, listener: socket.socket) -> tuple[A
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(job["world_size"]),
             LOCAL_WORLD_SIZE=str(job["world_size"]),
+            LOCAL_SIZE=str(job["world_size"]),  # else DeepSpeed 0.15 asks numactl
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
         )
@@ -236,11 +238,12 @@ def warm_up() -> None:
         "deepspeed.runtime.zero.stage_1_and_2",
         "deepspeed.runtime.zero.stage3",
         "deepspeed.runtime.bf16_optimizer",
-        "deepspeed.runtime.superoffload.superoffload_stage3",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",  # since 0.17
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # since 0.18
         "torch._dynamo",
     ):
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     # DeepSpeed probes its native operators (compiler runs included) when it first joins a process group: once, here.

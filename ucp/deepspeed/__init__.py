@@ -16,7 +16,9 @@ from typing import Any
 
 try:
     import deepspeed
-except ImportError as error:  # pragma: no cover - depends on the environment
+except ModuleNotFoundError as error:  # pragma: no cover - depends on the environment
+    if error.name != "deepspeed":
+        raise
     raise ImportError(
         "ucp.deepspeed needs DeepSpeed, which is not installed: pip install 'universal-checkpoint[deepspeed]'"
     ) from error

@@ -10,7 +10,7 @@ from typing import Any
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
-from ucp.deepspeed.live import LiveEngine
+from ucp.deepspeed.live import LiveEngine, releases
 from ucp.deepspeed.live.state import samples_seen, warn_of_clipping
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
@@ -119,6 +119,7 @@ class EngineUcp:
 def bind(engine: Any, config: Config) -> None:
     """Replace this one engine's ``load_checkpoint``, and ``save_checkpoint`` where the config says so; no class and no
     other engine is touched."""
+    ranks.all_or_none(lambda: releases.require(engine))
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
-
+from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.errors import Mismatch, Unsupported
 
 # Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
-TESTED_VERSIONS = ("0.19.8",)
+TESTED_VERSIONS = ("0.15.4", "0.16.9", "0.17.6", "0.19.8")
 
 
 def check_version(allow_untested: bool) -> None:
     """Raise Unsupported for a DeepSpeed that the tests have not run."""
-    if deepspeed.__version__ not in TESTED_VERSIONS and not allow_untested:
+    if releases.installed() not in TESTED_VERSIONS and not allow_untested:
         raise Unsupported(
-            f"DeepSpeed {deepspeed.__version__} has not been tested with this project (tested: "
+            f"DeepSpeed {releases.installed()} has not been tested with this project (tested: "
             f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
         )
 

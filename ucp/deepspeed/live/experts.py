@@ -12,10 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 
+from ucp.deepspeed.live import releases
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.experts import Experts, expert_of, ordered
 from ucp.geometry import Blocks, compose, empty
@@ -31,17 +29,17 @@ class LiveExperts:
         self._group: dict[str, str] = {}  # a layer's list of experts, or a stack: the name of its process groups
         for name, layer in engine.module.named_modules() if engine.has_moe_layers else ():
             prefix = f"{name}." if name else ""
-            if isinstance(layer, MoE):
+            if releases.MOE.has(layer):
                 experts = f"{prefix}deepspeed_moe.experts.deepspeed_experts"
                 held[experts] = layer.num_local_experts
                 self._group[experts] = layer.expert_group_name
-            elif isinstance(layer, AutoEPMoELayer):
+            elif releases.AUTOEP.has(layer):
                 ranks = sorted(layer.expert_placement_descriptor["ranks"], key=lambda found: found["rank"])
                 for weight, _ in layer.experts.named_parameters():
                     stacks[f"{prefix}experts.{weight}"] = [list(found["experts"]) for found in ranks]
                     self._group[f"{prefix}experts.{weight}"] = layer.ep_group_name
         self._experts = Experts(held, stacks)
-        self.ep = max((groups._get_expert_parallel_world_size(group) for group in self._group.values()), default=1)
+        self.ep = max((_size(group) for group in self._group.values()), default=1)
 
     def lift(self, slot: Slot) -> Slot:
         """The slot with the whole model's names and shapes; one that holds no experts comes back as it is.
@@ -71,7 +69,7 @@ class LiveExperts:
 
     def _names(self, local: str) -> list[str]:
         group = self._group_of(local)
-        count = groups._get_expert_parallel_world_size(group) if group else 1
+        count = _size(group) if group else 1
         return [self._experts.name(local, rank) for rank in range(count)]
 
     def _group_of(self, local: str) -> str:
@@ -85,7 +83,7 @@ class LiveExperts:
         holders: list[tuple[int, ...]] = []
         for local, own, held_by in zip(slot.members, placement.blocks, placement.holders, strict=True):
             group = self._group_of(local.name)
-            mine = groups._get_expert_parallel_rank(group) if group else 0
+            mine = _groups()._get_expert_parallel_rank(group) if group else 0
             placed = self._experts.place(local.name, local.shape, mine)
             for name in dict.fromkeys(self._names(local.name)):
                 here = name == placed.name
@@ -99,6 +97,16 @@ def _inside(own: Blocks, outer: Blocks, local: Member, shape: Sequence[int]) -> 
     return compose(own, outer, local.shape, tuple(shape))[0]
 
 
+def _groups() -> Any:
+    """DeepSpeed's module of process groups."""
+    return releases.EXPERT_GROUPS.load()
+
+
+def _size(group: str) -> int:
+    """Over how many ranks experts are spread."""
+    return int(_groups()._get_expert_parallel_world_size(group))
+
+
 def _holders(group: str) -> tuple[int, ...]:
     """The global ranks that hold the same experts as this one."""
-    return tuple(torch.distributed.get_process_group_ranks(groups._get_expert_data_parallel_group(group)))
+    return tuple(torch.distributed.get_process_group_ranks(_groups()._get_expert_data_parallel_group(group)))

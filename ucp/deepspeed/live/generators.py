@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ucp.deepspeed.live import releases
 from ucp.job import generators
 
 
@@ -18,9 +19,7 @@ def capture(engine: Any) -> dict[str, Any]:
     """The present states, as plain values and numpy arrays."""
     found = generators.capture()
     if engine.device.type != "cpu":
-        from deepspeed.accelerator import get_accelerator
-
-        found["device"] = get_accelerator().get_rng_state().cpu().numpy().copy()
+        found["device"] = releases.accelerator().get_rng_state().cpu().numpy().copy()
     trackers = {name: state.cpu().numpy().copy() for name, state in _tracker().get_states().items()}
     return {**found, "trackers": trackers} if trackers else found
 
@@ -29,15 +28,11 @@ def restore(engine: Any, found: Mapping[str, Any]) -> None:
     """Set what `capture` returned on the same rank of a run with as many ranks."""
     generators.restore(found)
     if "device" in found and engine.device.type != "cpu":
-        from deepspeed.accelerator import get_accelerator
-
-        get_accelerator().set_rng_state(torch.from_numpy(np.array(found["device"], np.uint8)))
+        releases.accelerator().set_rng_state(torch.from_numpy(np.array(found["device"], np.uint8)))
     if "trackers" in found:
         _tracker().set_states({k: torch.from_numpy(np.array(v, np.uint8)) for k, v in found["trackers"].items()})
 
 
 def _tracker() -> Any:
     """Model parallelism's named generators (``runtime/activation_checkpointing/checkpointing.py``)."""
-    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
-
-    return get_cuda_rng_tracker()
+    return releases.GENERATORS.load().get_cuda_rng_tracker()

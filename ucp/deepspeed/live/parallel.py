@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
-
+from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Shape, compose, numel
@@ -111,12 +110,12 @@ class PlacedSlots:
 
 def layout_of(engine: Any) -> Layout:
     """The engine's mesh. Its data-parallel ranks include those of sequence parallelism, which hold the same."""
-    return Layout(
-        dp=engine.seq_dp_world_size,
-        tp=bwc_tensor_model_parallel_world_size(engine.mpu) if engine.mp_world_size > 1 else 1,
-        pp=bwc_pipeline_parallel_world_size(engine.mpu) if engine.mp_world_size > 1 else 1,
-        zero=engine.zero_optimization_stage(),
-    )
+    tp, pp = 1, 1
+    if engine.mp_world_size > 1:
+        mesh = releases.MESH.load()
+        tp = mesh.bwc_tensor_model_parallel_world_size(engine.mpu)
+        pp = mesh.bwc_pipeline_parallel_world_size(engine.mpu)
+    return Layout(dp=engine.seq_dp_world_size, tp=tp, pp=pp, zero=engine.zero_optimization_stage())
 
 
 def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[tuple[str, ...], ...]:
@@ -139,7 +138,7 @@ def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], cho
     Raises on every rank: SpecError and Mismatch where the spec does not fit, Unsupported where there is none.
     """
     layout = layout_of(engine)
-    stage, slice_ = divmod(engine.checkpoint_mp_rank, layout.tp)
+    stage, slice_ = divmod(releases.model_parallel_rank(engine), layout.tp)
     own = RankTensors(
         Coordinate(slice_, stage),
         {m.name: (m.shape, s.kind) for s in slots for m in s.members},
@@ -160,7 +159,7 @@ def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choi
         parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
-    section = "autotp" if engine.autotp_size() > 1 else "megatron"
+    section = "autotp" if releases.tensor_parallel_size(engine) > 1 else "megatron"
     found = find_placements(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
     if found is None:
         raise Unsupported(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
-from ucp.deepspeed.live import generators
+from ucp.deepspeed.live import generators, releases
 from ucp.deepspeed.live.state import samples_per_step, samples_seen
 from ucp.errors import Unsupported
 from ucp.geometry import empty
@@ -22,7 +22,7 @@ from ucp.storage.dtypes import itemsize
 
 log = logger(__name__)
 
-# A loss scaler's attributes at stage 0 (runtime/fp16/loss_scaler.py: LossScaleConfig), which has others too.
+# What is kept of the loss scale at stage 0, where its owner (`releases.loss_scale`) has other attributes, too.
 _STAGE0_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
@@ -152,14 +152,14 @@ def _options(group: Group) -> dict[str, Any]:
 
 def _loss_scaler(optimizer: Any) -> dict[str, Any] | None:
     """The loss scaler's attributes by DeepSpeed's names (``runtime/fp16/loss_scaler.py``), with 'dynamic'."""
-    scaler = getattr(optimizer, "loss_scaler", None)
-    if scaler is not None:
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
-    config = getattr(optimizer, "loss_scale_config", None)
-    if config is None:
+    kept = releases.loss_scale(optimizer)
+    if kept is None:
         return None
-    found = {k: getattr(config, k) for k in _STAGE0_SCALER if isinstance(getattr(config, k), (bool, int, float))}
-    return {"dynamic": bool(config.dynamic_loss_scale), **found}
+    if hasattr(kept, "dynamic"):
+        return {k: v for k, v in vars(kept).items() if isinstance(v, (bool, int, float))}
+    found = {k: getattr(kept, k, None) for k in _STAGE0_SCALER}
+    plain = {k: v for k, v in found.items() if isinstance(v, (bool, int, float))}
+    return {"dynamic": bool(kept.dynamic_loss_scale), **plain}
 
 
 def _config(engine: Any) -> dict[str, Any]:

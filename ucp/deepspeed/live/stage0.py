@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.ops.adam import FusedAdam
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
+from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import whole
@@ -31,7 +29,9 @@ class _Unit:
 class Stage0:
     @staticmethod
     def fits(optimizer: Any) -> bool:
-        return isinstance(optimizer, (FP16_UnfusedOptimizer, FP16_Optimizer, torch.optim.Optimizer))
+        return any(kind.has(optimizer) for kind in (releases.FUSED, releases.UNFUSED)) or isinstance(
+            optimizer, torch.optim.Optimizer
+        )
 
     def __init__(self, engine: Any) -> None:
         self._wrapper = engine.optimizer
@@ -42,12 +42,12 @@ class Stage0:
         self._keys: list[int] = []
 
     def _find(self) -> Iterator[_Unit]:
-        if isinstance(self._wrapper, FP16_Optimizer):
+        if releases.FUSED.has(self._wrapper):
             for g, (flat, params) in enumerate(
                 zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups, strict=True)
             ):
                 yield _Unit(g, flat, tuple(params))
-        elif isinstance(self._wrapper, FP16_UnfusedOptimizer):
+        elif releases.UNFUSED.has(self._wrapper):
             for g, (masters, params) in enumerate(
                 zip(self._wrapper.fp32_groups, self._wrapper.fp16_groups, strict=True)
             ):
@@ -61,7 +61,7 @@ class Stage0:
     def _common_steps(self) -> dict[int, Any]:
         """DeepSpeed's FusedAdam steps a group as one, and raises the count in its last parameter's state only."""
         steps: dict[int, Any] = {}
-        for unit in self._units if isinstance(self._inner, FusedAdam) else ():
+        for unit in self._units if releases.FUSED_ADAM.has(self._inner) else ():
             if "step" in (state := self._inner.state.get(unit.master, {})):
                 steps[unit.group] = max(steps.get(unit.group, 0), state["step"])
         return steps
@@ -116,10 +116,10 @@ class Stage0:
 
     def finish(self) -> None:
         """Round the masters into the model."""
-        if isinstance(self._wrapper, FP16_Optimizer):
+        if releases.FUSED.has(self._wrapper):
             for flat, low in zip(self._wrapper.fp32_groups_flat, self._wrapper.fp16_groups_flat, strict=True):
                 low.data.copy_(flat.data)
-        elif isinstance(self._wrapper, FP16_UnfusedOptimizer):
+        elif releases.UNFUSED.has(self._wrapper):
             for unit in self._units:
                 unit.params[0].data.copy_(unit.master.data)
 

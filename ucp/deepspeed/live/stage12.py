@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.base import check_groups, own_flat_partition, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
@@ -35,21 +34,21 @@ def whole_in_partition(members: Sequence[Member], holders: Sequence[tuple[int, .
 class Stage12:
     @staticmethod
     def fits(optimizer: Any) -> bool:
-        return isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer))
+        return releases.STAGE12.has(optimizer) or releases.BF16.has(optimizer)
 
     def __init__(self, engine: Any) -> None:
         self._zero = engine.optimizer
         self._names = engine.param_names
         self._inner: torch.optim.Optimizer = self._zero.optimizer
         self._keys: list[int] = []
-        if isinstance(self._zero, BF16_Optimizer):
+        if releases.BF16.has(self._zero):
             self._flats: Sequence[torch.Tensor] = self._zero.fp32_groups_flat_partition
             self._params: Sequence[Sequence[torch.nn.Parameter]] = self._zero.bf16_groups
-            self._offsets = [flat_offsets([p.numel() for p in g])[0] for g in self._params]
+            self._offsets: Sequence[Sequence[int]] = [flat_offsets([p.numel() for p in g])[0] for g in self._params]
         else:
             self._flats = self._zero.single_partition_of_fp32_groups
             self._params = self._zero.round_robin_bit16_groups
-            self._offsets = [list(o) for o in self._zero.round_robin_bit16_offsets]
+            self._offsets = [releases.offsets_in_flat(self._zero, g) for g in range(len(self._flats))]
         check_groups(self._inner, len(self._flats))
 
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
@@ -77,7 +76,7 @@ class Stage12:
     def _keeps_whole_momentum(self, g: int) -> bool:
         """Stages 1 and 2 without offload: Muon orthogonalises whole matrices, so every rank keeps the momentum of every
         matrix that its partition touches (``stage_1_and_2.py: _muon_momentum_buffer``)."""
-        stage12 = isinstance(self._zero, DeepSpeedZeroOptimizer) and not self._zero.cpu_offload
+        stage12 = releases.STAGE12.has(self._zero) and not self._zero.cpu_offload
         return stage12 and bool(self._inner.param_groups[g].get("use_muon"))
 
     def groups(self) -> list[Group]:

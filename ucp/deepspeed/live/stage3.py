@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.base import (
     check_groups,
     own_ceil_partition,
@@ -26,7 +26,7 @@ from ucp.storage.dtypes import from_torch
 class Stage3:
     @staticmethod
     def fits(optimizer: Any) -> bool:
-        return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+        return releases.STAGE3.has(optimizer)
 
     def __init__(self, engine: Any) -> None:
         self._zero = engine.optimizer

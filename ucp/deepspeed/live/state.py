@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import TrainingState
-from ucp.deepspeed.live import generators
+from ucp.deepspeed.live import generators, releases
 from ucp.errors import Mismatch
 from ucp.job import ranks
 from ucp.printable import logger
@@ -131,7 +131,7 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
 
 def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
     """fp16's dynamic loss scale goes on where it was; of a static one, which is configuration, the count."""
-    live = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+    live = releases.loss_scale(engine.optimizer)
     if live is None or saved is None:
         return
     live_dynamic = bool(getattr(live, "dynamic", getattr(live, "dynamic_loss_scale", False)))

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
+from ucp.deepspeed.live import releases
 from ucp.loading.target import Group, Loaded, Slot, Weights
 
 
 class WeightsOnly:
     @staticmethod
     def fits(optimizer: Any) -> bool:
-        return isinstance(optimizer, DeepSpeedZeRoOffload)
+        return releases.OFFLOAD.has(optimizer)
 
     def __init__(self, engine: Any) -> None:
         self._offload = engine.optimizer

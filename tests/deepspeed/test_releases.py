@@ -1,0 +1,94 @@
+"""What a release of DeepSpeed may lack is asked of it, in one place, and refused by name before training starts."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.deepspeed import jobs
+from tests.engines.pool import RankPool
+from ucp.deepspeed.live import releases
+from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
+from ucp.errors import Unsupported
+
+ROOM = Path(releases.__file__).parents[1]
+SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOM.rglob("*.py"))}
+
+# Which attribute of an adapter is DeepSpeed's optimizer, and what that has to have.
+ADAPTERS = {
+    "stage12.py": ("self._zero", (*releases.STAGE12.uses, *releases.BF16.uses)),
+    "stage3.py": ("self._zero", releases.STAGE3.uses),
+    "stage0.py": ("self._wrapper", (*releases.FUSED.uses, *releases.UNFUSED.uses)),
+    "weights.py": ("self._offload", releases.OFFLOAD.uses),
+}
+
+
+def attributes(tree: ast.Module, owner: str) -> set[str]:
+    """What is read or called of ``owner`` by its name; what is assigned to need not have been there."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == owner
+    }
+
+
+def test_nothing_of_deepspeed_but_its_package_is_imported_by_name() -> None:
+    found = [
+        f"{path.name}: {ast.unparse(node)}"
+        for path, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed")
+        or (isinstance(node, ast.Import) and any(alias.name.startswith("deepspeed.") for alias in node.names))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("file", ADAPTERS)
+def test_what_an_adapter_uses_is_asked_for(file: str) -> None:
+    owner, asked = ADAPTERS[file]
+    assert attributes(SOURCES[ROOM / "live" / file], owner) <= set(asked)
+
+
+def test_what_is_used_of_an_engine_is_asked_for() -> None:
+    used = set().union(
+        *(attributes(tree, owner) for tree in SOURCES.values() for owner in ("engine", "self.engine", "self._engine"))
+    )
+    own = {"ucp", "loaded_checkpoint_dp_world_size", "loaded_checkpoint_mp_world_size"}
+    # only where there is what they belong to, or with `getattr`-like care
+    guarded = {"random_ltd_scheduler", "autotp_size", "checkpoint_mp_rank"}
+    assert used - own - guarded <= set(releases.ENGINE)
+
+
+def test_a_missing_part_is_named() -> None:
+    with pytest.raises(Unsupported, match=r"DeepSpeed .* lacks the module 'deepspeed\.no_such'"):
+        releases.EngineModule("deepspeed.no_such", ()).load()
+    with pytest.raises(Unsupported, match=r"lacks 'deepspeed\.utils\.groups\.no_such'"):
+        releases.EngineModule("deepspeed.utils.groups", ("no_such",)).load()
+
+
+def test_nothing_is_an_instance_of_a_class_that_a_release_lacks() -> None:
+    assert not releases.EngineClass("deepspeed.no_such", "Optimizer").has(object())
+    assert not releases.EngineClass("deepspeed", "NoSuch").has(object())
+
+
+def test_a_refusal_names_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "installed", lambda: "0.13.0")
+    with pytest.raises(Unsupported, match=r"DeepSpeed 0\.13\.0 .*allow_untested_version") as refusal:
+        check_version(allow_untested=False)
+    assert all(version in str(refusal.value) for version in TESTED_VERSIONS)
+    check_version(allow_untested=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "_lazy_init_hp_params_optimizer_state"),
+        ("deepspeed.runtime.engine:DeepSpeedEngine", "_checkpoint_tag_validation"),
+    ],
+)
+def test_a_release_that_cannot_work_is_refused_when_the_engine_is_made(ranks: RankPool, owner: str, name: str) -> None:
+    for text in ranks.run(jobs.lacking, owner, name, True, world_size=2):
+        assert f"'{name}' of its {owner.split(':')[1]}" in text

@@ -1,0 +1,220 @@
+"""What the installed release of DeepSpeed has: the one place that knows how releases differ.
+
+Each difference is a capability with a name, asked of the package or of the engine itself and never of a version number,
+so that a release which nobody has tried yet answers for itself. A class is recognised without importing it: where its
+module has not been imported, nothing is an instance of it. What is needed and missing is refused by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ucp.errors import Unsupported
+from ucp.parallel.zero import flat_offsets
+
+
+@dataclass(frozen=True)
+class EngineClass:
+    """A class of DeepSpeed's, and the attributes of its instances that this room works with."""
+
+    module: str
+    name: str
+    uses: tuple[str, ...] = ()
+
+    def has(self, value: Any) -> bool:
+        """Whether this is an instance."""
+        kind = getattr(sys.modules.get(self.module), self.name, None)
+        return isinstance(kind, type) and isinstance(value, kind)
+
+
+@dataclass(frozen=True)
+class EngineModule:
+    """A module of DeepSpeed's, and the functions of it that are called."""
+
+    module: str
+    functions: tuple[str, ...]
+
+    def load(self) -> Any:
+        """The module. Raises Unsupported, by name, where the release lacks it or one of its functions."""
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            raise lacks(f"the module '{self.module}' ({error})") from error
+        for name in self.functions:
+            if not hasattr(module, name):
+                raise lacks(f"'{self.module}.{name}'")
+        return module
+
+
+_FLAT = ("optimizer", "real_dp_process_group", "update_lp_params", "_lazy_init_hp_params_optimizer_state")
+STAGE12 = EngineClass(
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "DeepSpeedZeroOptimizer",
+    (*_FLAT, "single_partition_of_fp32_groups", "round_robin_bit16_groups", "bit16_groups_flat", "cpu_offload"),
+)
+BF16 = EngineClass(
+    "deepspeed.runtime.bf16_optimizer", "BF16_Optimizer", (*_FLAT, "fp32_groups_flat_partition", "bf16_groups")
+)
+STAGE3 = EngineClass(
+    "deepspeed.runtime.zero.stage3",
+    "DeepSpeedZeroOptimizer_Stage3",
+    (
+        "optimizer",
+        "fp16_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+        "_unflatten_partitioned_parameters",
+    ),
+)
+OFFLOAD = EngineClass(
+    "deepspeed.runtime.zero.parameter_offload",
+    "DeepSpeedZeRoOffload",
+    ("partition_all_parameters", "persistent_parameters"),
+)
+FUSED = EngineClass(
+    "deepspeed.runtime.fp16.fused_optimizer",
+    "FP16_Optimizer",
+    ("optimizer", "fp16_groups", "fp16_groups_flat", "fp32_groups_flat"),
+)
+UNFUSED = EngineClass(
+    "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", ("optimizer", "fp16_groups", "fp32_groups")
+)
+FUSED_ADAM = EngineClass("deepspeed.ops.adam", "FusedAdam")
+MOE = EngineClass("deepspeed.moe.layer", "MoE", ("num_local_experts", "expert_group_name"))
+AUTOEP = EngineClass(
+    "deepspeed.module_inject.auto_ep_layer",
+    "AutoEPMoELayer",
+    ("expert_placement_descriptor", "ep_group_name", "experts"),
+)
+
+_OPTIMIZERS = (STAGE12, BF16, STAGE3, OFFLOAD, FUSED, UNFUSED)
+_LAYERS = (MOE, AUTOEP)
+
+MESH = EngineModule("deepspeed.utils.bwc", ("bwc_tensor_model_parallel_world_size", "bwc_pipeline_parallel_world_size"))
+EXPERT_GROUPS = EngineModule(
+    "deepspeed.utils.groups",
+    ("_get_expert_parallel_world_size", "_get_expert_parallel_rank", "_get_expert_data_parallel_group"),
+)
+GENERATORS = EngineModule("deepspeed.runtime.activation_checkpointing.checkpointing", ("get_cuda_rng_tracker",))
+ACCELERATOR = EngineModule("deepspeed.accelerator", ("get_accelerator",))
+
+# What is read of every engine, set or called.
+ENGINE = (
+    "_checkpoint_tag_validation",
+    "_config",
+    "curriculum_learning_enabled",
+    "device",
+    "global_samples",
+    "global_steps",
+    "gradient_accumulation_steps",
+    "has_moe_layers",
+    "load_checkpoint",
+    "lr_scheduler",
+    "micro_steps",
+    "module",
+    "mp_world_size",
+    "mpu",
+    "optimizer",
+    "param_names",
+    "random_ltd_enabled",
+    "save_checkpoint",
+    "seq_dp_world_size",
+    "sequence_parallel_size",
+    "skipped_steps",
+    "tput_timer",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "training_dataloader",
+    "use_node_local_storage",
+    "zero_optimization_partition_weights",
+    "zero_optimization_stage",
+)
+
+
+def installed() -> str:
+    """The installed release, as it calls itself."""
+    return str(getattr(sys.modules.get("deepspeed"), "__version__", "of an unknown version"))
+
+
+def lacks(what: str) -> Unsupported:
+    """The refusal of a release that has not got what is needed."""
+    return Unsupported(f"DeepSpeed {installed()} lacks {what}, which loads and saves need; install a tested release")
+
+
+def require(engine: Any) -> None:
+    """Raise Unsupported naming the first thing that this engine's loads and saves need and its release lacks."""
+    for what in _missing(engine):
+        raise lacks(what)
+    parts = [GENERATORS, ACCELERATOR]
+    parts += [MESH] if engine.mp_world_size > 1 else []
+    parts += [EXPERT_GROUPS] if engine.has_moe_layers else []
+    for part in parts:
+        part.load()
+
+
+def _missing(engine: Any) -> Iterator[str]:
+    owners: list[tuple[Any, str, Sequence[str]]] = [(engine, type(engine).__name__, ENGINE)]
+    owners += [
+        (engine.optimizer, kind.name, kind.uses) for kind in _OPTIMIZERS if kind.has(getattr(engine, "optimizer", None))
+    ]
+    for layer in engine.module.modules() if getattr(engine, "has_moe_layers", False) else ():
+        owners += [(layer, kind.name, kind.uses) for kind in _LAYERS if kind.has(layer)]
+    for owner, kind, names in owners:
+        for name in names:
+            if not hasattr(owner, name):
+                yield f"'{name}' of its {kind}"
+
+
+def tensor_parallel_size(engine: Any) -> int:
+    """Over how many ranks AutoTP cuts the model; 1 where the release has no AutoTP for training (before 0.16.4)."""
+    size = getattr(engine, "autotp_size", None)
+    return int(size()) if size is not None else 1
+
+
+def model_parallel_rank(engine: Any) -> int:
+    """This rank's number among those of tensor and pipeline parallelism, as its files have it."""
+    known = getattr(engine, "checkpoint_mp_rank", None)  # since 0.19
+    if known is not None:
+        return int(known)
+    return 0 if engine.mpu is None else int(engine.mpu.get_model_parallel_rank())
+
+
+def offsets_in_flat(zero: Any, group: int) -> Sequence[int]:
+    """Where each parameter of a group begins in the flat buffer of stages 1 and 2, in elements.
+
+    Releases with ``parameter_alignment`` (0.19) have a list of that; in earlier ones there is nothing between
+    parameters, and where the weights lie in the buffer has to agree.
+    """
+    known = getattr(zero, "round_robin_bit16_offsets", None)
+    if known is not None:
+        return list(known[group])
+    params = zero.round_robin_bit16_groups[group]
+    offsets = flat_offsets([p.numel() for p in params])[0]
+    flat = zero.bit16_groups_flat[group]
+    for param, offset in zip(params, offsets, strict=True):
+        if param.numel() and param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
+            raise lacks("'round_robin_bit16_offsets' of its DeepSpeedZeroOptimizer, and its weights lie otherwise")
+    return offsets
+
+
+def loss_scale(optimizer: Any) -> Any | None:
+    """What keeps the loss scale: a scaler, at stage 0 a LossScaleConfig (since 0.18) or, before, the optimizer itself;
+    None where there is none."""
+    for name in ("loss_scaler", "loss_scale_config"):
+        found = getattr(optimizer, name, None)
+        if found is not None:
+            return found
+    is_its_own = (FUSED.has(optimizer) or UNFUSED.has(optimizer)) and hasattr(optimizer, "cur_scale")
+    return optimizer if is_its_own else None
+
+
+def accelerator() -> Any:
+    """What DeepSpeed computes on."""
+    return ACCELERATOR.load().get_accelerator()
