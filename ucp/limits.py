@@ -124,6 +124,8 @@ KEEPER_START_SECONDS = 60.0
 KEEPER_LINGER_SECONDS = 24 * 3600.0
 KEEPER_WATCH_SECONDS = 5.0
 KEEPER_BACKLOG_COUNT = 128
+# Warnings that a keeper remembers.
+KEEPER_LINES_COUNT = 20
 # The first rank waits so long for the others' part in a snapshot: one that takes longer protects nobody.
 SNAPSHOT_TIMEOUT_SECONDS = 60.0
 

@@ -6,12 +6,14 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ucp import limits
+from ucp.errors import UcpError
 from ucp.formats.universal import manifest
 from ucp.memory.peers import Peers
+from ucp.memory.protecting import Outdated, protect
 from ucp.memory.recovering import generation_of, recover, scrub
 from ucp.memory.shelf import Generation, KeptFile, Shelf
 from ucp.printable import logger
@@ -25,8 +27,11 @@ log = logger(__name__)
 class Answers:
     """heard: when somebody last asked, by the monotonic clock."""
 
-    def __init__(self, shelf: Shelf, peers: Peers, note: Note, end: Callable[[], None]) -> None:
+    def __init__(
+        self, shelf: Shelf, peers: Peers, note: Note, end: Callable[[], None], said: Sequence[str] = ()
+    ) -> None:
         self.shelf, self.peers, self._note, self._end = shelf, peers, note, end
+        self._said = said
         self.heard = time.monotonic()
         self._trainers: set[int] = set()
         self._lock = threading.Lock()
@@ -82,7 +87,7 @@ class Answers:
 
     def on_file(self, path: str, **_: Any) -> Frame:
         """The descriptor of a file's memory, where it is here."""
-        entry = self.shelf.entries.get(path)
+        entry = self.shelf.files.get(path)
         if entry is None or entry.holder != self.shelf.node or not entry.size:
             return Frame({})
         memory = self.shelf.memory(entry.memory)
@@ -95,7 +100,7 @@ class Answers:
         small = self.shelf.small.get(path)
         if small is not None:
             return Frame({}, memoryview(small.body)[start:stop])
-        entry = self.shelf.entries.get(path)
+        entry = self.shelf.files.get(path)
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if entry.holder != self.shelf.node:
@@ -112,12 +117,34 @@ class Answers:
             self.committed(path.split("/")[0])
 
     def committed(self, tag: str) -> None:
-        """A generation has become whole."""
+        """A generation has become whole: protect it, beside what else is asked."""
         found = self.shelf.generations[tag]
         groups = tuple(map(tuple, self._job.get("groups", ())))
         of = Generation(tag, found.save, found.when, groups, int(self._job.get("redundancy", 0)))
         self.shelf.update(tag, found.save, of=of)
         self.peers.part()
+        if of.redundancy:
+            threading.Thread(target=self._protect, args=(of,), daemon=True).start()
+
+    def _protect(self, of: Generation) -> None:
+        try:
+            protect(self, of, self._job.get("network"))
+        except Outdated:
+            log.debug("%s: another generation came before it was protected", of.tag)
+        except (OSError, UcpError) as error:
+            log.warning("%s: is not protected: %s", of.tag, error)
+        except Exception:
+            log.exception("%s: is not protected", of.tag)
+
+    def _await_protection(self) -> None:
+        """What is newest is protected before the next generation takes the place of the one before it; not where a node
+        that is needed for that is lost."""
+        deadline = time.monotonic() + limits.SNAPSHOT_TIMEOUT_SECONDS
+        while time.monotonic() < deadline and not self.peers.lost:
+            newest = self.shelf.committed()[:1]
+            if not newest or newest[0].is_protected or not newest[0].can_be_protected:
+                return
+            time.sleep(limits.RECEIPT_POLL_SECONDS[0])
 
     def on_store(self, path: str, body: Any, **_: Any) -> None:
         """A new file of this node's own, of which the others are told."""
@@ -129,7 +156,7 @@ class Answers:
     def on_entry(self, entry: Mapping[str, Any], **_: Any) -> None:
         made = KeptFile(**entry)
         with self.shelf.lock:
-            self.shelf.entries[made.path] = made
+            self.shelf.files[made.path] = made
 
     def _tell_of(self, entry: KeptFile) -> None:
         self.peers.tell("entry", entry=vars(entry))
@@ -143,6 +170,7 @@ class Answers:
 
     def on_lease(self, rank: int, size: int, **_: Any) -> Frame:
         """Memory for a rank's next snapshot, with its descriptor."""
+        self._await_protection()
         number, lease = self.shelf.lease(rank, size)
         name = f"{os.getpid()}.{number}"
         return Frame({"memory": number, "lease": lease, "name": name}, file=self.shelf.memory(number).fd)
@@ -177,9 +205,6 @@ class Answers:
         self.peers.join(job["members"])
         return {"void": self.shelf.give_up()}
 
-    def on_void(self, saves: list[str], **_: Any) -> None:
-        self.shelf.void(saves)
-
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def on_inventory(self, **_: Any) -> dict[str, Any]:
@@ -187,7 +212,7 @@ class Answers:
         with self.shelf.lock:
             return {
                 "generations": [{**vars(one), "protected": sorted(one.protected)} for one in self.shelf.committed()],
-                "entries": [vars(e) for e in self.shelf.entries.values() if self.shelf.is_current(e)],
+                "files": [vars(file) for file in self.shelf.files.values()],
                 "known": self.peers.known,
             }
 
@@ -195,29 +220,48 @@ class Answers:
         """Make the newest generation that can be had whole, on all keepers, and forget newer ones."""
         return recover(self)
 
-    def on_scrub(self, tag: str, files: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        """Which chunks of this keeper's files of a generation are not what their digests say."""
-        return {"bad": scrub(self.shelf, files)}
+    def on_scrub(self, save: str, files: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        """What of this keeper's files and parity of a save is not what its digests say."""
+        return scrub(self.shelf, save, files)
 
-    def on_settle(
+    def on_parity(self, save: str, start: int, stop: int, **_: Any) -> Frame:
+        """Bytes of this node's parity of a save."""
+        with self.shelf.lock:
+            return Frame({}, self.shelf.memory(self.shelf.parities[save].memory).view[start:stop])
+
+    def on_protected(self, tag: str, save: str, whose: str, **_: Any) -> None:
+        """A node's parity of a generation is in."""
+        self.shelf.update(tag, save, protected=whose)
+
+    def on_adopt(self, path: str, origin: str, body: Any, **_: Any) -> dict[str, Any]:
+        """Hold a file of a node that is lost."""
+        return {"memory": self.shelf.store(path, body, origin).memory}
+
+    def on_repair(self, path: str, at: int, body: Any, **_: Any) -> None:
+        """Put bytes of a file right."""
+        with self.shelf.lock:
+            self.shelf.memory(self.shelf.files[path].memory).write(at, body)
+
+    def on_know(
         self,
         generation: Mapping[str, Any],
-        entries: list[Mapping[str, Any]],
+        files: list[Mapping[str, Any]],
         known: list[Mapping[str, Any]],
         body: Any,
         **_: Any,
     ) -> None:
-        """This generation is the one that counts: know its files and its manifest, and nothing newer."""
+        """There is this generation, of these files."""
         self.peers.learn(known)
+        self.shelf.know(generation_of(generation), [KeptFile(**file) for file in files], bytes(body))
+
+    def on_settle(self, generation: Mapping[str, Any], **fields: Any) -> None:
+        """This generation is the one that counts: nothing newer is left."""
         made = generation_of(generation)
         with self.shelf.lock:
             for one in self.shelf.committed():
                 if one.when > made.when:
                     self.shelf.remove(one.tag)
-            for entry in entries:
-                self.on_entry(entry)
-            self.shelf.put(f"{made.tag}/{manifest.NAME}", bytes(body), made.when)
-            self.shelf.generations[made.tag] = made
+            self.on_know(generation=generation, **fields)
             self.shelf.put(LATEST, made.tag.encode(), made.when)
 
     def on_end(self, **_: Any) -> None:
@@ -233,6 +277,7 @@ class Answers:
                 "bytes": self.shelf.nbytes,
                 "trainers": sorted(self._trainers) if self.is_attended() else [],
                 "lost": self.peers.lost,
+                "said": list(self._said),
                 "generations": [
                     {
                         "tag": one.tag,
@@ -241,7 +286,7 @@ class Answers:
                         "groups": one.groups,
                         "redundancy": one.redundancy,
                         "protected": one.is_protected,
-                        "bytes": sum(e.size for e in self.shelf.entries.values() if e.save == one.save),
+                        "bytes": sum(e.size for e in self.shelf.files.values() if e.save == one.save),
                     }
                     for one in self.shelf.committed()
                 ],

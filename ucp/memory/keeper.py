@@ -14,10 +14,10 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ log = logger(__name__)
 class Server:
     """The sockets of one keeper. note: what is left for those who look for it."""
 
-    def __init__(self, run: str, node: str, domain: str, host: str, token: str) -> None:
+    def __init__(self, run: str, node: str, domain: str, host: str, token: str, said: Sequence[str] = ()) -> None:
         self._folder = places.folder()
         path = str(self._folder / f"{places.stem(run, node)}.sock")
         with suppress(FileNotFoundError):
@@ -53,7 +53,7 @@ class Server:
         self._far = socket.create_server((host, 0), backlog=limits.KEEPER_BACKLOG_COUNT)
         port = self._far.getsockname()[1]
         self.note = Note(run, node, domain, os.getpid(), host, port, token, path)
-        self.answers = Answers(Shelf(node), Peers(run, node, token), self.note, self.end)
+        self.answers = Answers(Shelf(node), Peers(run, node, token), self.note, self.end, said)
         self._ended = threading.Event()
         self._left: Path | None = None
 
@@ -107,6 +107,17 @@ class Server:
         return hello.get("run") == self.note.run and hmac.compare_digest(str(hello.get("proof", "")), proof)
 
 
+class Said(logging.Handler):
+    """The last warnings: a keeper has no terminal, and tells them with its status."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=limits.KEEPER_LINES_COUNT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{time.strftime('%H:%M:%S')} {self.format(record)}")
+
+
 def main(run: str, node: str, domain: str, host: str, token: str) -> None:
     """The process's program: becomes a daemon, says over standard output that it is there, and serves."""
     if os.fork():
@@ -117,9 +128,10 @@ def main(run: str, node: str, domain: str, host: str, token: str) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    said = Said()
+    logging.basicConfig(level=logging.WARNING, handlers=[said], force=True)
     try:
-        server = Server(run, node, domain, host, token)
+        server = Server(run, node, domain, host, token, said.lines)
     except BaseException as error:
         os.write(1, f"failed: {error}\n".encode())
         raise

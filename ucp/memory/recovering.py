@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.universal import manifest
-from ucp.memory.peers import Peers
+from ucp.memory.asking import Keeper
+from ucp.memory.rebuilding import Damage, Unrecoverable, rebuild
 from ucp.memory.shelf import Generation, KeptFile, Shelf
 from ucp.printable import logger
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
-from ucp.storage.kept.wire import Frame
 
 log = logger(__name__)
 
 
-class Keeper(Protocol):
-    """What recovery needs of the keeper that it runs in."""
-
-    shelf: Shelf
-    peers: Peers
-
-    def ask(self, node: str, op: str, body: Any = b"", **fields: Any) -> Frame: ...
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A generation, and who has what of it. entries: by path; nodes: those that have its manifest."""
+    """A generation, and who has what of it. files: by path; nodes: those that have its manifest."""
 
     generation: Generation
-    entries: dict[str, KeptFile] = field(default_factory=dict)
+    files: dict[str, KeptFile] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
-
-
-class Unrecoverable(Exception):
-    """Why a generation cannot be had."""
 
 
 def recover(keeper: Keeper) -> dict[str, Any]:
@@ -58,6 +45,7 @@ def recover(keeper: Keeper) -> dict[str, Any]:
 def candidates(keeper: Keeper) -> list[Candidate]:
     """What the keepers that answer have, newest first."""
     found: dict[tuple[str, str], Candidate] = {}
+    files: dict[str, KeptFile] = {}
     left = [keeper.shelf.node, *keeper.peers.nodes, *(one.node for one in keeper.peers.former)]
     while left:
         node = left.pop(0)
@@ -71,57 +59,79 @@ def candidates(keeper: Keeper) -> list[Candidate]:
             made = generation_of(raw)
             one = found.setdefault((made.tag, made.save), Candidate(made))
             one.nodes.append(node)
-            found[made.tag, made.save] = Candidate(_joined(one.generation, made), one.entries, one.nodes)
-        for entry in (KeptFile(**raw) for raw in told["entries"]):
-            known = found[entry.tag, entry.save].entries
+            found[made.tag, made.save] = Candidate(_joined(one.generation, made), one.files, one.nodes)
+        for file in (KeptFile(**raw) for raw in told["files"]):
             # Who has a file knows best; of one that is lost, all know whose it was.
-            if entry.holder == node or entry.path not in known:
-                known[entry.path] = entry
+            if file.holder == node or file.path not in files:
+                files[file.path] = file
+    for file in files.values():
+        if (file.tag, file.save) in found:
+            found[file.tag, file.save].files[file.path] = file
     return sorted(found.values(), key=lambda one: one.generation.when, reverse=True)
 
 
 def _make_whole(keeper: Keeper, one: Candidate) -> dict[str, Any]:
     body = _manifest(keeper, one)
-    files = digests_of(one.generation.tag, body)
-    there = {keeper.shelf.node, *(one["node"] for one in keeper.peers.known)} - set(keeper.peers.lost)
-    unknown = sorted(set(files) - set(one.entries))
+    digests = digests_of(one.generation.tag, body)
+    unknown = sorted(set(digests) - set(one.files))
     if unknown:
         raise Unrecoverable(f"nobody knows of {unknown[0]} and {len(unknown) - 1} more of its files")
-    lost = sorted({e.origin for path, e in one.entries.items() if path in files and not _held(keeper, e, there)})
-    if lost:
-        raise Unrecoverable(f"it needs node '{lost[0]}', whose keeper is gone, and {len(lost) - 1} more")
-    for node in sorted({one.entries[path].holder for path in files}):
-        mine = {path: digests.text for path, digests in files.items() if one.entries[path].holder == node}
-        bad = keeper.ask(node, "scrub", tag=one.generation.tag, files=mine).header["bad"]
-        if bad:
-            path, chunks = next(iter(bad.items()))
-            raise Unrecoverable(f"chunk {chunks[0]} of {path} is damaged on node '{node}', and nothing protects it")
-    settle(keeper, one, body)
-    return {"rebuilt": [], "repaired": 0}
+    damage = _damage(keeper, one, digests)
+    lost = sorted({one.files[path].origin for path in damage.lost})
+    if lost or damage.bad:
+        _tell(keeper, one, body, "know")
+        moved = rebuild(keeper, one.generation, {p: one.files[p] for p in digests}, digests, damage)
+        one.files.update({file.path: file for file in moved})
+    _tell(keeper, one, body, "settle")
+    return {"rebuilt": lost, "repaired": sum(map(len, damage.bad.values()))}
 
 
-def settle(keeper: Keeper, one: Candidate, body: bytes) -> None:
-    """Have every keeper know of the generation, and of none newer."""
+def _damage(keeper: Keeper, one: Candidate, digests: Mapping[str, ChunkDigests]) -> Damage:
+    """What is lost with a node, or is not what its digest says."""
+    damage = Damage()
+    there = {keeper.shelf.node, *(n["node"] for n in keeper.peers.known)} - set(keeper.peers.lost)
+    damage.lost.extend(path for path in digests if one.files[path].holder not in there)
+    for node in sorted(there):
+        mine = {path: table.text for path, table in digests.items() if one.files[path].holder == node}
+        told = keeper.ask(node, "scrub", save=one.generation.save, files=mine).header
+        damage.lost.extend(told["missing"])
+        damage.bad.update(told["bad"])
+        damage.parity[node] = told["parity"]
+    return damage
+
+
+def _tell(keeper: Keeper, one: Candidate, body: bytes, op: str) -> None:
+    """Have every keeper know of the generation; with 'settle', of none newer."""
     said = {**vars(one.generation), "protected": sorted(one.generation.protected)}
-    entries = [vars(entry) for entry in one.entries.values()]
-    for node in sorted({keeper.shelf.node, *(one["node"] for one in keeper.peers.known)}):
-        if node not in keeper.peers.lost:
-            keeper.ask(node, "settle", body, generation=said, entries=entries, known=keeper.peers.known)
+    files = [vars(file) for file in one.files.values()]
+    for node in sorted({keeper.shelf.node, *(n["node"] for n in keeper.peers.known)} - set(keeper.peers.lost)):
+        keeper.ask(node, op, body, generation=said, files=files, known=keeper.peers.known)
 
 
-def scrub(shelf: Shelf, files: Mapping[str, str]) -> dict[str, list[int]]:
-    """The damaged chunks of files that are here. files: their digests' tables, in text."""
-    bad = {}
+def scrub(shelf: Shelf, save: str, files: Mapping[str, str]) -> dict[str, Any]:
+    """What of a save's files here is missing, which of their chunks are damaged, and which of this node's parity are.
+
+    files: their digests' tables, in text. The parity's chunks are None where there is no parity.
+    """
+    bad, missing = {}, []
     for path, text in files.items():
         with shelf.lock:
-            entry = shelf.entries[path]
-            memory = shelf.memory(entry.memory)
-        wanted = ChunkDigests.from_text(entry.size, text)
-        found = digest_chunks(memory.view[: entry.size])
-        if found != wanted.table:
-            there = ChunkDigests(entry.size, found)
-            bad[path] = [k for k in range(-(-entry.size // CHUNK)) if there[k] != wanted[k]]
-    return bad
+            file = shelf.files.get(path)
+            view = None if file is None or file.holder != shelf.node else shelf.memory(file.memory).view[: file.size]
+        if file is None or view is None:
+            missing.append(path)
+        elif chunks := _differing(view, ChunkDigests.from_text(file.size, text)):
+            bad[path] = chunks
+    with shelf.lock:
+        kept = shelf.parities.get(save)
+        memory = None if kept is None else shelf.memory(kept.memory).view
+    parity = None if kept is None or memory is None else _differing(memory, ChunkDigests(len(memory), kept.table))
+    return {"bad": bad, "missing": missing, "parity": parity}
+
+
+def _differing(view: memoryview, wanted: ChunkDigests) -> list[int]:
+    found = ChunkDigests(wanted.size, digest_chunks(view))
+    return [k for k in range(-(-wanted.size // CHUNK)) if found[k] != wanted[k]] if found != wanted else []
 
 
 def digests_of(tag: str, body: bytes) -> dict[str, ChunkDigests]:
@@ -146,10 +156,6 @@ def generation_of(raw: Mapping[str, Any]) -> Generation:
 
 def _joined(one: Generation, other: Generation) -> Generation:
     return Generation(one.tag, one.save, one.when, one.groups, one.redundancy, one.protected | other.protected)
-
-
-def _held(keeper: Keeper, entry: KeptFile, there: set[str]) -> bool:
-    return entry.holder in there
 
 
 def _manifest(keeper: Keeper, one: Candidate) -> bytes:

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ucp.formats.universal import manifest
@@ -59,9 +59,26 @@ class Generation:
     protected: frozenset[str] = frozenset()
 
     @property
+    def can_be_protected(self) -> bool:
+        """Whether any of its nodes has others that protect it."""
+        return bool(self._members)
+
+    @property
     def is_protected(self) -> bool:
-        members = {name for group in self.groups if len(group) > 1 for name in group}
-        return bool(members) and self.redundancy > 0 and members <= self.protected
+        """Whether the parity of all nodes that protect others is in."""
+        return bool(self._members) and self._members <= self.protected
+
+    @property
+    def _members(self) -> set[str]:
+        return {name for group in self.groups if 0 < self.redundancy < len(group) for name in group}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """memory: its number; table: the digests of its chunks."""
+
+    memory: int
+    table: bytes
 
 
 @dataclass
@@ -81,8 +98,9 @@ class Shelf:
     keep: int = 2
     limit: int | None = None
     small: dict[str, Small] = field(default_factory=dict)
-    entries: dict[str, KeptFile] = field(default_factory=dict)
+    files: dict[str, KeptFile] = field(default_factory=dict)
     generations: dict[str, Generation] = field(default_factory=dict)
+    parities: dict[str, Parity] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     _memories: dict[int, SharedMemory] = field(default_factory=dict)
     _slots: dict[int, list[int]] = field(default_factory=dict)
@@ -128,7 +146,7 @@ class Shelf:
         """Memory for the rank's next snapshot, and the lease's number; generations that lay in it are dropped."""
         with self.lock:
             kept = {one.tag for one in self.committed()[: max(self.keep - 1, 1)]}
-            busy = {e.memory for e in self.entries.values() if e.tag in kept and self.is_current(e)}
+            busy = {e.memory for e in self.files.values() if e.tag in kept and self.is_current(e)}
             slots = self._slots.setdefault(rank, [])
             free = [number for number in slots if number not in busy]
             for number in free:
@@ -157,7 +175,7 @@ class Shelf:
             self._refuse_void(path)
             self.leased(number, lease)
             made = KeptFile(path, size, self.node, self.node, number, time.time_ns())
-            self.entries[path] = made
+            self.files[path] = made
             return made
 
     def store(self, path: str, body: bytes | memoryview, origin: str | None = None) -> KeptFile:
@@ -167,7 +185,7 @@ class Shelf:
             number = self.take(len(body))
             self._memories[number].write(0, body)
             made = KeptFile(path, len(body), origin or self.node, self.node, number, time.time_ns())
-            self.entries[path] = made
+            self.files[path] = made
             return made
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -177,7 +195,7 @@ class Shelf:
         with self.lock:
             self._refuse_void(path)
             if path.endswith(f"/{manifest.NAME}") and path.count("/") == 1:
-                saves = {e.save for e in self.entries.values() if path == f"{e.tag}/{manifest.NAME}" and e.save}
+                saves = {e.save for e in self.files.values() if path == f"{e.tag}/{manifest.NAME}" and e.save}
                 named = {save for save in saves | self._void if f'"{save}/'.encode() in body}
                 if named & self._void or not named:
                     raise OSError(errno.ESTALE, f"{path}: its save was given up, or has no files here")
@@ -199,7 +217,7 @@ class Shelf:
         with self.lock:
             if (small := self.small.get(path)) is not None:
                 return {"type": "file", "size": len(small.body), "mtime": small.when / 1e9}
-            if (entry := self.entries.get(path)) is not None:
+            if (entry := self.files.get(path)) is not None:
                 return {"type": "file", "size": entry.size, "mtime": entry.when / 1e9}
             if not path or any(True for _ in self._below(path)):
                 return {"type": "directory", "size": 0}
@@ -214,33 +232,57 @@ class Shelf:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             return found
 
+    def is_newest(self, one: Generation) -> bool:
+        """Whether no other generation has come after this one, and it is still there."""
+        with self.lock:
+            newest = self.committed()[:1]
+            return bool(newest) and (newest[0].tag, newest[0].save) == (one.tag, one.save)
+
+    def keep_parity(self, of: Generation, number: int, table: bytes) -> None:
+        """This node's parity of a generation. table: its chunks' digests."""
+        with self.lock:
+            old = self.parities.get(of.save)
+            self.parities[of.save] = Parity(number, table)
+            if old is not None:
+                self.free(old.memory)
+
+    def drop_parities(self, but: str | None = None) -> None:
+        """Parity of a generation that is not the best one is needed no more."""
+        with self.lock:
+            for save in [save for save in self.parities if save != but]:
+                self.free(self.parities.pop(save).memory)
+
     def remove(self, path: str) -> None:
         """A file, or all that is below a folder; what a rank's next snapshot may use stays allocated."""
         with self.lock:
             slots = {number for numbers in self._slots.values() for number in numbers}
             for name in [path, *self._below(path)]:
                 self.small.pop(name, None)
-                entry = self.entries.pop(name, None)
+                entry = self.files.pop(name, None)
                 if entry is not None and entry.holder == self.node and entry.memory not in slots:
                     self.free(entry.memory)
             for tag in [tag for tag in self.generations if f"{tag}/{manifest.NAME}" not in self.small]:
-                del self.generations[tag]
+                gone = self.parities.pop(self.generations.pop(tag).save, None)
+                if gone is not None:
+                    self.free(gone.memory)
 
     def give_up(self) -> list[str]:
-        """Forget every save that is not committed; returns their numbers."""
+        """Take nothing more of any save that is not committed here; returns their numbers.
+
+        What there is stays for now: another keeper may know that it was committed (`know`).
+        """
         with self.lock:
-            gone = {e.save for e in self.entries.values() if e.save and not self.is_current(e)}
-            gone |= {s for p in self.small if (s := _save_of(p)) and s not in self._current()}
-            self.void(gone)
+            gone = {save for path in (*self.files, *self.small) if (save := _save_of(path))} - self._current()
+            self._void |= gone
             return sorted(gone)
 
-    def void(self, saves: set[str] | list[str]) -> None:
-        """Nothing of these saves is taken any more, and what there is goes."""
+    def know(self, one: Generation, files: Sequence[KeptFile], body: bytes) -> None:
+        """A generation of which another keeper tells."""
         with self.lock:
-            self._void |= set(saves) - self._current()
-            for path in [*self.entries, *self.small]:
-                if _save_of(path) in self._void:
-                    self.remove(path)
+            self._void.discard(one.save)
+            self.files.update({file.path: file for file in files})
+            self.put(f"{one.tag}/{manifest.NAME}", body, one.when)
+            self.generations[one.tag] = one
 
     def update(self, tag: str, save: str, *, protected: str | None = None, of: Generation | None = None) -> None:
         """What has become of a generation: a node's parity is in, or its groups are known."""
@@ -253,6 +295,8 @@ class Shelf:
             if protected is not None:
                 known = replace(known, protected=known.protected | {protected})
             self.generations[tag] = known
+            if known.is_protected:
+                self.drop_parities(but=save)
 
     def _current(self) -> set[str]:
         return {one.save for one in self.generations.values()}
@@ -263,7 +307,7 @@ class Shelf:
 
     def _evict(self, number: int) -> None:
         """Drop what lies in this memory: a generation with a part overwritten is none."""
-        for entry in [e for e in self.entries.values() if e.holder == self.node and e.memory == number]:
+        for entry in [e for e in self.files.values() if e.holder == self.node and e.memory == number]:
             if self.is_current(entry):
                 self.remove(entry.tag)
             else:
@@ -272,7 +316,7 @@ class Shelf:
 
     def _below(self, path: str) -> Iterator[str]:
         start = f"{path}/" if path else ""
-        return iter([name for name in (*self.small, *self.entries) if name.startswith(start)])
+        return iter([name for name in (*self.small, *self.files) if name.startswith(start)])
 
 
 def _save_of(path: str) -> str:

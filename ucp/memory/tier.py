@@ -21,6 +21,7 @@ from ucp import limits
 from ucp.errors import BadArgument, DestinationError, SaveFailed
 from ucp.job import ranks
 from ucp.memory import start
+from ucp.memory.coding import check
 from ucp.memory.groups import divided
 from ucp.memory.options import Options
 from ucp.memory.pool import LentPool
@@ -93,6 +94,7 @@ class Tier:
         own = self._own = of_note(note)
         here = ranks.all_or_none(lambda: own.ask("come", pid=os.getpid()).header)
         members = {name: dict(one) for name, one in zip(names, ranks.gather(dict(here)), strict=True)}
+        ranks.all_or_none(lambda: check(self.options.redundancy))
         groups, alone = divided([(m["node"], m["domain"]) for m in members.values()], self.options)
         if alone and self.options.redundancy and ranks.rank() == 0:
             log.warning("%s", alone)
