@@ -471,3 +471,10 @@ def test_a_virtual_form_of_gigabytes_takes_a_second(tmp_path: Path) -> None:
     assert time.monotonic() - started < 1
     assert report.bytes_read + report.bytes_written < total / 100
     assert json.loads((tmp_path / "dest/ucp.json").read_text())["form"] == "virtual"
+
+
+def test_every_ranks_file_has_its_own_name_in_it(source: Path, tmp_path: Path) -> None:
+    """Else reading them says that two were swapped."""
+    ucp.convert(source, tmp_path / "dest", to="deepspeed", layout="dp=4,zero=3", ds_config={})
+    with ucp.open(tmp_path / "dest") as opened:
+        assert str(opened.layout) == "dp=4,zero=3"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,22 +14,46 @@ from torch import nn
 
 
 def trainer(folder: str) -> None:
-    """Hugging Face's Trainer: ``checkpoint-2``, a model folder with the training state beside the weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    """Hugging Face's Trainer: ``checkpoint-2``, a model folder with the training state beside the weights.
+
+    ``truth.pt`` is what model and optimizer held then, by name, and ``losses.json`` those of the steps that the Trainer
+    itself takes after resuming from it.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+        tie_word_embeddings=True,
     )
-    data: Any = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(8)]
+    data: Any = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(16)]
     arguments = TrainingArguments(
-        folder, max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True
+        folder,
+        max_steps=5,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
     )
-    Trainer(LlamaForCausalLM(config), arguments, train_dataset=data).train()
+
+    class Watch(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+            if state.global_step == 2 and not (Path(folder) / "truth.pt").exists():
+                held = {n: {"param": p.detach(), **optimizer.state[p]} for n, p in model.named_parameters()}
+                torch.save(held, Path(folder) / "truth.pt")
+
+    Trainer(LlamaForCausalLM(config), arguments, train_dataset=data, callbacks=[Watch()]).train()
+    again = Trainer(LlamaForCausalLM(config), arguments, train_dataset=data)
+    again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-2"))
+    losses = {log["step"]: log["loss"] for log in again.state.log_history if "loss" in log}
+    (Path(folder) / "losses.json").write_text(json.dumps([losses[step] for step in (3, 4, 5)]))
 
 
 def accelerate(folder: str) -> None:
@@ -99,6 +126,30 @@ def lightning(folder: str) -> None:
     )
     run.fit(Module())
     run.save_checkpoint(folder)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made_by(program: str, folder: Path) -> Path:
+    """What the program, run by itself, has written into a folder of its name in this one, made once."""
+    path = folder / program
+    if not path.exists():
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29597",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+        }
+        command = [sys.executable, "-m", "tests.formats.foreign_programs", program, str(path)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        assert path.exists(), done.stderr
+        assert not done.returncode, done.stderr
+    return path
 
 
 PROGRAMS = {program.__name__: program for program in (trainer, accelerate, accelerate_fsdp, lightning)}

@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import ucp
 from tests.formats import raw
+from tests.formats.foreign_programs import made_by
 from tests.inspection.conftest import OLDER
 from ucp.cli import convert as convert_command
-from ucp.errors import NotACheckpoint
 from ucp.inspection.verify import verify
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("programs")
-
-
-def make(folder: Path, program: str) -> Path:
-    """What the program has written, made once."""
-    path = folder / program
-    if not path.exists():
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29597",
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-        }
-        command = [sys.executable, "-m", "tests.formats.foreign_programs", program, str(path)]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-        assert path.exists(), done.stderr
-    return path
 
 
 def unread(path: Path, caplog: pytest.LogCaptureFixture) -> str:
@@ -59,37 +29,29 @@ def unread(path: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 @pytest.mark.slow
 def test_a_trainers_checkpoint(
-    made: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    foreign: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = make(made, "trainer") / "checkpoint-2"
-    names = "'optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'trainer_state.json'"
+    path = made_by("trainer", foreign) / "checkpoint-2"
+    names = "'training_args.bin'"
     assert unread(path, caplog) == f"not read, though training state is kept under such names: {names}, in it"
-    assert convert_command.main([str(path), str(made / "converted")]) == 0
+    assert convert_command.main([str(path), str(tmp_path / "converted")]) == 0
     assert names in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_accelerates_state(made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    text = unread(make(made, "accelerate"), caplog)
-    assert "'optimizer.bin', 'random_states_0.pkl', 'scheduler.bin'" in text
-
-
-@pytest.mark.slow
-def test_accelerates_folders_of_parts(made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = make(made, "accelerate_fsdp")
-    for tag in (None, "newest"):
-        with pytest.raises(NotACheckpoint, match=r"parts of one checkpoint.*optimizer_0, pytorch_model_fsdp_0"):
-            ucp.open(path, tag=tag)
-    assert convert_command.main([str(path), str(made / "parts")]) == 2
-    assert not (made / "parts").exists()
+def test_accelerates_folders_of_parts(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are read as one; a part by itself is never taken for the whole."""
+    path = made_by("accelerate_fsdp", foreign)
+    with ucp.open(path) as opened:
+        assert opened.unread == ()
     for part, other in (("optimizer_0", "pytorch_model_fsdp_0"), ("pytorch_model_fsdp_0", "optimizer_0")):
         (finding,) = [f for f in verify(path / part, quick=True).findings if f.kind == "unread"]
         assert f"'{other}', 'scheduler.bin', beside it" in finding.text
 
 
 @pytest.mark.slow
-def test_lightnings_loops(made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "'meta.pt', in it" in unread(make(made, "lightning"), caplog)
+def test_lightnings_loops(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "'meta.pt', in it" in unread(made_by("lightning", foreign), caplog)
 
 
 def test_a_trainers_state_beside_a_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,14 @@ log = logger(__name__)
 
 # In the order of trial, where formats are equally specific: a manifest of ours is the surer sign. Each module has the
 # format as FORMAT.
-BUILT_IN = ("ucp.formats.universal", "ucp.formats.deepspeed", "ucp.formats.dcp", "ucp.formats.huggingface")
+BUILT_IN = (
+    "ucp.formats.universal",
+    "ucp.formats.deepspeed",
+    "ucp.formats.dcp",
+    "ucp.formats.huggingface",
+    "ucp.formats.trainer",
+    "ucp.formats.accelerate",
+)
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
 DEFAULT_TARGET = "universal"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -14,20 +13,21 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ucp import limits
-from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, SourceFile, TrainingState
+from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.formats.dcp import NAME, metadata
-from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
+from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.roles import StateEntry
+from ucp.formats.shared.state_dicts import Entries
 from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
 from ucp.storage import graphs, locations
-from ucp.storage.crc32 import StoredCrc32, in_order
-from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
+from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.files import Files
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
-from ucp.transfer.checksums import read_record
-from ucp.transfer.exact import widen
+
+WRITER = "torch.distributed.checkpoint"
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -38,19 +38,30 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
     Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
-    found = metadata.load(folder)
-    with _Records(folder) as records:
-        objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
-        tensors = _tensors(found.tensors, records)
-    entries = {
-        key: StateEntry(
-            found.paths.get(key, (key,)), found.tensors[key].shape if key in tensors else None, objects.get(key)
-        )
-        for key in (*found.tensors, *found.objects)
-    }
-    catalog = _catalog(entries, tensors, records, files)
+    into = Entries(Builder(files))
+    add_entries(folder, into, trust_client_state)
+    catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
     return catalog
+
+
+def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, under: tuple[str, ...] = ()) -> None:
+    """Enter what one folder of DCP's holds; what another one has may be there already. under: keys before its own.
+
+    Raises what `read` does, and DamagedCheckpoint where both have an entry of one name.
+    """
+    found = metadata.load(folder)
+    with _Records(folder, into.builder) as records:
+        objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
+        tensors = _tensors(found.tensors, records)
+    for own in (*found.tensors, *found.objects):
+        key = ".".join((*under, own))
+        if key in into.entries:
+            raise DamagedCheckpoint(f"{folder}: has an entry '{key}', which the folder beside it has, too")
+        shape = found.tensors[own].shape if own in tensors else None
+        into.entries[key] = StateEntry((*under, *found.paths.get(own, (own,))), shape, objects.get(own))
+        if own in tensors:
+            into.tensors[key] = tensors[own]
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,14 @@ class _ElementsAt(NamedTuple):
 class _Records:
     """The records of a checkpoint's files; a context manager that keeps one file open at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, builder: Builder) -> None:
         self._folder = folder
+        self._builder = builder
         self._open: tuple[str, str, BinaryIO] | None = None  # as the metadata names it, its path, the stream
         self._index = 0  # of the open file
         self._closing = ExitStack()
         self._known: dict[tuple[Any, ...], _KnownRecord] = {}
-        self.files: dict[str, int] = {}  # path -> its index
-        self.crcs: dict[int, dict[int, StoredCrc32]] = {}  # by the file's index and their first byte
+        self.crcs = builder.records
 
     def __enter__(self) -> _Records:
         return self
@@ -143,7 +154,7 @@ class _Records:
                     f"{path}: cannot be read ({error.strerror or error}), but '{key}' lies in it"
                 ) from error
             self._open = record.file, path, stream
-            self._index = self.files.setdefault(path, len(self.files))
+            self._index = self._builder.index(path)
         _, path, stream = self._open
         return stream, path
 
@@ -184,73 +195,8 @@ def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[st
     return out
 
 
-def _catalog(
-    entries: Mapping[str, StateEntry], found: Mapping[str, LogicalTensor], records: _Records, files: Files
-) -> Catalog:
-    roles = assign(entries)
-    tensors: dict[tuple[str, str], LogicalTensor] = {}
-    states: dict[str, dict[str, str]] = {}
-    for key, (name, state) in roles.tensors.items():
-        t = found[key]
-        tensors[name, state] = LogicalTensor(name, state, t.shape, t.dtype, t.blocks, t.bases)
-        states.setdefault(name, {})[state] = t.dtype
-    paths = list(records.files)
-
-    def value(key: str) -> Any:
-        return _item(found[key], paths, records.crcs, files) if key in found else entries[key].value
-
-    scalars: dict[str, dict[str, Any]] = {}
-    for key, (name, scalar) in roles.scalars.items():
-        scalars.setdefault(name, {})[scalar] = value(key)
-    options: dict[str, dict[str, Any]] = {}
-    for key, (group, option) in roles.options.items():
-        options.setdefault(group, {})[option] = value(key)
-    parameters = {
-        name: ParameterInfo(
-            name,
-            (t := tensors.get((name, "param")) or tensors[name, next(iter(kept))]).shape,
-            kept,
-            roles.kind(name, "float" in t.dtype or "complex" in t.dtype),
-            scalars.get(name, {}),
-        )
-        for name, kept in states.items()
-    }
-    return Catalog(
-        format=NAME,
-        writer="torch.distributed.checkpoint",
-        layout=_layout(paths, tensors),
-        files=tuple(SourceFile(p, files.size(p), files.mtime_ns(p)) for p in paths),
-        parameters=parameters,
-        tensors=tensors,
-        training_state=_training_state(roles, entries, param_groups(roles, options, repr)),
-        crc_records=in_order(records.crcs),
-    )
-
-
-def _training_state(roles: Roles, entries: Mapping[str, StateEntry], groups: list[ParamGroup]) -> TrainingState:
-    """Values that belong to no parameter; fields of a training state where `write` made the checkpoint."""
-    values = {key: entries[key].value for key in roles.values}
-    known = {f"{TRAINING_STATE}.{f.name}": f.name for f in dataclasses.fields(TrainingState)}
-    fields = {known[key]: values.pop(key) for key in list(values) if key in known}
-    extra = {**fields.pop("extra", {}), VALUES: values, OUTSIDE: roles.outside}
-    return TrainingState(**{**fields, "param_groups": tuple(groups), "extra": extra})
-
-
-def _item(tensor: LogicalTensor, paths: list[str], crcs: Mapping[int, Mapping[int, StoredCrc32]], files: Files) -> Any:
-    """The value of a tensor of one element. Raises DigestMismatch where its record is damaged."""
-    file, at = int(tensor.blocks.buffers[0]), int(tensor.bases[0])
-    record = crcs.get(file, {}).get(at)
-    size = itemsize(tensor.dtype)
-    if record is not None and record.stop - record.start == size:
-        raw = bytearray(read_record(files, paths[file], record))
-    else:
-        raw = bytearray(size)
-        files.read_into(paths[file], at, raw)
-    number = np.frombuffer(raw, numpy_dtype(tensor.dtype))
-    return (number if is_numpy_native(tensor.dtype) else widen(number, tensor.dtype, "float64")).item()
-
-
-def _layout(paths: list[str], tensors: Mapping[tuple[str, str], LogicalTensor]) -> Layout:
+def layout_of(found: Entries) -> Layout:
     """As many ranks as files tell; sharded like stage 3 where a tensor is in pieces."""
-    ranks = [int(match[1]) for path in paths if (match := _RANK.fullmatch(os.path.basename(path)))]
-    return Layout(dp=max(ranks, default=0) + 1, zero=3 if any(len(t.blocks) > 1 for t in tensors.values()) else 0)
+    names = [os.path.basename(file.path) for file in found.builder.sources]
+    ranks = [int(match[1]) for name in names if (match := _RANK.fullmatch(name))]
+    return Layout(dp=max(ranks, default=0) + 1, zero=3 if any(len(t.blocks) > 1 for t in found.tensors.values()) else 0)

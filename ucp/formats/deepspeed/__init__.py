@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
-from ucp.formats.base import CONFIG, OBJECT, Format, Option, WriteTarget
-from ucp.formats.shared.options import TRUST_CLIENT_STATE
+from ucp.formats.base import CONFIG, Format, Option, WriteTarget
+from ucp.formats.shared.options import PARAM_NAMES, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,10 +88,7 @@ def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, l
 class DeepSpeed(Format):
     name = NAME
     sign = "a DeepSpeed one '*_model_states.pt'"
-    read_options = (
-        TRUST_CLIENT_STATE,
-        Option("param_names", OBJECT, "each param group's parameters in order, where stage-0 files leave it open"),
-    )
+    read_options = (TRUST_CLIENT_STATE, PARAM_NAMES)
     targets = (DeepSpeedTarget(), DeepSpeedUniversalTarget())
 
     def detect(self, folder: FolderNames) -> bool:

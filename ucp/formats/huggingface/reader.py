@@ -19,15 +19,16 @@ from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
 
 
-def read(path: Path, files: Files, choice: Choice | None = None) -> Catalog:
-    """The catalog of a folder. choice: the spec and config to use instead of the folder's own.
+def read(path: Path, files: Files, choice: Choice | None = None, builder: Builder | None = None) -> Catalog:
+    """The catalog of a folder. choice: the spec and config to use instead of the folder's own. builder: of a checkpoint
+    that the weights are a part of, which keeps their files.
 
     Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported and UnsafePickle as reading
     them does, SpecError and Mismatch where the spec does not fit the tensors.
     """
     path = locations.locate(path)
     config = configs.of_model(path)
-    builder = Builder(files)
+    builder = builder or Builder(files)
     for name, ref in weights(path).items():
         builder.add(name, "frozen", [builder.whole(name, "param", ref)])
     catalog = Catalog(

@@ -38,15 +38,18 @@ class Builder:
 
     def file(self, ref: TensorRef) -> int:
         """The index of a tensor's file, entered at first use with what the file tells of the tensor's bytes."""
-        path = ref.file
+        index = self.index(ref.file)
+        if ref.record is not None:
+            self.records.setdefault(index, {})[ref.record.start] = ref.record
+        return index
+
+    def index(self, path: str) -> int:
+        """A file's index, entered at first use."""
         if path not in self.paths:
             stat = locations.stat(path)
             self.paths[path] = len(self.sources)
             self.sources.append(SourceFile(path, stat.size, stat.mtime_ns))
-        index = self.paths[path]
-        if ref.record is not None:
-            self.records.setdefault(index, {})[ref.record.start] = ref.record
-        return index
+        return self.paths[path]
 
     def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:
         """A tensor that lies in one piece in one file."""

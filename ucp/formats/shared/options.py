@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from ucp.formats.base import FLAG, Option
+from ucp.formats.base import FLAG, OBJECT, Option
 
 TRUST_PATHS = Option("trust_paths", FLAG, "follow a virtual SOURCE to files outside the folder it names", default=False)
 """Read files that a virtual checkpoint points at wherever they lie."""
 
 TRUST_CLIENT_STATE = Option("trust_client_state", FLAG, "run code that SOURCE's client state asks for", default=False)
 """Unpickle classes outside the allow-list, which runs their code."""
+
+PARAM_NAMES = Option(
+    "param_names", OBJECT, "each param group's parameters in order, where the optimizer only numbers them"
+)
+"""What a checkpoint leaves open that knows an optimizer's parameters by numbers."""

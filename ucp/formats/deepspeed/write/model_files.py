@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -45,11 +45,8 @@ def model_files(share: ModelRank, config: EngineConfig, layout: Layout, cut: Seq
     """One file; at stage 3, where each rank holds its pieces of the frozen parameters, one for every rank."""
     if layout.zero < 3:
         return [model_file(share, config, layout, 0, cut)]
-    if any(info.kind == "frozen" for info in share.catalog.parameters.values()):
-        return [model_file(share, config, layout, rank, cut) for rank in range(layout.dp)]
-    # Rank 0 knows the tied names; the others' files are all the same.
-    out = [model_file(share, config, layout, rank, cut) for rank in range(min(layout.dp, 2))]
-    return out + [replace(out[1], name=model_name(share, layout, rank)) for rank in range(2, layout.dp)]
+    # Alike as they may be, each has its own name in its archive, by which swapped files are found.
+    return [model_file(share, config, layout, rank, cut) for rank in range(layout.dp)]
 
 
 def model_name(share: ModelRank, layout: Layout, rank: int) -> str:

@@ -1,0 +1,84 @@
+"""Jobs for ranks: runs under FSDP whose checkpoints Accelerate writes, and runs that resume from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import ucp
+from tests.engines.fsdp import STEPS, Live, Mesh, State
+
+FURTHER = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run held when it saved or after it had loaded, and the losses of its steps after that."""
+
+    state: State
+    further: tuple[float, ...]
+    step: int | None = None
+
+
+def accelerate_saves(folder: str, mesh: Mesh) -> Run:
+    """An FSDP2 run that is saved in every form that Accelerate has for it: ``dcp``, ``ranks``, ``full``.
+
+    further: of a run that Accelerate itself has resumed, in the same layout.
+    """
+    from accelerate import PartialState
+    from accelerate.checkpointing import save_accelerator_state
+    from accelerate.utils.fsdp_utils import (
+        load_fsdp_model,
+        load_fsdp_optimizer,
+        save_fsdp_model,
+        save_fsdp_optimizer,
+    )
+
+    PartialState(cpu=True)  # for Accelerate's log
+    live = Live(mesh)
+    live.train(0, STEPS, scheduler=True)
+    for form in ("dcp", "ranks", "full"):
+        plugin, accelerator, path = _plugin(form), _accelerator(), str(Path(folder) / form)
+        options: dict[str, Any] = {"use_dcp": form == "dcp"}
+        save_fsdp_model(plugin, accelerator, live.model, path, **options)
+        save_fsdp_optimizer(plugin, accelerator, live.optimizer, live.model, path, **options)
+        dist.barrier()
+        # What Accelerator.save_state does besides under FSDP.
+        save_accelerator_state(path, [], [], [live.scheduler] if not dist.get_rank() else [], [], dist.get_rank(), 4)
+    state = live.state()
+    again = Live(Mesh(**{**vars(mesh), "seed": 9}))
+    again.train(0, 1)
+    load_fsdp_model(_plugin("dcp"), _accelerator(), again.model, str(Path(folder) / "dcp"))
+    load_fsdp_optimizer(_plugin("dcp"), _accelerator(), again.optimizer, again.model, str(Path(folder) / "dcp"))
+    again.scheduler.load_state_dict(live.scheduler.state_dict())
+    return Run(state, tuple(again.train(STEPS, FURTHER, scheduler=True)))
+
+
+def _plugin(form: str) -> Any:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    kind = "FULL_STATE_DICT" if form == "full" else "SHARDED_STATE_DICT"
+    return FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+
+
+def _accelerator() -> Any:
+    """What Accelerate's functions ask of it; on the CPU an Accelerator takes every rank for a job of its own."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        process_index=dist.get_rank(),
+        num_processes=dist.get_world_size(),
+        is_main_process=not dist.get_rank(),
+        is_fsdp2=True,
+        wait_for_everyone=dist.barrier,
+    )
+
+
+def resume(source: str, mesh: Mesh) -> Run:
+    """A run with other weights that loads a checkpoint, and trains on."""
+    live = Live(Mesh(**{**vars(mesh), "seed": 7}))
+    report = ucp.load_training(source, model=live.model, optimizer=live.optimizer, lr_scheduler=live.scheduler)
+    return Run(live.state(), tuple(live.train(STEPS, FURTHER, scheduler=True)), report.step)

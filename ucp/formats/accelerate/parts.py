@@ -1,0 +1,200 @@
+"""The model and the optimizers of a folder that Accelerate wrote, in whichever of its forms, as one state dict.
+
+Hugging Face's Trainer leaves its model as Accelerate does under FSDP, or as a model folder, and one optimizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ucp.catalog import Catalog, ParameterInfo
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.dcp.reader import add_entries, layout_of
+from ucp.formats.huggingface.folder import KINDS
+from ucp.formats.huggingface.module_order import module_order
+from ucp.formats.huggingface.reader import read as read_weights
+from ucp.formats.nouns import ReadRequest
+from ucp.formats.shared import numbered
+from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.formats.shared.state_dicts import Entries
+from ucp.geometry import Shape
+from ucp.parallel.mesh import Layout
+from ucp.printable import logger
+from ucp.storage import graphs, locations
+from ucp.storage.files import Files
+from ucp.storage.torch_pt import reader
+from ucp.storage.torch_pt.values import TensorRef
+
+log = logger(__name__)
+
+OPTIMIZER = "optim"
+_MODEL = re.compile(r"pytorch_model_fsdp(?:_(\d+))?(\.bin)?")
+_MORE_WEIGHTS = re.compile(r"(?:model|pytorch_model)_(\d+)\.(?:safetensors|bin)")
+_OPTIMIZER = re.compile(r"optimizer(?:_(\d+))?(\.bin|\.pt)?")
+
+
+@dataclass
+class Parts:
+    """A folder's state dict, as far as it has been read.
+
+    aliases: of tied parameters, by the owner's name. ordered: the model's names, where they come in the module's order.
+    unnamed: optimizers whose numbers nothing tells the names of, by their files' names. notes: what could not be
+    checked.
+    """
+
+    folder: Path
+    request: ReadRequest
+    entries: Entries
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ordered: list[str] | None = None
+    unnamed: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def trust(self) -> bool:
+        return bool(self.request.options.get("trust_client_state"))
+
+    def load(self, name: str) -> Any:
+        """What a file of torch.save's in the folder holds."""
+        path = self.folder / name
+        found = reader.load(path, trust=self.trust)
+        graphs.check(str(path), found)
+        return found
+
+    def catalog(self, format_name: str, writer: str) -> Catalog:
+        """The parts as one; its training state is still that of the optimizers alone."""
+        layout = layout_of(self.entries)
+        found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())
+        parameters = {name: self._tied(info) for name, info in found.parameters.items()}
+        state = replace(found.training_state, client_state={**found.training_state.client_state, **self.unnamed})
+        found = replace(found, parameters=parameters, training_state=state, unchecked=tuple(self.notes))
+        found.check()
+        for note in self.notes:
+            log.warning("%s: %s", self.folder, note)
+        return found
+
+    def _tied(self, info: ParameterInfo) -> ParameterInfo:
+        return replace(info, aliases=self.aliases.get(info.name, ()))
+
+
+def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str]) -> Parts:
+    """The model and the optimizers among the folder's names.
+
+    Raises DamagedCheckpoint where there is no model, or one part is missing; Unsupported for several models.
+    """
+    parts = Parts(folder, request, Entries(Builder(files)))
+    _add_model(parts, names)
+    optimizers = [found for name in names if (found := _OPTIMIZER.fullmatch(name)) is not None]
+    optimizers = [found for found in optimizers if found[2] or locations.is_folder(folder / found[0])]
+    numbers = sorted(int(found[1] or 0) for found in optimizers)
+    if numbers != list(range(len(numbers))):
+        raise DamagedCheckpoint(
+            f"{folder}: has the optimizers {', '.join(found[0] for found in optimizers)}, so that some are missing, or "
+            "there twice"
+        )
+    for found in sorted(optimizers, key=lambda found: int(found[1] or 0)):
+        _add_optimizer(parts, found[0], int(found[1] or 0), sharded=not found[2])
+    return parts
+
+
+def _add_model(parts: Parts, names: Sequence[str]) -> None:
+    folder = parts.folder
+    fsdp = [found for name in names if (found := _MODEL.fullmatch(name)) is not None]
+    fsdp = [found for found in fsdp if found[2] or locations.is_folder(folder / found[0])]
+    plain = [kind for kind in KINDS if kind.in_folder(folder)]
+    more = [name for name in names if _MORE_WEIGHTS.fullmatch(name)]
+    if len(fsdp) + len(plain) + len(more) > 1:
+        models = [*(found[0] for found in fsdp), *(kind.single for kind in plain), *more]
+        raise Unsupported(
+            f"{folder}: holds several models ({', '.join(models)}), whose parameters may have the same names; give the "
+            "path of one of them"
+        )
+    if plain:
+        _add_weights(parts)
+    elif not fsdp:
+        raise DamagedCheckpoint(f"{folder}: has no model: neither weights nor a folder 'pytorch_model_fsdp_0'")
+    elif fsdp[0][2]:
+        graph = parts.load(fsdp[0][0])
+        add_module(parts, graph, fsdp[0][0])
+    else:
+        add_entries(folder / fsdp[0][0], parts.entries, parts.trust)
+
+
+def _add_weights(parts: Parts) -> None:
+    """A model folder's weights, under the module's own names where a spec knows them."""
+    builder = parts.entries.builder
+    found = read_weights(parts.folder, builder.files, parts.request.choice, builder)
+    for info in found.parameters.values():
+        parts.entries.add((MODEL, info.name), found.tensors[info.name, PARAM])
+        if info.aliases:
+            parts.aliases[info.name] = info.aliases
+
+
+def add_module(parts: Parts, graph: Any, where: str) -> None:
+    """A module's ``state_dict()``, whose names are in the module's order; what shares its bytes is tied."""
+    if not isinstance(graph, Mapping) or not all(isinstance(name, str) for name in graph):
+        raise DamagedCheckpoint(f"{parts.folder / where}: holds a {type(graph).__name__}, not a module's state dict")
+    owners: dict[Any, str] = {}
+    parts.ordered = []
+    for name, value in graph.items():
+        if isinstance(value, TensorRef) and value.numel:
+            owner = owners.setdefault((value.file, value.offset, value.dtype, value.shape, value.strides), name)
+            if owner != name:
+                parts.aliases[owner] = (*parts.aliases.get(owner, ()), name)
+                continue
+            parts.ordered.append(name)
+        parts.entries.add((MODEL, name), value)
+
+
+def _add_optimizer(parts: Parts, name: str, number: int, sharded: bool) -> None:
+    root = OPTIMIZER if not number else f"{OPTIMIZER}_{number}"
+    if sharded:
+        add_entries(parts.folder / name, parts.entries, parts.trust, under=(root,) if number else ())
+    else:
+        add_optimizer(parts, parts.load(name), name, root)
+
+
+def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER) -> None:
+    """An optimizer's ``state_dict()``; where nothing tells which parameters its numbers are, it is kept as it is."""
+    path = str(parts.folder / where)
+    if not numbered.is_optimizer(graph):
+        raise DamagedCheckpoint(f"{path}: holds no optimizer's state dict")
+    shapes = model_shapes(parts)
+    given = parts.request.options.get("param_names")
+    try:
+        found = numbered.named(graph, numbered.ModelTensors(shapes, lambda: _order(parts, shapes), given), path)
+    except numbered.Unnamed as reason:
+        parts.unnamed[where] = graph
+        parts.notes.append(
+            f"the optimizer of '{where}' is kept as client state and resumes by no name, since it numbers its "
+            f"parameters and nothing tells which they are ({reason}); load it into the run's own model and optimizer, "
+            "or give param_names"
+        )
+        return
+    parts.entries.add_tree((root,), found)
+
+
+def model_shapes(parts: Parts) -> dict[str, Shape]:
+    """The model's tensors, by name, tied ones once."""
+    prefix = f"{MODEL}."
+    return {
+        key.removeprefix(prefix): tensor.shape
+        for key, tensor in parts.entries.tensors.items()
+        if key.startswith(prefix) and key.removeprefix(prefix)
+    }
+
+
+def _order(parts: Parts, shapes: Mapping[str, Shape]) -> Sequence[str] | None:
+    if parts.ordered is not None:
+        return parts.ordered
+    found = module_order(parts.folder, len(shapes))
+    if found is None:
+        return None
+    owner = {alias: name for name, aliases in parts.aliases.items() for alias in aliases}
+    names = list(dict.fromkeys(owner.get(name, name) for name in found))
+    return names if set(names) <= shapes.keys() else None

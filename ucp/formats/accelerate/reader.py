@@ -1,0 +1,96 @@
+"""Reading what ``save_state`` wrote: the parts, and what a run goes on with beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import Catalog
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.accelerate import NAME, STATES, parts
+from ucp.formats.nouns import ReadRequest
+from ucp.formats.shared.malformed import malformed
+from ucp.storage import locations
+from ucp.storage.files import Files
+
+_SCHEDULER = re.compile(r"scheduler(_\d+)?\.bin")
+# The program's own objects, and what no resume here goes on with by itself.
+_KEPT = re.compile(r"(custom_checkpoint_\d+)\.pkl|((?:sampler|dl_state_dict)(?:_\d+)?)\.bin|(scaler)\.pt")
+
+
+def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
+    """The folder's catalog.
+
+    Raises DamagedCheckpoint where parts are missing or contradict each other, UnsafePickle, Unsupported.
+    """
+    folder = locations.locate(path)
+    names = locations.names(folder)
+    found = parts.read(folder, files, request, names)
+    catalog = found.catalog(NAME, "accelerate of unknown version")
+    schedulers = [found.load(name) for name in names if _SCHEDULER.fullmatch(name)]
+    if schedulers and not (catalog.training_state.param_groups or found.unnamed):
+        raise DamagedCheckpoint(f"{folder}: has an lr scheduler's state and no optimizer's; a part is missing")
+    kept = {
+        next(filter(None, match.groups())): found.load(name)
+        for name in names
+        if (match := _KEPT.fullmatch(name)) is not None
+    }
+    states = by_rank(folder, STATES, names, found)
+    state = catalog.training_state
+    for index, more in enumerate(schedulers[1:], start=1):
+        kept[f"scheduler_{index}"] = more
+    if states:
+        kept["step"] = states[0].get("step")
+    with malformed(folder, "its random states"):
+        generators = [_generators(own, rank) for rank, own in enumerate(states)]
+    return replace(
+        catalog,
+        training_state=replace(
+            state,
+            lr_scheduler=schedulers[0] if schedulers else None,
+            dp_world_size=len(states) or None,
+            client_state={**state.client_state, **kept},
+            extra={**state.extra, **({"ranks": [{"rng": own} for own in generators]} if states else {})},
+        ),
+    )
+
+
+def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found: parts.Parts) -> list[Any]:
+    """What every rank's file of this kind holds. Raises DamagedCheckpoint where a rank's is missing."""
+    ranks = {int(match[1]): name for name in names if (match := pattern.fullmatch(name)) is not None}
+    missing = next((rank for rank in range(len(ranks)) if rank not in ranks), None)
+    if missing is not None:
+        shown = ranks[max(ranks)]
+        raise DamagedCheckpoint(f"{folder}: has '{shown}' and no such file of rank {missing}; a part is missing")
+    return [found.load(ranks[rank]) for rank in sorted(ranks)]
+
+
+def _generators(states: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    return generators(
+        states["torch_manual_seed"],
+        states["numpy_random_seed"],
+        states["random_state"],
+        states.get("torch_cuda_manual_seed"),
+        rank,
+    )
+
+
+def generators(torch_state: Any, numpy_state: Any, python_state: Any, cuda: Any, rank: int) -> dict[str, Any]:
+    """Random number generators as `ucp.job.generators` has them. cuda: one device's state, or a list of all devices',
+    of which a rank uses its own."""
+    version, words, gauss = python_state
+    out = {
+        "torch": torch_state,
+        "numpy": tuple(numpy_state.values()) if isinstance(numpy_state, Mapping) else tuple(numpy_state),
+        "python": (version, np.array(words, np.uint32), gauss),
+    }
+    if isinstance(cuda, list):
+        cuda = cuda[rank % len(cuda)] if cuda else None
+    if cuda is not None:
+        out["device"] = cuda
+    return out
