@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from scripts import gpu_builds
 
@@ -18,6 +22,24 @@ if TYPE_CHECKING:
 
 gpu_builds.plain_architectures()
 
+# The same examples in every run, wherever it is; --hypothesis-profile=explore looks for new ones.
+settings.register_profile("repeat", derandomize=True, database=None)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile("repeat")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers take the files in this order, a file each: those with many seconds of slow tests begin, the quick ones
+    fill what is left at the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += 0 if slow is None else slow.kwargs.get("seconds", 1)
+    items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay together and in their order
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
@@ -29,37 +51,49 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sources]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is made once in a session, the same for all workers that run its tests side by side."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _inside(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def sources(ranks: RankPool, kept: Path) -> Sources:
     """Checkpoints by case, each made once in a session; read-only."""
     from tests.engines.sources import Sources
 
-    made = Sources(ranks, tmp_path_factory.mktemp("sources"))
-    yield made
-    made.close()
+    return Sources(ranks, _inside(kept, "sources"))
 
 
 @pytest.fixture(scope="session")
-def moe_sources(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> MoeSources:
+def moe_sources(ranks: RankPool, kept: Path) -> MoeSources:
     """The same of models with experts."""
     from tests.engines.moe import MoeSources
 
-    return MoeSources(ranks, tmp_path_factory.mktemp("moe"))
+    return MoeSources(ranks, _inside(kept, "moe"))
 
 
 @pytest.fixture(scope="session")
-def pipes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> ParallelSources:
+def pipes(ranks: RankPool, kept: Path) -> ParallelSources:
     """Checkpoints of pipelines by case, each made once in a session; read-only."""
     from tests.engines.parallel_runs import ParallelSources
 
-    return ParallelSources(ranks, tmp_path_factory.mktemp("pipes"))
+    return ParallelSources(ranks, _inside(kept, "pipes"))
 
 
 @pytest.fixture(scope="session")
-def sliced(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> ParallelSources:
+def sliced(ranks: RankPool, kept: Path) -> ParallelSources:
     """Checkpoints of tensor-parallel engines by case, each made once in a session; read-only."""
     from tests.engines.parallel_runs import ParallelSources
 
-    return ParallelSources(ranks, tmp_path_factory.mktemp("sliced"))
+    return ParallelSources(ranks, _inside(kept, "sliced"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from torch import nn
 
 from tests.engines import moe_models, truth
 from tests.engines.configs import Case, make_config, parameter_groups
+from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
 from tests.engines.resume import continue_training
 from tests.engines.runs import CLIENT_STATE, FURTHER, STEPS, Run
@@ -212,18 +213,19 @@ class MoeSources:
 
     def __init__(self, pool: RankPool, root: Path) -> None:
         self.pool = pool
-        self._root = root
-        self._runs: dict[tuple[MoeCase, bool], Run] = {}
+        self._runs = Kept(root)
 
     def get(self, case: MoeCase, universal: bool = False) -> Run:
         """The run of a case, with rank 0's knowledge; universal: saved by this project in fragments, else natively."""
-        key = case, universal
-        if key not in self._runs:
-            folder = str(self._root / f"{len(self._runs):03d}")
+
+        def make(folder: str) -> Run:
             how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
-            runs = self.pool.run(train, case, folder, *how, world_size=case.case.dp, preload=preload(case, universal))
-            self._runs[key] = runs[0]
-        return self._runs[key]
+            return self.pool.run(train, case, folder, *how, world_size=case.case.dp, preload=preload(case, universal))[
+                0
+            ]
+
+        run: Run = self._runs.get((case, universal), make)
+        return run
 
     def copy(self, case: MoeCase, to: Path) -> Path:
         """A copy of the run's folder of one tag, for tests that damage it."""

@@ -1,13 +1,17 @@
 """DeepSpeed's native operators, which some optimizers need: are they built, and build them.
 
-``python -m tests.engines.operators`` builds all of them, which takes minutes; the tests that need one skip until then.
+``python -m tests.engines.operators`` builds all of them, which takes minutes. Tests that need one wait for a build that
+is under way, and skip where there was none.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.engines.configs import OPERATORS
@@ -25,23 +29,36 @@ def folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
-def is_built(optimizer: str) -> bool:
-    """Whether the operator that a case's ``optimizer`` needs (if any) is built, so that no test waits for that."""
-    builder = OPERATORS.get(optimizer)
-    if builder is None:
-        return True
-    name = LIBRARIES[builder]
-    return (folder() / name / f"{name}.so").exists()
+def are_built(*optimizers: str) -> bool:
+    """Whether the operators that these ``optimizers`` of cases need (if any) are there. Waits for a build under way."""
+    needed = {OPERATORS[name] for name in optimizers if name in OPERATORS}
+    if not needed or not folder().exists():
+        return not needed
+    with _building(fcntl.LOCK_SH):
+        return all(_library(LIBRARIES[builder]).exists() for builder in needed)
 
 
 def build_all() -> None:
     """Build every operator that is missing, one after the other, each in a process of its own."""
-    for builder, name in LIBRARIES.items():
-        if (folder() / name / f"{name}.so").exists():
-            continue
-        script = f"from tests.engines.zygote import load_operator; load_operator({builder!r})"
-        environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder()), "DS_ACCELERATOR": "cpu"}
-        subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    folder().mkdir(parents=True, exist_ok=True)
+    with _building(fcntl.LOCK_EX):
+        for builder, name in LIBRARIES.items():
+            if _library(name).exists():
+                continue
+            script = f"from tests.engines.zygote import load_operator; load_operator({builder!r})"
+            environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder()), "DS_ACCELERATOR": "cpu"}
+            subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def _library(name: str) -> Path:
+    return folder() / name / f"{name}.so"
+
+
+@contextmanager
+def _building(how: int) -> Iterator[None]:
+    with (folder() / ".building").open("a") as lock:
+        fcntl.flock(lock, how)
+        yield
 
 
 if __name__ == "__main__":

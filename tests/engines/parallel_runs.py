@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
 from tests.engines.runs import STEPS
 from tests.engines.truth import Truth
@@ -93,15 +94,14 @@ class ParallelSources:
 
     def __init__(self, pool: RankPool, root: Path) -> None:
         self.pool = pool
-        self._root = root
-        self._runs: dict[tuple[Any, str], ParallelRun] = {}
+        self._runs = Kept(root)
 
     def get(self, case: Any, section: dict[str, Any] | None = None) -> ParallelRun:
         """The run of ``case`` as rank 0 knows it; with ``section`` one of this project's engine, which saves so."""
-        key = (case, repr(section))
-        if key not in self._runs:
-            folder = str(self._root / f"{len(self._runs):03d}")
+
+        def make(folder: str) -> ParallelRun:
             preload = rig_of(case).PRELOAD
-            found = self.pool.run(train, case, folder, section, world_size=case.world_size, preload=preload)
-            self._runs[key] = found[0]
-        return self._runs[key]
+            return self.pool.run(train, case, folder, section, world_size=case.world_size, preload=preload)[0]
+
+        run: ParallelRun = self._runs.get((case, section), make)
+        return run

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from tests.engines.build import build_engine, build_model
 from tests.engines.configs import OPERATORS, Case
+from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
 from tests.engines.resume import continue_training
 from tests.engines.resume import resume as resume_native
@@ -55,28 +55,23 @@ def preload_for(case: Case) -> tuple[str, ...]:
 class Sources:
     """Checkpoints of cases, each made once and kept until the session ends. Treat the folders as read-only."""
 
-    def __init__(self, pool: RankPool, root: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, pool: RankPool, root: Path) -> None:
         self.pool = pool
-        self._root = Path(root if root is not None else tempfile.mkdtemp(prefix="sources-"))
-        self._runs: dict[tuple[Case, int], Run] = {}
+        self._runs = Kept(root)
 
     def get(self, case: Case, steps: int = STEPS, timeout: float = 120.0) -> Run:
         """The run of ``case``, with rank 0's knowledge, made now unless it was before."""
-        key = (case, steps)
-        if key not in self._runs:
-            folder = str(self._root / f"{len(self._runs):03d}")
-            runs = self.pool.run(
+
+        def make(folder: str) -> Run:
+            return self.pool.run(
                 train, case, folder, steps=steps, world_size=case.dp, timeout=timeout, preload=preload_for(case)
-            )
-            self._runs[key] = runs[0]
-        return self._runs[key]
+            )[0]
+
+        run: Run = self._runs.get((case, steps), make)
+        return run
 
     def copy(self, case: Case, to: str | os.PathLike[str]) -> Run:
         """A copy of the run's folder at ``to``, for tests that damage it."""
         run = self.get(case)
         shutil.copytree(run.folder, to)
         return dataclasses.replace(run, folder=os.fspath(to))
-
-    def close(self) -> None:
-        """Remove all folders."""
-        shutil.rmtree(self._root, ignore_errors=True)

@@ -113,7 +113,7 @@ def test_native_checkpoint(pair: tuple[Case, Case], ranks: RankPool, sources: So
 def test_native_checkpoint_for_deepspeeds_compiled_optimizers(
     pair: tuple[Case, Case], ranks: RankPool, sources: Sources, tmp_path: Path
 ) -> None:
-    if not all(operators.is_built(case.optimizer) for case in pair):
+    if not operators.are_built(*(case.optimizer for case in pair)):
         pytest.skip("DeepSpeed's operators are not built: python -m tests.engines.operators")
     check_native(pair, ranks, sources, tmp_path)
 
