@@ -15,12 +15,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     8: ("ucp", "ucp.cli", "ucp.dcp"),
     7: ("ucp.deepspeed", "ucp.torchdist", "ucp.memory"),
-    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.merging", "ucp.inspection"),
+    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.merging", "ucp.repair", "ucp.inspection"),
     5: ("ucp.checkpoint", "ucp.job", "ucp.run_folder", "ucp.settings"),
     4: ("ucp.formats", "ucp.transfer"),
     3: ("ucp.catalog", "ucp.spec", "ucp.specs"),
     2: ("ucp.parallel", "ucp.storage", "ucp.logical"),
-    1: ("ucp.geometry", "ucp.errors", "ucp.limits", "ucp.printable", "ucp.progress", "ucp.version", "ucp._neighbours"),
+    1: (
+        "ucp.geometry",
+        "ucp.layers",
+        "ucp.errors",
+        "ucp.limits",
+        "ucp.printable",
+        "ucp.progress",
+        "ucp.version",
+        "ucp._neighbours",
+    ),
 }
 
 # room -> rooms above it that it imports; each is a debt.

@@ -162,6 +162,7 @@ class Catalog:
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
     tensor-parallel rank keeps. computed: where the bytes of "files" that are no files come from, by index: what no file
     has, such as averages. unchecked: sentences on what opening could not check.
+    approximate: parameters whose tensors no run has had, but a repair has filled in -> how.
     """
 
     format: str
@@ -176,6 +177,7 @@ class Catalog:
     copies: tuple[LogicalTensor, ...] = ()
     computed: Mapping[int, ByteSource] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
+    approximate: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def on_disk(self) -> tuple[SourceFile, ...]:

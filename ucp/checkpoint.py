@@ -26,7 +26,7 @@ import numpy as np
 
 from ucp import formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
-from ucp.errors import BadArgument, NotACheckpoint
+from ucp.errors import ApproximateCheckpoint, BadArgument, NotACheckpoint
 from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import ReadRequest
@@ -215,6 +215,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     param_names: Sequence[Sequence[str]] | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
+    allow_approximate: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint, or one of a folder of checkpoints.
 
@@ -242,17 +243,17 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         What the format of another package takes besides, by name.
     verify
         Check digests, where there are some, while reading, and a few elements of what the checkpoint has twice.
+    allow_approximate
+        Take a checkpoint with layers that `ucp.repair` has filled in, with a logged line.
 
     Raises
     ------
-    NotACheckpoint
-        Where nothing is recognised.
+    NotACheckpoint, ApproximateCheckpoint
+        Where nothing is recognised; where layers were filled in and that is not allowed.
     DamagedCheckpoint
         Where files are missing, truncated, mixed or contradict each other.
-    SpecError, Mismatch
-        Where the spec does not fit.
-    Unsupported, UnsafePickle
-        As the format's reader does.
+    SpecError, Mismatch, Unsupported, UnsafePickle
+        Where the spec does not fit, and as the format's reader does.
     """
     asked = _Asked(
         choose(spec, model_config, sizes),
@@ -260,7 +261,31 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         {"trust_client_state": trust_client_state, "trust_paths": trust_paths, "param_names": param_names},
         options or {},
     )
-    return _open(path, tag, asked, verify)
+    return _exact(_open(path, tag, asked, verify), allow_approximate)
+
+
+def _exact(opened: Checkpoint, allow_approximate: bool) -> Checkpoint:
+    """The checkpoint, if it is what a run saved, or that is not asked for."""
+    if opened.catalog.approximate:
+        sentence = approximate_sentence(opened.catalog.approximate)
+        if not allow_approximate:
+            opened.close()
+            raise ApproximateCheckpoint(
+                f"{opened.path}: {sentence}; allow_approximate=True (--allow-approximate; under DeepSpeed in the "
+                'config "ucp": {"load": {"allow_approximate": true}}) takes it all the same'
+            )
+        log.warning("%s: %s", opened.path, sentence)
+    return opened
+
+
+def approximate_sentence(approximate: Mapping[str, str]) -> str:
+    """What a repair has filled in of a checkpoint, for people."""
+    ways: dict[str, list[str]] = {}
+    for name, how in approximate.items():
+        ways.setdefault(how, []).append(name)
+    texts = [f"{how}: '{names[0]}'" + (f" and {len(names) - 1} more" * (len(names) > 1)) for how, names in ways.items()]
+    more = f"; and {len(texts) - 4} more ways" if len(texts) > 4 else ""
+    return f"{len(approximate)} parameters are approximate, not what a run had ({'; '.join(texts[:4])}{more})"
 
 
 def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Checkpoint:

@@ -109,7 +109,7 @@ def convert(
         what an installed package adds.
     layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
     settings: of reading the source, as for `ucp.open`: tag, model_config, sizes, trust_client_state,
-        trust_paths, param_names.
+        trust_paths, param_names, allow_approximate.
         Of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
         Of the target, its own:
         'universal': virtual: write a manifest that points into the source, which stays where it is; digests (virtual
@@ -160,6 +160,8 @@ def _report(
     seconds: float,
     dry_run: bool,
 ) -> ConversionReport:
+    if opened.catalog.approximate and to != formats.DEFAULT_TARGET:
+        log.warning("%s: does not say that it is approximate: '%s' has no place for it", destination, to)
     return ConversionReport(
         source=source,
         destination=destination,

@@ -55,6 +55,10 @@ class RemovedMeanwhile(DamagedCheckpoint):
     """The checkpoint's folder was removed while it was read: by a run's ``keep_last``, or by somebody."""
 
 
+class ApproximateCheckpoint(UcpError):
+    """The checkpoint has layers that a repair has filled in, and the caller did not say that this is meant."""
+
+
 class UnsafePickle(UcpError):
     """A pickle names a class or function outside the allow-list; nothing of it was run."""
 

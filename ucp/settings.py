@@ -17,7 +17,7 @@ from ucp.parallel.mesh import Layout
 from ucp.transfer.destination import Running
 
 # What `ucp.open` takes of such settings; the rest of them are fields of Running and the target's options.
-OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names")
+OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names", "allow_approximate")
 RUNNING = tuple(field.name for field in fields(Running))
 
 

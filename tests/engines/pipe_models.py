@@ -177,11 +177,13 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def layers(seed: int, *, frozen: bool, head_module: bool, shift: bool = False, group: Any = None) -> list[Any]:
+def layers(
+    seed: int, *, frozen: bool, head_module: bool, shift: bool = False, group: Any = None, blocks: int = BLOCKS
+) -> list[Any]:
     """The pipeline's layers. head_module: the head is the tied module itself, so that its stage writes it as well."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    end = FIRST_BLOCK + BLOCKS
+    end = FIRST_BLOCK + blocks
     return [
         TiedLayerSpec("embed", Embed, seed, shift),
         double,
@@ -194,10 +196,10 @@ def layers(seed: int, *, frozen: bool, head_module: bool, shift: bool = False, g
 class Plain(nn.Module):
     """The same model as one module that returns the loss."""
 
-    def __init__(self, seed: int, frozen: bool) -> None:
+    def __init__(self, seed: int, frozen: bool, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.embed = Embed(seed)
-        self.blocks = nn.ModuleList(Block(seed, FIRST_BLOCK + i, frozen) for i in range(BLOCKS))
+        self.blocks = nn.ModuleList(Block(seed, FIRST_BLOCK + i, frozen) for i in range(blocks))
         self.norm = nn.LayerNorm(HIDDEN)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class PipeCase:
 
     method: DeepSpeed's partition_method. head_module: the head is the tied module itself, not a function of it.
     topology: with tp=1, use the topology that has an axis for tensor parallelism, too (its files are named otherwise).
+    blocks: how many there are.
     shift: the tied module has a parameter that is not tied; declared: the model says that the first copy counts.
     """
 
@@ -38,6 +39,7 @@ class PipeCase:
     topology: bool = False
     shift: bool = False
     declared: bool = True
+    blocks: int = pipe_models.BLOCKS
     case: Case = field(default_factory=lambda: Case(stage=1, dp=1, accumulation=2))
 
     def but(self, pp: int | None = None, tp: int | None = None, method: str | None = None, **case: Any) -> PipeCase:
@@ -61,7 +63,7 @@ def build_model(pipe: PipeCase) -> nn.Module:
     """The module before DeepSpeed makes an engine of it."""
     case = pipe.case
     if not pipe.pp:
-        return pipe_models.Plain(case.seed, case.frozen)
+        return pipe_models.Plain(case.seed, case.frozen, pipe.blocks)
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -74,7 +76,12 @@ def build_model(pipe: PipeCase) -> nn.Module:
             made = dist.new_group(ranks)
             group = made if dist.get_rank() in ranks else group
     specs = pipe_models.layers(
-        case.seed, frozen=case.frozen, head_module=pipe.head_module, shift=pipe.shift, group=group
+        case.seed,
+        frozen=case.frozen,
+        head_module=pipe.head_module,
+        shift=pipe.shift,
+        group=group,
+        blocks=pipe.blocks,
     )
     model = PipelineModule(specs, loss_fn=pipe_models.loss, partition_method=pipe.method, **kind)
     if pipe.shift and pipe.declared:

@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="an option of a format that another package adds; may be repeated",
     )
+    p.add_argument("--allow-approximate", action="store_true", help=source.ALLOW_APPROXIMATE)
     p.add_argument("--dry-run", action="store_true", help="plan and check everything, write nothing")
     p.add_argument("--json", action="store_true", help="print the result as JSON (its 'schema' names the version)")
     p.add_argument("--quiet", action="store_true", help="no result line, no progress, no warnings")
@@ -126,6 +127,7 @@ def _convert(args: argparse.Namespace) -> int:
             team=team,
             dry_run=args.dry_run,
             progress=bar,
+            allow_approximate=args.allow_approximate,
             options=options,
         )
     finally:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, digest, ls, merge, output, plan, report, run, show, spec, verify
+from ucp.cli import convert, diff, digest, ls, merge, output, plan, repair, report, run, show, spec, verify
 
 PROGRAM = "ucp"
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "report": report,
     "merge": merge,
+    "repair": repair,
 }
 # Commands that are programs of their own, too.
 PROGRAMS = {"convert": convert, "spec": spec}
@@ -39,6 +40,7 @@ examples:
   ucp report runs/llama -o report.html         all that as a page to look at
   ucp convert runs/llama universal             the same as ucp-convert
   ucp merge a b mean                           two checkpoints' weights into one
+  ucp repair runs/llama fixed                  a checkpoint that lost a pipeline stage, filled from its neighbours
 
 exit codes: 0 done, 1 the answer is no (damaged; they differ), 2 the input or the arguments are at fault (one line on
 stderr says how), 3 an internal error

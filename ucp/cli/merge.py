@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ucp import formats
-from ucp.cli import run
+from ucp.cli import run, source
 from ucp.cli.output import Output
 from ucp.errors import BadArgument
 from ucp.formats.base import Option
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     parser.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument("--allow-approximate", action="store_true", help=source.ALLOW_APPROXIMATE)
     parser.add_argument("--spec", metavar="SPEC", help="how tensor parallelism cuts the sources: a name or a file")
     parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     run.add_sizes(parser)
@@ -126,6 +127,7 @@ def command(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             resume=not args.no_resume,
             dry_run=args.plan,
+            allow_approximate=args.allow_approximate,
             team=team,
             progress=bar,
             **given,

@@ -67,6 +67,7 @@ def command(args: argparse.Namespace) -> int:
 
 def _overview(out: Output, found: Summary) -> None:
     from ucp.inspection import display
+    from ucp.inspection.summary import approximate_text
     from ucp.parallel.mesh import Layout
 
     out.title(found.path)
@@ -88,6 +89,7 @@ def _overview(out: Output, found: Summary) -> None:
     out.facts(
         [
             ("format", f"{found.format}, written by {found.writer}"),
+            *([("approximate", approximate_text(found.approximate))] if found.approximate else []),
             ("layout", str(Layout(**found.layout))),
             ("step", "unknown" if found.step is None else str(found.step)),
             ("parameters", f"{len(found.parameters)} ({kinds}), {display.count_text(found.elements)} elements"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
 
 CHECKPOINT = "a checkpoint's folder, or a folder of them (then what 'latest' says; without that file the newest)"
+ALLOW_APPROXIMATE = "take a checkpoint with layers that ucp repair has filled in"
 TRUST_PATHS = "follow a virtual checkpoint to files outside the folder that it names as its source"
 NEWEST = "newest"  # `ucp.run_folder.NEWEST`, which takes too long to import before arguments are known to be right
 
@@ -62,4 +63,5 @@ def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None)
         model_config=args.model_config,
         sizes=run.sizes(args.set),
         trust_paths=args.trust_paths,
+        allow_approximate=True,  # what looks at a checkpoint shows that, and loads nothing
     )

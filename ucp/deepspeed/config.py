@@ -93,7 +93,8 @@ class LoadSection(_Section):
     """How checkpoints are loaded.
 
     allow_missing, allow_unused: name patterns that a load may leave unrestored or unread. trust_paths: follow a virtual
-    checkpoint to files outside the folder that it names as its source. verify: check digests while
+    checkpoint to files outside the folder that it names as its source. allow_approximate: take a checkpoint with layers
+    that a repair has filled in. verify: check digests while
     loading. read_once: have each byte that several ranks want read by one of them and exchanged: True, False, or
     'adaptive', where that is measured to be faster. prove: compare what is live after a load with the checkpoint's
     logical digests: True, where it has them; False; 'full', never a sample in host memory; or 'always', computing those
@@ -103,6 +104,7 @@ class LoadSection(_Section):
     allow_missing: _Patterns = ()
     allow_unused: _Patterns = ()
     trust_paths: bool = False
+    allow_approximate: bool = False
     verify: bool = True
     read_once: Annotated[bool | str, _Once] = ADAPTIVE
     prove: Annotated[bool | str, _Prove] = True

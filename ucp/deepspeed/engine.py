@@ -236,6 +236,7 @@ def _open(
             sizes=config.sizes,
             trust_client_state=config.trust_client_state,
             trust_paths=config.load.trust_paths,
+            allow_approximate=config.load.allow_approximate,
             param_names=names,
         ) as checkpoint:
             catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)

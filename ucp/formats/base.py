@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
-    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, Salvage, WriteRequest
+    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, Remains, Salvage, WriteRequest
     from ucp.parallel.mesh import Layout
     from ucp.spec.select import Choice
     from ucp.storage.files import Files
@@ -169,6 +169,11 @@ class Format(ABC):
     def model_facts(self, path: Path) -> ModelFacts | None:
         """What a checkpoint says of its model, where its files hold each model-parallel rank's own tensors, so that
         `read` with a choice ``apart`` gives them the names of `ucp.spec.resolve.apart`; None where they are whole."""
+        return None
+
+    def remains(self, path: Path, files: Files, request: ReadRequest) -> Remains | None:
+        """What is left of a checkpoint that lost files of some of its layers, for `ucp.repair`; None where it lost none
+        or nothing can be told. Raises what `read` raises for what is left."""
         return None
 
     def salvage(self, path: Path) -> Salvage | None:

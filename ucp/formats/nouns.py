@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, LogicalTensor
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.geometry import Blocks
 from ucp.parallel.mesh import Layout
 from ucp.spec.select import Choice
@@ -70,6 +70,25 @@ class Salvage:
 
     faults: tuple[tuple[str, str], ...]
     catalog: Catalog | None = None
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What is left of a checkpoint that lost files of some of its layers.
+
+    catalog: what is left, whole by itself. files: that are missing or damaged, each with what is wrong. parameters:
+    those that are lost, as far as they are known. layers: numbers of lost layers of which nothing else is known.
+    stateless: parameters of the catalog whose weights are left and whose optimizer states are lost. unknown: why
+    nothing tells what was lost; empty where it is known. buffers_known: ``parameters`` has lost buffers, too.
+    """
+
+    catalog: Catalog
+    files: tuple[tuple[str, str], ...]
+    parameters: Mapping[str, ParameterInfo] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    stateless: frozenset[str] = frozenset()
+    unknown: str = ""
+    buffers_known: bool = True
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedC
     layout = problem = None
     whole: bool | None = True
     try:
-        with checkpoint.open(path) as opened:
+        with checkpoint.open(path, allow_approximate=True) as opened:
             step, layout = opened.catalog.training_state.global_steps, str(opened.layout)
     except RemovedMeanwhile:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from ucp.errors import BadArgument
 from ucp.geometry import numel
 from ucp.inspection import display
 from ucp.inspection.owners import FileOwners, file_owners
+from ucp.layers import Layer, layer_of, shown
 from ucp.storage.dtypes import itemsize
 
 SCHEMA = "ucp.inspect/1"
@@ -72,6 +73,7 @@ class Summary:
 
     elements: of all parameters' weights, buffers included. bytes: of all logical tensors; file_bytes: of the files.
     states: state -> tensors, bytes, dtypes. training: what the training state has, in short.
+    approximate: parameters that a repair has filled in -> how.
     """
 
     path: str
@@ -89,6 +91,7 @@ class Summary:
     files: tuple[FileSummary, ...]
     holders: tuple[HolderSummary, ...]
     training: Mapping[str, Any]
+    approximate: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -135,7 +138,22 @@ def summarise(checkpoint: Checkpoint) -> Summary:
             for k, name in enumerate(who.names)
         ),
         training=_training(catalog),
+        approximate=catalog.approximate,
     )
+
+
+def approximate_text(approximate: Mapping[str, str]) -> str:
+    """What a repair has filled in: ``layers 4-5 (checkfree)``, and how many parameters that is."""
+    ways: dict[str, set[Layer]] = {}
+    outside = 0
+    for name, how in approximate.items():
+        found = layer_of(name)
+        outside += found is None
+        if found is not None:
+            ways.setdefault(how.partition(":")[0], set()).add(found[0])
+    texts = [f"layers {shown(layers)} ({way})" for way, layers in ways.items()]
+    texts += [f"{outside} parameters outside layers"] if outside else []
+    return f"{', '.join(texts)}: {len(approximate)} parameters"
 
 
 def held_bytes(catalog: Catalog) -> np.ndarray:

@@ -42,8 +42,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Finding:
     """kind: 'unreadable', 'file', 'hole', 'overlap', 'outside', 'digest', 'copy', 'training-state', 'not-finite',
-    'unread' or 'unchecked'. subject: the file or ``name:state`` that it is about. fault: False for what is only to be
-    known."""
+    'unread', 'unchecked', 'approximate' or 'repair'. subject: the file or ``name:state`` that it is about. fault: False
+    for what is only to be known."""
 
     kind: str
     subject: str
@@ -140,7 +140,7 @@ def verify(
         raise formats.explain_unknown(where)
     try:
         # Digests and copies are compared below, all of them.
-        opened = checkpoint.open(where, **choice, verify=False)
+        opened = checkpoint.open(where, **choice, verify=False, allow_approximate=True)
     except RemovedMeanwhile:
         raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
@@ -159,13 +159,25 @@ def _unopened(where: Path, known: Format, error: UcpError, quick: bool) -> Verdi
         _look_into_archives(where, notes)
     if not any(finding.kind != "digest" for finding in notes.found):
         notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
+    if (text := _repair(where)) is not None:
+        notes.add("repair", str(where), text, fault=False)
     return notes.verdict(where, known.name, None)
+
+
+def _repair(where: Path) -> str | None:
+    """What a repair would lose; None where none is possible."""
+    from ucp.repair.run import outlook
+
+    try:
+        return f"ucp repair can make it loadable; it would fill in {outlook(where)}, which is approximate"
+    except UcpError:
+        return None
 
 
 def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Path:
     """The checkpoint that opening takes, where that is to be whole only if that was asked for."""
     if tag == run_folder.NEWEST:
-        with checkpoint.open(folder, tag=tag, **choice, verify=False) as opened:
+        with checkpoint.open(folder, tag=tag, **choice, verify=False, allow_approximate=True) as opened:
             return opened.path
     return run_folder.resolve(folder, tag)
 
@@ -196,6 +208,8 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         _check_inside(catalog, tensor, notes)
     for text in catalog.unchecked:
         notes.add("unchecked", "", text, fault=False)
+    if catalog.approximate:
+        notes.add("approximate", "", checkpoint.approximate_sentence(catalog.approximate), fault=False)
     for text, fault in state_findings(catalog):
         notes.add("training-state", "", text, fault)
     for left, place in ((opened.unread, "in it"), (beside.around(opened.path), "beside it")):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ucp.errors import BadArgument
+from ucp.layers import layer_of
 from ucp.merging.language import MergeFile
 from ucp.merging.language import load as load_recipe
 from ucp.merging.methods import WEIGHTED, MethodOptions, Sources, operations, resolved_weights
 from ucp.merging.operations import Combination, Copied
-
-_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Assignment:
     def operation_for(self, only: Sequence[str], names: Collection[str]) -> Callable[[str], Combination]:
         """The operation by name alone, for a model of these parameters; those that fit no pattern of ``only`` are the
         first source's (the base's, if there is one)."""
-        layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name)) is not None}
+        layers = {name: found[0].index for name in names if (found := layer_of(name)) is not None}
         last = max(layers.values(), default=0)
 
         def operation(name: str) -> Combination:

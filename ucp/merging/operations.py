@@ -150,6 +150,34 @@ class Slerp:
         return found[0] * parts[0] + found[1] * parts[1]
 
 
+@dataclass(frozen=True)
+class Redrawn:
+    """Normal draws with a source's own mean and standard deviation: a tensor as if it were initialised anew."""
+
+    source: int
+    seed: int
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return (self.source,)
+
+    def survey(self, whole: Whole, parts: Parts) -> tuple[float, float, int]:
+        """Mean, standard deviation, and the key of the draws."""
+        sums: list[float] = []
+        squares: list[float] = []
+        for _, (x,) in parts(self.sources):
+            sums.append(float(np.sum(x)))
+            squares.append(float(np.sum(x * x)))
+        count = max(whole.numel, 1)
+        mean = math.fsum(sums) / count
+        spread = math.sqrt(max(math.fsum(squares) / count - mean * mean, 0.0))
+        return mean, spread, selection.stream_key(self.seed, whole.names[self.source], whole.name)
+
+    def combine(self, whole: Whole, found: tuple[float, float, int], first: int, parts: Sequence[Numbers]) -> Numbers:
+        mean, spread, key = found
+        return mean + spread * selection.normal(key, first, len(parts[0]))
+
+
 class Selector(Protocol):
     """Which elements of a source's difference from the base count."""
 

@@ -31,12 +31,23 @@ def stream_key(seed: int, source: str, name: str) -> int:
 
 def drawn(key: int, first: int, count: int, density: float) -> NDArray[np.bool_]:
     """Which of the elements ``[first, first + count)`` are kept, each with probability ``density``."""
+    return uniform(key, first, count) < density
+
+
+def normal(key: int, first: int, count: int) -> Numbers:
+    """Draws of the normal distribution for the elements ``[first, first + count)``, by Box and Muller."""
+    radius = np.sqrt(-2.0 * np.log1p(-uniform(key, 2 * first, 2 * count)[0::2]))
+    return radius * np.cos(2.0 * np.pi * uniform(key, 2 * first, 2 * count)[1::2])
+
+
+def uniform(key: int, first: int, count: int) -> Numbers:
+    """Draws from [0, 1) for the elements ``[first, first + count)``."""
     with np.errstate(over="ignore"):
         z = np.uint64(key) + (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 < density
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)

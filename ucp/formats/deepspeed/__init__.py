@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
-    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, WriteRequest
+    from ucp.formats.nouns import Division, FolderNames, ModelFacts, ReadRequest, Remains, WriteRequest
     from ucp.parallel.mesh import Layout
     from ucp.spec.select import Choice
     from ucp.storage.files import Files
@@ -101,6 +101,11 @@ class DeepSpeed(Format):
         from ucp.formats.deepspeed.read import checkpoint
 
         return checkpoint.read(path, files, choice=request.choice, compare=request.compare, **request.options)
+
+    def remains(self, path: Path, files: Files, request: ReadRequest) -> Remains | None:
+        from ucp.formats.deepspeed.read import remains
+
+        return remains.remains(path, files, request.choice, **request.options)
 
     def tag(self, path: Path) -> str | None:
         return path.name

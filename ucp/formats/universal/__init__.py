@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
-    from ucp.formats.nouns import FolderNames, ReadRequest, Salvage, WriteRequest
+    from ucp.formats.nouns import FolderNames, ReadRequest, Remains, Salvage, WriteRequest
     from ucp.logical.record import Recorded
     from ucp.storage.digests import ChunkDigests
     from ucp.storage.files import Files
@@ -93,6 +93,11 @@ class Universal(Format):
 
     def knows(self, name: str) -> bool:
         return _OWN.fullmatch(name) is not None
+
+    def remains(self, path: Path, files: Files, request: ReadRequest) -> Remains | None:
+        from ucp.formats.universal.remains import remains
+
+        return remains(path, trust_paths=request.options.get("trust_paths", False))
 
     def salvage(self, path: Path) -> Salvage | None:
         from ucp.formats.universal.salvage import salvage

@@ -13,25 +13,27 @@ The body is kept in columns, so that a checkpoint of millions of fragments stays
   then its sizes, in elements), ``strides`` ({``block``: indices, ``values``: strides in elements}; a block that is not
   named lies densely in row-major order)
 - ``logical_digests`` (may be missing): see `ucp.formats.universal.logical`
+- ``approximate`` (may be missing): parameters that a repair has filled in -> how; readers refuse the checkpoint unless
+  they are told that this is meant
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
-from ucp.formats.universal import logical, training
+from ucp.formats.universal import approximate, logical, training
 from ucp.formats.universal.manifest import VERSION
 from ucp.geometry import Blocks, Ints, Shape, dense_strides, numel
 from ucp.parallel.mesh import Layout
 from ucp.printable import short
-from ucp.storage import locations, plain, safetensors
+from ucp.storage import locations, plain
 from ucp.storage.digests import ChunkDigests
 from ucp.storage.dtypes import itemsize
 from ucp.storage.dtypes import names as dtype_names
@@ -87,6 +89,7 @@ def encode(
         "aliases": {info.name: list(info.aliases) for info in infos if info.aliases},
         "scalars": shared,
         **_encode_tensors(catalog),
+        **approximate.encode(catalog),
         "training_state": training_state,
     }
 
@@ -143,9 +146,17 @@ def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
 
 
-def decode(path: str, body: dict[str, Any], *, complete: bool = True, trust_paths: bool = False) -> Catalog:
+def decode(
+    path: str,
+    body: dict[str, Any],
+    *,
+    complete: bool = True,
+    trust_paths: bool = False,
+    absent: Collection[str] = (),
+) -> Catalog:
     """The catalog that a manifest describes; ``path`` is the manifest's own. complete: it must hold every element, as
-    all manifests do but those of one rank's share. trust_paths: a virtual one's files may lie anywhere.
+    all manifests do but those of one rank's share. trust_paths: a virtual one's files may lie anywhere. absent: files,
+    as the manifest names them, that are not looked at.
 
     Every name, index and range is checked before it is used. Raises DamagedCheckpoint where the manifest contradicts
     itself or its files, and where a file of a form that keeps its files beside the manifest lies outside its folder.
@@ -153,7 +164,7 @@ def decode(path: str, body: dict[str, Any], *, complete: bool = True, trust_path
     fields = _Fields(path, body)
     form = fields.choice("form", FORMS)
     fields.choice("kind", ("training",))
-    files = _decode_files(fields, os.path.dirname(path), form, trust_paths)
+    files = _decode_files(fields, os.path.dirname(path), form, trust_paths, absent)
     digests = _decode_digests(fields, files)
     parameters = _decode_parameters(fields)
     tensors = _decode_tensors(fields, parameters, len(files))
@@ -172,8 +183,9 @@ def decode(path: str, body: dict[str, Any], *, complete: bool = True, trust_path
         files=files,
         parameters=named,
         tensors=tensors,
-        training_state=training.decode(path, body.get("training_state"), _training_tensors(path, files)),
+        training_state=training.decode(path, body.get("training_state"), training.tensors_beside(path, files)),
         chunk_digests=digests,
+        approximate=approximate.decode(path, body, named),
     )
     try:
         if complete:
@@ -183,7 +195,9 @@ def decode(path: str, body: dict[str, Any], *, complete: bool = True, trust_path
     return catalog
 
 
-def _decode_files(fields: _Fields, folder: str, form: str, trust_paths: bool) -> tuple[SourceFile, ...]:
+def _decode_files(
+    fields: _Fields, folder: str, form: str, trust_paths: bool, absent: Collection[str]
+) -> tuple[SourceFile, ...]:
     paths = fields.column("files", "path", str)
     sizes = fields.integers("files", "size", len(paths)).tolist()
     mtimes = fields.column("files", "mtime_ns", (int, type(None)))
@@ -199,6 +213,9 @@ def _decode_files(fields: _Fields, folder: str, form: str, trust_paths: bool) ->
         full = _inside(fields, inside, name) if mtime is None else _outside(inside, name)
         if mtime is not None and not trust_paths:
             _check_pointer(fields, inside, full)
+        if name in absent:
+            out.append(SourceFile(full, size, 0))
+            continue
         try:
             stat = locations.stat(full)
         except (OSError, ValueError) as error:  # ValueError: the name cannot be a file's
@@ -381,16 +398,6 @@ def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files
         first, at = first + count, end
     if used != len(values):
         raise fields.damaged("'blocks.strides.values' is too long")
-
-
-def _training_tensors(path: str, files: Sequence[SourceFile]) -> dict[str, Any]:
-    folder = os.path.dirname(path)
-    folder = folder if locations.is_remote(folder) else os.path.realpath(folder)
-    found: dict[str, Any] = {}
-    for file in files:
-        if file.path.startswith(folder + "/") and training.is_tensors_file(os.path.basename(file.path)):
-            found.update(safetensors.read_header(file.path).tensors)
-    return found
 
 
 class _Fields:

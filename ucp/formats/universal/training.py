@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ucp.catalog import Catalog, LogicalTensor, ParamGroup, TrainingState
+from ucp.catalog import Catalog, LogicalTensor, ParamGroup, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.shared.samples import counted_by_us
 from ucp.formats.shared.training_state import PLAIN, Tensors
 from ucp.geometry import box, empty, numel, whole
-from ucp.storage import plain, safetensors
+from ucp.storage import locations, plain, safetensors
 from ucp.storage.dtypes import canonical
 from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.gather import Want
@@ -56,6 +57,17 @@ def decode(path: str, data: Any, tensors: Mapping[str, TensorRef]) -> TrainingSt
     for name, value in values.items():
         _check(path, name, value, _TYPES.get(name, (object,)))
     return counted_by_us(TrainingState(param_groups=tuple(groups), **values))
+
+
+def tensors_beside(path: str, files: Sequence[SourceFile]) -> dict[str, TensorRef]:
+    """The tensors of the training state in those files that lie beside a manifest."""
+    folder = os.path.dirname(path)
+    folder = folder if locations.is_remote(folder) else os.path.realpath(folder)
+    found: dict[str, TensorRef] = {}
+    for file in files:
+        if file.path.startswith(folder + "/") and is_tensors_file(os.path.basename(file.path)):
+            found.update(safetensors.read_header(file.path).tensors)
+    return found
 
 
 _NUMBER = (int, type(None))

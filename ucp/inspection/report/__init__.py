@@ -76,7 +76,7 @@ def write_report(
     verdict = verify(path, tag, spec=spec, **choice, quick=quick, finite=finite, progress=progress)
     summary, planned, catalog = None, None, None
     if verdict.layout is not None:
-        with checkpoint.open(verdict.path, spec, **choice, verify=False) as opened:
+        with checkpoint.open(verdict.path, spec, **choice, verify=False, allow_approximate=True) as opened:
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
                 planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, **options)

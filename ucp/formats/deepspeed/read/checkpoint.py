@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ucp.formats.deepspeed.read import same_save, stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.experts import find_experts
-from ucp.formats.deepspeed.read.folder import scan
+from ucp.formats.deepspeed.read.folder import Folder, scan
 from ucp.formats.deepspeed.read.layers import with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
@@ -62,7 +62,9 @@ def read(
     the spec does not fit.
     """
     with stems.noting() as unchecked, malformed(path, "what its files hold"):
-        catalog = _read(path, files, choice, trust_client_state, param_names, compare)
+        found = scan(path)
+        opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+        catalog = read_stages(path, files, found, opened, choice, param_names, compare)
     sentences = unchecked.sentences()
     if apart := same_save.far_apart(catalog.on_disk):
         sentences = (*sentences, apart)
@@ -71,26 +73,33 @@ def read(
     return replace(catalog, unchecked=sentences)
 
 
-def _read(
+def read_stages(
     path: Path,
     files: Files,
+    found: Sequence[Folder],
+    opened: Mapping[int, Mapping[int, ModelFile]],
     choice: Choice,
-    trust_client_state: bool,
     param_names: Sequence[Sequence[str]] | None,
     compare: bool,
+    without: Collection[int] = (),
 ) -> Catalog:
-    """As `read`, without a word on what could not be checked."""
-    found = scan(path)
-    opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
-    models = with_modules(path, found, opened, param_names)
-    first = models[0][0]
-    tp, pp = _degrees(first, len(found))
+    """As `read`, without a word on what could not be checked, of these model-parallel ranks; opened: their model files.
+
+    without: layers of a pipeline whose files are left aside; the stages that had them are not among ``found``, and
+    those that are make a pipeline of their own.
+    """
+    models = with_modules(path, found, opened, param_names, without)
+    first = models[found[0].mp][0]
+    tp, pp = degrees(first)
+    order = sorted({folder.mp // tp for folder in found})
+    pp = len(order) if without else pp
+    _check_count(first, tp, pp, len(found))
     paths: dict[str, int] = {}
     sources: list[SourceFile] = []
     records: dict[int, dict[int, StoredCrc32]] = {}
     parts: dict[Coordinate, LocalModel] = {}
     for folder in found:
-        stage, slice_ = divmod(folder.mp, tp)
+        stage, slice_ = order.index(folder.mp // tp), folder.mp % tp
         experts = find_experts(folder, models[folder.mp][0], len(found))
         for rank, held in experts.parts(folder, models[folder.mp]).items():
             builder = Builder(files, paths, sources, records)
@@ -123,7 +132,15 @@ def _read(
     return catalog
 
 
-def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
+def _check_count(model: ModelFile, tp: int, pp: int, count: int) -> None:
+    if tp * pp != count:
+        raise DamagedCheckpoint(
+            f"{model.path}: was saved by {tp * pp} model-parallel ranks (tp={tp}, pp={pp}), but there are files of "
+            f"{count}; files are missing or of two runs"
+        )
+
+
+def degrees(model: ModelFile) -> tuple[int, int]:
     """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``).
 
     ``tp_degree`` is not asked: under sequence parallelism it is the number of that one's ranks.
@@ -131,13 +148,7 @@ def _degrees(model: ModelFile, count: int) -> tuple[int, int]:
     said = model.raw.get("checkpoint_parallel_dimensions") or {}
     world = int(model.raw.get("mp_world_size") or 1)
     pp = int(said.get("pp_degree") or 1)
-    tp = max(world // pp, 1)
-    if tp * pp != count:
-        raise DamagedCheckpoint(
-            f"{model.path}: was saved by {tp * pp} model-parallel ranks (tp={tp}, pp={pp}), but there are files of "
-            f"{count}; files are missing or of two runs"
-        )
-    return tp, pp
+    return max(world // pp, 1), pp
 
 
 def model_facts(path: Path) -> ModelFacts:

@@ -92,7 +92,7 @@ def scan(path: Path) -> list[Folder]:
             f"{path}: is DeepSpeed's own universal checkpoint (it has a folder '{_UNIVERSAL}'), which is written here "
             "(--to deepspeed-universal) and not read; take the checkpoint that it was made from"
         )
-    found = _sorted(path)
+    found = sort_files(path)
     _check(path, found)
     models: Mapping[int, Mapping[int, Path]] = found.parts or {mp: {0: file} for mp, file in found.whole.items()}
     ranks = sorted({0, *models, *found.optim})
@@ -102,23 +102,11 @@ def scan(path: Path) -> list[Folder]:
             f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost} "
             f"('*mp_rank_{lost:02d}_model_states.pt'); the checkpoint is incomplete"
         )
-    bf16 = found.prefixes == {True}
-    return [
-        Folder(
-            path,
-            mp,
-            models[mp],
-            found.optim.get(mp, {}),
-            bf16,
-            found.experts.get(mp, {}),
-            found.expert_optim.get(mp, {}),
-        )
-        for mp in ranks
-    ]
+    return [found.folder(path, mp) for mp in ranks]
 
 
 @dataclass
-class _Sorted:
+class Sorted:
     """A folder's files, each kind by model-parallel rank. whole: model files of stages 0 to 2; parts: those of stage 3,
     by data-parallel rank. prefixes: whether optimizer files begin with ``bf16_``."""
 
@@ -129,9 +117,22 @@ class _Sorted:
     expert_optim: dict[int, dict[int, Path]] = field(default_factory=dict)
     prefixes: set[bool] = field(default_factory=set)
 
+    def folder(self, path: Path, mp: int) -> Folder:
+        """The files of one model-parallel rank, which has a model file."""
+        return Folder(
+            path,
+            mp,
+            self.parts[mp] if self.parts else {0: self.whole[mp]},
+            self.optim.get(mp, {}),
+            self.prefixes == {True},
+            self.experts.get(mp, {}),
+            self.expert_optim.get(mp, {}),
+        )
 
-def _sorted(path: Path) -> _Sorted:
-    out = _Sorted()
+
+def sort_files(path: Path) -> Sorted:
+    """The files of a folder by their names. Raises Unsupported for those of a release that is not supported."""
+    out = Sorted()
     for name in locations.names(path):
         if expert := EXPERT.match(name):
             if expert["layer"] is None:
@@ -152,7 +153,7 @@ def _sorted(path: Path) -> _Sorted:
     return out
 
 
-def _check(path: Path, found: _Sorted) -> None:
+def _check(path: Path, found: Sorted) -> None:
     """Raise DamagedCheckpoint where files are of two runs, or no model file is there."""
     if found.whole and found.parts:
         some = found.parts[min(found.parts)]

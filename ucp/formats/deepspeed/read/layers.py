@@ -9,7 +9,7 @@ file, and its weights are in the file of another layer of the same tie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from ucp.storage.torch_pt.values import TensorRef
 _TIED = unnamed_pipeline.TIED
 
 
-def layer_files(path: Path) -> dict[int, dict[int, Path]]:
-    """The layer files of a folder: tensor-parallel rank -> layer -> file; {} where it was no pipeline.
+def layer_files(path: Path, without: Collection[int] = ()) -> dict[int, dict[int, Path]]:
+    """The layer files of a folder: tensor-parallel rank -> layer -> file; {} where it was no pipeline. without: layers
+    that are left aside.
 
     Raises DamagedCheckpoint where tensor-parallel ranks have not files of the same layers.
     """
     out: dict[int, dict[int, Path]] = {}
     for name in locations.names(path):
-        if found := LAYER.match(name):
+        if (found := LAYER.match(name)) and int(found["layer"]) not in without:
             out.setdefault(int(found["tp"] or 0), {})[int(found["layer"])] = path / name
     every = {layer for files in out.values() for layer in files}
     for rank in range(max(out, default=-1) + 1):  # as far as a rank that lacks files, however high the numbers are
@@ -52,17 +53,19 @@ def with_modules(
     found: Sequence[Folder],
     models: Mapping[int, Mapping[int, ModelFile]],
     param_names: Sequence[Sequence[str]] | None,
+    without: Collection[int] = (),
 ) -> Mapping[int, Mapping[int, ModelFile]]:
     """The model files, by model-parallel and data-parallel rank, with a pipeline's state dicts from its layer files.
 
     Every stage gets what it trains and its buffers; what no stage names (frozen parameters) the first stage gets.
-    Other checkpoints come back as they are. param_names: as for `ucp.formats.deepspeed.read`.
+    Other checkpoints come back as they are. param_names: as for `ucp.formats.deepspeed.read`. without:
+    layers whose files are left aside.
 
     Raises DamagedCheckpoint for missing files, Unsupported where nothing tells which layers are tied.
     """
     if all(files[0].raw.get("module", {}) is not None for files in models.values()):
         return models
-    layers = layer_files(path)
+    layers = layer_files(path, without)
     if not layers:
         raise DamagedCheckpoint(f"{path}: has a pipeline's model files, but no layer files ('layer_*-model_states.pt')")
     count = len(layers)

@@ -1,0 +1,31 @@
+"""Making a checkpoint loadable that lost the files of some layers: they are filled from their neighbours (CheckFree).
+
+What comes of it is approximate and marked so: it is loaded only by who says that this is meant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ucp.repair.refill import Outlook, RepairSettings, outlook_of
+    from ucp.repair.run import RepairReport, outlook, repair
+
+__all__ = ["repair", "RepairReport", "RepairSettings", "outlook", "outlook_of", "Outlook"]
+
+_HOMES = {
+    "repair": "ucp.repair.run",
+    "RepairReport": "ucp.repair.run",
+    "outlook": "ucp.repair.run",
+    "RepairSettings": "ucp.repair.refill",
+    "outlook_of": "ucp.repair.refill",
+    "Outlook": "ucp.repair.refill",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ucp.repair' has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""Repair a checkpoint that lost the files of some layers (`ucp.repair.repair`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ucp import formats, run_folder
+from ucp.catalog import Catalog
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint
+from ucp.formats.nouns import ReadRequest, Remains, WriteRequest
+from ucp.printable import logger
+from ucp.repair.build import repaired
+from ucp.repair.refill import Outlook, RepairSettings, outlook_of
+from ucp.settings import check_replaced
+from ucp.spec.select import Choice, choose
+from ucp.storage.files import Files
+from ucp.storage.locations import is_remote, locate
+from ucp.transfer.destination import Running, carry_out
+from ucp.transfer.gather import Reader
+from ucp.transfer.windows import check_files
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did, or would do (``dry_run``).
+
+    files: that were missing or damaged, each with what was wrong. layers: what each lost layer is filled with, by its
+    name. parameters: the names of those that are filled. stateless: of those that kept their weights and lost their
+    optimizer states. warnings: in sentences. own_group: the filled parameters are a param group of their own.
+    """
+
+    source: str
+    destination: str
+    method: str
+    files: Mapping[str, str]
+    layers: Mapping[str, str]
+    parameters: tuple[str, ...]
+    stateless: tuple[str, ...]
+    warnings: tuple[str, ...]
+    moments: str
+    own_group: bool
+    bytes_written: int
+    seconds: float
+    dry_run: bool
+
+    def __str__(self) -> str:
+        did = "would write" if self.dry_run else "wrote"
+        what = []
+        if self.layers:
+            what.append(f"{len(self.layers)} layers ({len(self.parameters)} parameters) by {self.method}")
+        if self.stateless:
+            what.append(f"the optimizer states of {len(self.stateless)} more parameters as zeros")
+        return (
+            f"{did} {self.destination}: filled {' and '.join(what)}, {self.bytes_written / 1e9:.3f} GB in "
+            f"{self.seconds:.1f} s; it is approximate, and loaded only with allow_approximate"
+        )
+
+
+def repair(
+    damaged: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    method: str = "checkfree",
+    tag: str | int | None = None,
+    *,
+    spec: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> RepairReport:
+    """Write a whole universal checkpoint from one that lost the files of some layers.
+
+    Parameters
+    ----------
+    damaged
+        A checkpoint, or a folder of them and a ``tag``. What its files still hold is written bit for bit.
+    dest
+        A folder that does not exist yet.
+    method
+        What lost layers are filled with: 'checkfree', the mean of their neighbours weighted with the norms of their
+        gradients (`ucp.repair.refill`); 'uniform', 'copy-left', 'copy-right' and 'random' to compare with.
+    settings
+        The other fields of `RepairSettings` and of `Running`.
+
+    Raises
+    ------
+    Unsupported, Mismatch
+        Where what was lost has no neighbour that is like it; the destination is untouched then.
+    BadArgument
+        For a checkpoint that lost nothing.
+    """
+    started = time.monotonic()
+    how, running = _divided(method, settings)
+    destination = str(locate(dest))
+    choice = choose(spec, None, None)
+    with Files() as files:
+        path, remains = _remains(damaged, tag, files, choice)
+        outlook = outlook_of(remains, how)
+        for warning in outlook.warnings:
+            log.warning("%s: %s", path, warning)
+        catalog = repaired(remains, outlook, how, Reader(remains.catalog, files))
+        nbytes = _write(catalog, path, destination, choice, running)
+    return RepairReport(
+        str(path),
+        destination,
+        method,
+        dict(remains.files),
+        {str(filling.layer): str(filling) for filling in outlook.fillings},
+        tuple(outlook.parameters),
+        outlook.stateless,
+        outlook.warnings,
+        how.moments,
+        how.lr_scale is not None,
+        nbytes,
+        time.monotonic() - started,
+        running.dry_run,
+    )
+
+
+def _divided(method: str, settings: Mapping[str, Any]) -> tuple[RepairSettings, Running]:
+    """The settings of the filling and of the run. Raises BadArgument."""
+    own, taken = ({field.name for field in fields(kind)} for kind in (RepairSettings, Running))
+    unknown = sorted(settings.keys() - own - taken)
+    if unknown:
+        raise BadArgument(f"a repair takes no option '{unknown[0]}'")
+    how = RepairSettings(method, **{name: settings[name] for name in own & settings.keys()})
+    how.check()
+    return how, Running(**{name: settings[name] for name in taken & settings.keys()})
+
+
+def outlook(damaged: str | os.PathLike[str], tag: str | int | None = None) -> Outlook:
+    """What a repair by checkfree would do. Raises what `repair` raises."""
+    with Files() as files:
+        return outlook_of(_remains(damaged, tag, files, Choice())[1], RepairSettings())
+
+
+def _remains(
+    damaged: str | os.PathLike[str], tag: str | int | None, files: Files, choice: Choice
+) -> tuple[Path, Remains]:
+    path = run_folder.resolve(locate(damaged), tag)
+    known = formats.find(path)
+    if known is None:
+        raise formats.explain_unknown(path)
+    found = known.remains(path, files, ReadRequest(choice))
+    if found is not None:
+        return path, found
+    try:
+        formats.read(known, path, files, ReadRequest(choice))
+    except (DamagedCheckpoint, NotACheckpoint) as error:
+        raise DamagedCheckpoint(f"{error}; nothing tells what was lost, so it can't be repaired") from error
+    raise BadArgument(f"{path}: lost no file, so there is nothing to repair; open it as it is")
+
+
+def _write(catalog: Catalog, path: Path, destination: str, choice: Choice, running: Running) -> int:
+    """Write a universal checkpoint; returns its bytes."""
+    target = formats.target("universal")
+    plan = target.plan(catalog, WriteRequest(path, catalog.format, destination, path.name, None, choice))
+    if running.overwrite and not is_remote(destination):
+        check_replaced(Path(destination), plan.source)
+    check_files(plan.files)
+    return carry_out(plan, destination, running).nbytes
