@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
-from ucp import limits
-from ucp.catalog import Catalog, LogicalTensor
-from ucp.errors import DamagedCheckpoint, UnsafePickle
+from ucp.catalog import Catalog
+from ucp.errors import DamagedCheckpoint
 from ucp.formats.dcp import NAME, metadata
+from ucp.formats.dcp.records import Records
+from ucp.formats.dcp.records import tensors as tensors_of
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
-from ucp.geometry import Blocks, Shape, numel
 from ucp.parallel.mesh import Layout
-from ucp.storage import graphs, locations
-from ucp.storage.crc32 import StoredCrc32
+from ucp.storage import locations
 from ucp.storage.files import Files
-from ucp.storage.torch_pt import reader
-from ucp.storage.torch_pt.values import TensorRef
 
 WRITER = "torch.distributed.checkpoint"
 
@@ -51,9 +42,9 @@ def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, u
     Raises what `read` does, and DamagedCheckpoint where both have an entry of one name.
     """
     found = metadata.load(folder)
-    with _Records(folder, into.builder) as records:
+    with Records(folder, into.builder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
-        tensors = _tensors(found.tensors, records)
+        tensors = tensors_of(found.tensors, records)
     for own in (*found.tensors, *found.objects):
         key = ".".join((*under, own))
         if key in into.entries:
@@ -62,137 +53,6 @@ def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, u
         into.entries[key] = StateEntry((*under, *found.paths.get(own, (own,))), shape, objects.get(own))
         if own in tensors:
             into.tensors[key] = tensors[own]
-
-
-@dataclass(frozen=True)
-class _KnownRecord:
-    """A tensor's record, for others that begin alike. before: all bytes before the elements, which are at ``at``;
-    crc: of its elements, where it has one, counted from the record's beginning."""
-
-    before: bytes
-    at: int
-    strides: Shape
-    crc: StoredCrc32 | None
-
-
-class _ElementsAt(NamedTuple):
-    """Where a chunk's elements lie. file: its index; at: the first one's byte in it; crc: of their bytes."""
-
-    file: int
-    at: int
-    strides: Shape
-    crc: StoredCrc32 | None
-
-
-class _Records:
-    """The records of a checkpoint's files; a context manager that keeps one file open at a time."""
-
-    def __init__(self, folder: Path, builder: Builder) -> None:
-        self._folder = folder
-        self._builder = builder
-        self._open: tuple[str, str, BinaryIO] | None = None  # as the metadata names it, its path, the stream
-        self._index = 0  # of the open file
-        self._closing = ExitStack()
-        self._known: dict[tuple[Any, ...], _KnownRecord] = {}
-        self.crcs = builder.records
-
-    def __enter__(self) -> _Records:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
-
-    def load(self, key: str, record: metadata.Record, trust: bool | None = None) -> Any:
-        """What `torch.save` wrote there."""
-        stream, path = self._stream(key, record)
-        try:
-            found = reader.load_section(stream, path, record.start, record.length, trust=trust)
-            graphs.check(path, found)
-            return found
-        except UnsafePickle as error:
-            raise UnsafePickle(f"entry '{key}': {error}") from error
-        except DamagedCheckpoint as error:
-            place = f"bytes {record.start} to {record.start + record.length}"
-            raise DamagedCheckpoint(f"{error} (entry '{key}', {place})") from error
-
-    def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> _ElementsAt:
-        """Where a chunk's elements lie.
-
-        Most records are as another one of the same length, type and shape but for the elements: then comparing what
-        comes before these is enough, which is quicker by far than reading an archive's directory and its pickle.
-        """
-        record = chunk.record
-        kind = (record.length, dtype, chunk.sizes)
-        known = self._known.get(kind)
-        stream, _ = self._stream(key, record)
-        if known is not None and _bytes(stream, record.start, known.at) == known.before:
-            # Its own CRC-32 is where the other's is, behind its elements: it's read when they are.
-            crc = None if known.crc is None else replace(_moved(known.crc, record.start), crc=None)
-            return _ElementsAt(self._index, record.start + known.at, known.strides, crc)
-        ref = self.load(key, record)
-        if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
-            found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
-            raise DamagedCheckpoint(
-                f"'{key}': its chunk at {list(chunk.offsets)} should be {dtype} {list(chunk.sizes)} and is {found}; "
-                "the files do not belong together"
-            )
-        at = ref.offset - record.start
-        if at <= limits.DCP_PREAMBLE_BYTES:
-            crc = None if ref.record is None else _moved(ref.record, -record.start)
-            self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides, crc)
-        return _ElementsAt(self._index, ref.offset, ref.strides, ref.record)
-
-    def _stream(self, key: str, record: metadata.Record) -> tuple[BinaryIO, str]:
-        if self._open is None or self._open[0] != record.file:
-            self._closing.close()
-            self._open = None
-            path = str(self._folder / record.file)
-            try:
-                stream = self._closing.enter_context(locations.opened(path))
-            except OSError as error:
-                raise DamagedCheckpoint(
-                    f"{path}: cannot be read ({error.strerror or error}), but '{key}' lies in it"
-                ) from error
-            self._open = record.file, path, stream
-            self._index = self._builder.index(path)
-        _, path, stream = self._open
-        return stream, path
-
-
-def _moved(crc: StoredCrc32, by: int) -> StoredCrc32:
-    return replace(crc, start=crc.start + by, stop=crc.stop + by, at=crc.at + by)
-
-
-def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
-    # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
-    stream = getattr(stream, "raw", stream)
-    stream.seek(start)
-    return stream.read(count)
-
-
-def _tensors(found: Mapping[str, metadata.Tensor], records: _Records) -> dict[str, LogicalTensor]:
-    """The tensors of all entries, under their flat names; files are read from front to back."""
-    chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
-    placed: dict[str, list[tuple[metadata.Chunk, _ElementsAt]]] = {key: [] for key in found}
-    for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):
-        place = records.tensor(key, dtype, chunk)
-        placed[key].append((chunk, place))
-        if place.crc is not None:
-            records.crcs.setdefault(place.file, {})[place.crc.start] = place.crc
-    out = {}
-    for key, tensor in found.items():
-        held = [(chunk, place) for chunk, place in placed[key] if numel(chunk.sizes)]
-        grid = (len(held), len(tensor.shape))
-        blocks = Blocks(
-            np.array([chunk.offsets for chunk, _ in held], np.int64).reshape(grid),
-            np.array([chunk.sizes for chunk, _ in held], np.int64).reshape(grid),
-            np.zeros(len(held), np.int64),
-            np.array([place.strides for _, place in held], np.int64).reshape(grid),
-            np.array([place.file for _, place in held], np.int64),
-        )
-        bases = np.array([place.at for _, place in held], np.int64)
-        out[key] = LogicalTensor(key, "", tensor.shape, tensor.dtype, blocks, bases)
-    return out
 
 
 def layout_of(found: Entries) -> Layout:
