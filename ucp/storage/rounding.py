@@ -30,6 +30,19 @@ def round_to(values: NDArray[np.float32], target: str) -> NDArray[Any]:
     raise ValueError(f"cannot round to {target!r}; known are bfloat16 and float16")
 
 
+def rounds_to(high: NDArray[Any], source: str, low: NDArray[Any], target: str) -> bool | None:
+    """Whether masters (bits of ``source`` elements) round to these weights, bit for bit; None if that says nothing.
+
+    A not-a-number is any not-a-number: its bits depend on the torch that rounded it.
+    """
+    if source == target:
+        return bool(np.array_equal(high, low))
+    if source != "float32" or target not in ("bfloat16", "float16"):
+        return None
+    found = round_to(high.view(np.float32), target).view(np.uint16)
+    return bool(np.all((found == low) | np.isnan(high.view(np.float32))))
+
+
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(values).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)

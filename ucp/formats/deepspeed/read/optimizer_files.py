@@ -7,26 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.shared.builder import Builder, Scalar
-from ucp.storage.rounding import round_to
 from ucp.storage.torch_pt.values import TensorRef
-
-
-def rounds_to(high: NDArray[Any], source: str, low: NDArray[Any], target: str) -> bool | None:
-    """Whether masters (bits of ``source`` elements) round to these weights, bit for bit; None if that says nothing.
-
-    A not-a-number is any not-a-number: its bits depend on the torch that rounded it.
-    """
-    if source == target:
-        return bool(np.array_equal(high, low))
-    if source != "float32" or target not in ("bfloat16", "float16"):
-        return None
-    found = round_to(high.view(np.float32), target).view(np.uint16)
-    return bool(np.all((found == low) | np.isnan(high.view(np.float32))))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.read.optimizer_files import rounds_to
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import row_major
 from ucp.printable import logger
 from ucp.storage.dtypes import itemsize
+from ucp.storage.rounding import rounds_to
 from ucp.storage.torch_pt.values import TensorRef
 
 log = logger(__name__)

@@ -29,10 +29,11 @@ from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.formats.deepspeed.read.optimizer_files import options_of, rounds_to, split_state
+from ucp.formats.deepspeed.read.optimizer_files import options_of, split_state
 from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
+from ucp.storage.rounding import rounds_to
 from ucp.storage.torch_pt.values import TensorRef
 
 

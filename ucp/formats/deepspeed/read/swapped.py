@@ -17,12 +17,12 @@ import numpy as np
 from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, UcpError
-from ucp.formats.deepspeed.read.optimizer_files import rounds_to
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import row_major
 from ucp.printable import logger
 from ucp.storage import locations, safetensors
 from ucp.storage.dtypes import itemsize
+from ucp.storage.rounding import rounds_to
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
