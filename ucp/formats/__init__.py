@@ -31,6 +31,7 @@ log = logger(__name__)
 BUILT_IN = (
     "ucp.formats.universal",
     "ucp.formats.deepspeed",
+    "ucp.formats.megatron",
     "ucp.formats.dcp",
     "ucp.formats.huggingface",
     "ucp.formats.trainer",

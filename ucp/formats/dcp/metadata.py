@@ -49,11 +49,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Metadata:
-    """paths: flat name -> the keys that led to it, where that was recorded. objects: entries that are no tensors."""
+    """paths: flat name -> the keys that led to it, where that was recorded. objects: entries that are no tensors.
+    others: what other programs hang on it."""
 
     paths: Mapping[str, tuple[Any, ...]]
     tensors: Mapping[str, Tensor]
     objects: Mapping[str, Record]
+    others: Mapping[str, Any]
 
 
 def load(folder: Path) -> Metadata:
@@ -99,7 +101,9 @@ def _interpret(path: str, found: Any) -> Metadata:
         tensors[key] = Tensor(dtype.name, shape, chunks)
     paths = found.state.get("planner_data")
     known = paths if isinstance(paths, dict) else {}
-    return Metadata({key: tuple(p) for key, p in known.items() if isinstance(p, tuple)}, tensors, objects)
+    own = ("state_dict_metadata", "storage_data", "planner_data", "storage_meta", "version")
+    others = {key: value for key, value in found.state.items() if key not in own}
+    return Metadata({key: tuple(p) for key, p in known.items() if isinstance(p, tuple)}, tensors, objects, others)
 
 
 def _record(path: str, key: str, info: Standin) -> Record:

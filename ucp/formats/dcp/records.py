@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class Records:
         self._builder = builder
         self._open: tuple[str, str, BinaryIO] | None = None  # as the metadata names it, its path, the stream
         self._index = 0  # of the open file
+        self._size = 0  # of the open file, in bytes
         self._closing = ExitStack()
         self._known: dict[tuple[Any, ...], _KnownRecord] = {}
         self.crcs = builder.records
@@ -82,7 +84,12 @@ class Records:
         record = chunk.record
         kind = (record.length, dtype, chunk.sizes)
         known = self._known.get(kind)
-        stream, _ = self._stream(key, record)
+        stream, path = self._stream(key, record)
+        if record.start + record.length > self._size:
+            raise DamagedCheckpoint(
+                f"{path}: the file is truncated: '{key}' lies in bytes {record.start} to "
+                f"{record.start + record.length}, and it has {self._size}"
+            )
         if known is not None and _bytes(stream, record.start, known.at) == known.before:
             # Its own CRC-32 is where the other's is, behind its elements: it's read when they are.
             crc = None if known.crc is None else replace(_moved(known.crc, record.start), crc=None)
@@ -113,6 +120,7 @@ class Records:
                 ) from error
             self._open = record.file, path, stream
             self._index = self._builder.index(path)
+            self._size = stream.seek(0, os.SEEK_END)
         _, path, stream = self._open
         return stream, path
 

@@ -1,0 +1,195 @@
+"""One rank of a Megatron run: the model, its optimizer, values by hash, two steps, saves and loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from tests.engines.megatron import cases
+from tests.engines.megatron.cases import Case
+
+STEPS = 2
+
+
+@dataclass
+class Run:
+    case: Case
+    model: Any  # the bare GPTModel
+    wrapped: Any
+    optimizer: Any
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What Megatron calls the content of a checkpoint."""
+        found: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        if self.case.sharding is not None:
+            found["distrib_optim_sharding_type"] = self.case.sharding
+        if self.case.per_layer:
+            found["non_homogeneous_layers"] = True
+        return found
+
+    def state(self, loading: bool = False, **content: Any) -> dict[str, Any]:
+        """The sharded state dict of a whole run, as Megatron's training program makes it."""
+        metadata = {**self.content, **content}
+        model = self.model.sharded_state_dict(metadata=metadata)
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+            "iteration": STEPS,
+            "checkpoint_version": 3.0,
+            "opt_param_scheduler": {"max_lr": 1e-3, "lr_warmup_steps": 2, "num_steps": 16, "lr_decay_style": "linear"},
+        }
+
+    def save(self, folder: str, **content: Any) -> None:
+        path = os.path.join(folder, f"iter_{STEPS:07d}")
+        if dist.get_rank() == 0:
+            os.makedirs(path, exist_ok=True)
+        dist.barrier()
+        dist_checkpointing.save(self.state(**content), path, content_metadata={**self.content, **content})
+        if dist.get_rank() == 0:
+            with open(os.path.join(folder, "latest_checkpointed_iteration.txt"), "w") as file:
+                file.write(str(STEPS))
+        dist.barrier()
+
+    def load(self, folder: str, **content: Any) -> dict[str, Any]:
+        """As Megatron's training program loads: everything strictly, into the model and the optimizer."""
+        found = dist_checkpointing.load(self.state(loading=True, **content), folder, strict="raise_all")
+        self.model.load_state_dict(found["model"], strict=True)
+        self.optimizer.load_state_dict(found["optimizer"])
+        return found
+
+    def local(self) -> Iterator[tuple[ShardedTensor, torch.nn.Parameter]]:
+        """Each part of the model that the rank holds, with the parameter that its data are a view of."""
+        found = self.model.sharded_state_dict(metadata={**self.content, "non_homogeneous_layers": True})
+        apply_factories(found)
+        starts = {p.data_ptr(): p for p in self.model.parameters()}
+        ordered = sorted(starts)
+        for part in _parts(found):
+            at = part.data.data_ptr()
+            owner = starts[max(start for start in ordered if start <= at)]
+            yield part, owner
+
+    def fill(self) -> None:
+        """Give the weights their values."""
+        with torch.no_grad():
+            for part, _ in self.local():
+                part.data.copy_(_hashed("weight", part))
+        self.optimizer.reload_model_params()
+
+    def step(self, number: int) -> None:
+        """A step of the optimizer with gradients by hash."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for part, owner in self.local():
+                grad = owner.main_grad
+                at = (part.data.data_ptr() - owner.data_ptr()) // part.data.element_size()
+                view = grad.as_strided(part.data.shape, part.data.stride(), grad.storage_offset() + at)
+                # Experts' gradients are averaged over fewer ranks than the others, by the same number.
+                view.copy_(_hashed(f"grad {number}", part) * (self.case.ep if ".experts." in part.key else 1))
+        self.wrapped.finish_grad_sync()
+        ok, *_ = self.optimizer.step()
+        assert ok
+
+
+def _parts(value: Any) -> Iterator[ShardedTensor]:
+    if isinstance(value, ShardedTensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _parts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
+
+
+def _hashed(what: str, part: ShardedTensor) -> torch.Tensor:
+    lead = part.prepend_axis_num
+    sizes = (*[1] * lead, *part.local_shape)
+    found = cases.values(what, part.key, part.global_offset, sizes, part.global_shape)
+    return torch.from_numpy(found).reshape(part.local_shape)
+
+
+def config_of(case: Case) -> TransformerConfig:
+    moe, gpt = case.kind == "moe", case.kind == "gpt"
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=cases.LAYERS,
+        hidden_size=cases.HIDDEN,
+        num_attention_heads=cases.HEADS,
+        num_query_groups=cases.HEADS if gpt else cases.GROUPS,
+        ffn_hidden_size=cases.FFN,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        expert_model_parallel_size=case.ep,
+        gated_linear_unit=not gpt,
+        activation_func=torch.nn.functional.gelu if gpt else torch.nn.functional.silu,
+        add_bias_linear=gpt,
+        normalization="LayerNorm" if gpt else "RMSNorm",
+        bf16=case.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,
+        num_moe_experts=cases.EXPERTS if moe else None,
+        moe_ffn_hidden_size=cases.FFN // 2 if moe else None,
+        moe_router_topk=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def made(case: Case) -> Run:
+    """The model and its optimizer, on every rank of the world. The process group is there already."""
+    ps.initialize_model_parallel(case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=True)
+    model_parallel_cuda_manual_seed(1)
+    config = config_of(case)
+    spec = get_gpt_layer_local_spec(
+        num_experts=cases.EXPERTS if case.kind == "moe" else None, normalization=config.normalization
+    )
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=cases.VOCAB,
+        max_sequence_length=cases.SEQUENCE,
+        pre_process=ps.is_pipeline_first_stage(),
+        post_process=ps.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute" if case.kind == "gpt" else "rope",
+    )
+    module = Float16Module(config, model) if case.bf16 else model
+    distributed = case.sharding is not None
+    wrapped = DistributedDataParallel(
+        config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), module
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            bf16=case.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=distributed,
+            clip_grad=0.0,
+        ),
+        [wrapped],
+    )
+    return Run(case, model, wrapped, optimizer)

@@ -1,0 +1,1 @@
+"""Reading Megatron-Core's checkpoints."""

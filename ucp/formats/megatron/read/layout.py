@@ -1,0 +1,186 @@
+"""The layout that a Megatron run had: what its arguments say, else what its keys and chunks show."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import DamagedCheckpoint
+from ucp.formats.megatron import keys
+from ucp.formats.megatron.read.common import arguments, optimizers
+from ucp.parallel.mesh import Layout
+
+_RANK = re.compile(r"__(\d+)_\d+\.distcp")
+_ITERATION = re.compile(r"iter_(\d{7,17})")
+# Cut evenly over tensor-parallel ranks along an axis, in every model, and in one piece on each rank.
+_EVENLY_CUT = ("word_embeddings.weight", "output_layer.weight", "linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class Found:
+    """layout: dp is of the dense layers, with context parallelism in it. others: cp, vp and the optimizer's sharding,
+    where they are known."""
+
+    layout: Layout
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+
+def of(
+    folder: Path,
+    common: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    stored: Mapping[str, LogicalTensor],
+    paths: Sequence[str],
+) -> Found:
+    """The layout. Raises DamagedCheckpoint where what is said contradicts the chunks, or the folder's name the
+    iteration."""
+    _check_iteration(folder, common)
+    args = arguments(common)
+    tp, pp, ep = (
+        _count(args, key)
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    )
+    cut = _cuts(stored)
+    shown = _rng(objects)
+    if tp is not None and cut is not None and tp != cut:
+        raise DamagedCheckpoint(
+            f"{folder}: its arguments say {tp} tensor-parallel ranks, and its tensors are cut for {cut}; files of two "
+            "runs are mixed"
+        )
+    if shown is not None and ((tp or shown[1]) != shown[1] or (pp or shown[0]) != shown[0]):
+        raise DamagedCheckpoint(
+            f"{folder}: its arguments say {tp} tensor- and {pp} pipeline-parallel ranks, and there are random "
+            f"generators of {shown[1]} and {shown[0]}; files of two runs are mixed"
+        )
+    groups = {int(m[1]) for key in stored if (m := re.search(r"optimizer\.distributed\.dp_group_idx_(\d+)\.", key))}
+    tp = tp or (shown[1] if shown else None) or cut or 1
+    pp = pp or (shown[0] if shown else None) or (_dense_groups(stored) // tp if groups else None)
+    ranks = [int(match[1]) for path in paths if (match := _RANK.fullmatch(os.path.basename(path)))]
+    world = _count(args, "world_size") or max(ranks, default=0) + 1
+    holders = _Holders(stored, paths, world, tp)
+    pp = pp or holders.stages() or 1
+    ep = ep or holders.expert_ranks(pp) or 1
+    dp = max(world // (tp * pp), 1)
+    kinds = {str(one.get("param_state_sharding_type")) for one in optimizers(common)} - {"None"}
+    others = {
+        "cp": _count(args, "context_parallel_size"),
+        "vp": _count(args, "virtual_pipeline_model_parallel_size"),
+        "optimizer_sharding": next(iter(kinds), None),
+    }
+    return Found(
+        Layout(dp=dp, tp=tp, pp=pp, ep=ep if dp % ep == 0 else 1, zero=1 if kinds else 0),
+        {key: value for key, value in others.items() if value is not None},
+    )
+
+
+def check_layers(folder: Path, common: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise DamagedCheckpoint where the decoder has not the layers that the arguments say."""
+    said = _count(arguments(common), "num_layers")
+    found = keys.layer_counts(names).get("decoder.layers")
+    if said is not None and found is not None and said != found:
+        raise DamagedCheckpoint(
+            f"{folder}: its arguments say {said} layers, and its decoder has {found}; files of two runs are mixed"
+        )
+
+
+def _check_iteration(folder: Path, common: Mapping[str, Any]) -> None:
+    named, said = _ITERATION.fullmatch(folder.name), common.get("iteration")
+    if named is not None and isinstance(said, int) and said != int(named[1]):
+        raise DamagedCheckpoint(
+            f"{folder}: is called by iteration {int(named[1])}, and its common state is of iteration {said}; files of "
+            "two iterations are mixed, or the folder was renamed"
+        )
+
+
+def _count(args: Mapping[str, Any], key: str) -> int | None:
+    found = args.get(key)
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**31 else None
+
+
+def _cuts(stored: Mapping[str, LogicalTensor]) -> int | None:
+    """How many ways tensors are cut that tensor-parallel ranks share evenly; None where there are none."""
+    found = 0
+    for key, tensor in stored.items():
+        parsed = keys.parse(key)
+        if parsed.state != keys.WEIGHT or not parsed.model.endswith(_EVENLY_CUT) or ".experts." in parsed.model:
+            continue
+        lead = len(keys.stack(parsed.model).axes)
+        offsets = tensor.blocks.offsets[:, lead:]
+        found = max(found, *(len(np.unique(offsets[:, axis])) for axis in range(offsets.shape[1])), 0)
+    return found or None
+
+
+def _rng(objects: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(pp, tp) as the random generators' places have them."""
+    for key in objects:
+        found = keys.object_key(key)
+        if found is not None and found[0] == "rng_state" and len(found[2]) >= 2:
+            return found[2][0], found[2][1]
+    return None
+
+
+def _dense_groups(stored: Mapping[str, LogicalTensor]) -> int:
+    """Data-parallel groups of the dense layers' optimizer: one for each tensor- and pipeline-parallel rank."""
+    found = {
+        int(m[2]): m[1]
+        for key in stored
+        if (m := re.match(r"(chained_0\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.", key))
+    }
+    return len(found)
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """Which ranks wrote what, in Megatron's order of ranks: tensor parallel first, pipeline stages last."""
+
+    stored: Mapping[str, LogicalTensor]
+    paths: Sequence[str]
+    world: int
+    tp: int
+
+    def stages(self) -> int | None:
+        """The most pipeline stages of which each holds layers, and no layer lies in two."""
+        layers = self._ranks("layers")
+        for pp in range(min(len(layers), self.world // self.tp), 1, -1):
+            if self.world % (pp * self.tp):
+                continue
+            at = [{rank // (self.world // pp) for rank in ranks} for ranks in layers.values()]
+            if all(len(stages) == 1 for stages in at) and len(set().union(*at)) == pp:
+                return pp
+        return None
+
+    def expert_ranks(self, pp: int) -> int | None:
+        """The most expert-parallel ranks of which each holds its part of the experts, and no other's."""
+        experts = self._ranks("experts")
+        for ep in range(min(len(experts), self.world // (self.tp * pp)), 1, -1):
+            if len(experts) % ep or (self.world // (self.tp * pp)) % ep:
+                continue
+            each = len(experts) // ep
+            if all({rank // self.tp % ep for rank in ranks} == {e // each} for e, ranks in experts.items()):
+                return ep
+        return None
+
+    def _ranks(self, axis: str) -> dict[int, set[int]]:
+        """The ranks that wrote something of each layer of the decoder, or of each expert."""
+        who = np.array([int(m[1]) if (m := _RANK.fullmatch(os.path.basename(p))) else -1 for p in self.paths])
+        out: dict[int, set[int]] = {}
+        for key, tensor in self.stored.items():
+            parsed = keys.parse(key)
+            stack = keys.stack(parsed.model)
+            if parsed.state != keys.WEIGHT or not len(tensor.blocks):
+                continue
+            ranks = who[tensor.blocks.buffers]
+            if axis in stack.axes:
+                at = tensor.blocks.offsets[:, stack.axes.index(axis)]
+                for number in np.unique(at).tolist():
+                    out.setdefault(number, set()).update(ranks[at == number].tolist())
+            elif axis == "layers" and (number := keys.layer(parsed.model)) is not None:
+                out.setdefault(number, set()).update(ranks.tolist())
+        return out
