@@ -42,8 +42,7 @@ def read(path: Path, files: Files, choice: Choice, trust_client_state: bool = Fa
     """
     folder = locations.locate(path)
     _check_backend(folder)
-    with malformed(folder, "what its metadata and records hold"):
-        return _read(folder, files, choice, trust_client_state)
+    return _read(folder, files, choice, trust_client_state)
 
 
 def _check_backend(folder: Path) -> None:
