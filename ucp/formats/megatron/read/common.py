@@ -25,7 +25,7 @@ _TAKEN = ("iteration", "opt_param_scheduler", "optimizer")
 
 
 @dataclass(frozen=True)
-class Group:
+class UnnamedGroup:
     """A param group as it is saved, without names. expert: whether its parameters are spread over expert ranks."""
 
     options: Mapping[str, Any]
@@ -62,18 +62,18 @@ def optimizers(common: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [found]
 
 
-def groups(saved: Sequence[Mapping[str, Any]]) -> list[Group]:
+def groups(saved: Sequence[Mapping[str, Any]]) -> list[UnnamedGroup]:
     """All optimizers' param groups. saved: as `optimizers` gives them, or the objects that hold the same."""
     out = []
     for one in saved:
         inner = one.get("optimizer", one)
         for group in inner.get("param_groups", ()) if isinstance(inner, Mapping) else ():
             options = {key: value for key, value in group.items() if key != "params"}
-            out.append(Group(options, bool(options.get("is_expert_parallel"))))
+            out.append(UnnamedGroup(options, bool(options.get("is_expert_parallel"))))
     return out
 
 
-def named(found: Sequence[Group], parameters: Mapping[str, int]) -> tuple[tuple[ParamGroup, ...], str]:
+def named(found: Sequence[UnnamedGroup], parameters: Mapping[str, int]) -> tuple[tuple[ParamGroup, ...], str]:
     """The groups with their parameters' names, and a sentence where these can't be told.
 
     parameters: of those that the optimizer updates, the dimensions.
@@ -93,7 +93,7 @@ def named(found: Sequence[Group], parameters: Mapping[str, int]) -> tuple[tuple[
     return tuple(ParamGroup(tuple(n), g.options) for n, g in zip(names, found, strict=True)), ""
 
 
-def step(path: object, common: Mapping[str, Any], found: Sequence[Group]) -> int | float | None:
+def step(path: object, common: Mapping[str, Any], found: Sequence[UnnamedGroup]) -> int | float | None:
     """How often the optimizer stepped: with each group, or once for all (``common_step``). Raises DamagedCheckpoint
     where groups differ."""
     said = [group.options["step"] for group in found if group.options.get("step") is not None]

@@ -24,7 +24,7 @@ _EVENLY_CUT = ("word_embeddings.weight", "output_layer.weight", "linear_proj.wei
 
 
 @dataclass(frozen=True)
-class Found:
+class RunLayout:
     """layout: dp is of the dense layers, with context parallelism in it. others: cp, vp and the optimizer's sharding,
     where they are known."""
 
@@ -38,7 +38,7 @@ def of(
     objects: Mapping[str, Any],
     stored: Mapping[str, LogicalTensor],
     paths: Sequence[str],
-) -> Found:
+) -> RunLayout:
     """The layout. Raises DamagedCheckpoint where what is said contradicts the chunks, or the folder's name the
     iteration."""
     _check_iteration(folder, common)
@@ -74,7 +74,7 @@ def of(
         "vp": _count(args, "virtual_pipeline_model_parallel_size"),
         "optimizer_sharding": next(iter(kinds), None),
     }
-    return Found(
+    return RunLayout(
         Layout(dp=dp, tp=tp, pp=pp, ep=ep if dp % ep == 0 else 1, zero=1 if kinds else 0),
         {key: value for key, value in others.items() if value is not None},
     )

@@ -64,7 +64,7 @@ def _check_backend(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _FolderParts:
     """The parts of a folder. tensors: by (name, state); a module's own tensors have the state `keys.WEIGHT`."""
 
     common: Mapping[str, Any]
@@ -88,7 +88,7 @@ def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
             "saves it by parameter with --dist-ckpt-optim-fully-reshardable"
         )
     where = layout.of(folder, said, objects, stored, list(records.files))
-    found = _Found(said, objects, _by_parameter(stored))
+    found = _FolderParts(said, objects, _by_parameter(stored))
     layout.check_layers(folder, said, (name for name, _ in found.tensors))
     catalog, weights = _catalog(folder, found, builder, where)
     catalog.check()
@@ -153,7 +153,9 @@ def _by_parameter(stored: Mapping[str, LogicalTensor]) -> dict[tuple[str, str], 
     return out
 
 
-def _catalog(folder: Path, found: _Found, builder: Builder, where: layout.Found) -> tuple[Catalog, list[LogicalTensor]]:
+def _catalog(
+    folder: Path, found: _FolderParts, builder: Builder, where: layout.RunLayout
+) -> tuple[Catalog, list[LogicalTensor]]:
     """The catalog, and the modules' tensors that masters stand for."""
     by_name: dict[str, dict[str, LogicalTensor]] = {}
     for (name, state), tensor in found.tensors.items():
