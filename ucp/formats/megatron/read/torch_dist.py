@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, LogicalTensor, SourceFile
+from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.dcp import METADATA, metadata
 from ucp.formats.dcp.records import Records
@@ -74,12 +74,10 @@ class _FolderParts:
 
 def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
     meta = metadata.load(folder)
-    with Records(folder) as records:
+    builder = Builder(files)
+    with Records(folder, builder) as records:
         objects = {key: records.load(key, record, trust) for key, record in meta.objects.items()}
         stored = tensors_of(meta.tensors, records)
-    builder = Builder(files, records.files)
-    builder.sources += [SourceFile(p, files.size(p), files.mtime_ns(p)) for p in records.files]
-    builder.records = records.crcs
     said, objects = _common(folder, objects, trust)
     said = {key: _numbers(value, builder) if key == "optimizer" else value for key, value in said.items()}
     if bucket := next((key for key in stored if _BUCKET.fullmatch(key)), None):
@@ -87,7 +85,7 @@ def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
             f"{folder}: its optimizer is saved in buckets ('{bucket}'), whose parameters are not told yet; Megatron "
             "saves it by parameter with --dist-ckpt-optim-fully-reshardable"
         )
-    where = layout.of(folder, said, objects, stored, list(records.files))
+    where = layout.of(folder, said, objects, stored, [file.path for file in builder.sources])
     found = _FolderParts(said, objects, _by_parameter(stored))
     layout.check_layers(folder, said, (name for name, _ in found.tensors))
     catalog, weights = _catalog(folder, found, builder, where)
