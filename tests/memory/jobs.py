@@ -69,3 +69,36 @@ def resume(
     if end:
         engine.ucp.memory.tier.end()
     return path, engine.global_steps, truth
+
+
+def fsdp(folder: str, keepers: str, steps: int, sharded: bool) -> tuple[int, dict[str, Any]]:
+    """FSDP2 or plain torch: resume from memory if there is any, train, snapshot; the step, and the whole state."""
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from ucp.torchdist.memory import Memory
+
+    at_home(keepers, ("a", "b"))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Linear(10, 3))
+    if sharded:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    memory = Memory(folder)
+    report = memory.load_training(model=model, optimizer=optimizer)
+    start = 0 if report is None else report.step or 0
+    for step in range(start, start + steps):
+        torch.manual_seed(step)
+        model(torch.randn(4, 6)).square().mean().backward()
+        memory.hold()
+        optimizer.step()
+        optimizer.zero_grad()
+        memory.snapshot(step + 1, model=model, optimizer=optimizer)
+    memory.wait()
+    options = StateDictOptions(full_state_dict=True)
+    states = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    whole = {f"{name}:{key}": value for name, held in states.items() for key, value in held.items()}
+    whole.update(get_model_state_dict(model, options=options))
+    dist.barrier()
+    return start, whole

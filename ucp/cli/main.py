@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, digest, ls, merge, output, plan, repair, report, run, show, spec, verify
+from ucp.cli import convert, diff, digest, keeper, ls, merge, output, plan, repair, report, run, show, spec, verify
 
 PROGRAM = "ucp"
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "merge": merge,
     "repair": repair,
+    "keeper": keeper,
 }
 # Commands that are programs of their own, too.
 PROGRAMS = {"convert": convert, "spec": spec}
@@ -41,6 +42,7 @@ examples:
   ucp convert runs/llama universal             the same as ucp-convert
   ucp merge a b mean                           two checkpoints' weights into one
   ucp repair runs/llama fixed                  a checkpoint that lost a pipeline stage, filled from its neighbours
+  ucp keeper status                            snapshots that are held in memory here
 
 exit codes: 0 done, 1 the answer is no (damaged; they differ), 2 the input or the arguments are at fault (one line on
 stderr says how), 3 an internal error

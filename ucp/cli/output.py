@@ -66,6 +66,10 @@ class Output:
         for row in rows:
             self._line(_row(row, widths, right))
 
+    def text(self, text: str) -> None:
+        """A line for people and programs alike."""
+        self._line(line(text))
+
     def note(self, text: str) -> None:
         """A line for people only."""
         if self.people:

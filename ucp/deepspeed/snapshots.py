@@ -15,10 +15,8 @@ from ucp.job import ranks
 from ucp.memory import recovery
 from ucp.memory.tier import Tier
 from ucp.printable import logger
-from ucp.run_folder import latest_name
 from ucp.saving.save import SaveReport
-from ucp.storage import locations
-from ucp.storage.locations import is_remote, locate
+from ucp.storage.locations import is_remote
 
 log = logger(__name__)
 
@@ -76,16 +74,7 @@ class Snapshots:
         self.name_after(folder)
         if tag is not None:
             return os.fspath(folder), tag
-        found, refused = recovery.find(self.tier)
-        on_disk = ranks.from_first(lambda: _latest(folder))
-        newer = found is not None and (on_disk is None or on_disk[1] <= found.when or _same(on_disk[0], found.tag))
-        if found is not None and newer:
-            self._say(refused, f"step {recovery.number(found.tag)} in memory")
-            return found.location, found.tag
-        if found is not None and on_disk is not None:
-            log.info("%s has the newer checkpoint '%s'; memory has '%s'", folder, on_disk[0], found.tag)
-        self._say(refused, "nothing" if on_disk is None else f"step {recovery.number(on_disk[0])} on disk")
-        return os.fspath(folder), None
+        return recovery.source(self.tier, folder)
 
     def _take_by_itself(self) -> None:
         if self.tier.run is None:
@@ -100,24 +89,3 @@ class Snapshots:
         each = self.tier.options.persist_every
         if begun and each and self._taken % each == 0 and self._folder is not None and not is_remote(self._folder):
             self._engine.save_checkpoint(self._folder, client_state=dict(self._engine.ucp.client_state()))
-
-    def _say(self, refused: tuple[str, ...], instead: str) -> None:
-        if ranks.rank() == 0:
-            for text in refused:
-                log.warning("memory of '%s': %s; continuing from %s", self.tier.run, text, instead)
-
-
-def _latest(folder: str | os.PathLike[str]) -> tuple[str, int] | None:
-    """The checkpoint that the folder's 'latest' names, and when it was written; None where there is none."""
-    place = locate(folder)
-    name = latest_name(place)
-    if name is None:
-        return None
-    try:
-        return name, locations.newest_ns(place / name)
-    except OSError:
-        return None
-
-
-def _same(one: str, other: str) -> bool:
-    return recovery.number(one) == recovery.number(other)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
+from ucp.job import ranks
 from ucp.memory.tier import Tier
 from ucp.printable import logger
+from ucp.run_folder import latest_name
+from ucp.storage import locations
+from ucp.storage.locations import locate
 
 log = logger(__name__)
 
@@ -34,6 +39,51 @@ def find(tier: Tier) -> tuple[Recovered | None, tuple[str, ...]]:
     if told["tag"] is None:
         return None, refused
     return Recovered(tier.location, told["tag"], int(told["when"]), refused), refused
+
+
+def source(tier: Tier, folder: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """Where a resume from this folder reads, and the tag there: from memory, unless what the folder has is newer.
+
+    What newer generations memory could not give is told in warnings. Collective.
+    """
+    found, refused = find(tier)
+    on_disk = ranks.from_first(lambda: _latest(folder))
+    newer = found is not None and (on_disk is None or on_disk[1] <= found.when or _same(on_disk[0], found.tag))
+    if found is not None and newer:
+        _say(tier, refused, found.tag, "in memory")
+        return found.location, found.tag
+    if found is not None and on_disk is not None and ranks.rank() == 0:
+        log.warning("%s has the newer checkpoint '%s'; memory has '%s'", folder, on_disk[0], found.tag)
+    _say(tier, refused, None if on_disk is None else on_disk[0], "on disk")
+    return os.fspath(folder), None
+
+
+def _say(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -> None:
+    """Why newer generations cannot be had, and what that costs."""
+    if ranks.rank():
+        return
+    for text in refused:
+        instead = "nothing: there is no checkpoint" if tag is None else f"step {number(tag)} {where}"
+        wanted = re.match(r"generation (\d+):", text)
+        lost = int(wanted[1]) - int(number(tag)) if wanted and tag is not None and number(tag).isdigit() else None
+        cost = "" if lost is None else f", which costs {lost} steps"
+        log.warning("memory of '%s': %s; continuing from %s%s", tier.run, text, instead, cost)
+
+
+def _latest(folder: str | os.PathLike[str]) -> tuple[str, int] | None:
+    """The checkpoint that the folder's 'latest' names, and when it was written; None where there is none."""
+    place = locate(folder)
+    name = latest_name(place)
+    if name is None:
+        return None
+    try:
+        return name, locations.newest_ns(place / name)
+    except OSError:
+        return None
+
+
+def _same(one: str, other: str) -> bool:
+    return number(one) == number(other)
 
 
 def number(tag: str) -> str:

@@ -65,6 +65,7 @@ class Tier:
         """
         run = ranks.from_first(lambda: self.options.run or os.path.abspath(folder))
         if run == self.run:
+            self._nbytes = nbytes or self._nbytes
             return
         if self.run is not None:
             raise BadArgument(
@@ -87,7 +88,7 @@ class Tier:
         known = ranks.gather(_token(run, mine) if first else None)
         tokens = {found for found in known if found is not None}
         token = self._agreed(run, tokens)
-        host = _own_address()
+        host = own_address()
         ranks.all_or_none(lambda: start.started(run, mine, host, token) if first else None)
         note, _ = ranks.all_or_none(lambda: start.started(run, mine, host, token))
         of_run(run).forget()
@@ -232,7 +233,7 @@ def _token(run: str, node: str) -> str | None:
     return None if note is None else note.token
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """The address that other nodes reach this one by: the one from which it reaches the job's first node."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     if master == "localhost" or master.startswith("127."):

@@ -27,6 +27,7 @@ from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
 from ucp.saving.save import SaveReport
+from ucp.saving.source import Source
 from ucp.torchdist.dtensors import local_tensor
 from ucp.torchdist.load import open_for, tell
 from ucp.torchdist.optimizers import (
@@ -93,17 +94,31 @@ def save_training(
 
     Raises what `save` does.
     """
+    source = training_source(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra)
+    if background:
+        return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
+    return write(source, path, timeout, metrics)
+
+
+def training_source(
+    model: torch.nn.Module,
+    optimizer: Optimizers = (),
+    lr_scheduler: Any = None,
+    dataloader: Any = None,
+    step: int | None = None,
+    samples: int | None = None,
+    rng: bool = True,
+    extra: Mapping[str, Any] | None = None,
+) -> Source:
+    """What `save_training` saves of this rank. Collective."""
     state_dict, _ = state_dict_of(model, optimizer, blank=True)
     to_save(state_dict, optimizer)
-    source = make_source(
+    return make_source(
         state_dict,
         _kinds(model, optimizer),
         _progress(lr_scheduler, step, samples, extra),
         {**({"rng": generators.capture()} if rng else {}), **data_loaders.kept_of(dataloader)},
     )
-    if background:
-        return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
-    return write(source, path, timeout, metrics)
 
 
 def _progress(

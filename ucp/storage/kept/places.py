@@ -87,7 +87,7 @@ def notes(run: str | None = None) -> list[Note]:
     """All keepers' notes on this machine, or those of one run; this node's come first."""
     pattern = "*.json" if run is None else f"{_short(run)}-*.json"
     found = [made for path in sorted(folder().glob(pattern)) if (made := _read(path)) is not None]
-    return sorted((one for one in found if run in (None, one.run)), key=lambda one: one.node != node())
+    return sorted((one for one in found if run in (None, one.run)), key=lambda one: (one.node != node(), one.node))
 
 
 def leave(note: Note) -> Path:
@@ -99,6 +99,13 @@ def leave(note: Note) -> Path:
         json.dump(asdict(note), stream)
     os.replace(temporary, path)
     return path
+
+
+def forget(note: Note) -> None:
+    """Remove what a keeper that is gone has left."""
+    for path in (folder() / f"{stem(note.run, note.node)}.json", Path(note.socket)):
+        if path.parent == folder():
+            path.unlink(missing_ok=True)
 
 
 def split(url: str) -> tuple[str, str] | None:

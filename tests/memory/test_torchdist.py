@@ -1,0 +1,44 @@
+"""Snapshots in memory of FSDP2 and of plain torch, and the commands that look at them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ucp
+from tests.engines.pool import RankPool
+from tests.memory import jobs
+from ucp.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+
+def test_sharded_state_in_memory_resumes_unsharded(
+    ranks: RankPool, tmp_path: Path, keepers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "run")
+    start, whole = ranks.run(jobs.fsdp, folder, str(keepers), 2, True, world_size=2)[0]
+    assert start == 0
+    start, again = ranks.run(jobs.fsdp, folder, str(keepers), 0, False, world_size=1)[0]
+    assert start == 2
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+    assert main(["keeper", "status", folder, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["keepers"]
+    assert [(one["node"], one["generations"][0]["tag"]) for one in found] == [("a", "step2"), ("b", "step2")]
+    assert all(one["generations"][0]["protected"] for one in found)
+    assert main(["ls", f"memory://{folder}"]) == 0
+    assert main(["keeper", "ls", folder]) == 0
+    assert "step2" in capsys.readouterr().out
+    assert main(["keeper", "metrics", folder]) == 0
+    said = capsys.readouterr().out
+    assert f'ucp_keeper_step{{run="{folder}",node="a"}} 2' in said
+    assert main(["keeper", "dump", folder, str(tmp_path / "dumped"), "--quiet"]) == 0
+    assert main(["diff", f"memory://{folder}", str(tmp_path / "dumped")]) == 0
+    with ucp.open(tmp_path / "dumped") as checkpoint:
+        assert torch.equal(checkpoint.read("0.weight"), whole["0.weight"])
+    assert main(["keeper", "drop", folder]) == 0
+    assert list(keepers.glob("*-*")) == []

@@ -1,0 +1,105 @@
+"""Looking at keepers on this machine, and letting them go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ucp.errors import BadArgument
+from ucp.memory import start
+from ucp.memory.tier import own_address
+from ucp.storage.kept import places
+from ucp.storage.kept.client import of_note
+from ucp.storage.kept.places import SCHEME, Note
+
+
+def run_name(text: str) -> str:
+    """A run's name from what people give: a name, ``memory://`` before it or not, or a folder's path."""
+    name = text.removeprefix(SCHEME)
+    known = {note.run for note in places.notes()}
+    return name if name in known or not os.path.exists(name) else os.path.abspath(name)
+
+
+def start_keeper(run: str) -> Note:
+    """This node's keeper of the run, started if there is none. Raises BadArgument."""
+    return start.started(run_name(run), None, own_address())[0]
+
+
+def statuses(run: str | None = None) -> list[Mapping[str, Any]]:
+    """What the keepers on this machine say of themselves; of one that does not answer, its note alone."""
+    found: list[Mapping[str, Any]] = []
+    for note in places.notes(None if run is None else run_name(run)):
+        client = of_note(note)
+        try:
+            found.append({**client.ask("status").header, "answers": True})
+        except OSError as error:
+            said = [str(error.strerror or error)]
+            gone = {"bytes": 0, "trainers": [], "lost": [], "generations": [], "said": said, "answers": False}
+            found.append({"run": note.run, "node": note.node, "pid": note.pid, **gone})
+        finally:
+            client.close()
+    return found
+
+
+def drop(run: str) -> list[str]:
+    """Let go of what this machine's keepers hold of a run; returns their nodes. Raises BadArgument for none."""
+    notes = places.notes(run_name(run))
+    if not notes:
+        raise BadArgument(f"no keeper on this machine holds '{run_name(run)}'")
+    for note in notes:
+        client = of_note(note)
+        try:
+            client.ask("end")
+        except OSError:
+            places.forget(note)
+        finally:
+            client.close()
+    deadline = time.monotonic() + 10
+    while places.notes(run_name(run)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [note.node for note in notes]
+
+
+def prometheus(run: str | None = None) -> Iterator[str]:
+    """Lines of Prometheus' text format."""
+    found = statuses(run)
+    kinds = {
+        "ucp_keeper_up": ("gauge", "whether the keeper answers"),
+        "ucp_keeper_bytes": ("gauge", "memory that the keeper holds, in bytes"),
+        "ucp_keeper_generations": ("gauge", "generations that are whole"),
+        "ucp_keeper_protected": ("gauge", "whether the newest generation is protected"),
+        "ucp_keeper_step": ("gauge", "the step of the newest generation"),
+        "ucp_keeper_commit_seconds": ("gauge", "when the newest generation was committed, since the epoch"),
+    }
+    for name, (kind, text) in kinds.items():
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} {kind}"
+        for one in found:
+            value = _value(name, one)
+            if value is not None:
+                yield f'{name}{{run="{_escaped(one["run"])}",node="{_escaped(one["node"])}"}} {value}'
+
+
+def _value(name: str, one: Mapping[str, Any]) -> Any:
+    newest = one["generations"][0] if one["generations"] else None
+    if name == "ucp_keeper_up":
+        return int(one["answers"])
+    if name == "ucp_keeper_bytes":
+        return one["bytes"]
+    if name == "ucp_keeper_generations":
+        return len(one["generations"])
+    if newest is None:
+        return None
+    digits = "".join(c for c in newest["tag"] if c.isdigit())
+    said = {
+        "ucp_keeper_protected": int(newest["protected"]),
+        "ucp_keeper_step": digits or None,
+        "ucp_keeper_commit_seconds": newest["when"] / 1e9,
+    }
+    return said[name]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,68 @@
+"""Snapshots in memory of a torch.distributed program (FSDP2, DDP, one process).
+
+memory = Memory("runs/llama")
+report = memory.load_training(model=model, optimizer=optimizer)      # from memory, or else from the folder
+...
+loss.backward()
+memory.hold()                                                         # before the optimizer's step
+optimizer.step()
+memory.snapshot(step, model=model, optimizer=optimizer)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ucp.errors import NotACheckpoint
+from ucp.job import ranks
+from ucp.memory import recovery
+from ucp.memory.options import Options
+from ucp.memory.tier import Tier
+from ucp.storage.dtypes import itemsize
+from ucp.storage.locations import locate
+from ucp.torchdist.training import TrainingReport, load_training, training_source
+
+
+class Memory:
+    """The snapshots of one run. folder: that it saves to and loads from; the run is called after it.
+
+    options: fields of `ucp.memory.options.Options`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        self._folder = folder
+        self.tier = Tier(Options(**options))
+
+    def snapshot(self, step: int, **state: Any) -> bool:
+        """Have the keepers take the state as it is now; returns whether that was begun. Collective.
+
+        state: what `save_training` takes: model, optimizer, lr_scheduler, dataloader, samples, rng, extra. It is copied
+        beside forward and backward: call `hold` before the next update. What goes wrong with keepers is a warning.
+        """
+        source = training_source(step=step, **state)
+        held = sum(int(h.blocks.counts.sum()) * itemsize(h.dtype) // len(h.holders) for h in source.holdings)
+        self.tier.attach(self._folder, held)
+        return self.tier.snapshot(source, f"step{step}")
+
+    def load_training(self, **state: Any) -> TrainingReport | None:
+        """As `ucp.torchdist.load_training`, from memory unless the folder has what is newer; None where neither has
+        anything. Collective."""
+        self.tier.attach(self._folder, 0)
+        place, tag = recovery.source(self.tier, self._folder)
+        if tag is None and ranks.from_first(lambda: not os.path.lexists(locate(place))):
+            return None
+        try:
+            return load_training(place, tag=tag, **state)
+        except NotACheckpoint:
+            if tag is None and ranks.from_first(lambda: not os.listdir(place)):
+                return None
+            raise
+
+    def hold(self) -> None:
+        """Return once the snapshot under way has copied what it needs. Before anything changes the state."""
+        self.tier.hold()
+
+    def wait(self) -> None:
+        """Return once no snapshot is under way."""
+        self.tier.wait()
