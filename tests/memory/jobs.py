@@ -77,7 +77,7 @@ def fsdp(folder: str, keepers: str, steps: int, sharded: bool) -> tuple[int, dic
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    from ucp.torchdist.memory import Memory
+    from ucp.torchdist.memory import MemorySnapshots
 
     at_home(keepers, ("a", "b"))
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def fsdp(folder: str, keepers: str, steps: int, sharded: bool) -> tuple[int, dic
     if sharded:
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    memory = Memory(folder)
+    memory = MemorySnapshots(folder)
     report = memory.load_training(model=model, optimizer=optimizer)
     start = 0 if report is None else report.step or 0
     for step in range(start, start + steps):

@@ -11,7 +11,23 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ucp.cli import convert, diff, digest, keeper, ls, merge, output, plan, repair, report, run, show, spec, verify
+from ucp.cli import (
+    convert,
+    diff,
+    digest,
+    elastic,
+    keeper,
+    ls,
+    merge,
+    output,
+    plan,
+    repair,
+    report,
+    run,
+    show,
+    spec,
+    verify,
+)
 
 PROGRAM = "ucp"
 
@@ -26,6 +42,7 @@ COMMANDS: dict[str, ModuleType] = {
     "merge": merge,
     "repair": repair,
     "keeper": keeper,
+    "elastic": elastic,
 }
 # Commands that are programs of their own, too.
 PROGRAMS = {"convert": convert, "spec": spec}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from typing import Any
 
 try:
@@ -23,9 +24,10 @@ except ModuleNotFoundError as error:  # pragma: no cover - depends on the enviro
         "ucp.deepspeed needs DeepSpeed, which is not installed: pip install 'universal-checkpoint[deepspeed]'"
     ) from error
 
-from ucp.deepspeed.config import find, parse
+from ucp.deepspeed.config import find, parse, with_config
 from ucp.deepspeed.engine import EngineUcp, bind
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
+from ucp.elastic.layouts import adapted
 from ucp.job.data_order import GlobalOrder
 
 # Kept from before `ucp.deepspeed.auto` may replace it.
@@ -34,10 +36,16 @@ _initialize = deepspeed.initialize
 
 def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     """``deepspeed.initialize``, and the engine bound if its config says so."""
-    given = inspect.signature(_initialize).bind_partial(*args, **kwargs).arguments
-    early = parse(find(given.get("args"), given.get("config"), given.get("config_params")))
+    bound = inspect.signature(_initialize).bind_partial(*args, **kwargs)
+    given = bound.arguments
+    found = find(given.get("args"), given.get("config"), given.get("config_params"))
+    early = parse(found)
     if early.enabled:
         check_version(early.allow_untested_version)
+        fitting = adapted(found, int(os.environ.get("WORLD_SIZE", 1)))
+        if fitting is not found:
+            with_config(given, fitting)
+            args, kwargs = bound.args, bound.kwargs
     result = _initialize(*args, **kwargs)
     config = parse(result[0]._config._param_dict, save_async=save_async)
     if config.enabled:

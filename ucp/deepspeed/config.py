@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,8 @@ class LoadSection(_Section):
     loading. read_once: have each byte that several ranks want read by one of them and exchanged: True, False, or
     'adaptive', where that is measured to be faster. prove: compare what is live after a load with the checkpoint's
     logical digests: True, where it has them; False; 'full', never a sample in host memory; or 'always', computing those
-    that it lacks from its files, too.
+    that it lacks from its files, too. lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own. override:
+    hyperparameters that all param groups have after a load, whatever the checkpoint says.
     """
 
     allow_missing: _Patterns = ()
@@ -108,6 +110,14 @@ class LoadSection(_Section):
     verify: bool = True
     read_once: Annotated[bool | str, _Once] = ADAPTIVE
     prove: Annotated[bool | str, _Prove] = True
+    lr_scheduler: Annotated[str, _one_of("keep", "reset", text="one of keep, reset")] = "keep"
+    override: Annotated[dict[str, Any], Field(description="hyperparameters by name")] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _overrides(self) -> LoadSection:
+        if "params" in self.override:
+            raise ValueError('has "params" in "override", which is for hyperparameters of all param groups')
+        return self
 
 
 class SaveSection(_Section):
@@ -167,6 +177,19 @@ class MemorySection(_Section):
         )
 
 
+class ElasticSection(_Section):
+    """How a run goes on with another number of ranks (`ucp.elastic.layouts.fitted`).
+
+    layouts: such as "dp=2,zero=3", one for each number of ranks; any number without them. min: ranks at least. micro:
+    sizes that a micro-batch may have, besides the config's own. batch: 'keep', the global batch.
+    """
+
+    layouts: Annotated[tuple[str, ...] | None, Field(strict=False, description="a list of layouts")] = None
+    min: _Number = 1
+    micro: Annotated[tuple[_Number, ...], Field(strict=False, description="a list of numbers")] = ()
+    batch: Annotated[str, _one_of("keep", text='"keep"')] = "keep"
+
+
 class Config(_Section):
     """What the section says.
 
@@ -181,6 +204,7 @@ class Config(_Section):
     load: LoadSection = LoadSection()
     save: SaveSection = SaveSection()
     memory: MemorySection = MemorySection()
+    elastic: ElasticSection | None = None
     trust_client_state: bool = False
     allow_untested_version: bool = False
     metrics: bool = False
@@ -247,7 +271,12 @@ def _line(fault: ErrorDetails, section: Mapping[str, Any]) -> str:
     return f"{_where(path[: min(depth, len(path)) - 1])}: '{path[:depth][-1]}' needs {needs}, found {found!r}"
 
 
-_SECTIONS: dict[int | str, type[_Section]] = {"load": LoadSection, "save": SaveSection, "memory": MemorySection}
+_SECTIONS: dict[int | str, type[_Section]] = {
+    "load": LoadSection,
+    "save": SaveSection,
+    "memory": MemorySection,
+    "elastic": ElasticSection,
+}
 
 
 def _section_at(path: Sequence[int | str]) -> type[_Section]:
@@ -274,6 +303,18 @@ def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:
     if isinstance(source, (str, os.PathLike)):
         source = _text(source)
     return source if isinstance(source, Mapping) else {}
+
+
+def with_config(arguments: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Have these arguments of ``deepspeed.initialize`` mean this config instead of their own."""
+    arguments.pop("config_params", None)
+    arguments["config"] = dict(config)
+    args = arguments.get("args")
+    if args is not None:
+        args = arguments["args"] = copy.copy(args)
+        for name in ("deepspeed_config", "deepscale_config"):
+            if getattr(args, name, None) is not None:
+                setattr(args, name, None)
 
 
 def _text(source: str | os.PathLike[str]) -> Any:

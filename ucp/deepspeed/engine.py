@@ -151,11 +151,12 @@ def load_checkpoint(
     DamagedCheckpoint, UnsafePickle; and, with everything in place, ProofFailed.
     """
     config: Config = engine.ucp.config
+    kept = config.load.lr_scheduler == "keep"
     ranks.all_or_none(engine.ucp.wait)
     watch = Stopwatch()
-    ranks.all_or_none(lambda: _check(engine, custom_load_fn))
+    ranks.all_or_none(lambda: _check(engine, custom_load_fn, config))
     target = ranks.all_or_none(
-        lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only)
+        lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only and kept)
     )
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     local = [g.names for g in target.groups]
@@ -193,12 +194,24 @@ def _tell_of_nothing(load_dir: str) -> None:
 def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
     """Keep a load's report, write its timings where the config wants them, and tell of it on the first rank."""
     engine.ucp.last_load = report
+    changed = _overridden(engine)
     if engine.ucp.config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)
     if ranks.rank() == 0:
-        for text in (*report.plan.notes, *_weights_notes(report)):
+        for text in (*report.plan.notes, *_weights_notes(report), *changed):
             log.warning("%s", text)
         tell(log, str(report))
+
+
+def _overridden(engine: Any) -> list[str]:
+    """Set the hyperparameters that the config overrides; what is to be said of it."""
+    said = engine.ucp.config.load
+    for group in engine.optimizer.param_groups if said.override else ():
+        group.update(said.override)
+    notes = [
+        f"{name} is {value!r} for all param groups, by the config's override" for name, value in said.override.items()
+    ]
+    return [*notes, "the lr scheduler is the program's own, by the config"] if said.lr_scheduler == "reset" else notes
 
 
 def _client_state(catalog: Catalog) -> dict[str, Any]:
@@ -209,7 +222,19 @@ def _client_state(catalog: Catalog) -> dict[str, Any]:
     return dict(catalog.training_state.client_state)
 
 
-def _check(engine: Any, custom_load_fn: Callable[..., Any] | None) -> None:
+def _check(engine: Any, custom_load_fn: Callable[..., Any] | None, config: Config) -> None:
+    override = config.load.override
+    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
+    odd = [name for name in override if not all(name in group for group in groups)]
+    if odd:
+        raise BadArgument(
+            f'"ucp": {{"load": {{"override"}}}} has \'{odd[0]}\', which the param groups here do not have'
+        )
+    if "lr" in override and engine.lr_scheduler is not None:
+        raise BadArgument(
+            '"ucp": {"load": {"override": {"lr"}}} would last until the lr scheduler\'s next step; give the scheduler '
+            'another rate and "lr_scheduler": "reset"'
+        )
     if custom_load_fn is not None:
         raise Unsupported("custom_load_fn is not supported: weights are restored by name, never through a function")
     check_engine(engine)

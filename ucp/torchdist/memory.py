@@ -1,6 +1,6 @@
 """Snapshots in memory of a torch.distributed program (FSDP2, DDP, one process).
 
-memory = Memory("runs/llama")
+memory = MemorySnapshots("runs/llama")
 report = memory.load_training(model=model, optimizer=optimizer)      # from memory, or else from the folder
 ...
 loss.backward()
@@ -24,7 +24,7 @@ from ucp.storage.locations import locate
 from ucp.torchdist.training import TrainingReport, load_training, training_source
 
 
-class Memory:
+class MemorySnapshots:
     """The snapshots of one run. folder: that it saves to and loads from; the run is called after it.
 
     options: fields of `ucp.memory.options.Options`.

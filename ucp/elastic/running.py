@@ -1,0 +1,113 @@
+"""A training program under torchrun's agent: what ends it, and whether it is worth another try."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ucp.errors import DestinationError, ProcessLost, SaveFailed, UcpError
+from ucp.printable import logger
+from ucp.storage import atomic, metrics
+from ucp.storage.kept import places
+
+log = logger(__name__)
+
+REFUSED = 65  # the exit code of what another try would not change (EX_DATAERR)
+DRAINED = 75  # of a node that is to be left out (EX_TEMPFAIL)
+
+DRAIN = "ucp-drain.json"
+
+# What may be otherwise the next time: a lost process, a full disk, a rank that died.
+_PASSING = (SaveFailed, ProcessLost, DestinationError)
+
+
+def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None) -> None:
+    """Run a training program as torchrun's worker.
+
+    What the library refuses (a checkpoint that does not fit, a number of ranks that cannot keep the global batch) ends
+    the agent, too: trying again would end in the same way. Whatever else fails, the agent starts again on the nodes
+    that are left. folder: the run's; its events are kept there, and the hosts to be left out.
+    """
+    place = None if folder is None else Path(folder)
+    if place is not None and places.node() in drained(place):
+        _event(place, "drained")
+        log.warning("node '%s' is to be left out; its agent ends", places.node())
+        _end_agent()
+        sys.exit(DRAINED)
+    if place is not None:
+        _event(place, "started", since_process=_age())
+    try:
+        main()
+    except UcpError as error:
+        if isinstance(error, _PASSING):
+            raise
+        log.error("%s", error)
+        if place is not None:
+            _event(place, "refused", text=str(error))
+        _end_agent()
+        # Not by an exception: the memory stays for whoever starts it again, put right.
+        sys.stderr.flush()
+        os._exit(REFUSED)
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            sys.last_value = error  # so that the keepers know that it did not end well
+        raise
+
+
+def drained(folder: Path) -> list[str]:
+    """The nodes that the next restart leaves out."""
+    try:
+        found = json.loads((folder / DRAIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def drain(folder: Path, node: str, *, back: bool = False) -> list[str]:
+    """Have the next restart leave a node out, or take it in again; returns those that are left out now."""
+    names = [name for name in drained(folder) if name != node] + ([] if back else [node])
+    atomic.write_atomic(folder / DRAIN, json.dumps(names).encode())
+    return names
+
+
+def _event(folder: Path, name: str, **more: Any) -> None:
+    if os.environ.get("RANK", "0") != "0" and name != "drained":
+        return
+    metrics.append(
+        folder,
+        {
+            "what": "event",
+            "event": name,
+            "time": time.time(),
+            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            "world": int(os.environ.get("WORLD_SIZE", 1)),
+            "node": places.node(),
+            "seconds": {},
+            **more,
+        },
+    )
+
+
+def _age() -> float:
+    """Seconds since this process was started."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 3)
+
+
+def _end_agent() -> None:
+    """Tell torchrun's agent, which is this process's parent, not to start it again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"torchrun" in command or b"torch.distributed" in command:
+        os.kill(parent, signal.SIGTERM)
