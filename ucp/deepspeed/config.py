@@ -126,6 +126,7 @@ class SaveSection(_Section):
     format: 'universal', or 'deepspeed' for DeepSpeed's own save. background: save beside training; the key is
     ``async``. memory: bytes of host memory that a rank's copies for that may take. policy: 'wait' for a save under way
     before the next one, or 'skip' the next one. timeout: seconds that the first rank waits for the others' files.
+    gradient_norms: of every how many steps each layer's gradient is measured, for `ucp.repair`; None: of none.
     keep_last, keep_every: how many of the newest checkpoints stay, and of which steps besides; None for all.
     """
 
@@ -134,6 +135,7 @@ class SaveSection(_Section):
     memory: _Number = limits.STAGING_BYTES
     policy: Annotated[str, _Policy] = POLICIES[0]
     timeout: Annotated[float, Field(gt=0)] = limits.SAVE_TIMEOUT_SECONDS
+    gradient_norms: _Steps = None
     keep_last: _Steps = None
     keep_every: _Steps = None
 

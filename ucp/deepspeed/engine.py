@@ -12,6 +12,7 @@ from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, releases
 from ucp.deepspeed.live.state import samples_seen, warn_of_clipping
+from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
 from ucp.deepspeed.supported import check_engine, check_features
@@ -53,6 +54,7 @@ class EngineUcp:
             live = LiveEngine(engine)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 
+        self._norms = None if config.save.gradient_norms is None else GradientNorms(engine, config.save.gradient_norms)
         self.memory: Snapshots | None = None
         if config.memory.enabled:
             self.memory = Snapshots(engine, config, self.saved)
@@ -70,6 +72,11 @@ class EngineUcp:
         """What a snapshot that goes by ``every`` has as the client state. A program replaces this by its own function,
         such as ``engine.ucp.client_state = lambda: {"data": order.state_dict()}``."""
         return {}
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each layer's gradient as last measured, by the layer's name: what ``save_checkpoint`` keeps in
+        the client state where the config has ``"save": {"gradient_norms": N}``. Collective."""
+        return {} if self._norms is None else self._norms.merged()
 
     def hold(self) -> None:
         """Return once the save under way has copied what it needs, so that weights and optimizer states may be changed.

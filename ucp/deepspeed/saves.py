@@ -12,6 +12,7 @@ from ucp.deepspeed.live.hold import hold_updates, let_forward_go
 from ucp.deepspeed.supported import check_features
 from ucp.job import ranks
 from ucp.printable import logger
+from ucp.repair.refill import NORMS
 from ucp.saving.retention import Keep
 from ucp.saving.save import save
 
@@ -43,6 +44,8 @@ def save_checkpoint(
     config: Config = engine.ucp.config
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     engine._checkpoint_tag_validation(name)
+    if norms := engine.ucp.gradient_norms():
+        client_state = {**client_state, NORMS: norms}
     live = ranks.all_or_none(lambda: _live(engine))
     live.place(config.choice())
     source = ranks.all_or_none(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))

@@ -198,7 +198,7 @@ def _shares(
             return tuple((layer, norm**settings.norm_power) for layer, norm in zip(sides, found, strict=True))
         warnings.append(
             "no gradient norms are recorded for the neighbours, which count equally; a run records them where its "
-            'config has "ucp": {"save": {"gradient_norms": true}}'
+            'config has "ucp": {"save": {"gradient_norms": 100}}'
         )
     return tuple((layer, 1.0) for layer in sides)
 
