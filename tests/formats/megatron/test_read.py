@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,43 @@ def test_every_tensor_is_as_megatron_reads_it(written: Path, truths: Truths, nam
         layout = checkpoint.layout
         assert (layout.tp, layout.pp, layout.ep) == (case.tp, case.pp, case.ep)
         assert layout.zero == int(case.sharding is not None)
+
+
+@pytest.mark.parametrize("name", [name for name, case in WRITTEN.items() if case.sharding is not None])
+def test_buckets_are_told_apart(written: Path, truths: Truths, name: str) -> None:
+    with ucp.open(written / f"{name} buckets") as checkpoint:
+        assert set(checkpoint.catalog.tensors) == set(truths[name])
+        for (parameter, state), value in truths[name].items():
+            assert same(checkpoint.read(parameter, state), value), (parameter, state)
+        with ucp.open(written / name) as by_parameter:
+            assert checkpoint.training_state.param_groups == by_parameter.training_state.param_groups
+            # Only the first data-parallel rank writes what is whole, so that the others don't show.
+            assert replace(checkpoint.layout, dp=1) == replace(by_parameter.layout, dp=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("values", "masters of '.*' and others are not its weights"),
+        ("shapes", "is none that is known"),
+    ],
+)
+def test_buckets_of_an_unknown_order_are_refused(written: Path, tmp_path: Path, change: str, said: str) -> None:
+    path = tmp_path / "iter_0000002"
+    shutil.copytree(written / "llama buckets" / "iter_0000002", path)
+    if change == "values":
+        _other_iteration(path)
+    else:
+        _metadata(_move_a_boundary)(path)
+    with pytest.raises((Unsupported, DamagedCheckpoint), match=said):
+        ucp.open(path)
+
+
+def _move_a_boundary(meta: Any) -> None:
+    """As of a model in which a parameter has another size, whose states are cut otherwise."""
+    for key, entry in meta.state_dict_metadata.items():
+        if ".bucket_idx_0." in key:
+            entry.chunks = entry.chunks[:-1]
 
 
 def test_layouts_hold_the_same(truths: Truths) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -25,6 +25,32 @@ def check(path: object, catalog: Catalog, weights: Iterable[LogicalTensor], file
 
     Raises DamagedCheckpoint for a file most of whose fragments disagree; warns of single parameters.
     """
+    verdicts, odd = _compared(catalog, weights, files)
+    for file, found in verdicts.items():
+        if found[False] >= limits.SAME_RUN_ENOUGH_COUNT and found[False] > found[True]:
+            raise DamagedCheckpoint(
+                f"{catalog.files[file].path}: {found[False]} of {found.total()} fragments that were compared are not "
+                f"their optimizer's masters, rounded ('{odd[0]}', …); files of two runs or of two iterations are mixed"
+            )
+    if odd:
+        log.warning(
+            "%s: the weights of %d parameters ('%s', …) are not their rounded masters: they were changed outside the "
+            "optimizer, and the masters are what is used",
+            path,
+            len(odd),
+            odd[0],
+        )
+
+
+def odd(catalog: Catalog, weights: Iterable[LogicalTensor], files: Files) -> list[str]:
+    """The parameters of which an element that was compared is not its master, rounded."""
+    return _compared(catalog, weights, files)[1]
+
+
+def _compared(
+    catalog: Catalog, weights: Iterable[LogicalTensor], files: Files
+) -> tuple[Mapping[int, Counter[bool]], list[str]]:
+    """By file how many fragments agree and how many don't, and the parameters of those that don't."""
     reader = Reader(catalog, files, False)
     verdicts: dict[int, Counter[bool]] = defaultdict(Counter)
     odd: dict[str, None] = {}
@@ -34,21 +60,7 @@ def check(path: object, catalog: Catalog, weights: Iterable[LogicalTensor], file
                 verdicts[file][same] += 1
             if not same:
                 odd[weight.name] = None
-    for file, found in verdicts.items():
-        if found[False] >= limits.SAME_RUN_ENOUGH_COUNT and found[False] > found[True]:
-            raise DamagedCheckpoint(
-                f"{catalog.files[file].path}: {found[False]} of {found.total()} fragments that were compared are not "
-                f"their optimizer's masters, rounded ('{next(iter(odd))}', …); files of two runs or of two iterations "
-                "are mixed"
-            )
-    if odd:
-        log.warning(
-            "%s: the weights of %d parameters ('%s', …) are not their rounded masters: they were changed outside the "
-            "optimizer, and the masters are what is used",
-            path,
-            len(odd),
-            next(iter(odd)),
-        )
+    return verdicts, list(odd)
 
 
 def _places(reader: Reader, master: LogicalTensor, weight: LogicalTensor) -> Iterator[tuple[set[int], bool]]:

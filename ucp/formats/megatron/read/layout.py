@@ -26,10 +26,11 @@ _EVENLY_CUT = ("word_embeddings.weight", "output_layer.weight", "linear_proj.wei
 @dataclass(frozen=True)
 class RunLayout:
     """layout: dp is of the dense layers, with context parallelism in it. others: cp, vp and the optimizer's sharding,
-    where they are known."""
+    where they are known. stages: the pipeline stage of each layer of the decoder, where there are several."""
 
     layout: Layout
     others: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[int, int] = field(default_factory=dict)
 
 
 def of(
@@ -77,6 +78,7 @@ def of(
     return RunLayout(
         Layout(dp=dp, tp=tp, pp=pp, ep=ep if dp % ep == 0 else 1, zero=1 if kinds else 0),
         {key: value for key, value in others.items() if value is not None},
+        holders.stage_of_layers(pp),
     )
 
 
@@ -155,6 +157,15 @@ class _Holders:
             if all(len(stages) == 1 for stages in at) and len(set().union(*at)) == pp:
                 return pp
         return None
+
+    def stage_of_layers(self, pp: int) -> dict[int, int]:
+        """Each layer's stage: of the ranks that wrote it, or where that is not one, by equal parts in order."""
+        layers = self._ranks("layers")
+        out = {}
+        for layer, ranks in layers.items():
+            at = {rank // max(self.world // pp, 1) for rank in ranks}
+            out[layer] = at.pop() if len(at) == 1 else layer * pp // len(layers)
+        return out
 
     def expert_ranks(self, pp: int) -> int | None:
         """The most expert-parallel ranks of which each holds its part of the experts, and no other's."""

@@ -15,7 +15,7 @@ from ucp.formats.dcp import METADATA, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
 from ucp.formats.megatron import COMMON, CONFIG, NAME, keys
-from ucp.formats.megatron.read import agree, common, layout
+from ucp.formats.megatron.read import agree, buckets, common, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -30,7 +30,6 @@ from ucp.storage.torch_pt.values import TensorRef
 log = logger(__name__)
 
 _COMMON_KEY = "common_state"
-_BUCKET = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_.*")
 _BUFFERS = re.compile(r".*\.(expert_bias|local_tokens_per_expert|inv_freq)")
 
 
@@ -80,20 +79,28 @@ def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
         stored = tensors_of(meta.tensors, records)
     said, objects = _common(folder, objects, trust)
     said = {key: _numbers(value, builder) if key == "optimizer" else value for key, value in said.items()}
-    if bucket := next((key for key in stored if _BUCKET.fullmatch(key)), None):
-        raise Unsupported(
-            f"{folder}: its optimizer is saved in buckets ('{bucket}'), whose parameters are not told yet; Megatron "
-            "saves it by parameter with --dist-ckpt-optim-fully-reshardable"
-        )
     where = layout.of(folder, said, objects, stored, [file.path for file in builder.sources])
-    found = _FolderParts(said, objects, _by_parameter(stored))
-    layout.check_layers(folder, said, (name for name, _ in found.tensors))
-    catalog, weights = _catalog(folder, found, builder, where)
-    catalog.check()
+    tensors = _by_parameter({key: tensor for key, tensor in stored.items() if not buckets.is_bucket(key)})
+    layout.check_layers(folder, said, (name for name, _ in tensors))
+    weights = [tensor for (_, state), tensor in tensors.items() if state == keys.WEIGHT]
     for weight in weights:
         weight.check_coverage()
-    agree.check(folder, catalog, weights, files)
-    return catalog
+    if not any(map(buckets.is_bucket, stored)):
+        catalog, mastered = _catalog(folder, _FolderParts(said, objects, tensors), builder, where)
+        catalog.check()
+        agree.check(folder, catalog, mastered, files)
+        return catalog
+    trained = {w.name: w for w in weights if "float" in w.dtype and not _BUFFERS.fullmatch(w.name)}
+    fitting = []
+    for inside, copies in buckets.read(folder, stored, trained, where):
+        parts = _FolderParts(said, objects, {**tensors, **inside})
+        catalog, mastered = _catalog(
+            folder, parts, Builder(files, builder.paths, builder.sources, builder.records), where
+        )
+        catalog = replace(catalog, copies=tuple(copies))
+        catalog.check()
+        fitting.append((catalog, agree.odd(catalog, mastered, files)))
+    return buckets.chosen(folder, fitting)
 
 
 def _common(folder: Path, objects: Mapping[str, Any], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
