@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.saving.parts import ADAM, FakeTarget, Saved, catalog, group, slot, target
 from ucp.catalog import Catalog, ParamGroup
@@ -300,6 +301,19 @@ def test_how_an_optimizer_computes_stays_the_targets() -> None:
     saved = catalog({"a": Saved()}, [ParamGroup(("a",), {"lr": 0.3, **own, "unheard_of": 1})])
     found = plan(saved, target(slot(0, {"a": SHAPE}), groups=[group("a", foreach=False, fused=None)]), Wish())
     assert found.options == {0: {"lr": 0.3}}
+    assert found.notes == ("param group 0: the optimizer here has no 'step', 'unheard_of', so that stays unused",)
+
+
+def test_a_group_of_an_unknown_optimizer_is_given_what_it_had() -> None:
+    """Such as a step count that the optimizer puts into its group in its first step."""
+    counted = torch.tensor([1.0, 2.0])
+    saved = catalog({"a": Saved()}, [ParamGroup(("a",), {"lr": 0.3, "foreach": True, "step": 9, "counted": counted})])
+    own = replace(group("a"), takes=None)
+    found = plan(saved, target(slot(0, {"a": SHAPE}), groups=[own]), Wish())
+    assert found.notes == ()
+    options = dict(found.options[0])
+    assert torch.equal(options.pop("counted"), counted)
+    assert options == {"lr": 0.3, "step": 9}
 
 
 def test_groups_without_recorded_hyperparameters_keep_their_own_and_say_so() -> None:

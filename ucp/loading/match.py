@@ -102,7 +102,9 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
     if wish.states and not wish.strict:
         _some_trained(sides)
     _unused(sides)
-    options, sources = match_options(catalog, target, sides.names, found) if wish.states else ({}, {})
+    options, sources = (
+        match_options(catalog, target, sides.names, found, partial=wish.partial) if wish.states else ({}, {})
+    )
     named = match_named(
         catalog,
         target,
@@ -212,11 +214,16 @@ def _states(sides: _Sides, slot: Slot) -> None:
 
 def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
     """Refuse single values that torch's optimizers had and have no place here. What DeepSpeed's count besides ('step')
-    need mean nothing to a torch optimizer."""
-    if slot.asked is None or sides.wish.partial or sides.catalog.training_state.config:
+    need mean nothing to a torch optimizer: it is told."""
+    if slot.asked is None or sides.wish.partial:
         return
     for value in sorted(set(sides.catalog.parameters[sides.names[member.name]].scalars) - set(slot.asked.values)):
-        if value not in slot.asked.states and not sides.may_leave(member.name, value):
+        if value in slot.asked.states or sides.may_leave(member.name, value):
+            continue
+        if sides.catalog.training_state.config:
+            note = f"the optimizer here has no single value '{value}' of a parameter, so the checkpoint's stay unused"
+            sides.found.notes.append(note)
+        else:
             sides.found.leaves(Item(slot.kind, member.name, member.shape, value), False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,12 @@ OWN_OPTIONS = frozenset(
 
 
 def match_options(
-    catalog: Catalog, target: Target, names: Mapping[str, str], found: Findings
+    catalog: Catalog, target: Target, names: Mapping[str, str], found: Findings, *, partial: bool = False
 ) -> tuple[dict[int, Mapping[str, Any]], dict[int, int]]:
     """Each live group's hyperparameters, from the checkpoint's groups that hold the same parameters; and of each live
     group with a single such group that one's index.
 
-    names: live name -> the checkpoint's.
+    names: live name -> the checkpoint's. partial: what is not asked for need not be told.
     """
     saved = catalog.training_state.param_groups
     owner = {name: index for index, group in enumerate(saved) for name in group.names}
@@ -39,6 +40,10 @@ def match_options(
         taken = _of_origins(saved, origins, index, group, found)
         if taken is not None:
             options[index] = taken
+            unused = sorted({*(saved[origins[0]].options or ())} - {*taken, *group.options} - OWN_OPTIONS)
+            if unused and not partial:
+                shown = ", ".join(f"'{name}'" for name in unused)
+                found.notes.append(f"param group {index}: the optimizer here has no {shown}, so that stays unused")
             if len(origins) == 1:
                 sources[index] = origins[0]
     return options, sources
@@ -48,8 +53,9 @@ def _of_origins(
     saved: Sequence[ParamGroup], origins: Sequence[int], index: int, group: Group, found: Findings
 ) -> dict[str, Any] | None:
     """What a live group takes of the checkpoint's groups, which have to agree; None where it keeps its own."""
-    wanted = sorted({*group.options, *group.takes} - OWN_OPTIONS)
     kept = [options for i in origins if (options := saved[i].options) is not None]
+    takes = {option for options in kept for option in options} if group.takes is None else group.takes
+    wanted = sorted({*group.options, *takes} - OWN_OPTIONS)
     if not origins or len(kept) < len(origins):
         why = "this checkpoint (an elastic one) recorded none" if origins else "the checkpoint has none for it"
         if group.names:
@@ -63,7 +69,11 @@ def _of_origins(
             shown = [origins[0], origins[first]]
             found.wrong.append(found.words.other_options(index, option, shown, [values[0], values[first]]))
         elif option in kept[0]:
-            out[option] = _fitting(index, option, group.options.get(option), kept[0][option], found)
+            value = kept[0][option]
+            if option not in group.options and group.takes is None:
+                out[option] = copy.deepcopy(value)
+            else:
+                out[option] = _fitting(index, option, group.options.get(option), value, found)
     _same_forms(index, wanted, {*kept[0]} - OWN_OPTIONS, found)
     _keeps(index, [option for option in wanted if option not in kept[0]], group, "", found)
     return out
@@ -109,7 +119,14 @@ def holds(dtype: str, value: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return bool(list(a) == list(b)) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else bool(a == b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.shape == b.shape and bool((a == b).all())
+    return bool(a == b)
 
 
 def own_values(catalog: Catalog) -> Mapping[str, Any]:

@@ -116,13 +116,14 @@ class Weights:
 class Group:
     """A live param group. options: its hyperparameters now. expects: the names of the optimizer states that its
     optimizer keeps for a parameter, tensors of its shape; values: those of single values, such as 'step'; None where
-    that is unknown. takes: hyperparameters that it is given though it does not have them yet."""
+    that is unknown. takes: hyperparameters that it is given though it does not have them yet; None for all that the
+    checkpoint has."""
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
     expects: frozenset[str] | None
     values: frozenset[str] | None = None
-    takes: frozenset[str] = frozenset(("initial_lr",))
+    takes: frozenset[str] | None = frozenset(("initial_lr",))
 
 
 @dataclass(frozen=True)

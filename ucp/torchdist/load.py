@@ -109,6 +109,8 @@ def load(
 def tell(report: LoadReport, metrics: bool) -> None:
     """The line after every load, and its record. Collective."""
     if ranks.rank() == 0:
+        for note in report.plan.notes:
+            log.warning("%s: %s", report.path, note)
         log.info("%s", report)
     if metrics:
         record_load(report.path, report.bytes_read, report.seconds, report.overlapping)

@@ -51,8 +51,14 @@ def expected(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Ex
 
 
 def live_group(names: Sequence[str], optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Group:
-    """A param group as a target's."""
+    """A param group as a target's.
+
+    An optimizer that is not known here may add hyperparameters to its group in its first step (a step count, an
+    estimate), so all that the checkpoint has are taken, as torch's own ``load_state_dict`` does.
+    """
     keeps = expected(optimizer, options)
+    if keeps.values is None:
+        return Group(tuple(names), options, keeps.tensors, keeps.values, takes=None)
     return Group(tuple(names), options, keeps.tensors, keeps.values)
 
 

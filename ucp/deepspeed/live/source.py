@@ -12,6 +12,7 @@ from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.deepspeed.live import generators, releases
 from ucp.deepspeed.live.state import samples_per_step, samples_seen
 from ucp.errors import Unsupported
+from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of
 from ucp.geometry import empty
 from ucp.job import ranks
 from ucp.loading.target import Group, Slot
@@ -45,12 +46,16 @@ def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[
     rank = ranks.rank()
     aliases = _aliases(live.engine.module)
     groups = live.groups
+    counting = {slot.group for slot in slots if "step" in live.live(slot.key)[1]}
+    divided = [divide_step(options_of(group.options), g in counting) for g, group in enumerate(groups)]
     parameters: dict[str, ParameterInfo] = {}
     holdings: list[Holding] = []
     for slot in slots:
         if slot.kind == "frozen" and not frozen:
             continue
-        scalars = _scalars(live, slot, groups)
+        scalars = _scalars(live, slot)
+        if slot.group is not None and slot.states and slot.group < len(divided):
+            scalars = {**{k: _plain(v) for k, v in divided[slot.group][1].items()}, **scalars}
         for member in slot.members:
             names = tuple(aliases.get(member.name, ()))
             kind = "padding" if member.padding else slot.kind
@@ -58,7 +63,8 @@ def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[
         holdings += _holdings(live, slot, rank)
     own: dict[str, Any] = {"rng": generators.capture(live.engine)}
     if rank == 0:
-        return Source(live.layout, parameters, holdings, _training_state(live, groups, client_state), own)
+        kept = tuple(ParamGroup(g.names, options) for g, (options, _) in zip(groups, divided, strict=True))
+        return Source(live.layout, parameters, holdings, _training_state(live, kept, client_state), own)
     return Source(live.layout, parameters, holdings, TrainingState(), {**own, "client_state": dict(client_state)})
 
 
@@ -88,8 +94,8 @@ def _holdings(live: EngineFacts, slot: Slot, rank: int) -> Iterator[Holding]:
             yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
 
 
-def _scalars(live: EngineFacts, slot: Slot, groups: Sequence[Group]) -> dict[str, Any]:
-    """The values that an optimizer keeps once for a slot, such as 'step'; in the param group, some of them."""
+def _scalars(live: EngineFacts, slot: Slot) -> dict[str, Any]:
+    """The values that an optimizer keeps once for a slot, such as 'step'."""
     out: dict[str, Any] = {}
     for name, value in live.live(slot.key)[1].items():
         if name in slot.states or value is None:
@@ -103,10 +109,6 @@ def _scalars(live: EngineFacts, slot: Slot, groups: Sequence[Group]) -> dict[str
                 "a single value; checkpoints of this optimizer could not be resharded, so nothing is saved"
             )
         out[name] = value
-    if slot.group is not None and slot.states:
-        options = groups[slot.group].options
-        if "step" in options:
-            out.setdefault("step", _plain(options["step"]))
     return out
 
 
@@ -121,7 +123,9 @@ def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
     return out
 
 
-def _training_state(live: EngineFacts, groups: Sequence[Group], client_state: Mapping[str, Any]) -> TrainingState:
+def _training_state(
+    live: EngineFacts, groups: tuple[ParamGroup, ...], client_state: Mapping[str, Any]
+) -> TrainingState:
     engine = live.engine
     clip = getattr(engine.optimizer, "clip_grad", None)
     extra = {}
@@ -130,7 +134,7 @@ def _training_state(live: EngineFacts, groups: Sequence[Group], client_state: Ma
     if engine.random_ltd_enabled():
         extra["random_ltd"] = engine.random_ltd_scheduler.state_dict()
     return TrainingState(
-        param_groups=tuple(ParamGroup(group.names, _options(group)) for group in groups),
+        param_groups=groups,
         lr_scheduler=None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
         loss_scaler=_loss_scaler(engine.optimizer),
         clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
@@ -143,11 +147,6 @@ def _training_state(live: EngineFacts, groups: Sequence[Group], client_state: Ma
         client_state=dict(client_state),
         config=_config(engine),
     )
-
-
-def _options(group: Group) -> dict[str, Any]:
-    """A param group's hyperparameters; a step count in it is kept with the parameters."""
-    return {k: v for k, v in group.options.items() if k not in ("params", "param_names", "step")}
 
 
 def _loss_scaler(optimizer: Any) -> dict[str, Any] | None:

@@ -26,6 +26,11 @@ class _Unit:
     params: tuple[torch.nn.Parameter, ...]
 
 
+def _lies_as(value: Any, master: torch.Tensor) -> bool:
+    """Whether a state has its master's shape, and not only as many elements: those may belong anywhere (Prodigy's)."""
+    return isinstance(value, torch.Tensor) and value.shape == master.shape
+
+
 class Stage0:
     @staticmethod
     def fits(optimizer: Any) -> bool:
@@ -76,7 +81,8 @@ class Stage0:
             )
             self._keys.append(next(keys))
             size = unit.master.numel()
-            states = state_dtypes(self._inner.state.get(unit.master, {}), size)
+            state = self._inner.state.get(unit.master, {})
+            states = state_dtypes({k: v for k, v in state.items() if _lies_as(v, unit.master)}, size)
             dtype = from_torch(unit.master.dtype)
             slots.append(
                 Slot(self._keys[-1], "parameter", size, dtype, members, unit.group, states, holders=everyone())

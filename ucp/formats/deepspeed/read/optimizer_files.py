@@ -101,6 +101,17 @@ def flat_refs(path: Path, key: str, value: Any) -> list[TensorRef]:
     return list(value)
 
 
+def divide_step(options: Mapping[str, Any], states_count: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A param group's hyperparameters without a step count that belongs to its parameters, and that count.
+
+    DeepSpeed's Adams count in the parameters' states, and had the count in the group once, or have a copy of it there.
+    Optimizers that count in the group alone (AdEMAMix and others of pytorch_optimizer) keep it there: their states have
+    no place for it. states_count: whether the group's states have a count.
+    """
+    own = {"step": options["step"]} if "step" in options and (states_count or "bias_correction" in options) else {}
+    return {key: value for key, value in options.items() if key not in own}, own
+
+
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """A param group's hyperparameters: everything but its parameters."""
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}

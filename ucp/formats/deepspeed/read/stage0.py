@@ -29,7 +29,7 @@ from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.formats.deepspeed.read.optimizer_files import options_of, split_state
+from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of, split_state
 from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
@@ -78,20 +78,17 @@ def read(
         named = _name(builder, model, slots, pools, names, [len(g["params"]) for g in groups])
     members: list[list[str]] = [[] for _ in groups]
     common = _common_steps(groups, [slot for _, slot in named])
+    counting = {slot.group for _, slot in named if "step" in slot.scalars}
+    divided = [divide_step(options_of(group), g in counting) for g, group in enumerate(groups)]
     for name, slot in named:
         members[slot.group].append(name)
         tensors = [builder.whole(name, "param", slot.master or trainable[name])]
         tensors += [builder.whole(name, state, ref) for state, ref in slot.states.items()]
-        scalars = dict(slot.scalars)
-        if "step" in groups[slot.group]:
-            scalars.setdefault("step", groups[slot.group]["step"])
+        scalars = {**divided[slot.group][1], **slot.scalars}
         if "step" in scalars and slot.group in common:
             scalars["step"] = common[slot.group]
         builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
-    return [
-        ParamGroup(tuple(m), {k: v for k, v in options_of(g).items() if k != "step"})
-        for m, g in zip(members, groups, strict=True)
-    ]
+    return [ParamGroup(tuple(m), options) for m, (options, _) in zip(members, divided, strict=True)]
 
 
 def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, TensorRef]]:

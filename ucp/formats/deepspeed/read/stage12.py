@@ -21,6 +21,7 @@ from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.optimizer_files import (
     FlatState,
+    divide_step,
     flat_refs,
     join_states,
     options_of,
@@ -70,8 +71,9 @@ def read(
             order = undo_round_robin(list(shapes), len(share)) if facts.round_robin else list(shapes)
             names += [facts.experts.experts.place(n, shapes[n], rank).name for n in order]
         options = same_on_all_ranks(f"the param group {g}", {p: _options(p, sd, g) for p, sd in optim.values()})
-        if options and "step" in options:
-            _step_into_scalars(builder, names, options.pop("step"))
+        if options is not None:
+            options, step = divide_step(options, any("step" in builder.parameters[n].scalars for n in names))
+            _into_scalars(builder, names, step)
         out.append(ParamGroup(tuple(ordered(dict.fromkeys(names))), options))
     return out
 
@@ -245,8 +247,8 @@ def _options(path: Path, sd: Mapping[str, Any], g: int) -> dict[str, Any] | None
         return options_of(base["param_groups"][g]) if isinstance(base, Mapping) else None
 
 
-def _step_into_scalars(builder: Builder, names: Iterable[str], step: Any) -> None:
-    """FusedAdam and DeepSpeedCPUAdam (once it was loaded) count steps in the param group: one count per parameter."""
-    for name in names:
+def _into_scalars(builder: Builder, names: Iterable[str], step: Mapping[str, Any]) -> None:
+    """Give the parameters a count that their group keeps, where they have none."""
+    for name in names if step else ():
         info = builder.parameters[name]
-        builder.parameters[name] = replace(info, scalars={"step": step, **info.scalars})
+        builder.parameters[name] = replace(info, scalars={**step, **info.scalars})

@@ -16,6 +16,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import (
+    divide_step,
     flat_refs,
     join_states,
     offloaded_to_nvme,
@@ -66,15 +67,23 @@ def read(
     options = same_on_all_ranks(
         "the param groups", {optim[r][0]: [options_of(g) for g in bases[r]["param_groups"]] for r in optim}
     )
+    states = optim[0][0], bases[0].get("state")
+    count = [any(_counts(*states, s) for s in ids) for ids in members]
+    divided = [divide_step(of_group, counted) for of_group, counted in zip(options, count, strict=True)]
     for s, shapes in enumerate(groups):
-        group = next(g for g, ids in enumerate(members) if s in ids)
-        step = {"step": options[group]["step"]} if "step" in options[group] else {}
+        step = next(divided[g][1] for g, ids in enumerate(members) if s in ids)
         for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(*optim[0], s))):
             _read_subgroup(builder, share, s, shapes, rank, aliases, experts, step)
     return [
-        ParamGroup(tuple(n for s in ids for n in groups[s]), {k: v for k, v in options[g].items() if k != "step"})
-        for g, ids in enumerate(members)
+        ParamGroup(tuple(n for s in ids for n in groups[s]), of_group)
+        for ids, (of_group, _) in zip(members, divided, strict=True)
     ]
+
+
+def _counts(path: Path, states: Any, s: int) -> bool:
+    """Whether the optimizer's state of a subgroup has a step count."""
+    with malformed(path, f"the optimizer's state of subgroup {s}"):
+        return "step" in (states.get(s) or {})
 
 
 def _members(path: Path, base: Mapping[str, Any]) -> list[list[int]]:
