@@ -1,8 +1,14 @@
-"""A small checkpoint of every format, and all that can be read of one."""
+"""A small checkpoint of every format, and all that can be read of one.
+
+A format gives the same bytes wherever and whenever it is made, so that the seed of a mutation means the same anywhere.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +20,7 @@ import ucp
 from tests.formats import raw
 from tests.formats.dcp import states
 from ucp.catalog import ParamGroup, TrainingState
+from ucp.formats.universal import manifest
 
 OLDER = Path(__file__).parents[1] / "formats/deepspeed/older"
 FORMATS = ("zero0", "zero1", "zero3", "dcp", "huggingface", "bin", "fragmented", "consolidated", "virtual")
@@ -32,13 +39,16 @@ def make(name: str, folder: Path) -> Path:
         import torch.distributed.checkpoint as dcp
 
         dcp.save(states.nested(), checkpoint_id=run, no_dist=True)
+        _anonymous(run / ".metadata")
     elif name in ("huggingface", "bin"):
-        import json
-
         from safetensors.torch import save_file
 
         run.mkdir(parents=True)
-        tensors = {"model.embed.weight": torch.randn(13, 7), "model.norm.weight": torch.randn(7).bfloat16()}
+        drawn = torch.Generator().manual_seed(1)
+        tensors = {
+            "model.embed.weight": torch.randn(13, 7, generator=drawn),
+            "model.norm.weight": torch.randn(7, generator=drawn).bfloat16(),
+        }
         (run / "config.json").write_text(json.dumps(CONFIG))
         if name == "bin":
             torch.save(tensors, run / "pytorch_model.bin")
@@ -49,14 +59,30 @@ def make(name: str, folder: Path) -> Path:
             (run / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     elif name == "fragmented":
         ucp.save(states.nested(), run)
+        _sampled_alike(run / manifest.NAME)
     else:
         groups = (ParamGroup(tuple(raw.SHAPES), {"lr": 0.1, "betas": (0.9, 0.99)}),)
         client = {"epoch": 2, "rng": torch.arange(5).numpy(), "seen": {1, 2}}
         state = TrainingState(groups, global_steps=7, client_state=client)
-        made = raw.make(folder / "raw", training_state=state)
+        made = raw.make(folder / "raw", training_state=state, mtime_ns=10**18)
         (raw.virtual_checkpoint if name == "virtual" else _consolidated)(run / "step7", made)
         (run / "latest").write_text("step7")
     return run
+
+
+def _anonymous(metadata: Path) -> None:
+    """Without the folder that it was written to, and the save's random number."""
+    found = pickle.loads(metadata.read_bytes())
+    storage = dataclasses.replace(found.storage_meta, checkpoint_id="run", save_id="a save")
+    metadata.write_bytes(pickle.dumps(dataclasses.replace(found, storage_meta=storage)))
+
+
+def _sampled_alike(path: Path) -> None:
+    """The seed by which large tensors would be sampled, random in every save, is this one. (All are small.)"""
+    body = json.loads(path.read_bytes())
+    del body["digest"]
+    body["logical_digests"]["seed"] = 1
+    path.write_bytes(manifest.frame(body))
 
 
 def _consolidated(folder: Path, made: raw.Raw) -> Path:

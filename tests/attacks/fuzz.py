@@ -87,18 +87,26 @@ def attack(name: str, seed: int, numbers: range, place: Path) -> Iterator[Outcom
     else:
         run = formats.make(target.format, place)
         truth = repr(_truth(run, target, place))
-        attacks = [_mutation(run, target, seed, number, place) for number in numbers]
+        attacks = [_mutation(run, name, seed, number, place) for number in numbers]
     for number, verdict in zip(numbers, fight(attacks), strict=True):
         same = not target.exact or verdict.kind == "refused" or verdict.text in (truth, "unchanged")
         yield Outcome(name, seed, number, verdict, verdict.within_limits and same)
 
 
-def _mutation(run: Path, target: Target, seed: int, number: int, place: Path) -> Callable[[], str]:
+def mutated(run: Path, name: str, seed: int, number: int) -> tuple[Path, bytes]:
+    """One of the target's files, and its bytes after the mutation of that seed and number: the same in any folder."""
+    target = TARGETS[name]
+    rng = random.Random(f"{seed}/{name}/{number}")
+    path = rng.choice([path for path in formats.files(run) if fnmatch.fnmatch(path.name, target.files)])
+    return path, target.mutation(rng, path.read_bytes())
+
+
+def _mutation(run: Path, name: str, seed: int, number: int, place: Path) -> Callable[[], str]:
+    target = TARGETS[name]
+
     def do() -> str:
-        rng = random.Random(f"{seed}/{target}/{number}")
-        path = rng.choice([path for path in formats.files(run) if fnmatch.fnmatch(path.name, target.files)])
+        path, changed = mutated(run, name, seed, number)
         raw, stat = path.read_bytes(), path.stat()
-        changed = target.mutation(rng, raw)
         if changed == raw:
             return "unchanged"
         try:

@@ -52,7 +52,7 @@ def of_pickle(rng: random.Random, raw: bytes) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for other, content in entries.items():
-            archive.writestr(other, content)
+            archive.writestr(zipfile.ZipInfo(other), content)  # of no particular time
     return stream.getvalue()
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's model and optimizer files under random damage: refused by an error of ours, or what is read is the truth.
 
 Two kinds of mutations: of the file's bytes, which its CRC-32s find, and of what its pickle says, written anew by torch
-with right CRC-32s, which nothing but the reader's own care stops. The seed is printed; ``UCP_SEED`` sets it.
+with right CRC-32s, which nothing but the reader's own care stops. ``UCP_SEED`` sets another seed than the usual one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import ucp
+from tests.attacks import fuzz
 from tests.attacks.arena import Verdict, fight
 from tests.formats.deepspeed.read.test_damaged import OLDER, TAG
 
 MUTATIONS = 200
-SEED = int(os.environ.get("UCP_SEED", "") or random.SystemRandom().randrange(2**32))
+SEED = int(os.environ.get("UCP_SEED", "") or fuzz.SEED)
 
 
 def everything(folder: Path) -> dict[str, Any]:

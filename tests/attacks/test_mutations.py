@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.attacks import fuzz
+from tests.attacks import formats, fuzz
 
 QUICK = 5
 
@@ -26,3 +29,27 @@ def run(place: Path, target: str, numbers: range) -> None:
     print(f"seed {fuzz.SEED}")
     wrong = [str(outcome) for outcome in fuzz.attack(target, fuzz.SEED, numbers, place) if not outcome.fine]
     assert not wrong, f"{len(wrong)} of {len(numbers)}:\n" + "\n".join(wrong)
+
+
+def cases(place: Path) -> str:
+    """A digest of some mutations of every target, made in this folder."""
+    out = hashlib.sha256()
+    runs: dict[str, Path] = {}
+    for name, target in fuzz.TARGETS.items():
+        if target.format == "spec":
+            continue
+        if target.format not in runs:
+            runs[target.format] = formats.make(target.format, place / target.format)
+        for number in range(20):
+            path, raw = fuzz.mutated(runs[target.format], name, fuzz.SEED, number)
+            out.update(f"{name} {path.relative_to(place)} ".encode() + raw)
+    return out.hexdigest()
+
+
+@pytest.mark.slow
+def test_a_seed_means_the_same_in_any_folder_and_process(tmp_path: Path) -> None:
+    here = cases(tmp_path / "here")
+    code = f"from tests.attacks.test_mutations import *; print(cases(Path({str(tmp_path / 'a much longer name')!r})))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=formats.OLDER.parents[3])
+    assert found.stdout.split() == [here]

@@ -71,8 +71,9 @@ def make(
     seed: int = 0,
     training_state: TrainingState | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
+    mtime_ns: int | None = None,
 ) -> Raw:
-    """Write rank files in ``folder`` and describe them.
+    """Write rank files in ``folder`` and describe them. mtime_ns: when they were written, by default now.
 
     Beside the trained float32 parameters there are a frozen bfloat16 one and two buffers (bool, and a 0-d int64).
     """
@@ -117,7 +118,7 @@ def make(
     for rank in range(dp):
         path = folder / f"rank{rank}.bin"
         path.write_bytes(b"h" * HEADER + b"".join(pieces[rank, state].tobytes() for state in states))
-        files.append(_source(path))
+        files.append(_source(path, mtime_ns))
     extra = {
         ("frozen.weight", "param"): (rng.integers(0, 1 << 16, (6, 5), dtype=np.uint16), "bfloat16", "frozen"),
         ("mask", "param"): (rng.integers(0, 2, (3, 3)).astype(bool), "bool", "buffer"),
@@ -144,7 +145,7 @@ def make(
         raw += array.astype(numpy_dtype(dtype)).tobytes()
         offset = len(raw)
     (folder / "model.bin").write_bytes(raw)
-    files.append(_source(folder / "model.bin"))
+    files.append(_source(folder / "model.bin", mtime_ns))
     groups = (ParamGroup(tuple(shapes), {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}),)
     state_of = training_state or TrainingState(groups, global_steps=7, client_state={"epoch": 2})
     catalog = Catalog("raw", "numpy", Layout(dp=dp, zero=stage), tuple(files), parameters, tensors, state_of)
@@ -152,7 +153,9 @@ def make(
     return Raw(catalog, truth)
 
 
-def _source(path: Path) -> SourceFile:
+def _source(path: Path, mtime_ns: int | None) -> SourceFile:
+    if mtime_ns is not None:
+        os.utime(path, ns=(mtime_ns, mtime_ns))
     stat = os.stat(path)
     return SourceFile(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
