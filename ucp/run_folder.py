@@ -143,15 +143,25 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Chosen]:
-    """The folders in this one that are checkpoints which a run resumes from, or in which a file names one; unfinished
-    ones (names with a leading dot) are left out."""
+    """The folders in this one that are checkpoints which a run resumes from, or in which a file names one, else single
+    files that are; unfinished ones (names with a leading dot) are left out."""
     try:
         names = locations.names(folder)
     except OSError:
         return []
     entries = [folder / name for name in names if not name.startswith(".") and name != LATEST]
-    found = [one for entry in entries if locations.is_folder(entry) and (one := _at(entry)) is not None]
-    return [one for one in found if one.format.resumable]
+    folders = [entry for entry in entries if locations.is_folder(entry)]
+    found = [one for entry in folders if (one := _at(entry)) is not None and one.format.resumable]
+    return found or _files([entry for entry in entries if entry not in set(folders)])
+
+
+def _files(entries: Sequence[Path]) -> list[Chosen]:
+    """Single files that are checkpoints, by their names. They count where no folder beside them does."""
+    return [
+        Chosen(entry, known)
+        for entry in entries
+        if not beside.is_state(entry.name) and (known := formats.find(entry)) is not None
+    ]
 
 
 def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
@@ -161,6 +171,9 @@ def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
         names = locations.names(folder)
     except OSError:
         return found
+    own = formats.find(folder)
+    files = [] if own is not None else [folder / name for name in names if not name.startswith(".")]
+    found += _files([entry for entry in files if not locations.is_folder(entry)])
     for entry in [folder / name for name in names if not name.startswith(".") and name != LATEST]:
         if not locations.is_folder(entry):
             continue
@@ -423,7 +436,7 @@ def _numbered(one: Chosen, folder: Path) -> tuple[str, int]:
 
 def _written(one: Chosen) -> int:
     try:
-        return locations.newest_ns(one.path)
+        return locations.stat(one.path).mtime_ns if locations.is_file(one.path) else locations.newest_ns(one.path)
     except OSError:
         return 0  # removed this moment; reading it will tell
 

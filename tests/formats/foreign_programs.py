@@ -126,6 +126,55 @@ def lightning(folder: str) -> None:
     )
     run.fit(Module())
     run.save_checkpoint(folder)
+    lightning_file(folder)
+
+
+def lightning_file(folder: str) -> None:
+    """The same program's single file: ``<folder>.ckpt``; ``<folder>.json`` has the losses of the next steps of its own
+    resume, and ``<folder>.truth.pt`` what model and optimizer held."""
+    import pytorch_lightning as pl
+
+    losses: list[float] = []
+
+    class Module(pl.LightningModule):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, 8))
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = self.model(batch).pow(2).mean()
+            losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.arange(32.0).reshape(4, 8) / 32, batch_size=4)
+
+    def fit(epochs: int, module: pl.LightningModule, path: str | None = None) -> pl.Trainer:
+        run = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=epochs,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        run.fit(module, ckpt_path=path)
+        return run
+
+    module = Module()
+    run = fit(3, module)
+    run.save_checkpoint(f"{folder}.ckpt")
+    names = {p: name for name, p in module.named_parameters()}
+    held = {n: {"param": p.detach(), **run.optimizers[0].state[p]} for p, n in names.items()}
+    torch.save(held, f"{folder}.truth.pt")
+    losses.clear()
+    fit(6, Module(), f"{folder}.ckpt")
+    Path(f"{folder}.json").write_text(json.dumps(losses))
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -49,11 +49,6 @@ def test_accelerates_folders_of_parts(foreign: Path, caplog: pytest.LogCaptureFi
         assert f"'{other}', 'scheduler.bin', beside it" in finding.text
 
 
-@pytest.mark.slow
-def test_lightnings_loops(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "'meta.pt', in it" in unread(made_by("lightning", foreign), caplog)
-
-
 def test_a_trainers_state_beside_a_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """DeepSpeed's tag in a Trainer's folder: the Trainer reads the rest itself, so a conversion says it, not a load."""
     ours = raw.write_consolidated(tmp_path / "checkpoint-7/global_step7", raw.make(tmp_path / "raw").catalog)

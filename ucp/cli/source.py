@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp import formats
 from ucp.cli import run
+from ucp.formats.base import FLAG, TEXT, Option
 
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
@@ -38,7 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     parser.add_argument("--trust-paths", action="store_true", help=TRUST_PATHS)
+    for option in _reading().values():
+        run.add_option(parser, option)
     run.add_sizes(parser)
+
+
+def _reading() -> dict[str, Option]:
+    """What the built-in formats take when they read, but for what every command says by itself or none can say."""
+    options = {option.name: option for known in formats.built_in() for option in known.read_options}
+    return {
+        name: option
+        for name, option in options.items()
+        if option.kind in (FLAG, TEXT) and name not in ("trust_paths", "trust_client_state", "allow_approximate")
+    }
 
 
 def add_division(parser: argparse.ArgumentParser) -> None:
@@ -64,4 +77,5 @@ def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None)
         sizes=run.sizes(args.set),
         trust_paths=args.trust_paths,
         allow_approximate=True,  # what looks at a checkpoint shows that, and loads nothing
+        options={name: found for name in _reading() if (found := getattr(args, name, None)) is not None},
     )

@@ -36,6 +36,8 @@ BUILT_IN = (
     "ucp.formats.huggingface",
     "ucp.formats.trainer",
     "ucp.formats.accelerate",
+    "ucp.formats.lightning",
+    "ucp.formats.torch_file",
 )
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
@@ -104,8 +106,11 @@ def look(path: Path) -> FolderNames:
     from ucp.storage import locations
 
     try:
-        return FolderNames(path, tuple(locations.names(path)))
-    except (FileNotFoundError, NotADirectoryError):
+        names = tuple(locations.names(path))
+        return FolderNames(path, names, is_file=not names and locations.is_remote(path) and locations.is_file(path))
+    except NotADirectoryError:
+        return FolderNames(path, (), is_file=locations.is_file(path))
+    except FileNotFoundError:
         return FolderNames(path, ())
     except OSError:
         return FolderNames(path, (), listed=False)
@@ -236,7 +241,7 @@ def explain_unknown(path: Path) -> NotACheckpoint:
     if not locations.exists(path):
         return NotACheckpoint(f"{path}: there is no such file or folder")
     if not locations.is_folder(path):
-        return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder ({known})")
+        return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder, or a file of these names ({known})")
     try:
         names = locations.names(path)
     except OSError as error:

@@ -136,7 +136,8 @@ class Format(ABC):
 
     @abstractmethod
     def detect(self, folder: FolderNames) -> bool:
-        """Whether the folder is a checkpoint of this format, by names alone: every folder is asked about."""
+        """Whether the folder is a checkpoint of this format, by names alone: every folder is asked about, and every
+        file that a caller names (`FolderNames.is_file`)."""
 
     @abstractmethod
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:

@@ -50,6 +50,11 @@ def around(path: Path) -> tuple[str, ...]:
     )
 
 
+def is_state(name: str) -> bool:
+    """Whether frameworks call a file so that holds training state of a checkpoint, and is none by itself."""
+    return _NAMED.fullmatch(name) is not None
+
+
 def is_part(name: str) -> bool:
     """Whether frameworks call a folder so that holds a part of a checkpoint: Accelerate's FSDP plugin, and programs
     that follow torch's examples."""

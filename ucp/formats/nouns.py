@@ -23,12 +23,13 @@ class FolderNames:
     """What one look into a folder shows; all formats are asked about it.
 
     names: of the files and folders in it, sorted. listed: False where the folder cannot be listed; a file of a known
-    name can be asked for even then.
+    name can be asked for even then. is_file: the path is a file's, and there are no names in it.
     """
 
     path: Path
     names: tuple[str, ...]
     listed: bool = True
+    is_file: bool = False
 
     def has_file(self, name: str) -> bool:
         """Whether there is a file of this name. Raises OSError where that cannot be told of a URL."""

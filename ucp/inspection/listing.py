@@ -104,11 +104,13 @@ def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedC
     except RemovedMeanwhile:
         return None
     except (DamagedCheckpoint, NotACheckpoint) as error:
+        if isinstance(error, NotACheckpoint) and locations.is_file(path):
+            return None  # some file of torch.save's
         whole, problem = False, str(error)
     except UcpError as error:
         whole, problem = None, str(error)
     try:
-        files, written = list(_sizes(path)), locations.newest_ns(path)
+        files, written = _files_of(path)
     except FileNotFoundError:
         return None
     return ListedCheckpoint(
@@ -124,6 +126,14 @@ def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedC
         problem=problem,
         latest=named is not None and path == parent / named,
     )
+
+
+def _files_of(path: Path) -> tuple[list[int], int]:
+    """The sizes of a checkpoint's files, and when the newest was written. Raises FileNotFoundError."""
+    if locations.is_file(path):
+        found = locations.stat(path)
+        return [found.size], found.mtime_ns
+    return list(_sizes(path)), locations.newest_ns(path)
 
 
 def _sizes(folder: Path) -> Iterator[int]:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import PARAM_NAMES, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ class Accelerate(Format):
     name = NAME
     sign = "Accelerate's 'random_states_0.pkl' or 'pytorch_model_fsdp_0'"
     specificity = 1
-    read_options = (TRUST_CLIENT_STATE, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether it has Accelerate's files, and its model's in a form that is no other program's folder."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.formats.dcp.reader import add_entries, layout_of
 from ucp.formats.huggingface.folder import KINDS
 from ucp.formats.huggingface.module_order import module_order
@@ -61,10 +61,7 @@ class Parts:
 
     def load(self, name: str) -> Any:
         """What a file of torch.save's in the folder holds."""
-        path = self.folder / name
-        found = reader.load(path, trust=self.trust)
-        graphs.check(str(path), found)
-        return found
+        return load(self.folder / name, self.request)
 
     def catalog(self, format_name: str, writer: str) -> Catalog:
         """The parts as one; its training state is still that of the optimizers alone."""
@@ -79,7 +76,26 @@ class Parts:
         return found
 
     def _tied(self, info: ParameterInfo) -> ParameterInfo:
-        return replace(info, aliases=self.aliases.get(info.name, ()))
+        is_buffer = info.kind == "frozen" and info.name.rpartition(".")[2] in numbered.BUFFERS
+        return replace(info, aliases=self.aliases.get(info.name, ()), kind="buffer" if is_buffer else info.kind)
+
+
+def load(path: Path, request: ReadRequest) -> Any:
+    """What a file of torch.save's holds; as the request says, without objects of unknown classes.
+
+    Raises DamagedCheckpoint, and UnsafePickle for such an object.
+    """
+    skipped: set[tuple[str, str]] = set()
+    skip, trust = (bool(request.options.get(name)) for name in ("skip_unknown_objects", "trust_client_state"))
+    try:
+        found = reader.load(path, trust=trust, skipped=skipped if skip else None)
+    except UnsafePickle as error:
+        way_on = "skip_unknown_objects (--skip-unknown-objects) reads the rest without it"
+        raise UnsafePickle(f"{error}; {way_on}") from error
+    for module, name in sorted(skipped):
+        log.warning("%s: objects of %s.%s are left out, but for the tensors and plain data in them", path, module, name)
+    graphs.check(str(path), found)
+    return found
 
 
 def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str]) -> Parts:
@@ -159,8 +175,9 @@ def _add_optimizer(parts: Parts, name: str, number: int, sharded: bool) -> None:
         add_optimizer(parts, parts.load(name), name, root)
 
 
-def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER) -> None:
-    """An optimizer's ``state_dict()``; where nothing tells which parameters its numbers are, it is kept as it is."""
+def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER, kept_as: str | None = None) -> None:
+    """An optimizer's ``state_dict()``; where nothing tells which parameters its numbers are, it is kept as it is, as
+    client state of the file's name or another."""
     path = str(parts.folder / where)
     if not numbered.is_optimizer(graph):
         raise DamagedCheckpoint(f"{path}: holds no optimizer's state dict")
@@ -169,7 +186,12 @@ def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER) -
     try:
         found = numbered.named(graph, numbered.ModelTensors(shapes, lambda: _order(parts, shapes), given), path)
     except numbered.Unnamed as reason:
-        parts.unnamed[where] = graph
+        if given is not None:  # a run is to resume from it
+            raise Unsupported(
+                f"{path}: its optimizer numbers its parameters, and the names and groups that are given don't tell "
+                f"which they are: {reason}; give the groups as they were when it was saved, in their order"
+            ) from None
+        parts.unnamed[kept_as or where] = graph
         parts.notes.append(
             f"the optimizer of '{where}' is kept as client state and resumes by no name, since it numbers its "
             f"parameters and nothing tells which they are ({reason}); load it into the run's own model and optimizer, "

@@ -18,13 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ucp.catalog import bare
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Shape, numel
 from ucp.storage.torch_pt.values import TensorRef
 
 GROUPS, STATE, MEMBERS, NAMES = "param_groups", "state", "params", "param_names"
 # Buffers of torch's own modules: among a module's tensors, and never an optimizer's.
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Unnamed(Exception):
@@ -83,7 +84,7 @@ def _names(optimizer: Mapping[str, Any], model: ModelTensors) -> dict[int, str]:
     groups = [list(group[MEMBERS]) for group in optimizer[GROUPS]]
     shapes = {number: _shape(optimizer[STATE].get(number, {})) for group in groups for number in group}
     recorded = [group.get(NAMES) for group in optimizer[GROUPS]]
-    for given in (recorded if all(recorded) else None, model.given):
+    for given in (_bare(recorded, model.shapes) if all(recorded) else None, model.given):
         if given is not None and [len(names) for names in given] == [len(group) for group in groups]:
             pairs = dict(zip((n for g in groups for n in g), (name for names in given for name in names), strict=True))
             if _fit(pairs, shapes, model.shapes):
@@ -98,8 +99,13 @@ def _names(optimizer: Mapping[str, Any], model: ModelTensors) -> dict[int, str]:
     return _by_shape(groups, shapes, pool, model.shapes, ordered=order is not None)
 
 
+def _bare(recorded: Sequence[Any], known: Mapping[str, Shape]) -> list[list[str]]:
+    """Recorded names without what wrappers put before them, where the model's are known so only."""
+    return [[name if name in known else bare(str(name)) for name in names] for names in recorded]
+
+
 def _may_be_trained(name: str) -> bool:
-    return name.rpartition(".")[2] not in _BUFFERS
+    return name.rpartition(".")[2] not in BUFFERS
 
 
 def _order(model: ModelTensors) -> Sequence[str] | None:

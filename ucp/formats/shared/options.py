@@ -10,6 +10,14 @@ TRUST_PATHS = Option("trust_paths", FLAG, "follow a virtual SOURCE to files outs
 TRUST_CLIENT_STATE = Option("trust_client_state", FLAG, "run code that SOURCE's client state asks for", default=False)
 """Unpickle classes outside the allow-list, which runs their code."""
 
+SKIP_UNKNOWN_OBJECTS = Option(
+    "skip_unknown_objects",
+    FLAG,
+    "leave out of SOURCE's client state what is of no known class, but for the tensors and plain data in it",
+    default=False,
+)
+"""Neither refuse nor run classes outside the allow-list."""
+
 PARAM_NAMES = Option(
     "param_names", OBJECT, "each param group's parameters in order, where the optimizer only numbers them"
 )

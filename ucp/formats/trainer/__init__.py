@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import PARAM_NAMES, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ class Trainer(Format):
     name = NAME
     sign = f"a Trainer's '{STATE}' beside a model"
     specificity = 2
-    read_options = (TRUST_CLIENT_STATE, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether the Trainer's state lies in it, and no pointer to another program's checkpoint."""

@@ -22,6 +22,7 @@ from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.storage.torch_pt import allowlist
 from ucp.storage.torch_pt.allowlist import GETATTR
 from ucp.storage.torch_pt.named import Global, StorageClass
+from ucp.storage.torch_pt.skipped import Skipped
 from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -43,7 +44,8 @@ class Unpickler:
     `limit` is the number of bytes the stream has in all: no item may claim to be longer. `persistent` turns a
     persistent id (a tuple) into an object. With `trust`, globals outside the allow-list are imported and called, as
     Python's unpickler does: that runs whatever code the pickle's author wished. None where no caller can have it so:
-    the refusal then offers nothing that would not help.
+    the refusal then offers nothing that would not help. `skipped`: where given, such globals are neither imported nor
+    refused but entered in it, and their objects become `Standin`s.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Unpickler:
         limit: int,
         persistent: Callable[[Any], Any] | None = None,
         trust: bool | None = False,
+        skipped: Skipped | None = None,
     ) -> None:
         self._stream_read = stream.read
         self._readline = stream.readline
@@ -60,6 +63,7 @@ class Unpickler:
         self._limit = limit
         self._persistent = persistent
         self._trust = trust
+        self._skipped = skipped
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Any] = {}
@@ -161,6 +165,9 @@ class Unpickler:
         return self._globals[key]
 
     def _import(self, module: str, name: str) -> Any:
+        if self._skipped is not None:
+            self._skipped.add((module, name))
+            return Global(module, name)
         if not self._trust:
             way_on = "" if self._trust is None else _WAY_ON
             raise UnsafePickle(
@@ -178,6 +185,8 @@ class Unpickler:
         if type(target) is Global and self._trust and target == GETATTR and args and not _is_inert(args[0]):
             target = getattr
         if type(target) is Global:
+            if self._skipped is not None and (target.module, target.name) in self._skipped:
+                return Standin(target.module, target.name, args)
             if kwargs:
                 raise TypeError(f"{target} takes no keyword arguments")
             made = allowlist.call(target, args)
@@ -231,12 +240,16 @@ class Unpickler:
     def _extend(self, target: Any, items: list[Any]) -> None:
         if type(target) in (list, collections.deque) or (self._trust and hasattr(target, "extend")):
             target.extend(items)
+        elif self._skipped is not None and type(target) is Standin:
+            target.state.setdefault("items", []).extend(items)
         else:
             raise TypeError(f"items are appended to a {type(target).__name__}")
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
             raise ValueError("a key without its value")
+        if self._skipped is not None and type(target) is Standin:
+            target = target.state
         if type(target) not in _DICTS and (not self._trust or _is_inert(target)):
             raise TypeError(f"items are set in a {type(target).__name__}")
         allowlist.checked_keys(items[::2])

@@ -22,6 +22,7 @@ from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.torch_pt.archive import SMALL_RECORDS, Section, ZipEntries
 from ucp.storage.torch_pt.named import StorageClass, StorageRef
 from ucp.storage.torch_pt.pickles import Unpickler
+from ucp.storage.torch_pt.skipped import Skipped, without
 from ucp.storage.torch_pt.values import TensorRef
 
 __all__ = ["TensorRef", "TorchFile", "load", "load_file", "load_section"]
@@ -46,19 +47,21 @@ class TorchFile:
     has_crcs: bool
 
 
-def load(path: str | os.PathLike[str], *, trust: bool | None = False) -> Any:
+def load(path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None) -> Any:
     """The object graph of a `torch.save` file. Arguments and errors as for `load_file`."""
-    return load_file(path, trust=trust).graph
+    return load_file(path, trust=trust, skipped=skipped).graph
 
 
-def load_file(path: str | os.PathLike[str], *, trust: bool | None = False) -> TorchFile:
+def load_file(path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None) -> TorchFile:
     """Read a `torch.save` file, but for its tensors' data.
 
     `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
-    chose; None says that whoever asked has no say in it. Raises `DamagedCheckpoint` if the file is missing, empty,
-    truncated or not a torch file, `UnsafePickle` for a class outside the allow-list, `Unsupported` for tensors that are
-    not plain strided ones, and `DigestMismatch` where the pickle or another record that is read whole differs from the
-    CRC-32 that is stored with it.
+    chose; None says that whoever asked has no say in it. With `skipped`, an object of such a class becomes a plain
+    mapping of its attributes, and the class (module, name) is entered there.
+
+    Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a class
+    outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` where the
+    pickle or another record that is read whole differs from the CRC-32 that is stored with it.
     """
     name = str(path)
     try:
@@ -70,9 +73,9 @@ def load_file(path: str | os.PathLike[str], *, trust: bool | None = False) -> To
             if size == 0:
                 raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
             if start.startswith(b"PK"):
-                return _load_zip(stream, name, size, trust)
+                return _load_zip(stream, name, size, trust, skipped=skipped)
             if _MAGIC_PICKLE in start:
-                return TorchFile(_load_legacy(stream, name, size, trust), None, False)
+                return TorchFile(_load_legacy(stream, name, size, trust, skipped), None, False)
     except FileNotFoundError as error:
         raise DamagedCheckpoint("there is no such file", file=name) from error
     except OSError as error:
@@ -159,7 +162,9 @@ class _ZipStorages(_Storages):
         return start, self._archive.crc(f"data/{key}", start, stop)
 
 
-def _load_zip(stream: Any, path: str, size: int, trust: bool | None, base: int = 0) -> TorchFile:
+def _load_zip(
+    stream: Any, path: str, size: int, trust: bool | None, base: int = 0, skipped: Skipped | None = None
+) -> TorchFile:
     archive = ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
         raise Unsupported("a TorchScript program, not a checkpoint", file=path)
@@ -170,7 +175,8 @@ def _load_zip(stream: Any, path: str, size: int, trust: bool | None, base: int =
         if name in archive:
             archive.read(name)
     data = archive.read("data.pkl")
-    graph = Unpickler(io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust).load()
+    graph = Unpickler(io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust, skipped).load()
+    graph = without(graph, skipped) if skipped else graph
     return TorchFile(graph, archive.root, archive.has_crcs)
 
 
@@ -213,7 +219,7 @@ class _LegacyStorages(_Storages):
             at = stop
 
 
-def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None) -> Any:
+def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None, skipped: Skipped | None = None) -> Any:
     def plain() -> Any:
         return Unpickler(stream, path, size, trust=None).load()
 
@@ -223,6 +229,6 @@ def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None) -> 
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Unsupported("written on a big-endian machine, which is not supported", file=path)
     storages = _LegacyStorages(path)
-    graph = Unpickler(stream, path, size, lambda saved: storages.get(saved, 6), trust).load()
+    graph = Unpickler(stream, path, size, lambda saved: storages.get(saved, 6), trust, skipped).load()
     storages.place(stream, plain(), size)
-    return graph
+    return without(graph, skipped) if skipped else graph
