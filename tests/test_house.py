@@ -27,6 +27,7 @@ FLOORS = {
         "ucp.limits",
         "ucp.printable",
         "ucp.progress",
+        "ucp.installed",
         "ucp.version",
         "ucp._neighbours",
     ),

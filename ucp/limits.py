@@ -82,6 +82,8 @@ ZIP_EXTRA_BYTES = 128
 
 # Files of at least this size are written back while the work goes on; for smaller ones it is not worth a call.
 WRITEBACK_FILE_BYTES = 32 * MIB
+# Threads of a conversion beside one for each processor: that many wait for the device while the others digest.
+WAITING_WRITERS_COUNT = 1
 # One write. File systems with large folios allocate page cache in pieces as long as the write, which can be dear: on
 # ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
 WRITE_PIECE_BYTES = 256 * KIB

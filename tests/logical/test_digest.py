@@ -16,7 +16,7 @@ from ucp.job import live_digest
 from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical import digest as logical
 from ucp.logical import runs as running
-from ucp.logical.digest import Digest, digest_bytes, row_keys, table, total
+from ucp.logical.digest import Digest, digest_bytes, digest_sampling, row_keys, table, total
 from ucp.logical.runs import Runs, Sample, mixed, runs_of
 
 WIDTHS = [1, 2, 4, 8, 16]
@@ -125,6 +125,38 @@ def test_large_cuts_take_every_way_and_add_up(shape, width) -> None:
     strides = [*(s * shape[-1] if False else s for s in row_major(shape[:-1])), int(np.prod(shape[:-1]))]
     blocks = box([0] * len(shape), shape, 0, strides)
     assert of_blocks(shape, blocks, width, turned) == wanted
+
+
+@pytest.mark.parametrize("size", [3, 700, 1500, 70_000, 9 << 20])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_one_pass_has_the_digest_of_all_and_of_a_sample(size, count) -> None:
+    rng = np.random.default_rng(size)
+    count = min(count, max((24 << 20) // size, 1))
+    raw = random_bytes(rng, size * count)
+    gaps = rng.integers(0, 5000, count)
+    order = rng.permutation(count)
+    places = np.cumsum(gaps + size)[order] - size
+    runs = Runs(np.arange(count) * size, places, np.full(count, size))
+    for every in (1, 3, 32):
+        sample = Sample(7, every)
+        found = digest_sampling(raw, runs, sample)
+        assert found[0] == digest_bytes(raw, runs)
+        assert found[1] == digest_bytes(raw, sample.of(runs, int(places.max()) + size))
+        blocks = np.arange(int(places.max()) // running.SAMPLE_BLOCK + 1)
+        assert np.array_equal(np.flatnonzero(sample.takes(blocks)), sample.picks((len(blocks)) * running.SAMPLE_BLOCK))
+
+
+@given(p.with_empty, p.generators, st.integers(0, 5))
+@p.law(80)
+def test_few_blocks_have_the_runs_that_a_plan_finds(shape, rng, cuts) -> None:
+    n = int(np.prod(shape))
+    ends = p.flat_splits(rng, n, cuts + 1).tolist()
+    for low, high in itertools.pairwise(ends):
+        blocks = flat_ranges(shape, [low], [high], [2])
+        found = list(runs_of(shape, blocks, 4, np.full(len(blocks), 12, np.int64)))
+        assert [(part.sources.tolist(), part.places.tolist(), part.sizes.tolist()) for part in found] == (
+            [([20], [4 * low], [4 * (high - low)])] if high > low else []
+        )
 
 
 def test_many_runs_are_listed_a_bounded_number_at_a_time(monkeypatch) -> None:

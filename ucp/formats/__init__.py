@@ -12,6 +12,7 @@ from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ucp import installed
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
 from ucp.formats.base import Format, Option, WriteTarget
 from ucp.printable import logger
@@ -55,6 +56,8 @@ def built_in() -> tuple[Format, ...]:
 @cache
 def registered() -> tuple[Format, ...]:
     """The formats of other packages, by their names in order. One that can't be used is left out, with a warning."""
+    if not installed.may_declare(GROUP):
+        return ()
     from importlib.metadata import entry_points  # takes longer than all the rest of this module
 
     found = {known.name: known for known in built_in()}

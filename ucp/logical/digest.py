@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.logical.runs import Runs, mixed
+from ucp.logical.runs import SAMPLE_BLOCK, Runs, Sample, mixed
 
 Bytes = NDArray[np.uint8]
 
@@ -54,16 +54,19 @@ KEY_SEED, _TABLE_SEED = 0x5563_7044_6967_6573, 0x6C6F_6769_6361_6C31
 
 # Rows of one product of matrices: so small that BLAS does it in the calling thread, while it is in the cache.
 _ROWS = 128
-# Rows of words that are put together before they are multiplied.
-_PADDED = 1024
+# Rows whose products are added up at once, and rows of words that are put together before they are multiplied.
+_TOGETHER, _PADDED = 4096, 1024
 # Runs of at least so many bytes are multiplied where they are; shorter ones are copied into rows first.
 _LONG = 64 << 10
+# So few runs are copied one by one: looking for those alike takes longer.
+_FEW = 8
 # Shorter than this, runs are added word by word.
 _SHORT = 64
 # Items of short runs that are added at once.
 _ITEMS = 64 << 10
 # Row keys that are kept: 4 MiB, enough for 256 MiB of a tensor.
 _KEPT = 1 << 18
+_BLOCK_ROWS = SAMPLE_BLOCK // ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +134,67 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.words = np.empty((_ROWS, COLUMNS), np.float64)
-        self.found = np.empty((_PADDED, LANES * DIGITS), np.float64)
+        self.found = np.empty((_TOGETHER, LANES * DIGITS), np.float64)
+        self.exact = np.empty((_TOGETHER, LANES * DIGITS), np.int64)
         self.padded = np.empty(_PADDED * ROW, np.uint8)
 
 
 _scratch = _Scratch()
 _keys = np.zeros((LANES, 0), np.int64)
+
+
+class _Sums:
+    """What is added up: of all bytes, and of those that a sample picks."""
+
+    def __init__(self, sample: Sample | None) -> None:
+        self.whole = [0] * LANES
+        self.sampled = [0] * LANES
+        self._sample = sample
+
+    def products(self, words: NDArray[np.int32], rows: int | NDArray[np.int64]) -> None:
+        """At most `_TOGETHER` rows of words; rows: the first one's number, if they follow one another, or all numbers.
+
+        Numbers are split into digits only where they are multiplied by a row's key: a product of integers, which takes
+        little since there are eight of them for 256 words.
+        """
+        count = len(words)
+        doubles, found, exact = _scratch.words, _scratch.found[:count], _scratch.exact[:count]
+        for at in range(0, count, _ROWS):
+            part = words[at : at + _ROWS]
+            doubles[: len(part)] = part
+            np.dot(doubles[: len(part)], digits(), out=found[at : at + len(part)])
+        exact[...] = found
+        keys = _keys_of(rows, count) if isinstance(rows, int) else _keys_at(rows)
+        _weigh(self.whole, exact, keys)
+        if self._sample is None:
+            return
+        if not isinstance(rows, int):
+            picked = np.flatnonzero(self._sample.takes(rows // _BLOCK_ROWS))
+            if len(picked):
+                _weigh(self.sampled, exact[picked], keys[:, picked])
+            return
+        first = rows // _BLOCK_ROWS
+        taken = np.flatnonzero(self._sample.takes(np.arange(first, (rows + count - 1) // _BLOCK_ROWS + 1)))
+        for block in (taken + first).tolist():
+            low, high = max(block * _BLOCK_ROWS - rows, 0), min((block + 1) * _BLOCK_ROWS - rows, count)
+            _weigh(self.sampled, exact[low:high], keys[:, low:high])
+
+    def items(self, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.int64]) -> None:
+        """Words, each by its row and column."""
+        keys = _keys_at(rows)
+        picked = None if self._sample is None else self._sample.takes(rows // _BLOCK_ROWS)
+        for lane in range(LANES):
+            products = keys[lane] * table()[lane, columns] * values
+            self.whole[lane] += int(products.sum())
+            if picked is not None:
+                self.sampled[lane] += int(products[picked].sum())
+
+
+def _weigh(sums: list[int], exact: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
+    """Add rows of digits, each times its row's key."""
+    for lane in range(LANES):
+        own = np.dot(keys[lane], exact[:, lane * DIGITS : (lane + 1) * DIGITS])
+        sums[lane] += int(np.dot(own, weights()))
 
 
 def digest_bytes(buffer: Any, runs: Runs) -> Digest:
@@ -145,47 +203,67 @@ def digest_bytes(buffer: Any, runs: Runs) -> Digest:
     buffer: anything with bytes. Each byte of the tensor counts as often as a run has it. Extra memory: about 4 MiB for
     each thread, whatever the buffer's size, and as much for all of them.
     """
+    return digest_sampling(buffer, runs, None)[0]
+
+
+def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Digest, Digest]:
+    """As `digest_bytes`, and in the same pass the digest of the bytes that a sample picks."""
     flat = np.frombuffer(buffer, np.uint8) if not isinstance(buffer, np.ndarray) else buffer.view(np.uint8).reshape(-1)
-    sums = [0] * LANES
-    long = runs.sizes >= _LONG
-    pieces = [runs.take(np.flatnonzero(~long))] if not long.all() else []
-    for k in np.flatnonzero(long).tolist():
-        source, place, size = int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k])
-        head = -place % ROW
-        body = (size - head) // ROW * ROW
-        _add_rows(sums, flat[source + head : source + head + body], (place + head) // ROW)
-        ends = [(low, high) for low, high in ((0, head), (head + body, size)) if high > low]
-        pieces += [Runs(*np.array([[source + low], [place + low], [high - low]], np.int64)) for low, high in ends]
-    for piece in pieces:
-        short = piece.sizes < _SHORT
+    sums = _Sums(sample)
+    ends: list[tuple[int, int, int]] = []
+    if len(runs) <= _FEW:
+        for source, place, size in zip(runs.sources.tolist(), runs.places.tolist(), runs.sizes.tolist(), strict=True):
+            ends += _add_long(sums, flat, source, place, size) if size >= _LONG else [(source, place, size)]
+        _add_few(sums, flat, ends)
+    else:
+        long = runs.sizes >= _LONG
+        for k in np.flatnonzero(long).tolist():
+            ends += _add_long(sums, flat, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
+        _add_few(sums, flat, ends)
+        short = runs.sizes < _SHORT
         if short.any():
-            _add_items(sums, flat, piece.take(np.flatnonzero(short)))
-        if not short.all():
-            _add_padded(sums, flat, piece.take(np.flatnonzero(~short)))
-    return Digest(sums[0] & _MASK, sums[1] & _MASK)
+            _add_items(sums, flat, runs.take(np.flatnonzero(short)))
+        if not (long | short).all():
+            _add_padded(sums, flat, runs.take(np.flatnonzero(~long & ~short)))
+    found = [Digest(first & _MASK, second & _MASK) for first, second in (sums.whole, sums.sampled)]
+    return found[0], found[1]
 
 
-def _add_rows(sums: list[int], raw: Bytes, first: int) -> None:
-    """Whole rows, one after the other from the row ``first`` on."""
-    words = raw.view(np.int32).reshape(-1, COLUMNS)
-    for at in range(0, len(words), _PADDED):
-        part = words[at : at + _PADDED]
-        _add_products(sums, part, _keys_of(first + at, len(part)))
+def _add_long(sums: _Sums, flat: Bytes, source: int, place: int, size: int) -> list[tuple[int, int, int]]:
+    """The whole rows of a run; returns its ends, as (source, place, size)."""
+    head = -place % ROW
+    body = (size - head) // ROW * ROW
+    words = flat[source + head : source + head + body].view(np.int32).reshape(-1, COLUMNS)
+    for at in range(0, len(words), _TOGETHER):
+        sums.products(words[at : at + _TOGETHER], (place + head) // ROW + at)
+    return [(source + low, place + low, high - low) for low, high in ((0, head), (head + body, size)) if high > low]
 
 
-def _add_products(sums: list[int], words: NDArray[np.int32], keys: NDArray[np.int64]) -> None:
-    """At most `_PADDED` rows of words; keys: (2, n)."""
-    doubles, found = _scratch.words, _scratch.found[: len(words)]
-    for at in range(0, len(words), _ROWS):
-        part = words[at : at + _ROWS]
-        doubles[: len(part)] = part
-        np.matmul(doubles[: len(part)], digits(), out=found[at : at + len(part)])
-    exact = found.T.astype(np.int64, order="C")
-    for lane in range(LANES):
-        own = exact[lane * DIGITS : (lane + 1) * DIGITS]
-        for k in range(1, DIGITS):
-            own[0] += own[k] << DIGIT_BITS * k
-        sums[lane] += int(np.dot(own[0], keys[lane]))
+def _add_few(sums: _Sums, flat: Bytes, runs: list[tuple[int, int, int]]) -> None:
+    """A few short runs, as (source, place, size), each copied into rows of its own with zeros around it."""
+    padded, used = _scratch.padded, 0
+    numbers: list[int] = []
+
+    def flush() -> None:
+        nonlocal used
+        words = padded[:used].view(np.int32).reshape(-1, COLUMNS)
+        sums.products(words, np.array(numbers, np.int64))
+        numbers.clear()
+        used = 0
+
+    for source, place, size in runs:
+        within, first = place % ROW, place // ROW
+        rows = (within + size - 1) // ROW + 1
+        if used + rows * ROW > len(padded):
+            flush()
+        stop = used + rows * ROW
+        padded[used : used + within] = 0
+        padded[used + within : used + within + size] = flat[source : source + size]
+        padded[used + within + size : stop] = 0
+        numbers.extend(range(first, first + rows))
+        used = stop
+    if numbers:
+        flush()
 
 
 def _keys_of(first: int, count: int) -> NDArray[np.int64]:
@@ -208,13 +286,13 @@ def _keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return _kept(highest)[:, rows] if highest <= _KEPT else row_keys(rows)
 
 
-def _add_padded(sums: list[int], flat: Bytes, runs: Runs) -> None:
+def _add_padded(sums: _Sums, flat: Bytes, runs: Runs) -> None:
     """Runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
     padded = _scratch.padded
     for part in padded_batches(runs, _PADDED):
         padded[: part.used * ROW] = 0
         _copy_into_rows(padded, flat, part)
-        _add_products(sums, padded[: part.used * ROW].view(np.int32).reshape(-1, COLUMNS), _keys_at(part.numbers))
+        sums.products(padded[: part.used * ROW].view(np.int32).reshape(-1, COLUMNS), part.numbers)
 
 
 @dataclass(frozen=True)
@@ -276,7 +354,7 @@ def _copy_into_rows(padded: Bytes, flat: Bytes, part: PaddedRuns) -> None:
         target[...] = np.ndarray(shape, np.uint8, flat.data, source, (step, 1))
 
 
-def _add_items(sums: list[int], flat: Bytes, runs: Runs) -> None:
+def _add_items(sums: _Sums, flat: Bytes, runs: Runs) -> None:
     """Very short runs: word by word, or by halves and quarters of words where they are no whole ones."""
     bits = int(np.bitwise_or.reduce(runs.places | runs.sizes))
     width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
@@ -296,7 +374,5 @@ def _add_items(sums: list[int], flat: Bytes, runs: Runs) -> None:
             values <<= 8 * (places & 3)
             values = values.astype(np.int32).astype(np.int64)  # a word's last byte carries its sign
         words = places >> 2
-        keys, columns = _keys_at(words >> 8), words & (COLUMNS - 1)
-        for lane in range(LANES):
-            sums[lane] += int(np.dot(keys[lane] * table()[lane, columns], values))
+        sums.items(words >> 8, words & (COLUMNS - 1), values)
         at = stop

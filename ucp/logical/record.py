@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ucp.geometry import Blocks, Ints, Shape, extents, numel
-from ucp.logical.digest import Digest, digest_bytes, total
+from ucp.geometry import Blocks, Ints, Shape, extents
+from ucp.logical.digest import Digest, digest_sampling, total
 from ucp.logical.runs import LIMIT, Runs, Sample, runs_of, within_buffer
 
 EVERY = 32
@@ -53,13 +53,11 @@ class PassingTensors:
         first, last = self._extents()
         out = []
         for k in np.flatnonzero((first < offset + len(flat)) & (last > offset)).tolist():
-            nbytes = numel(self.entries[k].shape) * self.entries[k].width
-            whole, sampled = [], []
-            for every in self._runs(k):
-                part = within_buffer(every, offset, offset + len(flat))
-                whole.append(digest_bytes(flat, part))
-                sampled.append(digest_bytes(flat, self.sample.of(part, nbytes)))
-            out.append((k, Recorded(total(whole), total(sampled), self.sample)))
+            found = [
+                digest_sampling(flat, within_buffer(every, offset, offset + len(flat)), self.sample)
+                for every in self._runs(k)
+            ]
+            out.append((k, Recorded(total(w for w, _ in found), total(s for _, s in found), self.sample)))
         return out
 
     def _extents(self) -> tuple[Ints, Ints]:

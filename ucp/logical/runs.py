@@ -6,15 +6,18 @@ that row that lies in one piece in a buffer, too. Blocks of any kind become runs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, numel, row_major, runs
+from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, row_major, runs
 
 LIMIT = 1 << 18
 """Runs that are listed at once."""
+
+_FEW = 8  # blocks that are looked at one by one
 
 SAMPLE_BLOCK = 64 << 10
 """Bytes of a block of a tensor's row: what a sample takes or leaves."""
@@ -45,9 +48,10 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
     width: bytes of an element. bases: (n,) the byte of the buffer from which each block's place is counted; 0 without.
     Yields at most ``LIMIT`` runs at a time.
     """
-    if _is_whole(shape, blocks):  # as most tensors are where nothing cuts them: no need to look further
-        first = int(blocks.starts[0]) * width + (0 if bases is None else int(bases[0]))
-        yield Runs(*(np.array([n], np.int64) for n in (first, 0, numel(shape) * width)))
+    few = _of_few(shape, blocks, width, bases) if len(blocks) <= _FEW else None
+    if few is not None:
+        if len(few):
+            yield few
         return
     for part in _bounded(_copies(shape, blocks)):
         which, sources, places, counts = runs(part)
@@ -55,11 +59,34 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
         yield Runs(sources * width + start, places * width, counts * width)
 
 
-def _is_whole(shape: Shape, blocks: Blocks) -> bool:
-    """Whether it is the whole tensor, dense and row-major."""
-    if len(blocks) != 1 or tuple(blocks.sizes[0].tolist()) != tuple(shape) or not numel(shape):
-        return False
-    return tuple(blocks.strides[0].tolist()) == row_major(shape)
+def _of_few(shape: Shape, blocks: Blocks, width: int, bases: Ints | None) -> Runs | None:
+    """The runs of a few blocks that are ranges of the row each, as whole tensors and flat ranges are; None where one of
+    them is not. A plan for copies finds the same, and takes ten times as long."""
+    whole = row_major(shape)
+    found = []
+    for k, (offsets, sizes, start, strides) in enumerate(
+        zip(
+            blocks.offsets.tolist(), blocks.sizes.tolist(), blocks.starts.tolist(), blocks.strides.tolist(), strict=True
+        )
+    ):
+        if 0 in sizes:
+            continue
+        axis = next((d for d, n in enumerate(sizes) if n > 1), len(sizes))
+        if any(sizes[d] != shape[d] for d in range(axis + 1, len(sizes))):
+            return None
+        if any(sizes[d] > 1 and strides[d] != whole[d] for d in range(axis, len(sizes))):
+            return None
+        place = sum(at * step for at, step in zip(offsets, whole, strict=True)) * width
+        source = start * width + (0 if bases is None else int(bases[k]))
+        found.append((source, place, math.prod(sizes) * width))
+    merged: list[tuple[int, int, int]] = []
+    for source, place, size in sorted(found):
+        if merged and (source - merged[-1][0], place - merged[-1][1]) == (merged[-1][2], merged[-1][2]):
+            merged[-1] = (*merged[-1][:2], merged[-1][2] + size)
+        else:
+            merged.append((source, place, size))
+    columns = np.array(merged, np.int64).reshape(-1, 3)
+    return Runs(columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy())
 
 
 def _copies(shape: Shape, blocks: Blocks) -> Copies:
@@ -143,11 +170,26 @@ class Sample:
     def picks(self, nbytes: int) -> Ints:
         """The blocks of a row of so many bytes that are looked at, ascending."""
         count = -(-nbytes // SAMPLE_BLOCK)
-        groups = np.arange(-(-count // self.every), dtype=np.uint64)
-        drawn = mixed(groups + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)) % np.uint64(self.every)
-        found = (groups * np.uint64(self.every) + drawn).astype(np.int64)
+        groups = np.arange(-(-count // self.every))
+        found = groups * self.every + self._drawn(groups)
         found = found[found < count]
         return np.unique(np.concatenate([np.zeros(min(count, 1), np.int64), found]))
+
+    def takes(self, blocks: Ints) -> np.typing.NDArray[np.bool_]:
+        """Which of these blocks are looked at, by their numbers."""
+        first = int(blocks.min()) // self.every if len(blocks) else 0
+        last = int(blocks.max()) // self.every if len(blocks) else -1
+        if last - first < 8:  # neighbours, as most often
+            drawn = self._drawn(np.arange(first, last + 1))
+            picked = drawn[blocks // self.every - first]
+        else:
+            picked = self._drawn(blocks // self.every)
+        return np.asarray((blocks % self.every == picked) | (blocks == 0))
+
+    def _drawn(self, groups: Ints) -> Ints:
+        """The place in each group of the block that is drawn of it."""
+        numbers = groups.astype(np.uint64) + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)
+        return (mixed(numbers) % np.uint64(self.every)).astype(np.int64)
 
     def of(self, found: Runs, nbytes: int) -> Runs:
         """The parts of the runs, of a tensor of so many bytes, that are looked at."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,12 +218,12 @@ def _machine_of_process() -> str:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         namespace = 0
-    return xxhash.xxh32_hexdigest(f"{socket.gethostname()} {namespace}".encode())
+    return xxhash.xxh32_hexdigest(f"{os.uname().nodename} {namespace}".encode())
 
 
 def _temporary_name(target: Path, process: int | None = None) -> Path:
     process = process or os.getpid()
-    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_machine_of_process()}{secrets.token_hex(4)}")
+    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_machine_of_process()}{os.urandom(4).hex()}")
 
 
 def _make_temporary(target: Path, process: int | None = None) -> Path:

@@ -41,10 +41,10 @@ log = logger(__name__)
 class Running:
     """How a conversion runs, whatever it converts.
 
-    workers: threads; None: the number of processors, at most 8. max_memory: bytes for buffers. overwrite: replace a
-    checkpoint at the destination. resume: continue what the same conversion, interrupted, has left. dry_run: check
-    everything, the free space too, and write nothing. team: the processes that share the work; None: this one alone.
-    progress: called with (bytes done, bytes in all).
+    workers: threads; None: the number of processors, at most 8, and one more. max_memory: bytes for buffers.
+    overwrite: replace a checkpoint at the destination. resume: continue what the same conversion, interrupted, has
+    left. dry_run: check everything, the free space too, and write nothing. team: the processes that share the work;
+    None: this one alone. progress: called with (bytes done, bytes in all).
     """
 
     workers: int | None = None

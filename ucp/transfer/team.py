@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -163,7 +161,7 @@ def lead(team: Team, folder: Path, identity: str) -> Attempt:
                 f"{team.join:g} seconds; they died, or do not see '{folder}'"
             )
         time.sleep(team.beat / 5)
-    attempt = Attempt(secrets.token_hex(8), folder, team, places)
+    attempt = Attempt(os.urandom(8).hex(), folder, team, places)
     write_atomic(folder / _ATTEMPT, json.dumps({"attempt": attempt.name, "members": nonces}).encode())
     return attempt
 
@@ -174,7 +172,7 @@ def joined(team: Team, folder: Path, identity: str) -> Iterator[Attempt]:
 
     Raises ProcessLost where it does not begin.
     """
-    nonce = secrets.token_hex(8)
+    nonce = os.urandom(8).hex()
     attempt = Attempt(_await_attempt(team, folder, nonce, identity), folder, team)
     beat = _Beat(attempt)
     try:
@@ -192,7 +190,7 @@ def _await_attempt(team: Team, folder: Path, nonce: str, identity: str) -> str:
     deadline = time.monotonic() + team.join
     try:
         while True:
-            _grow(hello, f"{socket.gethostname()}\n")
+            _grow(hello, f"{os.uname().nodename}\n")
             for _ in range(5):
                 begun = _read_attempt(folder)
                 if nonce in begun.get("members", {}).get(str(team.process), ()):

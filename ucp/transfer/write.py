@@ -46,16 +46,18 @@ def write_share(
 ) -> list[Piece]:
     """Fill each file's bytes [first, last) of ``share``; returns what was written. The files exist (`create_files`).
 
-    threads: default is the number of processors, at most 8. max_memory: bytes for windows and scratch; both the
-    threads and the window shrink to respect it. known: digests of chunks that an earlier attempt wrote; a window whose
-    bytes have them is left as it is. note: called with every piece as soon as it is written, from several threads.
-    collecting: what digests windows on their way; pieces then tell what they add.
+    threads: default is the number of processors, at most 8, and one that waits for the device. max_memory: bytes for
+    windows and scratch; both the threads and the window shrink to respect it. known: digests of chunks that an earlier
+    attempt wrote; a window whose bytes have them is left as it is. note: called with every piece as soon as it is
+    written, from several threads. collecting: what digests windows on their way; pieces then tell what they add.
     Large files are on the device when the function returns.
 
     Raises DestinationError where a file can't be written (no space, a device error), BadArgument where ``max_memory``
     is too little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
+    if threads is None and max_memory is None:
+        workers += limits.WAITING_WRITERS_COUNT
     batch_bytes = room_together(workers, window, max_memory)
     total = sum(last - first for first, last in share)
     pieces: list[Piece] = []
