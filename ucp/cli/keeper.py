@@ -77,7 +77,7 @@ def _generations(args: argparse.Namespace) -> int:
     """What the commands that know checkpoints do with the run's memory."""
     from ucp.cli import convert, ls
     from ucp.memory import control
-    from ucp.storage.kept.places import SCHEME
+    from ucp.storage.kept import SCHEME
 
     place = f"{SCHEME}{control.run_name(args.run)}"
     if args.action == "dump":

@@ -143,7 +143,7 @@ _scratch = _Scratch()
 _keys = np.zeros((LANES, 0), np.int64)
 
 
-class _Sums:
+class _RowSums:
     """What is added up: of all bytes, and of those that a sample picks."""
 
     def __init__(self, sample: Sample | None) -> None:
@@ -209,7 +209,7 @@ def digest_bytes(buffer: Any, runs: Runs) -> Digest:
 def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Digest, Digest]:
     """As `digest_bytes`, and in the same pass the digest of the bytes that a sample picks."""
     flat = np.frombuffer(buffer, np.uint8) if not isinstance(buffer, np.ndarray) else buffer.view(np.uint8).reshape(-1)
-    sums = _Sums(sample)
+    sums = _RowSums(sample)
     ends: list[tuple[int, int, int]] = []
     if len(runs) <= _FEW:
         for source, place, size in zip(runs.sources.tolist(), runs.places.tolist(), runs.sizes.tolist(), strict=True):
@@ -229,7 +229,7 @@ def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Dig
     return found[0], found[1]
 
 
-def _add_long(sums: _Sums, flat: Bytes, source: int, place: int, size: int) -> list[tuple[int, int, int]]:
+def _add_long(sums: _RowSums, flat: Bytes, source: int, place: int, size: int) -> list[tuple[int, int, int]]:
     """The whole rows of a run; returns its ends, as (source, place, size)."""
     head = -place % ROW
     body = (size - head) // ROW * ROW
@@ -239,7 +239,7 @@ def _add_long(sums: _Sums, flat: Bytes, source: int, place: int, size: int) -> l
     return [(source + low, place + low, high - low) for low, high in ((0, head), (head + body, size)) if high > low]
 
 
-def _add_few(sums: _Sums, flat: Bytes, runs: list[tuple[int, int, int]]) -> None:
+def _add_few(sums: _RowSums, flat: Bytes, runs: list[tuple[int, int, int]]) -> None:
     """A few short runs, as (source, place, size), each copied into rows of its own with zeros around it."""
     padded, used = _scratch.padded, 0
     numbers: list[int] = []
@@ -286,7 +286,7 @@ def _keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return _kept(highest)[:, rows] if highest <= _KEPT else row_keys(rows)
 
 
-def _add_padded(sums: _Sums, flat: Bytes, runs: Runs) -> None:
+def _add_padded(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
     """Runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
     padded = _scratch.padded
     for part in padded_batches(runs, _PADDED):
@@ -354,7 +354,7 @@ def _copy_into_rows(padded: Bytes, flat: Bytes, part: PaddedRuns) -> None:
         target[...] = np.ndarray(shape, np.uint8, flat.data, source, (step, 1))
 
 
-def _add_items(sums: _Sums, flat: Bytes, runs: Runs) -> None:
+def _add_items(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
     """Very short runs: word by word, or by halves and quarters of words where they are no whole ones."""
     bits = int(np.bitwise_or.reduce(runs.places | runs.sizes))
     width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1

@@ -10,9 +10,9 @@ from typing import Any
 from ucp.errors import BadArgument
 from ucp.memory import start
 from ucp.memory.tier import own_address
-from ucp.storage.kept import places
+from ucp.storage.kept import SCHEME, places
 from ucp.storage.kept.client import of_note
-from ucp.storage.kept.places import SCHEME, Note
+from ucp.storage.kept.places import Note
 
 
 def run_name(text: str) -> str:

@@ -19,8 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from ucp import limits
 from ucp.errors import BadArgument
-from ucp.storage.kept import places
-from ucp.storage.kept.files import KeptPath, find
+from ucp.storage.kept import SCHEME
 
 T = TypeVar("T")
 
@@ -56,8 +55,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     text = str(path) if is_remote(path) else os.path.abspath(path)
     if not is_remote(text):
         return Path(text)
-    if text.startswith(places.SCHEME) and (found := find(text)) is not None:
-        return cast(Path, found)
+    if (found := _kept(text)) is not None:
+        return found
     try:
         from upath import UPath
     except ImportError as error:
@@ -67,6 +66,15 @@ def locate(path: str | os.PathLike[str]) -> Path:
         return cast(Path, UPath(text, use_listings_cache=False))
     except (ImportError, ValueError) as error:
         raise BadArgument(f"{text}: {error}") from error
+
+
+def _kept(text: str) -> Path | None:
+    """The location of a name in the memory of keepers."""
+    if not text.startswith(SCHEME):
+        return None
+    from ucp.storage.kept.files import find  # late: few need sockets
+
+    return cast("Path | None", find(text))
 
 
 def stat(path: str | os.PathLike[str]) -> Stat:
@@ -234,7 +242,7 @@ def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
         with translated(path):
             return work()
 
-    if isinstance(locate(path), KeptPath):  # no network between, so nothing that passes
+    if _kept(str(path)) is not None:  # no network between, so nothing that passes
         return once()
     # Imported late: only what lies behind a URL needs it.
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential

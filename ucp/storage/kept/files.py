@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucp import limits
-from ucp.storage.kept import places
+from ucp.storage.kept import SCHEME, places
 from ucp.storage.kept.client import Client, KeeperGone, of_note
 
 
@@ -23,7 +23,7 @@ class KeptPath(os.PathLike[str]):
         self.path = path.strip("/")
 
     def __str__(self) -> str:
-        return f"{places.SCHEME}{self.run}" + (f"/{self.path}" if self.path else "")
+        return f"{SCHEME}{self.run}" + (f"/{self.path}" if self.path else "")
 
     def __fspath__(self) -> str:
         return str(self)
@@ -65,7 +65,7 @@ class KeptPath(os.PathLike[str]):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (f"{places.SCHEME}{self.run}", *filter(None, self.path.split("/")))
+        return (f"{SCHEME}{self.run}", *filter(None, self.path.split("/")))
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class KeptFiles:
 
     def place(self, lease: Lease, path: str) -> None:
         """What was leased is the file of this ``memory://`` name now. Raises OSError."""
-        inside = str(path).removeprefix(f"{places.SCHEME}{self.run}/")
+        inside = str(path).removeprefix(f"{SCHEME}{self.run}/")
         self._ask("place", path=inside, rank=lease.rank, memory=lease.memory, lease=lease.number, size=lease.size)
 
     def _shared(self, answer: Any, name: str, size: int) -> mmap.mmap:
@@ -239,7 +239,7 @@ def of_run(run: str) -> KeptFiles:
 
 def find(url: str) -> KeptPath | None:
     """The location that a ``memory://`` name means; None where no keeper here has such a run."""
-    text = url.removeprefix(places.SCHEME).rstrip("/")
+    text = url.removeprefix(SCHEME).rstrip("/")
     fitting = [run for run in _known if text == run or text.startswith(f"{run}/")]
     if fitting:
         run = max(fitting, key=len)

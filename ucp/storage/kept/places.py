@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ucp.errors import BadArgument
+from ucp.storage.kept import SCHEME
 
-SCHEME = "memory://"
 FOLDER = "UCP_KEEPER_DIR"
 NODE = "UCP_NODE"
 DOMAIN = "UCP_DOMAIN"
