@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", choices=("max",), help="which count averaged states take where they differ")
     parser.add_argument("--buffers", metavar="from=N", help="whose integer tensors count where they differ")
     parser.add_argument("--dtype", metavar="T", help="of the weights: bf16, fp16, fp32 (default: the widest)")
+    parser.add_argument("--vocab", choices=("cut",), help="cut padded vocabularies to the smallest's rows")
     parser.add_argument("--allow-nonfinite", action="store_true", help="merge NaN and infinity, too")
     parser.add_argument("--adapter-merge", choices=("factors", "delta", "concat"), help="SOURCEs are LoRA adapters")
     parser.add_argument("--rank", type=run.count, metavar="N", help="of the result (--adapter-merge delta)")
@@ -117,6 +118,7 @@ def command(args: argparse.Namespace) -> int:
             buffers=None if args.buffers is None else _number(args.buffers, "--buffers"),
             dtype=args.dtype,
             allow_nonfinite=args.allow_nonfinite,
+            vocab=args.vocab,
             to=args.to,
             layout=args.layout,
             spec=args.spec,

@@ -143,7 +143,9 @@ class SaveSection(_Section):
     def _agrees(self) -> SaveSection:
         if self.keep_every is not None and self.keep_last is None:
             raise ValueError('with "keep_every" needs "keep_last" beside it; without that, all are kept')
-        others = [key for key in self.model_dump(by_alias=True, exclude_unset=True) if key != "format"]
+        others = [
+            key for key in self.model_dump(by_alias=True, exclude_unset=True) if key not in ("format", "gradient_norms")
+        ]
         if self.format == "deepspeed" and others:
             raise ValueError(f'has "{others[0]}", which is for "format": "universal"; the config asks for "deepspeed"')
         return self

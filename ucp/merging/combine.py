@@ -24,6 +24,7 @@ from ucp.merging.methods import MethodOptions
 from ucp.merging.metrics import recorded
 from ucp.merging.operations import Combination
 from ucp.merging.plan import MergeRules, MergeSource, merged_catalog
+from ucp.merging.vocabulary import CUT, check_choice, with_cut_vocabularies
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.settings import check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
@@ -83,6 +84,7 @@ class MergeSettings:
     buffers: the source, from 0, whose integer tensors count where they differ.
     dtype: of the weights: 'bf16', 'fp16', 'fp32'; default is the widest among the sources.
     allow_nonfinite: merge NaN and infinity instead of refusing them.
+    vocab: 'cut' embeddings of different widths to the smallest one's rows; None refuses them.
     """
 
     only: Sequence[str] = ()
@@ -91,6 +93,7 @@ class MergeSettings:
     buffers: int | None = None
     dtype: str | None = None
     allow_nonfinite: bool = False
+    vocab: str | None = None
 
 
 def merge(
@@ -135,6 +138,7 @@ def merge(
     started = time.monotonic()
     options = _taken(MethodOptions, settings)
     treated = MergeSettings(**_taken(MergeSettings, settings))
+    check_choice(treated.vocab)
     if method == "mwa" and options.get("metrics") is None:
         form = options.get("form") or "loss"
         options["metrics"] = tuple(_metric(source, form) for source in sources)
@@ -168,6 +172,7 @@ def _carried_out(
     dtype = None if treated.dtype is None else _float(treated.dtype)
     with ExitStack() as stack:
         opened = [_opened(one, spec, opening, stack) for one in work.sources]
+        opened = with_cut_vocabularies(opened) if treated.vocab == CUT else opened
         operation = work.operation_for(treated.only, opened[0].catalog.parameters)
         rules = MergeRules(operation, dtype, states, treated.step, counted, not treated.allow_nonfinite)
         catalog = merged_catalog(opened, rules)

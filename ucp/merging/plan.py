@@ -25,15 +25,17 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class MergeSource:
-    """One of the checkpoints that are merged. name: what messages call it; is_mask: it only says what counts."""
+    """One of the checkpoints that are merged. name: what messages call it; is_mask: it only says what counts; shown:
+    its catalog for the merge, where that is not the checkpoint's own."""
 
     name: str
     checkpoint: Checkpoint
     is_mask: bool = False
+    shown: Catalog | None = None
 
     @property
     def catalog(self) -> Catalog:
-        return self.checkpoint.catalog
+        return self.checkpoint.catalog if self.shown is None else self.shown
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def _check_names(sources: Sequence[MergeSource]) -> None:
             if found[name].shape != info.shape:
                 raise Mismatch(
                     f"'{name}' is {list(info.shape)} in '{first.name}' and {list(found[name].shape)} in "
-                    f"'{other.name}'; merge checkpoints of one shape"
+                    f"'{other.name}'; merge checkpoints of one shape (or cut vocabularies of different widths: vocab "
+                    "cut)"
                 )
 
 
