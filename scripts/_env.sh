@@ -122,6 +122,25 @@ build_env() {
     mv -- "$stamp.new" "$stamp"
 }
 
+# A folder with one package in another version, without what it needs: that stays .venv's. Put before .venv on PYTHONPATH
+# it is what is imported, so that many releases share one environment. Made once, and kept by its name in .venv.
+#
+# DeepSpeed and most others are Python alone, or small. torch is built anew against nothing here; where only a CUDA build
+# of it is to be had, that brings its own libraries, which are several GB.
+overlay() { # overlay PACKAGE VERSION: prints the folder
+    local folder=$venv/with/$1-$2 options=(--no-deps)
+    if [ ! -d "$folder" ]; then
+        say "  $1 $2, into .venv/with"
+        [ "$1" != deepspeed ] || options+=(--no-build-isolation)
+        [ "$1" != torch ] || options=()
+        rm -rf -- "$folder.new"
+        DS_BUILD_OPS=0 "$python" -m pip install -qq --disable-pip-version-check "${options[@]+"${options[@]}"}" \
+            --target "$folder.new" "$1==$2" || { rm -rf -- "$folder.new"; die "pip could not install $1 $2 (its message is above)"; }
+        mv -- "$folder.new" "$folder"
+    fi
+    printf '%s\n' "$folder"
+}
+
 ensure_env() {
     if ! is_current; then
         lock_env

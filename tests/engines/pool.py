@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engines import operators
+import pytest
+
+from tests.engines import operators, releases
 from tests.engines.zygote import ENVIRONMENT, read_frame, write_frame
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +107,7 @@ class RankPool:
                     **ENVIRONMENT,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                     "TORCH_EXTENSIONS_DIR": str(operators.folder()),
+                    **releases.environment(),
                 },
             )
         os.close(request_read)
@@ -176,6 +179,8 @@ class RankPool:
         """As ``attempt``, but return the ranks' values, in order; raise ``RankError`` unless all of them finished."""
         outcome = self.attempt(function, *args, world_size=world_size, **options)
         if outcome.failures:
+            if reason := releases.fault(f"{f.message}\n{f.traceback}" for f in outcome.failures):
+                pytest.skip(reason)
             raise RankError(f"{function.__module__}.{function.__qualname__}", outcome)
         return list(outcome.values)
 

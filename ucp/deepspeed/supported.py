@@ -10,7 +10,7 @@ from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.errors import Mismatch, Unsupported
 
 # Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
-TESTED_VERSIONS = ("0.15.4", "0.16.9", "0.17.6", "0.19.8")
+TESTED_VERSIONS = ("0.15.4", "0.16.9", "0.17.6", "0.18.9", "0.19.8")
 
 
 def check_version(allow_untested: bool) -> None:

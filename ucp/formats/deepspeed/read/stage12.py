@@ -91,6 +91,7 @@ def _read_group(
     dp = len(optim)
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
     padding = {r: _padding(path, sd, g) for r, (path, sd) in optim.items()}
+    padding = _own_padding({r: masters[r][g].shape[0] for r in optim}, padding)
     sizes = {r: masters[r][g].shape[0] + padding[r] for r in optim}
     if "zero_stage" not in optim[0][1]:  # BF16_Optimizer saves its partitions whole
         sizes = {r: masters[r][g].shape[0] for r in optim}
@@ -161,6 +162,20 @@ def _padding(path: Path, sd: Mapping[str, Any], g: int) -> int:
     paddings = sd.get("group_paddings")
     with malformed(path, "'group_paddings'"):
         return int(paddings[g]) if paddings else 0
+
+
+def _own_padding(saved: Mapping[int, int], padding: dict[int, int]) -> dict[int, int]:
+    """Each rank's padding, where its file counts more than that.
+
+    Up to DeepSpeed 0.15 the last rank counts all of a group's padding, even what lies on the ranks before it, and saves
+    the slice of its partition that this count leaves. saved: elements of a rank's masters in its file.
+    """
+    last = max(saved)
+    sizes = {saved[rank] + padding[rank] for rank in saved if rank != last}
+    size = min(sizes, default=0)
+    if len(sizes) != 1 or padding[last] <= size or saved[last] != len(range(size)[: size - padding[last]]):
+        return padding
+    return {**padding, last: size - saved[last]}
 
 
 def _alignment(path: Path, sd: Mapping[str, Any], g: int) -> list[int] | None:

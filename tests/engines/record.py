@@ -1,0 +1,120 @@
+"""The table of what has run with which releases: kept in ``tests/releases.json``, shown in ``tests/README.md``.
+
+``python -m tests.engines.record RESULTS.xml`` (pytest's junit file) adds the run that wrote it and shows the table
+anew; `./scripts/test --deepspeed … --record` does that. Runs with the same packages are one row: what ran last counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from tests.engines.releases import PACKAGES, installed
+
+TESTS = Path(__file__).resolve().parents[1]
+RECORD = TESTS / "releases.json"
+README = TESTS / "README.md"
+BEGIN, END = "<!-- releases: written by tests/engines/record.py -->\n", "<!-- end of releases -->\n"
+
+# The table's columns, and the test modules in each.
+AREAS: Mapping[str, tuple[str, ...]] = {
+    "smoke": ("tests.deepspeed.test_smoke",),
+    "layouts": ("tests.deepspeed.test_load_pairs", "tests.formats.deepspeed.read.test_matrix"),
+    "saves": ("tests.deepspeed.test_save", "tests.deepspeed.test_bytes", "tests.deepspeed.test_plugin"),
+    "refusals": ("tests.deepspeed.test_refusals", "tests.deepspeed.test_releases"),
+    "TP": ("tests.deepspeed.test_tp", "tests.formats.deepspeed.read.test_tp"),
+    "PP": ("tests.deepspeed.test_pipe", "tests.formats.deepspeed.read.test_pipe"),
+    "experts": ("tests.deepspeed.test_moe_load", "tests.deepspeed.test_moe_auto"),
+    "native files": ("tests.formats.deepspeed.write",),
+    "programs": ("tests.deepspeed.test_trainer",),
+    "FSDP2, DCP": ("tests.torchdist", "tests.formats.dcp"),
+}
+
+
+def area_of(module: str) -> str:
+    """The column that a test belongs to; '' for none."""
+    for area, modules in AREAS.items():
+        if any(module == m or module.startswith(f"{m}.") for m in modules):
+            return area
+    return ""
+
+
+def counted(results: Path) -> dict[str, dict[str, int]]:
+    """Area -> how many tests passed, failed and skipped."""
+    out: dict[str, dict[str, int]] = {}
+    for case in ElementTree.parse(results).getroot().iter("testcase"):
+        area = area_of(case.get("classname", ""))
+        if not area:
+            continue
+        bad = case.find("failure") is not None or case.find("error") is not None
+        kind = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+        found = out.setdefault(area, {"passed": 0, "failed": 0, "skipped": 0})
+        found[kind] += 1
+    return out
+
+
+def add(rows: list[dict[str, Any]], packages: Mapping[str, str], areas: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows with this run in them."""
+    own = next((row for row in rows if row["packages"] == dict(packages)), None)
+    others = [row for row in rows if row is not own]
+    merged = {"packages": dict(packages), "areas": {**(own["areas"] if own else {}), **areas}}
+    return sorted([*others, merged], key=_order)
+
+
+def _order(row: Mapping[str, Any]) -> list[list[int]]:
+    return [[int(p) for p in row["packages"].get(n, "0").split(".") if p.isdigit()] for n in PACKAGES]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    columns = [area for area in AREAS if any(area in row["areas"] for row in rows)]
+    usual = {n: _most(row["packages"].get(n, "") for row in rows) for n in PACKAGES[2:]}
+    lines = [f"| DeepSpeed | torch | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 2)}"]
+    for row in rows:
+        packages = row["packages"]
+        others = [f"{n} {packages[n]}" for n in PACKAGES[2:] if packages.get(n, "") != usual[n]]
+        name = ", ".join([packages["deepspeed"], *others])
+        lines.append(f"| {name} | {packages['torch']} | {' | '.join(_cell(row['areas'].get(c)) for c in columns)} |")
+    rest = ", ".join(f"{n} {v}" for n, v in usual.items() if v)
+    return "\n".join([*lines, "", f"With {rest}, unless a row says otherwise.", ""])
+
+
+def _most(values: Any) -> str:
+    found = list(values)
+    return max(set(found), key=lambda v: (found.count(v), v)) if found else ""
+
+
+def _cell(area: Mapping[str, int] | None) -> str:
+    if area is None:
+        return ""
+    parts = [f"{area['passed']} ✓"] if area["passed"] else []
+    parts += [f"{area['failed']} failed"] if area["failed"] else []
+    parts += [f"{area['skipped']} –"] if area["skipped"] else []
+    return ", ".join(parts)
+
+
+def shown(text: str, rows: list[dict[str, Any]]) -> str:
+    """The README's text with this table in it."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+
+
+def load() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else []
+    return rows
+
+
+def main(results: Path) -> None:
+    packages = {name: installed(name) for name in PACKAGES}
+    rows = add(load(), {n: v for n, v in packages.items() if v}, counted(results))
+    RECORD.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    README.write_text(shown(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

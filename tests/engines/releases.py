@@ -1,0 +1,62 @@
+"""Other releases than the pinned ones: which faults they have of their own, so that a test can say so and skip.
+
+A fault is known by the message with which the release itself failed; on the pinned releases nothing is excused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "scripts/constraints.txt"
+
+# What the table of releases tells apart; the rest of an environment is as pinned.
+PACKAGES = ("deepspeed", "torch", "transformers", "accelerate", "pytorch-lightning", "peft")
+
+# A release's own failure -> what it means.
+FAULTS = {
+    r"unsupported grad type: torch\.float16": "fp16 gradients at stage 0 are not reduced on the CPU",
+    r"Muon\.__init__\(\) got an unexpected keyword": "has no Muon",
+    r"validation error for DeepSpeedZeroConfig\nparameter_alignment": "has no parameter_alignment",
+    r"slice\(\) cannot be applied to a 0-dim tensor": "its elastic checkpoints don't take torch's step",
+    r"tensor_list\[0\], 'use_muon', False": "ranks that hold nothing of a param group fail",
+    r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
+    r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
+}
+
+
+def pinned(package: str) -> str:
+    """The version that `./scripts/test` runs with."""
+    found = re.search(rf"^{re.escape(package)}==([^\s;]+)", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def installed(package: str) -> str:
+    """The version that runs now, without a local label; '' where there is none."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+def is_pinned(package: str = "deepspeed") -> bool:
+    return installed(package) == pinned(package)
+
+
+def environment() -> dict[str, str]:
+    """What ranks need besides. DeepSpeed before 0.16.2 loads its own files with torch.load's default, which since torch
+    2.6 refuses them; this is for stock loads, that ours are compared with."""
+    return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+
+
+def fault(messages: Iterable[str]) -> str:
+    """What a failed job's messages say that this release of DeepSpeed can't; '' for a failure that nothing excuses."""
+    if is_pinned():
+        return ""
+    for message in messages:
+        for pattern, meaning in FAULTS.items():
+            if re.search(pattern, message):
+                return f"DeepSpeed {installed('deepspeed')}: {meaning}"
+    return ""

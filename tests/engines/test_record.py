@@ -1,0 +1,51 @@
+"""The table of releases is what has run, and nothing is called tested that has not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.engines import record, releases
+from ucp.deepspeed.supported import TESTED_VERSIONS
+
+
+def test_the_readme_shows_what_is_recorded() -> None:
+    text = record.README.read_text(encoding="utf-8")
+    assert record.shown(text, record.load()) == text
+
+
+def test_every_tested_version_has_run() -> None:
+    rows = {row["packages"]["deepspeed"]: row["areas"] for row in record.load()}
+    for version in TESTED_VERSIONS:
+        assert rows[version]["smoke"]["passed"]
+        assert not rows[version]["smoke"]["failed"]
+
+
+def test_the_oldest_is_what_the_script_runs() -> None:
+    script = (releases.CONSTRAINTS.parent / "test").read_text(encoding="utf-8")
+    oldest = min(TESTED_VERSIONS, key=lambda v: [int(p) for p in v.split(".")])
+    assert f"oldest_deepspeed={oldest}\n" in script
+    assert releases.pinned("deepspeed") in TESTED_VERSIONS
+
+
+def test_counts_are_pytests(tmp_path: Path) -> None:
+    results = tmp_path / "results.xml"
+    results.write_text(
+        "<testsuites><testsuite>"
+        '<testcase classname="tests.deepspeed.test_smoke"/>'
+        '<testcase classname="tests.deepspeed.test_smoke"><failure/></testcase>'
+        '<testcase classname="tests.deepspeed.test_smoke"><error/></testcase>'
+        '<testcase classname="tests.deepspeed.test_tp.TestX"><skipped/></testcase>'
+        '<testcase classname="tests.test_other"/>'
+        "</testsuite></testsuites>"
+    )
+    found = record.counted(results)
+    assert found == {"smoke": {"passed": 1, "failed": 2, "skipped": 0}, "TP": {"passed": 0, "failed": 0, "skipped": 1}}
+    old = [{"packages": {"deepspeed": "0.16.9", "torch": "2.13.0"}, "areas": {"smoke": {}, "TP": {"passed": 7}}}]
+    (row,) = record.add(old, {"deepspeed": "0.16.9", "torch": "2.13.0"}, found)
+    assert row["areas"] == found
+    assert "| 0.16.9 | 2.13.0 | 1 ✓, 2 failed | 1 – |" in record.table([row])
+
+
+def test_nothing_is_excused_on_the_pinned_releases() -> None:
+    if releases.is_pinned():
+        assert releases.fault(["attempting to reduce an unsupported grad type: torch.float16"]) == ""
