@@ -43,7 +43,7 @@ BUILT_IN = (
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
 DEFAULT_TARGET = "universal"
-PLANNED = ("megatron",)
+PLANNED: tuple[str, ...] = ()
 """Targets that are to come."""
 
 

@@ -27,3 +27,12 @@ def truths(job: dict[str, Any]) -> None:
     for file, folder in job["load"].items():
         found = dist_checkpointing.load_plain_tensors(folder)
         torch.save({key: value for key, value in found.items() if isinstance(value, torch.Tensor)}, file)
+
+
+def load(job: dict[str, Any]) -> None:
+    """Stock Megatron loads a folder into a run, everything in it and nothing else, and saves it again."""
+    made = run.made(Case(**job["case"]))
+    made.step(9)  # without Transformer Engine, Megatron's optimizer says its state only when it has one
+    found = made.load(job["load"], **job.get("content", {}))
+    assert found["iteration"] == run.STEPS
+    made.save(job["save"])

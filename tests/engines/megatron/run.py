@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -105,6 +106,17 @@ class Run:
         self.wrapped.finish_grad_sync()
         ok, *_ = self.optimizer.step()
         assert ok
+
+
+def _setting_without_step(optimizer: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
+    """As Megatron's own, which takes the optimizer to be Transformer Engine's: torch's has a state ``step`` besides,
+    which has been loaded by then."""
+    kept = optimizer._get_main_param_and_optimizer_states(parameter)
+    _SET(optimizer, parameter, {**{k: v for k, v in kept.items() if k == "step"}, **tensors})
+
+
+_SET = DistributedOptimizer._set_main_param_and_optimizer_states
+DistributedOptimizer._set_main_param_and_optimizer_states = _setting_without_step
 
 
 def _parts(value: Any) -> Iterator[ShardedTensor]:

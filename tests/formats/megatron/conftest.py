@@ -17,9 +17,8 @@ BUCKETS = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 # Name -> the run that wrote it. Those of one kind and type hold the same values.
 WRITTEN: Mapping[str, Case] = {
-    "llama": Case(bf16=True),
+    "llama": Case(dp=2, bf16=True, per_layer=True),
     "llama tp2 pp2": Case(tp=2, pp=2, bf16=True),
-    "llama dp2 per layer": Case(dp=2, bf16=True, per_layer=True),
     "llama tp2 plain": Case(tp=2, bf16=True, sharding=None),
     "moe tp2 ep2": Case(tp=2, dp=2, ep=2, kind="moe"),
     "gpt tp4": Case(tp=4, kind="gpt"),

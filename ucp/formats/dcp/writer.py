@@ -34,8 +34,8 @@ def plan(catalog: Catalog) -> list[TargetFile]:
 
     Raises Unsupported for a training state that is not plain data.
     """
-    writer = _RecordWriter(catalog)
-    written: dict[tuple[str, str], list[_WrittenRecord]] = {}
+    writer = RecordWriter(catalog)
+    written: dict[tuple[str, str], list[WrittenRecord]] = {}
     for path, value in entries(catalog):
         if isinstance(value, LogicalTensor):
             # Tied parameters are several entries of the same bytes.
@@ -91,7 +91,7 @@ def _rest(state: TrainingState) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _WrittenRecord:
+class WrittenRecord:
     """A record: its file and byte range, and the chunk of a tensor that it holds; None for an object."""
 
     file: str
@@ -122,27 +122,39 @@ class _Data:
         return start
 
 
-class _RecordWriter:
-    def __init__(self, catalog: Catalog) -> None:
+class RecordWriter:
+    """Records in DCP's files under construction. paths: whether the keys that lead to each entry are recorded."""
+
+    def __init__(self, catalog: Catalog, paths: bool = True) -> None:
         self._catalog = catalog
         self._files: list[_Data] = [_Data("__0_0.distcp")]
+        self._recorded = paths
         self._paths: dict[str, tuple[Any, ...]] = {}
-        self._tensors: dict[str, tuple[str, Shape, list[_WrittenRecord]]] = {}
-        self._objects: dict[str, _WrittenRecord] = {}
+        self._tensors: dict[str, tuple[str, Shape, list[WrittenRecord]]] = {}
+        self._objects: dict[str, WrittenRecord] = {}
 
     def add_tensor(
-        self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[_WrittenRecord] | None
-    ) -> list[_WrittenRecord]:
+        self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[WrittenRecord] | None
+    ) -> list[WrittenRecord]:
         """A tensor; its records, which are those of ``placed`` where it has been written under another name."""
         if placed is None:
-            placed = []
-            for offsets, sizes in _chunks(tensor.shape, itemsize(tensor.dtype)):
-                builder = FileBuilder("", self._catalog)
-                pieces = [PlaceholderPiece(tensor, box(offsets, sizes))] if numel(sizes) else []
-                record = builder.finish(builder.tensor(sizes, tensor.dtype, pieces))
-                placed.append(self._append(record, (offsets, sizes)))
-        self._tensors[self._key(path)] = (tensor.dtype, tensor.shape, placed)
+            placed = self.records(tensor, tensor.dtype)
+        self.add_written(path, tensor.dtype, tensor.shape, placed)
         return placed
+
+    def records(self, tensor: LogicalTensor, dtype: str, at: Shape = (), rounded: bool = False) -> list[WrittenRecord]:
+        """The records of a tensor, or of one that has the place ``at`` along the first axes of a larger one."""
+        placed, ones = [], (1,) * len(at)
+        for offsets, sizes in _chunks(tensor.shape, itemsize(dtype)):
+            builder = FileBuilder("", self._catalog)
+            pieces = [PlaceholderPiece(tensor, box(offsets, sizes), rounded)] if numel(sizes) else []
+            record = builder.finish(builder.tensor((*ones, *sizes), dtype, pieces))
+            placed.append(self._append(record, ((*at, *offsets), (*ones, *sizes))))
+        return placed
+
+    def add_written(self, path: tuple[Any, ...], dtype: str, shape: Shape, placed: list[WrittenRecord]) -> None:
+        """An entry whose records are there."""
+        self._tensors[self._key(path)] = (dtype, shape, placed)
 
     def add_scalar(self, path: tuple[Any, ...], single: Single) -> None:
         record = FileBuilder("", self._catalog).finish(scalar_tensor(single.value))
@@ -159,11 +171,11 @@ class _RecordWriter:
         self._paths[key] = path
         return key
 
-    def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> _WrittenRecord:
+    def _append(self, record: TargetFile, chunk: tuple[Shape, Shape] | None) -> WrittenRecord:
         if self._files[-1].size >= limits.DCP_FILE_BYTES:
             self._files.append(_Data(f"__0_{len(self._files)}.distcp"))
         data = self._files[-1]
-        return _WrittenRecord(data.name, data.append(record), record.size, chunk)
+        return WrittenRecord(data.name, data.append(record), record.size, chunk)
 
     def finish(self) -> list[TargetFile]:
         raw = pickle.dumps(self._metadata(), protocol=4)
@@ -195,7 +207,11 @@ class _RecordWriter:
             entries[key] = torch_metadata.BytesStorageMetadata()
             places[torch_metadata.MetadataIndex(key)] = _StorageInfo(placed.file, placed.start, placed.length)
         return torch_metadata.Metadata(
-            entries, dict(self._paths), places, storage_meta=torch_metadata.StorageMeta(), version="1.0.0"
+            entries,
+            dict(self._paths) if self._recorded else None,
+            places,
+            storage_meta=torch_metadata.StorageMeta(),
+            version="1.0.0",
         )
 
 

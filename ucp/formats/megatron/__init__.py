@@ -12,15 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ucp.formats.base import Format
+from ucp.formats.base import FLAG, TEXT, Format, Option, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ucp.catalog import Catalog
-    from ucp.formats.nouns import FolderNames, ReadRequest
+    from ucp.formats.nouns import FolderNames, ReadRequest, WriteRequest
     from ucp.storage.files import Files
+    from ucp.transfer.targets import WritePlan
 
 NAME = "megatron"
 CONFIG, COMMON, INTEGRITY = "metadata.json", "common.pt", "integrity.json"
@@ -30,11 +31,44 @@ _DATA = re.compile(r"__(\d+)_\d+\.distcp")
 _ITERATION = re.compile(r"iter_(\d{7,17})")
 
 
+class MegatronTarget(WriteTarget):
+    """What stock ``megatron.core.dist_checkpointing.load`` takes at any layout, with the optimizer."""
+
+    name = NAME
+    takes_layout = True
+    options = (
+        Option("weights", TEXT, "element type of weights that have masters: bf16, fp16, fp32", "T"),
+        Option("per_layer", FLAG, "give each layer keys of its own", default=False),
+        Option("plain_optimizer", FLAG, "for a run without Megatron's distributed optimizer", default=False),
+    )
+
+    def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
+        from ucp.formats.megatron.write import names, torch_dist
+        from ucp.formats.shared.training_state import with_sources_of_state
+        from ucp.parallel.mesh import Layout
+        from ucp.transfer.targets import WritePlan
+
+        layout = request.layout or Layout()
+        source = with_sources_of_state(names.megatron(catalog, request))
+        step = catalog.training_state.global_steps
+        tag = "release" if step is None else f"iter_{step:07d}"
+        options = request.options
+        files = torch_dist.plan(
+            source,
+            layout,
+            dtype=options.get("weights"),
+            per_layer=options.get("per_layer", False),
+            plain=options.get("plain_optimizer", False),
+        )
+        return WritePlan(source, tuple(torch_dist.placed(files, tag)), tag=tag, layout=layout)
+
+
 class Megatron(Format):
     name = NAME
     sign = f"one of Megatron-Core '{CONFIG}' beside '.metadata'"
     specificity = 1
     read_options = (TRUST_CLIENT_STATE,)
+    targets = (MegatronTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:
         """Two of the three files that tell it: what is missing then is said when it is read."""

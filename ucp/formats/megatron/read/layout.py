@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,13 @@ def of(
     tp = tp or (shown[1] if shown else None) or cut or 1
     pp = pp or (shown[0] if shown else None) or (_dense_groups(stored) // tp if groups else None)
     ranks = [int(match[1]) for path in paths if (match := _RANK.fullmatch(os.path.basename(path)))]
-    world = _count(args, "world_size") or max(ranks, default=0) + 1
-    holders = _Holders(stored, paths, world, tp)
+    world = _count(args, "world_size")
+    holders = _Holders(stored, paths, world or max(ranks, default=0) + 1, tp)
+    if world is None:
+        # The last ranks may have had nothing to write.
+        more = (replace(holders, world=count) for count in range(holders.world, 2 * holders.world))
+        holders = next((one for one in more if one.world % tp == 0 and one.stages()), holders)
+        world = holders.world
     pp = pp or holders.stages() or 1
     ep = ep or holders.expert_ranks(pp) or 1
     dp = max(world // (tp * pp), 1)

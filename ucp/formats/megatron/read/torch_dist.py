@@ -188,7 +188,11 @@ def _catalog(
         builder.add(name, kind, list(ordered.values()), scalars)
     ndims = {name: len(by_name[name][keys.WEIGHT].shape) for name in keys.order(trained)}
     groups, unnamed = common.named(saved, ndims) if saved else ((), "")
-    said = found.common if not unnamed else {**found.common, "param_groups": [g.options for g in saved]}
+    said = dict(found.common)
+    if unnamed:
+        said["param_groups"] = [group.options for group in saved]
+    if low := {weight.dtype for weight in weights}:
+        said["weights"] = low.pop() if len(low) == 1 else {weight.name: weight.dtype for weight in weights}
     unchecked = (unnamed,) if unnamed else ()
     for sentence in unchecked:
         log.warning("%s: %s", folder, sentence)

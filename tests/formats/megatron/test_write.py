@@ -1,0 +1,75 @@
+"""Folders that are written for Megatron-Core, loaded by it: strictly, at other layouts, with the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import ucp
+from tests.engines.megatron.cases import Case
+from tests.engines.megatron.launch import by_name, launch
+from tests.engines.truth import same
+from tests.formats.megatron.conftest import WRITTEN
+
+pytestmark = pytest.mark.slow
+
+# Source -> (the layout to write for, how it is written, the run that loads it).
+LOADED: Mapping[str, tuple[str, dict[str, bool], Case]] = {
+    "llama tp2 pp2": ("dp=2,pp=2", {}, Case(dp=2, pp=2, bf16=True)),
+    "llama tp2 plain": ("tp=4", {"per_layer": True}, Case(tp=4, bf16=True, per_layer=True)),
+    "moe tp2 ep2 buckets": ("dp=2,ep=2", {}, Case(dp=2, ep=2, kind="moe")),
+    "gpt tp4 buckets": ("tp=2", {"plain_optimizer": True}, Case(tp=2, kind="gpt", sharding=None)),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which each is written, as ``NAME``, and ``NAME again`` as Megatron saved what it had loaded."""
+    folder = tmp_path_factory.mktemp("loaded")
+    jobs = []
+    for name, (layout, options, case) in LOADED.items():
+        ucp.convert(written / name, folder / name, to="megatron", layout=layout, **options)
+        jobs.append(
+            {
+                "do": "load",
+                "case": vars(case),
+                "load": str(folder / name / "iter_0000002"),
+                "save": str(folder / f"{name} again"),
+            }
+        )
+    load = {str(folder / f"{name}.pt"): str(folder / f"{name} again" / "iter_0000002") for name in LOADED}
+    launch([*jobs, {"do": "truths", "case": vars(Case()), "load": load}], folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_stock_megatron_loads_it(
+    loaded: Path, truths: Mapping[str, Mapping[tuple[str, str], torch.Tensor]], name: str
+) -> None:
+    """What Megatron has saved again of what it loaded is what the source's own writer had, bit for bit."""
+    again, source = by_name(loaded / f"{name}.pt"), truths[name.removesuffix(" buckets")]
+    assert again.keys() == source.keys()
+    for key, value in source.items():
+        assert same(again[key], value), key
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_the_way_back(written: Path, loaded: Path, name: str) -> None:
+    """Opened again, what was written is the source, its training state too."""
+    with ucp.open(written / name) as source, ucp.open(loaded / name) as copy:
+        assert copy.catalog.tensors.keys() == source.catalog.tensors.keys()
+        for key in source.catalog.tensors:
+            assert same(copy.read(*key), source.read(*key)), key
+        assert copy.parameters == source.parameters
+        ours, theirs = copy.training_state, source.training_state
+        assert (ours.global_steps, ours.lr_scheduler) == (theirs.global_steps, theirs.lr_scheduler)
+        assert [group.names for group in ours.param_groups] == [group.names for group in theirs.param_groups]
+        if "plain_optimizer" not in LOADED[name][1]:  # which has no masters of full-precision weights
+            assert ours.extra["megatron"]["weights"] == theirs.extra["megatron"]["weights"]
+
+
+def test_which_runs_are_meant() -> None:
+    assert {name.removesuffix(" buckets") for name in LOADED} <= set(WRITTEN)

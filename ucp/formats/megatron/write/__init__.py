@@ -1,0 +1,1 @@
+"""Writing Megatron-Core's checkpoints."""
