@@ -32,7 +32,7 @@ def test_what_was_killed_resumes_from_memory_on_any_ranks(ranks: RankPool, tmp_p
         )[0]
         assert path == f"memory://{folder}/global_step2"
         assert steps == 2
-        compare(found, truth)
+        assert compare(found, truth) == []
 
 
 def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
@@ -43,7 +43,7 @@ def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, t
     outcome = ranks.attempt(jobs.train, case, folder, str(keepers), nodes, 2, memory, killed=True, world_size=2)
     assert [failure.kind for failure in outcome.failures] == ["died", "died"]
     truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 2, memory, end=True, world_size=2)[0]
-    compare(truth, whole)
+    assert compare(truth, whole) == []
     deadline = time.monotonic() + 10
     while list(keepers.glob("*-*")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -106,6 +106,7 @@ class Shelf:
     _slots: dict[int, list[int]] = field(default_factory=dict)
     _leases: dict[int, int] = field(default_factory=dict)
     _void: set[str] = field(default_factory=set)
+    _early: dict[str, set[str]] = field(default_factory=dict)
     _next: int = 0
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -200,7 +201,8 @@ class Shelf:
                 if named & self._void or not named:
                     raise OSError(errno.ESTALE, f"{path}: its save was given up, or has no files here")
                 tag = path.split("/")[0]
-                self.generations[tag] = Generation(tag, named.pop(), when)
+                save = named.pop()
+                self.generations[tag] = Generation(tag, save, when, protected=frozenset(self._early.pop(save, ())))
             self.small[path] = Small(body, when)
 
     def is_current(self, entry: KeptFile) -> bool:
@@ -262,6 +264,7 @@ class Shelf:
                 if entry is not None and entry.holder == self.node and entry.memory not in slots:
                     self.free(entry.memory)
             for tag in [tag for tag in self.generations if f"{tag}/{manifest.NAME}" not in self.small]:
+                self._early.clear()
                 gone = self.parities.pop(self.generations.pop(tag).save, None)
                 if gone is not None:
                     self.free(gone.memory)
@@ -289,6 +292,8 @@ class Shelf:
         with self.lock:
             known = self.generations.get(tag)
             if known is None or known.save != save:
+                if protected is not None:  # a quicker keeper's word came before the manifest
+                    self._early.setdefault(save, set()).add(protected)
                 return
             if of is not None:
                 known = replace(known, groups=of.groups, redundancy=of.redundancy)

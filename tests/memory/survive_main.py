@@ -1,0 +1,118 @@
+"""``scripts/survive``: the long stories, with what came of them as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from typing import Any
+
+from tests.engines.configs import Case
+from tests.engines.pool import RankPool
+from tests.memory import stories
+from ucp.storage.kept import places
+
+FOUR = ("a", "b", "c", "d")
+
+
+def kills(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random) -> dict[str, Any]:
+    """All ranks killed, again and again; each resume is what the live buffers were, at most one step before the end."""
+    case = Case(stage=1, dp=4)
+    most = 6 * count + 10
+    wanted = pool.run(stories.reference, case, most, world_size=4, timeout=580)[0]
+    for _ in range(count):
+        seconds = luck.uniform(0.05, 3.0)
+        pool.attempt(stories.until_killed, case, folder, keepers, FOUR, seconds, most, world_size=4, grace=0.5)
+    resumed, steps = stories.told(folder, "resumed"), stories.told(folder, "steps")
+    wrong = [r["step"] for r in resumed if r["step"] and r["digest"] != wanted[r["step"] - 1]]
+    lost = _lost(folder)
+    return {
+        "kills": count,
+        "resumes": len(resumed),
+        "from memory": sum(r["step"] > 0 for r in resumed),
+        "not bit-equal": wrong,
+        "steps lost at most": max(lost, default=0),
+        "steps done": len(steps),
+        "seconds of a load": round(sorted(r["seconds"] for r in resumed)[len(resumed) // 2], 3),
+    }
+
+
+def _lost(folder: str) -> list[int]:
+    """How many finished steps each death cost: told in the order of the events, by the two files' own times."""
+    out, highest = [], 0
+    events = [(r["at"], "resumed", r["step"]) for r in stories.told(folder, "resumed")]
+    events += [(r["at"], "step", r["step"]) for r in stories.told(folder, "steps")]
+    for _, what, step in sorted(events):
+        if what == "step":
+            highest = step
+        else:
+            out.append(highest - step)
+            highest = step
+    return out
+
+
+def run(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random, bf16: bool) -> dict[str, Any]:
+    """A whole run, killed at random steps and started again on 3, 2, 4, 1, 3 ... ranks, beside one that is not."""
+    steps = 8 + 4 * count
+    plain = f"{folder}-plain"
+    os.mkdir(plain)
+    pool.run(stories.whole_run, plain, keepers, FOUR, steps, None, bf16, world_size=4, timeout=300)
+    worlds = [4, 3, 2, 4, 1]
+    for k in range(count):
+        world = worlds[k % 5]
+        arguments = (folder, keepers, FOUR[:world], steps, luck.uniform(0.1, 1.2), bf16)
+        pool.attempt(stories.whole_run, *arguments, world_size=world, grace=0.5)
+    pool.run(stories.whole_run, folder, keepers, FOUR[:3], steps, None, bf16, world_size=3, timeout=300)
+    ours, theirs = stories.history(folder), stories.history(plain)
+    numbers = sorted(int(n) for held in ours.values() for n in held["bits"])
+    apart = [
+        abs(loss - next(iter(theirs[step]["losses"].values())))
+        for step, held in ours.items()
+        for loss in held["losses"].values()
+    ]
+    return {
+        "kills": count,
+        "bf16": bf16,
+        "steps": len(ours),
+        "samples each once": numbers == list(range(steps * stories.BATCH)),
+        "masks equal": all(ours[s]["bits"] == theirs[s]["bits"] for s in theirs),
+        "losses apart at most": max(apart),
+        "numbers of ranks": sorted({w for held in ours.values() for w in held["losses"]}),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="survive", description=__doc__)
+    parser.add_argument("story", choices=("kills", "run", "run-bf16"))
+    parser.add_argument("--count", type=int, default=20, help="kills")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = tempfile.mkdtemp(prefix="survive-")
+    keepers = tempfile.mkdtemp(prefix="ucpk-", dir="/tmp")
+    os.environ[places.FOLDER] = keepers
+    began = time.monotonic()
+    try:
+        with RankPool() as pool:
+            luck = random.Random(args.seed)
+            if args.story == "kills":
+                told = kills(pool, folder, keepers, args.count, luck)
+            else:
+                told = run(pool, folder, keepers, args.count, luck, args.story == "run-bf16")
+    finally:
+        for note in places.notes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(note.pid, signal.SIGKILL)
+        for place in (folder, f"{folder}-plain", keepers):
+            shutil.rmtree(place, ignore_errors=True)
+    print(json.dumps({"story": args.story, **told, "seconds": round(time.monotonic() - began, 1)}))
+    return 0 if not told.get("not bit-equal") else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
