@@ -13,7 +13,7 @@ from typing import Any
 
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, swapped
+from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, swap_files, swapped
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
@@ -93,6 +93,7 @@ def _read_part(
                 f"{optim[0][0]}: was written at ZeRO stage {stage}, but '{model.path.name}' was not; two runs are mixed"
             )
         if stage == 3:
+            optim = _with_swap_files(folder, model, optim, [n for n in module if n not in buffers and n not in shared])
             with malformed(path, "what the optimizer files hold"):
                 groups = stage3.read(builder, optim, model.param_shapes, aliases, experts)
             stage3.read_frozen(builder, models, aliases)
@@ -119,6 +120,17 @@ def _read_part(
     experts.enter_frozen(builder)
     state = _training_state(model, groups, first_state, dp)
     return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+
+
+def _with_swap_files(
+    folder: Folder, model: ModelFile, optim: Mapping[int, tuple[Path, Mapping[str, Any]]], order: Sequence[str]
+) -> dict[int, tuple[Path, Mapping[str, Any]]]:
+    """The optimizer files with what ZeRO-Infinity keeps beside them; their folders have numbers of global ranks."""
+    parts, groups, dp = int(model.raw.get("mp_world_size") or 1), model.param_shapes, len(optim)
+    return {
+        r: (path, swap_files.bring_back(path, r * parts + folder.mp, sd, stage3.MASTERS, groups, order, dp))
+        for r, (path, sd) in optim.items()
+    }
 
 
 def _by_owner(shared: Mapping[str, str]) -> dict[str, list[str]]:
