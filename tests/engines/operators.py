@@ -1,7 +1,7 @@
 """DeepSpeed's native operators, which some optimizers need: are they built, and build them.
 
-``python -m tests.engines.operators`` builds all of them, which takes minutes. Tests that need one wait for a build that
-is under way, and skip where there was none.
+``python -m tests.engines.operators [BUILDER ...]`` builds them, all or these, which takes minutes. Tests that need one
+wait for a build that is under way, and skip where there was none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from tests.engines.configs import OPERATORS
 
 # The library that each builder makes.
 LIBRARIES = {"FusedAdamBuilder": "fused_adam", "CPUAdamBuilder": "cpu_adam", "CPULionBuilder": "cpu_lion"}
+# Those that are built only where they are asked for: this one needs libaio and its headers.
+FURTHER = {"AsyncIOBuilder": "async_io"}
 
 
 def folder() -> Path:
@@ -38,11 +40,17 @@ def are_built(*optimizers: str) -> bool:
         return all(_library(LIBRARIES[builder]).exists() for builder in needed)
 
 
-def build_all() -> None:
-    """Build every operator that is missing, one after the other, each in a process of its own."""
+def has_async_io() -> bool:
+    """Whether DeepSpeed's asynchronous files, by which it offloads to NVMe, are there."""
+    return _library(FURTHER["AsyncIOBuilder"]).exists()
+
+
+def build(builders: Sequence[str] = ()) -> None:
+    """Build the operators that are missing, one after the other, each in a process of its own."""
     folder().mkdir(parents=True, exist_ok=True)
     with _building(fcntl.LOCK_EX):
-        for builder, name in LIBRARIES.items():
+        for builder in builders or LIBRARIES:
+            name = {**LIBRARIES, **FURTHER}[builder]
             if _library(name).exists():
                 continue
             script = f"from tests.engines.zygote import load_operator; load_operator({builder!r})"
@@ -62,4 +70,4 @@ def _building(how: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    build_all()
+    build(sys.argv[1:])

@@ -59,8 +59,10 @@ def _unsupported(engine: Any) -> Iterator[str]:
         offload = getattr(zero, name, None)
         device = getattr(offload, "device", None)
         device = getattr(device, "value", device)  # an enum, or its value
-        if device == "nvme":
-            yield f"NVMe offload ({name}.device)"
+        if device == "nvme" and not engine.zero_optimization_partition_weights():
+            yield f"NVMe offload ({name}.device) below stage 3"
+        if device == "nvme" and name == "offload_param" and _freezes(engine.module):
+            yield "NVMe offload of a model with frozen parameters (offload_param.device)"
         if name == "offload_optimizer" and offload is not None and device == "cpu":
             if getattr(offload, "ratio", 1.0) < 1.0:
                 yield "partial optimizer offload (offload_optimizer.ratio below 1)"
@@ -74,3 +76,8 @@ def _unsupported(engine: Any) -> Iterator[str]:
         yield "node-local checkpoint storage (checkpoint.use_node_local_storage): every rank must see all files"
     if getattr(engine.optimizer, "offloaded_states", None):
         yield "states that are offloaded at this moment (offload_states); call reload_states first"
+
+
+def _freezes(module: Any) -> bool:
+    """Whether parameters are not trained."""
+    return any(not param.requires_grad for param in module.parameters())

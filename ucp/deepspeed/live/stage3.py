@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ucp.deepspeed.live import releases
+from ucp.deepspeed.live import releases, swapped
 from ucp.deepspeed.live.base import (
     check_groups,
     own_ceil_partition,
@@ -52,10 +52,11 @@ class Stage3:
                 members.append(Member(name, shape, own_ceil_partition(shape, at, dp, rank)))
                 at += piece
             self._keys.append(next(keys))
-            states = state_dtypes(self._inner.state.get(flat, {}), flat.numel())
+            count = swapped.length(self._zero, s) if swapped.is_swapped(self._zero, s) else flat.numel()
+            states = state_dtypes(self._subgroup(s)[1], count)
             index = self._zero.sub_group_to_group_id[s]
             slots.append(
-                Slot(self._keys[-1], "parameter", flat.numel(), from_torch(flat.dtype), tuple(members), index, states)
+                Slot(self._keys[-1], "parameter", count, from_torch(flat.dtype), tuple(members), index, states)
             )
         return slots
 
@@ -66,12 +67,16 @@ class Stage3:
         return [live_group(n, self._inner, options) for n, options in zip(names, self._inner.param_groups, strict=True)]
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        flat = self._flats[self._keys.index(key)]
-        return flat, self._inner.state.get(flat, {})
+        return self._subgroup(self._keys.index(key))
+
+    def _subgroup(self, s: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        if swapped.is_swapped(self._zero, s):
+            return swapped.view(self._zero, s)
+        return self._flats[s], self._inner.state.get(self._flats[s], {})
 
     def weights(self) -> Iterator[Weights]:
-        for s, flat in enumerate(self._flats):
-            at = 0
+        for s in range(len(self._flats)):
+            at, flat = 0, self._subgroup(s)[0]
             for param in self._zero.fp16_groups[s]:
                 group, shape, piece = param.ds_process_group, tuple(param.ds_shape), param.partition_numel()
                 dp, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
@@ -88,6 +93,9 @@ class Stage3:
 
     def put(self, loaded: Loaded) -> None:
         for s, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
+            if swapped.is_swapped(self._zero, s):
+                swapped.put(self._zero, s, key, loaded)
+                continue
             group = self._inner.param_groups[self._zero.sub_group_to_group_id[s]]
             if (key, "param") in loaded.tensors:
                 put_masters(flat, loaded.tensors[key, "param"])
@@ -97,8 +105,7 @@ class Stage3:
         """Round the masters into the model's pieces, and gather again what stays whole on every rank."""
         for s, flat in enumerate(self._flats):
             if flat.numel():
-                self._zero.fp16_partitioned_groups_flat[s].data.copy_(flat.data)
-                self._zero._unflatten_partitioned_parameters(s)
+                self._zero._reassign_or_swap_out_partitioned_parameters(s)
         self._zero.checkpoint_event_epilogue()
 
     def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:

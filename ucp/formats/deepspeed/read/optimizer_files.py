@@ -80,9 +80,9 @@ def join_states(
 def offloaded_to_nvme(path: Path, what: str) -> Unsupported:
     """The error for an empty tensor where a flat buffer belongs: DeepSpeed's swapper leaves it so."""
     return Unsupported(
-        f"{path}: {what} is empty: it was offloaded to NVMe ('offload_optimizer': {{'device': 'nvme'}}), and only raw "
-        f"swap files hold it ('{path.parent.name}/offloaded_tensors'), which is not supported; load the checkpoint "
-        "with DeepSpeed, and save it with the optimizer offloaded to 'cpu' or not at all"
+        f"{path}: {what} is empty, as DeepSpeed leaves what is offloaded to NVMe ('offload_optimizer': {{'device': "
+        f"'nvme'}}}}), but not all of the subgroup is in swap files ('{path.parent.name}/offloaded_tensors'), so the "
+        "checkpoint is not understood; load it with DeepSpeed, and save it without that offload"
     )
 
 

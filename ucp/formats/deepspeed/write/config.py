@@ -135,8 +135,9 @@ def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int,
     """Raise Unsupported for an engine whose checkpoints cannot be written."""
     if offload == "nvme":
         raise Unsupported(
-            "the target's config offloads the optimizer to NVMe; DeepSpeed keeps its states in files of its own then, "
-            "which are not written: use 'cpu' or no offload"
+            "the target's config offloads the optimizer to NVMe; DeepSpeed's own load of such a checkpoint restores "
+            "neither moments nor steps, so none is written: convert to 'universal' and resume through "
+            '"ucp": {"enabled": true}, which restores them, or use \'cpu\' or no offload'
         )
     if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
         raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")

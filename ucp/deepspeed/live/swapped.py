@@ -1,0 +1,84 @@
+"""Subgroups of stage 3 whose masters and states lie on an NVMe disk (ZeRO-Infinity).
+
+Between steps DeepSpeed's swapper (``runtime/swap_tensor``) leaves their tensors empty. For reading, the swap files are
+mapped into memory, so that a save takes none of its own. For writing, one subgroup at a time is brought in, filled,
+rounded into the model's weights and put back, as a step does. So at most one is in host memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ucp.deepspeed.live.base import scalar_like
+from ucp.errors import Unsupported
+from ucp.loading.target import Loaded
+
+
+def is_swapped(zero: Any, s: int) -> bool:
+    """Whether the swapper keeps this subgroup; one below its least size stays in host memory."""
+    return bool(zero._swappable_optimizer_subgroup(s))
+
+
+def length(zero: Any, s: int) -> int:
+    """Elements of this rank's part of a subgroup, wherever it lies."""
+    return int(zero.fp16_partitioned_groups_flat_numel[s])
+
+
+def view(zero: Any, s: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """A subgroup's masters and states, mapped from the swap files; values that are not swapped as they are."""
+    flat = zero.fp32_partitioned_groups_flat[s]
+    swapper, count = zero.optimizer_swapper, length(zero, s)
+    states: dict[str, Any] = dict(zero.optimizer.state.get(flat, {}))
+    for name, value in states.items():
+        if isinstance(value, torch.Tensor) and value.dim() and not value.numel():
+            states[name] = _mapped(swapper, f"{name}-{flat.ds_id}", count, value.dtype)
+    return _mapped(swapper, str(flat.ds_id), count, flat.dtype), states
+
+
+def _mapped(swapper: Any, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+    path = os.path.join(swapper.swap_folder, f"{name}.tensor.swp")
+    try:
+        return torch.from_file(path, shared=False, size=count, dtype=dtype)
+    except RuntimeError as error:
+        raise Unsupported(f"{path}: DeepSpeed's swap file cannot be mapped: {error}") from error
+
+
+def put(zero: Any, s: int, key: int, loaded: Loaded) -> None:
+    """Give a subgroup what was loaded for it, and the model its weights, rounded."""
+    if (key, "param") not in loaded.tensors and key not in loaded.scalars:
+        return
+    flat, inner, swapper = zero.fp32_partitioned_groups_flat[s], zero.optimizer, zero.optimizer_swapper
+    swapper.swap_in_optimizer_state(parameter=flat, async_parameter=None)
+    if (key, "param") in loaded.tensors:
+        flat.data.copy_(loaded.tensors[key, "param"])
+    if key in loaded.scalars:
+        _put_states(zero, s, key, loaded)
+    if (key, "param") in loaded.tensors:
+        zero._reassign_or_swap_out_partitioned_parameters(s)
+    swapper.swap_out_optimizer_state(parameter=flat, async_swap=False)
+    flat.grad = None
+    if flat in inner.state and not inner.state[flat]:
+        del inner.state[flat]
+
+
+def _put_states(zero: Any, s: int, key: int, loaded: Loaded) -> None:
+    """States that are there are filled in place: the swapper holds on to their tensors; new ones it finds itself."""
+    flat, inner = zero.fp32_partitioned_groups_flat[s], zero.optimizer
+    group = inner.param_groups[zero.sub_group_to_group_id[s]]
+    tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}
+    state = inner.state[flat]
+    if set(tensors) != {k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}:
+        found = zero.optimizer_swapper.swap_params_info[flat.ds_id]
+        found.tensors, found.has_state_tensors = found.tensors[:1], False
+        state.clear()
+    for name, values in tensors.items():
+        if name in state:
+            state[name].data.copy_(values)
+        else:
+            state[name] = values.clone()
+    for name, value in loaded.scalars[key].items():
+        state[name] = scalar_like(state.get(name), inner, flat, group, value)
