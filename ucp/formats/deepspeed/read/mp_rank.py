@@ -80,12 +80,7 @@ def _read_part(
     first_state: Mapping[str, Any] = {}
     stage = 0
     if model.raw.get("param_shapes") is not None:
-        check_ranks("optimizer", folder.optim, dp, path, folder.optim_pattern, model.path)
-        whole = {r: load(folder.optim[r], trust=None) for r in range(dp)}
-        same_save.check_optimizers(
-            {folder.optim[r]: raw for r, raw in whole.items()}, {m.path: m.raw for m in models.values()}
-        )
-        optim = {r: (folder.optim[r], _optimizer_state(folder.optim[r], raw)) for r, raw in whole.items()}
+        optim = _optimizer_states(folder, models, dp)
         first_state = optim[0][1]
         stage = same_on_all_ranks("the ZeRO stage", {p: _stage(p, sd) for p, sd in optim.values()})
         if (stage == 3) != folder.partitioned_model:
@@ -120,6 +115,17 @@ def _read_part(
     experts.enter_frozen(builder)
     state = _training_state(model, groups, first_state, dp)
     return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+
+
+def _optimizer_states(
+    folder: Folder, models: Mapping[int, ModelFile], dp: int
+) -> dict[int, tuple[Path, Mapping[str, Any]]]:
+    """Each rank's optimizer file and the state dict in it, all of one save."""
+    check_ranks("optimizer", folder.optim, dp, folder.path, folder.optim_pattern, models[0].path)
+    whole = {r: load(folder.optim[r], trust=None) for r in range(dp)}
+    by_path = {folder.optim[r]: raw for r, raw in whole.items()}
+    same_save.check_optimizers(by_path, {m.path: m.raw for m in models.values()})
+    return {r: (folder.optim[r], _optimizer_state(folder.optim[r], raw)) for r, raw in whole.items()}
 
 
 def _with_swap_files(
