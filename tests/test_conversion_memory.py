@@ -58,12 +58,10 @@ def anonymous(process: psutil.Process) -> int:
     return total
 
 
-@pytest.mark.slow
-def test_a_tensor_of_two_gibibytes_in_a_quarter(tmp_path: Path) -> None:
-    source = two_gibibytes(tmp_path)
-    command = [sys.executable, "-m", "ucp.cli.convert", source, tmp_path / "dest", "--max-memory", "256MiB"]
+def peak_of(arguments: list[object]) -> int:
+    """The most anonymous memory of a command, which has to succeed."""
     peak = 0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -72,6 +70,13 @@ def test_a_tensor_of_two_gibibytes_in_a_quarter(tmp_path: Path) -> None:
                 break
             time.sleep(0.01)
     assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.slow
+def test_a_tensor_of_two_gibibytes_in_a_quarter(tmp_path: Path) -> None:
+    source = two_gibibytes(tmp_path)
+    peak = peak_of(["-m", "ucp.cli.convert", source, tmp_path / "dest", "--max-memory", "256MiB"])
     assert 20 * MIB < peak < (256 + 400) * MIB
     assert peak < 256 * MIB + 100 * MIB, f"{peak / MIB:.0f} MiB: more than is needed since no process imports torch"
     with ucp.open(tmp_path / "dest") as checkpoint:
@@ -80,3 +85,14 @@ def test_a_tensor_of_two_gibibytes_in_a_quarter(tmp_path: Path) -> None:
             found = checkpoint.read("large", region=(slice(5000, 5001), slice(at, at + 3)))
             assert found.tolist() == [[shard + 1, 5000, 0]]
     os.unlink(tmp_path / "dest" / "model-00001-of-00001.safetensors")
+
+
+@pytest.mark.slow
+def test_a_merge_of_ten_in_as_much(tmp_path: Path) -> None:
+    made = raw.make(tmp_path / "raw", shapes={"w": (1 << 12, 1 << 12)}, states=("param",), dp=1)
+    source = raw.virtual_checkpoint(tmp_path / "source", made)
+    command = ["-m", "ucp.cli.main", "merge", *[source] * 10, tmp_path / "dest", "--max-memory", "128MiB"]
+    peak = peak_of([*command, "--workers", "8"])
+    assert peak < (128 + 100) * MIB, f"{peak / MIB:.0f} MiB"
+    with ucp.open(source) as one, ucp.open(tmp_path / "dest") as merged:
+        assert merged.read("w").allclose(one.read("w"))

@@ -43,6 +43,15 @@ def seen(value: Any, keys: set[str], path: str = "") -> set[str]:
     return out
 
 
+def lost(folder: Path) -> Path:
+    """A checkpoint of three layers that has lost the file of one."""
+    made = raw.make(folder / "raw", shapes={f"layers.{k}.w": (8, 4) for k in range(3)})
+    path = raw.write_consolidated(folder / "checkpoint", made.catalog, max_shard=128)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    (path / index["weight_map"]["layers.1.w"]).unlink()
+    return path
+
+
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, str]:
     made = raw.make(tmp_path / "raw", aliases={"embed.weight": ("head.weight",)})
@@ -56,6 +65,7 @@ def places(tmp_path: Path) -> dict[str, str]:
         "OUT": str(tmp_path / "out"),
         "NATIVE": str(OLDER / "0.14.4-z1-bf16"),
         "CONFIG": str(config),
+        "LOST": str(lost(tmp_path / "lost")),
         "LORA": str(adapter(tmp_path / "lora", 0)),
     }
 
@@ -70,6 +80,7 @@ COMMANDS = {
     "ucp.report-written/1": ["report GOOD -o OUT"],
     "ucp.convert/1": ["convert GOOD OUT --dry-run"],
     "ucp.merge/1": ["merge GOOD GOOD OUT --plan"],
+    "ucp.repair/1": ["repair LOST OUT --dry-run"],
     "ucp.merge-adapters/1": ["merge LORA LORA OUT --adapter-merge delta"],
     "ucp.spec-list/1": ["spec show"],
     "ucp.spec-show/1": ["spec show llama"],

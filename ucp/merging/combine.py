@@ -19,6 +19,7 @@ from ucp.errors import BadArgument
 from ucp.formats.nouns import WriteRequest
 from ucp.logical.listing import TensorDigest, combined
 from ucp.merging.assignment import AssignedSource, Assignment, assigned
+from ucp.merging.computed import scratch_bytes
 from ucp.merging.language import MergeFile
 from ucp.merging.methods import MethodOptions
 from ucp.merging.metrics import recorded
@@ -30,9 +31,9 @@ from ucp.settings import check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
 from ucp.storage.dtypes import FLOAT_SPELLINGS
 from ucp.storage.locations import exists, is_remote, locate
-from ucp.transfer.destination import carry_out
+from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.targets import TargetFile, WritePlan
-from ucp.transfer.windows import check_files
+from ucp.transfer.windows import LEAST_BYTES, budget, check_files
 from ucp.version import version
 
 RECORD = "merge.json"
@@ -167,6 +168,7 @@ def _carried_out(
     shape = parse_layout(layout) if isinstance(layout, str) else layout
     check_layout(target, shape)
     opening, running, own = divide_settings(target, settings)
+    running = _within(running, len(work.sources))
     states = _source_of_states(treated.optimizer, work)
     counted = None if treated.buffers is None else work.first + treated.buffers
     dtype = None if treated.dtype is None else _float(treated.dtype)
@@ -211,6 +213,25 @@ def _float(spelling: str) -> str:
             f"merged weights are of a floating type, found '{spelling}'; known are {', '.join(FLOAT_SPELLINGS)}"
         )
     return FLOAT_SPELLINGS[spelling]
+
+
+def _within(running: Running, sources: int) -> Running:
+    """How the merge is written, with the memory for its sources taken off the limit, and as few threads as that needs.
+
+    Raises BadArgument for a limit that is too little for one thread.
+    """
+    if running.max_memory is None:
+        return running
+    scratch = scratch_bytes(sources)
+    workers, _ = budget(running.workers, running.max_memory)
+    least = LEAST_BYTES + scratch
+    if running.max_memory < least:
+        raise BadArgument(
+            f"a memory limit of {running.max_memory} bytes is too little to merge {sources} checkpoints in; at least "
+            f"{least} are needed"
+        )
+    workers = max(min(workers, running.max_memory // least), 1)
+    return dataclasses.replace(running, workers=workers, max_memory=running.max_memory - workers * scratch)
 
 
 def _source_of_states(optimizer: str | int, work: Assignment) -> str | int:

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import dense_strides, flat_ranges, numel
 from ucp.merging.operations import Combination, Whole
+from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
 from ucp.transfer.gather import Cache, Reader, Want, gather
@@ -185,6 +187,12 @@ def _room(nbytes: int) -> Bytes:
     if _spare.free:
         _spare.free.pop()  # too short: it makes way
     return np.empty(nbytes, np.uint8)
+
+
+def scratch_bytes(sources: int) -> int:
+    """About the memory that a thread needs for so many sources, beside the windows it fills: a piece of each, and the
+    verified chunks at its ends."""
+    return sources * (4 * _piece_elements(sources) + limits.CHUNKS_KEPT_COUNT * CHUNK) + 8 * 8 * _BLOCK_ELEMENTS
 
 
 def _piece_elements(sources: int) -> int:

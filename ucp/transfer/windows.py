@@ -29,6 +29,8 @@ UNIT = limits.CONVERT_WINDOW_BYTES
 MARGIN = ALIGNMENT
 # What one thread may hold beside its window: gather's scratch and a few verified chunks.
 _OVERHEAD = limits.SCRATCH_BYTES + 3 * CHUNK
+LEAST_BYTES = _OVERHEAD + CHUNK
+"""What one thread needs at least."""
 
 
 @dataclass
@@ -74,9 +76,10 @@ def budget(threads: int | None, max_memory: int | None) -> tuple[int, int]:
     workers = threads or min(limits.processors(), limits.THREADS_MAX_COUNT)
     if max_memory is None:
         return workers, limits.CONVERT_WINDOW_BYTES
-    least = _OVERHEAD + CHUNK
-    if max_memory < least:
-        raise BadArgument(f"a memory limit of {max_memory} bytes is too little to work in; at least {least} are needed")
+    if max_memory < LEAST_BYTES:
+        raise BadArgument(
+            f"a memory limit of {max_memory} bytes is too little to work in; at least {LEAST_BYTES} are needed"
+        )
     workers = min(workers, max(max_memory // (_OVERHEAD + limits.CONVERT_WINDOW_BYTES), 1))
     chunks = min((max_memory // workers - _OVERHEAD) // CHUNK, limits.CONVERT_WINDOW_BYTES // CHUNK)
     return workers, CHUNK << (chunks.bit_length() - 1)
