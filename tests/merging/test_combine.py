@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ucp
-from ucp.errors import BadArgument, DestinationError, Mismatch, UcpError
+from ucp.errors import BadArgument, DestinationError, Mismatch, UcpError, Unsupported
 from ucp.inspection.digests import digests_of
 from ucp.merging import merge
 from ucp.merging.language import loads
@@ -288,6 +288,23 @@ def test_refusals_leave_nothing(three: list[Path], tmp_path: Path) -> None:
         assert checkpoint.read("count").tolist() == [1]
     merge([three[0], nan], tmp_path / "allowed", allow_nonfinite=True)
     assert np.isnan(read(tmp_path / "allowed")["model.layers.1.w.weight"]).sum() == 1
+
+
+def test_quantised_and_tied_otherwise(tmp_path: Path) -> None:
+    for k in range(2):
+        ucp.save({"model": {"w": torch.randn(4, 4).to(torch.float8_e4m3fn)}}, tmp_path / f"f8-{k}")
+    with pytest.raises(Unsupported, match="'w' is float8_e4m3fn, quantised"):
+        merge([tmp_path / "f8-0", tmp_path / "f8-1"], tmp_path / "out")
+    for name, is_tied in (("tied", True), ("apart", False)):
+        model = torch.nn.ModuleDict({"embed": torch.nn.Linear(4, 4, False), "head": torch.nn.Linear(4, 4, False)})
+        if is_tied:
+            model["head"].weight = model["embed"].weight
+        ucp.save_training(tmp_path / name, model=model)
+    with pytest.raises(Mismatch, match=r"is a parameter of its own in .*apart.* and tied to another in"):
+        merge([tmp_path / "apart", tmp_path / "tied"], tmp_path / "out")
+    with pytest.raises(Mismatch, match=r"is a parameter of its own in .*apart.* and tied to another in"):
+        merge([tmp_path / "tied", tmp_path / "apart"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

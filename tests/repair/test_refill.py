@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,31 @@ def test_what_lost_nothing_and_a_mark_that_is_none(saved: Path, tmp_path: Path) 
         (copy / manifest.NAME).write_bytes(manifest.frame({**body, "approximate": mark}))
         with pytest.raises(DamagedCheckpoint, match="'approximate' should map"):
             ucp.open(copy)
+
+
+def test_files_of_the_training_state_and_manifests_that_are_none(saved: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    body = {k: v for k, v in json.loads((saved / manifest.NAME).read_text()).items() if k != "digest"}
+    for files in ({}, {"path": 3, "size": 4}, {"path": ["x"], "size": []}, []):
+        (copy / manifest.NAME).write_bytes(manifest.frame({**body, "files": files}))
+        with pytest.raises(DamagedCheckpoint):
+            repair(copy, tmp_path / "fixed")
+    kept = body["files"]
+    named = {**kept, "path": [*kept["path"], "training-state.safetensors"], "size": [*kept["size"], 9]}
+    named |= {"mtime_ns": [*kept["mtime_ns"], None], "digests": [*kept["digests"], None]}
+    (copy / manifest.NAME).write_bytes(manifest.frame({**body, "files": named}))
+    with pytest.raises(DamagedCheckpoint, match="training state's tensors"):
+        repair(copy, tmp_path / "fixed")
+    named["path"][-1] = "../../outside"
+    (copy / manifest.NAME).write_bytes(manifest.frame({**body, "files": named}))
+    with pytest.raises(DamagedCheckpoint, match="outside its own folder"):
+        repair(copy, tmp_path / "fixed")
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, 0, 1e200, "3", True, None, [2.0]])
+def test_norms_that_are_none_count_equally(saved: Path, norm: Any) -> None:
+    norms = {"model.layers.2": norm, "model.layers.4": 1.0}
+    outlook = outlook_of(without(saved, 3, norms=norms), RepairSettings())
+    assert [share for _, share in outlook.fillings[0].shares] == [1.0, 1.0]
+    assert "no gradient norms" in outlook.warnings[0]

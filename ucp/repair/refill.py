@@ -204,8 +204,8 @@ def _shares(
 
 
 def _norm(value: Any) -> float:
-    """A recorded norm; 0 for what is none."""
-    return float(value) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
+    """A recorded norm; 0 for what is none, or would not fit a float when squared."""
+    return float(value) if type(value) in (int, float) and 1e-100 < value < 1e100 else 0.0
 
 
 def twin_of(name: str, filling: Filling) -> str:
@@ -245,6 +245,10 @@ def grouped(groups: Sequence[ParamGroup], twins: Mapping[str, str], lr_scale: fl
             out.append(dataclasses.replace(group, names=tuple(names)))
             continue
         options = dict(group.options or {})
+        if not isinstance(options.get("lr"), (int, float)):
+            raise Unsupported(
+                f"the param group of '{filled[0]}' has no learning rate that is a number, so none is scaled"
+            )
         for key in ("lr", "initial_lr"):
             if isinstance(options.get(key), (int, float)):
                 options[key] = options[key] * lr_scale

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ucp.catalog import Catalog, ParameterInfo
+from ucp.errors import DamagedCheckpoint
 from ucp.formats.nouns import Remains
-from ucp.formats.universal import manifest, schema
+from ucp.formats.shared.malformed import malformed
+from ucp.formats.universal import manifest, schema, training
 from ucp.formats.universal.salvage import missing_files
 
 
@@ -17,9 +19,15 @@ def remains(folder: Path, *, trust_paths: bool = False) -> Remains | None:
     """None where all files are there. Raises what reading the manifest raises."""
     path = str(folder / manifest.NAME)
     body = manifest.load(path)
-    missing = missing_files(folder, body)
+    with malformed(folder / manifest.NAME, "'files'"):
+        missing = missing_files(folder, body)
     if not missing:
         return None
+    state = next((name for name in missing if training.is_tensors_file(os.path.basename(name))), None)
+    if state is not None:
+        raise DamagedCheckpoint(
+            f"{os.path.join(folder, state)}: {missing[state]}, and has the training state's tensors"
+        )
     whole = schema.decode(path, body, complete=False, trust_paths=trust_paths, absent=set(missing))
     gone = {k for k, name in enumerate(body["files"]["path"]) if name in missing}
     tensors = {key: t for key, t in whole.tensors.items() if not gone.intersection(t.blocks.buffers.tolist())}
