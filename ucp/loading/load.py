@@ -131,16 +131,27 @@ def load(
     watch.timed("apply", lambda: target.apply(loaded))
     proving = _Proving(prove, threads or reading_threads(), alone)
     proved = watch.timed("prove", lambda: _proved(catalog, target, what, tensors, proving))
-    count = len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants})
+    return _report(catalog, reading, path, (nbytes, bytes_read), sharing is not None, watch, proved)
+
+
+def _report(
+    catalog: Catalog,
+    reading: Reading,
+    path: str,
+    nbytes: tuple[int, int],
+    read_once: bool,
+    watch: Stopwatch,
+    proved: Proof | None,
+) -> LoadReport:
+    """nbytes: of what was restored, and read by this rank."""
     return LoadReport(
-        count,
-        nbytes,
-        bytes_read,
+        len({(w.tensor.name, w.tensor.state) for wants in reading.what.wants.values() for w in wants}),
+        *nbytes,
         f"{catalog.format} {catalog.layout}",
-        str(target.layout),
+        str(reading.target.layout),
         watch.with_wait(),
-        what,
-        sharing is not None,
+        reading.what,
+        read_once,
         {"digest": reading.reader.digest_seconds},
         path,
         reading.reader.verified_bytes,

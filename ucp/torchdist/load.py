@@ -88,22 +88,33 @@ def load(
     ProofFailed
         with everything in place: what is live is not what was saved.
     """
-    watch = Stopwatch()
     unwrapped = unwrap(state_dict)
-    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, unwrapped, opening)))
-    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: StateDictTarget(where, flatten(unwrapped), catalog)))
     wish = Wish(allow_missing=tuple(allow_missing), partial=True)
-    report = load_target(
-        catalog, target, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
-    )
-    target.put_values(unwrapped)
-    for key, value in state_dict.items():
-        if isinstance(value, Stateful):
-            value.load_state_dict(unwrapped[key])
-        else:
-            state_dict[key] = unwrapped[key]
+    report = _fill(unwrapped, path, opening, wish, verify=verify, read_once=read_once, prove=prove)
+    _put_back(unwrapped, state_dict)
     tell(report, metrics)
     return report
+
+
+def _fill(
+    state_dict: dict[str, Any], path: str | os.PathLike[str], opening: Mapping[str, Any], wish: Wish, **options: Any
+) -> LoadReport:
+    watch = Stopwatch()
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
+    values = flatten(state_dict)
+    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: StateDictTarget(where, values, catalog)))
+    report = load_target(catalog, target, wish, path=where, watch=watch, **options)
+    target.put_values(state_dict)
+    return report
+
+
+def _put_back(loaded: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
+    """Give the state dict its loaded values, and Stateful objects theirs."""
+    for key, value in state_dict.items():
+        if isinstance(value, Stateful):
+            value.load_state_dict(loaded[key])
+        else:
+            state_dict[key] = loaded[key]
 
 
 def tell(report: LoadReport, metrics: bool) -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,9 +193,7 @@ def load_training(
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread)
 
     def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
-        def target() -> TrainingTarget:
-            return TrainingTarget(live, position, where, catalog, state_dict, made, blank)
-
+        target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
         found = ranks.all_or_none(lambda: watch.timed("plan", target))
         return load_target(
             catalog, found, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove

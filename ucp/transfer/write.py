@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from mmap import mmap
@@ -83,20 +83,29 @@ def write_share(
     try:
         for batch in batches(files, share, window, batch_bytes, reader.verifies):
             for index in {part.file for part in batch} - outputs.keys():
-                first, last = share[index]
-                outputs[index] = _FileInProgress.open(folder, index, files[index], last - first)
+                outputs[index] = _FileInProgress.open(folder, index, files[index], share[index][1] - share[index][0])
             running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note, collecting))
             finish(everything=False)
         finish(everything=True)
         closer.finish()
     finally:
-        for future in running:
-            future.cancel()
-        pool.shutdown(wait=True)
-        closer.stop()
-        for output in outputs.values():
-            os.close(output.fd)
+        _end(running, pool, closer, outputs.values())
     return pieces
+
+
+def _end(
+    running: Iterable[Future[list[Piece]]],
+    pool: ThreadPoolExecutor,
+    closer: _Closer,
+    outputs: Iterable[_FileInProgress],
+) -> None:
+    """Begin nothing more, and leave no thread and no open file."""
+    for future in running:
+        future.cancel()
+    pool.shutdown(wait=True)
+    closer.stop()
+    for output in outputs:
+        os.close(output.fd)
 
 
 @dataclass
