@@ -22,6 +22,7 @@ WORKS = {
     "save": "saving during training, beside DeepSpeed's own save",
     "prove": "the proof after a load, its share of the load, on the host or a device",
     "merge": "two checkpoints into one, beside cp of the same bytes and mergekit on folders",
+    "survive": "snapshots in memory: their cost in a step, recovery from them, what they take",
     "plan": "planning a change of layout for 1T parameters, with no data",
 }
 

@@ -128,6 +128,8 @@ KEEPER_WATCH_SECONDS = 5.0
 KEEPER_BACKLOG_COUNT = 128
 # Warnings that a keeper remembers.
 KEEPER_LINES_COUNT = 20
+# What a report shows of a run, at most.
+TIMELINE_RECORDS_COUNT = 2000
 # The first rank waits so long for the others' part in a snapshot: one that takes longer protects nobody.
 SNAPSHOT_TIMEOUT_SECONDS = 60.0
 

@@ -57,7 +57,7 @@ class EngineUcp:
         self._norms = None if config.save.gradient_norms is None else GradientNorms(engine, config.save.gradient_norms)
         self.memory: Snapshots | None = None
         if config.memory.enabled:
-            self.memory = Snapshots(engine, config, self.saved)
+            self.memory = Snapshots(engine, config)
 
     def snapshot(self, client_state: Mapping[str, Any] | None = None) -> bool:
         """Have the keepers in memory take the training state as it is now; returns whether that was begun. Collective.
@@ -201,6 +201,8 @@ def _tell_of_nothing(load_dir: str) -> None:
 def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
     """Keep a load's report, write its timings where the config wants them, and tell of it on the first rank."""
     engine.ucp.last_load = report
+    if engine.ucp.memory is not None:
+        engine.ucp.memory.loaded()
     changed = _overridden(engine)
     if engine.ucp.config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from ucp.formats.universal import manifest
@@ -37,6 +38,24 @@ def record_save(report: Finished, rank: int, world: int) -> None:
     _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))
 
 
+def record_snapshot(report: Finished, folder: str, rank: int, world: int) -> None:
+    """Add this rank's record of a snapshot in memory, in the run's folder, which is made where it is not there."""
+    place = locations.locate(folder)
+    if not locations.is_remote(folder):
+        place.mkdir(parents=True, exist_ok=True)
+    ident = f"{report.tag}:{_manifest(report.path)}"
+    wall = round(report.wall, 6)
+    _record("snapshot", report.path, ident, rank, world, report.written, report.seconds, place, wall=wall)
+
+
+def record_event(folder: str, event: str, rank: int, world: int, seconds: Mapping[str, float], **more: Any) -> None:
+    """Add a record of what has happened to a run: which phase of a restart took how long."""
+    if rank == 0:
+        named = {stage: round(value, 6) for stage, value in seconds.items()}
+        common = {"what": "event", "event": event, "world": world, "time": time.time(), "seconds": named}
+        metrics.append(folder, {**common, **more})
+
+
 def record_load(path: str, bytes_read: int, seconds: Mapping[str, float], overlapping: Mapping[str, float]) -> None:
     """Add this rank's record of a load. Collective."""
     ident = ranks.from_first(lambda: secrets.token_hex(8))
@@ -45,7 +64,15 @@ def record_load(path: str, bytes_read: int, seconds: Mapping[str, float], overla
 
 
 def _record(
-    what: str, path: str, ident: str, rank: int, world: int, nbytes: int, seconds: Mapping[str, float], **more: Any
+    what: str,
+    path: str,
+    ident: str,
+    rank: int,
+    world: int,
+    nbytes: int,
+    seconds: Mapping[str, float],
+    folder: Path | None = None,
+    **more: Any,
 ) -> None:
     record = {
         "what": what,
@@ -58,7 +85,7 @@ def _record(
         "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
         **more,
     }
-    metrics.append(locations.locate(path).parent, record)
+    metrics.append(folder or locations.locate(path).parent, record)
 
 
 def _manifest(path: str) -> str:

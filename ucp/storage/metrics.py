@@ -1,10 +1,12 @@
 """How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
 
-Every record is one object: ``schema``, ``what`` ('save' or 'load'), ``id`` (the same on all ranks), ``checkpoint`` (its
-folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes`` (written, or read) and ``seconds`` of work
-by stage. Every moment of a load is in one stage; ``wait`` is that in which the rank has done its part and others have
-not, and ``overlapping`` has seconds of what goes on within the stages, perhaps in several threads at once. The stages
-of a save overlap each other; ``wall`` then says what it took altogether.
+Every record is one object: ``schema``, ``what`` ('save', 'load', or 'snapshot' of one in memory), ``id`` (the same on
+all ranks), ``checkpoint`` (its folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes`` (written, or
+read) and ``seconds`` of work by stage. Every moment of a load is in one stage; ``wait`` is that in which the rank has
+done its part and others have not, and ``overlapping`` has seconds of what goes on within the stages, perhaps in several
+threads at once. The stages of a save overlap each other; ``wall`` then says what it took altogether.
+
+An 'event' has instead what has happened to the run (``event``): a restart, its layout, its first step.
 
 The file lies in the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
 """

@@ -13,7 +13,7 @@ from ucp import checkpoint, formats, printable
 from ucp.errors import DestinationError
 from ucp.formats.signature import defaults_of, showing
 from ucp.inspection.planning import plan
-from ucp.inspection.report.data import report_data, timings_of
+from ucp.inspection.report.data import report_data, timeline_of, timings_of
 from ucp.inspection.summary import summarise
 from ucp.inspection.verify import Progress, verify
 from ucp.parallel.mesh import Layout
@@ -80,8 +80,9 @@ def write_report(
             summary, catalog = summarise(opened), opened.catalog
             if layout is not None:
                 planned = plan(opened, layout, spec=spec, model_config=model_config, sizes=sizes, **options)
-    records = timings_of(read_metrics(locations.locate(verdict.path).parent), verdict.path)
-    page = render(report_data(verdict, summary, catalog, planned, records))
+    records = read_metrics(locations.locate(verdict.path).parent)
+    timings, timeline = timings_of(records, verdict.path), timeline_of(records)
+    page = render(report_data(verdict, summary, catalog, planned, timings, timeline))
     raw = page.encode("utf-8")
     try:
         Path(output).write_bytes(raw)

@@ -26,6 +26,7 @@ def report_data(
     catalog: Catalog | None,
     plan: ResumePlan | None,
     timings: Sequence[Mapping[str, Any]],
+    timeline: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The page's data. summary, catalog: None where the checkpoint can't be opened; then there are findings only."""
     return {
@@ -37,6 +38,7 @@ def report_data(
         "parameters": None if summary is None or catalog is None else _parameters(summary, catalog),
         "plan": None if plan is None else _plan(plan),
         "timings": list(timings),
+        "timeline": list(timeline),
     }
 
 
@@ -108,6 +110,23 @@ def _binned(matrix: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list
     edges = np.linspace(0, n, limits.MATRIX_CELLS_COUNT + 1).astype(np.int64)
     spans = list(zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True))
     return np.add.reduceat(matrix, edges[:-1], axis=0), [f"{labels[a]} to {labels[b]}" for a, b in spans]
+
+
+def timeline_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What has happened to the run, in order: its saves, loads and snapshots, and what it told of restarts."""
+    out = []
+    for record in records:
+        when, world, what = record.get("time"), record.get("world"), record.get("what")
+        if record.get("rank", 0) != 0 or not isinstance(when, (int, float)) or not isinstance(world, int):
+            continue
+        lane = str(record.get("event")) if what == "event" else str(what)
+        step = record.get("step") if what == "event" else str(record.get("checkpoint", "")).rsplit("/", 1)[-1]
+        took = sum(s for s in record["seconds"].values() if isinstance(s, (int, float)))
+        wall = record.get("wall", took)
+        out.append(
+            {"what": lane, "time": when, "world": world, "step": "" if step is None else str(step), "seconds": wall}
+        )
+    return sorted(out, key=lambda one: one["time"])[-limits.TIMELINE_RECORDS_COUNT :]
 
 
 def timings_of(records: Sequence[Mapping[str, Any]], path: str) -> list[Mapping[str, Any]]:

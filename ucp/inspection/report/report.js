@@ -399,6 +399,25 @@
     }
   }
 
+  if (data.timeline.length > 1) {
+    $("timeline").hidden = false;
+    const lanes = [...new Set(data.timeline.map((t) => t.what))];
+    const first = data.timeline[0].time, last = data.timeline[data.timeline.length - 1].time;
+    const row = 22, W = 1000, H = lanes.length * row + 24;
+    const at = (t) => 110 + (W - 130) * (t - first) / (last - first || 1);
+    const svg = el("svg", { class: "chart stages", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "what happened to the run, over time" });
+    lanes.forEach((lane, k) => svg.append(el("text", { x: 100, y: k * row + 15, "text-anchor": "end" }, lane)));
+    let world = null;
+    for (const t of data.timeline) {
+      const k = lanes.indexOf(t.what), x = at(t.time);
+      const text = `${t.what} ${t.step}: ${new Date(t.time * 1000).toISOString().slice(0, 19)}, ${t.world} ranks, ${Number(t.seconds).toFixed(2)} s`;
+      svg.append(hover(el("rect", { x: x - 2, y: k * row + 4, width: 4, height: row - 8, style: `fill:${PALETTE[k % PALETTE.length]}` }), text));
+      if (t.world !== world) svg.append(el("text", { x, y: H - 6 }, `${t.world} ranks`));
+      world = t.world;
+    }
+    $("timeline-chart").append(svg);
+  }
+
   // --- begin ---------------------------------------------------------------------------------------------------------
 
   rows();

@@ -1,0 +1,136 @@
+"""Snapshots in memory: what they cost a step, how quickly they come back, what they take, how fast coding is."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--hidden", type=int, default=768, help="hidden size of the Llama (default: 768)")
+    parser.add_argument("--layers", type=int, default=12, help="its layers (default: 12)")
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step (default: 8)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each turn, with and without (default: 4)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    keepers = tempfile.mkdtemp(prefix="ucpk-", dir="/tmp")
+    os.environ["UCP_KEEPER_DIR"] = keepers
+    args.data.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=args.data))
+    from ucp.storage.kept import places
+
+    try:
+        rows = [*_training(args, folder), *_coding()]
+    finally:
+        for note in places.notes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(note.pid, signal.SIGKILL)
+        for place in (folder, keepers):
+            shutil.rmtree(place, ignore_errors=True)
+    return {"title": "survive: snapshots in memory, one rank", "rows": rows}
+
+
+def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ucp.torchdist.training as training
+    from ucp.memory import control
+    from ucp.torchdist.memory import MemorySnapshots
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 64,
+        vocab_size=args.vocabulary,
+    )
+    model = LlamaForCausalLM(config).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device == "cuda")
+    tokens = torch.randint(args.vocabulary, (args.batch, args.length), device=args.device)
+    memory = MemorySnapshots(folder, redundancy=0)
+    parameters = sum(p.numel() for p in model.parameters())
+    done = 0
+
+    def steps(snapshots: bool) -> float:
+        nonlocal done
+        times = []
+        for _ in range(args.steps):
+            began = time.perf_counter()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            memory.hold()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if snapshots:
+                memory.snapshot(done, model=model, optimizer=optimizer)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        memory.hold()
+        memory.wait()
+        return statistics.median(times)
+
+    steps(False)
+    steps(True)
+    pairs = [(steps(False), steps(True)) for _ in range(3)]
+    plain, snapped = (min(pair[k] for pair in pairs) for k in (0, 1))
+    held = control.statuses(str(folder))[0]
+    size = held["generations"][0]["bytes"]
+    began = time.perf_counter()
+    memory.load_training(model=model, optimizer=optimizer)
+    from_memory = time.perf_counter() - began
+    training.save_training(folder / "disk", model=model, optimizer=optimizer, step=done)
+    for path in (folder / "disk").iterdir():
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    training.load_training(folder / "disk", model=model, optimizer=optimizer)
+    from_disk = time.perf_counter() - began
+    return [
+        {"what": f"step, {parameters / 1e6:.0f}M parameters, {args.device}", "seconds": round(plain, 3), "ratio": 1.0},
+        {"what": "step, snapshot every step", "seconds": round(snapped, 3), "ratio": round(snapped / plain, 3)},
+        {"what": "load from a cold disk", "seconds": round(from_disk, 3), "ratio": 1.0},
+        {"what": "load from memory", "seconds": round(from_memory, 3), "ratio": round(from_memory / from_disk, 3)},
+        {
+            "what": "kept memory, of 2 S",
+            "GB": round(held["bytes"] / 1e9, 3),
+            "ratio": round(held["bytes"] / 2 / size, 4),
+        },
+    ]
+
+
+def _coding() -> list[dict[str, Any]]:
+    import numpy as np
+
+    from ucp.memory import coding
+
+    rows = []
+    for k, m in ((3, 1), (2, 2)):
+        pieces = [np.random.default_rng(i).integers(0, 256, 8 << 20, dtype=np.uint8) for i in range(k)]
+        out = np.empty_like(pieces[0])
+        took = []
+        for _ in range(6):
+            began = time.process_time()
+            coding.parity(k, m, 0, pieces, out)
+            took.append(time.process_time() - began)
+        name = "XOR" if m == 1 else "Reed-Solomon"
+        rows.append(
+            {"what": f"{name}, one parity of {k} pieces", "GB/s a core": round(k * 8 * 2**20 / min(took) / 1e9, 1)}
+        )
+    return rows
