@@ -120,6 +120,8 @@ KEEPER_PART_BYTES = 8 * MIB
 # A keeper that is not reached, or doesn't answer, for so long is lost. An answer may have to wait for a rebuilding.
 KEEPER_CONNECT_SECONDS = 5.0
 KEEPER_ANSWER_SECONDS = 600.0
+# What takes no rebuilding, digesting or waiting has to be answered within so long; a network that is cut says nothing.
+KEEPER_WORD_SECONDS = 20.0
 # A process that has Python's start and a few imports before it, on a machine that is busy.
 KEEPER_START_SECONDS = 60.0
 # A keeper of which nobody has heard for so long ends: longer than a night's repair, shorter than for ever.

@@ -57,6 +57,23 @@ def train(
     return truth
 
 
+def lose_keeper(case: Case, folder: str, keepers: str, nodes: Sequence[str]) -> tuple[Truth | None, int]:
+    """Train, lose a keeper, train on; the truth after all, and how many steps were done."""
+    at_home(keepers, nodes)
+    engine = build(case, {"redundancy": 1})
+    engine.load_checkpoint(folder)
+    continue_training(engine, case, 0, 1)
+    engine.ucp.wait()
+    if dist.get_rank() == 0:
+        os.kill(next(note.pid for note in places.notes() if note.node == "b"), signal.SIGKILL)
+    dist.barrier()
+    continue_training(engine, case, 1, 2)
+    engine.ucp.wait()
+    truth = gather(engine)
+    dist.barrier()
+    return truth, engine.global_steps
+
+
 def resume(
     case: Case, folder: str, keepers: str, nodes: Sequence[str], memory: Mapping[str, Any], *, end: bool = False
 ) -> tuple[str | None, int, Truth | None]:

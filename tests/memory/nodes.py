@@ -7,6 +7,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,18 @@ class Nodes:
         if protected:
             wait_for(lambda: self.status()[0]["protected"], 20, self.all_status)
         return files
+
+    def flip(self, name: str, size: int, at: int) -> None:
+        """Change a byte of the keeper's memory that has this size, past the keeper."""
+        for link in Path(f"/proc/{self.notes[name].pid}/fd").iterdir():
+            if "ucp-kept" in os.readlink(link) and os.stat(link).st_size == size:
+                with open(link, "r+b") as stream:
+                    stream.seek(at)
+                    byte = stream.read(1)[0]
+                    stream.seek(at)
+                    stream.write(bytes([byte ^ 16]))
+                return
+        raise AssertionError(f"no memory of {size} bytes")
 
     def status(self, node: str | None = None) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.clients[node or min(self.clients)].ask("status").header["generations"]

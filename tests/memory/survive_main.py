@@ -24,7 +24,7 @@ FOUR = ("a", "b", "c", "d")
 def kills(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random) -> dict[str, Any]:
     """All ranks killed, again and again; each resume is what the live buffers were, at most one step before the end."""
     case = Case(stage=1, dp=4)
-    most = 6 * count + 10
+    most = 4 * count + 6
     wanted = pool.run(stories.reference, case, most, world_size=4, timeout=580)[0]
     for _ in range(count):
         seconds = luck.uniform(0.05, 3.0)

@@ -66,6 +66,20 @@ def test_a_flipped_byte_is_found_and_repaired(keepers: Path, names: tuple[str, .
     check(nodes, files, "a")
 
 
+def test_a_flipped_byte_in_parity_is_found_and_made_anew(keepers: Path) -> None:
+    nodes = Nodes(("a", "b", "c"))
+    files = nodes.save(1)
+    nodes.flip("b", -(-3_002_000 // 128) * 64, 1_400_000)
+    assert nodes.recover()["tag"] == "global_step1"
+    wait_for(
+        lambda: nodes.clients["b"].ask("scrub", save=next(iter(files)).split("/")[1], files={}).header["parity"] == []
+    )
+    nodes.kill("a")
+    nodes.start(("a", "b", "c"))
+    assert nodes.recover()["rebuilt"] == ["a"]
+    check(nodes, files, "c")
+
+
 def test_both_nodes_of_a_pair_are_lost(keepers: Path) -> None:
     nodes = Nodes(("a", "b"))
     nodes.save(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.truth import compare
 from tests.memory import jobs
+from tests.memory.nodes import wait_for
+from ucp.memory import control
+from ucp.storage.kept import places
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +53,28 @@ def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, t
     while list(keepers.glob("*-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(keepers.glob("*-*")) == []
+
+
+def test_a_node_lost_with_its_ranks_and_its_keeper(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
+    """Four nodes with one parity: what is left resumes on three ranks, with the bits of all four."""
+    case, folder, nodes = Case(stage=1, dp=4), str(tmp_path / "run"), ("a", "b", "c", "d")
+    memory = {"redundancy": 1}
+    truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 2, memory, world_size=4)[0]
+    wait_for(lambda: all(one["generations"][0]["protected"] for one in control.statuses()))
+    os.kill(next(note.pid for note in places.notes() if note.node == "a"), signal.SIGKILL)
+    target = case.but(stage=3, dp=3)
+    path, steps, found = ranks.run(
+        jobs.resume, target, folder, str(keepers), ("b", "c", "d"), {**memory, "every": 0}, world_size=3
+    )[0]
+    assert (path, steps) == (f"memory://{folder}/global_step2", 2)
+    assert compare(found, truth) == []
+
+
+def test_training_goes_on_when_a_keeper_dies(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
+    """It is started again, and the next snapshot is in it."""
+    case, folder = Case(stage=2, dp=2), str(tmp_path / "run")
+    truth, steps = ranks.run(jobs.lose_keeper, case, folder, str(keepers), ("a", "b"), world_size=2)[0]
+    assert steps == 3
+    found = ranks.run(jobs.resume, case, folder, str(keepers), ("a", "b"), {"every": 0}, world_size=2)[0]
+    assert found[1] == 3
+    assert compare(found[2], truth) == []

@@ -229,6 +229,12 @@ class Answers:
         with self.shelf.lock:
             return Frame({}, self.shelf.memory(self.shelf.parities[save].memory).view[start:stop])
 
+    def on_protect(self, tag: str, save: str, **_: Any) -> None:
+        """Make this node's parity of a generation anew."""
+        known = self.shelf.generations.get(tag)
+        if known is not None and known.save == save and known.redundancy:
+            threading.Thread(target=self._protect, args=(known,), daemon=True).start()
+
     def on_protected(self, tag: str, save: str, whose: str, **_: Any) -> None:
         """A node's parity of a generation is in."""
         self.shelf.update(tag, save, protected=whose)

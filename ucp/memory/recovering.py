@@ -83,6 +83,9 @@ def _make_whole(keeper: Keeper, one: Candidate) -> dict[str, Any]:
         moved = rebuild(keeper, one.generation, {p: one.files[p] for p in digests}, digests, damage)
         one.files.update({file.path: file for file in moved})
     _tell(keeper, one, body, "settle")
+    for node, chunks in damage.parity.items():
+        if chunks != [] and node not in keeper.peers.lost:
+            keeper.ask(node, "protect", tag=one.generation.tag, save=one.generation.save)
     return {"rebuilt": lost, "repaired": sum(map(len, damage.bad.values()))}
 
 

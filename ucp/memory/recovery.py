@@ -50,15 +50,15 @@ def source(tier: Tier, folder: str | os.PathLike[str]) -> tuple[str, str | None]
     on_disk = ranks.from_first(lambda: _latest(folder))
     newer = found is not None and (on_disk is None or on_disk[1] <= found.when or _same(on_disk[0], found.tag))
     if found is not None and newer:
-        _say(tier, refused, found.tag, "in memory")
+        warn_of(tier, refused, found.tag, "in memory")
         return found.location, found.tag
     if found is not None and on_disk is not None and ranks.rank() == 0:
         log.warning("%s has the newer checkpoint '%s'; memory has '%s'", folder, on_disk[0], found.tag)
-    _say(tier, refused, None if on_disk is None else on_disk[0], "on disk")
+    warn_of(tier, refused, None if on_disk is None else on_disk[0], "on disk")
     return os.fspath(folder), None
 
 
-def _say(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -> None:
+def warn_of(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -> None:
     """Why newer generations cannot be had, and what that costs."""
     if ranks.rank():
         return

@@ -16,6 +16,9 @@ from ucp import limits
 from ucp.storage.kept.places import Note
 from ucp.storage.kept.wire import Frame, receive, send
 
+# What a keeper may take its time for.
+_LONG = ("recover", "scrub", "adopt", "lease")
+
 
 class KeeperGone(ConnectionError):
     """There is no keeper, or it has ended, or nothing is heard of it."""
@@ -34,15 +37,18 @@ class Client:
     def ask(self, op: str, body: Any = b"", **fields: Any) -> Frame:
         """The answer to a request. Raises KeeperGone, and OSError for what the keeper refuses."""
         taken = self._take()
+        patience = limits.KEEPER_ANSWER_SECONDS if op in _LONG else limits.KEEPER_WORD_SECONDS
         try:
             channel = taken or self._connect()
+            channel.settimeout(patience)
             try:
                 answer = self._exchange(channel, op, body, fields)
-            except OSError:
+            except OSError as error:
                 channel.close()
-                if taken is None:
+                if taken is None or isinstance(error, TimeoutError):
                     raise
                 channel = self._connect()  # the kept connection was of a keeper that is no more
+                channel.settimeout(patience)
                 answer = self._exchange(channel, op, body, fields)
         except OSError as error:
             raise KeeperGone(errno.ECONNREFUSED, f"{self.who} is not reached: {error.strerror or error}") from error
@@ -84,7 +90,7 @@ def of_note(note: Note) -> Client:
     def connect() -> socket.socket:
         channel = socket.socket(socket.AF_UNIX)
         try:
-            channel.settimeout(limits.KEEPER_ANSWER_SECONDS)
+            channel.settimeout(limits.KEEPER_CONNECT_SECONDS)
             channel.connect(note.socket)
             peer = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             if struct.unpack("3i", peer)[1] != os.getuid():
@@ -105,7 +111,6 @@ def of_address(run: str, node: str, host: str, port: int, token: str) -> Client:
         channel = socket.create_connection((host, port), limits.KEEPER_CONNECT_SECONDS)
         try:
             channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            channel.settimeout(limits.KEEPER_ANSWER_SECONDS)
             greet(channel, run, token)
         except BaseException:
             channel.close()

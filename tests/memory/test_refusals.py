@@ -1,0 +1,124 @@
+"""What the memory tier refuses, by name, before it is of use to anybody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ucp import limits
+from ucp.errors import BadArgument, SaveFailed
+from ucp.memory import blocks, recovery, start
+from ucp.memory.groups import divided
+from ucp.memory.options import Options, nbytes
+from ucp.memory.pool import LentPool
+from ucp.memory.tier import Tier
+from ucp.storage.kept import client, places
+from ucp.storage.kept.wire import receive, send
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(keepers: Path) -> None:
+    keepers.chmod(0o777)
+    with pytest.raises(BadArgument, match="others may write to it"):
+        places.notes()
+    keepers.chmod(0o700)
+    assert places.notes() == []
+
+
+def test_a_note_that_is_a_link_or_no_note_is_left_out(keepers: Path) -> None:
+    (keepers / "a-b.json").write_text("{}")
+    (keepers / "a-c.json").symlink_to("/etc/passwd")
+    assert places.notes() == []
+
+
+@pytest.mark.slow
+def test_a_keeper_of_another_run_of_that_name(keepers: Path) -> None:
+    start.started("run", "a", token="1" * 32)
+    with pytest.raises(BadArgument, match=r"the keeper on node 'a' \(process \d+\) is of another run of that name"):
+        start.started("run", "a", token="2" * 32)
+    note = places.note_of("run", "a")
+    assert note is not None
+    assert (
+        os.stat(note.socket).st_mode & 0o777,
+        os.stat(keepers / f"{places.stem('run', 'a')}.json").st_mode & 0o777,
+    ) == (
+        0o600,
+        0o600,
+    )
+    far = client.of_address("run", "a", note.host, note.port, "3" * 32)
+    with pytest.raises(client.KeeperGone, match="the run or its token is another one"):
+        far.ask("ping")
+
+
+def test_the_limit_is_told_with_the_bytes_that_are_needed(keepers: Path) -> None:
+    tier = Tier(Options(limit=1_000_000, redundancy=0))
+    with pytest.raises(BadArgument, match=r"needs 1400000 bytes \(2 generations of 700000 .* allows 1000000"):
+        tier.attach("run", 700_000)
+
+
+def test_a_machine_without_room_refuses_the_snapshot_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "available", lambda: 1000)
+    with pytest.raises(OSError, match="4096 bytes of memory are needed, and this machine has 1000 to spare") as caught:
+        blocks.SharedMemory.of(4096)
+    assert caught.value.errno == errno.ENOMEM
+
+    def refuse(rank: int, size: int) -> None:
+        raise caught.value
+
+    pool = LentPool(SimpleNamespace(run="run", lease=refuse), 0)  # type: ignore[arg-type]
+    with pytest.raises(SaveFailed, match="nothing was snapshotted: 4096 bytes"):
+        pool.reserve(4096, pinned=False)
+
+
+def test_a_keeper_that_says_nothing_is_lost_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a network that is cut: the connection is there, and no answer comes."""
+    monkeypatch.setattr(limits, "KEEPER_WORD_SECONDS", 0.2)
+    listener, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def greet_only() -> None:
+        channel, _ = listener.accept()
+        send(channel, {"nonce": "x"})
+        receive(channel)
+        send(channel, {})
+        receive(channel)
+        done.wait(20)
+
+    threading.Thread(target=greet_only, daemon=True).start()
+    far = client.of_address("run", "b", "127.0.0.1", listener.getsockname()[1], "t")
+    with pytest.raises(client.KeeperGone, match="the keeper of 'run' on b is not reached: timed out"):
+        far.ask("put", b"x", path="latest")
+    done.set()
+    listener.close()
+
+
+@pytest.mark.parametrize("text", ["", "16 gigs", "-1", "1GB/s", 0, True, None])
+def test_sizes_that_are_none(text: object) -> None:
+    with pytest.raises(BadArgument, match='"limit" needs a size'):
+        nbytes(text, "limit")  # type: ignore[arg-type]
+
+
+def test_groups_never_hold_two_of_one_failure_domain() -> None:
+    nodes = [("a1", "a"), ("a2", "a"), ("b1", "b"), ("c1", "c"), ("c2", "c")]
+    groups, alone = divided(nodes, Options())
+    assert groups == [["a1", "b1", "c1"], ["a2", "c2"]]
+    assert alone == ""
+    assert divided([(f"n{k}", f"n{k}") for k in range(8)], Options(group=3))[0] == [
+        ["n0", "n1"],
+        ["n2", "n3", "n4"],
+        ["n5", "n6", "n7"],
+    ]
+    groups, alone = divided([("a1", "a"), ("a2", "a")], Options())
+    assert "2 of 2 nodes (a1, a2)" in alone
+
+
+def test_what_a_fall_to_disk_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tier = Tier(Options(run="r"))
+    tier.run = "r"
+    why = "generation 812: it needs 2 lost nodes (b, d); redundancy is 1"
+    recovery.warn_of(tier, (why,), "global_step800", "on disk")
+    assert caplog.messages == [f"memory of 'r': {why}; continuing from step 800 on disk, which costs 12 steps"]
