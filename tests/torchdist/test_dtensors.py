@@ -16,7 +16,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, numel
-from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, mesh_shape, product, shard_ranges
+from ucp.parallel.placements import product
+from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, mesh_shape, shard_ranges
 
 
 def gathered(whole: torch.Tensor, blocks: Blocks, sizes: list[int]) -> torch.Tensor:

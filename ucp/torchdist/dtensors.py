@@ -1,36 +1,23 @@
 """Which elements of a tensor this rank holds in a DTensor (FSDP2, HSDP, tensor parallelism, and all of them together).
 
-A DTensor's placements cut a tensor one mesh dimension after the other, each what the one before has left: ``Shard``
-into chunks of ``ceil(length / ranks)`` elements, the last ones shorter or empty; ``_StridedShard`` (FSDP2 over tensor
-parallelism) first into ``split_factor`` such pieces, of each of which a rank has its chunk
-(torch/distributed/tensor/placement_types.py). So along each dimension a rank has a few ranges, and its shard is their
-product.
-
-One thing the placements do not say: where FSDP2 cuts what tensor parallelism has left
-(torch/distributed/fsdp/_fully_shard/_fsdp_param.py), a length that does not divide evenly leaves shards that are not
-those that the placements mean from left to right. A ``_StridedShard`` whose factor is the number of shards made by the
-mesh dimensions after it is FSDP2's, and is therefore cut last. The two readings never agree in all ranks' shapes unless
-they agree in the elements, and all shapes are checked.
+The arithmetic is `ucp.parallel.placements`'.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ucp.errors import Unsupported
-from ucp.geometry import Blocks, Ints, Shape, empty, numel, row_major, whole
+from ucp.geometry import Blocks, Shape, empty, numel, whole
 from ucp.parallel.mesh import Layout
-
-Ranges = list[tuple[int, int]]  # (first, count) in the whole tensor, in the order in which the shard has them
+from ucp.parallel.placements import Cut, Ranges, product, ranges_of
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,38 +119,18 @@ def shard_ranges(
     name: str, shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[Ranges]:
     """For each dimension the ranges that the rank at this coordinate of the mesh holds."""
-    return _ranges(shape, [_of_placement(name, placement, len(shape)) for placement in placements], mesh, coordinate)
+    return ranges_of(shape, [_of_placement(name, placement, len(shape)) for placement in placements], mesh, coordinate)
 
 
 @functools.lru_cache(10_000)
-def _held(shape: Shape, cuts: tuple[_Placement | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
+def _held(shape: Shape, cuts: tuple[Cut | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
     """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again. Known
     by the cuts: which placements are equal is torch's business."""
-    ranges = _ranges(shape, cuts, mesh, coordinate)
+    ranges = ranges_of(shape, cuts, mesh, coordinate)
     return tuple(sum(count for _, count in along) for along in ranges), _shared(product(ranges))
 
 
-def _ranges(
-    shape: Sequence[int], cuts: Sequence[_Placement | None], mesh: Sequence[int], coordinate: Sequence[int]
-) -> list[Ranges]:
-    ranges: list[Ranges] = [[(0, int(size))] for size in shape]
-    for k in _order(cuts, mesh):
-        cut = cuts[k]
-        if cut is not None:
-            pieces = 1 if _comes_last(cuts, mesh, k) else cut.pieces
-            ranges[cut.axis] = _cut(ranges[cut.axis], pieces, int(mesh[k]), int(coordinate[k]))
-    return ranges
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """A placement that cuts. pieces: into how many a dimension is cut before each of them is shared out."""
-
-    axis: int
-    pieces: int
-
-
-def _of_placement(name: str, placement: Any, ndim: int) -> _Placement | None:
+def _of_placement(name: str, placement: Any, ndim: int) -> Cut | None:
     if isinstance(placement, Replicate):
         return None
     strided = type(placement).__name__ == "_StridedShard"
@@ -172,78 +139,4 @@ def _of_placement(name: str, placement: Any, ndim: int) -> _Placement | None:
             f"'{name}' is placed as {placement!r}, whose values are not those of the whole tensor; redistribute it to "
             "Shard or Replicate first"
         )
-    return _Placement(int(placement.dim) % max(ndim, 1), int(placement.split_factor) if strided else 1)
-
-
-def _comes_last(cuts: Sequence[_Placement | None], mesh: Sequence[int], k: int) -> bool:
-    """Whether it is FSDP2's cut of what later mesh dimensions have left."""
-    cut = cuts[k]
-    if cut is None or cut.pieces == 1:
-        return False
-    later = [int(n) for other, n in zip(cuts[k + 1 :], mesh[k + 1 :], strict=True) if other and other.axis == cut.axis]
-    return cut.pieces == numel(later)
-
-
-def _order(cuts: Sequence[_Placement | None], mesh: Sequence[int]) -> list[int]:
-    """The mesh dimensions in the order in which they cut."""
-    order: list[int] = []
-    for k in reversed(range(len(cuts))):
-        order.insert(len(order) if _comes_last(cuts, mesh, k) else 0, k)
-    return order
-
-
-def _cut(ranges: Ranges, pieces: int, count: int, index: int) -> Ranges:
-    length = sum(n for _, n in ranges)
-    out: Ranges = []
-    for piece in range(pieces):
-        first, last = _chunk(length, pieces, piece)
-        low, high = _chunk(last - first, count, index)
-        out += _slice(ranges, first + low, first + high)
-    return out
-
-
-def _chunk(length: int, count: int, index: int) -> tuple[int, int]:
-    """The index-th chunk of so many, as ``torch.chunk`` makes them."""
-    size = -(-length // count)
-    return min(index * size, length), min((index + 1) * size, length)
-
-
-def _slice(ranges: Ranges, first: int, last: int) -> Ranges:
-    """The elements ``[first, last)`` of what the ranges hold one after the other; neighbours joined."""
-    out: Ranges = []
-    at = 0
-    for start, count in ranges:
-        low, high = max(first - at, 0), min(last - at, count)
-        if high > low:
-            out.append((start + low, high - low))
-        at += count
-    return out
-
-
-def product(ranges: Sequence[Ranges]) -> Blocks:
-    """The blocks of a row-major buffer that holds, along each dimension, these ranges one after the other."""
-    joined = [_joined(along) for along in ranges]
-    sizes = [sum(count for _, count in along) for along in joined]
-    if numel(sizes) == 0:
-        return empty(len(ranges))
-    d = len(joined)
-    steps = np.array(row_major(sizes), np.int64)
-    columns = [np.array(along, np.int64).reshape(-1, 2) for along in joined]
-    grid = np.indices([len(c) for c in columns]).reshape(d, -1) if d else np.zeros((0, 1), np.int64)
-    n = grid.shape[1]
-    offsets, counts, starts = np.zeros((n, d), np.int64), np.ones((n, d), np.int64), np.zeros(n, np.int64)
-    for k, column in enumerate(columns):
-        before: Ints = np.cumsum(column[:, 1]) - column[:, 1]
-        offsets[:, k], counts[:, k] = column[grid[k], 0], column[grid[k], 1]
-        starts += before[grid[k]] * steps[k]
-    return Blocks(offsets, counts, starts, np.tile(steps, (n, 1)), np.zeros(n, np.int64))
-
-
-def _joined(ranges: Ranges) -> Ranges:
-    out: Ranges = []
-    for first, count in ranges:
-        if out and out[-1][0] + out[-1][1] == first:
-            out[-1] = (out[-1][0], out[-1][1] + count)
-        elif count:
-            out.append((first, count))
-    return out
+    return Cut(int(placement.dim) % max(ndim, 1), int(placement.split_factor) if strided else 1)
