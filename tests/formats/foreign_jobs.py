@@ -23,7 +23,7 @@ class Run:
     step: int | None = None
 
 
-def accelerate_saves(folder: str, mesh: Mesh) -> Run:
+def accelerate_saves(folder: str, mesh: Mesh, forms: tuple[str, ...] = ("dcp", "ranks", "full")) -> Run:
     """An FSDP2 run that is saved in every form that Accelerate has for it: ``dcp``, ``ranks``, ``full``.
 
     further: of a run that Accelerate itself has resumed, in the same layout.
@@ -40,7 +40,7 @@ def accelerate_saves(folder: str, mesh: Mesh) -> Run:
     PartialState(cpu=True)  # for Accelerate's log
     live = Live(mesh)
     live.train(0, STEPS, scheduler=True)
-    for form in ("dcp", "ranks", "full"):
+    for form in forms:
         plugin, accelerator, path = _plugin(form), _accelerator(), str(Path(folder) / form)
         options: dict[str, Any] = {"use_dcp": form == "dcp"}
         save_fsdp_model(plugin, accelerator, live.model, path, **options)
@@ -49,6 +49,8 @@ def accelerate_saves(folder: str, mesh: Mesh) -> Run:
         # What Accelerator.save_state does besides under FSDP.
         save_accelerator_state(path, [], [], [live.scheduler] if not dist.get_rank() else [], [], dist.get_rank(), 4)
     state = live.state()
+    if "dcp" not in forms:
+        return Run(state, ())
     again = Live(Mesh(**{**vars(mesh), "seed": 9}))
     again.train(0, 1)
     load_fsdp_model(_plugin("dcp"), _accelerator(), again.model, str(Path(folder) / "dcp"))

@@ -39,6 +39,7 @@ BUILT_IN = (
     "ucp.formats.accelerate",
     "ucp.formats.lightning",
     "ucp.formats.torch_file",
+    "ucp.formats.deepspeed_universal",
 )
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""

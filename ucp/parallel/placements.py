@@ -26,7 +26,7 @@ Ranges = list[tuple[int, int]]  # (first, count) in the whole tensor, in the ord
 
 
 @dataclass(frozen=True)
-class Cut:
+class MeshCut:
     """What a mesh dimension cuts: along which axis, and into how many pieces before each of them is shared out."""
 
     axis: int
@@ -34,7 +34,7 @@ class Cut:
 
 
 def ranges_of(
-    shape: Sequence[int], cuts: Sequence[Cut | None], mesh: Sequence[int], coordinate: Sequence[int]
+    shape: Sequence[int], cuts: Sequence[MeshCut | None], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[Ranges]:
     """For each axis the ranges that the rank at this coordinate of the mesh holds. cuts: of each mesh dimension, None
     where it only replicates."""
@@ -47,7 +47,7 @@ def ranges_of(
     return ranges
 
 
-def _comes_last(cuts: Sequence[Cut | None], mesh: Sequence[int], k: int) -> bool:
+def _comes_last(cuts: Sequence[MeshCut | None], mesh: Sequence[int], k: int) -> bool:
     """Whether it is FSDP2's cut of what later mesh dimensions have left."""
     cut = cuts[k]
     if cut is None or cut.pieces == 1:
@@ -56,7 +56,7 @@ def _comes_last(cuts: Sequence[Cut | None], mesh: Sequence[int], k: int) -> bool
     return cut.pieces == numel(later)
 
 
-def _order(cuts: Sequence[Cut | None], mesh: Sequence[int]) -> list[int]:
+def _order(cuts: Sequence[MeshCut | None], mesh: Sequence[int]) -> list[int]:
     """The mesh dimensions in the order in which they cut."""
     order: list[int] = []
     for k in reversed(range(len(cuts))):

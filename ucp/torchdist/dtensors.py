@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Shape, empty, numel, whole
 from ucp.parallel.mesh import Layout
-from ucp.parallel.placements import Cut, Ranges, product, ranges_of
+from ucp.parallel.placements import MeshCut, Ranges, product, ranges_of
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,14 +123,14 @@ def shard_ranges(
 
 
 @functools.lru_cache(10_000)
-def _held(shape: Shape, cuts: tuple[Cut | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
+def _held(shape: Shape, cuts: tuple[MeshCut | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
     """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again. Known
     by the cuts: which placements are equal is torch's business."""
     ranges = ranges_of(shape, cuts, mesh, coordinate)
     return tuple(sum(count for _, count in along) for along in ranges), _shared(product(ranges))
 
 
-def _of_placement(name: str, placement: Any, ndim: int) -> Cut | None:
+def _of_placement(name: str, placement: Any, ndim: int) -> MeshCut | None:
     if isinstance(placement, Replicate):
         return None
     strided = type(placement).__name__ == "_StridedShard"
@@ -139,4 +139,4 @@ def _of_placement(name: str, placement: Any, ndim: int) -> Cut | None:
             f"'{name}' is placed as {placement!r}, whose values are not those of the whole tensor; redistribute it to "
             "Shard or Replicate first"
         )
-    return Cut(int(placement.dim) % max(ndim, 1), int(placement.split_factor) if strided else 1)
+    return MeshCut(int(placement.dim) % max(ndim, 1), int(placement.split_factor) if strided else 1)

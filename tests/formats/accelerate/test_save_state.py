@@ -14,13 +14,13 @@ from tests.engines.fsdp import Mesh, differences
 from tests.engines.pool import RankPool
 from tests.formats import foreign_jobs
 from tests.formats.foreign_programs import made_by
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.inspection.difference import diff
 from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.slow
 
-FORMS = ["dcp", "full"]
+FORMS = ["dcp", "full", "ranks"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,44 @@ def test_half_of_the_parts_is_refused(
     change(tmp_path / "state")
     with pytest.raises(DamagedCheckpoint, match=says):
         ucp.open(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda path: (path / "optimizer_0_rank1.bin").unlink(),
+            "has no 'optimizer_0_rank1.bin'; a rank's part",
+        ),
+        (
+            lambda path: shutil.copy(path / "optimizer_0_rank0.bin", path / "optimizer_0_rank1.bin"),
+            "hole|not covered|incomplete",
+        ),
+        (
+            lambda path: shutil.copy(path / "pytorch_model_fsdp_0_rank0.bin", path / "optimizer_0_rank1.bin"),
+            "other entries than 'optimizer_0_rank0.bin'",
+        ),
+    ],
+)
+def test_ranks_files_that_are_not_all(
+    saved: tuple[Path, foreign_jobs.Run], tmp_path: Path, change: Callable[[Path], None], says: str
+) -> None:
+    shutil.copytree(saved[0] / "ranks", tmp_path / "state")
+    change(tmp_path / "state")
+    with pytest.raises(DamagedCheckpoint, match=says):
+        ucp.open(tmp_path / "state")
+
+
+def test_a_ranks_file_by_itself_is_refused(saved: tuple[Path, foreign_jobs.Run]) -> None:
+    with pytest.raises(Unsupported, match=r"a DTensor of one rank"):
+        ucp.open(saved[0] / "ranks/pytorch_model_fsdp_0_rank0.bin")
+
+
+def test_a_mesh_of_two_dimensions(ranks: RankPool, tmp_path: Path) -> None:
+    """FSDP2 over tensor parallelism, whose lengths don't divide evenly."""
+    run = ranks.run(foreign_jobs.accelerate_saves, str(tmp_path), Mesh(dp=2, tp=2), ("ranks",), world_size=4)[0]
+    resumed = ranks.run(foreign_jobs.resume, str(tmp_path / "ranks"), Mesh(dp=3), world_size=3)[0]
+    assert differences(run.state, resumed.state) == []
 
 
 def test_one_process(foreign: Path) -> None:

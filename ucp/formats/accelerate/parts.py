@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, ParameterInfo
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.formats.accelerate.ranks import joined
 from ucp.formats.dcp.reader import add_entries, layout_of
 from ucp.formats.huggingface.folder import KINDS
 from ucp.formats.huggingface.module_order import module_order
@@ -36,6 +37,7 @@ OPTIMIZER = "optim"
 _MODEL = re.compile(r"pytorch_model_fsdp(?:_(\d+))?(\.bin)?")
 _MORE_WEIGHTS = re.compile(r"(?:model|pytorch_model)_(\d+)\.(?:safetensors|bin)")
 _OPTIMIZER = re.compile(r"optimizer(?:_(\d+))?(\.bin|\.pt)?")
+_OF_RANK = re.compile(r"(pytorch_model_fsdp|optimizer)(?:_(\d+))?_rank(\d+)\.bin")
 
 
 @dataclass
@@ -43,8 +45,8 @@ class Parts:
     """A folder's state dict, as far as it has been read.
 
     aliases: of tied parameters, by the owner's name. ordered: the model's names, where they come in the module's order.
-    unnamed: optimizers whose numbers nothing tells the names of, by their files' names. notes: what could not be
-    checked.
+    ranks: that have written a file each. unnamed: optimizers whose numbers nothing tells the names of, by their files'
+    names. notes: what could not be checked.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Parts:
     entries: Entries
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ordered: list[str] | None = None
+    ranks: int = 1
     unnamed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -66,6 +69,7 @@ class Parts:
     def catalog(self, format_name: str, writer: str) -> Catalog:
         """The parts as one; its training state is still that of the optimizers alone."""
         layout = layout_of(self.entries)
+        layout = replace(layout, dp=max(layout.dp, self.ranks))
         found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())
         parameters = {name: self._tied(info) for name, info in found.parameters.items()}
         state = replace(found.training_state, client_state={**found.training_state.client_state, **self.unnamed})
@@ -80,7 +84,7 @@ class Parts:
         return replace(info, aliases=self.aliases.get(info.name, ()), kind="buffer" if is_buffer else info.kind)
 
 
-def load(path: Path, request: ReadRequest) -> Any:
+def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
     """What a file of torch.save's holds; as the request says, without objects of unknown classes.
 
     Raises DamagedCheckpoint, and UnsafePickle for such an object.
@@ -88,7 +92,7 @@ def load(path: Path, request: ReadRequest) -> Any:
     skipped: set[tuple[str, str]] = set()
     skip, trust = (bool(request.options.get(name)) for name in ("skip_unknown_objects", "trust_client_state"))
     try:
-        found = reader.load(path, trust=trust, skipped=skipped if skip else None)
+        found = reader.load(path, trust=trust, skipped=skipped if skip else None, dtensors=dtensors)
     except UnsafePickle as error:
         way_on = "skip_unknown_objects (--skip-unknown-objects) reads the rest without it"
         raise UnsafePickle(f"{error}; {way_on}") from error
@@ -104,6 +108,13 @@ def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str])
     Raises DamagedCheckpoint where there is no model, or one part is missing; Unsupported for several models.
     """
     parts = Parts(folder, request, Entries(Builder(files)))
+    by_rank = _of_ranks(folder, names)
+    if "pytorch_model_fsdp" in by_rank:
+        parts.ranks = len(by_rank["pytorch_model_fsdp"])
+        add_module(parts, _joined(parts, by_rank["pytorch_model_fsdp"]), "pytorch_model_fsdp_0_rank0.bin")
+        if "optimizer" in by_rank:
+            add_optimizer(parts, _joined(parts, by_rank["optimizer"]), "optimizer_0_rank0.bin")
+        return parts
     _add_model(parts, names)
     optimizers = [found for name in names if (found := _OPTIMIZER.fullmatch(name)) is not None]
     optimizers = [found for found in optimizers if found[2] or locations.is_folder(folder / found[0])]
@@ -116,6 +127,30 @@ def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str])
     for found in sorted(optimizers, key=lambda found: int(found[1] or 0)):
         _add_optimizer(parts, found[0], int(found[1] or 0), sharded=not found[2])
     return parts
+
+
+def _of_ranks(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of which each rank wrote one, by what they are of, rank by rank. Raises DamagedCheckpoint where one is
+    missing, Unsupported for several models or optimizers."""
+    found: dict[str, dict[int, Path]] = {}
+    for name in names:
+        match = _OF_RANK.fullmatch(name)
+        if match is None:
+            continue
+        if int(match[2] or 0):
+            raise Unsupported(f"{folder}: '{name}' is of a second model or optimizer; of such files one is read")
+        found.setdefault(match[1], {})[int(match[3])] = folder / name
+    count = max((max(ranks) + 1 for ranks in found.values()), default=0)
+    for kind, ranks in found.items():
+        missing = next((rank for rank in range(count) if rank not in ranks), None)
+        if missing is not None:
+            raise DamagedCheckpoint(f"{folder}: has no '{kind}_0_rank{missing}.bin'; a rank's part is missing")
+    return {kind: [ranks[rank] for rank in sorted(ranks)] for kind, ranks in found.items()}
+
+
+def _joined(parts: Parts, paths: Sequence[Path]) -> Any:
+    """The state dict that all ranks' files are together."""
+    return joined([load(path, parts.request, dtensors=True) for path in paths], paths, parts.entries.builder)
 
 
 def _add_model(parts: Parts, names: Sequence[str]) -> None:
@@ -158,7 +193,9 @@ def add_module(parts: Parts, graph: Any, where: str) -> None:
     owners: dict[Any, str] = {}
     parts.ordered = []
     for name, value in graph.items():
-        if isinstance(value, TensorRef) and value.numel:
+        if isinstance(value, LogicalTensor):
+            parts.ordered.append(name)
+        elif isinstance(value, TensorRef) and value.numel:
             owner = owners.setdefault((value.file, value.offset, value.dtype, value.shape, value.strides), name)
             if owner != name:
                 parts.aliases[owner] = (*parts.aliases.get(owner, ()), name)

@@ -36,6 +36,11 @@ _TENSOR_CLASSES = {
     ("torch.nn.parameter", "Buffer"),
 }
 
+# Tensors of several ranks, of which a pickle holds one rank's; read where a format asks for them.
+DTENSOR = ("torch.distributed.tensor", "DTensor")
+_DTENSOR_CLASSES = {DTENSOR, ("torch.distributed._tensor.api", "DTensor"), ("torch.distributed.tensor._api", "DTensor")}
+_WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
+
 # Refused with a reason instead of "not on the allow-list": tensors whose bytes are not plain strided elements.
 _REFUSED_TENSORS = {
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -43,7 +48,6 @@ _REFUSED_TENSORS = {
     "_rebuild_nested_tensor": "a nested tensor",
     "_rebuild_qtensor": "a quantised tensor",
     "_rebuild_meta_tensor_no_storage": "a tensor on the meta device, which has no data",
-    "_rebuild_wrapper_subclass": "a tensor subclass",
     "_rebuild_device_tensor_from_numpy": "a tensor of a device without storages",
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device without storages",
 }
@@ -64,7 +68,7 @@ def find(module: str, name: str) -> Any | None:
     if module in ("torch._utils", "torch._tensor") and name in _REFUSED_TENSORS:
         raise Unsupported(f"it holds {_REFUSED_TENSORS[name]} ({module}.{name}), which is not supported")
     key = (module, name)
-    if key in _CALLS or key in STANDINS or key in _TENSOR_CLASSES or key in _VALUE_CLASSES:
+    if key in _CALLS or key in STANDINS or key in _TENSOR_CLASSES or key in _VALUE_CLASSES or key in _DTENSOR_CLASSES:
         return Global(module, name)
     return None
 
@@ -207,7 +211,9 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = N
     return data
 
 
-def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) -> TensorRef:
+def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) -> TensorRef | Standin:
+    if type(function) is Global and (function.module, function.name) == _WRAPPER:
+        return _rebuild_wrapper(tensor_class, state)
     # A plain tensor that carries Python attributes, as ZeRO-3's do; the attributes are dropped.
     if type(tensor_class) is not Global or (tensor_class.module, tensor_class.name) not in _TENSOR_CLASSES:
         raise TypeError(f"a tensor of class {short(tensor_class)}")
@@ -215,6 +221,17 @@ def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) 
         raise TypeError(f"a tensor built by {short(function)}")
     ref: TensorRef = call(function, tuple(_sequence(args)))
     return ref
+
+
+def _rebuild_wrapper(tensor_class: Any, state: Any) -> Standin:
+    key = (tensor_class.module, tensor_class.name) if type(tensor_class) is Global else ("", "")
+    if key not in _DTENSOR_CLASSES:
+        raise Unsupported("it holds a tensor subclass (torch._utils._rebuild_wrapper_subclass), which is not supported")
+    return Standin(*DTENSOR, (), _attributes(state))
+
+
+def _refuse_wrapper(*args: Any) -> Any:
+    raise Unsupported("it holds a tensor subclass (torch._utils._rebuild_wrapper_subclass), which is not supported")
 
 
 _TENSOR_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -383,6 +400,7 @@ _VALUE_CLASSES = {("numpy", "ndarray"), *FACTORIES}
 _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     **_TENSOR_BUILDERS,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    _WRAPPER: _refuse_wrapper,
     ("torch", "device"): _device,
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _text,

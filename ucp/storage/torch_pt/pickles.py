@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ucp import limits
-from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
+from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle, Unsupported
 from ucp.storage.torch_pt import allowlist
-from ucp.storage.torch_pt.allowlist import GETATTR
+from ucp.storage.torch_pt.allowlist import DTENSOR, GETATTR
 from ucp.storage.torch_pt.named import Global, StorageClass
 from ucp.storage.torch_pt.opcodes import ITEM_BYTES, OPCODES, STOP, Machine
 from ucp.storage.torch_pt.skipped import Skipped
@@ -43,7 +43,7 @@ class Unpickler(Machine):
     persistent id (a tuple) into an object. With `trust`, globals outside the allow-list are imported and called, as
     Python's unpickler does: that runs whatever code the pickle's author wished. None where no caller can have it so:
     the refusal then offers nothing that would not help. `skipped`: where given, such globals are neither imported nor
-    refused but entered in it, and their objects become `Standin`s.
+    refused but entered in it, and their objects become `Standin`s. `dtensors`: take one rank's DTensors, as `Standin`s.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class Unpickler(Machine):
         persistent: Callable[[Any], Any] | None = None,
         trust: bool | None = False,
         skipped: Skipped | None = None,
+        dtensors: bool = False,
     ) -> None:
         super().__init__(stream, limit)
         self._path = path
         self._persistent = persistent
         self._trust = trust
         self._skipped = skipped
+        self._dtensors = dtensors
         self._globals: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Any:
@@ -133,6 +135,8 @@ class Unpickler(Machine):
             if kwargs:
                 raise TypeError(f"{target} takes no keyword arguments")
             made = allowlist.call(target, args)
+            if type(made) is Standin and (made.class_module, made.class_name) == DTENSOR and not self._dtensors:
+                raise Unsupported("it holds a tensor subclass (a DTensor of one rank), which is not supported here")
             weight = _weight(made)
             self.spent += _CALL_BYTES + weight
             if weight > _CALL_BYTES:

@@ -47,17 +47,26 @@ class TorchFile:
     has_crcs: bool
 
 
-def load(path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None) -> Any:
+def load(
+    path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None, dtensors: bool = False
+) -> Any:
     """The object graph of a `torch.save` file. Arguments and errors as for `load_file`."""
-    return load_file(path, trust=trust, skipped=skipped).graph
+    return load_file(path, trust=trust, skipped=skipped, dtensors=dtensors).graph
 
 
-def load_file(path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None) -> TorchFile:
+def load_file(
+    path: str | os.PathLike[str],
+    *,
+    trust: bool | None = False,
+    skipped: Skipped | None = None,
+    dtensors: bool = False,
+) -> TorchFile:
     """Read a `torch.save` file, but for its tensors' data.
 
     `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
     chose; None says that whoever asked has no say in it. With `skipped`, an object of such a class becomes a plain
-    mapping of its attributes, and the class (module, name) is entered there.
+    mapping of its attributes, and the class (module, name) is entered there. With `dtensors`, one rank's DTensors are
+    `Standin`s with the attributes ``_local_tensor`` and ``_spec``, and are refused else.
 
     Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a class
     outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` where the
@@ -73,9 +82,9 @@ def load_file(path: str | os.PathLike[str], *, trust: bool | None = False, skipp
             if size == 0:
                 raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
             if start.startswith(b"PK"):
-                return _load_zip(stream, name, size, trust, skipped=skipped)
+                return _load_zip(stream, name, size, trust, skipped=skipped, dtensors=dtensors)
             if _MAGIC_PICKLE in start:
-                return TorchFile(_load_legacy(stream, name, size, trust, skipped), None, False)
+                return TorchFile(_load_legacy(stream, name, size, trust, skipped, dtensors), None, False)
     except FileNotFoundError as error:
         raise DamagedCheckpoint("there is no such file", file=name) from error
     except OSError as error:
@@ -163,7 +172,13 @@ class _ZipStorages(_Storages):
 
 
 def _load_zip(
-    stream: Any, path: str, size: int, trust: bool | None, base: int = 0, skipped: Skipped | None = None
+    stream: Any,
+    path: str,
+    size: int,
+    trust: bool | None,
+    base: int = 0,
+    skipped: Skipped | None = None,
+    dtensors: bool = False,
 ) -> TorchFile:
     archive = ZipEntries(stream, path, size, base)
     if "constants.pkl" in archive:
@@ -175,7 +190,9 @@ def _load_zip(
         if name in archive:
             archive.read(name)
     data = archive.read("data.pkl")
-    graph = Unpickler(io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust, skipped).load()
+    graph = Unpickler(
+        io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust, skipped, dtensors
+    ).load()
     graph = without(graph, skipped) if skipped else graph
     return TorchFile(graph, archive.root, archive.has_crcs)
 
@@ -219,7 +236,14 @@ class _LegacyStorages(_Storages):
             at = stop
 
 
-def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None, skipped: Skipped | None = None) -> Any:
+def _load_legacy(
+    stream: BinaryIO,
+    path: str,
+    size: int,
+    trust: bool | None,
+    skipped: Skipped | None = None,
+    dtensors: bool = False,
+) -> Any:
     def plain() -> Any:
         return Unpickler(stream, path, size, trust=None).load()
 
@@ -229,6 +253,6 @@ def _load_legacy(stream: BinaryIO, path: str, size: int, trust: bool | None, ski
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Unsupported("written on a big-endian machine, which is not supported", file=path)
     storages = _LegacyStorages(path)
-    graph = Unpickler(stream, path, size, lambda saved: storages.get(saved, 6), trust, skipped).load()
+    graph = Unpickler(stream, path, size, lambda saved: storages.get(saved, 6), trust, skipped, dtensors).load()
     storages.place(stream, plain(), size)
     return without(graph, skipped) if skipped else graph

@@ -34,6 +34,18 @@ STANDINS = frozenset(
             )
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        # A DTensor's spec, where each rank has pickled its own.
+        *(
+            (f"torch.distributed.tensor.{module}", name)
+            for module, names in (
+                ("_dtensor_spec", ("DTensorSpec", "TensorMeta", "ShardOrderEntry")),
+                ("placement_types", ("Shard", "Replicate", "Partial", "_StridedShard", "DTensorSpec")),
+            )
+            for name in names
+        ),
+        ("torch.distributed.device_mesh", "DeviceMesh"),
+        ("torch.distributed._mesh_layout", "_MeshLayout"),
+        ("torch.distributed._mesh_layout", "_FlatLayout"),
         # Plans, which `Metadata.all_local_plans` keeps; Megatron-Core has it in its checkpoints.
         *(
             ("torch.distributed.checkpoint.planner", name)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import ucp
 from tests.formats.deepspeed.write.test_native import ADAMW, BF16, GROUPS, SHAPES, raw_source
-from tests.formats.raw import write_files
+from tests.formats.raw import Raw, write_files
 from ucp.catalog import Catalog
+from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write import native, universal_folder
 from ucp.parallel.mesh import Layout
 from ucp.storage.files import Files
@@ -65,6 +67,31 @@ def test_converter_to_universal(tmp_path: Path, stage: int, dp: int) -> None:
                     wanted = wanted["param"]
                 assert torch.equal(wanted.reshape(-1), found["param"].reshape(-1))
                 assert found["param"].shape == SHAPES[name]
+    is_read_back(raw, tmp_path / "ours")
+    if stage < 3 or dp == 1:
+        is_read_back(raw, tmp_path / "theirs" / "tag")
+    else:
+        with pytest.raises(Unsupported, match=r"'frozen\.weight' is not whole in it"):
+            ucp.open(tmp_path / "theirs" / "tag")
+
+
+def is_read_back(raw: Raw, path: Path) -> None:
+    """DeepSpeed's universal folder as a source: every tensor, step, group and name of what it was made of."""
+    with ucp.open(path) as opened:
+        assert opened.format == "deepspeed-universal"
+        source = raw.catalog
+        for name, info in source.parameters.items():
+            if info.kind != "parameter":
+                continue
+            assert opened.parameters[name].states.keys() == info.states.keys()
+            assert opened.parameters[name].scalars == info.scalars
+            assert opened.parameters[name].aliases == info.aliases
+            for state in info.states:
+                assert torch.equal(opened.read(name, state), raw.tensor(name, state)), (name, state)
+        groups = opened.training_state.param_groups
+        assert [group.names for group in groups] == [tuple(names) for names in GROUPS]
+        assert torch.equal(opened.read("mask").bool(), raw.tensor("mask", "param"))
+        assert opened.training_state.global_steps == source.training_state.global_steps
 
 
 def save(catalog: Catalog, folder: Path, files: list[TargetFile]) -> None:

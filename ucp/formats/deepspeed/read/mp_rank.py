@@ -113,7 +113,7 @@ def _read_part(
         kind = "buffer" if name in buffers else "frozen"
         builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
     experts.enter_frozen(builder)
-    state = _training_state(model, groups, first_state, dp)
+    state = training_state(model, groups, first_state, dp)
     return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
 
 
@@ -195,7 +195,7 @@ def _stage(path: Path, sd: Mapping[str, Any]) -> int:
         return int(found.value if isinstance(found, Standin) else found)
 
 
-def _training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:
+def training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mapping[str, Any], dp: int) -> TrainingState:
     config = model.config
     batch = config.get("train_batch_size")
     steps, samples = model.integer("global_steps"), model.integer("global_samples")

@@ -1,0 +1,128 @@
+"""One file for each rank, by torch.save: a state dict whose DTensors have that rank's part of every tensor.
+
+Accelerate writes these for FSDP2 where planning by torch.distributed.checkpoint takes too long, and reads them back on
+the same ranks only. What a part is of its tensor, its placements and the rank's place in the mesh say, as they do of a
+live one; ranks that hold the same elements are compared by nobody, and the first of them is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.shared.builder import Builder
+from ucp.geometry import Blocks, Shape, concat
+from ucp.parallel.placements import MeshCut, product, ranges_of
+from ucp.storage.torch_pt.allowlist import DTENSOR
+from ucp.storage.torch_pt.values import Standin, TensorRef
+
+
+@dataclass
+class _FromRanks:
+    """A tensor, as far as ranks' files have given parts of it. seen: places in the mesh, by what cuts."""
+
+    shape: Shape
+    dtype: str
+    blocks: list[Blocks] = field(default_factory=list)
+    bases: list[Any] = field(default_factory=list)
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+
+
+def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> Any:
+    """The state dict that the ranks hold together: the first one's, its DTensors whole (each a LogicalTensor).
+
+    Raises DamagedCheckpoint where the ranks' files don't belong together, Unsupported for unknown placements.
+    """
+    first = graphs[0]
+    if isinstance(first, Standin) and (first.class_module, first.class_name) == DTENSOR:
+        return _tensor(graphs, paths, builder)
+    if isinstance(first, Mapping):
+        for graph, path in zip(graphs, paths, strict=True):
+            if not isinstance(graph, Mapping) or graph.keys() != first.keys():
+                raise DamagedCheckpoint(
+                    f"{path}: has other entries than '{paths[0].name}'; files of two runs are mixed"
+                )
+        return {key: joined([graph[key] for graph in graphs], paths, builder) for key in first}
+    if isinstance(first, list):
+        if any(not isinstance(graph, list) or len(graph) != len(first) for graph in graphs):
+            raise DamagedCheckpoint(f"{paths[0].parent}: lists in the ranks' files are of different lengths")
+        return [joined([graph[index] for graph in graphs], paths, builder) for index in range(len(first))]
+    return first
+
+
+def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> LogicalTensor:
+    whole: _FromRanks | None = None
+    for graph, path in zip(graphs, paths, strict=True):
+        local, spec = graph.state["_local_tensor"], graph.state["_spec"]
+        shape, dtype = tuple(int(n) for n in spec.tensor_meta.class_args[0]), spec.tensor_meta.class_args[2].name
+        if whole is None:
+            whole = _FromRanks(shape, dtype)
+        if not isinstance(local, TensorRef) or (shape, dtype, local.dtype) != (whole.shape, whole.dtype, whole.dtype):
+            raise DamagedCheckpoint(f"{path}: a tensor has another shape or type than in '{paths[0].name}'")
+        _add(whole, local, spec, path, builder, len(graphs))
+    if whole is None:
+        raise DamagedCheckpoint("no rank's file has the tensor")
+    return LogicalTensor(
+        "", "", whole.shape, whole.dtype, concat(whole.blocks, len(whole.shape)), np.concatenate(whole.bases)
+    )
+
+
+def _add(whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder: Builder, ranks: int) -> None:
+    mesh, place = _mesh(spec.mesh), tuple(int(n) for n in spec.mesh.state["_coordinate_on_dim"])
+    cuts = [_cut(path, placement, len(whole.shape), ranks) for placement in spec.placements]
+    if (
+        len(mesh) != len(cuts)
+        or len(place) != len(cuts)
+        or not all(0 <= n < m for n, m in zip(place, mesh, strict=True))
+    ):
+        raise DamagedCheckpoint(f"{path}: a rank at {list(place)} is not in a mesh of {list(mesh)}")
+    mine = tuple(n for n, cut in zip(place, cuts, strict=True) if cut is not None)
+    if mine in whole.seen:
+        return  # another rank holds the same
+    whole.seen.add(mine)
+    ranges = ranges_of(whole.shape, cuts, mesh, place)
+    sizes = tuple(sum(count for _, count in along) for along in ranges)
+    if sizes != local.shape and (0 not in sizes or local.numel):
+        raise DamagedCheckpoint(
+            f"{path}: a shard of a tensor {list(whole.shape)} has shape {list(local.shape)}, and its placements mean "
+            f"{list(sizes)}"
+        )
+    if not local.numel:
+        return
+    blocks = product(ranges)
+    # From places in the shard's row-major order to those in the file, where its strides may be others.
+    index = np.stack(np.unravel_index(blocks.starts, sizes)) if sizes else np.zeros((0, len(blocks)), np.int64)
+    strides = np.array(local.strides, np.int64)
+    starts = (strides @ index).astype(np.int64) if sizes else blocks.starts
+    buffers = np.full(len(blocks), builder.file(local), np.int64)
+    whole.blocks.append(Blocks(blocks.offsets, blocks.sizes, starts, np.tile(strides, (len(blocks), 1)), buffers))
+    whole.bases.append(np.full(len(blocks), local.offset, np.int64))
+
+
+def _mesh(mesh: Standin) -> tuple[int, ...]:
+    """A DeviceMesh's shape: of its layout, as torch has kept it since 2.10, or of the tensor of its ranks before."""
+    layout = mesh.state.get("_layout")
+    if isinstance(layout, Standin):
+        axes = layout.state.get("axes")
+        shapes = [axis.state["shape"] for axis in axes] if axes is not None else [layout.state["shape"]]
+        return tuple(int(np.prod(shape)) for shape in shapes)
+    return tuple(mesh.state["mesh"].shape)
+
+
+def _cut(path: Path, placement: Standin, ndim: int, ranks: int) -> MeshCut | None:
+    kind = placement.class_name
+    if kind == "Replicate":
+        return None
+    if kind not in ("Shard", "_StridedShard"):
+        raise Unsupported(f"{path}: a tensor is placed as {kind}, whose values are not those of the whole tensor")
+    dim = int(placement.state["dim"])
+    pieces = int(placement.state["split_factor"]) if kind == "_StridedShard" else 1
+    if not 0 < pieces <= ranks:
+        raise DamagedCheckpoint(f"{path}: a tensor is cut into {pieces} pieces first, and there are {ranks} ranks")
+    return MeshCut(dim % max(ndim, 1), pieces)
