@@ -231,6 +231,9 @@ INTEGER_BYTES = 1785
 EMPTY_ITEMS = 1 << 16
 """Elements of an array whose elements have no bytes."""
 
+LAYERS_COUNT = 1 << 12
+"""The most layers in a row that a pipeline's checkpoint may have lost: they are listed before anything is looked at."""
+
 EXPERTS = 1 << 16
 """The most experts of one layer: they are listed before their tensors are looked at."""
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _target_options() -> dict[str, Option]:
     """The targets' own options, but those that a merge has itself or that make no sense for one."""
-    taken = ("dtype", "virtual", "digests")
+    taken = ("dtype", "virtual", "digests", "weights")
     return {o.name: o for _, o in formats.options_of_targets(formats.built_in()) if o.name not in taken}
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
+from ucp import limits
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import DamagedCheckpoint, UcpError
 from ucp.formats.deepspeed.read import layers, stems
@@ -150,14 +152,16 @@ class _Look:
 
     def lost_numbers(self) -> list[int]:
         """The layers of the stages that are lost."""
-        kept = [span for stage, span in self.ranges().items() if stage not in self.lost]
-        known = {n for stage, (a, b) in self.ranges().items() if stage in self.lost for n in range(a, b + 1)}
+        kept = sorted(span for stage, span in self.ranges().items() if stage not in self.lost)
         listed = {number for files in self.layers.values() for number in files}
-        top = max([*listed, *(last for _, last in kept), *known], default=-1)
-        inside = {n for n in range(top + 1) if not any(a <= n <= b for a, b in kept)}
-        described = _numbers(self.lost_names())
         # Of a stage that is described only what it names is lost; a function between two layers has no parameters.
-        return sorted(n for n in inside if n in described or n in listed or self.stage_of(n) not in self.described)
+        found = _numbers(self.lost_names()) | {n for n in listed if not any(a <= n <= b for a, b in kept)}
+        ends = [(-1, -1), *kept]
+        for (_, last), (first, _) in pairwise(ends):
+            if first - last - 1 > limits.LAYERS_COUNT:
+                raise DamagedCheckpoint(f"{self.path}: there are {first - last - 1} layers between two that are left")
+            found |= {n for n in range(last + 1, first) if self.stage_of(n) not in self.described}
+        return sorted(found)
 
     def lost_names(self) -> dict[str, Shape]:
         """What the lost stages trained, where a model file is left that says so."""
