@@ -17,6 +17,7 @@ from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
+from ucp.formats.nouns import ModuleOrder
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
@@ -166,7 +167,8 @@ def load_checkpoint(
         lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only and kept)
     )
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
-    local = [g.names for g in target.groups]
+    module = [name for name, _ in engine.module.named_parameters()]
+    local = [ModuleOrder.of_group(g.names, module) for g in target.groups]
     watch.timed("plan", lambda: target.place(config.choice()))
     # A pipeline's names are the whole model's on every stage; those of all stages tell more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local

@@ -6,7 +6,7 @@ Apart from `ucp.formats.base`, since the command line names the formats' options
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,3 +123,33 @@ class Division:
 
     held: Iterable[tuple[LogicalTensor, Blocks]]
     stages: tuple[int, ...] | None = None
+
+
+class ModuleOrder(tuple[str, ...]):
+    """A param group's names, in the order in which the caller's module has them, as most optimizers are made.
+
+    Where a checkpoint numbers an optimizer's parameters, and its own module has them in another order, it is that one
+    by which they were numbered: the caller's may have been changed since. Names in any other order of the caller's are
+    a plain sequence, and trusted as they are.
+    """
+
+    @classmethod
+    def of_group(cls, group: Iterable[str], module: Iterable[str]) -> Sequence[str]:
+        """The group as one of these, if it follows the module's order."""
+        names, place = list(group), {name: k for k, name in enumerate(module)}
+        places = [place.get(name, -1) for name in names]
+        return cls(names) if places == sorted(places) and -1 not in places else names
+
+    def but(self, names: Iterable[str]) -> ModuleOrder:
+        """Some of them, in the same order."""
+        kept = set(names)
+        return ModuleOrder(name for name in self if name in kept)
+
+
+def by_module(group: Sequence[str], module: Iterable[str]) -> Sequence[str]:
+    """The group's names in the order of the checkpoint's module, where they were in that of the caller's."""
+    if not isinstance(group, ModuleOrder):
+        return group
+    known = set(group)
+    found = [name for name in module if name in known]
+    return found if len(found) == len(group) else group

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
-from ucp.formats.shared.roles import assign
+from ucp.formats.nouns import ModuleOrder
+from ucp.formats.shared.roles import PARAM, assign
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load
@@ -133,7 +134,8 @@ def open_for(
     """The checkpoint's folder and its catalog, whose training state has real tensors, by the state dict's names where
     a spec tells what they are in the checkpoint."""
     roles = assign(flatten(state_dict), complete=False)
-    names = [list(group) for group in roles.groups.values()]
+    module = [name for name, state in roles.tensors.values() if state == PARAM]
+    names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
     return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, opening)

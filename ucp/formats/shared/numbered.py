@@ -20,6 +20,7 @@ from typing import Any
 
 from ucp.catalog import bare
 from ucp.errors import DamagedCheckpoint
+from ucp.formats.nouns import by_module
 from ucp.geometry import Shape, numel
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -84,7 +85,8 @@ def _names(optimizer: Mapping[str, Any], model: ModelTensors) -> dict[int, str]:
     groups = [list(group[MEMBERS]) for group in optimizer[GROUPS]]
     shapes = {number: _shape(optimizer[STATE].get(number, {})) for group in groups for number in group}
     recorded = [group.get(NAMES) for group in optimizer[GROUPS]]
-    for given in (_bare(recorded, model.shapes) if all(recorded) else None, model.given):
+    by_caller = None if model.given is None else [by_module(names, model.order() or ()) for names in model.given]
+    for given in (_bare(recorded, model.shapes) if all(recorded) else None, by_caller):
         if given is not None and [len(names) for names in given] == [len(group) for group in groups]:
             pairs = dict(zip((n for g in groups for n in g), (name for names in given for name in names), strict=True))
             if _fit(pairs, shapes, model.shapes):
@@ -111,7 +113,7 @@ def _may_be_trained(name: str) -> bool:
 def _order(model: ModelTensors) -> Sequence[str] | None:
     """The module's order: of the names that the caller gives as one group, else as the checkpoint tells it."""
     if model.given is not None and len(model.given) == 1 and set(model.given[0]) <= model.shapes.keys():
-        return model.given[0]
+        return by_module(model.given[0], model.order() or ())
     return model.order()
 
 

@@ -18,6 +18,7 @@ from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
+from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.samples import counted_once
@@ -101,7 +102,10 @@ def _read_part(
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
         if param_names is not None:  # the caller knows all experts, this part has its rank's
-            param_names = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
+            held = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
+            param_names = [
+                g.but(own) if isinstance(g, ModuleOrder) else own for g, own in zip(param_names, held, strict=True)
+            ]
         with malformed(model.path, "'optimizer'"):
             groups = stage0.read(builder, model, candidates, aliases, param_names)
         first_state = model.raw["optimizer"]

@@ -6,12 +6,14 @@ state dict. Three forms: one master per parameter (``fp32_groups``), one flat ma
 to be given its name:
 
 1. by the names that the optimizer itself recorded (torch's ``param_names``), else by those that the caller gives, if
-   they are as many in every group and name this module's parameters;
+   they are as many in every group and name this module's parameters; a group that follows the caller's module is taken
+   in the order of this one (`ucp.formats.nouns.ModuleOrder`);
 2. else by the module's own order: of the names with a slot's shape, in the order in which the module lists them,
    confirmed by the values: a master rounded to the module's element type is the module's weight.
 
 Where neither decides, because parameters of one shape lie in several groups (or some of them are frozen) and no masters
-tell them apart, the checkpoint is refused.
+tell them apart, or because the slots' shapes show that the optimizer was made in another order than the module's, the
+checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of, split_state
+from ucp.formats.nouns import by_module
 from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
@@ -71,6 +74,8 @@ def read(
         names = recorded
     elif names is not None and not (len(names) == len(groups) and all(n in trainable for g in names for n in g)):
         names = None  # an engine may well have other groups than the source had
+    elif names is not None:
+        names = [by_module(group, trainable) for group in names]
     if "fp32_groups_flat" in saved:
         named = _flat(builder, model, inner, saved["fp32_groups_flat"], pools, names)
     else:
@@ -176,7 +181,19 @@ def _name(
         pool = pools[slots[members[0]].group]
         candidates = [n for n, ref in pool.items() if ref.shape == shape]
         found.update(_match(builder, model, [(i, slots[i]) for i in members], candidates, pool))
-    return [(found[i], slot) for i, slot in enumerate(slots)]
+    pairs = [(found[i], slot) for i, slot in enumerate(slots)]
+    _check_order(model, pairs, list(every))
+    return pairs
+
+
+def _check_order(model: ModelFile, pairs: Sequence[tuple[str, _UnnamedParameter]], module: Sequence[str]) -> None:
+    """Raise Unsupported where names that shapes alone have told are not in the module's order, so that the optimizer
+    was made in another one, and parameters of one shape may be anywhere in it."""
+    place = {name: k for k, name in enumerate(module)}
+    for group in {slot.group for _, slot in pairs if slot.master is None}:
+        places = [place[name] for name, slot in pairs if slot.group == group]
+        if places != sorted(places):
+            raise _undecided(model, [name for name, slot in pairs if slot.group == group])
 
 
 def _fits(builder: Builder, slot: _UnnamedParameter, weight: TensorRef) -> bool:
