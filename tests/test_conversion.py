@@ -136,11 +136,11 @@ def test_workers_and_memory_change_nothing(source: Path, made: raw.Raw, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"to": "megatron"}, Unsupported, "converting to 'megatron' is not supported yet"),
+        ({"to": "megatron"}, BadArgument, "converting to 'megatron' needs a layout to write for"),
         ({"to": "tar"}, BadArgument, "unknown target format 'tar'; supported are 'universal', 'deepspeed'"),
         ({"to": "deepspeed"}, BadArgument, "needs a layout to write for, such as dp=4,zero=3"),
         ({"to": "deepspeed", "virtual": True}, BadArgument, "virtual form exists in the universal format only"),
-        ({"layout": "dp=2"}, BadArgument, "a layout is for 'deepspeed' only"),
+        ({"layout": "dp=2"}, BadArgument, "a layout is for 'deepspeed' or 'megatron' only"),
         ({"to": "deepspeed", "layout": "dq=2"}, BadArgument, "layout 'dq=2': unknown name 'dq'"),
         ({"digests": True}, BadArgument, "digests can be asked for in the virtual form only"),
         ({"ds_config": {}}, BadArgument, "a DeepSpeed config is for 'deepspeed' only"),

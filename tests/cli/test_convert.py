@@ -155,7 +155,7 @@ def test_progress_on_a_terminal_only(source: Path, tmp_path: Path) -> None:
         (["a", "b", "--max-memory", "2 parsecs"], "argument --max-memory: '2 parsecs' is no size"),
         (["a", "b", "--layout", "dp=x"], "layout 'dp=x': 'dp' needs a whole number"),
         (["a", "b", "--to", "zip"], "unknown target format 'zip'"),
-        (["a", "b", "--to", "megatron"], "converting to 'megatron' is not supported yet"),
+        (["a", "b", "--to", "megatron"], "converting to 'megatron' needs a layout to write for"),
         (["nowhere/at/all", "b"], "nowhere/at/all: there is no such file or folder"),
     ],
 )

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 def _targets(known: Sequence[Format]) -> str:
     names = [target.name for format_ in known for target in format_.targets]
     names[names.index(formats.DEFAULT_TARGET)] += " (default)"
-    return f"{', '.join(names)}, or what an installed package adds; {', '.join(formats.PLANNED)} is planned"
+    return f"{', '.join(names)}, or what an installed package adds"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

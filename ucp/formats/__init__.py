@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ucp import installed
-from ucp.errors import BadArgument, NotACheckpoint, Unsupported
+from ucp.errors import BadArgument, NotACheckpoint
 from ucp.formats.base import Format, Option, WriteTarget
 from ucp.printable import logger
 
@@ -44,8 +44,6 @@ BUILT_IN = (
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
 DEFAULT_TARGET = "universal"
-PLANNED: tuple[str, ...] = ()
-"""Targets that are to come."""
 
 
 @cache
@@ -165,14 +163,12 @@ def those_of(name: str) -> list[Format]:
 
 
 def target(name: str) -> WriteTarget:
-    """What ``to=`` names. Raises BadArgument where nothing has this name, Unsupported for what is to come."""
+    """What ``to=`` names. Raises BadArgument where nothing has this name."""
     for known in every():
         for one in known.targets:
             if one.name == name:
                 return one
     known_names = ", ".join(f"'{one.name}'" for known in every() for one in known.targets)
-    if name in PLANNED:
-        raise Unsupported(f"converting to '{name}' is not supported yet; supported are {known_names}")
     raise BadArgument(f"unknown target format '{name}'; supported are {known_names}")
 
 

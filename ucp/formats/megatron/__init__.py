@@ -37,7 +37,7 @@ class MegatronTarget(WriteTarget):
     name = NAME
     takes_layout = True
     options = (
-        Option("weights", TEXT, "element type of weights that have masters: bf16, fp16, fp32", "T"),
+        Option("dtype", TEXT, "element type of the weights: bf16, fp16, fp32", "T"),
         Option("per_layer", FLAG, "give each layer keys of its own", default=False),
         Option("plain_optimizer", FLAG, "for a run without Megatron's distributed optimizer", default=False),
     )
@@ -56,7 +56,7 @@ class MegatronTarget(WriteTarget):
         files = torch_dist.plan(
             source,
             layout,
-            dtype=options.get("weights"),
+            dtype=options.get("dtype"),
             per_layer=options.get("per_layer", False),
             plain=options.get("plain_optimizer", False),
         )
