@@ -54,7 +54,9 @@ def stand_in() -> None:
     _name_types_of_cuda()
     _allocate_on_the_processor()
     import megatron.core.tensor_parallel.random as generators
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # which 0.16.1 forgets to define where Transformer Engine isn't there
     generators._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 

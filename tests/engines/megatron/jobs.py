@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from tests.engines.megatron import run
+from tests.engines.megatron import families, run
 from tests.engines.megatron.cases import Case
 
 
@@ -36,3 +36,22 @@ def load(job: dict[str, Any]) -> None:
     found = made.load(job["load"], **job.get("content", {}))
     assert found["iteration"] == run.STEPS
     made.save(job["save"])
+
+
+def logits(job: dict[str, Any]) -> None:
+    """The logits of Megatron's models with the weights that some folders hold. load: name of a family -> folder."""
+    out = {}
+    for name, folder in job["load"].items():
+        model = families.megatron_model(name, run.inference_model)
+        state = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
+        for part in state["model"].values():
+            if name in families.EXPERTS:
+                # As Transformer Engine's classes call it, whose models of experts are what is trained.
+                part.key = part.key.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+        found = dist_checkpointing.load(state, folder, strict="raise_all")
+        model.load_state_dict(found["model"], strict=True)
+        ids = families.tokens()
+        mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), 1)[None, None]
+        with torch.no_grad():
+            out[name] = model(ids, torch.arange(16)[None].expand(2, 16), mask)
+    torch.save(out, job["save"])

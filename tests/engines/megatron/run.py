@@ -205,3 +205,32 @@ def made(case: Case) -> Run:
         [wrapped],
     )
     return Run(case, model, wrapped, optimizer)
+
+
+def inference_model(config: dict[str, Any], position_embedding_type: str, share_embeddings: bool) -> GPTModel:
+    """A model in full precision on one rank, for its logits alone. config: of TransformerConfig."""
+    if not ps.model_parallel_is_initialized():
+        ps.initialize_model_parallel(create_gloo_process_groups=True)
+        model_parallel_cuda_manual_seed(1)
+    found = TransformerConfig(
+        **config,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+    spec = get_gpt_layer_local_spec(
+        num_experts=found.num_moe_experts, normalization=found.normalization, qk_layernorm=found.qk_layernorm
+    )
+    return GPTModel(
+        found,
+        spec,
+        vocab_size=64,
+        max_sequence_length=32,
+        share_embeddings_and_output_weights=share_embeddings,
+        position_embedding_type=position_embedding_type,
+    ).eval()

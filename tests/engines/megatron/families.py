@@ -1,0 +1,89 @@
+"""Families of models that transformers and Megatron-Core both have: small ones of each, for the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 64, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """config: what transformers' config class is given. megatron: what Megatron's is given besides."""
+
+    config: Mapping[str, Any]
+    megatron: Mapping[str, Any]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(_SIZES, {}),
+    "mistral": Family({**_SIZES, "sliding_window": None}, {}),
+    "qwen2": Family(_SIZES, {"add_qkv_bias": True}),
+    "qwen3": Family({**_SIZES, "head_dim": 16}, {"qk_layernorm": True, "kv_channels": 16}),
+    "mixtral": Family({**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}, {"num_moe_experts": 4}),
+    "qwen3_moe": Family(
+        {**_SIZES, **_MOE, "head_dim": 16},
+        {"qk_layernorm": True, "kv_channels": 16, "num_moe_experts": 4, "moe_ffn_hidden_size": 24},
+    ),
+    "gpt2": Family(_GPT2, {}),
+}
+
+
+EXPERTS = ("mixtral", "qwen3_moe")
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+def transformers_model(name: str) -> Any:
+    """A model of transformers with seeded weights, every one of them random."""
+    import transformers
+
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(name, **FAMILIES[name].config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    return model.float().eval()
+
+
+def megatron_model(name: str, make: Callable[..., Any]) -> Any:
+    """The same model of Megatron's. make: its GPTModel of (TransformerConfig's arguments, the others)."""
+    family = FAMILIES[name]
+    gpt = name == "gpt2"
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 4 if gpt else 2,
+        "ffn_hidden_size": 128 if gpt else 48,
+        "layernorm_epsilon": 1e-5 if gpt else 1e-6,
+        "normalization": "LayerNorm" if gpt else "RMSNorm",
+        "gated_linear_unit": not gpt,
+        "add_bias_linear": gpt,
+        "activation_func": partial(torch.nn.functional.gelu, approximate="tanh") if gpt else torch.nn.functional.silu,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+    }
+    positions = "learned_absolute" if gpt else "rope"
+    return make({**sizes, **family.megatron}, position_embedding_type=positions, share_embeddings=gpt)
