@@ -15,7 +15,7 @@ from tests.inspection.test_digests import edited
 from tests.loading import proof_jobs as jobs
 from ucp.errors import BadArgument, ProofFailed
 from ucp.inspection.digests import digests_of
-from ucp.job.live_digest import converted
+from ucp.job.float_types import converted
 from ucp.loading import proof
 from ucp.logical.digest import Digest
 

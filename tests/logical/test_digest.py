@@ -372,3 +372,25 @@ def test_elements_that_lie_apart(tensor: torch.Tensor) -> None:
         LiveElements(t, tuple(t.shape), blocks) for t in (tensor, tensor.clone(memory_format=torch.contiguous_format))
     ]
     assert digests(lying[:1]) == digests(lying[1:]) == on_device(lying[:1])
+
+
+@pytest.mark.parametrize("every", [None, 1, 3, 32])
+def test_tensors_together_have_the_digests_that_each_has(every) -> None:
+    rng = np.random.default_rng(11)
+    sample = None if every is None else Sample(5, every)
+    lives, wanted = [], []
+    for k in range(200):
+        shape = (int(rng.integers(0, 40)), int(rng.integers(1, 3000 if k % 10 else 40_000)))
+        tensor = torch.from_numpy(rng.integers(-(2**31), 2**31, shape).astype(np.int32))
+        n = tensor.numel()
+        low, high = sorted(rng.integers(0, n + 1, 2).tolist()) if k % 2 else (0, n)
+        blocks = flat_ranges(shape, [low], [high], [0])
+        part = tensor.reshape(-1)[low:high].clone()
+        lives.append(LiveElements(part, shape, blocks))
+        parts = list(runs_of(shape, blocks, 4))
+        if sample is not None:
+            parts = [sample.of(part, 4 * n) for part in parts]
+        wanted.append(total(digest_bytes(part.numpy(), one) for one in parts))
+    assert digests(lives, sample=sample) == wanted
+    assert digests(lives, sample=sample, threads=3) == wanted
+    assert on_device(lives, sample) == wanted

@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.job.float_types import converted
 from ucp.logical import digest
+from ucp.logical.batch import Batch
 from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW, Digest, digest_bytes, padded_batches
-from ucp.logical.runs import Runs, Sample, runs_of, within_buffer
+from ucp.logical.runs import Run, Runs, Sample, few_runs, runs_of, within_buffer
 from ucp.storage.dtypes import itemsize, to_torch
 
 # Bytes of a tensor that one thread, or the device, takes at once.
 PIECE = 16 << 20
+# In host memory: tensors of fewer bytes are digested together.
+_TOGETHER = 2 << 20
 # On a device: runs of at least so many bytes are multiplied where they are.
 _LONG = 256 << 10
 # On a device: runs in rows of their own are worth it from so many bytes on.
@@ -58,9 +62,13 @@ class LiveElements:
         """Bytes of an element that is digested."""
         return self.tensor.element_size() if self.dtype is None or self.back else itemsize(self.dtype)
 
+    @cached_property
+    def elements(self) -> int:
+        return int(self.blocks.counts.sum())
+
     @property
     def nbytes(self) -> int:
-        return int(self.blocks.counts.sum()) * self.width
+        return self.elements * self.width
 
 
 @torch.no_grad()
@@ -114,42 +122,30 @@ def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
     return piece.view(torch.uint8)
 
 
-# Floating-point types: the integers of their width, and the bits of their fraction.
-_FLOATS = {
-    torch.float16: (torch.int16, 10),
-    torch.bfloat16: (torch.int16, 7),
-    torch.float32: (torch.int32, 23),
-    torch.float64: (torch.int64, 52),
-}
-
-
-def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in another type. What is no number keeps its sign and its payload, as far as there is room for it, as
-    `ucp.transfer.exact.widen` keeps it; torch's own conversion does so on some devices alone."""
-    if values.dtype == torch.bfloat16 and dtype == torch.float32:
-        return (values.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    out = values.to(dtype)
-    if values.dtype == dtype or values.dtype not in _FLOATS or dtype not in _FLOATS:
-        return out
-    odd = values.isnan()
-    if values.device.type == "cpu" and not bool(odd.any()):
-        return out
-    return torch.where(odd, _nans(values, dtype), out)
-
-
-def _nans(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values, all taken for what is no number, in another type."""
-    (here, fraction), (there, wanted) = _FLOATS[values.dtype], _FLOATS[dtype]
-    wide = max(here, there, key=lambda kind: kind.itemsize)
-    bits = values.view(here).to(wide)
-    payload = bits & ((1 << fraction) - 1)
-    payload = payload << wanted - fraction if wanted >= fraction else payload >> fraction - wanted
-    infinite = (1 << 8 * there.itemsize - 1) - (1 << wanted)
-    sign = (bits < 0).to(wide) << 8 * there.itemsize - 1
-    return (sign | infinite | payload).to(there).view(dtype)
+def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
+    """The runs to look at, where they are few and lie in the tensor's memory as they are digested; else None."""
+    if live.dtype is not None or live.one_nan or not live.tensor.is_contiguous():
+        return None
+    found = few_runs(live.shape, live.blocks, live.width)
+    return found if found is None or sample is None else sample.cut(found, numel(live.shape) * live.width)
 
 
 def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
+    """Tensors of which little is looked at, together in this thread; of the others pieces, by all threads."""
+    batch, large = Batch(len(lives)), []
+    for k, live in enumerate(lives):
+        listed = _listed(live, sample)
+        if listed is not None and sum(size for _, _, size in listed) < _TOGETHER:
+            batch.add(k, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
+        else:
+            large.append(k)
+    out = batch.finish()
+    for k, found in zip(large, _piecewise([lives[k] for k in large], sample, threads), strict=True):
+        out[k] = found
+    return out
+
+
+def _piecewise(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
     def work(job: tuple[int, torch.Tensor, Runs]) -> tuple[int, Digest]:
         k, raw, runs = job
         return k, digest_bytes(raw.cpu().numpy(), runs)
@@ -187,6 +183,12 @@ def on_device(lives: Sequence[LiveElements], sample: Sample | None = None, threa
     """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too."""
     sums = _Sums(lives[0].tensor.device, len(lives))
     for k, live in enumerate(lives):
+        listed = _listed(live, sample)
+        if listed is not None and all(size >= _LONG for _, _, size in listed):
+            raw = live.tensor.detach().reshape(-1).view(torch.uint8)
+            for run in listed:
+                sums.add_long(k, raw, *run)
+            continue
         for raw, runs in _windows(live, sample, PIECE):
             sums.add(k, raw, runs)
     return sums.finish()
@@ -209,7 +211,7 @@ class _Sums:
         """Bytes of one of them, and where they belong."""
         long = runs.sizes >= _LONG
         for k in np.flatnonzero(long).tolist():
-            self._add_long(index, raw, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
+            self.add_long(index, raw, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
         rest = runs.take(np.flatnonzero(~long))
         if not len(rest):
             return
@@ -226,7 +228,7 @@ class _Sums:
         found = self._sums.cpu().numpy().view(np.uint64).tolist()
         return [Digest(first, second) for first, second in found]
 
-    def _add_long(self, index: int, raw: torch.Tensor, source: int, place: int, size: int) -> None:
+    def add_long(self, index: int, raw: torch.Tensor, source: int, place: int, size: int) -> None:
         head = -place % ROW
         body = (size - head) // ROW * ROW
         whole = raw[source + head : source + head + body]

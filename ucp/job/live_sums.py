@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 import xxhash
+from numpy.typing import NDArray
 
 from ucp.geometry import Blocks
 from ucp.job import ranks
@@ -52,6 +54,8 @@ class SumOverRanks:
 
 def region_of(blocks: Blocks) -> int:
     """A number for the elements that blocks hold, wherever they lie."""
+    if len(blocks) == 1:
+        return xxhash.xxh3_64_intdigest(blocks.offsets.tobytes() + b"/" + blocks.sizes.tobytes())
     order = np.lexsort(blocks.offsets.T) if blocks.ndim else np.arange(len(blocks))
     return xxhash.xxh3_64_intdigest(blocks.offsets[order].tobytes() + b"/" + blocks.sizes[order].tobytes())
 
@@ -77,15 +81,20 @@ def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
     differ = (every["first"] != held["first"][of]) | (every["second"] != held["second"][of])
     odd = set(every["key"][differ].tolist())
     flawed = set(every["key"][every["flawed"]].tolist())
-    sums: dict[int, tuple[Digest, int]] = {}
-    for key, _, a, b, elements, _ in held.tolist():
-        digest, count = sums.get(key, (Digest(), 0))
-        sums[key] = digest + Digest(a, b), count + elements
-    uneven: dict[int, tuple[Digest, int]] = {}
-    for key, _, a, b, elements, _ in every.tolist():
-        digest, count = uneven.get(key, (Digest(), 0))
-        uneven[key] = digest + Digest(a, b), count + elements
-    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed, *uneven[key]) for key, found in sums.items()}
+    once, uneven = _by_key(held), _by_key(every)
+    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed, *uneven[key]) for key, found in once.items()}
+
+
+def _by_key(rows: NDArray[Any]) -> dict[int, tuple[Digest, int]]:
+    """The digest and the elements of all rows of a key together."""
+    found, of = np.unique(rows["key"], return_inverse=True)
+    sums = np.zeros((3, len(found)), np.uint64)
+    for total, column in zip(sums, ("first", "second", "elements"), strict=True):
+        np.add.at(total, of, rows[column].astype(np.uint64))
+    return {
+        key: (Digest(first, second), count)
+        for key, first, second, count in zip(found.tolist(), *sums.tolist(), strict=True)
+    }
 
 
 def _hash(key: Key) -> int:

@@ -248,7 +248,7 @@ def _pair_sums(
 
 def _add(parts: dict[Key, list[Part]], key: Key, live: LiveElements, digest: Digest, *, flawed: bool = False) -> None:
     if len(live.blocks):
-        part = Part(digest, int(live.blocks.counts.sum()), region_of(live.blocks), flawed)
+        part = Part(digest, live.elements, region_of(live.blocks), flawed)
         parts.setdefault(key, []).append(part)
 
 

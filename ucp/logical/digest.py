@@ -151,20 +151,15 @@ class _RowSums:
         self.sampled = [0] * LANES
         self._sample = sample
 
-    def products(self, words: NDArray[np.int32], rows: int | NDArray[np.int64]) -> None:
+    def add(self, words: NDArray[np.int32], rows: int | NDArray[np.int64]) -> None:
         """At most `_TOGETHER` rows of words; rows: the first one's number, if they follow one another, or all numbers.
 
         Numbers are split into digits only where they are multiplied by a row's key: a product of integers, which takes
         little since there are eight of them for 256 words.
         """
         count = len(words)
-        doubles, found, exact = _scratch.words, _scratch.found[:count], _scratch.exact[:count]
-        for at in range(0, count, _ROWS):
-            part = words[at : at + _ROWS]
-            doubles[: len(part)] = part
-            np.dot(doubles[: len(part)], digits(), out=found[at : at + len(part)])
-        exact[...] = found
-        keys = _keys_of(rows, count) if isinstance(rows, int) else _keys_at(rows)
+        exact = products(words)
+        keys = _keys_of(rows, count) if isinstance(rows, int) else keys_at(rows)
         _weigh(self.whole, exact, keys)
         if self._sample is None:
             return
@@ -181,13 +176,25 @@ class _RowSums:
 
     def items(self, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.int64]) -> None:
         """Words, each by its row and column."""
-        keys = _keys_at(rows)
+        keys = keys_at(rows)
         picked = None if self._sample is None else self._sample.takes(rows // _BLOCK_ROWS)
         for lane in range(LANES):
             products = keys[lane] * table()[lane, columns] * values
             self.whole[lane] += int(products.sum())
             if picked is not None:
                 self.sampled[lane] += int(products[picked].sum())
+
+
+def products(words: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(n, 8) the digits' sums of at most `_TOGETHER` rows of words: in this thread's memory, until it asks again."""
+    count = len(words)
+    doubles, found, exact = _scratch.words, _scratch.found[:count], _scratch.exact[:count]
+    for at in range(0, count, _ROWS):
+        part = words[at : at + _ROWS]
+        doubles[: len(part)] = part
+        np.dot(doubles[: len(part)], digits(), out=found[at : at + len(part)])
+    exact[...] = found
+    return exact
 
 
 def _weigh(sums: list[int], exact: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
@@ -235,7 +242,7 @@ def _add_long(sums: _RowSums, flat: Bytes, source: int, place: int, size: int) -
     body = (size - head) // ROW * ROW
     words = flat[source + head : source + head + body].view(np.int32).reshape(-1, COLUMNS)
     for at in range(0, len(words), _TOGETHER):
-        sums.products(words[at : at + _TOGETHER], (place + head) // ROW + at)
+        sums.add(words[at : at + _TOGETHER], (place + head) // ROW + at)
     return [(source + low, place + low, high - low) for low, high in ((0, head), (head + body, size)) if high > low]
 
 
@@ -247,7 +254,7 @@ def _add_few(sums: _RowSums, flat: Bytes, runs: list[tuple[int, int, int]]) -> N
     def flush() -> None:
         nonlocal used
         words = padded[:used].view(np.int32).reshape(-1, COLUMNS)
-        sums.products(words, np.array(numbers, np.int64))
+        sums.add(words, np.array(numbers, np.int64))
         numbers.clear()
         used = 0
 
@@ -280,7 +287,7 @@ def _kept(count: int) -> NDArray[np.int64]:
     return _keys
 
 
-def _keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """(2, n) the keys of these rows."""
     highest = int(rows.max()) + 1
     return _kept(highest)[:, rows] if highest <= _KEPT else row_keys(rows)
@@ -292,7 +299,7 @@ def _add_padded(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
     for part in padded_batches(runs, _PADDED):
         padded[: part.used * ROW] = 0
         _copy_into_rows(padded, flat, part)
-        sums.products(padded[: part.used * ROW].view(np.int32).reshape(-1, COLUMNS), part.numbers)
+        sums.add(padded[: part.used * ROW].view(np.int32).reshape(-1, COLUMNS), part.numbers)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ that row that lies in one piece in a buffer, too. Blocks of any kind become runs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +23,10 @@ _FEW = 8  # blocks that are looked at one by one
 
 SAMPLE_BLOCK = 64 << 10
 """Bytes of a block of a tensor's row: what a sample takes or leaves."""
+
+
+Run = tuple[int, int, int]
+"""One run: its first byte in the buffer, its first byte in the row, and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,11 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
     width: bytes of an element. bases: (n,) the byte of the buffer from which each block's place is counted; 0 without.
     Yields at most ``LIMIT`` runs at a time.
     """
-    few = _of_few(shape, blocks, width, bases) if len(blocks) <= _FEW else None
+    few = few_runs(shape, blocks, width, bases)
     if few is not None:
+        columns = np.array(few, np.int64).reshape(-1, 3)
         if len(few):
-            yield few
+            yield Runs(columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy())
         return
     for part in _bounded(_copies(shape, blocks)):
         which, sources, places, counts = runs(part)
@@ -59,9 +66,11 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
         yield Runs(sources * width + start, places * width, counts * width)
 
 
-def _of_few(shape: Shape, blocks: Blocks, width: int, bases: Ints | None) -> Runs | None:
-    """The runs of a few blocks that are ranges of the row each, as whole tensors and flat ranges are; None where one of
-    them is not. A plan for copies finds the same, and takes ten times as long."""
+def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None) -> list[Run] | None:
+    """The runs of a few blocks that are ranges of the row each, as whole tensors and flat ranges are; None where there
+    are more, or one of them is not. A plan for copies finds the same, and takes ten times as long."""
+    if len(blocks) > _FEW:
+        return None
     whole = row_major(shape)
     found = []
     for k, (offsets, sizes, start, strides) in enumerate(
@@ -79,14 +88,13 @@ def _of_few(shape: Shape, blocks: Blocks, width: int, bases: Ints | None) -> Run
         place = sum(at * step for at, step in zip(offsets, whole, strict=True)) * width
         source = start * width + (0 if bases is None else int(bases[k]))
         found.append((source, place, math.prod(sizes) * width))
-    merged: list[tuple[int, int, int]] = []
+    merged: list[Run] = []
     for source, place, size in sorted(found):
         if merged and (source - merged[-1][0], place - merged[-1][1]) == (merged[-1][2], merged[-1][2]):
             merged[-1] = (*merged[-1][:2], merged[-1][2] + size)
         else:
             merged.append((source, place, size))
-    columns = np.array(merged, np.int64).reshape(-1, 3)
-    return Runs(columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy())
+    return merged
 
 
 def _copies(shape: Shape, blocks: Blocks) -> Copies:
@@ -186,6 +194,18 @@ class Sample:
             picked = self._drawn(blocks // self.every)
         return np.asarray((blocks % self.every == picked) | (blocks == 0))
 
+    def cut(self, found: Iterable[Run], nbytes: int) -> list[Run]:
+        """As `of`, for a few runs."""
+        starts = _starts(self, -(-nbytes // SAMPLE_BLOCK))
+        out = []
+        for source, place, size in found:
+            k = bisect_right(starts, place - SAMPLE_BLOCK)
+            while k < len(starts) and starts[k] < place + size:
+                low, high = max(place, starts[k]), min(place + size, starts[k] + SAMPLE_BLOCK)
+                out.append((source + low - place, low, high - low))
+                k += 1
+        return out
+
     def _drawn(self, groups: Ints) -> Ints:
         """The place in each group of the block that is drawn of it."""
         numbers = groups.astype(np.uint64) + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)
@@ -202,6 +222,12 @@ class Sample:
         low = np.maximum(found.places[which], starts[pick])
         high = np.minimum(found.places[which] + found.sizes[which], starts[pick] + SAMPLE_BLOCK)
         return Runs(found.sources[which] + low - found.places[which], low, high - low)
+
+
+@lru_cache(1024)
+def _starts(sample: Sample, blocks: int) -> tuple[int, ...]:
+    """The first bytes of the blocks that are looked at, of so many: most tensors have the sizes of others."""
+    return tuple((sample.picks(blocks * SAMPLE_BLOCK) * SAMPLE_BLOCK).tolist())
 
 
 def mixed(values: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
