@@ -250,3 +250,30 @@ def test_verifying_finds_a_flipped_bit(folder: Path, tmp_path: Path) -> None:
     data_file(path).write_bytes(raw)
     [fault] = [finding for finding in verify(path).findings if finding.fault]
     assert "'archive/data/0' (140 bytes" in fault.text
+
+
+@pytest.mark.parametrize("step", [7, torch.tensor(7), torch.tensor([7], dtype=torch.int32)])
+def test_step_and_scheduler_are_understood(tmp_path: Path, step: Any) -> None:
+    """By the keys that torchtitan has; they stay the entries that they are, besides."""
+    state = {
+        "up.weight": torch.ones(2, 3),
+        "train_state": {"step": step, "ntokens_seen": 5},
+        "lr_scheduler": {"last_epoch": 7, "base_lrs": [0.1]},
+    }
+    dcp.save(state, checkpoint_id=tmp_path / "step-7", no_dist=True)
+    with ucp.open(tmp_path / "step-7") as opened:
+        assert opened.training_state.global_steps == 7
+        assert opened.training_state.lr_scheduler == {"last_epoch": 7, "base_lrs": [0.1]}
+        assert opened.training_state.extra["state_dict"]["train_state.ntokens_seen"] == 5
+    ucp.convert(tmp_path / "step-7", tmp_path / "again", to="dcp")
+    with ucp.open(tmp_path / "again") as opened:
+        assert opened.training_state.global_steps == 7
+        assert opened.training_state.lr_scheduler == {"last_epoch": 7, "base_lrs": [0.1]}
+
+
+def test_a_scheduler_that_is_nested_deeper_is_left_as_it_is(tmp_path: Path) -> None:
+    state = {"up.weight": torch.ones(2), "scheduler": {"last_epoch": 7, "inner": {"a": 1}}, "step": True}
+    dcp.save(state, checkpoint_id=tmp_path / "run", no_dist=True)
+    with ucp.open(tmp_path / "run") as opened:
+        assert opened.training_state.lr_scheduler is None
+        assert opened.training_state.global_steps is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.roles import OUTSIDE, TRAINING_STATE, VALUES, Roles, StateEntry, assign, param_groups
+from ucp.geometry import numel
 from ucp.parallel.mesh import Layout
 from ucp.storage.crc32 import in_order
 from ucp.storage.dtypes import is_numpy_native, itemsize, numpy_dtype
@@ -20,6 +21,8 @@ from ucp.transfer.checksums import read_record
 from ucp.transfer.exact import widen
 
 GROUPS = "param_groups"
+_STEPS = ("train_state.step", "global_step", "step", "iteration")
+_SCHEDULERS = ("lr_scheduler", "scheduler")
 
 
 @dataclass
@@ -93,18 +96,41 @@ def _catalog(state_dict: Entries, format_name: str, writer: str, layout: Layout)
         files=tuple(builder.sources),
         parameters=parameters,
         tensors=tensors,
-        training_state=_training_state(roles, entries, param_groups(roles, options, repr)),
+        training_state=_training_state(roles, entries, param_groups(roles, options, repr), value),
         crc_records=in_order(builder.records),
     )
 
 
-def _training_state(roles: Roles, entries: Mapping[str, StateEntry], groups: list[ParamGroup]) -> TrainingState:
+def _training_state(
+    roles: Roles, entries: Mapping[str, StateEntry], groups: list[ParamGroup], value: Callable[[str], Any]
+) -> TrainingState:
     """Values that belong to no parameter; fields of a training state where DCP's writer here made the checkpoint."""
     values = {key: entries[key].value for key in roles.values}
     known = {f"{TRAINING_STATE}.{f.name}": f.name for f in dataclasses.fields(TrainingState)}
     fields = {known[key]: values.pop(key) for key in list(values) if key in known}
     extra = {**fields.pop("extra", {}), VALUES: values, OUTSIDE: roles.outside}
-    return TrainingState(**{**fields, "param_groups": tuple(groups), "extra": extra})
+    told = {"global_steps": _step(entries, value), "lr_scheduler": _scheduler(values, entries)}
+    return TrainingState(**{**told, **fields, "param_groups": tuple(groups), "extra": extra})
+
+
+def _step(entries: Mapping[str, StateEntry], value: Callable[[str], Any]) -> int | None:
+    """How far the run has come, by the keys that programs use; torchtitan's is a tensor in some releases."""
+    for key in _STEPS:
+        entry = entries.get(key)
+        if entry is not None and (entry.shape is None or numel(entry.shape) == 1):
+            found = value(key)
+            if type(found) is int and found >= 0:
+                return found
+    return None
+
+
+def _scheduler(values: Mapping[str, Any], entries: Mapping[str, StateEntry]) -> Any:
+    """The lr scheduler's state, put together from its flat entries; these stay what they are besides."""
+    for root in _SCHEDULERS:
+        keys = [key for key, entry in entries.items() if entry.path[0] == root and len(entry.path) > 1]
+        if keys and all(key in values and len(entries[key].path) == 2 for key in keys):
+            return {entries[key].path[1]: values[key] for key in keys}
+    return None
 
 
 def _item(tensor: LogicalTensor, builder: Builder) -> Any:
