@@ -113,7 +113,7 @@ def convert(
         Of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
         Of the target, its own:
         'universal': virtual: write a manifest that points into the source, which stays where it is; digests (virtual
-            only): read the source once for digests of its chunks, which other forms always have.
+            only): read the source for digests of its files and tensors, which other forms always have.
         'deepspeed': ds_config: a DeepSpeed config (a path or a mapping) for what the layout leaves open; default is
             the source's recorded one.
         'huggingface': dtype: the element type of floating-point weights, such as 'bf16'; default is the source's own,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import ucp
 from tests.formats import raw
@@ -130,6 +131,26 @@ def test_an_interrupted_conversion_records_them_too(tmp_path: Path, monkeypatch:
     with ucp.open(out) as opened:
         assert all(t.recorded for t in digests_of(opened).tensors)
         assert digests_of(opened).all == digests_of(opened, compute=True).all
+
+
+def test_virtual_checkpoints_of_formats_without_any_record_them(tmp_path: Path) -> None:
+    """So that a load through them is proved, and later damage of the tensors is found, too."""
+    state = {"model": {"w": torch.randn(70, 9), "half": torch.randn(5).bfloat16()}}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    ucp.convert(tmp_path / "dcp", tmp_path / "plain", virtual=True)
+    ucp.convert(tmp_path / "dcp", tmp_path / "digested", virtual=True, digests=True)
+    for name, recorded in (("plain", False), ("digested", True)):
+        with ucp.open(tmp_path / name) as opened:
+            found = digests_of(opened)
+            assert {tensor.recorded for tensor in found.tensors} == {recorded}
+            assert found.all == digests_of(opened, compute=True).all == ucp.digest(state).all
+            samples = [t.digest.sampled for t in opened.catalog.tensors.values() if t.digest is not None]
+            assert samples == [t.digest.whole for t in opened.catalog.tensors.values() if t.digest is not None]
+        loaded = {"model": {key: torch.zeros_like(value) for key, value in state["model"].items()}}
+        report = ucp.load(loaded, tmp_path / name)
+        assert (report.proof is not None) == recorded
+    assert report.proof is not None
+    assert (report.proof.tensors, report.proof.complete) == (2, True)
 
 
 def test_virtual_checkpoints_carry_them_over(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class UniversalTarget(WriteTarget):
         Option(
             "digests",
             FLAG,
-            "with --virtual: read SOURCE once and record its digests",
+            "with --virtual: read SOURCE and record its digests",
             default=False,
             elsewhere="digests can be asked for in the virtual form only, not in '{to}'",
         ),

@@ -16,18 +16,22 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import Unsupported
 from ucp.formats.shared.training_state import Tensors, encode, with_sources
 from ucp.formats.universal import manifest, schema, training
-from ucp.logical.record import Recorded
+from ucp.logical.record import EVERY, Recorded
+from ucp.logical.runs import Sample
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests, digest_file
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.archive import crcs_of
 from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.destination import check_unchanged
+from ucp.transfer.digesting import digest_files
+from ucp.transfer.gather import Reader
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import budget
 
@@ -56,16 +60,22 @@ class VirtualPlan:
         writer: str,
         folder: str,
         foreign_digests: Mapping[int, ChunkDigests] | None = None,
+        logical: Mapping[tuple[str, str], Recorded] | None = None,
     ) -> bytes:
         """The manifest's bytes. digests: those of ``files`` by name. folder: the path that the manifest will lie in.
 
-        foreign_digests: those of the files pointed at, by their index in ``foreign``, where they were made.
+        foreign_digests: those of the files pointed at, by their index in ``foreign``, where they were made;
+        logical: the tensors' logical digests, if they were.
         """
+        found = logical or {}
+        tensors = {
+            key: dataclasses.replace(t, digest=found.get(key, t.digest)) for key, t in self.result.tensors.items()
+        }
         count = len(self.foreign)
         tables = {**self.result.chunk_digests, **(foreign_digests or {})}
         tables.update({count + k: digests[file.name] for k, file in enumerate(self.files) if file.name in digests})
         body = schema.encode(
-            self.result,
+            dataclasses.replace(self.result, tensors=tensors),
             form="virtual",
             writer=writer,
             paths=[*(_pointer(file.path, folder) for file in self.foreign), *(file.name for file in self.files)],
@@ -114,13 +124,14 @@ def plan(catalog: Catalog) -> VirtualPlan:
 
 
 def write_plan(made: VirtualPlan, writer: str, destination: str, with_digests: bool, workers: int | None) -> WritePlan:
-    """The same as a conversion writes it. with_digests: read the files pointed at, once, for digests of their chunks.
-    workers: threads for that."""
+    """The same as a conversion writes it. with_digests: read the files pointed at for digests of their chunks, and the
+    tensors for their logical digests, where they have none. workers: threads for that."""
 
     def finish(digests: dict[str, ChunkDigests], logical: Mapping[tuple[str, str], Recorded]) -> dict[str, bytes]:
         foreign = _digests_of(made, workers) if with_digests else {}
+        of_tensors = _logical_of(made, foreign, workers) if with_digests else {}
         check_unchanged(made.foreign)
-        return {manifest.NAME: made.manifest(digests, writer, destination, foreign)}
+        return {manifest.NAME: made.manifest(digests, writer, destination, foreign, of_tensors)}
 
     return WritePlan(made.source, made.files, finish, is_virtual=True)
 
@@ -139,6 +150,27 @@ def _digests_of(made: VirtualPlan, workers: int | None) -> dict[int, ChunkDigest
             return digest_file(paths[index], source, seen)
 
         return dict(enumerate(pool.map(digest, range(len(paths)))))
+
+
+def _logical_of(
+    made: VirtualPlan, tables: Mapping[int, ChunkDigests], workers: int | None
+) -> dict[tuple[str, str], Recorded]:
+    """The logical digests of the tensors that have none, read against the digests of the files' chunks, so that both
+    are of the same bytes."""
+    catalog = dataclasses.replace(made.result, chunk_digests={**made.result.chunk_digests, **tables})
+    tensors = [tensor for tensor in catalog.tensors.values() if tensor.digest is None]
+    recorded = {tensor.digest.sample for tensor in catalog.tensors.values() if tensor.digest is not None}
+    sample = (
+        recorded.pop()
+        if recorded
+        else Sample(xxhash.xxh3_64_intdigest(repr(catalog.files).encode("utf-8", "surrogatepass")), EVERY)
+    )
+    threads = budget(workers, None)[0]
+    with Files() as files:
+        reader = Reader(catalog, files)
+        whole = digest_files(reader, tensors, threads=threads)
+        sampled = digest_files(reader, tensors, sample=sample, threads=threads)
+    return {(t.name, t.state): Recorded(a, b, sample) for t, a, b in zip(tensors, whole, sampled, strict=True)}
 
 
 def _source_folder(paths: list[str], folder: str) -> str | None:
