@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.spec.shards import check_shards
 from ucp.errors import DamagedCheckpoint, SpecError, Unsupported
+from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
 from ucp.spec.check import merge
@@ -222,7 +223,7 @@ def test_numbered_parameters_share_a_line() -> None:
     held = {name: shape for name, shape in names.items() if "norm" not in name and "moe" not in name}
     parts = {Coordinate(0, 0): names, Coordinate(1, 0): held}
     info = NEW | {"tp_replicated_parameter_patterns": [r"h\.\d+\.b"]}
-    text = draft(info, parts, Layout(tp=2), buffers=["buffer"])
+    text = draft(info, parts, Layout(tp=2), buffers=["buffer"], captures=CAPTURES)
     lines = [line.strip() for line in text.splitlines()]
     assert 'h.{i}.a.weight: "axis_8/tp 2"' in lines
     assert 'h.3.a.weight: "axis_10/tp 2"' in lines

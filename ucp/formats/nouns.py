@@ -56,10 +56,12 @@ class ReadRequest:
 @dataclass(frozen=True)
 class ModelFacts:
     """What a checkpoint says of its model. info: how its framework cuts it, as DeepSpeed's
-    ``universal_checkpoint_info`` says it; config: the model's; each None where the checkpoint has none."""
+    ``universal_checkpoint_info`` says it; config: the model's; each None where the checkpoint has none. captures: which
+    numbers in parameters' names are places along an axis, as for `ucp.spec.infer.draft`."""
 
     info: Any
     config: Mapping[str, Any] | None
+    captures: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

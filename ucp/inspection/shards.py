@@ -7,7 +7,7 @@ cuts them again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,8 @@ class Shards:
     """An open checkpoint's local tensors. A context manager.
 
     layout: the ranks. parts: names and shapes by coordinate. buffers: names. tied: other name -> parameter. info:
-    DeepSpeed's ``universal_checkpoint_info``; config: the model's; each None where the checkpoint has none.
+    DeepSpeed's ``universal_checkpoint_info``; config: the model's; each None where the checkpoint has none. captures:
+    as `draft` takes them.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -49,6 +50,7 @@ class Shards:
         self.tied: dict[str, str] = {}
         self.info: Any = None
         self.config: Mapping[str, Any] | None = None
+        self.captures: Sequence[tuple[str, str]] = ()
         known = formats.named(checkpoint.format)
         facts = None if known is None else known.model_facts(checkpoint.path)
         self._is_apart = facts is not None
@@ -59,7 +61,7 @@ class Shards:
             if info.kind == "buffer":
                 self.buffers.add(name)
         if facts is not None:
-            self.info, self.config = facts.info, facts.config
+            self.info, self.config, self.captures = facts.info, facts.config, facts.captures
 
     def __enter__(self) -> Shards:
         return self
@@ -133,6 +135,7 @@ def draft_spec(shards: Shards) -> str:
         shards.parts,
         shards.layout,
         shards.buffers,
+        shards.captures,
         model=model,
         head=head,
         contents=contents,

@@ -32,21 +32,26 @@ _LISTS = (
     "vocabulary_parameter_patterns",
     "pipeline_replicated_parameter_patterns",
 )
-_EXPERT = (r"(?<=\.deepspeed_experts\.)[0-9]+", "{experts/ep}")
 
 # Shapes of one parameter's shards by tensor-parallel rank.
 Shards = Mapping[int, Shape]
 
 
-def infer(info: Mapping[str, Any], parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Spec:
+def infer(
+    info: Mapping[str, Any],
+    parts: Parts,
+    layout: Layout,
+    buffers: Collection[str] = (),
+    captures: Sequence[tuple[str, str]] = (),
+) -> Spec:
     """The spec that a model's ``universal_checkpoint_info`` amounts to, for the local shapes of all its parts.
 
-    buffers: names that the info need not mention.
+    buffers: names that the info need not mention. captures: as for `draft`.
 
     Raises Unsupported for a newer version of the info, DamagedCheckpoint for one that is malformed. What it leaves open
     is marked as unknown in the spec, which is then refused by whoever uses it.
     """
-    return loads(draft(info, parts, layout, buffers), ORIGIN)
+    return loads(draft(info, parts, layout, buffers, captures), ORIGIN)
 
 
 def draft(
@@ -54,6 +59,7 @@ def draft(
     parts: Parts,
     layout: Layout,
     buffers: Collection[str] = (),
+    captures: Sequence[tuple[str, str]] = (),
     *,
     model: str = "drafted",
     head: Sequence[str] = (),
@@ -62,8 +68,10 @@ def draft(
 ) -> str:
     """The text of a spec, for a person to complete. Arguments and errors as for `infer`.
 
-    info: None where there is none. contents: parameter -> 'equal', 'constant' or 'differ': what its shards on the
-    tensor-parallel ranks are to each other, where that is known. tied: other name -> parameter. head: comments.
+    info: None where there is none. captures: (regular expression, capture) for numbers in names that are places along
+    an axis, such as an expert's: the capture is ``{axis}`` or ``{axis/degree}``. contents: parameter -> 'equal',
+    'constant' or 'differ': what its shards on the tensor-parallel ranks are to each other, where that is known. tied:
+    other name -> parameter. head: comments.
     """
     shards = _shards(parts)
     axes = Axes()
@@ -82,16 +90,21 @@ def draft(
             lines[name] = _guarded(axes, held, (contents or {}).get(name, ""))
         else:
             lines[name] = said.line(axes, name, held)
-    experts = [int(m[0]) for name in lines for m in [re.search(_EXPERT[0], name)] if m]
-    if experts:
-        axes.name("experts", max(experts) + 1, "the numbers in the parameters' names")
+    found = [
+        (pattern, capture, [int(m[0]) for name in lines if (m := re.search(pattern, name))])
+        for pattern, capture in captures
+    ]
+    for _, capture, numbers in found:
+        if numbers:
+            axis = capture.strip("{}").partition("/")[0]
+            axes.name(axis, max(numbers) + 1, "the numbers in the parameters' names")
     return write(
         lines,
         axes.sizes,
         model=model,
         head=head,
         tied={a: o for a, o in (tied or {}).items() if o in lines},
-        captures=[_EXPERT] if experts else (),
+        captures=[(pattern, capture) for pattern, capture, numbers in found if numbers],
     )
 
 

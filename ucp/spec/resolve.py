@@ -5,7 +5,7 @@ The one that the caller gives; else what the model or the checkpoint says of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ucp.geometry import whole
@@ -23,12 +23,13 @@ def find_placements(
     layout: Layout,
     buffers: Collection[str],
     section: str,
+    captures: Sequence[tuple[str, str]] = (),
 ) -> Placements | None:
     """Where every local tensor lies; None where tensor parallelism cuts the model, and nothing says how.
 
     info: the model's ``universal_checkpoint_info``, if it has one; recorded: finds its config, if there is one, and
-    is asked only where that decides; section: the section under ``layouts:`` that counts. The other arguments and
-    the errors are those of `place` and `infer`.
+    is asked only where that decides; section: the section under ``layouts:`` that counts. captures: as for
+    `infer`. The other arguments and the errors are those of `place` and `infer`.
     """
     if choice.apart:
         return apart(parts)
@@ -41,7 +42,7 @@ def find_placements(
     bound = (
         choice.bound(_config(choice, recorded), section)
         if info is None
-        else _inferred(choice, info, parts, layout, buffers)
+        else _inferred(choice, info, parts, layout, buffers, captures)
     )
     return None if bound is None else place(bound, parts, layout, buffers)
 
@@ -71,7 +72,7 @@ def shard_of(name: str) -> tuple[Coordinate, str]:
     return Coordinate(tp, pp, ep), local
 
 
-def _inferred(choice: Choice, info: Mapping[str, Any], parts: Parts, layout: Layout, buffers: Collection[str]) -> Bound:
+def _inferred(choice: Choice, info: Mapping[str, Any], *model: Any) -> Bound:
     from ucp.spec.infer import infer  # only what describes itself needs it
 
-    return bind(infer(info, parts, layout, buffers), choice.config or {}, choice.settings)
+    return bind(infer(info, *model), choice.config or {}, choice.settings)

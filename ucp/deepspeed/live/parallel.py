@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
+from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.geometry import Blocks, Shape, compose, numel
 from ucp.job import ranks
 from ucp.loading.spec_names import config_of
@@ -160,7 +162,8 @@ def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choi
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
     section = "autotp" if releases.tensor_parallel_size(engine) > 1 else "megatron"
-    found = find_placements(choice, info, lambda: config_of(engine.module), parts, layout, buffers, section)
+    config = partial(config_of, engine.module)
+    found = find_placements(choice, info, config, parts, layout, buffers, section, CAPTURES)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

@@ -24,6 +24,9 @@ from ucp.spec.placement import Placed
 
 _EXPERT = re.compile(r"^((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts)\.(\d+)\.(.+)$")
 
+# The number of an expert in the name of its tensor, and what a spec calls it.
+CAPTURES = ((r"(?<=\.deepspeed_experts\.)[0-9]+", "{experts/ep}"),)
+
 
 class Expert(NamedTuple):
     """The parts of the name of a tensor of one of DeepSpeed's own experts. layer: the name of the list of experts."""

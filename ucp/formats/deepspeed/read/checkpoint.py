@@ -11,6 +11,7 @@ from typing import Any
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
+from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.formats.deepspeed.read import same_save, stems
 from ucp.formats.deepspeed.read.assemble import assemble, check_copies
 from ucp.formats.deepspeed.read.averages import take_averages
@@ -156,7 +157,7 @@ def model_facts(path: Path) -> ModelFacts:
     folder = scan(path)[0]
     with malformed(path, "what its files hold"):
         first = open_models(folder, False)[0]
-    return ModelFacts(first.raw.get("universal_checkpoint_info"), recorded_config(first))
+    return ModelFacts(first.raw.get("universal_checkpoint_info"), recorded_config(first), CAPTURES)
 
 
 def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: Layout, choice: Choice) -> Placements:
@@ -164,7 +165,7 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     info = model.raw.get("universal_checkpoint_info")
     section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
-    found = find_placements(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section)
+    found = find_placements(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section, CAPTURES)
     if found is None:
         raise _unknown_cuts(model, shapes)
     return found
