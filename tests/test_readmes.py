@@ -199,7 +199,7 @@ def test_snippets_on_engines(readme: str, ranks: RankPool, tmp_path: Path) -> No
     assert ran == [len(of_kind("python", "deepspeed", (readme,)))] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
 def test_the_tutorial(tmp_path: Path) -> None:
     """Five minutes from a config to a resumed run, as it is written; and the capture at the top of the first README."""
     (program,) = of_kind("python", "tutorial")

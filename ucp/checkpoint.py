@@ -222,8 +222,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     Parameters
     ----------
     path
-        A checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``). Of a folder of
-        them: the one that the file ``latest`` names; without that file the newest, with a logged line
+        A checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``). In a folder of
+        them the file ``latest`` names the one that is opened; without that file it is the newest, with a logged line
         (`ucp.run_folder` has the rules). A damaged one is an error, and so is a ``latest`` that names none.
     spec
         How tensor parallelism cuts the model: the name of a shipped spec, or a file. Without one: what the checkpoint

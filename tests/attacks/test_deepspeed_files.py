@@ -23,6 +23,8 @@ from tests.attacks.arena import Verdict, fight
 from tests.formats.deepspeed.read.test_damaged import OLDER, TAG
 
 MUTATIONS = 200
+QUICK = 60
+PARTS = [range(QUICK), pytest.param(range(QUICK, MUTATIONS), marks=pytest.mark.slow)]
 SEED = int(os.environ.get("UCP_SEED", "") or fuzz.SEED)
 
 
@@ -82,18 +84,19 @@ def in_bytes(folder: Path, seed: int) -> tuple[str, Callable[[], str]]:
 TRUTH: dict[Path, dict[str, Any]] = {}
 
 
+@pytest.mark.parametrize("numbers", PARTS, ids=str)
 @pytest.mark.parametrize("which", ["z1", "z3"])
-def test_mutated_bytes(tmp_path: Path, which: str) -> None:
+def test_mutated_bytes(tmp_path: Path, which: str, numbers: range) -> None:
     print(f"UCP_SEED={SEED}")
     folder = tmp_path / "run"
     shutil.copytree(OLDER[which], folder)
     TRUTH[folder] = everything(folder)
-    attacks = [in_bytes(folder, SEED + 2 * k) for k in range(MUTATIONS)]
+    attacks = [in_bytes(folder, SEED + 2 * k) for k in numbers]
     verdicts = list(fight([attack for _, attack in attacks]))
     for (name, _), verdict in zip(attacks, verdicts, strict=True):
         assert verdict.within_limits, f"UCP_SEED={SEED}: {name}: {verdict}"
         assert verdict.kind == "refused" or verdict.text == "the truth", f"UCP_SEED={SEED}: {name}: {verdict}"
-    assert sum(verdict.kind == "refused" for verdict in verdicts) > MUTATIONS // 2
+    assert sum(verdict.kind == "refused" for verdict in verdicts) > len(numbers) // 2
 
 
 # --- what the pickle says ---------------------------------------------------------------------------------------------
@@ -130,8 +133,9 @@ def changed(content: Any, randomly: random.Random) -> str:
     return f"{keys} is {str(value)[:40]}"
 
 
+@pytest.mark.parametrize("numbers", PARTS, ids=str)
 @pytest.mark.parametrize("which", ["z1", "z3", "z0"])
-def test_mutated_content(tmp_path: Path, which: str) -> None:
+def test_mutated_content(tmp_path: Path, which: str, numbers: range) -> None:
     pytest.importorskip("deepspeed")
     print(f"UCP_SEED={SEED}")
     folder = tmp_path / "run"
@@ -158,7 +162,7 @@ def test_mutated_content(tmp_path: Path, which: str) -> None:
 
         return run
 
-    verdicts: list[Verdict] = list(fight([attack(SEED + k) for k in range(MUTATIONS)]))
-    for k, verdict in enumerate(verdicts):
+    verdicts: list[Verdict] = list(fight([attack(SEED + k) for k in numbers]))
+    for k, verdict in zip(numbers, verdicts, strict=True):
         assert verdict.within_limits, f"UCP_SEED={SEED}, mutation {k}: {verdict}"
     assert any(verdict.kind == "refused" for verdict in verdicts)

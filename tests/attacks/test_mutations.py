@@ -19,7 +19,7 @@ def test_a_few_mutations(tmp_path: Path, target: str) -> None:
     run(tmp_path, target, range(QUICK))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_two_hundred_mutations(tmp_path: Path, target: str) -> None:
     run(tmp_path, target, range(QUICK, 200))

@@ -215,7 +215,7 @@ def test_some_saves(before: Path, memory: Path) -> None:
     assert "UCP_SCHEDULE" in os.environ or min(counts[how] for how in ("saved", "power cut")) > 20, counts
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_ten_thousand_saves(before: Path, memory: Path, batch: int) -> None:
     schedules(range(QUICK + batch, SCHEDULES, BATCHES), before, memory)

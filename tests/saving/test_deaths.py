@@ -92,7 +92,7 @@ def deaths(before: Path, tag: str, rank: int, everyone: bool) -> list[str]:
     raise AssertionError("the save never ends")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("tag", ["new", "old"])
 @pytest.mark.parametrize("everyone", [False, True], ids=["alone", "everyone"])
 def test_the_first_rank_dies_at_every_step(before: Path, tag: str, everyone: bool) -> None:
@@ -105,7 +105,7 @@ def test_the_first_rank_dies_at_every_step(before: Path, tag: str, everyone: boo
     assert len(outcomes) - turn > 3 if tag == "old" else turn > 20
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 def test_another_rank_dies_at_every_step(before: Path) -> None:
     outcomes = deaths(before, "new", 1, everyone=False)
     assert len(outcomes) > 10
@@ -120,7 +120,7 @@ def alone(before: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 @pytest.mark.parametrize("who", ["everyone", "the writer", "the trainer"])
 def test_a_save_in_the_background_dies_at_every_step(alone: Path, who: str) -> None:
     """The training process and its writer, or one of them: the other one does not hang."""
@@ -147,7 +147,7 @@ def test_a_save_in_the_background_dies_at_every_step(alone: Path, who: str) -> N
     assert died > 40
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=6)
 def test_all_ranks_are_killed_at_any_moment(before: Path) -> None:
     randomly = random.Random(5)
     folder = fresh(before)

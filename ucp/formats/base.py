@@ -149,7 +149,7 @@ class Format(ABC):
 
     def step(self, path: Path) -> int | None:
         """The training step of the checkpoint in this folder, where a small file of it says so; None where only opening
-        it would tell. Of several checkpoints the newest is found by it."""
+        it would tell. The newest of several checkpoints is found by it."""
         return None
 
     def tag(self, path: Path) -> str | None:

@@ -31,8 +31,8 @@ class Reading:
     threads: int
 
     def run(self, sharing: exchange.Sharing | None, nbytes: int) -> dict[Entry, torch.Tensor]:
-        """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Of what is
-        shared this rank's part is filled in, and the rest is zero. nbytes: of all that the plan wants."""
+        """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Where ranks
+        share the reading, this rank's part is filled in, and the rest is zero. nbytes: of all that the plan wants."""
         parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
         tensors = self._memory(parts)
         buffers: list[Bytes] = []

@@ -80,7 +80,7 @@ class Digest:
         return Digest((self.first + other.first) & _MASK, (self.second + other.second) & _MASK)
 
     def __mul__(self, times: int) -> Digest:
-        """Of elements that are held so many times."""
+        """The digest of the same elements, held so many times."""
         return Digest(self.first * times & _MASK, self.second * times & _MASK)
 
     def __str__(self) -> str:

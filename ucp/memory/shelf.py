@@ -113,7 +113,7 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        """Of all memory that is held."""
+        """Bytes of all memory that is held."""
         with self.lock:
             return sum(memory.size for memory in self._memories.values())
 

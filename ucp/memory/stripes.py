@@ -1,6 +1,6 @@
 """Where a group's parity lies.
 
-A node's payload is its files of a generation, one after the other. Of n nodes, m of which may be lost, each cuts its
+A node's payload is its files of a generation, one after the other. Where m of n nodes may be lost, each cuts its
 payload into k = n − m blocks. There are n stripes; m nodes hold the parity of a stripe, and each of the other k gives
 it one of its blocks. So every node keeps m blocks of parity: S / (n − 1) bytes where m = 1, a mirror where n = 2.
 """

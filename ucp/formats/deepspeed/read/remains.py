@@ -2,7 +2,7 @@
 
 A stage is whole where its model file, all its optimizer files and the layer files of all that it trains are there and
 can be read. The stages that are whole are read as a pipeline of their own, so what they hold in common with a lost one
-(tied modules) is read from them. Of a lost stage a layer's file may still be there: it has the weights, in the element
+(tied modules) is read from them. A layer's file of a lost stage may still be there: it has the weights, in the element
 type of the module, and no optimizer states.
 """
 
@@ -154,7 +154,7 @@ class _Look:
         """The layers of the stages that are lost."""
         kept = sorted(span for stage, span in self.ranges().items() if stage not in self.lost)
         listed = {number for files in self.layers.values() for number in files}
-        # Of a stage that is described only what it names is lost; a function between two layers has no parameters.
+        # A stage that is described has lost only what it names; a function between two layers has no parameters.
         found = _numbers(self.lost_names()) | {n for n in listed if not any(a <= n <= b for a, b in kept)}
         ends = [(-1, -1), *kept]
         for (_, last), (first, _) in pairwise(ends):
