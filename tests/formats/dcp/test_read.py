@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, Ten
 import ucp
 from tests.engines.truth import same
 from tests.formats.dcp import states
-from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle, Unsupported
 from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -277,3 +277,32 @@ def test_a_scheduler_that_is_nested_deeper_is_left_as_it_is(tmp_path: Path) -> N
     with ucp.open(tmp_path / "run") as opened:
         assert opened.training_state.lr_scheduler is None
         assert opened.training_state.global_steps is None
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_optimizers_numbers_are_named_by_the_run_that_loads(tmp_path: Path, groups: int) -> None:
+    """A program that saves ``optimizer.state_dict()`` itself; with other groups, nothing is taken."""
+
+    def build(seed: int, split: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        own = list(model.parameters())
+        halves = [own] if split == 1 else [own[:1], own[1:]]
+        return model, torch.optim.AdamW([{"params": half} for half in halves], lr=1e-2)
+
+    model, optimizer = build(0, groups)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "a", no_dist=True
+    )
+    live, other = build(1, groups)
+    ucp.load_training(tmp_path / "a", model=live, optimizer=other, rng=False)
+    for mine, theirs in zip(live.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert other.state[mine].keys() == optimizer.state[theirs].keys()
+        for state, tensor in optimizer.state[theirs].items():
+            assert torch.equal(other.state[mine][state], tensor), state
+    live, other = build(1, 3 - groups)
+    with pytest.raises(UcpError):
+        ucp.load_training(tmp_path / "a", model=live, optimizer=other, rng=False)

@@ -180,6 +180,14 @@ def test_numbers_that_nothing_names_are_kept_and_resume_by_the_runs_own_groups(
             assert torch.equal(opened.read(name, "exp_avg_sq"), truth[name]["exp_avg_sq"])
 
 
+def test_an_adapter_alone_is_named(folder: Path, tmp_path: Path) -> None:
+    path = changed(
+        folder, tmp_path, lambda path: (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    )
+    with pytest.raises(Unsupported, match="holds a PEFT adapter"):
+        ucp.open(path)
+
+
 def test_several_models_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     path = changed(folder, tmp_path, lambda path: torch.save({}, path / "pytorch_model.bin"))
     with pytest.raises(Unsupported, match=r"several models \(model.safetensors, pytorch_model.bin\)"):

@@ -167,6 +167,11 @@ def _add_model(parts: Parts, names: Sequence[str]) -> None:
         )
     if plain:
         _add_weights(parts)
+    elif not fsdp and any(name.startswith("adapter_model.") for name in names):
+        raise Unsupported(
+            f"{folder}: holds a PEFT adapter ('adapter_model') without its base model; its optimizer's numbers can be "
+            "named by no file, so it is not read: merge the adapter, or resume in its own program"
+        )
     elif not fsdp:
         raise DamagedCheckpoint(f"{folder}: has no model: neither weights nor a folder 'pytorch_model_fsdp_0'")
     elif fsdp[0][2]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format, WriteTarget
-from ucp.formats.shared.options import TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ class DcpTarget(WriteTarget):
 class Dcp(Format):
     name = NAME
     sign = f"one of torch.distributed '{METADATA}'"
-    read_options = (TRUST_CLIENT_STATE,)
+    read_options = (TRUST_CLIENT_STATE, PARAM_NAMES)
     targets = (DcpTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:

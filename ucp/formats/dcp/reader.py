@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ucp.catalog import Catalog
@@ -12,6 +13,7 @@ from ucp.formats.dcp import NAME, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
 from ucp.parallel.mesh import Layout
@@ -23,14 +25,22 @@ WRITER = "torch.distributed.checkpoint"
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
 
-def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
-    """The folder's catalog. trust_client_state: unpickle objects of any class, which runs their code.
+def read(
+    path: Path,
+    files: Files,
+    trust_client_state: bool = False,
+    param_names: Sequence[Sequence[str]] | None = None,
+) -> Catalog:
+    """The folder's catalog. trust_client_state: unpickle objects of any class, which runs their code. param_names: of
+    each param group in order, where the optimizer that was saved only numbers them.
 
     Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
     into = Entries(Builder(files))
     add_entries(folder, into, trust_client_state)
+    if param_names is not None:
+        name_numbers(into, param_names)
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
     return catalog
