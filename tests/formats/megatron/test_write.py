@@ -73,3 +73,26 @@ def test_the_way_back(written: Path, loaded: Path, name: str) -> None:
 
 def test_which_runs_are_meant() -> None:
     assert {name.removesuffix(" buckets") for name in LOADED} <= set(WRITTEN)
+
+
+@pytest.mark.parametrize(("to", "stage"), [("deepspeed", 1), ("deepspeed", 3), ("dcp", 0)])
+def test_there_and_back(
+    written: Path,
+    truths: Mapping[str, Mapping[tuple[str, str], torch.Tensor]],
+    tmp_path: Path,
+    to: str,
+    stage: int,
+) -> None:
+    """Another framework's checkpoint of a Megatron run holds the same, and so does Megatron's of that one."""
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    given = {"layout": f"dp=2,zero={stage}", "ds_config": config} if to == "deepspeed" else {}
+    ucp.convert(written / "llama tp2 pp2 buckets", tmp_path / "there", to=to, **given)
+    ucp.convert(tmp_path / "there", tmp_path / "back", to="megatron", layout="tp=2,pp=2")
+    for folder in ("there", "back"):
+        with ucp.open(tmp_path / folder) as checkpoint:
+            assert set(checkpoint.catalog.tensors) == set(truths["llama"])
+            for key, value in truths["llama"].items():
+                assert same(checkpoint.read(*key), value), (folder, key)
+    with ucp.open(tmp_path / "back") as checkpoint:
+        assert {info.scalars["step"] for info in checkpoint.parameters.values()} == {2}
+        assert len(checkpoint.training_state.param_groups) == 2

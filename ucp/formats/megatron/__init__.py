@@ -12,8 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ucp.errors import Unsupported
 from ucp.formats.base import FLAG, TEXT, Format, Option, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
+from ucp.storage import locations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,7 @@ CONFIG, COMMON, INTEGRITY = "metadata.json", "common.pt", "integrity.json"
 _PARTS = (".metadata", CONFIG, COMMON)
 
 _DATA = re.compile(r"__(\d+)_\d+\.distcp")
+_RANK_FOLDER = re.compile(r"mp_rank_\d{2}(_\d{3}){0,2}")
 _ITERATION = re.compile(r"iter_(\d{7,17})")
 
 
@@ -72,11 +75,16 @@ class Megatron(Format):
 
     def detect(self, folder: FolderNames) -> bool:
         """Two of the three files that tell it: what is missing then is said when it is read."""
-        return sum(folder.has_file(name) for name in _PARTS) > 1
+        return folder.any_name(_RANK_FOLDER) or sum(folder.has_file(name) for name in _PARTS) > 1
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.megatron.read import torch_dist
 
+        if any(map(_RANK_FOLDER.fullmatch, locations.names(path))) and not locations.is_file(path / CONFIG):
+            raise Unsupported(
+                f"{path}: is in Megatron's older layout, with a folder for each model-parallel rank ('mp_rank_…'), "
+                "which is not read; load it with Megatron and save it with --ckpt-format torch_dist"
+            )
         return torch_dist.read(path, files, request.choice, **request.options)
 
     def step(self, path: Path) -> int | None:

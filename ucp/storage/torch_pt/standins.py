@@ -51,6 +51,7 @@ STANDINS = frozenset(
             ("torch.distributed.checkpoint.planner", name)
             for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
         ),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),  # of releases up to 0.14
         # What Megatron's arguments and other common state name (megatron/core/safe_globals.py, and older places).
         ("types", "SimpleNamespace"),
         ("signal", "Signals"),

@@ -15,7 +15,7 @@ from ucp.formats.dcp import METADATA, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
 from ucp.formats.megatron import COMMON, CONFIG, NAME, keys
-from ucp.formats.megatron.read import agree, buckets, common, layout
+from ucp.formats.megatron.read import agree, buckets, common, flattened, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -76,7 +76,7 @@ def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
     builder = Builder(files)
     with Records(folder, builder) as records:
         objects = {key: records.load(key, record, trust) for key, record in meta.objects.items()}
-        stored = tensors_of(meta.tensors, records)
+        stored = flattened.as_they_were(tensors_of(meta.tensors, records), meta.others)
     said, objects = _common(folder, objects, trust)
     said = {key: _numbers(value, builder) if key == "optimizer" else value for key, value in said.items()}
     where = layout.of(folder, said, objects, stored, [file.path for file in builder.sources])
@@ -196,14 +196,16 @@ def _catalog(
     unchecked = (unnamed,) if unnamed else ()
     for sentence in unchecked:
         log.warning("%s: %s", folder, sentence)
+    beside = {key: value for key, value in found.objects.items() if ".distributed.dp_group_idx_" not in key}
+    shown = [f"{key} {value}" for key, value in where.others.items()]
     catalog = Catalog(
         format=NAME,
-        writer="megatron-core",
+        writer=f"megatron-core ({', '.join(shown)})" if shown else "megatron-core",
         layout=where.layout,
         files=tuple(builder.sources),
         parameters=builder.parameters,
         tensors=builder.tensors,
-        training_state=common.training_state(said, found.objects, groups, where.layout.dp),
+        training_state=common.training_state(said, beside, groups, where.layout.dp),
         crc_records=in_order(builder.records),
         unchecked=unchecked,
     )
