@@ -130,6 +130,8 @@ KEEPER_WATCH_SECONDS = 5.0
 KEEPER_BACKLOG_COUNT = 128
 # Warnings that a keeper remembers.
 KEEPER_LINES_COUNT = 20
+# The first rank tells of a refusal before another one ends their agent, which ends all of them.
+REFUSAL_HEAD_START_SECONDS = 2.0
 # What a report shows of a run, at most.
 TIMELINE_RECORDS_COUNT = 2000
 # The first rank waits so long for the others' part in a snapshot: one that takes longer protects nobody.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.errors import DestinationError, ProcessLost, SaveFailed, UcpError
 from ucp.printable import logger
 from ucp.storage import atomic, metrics
@@ -50,6 +51,8 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         log.error("%s", error)
         if place is not None:
             _event(place, "refused", text=str(error))
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(limits.REFUSAL_HEAD_START_SECONDS)
         _end_agent()
         # Not by an exception: the memory stays for whoever starts it again, put right.
         sys.stderr.flush()

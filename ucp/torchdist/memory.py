@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ucp.errors import NotACheckpoint
 from ucp.job import ranks
 from ucp.memory import recovery
 from ucp.memory.options import Options
 from ucp.memory.tier import Tier
+from ucp.run_folder import LATEST, is_checkpoint
+from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 from ucp.storage.locations import locate
 from ucp.torchdist.training import TrainingReport, load_training, training_source
@@ -50,14 +51,9 @@ class MemorySnapshots:
         anything. Collective."""
         self.tier.attach(self._folder, 0)
         place, tag = recovery.source(self.tier, self._folder)
-        if tag is None and ranks.from_first(lambda: not os.path.lexists(locate(place))):
+        if tag is None and ranks.from_first(lambda: _is_bare(place)):
             return None
-        try:
-            return load_training(place, tag=tag, **state)
-        except NotACheckpoint:
-            if tag is None and ranks.from_first(lambda: not os.listdir(place)):
-                return None
-            raise
+        return load_training(place, tag=tag, **state)
 
     def hold(self) -> None:
         """Return once the snapshot under way has copied what it needs. Before anything changes the state."""
@@ -66,3 +62,9 @@ class MemorySnapshots:
     def wait(self) -> None:
         """Return once no snapshot is under way."""
         self.tier.wait()
+
+
+def _is_bare(place: str) -> bool:
+    """Whether no checkpoint was ever written to a folder; its metrics may be there."""
+    folder = locate(place)
+    return not locations.exists(folder / LATEST) and not is_checkpoint(folder)
