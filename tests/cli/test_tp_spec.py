@@ -14,7 +14,8 @@ from tests.engines import tp_models
 from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.tp_runs import TpCase
-from tests.formats.deepspeed.read.test_matrix import check_tensors, known
+from tests.engines.truth import known
+from tests.formats.deepspeed.read.test_matrix import check_tensors
 from tests.spec.models import config_of
 from ucp.spec import shipped
 

@@ -17,7 +17,7 @@ from tests.deepspeed.agree import differences
 from tests.engines import load_jobs
 from tests.engines.device_pool import DEVICE, DevicePool
 from tests.engines.pool import RankPool
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import compare, known
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,11 +45,6 @@ def devices() -> Iterator[DevicePool]:
     pool = DevicePool()
     yield pool
     pool.close()
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 @pytest.mark.parametrize("kind", CASES)

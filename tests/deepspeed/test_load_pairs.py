@@ -14,16 +14,11 @@ from tests.engines import load_jobs, operators, resume
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, Run
 from tests.engines.sources import Sources, preload_for
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import compare, known
 
 pytestmark = pytest.mark.slow
 
 SEED = 5  # of the target's weights; sources have 0
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def load(ranks: RankPool, pair: Pair, run: Run) -> load_jobs.Resumed:

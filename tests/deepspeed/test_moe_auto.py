@@ -17,7 +17,7 @@ from tests.engines.configs import Case, make_config
 from tests.engines.moe import INITIALIZE, SECTION
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import compare, known
 from tests.formats.deepspeed.read.test_matrix import check_regions, check_tensors
 from ucp.errors import UcpError, Unsupported
 
@@ -62,11 +62,6 @@ class Sources:
 @pytest.fixture(scope="module")
 def made(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return Sources(ranks, tmp_path_factory.mktemp("autoep"))
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def label(value: Any) -> str:

@@ -15,7 +15,7 @@ from tests.engines import moe
 from tests.engines.configs import Case
 from tests.engines.moe import MoeCase, MoeSources
 from tests.engines.runs import Run
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import compare, known
 
 pytestmark = pytest.mark.slow
 
@@ -83,11 +83,6 @@ PAIRS = [
         MoeCase(FOUR.but(stage=2), ep=4, later_ep=2, data_first=True), MoeCase(FOUR, ep=1, later_ep=4), universal=True
     ),
 ]
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def load(sources: MoeSources, target: MoeCase, run: Run, trained: int) -> Run:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 import ucp
-from tests.deepspeed.agree import differences
-from tests.deepspeed.pairs import CLOSE
+from tests.deepspeed import parallel_pairs
+from tests.deepspeed.parallel_pairs import Pair, load
 from tests.engines import parallel_runs, pipe_models, pipe_runs
 from tests.engines.configs import Case
-from tests.engines.parallel_runs import ParallelSources
+from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
-from tests.engines.runs import CLIENT_STATE
-from tests.engines.truth import Truth, compare
-from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors, known
+from tests.engines.truth import Truth, known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors
 
 pytestmark = pytest.mark.slow
 
-SEED = 5  # of the target's weights; sources have 0
 V = TypeVar("V")
 
 TRAINED = Case(stage=1, dp=1, accumulation=2)
@@ -33,19 +31,6 @@ LOW = TRAINED.but(dtype="bf16")
 HALF = TRAINED.but(dtype="fp16")
 PLAIN = PipeCase(pp=0)
 SLICED = PipeCase(pp=2, tp=2, case=TRAINED.but(frozen=True, groups=2))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """losses: '' where DeepSpeed itself computes otherwise in the target."""
-
-    source: PipeCase
-    target: PipeCase
-    losses: str = "close"
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label}--{self.target.label}"
 
 
 PAIRS = [
@@ -133,20 +118,9 @@ def section(spec: str, *pipes: PipeCase) -> dict[str, Any]:
     return {"spec": spec} if any(pipe.tp > 1 or not pipe.pp for pipe in pipes) else {}
 
 
-def load(ranks: RankPool, target: PipeCase, folder: str, ucp_section: dict[str, Any], trained: int) -> Any:
-    target = target.but(seed=SEED)
-    return ranks.run(parallel_runs.resume, target, folder, ucp_section, trained, world_size=target.world_size)[0]
-
-
-def check(pair: Pair, run: pipe_runs.ParallelRun, loaded: pipe_runs.ParallelRun) -> None:
-    assert differences(piped(run.truth, pair.source), piped(loaded.truth, pair.target)) == []
-    assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
-    if pair.losses == "equal":
-        assert compare(known(run.truth), known(loaded.truth)) == []
-        assert loaded.further == run.further
-        assert compare(known(run.truth_after), known(loaded.truth_after)) == []
-    elif pair.losses:
-        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[pair.target.case.dtype])
+def check(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> None:
+    truths = piped(run.truth, pair.source), piped(loaded.truth, pair.target)
+    parallel_pairs.check(pair, run, loaded, truths)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)

@@ -22,17 +22,12 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE
 from tests.engines.sources import Sources
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import Truth, compare, known
 from ucp.errors import Unsupported
 
 pytestmark = pytest.mark.slow
 
 PLAIN = Case(stage=1, dp=2)
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 class TestInitialize:

@@ -23,7 +23,7 @@ from tests.deepspeed.jobs import Attempt, Refusal
 from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.sources import Sources
-from tests.engines.truth import Truth
+from tests.engines.truth import Truth, known
 from ucp.formats.universal import manifest
 
 pytestmark = pytest.mark.slow
@@ -68,11 +68,6 @@ def check(found: list[list[Refusal]], k: int, kind: str, patterns: list[str]) ->
     for pattern in patterns:
         assert re.search(pattern, of_ranks[0].text), of_ranks[0].text
     assert [r.changed for r in of_ranks] == [()] * len(of_ranks)
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda case: case.label)

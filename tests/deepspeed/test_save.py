@@ -20,7 +20,7 @@ from tests.engines.models import GLOBAL_BATCH
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import preload_for
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import Truth, compare, known
 from ucp.job.data_order import GlobalOrder
 
 pytestmark = pytest.mark.slow
@@ -53,11 +53,6 @@ CASES: list[tuple[Case, Case]] = [
         Case(stage=3, dp=3, dtype="bf16", model="llama"),
     ),
 ]
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def bits(tensor: torch.Tensor) -> bytes:

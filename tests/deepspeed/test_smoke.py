@@ -13,17 +13,12 @@ from tests.engines import load_jobs, resume
 from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.sources import Sources
-from tests.engines.truth import Truth, compare
+from tests.engines.truth import compare, known
 
 pytestmark = [pytest.mark.slow, pytest.mark.smoke]
 
 STAGE1 = Case(stage=1, dp=2, dtype="bf16", groups=2, frozen=True)
 STAGE3 = Case(stage=3, dp=3, dtype="bf16", groups=2, frozen=True)
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 @pytest.mark.parametrize(("first", "second"), [(STAGE1, STAGE3), (STAGE3, STAGE1)], ids=["1-3-1", "3-1-3"])

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ucp
-from tests.deepspeed.agree import differences
-from tests.deepspeed.pairs import CLOSE
-from tests.engines import parallel_runs
+from tests.deepspeed import parallel_pairs
+from tests.deepspeed.parallel_pairs import Pair, load
 from tests.engines.configs import Case
 from tests.engines.models import GLOBAL_BATCH
 from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.pool import RankPool
-from tests.engines.runs import CLIENT_STATE, STEPS
-from tests.engines.tp_runs import PRELOAD, TpCase
+from tests.engines.runs import STEPS
+from tests.engines.tp_runs import TpCase
 from tests.engines.tp_truth import without_padding
-from tests.engines.truth import Truth, compare
-from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors, known
+from tests.engines.truth import Truth, known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors
 
 pytestmark = pytest.mark.slow
 
-SEED = 5  # of the target's weights; sources have 0
 
 LLAMA = TpCase()
 OPTIONS = TpCase(case=Case(stage=1, dp=2, groups=3, frozen=True, scheduler=True))
@@ -34,19 +31,6 @@ TIED = TpCase(case=Case(stage=2, dp=2, tied=True))
 GPT = TpCase("megatron")
 ULYSSES = TpCase("megatron", tp=1, sp=2, case=Case(stage=1, dp=2))
 SILENT = TpCase("megatron", tp=4, info=False, case=Case(stage=2, dp=1, dtype="bf16", groups=2))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """losses: '' where DeepSpeed itself computes otherwise in the target."""
-
-    source: TpCase
-    target: TpCase
-    losses: str = "close"
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label}--{self.target.label}"
 
 
 PAIRS = [
@@ -101,14 +85,6 @@ def section(*cases: TpCase) -> dict[str, Any]:
     return {"spec": "megatron_gpt_plain"} if any(not c.info and c.tp == 1 for c in cases) else {}
 
 
-def load(ranks: RankPool, target: TpCase, folder: str, section: dict[str, Any], trained: int) -> ParallelRun:
-    target = target.but(seed=SEED)
-    found = ranks.run(
-        parallel_runs.resume, target, folder, section, trained, world_size=target.world_size, preload=PRELOAD
-    )
-    return found[0]
-
-
 def truths(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> tuple[Truth, Truth]:
     """Padding of one width is restored; there is none of another to restore."""
     a, b = known(run.truth), known(loaded.truth)
@@ -119,14 +95,7 @@ def truths(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> tuple[Truth, Tr
 def check(pair: Pair, run: ParallelRun, loaded: ParallelRun) -> None:
     consumed = STEPS * GLOBAL_BATCH * pair.source.case.accumulation
     assert {known(truth).counters["global_samples"] for truth in (run.truth, loaded.truth)} == {consumed}
-    assert differences(*truths(pair, run, loaded)) == []
-    assert {k: loaded.client_state[k] for k in CLIENT_STATE} == CLIENT_STATE
-    if pair.losses == "equal":
-        assert compare(known(run.truth), known(loaded.truth)) == []
-        assert loaded.further == run.further
-        assert compare(known(run.truth_after), known(loaded.truth_after)) == []
-    elif pair.losses:
-        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[pair.target.case.dtype])
+    parallel_pairs.check(pair, run, loaded, truths(pair, run, loaded))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)

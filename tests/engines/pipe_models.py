@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.engines.tensor_parallel import Copy, Sum
+
 HIDDEN = 8
 INNER = 12
 VOCABULARY = 29
@@ -61,35 +63,6 @@ def pipeline_name(plain: str) -> str:
         return f"{FIRST_BLOCK + BLOCKS}.{rest}"
     index, _, rest = rest.partition(".")
     return f"{int(index) + FIRST_BLOCK}.{rest}"
-
-
-class _Copy(torch.autograd.Function):
-    """The identity; backward sums over the tensor-parallel ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the tensor-parallel ranks; backward is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 def _weights(seed: int, index: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -164,11 +137,11 @@ class Block(nn.Module):
             self.mean.mul_(0.5).add_(1)
         inner = self.norm(hidden)
         if self.group is not None:
-            inner = _Copy.apply(inner, self.group)
+            inner = Copy.apply(inner, self.group)
         gate, up = self.gate_up(inner).chunk(2, dim=-1)
         out = nn.functional.linear(nn.functional.silu(gate) * up, self.down.weight)
         if self.group is not None:
-            out = _Sum.apply(out, self.group)
+            out = Sum.apply(out, self.group)
         out = (out + self.down.bias) * (0.9 + 0.01 * self.mean[0].to(out.dtype))
         return hidden + (out * self.gain if hasattr(self, "gain") else out)
 

@@ -19,7 +19,7 @@ from tests.engines.pool import ROOT, RankError, RankPool
 from tests.engines.resume import resume
 from tests.engines.runs import Run
 from tests.engines.sources import Sources, preload_for, train
-from tests.engines.truth import Truth, compare, fingerprint
+from tests.engines.truth import Truth, compare, fingerprint, known
 
 # Layouts that DeepSpeed saves and restores exactly.
 ROUND_TRIPS = [
@@ -83,11 +83,6 @@ COMPILED = [
         for s in (1, 3)
     ),
 ]
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def round_trip(ranks: RankPool, sources: Sources, case: Case, before: int = 0) -> tuple[Run, Run]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.engines.tensor_parallel import Copy, Sum
+
 VOCABULARY = 29  # of the GPT; padded to a multiple of 3 x tp
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, POSITIONS, LAYERS = 8, 8, 4, 3, 12, 5, 2
 PER_GROUP = HEADS // KV_HEADS + 2  # a group's query heads, its key head and its value head
@@ -83,35 +85,6 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-class _Copy(torch.autograd.Function):
-    """The identity; backward sums over the tensor-parallel ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the tensor-parallel ranks; backward is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 class _Join(torch.autograd.Function):
     """The ranks' parts of the last dimension side by side; backward takes this rank's part."""
 
@@ -153,10 +126,10 @@ class _Parallel:
         return parameter
 
     def copy(self, value: Tensor) -> Tensor:
-        return value if self.group is None else _Copy.apply(value, self.group)
+        return value if self.group is None else Copy.apply(value, self.group)
 
     def sum(self, value: Tensor) -> Tensor:
-        return value if self.group is None else _Sum.apply(value, self.group)
+        return value if self.group is None else Sum.apply(value, self.group)
 
     def join(self, value: Tensor) -> Tensor:
         return value if self.group is None else _Join.apply(value, self.group)

@@ -12,7 +12,7 @@ from tests.engines.configs import Case
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.sources import Sources, preload_for
-from tests.engines.truth import Truth
+from tests.engines.truth import known
 from ucp.merging import merge
 
 pytestmark = pytest.mark.slow
@@ -23,11 +23,6 @@ CASES = [
     Case(stage=3, dtype="bf16", dp=2, seed=1),
     Case(stage=2, dtype="bf16", dp=3, seed=2),
 ]
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 @pytest.fixture(scope="module")

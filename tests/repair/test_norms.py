@@ -10,7 +10,7 @@ import torch
 import ucp
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
-from tests.formats.deepspeed.read.test_matrix import known
+from tests.engines.truth import known
 from tests.repair import norm_jobs
 from ucp.repair import repair
 

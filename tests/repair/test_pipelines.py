@@ -15,7 +15,7 @@ from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
-from tests.formats.deepspeed.read.test_matrix import known
+from tests.engines.truth import known
 from ucp.cli import main as command
 from ucp.errors import ApproximateCheckpoint, DamagedCheckpoint, Mismatch, UcpError, Unsupported
 from ucp.repair import repair

@@ -18,8 +18,7 @@ from tests.engines.pool import RankError, RankPool
 from tests.engines.runs import CLIENT_STATE, STEPS
 from tests.engines.sources import train
 from tests.engines.tp_runs import PRELOAD, TpCase
-from tests.engines.truth import Truth
-from tests.formats.deepspeed.read.test_matrix import known
+from tests.engines.truth import Truth, known
 from tests.torchdist import crossing_jobs
 from tests.torchdist import dtensor_jobs as jobs
 

@@ -21,7 +21,7 @@ import ucp
 from tests.engines.configs import Case
 from tests.engines.runs import CLIENT_STATE
 from tests.engines.sources import Sources
-from tests.engines.truth import Truth
+from tests.engines.truth import Truth, known
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import Blocks
 from ucp.parallel.zero import ceil_partition, ceil_size, flat_offsets, flat_partition, partition_size
@@ -75,11 +75,6 @@ OPTIONS = [
     Case(stage=3, dp=3, model="llama", tied=True, dtype="bf16"),
 ]
 TARGETS = [(stage, dp) for stage in range(4) for dp in (1, 2, 3, 4, 5, 7)]
-
-
-def known(truth: Truth | None) -> Truth:
-    assert truth is not None
-    return truth
 
 
 def same(a: Tensor, b: Tensor) -> bool:

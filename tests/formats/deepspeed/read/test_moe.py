@@ -12,7 +12,8 @@ import torch
 import ucp
 from tests.engines.configs import Case
 from tests.engines.moe import MoeCase, MoeSources
-from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors, known
+from tests.engines.truth import known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 
 pytestmark = pytest.mark.slow

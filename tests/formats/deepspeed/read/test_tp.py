@@ -8,7 +8,8 @@ import ucp
 from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.tp_runs import TpCase
-from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors, known
+from tests.engines.truth import known
+from tests.formats.deepspeed.read.test_matrix import check_parameters, check_regions, check_tensors
 
 pytestmark = pytest.mark.slow
 

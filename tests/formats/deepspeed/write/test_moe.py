@@ -14,7 +14,7 @@ from tests.engines import moe
 from tests.engines.configs import Case, make_config
 from tests.engines.moe import MoeCase, MoeSources
 from tests.engines.runs import Run
-from tests.formats.deepspeed.read.test_matrix import known
+from tests.engines.truth import known
 from ucp.errors import BadArgument, UcpError, Unsupported
 
 pytestmark = pytest.mark.slow

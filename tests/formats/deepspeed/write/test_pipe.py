@@ -18,7 +18,7 @@ from tests.engines.configs import Case, make_config
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
-from tests.formats.deepspeed.read.test_matrix import known
+from tests.engines.truth import known
 from ucp.errors import BadArgument, UcpError, Unsupported
 
 pytestmark = pytest.mark.slow

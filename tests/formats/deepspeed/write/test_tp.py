@@ -16,7 +16,8 @@ from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pool import RankPool
 from tests.engines.tp_runs import PRELOAD, TpCase, config_of
 from tests.engines.tp_truth import without_padding
-from tests.formats.deepspeed.read.test_matrix import check_tensors, known
+from tests.engines.truth import known
+from tests.formats.deepspeed.read.test_matrix import check_tensors
 from tests.spec.models import config_of as model_config
 from ucp.errors import BadArgument, Unsupported
 
