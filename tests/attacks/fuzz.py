@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ucp
-from tests.attacks import formats, mutate
+from tests.attacks import configs, formats, mutate
 from tests.attacks.arena import Verdict, fight
 from ucp.inspection.verify import verify
 from ucp.spec import language, shipped
@@ -60,6 +60,8 @@ TARGETS: dict[str, Target] = {
     "latest": Target("consolidated", "latest", mutate.of_bytes, True),
     "DeepSpeed's latest": Target("zero1", "latest", mutate.of_bytes, True),
     "spec": Target("spec", "*", mutate.of_text, False),
+    'the "ucp" section of a config': Target("section", "*", mutate.of_json, False),
+    "DeepSpeed config": Target("config", "*", mutate.of_json, False),
 }
 
 
@@ -83,6 +85,12 @@ def attack(name: str, seed: int, numbers: range, place: Path) -> Iterator[Outcom
     target = TARGETS[name]
     if target.format == "spec":
         attacks = [_spec(seed, number) for number in numbers]
+        truth = None
+    elif target.format == "section":
+        attacks = [configs.section(seed, number) for number in numbers]
+        truth = None
+    elif target.format == "config":
+        attacks = [configs.deepspeed(seed, number, place) for number in numbers]
         truth = None
     else:
         run = formats.make(target.format, place)
