@@ -21,7 +21,7 @@ SECTION: dict[str, Any] = {
     "sizes": {"heads": 4},
     "load": {"verify": True, "read_once": "adaptive", "prove": "full", "allow_missing": ["a*"], "allow_unused": []},
     "save": {"format": "universal", "async": True, "keep_last": 3, "keep_every": 100, "timeout": 60.0},
-    "memory": {"enabled": True, "every": 2, "group": "node", "limit": "4GiB", "network": None},
+    "memory": {"enabled": True, "every": 2, "group": "node", "limit": "4GiB", "network": "1GiB"},
     "elastic": {"layouts": ["dp=2,zero=3"], "min": 1, "micro": [1, 2], "batch": "keep"},
     "metrics": False,
 }

@@ -306,3 +306,20 @@ def test_an_optimizers_numbers_are_named_by_the_run_that_loads(tmp_path: Path, g
     live, other = build(1, 3 - groups)
     with pytest.raises(UcpError):
         ucp.load_training(tmp_path / "a", model=live, optimizer=other, rng=False)
+
+
+def test_signs_of_two_saves_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DCP's files name no save. Those of two that are laid out alike are read as one, but for what their values say."""
+    state = states.nested()
+    dcp.save(state, checkpoint_id=tmp_path / "one", no_dist=True)
+    with caplog.at_level("WARNING", "ucp"), ucp.open(tmp_path / "one") as opened:
+        assert opened.catalog.unchecked == ()
+    assert "steps" not in caplog.text
+    kept = state["optim"]["state"]
+    step = kept["up.weight"]["step"]
+    kept["up.weight"]["step"] = step + 2 if isinstance(step, (int, float)) else step.clone() + 2
+    dcp.save(state, checkpoint_id=tmp_path / "two", no_dist=True)
+    with caplog.at_level("WARNING", "ucp"), ucp.open(tmp_path / "two") as opened:
+        (steps,) = opened.catalog.unchecked
+    assert re.search(r"parameters of one param group have taken \d+ and \d+ steps \('.*'\); if none was frozen", steps)
+    assert steps in caplog.text

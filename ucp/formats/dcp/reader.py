@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ucp.catalog import Catalog
@@ -16,11 +17,15 @@ from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
+from ucp.formats.shared.two_saves import far_apart, uneven_steps
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.storage import locations
 from ucp.storage.files import Files
 
 WRITER = "torch.distributed.checkpoint"
+
+log = logger(__name__)
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -43,7 +48,10 @@ def read(
         name_numbers(into, param_names)
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
-    return catalog
+    told = tuple(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None)
+    for text in told:
+        log.warning("%s: %s", folder, text)
+    return replace(catalog, unchecked=(*catalog.unchecked, *told))
 
 
 def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, under: tuple[str, ...] = ()) -> None:

@@ -25,6 +25,7 @@ from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
+from ucp.formats.shared.two_saves import far_apart
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.printable import logger
@@ -67,7 +68,7 @@ def read(
         opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
         catalog = read_stages(path, files, found, opened, choice, param_names, compare)
     sentences = unchecked.sentences()
-    if apart := same_save.far_apart(catalog.on_disk):
+    if apart := far_apart(catalog.on_disk):
         sentences = (*sentences, apart)
     for sentence in sentences:
         log.warning("%s: %s", path, sentence)

@@ -9,13 +9,10 @@ archives (all records have the year 1980).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ucp import limits
-from ucp.catalog import SourceFile
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.storage.torch_pt.values import Standin
 
@@ -81,17 +78,3 @@ def _same(what: str, values: Mapping[Path, Any]) -> None:
     said = {path: value for path, value in values.items() if value is not None}
     if said:
         same_on_all_ranks(what, said)
-
-
-def far_apart(files: Iterable[SourceFile]) -> str | None:
-    """A sentence on files whose times are far apart; None where they are not, or the storage tells no times."""
-    known = sorted((file for file in files if file.mtime_ns), key=lambda file: file.mtime_ns)
-    if not known or known[-1].mtime_ns - known[0].mtime_ns <= limits.SAVED_APART_SECONDS * 10**9:
-        return None
-    first, last = (
-        f"'{Path(f.path).name}' {time.strftime('%Y-%m-%d %H:%M', time.gmtime(f.mtime_ns // 10**9))} UTC"
-        for f in (known[0], known[-1])
-    )
-    return (
-        f"its files were last written far apart ({first}, {last}); if they were not copied so, they may be of two saves"
-    )

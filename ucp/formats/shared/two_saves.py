@@ -1,0 +1,38 @@
+"""Signs that files of one checkpoint may be of two saves, where nothing in them says so: they are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from ucp import limits
+from ucp.catalog import Catalog, SourceFile
+
+
+def far_apart(files: Iterable[SourceFile]) -> str | None:
+    """A sentence on files whose times are far apart; None where they are not, or the storage tells no times."""
+    known = sorted((file for file in files if file.mtime_ns), key=lambda file: file.mtime_ns)
+    if not known or known[-1].mtime_ns - known[0].mtime_ns <= limits.SAVED_APART_SECONDS * 10**9:
+        return None
+    first, last = (
+        f"'{Path(f.path).name}' {time.strftime('%Y-%m-%d %H:%M', time.gmtime(f.mtime_ns // 10**9))} UTC"
+        for f in (known[0], known[-1])
+    )
+    return (
+        f"its files were last written far apart ({first}, {last}); if they were not copied so, they may be of two saves"
+    )
+
+
+def uneven_steps(catalog: Catalog) -> str | None:
+    """A sentence on parameters of one param group whose step counts differ; None where none do."""
+    for group in catalog.training_state.param_groups:
+        counted = {n: catalog.parameters[n].scalars.get("step") for n in group.names if n in catalog.parameters}
+        steps = {float(step): name for name, step in counted.items() if isinstance(step, (int, float))}
+        if len(steps) > 1:
+            (least, one), (most, other) = min(steps.items()), max(steps.items())
+            return (
+                f"parameters of one param group have taken {least:g} and {most:g} steps ('{one}' and '{other}'); if "
+                "none was frozen or went unused for a while, files of two saves are mixed"
+            )
+    return None
