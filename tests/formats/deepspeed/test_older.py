@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ OLDER = sorted(p.parent for p in Path(__file__).parent.glob("older/*/truth.safet
 
 def test_there_are_some() -> None:
     assert {p.name.split("-")[1] for p in OLDER} == {"z0", "z1", "z2", "z3"}
+    assert {p.name.split("-")[0] for p in OLDER} >= set(TESTED)
 
 
 @pytest.mark.parametrize("folder", OLDER, ids=lambda p: p.name)
@@ -31,6 +33,8 @@ def test_every_tensor_is_the_engines(folder: Path) -> None:
         assert checkpoint.read("seen").item() == 3
         assert all(i.scalars["step"] == 3 for i in checkpoint.parameters.values() if i.kind == "parameter")
         state = checkpoint.training_state
-        assert (state.global_steps, state.global_samples, state.dp_world_size) == (3, 12, 2)
-        assert [g.options["weight_decay"] for g in state.param_groups if g.options] == [0.1, 0.0]
+        made = json.loads((folder / "made_with.json").read_text())
+        ranks = made.get("ranks", 2)
+        assert (state.global_steps, state.global_samples, state.dp_world_size) == (3, 6 * ranks, ranks)
+        assert [g.options["weight_decay"] for g in state.param_groups if g.options][:2] == [0.1, 0.0]
         assert state.client_state == {"note": "older"}

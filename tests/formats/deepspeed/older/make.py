@@ -2,10 +2,11 @@
 
 In an environment of its own that has that DeepSpeed (and any torch that runs it):
 
-    DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 make.py FOLDER STAGE DTYPE
+    DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc_per_node 2 make.py FOLDER STAGE DTYPE [tiny]
 
-FOLDER gets the checkpoint and ``truth.safetensors``, whose names are ``parameter|state``. Nothing here uses this
-project's library; offsets are those that the optimizer itself steps with.
+FOLDER gets the checkpoint and ``truth.safetensors``, whose names are ``parameter|state``. tiny: a
+param group of one element, too, of which most ranks hold padding alone. Nothing here uses this project's library;
+offsets are those that the optimizer itself steps with.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -70,6 +72,7 @@ def pieces(engine, stage):
 
 def main() -> None:
     folder, stage, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, and is not needed
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
     model = Model()
@@ -80,6 +83,9 @@ def main() -> None:
         {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for _, p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if "tiny" in sys.argv[4:]:
+        groups[1]["params"] = [p for n, p in trained if p.dim() < 2 and n != "gain"]
+        groups.append({"params": [model.gain], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -89,6 +95,10 @@ def main() -> None:
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
+    if dtype == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        # torch computes it on every processor; DeepSpeed asks for instructions that few have
+        type(get_accelerator()).is_fp16_supported = lambda self: True
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for step in range(3):
         loss = engine((torch.arange(6).reshape(2, 3) + step + dist.get_rank()) % 11)
@@ -99,7 +109,8 @@ def main() -> None:
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
-        truth = {"frozen|param": frozen.to(torch.bfloat16 if dtype == "bf16" else torch.float32)}
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        truth = {"frozen|param": frozen.to(low)}
         for found in everyone:
             for name, state, at, values in found:
                 whole = truth.setdefault(f"{name}|{state}", torch.full(shapes[name], float("nan")))
@@ -107,7 +118,7 @@ def main() -> None:
         assert not any(t.isnan().any() for t in truth.values())
         save_file({k: v.contiguous() for k, v in truth.items()}, f"{folder}/truth.safetensors")
         with open(f"{folder}/made_with.json", "w") as f:
-            json.dump({"deepspeed": deepspeed.__version__, "torch": torch.__version__}, f)
+            json.dump({"deepspeed": deepspeed.__version__, "torch": torch.__version__, "ranks": len(everyone)}, f)
 
 
 if __name__ == "__main__":
