@@ -26,6 +26,7 @@ FLOORS = {
         "ucp.errors",
         "ucp.limits",
         "ucp.printable",
+        "ucp.tested",
         "ucp.progress",
         "ucp.installed",
         "ucp.version",

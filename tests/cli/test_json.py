@@ -73,6 +73,7 @@ def places(tmp_path: Path) -> dict[str, str]:
 COMMANDS = {
     "ucp.inspect/1": ["inspect GOOD", "inspect GOOD --tree --param *"],
     "ucp.ls/1": ["ls GOOD"],
+    "ucp.doctor/1": ["doctor"],
     "ucp.verify/1": ["verify GOOD --finite", "verify GOOD --against 00000000000000000000000000000000"],
     "ucp.digest/1": ["digest GOOD --compute"],
     "ucp.diff/1": ["diff GOOD OTHER", "diff GOOD OTHER --quick"],

@@ -15,6 +15,7 @@ from ucp.cli import (
     convert,
     diff,
     digest,
+    doctor,
     elastic,
     keeper,
     ls,
@@ -43,6 +44,7 @@ COMMANDS: dict[str, ModuleType] = {
     "repair": repair,
     "keeper": keeper,
     "elastic": elastic,
+    "doctor": doctor,
 }
 # Commands that are programs of their own, too.
 PROGRAMS = {"convert": convert, "spec": spec}
@@ -60,6 +62,7 @@ examples:
   ucp merge a b mean                           two checkpoints' weights into one
   ucp repair runs/llama fixed                  a checkpoint that lost a pipeline stage, filled from its neighbours
   ucp keeper status                            snapshots that are held in memory here
+  ucp doctor                                   versions and the like, for an issue report
 
 exit codes: 0 done, 1 the answer is no (damaged; they differ), 2 the input or the arguments are at fault (one line on
 stderr says how), 3 an internal error

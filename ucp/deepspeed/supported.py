@@ -8,9 +8,10 @@ from typing import Any
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.errors import Mismatch, Unsupported
+from ucp.tested import TESTED
 
 # Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
-TESTED_VERSIONS = ("0.15.4", "0.16.9", "0.17.6", "0.18.9", "0.19.8")
+TESTED_VERSIONS = TESTED["deepspeed"]
 
 
 def check_version(allow_untested: bool) -> None:

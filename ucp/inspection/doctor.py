@@ -1,0 +1,98 @@
+"""What an issue report needs: versions and what of them the tests have run, the accelerator, compilers, a folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from ucp.errors import BadArgument
+from ucp.tested import TESTED
+from ucp.version import version as own_version
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "accelerate", "pytorch-lightning", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and a remark that may be empty."""
+
+    name: str
+    found: str
+    remark: str = ""
+
+
+def examine(folder: str | os.PathLike[str]) -> list[Finding]:
+    """Look at this environment and at a folder. Raises BadArgument where that is none."""
+    place = os.fspath(folder)
+    if not os.path.isdir(place):
+        raise BadArgument(f"{place}: is no folder; name one that checkpoints are or will be in")
+    return [*_versions(), *_accelerator(), _compiler(), *_storage(place)]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("universal-checkpoint", own_version())
+    yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            yield Finding(package, "not installed")
+            continue
+        tested = TESTED.get(package)
+        ran = tested is None or found.partition("+")[0] in tested
+        yield Finding(package, found, "" if tested is None else _remark(ran, tested))
+
+
+def _remark(ran: bool, tested: tuple[str, ...]) -> str:
+    return "the tests have run with it" if ran else f"the tests have run with {', '.join(tested)}"
+
+
+def _accelerator() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError as error:
+        yield Finding("accelerator", "unknown", f"torch can't be imported: {error}")
+        return
+    if not torch.cuda.is_available():
+        yield Finding("accelerator", "none", "computes on the CPU")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"accelerator {index}", properties.name, f"{properties.total_memory / 1e9:.1f} GB")
+
+
+def _compiler() -> Finding:
+    """Whether DeepSpeed can compile its optimizers at their first use."""
+    found = [os.environ.get("CXX") or "c++", "ninja"]
+    missing = [name for name in found if shutil.which(name) is None]
+    if missing:
+        return Finding("compiled optimizers", "no", f"{' and '.join(missing)} not found: FusedAdam, CPUAdam need them")
+    return Finding("compiled optimizers", "yes", f"{', '.join(found)} found")
+
+
+def _storage(place: str) -> Iterator[Finding]:
+    usage = shutil.disk_usage(place)
+    yield Finding(f"free in {place}", f"{usage.free / 1e9:.1f} GB", f"of {usage.total / 1e9:.1f} GB")
+    yield Finding(f"direct I/O in {place}", *_direct(place))
+
+
+def _direct(place: str) -> tuple[str, str]:
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return "no", "this system has none"
+    try:
+        handle, path = tempfile.mkstemp(prefix=".ucp-doctor-", dir=place)
+    except OSError as error:
+        return "unknown", f"nothing can be written there: {error.strerror}"
+    os.close(handle)
+    try:
+        os.close(os.open(path, os.O_RDONLY | flag))
+    except OSError as error:
+        return "no", str(error.strerror)
+    finally:
+        os.unlink(path)
+    return "yes", ""
