@@ -11,7 +11,7 @@ import ucp
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.megatron import keys
-from ucp.formats.megatron.read import flattened
+from ucp.formats.megatron.read import flattened, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.geometry import Blocks, numel, whole
 
@@ -114,6 +114,27 @@ def test_flattened_ranges_get_their_shape_back(shape: tuple[int, ...], grid: tup
     wrong = {"mcore_data": {"w": {"nd_reformulated_orig_global_shape": (shape[0] + 1, *shape[1:])}}}
     with pytest.raises(DamagedCheckpoint, match="which are no shards of its shape"):
         flattened.as_they_were({"w": saved}, wrong)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pp", "dp"),
+    [((0, 0), 1, 1), ((0, 1), 2, 1), ((0, 2), 2, 2), ((1, 3), 2, 2), ((0, 4_000_000_000), 2, 2_000_000_001)],
+)
+def test_stages_are_those_of_the_ranks_that_wrote(ranks: tuple[int, ...], pp: int, dp: int) -> None:
+    """Ranks that wrote nothing are counted; a number out of a hostile name ends the search at once."""
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    blocks = Blocks(
+        np.array([(0, 0, 0), (1, 0, 0)]),
+        np.array([(1, 2, 2)] * 2),
+        np.zeros(2, np.int64),
+        np.array([(4, 2, 1)] * 2),
+        np.arange(2),
+    )
+    stored = {name: LogicalTensor(name, "", (2, 2, 2), "float32", blocks, np.zeros(2, np.int64))}
+    paths = [f"x/__{rank}_0.distcp" for rank in ranks]
+    found = layout.of(Path("x"), {}, {}, stored, paths).layout
+    assert (found.pp, found.tp) == (pp, 1)
+    assert found.dp == dp
 
 
 def test_the_older_layout_is_refused_by_name(tmp_path: Path) -> None:

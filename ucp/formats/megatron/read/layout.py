@@ -19,6 +19,8 @@ from ucp.parallel.mesh import Layout
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _ITERATION = re.compile(r"iter_(\d{7,17})")
+# Ranks that may have written nothing, after the last that did: as many as are tried.
+_MORE_RANKS = 256
 # Cut evenly over tensor-parallel ranks along an axis, in every model, and in one piece on each rank.
 _EVENLY_CUT = ("word_embeddings.weight", "output_layer.weight", "linear_proj.weight", "linear_fc2.weight")
 
@@ -65,11 +67,14 @@ def of(
     pp = pp or (shown[0] if shown else None) or (_dense_groups(stored) // tp if groups else None)
     ranks = [int(match[1]) for path in paths if (match := _RANK.fullmatch(os.path.basename(path)))]
     world = _count(args, "world_size")
-    holders = _Holders(stored, paths, world or max(ranks, default=0) + 1, tp)
+    holders = _Holders(
+        _ranks("layers", stored, paths), _ranks("experts", stored, paths), world or max(ranks, default=0) + 1, tp
+    )
     if world is None:
         # The last ranks may have had nothing to write.
-        more = (replace(holders, world=count) for count in range(holders.world, 2 * holders.world))
-        holders = next((one for one in more if one.world % tp == 0 and one.stages()), holders)
+        counts = range(holders.world, min(2 * holders.world, holders.world + _MORE_RANKS))
+        more = (replace(holders, world=count) for count in counts if count % tp == 0)
+        holders = next((one for one in more if one.stages()), holders)
         world = holders.world
     pp = pp or holders.stages() or 1
     ep = ep or holders.expert_ranks(pp) or 1
@@ -147,34 +152,32 @@ def _dense_groups(stored: Mapping[str, LogicalTensor]) -> int:
 class _Holders:
     """Which ranks wrote what, in Megatron's order of ranks: tensor parallel first, pipeline stages last."""
 
-    stored: Mapping[str, LogicalTensor]
-    paths: Sequence[str]
+    layers: Mapping[int, set[int]]
+    experts: Mapping[int, set[int]]
     world: int
     tp: int
 
     def stages(self) -> int | None:
         """The most pipeline stages of which each holds layers, and no layer lies in two."""
-        layers = self._ranks("layers")
-        for pp in range(min(len(layers), self.world // self.tp), 1, -1):
-            if self.world % (pp * self.tp):
-                continue
-            at = [{rank // (self.world // pp) for rank in ranks} for ranks in layers.values()]
-            if all(len(stages) == 1 for stages in at) and len(set().union(*at)) == pp:
+        ends = [(min(ranks), max(ranks)) for ranks in self.layers.values()]
+        for pp in range(min(len(ends), self.world // self.tp), 1, -1):
+            each = self.world // pp
+            within = self.world % (pp * self.tp) == 0 and all(low // each == high // each for low, high in ends)
+            if within and len({low // each for low, _ in ends}) == pp:
                 return pp
         return None
 
     def stage_of_layers(self, pp: int) -> dict[int, int]:
         """Each layer's stage: of the ranks that wrote it, or where that is not one, by equal parts in order."""
-        layers = self._ranks("layers")
         out = {}
-        for layer, ranks in layers.items():
+        for layer, ranks in self.layers.items():
             at = {rank // max(self.world // pp, 1) for rank in ranks}
-            out[layer] = at.pop() if len(at) == 1 else layer * pp // len(layers)
+            out[layer] = at.pop() if len(at) == 1 else layer * pp // len(self.layers)
         return out
 
     def expert_ranks(self, pp: int) -> int | None:
         """The most expert-parallel ranks of which each holds its part of the experts, and no other's."""
-        experts = self._ranks("experts")
+        experts = self.experts
         for ep in range(min(len(experts), self.world // (self.tp * pp)), 1, -1):
             if len(experts) % ep or (self.world // (self.tp * pp)) % ep:
                 continue
@@ -183,20 +186,21 @@ class _Holders:
                 return ep
         return None
 
-    def _ranks(self, axis: str) -> dict[int, set[int]]:
-        """The ranks that wrote something of each layer of the decoder, or of each expert."""
-        who = np.array([int(m[1]) if (m := _RANK.fullmatch(os.path.basename(p))) else -1 for p in self.paths])
-        out: dict[int, set[int]] = {}
-        for key, tensor in self.stored.items():
-            parsed = keys.parse(key)
-            stack = keys.stack(parsed.model)
-            if parsed.state != keys.WEIGHT or not len(tensor.blocks):
-                continue
-            ranks = who[tensor.blocks.buffers]
-            if axis in stack.axes:
-                at = tensor.blocks.offsets[:, stack.axes.index(axis)]
-                for number in np.unique(at).tolist():
-                    out.setdefault(number, set()).update(ranks[at == number].tolist())
-            elif axis == "layers" and (number := keys.layer(parsed.model)) is not None:
-                out.setdefault(number, set()).update(ranks.tolist())
-        return out
+
+def _ranks(axis: str, stored: Mapping[str, LogicalTensor], paths: Sequence[str]) -> dict[int, set[int]]:
+    """The ranks that wrote something of each layer of the decoder, or of each expert."""
+    who = np.array([int(m[1]) if (m := _RANK.fullmatch(os.path.basename(p))) else -1 for p in paths])
+    out: dict[int, set[int]] = {}
+    for key, tensor in stored.items():
+        parsed = keys.parse(key)
+        stack = keys.stack(parsed.model)
+        if parsed.state != keys.WEIGHT or not len(tensor.blocks):
+            continue
+        ranks = who[tensor.blocks.buffers]
+        if axis in stack.axes:
+            at = tensor.blocks.offsets[:, stack.axes.index(axis)]
+            for number in np.unique(at).tolist():
+                out.setdefault(number, set()).update(ranks[at == number].tolist())
+        elif axis == "layers" and (number := keys.layer(parsed.model)) is not None:
+            out.setdefault(number, set()).update(ranks.tolist())
+    return out
