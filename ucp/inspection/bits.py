@@ -81,6 +81,8 @@ def _has_crcs(stream: BinaryIO) -> bool:
 
 def torch_files(folder: Path) -> list[str]:
     """torch's files in a checkpoint's folder."""
+    if locations.is_file(folder):  # a checkpoint that is one file
+        return [str(folder)]
     return [str(folder / name) for name in locations.names(folder) if name.endswith(".pt")]
 
 

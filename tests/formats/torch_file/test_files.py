@@ -14,6 +14,7 @@ from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UnsafePickle, Unsupported
 from ucp.inspection.listing import listing
+from ucp.inspection.verify import verify
 
 
 def trained(groups: int = 1, steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -69,6 +70,10 @@ def test_entries_are_found_by_what_they_are(tmp_path: Path, model_key: str, opti
         state = opened.training_state
         assert (state.global_steps, state.lr_scheduler) == (2, {"last_epoch": 2})
         assert state.client_state["note"] == "one key more"
+    verdict = verify(tmp_path / "run.pt")
+    assert not [finding for finding in verdict.findings if finding.fault]
+    with ucp.open(tmp_path / "run.pt") as opened:
+        state = opened.training_state
         assert torch.equal(state.client_state["table"], torch.arange(3))
 
 

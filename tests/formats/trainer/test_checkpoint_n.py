@@ -146,6 +146,7 @@ def of_another_step(name: str, step: int = 4) -> Callable[[Path], None]:
         (lambda path: (path / "rng_state.pth").rename(path / "rng_state_1.pth"), "no such file of rank 0"),
         (lambda path: (path / "trainer_state.json").write_text("{}"), "has no 'global_step'"),
         (lambda path: (path / "trainer_state.json").write_text("["), "is not valid JSON"),
+        (lambda path: (path / "trainer_state.json").write_text(f'{{"global_step": {10**30}}}'), "has no 'global_step'"),
         (lambda path: (path / "optimizer.pt").write_bytes(b"PK" * 99), "optimizer.pt"),
         (lambda path: torch.save({"state": {}}, path / "optimizer.pt"), "holds no optimizer's state dict"),
         (lambda path: torch.save([1], path / "rng_state.pth"), "the states of its random number generators"),

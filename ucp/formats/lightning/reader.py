@@ -39,7 +39,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         training_state=replace(
             state,
             lr_scheduler=single,
-            global_steps=step if type(step) is int and step >= 0 else None,
+            global_steps=step if type(step) is int and 0 <= step < 2**63 else None,
             client_state={**state.client_state, **kept},
         ),
     )

@@ -119,7 +119,7 @@ def _step(entries: Mapping[str, StateEntry], value: Callable[[str], Any]) -> int
         entry = entries.get(key)
         if entry is not None and (entry.shape is None or numel(entry.shape) == 1):
             found = value(key)
-            if type(found) is int and found >= 0:
+            if type(found) is int and 0 <= found < 2**63:
                 return found
     return None
 

@@ -159,7 +159,7 @@ def _with_the_rest(catalog: Catalog, graph: Mapping[Any, Any], roles: FileRoles)
         scheduler = scheduler[0] if len(scheduler) == 1 else None
     if scheduler is not None:
         rest.pop(key)
-    step = next((rest[key] for key in _STEPS if type(rest.get(key)) is int and rest[key] >= 0), None)
+    step = next((rest[key] for key in _STEPS if type(rest.get(key)) is int and 0 <= rest[key] < 2**63), None)
     state = catalog.training_state
     kept = {str(key): value for key, value in rest.items()}
     return replace(

@@ -29,7 +29,7 @@ def state_of(path: Path) -> dict[str, Any]:
 
 def step_of(state: Mapping[str, Any]) -> int | None:
     step = state.get("global_step")
-    return step if type(step) is int and step >= 0 else None
+    return step if type(step) is int and 0 <= step < 2**63 else None
 
 
 def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
