@@ -4,6 +4,8 @@ the tests, how they are started, on the CPU or on GPUs, and what they said."""
 from __future__ import annotations
 
 import argparse
+import atexit
+import importlib
 import json
 import os
 import signal
@@ -12,13 +14,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from tests.engines.pool import Outcome, RankPool
+
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8  # samples of a step, on all ranks together
 LOSS = "loss of step "
+FRAMEWORKS = (
+    "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft",
+    "pytorch_lightning.strategies.deepspeed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,21 +79,56 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def in_this_process(program: str, *arguments: str) -> None:
+    """Run ``tests.deepspeed.<program>`` on a rank of a pool, from the first line to what is done at exit."""
+    sys.argv = [program, *arguments]
+    importlib.import_module(f"tests.deepspeed.{program}").main(options())
+    atexit._run_exitfuncs()
+
+
+def warm(pool: RankPool, program: str, *arguments: object) -> Outcome:
+    """As `start`, on the CPU, in a process that is forked from one which has imported the frameworks."""
+    return pool.attempt(
+        in_this_process,
+        program,
+        *map(str, arguments),
+        "--torch-adam",
+        world_size=1,
+        timeout=300,
+        distributed=False,
+        preload=FRAMEWORKS,
+        environment=alone(program),
+    )
+
+
+def alone(program: str) -> dict[str, str]:
+    """The environment of a program's only process, on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        **({"ACCELERATE_USE_DEEPSPEED": "true"} if program == "accelerated" else {}),
+    }
+
+
 def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[str]:
     """Start ``tests.deepspeed.<program>``, on so many GPUs; 0: one process on the CPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if program == "accelerated":
-        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
     command = [sys.executable]
     if gpus:
+        if program == "accelerated":
+            environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= alone(program)
         arguments = (*arguments, "--torch-adam")
     return subprocess.Popen(
         [*command, "-m", f"tests.deepspeed.{program}", *map(str, arguments)],
@@ -95,11 +140,17 @@ def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[s
     )
 
 
-def losses(job: subprocess.Popen[str], killed: bool = False, timeout: float = 300) -> dict[int, float]:
+def losses(job: subprocess.Popen[str] | Outcome, killed: bool = False, timeout: float = 300) -> dict[int, float]:
     """What a program said once it has ended, step by step. killed: it has to end by being killed."""
-    out, err = job.communicate(timeout=timeout)
-    ended = "SIGKILL" in err or job.returncode == -signal.SIGKILL
-    assert ended if killed else job.returncode == 0, f"exit code {job.returncode}\n{out[-3000:]}\n{err[-6000:]}"
+    if isinstance(job, subprocess.Popen):
+        out, err = job.communicate(timeout=timeout)
+        ended = "SIGKILL" in err or job.returncode == -signal.SIGKILL
+        assert ended if killed else job.returncode == 0, f"exit code {job.returncode}\n{out[-3000:]}\n{err[-6000:]}"
+    else:
+        (out,) = job.logs
+        found = [(failure.kind, failure.message) for failure in job.failures]
+        wanted = [("died", f"exit code {-signal.SIGKILL}")] if killed else []
+        assert found == wanted, f"{found}\n{[f.traceback for f in job.failures]}\n{out[-6000:]}"
     said = [line.removeprefix(LOSS) for line in out.splitlines() if line.startswith(LOSS)]
     return dict(json.loads(text) for text in said)
 

@@ -5,30 +5,44 @@ One process: on the CPU, Accelerate takes every rank for a job of its own. `test
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ucp
-from tests.deepspeed.programs import apart, furthest, losses, start
+from tests.deepspeed.programs import apart, furthest, losses, start, warm
+from tests.engines.pool import RankPool
 from ucp.inspection.listing import ListedCheckpoint, listing
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=10)
 
 CLOSE = 5e-5
 
 
-def story(program: str, folder: Path, prefix: str, *options: str) -> ListedCheckpoint:
+Launch = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Launch]:
+    """Starts a program by forking a process that has imported the frameworks, which takes longer than the training."""
+    with RankPool() as pool:
+        yield partial(warm, pool)
+
+
+def story(launch: Launch, program: str, folder: Path, prefix: str, *options: str) -> ListedCheckpoint:
     """Killed in step 5, and resumed at another stage; returns the checkpoint that the killed run has left."""
-    uninterrupted = start(program, folder / "whole", 2, 6, *options)
-    first = start(program, folder / "run", 2, 6, "--die", 5, *options)
+    uninterrupted = launch(program, folder / "whole", 2, 6, *options)
+    first = launch(program, folder / "run", 2, 6, "--die", 5, *options)
     expected, begun = losses(uninterrupted), losses(first, killed=True)
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
     assert set(begun) >= {1, 2, 3, 4}
     assert apart(begun, expected) == 0
     (saved,) = listing(furthest(folder / "run", prefix)).checkpoints
     assert (saved.format, saved.layout, saved.step, saved.whole) == ("universal", "dp=1,zero=2", 4, True)
-    resumed = losses(start(program, folder / "run", 3, 6, "--resume", *options))
+    resumed = losses(launch(program, folder / "run", 3, 6, "--resume", *options))
     assert sorted(resumed) == [5, 6]
     assert apart(resumed, expected) < CLOSE
     assert min(abs(expected[1] - resumed[k]) for k in (5, 6)) > 2 * CLOSE  # the comparison tells something
@@ -42,10 +56,11 @@ def has_adapters_only(folder: Path, tag: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
-def test_the_trainer(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+def test_the_trainer(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     """Of an adapter it saves without frozen parameters, and loads with ``load_module_strict=False``."""
     pytest.importorskip("accelerate")
-    story("trainer", tmp_path, "checkpoint-", *adapter)
+    # One story is of programs as their user starts them.
+    story(launch if adapter else start, "trainer", tmp_path, "checkpoint-", *adapter)
     (kept,) = (tmp_path / "run").glob("checkpoint-*")  # save_total_limit=1
     assert kept.name == "checkpoint-6"
     if adapter:
@@ -54,17 +69,17 @@ def test_the_trainer(tmp_path: Path, adapter: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
-def test_accelerate(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+def test_accelerate(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     pytest.importorskip("accelerate")
-    assert story("accelerated", tmp_path, "step_", *adapter).tag == "pytorch_model"
+    assert story(launch, "accelerated", tmp_path, "step_", *adapter).tag == "pytorch_model"
     if adapter:
         has_adapters_only(tmp_path / "run/step_4", "pytorch_model")
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])
-def test_lightning(tmp_path: Path, adapter: tuple[str, ...]) -> None:
+def test_lightning(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     pytest.importorskip("pytorch_lightning")
-    assert story("lit", tmp_path, "step=", *adapter).tag == "checkpoint"
+    assert story(launch, "lit", tmp_path, "step=", *adapter).tag == "checkpoint"
     kept = sorted((tmp_path / "run").glob("step=*"))  # save_top_k=1, and the one that was resumed
     assert [path.name for path in kept] == ["step=4.ckpt", "step=6.ckpt"]
     if adapter:
