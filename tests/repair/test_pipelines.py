@@ -182,3 +182,5 @@ def test_a_layers_file_keeps_its_weights(pipes: ParallelSources, tmp_path: Path)
             if is_lost(name):
                 assert torch.equal(fixed.read(name), states["param"].to(torch.bfloat16)), name
                 assert not fixed.read(name, "exp_avg").any()
+        for name, buffer in truth.buffers.items():
+            assert torch.equal(fixed.read(name), buffer), name

@@ -55,7 +55,7 @@ def remains(
         opened = {mp: {0: look.models[mp]} for mp in kept}
         catalog = read_stages(path, files, found, opened, choice, param_names, False, without=numbers or {-1})
     known = {n: s for n, s in look.lost_names().items() if n not in catalog.parameters}
-    catalog, stateless = _with_weights(catalog, files, look.weights(numbers), known)
+    catalog, stateless = _with_weights(catalog, files, look.weights(numbers), known, look.buffers())
     lost = {name: ParameterInfo(name, shape, {}) for name, shape in known.items() if name not in catalog.parameters}
     nameless = [n for n in numbers if look.stage_of(n) not in look.described]
     held = {int(name.partition(".")[0]) for name in stateless}
@@ -156,6 +156,8 @@ class _Look:
         listed = {number for files in self.layers.values() for number in files}
         # A stage that is described has lost only what it names; a function between two layers has no parameters.
         found = _numbers(self.lost_names()) | {n for n in listed if not any(a <= n <= b for a, b in kept)}
+        if self.pp - 1 not in self.lost and kept:
+            found = {n for n in found if n < kept[-1][1]}  # a layer behind the last stage's is none of this model
         ends = [(-1, -1), *kept]
         for (_, last), (first, _) in pairwise(ends):
             if first - last - 1 > limits.LAYERS_COUNT:
@@ -170,6 +172,11 @@ class _Look:
             if mp // self.tp in self.lost and self.tp == 1 and model.raw.get("param_shapes") is not None:
                 out.update({name: shape for group in model.param_shapes for name, shape in group.items()})
         return out
+
+    def buffers(self) -> set[str]:
+        """What the lost stages kept as buffers, where a model file is left that says so."""
+        lost = [model for mp, model in self.models.items() if mp // self.tp in self.lost]
+        return {str(name) for model in lost for name in model.raw.get("buffer_names") or ()}
 
     def weights(self, numbers: Collection[int]) -> dict[str, TensorRef]:
         """What files of lost layers that are still there hold, by name."""
@@ -218,7 +225,11 @@ def _unreadable(file: Path) -> list[tuple[str, str]]:
 
 
 def _with_weights(
-    catalog: Catalog, files: Files, weights: Mapping[str, TensorRef], known: Mapping[str, Shape]
+    catalog: Catalog,
+    files: Files,
+    weights: Mapping[str, TensorRef],
+    known: Mapping[str, Shape],
+    buffers: Collection[str],
 ) -> tuple[Catalog, frozenset[str]]:
     """The catalog with the weights that layer files of lost stages still have; and their names."""
     tied = {(n.rpartition(".")[2], i.shape) for n, i in catalog.parameters.items() if n.startswith(_TIED)}
@@ -226,18 +237,22 @@ def _with_weights(
         name: ref
         for name, ref in weights.items()
         # A tied layer's file has what another stage has under the tied module's name.
-        if (known.get(name) == ref.shape if known else (name.rpartition(".")[2], ref.shape) not in tied)
+        if (
+            known.get(name) == ref.shape or name in buffers
+            if known
+            else (name.rpartition(".")[2], ref.shape) not in tied
+        )
     }
     if not taken:
         return catalog, frozenset()
     sources = list(catalog.files)
     builder = Builder(files, {file.path: k for k, file in enumerate(sources)}, sources)
     for name, ref in taken.items():
-        builder.add(name, "parameter", [builder.whole(name, "param", ref)])
+        builder.add(name, "buffer" if name in buffers else "parameter", [builder.whole(name, "param", ref)])
     merged = replace(
         catalog,
         files=tuple(builder.sources),
         parameters={**catalog.parameters, **builder.parameters},
         tensors={**catalog.tensors, **builder.tensors},
     )
-    return merged, frozenset(taken)
+    return merged, frozenset(name for name in taken if name not in buffers)
