@@ -208,7 +208,7 @@ def _decode_files(
     inside = folder if locations.is_remote(folder) else os.path.realpath(folder)
     out = []
     for name, size, mtime in zip(paths, sizes, mtimes, strict=True):
-        if not locations.can_be_path(name):
+        if mtime is not None and not locations.can_be_path(name):
             raise fields.damaged(f"the file {short(name)} has a name that no file can have")
         full = _inside(fields, inside, name) if mtime is None else _outside(inside, name)
         if mtime is not None and not trust_paths:
@@ -238,7 +238,8 @@ def _decode_files(
 def _inside(fields: _Fields, folder: str, name: str) -> str:
     """The full path of a file that must lie in the manifest's folder, whatever links there are."""
     full = ""
-    if not os.path.isabs(name) and ".." not in name.split("/") and not locations.is_remote(name):
+    possible = locations.can_be_path(name) and not locations.is_remote(name)
+    if possible and not os.path.isabs(name) and ".." not in name.split("/"):
         if locations.is_remote(folder):
             return str(locations.locate(folder) / name)
         full = os.path.realpath(os.path.join(folder, name))
