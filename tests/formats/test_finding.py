@@ -74,5 +74,5 @@ def test_options_of_built_in_targets_load_no_other_package(tmp_path: Path, monke
 
     monkeypatch.setattr(formats, "registered", refuse)
     ucp.convert(tmp_path / "source", tmp_path / "pointer", virtual=True)
-    with pytest.raises(BadArgument, match="dtype is for 'huggingface' only"):
+    with pytest.raises(BadArgument, match="dtype is for 'megatron' or 'huggingface' only"):
         ucp.convert(tmp_path / "source", tmp_path / "dest", dtype="bf16")
