@@ -32,8 +32,9 @@ _LONG = 256 << 10
 _SHORT = 128
 # On a device: words of short runs that are added at once, of all tensors together.
 _ITEMS = 1 << 19
-# On a device: rows that are multiplied at once (16 MiB as doubles), and rows whose products are kept (4 MiB).
-_ROWS_AT_ONCE, _ROWS_KEPT = 8 << 10, 64 << 10
+# On a device: rows that are multiplied at once (44 MiB as doubles), and rows whose products are kept (6 MiB), in three
+# turns: a device waits longer for an operation to be asked for than it takes.
+_ROWS_AT_ONCE, _ROWS_KEPT = 22 << 10, 64 << 10
 # Row keys that are kept on a device: 16 MiB.
 _KEPT = 1 << 20
 
@@ -184,10 +185,13 @@ def on_device(lives: Sequence[LiveElements], sample: Sample | None = None, threa
     sums = _Sums(lives[0].tensor.device, len(lives))
     for k, live in enumerate(lives):
         listed = _listed(live, sample)
-        if listed is not None and all(size >= _LONG for _, _, size in listed):
+        if listed is not None:
             raw = live.tensor.detach().reshape(-1).view(torch.uint8)
-            for run in listed:
-                sums.add_long(k, raw, *run)
+            if all(size >= _LONG for _, _, size in listed):
+                for run in listed:
+                    sums.add_long(k, raw, *run)
+            elif listed:
+                sums.add(k, raw, Runs(*np.array(listed, np.int64).T))
             continue
         for raw, runs in _windows(live, sample, PIECE):
             sums.add(k, raw, runs)
