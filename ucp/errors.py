@@ -10,8 +10,7 @@ same class with the same details (`rebuilt`). Collectives, pipes and files carry
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ucp.printable import line
 
@@ -91,8 +90,7 @@ class ProcessLost(UcpError):
     """A process that shared the work failed, was lost or never came; what was written is there to continue from."""
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):  # no dataclass: their module takes longer to import than all that a command's --help needs
     """A position in a text. file: as people know it; line and column count from 1."""
 
     file: str
@@ -120,7 +118,7 @@ class SpecError(UcpError):
         self.picture = picture
 
     def details(self) -> dict[str, Any]:
-        return {"position": self.position and asdict(self.position), "picture": self.picture}
+        return {"position": self.position and self.position._asdict(), "picture": self.picture}
 
     def restore(self, details: Mapping[str, Any]) -> None:
         at = details["position"]

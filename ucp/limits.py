@@ -13,9 +13,12 @@ from __future__ import annotations
 import functools
 import math
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ucp.errors import DamagedCheckpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -269,6 +272,8 @@ def processors() -> int:
 @functools.cache
 def _quota() -> float:
     """The processors' time that this process's control groups allow, in processors."""
+    from pathlib import Path  # late: the commands' --help needs none of it
+
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

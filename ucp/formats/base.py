@@ -17,8 +17,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ucp.errors import BadArgument
 
@@ -45,8 +44,7 @@ _WANTED = {
 }
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):  # no dataclass: their module takes longer to import than all that --help needs
     """A setting of a format's own, as Python callers and the command line give it.
 
     name: the keyword, such as ``max_shard_size``; on the command line it is ``--max-shard-size``, except for kind

@@ -13,13 +13,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from ucp import limits
 from ucp.errors import BadArgument
 from ucp.storage.kept import SCHEME
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -54,6 +56,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     """
     text = str(path) if is_remote(path) else os.path.abspath(path)
     if not is_remote(text):
+        from pathlib import Path  # late: the commands' --help needs none of it
+
         return Path(text)
     if (found := _kept(text)) is not None:
         return found
@@ -63,7 +67,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         raise BadArgument(f"{text}: URLs need further packages: pip install 'universal-checkpoint[remote]'") from error
     try:
         # No cache of listings: a checkpoint may appear while this process runs.
-        return cast(Path, UPath(text, use_listings_cache=False))
+        return cast("Path", UPath(text, use_listings_cache=False))
     except (ImportError, ValueError) as error:
         raise BadArgument(f"{text}: {error}") from error
 

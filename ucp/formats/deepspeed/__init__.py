@@ -7,7 +7,6 @@ by what a spec, or the checkpoint itself, says of the model's cuts (`read.assemb
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +74,13 @@ class DeepSpeedUniversalTarget(WriteTarget):
 
 def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> WritePlan:
     """In DeepSpeed's convention: everything in a folder named by the tag, and a file beside it that names it."""
+    from dataclasses import replace
+
     from ucp.storage import names
     from ucp.transfer.targets import TargetFile, WritePlan
 
     folder = names.entry(tag, "the source's tag", BadArgument, "rename its folder")
-    placed = [dataclasses.replace(file, name=f"{folder}/{file.name}") for file in files]
+    placed = [replace(file, name=f"{folder}/{file.name}") for file in files]
     text = tag.encode("utf-8")
     placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
     return WritePlan(catalog, tuple(placed), tag=tag, layout=layout)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from ucp.errors import Unsupported
 from ucp.formats.base import FLAG, TEXT, Format, Option, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
-from ucp.storage import locations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +78,7 @@ class Megatron(Format):
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.megatron.read import torch_dist
+        from ucp.storage import locations
 
         if any(map(_RANK_FOLDER.fullmatch, locations.names(path))) and not locations.is_file(path / CONFIG):
             raise Unsupported(
