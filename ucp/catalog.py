@@ -1,4 +1,4 @@
-"""The catalog: what a checkpoint holds, whoever wrote it, and where every element of it lies.
+"""The catalog: what a checkpoint holds, and where every element of it lies, no matter who wrote it.
 
 A checkpoint is a set of logical tensors, one for each (parameter, state), plus the training state that is not a
 tensor of a parameter. A format's reader makes a Catalog from files; everything else (reading a region, converting,
@@ -26,7 +26,7 @@ _WRAPPERS = ("module", "_orig_mod")
 
 
 def bare(name: str) -> str:
-    """The name without what wrappers put into it: leading ``module.``, ``_orig_mod.`` anywhere."""
+    """The name without what wrappers put into it: ``module.`` at its beginning, and ``_orig_mod.`` anywhere."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts.pop(0)
@@ -44,12 +44,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """One state of one parameter, whole: unsharded, unpadded, and where its fragments lie.
+    """One state of one parameter as a whole, without shards and padding, and where its fragments lie.
 
-    blocks: its boxes; ``blocks.buffers`` is an index into the catalog's files, ``blocks.starts`` counts elements of
-    this dtype from the byte ``bases`` of that file ((n,) int64), so any byte offset can be said exactly.
-    digest: of all its elements in this dtype, where the checkpoint has recorded it; of a tensor that is another one's
-    part, or put together otherwise, None.
+    blocks: its boxes. ``blocks.buffers`` is an index into the catalog's files.
+    bases: (n,) int64, the byte of its file from which ``blocks.starts`` counts elements of this dtype, so that any byte
+    offset can be expressed exactly.
+    digest: of all its elements in this dtype, if the checkpoint has recorded it. None for a tensor that is a part of
+    another one or is put together in another way.
     """
 
     name: str
@@ -82,10 +83,20 @@ class LogicalTensor:
 class ParameterInfo:
     """A parameter or buffer of the model.
 
-    states: state name -> dtype of the logical tensors kept for it. ``param`` is the weight itself.
-    scalars: per-parameter optimizer values that are no tensors of its shape, such as ``step``.
-    kind: 'parameter', 'frozen' (a parameter that no optimizer updates), 'buffer', or 'padding': what a parameter's
-    shards hold beyond its own end (a vocabulary padded for its ranks), which only a target with the same padding takes.
+    Parameters
+    ----------
+    name: its name in the model.
+    shape: of the whole parameter, unsharded and without padding.
+    states: for each state kept for it, the state's name and the dtype of the logical tensor. The state ``param`` is
+        the weight itself.
+    kind: one of
+
+        - 'parameter';
+        - 'frozen': a parameter that no optimizer updates;
+        - 'buffer';
+        - 'padding': what a parameter's shards hold beyond its own end, such as a vocabulary padded for its ranks.
+          Only a target with the same padding takes it.
+    scalars: the optimizer's values for this parameter that are not tensors of its shape, such as ``step``.
     aliases: other names of the same storage (tied parameters).
     """
 
@@ -99,9 +110,13 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """An optimizer param group: the parameters in it, in order, and its hyperparameters.
+    """An optimizer param group.
 
-    options is None where the checkpoint did not record them (DeepSpeed's elastic checkpoints).
+    Parameters
+    ----------
+    names: the parameters in it, in order.
+    options: its hyperparameters by name, or None if the checkpoint did not record them (DeepSpeed's elastic
+        checkpoints).
     """
 
     names: tuple[str, ...]
@@ -110,12 +125,22 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything of a training run that is not a tensor of a parameter. None means: the checkpoint has none.
+    """Everything of a training run that is not a tensor of a parameter. None means that the checkpoint has none.
 
-    loss_scaler: {'dynamic': bool, 'cur_scale': float, ...} in DeepSpeed's own attribute names.
-    dp_world_size, global_batch_size: of the run that saved it.
+    Parameters
+    ----------
+    param_groups: the optimizer's param groups, in order.
+    lr_scheduler: the learning rate scheduler's state.
+    loss_scaler: {'dynamic': bool, 'cur_scale': float, ...} with DeepSpeed's own attribute names.
+    clip_grad: the norm that gradients are clipped to.
+    global_steps: steps done so far.
+    global_samples: samples seen.
+    skipped_steps: steps skipped, such as those whose gradients overflowed.
+    dp_world_size: data-parallel ranks of the run that saved it.
+    global_batch_size: samples of one step of the run that saved it.
     extra: further state by name, such as data_sampler and random_ltd.
     client_state: what the caller gave to save_checkpoint (rank 0's).
+    config: the run's configuration, as the checkpoint has it.
     """
 
     param_groups: tuple[ParamGroup, ...] = ()
@@ -133,7 +158,7 @@ class TrainingState:
 
 
 class ByteSource(Protocol):
-    """Bytes that lie in no file: they are kept in memory, or computed when they are read. Thread-safe."""
+    """Bytes that are in no file. They are kept in memory, or computed when they are read. Thread-safe."""
 
     def read_into(self, offset: int, parts: Sequence[NDArray[np.uint8]]) -> None:
         """Fill the parts, one after the other, with the bytes from ``offset`` on."""
@@ -142,7 +167,7 @@ class ByteSource(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A `ByteSource` whose bytes are kept."""
+    """A `ByteSource` whose bytes are kept in memory."""
 
     raw: bytes
 
@@ -156,13 +181,15 @@ class InMemory:
 class Catalog:
     """All logical tensors of a checkpoint, with the files that their fragments lie in.
 
-    format: the name of the format it was read from; writer: framework and version, for people.
-    chunk_digests: per file, where the checkpoint recorded them: index into files -> ChunkDigests.
-    crc_records: per file without digests, the records that have a CRC-32 in it: index into files -> in their order.
+    format: the name of the format it was read from.
+    writer: framework and version, for people.
+    chunk_digests: index into files -> ChunkDigests, for files whose digests the checkpoint recorded.
+    crc_records: index into files -> the records in it that have a CRC-32, in their order; for files without digests.
     copies: further fragments that hold again what those of ``tensors`` hold, such as the copies of a norm that every
-    tensor-parallel rank keeps. computed: where the bytes of "files" that are no files come from, by index: what no file
-    has, such as averages. unchecked: sentences on what opening could not check.
-    approximate: parameters whose tensors no run has had, but a repair has filled in -> how.
+    tensor-parallel rank keeps.
+    computed: index into files -> where the bytes come from, for "files" that are not on disk (averages, for example).
+    unchecked: sentences on what opening could not check.
+    approximate: parameter -> how a repair has filled it in; no run has had these tensors.
     """
 
     format: str
@@ -181,7 +208,7 @@ class Catalog:
 
     @property
     def on_disk(self) -> tuple[SourceFile, ...]:
-        """The files that really are files."""
+        """The files that really exist as files."""
         return tuple(file for k, file in enumerate(self.files) if k not in self.computed)
 
     def check(self) -> None:
@@ -198,7 +225,7 @@ class Catalog:
                     self.check_ranges(tensor, sizes)
 
     def _check_names(self) -> None:
-        """Raise DamagedCheckpoint for a name that is no text: it could be written nowhere."""
+        """Raise DamagedCheckpoint for a name that is not valid text: nothing could write it."""
         named = [(name, *info.aliases, *info.states) for name, info in self.parameters.items()]
         for name in (name for several in named for name in several):
             if not isinstance(name, str) or not (name.isascii() or _is_unicode(name)):
@@ -246,14 +273,17 @@ def _is_unicode(name: str) -> bool:
 
 
 def _byte_ranges(b: Blocks, bases: Ints, width: int | Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """As `LogicalTensor.byte_ranges`; width: bytes of an element, of all blocks or of each."""
+    """Like `LogicalTensor.byte_ranges`. width: bytes of an element, one number for all blocks or one for each."""
     first, ends = extents(b)
     return bases + first * width, bases + ends * width
 
 
 def _all_whole(tensors: Sequence[LogicalTensor], ndim: int, sizes: NDArray[np.float64]) -> bool:
-    """Whether tensors of so many dimensions are covered exactly once by ranges within the files: what `check_coverage`
-    and `check_ranges` ask of each, asked of all at once, which takes a tenth of the time."""
+    """Whether these tensors of ``ndim`` dimensions are covered exactly once, by ranges within the files.
+
+    This is what `check_coverage` and `check_ranges` ask of each tensor. Asking it of all at once takes a tenth of the
+    time.
+    """
     blocks = concat((t.blocks for t in tensors), ndim)
     group = np.repeat(np.arange(len(tensors)), [len(t.blocks) for t in tensors])
     if not coverage_holds([t.shape for t in tensors], blocks, group):

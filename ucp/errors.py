@@ -16,10 +16,14 @@ from ucp.printable import line
 
 
 class UcpError(Exception):
-    """The base of all errors that the input, the arguments or the environment are at fault for.
+    """The base of all errors that are the fault of the input, the arguments or the environment.
 
-    Its text is one line: control characters in what it quotes are escaped (`ucp.printable`). file: the file that the
-    message begins with, None where it names none at its beginning. message: what is wrong, without that beginning.
+    Its text is one line: control characters in what it quotes are escaped (`ucp.printable`).
+
+    Parameters
+    ----------
+    message: what is wrong, without the file.
+    file: the file that the text begins with, or None if it begins with no file.
     """
 
     def __init__(self, message: str, *, file: str | None = None) -> None:
@@ -31,7 +35,7 @@ class UcpError(Exception):
         return line(super().__str__())
 
     def details(self) -> dict[str, Any]:
-        """What the error knows beside its text, as plain JSON."""
+        """What the error knows in addition to its text, as plain JSON."""
         return {}
 
     def restore(self, details: Mapping[str, Any]) -> None:
@@ -51,11 +55,11 @@ class DigestMismatch(DamagedCheckpoint):
 
 
 class RemovedMeanwhile(DamagedCheckpoint):
-    """The checkpoint's folder was removed while it was read: by a run's ``keep_last``, or by somebody."""
+    """The checkpoint's folder was removed while it was read, by a run's ``keep_last`` or by somebody."""
 
 
 class ApproximateCheckpoint(UcpError):
-    """The checkpoint has layers that a repair has filled in, and the caller did not say that this is meant."""
+    """The checkpoint has layers that a repair has filled in, and the caller did not ask for such a checkpoint."""
 
 
 class UnsafePickle(UcpError):
@@ -79,19 +83,19 @@ class DestinationError(UcpError):
 
 
 class ProofFailed(UcpError):
-    """After a load what is live is not what the checkpoint has, by their logical digests; it is in place already."""
+    """After a load, the logical digests of the live state and of the checkpoint differ. The state is already loaded."""
 
 
 class SaveFailed(UcpError):
-    """A save was given up, because of one of its ranks; the checkpoints that were there before are as they were."""
+    """A save was given up because one of its ranks failed. The checkpoints that were there before are unchanged."""
 
 
 class ProcessLost(UcpError):
-    """A process that shared the work failed, was lost or never came; what was written is there to continue from."""
+    """A process that shared the work failed, was lost or never came. What was written can be continued from."""
 
 
-class Position(NamedTuple):  # no dataclass: their module takes longer to import than all that a command's --help needs
-    """A position in a text. file: as people know it; line and column count from 1."""
+class Position(NamedTuple):  # no dataclass: importing that module takes longer than all else a command's --help needs
+    """A position in a text. file: its name, for people. line, column: counted from 1."""
 
     file: str
     line: int
@@ -108,8 +112,8 @@ class Position(NamedTuple):  # no dataclass: their module takes longer to import
 class SpecError(UcpError):
     """A spec, or what it says of a model, is refused.
 
-    ``str()`` is one line that begins with the position; ``picture`` is the offending text with a line of marks under
-    the part that is meant, or empty.
+    ``str()`` is one line that begins with the position. ``picture`` is the offending text with a line of marks under
+    the part that is meant, or an empty string.
     """
 
     def __init__(self, message: str, position: Position | None = None, picture: str = "") -> None:
@@ -127,7 +131,7 @@ class SpecError(UcpError):
 
 
 def described(error: BaseException) -> str:
-    """An error's text for people; of an error that is none of ours, its class, too."""
+    """An error's text for people. For an error that is not one of ours, its class is named, too."""
     return str(error) if isinstance(error, UcpError) else f"{type(error).__name__}: {error}"
 
 
@@ -139,9 +143,9 @@ def noted(error: BaseException) -> dict[str, Any]:
 
 
 def rebuilt(note: Mapping[str, Any], start: str = "", otherwise: type[Exception] = SaveFailed) -> Exception:
-    """The error of a note, its text behind ``start``.
+    """The error that a note stands for, with ``start`` in front of its text.
 
-    otherwise: the class for an error that is none of ours.
+    otherwise: the class to raise for an error that is not one of ours.
     """
     found = globals().get(note["kind"])
     if not (isinstance(found, type) and issubclass(found, UcpError)):

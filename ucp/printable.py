@@ -1,9 +1,10 @@
 r"""Foreign text made fit to be shown: what a checkpoint says never moves a cursor, hides a word or fakes a line.
 
-Names, tags, paths and whatever else comes from files may hold any character. Before they are shown, on a terminal, in a
-log, in an error or on a page, control characters are escaped as ``ls -b`` does: ``\n``, ``\t`` and the like by their
-letters, all others by the octal numbers of their bytes (``\033`` is Escape). Escaped are C0, DEL, C1, the controls of
-bidirectional text, the separators of lines and paragraphs, and what is no Unicode. Everything else stays as it is.
+Names, tags, paths and whatever else comes from files may hold any character. Control characters are escaped before the
+text is shown on a terminal, in a log, in an error or on a page. They are escaped as ``ls -b`` does it: ``\n``, ``\t``
+and the like by their letters, all others by the octal numbers of their bytes (``\033`` is Escape). This covers C0, DEL,
+C1, the controls of bidirectional text, the separators of lines and paragraphs, and what is not valid Unicode.
+Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _LETTERS = {"\a": "a", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t", "\
 
 
 def line(text: str) -> str:
-    """The text as one line, or as one entry of one."""
+    """The text as one line, or as a part of one line."""
     return text if text.isprintable() else _ODD.sub(_escape, text)
 
 
 def lines(text: str) -> str:
-    """The text with its line ends (``\\n``) as they are, for what is meant to have several lines."""
+    """The text with its line ends (``\\n``) kept, for text that is meant to have several lines."""
     return "\n".join(map(line, text.split("\n")))
 
 
@@ -41,9 +42,9 @@ def data(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A foreign value as an error or a table may show it, whatever it is: its ``repr``, of long ones the beginning.
+    """A foreign value of any kind as an error or a table may show it: its ``repr``, cut short if it is long.
 
-    Deep values, shared ones and long integers, whose ``repr`` fails or never ends, are cut first.
+    Deep values, shared ones and long integers, whose ``repr`` would fail or never end, are cut before that.
     """
     try:
         return line(_SHORT.repr(value))
@@ -52,19 +53,19 @@ def short(value: Any) -> str:
 
 
 def dumps(value: Any) -> str:
-    """JSON in ASCII on one line, in which every control character stands as JSON's own escape (DEL, too)."""
+    """JSON in ASCII on one line. Every control character, DEL included, is written as JSON's own escape."""
     return json.dumps(value, allow_nan=False, default=str).replace("\x7f", "\\u007f")
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of that name, whose records are lines, whatever they quote and whoever handles them."""
+    """The logger of that name. Each of its records is one line, whatever it quotes and whoever handles it."""
     found = logging.getLogger(name)
     found.addFilter(_CLEAN)
     return found
 
 
 class _Short(reprlib.Repr):
-    """Longer than reprlib's own, since a table cuts to its own width; and for integers that Python does not print."""
+    """Longer than reprlib's own, since a table cuts to its own width. Also takes integers that Python won't print."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class _Clean(logging.Filter):
         text = record.getMessage()
         cleaned = line(text)
         if cleaned != text:
-            record.msg, record.args = cleaned, ()  # without arguments nothing is put in for a percent sign
+            record.msg, record.args = cleaned, ()  # without arguments, a percent sign is left as it is
         return True
 
 
@@ -95,7 +96,7 @@ def _escape(match: re.Match[str]) -> str:
     if letter in _LETTERS:
         return f"\\{_LETTERS[letter]}"
     try:
-        raw = letter.encode("utf-8", "surrogateescape")  # a byte of a file's name that is no UTF-8
+        raw = letter.encode("utf-8", "surrogateescape")  # a byte of a file's name that is not UTF-8
     except UnicodeEncodeError:
         raw = letter.encode("utf-8", "surrogatepass")
     return "".join(f"\\{byte:03o}" for byte in raw)

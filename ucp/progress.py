@@ -1,8 +1,8 @@
-"""How far something long has come: bytes, rate and time left, on stderr or in the log.
+"""The progress of long work: bytes, rate and time left, on stderr or in the log.
 
 On a terminal it is tqdm's bar, redrawn every `limits.PROGRESS_REDRAW_SECONDS` once `PROGRESS_PATIENCE_SECONDS` are
-over; elsewhere a line of its own every `PROGRESS_LOG_SECONDS`, the first after as long. So what is short stays silent.
-Of the ranks of one job the first shows any. The environment variable ``UCP_PROGRESS=0`` turns it off.
+over. Elsewhere it is a line of its own every `PROGRESS_LOG_SECONDS`, the first one after that time. So short work shows
+nothing. Only the first rank of a job shows progress. The environment variable ``UCP_PROGRESS=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ log = logger(__name__)
 class ProgressBar:
     """Called with the bytes done and the bytes in all, as often as one likes. A context manager.
 
-    quiet: show nothing. what: is being done, in one word. line: takes the lines where stderr is no terminal; default:
-    stderr does.
+    quiet: show nothing.
+    what: what is being done, in one word.
+    line: takes the lines if stderr is not a terminal. By default they go to stderr.
     """
 
     def __init__(self, quiet: bool, what: str = "", line: Callable[[str], None] | None = None) -> None:
@@ -66,12 +67,12 @@ class ProgressBar:
         return f"{self._what}{share:4.0%}  {amount}, {rate / 1e6:.0f} MB/s{left}"
 
     def finish(self, total: int) -> None:
-        """Show that all is done, where anything was shown of it."""
+        """Show that all is done, if any progress was shown before."""
         if self._bar is not None:
             self(total, total)
 
     def close(self) -> None:
-        """End the line, so that what follows begins on its own."""
+        """End the line, so that what follows begins on a line of its own."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -87,8 +88,9 @@ class ProgressBar:
 def watching(what: str, done: Callable[[], int], total: int, shown: bool = True) -> Iterator[None]:
     """Show how far the work in this block is.
 
-    done: the bytes so far; another thread calls it a few times a second. total: about as many in all. shown: False on
-    all ranks but one.
+    done: gives the bytes done so far; another thread calls it a few times a second.
+    total: about how many bytes there are in all.
+    shown: False on all ranks but one.
     """
     if not shown or total <= 0:
         yield
@@ -116,11 +118,11 @@ def watching(what: str, done: Callable[[], int], total: int, shown: bool = True)
     finally:
         over.set()
         if begun:
-            thread.join()  # otherwise it ends by itself, without a word
+            thread.join()  # otherwise it ends by itself and shows nothing
 
 
 def tell(logger: logging.Logger, text: str) -> None:
-    """A line that has to be seen: where the program shows no INFO records, stderr does."""
+    """Show a line that has to be seen: in the log, or on stderr if the program shows no INFO records."""
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", text)
     else:
@@ -132,11 +134,11 @@ def _in_the_log(text: str) -> None:
 
 
 def _drawn(text: str, done: int, total: int) -> Any:
-    """A bar of tqdm's that has just been drawn. The text is ours, so that a bar and a log say the same."""
+    """A tqdm bar that has just been drawn. The text is ours, so that a bar and a log say the same."""
     from tqdm import tqdm  # imported late: it takes longer than most commands' start
 
     class Bar(tqdm):
-        monitor_interval = 0  # no thread that looks after bars which are updated too seldom
+        monitor_interval = 0  # no thread to redraw bars that are updated too seldom
 
     columns = _columns()
     return Bar(

@@ -1,4 +1,4 @@
-"""The settings of what writes a checkpoint from others: which are of reading, of the run, and of the target."""
+"""Settings for writing a checkpoint from others: which of them belong to reading, to the run and to the target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ucp.formats.signature import defaults_of
 from ucp.parallel.mesh import Layout
 from ucp.transfer.destination import Running
 
-# What `ucp.open` takes of such settings; the rest of them are fields of Running and the target's options.
+# The settings that `ucp.open` takes. The others are fields of Running and the target's options.
 OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names", "allow_approximate")
 RUNNING = tuple(field.name for field in fields(Running))
 
 
 def check_layout(target: WriteTarget, layout: Layout | None) -> None:
-    """Raise BadArgument where a target's layout is missing, or one is given that it does not take."""
+    """Raise BadArgument if a target needs a layout and has none, or is given one that it does not take."""
     if layout is not None and not target.takes_layout:
         takers = " or ".join(f"'{one.name}'" for known in formats.every() for one in known.targets if one.takes_layout)
         raise BadArgument(f"a layout is for {takers} only: '{target.name}' checkpoints have none, and resume in any")
@@ -31,9 +31,9 @@ def check_layout(target: WriteTarget, layout: Layout | None) -> None:
 
 
 def divide_settings(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Running, dict[str, Any]]:
-    """The settings of reading, of the run, and of the target that were given, each checked.
+    """The given settings, checked and divided into those of reading, of the run and of the target.
 
-    Raises BadArgument for one that nothing takes, or another target only.
+    Raises BadArgument for a setting that nothing takes, or that only another target takes.
     """
     opening = {name: value for name, value in settings.items() if name in OPENING}
     running = Running(**{name: value for name, value in settings.items() if name in RUNNING})
@@ -46,7 +46,7 @@ def divide_settings(target: WriteTarget, settings: Mapping[str, Any]) -> tuple[d
 
 
 def check_replaced(destination: Path, source: Catalog) -> None:
-    """Raise DestinationError where replacing would lose the source, or something else than a checkpoint."""
+    """Raise DestinationError if replacing would lose the source, or something other than a checkpoint."""
     if not os.path.lexists(destination):
         return
     if not run_folder.is_checkpoint(destination):

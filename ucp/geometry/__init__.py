@@ -15,8 +15,12 @@ Laws (tests/test_geometry.py holds them as properties):
 - cutting a tensor by any blocks and merging the cuts again is the identity;
 - the elements of any ranges that follow each other (``take_elements``) are those of the blocks, each once.
 
-`blocks`: what blocks are, and one set of them. `copies`: two sets. `shards`: a shard's blocks as the whole tensor's.
-`coverage`: whether a tensor is held exactly once.
+The modules:
+
+- `blocks`: what blocks are, and operations on one set of them;
+- `copies`: what two sets of blocks have in common;
+- `shards`: a shard's blocks as blocks of the whole tensor, and the reverse;
+- `coverage`: whether a tensor is held exactly once.
 """
 
 from __future__ import annotations

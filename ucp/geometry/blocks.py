@@ -35,8 +35,8 @@ class Blocks:
     offsets, sizes: (n, d) the boxes, in the logical tensor's indices.
     starts: (n,) position of each box's first element in its buffer, in elements.
     strides: (n, d) distance in the buffer between neighbours along each dimension, in elements.
-    buffers: (n,) which buffer each block lies in; what the numbers mean is the owner's business (a file's index in
-    a catalog, a rank, 0 where there is one buffer only).
+    buffers: (n,) which buffer each block lies in; what the numbers mean is up to the owner (a file's index in a
+    catalog, a rank, or 0 if there is only one buffer).
     """
 
     offsets: Ints
@@ -110,7 +110,7 @@ def box(
 
 
 def whole(shape: Sequence[int], start: int = 0, buffer: int = 0) -> Blocks:
-    """The one block that is the whole tensor, dense and row-major from ``start``. Empty for a tensor of no elements."""
+    """The whole tensor as one block, dense and row-major from ``start``. Empty for a tensor without elements."""
     if numel(shape) == 0:
         return empty(len(shape))
     return box([0] * len(shape), shape, start, None, buffer)
@@ -194,7 +194,7 @@ def packed(blocks: Blocks) -> Blocks:
 def take_elements(blocks: Blocks, first: int, last: int) -> Blocks:
     """The elements ``[first, last)`` of the blocks, counted block after block, each in row-major order.
 
-    Bounds beyond the blocks are those of the blocks, so neighbouring ranges leave nothing out and take nothing twice.
+    Bounds beyond the blocks are clipped to them, so neighbouring ranges leave nothing out and take nothing twice.
     """
     counts = blocks.counts
     before = np.cumsum(counts) - counts
@@ -218,14 +218,15 @@ def take_elements(blocks: Blocks, first: int, last: int) -> Blocks:
 
 
 def _whole_ones(blocks: Blocks, begin: Ints, end: Ints, first: int, last: int) -> Blocks:
-    """Of the blocks [first, last), those of which something is taken; all of it."""
+    """The blocks among [first, last) of which something is taken, each of them whole."""
     return blocks.take(first + np.flatnonzero(begin[first:last] < end[first:last]))
 
 
 def extents(blocks: Blocks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(n,) each block's first element in its buffer, and the one after its last, gaps included.
 
-    In floating point: exact up to 2^53 elements, and hostile strides, whose products overflow integers, stay large.
+    The results are floating-point numbers. They are exact up to 2^53 elements. Hostile strides, whose products would
+    overflow integers, give large numbers instead of wrapping around.
     """
     reach = np.maximum(blocks.sizes - 1, 0) * blocks.strides.astype(np.float64)
     first = blocks.starts + np.minimum(reach, 0).sum(axis=1)
@@ -233,9 +234,9 @@ def extents(blocks: Blocks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def span(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements of a buffer from the first to the last of one box, both and the gaps between included.
+    """Elements of a buffer from the first to the last of one box, including both and the gaps between them.
 
-    Strides are not negative. 0 for a box without elements.
+    Strides must not be negative. The span of a box without elements is 0.
     """
     if 0 in sizes:
         return 0
@@ -243,7 +244,7 @@ def span(sizes: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def unravel(positions: Ints, shape: Shape) -> Ints:
-    """(n, d) the index of every one of these positions in a tensor's row-major order."""
+    """(n, d) the tensor's index at each of these positions in its row-major order."""
     out = np.empty((len(positions), len(shape)), np.int64)
     for k, stride in enumerate(row_major(shape)):
         out[:, k], positions = np.divmod(positions, stride)

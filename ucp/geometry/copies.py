@@ -14,8 +14,10 @@ from ucp.geometry.blocks import Blocks, Ints, row_major
 class Copies:
     """Element copies between two sets of blocks of one logical tensor, as columns.
 
-    source, target: (n,) indices of the blocks; source_starts, target_starts: (n,) buffer positions of the first
-    element; sizes: (n, d) the box copied; source_strides, target_strides: (n, d). All in elements.
+    source, target: (n,) indices of the blocks.
+    source_starts, target_starts: (n,) position of the first element in its buffer, in elements.
+    sizes: (n, d) the box copied, in elements.
+    source_strides, target_strides: (n, d) in elements.
     """
 
     source: Ints
@@ -40,7 +42,7 @@ def candidates(a_lo: Ints, a_hi: Ints, b_lo: Ints, b_hi: Ints) -> tuple[Ints, In
 
     An interval without elements may come with pairs that don't overlap.
     """
-    # Of two that overlap, either b begins inside a, or a begins inside b, after b's beginning.
+    # If two intervals overlap, either b begins inside a, or a begins inside b and after b's beginning.
     order_b, order_a = np.argsort(b_lo, kind="stable"), np.argsort(a_lo, kind="stable")
     first_b, first_a = b_lo[order_b], a_lo[order_a]
     i, at = _spread(np.searchsorted(first_b, a_lo, "left"), np.searchsorted(first_b, a_hi, "left"))
@@ -63,10 +65,11 @@ def pair_count(a_lo: Ints, a_hi: Ints, b_lo: Ints, b_hi: Ints) -> int:
 
 
 def _overlapping(a: Blocks, b: Blocks) -> tuple[Ints, Ints]:
-    """Pairs of blocks whose boxes may overlap: those that do on the axis that tells most of them apart.
+    """Pairs of blocks whose boxes may overlap: those that overlap on the axis that tells most of them apart.
 
     The axes tried are the tensor's own and its row-major order, in which a box reaches from its first element to its
-    last: pieces of one row overlap on every axis but that one, column shards on that one but not on their own.
+    last. Pieces of one row may overlap on all axes but the row-major one. Column shards overlap on the row-major one
+    but not on the axis that they are cut along.
     """
     a_end, b_end = a.offsets + a.sizes, b.offsets + b.sizes
     strides = np.array(row_major(np.maximum(a_end.max(axis=0), b_end.max(axis=0)).tolist()), np.int64)
@@ -74,7 +77,7 @@ def _overlapping(a: Blocks, b: Blocks) -> tuple[Ints, Ints]:
         (a.offsets @ strides, (a_end - 1) @ strides + 1, b.offsets @ strides, (b_end - 1) @ strides + 1),
         *((a.offsets[:, k], a_end[:, k], b.offsets[:, k], b_end[:, k]) for k in range(a.ndim)),
     ]
-    # Choosing costs a few sorts; it is not worth that where all pairs are few.
+    # Choosing costs a few sorts, which is not worth it for a small number of pairs.
     best = axes[0] if len(a) * len(b) < 4096 else min(axes, key=lambda axis: pair_count(*axis))
     return candidates(*best)
 
@@ -85,10 +88,10 @@ def intersect(source: Blocks, target: Blocks) -> Copies:
 
 
 def intersect_grouped(source: Blocks, source_groups: Ints, target: Blocks, target_groups: Ints) -> Copies:
-    """As `intersect`, where blocks belong to several tensors: only those of one group have elements in common.
+    """Like `intersect`, for blocks of several tensors: only blocks of the same group can have elements in common.
 
     source_groups, target_groups: the number of each block's group, ascending. One call for a thousand tensors of a few
-    blocks each takes the time of a few calls of `intersect`.
+    blocks each takes about as long as a few calls of `intersect`.
     """
     count = 1 + int(max(source_groups.max(initial=-1), target_groups.max(initial=-1)))
     sources, targets = (np.bincount(groups, minlength=count) for groups in (source_groups, target_groups))
@@ -115,7 +118,7 @@ def _pairs(source: Blocks, target: Blocks) -> tuple[Ints, Ints]:
 def _copies(source: Blocks, target: Blocks, i: Ints, j: Ints) -> Copies:
     """The copies between these pairs of blocks; pairs without elements in common are left out."""
     for k in range(source.ndim):
-        # One axis at a time, so that pairs which fall apart on it are gone before the next one is looked at.
+        # One axis at a time, so that pairs that do not overlap on it are dropped before the next axis is looked at.
         lo = np.maximum(source.offsets[i, k], target.offsets[j, k])
         hi = np.minimum(source.offsets[i, k] + source.sizes[i, k], target.offsets[j, k] + target.sizes[j, k])
         keep = hi > lo
@@ -140,7 +143,7 @@ def collapse(copies: Copies) -> Copies:
     side). The others follow the source's order, widest stride first; those merged away have size 1.
     """
     n, d = copies.sizes.shape
-    # Dimensions of size 1 are never stepped along; outermost, they cannot come between two that merge.
+    # Dimensions of size 1 are never stepped along. They go outermost, where they cannot come between two that merge.
     reach = np.where(copies.sizes == 1, np.iinfo(np.int64).max, copies.source_strides)
     order = np.argsort(-reach, axis=1, kind="stable")
     one = np.ones((n, 1), np.int64)

@@ -14,11 +14,12 @@ from ucp.geometry.copies import intersect, intersect_grouped
 
 @dataclass(frozen=True)
 class CoverageFault:
-    """Why blocks don't hold every element of a tensor exactly once; as text, a few words on it.
+    """Why blocks don't hold every element of a tensor exactly once. ``str()`` says it in a few words.
 
     kind: "outside" (a box leaves the tensor), "overlap" (elements are held more than once) or "hole" (elements are
-    missing). elements: how many are missing, or held more than once (one held three times counts three times). total:
-    elements of the tensor.
+    missing).
+    elements: how many are missing, or held more than once (one that is held three times counts three times).
+    total: elements of the tensor.
     """
 
     kind: Literal["outside", "overlap", "hole"]
@@ -36,8 +37,8 @@ class CoverageFault:
 def coverage_fault(shape: Sequence[int], blocks: Blocks) -> CoverageFault | None:
     """None if the blocks hold every element of the tensor exactly once, else what is wrong.
 
-    Out-of-bounds boxes, overlaps and holes are told apart. The check is exact: boxes that are in bounds, pairwise
-    disjoint and as many elements in all as the tensor has, cover it.
+    Out-of-bounds boxes, overlaps and holes are told apart. The check is exact: boxes cover the tensor if they are in
+    bounds, are pairwise disjoint and have as many elements in all as the tensor.
     """
     size = np.array([int(s) for s in shape], np.int64)
     # Compared without adding: the numbers may come from a damaged file, and a sum of two could overflow.
@@ -55,9 +56,9 @@ def coverage_fault(shape: Sequence[int], blocks: Blocks) -> CoverageFault | None
 
 
 def coverage_holds(shapes: Sequence[Sequence[int]], blocks: Blocks, groups: Ints) -> bool:
-    """Whether `coverage_fault` finds nothing in any of these tensors of as many dimensions.
+    """Whether `coverage_fault` finds nothing in any of these tensors, which all have the same number of dimensions.
 
-    groups: (n,) to which of the shapes each block belongs, ascending.
+    groups: (n,) the index of the shape that each block belongs to, ascending.
     """
     size = np.array([[int(n) for n in shape] for shape in shapes], np.int64).reshape(len(shapes), blocks.ndim)[groups]
     if np.any((blocks.sizes < 0) | (blocks.offsets < 0) | (blocks.offsets > size - blocks.sizes)):

@@ -15,7 +15,13 @@ _FIELDS = ("dp", "tp", "pp", "ep", "zero")
 class Layout:
     """How many ranks each mesh dimension has, and the ZeRO stage.
 
-    ``ep`` divides ``dp`` and adds no ranks of its own. ``zero`` is DeepSpeed's stage, 0 to 3.
+    Parameters
+    ----------
+    dp: ranks of data parallelism.
+    tp: ranks of tensor parallelism.
+    pp: stages of the pipeline.
+    ep: ranks of expert parallelism. It divides ``dp`` and adds no ranks of its own.
+    zero: DeepSpeed's ZeRO stage, 0 to 3.
     """
 
     dp: int = 1
@@ -35,7 +41,7 @@ class Layout:
 
 
 class Coordinate(NamedTuple):
-    """A rank's place in the mesh dimensions that cut the model itself, not in data parallelism, which copies it."""
+    """A rank's place in the mesh dimensions that cut the model itself. Data parallelism copies it and is left out."""
 
     tp: int = 0
     pp: int = 0
@@ -47,9 +53,10 @@ class Coordinate(NamedTuple):
 
 
 def parse_layout(text: str) -> Layout:
-    """Read ``dp=4,tp=2,zero=3``; what is not named is 1 (the ZeRO stage: 0).
+    """Read text such as ``dp=4,tp=2,zero=3``. A dimension that is not named is 1, and the ZeRO stage is 0.
 
-    Raises BadArgument for an unknown name, a number that is none or out of range.
+    Raises BadArgument for an unknown or repeated name, for a value that is no number or is out of range, and for an
+    ``ep`` that does not divide ``dp``.
     """
     values: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):

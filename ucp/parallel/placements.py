@@ -1,16 +1,18 @@
-"""Which elements of a tensor a rank holds of those that DTensors' placements share out over a mesh.
+"""Which elements of a tensor each rank holds when a DTensor's placements share it out over a mesh.
 
-A DTensor's placements cut a tensor one mesh dimension after the other, each what the one before has left: ``Shard``
-into chunks of ``ceil(length / ranks)`` elements, the last ones shorter or empty; ``_StridedShard`` (FSDP2 over tensor
-parallelism) first into ``split_factor`` such pieces, of each of which a rank has its chunk
-(torch/distributed/tensor/placement_types.py). So along each dimension a rank has a few ranges, and its shard is their
-product.
+A DTensor's placements cut a tensor one mesh dimension after the other. Each cuts what the one before it has left:
 
-One thing the placements do not say: where FSDP2 cuts what tensor parallelism has left
-(torch/distributed/fsdp/_fully_shard/_fsdp_param.py), a length that does not divide evenly leaves shards that are not
-those that the placements mean from left to right. A ``_StridedShard`` whose factor is the number of shards made by the
-mesh dimensions after it is FSDP2's, and is therefore cut last. The two readings never agree in all ranks' shapes unless
-they agree in the elements, and all shapes are checked.
+- ``Shard`` cuts it into chunks of ``ceil(length / ranks)`` elements; the last ones are shorter or empty.
+- ``_StridedShard`` (FSDP2 over tensor parallelism) first cuts it into ``split_factor`` such pieces. A rank has its
+  chunk of each piece (torch/distributed/tensor/placement_types.py).
+
+So along each dimension a rank has a few ranges, and its shard is their product.
+
+The placements leave one thing open. FSDP2 cuts what tensor parallelism has left
+(torch/distributed/fsdp/_fully_shard/_fsdp_param.py). If a length does not divide evenly, its shards are not those that
+the placements mean when they are read from left to right. A ``_StridedShard`` whose factor is the number of shards made
+by the mesh dimensions after it is FSDP2's, and is therefore cut last. The two readings never agree in all ranks' shapes
+unless they agree in the elements, and all shapes are checked.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Ranges = list[tuple[int, int]]  # (first, count) in the whole tensor, in the ord
 
 @dataclass(frozen=True)
 class MeshCut:
-    """What a mesh dimension cuts: along which axis, and into how many pieces before each of them is shared out."""
+    """How a mesh dimension cuts: along which axis, and into how many pieces before each piece is shared out."""
 
     axis: int
     pieces: int
@@ -36,8 +38,10 @@ class MeshCut:
 def ranges_of(
     shape: Sequence[int], cuts: Sequence[MeshCut | None], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[Ranges]:
-    """For each axis the ranges that the rank at this coordinate of the mesh holds. cuts: of each mesh dimension, None
-    where it only replicates."""
+    """For each axis, the ranges that the rank at this coordinate of the mesh holds.
+
+    cuts: one for each mesh dimension; None for a dimension that only replicates.
+    """
     ranges: list[Ranges] = [[(0, int(size))] for size in shape]
     for k in _order(cuts, mesh):
         cut = cuts[k]
@@ -48,7 +52,7 @@ def ranges_of(
 
 
 def _comes_last(cuts: Sequence[MeshCut | None], mesh: Sequence[int], k: int) -> bool:
-    """Whether it is FSDP2's cut of what later mesh dimensions have left."""
+    """Whether this is FSDP2's cut of what the mesh dimensions after it have left."""
     cut = cuts[k]
     if cut is None or cut.pieces == 1:
         return False
@@ -75,13 +79,13 @@ def _cut(ranges: Ranges, pieces: int, count: int, index: int) -> Ranges:
 
 
 def _chunk(length: int, count: int, index: int) -> tuple[int, int]:
-    """The index-th chunk of so many, as ``torch.chunk`` makes them."""
+    """The bounds of chunk ``index`` of ``count``, as ``torch.chunk`` makes them."""
     size = -(-length // count)
     return min(index * size, length), min((index + 1) * size, length)
 
 
 def _slice(ranges: Ranges, first: int, last: int) -> Ranges:
-    """The elements ``[first, last)`` of what the ranges hold one after the other; neighbours joined."""
+    """The elements ``[first, last)`` of what the ranges hold one after the other."""
     out: Ranges = []
     at = 0
     for start, count in ranges:

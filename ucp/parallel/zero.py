@@ -1,9 +1,9 @@
-"""How ZeRO cuts a rank's parameters over its data-parallel group: two rules, as blocks.
+"""How ZeRO cuts a rank's parameters over its data-parallel group: its two rules, as blocks.
 
 Stages 1 and 2 lay a param group's parameters end to end in one flat buffer and cut that into equal partitions
-(DeepSpeed ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``); stage 3 cuts every parameter by itself
+(DeepSpeed ``runtime/zero/stage_1_and_2.py``, ``runtime/bf16_optimizer.py``). Stage 3 cuts every parameter by itself
 into ceil-sized pieces (``runtime/zero/partition_parameters.py``). In both, ``buffers`` of the blocks returned is the
-data-parallel rank and ``starts`` the position in that rank's partition. Padding is what no block covers.
+data-parallel rank, and ``starts`` is the position in that rank's partition. What no block covers is padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT = 2
 def flat_offsets(numels: Sequence[int], paddings: Sequence[int] | None = None) -> tuple[list[int], int]:
     """Each parameter's offset in its group's flat buffer, and the total, in elements.
 
-    ``paddings[i]`` elements follow parameter i (``zero_optimization.parameter_alignment``).
+    ``paddings[i]`` elements of padding follow parameter i (``zero_optimization.parameter_alignment``).
     """
     offsets, at = [], 0
     for i, n in enumerate(numels):
@@ -56,13 +56,13 @@ def round_robin(count: int, dp: int) -> list[int]:
 
 
 def undo_round_robin(items: Sequence[T], dp: int) -> list[T]:
-    """The original order of what ``round_robin_gradients`` laid out in this order."""
+    """These items in their original order. They are given in the order in which ``round_robin_gradients`` lays out."""
     original = dict(zip(round_robin(len(items), dp), items, strict=True))
     return [original[i] for i in range(len(items))]
 
 
 def flat_partition(shape: Sequence[int], offset: int, size: int) -> Blocks:
-    """Stages 1 and 2: a parameter that begins at ``offset`` of a flat buffer cut into partitions of ``size``."""
+    """Stages 1 and 2: a parameter that begins at ``offset`` of a flat buffer, cut into partitions of ``size``."""
     n = numel(shape)
     if n == 0:
         return empty(len(shape))
@@ -90,8 +90,8 @@ def ceil_partition(shape: Sequence[int], offset: int, dp: int) -> Blocks:
 def subgroups(pieces: Sequence[int], limit: int | None) -> list[list[int]]:
     """Stage 3: the indices of one param group's parameters, split into subgroups.
 
-    ``pieces`` are per-rank element counts, ``limit`` is ``sub_group_size``: a subgroup is closed by the parameter
-    that brings it to the limit, so the split depends on dp (``stage3.py: _create_fp16_sub_groups``).
+    ``pieces`` are per-rank element counts, and ``limit`` is ``sub_group_size``. The parameter that brings a subgroup to
+    the limit is its last one, so the split depends on dp (``stage3.py: _create_fp16_sub_groups``).
     """
     if limit is None or limit >= sum(pieces):
         return [list(range(len(pieces)))]
