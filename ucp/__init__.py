@@ -6,8 +6,8 @@
     ucp.convert(source, dest)
     ucp.save(state_dict, path); ucp.load(state_dict, path)  # torch.distributed's, as its own checkpoint functions
 
-The live sides are `ucp.deepspeed`, and `ucp.torchdist` with `ucp.dcp` for torch.distributed. Importing this package
-imports neither torch nor numpy; the names below load what they need when they are first used.
+For live programs there are `ucp.deepspeed`, and `ucp.torchdist` with `ucp.dcp` for torch.distributed. Importing this
+package imports neither torch nor numpy. The names below load what they need when they are first used.
 """
 
 from __future__ import annotations

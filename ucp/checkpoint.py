@@ -3,8 +3,8 @@
     with ucp.open("runs/llama") as checkpoint:
         rows = checkpoint.read("model.embed_tokens.weight", "exp_avg", region=(slice(0, 16),))
 
-Opening reads metadata only. A read touches the bytes that the region needs, and where the checkpoint has digests, the
-chunks that those lie in, each verified.
+Opening reads metadata only. A read touches the bytes that the region needs. Where the checkpoint has digests, it reads
+the whole chunks that hold these bytes, and verifies each of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logger(__name__)
 
 
 class Checkpoint:
-    """An open checkpoint: its catalog, and reading from it. A context manager; reads may come from several threads."""
+    """An open checkpoint: its catalog, and reads from it. It is a context manager. Several threads may read from it."""
 
     def __init__(self, path: Path, catalog: Catalog, files: Files, verify: bool = True) -> None:
         self.path = path
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """The format it was read from: 'universal', 'deepspeed'."""
+        """The format it was read from, such as 'universal' or 'deepspeed'."""
         return self.catalog.format
 
     @property
@@ -98,8 +98,8 @@ class Checkpoint:
 
     @property
     def training_state(self) -> TrainingState:
-        """Everything that is not a tensor of a parameter. Tensors in it (client state, schedulers) are torch tensors,
-        read when this is first used."""
+        """Everything that is not a tensor of a parameter. Its tensors (of client state or schedulers) are torch's own,
+        and are read when this is first used."""
         state = self._training_state
         if state is None:
             state = self._training_state = _with_tensors(self.catalog.training_state, self._load)
@@ -112,24 +112,28 @@ class Checkpoint:
         return () if known is None else beside.unread(self.path, known, self.catalog)
 
     def read(self, name: str, state: str = "param", region: Sequence[slice] | None = None) -> torch.Tensor:
-        """One region of a logical tensor, as a new torch tensor on the CPU in the checkpoint's element type.
+        """Read one region of a logical tensor.
 
         Parameters
         ----------
         name
-            A parameter or buffer, or another name of a tied one.
+            The name of a parameter or buffer. A tied one may be called by any of its names.
         state
-            'param' or an optimizer state.
+            'param', or the name of an optimizer state.
         region
-            One slice for each leading dimension (step 1; what is not given is whole); the result has one dimension for
-            each of the tensor's.
+            One slice of step 1 for each leading dimension. Dimensions without a slice are read whole.
+
+        Returns
+        -------
+        torch.Tensor
+            A new tensor on the CPU, in the checkpoint's element type. It has as many dimensions as the whole tensor.
 
         Raises
         ------
         BadArgument
-            For a name, state or region that the checkpoint does not have; near names are listed.
+            If the checkpoint does not have this name, state or region. Similar names are listed.
         DigestMismatch
-            Where a chunk that holds some of the region is damaged.
+            If a chunk that holds part of the region is damaged.
         """
         import torch
 
@@ -142,12 +146,17 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Read every byte that has a digest, or lies in a tensor's record with a CRC-32, and check it.
+        """Read and check every byte that has a digest, or that lies in a tensor's record with a CRC-32.
+
+        Parameters
+        ----------
+        progress
+            Called with the bytes checked so far and the bytes to check in all.
 
         Returns
         -------
         int
-            How many bytes that were; 0 where it has neither.
+            How many bytes were checked. It is 0 for a checkpoint with neither digests nor CRC-32s.
 
         Raises
         ------
@@ -217,43 +226,44 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     verify: bool = True,
     allow_approximate: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint, or one of a folder of checkpoints.
+    """Open a checkpoint, or one of a folder of checkpoints. Only metadata is read.
 
     Parameters
     ----------
     path
-        A checkpoint's folder, or a folder of them as DeepSpeed writes it, by path or URL (``s3://...``). In a folder of
-        them the file ``latest`` names the one that is opened; without that file it is the newest, with a logged line
-        (`ucp.run_folder` has the rules). A damaged one is an error, and so is a ``latest`` that names none.
+        The folder of a checkpoint, or of several as DeepSpeed writes it, by path or URL (``s3://...``). In a folder of
+        several, the file ``latest`` names the one to open; without it the newest is opened, with a logged line
+        (`ucp.run_folder` has the rules). A damaged checkpoint is an error, and so is a ``latest`` that names none.
     spec
-        How tensor parallelism cuts the model: the name of a shipped spec, or a file. Without one: what the checkpoint
-        says of itself, then the shipped one for the model's type; if neither decides, it is refused.
+        How tensor parallelism cuts the model: the name of a shipped spec, or a file. By default the checkpoint's own
+        description is used, or else the shipped spec for the model's type. If neither decides, opening fails.
     tag
-        The one to take, whatever ``latest`` says; 'newest': the newest whole one, with a line on what is passed over.
+        Which checkpoint of a folder to open, whatever ``latest`` says. 'newest' opens the newest whole one, and logs a
+        line about those that it passes over.
     model_config, sizes
-        For the spec's sizes: the model's config.json (a mapping, a file or its folder; default: what the checkpoint has
-        recorded or has beside it), and sizes by name, which go before the config.
+        The sizes that the spec needs. model_config is the model's config.json: a mapping, a file or its folder. By
+        default it is what the checkpoint has recorded or has beside it. sizes are by name, and override the config.
     trust_client_state
-        DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
+        For DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
     trust_paths
-        Virtual checkpoints: follow them to files outside the folder that they name as their source.
+        For virtual checkpoints: follow them to files outside the folder that they name as their source.
     param_names
-        DeepSpeed stage 0, whose files do not name the optimizer's parameters: each param group's, in order.
+        For DeepSpeed stage 0, whose files do not name the optimizer's parameters: those of each param group, in order.
     options
-        What the format of another package takes besides, by name.
+        Further options of a format from another package, by name.
     verify
-        Check digests, where there are some, while reading, and a few elements of what the checkpoint has twice.
+        While reading, check the digests that there are, and compare a few elements of what is stored twice.
     allow_approximate
-        Take a checkpoint with layers that `ucp.repair` has filled in, with a logged line.
+        Open a checkpoint with layers that `ucp.repair` has filled in, and log a line about it.
 
     Raises
     ------
     NotACheckpoint, ApproximateCheckpoint
-        Where nothing is recognised; where layers were filled in and that is not allowed.
+        If no checkpoint is recognised; if layers were filled in, and allow_approximate is not set.
     DamagedCheckpoint
-        Where files are missing, truncated, mixed or contradict each other.
+        If files are missing or truncated, belong to different saves, or contradict each other.
     SpecError, Mismatch, Unsupported, UnsafePickle
-        Where the spec does not fit, and as the format's reader does.
+        If the spec does not fit, and where the format's reader raises them.
     """
     asked = _Asked(
         choose(spec, model_config, sizes),
@@ -265,7 +275,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
 
 
 def _exact(opened: Checkpoint, allow_approximate: bool) -> Checkpoint:
-    """The checkpoint, if it is what a run saved, or that is not asked for."""
+    """The checkpoint. Raises ApproximateCheckpoint for one with filled-in layers, unless they are allowed."""
     if opened.catalog.approximate:
         sentence = approximate_sentence(opened.catalog.approximate)
         if not allow_approximate:
@@ -279,7 +289,7 @@ def _exact(opened: Checkpoint, allow_approximate: bool) -> Checkpoint:
 
 
 def approximate_sentence(approximate: Mapping[str, str]) -> str:
-    """What a repair has filled in of a checkpoint, for people."""
+    """A sentence for people: what a repair has filled in."""
     ways: dict[str, list[str]] = {}
     for name, how in approximate.items():
         ways.setdefault(how, []).append(name)
@@ -298,8 +308,8 @@ def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Ch
 
 @dataclass(frozen=True)
 class _Asked:
-    """How to read, before the format is known. some: options that a format which does not take them may leave aside;
-    own: those that it has to take."""
+    """How to read, before the format is known. A format may ignore an option of ``some`` that it does not know; it has
+    to take all of ``own``."""
 
     choice: Choice
     compare: bool = True
@@ -307,7 +317,7 @@ class _Asked:
     own: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, known: Format) -> ReadRequest:
-        """The same for this format. Raises BadArgument for an option that it does not take, or of another type."""
+        """The same for this format. Raises BadArgument for an option that it does not take, or of the wrong type."""
         takes = {option.name: option for option in known.read_options}
         for name in self.own:
             if name not in takes:
@@ -341,8 +351,8 @@ def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, ve
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Opening makes many objects and no rubbish: a search for that among all that a process with torch has can take
-    longer than everything else."""
+    """Switch garbage collection off. Opening makes many objects and no garbage, and a collection in a process with
+    torch can take longer than all the rest."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -353,7 +363,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes. Raises BadArgument for what is no region of the tensor."""
+    """Offsets and sizes. Raises BadArgument if this is not a region of the tensor."""
     if isinstance(wanted, slice):
         wanted = (wanted,)
     if wanted is not None and (not isinstance(wanted, Sequence) or not all(isinstance(s, slice) for s in wanted)):
@@ -367,8 +377,8 @@ def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, 
 
 
 def _with_tensors(value: Any, load: Callable[[TensorRef], torch.Tensor]) -> Any:
-    """A copy of a plain value with torch's own tensors, dtypes, sizes and devices where it has stand-ins for them. What
-    lies in several places of the value does so in the copy."""
+    """A copy of a plain value, in which stand-ins become torch's own tensors, dtypes, sizes and devices. An object that
+    is in several places of the value is one object in the copy, too."""
     import torch
 
     made: dict[int, Any] = {}

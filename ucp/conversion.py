@@ -35,12 +35,36 @@ log = logger(__name__)
 class ConversionReport:
     """What a conversion did, or would do (``dry_run``).
 
-    layout: of the run that saved the source; target_layout: of the destination, where it has one of its own. tag: the
-    folder below the destination that holds the checkpoint, for DeepSpeed's formats. parameters, tensors: counts (a
-    tensor is one state of one parameter). files, bytes_written: of the destination. bytes_read: what was read of the
-    source's tensors. verified_bytes: how much of that was compared with the source's digests or CRC-32s, with the rest
-    of the records that it lies in; unverified_bytes: how much has neither. Of a team, what this process knows.
-    seconds: from opening the source to the end.
+    In a team, each process reports what it knows itself.
+
+    Attributes
+    ----------
+    source, destination
+        Their paths or URLs.
+    source_format, to
+        The formats of the source and of the destination.
+    virtual
+        Whether the destination is a manifest that points into the source.
+    layout
+        The layout of the run that saved the source.
+    target_layout
+        The layout of the destination, or None if it has none of its own.
+    tag
+        For DeepSpeed's formats: the folder below the destination that holds the checkpoint.
+    parameters, tensors
+        How many there are. A tensor is one state of one parameter.
+    files, bytes_written
+        How many files and bytes the destination has.
+    bytes_read
+        How many bytes of the source's tensors were read.
+    verified_bytes
+        How many of these were compared with the source's digests or CRC-32s, with the rest of the records they lie in.
+    unverified_bytes
+        How many of these have neither a digest nor a CRC-32.
+    seconds
+        The time from opening the source to the end.
+    dry_run
+        Whether nothing was written.
     """
 
     source: str
@@ -79,7 +103,7 @@ class ConversionReport:
         )
 
 
-# Every keyword that `convert` takes besides its parameters, each declared in one other place only.
+# Every keyword that `convert` takes besides its parameters. Each is declared in one place only, and not here.
 _SETTINGS = {
     **{name: signature(checkpoint.open).parameters[name].default for name in OPENING},
     **{field.name: field.default for field in fields(Running)},
@@ -105,27 +129,27 @@ def convert(
     source, spec: as for `ucp.open`.
     dest: a folder that does not exist yet. For DeepSpeed's formats the checkpoint is ``dest/<tag>``, and
         ``dest/latest`` (``dest/latest_universal``) names it. A URL is written in one go, by this process alone.
-    to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp' or 'huggingface' (weights alone, as a model folder), or
-        what an installed package adds.
-    layout: 'deepspeed' only, and needed there: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
-    settings: of reading the source, as for `ucp.open`: tag, model_config, sizes, trust_client_state,
-        trust_paths, param_names, allow_approximate.
-        Of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
-        Of the target, its own:
-        'universal': virtual: write a manifest that points into the source, which stays where it is; digests (virtual
-            only): read the source for digests of its files and tensors, which other forms always have.
-        'deepspeed': ds_config: a DeepSpeed config (a path or a mapping) for what the layout leaves open; default is
-            the source's recorded one.
-        'huggingface': dtype: the element type of floating-point weights, such as 'bf16'; default is the source's own,
-            the most precise it has. max_shard_size: bytes of a file before another is begun (5 GB). like: a model
-            folder whose config, tokenizer and generation files are carried over; one with an adapter_config.json and
-            no config.json makes it a PEFT adapter folder. Default: the source, if it is a model's.
-    options: any of these settings as a mapping.
+    to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp', 'huggingface' (weights alone, as a model folder), or
+        the name of a format that an installed package adds.
+    layout: for 'deepspeed', which needs it: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
+    options: any of the settings as a mapping.
+    settings: for reading the source, the run and the target.
+        - as for `ucp.open`: tag, model_config, sizes, trust_client_state, trust_paths, param_names, allow_approximate.
+        - of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
+        - virtual ('universal'): write a manifest that points into the source, which has to stay where it is.
+        - digests (virtual): also read the source for digests of its files and tensors. Other forms always have them.
+        - ds_config ('deepspeed'): a DeepSpeed config (a path or a mapping) for what the layout leaves open. The
+          default is the one that the source has recorded.
+        - dtype ('huggingface'): of floating-point weights, such as 'bf16'. The default is the source's most precise.
+        - max_shard_size ('huggingface'): the bytes of a file before another is begun (5 GB).
+        - like ('huggingface'): a model folder whose config, tokenizer and generation files are carried over. One with
+          an adapter_config.json and no config.json makes it a PEFT adapter folder. The default is the source, if it is
+          a model's folder.
 
     Raises
     ------
-    UcpError: BadArgument, also for a setting that nothing takes; DestinationError; and what `ucp.open` and reading
-        raise. The destination is untouched then.
+    BadArgument (also for a setting that nothing takes), DestinationError, and what `ucp.open` and reading raise. After
+    any error the destination is as it was before.
     """
     started = time.monotonic()
     target = formats.target(to)

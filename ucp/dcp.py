@@ -1,4 +1,4 @@
-"""Storage for stock torch.distributed.checkpoint: any checkpoint under ``dcp.load``, this project's under ``dcp.save``.
+"""Storage for stock torch.distributed.checkpoint: ``dcp.load`` of any checkpoint, and ``dcp.save`` of this project's.
 
 The classes themselves are in `ucp.torchdist.dcp_storage`; this module is their public name.
 """

@@ -1,7 +1,7 @@
-"""What the packages beside this one say of themselves, as far as their folders' names and one small file tell.
+"""What installed packages say about themselves, as far as the names of their folders and one small file tell.
 
-`importlib.metadata` knows all of it, and has to be asked where packages lie in archives or are found by somebody else's
-finder. But its import alone takes longer than opening a checkpoint, and most often the answer is "nothing".
+`importlib.metadata` knows all of it. It has to be asked if packages lie in archives, or if another finder finds them.
+But its import alone takes longer than opening a checkpoint, and most often the answer is "nothing".
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from importlib.machinery import PathFinder
 
 
 def may_declare(group: str) -> bool:
-    """Whether a package may have entry points of this group; where it can't be told, it may."""
+    """Whether a package may have entry points of this group. True also where this cannot be told."""
     if not _in_folders():
         return True
     return any(group.encode() in _read(os.path.join(folder, "entry_points.txt")) for folder in _metadata())
 
 
 def version_of(package: str) -> str | None:
-    """The version of this installed package; None where that has to be looked for in other ways."""
+    """The version of this installed package, or None if it has to be looked up in another way."""
     if not _in_folders():
         return None
     wanted = _plain(package)
@@ -37,7 +37,7 @@ def _plain(name: str) -> str:
 
 
 def _in_folders() -> bool:
-    """Whether everything that is installed lies in plain folders of the path."""
+    """Whether all installed packages lie in plain folders of the path."""
     others = [finder for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_distributions")]
     return not others and not any(os.path.isfile(place) or place.endswith(".egg") for place in sys.path)
 

@@ -4,7 +4,7 @@
     engine, optimizer, loader, scheduler = ucp.deepspeed.initialize(model=model, config=ds_config, ...)
     engine.load_checkpoint(folder)        # saved at any ZeRO stage, on any number of ranks
 
-``initialize`` has ``deepspeed.initialize``'s signature and return; the plugin is on where the config says
+``initialize`` takes and returns what ``deepspeed.initialize`` does. The plugin is on if the config says
 ``"ucp": {"enabled": true}``. Programs that call ``deepspeed.initialize`` themselves import `ucp.deepspeed.auto`.
 """
 
@@ -30,12 +30,12 @@ from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
 from ucp.elastic.layouts import adapted
 from ucp.job.data_order import GlobalOrder
 
-# Kept from before `ucp.deepspeed.auto` may replace it.
+# DeepSpeed's own, kept before `ucp.deepspeed.auto` may replace it.
 _initialize = deepspeed.initialize
 
 
 def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
-    """``deepspeed.initialize``, and the engine bound if its config says so."""
+    """Call ``deepspeed.initialize``, and bind the engine if its config says so."""
     bound = inspect.signature(_initialize).bind_partial(*args, **kwargs)
     given = bound.arguments
     found = find(given.get("args"), given.get("config"), given.get("config_params"))
@@ -56,19 +56,37 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
 
 @functools.wraps(_initialize)
 def initialize(*args: Any, **kwargs: Any) -> Any:
-    """As ``deepspeed.initialize``; the engine is bound if its config says ``"ucp": {"enabled": true}``."""
+    """As ``deepspeed.initialize``, but bind the engine if its config says ``"ucp": {"enabled": true}``.
+
+    Returns
+    -------
+    tuple
+        What ``deepspeed.initialize`` returns: engine, optimizer, data loader and lr scheduler.
+
+    Raises
+    ------
+    Unsupported
+        For a DeepSpeed version or an engine that is not supported, by name.
+    BadArgument
+        For a ``"ucp"`` section that is wrong.
+    """
     return _bound(args, kwargs, save_async=True)
 
 
 @functools.wraps(_initialize)
 def initialize_for_others(*args: Any, **kwargs: Any) -> Any:
-    """As `initialize`, but saves are synchronous unless the config says ``"save": {"async": true}``: programs that do
+    """As `initialize`, but saves are synchronous unless the config says ``"save": {"async": true}``. Programs that do
     not know of this plugin delete the older checkpoint right after a save."""
     return _bound(args, kwargs, save_async=False)
 
 
 def attach(engine: Any) -> Any:
-    """Bind an engine that exists already, whatever its config's ``enabled`` says; returns the engine.
+    """Bind an engine that exists already, whatever its config's ``enabled`` says.
+
+    Returns
+    -------
+    DeepSpeedEngine
+        The same engine, which now has `EngineUcp` as ``engine.ucp``.
 
     Raises
     ------

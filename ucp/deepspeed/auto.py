@@ -1,8 +1,8 @@
 """Importing this module makes ``deepspeed.initialize`` itself honour ``"ucp": {"enabled": true}``.
 
-For programs that call DeepSpeed themselves (Hugging Face Trainer, Accelerate, Lightning). It replaces one function,
-``deepspeed.initialize``, with `ucp.deepspeed.initialize`, for the whole process; without the config key that behaves as
-the original. Nothing else in this project changes DeepSpeed.
+This is for programs that call DeepSpeed themselves (Hugging Face Trainer, Accelerate, Lightning). It replaces one
+function, ``deepspeed.initialize``, with `ucp.deepspeed.initialize_for_others`, for the whole process. Without the
+config key that behaves as the original does. Nothing else in this project changes DeepSpeed.
 
 These programs delete the older checkpoint as soon as a save returns, so saves are synchronous here unless the config
 says ``"save": {"async": true}``.

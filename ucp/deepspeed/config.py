@@ -37,7 +37,7 @@ log = logger(__name__)
 
 
 def _one_of(*known: bool | str, text: str) -> PlainValidator:
-    """What a key may be; text says so in a refusal. 1 is no true, and 0 no false."""
+    """The values that a key may have; text names them in a refusal. 1 is not true here, and 0 is not false."""
 
     def check(value: Any) -> Any:
         if not any(value is word or (isinstance(value, str) and value == word) for word in known):
@@ -48,7 +48,7 @@ def _one_of(*known: bool | str, text: str) -> PlainValidator:
 
 
 def _no_null(fault: Literal["int_type", "string_type"]) -> BeforeValidator:
-    """None is what a missing key means; null in the config is refused as any other wrong type."""
+    """Refuse null in the config as any other wrong type. None is the value of a missing key only."""
 
     def check(value: Any) -> Any:
         if value is None:
@@ -80,27 +80,29 @@ _Steps = Annotated[_Number | None, _no_null("int_type")]
 
 
 class _Section(BaseModel):
-    """One object of the config: no key that isn't known, and no value turned into another type."""
+    """One object of the config. Unknown keys are refused, and no value is turned into another type."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     @classmethod
     def keys(cls) -> list[str]:
-        """Its keys, as people write them."""
+        """Its keys, as they are written in a config."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 class LoadSection(_Section):
     """How checkpoints are loaded.
 
-    allow_missing, allow_unused: name patterns that a load may leave unrestored or unread. trust_paths: follow a virtual
-    checkpoint to files outside the folder that it names as its source. allow_approximate: take a checkpoint with layers
-    that a repair has filled in. verify: check digests while
-    loading. read_once: have each byte that several ranks want read by one of them and exchanged: True, False, or
-    'adaptive', where that is measured to be faster. prove: compare what is live after a load with the checkpoint's
-    logical digests: True, where it has them; False; 'full', never a sample in host memory; or 'always', computing those
-    that it lacks from its files, too. lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own. override:
-    hyperparameters that all param groups have after a load, whatever the checkpoint says.
+    - allow_missing, allow_unused: name patterns of what a load may leave unrestored or unread.
+    - trust_paths: follow a virtual checkpoint to files outside the folder that it names as its source.
+    - allow_approximate: take a checkpoint with layers that a repair has filled in.
+    - verify: check digests while loading.
+    - read_once: have one rank read each byte that several want, and pass it on. True, False, or 'adaptive', which does
+      so where it is measured to be faster.
+    - prove: compare what is live after a load with the checkpoint's logical digests. True: if it has them. 'full': as
+      True, but never a sample in host memory. 'always': also compute from its files those that it lacks. False: never.
+    - lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own.
+    - override: hyperparameters that all param groups have after a load, whatever the checkpoint says.
     """
 
     allow_missing: _Patterns = ()
@@ -123,11 +125,14 @@ class LoadSection(_Section):
 class SaveSection(_Section):
     """How checkpoints are saved.
 
-    format: 'universal', or 'deepspeed' for DeepSpeed's own save. background: save beside training; the key is
-    ``async``. memory: bytes of host memory that a rank's copies for that may take. policy: 'wait' for a save under way
-    before the next one, or 'skip' the next one. timeout: seconds that the first rank waits for the others' files.
-    gradient_norms: of every how many steps each layer's gradient is measured, for `ucp.repair`; None: of none.
-    keep_last, keep_every: how many of the newest checkpoints stay, and of which steps besides; None for all.
+    - format: 'universal', or 'deepspeed' for DeepSpeed's own save.
+    - background: save while training goes on. In a config the key is ``async``.
+    - memory: how many bytes of host memory a rank's copies for that may take.
+    - policy: 'wait' for a save under way before the next one, or 'skip' the next one.
+    - timeout: how many seconds the first rank waits for the others' files.
+    - gradient_norms: measure each layer's gradient every so many steps, for `ucp.repair`. None: never.
+    - keep_last: how many of the newest checkpoints stay. None: all.
+    - keep_every: also keep the checkpoints of steps that are a multiple of this.
     """
 
     format: Annotated[str, _Format] = FORMATS[0]
@@ -154,7 +159,7 @@ class SaveSection(_Section):
 class MemorySection(_Section):
     """How snapshots are kept in memory (`ucp.memory.options.Options`, with sizes as text).
 
-    enabled: keep them. group: 'node' for one group of all nodes, or how many nodes protect each other at most.
+    enabled: keep snapshots. group: 'node' for one group of all nodes, or at most how many nodes protect each other.
     """
 
     enabled: bool = False
@@ -168,7 +173,7 @@ class MemorySection(_Section):
     network: Annotated[str | int | None, _no_null("string_type")] = None
 
     def options(self) -> Options:
-        """Raises BadArgument for a size that is none."""
+        """The options. Raises BadArgument for text that is not a size."""
         return Options(
             run=self.run,
             every=self.every,
@@ -182,10 +187,10 @@ class MemorySection(_Section):
 
 
 class ElasticSection(_Section):
-    """How a run goes on with another number of ranks (`ucp.elastic.layouts.fitted`).
+    """How a run continues with another number of ranks (`ucp.elastic.layouts.fitted`).
 
-    layouts: such as "dp=2,zero=3", one for each number of ranks; any number without them. min: ranks at least. micro:
-    sizes that a micro-batch may have, besides the config's own. batch: 'keep', the global batch.
+    layouts: layouts such as "dp=2,zero=3", one for each number of ranks; None allows any number. min: the least number
+    of ranks. micro: sizes that a micro-batch may have, besides the config's own. batch: 'keep' the global batch.
     """
 
     layouts: Annotated[tuple[str, ...] | None, Field(strict=False, description="a list of layouts")] = None
@@ -198,8 +203,8 @@ class Config(_Section):
     """What the section says.
 
     enabled: bind the engine. spec, sizes: how tensor parallelism cuts the model, as for `ucp.open`.
-    trust_client_state: unpickle any class in client state, running its code. allow_untested_version: try a DeepSpeed
-    that the tests have not run. metrics: write timings of saves and loads beside the checkpoints.
+    trust_client_state: unpickle any class in client state, which runs its code. allow_untested_version: try a DeepSpeed
+    version that has not been tested. metrics: write timings of saves and loads beside the checkpoints.
     """
 
     enabled: bool = False
@@ -214,11 +219,11 @@ class Config(_Section):
     metrics: bool = False
 
     def choice(self) -> Choice:
-        """The spec that counts for a tensor-parallel model, live or saved."""
+        """The spec to use for a tensor-parallel model, live or saved."""
         return choose(self.spec, None, self.sizes)
 
 
-# pydantic's faults -> what the key needs, in our words.
+# pydantic's error types -> what the key needs, in our words.
 _NEEDS = {
     "bool_type": "a bool",
     "dict_type": "a dict",
@@ -234,10 +239,10 @@ _UNKNOWN = ("extra_forbidden", "invalid_key")
 
 
 def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
-    """Read the section of a DeepSpeed config dict; without one, nothing is enabled.
+    """Read the section of a DeepSpeed config dict. Without the section nothing is enabled.
 
-    save_async: whether saves go on in the background where the section does not say so. Raises BadArgument for unknown
-    keys, wrong types and values that a key can't have.
+    save_async: whether saves are in the background if the section does not say. Raises BadArgument for unknown keys,
+    wrong types and values that a key can't have.
     """
     section = config.get("ucp")
     if section is None:
@@ -248,7 +253,7 @@ def parse(config: Mapping[str, Any], *, save_async: bool = True) -> Config:
         said = Config.model_validate(dict(section))
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        # A key that isn't known comes first: another one's fault may be no more than what was misspelt.
+        # An unknown key is told first: the misspelling may be the cause of the other errors.
         raise BadArgument(_line(next((f for f in faults if f["type"] in _UNKNOWN), faults[0]), section)) from None
     if "background" in said.save.model_fields_set:
         return said
@@ -267,7 +272,7 @@ def _line(fault: ErrorDetails, section: Mapping[str, Any]) -> str:
         return f"{_where(path)} {fault['ctx']['error']}"
     depth = 1 if path[0] not in _SECTIONS else 2
     needs = _NEEDS.get(fault["type"], f"another value ({fault['msg']})")
-    if path[depth:]:  # an item of a list or of sizes is at fault; the key is told, with all that it holds
+    if path[depth:]:  # an item of a list or of sizes is wrong; the message shows the key with its whole value
         needs = _section_at(path[: depth - 1]).model_fields[str(path[depth - 1])].description or needs
     found: Any = section
     for key in path[:depth]:
@@ -288,16 +293,16 @@ def _section_at(path: Sequence[int | str]) -> type[_Section]:
 
 
 def _where(path: Sequence[int | str]) -> str:
-    """A key's place as people write it: `"ucp": {"save": {"memory"}}`."""
+    """A key's place as it is written in a config: `"ucp": {"save": {"memory"}}`."""
     text = "".join(f': {{"{key}"' for key in path)
     return f'"ucp"{text}{"}" * len(path)}'
 
 
 def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:
-    """The config dict that ``deepspeed.initialize`` will use, so that mistakes in it are told before an engine is made.
+    """The config dict that ``deepspeed.initialize`` will use. It is read to report mistakes before an engine is made.
 
-    It may be a dict, a file's path or base64 text, in JSON with comments (``runtime/config.py: DeepSpeedConfig``). What
-    cannot be read is left to DeepSpeed, which says so: {} then.
+    It may be a dict, a file's path or base64 text, in JSON with comments (``runtime/config.py: DeepSpeedConfig``). For
+    a config that cannot be read this is {}, since DeepSpeed itself reports that.
     """
     source = config if config is not None else config_params
     for name in ("deepspeed_config", "deepscale_config"):
@@ -310,7 +315,7 @@ def find(args: Any, config: Any, config_params: Any) -> Mapping[str, Any]:
 
 
 def with_config(arguments: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """Have these arguments of ``deepspeed.initialize`` mean this config instead of their own."""
+    """Replace the config in these arguments of ``deepspeed.initialize`` by this one."""
     arguments.pop("config_params", None)
     arguments["config"] = dict(config)
     args = arguments.get("args")

@@ -1,4 +1,4 @@
-"""Storage for stock torch.distributed.checkpoint: any checkpoint under ``dcp.load``, this project's under ``dcp.save``.
+"""Storage for stock torch.distributed.checkpoint: ``dcp.load`` of any checkpoint, and ``dcp.save`` of this project's.
 
     import torch.distributed.checkpoint as dcp
     import ucp.dcp
@@ -6,10 +6,10 @@
     dcp.load(state, storage_reader=ucp.dcp.StorageReader("runs/deepspeed"))     # a DeepSpeed ZeRO-3 one, say
     dcp.save(state, storage_writer=ucp.dcp.StorageWriter("runs/step-1000"))     # and dcp.async_save
 
-Both follow DCP's protocol, in which ranks agree through DCP, so they work in any process group that it is given. What
-they can do is what `ucp.load` and `ucp.save` do, but for two things that are DCP's. In a process group of some of the
-job's ranks a load that fails on one may have changed others, and what they hold parts of is not proved. And of a plain
-tensor that ranks have each for themselves only one is saved.
+Both follow DCP's protocol, in which ranks agree through DCP, so they work in any process group that it is given. They
+do what `ucp.load` and `ucp.save` do, with two differences that come from DCP. In a process group of only some of the
+job's ranks, a load that fails on one rank may have changed others, and tensors that they hold parts of are not proved.
+And if each rank has a plain tensor of its own under one name, only one of them is saved.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["StorageReader", "StorageWriter"]
 class StorageReader(dcp.StorageReader):
     """Lets ``dcp.load`` read a checkpoint of any format that `ucp.open` knows, into its own sharding.
 
-    The state dict's names may be nested or flattened, with the model under "model" or bare; optimizer states and param
+    The state dict's names may be nested or flattened, with the model under "model" or bare. Optimizer states and param
     groups are found by the parameters' names.
 
     Parameters
@@ -68,8 +68,8 @@ class StorageReader(dcp.StorageReader):
     path, opening
         As for `ucp.open` (tag, spec, model_config, ...).
     model
-        The module that is loaded, where a spec's ``names:`` tell what its parameters are called in the checkpoint; a
-        transformers model's config has the spec's sizes.
+        The module that is loaded. It is needed if a spec's ``names:`` say what its parameters are called in the
+        checkpoint. The config of a transformers model also gives the spec's sizes.
     verify
         Check digests.
     prove
@@ -78,7 +78,14 @@ class StorageReader(dcp.StorageReader):
     Attributes
     ----------
     last_load
-        The `LoadReport` of the last load on this rank.
+        The `LoadReport` of the last load on this rank, or None before the first.
+
+    Raises
+    ------
+    Mismatch
+        From ``dcp.load``: something does not fit. Nothing on this rank is changed.
+    UcpError
+        From ``dcp.load``: what `ucp.open` and `ucp.load` raise.
     """
 
     def __init__(
@@ -123,14 +130,14 @@ class StorageReader(dcp.StorageReader):
         return [replace(plan, storage_data=_Ranks(len(plans))) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan names. Raises Mismatch where something does not fit; nothing of this rank is changed.
+        """Fill what the plan names. Raises Mismatch if something does not fit; then nothing on this rank is changed.
 
-        Where all ranks of the job load, they do so together, all or none of them.
+        If all ranks of the job load, either all of them are changed or none is.
         """
         catalog = self._catalog
         if catalog is None:
             raise Unsupported("StorageReader.read_data was called before read_metadata")
-        # Another group of ranks than the whole job's is known to DCP alone, which makes them agree.
+        # Only DCP knows a group of some of the job's ranks, and it is DCP that makes them agree.
         alone = not isinstance(plan.storage_data, _Ranks) or plan.storage_data.count != ranks.world_size()
         with ranks.alone() if alone else nullcontext():
             entries, target = ranks.all_or_none(lambda: self._target(plan, planner, catalog))
@@ -151,7 +158,7 @@ class StorageReader(dcp.StorageReader):
     ) -> tuple[dict[str, StateEntry], StateDictTarget]:
         """The planner's state dict, and what of it the plan asks for."""
         entries = _entries(planner)
-        # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) knows no values yet.
+        # A planner that makes its state dict from the metadata (`dcp_to_torch_save`) has no values yet.
         blind = set(self._objects).intersection(entries) if isinstance(planner, _EmptyStateDictLoadPlanner) else set()
         entries.update({key: StateEntry(entries[key].path, None, self._objects[key]) for key in blind})
         asked = {item.dest_index.fqn for item in plan.items}.difference(blind)
@@ -164,17 +171,17 @@ class StorageReader(dcp.StorageReader):
 
 @dataclass(frozen=True)
 class _Ranks:
-    """How many ranks load: what the coordinator adds to their plans."""
+    """How many ranks load. The coordinator adds it to their plans."""
 
     count: int
 
 
 def _commit(plan: LoadPlan, planner: LoadPlanner, entries: Mapping[str, StateEntry], target: StateDictTarget) -> None:
-    """Give the planner the values, and tell it of the tensors, which are filled."""
+    """Give the planner the values, and tell it which tensors are filled."""
     for item in plan.items:
         key = item.dest_index.fqn
         if item.type is LoadItemType.BYTE_IO:
-            # What belongs to the optimizer's implementation (foreach, fused) stays as it is.
+            # Options that say how the optimizer is implemented (foreach, fused) stay as they are.
             value = target.values.get(key, entries[key].value)
             stream = io.BytesIO()
             torch.save(value, stream)
@@ -210,11 +217,11 @@ def _entries(planner: LoadPlanner | SavePlanner) -> dict[str, StateEntry]:
 
 
 class _Names(dict[str, Any]):
-    """What a checkpoint holds by the names of a state dict, whatever prefix these have.
+    """What a checkpoint holds, by the names of a state dict with any prefix.
 
-    Iterated, it has the entries as `ucp.formats.dcp.writer` names them. DCP's planners only ask it whether an entry is
-    there, and whether that is a tensor and of what shape; the entry itself is found later, with the whole state dict in
-    view.
+    Iterating gives the entries as `ucp.formats.dcp.writer` names them. DCP's planners only ask whether an entry is
+    there, whether it is a tensor, and what its shape is. The entry itself is found later, when the whole state dict is
+    known.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -291,15 +298,25 @@ def _bytes() -> torch_metadata.BytesStorageMetadata:
 
 
 class StorageWriter(dcp.StorageWriter):
-    """Lets ``dcp.save`` and ``dcp.async_save`` write the fragmented form: committed in one rename, with digests, to be
-    loaded in any layout and under DeepSpeed.
+    """Lets ``dcp.save`` and ``dcp.async_save`` write the fragmented form.
+
+    It is committed in one rename, has digests, and can be loaded in any layout and under DeepSpeed.
 
     Parameters
     ----------
     path
-        The checkpoint's folder; one that is there is replaced once the new one is whole.
+        The checkpoint's folder. A checkpoint that is already there is replaced once the new one is whole.
     timeout
-        Seconds that the coordinator waits for the others' files.
+        How many seconds the coordinator waits for the other ranks' files.
+
+    Raises
+    ------
+    Unsupported
+        From ``dcp.save``: a value cannot be kept exactly.
+    DestinationError
+        From ``dcp.save``: the folder cannot be written.
+    SaveFailed
+        From ``dcp.save``: the ranks do not hold every element exactly once.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = limits.SAVE_TIMEOUT_SECONDS) -> None:
@@ -321,7 +338,7 @@ class StorageWriter(dcp.StorageWriter):
         """Begin the save, and tell every rank where."""
         folder, name = split_path(self.checkpoint_id)
         session = self._session = commit.begin(folder, name, len(plans), latest=False)
-        # A save that another rank gives up is never finished here; then its folder goes with this object.
+        # If another rank gives the save up, it is never finished here. Then its folder is deleted with this object.
         weakref.finalize(self, _abandon, session)
         return [replace(plan, storage_data=(session, rank)) for rank, plan in enumerate(plans)]
 
@@ -338,7 +355,7 @@ class StorageWriter(dcp.StorageWriter):
         return out
 
     def finish(self, metadata: torch_metadata.Metadata, results: list[list[WriteResult]]) -> None:
-        """Publish the checkpoint. Raises SaveFailed where ranks do not hold every element exactly once."""
+        """Publish the checkpoint. Raises SaveFailed if the ranks do not hold every element exactly once."""
         if self._session is None:
             raise SaveFailed(f"{self.checkpoint_id}: finish was called on a rank that has not begun the save")
         commit.commit(self._session, timeout=self._timeout)

@@ -1,4 +1,4 @@
-"""The logical digests of a state dict, now: `ucp.digest`."""
+"""The logical digests of a live state dict: `ucp.digest`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from ucp.torchdist.state_dicts import unwrap
 
 
 def digest(state_dict: Mapping[str, Any]) -> Digests:
-    """The digest of every tensor that `ucp.save` would save of this state dict, and ``.all`` of them together.
+    """Digest every tensor that `ucp.save` would save of this state dict. Collective.
 
-    Equal to those that ``ucp digest`` prints of a checkpoint of it, in every layout: dp, tp, FSDP2, one process, on
-    the host or a device. Each rank reads its own memory once, where it is; nothing is gathered. Collective.
+    The digests are those that ``ucp digest`` prints for a checkpoint of it. They are the same in every layout (dp, tp,
+    FSDP2, one process), on the host and on a device. Each rank reads its own memory once, where it lies. Nothing is
+    gathered.
 
     Parameters
     ----------
     state_dict
-        as for `ucp.save`.
+        As for `ucp.save`.
 
     Returns
     -------
     Digests
-        ``tensors``, by name and state, and ``all``: 32 hexadecimal digits.
+        ``tensors`` has a digest for each name and state, and ``all`` is one for them together. Each digest is 32
+        hexadecimal digits.
 
     Raises
     ------
+    Unsupported
+        On every rank: a value cannot be kept exactly.
     Mismatch
-        on every rank: ranks hold different values of what should be the same, or a part of a tensor nowhere.
+        On every rank: ranks hold different values of what should be the same, or no rank holds some part of a tensor.
+    SaveFailed
+        On every rank: the ranks' state dicts contradict each other.
     """
     return digest_source(make_source(unwrap(state_dict)), threads=reading_threads())

@@ -21,19 +21,19 @@ from ucp.parallel.placements import MeshCut, Ranges, product, ranges_of
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of this rank: a DTensor's shard, any other tensor itself. Detached."""
+    """This rank's memory, detached: the shard of a DTensor, or the tensor itself if it is none."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     if torch.is_grad_enabled():
-        with torch.no_grad():  # five times as quick: no autograd function is applied
+        with torch.no_grad():  # five times as fast, since no autograd function is applied
             return local_tensor(tensor)
     return tensor.to_local().detach()
 
 
 def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
-    """The blocks of the whole tensor in this rank's row-major memory; of a tensor that is no DTensor, all of it.
+    """The blocks of the whole tensor that this rank's row-major memory holds: all of it if the tensor is no DTensor.
 
-    Raises Unsupported for placements that are not known, and where a shard has another shape than they say.
+    Raises Unsupported for unknown placements, and if a shard has another shape than they say.
     """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
@@ -59,7 +59,7 @@ def _whole(shape: Shape) -> Blocks:
 
 
 def _shared(blocks: Blocks) -> Blocks:
-    """The blocks, which several tensors have and nobody may change."""
+    """The blocks, made read-only, since several tensors share them."""
     for array in vars(blocks).values():
         array.flags.writeable = False
     return blocks
@@ -70,20 +70,20 @@ _shapes: WeakKeyDictionary[DeviceMesh, Shape] = WeakKeyDictionary()
 
 
 def mesh_shape(mesh: DeviceMesh) -> Shape:
-    """The mesh's shape, which some versions of torch take 15 µs to tell, for every tensor of a model."""
+    """The mesh's shape, cached: some versions of torch take 15 µs to give it, and every tensor of a model asks."""
     shape = _shapes.get(mesh)
     if shape is None:
         shape = _shapes[mesh] = tuple(mesh.shape)
     return shape
 
 
-# The ranks of a mesh that hold the same as this one, by the mesh dimensions that cut.
+# The ranks of a mesh that hold the same elements as this one, by which mesh dimensions cut the tensor.
 _holders: WeakKeyDictionary[DeviceMesh, dict[tuple[bool, ...], tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
-    """The global ranks that hold the same elements of a tensor as this one, ascending: of one that is no DTensor, all;
-    () where this rank holds none of it. world: the number of all ranks."""
+    """The global ranks that hold the same elements of a tensor as this one, ascending. For a tensor that is no DTensor
+    these are all ranks; () if this rank holds none of it. world: the number of all ranks."""
     if not isinstance(tensor, DTensor):
         return tuple(range(world))
     coordinate = tensor.device_mesh.get_coordinate()
@@ -98,7 +98,8 @@ def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
 
 
 def layout_of(values: Iterable[Any], world: int) -> Layout:
-    """The layout, as far as meshes tell it: 'tp' by its name, all other ranks data parallel; sharded there: stage 3.
+    """The layout, as far as meshes tell it. A mesh dimension named 'tp' is tensor parallelism, and all other ranks are
+    data parallel. If anything is sharded over those, it is stage 3.
 
     values: among them the DTensors. world: the number of all ranks.
     """
@@ -118,14 +119,14 @@ def layout_of(values: Iterable[Any], world: int) -> Layout:
 def shard_ranges(
     name: str, shape: Sequence[int], placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence[int]
 ) -> list[Ranges]:
-    """For each dimension the ranges that the rank at this coordinate of the mesh holds."""
+    """The ranges of each dimension that the rank at this coordinate of the mesh holds."""
     return ranges_of(shape, [_of_placement(name, placement, len(shape)) for placement in placements], mesh, coordinate)
 
 
 @functools.lru_cache(10_000)
 def _held(shape: Shape, cuts: tuple[MeshCut | None, ...], mesh: Shape, coordinate: Shape) -> tuple[Shape, Blocks]:
-    """The shard's shape and blocks. A model has few kinds of tensors, and every save asks for each of them again. Known
-    by the cuts: which placements are equal is torch's business."""
+    """The shard's shape and blocks. They are cached, since a model has few kinds of tensors and every save asks for
+    them again. The cuts are the key, since which placements are equal is torch's business."""
     ranges = ranges_of(shape, cuts, mesh, coordinate)
     return tuple(sum(count for _, count in along) for along in ranges), _shared(product(ranges))
 

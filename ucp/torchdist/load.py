@@ -3,9 +3,9 @@
     import ucp
     ucp.load(state, "runs/step-1000")          # into its tensors, in place, whatever layout or framework saved
 
-A load reads only the byte ranges that a rank's shards need. The layout may be any other one, and so may the framework:
-parameters, optimizer states and hyperparameters are found by the names of ``torch.distributed.checkpoint.state_dict``
-(nested or flattened), so a DeepSpeed checkpoint loads, too.
+A load reads only the byte ranges that a rank's shards need. The checkpoint may come from another layout and another
+framework. Parameters, optimizer states and hyperparameters are found by the names of
+``torch.distributed.checkpoint.state_dict`` (nested or flattened), so a DeepSpeed checkpoint loads, too.
 """
 
 from __future__ import annotations
@@ -49,45 +49,46 @@ def load(
 ) -> LoadReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
 
-    Tensors and DTensors are filled in place, each rank's shards with the bytes that they need; other values are
-    replaced; Stateful objects are given their loaded state. What the state dict does not ask for is not read, and is
-    told in the report. Hyperparameters that say how an optimizer is implemented (foreach, fused, ...) stay.
+    Tensors and DTensors are filled in place: each rank reads the bytes that its shards need. Other values are replaced.
+    Stateful objects are given their loaded state. What the state dict does not ask for is not read, and the report
+    lists it. Hyperparameters that say how an optimizer is implemented (foreach, fused, ...) stay as they are. If a rank
+    fails, all ranks raise, and nothing is changed.
 
     Parameters
     ----------
     state_dict
-        tensors, DTensors, Stateful objects and plain values, nested or flattened.
+        Tensors, DTensors, Stateful objects and plain values, nested or flattened.
     path, opening
-        as for `ucp.open` (tag, spec, model_config, ...); a spec's ``names:`` tell what a checkpoint of another
-        framework calls the parameters.
+        As for `ucp.open` (tag, spec, model_config, ...). A spec's ``names:`` say what a checkpoint of another framework
+        calls the parameters.
     allow_missing
-        patterns of what may stay as it is: flat names ("optim.*"), or parameters' names and ``name:state``.
+        Patterns of what may stay as it is: flat names ("optim.*"), parameters' names, or ``name:state``.
     verify
-        check digests, where the checkpoint has them, and the CRC-32s of torch's records that this rank reads whole.
+        Check digests, if the checkpoint has them, and the CRC-32s of torch's records that this rank reads whole.
     read_once
-        have each byte that several ranks want (replicas, plain tensors) read by one of them and exchanged; 'adaptive':
-        where that is measured to be faster.
+        If several ranks want the same bytes (replicas, plain tensors), have one rank read them and pass them on.
+        'adaptive' does so where it is measured to be faster.
     metrics
-        as for `save`.
+        As for `save`.
     prove
-        afterwards compare what is live with the checkpoint's logical digests, on all ranks together: True: where it
-        has them (much in host memory is sampled); 'full': never a sample; 'always': those of a checkpoint without them
-        are computed from its files, too; False: never. The report says what was proved.
+        After the load, compare what is live with the checkpoint's logical digests, on all ranks together. The report
+        says what was proved.
+        - True: if the checkpoint has digests. Much in host memory is sampled. 'full': as True, but never a sample.
+        - 'always': also for a checkpoint without digests, which are then computed from its files. False: never.
 
     Returns
     -------
     LoadReport
-        what was restored, what stayed as it was, and what of the checkpoint was not asked for.
+        What was restored, what stayed as it was, and what of the checkpoint was not asked for.
 
     Raises
     ------
     Mismatch
-        on every rank, as all of these, with nothing changed: missing entries, other shapes, element types that would
-        lose bits.
+        Entries are missing, shapes differ, or an element type would lose bits.
     NotACheckpoint, DamagedCheckpoint
-        where there is none, or its bytes are not what was saved.
+        There is no checkpoint, or its bytes are not what was saved.
     ProofFailed
-        with everything in place: what is live is not what was saved.
+        What is live is not what was saved. Unlike with the other errors, everything has been put in place.
     """
     unwrapped = unwrap(state_dict)
     wish = Wish(allow_missing=tuple(allow_missing), partial=True)
@@ -131,8 +132,8 @@ def tell(report: LoadReport, metrics: bool) -> None:
 def open_for(
     path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
 ) -> tuple[str, Catalog]:
-    """The checkpoint's folder and its catalog, whose training state has real tensors, by the state dict's names where
-    a spec tells what they are in the checkpoint."""
+    """The checkpoint's folder and its catalog, whose training state has real tensors. If a spec says what the state
+    dict's names are in the checkpoint, the catalog has the state dict's names."""
     roles = assign(flatten(state_dict), complete=False)
     module = [name for name, state in roles.tensors.values() if state == PARAM]
     names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]

@@ -26,9 +26,14 @@ from ucp.torchdist.training import TrainingReport, load_training, training_sourc
 
 
 class MemorySnapshots:
-    """The snapshots of one run. folder: that it saves to and loads from; the run is called after it.
+    """The snapshots of one run.
 
-    options: fields of `ucp.memory.options.Options`.
+    Parameters
+    ----------
+    folder
+        The folder that the run saves to and loads from. The run is named after it.
+    options
+        Fields of `ucp.memory.options.Options`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -36,10 +41,22 @@ class MemorySnapshots:
         self.tier = Tier(Options(**options))
 
     def snapshot(self, step: int, **state: Any) -> bool:
-        """Have the keepers take the state as it is now; returns whether that was begun. Collective.
+        """Have the keepers take the state as it is now. Collective.
 
-        state: what `save_training` takes: model, optimizer, lr_scheduler, dataloader, samples, rng, extra. It is copied
-        beside forward and backward: call `hold` before the next update. What goes wrong with keepers is a warning.
+        The state is copied during forward and backward, so call `hold` before the next update. If something goes wrong
+        with the keepers, it is a warning.
+
+        Parameters
+        ----------
+        step
+            How many steps the run has taken.
+        state
+            What `save_training` takes: model, optimizer, lr_scheduler, dataloader, samples, rng and extra.
+
+        Returns
+        -------
+        bool
+            Whether a snapshot was begun.
         """
         source = training_source(step=step, **state)
         held = sum(int(h.blocks.counts.sum()) * itemsize(h.dtype) // len(h.holders) for h in source.holdings)
@@ -47,8 +64,18 @@ class MemorySnapshots:
         return self.tier.snapshot(source, f"step{step}")
 
     def load_training(self, **state: Any) -> TrainingReport | None:
-        """As `ucp.torchdist.load_training`, from memory unless the folder has what is newer; None where neither has
-        anything. Collective."""
+        """As `ucp.load_training`, but from memory, unless the folder has something newer. Collective.
+
+        Parameters
+        ----------
+        state
+            What `ucp.load_training` takes besides the path.
+
+        Returns
+        -------
+        TrainingReport or None
+            None if neither the memory nor the folder has anything.
+        """
         self.tier.attach(self._folder, 0)
         place, tag = recovery.source(self.tier, self._folder)
         if tag is None and ranks.from_first(lambda: _is_bare(place)):
@@ -56,7 +83,7 @@ class MemorySnapshots:
         return load_training(place, tag=tag, **state)
 
     def hold(self) -> None:
-        """Return once the snapshot under way has copied what it needs. Before anything changes the state."""
+        """Return once the snapshot under way has copied what it needs. Call it before anything changes the state."""
         self.tier.hold()
 
     def wait(self) -> None:
@@ -65,6 +92,6 @@ class MemorySnapshots:
 
 
 def _is_bare(place: str) -> bool:
-    """Whether no checkpoint was ever written to a folder; its metrics may be there."""
+    """Whether no checkpoint was ever written to a folder. It may still have metrics."""
     folder = locate(place)
     return not locations.exists(folder / LATEST) and not is_checkpoint(folder)

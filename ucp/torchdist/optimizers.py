@@ -1,8 +1,8 @@
 """Model and torch optimizers by parameter name, and the states of optimizers that have not stepped yet.
 
-torch makes those by a step with zero gradients and no learning rate (``_init_optim_state`` of
-torch/distributed/checkpoint/state_dict.py), which takes longer than reading them does. Here torch's own optimizers take
-that step on stand-ins of a few elements, and what they keep for these tells what they will keep for the parameters.
+torch makes such states by a step with zero gradients and no learning rate (``_init_optim_state`` of
+torch/distributed/checkpoint/state_dict.py), which takes longer than reading them. Here torch's own optimizers take that
+step on stand-ins of a few elements. What they keep for these shows what they will keep for the parameters.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ OPTIMIZER = "optim"
 """The optimizers' entry in the state dict of a training state."""
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-# The states of optimizers that had none, made so that they can be asked for and filled.
+# States made for optimizers that had none, so that they can be asked for and filled.
 Made = dict[torch.optim.Optimizer, dict[Any, Any]]
 
-_LENGTHS = (3, 5, 7, 11, 13, 17, 19, 23)  # of a stand-in's dimensions; none is another's
+_LENGTHS = (3, 5, 7, 11, 13, 17, 19, 23)  # of a stand-in's dimensions, all different
 
 
 def listed(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
@@ -38,10 +38,10 @@ def listed(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def state_dict_of(model: torch.nn.Module, optimizer: Optimizers, *, blank: bool = False) -> tuple[dict[str, Any], Made]:
-    """Model and optimizer by parameter name; of an optimizer that has not stepped, the states that it will have. It has
-    none itself afterwards: they are the second result.
+    """Model and optimizer by parameter name. For an optimizer that has not stepped, these are the states that it will
+    have. It still has none itself afterwards: they are the second result.
 
-    blank: tensors of such states may have been allocated only, their elements being anything.
+    blank: tensors of such states may only be allocated, with any elements.
 
     Raises Unsupported for an optimizer whose states could not be restored: one that steps by a closure (LBFGS), or has
     more in its state_dict() than states and param groups (Ranger21).
@@ -58,7 +58,7 @@ def state_dict_of(model: torch.nn.Module, optimizer: Optimizers, *, blank: bool 
 
 
 def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it has states; entries that are empty (Schedule-free's ``train()`` makes them) are none."""
+    """Whether it has states. Empty entries, which Schedule-free's ``train()`` makes, do not count."""
     return any(optimizer.state.values())
 
 
@@ -82,8 +82,8 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]:
-    """Leave optimizers that have not stepped as they are, though torch asks them for their states by a step, which
-    counts, and asks for none where there are gradients. ``made`` gets these states."""
+    """Keep optimizers that have not stepped as they are. To get their states torch has them take a step, which they
+    count, and it does not do so if there are gradients. ``made`` gets these states."""
     fresh = [o for o in listed(optimizer) if not has_stepped(o)]
     gradients = {p: p.grad for o in fresh for group in o.param_groups for p in group["params"]}
     before = {o: (dict(o.state), [_options(group) for group in o.param_groups], _counters(o)) for o in fresh}
@@ -91,12 +91,12 @@ def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]
         param.grad = None
     try:
         for o in fresh:
-            o.state.clear()  # of empty entries, for which torch would take them as made
+            o.state.clear()  # of empty entries: with those torch would think that the states are there
             if blank:
                 o.state.update(blank_states(o) or {})  # and then torch does not make them
             for group in o.param_groups:
                 if group.get("train_mode") is False:
-                    group["train_mode"] = True  # Schedule-free steps in no other
+                    group["train_mode"] = True  # Schedule-free steps only in this mode
         yield
     finally:
         for param, gradient in gradients.items():
@@ -114,12 +114,12 @@ def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options, as they are now: an optimizer may change them in place."""
+    """Copies of a group's options, since an optimizer may change them in place."""
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def _counters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the optimizer keeps of its own progress as plain attributes (Ranger21 counts there)."""
+    """The optimizer's own progress, which some keep in plain attributes (Ranger21 counts there)."""
     return {k: v for k, v in vars(optimizer).items() if isinstance(v, (bool, int, float, str, type(None)))}
 
 
@@ -134,7 +134,7 @@ def _groups(states: Mapping[str, Any], optimizers: Iterable[torch.optim.Optimize
 def _without_the_step(states: dict[str, Any], made: Made) -> None:
     """Undo in the state dict what the step that made states has counted in the param groups.
 
-    What the optimizer keeps there from its first step on is asked for: its count is 0 before.
+    An option that the optimizer keeps only from its first step on stays, so that it is asked for. A step count is 0.
     """
     for _, live, saved in _groups(states, made):
         for key in set(saved) - {"params"}:
@@ -145,7 +145,7 @@ def _without_the_step(states: dict[str, Any], made: Made) -> None:
 
 
 def to_save(state_dict: dict[str, Any], optimizer: Optimizers) -> None:
-    """Take out what optimizers that have not stepped do not have yet."""
+    """Remove what optimizers that have not stepped do not have yet."""
     if not listed(optimizer):
         return
     for name in names_without_states(state_dict, optimizer):
@@ -157,7 +157,7 @@ def to_save(state_dict: dict[str, Any], optimizer: Optimizers) -> None:
 
 
 def names_without_states(state_dict: Mapping[str, Any], optimizer: Optimizers) -> list[str]:
-    """The names of the parameters of optimizers that have no states yet."""
+    """The names of the parameters whose optimizers have no states yet."""
     if not listed(optimizer):
         return []
     groups = _groups(state_dict[OPTIMIZER], listed(optimizer))
@@ -167,8 +167,8 @@ def names_without_states(state_dict: Mapping[str, Any], optimizer: Optimizers) -
 def tensors_now(
     model: torch.nn.Module, optimizer: Optimizers, state_dict: Mapping[str, Any]
 ) -> dict[tuple[str, str], Any]:
-    """What model and optimizers have themselves: (name, 'param' or state) -> tensor or value. state_dict: of
-    `state_dict_of`, for the names of the optimizers' parameters."""
+    """What model and optimizers have themselves: (name, 'param' or state) -> tensor or value. state_dict is that of
+    `state_dict_of`; the names of the optimizers' parameters are taken from it."""
     out: dict[tuple[str, str], Any] = {}
     for name, tensor in (
         *model.named_buffers(remove_duplicate=False),
@@ -193,9 +193,9 @@ def set_states(
 ) -> None:
     """Give the optimizers what was loaded.
 
-    made: of `state_dict_of`; None where those are to have no states. unstepped: names of parameters whose states were
-    made and not brought: they have none, so that the optimizer begins with them at its next step. more: by group, the
-    options that were brought and that the optimizer did not have.
+    made: from `state_dict_of`; None if the optimizers are to have no states. unstepped: names of parameters whose
+    states were made here and not loaded. They get none, so that the optimizer makes them at its next step. more: for
+    each group, the options that were loaded and that the optimizer did not have.
     """
     if made is None:
         _set_unstepped(state_dict, listed(optimizer), more)
@@ -218,7 +218,7 @@ def set_states(
 def _set_unstepped(
     state_dict: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer], more: Sequence[Collection[str]]
 ) -> None:
-    """Hyperparameters alone: torch would make states by a step."""
+    """Set hyperparameters alone. torch's own function would make states by a step."""
     for k, (o, live, saved) in enumerate(_groups(state_dict, optimizers)):
         live.pop("step", None)
         brought = {*live, *(more[k] if more else ())} - {"params"}
@@ -234,10 +234,10 @@ def _pairs(live: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def blank_states(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]] | None:
-    """The states that one of torch's own optimizers will have after its first step, tensors like their parameter
-    allocated only. None where stand-ins do not tell. The optimizer and its parameters stay as they are."""
+    """The states that one of torch's own optimizers will have after its first step. Tensors of a parameter's shape are
+    only allocated. None if stand-ins do not show the states. The optimizer and its parameters stay as they are."""
     if not type(optimizer).__module__.startswith("torch.optim."):
-        return None  # others may keep for large parameters what they do not keep for small ones
+        return None  # others may keep states for large parameters that they do not keep for small ones
     shadow = copy.copy(optimizer)
     shadow.state = defaultdict(dict)
     shadow._optimizer_step_pre_hooks = OrderedDict()
@@ -267,7 +267,7 @@ def _standing_in(group: Mapping[str, Any], standins: Mapping[torch.Tensor, torch
 
 
 def _grown(param: torch.Tensor, states: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameter's states, by its stand-in's. Raises ValueError where those do not tell."""
+    """The parameter's states, made after its stand-in's. Raises ValueError if those do not show them."""
     shape = _LENGTHS[: param.ndim]
     if param.ndim > len(_LENGTHS) or (not shape and isinstance(param, DTensor)):
         raise ValueError(f"{param.ndim} dimensions")

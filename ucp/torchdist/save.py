@@ -39,21 +39,21 @@ def save(
 ) -> SaveReport:
     """Save a state dict as the checkpoint ``path``. Collective over all ranks; without a process group, one process.
 
-    A checkpoint at ``path`` is replaced in one rename once the new one is whole; until then, and after any failure, it
-    is as it was.
+    A checkpoint at ``path`` is replaced in one rename once the new one is whole. Until then, and after any failure, it
+    stays as it was.
 
     Parameters
     ----------
     state_dict
-        tensors, DTensors, Stateful objects and plain Python values, nested as one likes. What ranks call by one name
-        but have each for themselves (a tensor that is no DTensor, such as a random number generator's state) is kept
-        for each of them; it comes back where as many ranks load.
+        Tensors, DTensors, Stateful objects and plain Python values, nested in any way. If each rank has a value of its
+        own under one name (a tensor that is no DTensor, such as a random number generator's state), every rank's value
+        is kept. These come back if the same number of ranks load.
     path
-        the checkpoint's folder.
+        The checkpoint's folder.
     timeout
-        seconds that the first rank waits for the others.
+        How many seconds the first rank waits for the others.
     metrics
-        add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
+        Add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
 
     Returns
     -------
@@ -62,11 +62,13 @@ def save(
     Raises
     ------
     Unsupported
-        on every rank, as all of these: by name, for what cannot be kept exactly.
+        An entry, which the message names, cannot be kept exactly.
     DestinationError
-        where the folder cannot be written.
+        The folder cannot be written.
     SaveFailed
-        where a rank failed, or ranks contradict each other.
+        A rank failed, or the ranks contradict each other.
+
+    Every rank raises the same error.
     """
     return write(make_source(unwrap(state_dict)), path, timeout, metrics)
 
@@ -80,28 +82,31 @@ def async_save(
     timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> PendingSave:
-    """As `save`, but return once everything is copied to host memory; a process of its own writes it.
+    """Save as `save` does, but return once everything is copied to host memory. Another process writes it. Collective.
 
-    One save at a time is under way: the next one waits for it first, and raises what went wrong with it. Leaving the
-    process waits, too.
+    Only one save is under way at a time. The next one waits for it, and raises what went wrong with it. The program's
+    exit waits for it, too.
 
     Parameters
     ----------
     state_dict, path, timeout, metrics
-        as for `save`.
+        As for `save`.
     lazy
-        return before everything is copied; then call ``hold()`` on what is returned before anything changes the
-        tensors, so that the copying is done beside forward and backward.
+        Return before everything is copied, so that it is copied during forward and backward. Call ``hold()`` on what is
+        returned before anything changes the tensors.
     memory
-        bytes of host memory that a rank's copies may take; it is kept for the next save. A larger share is copied and
-        written in turns, and the call or ``hold()`` waits for most of that.
+        How many bytes of host memory a rank's copies may take. The memory is kept for the next save. If a rank has more
+        to save, it copies and writes in turns, and the call or ``hold()`` waits for most of that.
 
     Returns
     -------
     PendingSave
-        whose ``result()`` waits for the report.
+        Its ``result()`` waits for the report.
 
-    Raises what `save` does, as far as the call itself finds it.
+    Raises
+    ------
+    Unsupported, DestinationError, SaveFailed
+        As for `save`, as far as the call itself finds them. The rest is raised by ``result()`` or by the next save.
     """
     source = make_source(unwrap(state_dict))
     return write_in_background(source, path, lazy=lazy, memory=memory, timeout=timeout, metrics=metrics)
@@ -127,16 +132,28 @@ class PendingSave:
     _report: SaveReport | None = None
 
     def hold(self) -> None:
-        """Return once the tensors may be changed. Needed after a lazy save only."""
+        """Return once the tensors may be changed. Only a lazy save needs it."""
         if self._report is None and _pending.get(self.path) is self:
             _saver().hold()
 
     def done(self) -> bool:
-        """Whether it has been finished, well."""
+        """Whether it has finished successfully."""
         return self._report is not None
 
     def result(self) -> SaveReport:
-        """Wait for it. Raises what went wrong with it; SaveFailed where that has been raised before."""
+        """Wait for the save.
+
+        Returns
+        -------
+        SaveReport
+
+        Raises
+        ------
+        SaveFailed
+            The save failed, and its error was already raised elsewhere.
+        UcpError
+            What went wrong with the save.
+        """
         if self._report is None:
             _saver().wait()
         if self._report is None:
@@ -166,7 +183,7 @@ def _finished(report: SaveReport) -> None:
 def write_in_background(
     source: Source, path: str | os.PathLike[str], *, lazy: bool = False, memory: int, timeout: float, metrics: bool
 ) -> PendingSave:
-    """As `write`, copying now (or at ``hold``, if lazy) and writing later. Collective."""
+    """As `write`, but copy now (or at ``hold``, if lazy) and write later. Collective."""
     folder, name = split_path(path)
     saver = _saver()
     ranks.all_or_none(saver.wait)
@@ -182,7 +199,7 @@ def write_in_background(
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The folder and the name of a checkpoint at this path. Raises BadArgument where it cannot be one."""
+    """The folder and the name of a checkpoint at this path. Raises BadArgument if the path cannot be a checkpoint's."""
     folder, name = os.path.split(os.path.abspath(path))
     if not name:
         raise BadArgument(f"{os.fspath(path)}: cannot be a checkpoint; name a folder")

@@ -1,8 +1,8 @@
 """A state dict of torch.distributed as a source for the saver: who holds what, and what differs between the ranks.
 
 The ranks tell each other what they hold, in a few bytes for each entry: which region of a tensor (ranks with the same
-region share the work of writing it), and a digest of what is not sharded. So a value that every rank has for itself,
-such as a random number generator's state, is found and kept for each of them, though all call it by one name.
+region share the work of writing it), and a digest of what is not sharded. This shows which values are each rank's own,
+such as a random number generator's state. Every rank's value is then kept, though all have the same name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class _TensorFacts:
-    """What a rank tells of a tensor. region: digest of its boxes; content: of its bytes, where it is not sharded.
-    memory: the first name of the same memory; "" where there are no elements to tell by. trained: an optimizer updates
-    it. outside: it may be something else than the model's."""
+    """What a rank says about a tensor. region: a digest of its boxes. content: a digest of its bytes, if it is not
+    sharded. memory: the first name of the same memory; "" for a tensor without elements, which cannot show it. trained:
+    an optimizer updates it. outside: it may not belong to the model."""
 
     shape: Shape
     dtype: str
@@ -50,7 +50,7 @@ class _TensorFacts:
 
 @dataclass(frozen=True)
 class _RankFacts:
-    """What a rank tells of its state dict."""
+    """What a rank says about its state dict."""
 
     tensors: dict[Key, _TensorFacts]
     scalars: dict[str, dict[str, Any]]
@@ -80,9 +80,9 @@ def make_source(
 ) -> Source:
     """What this rank saves of a state dict without Stateful objects (`state_dicts.unwrap`). Collective.
 
-    kinds: of the model's tensors by name, where they are known. training_state, own: what else to save.
+    kinds: the kinds of the model's tensors by name, if they are known. training_state, own: what else to save.
 
-    Raises on every rank: Unsupported for what cannot be kept, SaveFailed where the ranks contradict each other.
+    Raises on every rank: Unsupported for what cannot be kept, SaveFailed if the ranks contradict each other.
     """
     several = ranks.world_size() > 1
     local = ranks.all_or_none(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size()))
@@ -92,8 +92,8 @@ def make_source(
 
 
 def source_of_entries(entries: Mapping[str, StateEntry], mine: set[str], rank: int, world: int) -> Source:
-    """What one of ``world`` ranks saves where others have decided who writes what: of its tensors those named in
-    ``mine``. Talks to nobody; every rank's state dict has to have the same entries."""
+    """What one of ``world`` ranks saves if it is already decided who writes what: this rank writes the tensors named in
+    ``mine``. Does not communicate. Every rank's state dict has to have the same entries."""
     local = _take_apart(entries, {}, False, world)
     source = _join(local, [local.facts], 0, TrainingState(), {})
     holdings = [
@@ -118,12 +118,12 @@ def _exchange(facts: _RankFacts) -> list[_RankFacts]:
 
 @torch.no_grad()  # once for all tensors, not for each
 def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
-    """compare: tell the others what tensors hold that are not sharded."""
+    """compare: add digests of tensors that are not sharded, for the other ranks."""
     roles = assign(entries)
     layout = layout_of([entry.value for entry in entries.values()], world)
     local = _Local(_RankFacts({}, {}, [], {}, layout, roles.outside), {}, {}, {}, [], {})
     memories: dict[Any, str] = {}
-    # Of tied tensors, the one that the optimizer names is the parameter, and the others are its further names.
+    # If tensors are tied, the one that the optimizer names is the parameter, and the others are its aliases.
     for key, what in sorted(roles.tensors.items(), key=lambda item: item[1][0] not in roles.trained):
         tensor = entries[key].value
         blocks = blocks_of(key, tensor)
@@ -151,7 +151,7 @@ def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], com
 
 
 def plain_value(value: Any) -> Any:
-    """The number that a single-element tensor holds; any other value as it is."""
+    """The number in a single-element tensor, or any other value as it is."""
     return local_tensor(value).item() if isinstance(value, torch.Tensor) else value
 
 
@@ -180,10 +180,10 @@ def _content(value: Any, where: str = "value") -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class _Joined:
-    """What all ranks' state dicts are together."""
+    """The state dicts of all ranks, put together."""
 
     parameters: dict[str, ParameterInfo] = field(default_factory=dict)
-    holders: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # that have this rank's region
+    holders: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # the ranks that have this rank's region
     alone: set[Key] = field(default_factory=set)  # tensors of which each rank has its own
 
 
@@ -237,7 +237,7 @@ def _join(
 
 
 def _agreed(entry: str, by_rank: Mapping[int, _TensorFacts]) -> _TensorFacts:
-    """What the ranks say of a tensor, all alike."""
+    """What all ranks say about a tensor. Raises SaveFailed if they do not agree."""
     first, held = next(iter(by_rank.items()))
     if _alone(by_rank):
         return held
@@ -273,7 +273,7 @@ def _holders(by_rank: Mapping[int, _TensorFacts], me: int) -> tuple[int, ...]:
 
 
 def _aliases(told: Mapping[Key, Mapping[int, _TensorFacts]]) -> dict[str, str]:
-    """Further names of tied tensors -> the first, where all ranks that can tell say so."""
+    """Further names of tied tensors -> the first name, if all ranks that can tell agree."""
     out: dict[str, str] = {}
     for (name, state), by_rank in told.items():
         said = {held.memory for held in by_rank.values()} - {""}
@@ -283,7 +283,7 @@ def _aliases(told: Mapping[Key, Mapping[int, _TensorFacts]]) -> dict[str, str]:
 
 
 def _scalars(facts: Sequence[_RankFacts]) -> dict[str, dict[str, Any]]:
-    """Each parameter's values, as any rank knows them; the saver compares them."""
+    """Each parameter's single values, from all ranks. Raises SaveFailed if ranks have different ones."""
     out: dict[str, dict[str, Any]] = {}
     for fact in facts:
         for name, values in fact.scalars.items():
@@ -300,7 +300,7 @@ def _scalars(facts: Sequence[_RankFacts]) -> dict[str, dict[str, Any]]:
 
 
 def _param_groups(local: _Local, facts: Sequence[_RankFacts], aliases: Mapping[str, str]) -> tuple[ParamGroup, ...]:
-    """This rank's groups, with the parameters that only other ranks have (pipeline stages)."""
+    """This rank's groups, with the parameters that only other ranks have (other pipeline stages) added."""
     names: list[dict[str, None]] = [{} for _ in local.groups]
     for rank, fact in enumerate(facts):
         if not fact.groups:
@@ -314,7 +314,7 @@ def _param_groups(local: _Local, facts: Sequence[_RankFacts], aliases: Mapping[s
 
 
 def _values(local: _Local, facts: Sequence[_RankFacts], me: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values of this rank alone, and those that all ranks have alike."""
+    """This rank's own values, and those that are the same on all ranks."""
     mine: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for key, value in local.values.items():

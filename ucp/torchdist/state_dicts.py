@@ -1,7 +1,7 @@
 """State dicts of torch.distributed: their entries by flat name, and putting values back where they came from.
 
 Flat names are those of torch.distributed.checkpoint (its ``_nested_dict.py``): the keys that lead to an entry, joined
-by dots. Mappings are followed, lists and tuples where tensors or mappings are in them; anything else is one value.
+by dots. Mappings are followed, and so are lists and tuples with tensors or mappings in them. All else is one value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ucp.torchdist.dtensors import local_tensor
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict with what its Stateful objects say in their place. Collective if theirs is."""
+    """The state dict with each Stateful object replaced by its own state dict. Collective if theirs is."""
     if not isinstance(state_dict, Mapping):
         raise BadArgument(f"a state dict is a mapping of names to values, found {type(state_dict).__name__}")
     return {
@@ -88,7 +88,7 @@ def check_tensor(key: str, tensor: torch.Tensor) -> None:
 
 
 def put(state_dict: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
-    """Set the entry at a path; tuples on the way are made anew."""
+    """Set the entry at a path. Tuples on the way are replaced by new ones."""
     _put(state_dict, path, value)
 
 
@@ -104,7 +104,8 @@ def _put(container: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """Equal for entries that are the same memory seen in the same way: tied parameters. None for no elements."""
+    """A key that is equal for entries that see the same memory in the same way (tied parameters). None for a tensor
+    without elements."""
     local = local_tensor(tensor)
     if not tensor.numel():
         return None

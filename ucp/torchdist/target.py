@@ -1,8 +1,8 @@
 """A state dict of torch.distributed as a target: its tensors by name, filled where they are.
 
 Optimizer states and hyperparameters are found by the parameters' names, so that neither the order of param groups nor
-the framework that saved them matters. What a name means depends on the checkpoint, too: a tensor that belongs to no
-parameter is kept under its flat name, and a rank's own values beside the tensors.
+the framework that saved them matters. What a name means also depends on the checkpoint. A tensor that belongs to no
+parameter is stored under its flat name, and a rank's own values are stored beside the tensors.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from ucp.torchdist.state_dicts import put, storage_key
 class StateDictWords(Words):
     """Entries are called by their flat names, as the caller's state dict has them.
 
-    begins: the first words of a refusal. apart: what to do where two entries are one tensor, and not one in the
-    checkpoint. prefixes: of weights' and of optimizer states' flat names, where patterns may mean what is not asked for
-    by such names, too. path: the checkpoint's. keys: (name, state) -> flat name. options: (group, option) -> flat name.
-    nested: flat name of what is an empty list here -> those of its entries in the checkpoint. own: how many ranks have
-    saved values of their own, by flat name.
+    begins: the first words of a refusal. apart: what to do if two entries are one tensor here and two in the
+    checkpoint. prefixes: those of the flat names of weights and of optimizer states; None if patterns with them mean
+    only what is asked for by such names. path: the checkpoint's. keys: (name, state) -> flat name. options: (group,
+    option) -> flat name. nested: flat name of an empty list here -> flat names of its entries in the checkpoint. own:
+    flat name -> how many ranks have saved values of their own.
     """
 
     whole: str = "the state dict"
@@ -118,7 +118,7 @@ class StateDictWords(Words):
 
 @dataclass
 class _OfName:
-    """What is asked for under one name: state -> flat name, of tensors and of single values."""
+    """What is asked for under one name: state -> flat name, for tensors and for single values."""
 
     tensors: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
@@ -127,8 +127,8 @@ class _OfName:
 class StateDictTarget:
     """The entries of a state dict on one rank.
 
-    filled: after `apply`, the flat names of the tensors that have been filled. values: the new values of entries that
-    are no tensors, by flat name; `put_values` sets them.
+    filled: after `apply`, the flat names of the tensors that have been filled. values: flat name -> new value, for
+    entries that are no tensors; `put_values` sets them.
     """
 
     copies = True
@@ -146,14 +146,14 @@ class StateDictTarget:
         blank: bool = False,
         words: StateDictWords | None = None,
     ) -> None:
-        """Ask for the entries, as `state_dicts.flatten` gives them. Talks to nobody.
+        """Ask for the entries, as `state_dicts.flatten` gives them. Does not communicate.
 
-        path, catalog: the checkpoint's; its training state's tensors are real ones. only: flat names of what is asked
-        for, None for all. unseen: flat names of tensors that are thrown away if the load fails: they are read into
-        straight away. blank: the elements of these mean nothing yet, so none may stay as it is. words: of refusals, but
-        for the names.
+        path, catalog: the checkpoint's. The tensors of its training state are real ones. only: flat names of what is
+        asked for; None for all. unseen: flat names of tensors that are thrown away if the load fails, so that they are
+        read into directly. blank: the elements of unseen tensors mean nothing yet, so none may stay as it is. words:
+        the words of refusals, without the names.
 
-        Raises Unsupported for shards that are not known, and for one memory that two entries see in two ways.
+        Raises Unsupported for unknown kinds of shards, and for two entries that see the same memory in two ways.
         """
         self._entries = entries
         self._catalog = catalog
@@ -185,7 +185,7 @@ class StateDictTarget:
     # --- what is asked for ---
 
     def _take(self, roles: Roles, only: Collection[str]) -> dict[str, _OfName]:
-        """The tensors and single values by name; fills in ``named``."""
+        """The tensors and single values by name. Also fills ``named``."""
         catalog = self._catalog
         own, shared = own_values(catalog), shared_values(catalog)
         asked = {**roles.tensors, **roles.scalars}
@@ -218,7 +218,7 @@ class StateDictTarget:
         return out
 
     def _filled_there(self) -> dict[str, list[str]]:
-        """What is an empty list here and one of tensors or mappings in the checkpoint: its entries there."""
+        """Lists that are empty here and hold tensors or mappings in the checkpoint -> their entries there."""
         empty_here = {key for key, e in self._entries.items() if isinstance(e.value, (list, tuple)) and not e.value}
         out: dict[str, list[str]] = {}
         for name in (*self._catalog.parameters, *shared_values(self._catalog)) if empty_here else ():
@@ -233,8 +233,8 @@ class StateDictTarget:
         return shape is None or numel(shape) == 1
 
     def _untie(self, asked: dict[str, _OfName], roles: Roles) -> dict[str, str]:
-        """Take out the further names of tensors that are one memory; returns these -> the name that stays, which is one
-        that the checkpoint has."""
+        """Remove all names but one of tensors that are one memory. Returns removed name -> name that stays. A name that
+        the checkpoint has is preferred."""
         same: dict[Any, list[str]] = {}
         views: dict[tuple[int, int], Any] = {}
         for name, found in asked.items():
@@ -335,18 +335,18 @@ class StateDictTarget:
         return self._local(key, state)
 
     def weights(self) -> tuple[Weights, ...]:
-        """None: a state dict has weights and no masters of them."""
+        """None, since a state dict has weights and no masters of them."""
         return ()
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
         return self._local(key, state).cpu().reshape(-1).clone()
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
-        """Nothing: the plan has compared all that a state dict asks for."""
+        """Do nothing. The plan has compared all that a state dict asks for."""
 
     @torch.no_grad()
     def apply(self, loaded: Loaded) -> None:
-        """Fill the tensors; other values are kept for `put_values`."""
+        """Fill the tensors. Other values are kept for `put_values`."""
         for (key, state), tensor in loaded.tensors.items():
             local = self._local(key, state)
             self.filled.add(self._key(key, state))
@@ -374,14 +374,14 @@ class StateDictTarget:
             local.fill_(value)
 
     def put_values(self, state_dict: dict[str, Any]) -> None:
-        """Set the values that are no tensors in the state dict that the entries are of."""
+        """Set the values that are no tensors in the state dict from which the entries come."""
         for key, value in self.values.items():
             put(state_dict, self._entries[key].path, value)
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """A tensor of the state dict on this rank; length: in elements."""
+    """A tensor of the state dict on this rank. length is in elements."""
 
     shape: Shape
     length: int
@@ -390,5 +390,5 @@ class _Place:
     dtype: str
 
     def lies_as(self, other: _Place) -> bool:
-        """Known of shards that are arranged once for all tensors cut alike."""
+        """Whether both lie in the same way. It can tell only because tensors that are cut alike share their blocks."""
         return self.blocks is other.blocks and (self.shape, self.holders) == (other.shape, other.holders)

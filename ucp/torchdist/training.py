@@ -1,4 +1,4 @@
-"""Save and load all that a torch.distributed run needs to go on: a model and what belongs to it, in any layout."""
+"""Save and load all that a torch.distributed run needs to continue: a model and what belongs to it, in any layout."""
 
 from __future__ import annotations
 
@@ -66,34 +66,40 @@ def save_training(
     timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> SaveReport | PendingSave:
-    """Save everything that a run needs to go on: `load_training` takes it back, in any layout. Collective.
+    """Save everything that a run needs to continue. Collective.
 
-    The checkpoint resumes under DeepSpeed as well.
+    `load_training` restores it in any layout. The checkpoint resumes under DeepSpeed as well.
 
     Parameters
     ----------
     path, timeout, metrics
-        as for `save`.
+        As for `save`.
     model
-        of any parallelism that torch's ``get_model_state_dict`` knows.
+        A module under any parallelism that torch's ``get_model_state_dict`` knows.
     optimizer
-        one, or several.
+        One optimizer, or several.
     lr_scheduler, dataloader
-        objects with ``state_dict``; the data loader's is each rank's own.
+        Objects with ``state_dict``. The data loader's state is each rank's own.
     step, samples
-        how far the run has come.
+        How many steps the run has taken, and how many samples it has consumed.
     rng
-        keep each rank's random number generators.
+        Keep the states of each rank's random number generators.
     extra
-        plain values to be given back.
-    background, memory
-        return once everything is copied, as `async_save`, in so many bytes of host memory.
+        Plain values, which `load_training` gives back.
+    background
+        Return once everything is copied, as `async_save` does.
+    memory
+        With background: how many bytes of host memory a rank's copies may take.
 
     Returns
     -------
-    SaveReport, or PendingSave in the background
+    SaveReport or PendingSave
+        A PendingSave in the background.
 
-    Raises what `save` does.
+    Raises
+    ------
+    Unsupported, DestinationError, SaveFailed
+        As for `save`, or as for `async_save` in the background.
     """
     source = training_source(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra)
     if background:
@@ -125,7 +131,7 @@ def training_source(
 def _progress(
     lr_scheduler: Any, step: int | None, samples: int | None, extra: Mapping[str, Any] | None
 ) -> TrainingState:
-    """How far the run has come, as the checkpoint says it."""
+    """The run's progress, as the checkpoint records it."""
     return TrainingState(
         lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
         global_steps=step,
@@ -136,9 +142,20 @@ def _progress(
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What `load_training` found. step, samples: None where the checkpoint does not say. extra: as given to the save
-    (under DeepSpeed: the client state). clip_grad: the norm to which DeepSpeed clipped gradients in the run that saved,
-    which the program has to do itself now; None where it did not, or the checkpoint does not say."""
+    """What `load_training` found.
+
+    Attributes
+    ----------
+    step, samples
+        How many steps the run had taken, and how many samples it had consumed. None if the checkpoint does not say.
+    extra
+        What was given to the save as extra. For a checkpoint from DeepSpeed it is the client state.
+    tensors
+        What was restored, what stayed as it was, and what of the checkpoint was not asked for.
+    clip_grad
+        The norm to which DeepSpeed clipped gradients in the run that saved. The program has to clip them itself now.
+        None if that run did not clip, or if the checkpoint does not say.
+    """
 
     step: int | None
     samples: int | None
@@ -163,28 +180,28 @@ def load_training(
     prove: bool | str = True,
     **opening: Any,
 ) -> TrainingReport:
-    """Put a whole training state of any supported format and layout in place, or refuse. Collective.
+    """Restore a whole training state of any supported format and layout, or refuse. Collective.
 
-    What was saved of a model or optimizer has to be used and all that they have has to be there, unless allow_missing
-    and allow_unused say otherwise. A data loader's state and random number generators are the ranks' own: with another
-    number of ranks the loader's is moved where it is known how (`ucp.job.data_loaders`) and else refused, and the
-    generators stay as the program seeded them, with a warning.
+    Everything that was saved of the model and the optimizers has to be used, and all that they have has to be there,
+    unless allow_missing and allow_unused say otherwise. The states of a data loader and of random number generators are
+    each rank's own. If another number of ranks loads, the loader's state is moved where its kind is known, or else
+    refused (`ucp.job.data_loaders`), and the generators stay as the program seeded them, with a warning.
 
     Parameters
     ----------
     path, opening, verify, read_once, metrics, prove
-        as for `load`; a spec's sizes come from a transformers model's own config.
+        As for `load`. A spec's sizes come from a transformers model's own config.
     model, optimizer, lr_scheduler, dataloader, rng
-        as for `save_training`.
+        As for `save_training`.
     allow_missing, allow_unused
-        patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
+        Patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
 
-    Raises Mismatch, NotACheckpoint, DamagedCheckpoint on every rank, with nothing changed; ProofFailed with everything
-    in place.
+    Raises Mismatch, NotACheckpoint or DamagedCheckpoint on every rank, with nothing changed; or ProofFailed, with
+    everything in place.
     """
     watch = Stopwatch()
     live = _Live(model, optimizer, lr_scheduler, dataloader, rng)
-    # Nothing is known of what states the optimizers of the checkpoint had: those that are made quickly are tried first.
+    # What states the checkpoint's optimizers had is not known yet. States that are made quickly are tried first.
     state_dict, made = state_dict_of(model, optimizer, blank=True)
     opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
@@ -215,7 +232,7 @@ def _report(where: str, state: TrainingState, report: LoadReport, optimizer: Opt
 
 
 def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float | None:
-    """The norm to which gradients were clipped; said, since nothing here does it by itself."""
+    """The norm to which gradients were clipped. Logs a warning, since nothing here clips them by itself."""
     clip = state.clip_grad or None
     if clip is not None and listed(optimizer) and ranks.rank() == 0:
         log.warning(
@@ -229,7 +246,7 @@ def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float 
 
 @dataclass(frozen=True, eq=False)
 class _Live:
-    """What a program hands in to be restored; see `load_training`."""
+    """What a program wants to have restored; see `load_training`."""
 
     model: torch.nn.Module
     optimizer: Optimizers
@@ -239,9 +256,9 @@ class _Live:
 
 
 class TrainingTarget(StateDictTarget):
-    """A model, its optimizers and what else a run goes on with, on one rank.
+    """A model, its optimizers and the other state that a run continues with, on one rank.
 
-    position: the data loader's state. state_dict, made, blank: of `state_dict_of`.
+    position: the data loader's state. state_dict, made, blank: those of `state_dict_of`.
     """
 
     def __init__(
@@ -275,7 +292,7 @@ class TrainingTarget(StateDictTarget):
         super().__init__(where, flatten(state_dict), catalog, unseen=unseen, blank=blank, words=words)
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
-        """What the model and the optimizers themselves have now: torch's functions may have given them copies."""
+        """What the model and the optimizers themselves have now, since torch's functions may have given them copies."""
         if self._now is None:
             self._now = tensors_now(self._live.model, self._live.optimizer, self._state_dict)
         found = self._now.get((self.slots[key].members[0].name, state))
@@ -303,7 +320,7 @@ class TrainingTarget(StateDictTarget):
             _restore_generators(self._where, state)
 
     def _unstepped(self) -> set[str]:
-        """Parameters whose optimizer states were made here, and of which the checkpoint has brought none."""
+        """Parameters whose optimizer states were made here, and for which the checkpoint had none."""
         brought = self.filled | self.values.keys()
         states = self._state_dict[OPTIMIZER]["state"]
         return {
@@ -314,11 +331,11 @@ class TrainingTarget(StateDictTarget):
 
 
 def _with_saved_options(state_dict: dict[str, Any], catalog: Catalog) -> Sequence[Collection[str]]:
-    """Add to each param group what the checkpoint's groups of its parameters have besides, such as what an optimizer
-    keeps there only from a real step on: torch's own load_state_dict takes it, too. Returns the options added, by
-    group.
+    """Add to each param group the options that only the checkpoint's groups of its parameters have, such as what an
+    optimizer keeps there only from a real step on. torch's own load_state_dict takes them, too. Returns the options
+    added, by group.
 
-    Options of DeepSpeed's optimizers are left out: they need mean nothing to one of torch's.
+    Options of DeepSpeed's optimizers are left out, since they may mean nothing to one of torch's.
     """
     groups = state_dict[OPTIMIZER]["param_groups"]
     added: list[set[str]] = [set() for _ in groups]
@@ -329,7 +346,7 @@ def _with_saved_options(state_dict: dict[str, Any], catalog: Catalog) -> Sequenc
     for group, more in zip(groups, added, strict=True):
         for name in group["params"]:
             for option, value in saved.get(names.get(name, ""), {}).items():
-                head, nested, _ = option.partition(".")  # an entry of a list or mapping, which the plan refuses
+                head, nested, _ = option.partition(".")  # a dot: an entry of a list or mapping, which the plan refuses
                 if head not in OWN_OPTIONS and (head not in group or group[head] == {}):
                     group[head] = None if nested else copy.deepcopy(value)
                     more.add(head)
@@ -337,7 +354,7 @@ def _with_saved_options(state_dict: dict[str, Any], catalog: Catalog) -> Sequenc
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
-    """Which of the model's tensors are trained, frozen, and buffers."""
+    """The kind of each of the model's tensors: a trained parameter, a frozen one or a buffer."""
     updated = {id(p) for o in listed(optimizer) for group in o.param_groups for p in group["params"]}
     out = {bare(name): "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -347,7 +364,7 @@ def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
 
 
 def _check(where: str, state: TrainingState, live: _Live) -> Any:
-    """Raise Mismatch where scheduler or loader would stay unrestored; returns the loader's state for this rank."""
+    """Raise Mismatch if the scheduler or the loader would stay unrestored. Returns the loader's state for this rank."""
     lr_scheduler, dataloader = live.lr_scheduler, live.dataloader
     if lr_scheduler is not None:
         current, saved = lr_scheduler.state_dict(), state.lr_scheduler
