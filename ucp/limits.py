@@ -1,11 +1,12 @@
-"""Every number that could be another one, and what a checkpoint may ask of the process that reads it.
+"""Every number that was chosen, and bounds on what a checkpoint may ask of the process that reads it.
 
-Sizes, times, counts and thresholds have their units in their names and a line of why. Numbers that a file format or an
-algorithm prescribes are not here; they stand where the format is read or written. Modules read these when they need
-them (``limits.SCRATCH_BYTES``), so that a test or a program that has to change one changes it here, once.
+Sizes, times, counts and thresholds have their units in their names and a comment that says why. Numbers that a file
+format or an algorithm prescribes are not here; they are where the format is read or written. Modules look these numbers
+up when they need them (``limits.SCRATCH_BYTES``), so a test or a program that has to change one changes it only here.
 
-Nothing that a file says is believed before it is compared with the file itself: a count is compared with the files
-there are before it is counted up to, a size with the bytes that are left before they are taken. Those bounds come last.
+Nothing that a file says is believed before it is compared with the file itself. A count is compared with the number of
+files before anything counts up to it. A size is compared with the bytes that are left before memory is taken for it.
+These bounds come last in this file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # --- geometry and reading -------------------------------------------------------------------------------------------
 
-# Pairs of blocks that are all tried: sorting out those that may overlap costs more.
+# Up to so many pairs of blocks are all tried: sorting out those that may overlap would cost more.
 PAIRS_TRIED_COUNT = 64
 # Runs shorter than this are fetched together, with the gaps between them, when that costs less than separate reads.
 SHORT_RUN_BYTES = 32 * KIB
@@ -34,11 +35,11 @@ LONG_GAP_BYTES = 16 * KIB
 SCRATCH_BYTES = 8 * MIB
 # Verified chunks kept by each reader thread, for neighbours that share a chunk.
 CHUNKS_KEPT_COUNT = 2
-# Whole chunks read at once from a file here: few, so that they are verified while they are in the processor's cache.
+# Whole chunks read at once from a local file: few, so that they are verified while they are in the processor's cache.
 CHUNKS_AT_ONCE_COUNT = 4
-# Whole chunks read at once from behind a URL: many, since every request takes its time.
+# Whole chunks read at once from a URL: many, since every request takes time.
 CHUNKS_FETCHED_COUNT = 32
-# Parts that bytes are read into straight away; into more of them they are copied.
+# Bytes are read straight into at most so many parts. For more parts they are read once and copied.
 READ_PARTS_COUNT = 128
 # What one more thread has to read before it is worth starting.
 BYTES_PER_READER = 4 * MIB
@@ -47,145 +48,147 @@ THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.
 DIGEST_BATCH_BYTES = 16 * MIB
 
-# Read at once of a record with a CRC-32, and looked at while it is in the processor's cache.
+# How much of a record with a CRC-32 is read at once, and checked while it is in the processor's cache.
 RECORD_STEP_BYTES = 4 * MIB
-# A load reads what is missing of a record, to compare its CRC-32, where that is at most this part of it (padding).
+# A load reads what it lacks of a record, to compare the CRC-32, if that is at most this part of the record (padding).
 RECORD_MISSING_PART = 1 / 32
-# A single value's record is read and compared whole where it has at most so many bytes.
+# The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB
 
 # --- converting -----------------------------------------------------------------------------------------------------
 
-# A window where memory allows: long enough that planning and system calls don't show.
+# The size of a window if memory allows: so large that planning and system calls cost little beside it.
 CONVERT_WINDOW_BYTES = 8 * MIB
-# Windows filled together, where they share chunks of the source and memory allows (`ucp.transfer.batches`).
+# Windows filled together if they share chunks of the source and memory allows (`ucp.transfer.batches`).
 WINDOWS_TOGETHER_BYTES = 32 * MIB
-# Pieces shorter on average than a digest's chunk are short: of longer ones it costs less to read their ends twice than
-# to work in small windows.
+# Pieces are short if they are shorter on average than a digest's chunk. For longer pieces, reading their ends twice
+# costs less than working in small windows.
 SHORT_PIECE_BYTES = 1 * MIB
 # How much is planned at once, so that a plan of many files stays small in memory.
 PLANNED_FILES_COUNT = 128
 PLANNED_BLOCKS_COUNT = 100_000
 # Space kept free for folders and the file system's own bookkeeping.
 FREE_SPACE_SLACK_BYTES = 1 * MIB
-# Each part of a multipart upload: object stores want at least 5 MiB, and take at most 10,000 parts.
+# The size of each part of a multipart upload: object stores want at least 5 MiB, and take at most 10,000 parts.
 UPLOAD_PART_BYTES = 16 * MIB
-# A safetensors file may have so much before another one is begun, as Hugging Face's tools do; one tensor is never cut.
+# The most that a safetensors file holds before another one is begun, as in Hugging Face's tools. No tensor is cut.
 SHARD_FILE_BYTES = 5_000_000_000
-# A chunk of a DCP checkpoint, about: what a stock reader reads at least, and what several of its ranks may share.
+# About the size of a chunk of a DCP checkpoint: the least that a stock reader reads, and what its ranks may share.
 DCP_CHUNK_BYTES = 128 * MIB
-# A data file of a DCP checkpoint, about: several files let several threads write.
+# About the size of a data file of a DCP checkpoint: several files let several threads write.
 DCP_FILE_BYTES = 4 * GIB
-# Bytes before a DCP record's elements that are worth comparing with another record's.
+# So many bytes before a DCP record's elements are worth comparing with those of another record.
 DCP_PREAMBLE_BYTES = 4 * KIB
 # Room beside a local zip header: torch pads a record's beginning to 64 bytes, in the header's extra field.
 ZIP_EXTRA_BYTES = 128
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
-# Files of at least this size are written back while the work goes on; for smaller ones it is not worth a call.
+# Files of at least this size are written back while the work goes on. For smaller ones the call is not worth it.
 WRITEBACK_FILE_BYTES = 32 * MIB
-# Threads of a conversion beside one for each processor: that many wait for the device while the others digest.
+# Threads of a conversion in addition to one for each processor: so many wait for the device while the others digest.
 WAITING_WRITERS_COUNT = 1
-# One write. File systems with large folios allocate page cache in pieces as long as the write, which can be dear: on
-# ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
+# The size of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
+# expensive: on ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
 WRITE_PIECE_BYTES = 256 * KIB
-# A temporary folder of another machine without a write for so long is taken for a dead process's.
+# If nothing has been written to another machine's temporary folder for so long, its process is taken to be dead.
 STALE_FOLDER_SECONDS = 3600
 
 # --- saving ---------------------------------------------------------------------------------------------------------
 
-# The first rank waits so long for the others' receipts: longer than the slowest disk of a job, shorter than a night.
+# How long the first rank waits for the others' receipts: longer than a job's slowest disk takes, shorter than a night.
 SAVE_TIMEOUT_SECONDS = 1800.0
-# Receipts are looked for so often, at first and at most: quick after a short save, and cheap beside a long one.
+# The pause between looks for receipts, at first and at most: quick after a short save, and cheap during a long one.
 RECEIPT_POLL_SECONDS = (0.002, 0.1)
-# Host memory that a rank's pool may take if nothing else is asked for.
+# Host memory that a rank's pool may take unless the caller sets another amount.
 STAGING_BYTES = 16 * GIB
-# Digested and written at once; tensors on a device pass through host memory in such pieces. Whole digest chunks.
+# How much is digested and written at once. Tensors on a device pass through host memory in such pieces. They are whole
+# digest chunks.
 SAVE_WINDOW_BYTES = 16 * MIB
-# Windows that are copied before the writer hears of them: few words pass, and it begins early.
+# Windows that are copied before the writer hears of them: few messages pass, and the writer still begins early.
 COPY_STEP_WINDOWS = 16
-# Windows that a device copies without making way for training.
+# Windows that a device copies in a row without making way for training.
 COPY_UNBROKEN_WINDOWS = 4
-# Windows of memory that tensors pass through where nothing goes on beside: some are filled by a device while others
-# are written.
+# Windows of memory that tensors pass through if nothing else runs meanwhile: a device fills some while others are
+# written.
 SAVE_TURNS_WINDOWS = 4
-# The writing process's niceness where there are no processors to spare: training goes first.
+# The writing process's niceness if there are no processors to spare: training goes first.
 WRITER_NICENESS = 10
 
 # --- snapshots in memory --------------------------------------------------------------------------------------------
 
-# What a keeper's frame has at most: headers have directories in them, bodies pieces of files and whole manifests.
+# The most that a keeper's frame holds. Headers contain directories. Bodies contain pieces of files and whole manifests.
 KEEPER_HEADER_BYTES = 256 * MIB
 KEEPER_BODY_BYTES = 4 * GIB
-# Asked for at once of a file on another node.
+# How much of a file on another node is asked for at once.
 KEEPER_PART_BYTES = 8 * MIB
-# A keeper that is not reached, or doesn't answer, for so long is lost. An answer may have to wait for a rebuilding.
+# A keeper that cannot be reached, or does not answer, for so long is lost. An answer may have to wait for a rebuilding.
 KEEPER_CONNECT_SECONDS = 5.0
 KEEPER_ANSWER_SECONDS = 600.0
-# What takes no rebuilding, digesting or waiting has to be answered within so long; a network that is cut says nothing.
+# How long an answer may take that needs no rebuilding, digesting or waiting. A network that is cut gives no sign.
 KEEPER_WORD_SECONDS = 20.0
-# A process that has Python's start and a few imports before it, on a machine that is busy.
+# How long a keeper's process may take to start: Python and a few imports, on a machine that is busy.
 KEEPER_START_SECONDS = 60.0
-# A keeper of which nobody has heard for so long ends: longer than a night's repair, shorter than for ever.
+# A keeper that has heard from nobody for so long ends: longer than a night's repair, shorter than for ever.
 KEEPER_LINGER_SECONDS = 24 * 3600.0
 KEEPER_WATCH_SECONDS = 5.0
 KEEPER_BACKLOG_COUNT = 128
 # Warnings that a keeper remembers.
 KEEPER_LINES_COUNT = 20
-# The first rank tells of a refusal before another one ends their agent, which ends all of them.
+# How long the other ranks wait, so that the first rank reports a refusal before one of them ends their agent, and with
+# it all ranks.
 REFUSAL_HEAD_START_SECONDS = 2.0
 # What a report shows of a run, at most.
 TIMELINE_RECORDS_COUNT = 2000
-# The first rank waits so long for the others' part in a snapshot: one that takes longer protects nobody.
+# How long the first rank waits for the others' part in a snapshot: a snapshot that takes longer protects nobody.
 SNAPSHOT_TIMEOUT_SECONDS = 60.0
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
-# Memory that tensors get in one piece, touched by several threads.
+# The size of the pieces in which several threads touch the memory that tensors get.
 HOST_MEMORY_PIECE_BYTES = 16 * MIB
-# From this size on memory gets pages of its own.
+# Memory of this size or more gets pages of its own.
 OWN_PAGES_BYTES = 1 * MIB
 # Tensors in one memory begin at multiples of a processor's cache line.
 HOST_ALIGNMENT_BYTES = 64
-# Of each copy of a tied tensor, compared at a time.
+# How much of each copy of a tied tensor is compared at a time.
 TIED_WINDOW_BYTES = 8 * MIB
 # The buffer that a rank exchanges through, on the device of the group's backend.
 EXCHANGE_BUFFER_BYTES = 32 * MIB
-# What ranks want alike below which 'adaptive' measures nothing, and every rank reads for itself.
+# If ranks want less than this in common, 'adaptive' measures nothing, and every rank reads for itself.
 EXCHANGE_WORTHWHILE_BYTES = 64 * MIB
-# What 'adaptive' reads to measure the storage, and what it exchanges to measure the network.
+# How much 'adaptive' reads to measure the storage, and exchanges to measure the network.
 READ_SAMPLE_BYTES = 16 * MIB
 EXCHANGE_TRIAL_BYTES = 4 * MIB
-# How often another checkpoint is looked for, where the one at hand is removed while it is opened.
+# How many checkpoints are tried if each is removed while it is opened.
 OPEN_ATTEMPTS_COUNT = 5
 # How many levels of folders a listing goes down: runs, their folders of checkpoints, a program's own folder in these.
 LISTED_DEPTH_COUNT = 4
 
 # --- recognising ----------------------------------------------------------------------------------------------------
 
-# Whether files are of one run: fragments looked at in each file, elements of each, and how many have to say no.
+# To tell whether files are of one run: fragments looked at in each file, elements of each, and how many must differ.
 SAME_RUN_FRAGMENTS_COUNT = 32
 SAME_RUN_ELEMENTS_COUNT = 16
 SAME_RUN_ENOUGH_COUNT = 2
-# Ranks save at about the same time: files that were written further apart are told.
+# Ranks save at about the same time. Files that were written further apart than this are reported.
 SAVED_APART_SECONDS = 1800
-# Whether copies are equal: places of each copy that are compared with the tensor, and elements at each.
+# To tell whether copies are equal: places of each copy that are compared with the tensor, and elements at each place.
 COPY_PLACES_COUNT = 4
 COPY_ELEMENTS_COUNT = 16
 # Elements of each tensor that are compared to recognise a parameter by its values.
 STAGE0_SAMPLE_COUNT = 64
 # The largest file beside a Hugging Face model that is carried along: tokenizers are smaller, weights larger.
 CARRIED_FILE_BYTES = 256 * MIB
-# Of a tensor, compared at a time to recognise a family's weights.
+# How much of a tensor is compared at a time to recognise a family's weights.
 COMPARED_BYTES = 32 * MIB
 
 # --- remote files ---------------------------------------------------------------------------------------------------
 
-# Requests to a store are tried so often, with a pause before the second that doubles for each further one.
+# How often a request to a store is tried, and the pause before the second try. The pause doubles for each further try.
 REQUEST_ATTEMPTS_COUNT = 4
 REQUEST_FIRST_PAUSE_SECONDS = 0.2
-# Fetched at once while metadata are read from a remote file.
+# How much is fetched at once while metadata is read from a remote file.
 REMOTE_BLOCK_BYTES = 1 * MIB
 
 # --- showing --------------------------------------------------------------------------------------------------------
@@ -194,29 +197,29 @@ REMOTE_BLOCK_BYTES = 1 * MIB
 PROGRESS_LOG_SECONDS = 15.0
 PROGRESS_REDRAW_SECONDS = 0.2
 PROGRESS_PATIENCE_SECONDS = 1.0
-# Items of a list that a refusal, a comparison or a command names; the rest is counted.
+# Items of a list that a refusal, a comparison or a command names. The rest is only counted.
 REFUSAL_ITEMS_COUNT = 8
 DIFFERENCE_NAMES_COUNT = 3
 VERIFY_FAULTS_COUNT = 20
 DIFF_LINES_COUNT = 40
 PLAN_LINES_COUNT = 16
 INSPECT_FRAGMENTS_COUNT = 16
-# Above so many cells of the grid that boxes' edges make, faults are counted and not located.
+# If the edges of the boxes make a grid of more cells than this, faults are counted but not located.
 COVERAGE_CELLS_COUNT = 1 << 24
-# Rectangles of one map of a report; beyond, neighbours are drawn as one.
+# Rectangles of one map of a report. If there are more, neighbours are drawn as one.
 MAP_RECTANGLES_COUNT = 256
 # Rows and columns of a report's matrix of a planned resume; more sources or ranks are drawn together.
 MATRIX_CELLS_COUNT = 64
-# A batch of tensors that are looked through, and a piece of an archive whose CRC is computed.
+# The size of a batch of tensors that are looked through, and of pieces of an archive whose CRC is computed.
 STREAM_BATCH_BYTES = 32 * MIB
 CRC_BATCH_BYTES = 16 * MIB
 CRC_PIECE_BYTES = 4 * MIB
-# The largest difference of logits that is rounding, over the largest logit.
+# The largest difference of logits that counts as rounding, divided by the largest logit.
 TRIAL_TOLERANCE_RATIO = 1e-5
 
 # --- a conversion by several processes ------------------------------------------------------------------------------
 
-# How long process 0 waits for the others to come, how long a silent one is waited for, and how often each gives a sign.
+# How long process 0 waits for the others to join and for one that is silent, and how often each gives a sign of life.
 TEAM_JOIN_SECONDS = 300.0
 TEAM_LOST_SECONDS = 60.0
 TEAM_BEAT_SECONDS = 0.5
@@ -249,9 +252,10 @@ def metadata_bytes(file_bytes: int) -> int:
 
 
 def check_json(path: str, raw: bytes) -> None:
-    """Raise DamagedCheckpoint where parsing JSON text would take more than `metadata_bytes` of it: before it is parsed.
+    """Raise DamagedCheckpoint if parsing JSON text would take more than its `metadata_bytes`. Called before parsing.
 
-    Counted generously, as Python keeps it: an object as 240 bytes, a list as 72, a text as 56 beside its letters.
+    The estimate is generous, as Python keeps values: 240 bytes for an object, 72 for a list, 56 for a text in addition
+    to its letters.
     """
     if 240 * len(raw) < METADATA_FREE:
         return
@@ -264,14 +268,14 @@ def check_json(path: str, raw: bytes) -> None:
 
 
 def processors() -> int:
-    """How many processors this process may use: those that it may run on, within its control group's share of time."""
+    """How many processors this process may use: those that it may run on, limited by its control group's quota."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(here, _quota())))
 
 
 @functools.cache
 def _quota() -> float:
-    """The processors' time that this process's control groups allow, in processors."""
+    """The processor time that this process's control groups allow, in processors."""
     from pathlib import Path  # late: the commands' --help needs none of it
 
     try:
@@ -282,10 +286,13 @@ def _quota() -> float:
 
 
 def control_group_quota(root: Path, groups: list[str]) -> float:
-    """The processors that control groups allow; infinite where none sets a limit.
+    """How many processors control groups allow; infinite if none sets a limit.
 
-    root: where the hierarchies are mounted. groups: the lines of ``/proc/self/cgroup``. A group's limit is its own or
-    that of a group above it, the smallest; version 2 has them in ``cpu.max``, version 1 in two files.
+    root: where the hierarchies are mounted.
+    groups: the lines of ``/proc/self/cgroup``.
+
+    What counts is the smallest limit of a group and the groups above it. Version 2 keeps a limit in ``cpu.max``, and
+    version 1 keeps it in two files.
     """
     found = math.inf
     for line in groups:

@@ -2,19 +2,20 @@
 
 In this order:
 
-1. A tag picks the folder of that name. It may have slashes, but leads nowhere out of the folder.
-2. A folder that is a checkpoint itself is that one.
-3. The file ``latest`` names one, or another program's file for the same (`POINTERS`). Trailing slashes, ``./``, an
-   absolute path inside the folder, line ends of other systems and a byte-order mark are read as what they mean. Where
-   it names anything else, nothing is taken: somebody may have edited it to go back, and the newest would be the very
-   checkpoint to get away from.
-4. Without such a file, the newest is taken: by the step that each says of itself (`Format.step`), else by the number in
-   names that are alike but for it, else by the times of its files. A line says which, and by what.
+1. A tag picks the folder of that name. It may have slashes, but never leads out of the folder.
+2. If the folder is a checkpoint itself, that one is taken.
+3. The file ``latest``, or another program's file for the same purpose (`POINTERS`), names a checkpoint. Trailing
+   slashes, ``./``, an absolute path inside the folder, line ends of other systems and a byte-order mark are read as
+   what they mean. If the file names anything else, nothing is taken. Somebody may have edited it to go back, and the
+   newest would be the very checkpoint to get away from.
+4. Without such a file, the newest checkpoint is taken. It is found by the step that each says of itself
+   (`Format.step`), else by the number in names that are alike apart from it, else by the times of its files. A log line
+   says which one was taken, and by what.
 
-A folder in which such a file names a checkpoint counts as that one, as a Trainer's ``checkpoint-10`` with a DeepSpeed
-checkpoint in it.
+A folder in which such a file names a checkpoint counts as that checkpoint. One example is a Trainer's
+``checkpoint-10`` with a DeepSpeed checkpoint in it.
 
-The tag ``newest`` asks for the newest that is whole, whatever ``latest`` says.
+The tag ``newest`` asks for the newest checkpoint that is whole, no matter what ``latest`` says.
 """
 
 from __future__ import annotations
@@ -63,24 +64,30 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 
 @dataclass(frozen=True)
 class Chosen:
-    """path: the checkpoint's folder; format: what it is. note: what is to be said of the choice, if anything."""
+    """A checkpoint that was chosen.
+
+    path: the checkpoint's folder, or its file.
+    format: what it is.
+    note: what the user should be told about the choice, or an empty string.
+    """
 
     path: Path
     format: Format
     note: str = ""
 
     def within(self, folder: Path) -> str:
-        """Its name among those of a folder."""
+        """Its name in this folder."""
         return self.path.relative_to(folder).as_posix() if folder in self.path.parents else self.path.name
 
 
 def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
     """The checkpoint that is meant, and what ``read`` makes of it.
 
-    folder: as `locations.locate` gives it. Where the checkpoint is removed meanwhile (as ``keep_last`` does) and no tag
-    asks for it, the one that is meant then is taken.
+    folder: as `locations.locate` gives it.
 
-    Raises BadArgument, NotACheckpoint, and what ``read`` raises; DamagedCheckpoint says how to get another one.
+    If the checkpoint is removed meanwhile (as ``keep_last`` does) and no tag asks for it, the choice is made again.
+
+    Raises BadArgument, NotACheckpoint, and what ``read`` raises. A DamagedCheckpoint says how to get another one.
     """
     if tag == NEWEST:
         return _newest_whole(folder, read)
@@ -106,7 +113,8 @@ def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T])
 def choose(folder: Path, tag: str | int | None = None) -> Chosen:
     """The checkpoint that is meant, by names and times alone; it may be damaged.
 
-    Raises BadArgument for what is no tag, NotACheckpoint where nothing is meant or what ``latest`` says is not there.
+    Raises BadArgument for a tag that cannot be one, and NotACheckpoint if there is no checkpoint to choose or if the
+    one that ``latest`` names is not there.
     """
     if tag is not None:
         return _tagged(folder, tag)
@@ -130,7 +138,7 @@ def choose(folder: Path, tag: str | int | None = None) -> Chosen:
 
 
 def resolve(folder: Path, tag: str | int | None = None) -> Path:
-    """As `choose`, and what is to be said of the choice is logged."""
+    """Like `choose`, and logs the note on the choice."""
     chosen = choose(folder, tag)
     if chosen.note:
         log.warning("%s", chosen.note)
@@ -143,8 +151,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Chosen]:
-    """The folders in this one that are checkpoints which a run resumes from, or in which a file names one, else single
-    files that are; unfinished ones (names with a leading dot) are left out."""
+    """The folders in this one that are checkpoints to resume a run from, or in which a file names such a checkpoint.
+
+    If there are none, the single files that are checkpoints. Unfinished ones (names with a leading dot) are left out.
+    """
     try:
         names = locations.names(folder)
     except OSError:
@@ -156,7 +166,7 @@ def checkpoints_in(folder: Path) -> list[Chosen]:
 
 
 def _files(entries: Sequence[Path]) -> list[Chosen]:
-    """Single files that are checkpoints, by their names. They count where no folder beside them does."""
+    """Single files that are checkpoints, by their names."""
     return [
         Chosen(entry, known)
         for entry in entries
@@ -165,7 +175,10 @@ def _files(entries: Sequence[Path]) -> list[Chosen]:
 
 
 def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
-    """All checkpoints in the folder's folders, weights alone among them, so many levels down; not what lies in one."""
+    """All checkpoints below the folder, those of weights alone included, down to ``depth`` levels.
+
+    What lies inside a checkpoint to resume from is not listed.
+    """
     found: list[Chosen] = []
     try:
         names = locations.names(folder)
@@ -187,7 +200,7 @@ def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
 
 
 def _at(entry: Path) -> Chosen | None:
-    """The checkpoint that a folder is, or that a file in it names; None where it is none."""
+    """The checkpoint that this folder is, or that a file in it names; else None."""
     known = formats.find(entry)
     if known is not None:
         return Chosen(entry, known)
@@ -198,8 +211,8 @@ def _at(entry: Path) -> Chosen | None:
 
 
 def _beside_others(folder: Path, known: Sequence[Format]) -> str:
-    """What to say of a checkpoint's folder that is another format's too, or has whole checkpoints in it while it holds
-    weights alone."""
+    """What to tell the user if a checkpoint's folder is of another format, too, or holds weights alone beside whole
+    checkpoints in its folders; else an empty string."""
     also = [one.name for one in known[1:] if one.specificity == known[0].specificity]
     if also:
         return f"{folder}: is read as the format '{known[0].name}'; it has files of {', '.join(map(repr, also))}, too"
@@ -213,9 +226,9 @@ def _beside_others(folder: Path, known: Sequence[Format]) -> str:
 
 
 def latest_text(folder: Path) -> str | None:
-    """What the file ``latest``, or another of `POINTERS`, means; None where there is none.
+    """What the file ``latest``, or another of `POINTERS`, means; None if there is no such file.
 
-    Raises NotACheckpoint where it cannot be read.
+    Raises NotACheckpoint if it cannot be read.
     """
     found = _pointer(folder)
     return None if found is None else found[1]
@@ -231,7 +244,7 @@ def _pointer(folder: Path) -> tuple[Path, str] | None:
 
 
 def _text(pointer: Path) -> str | None:
-    """A small file's text, without byte-order mark and white space around it; None where there is none."""
+    """A small file's text, without byte-order mark and surrounding white space; None if there is no such file."""
     try:
         raw = locations.read(pointer)
     except (FileNotFoundError, NotADirectoryError):
@@ -248,9 +261,9 @@ def _text(pointer: Path) -> str | None:
 
 
 def latest_name(folder: Path) -> str | None:
-    """What ``latest`` names, as a path relative to the folder; None where it names nothing in it.
+    """What ``latest`` names, as a path relative to the folder; None if it names nothing in the folder.
 
-    For those who keep what it names: no error, whatever it says.
+    For callers that must not remove what it names. It raises no error, whatever the file says.
     """
     try:
         text = latest_text(folder)
@@ -260,7 +273,7 @@ def latest_name(folder: Path) -> str | None:
 
 
 def _none_here(folder: Path) -> NotACheckpoint:
-    """The error for a folder that neither is a checkpoint nor has one right in it."""
+    """The error for a folder that is not a checkpoint and has none directly in it."""
     deeper = [one.within(folder) for one in below(folder)]
     if not deeper:
         return formats.explain_unknown(folder)
@@ -271,14 +284,14 @@ def _none_here(folder: Path) -> NotACheckpoint:
 
 
 def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
-    """The error for a tag that no checkpoint in the folder has, with those that there are."""
+    """The error for a tag that no checkpoint in the folder has. It names the checkpoints that are there."""
     names = [c.within(folder) for c in checkpoints_in(folder)]
     hint = nearest(tag, names) if names else "there is no checkpoint at all"
     return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say to somebody who has named what is not there."""
+    """What to tell a user who has given a name that does not exist."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
@@ -304,7 +317,7 @@ def _tagged(folder: Path, tag: str | int) -> Chosen:
 
 
 def _set_aside(where: Path) -> Chosen | None:
-    """The old checkpoint, where a save that was to replace it died between two renames."""
+    """The old checkpoint, if a save that was about to replace it died between two renames."""
     old = atomic.set_aside(where)
     known = None if old is None else formats.find(old)
     if old is None or known is None:
@@ -315,7 +328,7 @@ def _set_aside(where: Path) -> Chosen | None:
 
 
 def _named(folder: Path) -> Chosen | None:
-    """The checkpoint that ``latest`` names; None where there is no such file."""
+    """The checkpoint that ``latest`` names; None if there is no such file."""
     pointer = folder / LATEST
     linked = formats.find(pointer) if locations.is_folder(pointer) else None
     if linked is not None:
@@ -345,7 +358,7 @@ def _named(folder: Path) -> Chosen | None:
 
 
 def _inside(folder: Path, text: str) -> str | None:
-    """The path relative to the folder that a tag or a pointer means; None where it is none below the folder."""
+    """The path, relative to the folder, that a tag or a pointer means; None if that is not below the folder."""
     if not locations.can_be_path(text):
         return None
     start = f"{str(folder).rstrip('/')}/"
@@ -355,7 +368,7 @@ def _inside(folder: Path, text: str) -> str | None:
             return None
     elif os.path.isabs(text):
         whole = os.path.normpath(text)
-        # The folder, or the way to it, may be a link that the text does not go by, or that only the text goes by.
+        # The folder, or a folder above it, may be a link, and only one of the two paths may go through that link.
         behind = os.path.join(os.path.realpath(os.path.dirname(whole)), os.path.basename(whole))
         starts = (start, f"{os.path.realpath(folder)}/")
         found = [path[len(base) :] for path in (whole, behind) for base in starts if path.startswith(base)]
@@ -369,7 +382,7 @@ def _inside(folder: Path, text: str) -> str | None:
 
 
 def _newest_whole(folder: Path, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
-    """The newest checkpoint that can be read, with a line that names it and what is passed over."""
+    """The newest checkpoint that can be read. A log line names it and those that were passed over."""
     known = formats.find(folder)
     if known is not None:
         return folder, read(folder, known)
@@ -393,7 +406,7 @@ def _newest_whole(folder: Path, read: Callable[[Path, Format], T]) -> tuple[Path
 
 
 def _refuse_parts(folder: Path, found: Sequence[Chosen]) -> None:
-    """Raise NotACheckpoint where the folders in this one are parts of one checkpoint, so that none stands for it."""
+    """Raise NotACheckpoint if the folders in this one are parts of one checkpoint, so that none can stand for it."""
     parts = [one.path.name for one in found if beside.is_part(one.path.name)]
     if parts:
         raise NotACheckpoint(
@@ -404,10 +417,10 @@ def _refuse_parts(folder: Path, found: Sequence[Chosen]) -> None:
 
 
 def newest_first(folder: Path, found: Sequence[Chosen]) -> tuple[list[Chosen], str]:
-    """The checkpoints of a folder, newest first, and by what that is told, for a sentence: by the step that each says
-    of itself, else by the number in names that are alike but for it, else by the newest file of each.
+    """The checkpoints of a folder, newest first, and words for a sentence that say by what they were ordered.
 
-    Where files say otherwise than steps, so does the sentence.
+    They are ordered by the step that each says of itself, else by the number in names that are alike apart from it,
+    else by the newest file of each. If the times of the files contradict the steps, the words say so.
     """
     written = {one: _written(one) for one in found}
     by_time = sorted(found, key=lambda one: (written[one], _numbered(one, folder)[1]), reverse=True)
@@ -428,7 +441,7 @@ def newest_first(folder: Path, found: Sequence[Chosen]) -> tuple[list[Chosen], s
 
 
 def _numbered(one: Chosen, folder: Path) -> tuple[str, int]:
-    """The name in a folder without its last number, and that; -1 without one."""
+    """The name in a folder without its last number, and that number, or -1 if there is none."""
     name = one.within(folder).partition("/")[0]
     number = re.search(r"(\d{1,18})(?=\D*$)", name)
     return (name, -1) if number is None else (name[: number.start()] + name[number.end() :], int(number[1]))
@@ -438,7 +451,7 @@ def _written(one: Chosen) -> int:
     try:
         return locations.stat(one.path).mtime_ns if locations.is_file(one.path) else locations.newest_ns(one.path)
     except OSError:
-        return 0  # removed this moment; reading it will tell
+        return 0  # it was just removed; reading it will report that
 
 
 def _removed(path: Path) -> RemovedMeanwhile:

@@ -1,7 +1,7 @@
 """The digests of many buffers with few bytes each: their rows are multiplied and added up together.
 
-A product of matrices takes as long to ask for as a row of 1 KiB takes; so tensors of a few KiB, and the blocks that a
-sample picks, are copied one after the other into one memory, and nothing but that copy is done for each of them.
+Calling for a product of matrices takes as long as multiplying a row of 1 KiB. So tensors of a few KiB, and the blocks
+that a sample picks, are copied one after the other into one memory. Nothing but that copy is done for each of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROWS = 1024
 
 
 class Batch:
-    """The sums of ``count`` tensors, none of whose digests is wanted before the end. Extra memory: about 2 MiB."""
+    """The sums of ``count`` tensors whose digests are wanted only at the end. Extra memory: about 2 MiB."""
 
     def __init__(self, count: int) -> None:
         self._sums = np.zeros((LANES, count), np.int64)
@@ -28,7 +28,7 @@ class Batch:
         self._parts: list[tuple[int, int, int]] = []  # whose, the number of the first row, rows
 
     def add(self, index: int, flat: Bytes, runs: Iterable[Run]) -> None:
-        """Bytes of one of the tensors, and where they belong."""
+        """Add bytes of one of the tensors. runs: where they belong."""
         for source, place, size in runs:
             at, stop = source, source + size
             while at < stop:

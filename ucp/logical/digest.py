@@ -1,30 +1,32 @@
 """The digest of a logical tensor: of all its elements and their places, independent of how they are cut.
 
-**Construction.** A tensor is a row of bytes (`ucp.logical.runs`), taken as signed little-endian words of 32 bits and,
-in thought, as rows of 256 words. The word w at column c of row r adds, in each of two lanes,
+**Construction.** A tensor is a row of bytes (`ucp.logical.runs`). The bytes are taken as signed little-endian words of
+32 bits, and the words as rows of 256. The word w at column c of row r adds, in each of two lanes,
 
     M[lane](r) * V[lane](c) * w    modulo 2^64
 
-M is a strong mixer of the row's number, made odd, so that it never repeats; V is a table of 256 fixed random numbers of
-60 bits. The digest is the two sums. A word's contribution is the sum of its bytes' (of which the last one carries the
-sign), so any bytes of it may be added anywhere: ranks, shards, chunks and files add up what they have in any order.
+M is a strong mixer of the row's number, made odd, so that it never repeats. V is a table of 256 fixed random numbers of
+60 bits. The digest is the two sums. A word's contribution is the sum of those of its bytes, the last of which carries
+the sign. So any bytes of a word may be added anywhere: ranks, shards, chunks and files add up what they have in any
+order.
 
-**Why place and value are both bound.** A word is multiplied by a key that no other place of the tensor has. Two
-elements, two rows or two blocks that change places change the sum, at whatever distance, unless they are equal; so
-does an element counted twice, and so does any bit, since it is the bits that are added: a zero's sign, a NaN's payload.
+**Why place and value are both bound.** A word is multiplied by a key that no other place of the tensor has. If two
+elements, two rows or two blocks change places, at any distance, the sum changes unless they are equal. It also changes
+if an element is counted twice or if any bit changes, since the bits themselves are added: a zero's sign, a NaN's
+payload.
 
-**What a collision costs.** The digest is linear: changes d(i) go unseen if the sum of key(i) * d(i) is 0 in both lanes.
-For changes that do not depend on the keys the chance of that is about 2^-110, and at worst, where nothing but sign bits
-of 32-bit floats differ, about 2^-56, since a multiple of 2^31 meets the lowest 33 bits of a key only. The keys are
-fixed, so digests of different checkpoints and runs can be compared. So it guards against faults, and not against
+**How likely a collision is.** The digest is linear: changes d(i) go unseen if the sum of key(i) * d(i) is 0 in both
+lanes. For changes that do not depend on the keys, the chance of that is about 2^-110. The worst case is about 2^-56: if
+nothing but sign bits of 32-bit floats differ, multiples of 2^31 meet only the lowest 33 bits of a key. The keys are
+fixed, so digests of different checkpoints and runs can be compared. The digest guards against faults, but not against
 somebody who makes a change to fit: that would need keys that he doesn't know.
 
-**What is not bound.** The element type and the shape: equal bytes have equal digests. Who compares digests compares
+**What is not bound.** The element type and the shape: equal bytes have equal digests. Whoever compares digests compares
 those, too (`Digest` is kept with the tensor's name, shape and type).
 
-**Speed.** A table's number is four digits of 15 bits, so a row times the table is one product of matrices of doubles,
-in which every sum stays below 2^53 and so is exact in whatever order it is added: 4 GB/s a core. What is left are two
-64-bit products for each row of 1 KiB. Nothing here needs torch; `ucp.job.live_digest` does the same on devices.
+**Speed.** Each number of the table is four digits of 15 bits, so a row times the table is one product of matrices of
+doubles. Every sum in it stays below 2^53 and so is exact, in whatever order it is added: 4 GB/s a core. What remains is
+two 64-bit products for each row of 1 KiB. Nothing here needs torch; `ucp.job.live_digest` does the same on devices.
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ _ROWS = 128
 _TOGETHER, _PADDED = 4096, 1024
 # Runs of at least so many bytes are multiplied where they are; shorter ones are copied into rows first.
 _LONG = 64 << 10
-# So few runs are copied one by one: looking for those alike takes longer.
+# Up to so many runs are copied one by one: looking for those that are alike would take longer.
 _FEW = 8
-# Shorter than this, runs are added word by word.
+# Runs shorter than this are added word by word.
 _SHORT = 64
 # Items of short runs that are added at once.
 _ITEMS = 64 << 10
@@ -71,7 +73,7 @@ _BLOCK_ROWS = SAMPLE_BLOCK // ROW
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """The two sums of some of a tensor's bytes. Those of disjoint parts add up to that of all (``+``)."""
+    """The two sums of some of a tensor's bytes. The digests of disjoint parts add up (``+``) to the digest of all."""
 
     first: int = 0
     second: int = 0
@@ -104,7 +106,7 @@ def total(parts: Iterable[Digest]) -> Digest:
 
 @lru_cache(1)
 def digits() -> NDArray[np.float64]:
-    """(256, 8) the table's digits, as doubles: those of the first lane, least first, then those of the second."""
+    """(256, 8) the table's digits, as doubles: those of the first lane, least significant first, then the second's."""
     drawn = mixed(np.arange(COLUMNS * LANES * DIGITS, dtype=np.uint64) + np.uint64(_TABLE_SEED))
     small = (drawn >> np.uint64(64 - DIGIT_BITS)).astype(np.int64) - (1 << (DIGIT_BITS - 1))
     return np.ascontiguousarray(small.reshape(COLUMNS, LANES * DIGITS).astype(np.float64))
@@ -112,7 +114,7 @@ def digits() -> NDArray[np.float64]:
 
 @lru_cache(1)
 def weights() -> NDArray[np.int64]:
-    """(4,) what the digits of a number count."""
+    """(4,) the place value of each digit of a number."""
     return np.int64(1) << np.arange(DIGITS, dtype=np.int64) * DIGIT_BITS
 
 
@@ -130,7 +132,7 @@ def row_keys(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class _Scratch(threading.local):
-    """A thread's own memory: what products of matrices go through."""
+    """A thread's own memory for products of matrices."""
 
     def __init__(self) -> None:
         self.words = np.empty((_ROWS, COLUMNS), np.float64)
@@ -144,7 +146,7 @@ _keys = np.zeros((LANES, 0), np.int64)
 
 
 class _RowSums:
-    """What is added up: of all bytes, and of those that a sample picks."""
+    """The sums so far: of all bytes, and of those that a sample picks."""
 
     def __init__(self, sample: Sample | None) -> None:
         self.whole = [0] * LANES
@@ -152,10 +154,12 @@ class _RowSums:
         self._sample = sample
 
     def add(self, words: NDArray[np.int32], rows: int | NDArray[np.int64]) -> None:
-        """At most `_TOGETHER` rows of words; rows: the first one's number, if they follow one another, or all numbers.
+        """Add at most `_TOGETHER` rows of words.
 
-        Numbers are split into digits only where they are multiplied by a row's key: a product of integers, which takes
-        little since there are eight of them for 256 words.
+        rows: the first row's number, if they follow one another, else all numbers.
+
+        The products with the row's key are products of integers. They take little time, since there are eight of them
+        for 256 words.
         """
         count = len(words)
         exact = products(words)
@@ -175,7 +179,7 @@ class _RowSums:
             _weigh(self.sampled, exact[low:high], keys[:, low:high])
 
     def items(self, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.int64]) -> None:
-        """Words, each by its row and column."""
+        """Add words one by one, each with its row and column."""
         keys = keys_at(rows)
         picked = None if self._sample is None else self._sample.takes(rows // _BLOCK_ROWS)
         for lane in range(LANES):
@@ -186,7 +190,7 @@ class _RowSums:
 
 
 def products(words: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(n, 8) the digits' sums of at most `_TOGETHER` rows of words: in this thread's memory, until it asks again."""
+    """(n, 8) the digits' sums of at most `_TOGETHER` rows of words. This thread's next call overwrites them."""
     count = len(words)
     doubles, found, exact = _scratch.words, _scratch.found[:count], _scratch.exact[:count]
     for at in range(0, count, _ROWS):
@@ -205,16 +209,18 @@ def _weigh(sums: list[int], exact: NDArray[np.int64], keys: NDArray[np.int64]) -
 
 
 def digest_bytes(buffer: Any, runs: Runs) -> Digest:
-    """The digest of the bytes of a buffer that the runs say where they belong.
+    """The digest of a buffer's bytes.
 
-    buffer: anything with bytes. Each byte of the tensor counts as often as a run has it. Extra memory: about 4 MiB for
-    each thread, whatever the buffer's size, and as much for all of them.
+    buffer: anything with bytes.
+    runs: where the bytes belong. Each byte of the tensor counts as often as a run has it.
+
+    Extra memory: about 4 MiB for each thread, whatever the buffer's size, and as much again that all threads share.
     """
     return digest_sampling(buffer, runs, None)[0]
 
 
 def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Digest, Digest]:
-    """As `digest_bytes`, and in the same pass the digest of the bytes that a sample picks."""
+    """As `digest_bytes`, and also the digest of the bytes that a sample picks, in the same pass."""
     flat = np.frombuffer(buffer, np.uint8) if not isinstance(buffer, np.ndarray) else buffer.view(np.uint8).reshape(-1)
     sums = _RowSums(sample)
     ends: list[tuple[int, int, int]] = []
@@ -237,7 +243,7 @@ def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Dig
 
 
 def _add_long(sums: _RowSums, flat: Bytes, source: int, place: int, size: int) -> list[tuple[int, int, int]]:
-    """The whole rows of a run; returns its ends, as (source, place, size)."""
+    """Add the whole rows of a run. Returns its ends, as (source, place, size)."""
     head = -place % ROW
     body = (size - head) // ROW * ROW
     words = flat[source + head : source + head + body].view(np.int32).reshape(-1, COLUMNS)
@@ -247,7 +253,7 @@ def _add_long(sums: _RowSums, flat: Bytes, source: int, place: int, size: int) -
 
 
 def _add_few(sums: _RowSums, flat: Bytes, runs: list[tuple[int, int, int]]) -> None:
-    """A few short runs, as (source, place, size), each copied into rows of its own with zeros around it."""
+    """Add a few short runs, as (source, place, size). Each is copied into rows of its own with zeros around it."""
     padded, used = _scratch.padded, 0
     numbers: list[int] = []
 
@@ -294,7 +300,7 @@ def keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _add_padded(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
-    """Runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
+    """Add runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
     padded = _scratch.padded
     for part in padded_batches(runs, _PADDED):
         padded[: part.used * ROW] = 0
@@ -304,8 +310,12 @@ def _add_padded(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
 
 @dataclass(frozen=True)
 class PaddedRuns:
-    """Runs and the rows that they are copied into, one after the other. rows: how many each takes; numbers: (used,) of
-    which row of the tensor each of them is; used: rows in all."""
+    """Runs and the rows that they are copied into, one after the other.
+
+    rows: how many rows each run takes.
+    numbers: (used,) which row of the tensor each of them is.
+    used: rows in all.
+    """
 
     runs: Runs
     rows: NDArray[np.int64]
@@ -316,8 +326,8 @@ class PaddedRuns:
         return len(self.numbers)
 
     def stretches(self) -> list[tuple[int, int]]:
-        """Runs ``[first, last)`` of one size, at one place in their rows and at one distance in the buffer, as those of
-        a tensor cut by columns are."""
+        """Stretches ``[first, last)`` of runs that have the same size, the same place in their rows and the same
+        distance in the buffer, like those of a tensor cut by columns."""
         size, within, step = self.runs.sizes, self.runs.places % ROW, np.diff(self.runs.sources)
         alike = (size[1:] == size[:-1]) & (within[1:] == within[:-1]) & (step > 0)
         begins = np.ones(len(size), bool)
@@ -328,7 +338,7 @@ class PaddedRuns:
 
 
 def padded_batches(runs: Runs, most: int) -> Iterator[PaddedRuns]:
-    """The runs in batches of at most so many rows; none may need more."""
+    """The runs in batches of at most ``most`` rows. No run may need more."""
     runs = runs.take(np.argsort(runs.places % ROW, kind="stable"))
     first = runs.places // ROW
     rows = (runs.places + runs.sizes - 1) // ROW - first + 1
@@ -346,7 +356,7 @@ def padded_batches(runs: Runs, most: int) -> Iterator[PaddedRuns]:
 
 
 def _copy_into_rows(padded: Bytes, flat: Bytes, part: PaddedRuns) -> None:
-    """Each run into its rows, at its place in them; those alike in one assignment."""
+    """Copy each run into its rows, at its place in them. Runs that are alike take one assignment."""
     runs = part.runs
     starts = (np.cumsum(part.rows) - part.rows) * ROW + runs.places % ROW
     listed = list(zip(runs.sources.tolist(), starts.tolist(), runs.sizes.tolist(), strict=True))
@@ -362,7 +372,7 @@ def _copy_into_rows(padded: Bytes, flat: Bytes, part: PaddedRuns) -> None:
 
 
 def _add_items(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
-    """Very short runs: word by word, or by halves and quarters of words where they are no whole ones."""
+    """Add very short runs word by word, or by halves or quarters of words if they are not whole words."""
     bits = int(np.bitwise_or.reduce(runs.places | runs.sizes))
     width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
     kind: np.dtype[Any] = np.dtype({4: "<i4", 2: "<u2", 1: "u1"}[width])

@@ -1,4 +1,4 @@
-"""The digests of all tensors of a state, live or in a checkpoint, and the one of them all."""
+"""The digests of all tensors of a state, live or in a checkpoint, and one digest of them all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ SCHEMA = "ucp.digest/1"
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """recorded: it was taken from the checkpoint's manifest, not from the tensor's elements."""
+    """One tensor's digest.
+
+    recorded: whether it was taken from the checkpoint's manifest, not computed from the tensor's elements.
+    """
 
     name: str
     state: str
@@ -39,7 +42,7 @@ class Digests:
         return combined(self.tensors)
 
     def differences(self, other: Digests) -> Iterator[str]:
-        """``name:state`` of every tensor that is not in both alike."""
+        """``name:state`` of every tensor that is missing in one of the two, or differs between them."""
         ours, theirs = ({(t.name, t.state): (t.dtype, t.shape, t.digest) for t in s.tensors} for s in (self, other))
         for name, state in dict.fromkeys((*ours, *theirs)):
             if ours.get((name, state)) != theirs.get((name, state)):

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its tensors' digests, and how it is added up while the tensors' bytes pass."""
+"""What a checkpoint records of its tensors' digests, and how that is added up while the tensors' bytes pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY = 32
 
 @dataclass(frozen=True)
 class Recorded:
-    """A tensor's digest, and that of the blocks that a sample picks. Those of disjoint parts add up."""
+    """A tensor's digest, and the digest of the blocks that a sample picks. The records of disjoint parts add up."""
 
     whole: Digest
     sampled: Digest
@@ -30,7 +30,7 @@ class Recorded:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A tensor in a file. blocks, bases: as of a `LogicalTensor`, all in this file; width: bytes of an element."""
+    """A tensor in a file. blocks, bases: as in `LogicalTensor`, all in this file. width: bytes of an element."""
 
     shape: Shape
     width: int
@@ -48,7 +48,7 @@ class PassingTensors:
     _bounds: list[tuple[Ints, Ints]] = field(default_factory=list)
 
     def of(self, offset: int, data: Any) -> list[tuple[int, Recorded]]:
-        """What the file's bytes ``data``, from ``offset`` on, add to its tensors: (entry's index, what)."""
+        """What the file's bytes ``data``, from ``offset`` on, add to its tensors: (entry's index, what they add)."""
         flat = np.frombuffer(data, np.uint8)
         first, last = self._extents()
         out = []
@@ -61,7 +61,7 @@ class PassingTensors:
         return out
 
     def _extents(self) -> tuple[Ints, Ints]:
-        """Each tensor's first byte in the file, and that after its last."""
+        """Each tensor's first byte in the file, and the byte after its last."""
         if not self._bounds:
             found = [_extent(entry) for entry in self.entries]
             columns = np.array(found, np.int64).reshape(-1, 2)
@@ -69,7 +69,7 @@ class PassingTensors:
         return self._bounds[0]
 
     def _runs(self, index: int) -> Any:
-        """The tensor's runs; listed once where they are not too many."""
+        """The tensor's runs. They are kept as a list unless there are too many."""
         if index in self._listed:
             return self._listed[index]
         entry = self.entries[index]
@@ -79,7 +79,7 @@ class PassingTensors:
             listed.append(part)
             if sum(map(len, listed)) >= LIMIT:
                 return runs_of(entry.shape, entry.blocks, entry.width, entry.bases)
-        # Those of the tensors that come next take the place of those that have passed.
+        # The runs of the next tensors take the place of those of tensors that have passed.
         if len(self._listed) >= 64:
             self._listed.clear()
         self._listed[index] = listed

@@ -1,7 +1,7 @@
-"""Where elements of a logical tensor lie in memory, as runs of bytes: what a logical digest is added up over.
+"""Where elements of a logical tensor lie in memory, as runs of bytes. A logical digest is added up over such runs.
 
 A logical tensor is a row of bytes here: its elements in row-major order, each little-endian. A *run* is a range of
-that row that lies in one piece in a buffer, too. Blocks of any kind become runs, a bounded number of them at a time.
+that row that lies in one piece in a buffer, too. Blocks of any kind become runs, a bounded number of runs at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Runs:
 def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None) -> Iterator[Runs]:
     """The runs of these blocks, all in one buffer.
 
-    width: bytes of an element. bases: (n,) the byte of the buffer from which each block's place is counted; 0 without.
+    width: bytes of an element.
+    bases: (n,) the byte of the buffer from which each block's start is counted. It is 0 by default.
+
     Yields at most ``LIMIT`` runs at a time.
     """
     few = few_runs(shape, blocks, width, bases)
@@ -67,8 +69,11 @@ def runs_of(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None)
 
 
 def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None) -> list[Run] | None:
-    """The runs of a few blocks that are ranges of the row each, as whole tensors and flat ranges are; None where there
-    are more, or one of them is not. A plan for copies finds the same, and takes ten times as long."""
+    """The runs of a few blocks, each of which is a range of the row, as whole tensors and flat ranges are.
+
+    None if there are more blocks, or if one of them is not such a range. A plan for copies finds the same, but takes
+    ten times as long.
+    """
     if len(blocks) > _FEW:
         return None
     whole = row_major(shape)
@@ -98,7 +103,7 @@ def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None
 
 
 def _copies(shape: Shape, blocks: Blocks) -> Copies:
-    """From the buffer to the row-major order of the whole tensor."""
+    """The copies from the buffer to the row-major order of the whole tensor."""
     strides = np.array(row_major(shape), np.int64)
     kept = np.flatnonzero(np.all(blocks.sizes > 0, axis=1))
     blocks = blocks if len(kept) == len(blocks) else blocks.take(kept)
@@ -116,7 +121,7 @@ def _copies(shape: Shape, blocks: Blocks) -> Copies:
 
 
 def _bounded(copies: Copies) -> Iterator[Copies]:
-    """The copies in groups of at most ``LIMIT`` runs; one that has more is halved along its longest outer dimension."""
+    """The copies in groups of at most ``LIMIT`` runs. A copy with more is halved along its longest outer dimension."""
     outer = np.prod(copies.sizes[:, :-1], axis=1, dtype=np.int64)
     if int(outer.sum()) <= LIMIT:
         if len(copies):
@@ -168,9 +173,11 @@ def within_buffer(found: Runs, first: int, last: int) -> Runs:
 
 @dataclass(frozen=True)
 class Sample:
-    """Which blocks of `SAMPLE_BLOCK` bytes of a tensor's row are looked at: the first, and of every ``every`` blocks
-    that follow one another one, drawn by ``seed``. So small tensors are looked at whole, and another seed looks at
-    other blocks."""
+    """Which blocks of `SAMPLE_BLOCK` bytes of a tensor's row are looked at.
+
+    They are the first block, and one of each group of ``every`` blocks in a row, drawn by ``seed``. So small tensors
+    are looked at whole, and another seed looks at other blocks.
+    """
 
     seed: int
     every: int
@@ -187,7 +194,7 @@ class Sample:
         """Which of these blocks are looked at, by their numbers."""
         first = int(blocks.min()) // self.every if len(blocks) else 0
         last = int(blocks.max()) // self.every if len(blocks) else -1
-        if last - first < 8:  # neighbours, as most often
+        if last - first < 8:  # neighbours, the usual case
             drawn = self._drawn(np.arange(first, last + 1))
             picked = drawn[blocks // self.every - first]
         else:
@@ -207,12 +214,12 @@ class Sample:
         return out
 
     def _drawn(self, groups: Ints) -> Ints:
-        """The place in each group of the block that is drawn of it."""
+        """The place of the block that is drawn in each group."""
         numbers = groups.astype(np.uint64) + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)
         return (mixed(numbers) % np.uint64(self.every)).astype(np.int64)
 
     def of(self, found: Runs, nbytes: int) -> Runs:
-        """The parts of the runs, of a tensor of so many bytes, that are looked at."""
+        """The parts of the runs that are looked at. nbytes: of the whole tensor."""
         starts = self.picks(nbytes) * SAMPLE_BLOCK
         first = np.searchsorted(starts + SAMPLE_BLOCK, found.places, "right")
         last = np.searchsorted(starts, found.places + found.sizes, "left")
@@ -226,13 +233,16 @@ class Sample:
 
 @lru_cache(1024)
 def _starts(sample: Sample, blocks: int) -> tuple[int, ...]:
-    """The first bytes of the blocks that are looked at, of so many: most tensors have the sizes of others."""
+    """The first bytes of the blocks that are looked at, of a row of ``blocks`` blocks.
+
+    Cached, since most tensors have the same size as others.
+    """
     return tuple((sample.picks(blocks * SAMPLE_BLOCK) * SAMPLE_BLOCK).tolist())
 
 
 def mixed(values: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
     """A 64-bit mixer (the finalizer of splitmix64): a bijection in which every bit of the input changes half of the
-    output's."""
+    bits of the output."""
     z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
