@@ -12,8 +12,7 @@ In this order:
    (`Format.step`), else by the number in names that are alike apart from it, else by the times of its files. A log line
    says which one was taken, and by what.
 
-A folder in which such a file names a checkpoint counts as that checkpoint. One example is a Trainer's
-``checkpoint-10`` with a DeepSpeed checkpoint in it.
+A folder in which such a file names a checkpoint counts as that one, such as a Trainer's ``checkpoint-10`` of DeepSpeed.
 
 The tag ``newest`` asks for the newest checkpoint that is whole, no matter what ``latest`` says.
 """
@@ -64,12 +63,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checkpoint that was chosen.
-
-    path: the checkpoint's folder, or its file.
-    format: what it is.
-    note: what the user should be told about the choice, or an empty string.
-    """
+    """A checkpoint that was chosen. note: what the user should be told about the choice, or an empty string."""
 
     path: Path
     format: Format
@@ -81,9 +75,7 @@ class Chosen:
 
 
 def take(folder: Path, tag: str | int | None, read: Callable[[Path, Format], T]) -> tuple[Path, T]:
-    """The checkpoint that is meant, and what ``read`` makes of it.
-
-    folder: as `locations.locate` gives it.
+    """The checkpoint that is meant, and what ``read`` makes of it. folder: as `locations.locate` gives it.
 
     If the checkpoint is removed meanwhile (as ``keep_last`` does) and no tag asks for it, the choice is made again.
 
@@ -151,10 +143,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Chosen]:
-    """The folders in this one that are checkpoints to resume a run from, or in which a file names such a checkpoint.
-
-    If there are none, the single files that are checkpoints. Unfinished ones (names with a leading dot) are left out.
-    """
+    """The folders in this one that are checkpoints to resume a run from, or in which a file names such a checkpoint;
+    else the single files that are checkpoints. Unfinished ones (names with a leading dot) are left out."""
     try:
         names = locations.names(folder)
     except OSError:
@@ -175,10 +165,8 @@ def _files(entries: Sequence[Path]) -> list[Chosen]:
 
 
 def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
-    """All checkpoints below the folder, those of weights alone included, down to ``depth`` levels.
-
-    What lies inside a checkpoint to resume from is not listed.
-    """
+    """All checkpoints below the folder, those of weights alone included, down to ``depth`` levels. What lies inside a
+    checkpoint to resume from is not listed."""
     found: list[Chosen] = []
     try:
         names = locations.names(folder)
@@ -211,8 +199,7 @@ def _at(entry: Path) -> Chosen | None:
 
 
 def _beside_others(folder: Path, known: Sequence[Format]) -> str:
-    """What to tell the user if a checkpoint's folder is of another format, too, or holds weights alone beside whole
-    checkpoints in its folders; else an empty string."""
+    """What to tell the user if the folder is of another format, too, or has whole checkpoints beside weights alone."""
     also = [one.name for one in known[1:] if one.specificity == known[0].specificity]
     if also:
         return f"{folder}: is read as the format '{known[0].name}'; it has files of {', '.join(map(repr, also))}, too"

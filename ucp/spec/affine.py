@@ -1,7 +1,7 @@
 """The affine maps of DeepSpeed's ``universal_checkpoint_info``: pieces of a tensor, as segments of one dimension.
 
-A map (version 1, ``checkpoint/affine.py``) gives, for every tensor-parallel rank, blocks with an offset and strides in
-the whole tensor and in the shard. All that DeepSpeed cuts in the end is one dimension, in segments.
+A map (version 1, ``checkpoint/affine.py``) gives blocks for every tensor-parallel rank, each with an offset and strides
+in the whole tensor and in the shard. In the end, DeepSpeed only ever cuts one dimension, in segments.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ VERSION = 1
 
 
 class NotSegments(Exception):
-    """What keeps a map from being segments of one dimension; the text says so."""
+    """A map is not made of segments of one dimension. The text says why."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """shape: of the whole tensor. shards: of each rank. dim: the dimension that is cut, into these segments; None where
-    every rank holds the whole."""
+    """A map that was read.
+
+    shape: of the whole tensor.
+    shards: the shape of each rank's shard.
+    dim: the dimension that is cut, or None if every rank holds the whole tensor.
+    segments: what that dimension is cut into.
+    """
 
     shape: Shape
     shards: tuple[Shape, ...]
@@ -41,7 +46,7 @@ class _ShardPiece:
 
 
 def read(entry: Mapping[str, Any]) -> Affine:
-    """One parameter's map. Raises NotSegments, and KeyError, TypeError or ValueError for what is no map at all."""
+    """One parameter's map. Raises NotSegments, or KeyError, TypeError or ValueError if it is not a map at all."""
     shape = tuple(int(n) for n in entry["logical_shape"])
     ranks = {int(rank): found for rank, found in entry["ranks"].items()}
     if sorted(ranks) != list(range(len(ranks))):
@@ -91,7 +96,7 @@ def _along(dim: int, shape: Shape, shard: Shape, pieces: Sequence[Mapping[str, A
 
 
 def _segments(n: int, ranks: Sequence[Sequence[_ShardPiece]]) -> list[tuple[int, ...] | int]:
-    """Walk along the dimension: every rank's next piece that begins here belongs to the segment."""
+    """Walk along the dimension: if a rank's next piece begins here, it belongs to the segment."""
     out: list[tuple[int, ...] | int] = []
     nexts = [0] * len(ranks)
     at = 0

@@ -1,7 +1,7 @@
 """Sizes and conditions: ``config.num_attention_heads / kv_heads``, ``config.head_dim or hidden / 8``, ``not config.x``.
 
-Plain arithmetic with names, whole numbers and quoted words; nothing is ever handed to Python. Division is exact:
-``/`` refuses a remainder, ``//`` drops it. ``a or b`` is a unless that is missing, null, false or 0.
+Plain arithmetic with names, whole numbers and quoted words. Nothing is ever evaluated as Python. ``/`` divides exactly
+and refuses a remainder; ``//`` drops the remainder. ``a or b`` is a unless that is missing, null, false or 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operator and what it applies to (one side for ``not`` and the sign, else two)."""
+    """An operator and its operands (one for ``not`` and the sign, else two)."""
 
     operator: str
     sides: tuple[Node, ...]
@@ -60,7 +60,7 @@ class Formula:
 
 
 class Missing(Exception):
-    """A name has no value. Only formulas that do without it go on."""
+    """A name has no value. Only a formula that can do without it still has a result."""
 
     def __init__(self, reference: Reference, why: str) -> None:
         super().__init__(why)
@@ -84,7 +84,7 @@ _LEVELS = (("or",), ("and",), ("==", "!="), ("+", "-"), ("*", "/", "//"))
 
 
 def parse(source: SpecText) -> Formula:
-    """Read a size or a condition. Raises SpecError, which marks what is wrong."""
+    """Read a size or a condition. Raises a SpecError that marks what is wrong."""
     return _ArithmeticParser(source).formula()
 
 
@@ -164,7 +164,7 @@ class _ArithmeticParser:
 def evaluate(formula: Formula, lookup: Callable[[Reference], Value]) -> Value:
     """The formula's value. ``lookup`` gives a name's value, or raises Missing.
 
-    Raises Missing where it can't do without a name, SpecError for arithmetic that has no exact result.
+    Raises Missing if it can't do without a name that has no value, SpecError for arithmetic without an exact result.
     """
     return _Evaluation(formula.source, lookup).of(formula.root)
 

@@ -1,9 +1,9 @@
 """The elements of a tensor as elements of another that has the same named axes in another arrangement.
 
-Both tensors are taken apart into their named axes, on which an element has the same index on either side: a box of the
-one becomes boxes with a dimension for each named axis, those dimensions change places, and are put together again as
-the other has them. Where a box lies in its buffer, and with which strides, comes along, so that fragments of a file
-are re-arranged without being read.
+Both tensors are taken apart into their named axes. On these, an element has the same index on either side. A box of one
+tensor becomes boxes with a dimension for each named axis. Those dimensions change places and are put together again as
+the other tensor has them. Each box keeps its place in its buffer and its strides, so fragments of a file are rearranged
+without being read.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Number, Padded, Pr
 
 @dataclass(frozen=True)
 class View:
-    """A tensor, or one segment of it, seen as its named axes; cuts and padding are left aside.
+    """A tensor, or one segment of it, seen as its named axes. Cuts and padding are ignored.
 
-    segment: which of the one sum's segments. fixed: named axis -> the only index of it that is seen.
+    segment: which of the segments, if the expression has a sum.
+    fixed: named axis -> the only index of it that is seen.
     """
 
     expression: Expression
@@ -36,14 +37,14 @@ class View:
         return shape_of(self.expression, self.sizes)
 
     def size(self, axis: Axis) -> int:
-        """Indices of the axis."""
+        """The number of indices of the axis."""
         return axis_size(self.expression, axis, self.sizes, {})
 
     @cached_property
     def leaves(self) -> tuple[str, ...]:
         """The named axes that are seen and have more than one index, in the tensor's order.
 
-        Raises SpecError where one stands twice, and for a number, which has no name to be matched by.
+        Raises SpecError if a name appears twice, and for a number, which has no name to match by.
         """
         out: list[str] = []
         for axis in (leaf for dim in self.expression.dims for leaf in self._leaves(dim)):
@@ -74,7 +75,7 @@ class View:
 
 
 def segments(expression: Expression) -> int:
-    """How many segments the one sum in it has; 1 without a sum. Raises SpecError where there are two sums."""
+    """How many segments the sum in the expression has; 1 if there is no sum. Raises SpecError if there are two sums."""
     sums = [a for dim in expression.dims for a in walk(dim) if isinstance(a, Sum)]
     if len(sums) > 1:
         raise expression.refuse(sums[1], "only one '( | )' can be filled from several parameters")
@@ -82,7 +83,7 @@ def segments(expression: Expression) -> int:
 
 
 def piece(expression: Expression, segment: int | None, fixed: Mapping[str, int]) -> Expression:
-    """What is left of a tensor when one segment (None: all) is taken and one index of each of these axes."""
+    """What is left of a tensor if one segment (None: all of them) and one index of each of the fixed axes are taken."""
 
     def of(axis: Axis) -> Axis | None:
         if isinstance(axis, Cut):
@@ -101,8 +102,8 @@ def piece(expression: Expression, segment: int | None, fixed: Mapping[str, int])
 def carry(blocks: Blocks, source: View, target: View) -> tuple[Blocks, Ints]:
     """Boxes of the source as boxes of the target: (blocks, for each of them the block that it is a part of).
 
-    Elements that the source's view leaves out (other segments, other indices of fixed axes) are dropped. The views
-    have the same `leaves`, in whatever order.
+    Elements that the source's view leaves out (other segments, other indices of fixed axes) are dropped. The two views
+    must have the same `leaves`, in any order.
     """
     boxes = _Boxes(blocks.offsets, blocks.sizes, blocks.strides, blocks.starts, np.arange(len(blocks), dtype=np.int64))
     for k in reversed(range(len(source.expression.dims))):
@@ -119,7 +120,7 @@ def carry(blocks: Blocks, source: View, target: View) -> tuple[Blocks, Ints]:
 
 @dataclass(frozen=True)
 class _Boxes:
-    """Blocks on their way: as in `Blocks`, and for each of them which block it is a part of."""
+    """Blocks while they are rearranged: the columns of `Blocks`, and for each box which block it is a part of."""
 
     offsets: Ints
     sizes: Ints
@@ -150,7 +151,7 @@ class _Boxes:
         )
 
     def insert(self, k: int, offset: int) -> _Boxes:
-        """With a new column ``k`` before the present one, in which every box has one index."""
+        """The boxes with a new column before column ``k``. In it every box has the one index ``offset``."""
         return replace(
             self,
             offsets=np.insert(self.offsets, k, offset, axis=1),
@@ -163,14 +164,17 @@ class _Boxes:
         return replace(self, offsets=offsets, sizes=sizes, strides=strides)
 
     def cropped(self, k: int, first: int, count: int) -> _Boxes:
-        """What lies in ``[first, first + count)`` of column ``k``, counted from ``first``."""
+        """The parts of the boxes in ``[first, first + count)`` of column ``k``, counted from ``first``."""
         low = np.maximum(self.offsets[:, k], first)
         size = np.minimum(self.offsets[:, k] + self.sizes[:, k], first + count) - low
         starts = self.starts + (low - self.offsets[:, k]) * self.strides[:, k]
         return self.with_column(k, low - first, size, self.strides[:, k], starts).take(np.flatnonzero(size > 0))
 
     def split(self, k: int, inner: int) -> _Boxes:
-        """Column ``k`` as two, the second of ``inner`` indices: at most three boxes for each, the ragged ends apart."""
+        """Column ``k`` as two columns, the second with ``inner`` indices.
+
+        Each box becomes at most three: its whole rows and its two ragged ends.
+        """
         first, size, step = self.offsets[:, k], self.sizes[:, k], self.strides[:, k]
         last = first + size
         up, down = -(-first // inner), last // inner
@@ -190,8 +194,10 @@ class _Boxes:
         return _Boxes(*(np.concatenate([vars(p)[name] for p in parts]) for name in vars(self)))
 
     def merged(self, k: int, inner: int) -> _Boxes:
-        """Columns ``k`` and ``k + 1``, the second of ``inner`` indices, as one; where the two don't make one dense and
-        even run, each index of the outer one gets a box of its own."""
+        """Columns ``k`` and ``k + 1`` as one column; the second has ``inner`` indices.
+
+        If the two don't make one dense and even run, each index of the outer one gets a box of its own.
+        """
         rows, width = self.sizes[:, k], self.sizes[:, k + 1]
         even = (width == inner) & ((width == 1) | (self.strides[:, k] == self.strides[:, k + 1] * inner))
         copies = np.where((rows == 1) | even, 1, rows)
@@ -206,7 +212,7 @@ class _Boxes:
 
 
 def _apart(boxes: _Boxes, k: int, axis: Axis, view: View) -> _Boxes:
-    """Column ``k``, which is this axis, as a column for each of its leaves."""
+    """Replace column ``k``, which is this axis, by a column for each of its leaves."""
     if isinstance(axis, Cut):
         return _apart(boxes, k, axis.axis, view)
     if isinstance(axis, Product):
@@ -224,7 +230,7 @@ def _apart(boxes: _Boxes, k: int, axis: Axis, view: View) -> _Boxes:
 
 
 def _together(boxes: _Boxes, k: int, axis: Axis, view: View) -> _Boxes:
-    """The leaves of this axis, from column ``k`` on, as one column: the reverse of `_apart`."""
+    """Join the leaves of this axis, from column ``k`` on, into one column: the reverse of `_apart`."""
     if isinstance(axis, Cut):
         return _together(boxes, k, axis.axis, view)
     if isinstance(axis, Product):

@@ -1,4 +1,4 @@
-"""A spec joined with a model's config: every size a number, every condition decided, every name with its expression."""
+"""A spec joined with a model's config. Sizes are numbers, conditions are decided, and names have their expressions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class Active:
 
 @dataclass(frozen=True)
 class Found:
-    """What the spec says of one name. captures: the numbers in it; tied_to: the parameter that owns the tensor."""
+    """What the spec says of one name.
+
+    captures: the numbers in the name.
+    tied_to: the parameter that owns the tensor, if the name is tied to one.
+    """
 
     name: str
     pattern: Pattern
@@ -38,7 +42,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Bound:
-    """A spec for one model. sizes: those that have a number; absent: those that have none, and why."""
+    """A spec for one model. sizes: those that have a value. absent: those that have none, with the reason."""
 
     spec: Spec
     sizes: Mapping[str, int]
@@ -55,9 +59,9 @@ class Bound:
         return None
 
     def find(self, name: str) -> Found | None:
-        """What the spec says of this name: the most specific line that matches; None if there is none.
+        """What the spec says of this name by the most specific line that matches; None if no line does.
 
-        A layout's own lines go before all others. Raises SpecError where two lines are equally specific, and for an
+        A layout's own lines go before all others. Raises SpecError if two lines are equally specific, and for an
         expression with a size that the config does not have.
         """
         matches = [(a, c) for a in self.lines if (c := a.pattern.match(name)) is not None]
@@ -88,12 +92,12 @@ def bind(
 ) -> Bound:
     """Join a spec with the config of a model (config.json as a mapping) and with sizes that are set by hand.
 
-    settings: size, or ``config.`` key -> number; they go before the config. layout: the section under layouts: that
-    counts, if the spec has it.
+    settings: size, or ``config.`` key -> number. They go before the config.
+    layout: the section under ``layouts:`` that counts, if the spec has it.
 
     A size that can't be computed is kept in ``absent``, and refused once a parameter needs it. Raises SpecError for
-    arithmetic without an exact result, conditions that can't be decided and lines that are marked unknown; BadArgument
-    for a setting of no size.
+    arithmetic without an exact result, for conditions that can't be decided and for lines that are marked unknown.
+    Raises BadArgument for a setting whose name is not a size of the spec.
     """
     _refuse_unknown(spec)
     settings = settings or {}
@@ -133,7 +137,7 @@ def _active(lines: tuple[Line, ...], values: _Values, layout: bool) -> list[Acti
 
 
 class _Values:
-    """The values of names, worked out once each."""
+    """The values of names. Each is computed once."""
 
     def __init__(self, spec: Spec, config: Mapping[str, Any], settings: Mapping[str, int]) -> None:
         self.spec = spec

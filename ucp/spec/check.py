@@ -1,6 +1,6 @@
 """Check a spec against what there is: names and shapes of a model, or the shards of a run themselves.
 
-Some mistakes neither shapes nor copies can reveal; what the spec says there is listed as taken on trust.
+Neither shapes nor copies can reveal some mistakes. What the spec says there is listed as taken on trust.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ Shards = Sequence[tuple[Coordinate, NDArray]]
 
 @dataclass(frozen=True)
 class CheckedTensor:
-    """One parameter or buffer: its line (None: a buffer without one) and its pattern in the paper's words."""
+    """One parameter or buffer.
+
+    found: what its line in the spec says; None for a buffer without a line.
+    words: its pattern in the words of the paper.
+    """
 
     name: str
     shape: Shape
@@ -36,8 +40,10 @@ class CheckedTensor:
 class Report:
     """What a check found.
 
-    problems: refusals, in the order of the names. padding: padded axis -> its width with the padding.
-    trust: statement -> the names that it is about. absent: optional lines that no name matches.
+    problems: refusals, in the order of the names.
+    trust: statement -> the names that it is about.
+    padding: padded axis -> its width with the padding.
+    absent: optional lines that no name matches.
     """
 
     checked: tuple[CheckedTensor, ...]
@@ -48,7 +54,7 @@ class Report:
 
 
 def words(pattern: Pattern, expression: Expression) -> str:
-    """The pattern in the paper's words, such as ``fragment over tp (dimension 0, 3 segments)``."""
+    """The pattern in the words of the paper, such as ``fragment over tp (dimension 0, 3 segments)``."""
     out = []
     for inside in pattern.cuts:
         out.append(f"unique to a rank of {'/'.join(cuts(inside)[0].over)}")
@@ -66,7 +72,7 @@ def words(pattern: Pattern, expression: Expression) -> str:
 
 
 def trusted(expression: Expression, sizes: Mapping[str, int]) -> list[str]:
-    """What the expression says that neither shapes nor equal copies can show to be right."""
+    """What the expression says that neither shapes nor equal copies can confirm."""
     out = []
     for dim in expression.dims:
         held = [a for a in walk(dim) if isinstance(a, Cut)]
@@ -106,8 +112,9 @@ def check_names(
 ) -> Report:
     """Check a spec against the names and whole shapes of a model's parameters and buffers.
 
-    shapes: of every parameter and buffer, shape in elements. buffers: those names that need no line; without one they
-    are replicated. aliases: other name of a tied parameter -> the name that it is listed under.
+    shapes: the shape of every parameter and buffer, in elements.
+    buffers: the names that need no line. Without one they are replicated.
+    aliases: other name of a tied parameter -> the name that it is listed under.
     """
     problems: list[SpecError] = []
     checked: list[CheckedTensor] = []
@@ -161,7 +168,7 @@ def _check_captures(bound: Bound, found: Found) -> None:
 
 
 def _unmatched(bound: Bound, names: set[str], problems: list[SpecError]) -> list[str]:
-    """Lines that match nothing: an error, unless they are optional or about a tied name that is not kept."""
+    """Lines that match nothing. Each is a problem, unless it is optional or about a tied name that is not kept."""
     absent = []
     for line in bound.lines:
         if any(line.pattern.match(name) is not None for name in names):
@@ -206,8 +213,8 @@ def _check_ties(bound: Bound, names: set[str], aliases: Mapping[str, str], probl
 def merge(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, shards: Shards, name: str) -> NDArray:
     """The whole tensor from its shards (arrays in memory), without padding. Copies must be equal, bit for bit.
 
-    An average is the mean of the copies, in float64, in the shards' dtype. Raises Mismatch where copies differ, where a
-    part is missing, and where a shard's shape is not what the cutting says.
+    An average is the mean of the copies. It is computed in float64 and has the shards' dtype. Raises Mismatch if copies
+    differ, if a part is missing, or if a shard's shape is not what the cutting says.
     """
     if expression.average:
         return _averaged(expression, sizes, cutting, shards, name)
@@ -238,9 +245,9 @@ def merge(expression: Expression, sizes: Mapping[str, int], cutting: Cutting, sh
 def cut(
     expression: Expression, sizes: Mapping[str, int], cutting: Cutting, tensor: NDArray, at: Coordinate, into: NDArray
 ) -> NDArray:
-    """Put a rank's part of the whole tensor (without padding) into its shard, and return that; padding stays as it is.
+    """Put a rank's part of the whole tensor (without padding) into its shard and return the shard.
 
-    Raises Mismatch where the shard's shape is not what the cutting says.
+    Padding stays as it is. Raises Mismatch if the shard's shape is not what the cutting says.
     """
     held = shard(expression, sizes, cutting, at)
     if held.shape != into.shape:
@@ -254,7 +261,7 @@ def cut(
 
 
 def _parts(blocks: Blocks, flat: NDArray) -> Iterator[tuple[tuple[slice, ...], NDArray]]:
-    """Every box of the whole tensor, and the elements of the flat buffer that it names, as a view."""
+    """Every box of the whole tensor, and its elements in the flat buffer, as a view."""
     for k in range(len(blocks)):
         box = tuple(slice(int(o), int(o + n)) for o, n in zip(blocks.offsets[k], blocks.sizes[k], strict=True))
         steps = tuple(int(s) * flat.itemsize for s in blocks.strides[k])

@@ -1,6 +1,7 @@
-"""Write a spec's text from what is known of each parameter: one line for all that are numbered alike.
+"""Write a spec's text from what is known of each parameter: one line for all whose names differ only in numbers.
 
-What is not known is written as unknown, with what to decide; a spec with such a line is refused when it is used.
+What is not known is written as unknown, together with what to decide. A spec with such a line is refused when it is
+used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ucp import printable
 from ucp.errors import Unsupported
 from ucp.spec.language import VERSION
 
-# The segments of one dimension: a width for each rank where it is cut, one number where every rank holds it whole.
+# The segments of one dimension: a width for each rank if the segment is cut, one number if every rank holds it whole.
 Segments = Sequence[Sequence[int] | int]
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
@@ -40,12 +41,12 @@ class Pending:
 
 @dataclass
 class Axes:
-    """The expressions' named axes, as they come up: name -> (size, comment)."""
+    """The named axes of the expressions, collected as they come up: name -> (size, comment)."""
 
     sizes: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def dimension(self, segments: Segments) -> str | None:
-        """One dimension's axis; None for segments that no cut of one axis makes."""
+        """One dimension's axis; None for segments that no cut of a single axis makes."""
         if len(segments) == 1:
             (only,) = segments
             return self.whole(only) if isinstance(only, int) else self.cut(only)
@@ -95,8 +96,12 @@ def write(
 ) -> str:
     """The text of a spec.
 
-    lines: parameter -> what is known of it. head: comments above it. tied: other name -> parameter. captures: (regular
-    expression for a part of a name, its capture) where a number has a meaning of its own.
+    lines: parameter -> what is known of it.
+    sizes: axis -> (its size, a comment).
+    model: the model that the spec is for.
+    head: comments at the top.
+    tied: other name -> parameter.
+    captures: (regular expression for a part of a name, its capture) for numbers with a meaning of their own.
 
     Raises Unsupported for a name that no pattern can spell.
     """
@@ -120,7 +125,10 @@ def write(
 def _patterns(
     lines: Mapping[str, Drafted | Pending], captures: Sequence[tuple[str, str]]
 ) -> dict[str, Drafted | Pending]:
-    """What most of the parameters that are numbered alike have, under one pattern; the others under their own names."""
+    """One pattern for the parameters whose names differ only in numbers, with what most of them have.
+
+    The others are listed under their own names.
+    """
     families: dict[str, list[str]] = {}
     for name in lines:
         if not name or re.search(r"[{}*\s]|\.\.", f".{name}."):

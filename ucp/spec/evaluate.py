@@ -1,8 +1,12 @@
 """What an expression means: which part of a tensor the shard at one mesh coordinate holds, and in which order.
 
-For a coordinate an axis denotes a list of intervals of the whole axis, in the order in which the shard holds them: a
-bare axis ``[0, n)``, or its part; a product the outer's intervals, each index filled with the inner's; a sum its
-segments' intervals, shifted. A shard is the product of its dimensions' intervals, row-major.
+For a coordinate, an axis denotes a list of intervals of the whole axis, in the order in which the shard holds them:
+
+- a bare axis: ``[0, n)``, or the rank's part of it if it is cut;
+- a product: the intervals of the outer factor, each index of them filled with the intervals of the inner one;
+- a sum: the intervals of its segments, shifted.
+
+A shard is the product of its dimensions' intervals, row-major.
 
 Sizes, widths and intervals count indices of an axis; shapes and blocks count elements.
 """
@@ -30,8 +34,9 @@ Intervals = tuple[Ints, Ints]  # first indices and lengths, in the shard's order
 class Shard:
     """What one rank holds of a tensor.
 
-    shape: of its row-major buffer, padding included. logical: the shape of the tensor that ``blocks`` refers to.
-    blocks: the boxes of the logical tensor and where they lie in the buffer; padding is what no block covers.
+    shape: of its row-major buffer, padding included.
+    logical: the shape of the tensor that ``blocks`` refers to.
+    blocks: the boxes of the logical tensor and where they lie in the buffer. What no block covers is padding.
     """
 
     shape: Shape
@@ -43,12 +48,12 @@ class Shard:
 class Cutting:
     """How the cuts of a tensor lie on a mesh, and how wide its padded axes are.
 
-    mesh: mesh dimension -> ranks; one that is not named has 1.
-    rule: where no width is given: 'exact' (equal parts, as Megatron), 'balanced' (the first n mod m parts get one more,
-    as DeepSpeed's AutoTP) or 'ceil' (parts of ceil(n / m) until nothing is left, as DTensor and ZeRO-3).
+    mesh: mesh dimension -> ranks. A dimension that is not named has 1.
+    rule: how axes are cut that have no widths: 'exact' (equal parts, as Megatron), 'balanced' (the first n mod m parts
+    get one more, as DeepSpeed's AutoTP) or 'ceil' (parts of ceil(n / m) until nothing is left, as DTensor and ZeRO-3).
     widths: spelling of a cut (``kv_heads/tp``) -> one width for each rank of its mesh dimensions, the first outermost.
     They add up to the axis, or each is as wide as the axis: then every rank holds a copy.
-    padded: name of a padded axis -> its width with the padding; one that is not named has none.
+    padded: name of a padded axis -> its width with the padding. An axis that is not named has no padding.
     """
 
     mesh: Mesh = field(default_factory=dict)
@@ -87,9 +92,9 @@ def shape_of(expression: Expression, sizes: Mapping[str, int], padded: Mapping[s
 
 
 def parts(expression: Expression, cut: Cut, n: int, cutting: Cutting) -> list[tuple[int, int]]:
-    """Where every rank's part ``[first, last)`` of an axis of n indices lies; ranks row-major over the dimensions cut.
+    """Every rank's part ``[first, last)`` of an axis of n indices. Ranks are row-major over the cut's mesh dimensions.
 
-    Raises SpecError where the rule can't cut the axis, or the widths are none of this axis.
+    Raises SpecError if the rule can't cut the axis, or if the widths do not fit it.
     """
     ranks = cutting.ranks(cut.over)
     m = numel(ranks)
@@ -154,7 +159,7 @@ def position(cut: Cut, mesh: Mesh, coordinate: Mapping[str, int]) -> int:
 def intervals(
     expression: Expression, axis: Axis, sizes: Mapping[str, int], cutting: Cutting, coordinate: Mapping[str, int]
 ) -> Intervals:
-    """The intervals of the whole axis that the shard at this coordinate holds, in its order; neighbours are joined."""
+    """The intervals of the whole axis that the shard at this coordinate holds, in its order, with neighbours joined."""
 
     def of(a: Axis) -> tuple[int, Intervals]:
         if isinstance(a, Product):
@@ -207,9 +212,9 @@ def shard(
 ) -> Shard:
     """What the rank at this coordinate holds of a tensor of this expression.
 
-    keep_padding: let the logical tensor have the padding too, for a target of the same width.
+    keep_padding: let the logical tensor have the padding, too, for a target of the same width.
 
-    Raises SpecError for a name without a size and for a cut that can't be; ValueError for a coordinate outside of the
+    Raises SpecError for a name without a size and for an impossible cut, and ValueError for a coordinate outside of the
     mesh.
     """
     logical = shape_of(expression, sizes, cutting.padded if keep_padding else None)
@@ -226,7 +231,7 @@ def shard(
 
 
 def _boxes(columns: list[tuple[Ints, Ints, Ints]], shape: Shape) -> Blocks:
-    """Every product of one interval for each dimension; a column is (first, length, place in the shard)."""
+    """The boxes made of one interval for each dimension. columns: (first, length, place in the shard) per dimension."""
     d = len(columns)
     if d == 0:
         return whole(())
@@ -245,7 +250,7 @@ def _boxes(columns: list[tuple[Ints, Ints, Ints]], shape: Shape) -> Blocks:
 
 
 def coordinates(expression: Expression, mesh: Mesh) -> list[dict[str, int]]:
-    """One coordinate for every shard that can differ: all of the mesh dimensions which the expression mentions."""
+    """One coordinate for every shard that can differ, over the mesh dimensions that the expression mentions."""
     over = {m for cut in cuts(expression) for m in cut.over}
     names = sorted(over if expression.average is None else over | {expression.average})
     return [dict(zip(names, at, strict=True)) for at in product(*(range(mesh.get(m, 1)) for m in names))]

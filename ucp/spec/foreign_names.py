@@ -1,9 +1,9 @@
-"""Names and tensors of another framework, made of this spec's parameters and the reverse, by lines under ``names:``.
+"""Another framework's names and tensors, made of this spec's parameters and the reverse, by the lines under ``names:``.
 
-A line has one larger parameter and the smaller ones that it is made of. ``from`` has the larger one on the framework's
-side (q, k and v fused), ``to`` on the spec's own (experts that the framework keeps apart); a plain name is the same on
-both. Axes match by name, so another order of them is a transposition; the smaller ones fill the segments of the larger
-one in order.
+A line has one larger parameter and the smaller ones that it is made of. With ``from``, the larger one is on the
+framework's side (q, k and v fused). With ``to``, it is on the spec's own side (experts that the framework keeps apart).
+With a plain name, the parameter is the same on both sides. Axes match by name, so another order of them is a
+transposition. The smaller ones fill the segments of the larger one in order.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from ucp.spec.patterns import Pattern, Template
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one smaller parameter, ``source``, gives to a larger one. views: for each of its segments, how it lies in
-    itself and in the larger one."""
+    """What one smaller parameter, ``source``, gives to a larger one.
+
+    shape: of the smaller parameter.
+    views: for each of its segments, how it lies in the smaller parameter and in the larger one.
+    """
 
     source: str
     shape: Shape
@@ -37,7 +40,7 @@ class Contribution:
         return _joined([carry(blocks, here, there) for here, there in self.views], len(self.views[0][1].shape))
 
     def back(self, blocks: Blocks) -> tuple[Blocks, Ints]:
-        """Boxes of the larger parameter as boxes of the smaller one; what is another one's is left out."""
+        """Boxes of the larger parameter as boxes of the smaller one. What belongs to other parameters is left out."""
         return _joined([carry(blocks, there, here) for here, there in self.views], len(self.shape))
 
 
@@ -52,8 +55,12 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Moves:
-    """What becomes of names. plain: name -> its new name; split: name -> what it is taken apart into; joined: new name
-    -> what it is made of. Names that no line is about are in none of them."""
+    """What becomes of names. Names that no line is about are in none of these.
+
+    plain: name -> its new name.
+    split: name -> what it is taken apart into.
+    joined: new name -> what it is made of.
+    """
 
     plain: Mapping[str, str]
     split: Mapping[str, Assembled]
@@ -62,7 +69,7 @@ class Moves:
 
 @dataclass
 class _JoinedParameters:
-    """Smaller parameters that make one larger one by a line, as they are met."""
+    """Smaller parameters that make one larger one by a line, collected as they are found."""
 
     renaming: Renaming
     captures: Mapping[str, int]
@@ -72,8 +79,8 @@ class _JoinedParameters:
 def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework: bool) -> Moves:
     """What becomes of the spec's own names in a framework (``to_framework``), or of a framework's in the spec.
 
-    Raises SpecError where two lines are equally specific for a name, where its numbers lead out of an axis, and where
-    the axes of the two sides don't match; DamagedCheckpoint where a part of a parameter is not among the names.
+    Raises SpecError if two lines are equally specific for a name, if its numbers lead out of an axis, or if the axes of
+    the two sides don't match. Raises DamagedCheckpoint if a part of a parameter is not among the names.
     """
     plain: dict[str, str] = {}
     split: dict[str, Assembled] = {}
@@ -114,9 +121,9 @@ def is_about(bound: Bound, framework: str, name: str) -> bool:
 
 
 def assemble(bound: Bound, framework: str, name: str) -> Assembled | None:
-    """How a parameter of another framework is made of this spec's parameters; None where nothing is said of it.
+    """How a parameter of another framework is made of this spec's parameters; None if no line says so.
 
-    Raises SpecError where the axes of the two sides don't match by name, or two lines are equally specific.
+    Raises SpecError if the axes of the two sides don't match by name, or if two lines are equally specific.
     """
     line = _line(bound, framework, name, to_framework=False)
     if line is None or not isinstance(line[1], Pattern):
@@ -130,7 +137,7 @@ def _line(
     """The most specific line about a name, the side of it that matches, and the numbers there."""
     matches: list[tuple[Renaming, Pattern | Template, dict[str, int]]] = []
     for renaming in bound.spec.names.get(framework, ()):
-        # The larger parameter is the framework's by 'from', the spec's own by 'to'.
+        # With 'from' the larger parameter is the framework's, with 'to' the spec's own.
         sides = (renaming.pattern,) if renaming.apart == to_framework else renaming.sources
         matches += [(renaming, side, c) for side in sides if (c := side.match(name)) is not None]
     if not matches:
@@ -146,7 +153,7 @@ def _line(
 
 
 def _assembled(bound: Bound, renaming: Renaming, captures: Mapping[str, int], name: str) -> Assembled:
-    """A larger parameter by its line and the numbers in its name."""
+    """A larger parameter, made by its line and the numbers in its name."""
     whole = _own(bound, renaming.pattern, name) if renaming.apart else renaming.expression
     parts: list[Contribution] = []
     sizes = [_size(bound, renaming, axis) for axis in renaming.stack.values()]
@@ -178,7 +185,7 @@ def _own(bound: Bound, side: Pattern | Template, name: str, larger: str | None =
 
 
 def _piece(whole: Expression, j: int, count: int, fixed: Mapping[str, int]) -> Expression:
-    """What the j-th of ``count`` parts is where its line does not say it: one segment, or all of the tensor."""
+    """The j-th of ``count`` parts if its line does not say what it is: one segment, or all of the tensor."""
     if count not in (1, segments(whole)):
         raise _wrong_count(whole, count)
     return piece(whole, None if count == 1 else j, fixed)

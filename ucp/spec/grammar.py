@@ -70,7 +70,7 @@ class Sum:
 class Cut:
     """``axis/m``: consecutive parts of the axis, one for each rank of the mesh dimensions ``over``.
 
-    repeat: where there are more ranks than elements, several ranks in a row hold copies of one element.
+    repeat: if there are more ranks than elements, several ranks in a row hold copies of one element.
     """
 
     axis: Axis
@@ -100,7 +100,7 @@ class Expression:
 
 
 def spell(axis: Axis) -> str:
-    """The axis in its one canonical spelling; two axes that spell alike are the same axis."""
+    """The axis in its canonical spelling. Two axes with the same spelling are the same axis."""
     if isinstance(axis, AxisName):
         return axis.name
     if isinstance(axis, Number):
@@ -176,7 +176,7 @@ def _tokens(source: SpecText) -> list[_Token]:
 
 
 def parse(source: SpecText) -> Expression:
-    """Read one expression. Raises SpecError, which marks what is wrong and says what is allowed."""
+    """Read one expression. Raises a SpecError that marks what is wrong and says what is allowed."""
     return _ExpressionParser(source).expression()
 
 
@@ -325,7 +325,7 @@ class _ExpressionParser:
         return axes, (axes[0].span[0], axes[-1].span[1])
 
     def check(self, expression: Expression) -> None:
-        """What the grammar lets pass and the meaning forbids."""
+        """Refuse what the grammar allows but the meaning forbids."""
         for dim in expression.dims:
             alone = dim.axis if isinstance(dim, Cut) else dim
             for axis in walk(dim):
@@ -351,7 +351,7 @@ class _ExpressionParser:
                     )
 
     def once(self, factors: Sequence[Axis]) -> set[str]:
-        """The mesh dimensions that cut these factors; each may cut one of them only, or parts would be missing."""
+        """The mesh dimensions that cut these factors. Each may cut only one of them, or parts would be missing."""
         seen: set[str] = set()
         for factor in factors:
             if isinstance(factor, Sum):

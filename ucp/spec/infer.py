@@ -1,9 +1,9 @@
 """A spec from what a checkpoint, or a model, says of itself: DeepSpeed's ``universal_checkpoint_info``, and shapes.
 
 The lists of names and their order are those of DeepSpeed's converter (``checkpoint/ds_to_universal.py``, version 0.4 of
-the info): affine maps, then what is replicated, averaged, made of two or more sub-parameters, cut along dimension 1,
-and everything else along dimension 0; of a vocabulary what lies beyond its original size is padding. What this leaves
-open, or what contradicts the shapes, is marked as unknown.
+the info). Affine maps come first, then what is replicated, averaged, made of two or more sub-parameters, or cut along
+dimension 1. Everything else is cut along dimension 0. What a vocabulary has beyond its original size is padding. What
+this leaves open, or what contradicts the shapes, is marked as unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ucp.spec.draft import Axes, Drafted, Pending, write
 from ucp.spec.language import Spec, loads
 from ucp.spec.placement import Parts
 
-# The newest info that is understood.
+# The newest version of the info that is understood.
 VERSION = 0.4
 ORIGIN = "universal_checkpoint_info"
 
@@ -46,10 +46,11 @@ def infer(
 ) -> Spec:
     """The spec that a model's ``universal_checkpoint_info`` amounts to, for the local shapes of all its parts.
 
-    buffers: names that the info need not mention. captures: as for `draft`.
+    buffers: names that the info need not mention.
+    captures: as for `draft`.
 
-    Raises Unsupported for a newer version of the info, DamagedCheckpoint for one that is malformed. What it leaves open
-    is marked as unknown in the spec, which is then refused by whoever uses it.
+    Raises Unsupported for a newer version of the info, DamagedCheckpoint for one that is malformed. What the info
+    leaves open is marked as unknown in the spec, and such a spec is refused when it is used.
     """
     return loads(draft(info, parts, layout, buffers, captures), ORIGIN)
 
@@ -66,12 +67,15 @@ def draft(
     contents: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of a spec, for a person to complete. Arguments and errors as for `infer`.
+    """The text of a spec, for a person to complete. Other arguments and errors are those of `infer`.
 
-    info: None where there is none. captures: (regular expression, capture) for numbers in names that are places along
-    an axis, such as an expert's: the capture is ``{axis}`` or ``{axis/degree}``. contents: parameter -> 'equal',
-    'constant' or 'differ': what its shards on the tensor-parallel ranks are to each other, where that is known. tied:
-    other name -> parameter. head: comments.
+    info: None if there is none.
+    captures: (regular expression, capture) for numbers in names that are places along an axis, such as an expert's. The
+    capture is ``{axis}`` or ``{axis/degree}``.
+    head: comments at the top.
+    contents: parameter -> 'equal', 'constant' or 'differ': how its shards on the tensor-parallel ranks compare, if that
+    is known.
+    tied: other name -> parameter.
     """
     shards = _shards(parts)
     axes = Axes()
@@ -109,7 +113,7 @@ def draft(
 
 
 def _shards(parts: Parts) -> dict[str, Shards | Pending]:
-    """Shapes by tensor-parallel rank; those of several pipeline stages or expert ranks must be the same."""
+    """Shapes by tensor-parallel rank. They must be the same on all pipeline stages and expert ranks."""
     out: dict[str, Any] = {}
     for at, held in sorted(parts.items()):
         for name, shape in held.items():
@@ -127,7 +131,7 @@ def _whole(axes: Axes, shape: Shape) -> Drafted:
 
 
 def _guarded(axes: Axes, held: Shards, contents: str) -> Drafted | Pending:
-    """What shapes and contents alone allow to say."""
+    """What can be said from shapes and contents alone."""
     shapes = [held[r] for r in sorted(held)]
     shown = f"{list(shapes[0])} on every rank"
     if len(set(shapes)) > 1:
@@ -147,7 +151,7 @@ def _guarded(axes: Axes, held: Shards, contents: str) -> Drafted | Pending:
 
 
 class _PatternTable:
-    """What is said by patterns: of a name, or of all that a regular expression matches from their beginning."""
+    """What patterns say: of one name, or of all names that a regular expression matches from their beginning."""
 
     def __init__(self, said: Mapping[str, Any]) -> None:
         bodies = {p: p[1:-1].replace("\\", "") for p in said}
@@ -155,7 +159,7 @@ class _PatternTable:
         self._rest = [(_compiled(p), said[p]) for p, body in bodies.items() if body not in self._names]
 
     def get(self, name: str) -> Any:
-        """What is said of the name; None where nothing is."""
+        """What is said of the name, or None."""
         if name in self._names:
             return self._names[name]
         return next((value for pattern, value in self._rest if pattern.match(name)), None)
@@ -297,7 +301,7 @@ def _from_map(axes: Axes, entry: Mapping[str, Any], shapes: Sequence[Shape]) -> 
 
 
 def _equal(shapes: Sequence[Shape], dim: int, parts: int) -> list[tuple[int, ...]] | None:
-    """Every rank's shard as so many equal segments; None where it doesn't divide."""
+    """Every rank's shard as ``parts`` equal segments; None if it can't be divided so."""
     if any(len(s) <= dim or s[dim] % parts for s in shapes):
         return None
     return [tuple(s[dim] // parts for s in shapes)] * parts

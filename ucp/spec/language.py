@@ -1,6 +1,6 @@
-"""Read a spec: YAML with the position of every word, so that each refusal can point at what it means.
+"""Read a spec: YAML with the position of every word, so that each refusal can point at the place it is about.
 
-The reference of the language, with examples, is the README beside the catalogue. A `Spec` is what a file says;
+The reference of the language, with examples, is the README beside the catalogue. A `Spec` is what a file says.
 `ucp.spec.bound` joins it with a model's config.
 """
 
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class Line:
     """One line under parameters.
 
-    otherwise: the expression where ``when`` does not hold; without one the line does not count then.
+    otherwise: the expression if ``when`` does not hold. Without it, the line does not count in that case.
     optional: the model may have no such parameter.
     """
 
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A line that is yet to be written, as drafts have them. why: what is known of it, and what to decide."""
+    """A line that is yet to be written, as in drafts. why: what is known of it, and what to decide."""
 
     pattern: Pattern
     why: str
@@ -53,7 +53,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Tie:
-    """One line under tied: the names that match are other names of ``to``."""
+    """One line under ``tied:``. The names that match are other names of ``to``."""
 
     pattern: Pattern
     to: Template
@@ -64,9 +64,10 @@ class Tie:
 class Renaming:
     """One line under a framework's names: a parameter, and those of the other side that it is made of.
 
-    pattern, sources: the framework's parameter and the spec's own; with ``apart`` it is the spec's own parameter that
-    is made of several of the framework's. expression: ``as``: how the sources lie in it; with ``apart`` what each of
-    them is. stack: capture of the sources -> the axis it counts.
+    pattern, sources: the framework's parameter, and the spec's own parameters that it is made of. With ``apart`` it is
+    the spec's own parameter, and the framework's parameters that it is made of.
+    expression: what ``as`` says: how the sources lie in the parameter; with ``apart``, what each of the sources is.
+    stack: capture of the sources -> the axis that it counts.
     """
 
     pattern: Pattern
@@ -77,14 +78,17 @@ class Renaming:
 
     @property
     def is_plain(self) -> bool:
-        """Whether only the name is another."""
+        """Whether only the name changes."""
         return len(self.sources) == 1 and self.expression is None and not self.stack
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a spec says. defaults: config keys that config.json may leave out, and what they are then. unknown: lines
-    that are yet to be written; until they are, the spec can't be used."""
+    """What a spec says.
+
+    defaults: config keys that config.json may leave out -> their values in that case.
+    unknown: lines that are yet to be written. Until they are, the spec can't be used.
+    """
 
     file: str
     models: tuple[str, ...]
@@ -99,7 +103,7 @@ class Spec:
 
 
 def load(path: str | os.PathLike[str]) -> Spec:
-    """Read a spec's file. Raises SpecError, which points at the first thing that is wrong, and OSError."""
+    """Read a spec's file. Raises a SpecError that points at the first thing that is wrong, or OSError."""
     return loads(read_text(path), os.fspath(path))
 
 
@@ -261,7 +265,7 @@ def _known_captures(template: Template, known: tuple[str, ...]) -> None:
 
 
 def _check(spec: Spec) -> None:
-    """What can be told from the spec alone: names without a size, circles, captures that count no axis."""
+    """Refuse what can be told from the spec alone: names without a size, circles, captures that count no axis."""
     sizes = spec.sizes
     for formula in sizes.values():
         for reference in formula.references():
@@ -291,7 +295,10 @@ def _check(spec: Spec) -> None:
 
 
 def _refuse_equals(lines: tuple[Line, ...]) -> None:
-    """Two lines without conditions that are equally specific and match each other's example: no name could choose."""
+    """Refuse two lines without conditions that are equally specific and match each other's example.
+
+    A name that both match could not choose between them.
+    """
     for k, line in enumerate(lines):
         for other in lines[:k]:
             a, b = line.pattern, other.pattern

@@ -1,8 +1,9 @@
 """Patterns of parameter names: ``model.layers.{i}.*norm.weight``.
 
-``{i}`` captures a whole number, ``*`` stands for any run without a dot, everything else for itself. ``{experts/ep}`` is
-a number that counts along the axis ``experts``, of which each rank of ``ep`` holds its part. Dot by dot from the left,
-a literal is more specific than a capture, and a capture than a ``*``.
+``{i}`` captures a whole number, ``*`` stands for any run of characters without a dot, and everything else stands for
+itself. ``{experts/ep}`` is a number that counts along the axis ``experts``, of which each rank of ``ep`` holds its
+part. Patterns are compared part by part between dots, from the left: a literal is more specific than a capture, and a
+capture is more specific than a ``*``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SHIFTED = re.compile(r"\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:([+-])\s*([0-9]+)\s*)
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern of names. captures: in their order; cuts: captured axis -> an expression that is its cut."""
+    """A pattern of names. captures: their names, in order. cuts: an expression for each captured axis that is cut."""
 
     source: SpecText
     regex: re.Pattern[str]
@@ -37,12 +38,12 @@ class Pattern:
         return self.source.text
 
     def match(self, name: str) -> dict[str, int] | None:
-        """The captured numbers, or None where the name is another."""
+        """The captured numbers, or None if the name does not match."""
         found = self.regex.fullmatch(name)
         return None if found is None else {k: int(v) for k, v in found.groupdict().items()}
 
     def fill(self, values: Mapping[str, int]) -> str:
-        """The name for these numbers. Raises SpecError where a part of it is not told by a number."""
+        """The name for these numbers. Raises SpecError if the numbers do not determine all of it."""
         parts = _CAPTURED.split(self.source.text)  # text, capture, its cut, text, ...
         for capture in self.captures:
             if capture not in values:
@@ -90,7 +91,7 @@ def parse(source: SpecText) -> Pattern:
 
 @dataclass(frozen=True)
 class Template:
-    """A name to be filled in from captures, ``model.layers.{i-2}.weight`` for one: each with a shift."""
+    """A name to be filled in from captures, each with a shift, such as ``model.layers.{i-2}.weight``."""
 
     source: SpecText
     pieces: tuple[str | tuple[str, int], ...]
@@ -104,11 +105,11 @@ class Template:
 
     @property
     def rank(self) -> tuple[int, ...]:
-        """How specific it is, as `Pattern.rank`."""
+        """How specific it is, like `Pattern.rank`."""
         return tuple(_CAPTURE if "{" in part else _LITERAL for part in self.source.text.split("."))
 
     def match(self, name: str) -> dict[str, int] | None:
-        """The numbers for which `fill` gives this name, or None where there are none."""
+        """The numbers for which `fill` gives this name, or None if there are none."""
         found = self._regex.fullmatch(name)
         if found is None:
             return None
@@ -121,7 +122,7 @@ class Template:
         return re.compile("".join("([0-9]{1,9})" if isinstance(p, tuple) else re.escape(p) for p in self.pieces))
 
     def fill(self, values: Mapping[str, int]) -> str | None:
-        """The name for these numbers; None where a shift leads below 0."""
+        """The name for these numbers; None if a shift leads below 0."""
         out = []
         for piece in self.pieces:
             if isinstance(piece, tuple):
@@ -135,7 +136,7 @@ class Template:
 
 
 def template(source: SpecText) -> Template:
-    """Read a template. Raises SpecError for a ``*``, which nothing would fill, and for brackets that are no capture."""
+    """Read a template. Raises SpecError for a ``*``, which nothing can fill, and for brackets that are no capture."""
     pieces: list[str | tuple[str, int]] = []
     for match in _PIECE.finditer(source.text):
         text, span = match[0], match.span()

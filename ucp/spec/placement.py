@@ -1,10 +1,10 @@
 """Where every rank's local tensors lie in the logical tensors: a spec applied to all ranks' shapes together.
 
-The same answer serves both directions. A reader lifts the fragments of a rank's files with it, a live engine the slots
-of its own memory, so that either side speaks of logical tensors only.
+The same answer serves both directions. A reader uses it for the fragments of a rank's files, and a live engine for the
+places in its own memory. So both sides speak of logical tensors only.
 
-A padded axis makes two of one local tensor: the parameter's own part, and its padding, which is a logical tensor of its
-own (kind 'padding'), so that a target of the same width gets it bit for bit and every other can leave it.
+If an axis is padded, a local tensor is split in two: the parameter's own part, and its padding. The padding is a
+logical tensor of its own (kind 'padding'). So a target of the same width gets it bit for bit, and any other leaves it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from ucp.spec.solve import Observed, solve_cuts
 class Placed:
     """A local tensor's part of one logical tensor.
 
-    name, shape: the logical tensor's. blocks: its boxes, at their places in the local tensor's row-major order.
-    padding: whether this is the padding of a parameter. average: whether the parameter is the average of its copies.
+    name, shape: the logical tensor's.
+    blocks: its boxes, at their places in the local tensor's row-major order.
+    padding: whether this is the padding of a parameter.
+    average: whether the parameter is the average of its copies.
     """
 
     name: str
@@ -46,12 +48,12 @@ Placements = Mapping[tuple[Coordinate, str], tuple[Placed, ...]]
 
 
 def padding_name(name: str) -> str:
-    """What the padding of a parameter is called in a catalog."""
+    """The name of a parameter's padding in a catalog."""
     return f"{name}[padding]"
 
 
 def uncut(parts: Parts) -> Placements:
-    """Every local tensor is the logical one: nothing is cut but by ZeRO; stages of a pipeline hold some names each."""
+    """Every local tensor as a logical one: only ZeRO cuts tensors, and each pipeline stage holds some of the names."""
     return {
         (at, name): (Placed(name, shape, _whole(shape)),) for at, held in parts.items() for name, shape in held.items()
     }
@@ -59,17 +61,18 @@ def uncut(parts: Parts) -> Placements:
 
 @lru_cache(maxsize=1 << 12)
 def _whole(shape: Shape) -> Blocks:
-    """As `whole`: a training run asks for the same at every save."""
+    """Like `whole`, but cached: a training run asks for the same blocks at every save."""
     return whole(shape)
 
 
 def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placements:
-    """Where all local tensors lie by a spec, whose cuts are solved from the shapes on all ranks.
+    """Where all local tensors lie by a spec. Its cuts are solved from the shapes on all ranks.
 
-    buffers: names that need no line in the spec; without one they are replicated. With one tensor-parallel rank nothing
-    is cut, and the spec only tells what is padding.
+    buffers: names that need no line in the spec. Without one they are replicated.
 
-    Raises SpecError where shapes contradict the spec or leave a cut open, or a parameter has no line.
+    With one tensor-parallel rank nothing is cut, and the spec only tells what is padding.
+
+    Raises SpecError if shapes contradict the spec or leave a cut open, or if a parameter has no line.
     """
     expressions: dict[str, Expression | None] = {}
     shards: dict[str, list[tuple[Mapping[str, int], Shape]]] = {}
@@ -102,8 +105,8 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
 def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]]:
     """For every local tensor and each of its places, which of the boxes no earlier coordinate holds.
 
-    What several parts hold in common is read from the first of them and written by it; coordinates count by stage, then
-    by tensor-parallel rank, then by expert-parallel rank.
+    What several parts hold in common is read from the first of them, and written by it. Coordinates are ordered by
+    stage, then by tensor-parallel rank, then by expert-parallel rank.
     """
     seen: dict[str, set[tuple[int, ...]]] = {}
     out: dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]] = {}
@@ -119,7 +122,7 @@ def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDA
 
 
 def _padded(bound: Bound, name: str) -> Expression | None:
-    """The parameter's expression if that has a padded axis whose true size is known."""
+    """The parameter's expression if it has a padded axis whose true size is known."""
     for line in bound.lines:
         axes = names(line.expression)
         if any(isinstance(a, Padded) for a in axes) and line.pattern.match(name) is not None:
@@ -129,9 +132,9 @@ def _padded(bound: Bound, name: str) -> Expression | None:
 
 
 def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expression | None:
-    """What the spec says of a parameter; None where that is nothing, and optional.
+    """What the spec says of a parameter; None if it says nothing and the line is optional.
 
-    Raises SpecError without a line.
+    Raises SpecError if there is no line and it is not optional.
     """
     found = bound.find(name)
     if found is None:
@@ -145,7 +148,7 @@ def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expr
 
 
 def _padding(bound: Bound, name: str, expression: Expression, cutting: Cutting, at: Coordinate) -> tuple[Placed, ...]:
-    """The padding that a local tensor holds: none, or the region of one axis beyond its true size."""
+    """The padding that a local tensor holds: nothing, or the region of one axis beyond its true size."""
     true, full = shape_of(expression, bound.sizes), shape_of(expression, bound.sizes, cutting.padded)
     wide = [k for k in range(len(true)) if true[k] != full[k]]
     if not wide:

@@ -24,7 +24,7 @@ class SpecText:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for a near name, else the known ones in a few words."""
+    """``; did you mean 'x'?`` if a known name is close, else a list of the known names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, 1)
     if near:

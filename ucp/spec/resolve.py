@@ -1,6 +1,7 @@
-"""Which spec counts for a model, and where that puts the local tensors of all its parts.
+"""Which spec counts for a model, and where it puts the local tensors of all the model's parts.
 
-The one that the caller gives; else what the model or the checkpoint says of itself; else the catalogue's for its type.
+The spec that the caller gives counts, else what the model or the checkpoint says of itself, else the catalogue's spec
+for the model's type.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ def find_placements(
     section: str,
     captures: Sequence[tuple[str, str]] = (),
 ) -> Placements | None:
-    """Where every local tensor lies; None where tensor parallelism cuts the model, and nothing says how.
+    """Where every local tensor lies; None if tensor parallelism cuts the model and nothing says how.
 
-    info: the model's ``universal_checkpoint_info``, if it has one; recorded: finds its config, if there is one, and
-    is asked only where that decides; section: the section under ``layouts:`` that counts. captures: as for
-    `infer`. The other arguments and the errors are those of `place` and `infer`.
+    info: the model's ``universal_checkpoint_info``, if it has one.
+    recorded: finds the model's config, if there is one. It is only called if the config matters.
+    section: the section under ``layouts:`` that counts.
+    captures: as for `infer`.
+
+    The other arguments and the errors are those of `place` and `infer`.
     """
     if choice.apart:
         return apart(parts)
     info = info if isinstance(info, Mapping) and choice.spec is None else None
     if layout.tp == 1:
-        # Nothing is cut, and the spec is asked for nothing but padding.
+        # Nothing is cut, and only padding is looked up in the spec.
         padded = choice.spec is not None and (choice.settings or _config(choice, recorded) is not None)
         if not padded and not (info and info.get("vocabulary_parameter_patterns")):
             return uncut(parts)
@@ -52,7 +56,7 @@ def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) ->
 
 
 def apart(parts: Parts) -> Placements:
-    """Every local tensor under a name of its own, ``tp.pp.ep:name``, nothing put together."""
+    """Every local tensor under a name of its own, ``tp.pp.ep:name``. Nothing is put together."""
     return {
         (at, name): (Placed(name_of_shard(at, name), shape, whole(shape)),)
         for at, held in parts.items()
@@ -66,13 +70,13 @@ def name_of_shard(at: Coordinate, name: str) -> str:
 
 
 def shard_of(name: str) -> tuple[Coordinate, str]:
-    """The coordinate and the local name, of a name that `apart` has given."""
+    """The coordinate and the local name behind a name that `apart` has given."""
     at, _, local = name.partition(":")
     tp, pp, ep = map(int, at.split("."))
     return Coordinate(tp, pp, ep), local
 
 
 def _inferred(choice: Choice, info: Mapping[str, Any], *model: Any) -> Bound:
-    from ucp.spec.infer import infer  # only what describes itself needs it
+    from ucp.spec.infer import infer  # only models that describe themselves need it
 
     return bind(infer(info, *model), choice.config or {}, choice.settings)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ucp.errors import BadArgument
 from ucp.storage import configs
 
-# Reading specs takes as long to import as everything else together, and most checkpoints need none.
+# Importing what reads specs takes as long as all other imports together, and most checkpoints need no spec.
 if TYPE_CHECKING:
     from ucp.spec.bound import Bound
     from ucp.spec.language import Spec
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 class Choice:
     """What the caller says of the spec.
 
-    spec: None to take what the checkpoint says of itself, else the catalogue's for the model's type. config: the
-    model's config.json as a mapping, where it is known; settings: sizes that go before it. apart: put nothing together.
+    spec: None to take what the checkpoint says of itself, else the catalogue's spec for the model's type.
+    config: the model's config.json as a mapping, if it is known.
+    settings: sizes that go before the config.
+    apart: put nothing together.
     """
 
     spec: Spec | None = None
@@ -30,10 +32,10 @@ class Choice:
     apart: bool = False
 
     def bound(self, recorded: Mapping[str, Any] | None, layout: str | None = None) -> Bound | None:
-        """The spec joined with the sizes, None where nothing tells which spec it is.
+        """The spec joined with the sizes; None if nothing tells which spec it is.
 
-        recorded: the model's config as the checkpoint has it, used where the caller gives none. layout: the section
-        under ``layouts:`` that counts.
+        recorded: the model's config as the checkpoint has it, used if the caller gives none.
+        layout: the section under ``layouts:`` that counts.
         """
         config = self.config if self.config is not None else recorded
         spec = self.spec
@@ -55,7 +57,7 @@ def choose(
 ) -> Choice:
     """A spec by its name in the catalogue or its file, and the model's config as a mapping, a file or its folder.
 
-    Raises SpecError where the spec is none, BadArgument for what can't be read.
+    Raises SpecError if the file is not a spec, BadArgument for what can't be read.
     """
     if spec is None:
         return Choice(None, _config(config), settings or {})

@@ -20,7 +20,7 @@ def names() -> tuple[str, ...]:
 def find(spec: str | os.PathLike[str]) -> Spec:
     """A spec by its name in the catalogue (``llama``) or its file (anything with a dot or a slash in it).
 
-    Raises SpecError where it is none, BadArgument for a name or file that does not exist.
+    Raises SpecError if the file is not a spec, BadArgument for a name or file that does not exist.
     """
     text = os.fspath(spec)
     if "." not in text and os.sep not in text:

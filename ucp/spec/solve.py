@@ -1,7 +1,7 @@
-"""Where the cuts lie: solved from the shapes of all shards of all parameters together, never assumed even.
+"""Where the cuts lie. They are solved from the shapes of all shards of all parameters together, never assumed even.
 
 Every occurrence of one cut axis has the same cut (`kv_heads/tp` is 2 and 1 in q, k, v and o alike). A shard that is as
-wide as the whole is a replica. What the shapes leave open is refused, not guessed.
+wide as the whole tensor is a replica. What the shapes leave open is refused, not guessed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Coordinate = Mapping[str, int]
 class Observed:
     """A parameter's shards as they are: the mesh coordinate and the shape of each.
 
-    A rank that is not in ``shards`` holds nothing of the parameter. One rank is enough of those that differ
-    only in mesh dimensions which don't cut it.
+    A rank that is not in ``shards`` holds nothing of the parameter. If ranks differ only in mesh dimensions that don't
+    cut the parameter, one of them is enough.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """A cut that is known, and the parameter that showed it."""
+    """A cut that is known, and the parameter that it is known from."""
 
     widths: tuple[int, ...]
     by: str
@@ -46,10 +46,11 @@ def solve_cuts(
 ) -> dict[str, Cutting]:
     """The cutting of every parameter by its name, such that every shard has the shape that was observed.
 
-    known: cuts that are known from elsewhere, by their spelling; padded: widths of padded axes that are known.
+    known: cuts that are known from elsewhere, by their spelling.
+    padded: widths of padded axes that are known.
 
-    Raises SpecError, which names the parameter and the rank, where shapes contradict the expression, the sizes or
-    another parameter, and where they leave a cut open.
+    Raises SpecError if shapes contradict the expression, the sizes or another parameter, or if they leave a cut open.
+    The error names the parameter and the rank.
     """
     return _Solver(sizes, mesh, known or {}, padded or {}).solve(observed)
 
@@ -110,7 +111,7 @@ class _Solver:
         return [c for c in self.cuts(o, k) if spell(c) not in self.fixed]
 
     def dimension(self, o: Observed, k: int) -> bool:
-        """Settle one dimension of one parameter; False where that needs what another parameter may show."""
+        """Settle one dimension of one parameter. False if that needs something that another parameter may show."""
         dim = o.expression.dims[k]
         cuts = self.cuts(o, k)
         if not isinstance(dim.axis if isinstance(dim, Cut) else dim, Padded) and not self.over_ranks(cuts):
@@ -179,7 +180,7 @@ class _Solver:
     def one_cut(self, o: Observed, k: int, cut: Cut) -> bool:
         """Find the one cut of this dimension that is unknown (or check the only one) from the shards' widths.
 
-        False where some rank's part can't be told from them, since another cut leaves nothing there.
+        False if they don't show some rank's part, since another cut leaves nothing there.
         """
         dim, key = o.expression.dims[k], spell(cut)
         m = numel([self.mesh.get(d, 1) for d in cut.over])

@@ -1,4 +1,4 @@
-"""YAML with the place of every word, so that each refusal can point at what it means."""
+"""YAML with the position of every word, so that each refusal can point at the place it is about."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ucp.spec.positions import SpecText, suggestion
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A file's text. Raises SpecError where it is not UTF-8, and OSError."""
+    """A file's text. Raises SpecError if it is not UTF-8, or OSError."""
     with open(path, encoding="utf-8") as stream:
         try:
             return stream.read()
@@ -24,7 +24,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def compose(text: str, file: str) -> yaml.Node | None:
-    """The text's root node. Raises SpecError, which points at the first thing that is wrong."""
+    """The text's root node. Raises a SpecError that points at the first thing that is wrong."""
     try:
         root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return root
@@ -50,7 +50,7 @@ class YamlEntry:
 
 
 class YamlReader:
-    """Reads the nodes of one text. file: how refusals call it."""
+    """Reads the nodes of one text. file: its name in refusals."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -71,7 +71,7 @@ class YamlReader:
         return SpecText(node.value, position.right(1) if node.style in ('"', "'") else position)
 
     def entries(self, node: yaml.Node | None, what: str, allowed: tuple[str, ...] = ()) -> Iterator[YamlEntry]:
-        """The entries of a mapping, each key once. Raises SpecError for what is none, or has a key not allowed."""
+        """The entries of a mapping. Raises SpecError if it is no mapping, or has a key twice or one not allowed."""
         if not isinstance(node, yaml.MappingNode):
             if node is None:
                 raise SpecError(
