@@ -217,7 +217,7 @@ def test_the_command_in_a_process_of_its_own(installed: Path, tmp_path: Path) ->
     [
         ({"nte": "a"}, r"'npz' takes no option 'nte'; did you mean 'note'\?"),
         ({"note": 3}, "note: a text is expected, and it is 3"),
-        ({"layout": "dp=2"}, "a layout is for 'deepspeed' only: 'npz' checkpoints have none"),
+        ({"layout": "dp=2"}, "a layout is for 'deepspeed' or 'megatron' only: 'npz' checkpoints have none"),
         ({"virtual": True}, "the virtual form exists in the universal format only, not in 'npz'"),
         ({"note": "a", "options": {"note": "b"}}, "'note' is given twice"),
     ],
