@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+STARTUP = ROOT / "tests" / "startup"
+"""What the programs that tests start import first."""
 READMES = (
     "README.md",
     "scripts/README.md",
@@ -91,7 +93,8 @@ def environment(folder: Path) -> dict[str, str]:
             (bin_folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
             (bin_folder / name).chmod(0o755)
     path = [str(bin_folder), os.path.dirname(sys.executable), os.environ["PATH"]]
-    return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    modules = f"{STARTUP}{os.pathsep}{ROOT}"
+    return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": modules, "DS_ACCELERATOR": "cpu"}
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

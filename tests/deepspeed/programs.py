@@ -120,7 +120,8 @@ def alone(program: str) -> dict[str, str]:
 
 def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[str]:
     """Start ``tests.deepspeed.<program>``, on so many GPUs; 0: one process on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    modules = os.pathsep.join(filter(None, (str(ROOT / "tests" / "startup"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": modules}
     command = [sys.executable]
     if gpus:
         if program == "accelerated":

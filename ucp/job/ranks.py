@@ -16,6 +16,9 @@ from ucp.errors import noted, rebuilt
 T = TypeVar("T")
 
 
+# A value of so many bytes is sent as it is: a collective operation takes longer than they do.
+_SMALL_BYTES = 2048
+
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -88,18 +91,22 @@ def from_first(work: Callable[[], T]) -> T:
 def distinct(value: T) -> tuple[list[T], list[int]]:
     """What the ranks say, each different value once, and for every rank which of them is its own. Collective.
 
-    Values are plain data. Ranks exchange a digest of theirs first; only the first rank of each sends it.
+    Values are plain data. What is small is sent at once; otherwise ranks exchange a digest of theirs first, and only
+    the first rank of each sends the value.
     """
     if not _many():
         return [value], [0]
     raw = pickle.dumps(value)
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(raw).digest())
-    firsts = {digest: digests.index(digest) for digest in digests}
-    sent: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sent, raw if firsts[digests[dist.get_rank()]] == dist.get_rank() else None)
+    small = len(raw) <= _SMALL_BYTES
+    marks: list[Any] = gather((small, raw if small else hashlib.sha256(raw).digest()))
+    firsts = {mark: marks.index(mark) for mark in marks}
+    sent: list[Any] = [raw if small else None for small, raw in marks]
+    if not all(small for small, _ in marks):
+        first = firsts[marks[dist.get_rank()]] == dist.get_rank()
+        large = gather(raw if first and not small else None)
+        sent = [here if here is not None else there for here, there in zip(sent, large, strict=True)]
     order = list(firsts)
-    return [pickle.loads(sent[firsts[d]]) for d in order], [order.index(d) for d in digests]
+    return [pickle.loads(sent[firsts[mark]]) for mark in order], [order.index(mark) for mark in marks]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

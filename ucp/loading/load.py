@@ -85,7 +85,7 @@ class LoadReport:
 
 def load(
     catalog: Catalog,
-    target: Target,
+    target: Target | Callable[[], Target],
     wish: Wish,
     *,
     path: str = "",
@@ -98,10 +98,11 @@ def load(
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
-    path: of the checkpoint, for the report. verify: check the chunks read against the checkpoint's digests, where it
-    has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each byte
-    that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster. watch:
-    of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
+    target: what is to be filled, or what makes that without talking to other ranks; where making it fails on one rank,
+    all refuse. path: of the checkpoint, for the report. verify: check the chunks read against the checkpoint's digests,
+    where it has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each
+    byte that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster.
+    watch: of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
     (torch.distributed.checkpoint), and of tensors that others hold parts of nothing is proved. prove: compare what is
     live afterwards with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`).
 
@@ -114,11 +115,11 @@ def load(
     watch = watch or Stopwatch()
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
-    what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
+    live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     sharing = None
     with Files() as files:
-        reading = Reading(Reader(catalog, files, verify), files, target, what, threads or reading_threads())
-        tied.check(reading.reader, what.tied, target.words, watch, alone)
+        reading = Reading(Reader(catalog, files, verify), files, live, what, threads or reading_threads())
+        tied.check(reading.reader, what.tied, live.words, watch, alone)
         if read_once and not alone and ranks.world_size() > 1:
             sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
         nbytes = exchange.nbytes(what, frozenset(what.wants))
@@ -128,9 +129,9 @@ def load(
         watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
     brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
     loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
-    watch.timed("apply", lambda: target.apply(loaded))
+    watch.timed("apply", lambda: live.apply(loaded))
     proving = _Proving(prove, threads or reading_threads(), alone)
-    proved = watch.timed("prove", lambda: _proved(catalog, target, what, tensors, proving))
+    proved = watch.timed("prove", lambda: _proved(catalog, live, what, tensors, proving))
     return _report(catalog, reading, path, (nbytes, bytes_read), sharing is not None, watch, proved)
 
 
@@ -183,11 +184,12 @@ def _by_itself(work: Callable[[], T]) -> T:
     return work()
 
 
-def _checked_plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
-    what = plan(catalog, target, wish)
+def _checked_plan(catalog: Catalog, target: Target | Callable[[], Target], wish: Wish) -> tuple[Target, LoadPlan]:
+    made = target() if callable(target) else target
+    what = plan(catalog, made, wish)
     if not wish.weights_only:
-        target.check(catalog.training_state, what.sources)
-    return what
+        made.check(catalog.training_state, what.sources)
+    return made, what
 
 
 def _sharing(reading: Reading, read_once: bool | str) -> exchange.Sharing | None:

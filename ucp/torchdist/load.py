@@ -104,9 +104,14 @@ def _fill(
     watch = Stopwatch()
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     values = flatten(state_dict)
-    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: StateDictTarget(where, values, catalog)))
+    made: list[StateDictTarget] = []
+
+    def target() -> StateDictTarget:
+        made.append(StateDictTarget(where, values, catalog))
+        return made[0]
+
     report = load_target(catalog, target, wish, path=where, watch=watch, **options)
-    target.put_values(state_dict)
+    made[0].put_values(state_dict)
     return report
 
 

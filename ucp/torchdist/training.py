@@ -211,9 +211,8 @@ def load_training(
 
     def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
         target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
-        found = ranks.all_or_none(lambda: watch.timed("plan", target))
         return load_target(
-            catalog, found, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
+            catalog, target, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
         )
 
     try:
