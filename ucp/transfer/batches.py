@@ -1,8 +1,8 @@
 """Which windows are filled together, so that a chunk of the source that many of them want a piece of is read once.
 
-Where a source has digests, a chunk is read whole for any byte of it. A target of 64 ZeRO-3 ranks has a 64th of every
-parameter in each file: file after file, every chunk would be read and hashed 64 times over. So where pieces are short,
-the windows of several files are planned together, small, and served in the order of the source.
+If a source has digests, a chunk is read whole for any byte of it. A target of 64 ZeRO-3 ranks has a 64th of every
+parameter in each file. Written file after file, every chunk would be read and hashed 64 times. So if pieces are short,
+small windows of several files are planned together and served in the order of the source.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def batches(
 ) -> Iterator[list[Window]]:
     """The windows of the files' bytes [first, last) of ``share``, in batches for one thread each.
 
-    window: bytes of one. batch_bytes: of all those of a batch. verified: chunks of the source are read whole.
+    window: bytes of one window. batch_bytes: bytes of all windows of a batch. verified: chunks of the source are read
+    whole.
     """
     for group in _groups(files, share, verified):
         small = CHUNK if len(group) > 1 or (verified and _is_short(files[group[0]])) else window
@@ -52,13 +53,13 @@ def batches(
 
 
 def copies(batch: Sequence[Window]) -> list[Copy]:
-    """What fills a batch, its windows' buffers numbered in their order, sorted by the source."""
+    """The copies that fill a batch, sorted by the source. The windows' buffers are numbered in their order."""
     found = [replace(copy, buffer=k) for k, part in enumerate(batch) for copy in part.work.copies]
     return sorted(found, key=lambda copy: (copy.file, copy.at))
 
 
 def _groups(files: Sequence[TargetFile], share: Sequence[tuple[int, int]], verified: bool) -> Iterator[list[int]]:
-    """Indices of files that are planned together: those of short pieces that follow each other, and others alone."""
+    """Indices of files that are planned together: consecutive files of short pieces, and each other file alone."""
     group: list[int] = []
     held = 0
     for k, (first, last) in enumerate(share):

@@ -1,9 +1,10 @@
 """The CRC-32s of a source's records, compared while their bytes are read, in whatever pieces and order.
 
-A record of a torch file (a tensor's storage) has one CRC-32 for all its bytes. Readers take parts of it, several
-threads at once. Each part's CRC is computed where it is read, once for every byte, and the parts of a record are
-combined when they cover it: what is read whole is compared at once. What is then still missing is read by `finish` (a
-conversion, which must not bless damage) or, where it is little (padding that nobody wants), by `settle` (a load).
+A record of a torch file (a tensor's storage) has one CRC-32 for all its bytes. Several threads read parts of it at
+once. Each part's CRC is computed where it is read, once for every byte. The parts of a record are combined when they
+cover it, so a record that is read whole is compared at once. What is missing of other records is read later. In a
+conversion, which must not pass on damage as valid, `finish` reads all of it. In a load, `settle` reads it if it is
+little (padding that nobody wants).
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ RecordPiece = tuple[int, int, int, int]
 
 @dataclass
 class _Progress:
-    """What has been read of one record. starts, stops: of the byte ranges that are read or being read, apart and in
-    order. pieces: (first byte, bytes, CRC-32) of those that are done; done: their bytes. compared: it was whole."""
+    """What has been read of one record.
+
+    starts, stops: of the byte ranges that have been read or are being read, disjoint and in order.
+    pieces: (first byte, bytes, CRC-32) of the parts that are done. done: their bytes in all.
+    compared: all of it was read, and its CRC-32 is compared.
+    """
 
     record: StoredCrc32
     starts: list[int] = field(default_factory=list)
@@ -43,7 +48,7 @@ class _Progress:
         return self.record.stop - self.record.start
 
     def claim(self, low: int, high: int) -> list[tuple[int, int]]:
-        """Take the bytes [low, high); returns those parts of them that nobody had taken."""
+        """Take the bytes [low, high). Returns the parts of them that nobody had taken before."""
         first = bisect_left(self.stops, low)
         last = first
         free = []
@@ -70,8 +75,9 @@ class _Progress:
 class RecordChecks:
     """The state of checking one source. Thread-safe.
 
-    records: of each file that has any, by the file's index, in the order of the file. paths: of all files.
-    keeps_pieces: remember what `take_pieces` hands out.
+    records: the index of a file -> its records, in the order of the file; for files that have any.
+    paths: of all files.
+    keeps_pieces: remember what `take_pieces` returns.
     """
 
     def __init__(
@@ -98,14 +104,14 @@ class RecordChecks:
 
     @property
     def unverified_bytes(self) -> int:
-        """Bytes that were read of records that were not read whole."""
+        """Bytes read of those records that were not read whole."""
         with self._lock:
             return sum(progress.done for progress in self._touched.values())
 
     def add(self, file: int, start: int, data: Any) -> None:
         """Take bytes that were read, which begin at byte ``start`` of the file.
 
-        Raises DigestMismatch where they complete a record that differs from its CRC-32.
+        Raises DigestMismatch if they complete a record that differs from its CRC-32.
         """
         stop = start + len(data)
         if stop == start:
@@ -119,7 +125,7 @@ class RecordChecks:
             self._put(file, progress, [(a, b - a, crc32(data[a - start : b - start])) for a, b in free])
 
     def add_known(self, pieces: Iterable[RecordPiece]) -> None:
-        """Take what others have read, or an earlier attempt; what overlaps with what is here already is passed over."""
+        """Take what other processes or an earlier attempt have read. What overlaps with known pieces is skipped."""
         for file, start, size, crc in sorted(pieces, key=lambda piece: (piece[0], piece[1], -piece[2])):
             for progress in self._within(file, start, start + size):
                 with self._lock:
@@ -132,12 +138,12 @@ class RecordChecks:
 
     @staticmethod
     def _taken(progress: _Progress, start: int) -> list[tuple[int, int]]:
-        """The first range that ends behind ``start``."""
+        """The first range that ends after ``start``."""
         k = bisect_right(progress.stops, start)
         return list(zip(progress.starts[k : k + 1], progress.stops[k : k + 1], strict=True))
 
     def take_pieces(self) -> list[RecordPiece]:
-        """What was read since this was last asked for."""
+        """What was read since this was last called."""
         with self._lock:
             if self._new is None:
                 return []
@@ -145,7 +151,7 @@ class RecordChecks:
             return out
 
     def settle(self) -> None:
-        """Read what is missing of records of which little is Raises what reading raises, and DigestMismatch."""
+        """Read what is missing of records that lack only little. Raises what reading raises, and DigestMismatch."""
         with self._lock:
             recent, self._unsettled = self._unsettled, {}
         for (file, _), progress in recent.items():
@@ -157,7 +163,7 @@ class RecordChecks:
     def finish(self) -> None:
         """Read what is missing of every record that was read in part. Raises what reading raises, and DigestMismatch.
 
-        No other thread reads meanwhile.
+        No other thread may read meanwhile.
         """
         for (file, _), progress in list(self._touched.items()):
             self._complete(file, progress.missing())
@@ -168,7 +174,7 @@ class RecordChecks:
         return sum(progress.size for found in self._progress.values() for progress in found)
 
     def read_all(self) -> Iterator[int]:
-        """Read every record to its end; yields the bytes of each. Raises as `finish` does."""
+        """Read every record to its end, and yield the bytes of each. Raises as `finish` does."""
         for file, found in self._progress.items():
             for progress in found:
                 self._complete(file, progress.missing())
@@ -214,7 +220,7 @@ class RecordChecks:
 
 
 def read_record(files: Files, path: str, record: StoredCrc32) -> bytes:
-    """A whole record, for small ones. Raises what reading raises, and DigestMismatch where its CRC-32 is another."""
+    """A whole record, for small ones. Raises what reading raises, and DigestMismatch if its CRC-32 differs."""
     raw = bytearray(record.stop - record.start)
     files.read_into(path, record.start, raw)
     _check(files, path, record, crc32(raw))

@@ -1,7 +1,7 @@
 """The logical digests of what is written, added up window by window while it is in memory.
 
-The parts are kept with the records of what was written (`ucp.transfer.pieces`), so that they add up over processes, and
-over attempts of which one continues another.
+The parts are kept with the records of what was written (`ucp.transfer.pieces`). So they add up over processes, and over
+attempts that continue each other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _File:
 
 
 class Collecting:
-    """Digests of those wants that count, among those whose elements are not converted. sample: as of `Recorded`."""
+    """Digests of the wants that ``counts`` picks and whose elements are not converted. sample: as in `Recorded`."""
 
     def __init__(self, files: Sequence[TargetFile], sample: Sample, counts: Callable[[Want], bool]) -> None:
         self._sample = sample
@@ -53,7 +53,7 @@ class Collecting:
             self._elements[key] = self._elements.get(key, 0) + int(want.blocks.counts.sum())
 
     def of(self, file: int, start: int, data: memoryview) -> bytes:
-        """What a file's bytes from ``start`` on add, as records keep it."""
+        """What a file's bytes from ``start`` on add to the digests, as records keep it."""
         if not self._files[file].wants:
             return b""
         return b"".join(
@@ -62,17 +62,18 @@ class Collecting:
         )
 
     def add(self, file: int, parts: bytes) -> None:
-        """Count what `of` has given for one window."""
+        """Add what `of` has returned for one window."""
         for k, *lanes in _PART.iter_unpack(parts):
             tensor = self._files[file].wants[k].tensor
             part = Recorded(Digest(*lanes[:2]), Digest(*lanes[2:]), self._sample)
             self._found[_key(tensor)] += part
 
     def finish(self, source: Catalog) -> dict[tuple[str, str], Recorded]:
-        """The digests of the tensors that were written whole, once; every window has been counted. source: what was
-        read.
+        """The digests of the tensors that were written whole, and only once. Every window must have been added.
 
-        Raises DamagedCheckpoint where a tensor was written that has not the digest which the source has recorded.
+        source: what was read.
+
+        Raises DamagedCheckpoint if a tensor that was written differs from the digest that the source has recorded.
         """
         tensors = {_key(want.tensor): want.tensor for want in chain.from_iterable(file.wants for file in self._files)}
         nothing = Recorded(Digest(), Digest(), self._sample)
@@ -81,7 +82,7 @@ class Collecting:
         for key, tensor in tensors.items():
             times, rest = divmod(self._elements[key], max(numel(tensor.shape), 1))
             if rest or not times:
-                continue  # some of it more often than the rest: its parts cannot be told apart
+                continue  # some of it was written more often than the rest: the parts cannot be told apart
             found = self._found[key]
             if tensor.digest is not None and found.whole != _multiple(tensor.digest.whole, times):
                 wrong.append(f"'{tensor.name}' ({tensor.state})")

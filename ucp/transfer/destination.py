@@ -1,7 +1,7 @@
-"""Carrying out a write plan: into a hidden folder beside the destination, or file by file behind a URL.
+"""Carrying out a write plan: into a hidden folder beside the destination, or file by file to a URL.
 
 The hidden folder (`ucp.storage.partial`) is filled by one process or by several, and takes the destination's place in
-one rename; whatever fails, the destination is as it was, and the same plan continues where this one ended. Behind a URL
+one rename. Whatever fails, the destination is as it was, and the same plan continues where this one ended. At a URL
 there is no rename: one process writes, and the file by which readers find the checkpoint comes last.
 """
 
@@ -41,10 +41,13 @@ log = logger(__name__)
 class Running:
     """How a conversion runs, whatever it converts.
 
-    workers: threads; None: the number of processors, at most 8, and one more. max_memory: bytes for buffers.
-    overwrite: replace a checkpoint at the destination. resume: continue what the same conversion, interrupted, has
-    left. dry_run: check everything, the free space too, and write nothing. team: the processes that share the work;
-    None: this one alone. progress: called with (bytes done, bytes in all).
+    workers: threads. None for the number of processors, at most 8, and one more.
+    max_memory: bytes for buffers.
+    overwrite: replace a checkpoint at the destination.
+    resume: continue what an interrupted run of the same conversion has left.
+    dry_run: check everything, including the free space, and write nothing.
+    team: the processes that share the work. None for this one alone.
+    progress: called with (bytes done, bytes in all).
     """
 
     workers: int | None = None
@@ -58,8 +61,13 @@ class Running:
 
 @dataclass(frozen=True)
 class Written:
-    """files, nbytes: of the destination. bytes_read: of the source's tensors. verified_bytes: of those (with what else
-    their records hold), how many were compared with a digest or a CRC-32; unverified_bytes: how many had none."""
+    """What was done.
+
+    files, nbytes: of the destination.
+    bytes_read: of the source's tensors.
+    verified_bytes: how many of them, and of what else their records hold, were compared with a digest or a CRC-32.
+    unverified_bytes: how many of them had neither.
+    """
 
     files: int
     nbytes: int
@@ -71,9 +79,9 @@ class Written:
 def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
     """Check the destination, and write everything unless it is a dry run.
 
-    Raises DestinationError where the destination can't be written, BadArgument for what a URL does not allow,
-    DamagedCheckpoint where the source changes meanwhile, DigestMismatch where its bytes differ from the digests or
-    CRC-32s that it has, ProcessLost, and what reading the source raises.
+    Raises DestinationError if the destination can't be written, BadArgument for what a URL does not allow,
+    DamagedCheckpoint if the source changes meanwhile, DigestMismatch if the source's bytes differ from its digests or
+    CRC-32s, ProcessLost, and what reading the source raises.
     """
     team = running.team or Team()
     identity = identify(plan)
@@ -110,7 +118,7 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
 
 
 def _collecting(plan: WritePlan, identity: str) -> Collecting | None:
-    """What digests the tensors on their way: all, or those that the source has digests of; None for none."""
+    """What digests tensors while they are written: all, or those that the source has digests of; None if none."""
     if not plan.records and all(tensor.digest is None for tensor in plan.source.tensors.values()):
         return None
     sample = Sample(int(identity[:16], 16), EVERY)
@@ -118,7 +126,7 @@ def _collecting(plan: WritePlan, identity: str) -> Collecting | None:
 
 
 def _finished(plan: WritePlan, writing: Writing, digests: dict[str, ChunkDigests]) -> dict[str, bytes]:
-    """The small files, once all others are written. Raises DamagedCheckpoint where tensors are not the source's."""
+    """The small files, once all others are written. Raises DamagedCheckpoint if tensors differ from the source's."""
     logical = {} if writing.collecting is None else writing.collecting.finish(plan.source)
     return plan.finish(digests, logical) if plan.finish is not None else {}
 
@@ -126,7 +134,7 @@ def _finished(plan: WritePlan, writing: Writing, digests: dict[str, ChunkDigests
 def identify(plan: WritePlan) -> str:
     """A digest of everything that decides the bytes of the files: the plan, and the source as it is now.
 
-    Folders above the source are left out: another machine may see it in another place.
+    Folders above the source are left out, since another machine may see it in another place.
     """
     found = xxhash.xxh3_128(version().encode())
     for file in plan.source.files:
@@ -147,7 +155,7 @@ def identify(plan: WritePlan) -> str:
 
 
 def check_unchanged(files: Sequence[SourceFile]) -> None:
-    """Raise DamagedCheckpoint where a source file is not what it was when it was opened."""
+    """Raise DamagedCheckpoint if a source file has changed since it was opened."""
     for file in files:
         try:
             stat = locations.stat(file.path)
@@ -160,7 +168,7 @@ def check_unchanged(files: Sequence[SourceFile]) -> None:
 
 
 def _check(destination: str, plan: WritePlan, identity: str | None, team: Team, overwrite: bool) -> None:
-    """Raise where the destination cannot be written. identity: of an interrupted conversion that may be continued."""
+    """Raise if the destination cannot be written. identity: of an interrupted conversion that may be continued."""
     if is_remote(destination):
         _check_remote(destination, team, overwrite)
     elif team.leads:
@@ -170,7 +178,7 @@ def _check(destination: str, plan: WritePlan, identity: str | None, team: Team, 
 
 
 def _check_remote(url: str, team: Team, overwrite: bool) -> None:
-    """Raise where a destination behind a URL cannot be written."""
+    """Raise if a destination at a URL cannot be written."""
     if overwrite:
         raise BadArgument(
             f"{url}: behind a URL nothing is replaced; remove what is there, or choose another destination"
@@ -181,7 +189,7 @@ def _check_remote(url: str, team: Team, overwrite: bool) -> None:
 
 
 def _manifest_bound(catalog: Catalog, written: int) -> int:
-    """About the most bytes that a manifest has: digests in base64, and text for each block, tensor and name."""
+    """About the most bytes that a manifest takes: digests in base64, and text for each block, tensor and name."""
     digested = max(written, sum(file.size for file in catalog.files))
     blocks = sum(len(tensor.blocks) for tensor in catalog.tensors.values())
     return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 400
@@ -208,7 +216,7 @@ def _write(path: Path, raw: bytes) -> None:
 
 
 def _upload(writing: Writing, url: str, plan: WritePlan) -> dict[str, bytes]:
-    """Write everything behind a URL, the small files last; what was written is removed where that fails."""
+    """Write everything to a URL, the small files last. If that fails, what was written is removed."""
     finished: dict[str, bytes] = {}
     try:
         found = upload_files(

@@ -1,4 +1,4 @@
-"""The logical digests of a checkpoint's tensors, from its files: in pieces, by several threads, nothing held whole."""
+"""The logical digests of a checkpoint's tensors, from its files, by several threads; no tensor is held whole."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def digest_files(
 ) -> list[Digest]:
     """The digest of each tensor, or of what a sample picks of it.
 
-    share, shares: of what there is to digest, do that part of so many; all parts' digests add up. Memory: `PIECE` for
-    each thread. Raises what reading raises.
+    share, shares: do only part number ``share`` of ``shares`` parts of the work. The digests of all parts add up.
+    advance: told the bytes that were digested.
+
+    Memory: `PIECE` for each thread. Raises what reading raises.
     """
 
     def work(job: _Job) -> tuple[int, Digest, int]:

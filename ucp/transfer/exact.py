@@ -11,7 +11,7 @@ from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.storage.dtypes import numpy_dtype
 
-# (from, to): every value of the first is one of the second.
+# (from, to): every value of the first type is also a value of the second.
 EXACT = {
     ("bfloat16", "float32"),
     ("bfloat16", "float64"),
@@ -31,7 +31,7 @@ def check_exact(tensor: LogicalTensor, dtype: str) -> None:
 
 
 def widen(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.generic]:
-    """The same values in a wider element type; bits unchanged where the types are equal."""
+    """The same values in a wider element type. If the types are equal, the bits do not change."""
     if source == target:
         return values
     if source == "bfloat16":
@@ -52,8 +52,10 @@ _FRACTION_BITS = {2: 10, 4: 23, 8: 52}  # by the bytes of numpy's own floating-p
 
 
 def _nans(values: NDArray[np.generic], dtype: np.dtype[Any]) -> NDArray[np.generic]:
-    """What is no number, in the wider type: its sign and payload stay, though a processor may make a signalling one
-    quiet, so that it is turned back into the same bits."""
+    """These NaNs in the wider type. Sign and payload stay, so that they can be turned back into the same bits.
+
+    A processor's own conversion may make a signalling NaN quiet.
+    """
     narrow, wide = values.dtype.itemsize, dtype.itemsize
     bits = values.view(f"u{narrow}").astype(np.uint64)
     sign = bits >> np.uint64(8 * narrow - 1) << np.uint64(8 * wide - 1)

@@ -1,9 +1,9 @@
 """Fill buffers in memory with the elements that they want, straight from a catalog's files.
 
-The one reading path of the project: a region that a user asks for, a training rank's partition, a window of a file
-that a conversion writes are all buffers with blocks. Contiguous elements are read in place, strided ones through a
-small scratch buffer by one vectorised assignment; each needed byte is read once, and where the checkpoint carries
-digests every chunk is verified as it passes.
+This is the project's only reading path. A region that a user asks for, a training rank's partition and a window of a
+file that a conversion writes are all buffers with blocks. Contiguous elements are read in place. Strided ones go
+through a small scratch buffer by one vectorised assignment. Each needed byte is read once. If the checkpoint has
+digests, every chunk is verified as it passes.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class Copy:
 
 
 class Reader:
-    """Byte ranges of a catalog's files, verified against its digests where it has them, else against the CRC-32s of
-    torch's records where these are read whole. Thread-safe.
+    """Byte ranges of a catalog's files, verified against its digests if it has them, else against the CRC-32s of
+    torch's records if these are read whole. Thread-safe.
 
-    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. digest_seconds: what checking digests and CRC-32s has
-    taken so far, of all threads together.
+    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. digest_seconds: the time that checking digests and
+    CRC-32s has taken so far, in all threads together.
     """
 
     def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
@@ -134,8 +134,8 @@ class Reader:
         """Fill the parts, one after the other, with the bytes from ``offset`` on; ``cache`` is the calling thread's own
         store of verified chunks.
 
-        Chunks that are wanted whole are read straight to where they belong, in one part or in several; of others, what
-        is wanted is copied.
+        Chunks that are wanted whole are read straight to where they belong, in one part or in several. Other chunks are
+        read into the cache, and what is wanted of them is copied.
         """
         if file in self._computed:
             self._computed[file].read_into(offset, parts)
@@ -180,7 +180,7 @@ class Reader:
             self._count(0.0, unchecked=sum(map(len, parts)))
 
     def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
-        """Whole chunks, verified."""
+        """Read whole chunks and verify them."""
         if len(parts) <= limits.READ_PARTS_COUNT:
             self._files.read_parts(path, at, [part.data for part in parts])
             self._check(path, digests, at // CHUNK, parts)
@@ -196,7 +196,7 @@ class Reader:
             cache.move_to_end(key)
             return cache[key]
         size = min(CHUNK, digests.size - index * CHUNK)
-        # The oldest chunk's memory serves the new one: the system need not clear pages for each.
+        # The new chunk takes the oldest one's memory, so that the system need not clear pages for each.
         room = cache.popitem(last=False)[1] if len(cache) >= limits.CHUNKS_KEPT_COUNT else np.empty(CHUNK, np.uint8)
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
@@ -205,7 +205,7 @@ class Reader:
         return chunk
 
     def _check(self, path: str, digests: ChunkDigests, index: int, parts: list[Bytes]) -> None:
-        """Whole chunks, in one part or one after the other in several."""
+        """Verify whole chunks, in one part or one after the other in several."""
         began, nbytes = perf_counter(), sum(map(len, parts))
         if len(parts) == 1:
             verify_chunks(path, digests, index, parts[0].data)
@@ -225,7 +225,7 @@ class Reader:
 
 
 def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
-    """The first bytes into the parts, one after the other."""
+    """Copy the first bytes into the parts, one after the other."""
     at = 0
     for part in parts:
         part[:] = raw[at : at + len(part)]
@@ -233,7 +233,7 @@ def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
 
 
 def _taken(rest: deque[Bytes], count: int) -> list[Bytes]:
-    """The first ``count`` bytes of the parts, which are taken away from them."""
+    """Take the first ``count`` bytes away from the parts and return them."""
     out: list[Bytes] = []
     while count:
         part = rest.popleft()
@@ -249,8 +249,8 @@ def _taken(rest: deque[Bytes], count: int) -> list[Bytes]:
 def plan(wants: Sequence[Want]) -> list[Copy]:
     """The copies that serve all wants, ordered by file and offset for sequential reading.
 
-    Raises Mismatch where a conversion of element types would lose bits, DamagedCheckpoint where the source does not
-    hold an element that is wanted.
+    Raises Mismatch if a conversion of element types would lose bits, DamagedCheckpoint if the source does not hold an
+    element that is wanted.
     """
     by_ndim: dict[int, list[Want]] = {}
     for want in wants:
@@ -265,7 +265,7 @@ def plan(wants: Sequence[Want]) -> list[Copy]:
 
 
 def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
-    """The copies that serve wants of tensors of so many dimensions, in no order."""
+    """The copies that serve wants of tensors with ``ndim`` dimensions, in no particular order."""
     numbers = np.arange(len(wants))
     source, target = (concat(blocks, ndim) for blocks in ((w.tensor.blocks for w in wants), (w.blocks for w in wants)))
     source_of = np.repeat(numbers, [len(w.tensor.blocks) for w in wants])
@@ -310,10 +310,10 @@ def gather(
 ) -> int:
     """Fill the buffers with what is wanted and return the number of payload bytes moved.
 
-    Records of torch files that are read whole by now are compared with their CRC-32s, as all digests are. Elements of a
-    buffer that no want covers are left as they are. ``threads`` defaults to the processors that this
-    process may use, at most `limits.THREADS_MAX_COUNT`; small jobs run in the calling thread. cache: that
-    thread's chunks of an earlier call.
+    All digests are checked. Records of torch files are compared with their CRC-32s if they have been read whole by now.
+    Elements of a buffer that no want covers are left as they are. ``threads`` defaults to the processors that this
+    process may use, at most `limits.THREADS_MAX_COUNT`. Small jobs run in the calling thread. cache: that thread's
+    chunks of an earlier call.
     """
     copies = plan(wants)
     total = sum(c.nbytes for c in copies)
@@ -329,8 +329,8 @@ def gather(
 
 
 def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache | None = None) -> None:
-    """Do these copies in this order, in the calling thread; beside the buffers they take about as much
-    memory as `limits.SCRATCH_BYTES`. cache: chunks of the last copies before these."""
+    """Do these copies in this order, in the calling thread. In addition to the buffers they take about
+    `limits.SCRATCH_BYTES` of memory. cache: chunks of the last copies before these."""
     cache = OrderedDict() if cache is None else cache
     for together in _neighbours(copies):
         if len(together) > 1:
@@ -340,7 +340,7 @@ def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], ca
 
 
 def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    """The copies in order, those together that are plain bytes and follow one another in a file."""
+    """The copies in order. Those that are plain bytes and follow one another in a file are put together."""
     current: list[Copy] = []
     for copy in copies:
         if current:
@@ -355,7 +355,7 @@ def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
 
 
 def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
-    """Consecutive copies of about equal bytes; one huge contiguous copy is cut, so that all threads have work."""
+    """Groups of consecutive copies with about equal bytes. A huge contiguous copy is cut, so all threads have work."""
     limit = max(total // parts, 1)
     current: list[Copy] = []
     held = 0
@@ -420,8 +420,9 @@ def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -
 
 
 def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
-    """Read the copy with its gaps, as much at a time as fits the scratch, and place it by array assignment."""
-    # A conversion makes up to seven arrays of the bytes' size beside the bytes read (two when widening to double).
+    """Read the copy with its gaps, as much at a time as fits into the scratch, and place it by array assignment."""
+    # A conversion makes up to seven arrays of the size of the bytes read, in addition to these (two when widening to
+    # double).
     share = limits.SCRATCH_BYTES if copy.source_dtype == copy.target_dtype else limits.SCRATCH_BYTES // 8
     for piece in _cut(copy, max(share * copy.nbytes // copy.span, 1)):
         _place(reader, piece, buffers, cache)

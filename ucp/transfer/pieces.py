@@ -1,8 +1,8 @@
-"""What has been written: pieces of files with their digests, the journal that tells of them, and the files' end.
+"""What has been written: pieces of files with their digests, the journal that lists them, and how files are finished.
 
-A journal has a record for every window that was written. It says which bytes they should be, never that they are on
-the device: whoever continues reads them and compares. The same records, of all processes that shared the work, make
-the files' digests and the CRC-32s that zip records carry.
+A journal has a record for every window that was written. It says which bytes the window should have, never that they
+are on the device. Whoever continues the work reads them and compares. The same records, of all processes that shared
+the work, make the files' digests and the CRC-32s that zip records carry.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from ucp.transfer.targets import TargetFile
 class Piece:
     """Whole chunks of a file that were written, in bytes.
 
-    file: its index. digests: of its chunks, one after the other. crcs: (index of the file's CRC-32 entry, first byte,
-    bytes, CRC-32) for each part of an entry that lies in this piece. logical: what it adds to logical digests, as
-    `ucp.transfer.collecting` keeps it.
+    file: the file's index.
+    start, size: where the piece lies in the file.
+    digests: of its chunks, one after the other.
+    crcs: (index of the file's CRC-32 entry, first byte, bytes, CRC-32) for each part of an entry that lies in it.
+    logical: what it adds to logical digests, as `ucp.transfer.collecting` keeps it.
     """
 
     file: int
@@ -46,7 +48,7 @@ _CRC = struct.Struct("<IQQI")
 _FINISHED = 0xFFFFFFFF
 _END = _HEAD.pack(_FINISHED, 0, 0, 0, 0, 0)
 _RECORDS = 0xFFFFFFFE  # in a file's place: what follows are CRC-32s of the source
-_SEAL = 8  # bytes of xxh3_64 behind each record, so that a torn one is known
+_SEAL = 8  # bytes of xxh3_64 after each record, so that a torn one is recognised
 
 
 class Journal:
@@ -106,7 +108,7 @@ def read_record_pieces(path: str | os.PathLike[str]) -> list[RecordPiece]:
 
 
 def _journal_records(path: str | os.PathLike[str]) -> Iterator[Piece]:
-    """Each record up to the first that is torn, as a piece, whatever it is."""
+    """Each record up to the first that is torn, as a piece, whatever its kind."""
     raw = locations.read(path)
     at = 0
     while at + _HEAD.size + _SEAL <= len(raw):
@@ -124,7 +126,7 @@ def _journal_records(path: str | os.PathLike[str]) -> Iterator[Piece]:
 def known_chunks(
     pieces: Iterable[Piece], share: Sequence[tuple[int, int]] | None = None
 ) -> dict[tuple[int, int], bytes]:
-    """(file, chunk) -> the digest that it should have; of a share's files (`write_share`) alone where one is given."""
+    """(file, chunk) -> the digest that it should have; if a share is given (`write_share`), only for its chunks."""
     out = {}
     for piece in pieces:
         if share is not None and not share[piece.file][0] <= piece.start < share[piece.file][1]:
@@ -136,7 +138,7 @@ def known_chunks(
 
 
 def create_files(folder: str | os.PathLike[str], files: Sequence[TargetFile], continued: bool = False) -> None:
-    """Make all files, empty and of their final sizes; continued: those that are there already keep their bytes.
+    """Make all files, empty and of their final sizes. continued: files that are there already keep their bytes.
 
     Raises DestinationError.
     """
@@ -158,9 +160,9 @@ def create_files(folder: str | os.PathLike[str], files: Sequence[TargetFile], co
 def seal_files(
     folder: str | os.PathLike[str], files: Sequence[TargetFile], pieces: Iterable[Piece]
 ) -> dict[str, ChunkDigests]:
-    """Store the CRC-32s where the files want them; returns all files' digests by name. Every byte is written by now.
+    """Store the CRC-32s where the files want them. Returns all files' digests by name. Every byte is written by now.
 
-    Raises DestinationError; DamagedCheckpoint where no piece tells of a chunk.
+    Raises DestinationError, and DamagedCheckpoint if some bytes are in no piece.
     """
     tables = [bytearray(chunk_count(file.size) * WIDTH) for file in files]
     told = [0] * len(files)
@@ -180,7 +182,7 @@ def seal_files(
 
 
 def _store_crcs(path: str, file: TargetFile, found: dict[int, list[tuple[int, int, int]]], table: bytearray) -> None:
-    """Write each entry's CRC-32, and digest the chunks around it anew."""
+    """Write each entry's CRC-32, and digest again the chunks that it lies in."""
     touched: set[int] = set()
     try:
         fd = disk.open_to_write(path, os.O_RDWR)

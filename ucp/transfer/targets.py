@@ -17,10 +17,13 @@ from ucp.transfer.gather import Want
 class TargetFile:
     """One file to be written: its size, its fixed bytes, and the elements that fill the rest.
 
-    name: path relative to the destination folder. size: bytes. literals: (byte offset, bytes) that are known now,
-    such as headers and pickles. wants: elements to gather from the source; their ``blocks.buffers`` are 0 and
-    ``base`` is a byte offset in this file. Bytes that neither covers are zero (padding). crc32_entries: ranges whose
-    CRC-32 the file itself stores and that is known only once they are written (the records of a zip file).
+    name: path relative to the destination folder.
+    size: bytes.
+    literals: (byte offset, bytes) that are known now, such as headers and pickles.
+    wants: elements to gather from the source. Their ``blocks.buffers`` are 0, and ``base`` is a byte offset in this
+    file. Bytes that neither literals nor wants cover are zero (padding).
+    crc32_entries: ranges whose CRC-32 the file itself stores. It is known only once they are written (the records of a
+    zip file).
     """
 
     name: str
@@ -34,12 +37,14 @@ class TargetFile:
 class WritePlan:
     """A conversion before its first byte is written.
 
-    source: the catalog to read from. files: in the order of writing; the last one, or those of ``finish``, are what
-    readers find the checkpoint by. finish: small files that depend on what was written, name -> bytes, made of the
-    files' digests by name and the tensors' logical digests; they come after all others; None for none. records:
-    whether these are wanted of all tensors, and not only where the source has them, to compare. tag: the folder below
-    the destination that holds the checkpoint, None where that is the destination itself. layout: what was written for,
-    None where it fits all. is_virtual: whether it points into the source's files instead of holding the tensors.
+    source: the catalog to read from.
+    files: in the order of writing. Readers find the checkpoint by the last one, or by those of ``finish``.
+    finish: makes small files that depend on what was written, name -> bytes, from the files' digests by name and the
+    tensors' logical digests. They come after all others. None if there are none.
+    tag: the folder below the destination that holds the checkpoint, None if that is the destination itself.
+    layout: what is written for, None if it fits all layouts.
+    is_virtual: whether it points into the source's files instead of holding the tensors.
+    records: whether logical digests are wanted of all tensors, not only of those whose digests the source has.
     """
 
     source: Catalog

@@ -1,14 +1,14 @@
-"""Several processes, on one machine or many, that share a conversion; they speak through files in a shared folder.
+"""Several processes, on one machine or many, that share a conversion. They speak through files in a shared folder.
 
-Any launcher serves that numbers its processes in the environment (torchrun, srun, mpirun); no library for
+Any launcher will do that numbers its processes in the environment (torchrun, srun, mpirun). No library for
 communication is needed. Process 0 leads:
 
 1. The others announce themselves (`hello-*`, a file that grows while they wait). The leader takes those that it sees
-   growing, so what a dead process has left never counts, and begins an attempt by naming its members (`attempt.json`).
-2. Every process writes its share of the files and notes each piece in its own journal; the others' signs of life
-   (`beat-*`) grow meanwhile. Whose attempt has been replaced or whose folder is gone stops.
-3. The leader waits for all journals to be finished. A process that fails says why (`failed-*`); one whose sign of life
-   stands still is lost. Either ends the attempt; what was written and noted is there for the next.
+   growing, so a file left by a dead process never counts. It begins an attempt by naming its members (`attempt.json`).
+2. Every process writes its share of the files and notes each piece in its own journal. Meanwhile the others' signs of
+   life (`beat-*`) grow. A process stops if its attempt has been replaced or its folder is gone.
+3. The leader waits for all journals to be finished. A process that fails says why (`failed-*`). One whose sign of life
+   stops growing is lost. Either ends the attempt; what was written and noted is there for the next one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ucp.storage.atomic import write_atomic
 
 log = logger(__name__)
 
-# (number of this process, number of processes) as launchers tell them. SLURM_STEP_*: the allocation's own variables
-# are set for the script of a batch job too, which is one process.
+# (number of this process, number of processes) as launchers give them. SLURM_STEP_* is used because the allocation's
+# own variables are also set for the script of a batch job, which is one process.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -46,8 +46,12 @@ _ATTEMPT = "attempt.json"
 
 @dataclass(frozen=True)
 class Team:
-    """This process's number and how many share the work. Seconds: join: to wait for all to begin; lost: without a sign
-    of life until a process counts as lost; beat: between such signs."""
+    """This process's number, and how many processes share the work.
+
+    join: seconds to wait for all to begin.
+    lost: seconds without a sign of life until a process counts as lost.
+    beat: seconds between signs of life.
+    """
 
     process: int = 0
     processes: int = 1
@@ -61,7 +65,7 @@ class Team:
 
 
 def from_environment(environment: Mapping[str, str]) -> Team:
-    """The team that a launcher made; one process without a launcher. Raises BadArgument for numbers that are none."""
+    """The team that a launcher made; a single process without one. Raises BadArgument for impossible numbers."""
     for number, count in _LAUNCHERS:
         if number in environment and count in environment:
             texts = environment[number], environment[count]
@@ -73,8 +77,11 @@ def from_environment(environment: Mapping[str, str]) -> Team:
 
 @dataclass
 class Attempt:
-    """One run of the whole team. members: of the others, process -> where it runs (the leader knows). stopped: it has
-    been given up or replaced by another."""
+    """One run of the whole team.
+
+    members: process -> where it runs, for the other processes; only the leader knows them.
+    stopped: whether it has been given up or replaced by another.
+    """
 
     name: str
     folder: Path
@@ -85,7 +92,7 @@ class Attempt:
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise ProcessLost where the attempt cannot succeed any more. Cheap enough to be called often."""
+        """Raise ProcessLost if the attempt can no longer succeed. Cheap enough to be called often."""
         if self.stopped:
             raise ProcessLost(
                 f"process {self.team.process} stops: process 0 has given up, or another conversion has begun"
@@ -105,7 +112,7 @@ class Attempt:
                 self._seen[process] = (size, now)
 
     def await_all(self, finished: Callable[[int], bool]) -> None:
-        """Return once ``finished`` says so of every other process. Raises ProcessLost."""
+        """Return once ``finished`` is true for every other process. Raises ProcessLost."""
         waiting = set(self.members)
         while True:
             waiting = {process for process in waiting if not finished(process)}
@@ -132,7 +139,7 @@ class Attempt:
 def lead(team: Team, folder: Path, identity: str) -> Attempt:
     """Wait for the other processes and begin an attempt with them. For process 0, which has the folder to itself.
 
-    Raises ProcessLost where they do not all come, or want another conversion.
+    Raises ProcessLost if they do not all come, or if one wants another conversion.
     """
     (folder / _ATTEMPT).unlink(missing_ok=True)
     _await_silence(folder, team)
@@ -168,9 +175,9 @@ def lead(team: Team, folder: Path, identity: str) -> Attempt:
 
 @contextmanager
 def joined(team: Team, folder: Path, identity: str) -> Iterator[Attempt]:
-    """Take part in the attempt that process 0 begins; an error in the block is told to it. For the other processes.
+    """Take part in the attempt that process 0 begins, and tell it of an error in the block. For the other processes.
 
-    Raises ProcessLost where it does not begin.
+    Raises ProcessLost if the attempt does not begin.
     """
     nonce = os.urandom(8).hex()
     attempt = Attempt(_await_attempt(team, folder, nonce, identity), folder, team)
@@ -205,7 +212,7 @@ def _await_attempt(team: Team, folder: Path, nonce: str, identity: str) -> str:
 
 
 def _await_silence(folder: Path, team: Team) -> None:
-    """Return once no process of an earlier attempt works any more: they stop when they find their attempt gone."""
+    """Return once no process of an earlier attempt is still working. They stop when they find their attempt gone."""
     deadline = time.monotonic() + team.lost
     while signs := _sizes(folder.glob("beat-*")):
         time.sleep(3 * team.beat)
@@ -218,7 +225,7 @@ def _await_silence(folder: Path, team: Team) -> None:
 
 
 class _Beat:
-    """A thread that gives signs of life, and notices when this process's attempt is no longer the one."""
+    """A thread that gives signs of life, and notices when this process's attempt is no longer the current one."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -253,7 +260,7 @@ def _grow(path: Path, text: str) -> None:
         with open(path, "a", opener=_without_waiting) as stream:
             stream.write(text)
     except OSError as error:
-        log.debug("%s: %s", path, error)  # the folder is not there yet, or no more
+        log.debug("%s: %s", path, error)  # the folder is not there yet, or no longer there
 
 
 def _without_waiting(path: str, flags: int) -> int:

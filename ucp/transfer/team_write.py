@@ -20,7 +20,7 @@ from ucp.transfer.write import Progress, write_share
 
 @dataclass(frozen=True)
 class Writing:
-    """What is written, and how: the same files in every process. check_source: raises where the source has changed.
+    """What is written, and how: the same files in every process. check_source: raises if the source has changed.
     collecting: digests what is written."""
 
     reader: Reader
@@ -39,9 +39,9 @@ def noted_bytes(part: Path) -> int:
 
 
 def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDigests]:
-    """Process 0: have all files written into a folder of `ucp.storage.partial`; returns their digests by name.
+    """Process 0: have all files written into a folder of `ucp.storage.partial`. Returns their digests by name.
 
-    What was read in part of the source's records is read to the end, and each is compared with its CRC-32.
+    Records of the source that were read in part are read to the end, and each is compared with its CRC-32.
 
     Raises what `write_share` raises, ProcessLost, and DigestMismatch for a damaged record.
     """
@@ -88,7 +88,7 @@ def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
     turn = Lock()
 
     def note(piece: Piece) -> None:
-        # What was read for a piece is noted before it, so that no known piece comes of bytes that are not.
+        # What was read for a piece is noted before the piece, so a known piece never comes from unknown bytes.
         with turn:
             journal.add_record_pieces(records.take_pieces())
         journal.add(piece)

@@ -1,8 +1,8 @@
-"""Write planned files behind a URL: each is one stream, gathered window by window and digested on its way.
+"""Write planned files to a URL: each is one stream, gathered window by window and digested on its way.
 
-Object stores have no rename and no writing in the middle. So a checkpoint is there once the file that says so is, which
-the caller writes last; and the CRCs of zip archives are stored as the bytes pass, which is possible since they lie
-behind them.
+Object stores cannot rename, and cannot write in the middle of a file. So a checkpoint exists once the file that says so
+exists; the caller writes that last. The CRCs of zip archives are stored as the bytes pass, which is possible since they
+lie behind the bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ucp.transfer.write import Progress
 
 
 def check_upload(url: str) -> None:
-    """Raise DestinationError where there is something at the URL already, or it cannot be reached."""
+    """Raise DestinationError if there is something at the URL already, or if it cannot be reached."""
     try:
         taken = locations.exists(url)
     except OSError as error:
@@ -48,12 +48,12 @@ def upload_files(
     progress: Progress | None = None,
     collecting: Collecting | None = None,
 ) -> dict[str, ChunkDigests]:
-    """Write the files below the URL, several at a time, and the last when all others are there, since readers find a
-    checkpoint by it; returns their chunks' digests by name.
+    """Write the files below the URL, several at a time. Returns their chunks' digests by name. The last file is
+    written when all others are there, since readers find a checkpoint by it.
 
-    threads, max_memory, progress, collecting: as for `ucp.transfer.write.write_share`; beside its window, a file under
-    way holds two parts of `PART` bytes. Raises DestinationError, and what reading the source raises; `discard` removes
-    what is there then.
+    threads, max_memory, progress, collecting: as for `ucp.transfer.write.write_share`. In addition to its window, a
+    file in progress holds two parts of `limits.UPLOAD_PART_BYTES`. Raises DestinationError, and what reading the source
+    raises. `discard` then removes what was written.
     """
     workers, window = budget(threads, max_memory)
     if max_memory is not None:

@@ -1,8 +1,8 @@
 """Cut the writing of planned files into windows: what fills each, how large they are, which process writes which.
 
 A window is a few chunks of one file. It is planned, filled, hashed and written by one thread, so memory is bounded by
-threads × window whatever the size of the tensors. Windows divide `UNIT`, by which work is shared out over processes, so
-each window belongs to one of them whatever memory each has.
+threads × window, whatever the size of the tensors. Work is shared out over processes in pieces of `UNIT`, which windows
+divide evenly. So each window belongs to one process, however much memory each process has.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ucp.transfer.gather import Bytes, Copy, Reader, execute, plan
 from ucp.transfer.targets import TargetFile
 
 UNIT = limits.CONVERT_WINDOW_BYTES
-# An element that straddles two windows is gathered whole in both: its other part falls into a margin. 16 bytes do;
-# so many keep the window itself aligned where its buffer is.
+# An element that straddles two windows is gathered whole in both: its other part falls into a margin. 16 bytes would be
+# enough; with this many, the window itself is aligned if its buffer is.
 MARGIN = ALIGNMENT
-# What one thread may hold beside its window: gather's scratch and a few verified chunks.
+# What one thread may hold in addition to its window: gather's scratch and a few verified chunks.
 _OVERHEAD = limits.SCRATCH_BYTES + 3 * CHUNK
 LEAST_BYTES = _OVERHEAD + CHUNK
 """What one thread needs at least."""
@@ -51,7 +51,7 @@ class Work:
         return covered == size
 
     def fill(self, reader: Reader, start: int, size: int, buffer: Bytes) -> memoryview:
-        """Bring the window that begins at byte ``start`` of the file into a buffer with its margins; returns its bytes.
+        """Fill a buffer (margin, window, margin) for the window from byte ``start`` of the file. Returns its bytes.
 
         Raises what reading the source raises.
         """
@@ -60,7 +60,7 @@ class Work:
         return filled
 
     def prepare(self, start: int, size: int, buffer: Bytes) -> memoryview:
-        """As `fill`, but for the copies: the literals, and zeros where nothing else will be."""
+        """Like `fill`, but without the copies: only the literals, and zeros if bytes would stay unfilled."""
         if not self.fills(size):
             buffer[:] = 0
         for offset, raw in self.literals:
@@ -89,7 +89,7 @@ def room_together(workers: int, window: int, max_memory: int | None) -> int:
     """Bytes of windows that one thread may fill together."""
     if max_memory is None:
         return limits.WINDOWS_TOGETHER_BYTES
-    # A thread keeps the buffer of a larger window that it had before.
+    # A thread may still hold the buffer of a larger window that it had before.
     room = max_memory // workers - _OVERHEAD - (window - CHUNK)
     return max(window, min(room // (CHUNK + 2 * MARGIN) * CHUNK, limits.WINDOWS_TOGETHER_BYTES))
 
@@ -97,8 +97,8 @@ def room_together(workers: int, window: int, max_memory: int | None) -> int:
 def check_files(files: Sequence[TargetFile]) -> None:
     """Plan everything without writing anything.
 
-    Raises Unsupported for names that cannot be files', Mismatch where elements would lose bits, DamagedCheckpoint where
-    the source lacks some that are wanted; ValueError where a file is described so that its parts lie outside it.
+    Raises Unsupported for names that files cannot have, Mismatch if elements would lose bits, DamagedCheckpoint if the
+    source lacks elements that are wanted, and ValueError if a file's description puts parts outside the file.
     """
     names.check_planned(file.name for file in files)
     for file in files:
@@ -110,7 +110,7 @@ def check_files(files: Sequence[TargetFile]) -> None:
 
 
 def shares(files: Sequence[TargetFile], process: int, processes: int) -> list[tuple[int, int]]:
-    """For each file the bytes [first, last) that this process writes: units of all files, divided evenly by bytes."""
+    """For each file, the bytes [first, last) that this process writes. All files' units are divided evenly by bytes."""
     total = sum(file.size for file in files)
     low, high = (-(-total * k // processes) for k in (process, process + 1))
     out = []
@@ -123,7 +123,7 @@ def shares(files: Sequence[TargetFile], process: int, processes: int) -> list[tu
 
 
 def windows(file: TargetFile, window: int, first: int, last: int) -> Iterator[tuple[int, Work]]:
-    """The windows of a file's bytes [first, last) in order, each by its first byte. The file is planned once; its
+    """The windows of a file's bytes [first, last) in order, as (first byte, work). The file is planned once, and its
     copies are cut where windows meet."""
     if first >= last:
         return
@@ -151,7 +151,7 @@ def _extent(copy: Copy) -> int:
 
 
 def cut_at_windows(copy: Copy, window: int) -> Iterator[tuple[int, Copy]]:
-    """The copy in pieces that lie in one window each; an element on a boundary is in both windows' pieces."""
+    """The copy in pieces that lie in one window each. An element on a boundary is in the pieces of both windows."""
     size, extent = itemsize(copy.target_dtype), _extent(copy)
     if copy.to // window == (copy.to + extent - 1) // window:
         yield copy.to // window, copy

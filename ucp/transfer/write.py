@@ -1,7 +1,7 @@
 """Write planned files: gather their elements window by window, digest each window while it is in memory, write it.
 
-No byte is read a second time for its digest. Reads, hashing and writes release the interpreter's lock, and the kernel
-is asked to write back what is complete, so that the disk works while the processors hash.
+No byte is read a second time for its digest. Reads, hashing and writes release the interpreter's lock. The kernel is
+asked to write back what is complete, so that the disk works while the processors hash.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def write_share(
     note: Callable[[Piece], None] = lambda piece: None,
     collecting: Collecting | None = None,
 ) -> list[Piece]:
-    """Fill each file's bytes [first, last) of ``share``; returns what was written. The files exist (`create_files`).
+    """Fill each file's bytes [first, last) of ``share``. Returns what was written. The files exist (`create_files`).
 
     threads: default is the number of processors, at most 8, and one that waits for the device. max_memory: bytes for
     windows and scratch; both the threads and the window shrink to respect it. known: digests of chunks that an earlier
-    attempt wrote; a window whose bytes have them is left as it is. note: called with every piece as soon as it is
-    written, from several threads. collecting: what digests windows on their way; pieces then tell what they add.
+    attempt wrote; a window that already has them is left as it is. note: called with every piece as soon as it is
+    written, from several threads. collecting: digests windows on their way; pieces then say what they add.
     Large files are on the device when the function returns.
 
-    Raises DestinationError where a file can't be written (no space, a device error), BadArgument where ``max_memory``
-    is too little for one thread, and what reading the source, ``note`` and ``progress`` raise.
+    Raises DestinationError if a file can't be written (no space, a device error), BadArgument if ``max_memory`` is too
+    little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
     if threads is None and max_memory is None:
@@ -68,7 +68,7 @@ def write_share(
     outputs: dict[int, _FileInProgress] = {}
 
     def finish(everything: bool) -> None:
-        """Collect completed batches; block while as many are under way as may be."""
+        """Collect completed batches. Block while as many batches are running as are allowed."""
         nonlocal done, running
         while running and (everything or len(running) >= 2 * workers):
             ready, running = wait(running, return_when=FIRST_COMPLETED)
@@ -99,7 +99,7 @@ def _end(
     closer: _Closer,
     outputs: Iterable[_FileInProgress],
 ) -> None:
-    """Begin nothing more, and leave no thread and no open file."""
+    """Begin nothing more. Leave no thread running and no file open."""
     for future in running:
         future.cancel()
     pool.shutdown(wait=True)
@@ -110,7 +110,7 @@ def _end(
 
 @dataclass
 class _FileInProgress:
-    """A file being written, by this process in part; remaining: bytes."""
+    """A file that is being written, maybe only in part by this process. remaining: bytes of that part to write."""
 
     index: int
     file: TargetFile
@@ -134,7 +134,7 @@ class _FileInProgress:
             return self.remaining == 0
 
     def complete(self, count: int) -> None:
-        """Note that ``count`` bytes are done with: the last act on a window, since a complete file may be closed."""
+        """Note that ``count`` bytes are done. This comes last for a window, since a complete file may be closed."""
         with self.lock:
             self.remaining -= count
 
@@ -155,7 +155,7 @@ _buffers = threading.local()
 
 
 def _buffer(index: int, size: int) -> Bytes:
-    """This thread's own buffer of that number, for a window of at most so many bytes and its margins."""
+    """This thread's own buffer number ``index``, for a window of at most ``size`` bytes and its margins."""
     held: list[Bytes] = _buffers.__dict__.setdefault("held", [])
     if index == len(held):
         held.append(np.empty(0, np.uint8))
@@ -206,7 +206,7 @@ def _write_batch(
 def _write(output: _FileInProgress, start: int, filled: memoryview) -> None:
     large = output.file.size >= limits.WRITEBACK_FILE_BYTES
     try:
-        # The kernel lets one writer at a time into a file; the others would spin: better to wait for a turn asleep.
+        # The kernel lets only one writer at a time into a file. The others would spin, so they sleep until their turn.
         with output.turn:
             (write_past_cache if large else write_at)(output.fd, filled, start)
     except OSError as error:
@@ -218,13 +218,13 @@ def _write(output: _FileInProgress, start: int, filled: memoryview) -> None:
 def _digests_there(
     output: _FileInProgress, start: int, filled: memoryview, known: Mapping[tuple[int, int], bytes]
 ) -> bytes | None:
-    """The digests of a window whose bytes on disk are known and right (they are in ``filled`` then); else None."""
+    """The digests of a window if its bytes on disk are known and right, else None. ``filled`` then has these bytes."""
     first = start // CHUNK
     wanted = [known.get((output.index, first + k)) for k in range(chunk_count(len(filled)))]
     if any(digest is None for digest in wanted):
         return None
     try:
-        with output.turn:  # a write past the cache sets how the file is read, too
+        with output.turn:  # a write past the cache also changes how the file is read
             if os.preadv(output.fd, [filled], start) != len(filled):
                 return None
     except OSError as error:
