@@ -40,7 +40,14 @@ log = logger(__name__)
 class EngineUcp:
     """What a bound engine offers as ``engine.ucp``.
 
-    last_load, last_save: the reports of the last load and the last finished save, None before one.
+    Attributes
+    ----------
+    config
+        The ``"ucp"`` section of the DeepSpeed config.
+    last_load
+        The `LoadReport` of the last load, or None before the first.
+    last_save
+        The `SaveReport` of the last finished save, or None before the first.
     """
 
     def __init__(self, engine: Any, config: Config) -> None:
@@ -61,28 +68,42 @@ class EngineUcp:
             self.memory = Snapshots(engine, config)
 
     def snapshot(self, client_state: Mapping[str, Any] | None = None) -> bool:
-        """Have the keepers in memory take the training state as it is now; returns whether that was begun. Collective.
+        """Have the keepers in memory take the training state as it is now. Collective.
 
-        client_state: as for ``save_checkpoint``; without it what ``engine.ucp.client_state`` gives.
+        Parameters
+        ----------
+        client_state
+            As for ``save_checkpoint``. The default is what ``engine.ucp.client_state`` returns.
+
+        Returns
+        -------
+        bool
+            Whether a snapshot was begun.
+
+        Raises
+        ------
+        BadArgument
+            If the config does not enable snapshots in memory.
         """
         if self.memory is None:
             raise BadArgument('nothing is kept in memory: the config needs "ucp": {"memory": {"enabled": true}}')
         return self.memory.take(self.client_state() if client_state is None else client_state)
 
     def client_state(self) -> Mapping[str, Any]:
-        """What a snapshot that goes by ``every`` has as the client state. A program replaces this by its own function,
-        such as ``engine.ucp.client_state = lambda: {"data": order.state_dict()}``."""
+        """The client state of the snapshots that are taken every so many steps. A program may replace this method by a
+        function of its own, such as ``engine.ucp.client_state = lambda: {"data": order.state_dict()}``."""
         return {}
 
     def gradient_norms(self) -> dict[str, float]:
-        """The norm of each layer's gradient as last measured, by the layer's name: what ``save_checkpoint`` keeps in
-        the client state where the config has ``"save": {"gradient_norms": N}``. Collective."""
+        """The norm of each layer's gradient as last measured, by the layer's name; {} before the first measurement.
+        ``save_checkpoint`` keeps it in the client state if the config has ``"save": {"gradient_norms": N}``.
+        Collective."""
         return {} if self._norms is None else self._norms.merged()
 
     def hold(self) -> None:
         """Return once the save under way has copied what it needs, so that weights and optimizer states may be changed.
 
-        DeepSpeed's own ways to change them (a step, ``safe_set_*``, ``offload_states``, a load) call it by themselves.
+        DeepSpeed's own ways to change them (a step, ``safe_set_*``, ``offload_states``, a load) call it themselves.
         """
         if self.saver is not None:
             self.saver.hold()
@@ -95,23 +116,31 @@ class EngineUcp:
         return any(saver is not None and saver.is_copying() for saver in savers)
 
     def wait(self) -> None:
-        """Return once no save of this rank is under way in the background; raises what went wrong with the last one."""
+        """Return once this rank has no save under way in the background. Raises what went wrong with the last one."""
         if self.memory is not None:
             self.memory.tier.wait()
         if self.saver is not None:
             self.saver.wait()
 
     def saved(self, report: SaveReport) -> None:
-        """Keep the report of a finished save, and its timings where the config says so."""
+        """Keep the report of a finished save, and record its timings if the config says so."""
         self.last_save = report
         if self.config.metrics:
             record_save(report, self._rank, self._world)
 
     def digest(self) -> Digests:
-        """The logical digests of the training state now: of every tensor that a save would write, and ``.all`` of them
-        together; equal to those of a checkpoint of this state in any layout. Collective; nothing is gathered.
+        """Digest every tensor of the training state that a save would write now. Collective; nothing is gathered.
 
-        Raises Mismatch where ranks hold different values of what should be the same.
+        Returns
+        -------
+        Digests
+            ``tensors`` has a digest for each name and state, and ``all`` is one for them together. They are equal to
+            those of a checkpoint of this state in any layout.
+
+        Raises
+        ------
+        Mismatch
+            If ranks hold different values of what should be the same.
         """
         live = ranks.all_or_none(lambda: LiveEngine(self._engine))
         live.place(self.config.choice())
@@ -119,14 +148,14 @@ class EngineUcp:
 
     @property
     def samples_seen(self) -> int:
-        """Samples of the training data that this run has consumed, over all layouts it has had, each counted once:
-        ``engine.global_samples`` counts one under AutoTP for every tensor-parallel rank that sees it."""
+        """How many samples of the training data this run has consumed, over all layouts that it has had. Each counts
+        once, while under AutoTP ``engine.global_samples`` counts it for every tensor-parallel rank that sees it."""
         return samples_seen(self._engine)
 
 
 def bind(engine: Any, config: Config) -> None:
-    """Replace this one engine's ``load_checkpoint``, and ``save_checkpoint`` where the config says so; no class and no
-    other engine is touched."""
+    """Replace this one engine's ``load_checkpoint``, and its ``save_checkpoint`` if the config says so. No class and no
+    other engine is changed."""
     ranks.all_or_none(lambda: releases.require(engine))
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
@@ -151,12 +180,12 @@ def load_checkpoint(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Restore the engine from a checkpoint of any supported format and layout, exactly, or refuse.
 
-    The arguments are those of DeepSpeed's own method. Returns (path, client state), or (None, None) with a warning
-    where ``tag`` is None and the folder holds no checkpoint and no ``latest``. Collective: every rank calls it; all
+    The arguments are those of DeepSpeed's own method. Returns (path, client state), or (None, None) with a warning if
+    ``tag`` is None and the folder holds no checkpoint and no ``latest``. Collective: every rank calls it. All of them
     refuse together, and then nothing has changed.
 
-    Raises Mismatch when anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
-    DamagedCheckpoint, UnsafePickle; and, with everything in place, ProofFailed.
+    Raises Mismatch if anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
+    DamagedCheckpoint and UnsafePickle. Raises ProofFailed after everything was put in place.
     """
     config: Config = engine.ucp.config
     kept = config.load.lr_scheduler == "keep"
@@ -170,7 +199,7 @@ def load_checkpoint(
     module = [name for name, _ in engine.module.named_parameters()]
     local = [ModuleOrder.of_group(g.names, module) for g in target.groups]
     watch.timed("plan", lambda: target.place(config.choice()))
-    # A pipeline's names are the whole model's on every stage; those of all stages tell more.
+    # A pipeline stage's names are those of the whole model, so the names of all stages can be given, which say more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
     found = ranks.from_first(
@@ -201,7 +230,7 @@ def _tell_of_nothing(load_dir: str) -> None:
 
 
 def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
-    """Keep a load's report, write its timings where the config wants them, and tell of it on the first rank."""
+    """Keep a load's report, write its timings if the config wants them, and log it on the first rank."""
     engine.ucp.last_load = report
     if engine.ucp.memory is not None:
         engine.ucp.memory.loaded()
@@ -215,7 +244,7 @@ def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
 
 
 def _overridden(engine: Any) -> list[str]:
-    """Set the hyperparameters that the config overrides; what is to be said of it."""
+    """Set the hyperparameters that the config overrides. Returns notes about that for the log."""
     said = engine.ucp.config.load
     for group in engine.optimizer.param_groups if said.override else ():
         group.update(said.override)
@@ -226,7 +255,7 @@ def _overridden(engine: Any) -> list[str]:
 
 
 def _client_state(catalog: Catalog) -> dict[str, Any]:
-    """What this rank had given to the save where as many ranks resume, else what the first one had."""
+    """What this rank gave to the save, if as many ranks resume as saved; else what the first rank gave."""
     own = catalog.training_state.extra.get("ranks", ())
     if len(own) == ranks.world_size() and "client_state" in own[ranks.rank()]:
         return dict(own[ranks.rank()]["client_state"])
@@ -259,9 +288,10 @@ def _open(
     live: Collection[str],
     model: Mapping[str, Any] | None,
 ) -> tuple[str, Catalog] | None:
-    """The checkpoint's folder and its catalog, its training state with real tensors; None if there is no checkpoint.
+    """The checkpoint's folder and its catalog, whose training state has real tensors. None if there is no checkpoint.
 
-    names: rank 0's own in each param group. live: all of the model's; the spec says what the checkpoint calls them.
+    names: rank 0's own names in each param group. live: all names of the model. The spec says what the checkpoint calls
+    them.
     """
     try:
         with open_checkpoint(
@@ -297,7 +327,7 @@ def _weights_notes(report: LoadReport) -> list[str]:
 
 
 def _returned_path(path: str) -> str:
-    """What DeepSpeed returns for its own checkpoints: the model file; for others the checkpoint's folder."""
+    """The path to return: for DeepSpeed's own checkpoints the model file, as DeepSpeed does; for others the folder."""
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         if locations.is_file(locations.locate(path) / name):
             return str(locations.locate(path) / name)

@@ -1,7 +1,7 @@
-"""The norm of each layer's gradient, which a repair weighs a lost layer's neighbours with (`ucp.repair`).
+"""The norm of each layer's gradient, by which a repair weighs the neighbours of a lost layer (`ucp.repair`).
 
-A gradient lives from the end of a backward pass to the optimizer's step, so it is measured there, of every so many
-steps, and what was measured last goes into every save. Only the layers' proportions count: a loss scale is left in.
+A gradient lives from the end of a backward pass to the optimizer's step. It is measured then, every so many steps, and
+every save has the last measurement. Only the proportions of the layers count, so a loss scale need not be removed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class GradientNorms:
                 self._squares = _squares(self._engine.module)
             return original(*args, **kwargs)
 
-        # A bound method, as torch's schedulers expect an optimizer's step to be.
+        # It has to be a bound method: torch's schedulers expect this of an optimizer's step.
         optimizer.step = MethodType(step, optimizer)
 
     def merged(self) -> dict[str, float]:
-        """Each layer's norm by its name, of all stages; {} before the first measurement. Collective."""
+        """Layer's name -> its norm, for the layers of all stages. {} before the first measurement. Collective."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (_place(self._engine), self._squares))
         total: dict[str, float] = {}
@@ -51,7 +51,8 @@ class GradientNorms:
 
 
 def _place(engine: Any) -> tuple[int, int]:
-    """The rank's pipeline stage and tensor-parallel number: data-parallel ranks of one have measured the same."""
+    """The rank's pipeline stage and tensor-parallel number. Data-parallel ranks with the same ones have measured the
+    same."""
     grid = getattr(engine.module, "_grid", None) or getattr(engine, "mpu", None)
     if grid is None:
         return 0, 0
@@ -80,7 +81,7 @@ def _gradient(param: torch.nn.Parameter) -> torch.Tensor | None:
     """A parameter's whole gradient, averaged over the data-parallel ranks and accumulated over micro-steps."""
     from deepspeed.utils import safe_get_full_grad
 
-    # Stages 1 and 2: `safe_get_full_grad` takes ``param.grad`` first, which is one micro-step's under pipelines.
+    # For stages 1 and 2: `safe_get_full_grad` prefers ``param.grad``, which under pipelines has only one micro-step.
     if hasattr(param, "get_full_hp_grad") and not hasattr(param, "ds_id"):
         found: torch.Tensor = param.get_full_hp_grad()
         return found

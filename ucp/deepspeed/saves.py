@@ -27,17 +27,17 @@ def save_checkpoint(
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
 ) -> bool:
-    """Save the engine's whole training state as ``save_dir/tag``, to be resumed on any layout; returns True.
+    """Save the engine's whole training state as ``save_dir/tag``. It can be resumed on any layout. Collective.
 
-    The arguments are those of DeepSpeed's own method: without a tag it is ``global_step{N}``; all ranks have to give
-    the same one. client_state: plain data and tensors; every rank's own is kept. Collective: every rank calls it.
+    The arguments are those of DeepSpeed's own method. The default tag is ``global_step{N}``. All ranks have to give the
+    same tag. client_state: plain data and tensors; every rank's own is kept.
 
-    It returns at once, and the next optimizer step waits until the tensors are copied to host memory; what goes wrong
-    later is raised at the next save or load, at ``engine.ucp.wait()`` or at exit. With ``"async": false`` in the config
-    it returns once the checkpoint is on disk. What was there before is untouched until the new checkpoint is whole.
-    False is returned only where ``"policy": "skip"`` in the config made it leave out this save.
+    It returns at once. The next optimizer step waits until the tensors are copied to host memory. What goes wrong later
+    is raised at the next save or load, at ``engine.ucp.wait()`` or at exit. With ``"async": false`` in the config it
+    returns once the checkpoint is on disk. What was there before stays as it was until the new checkpoint is whole.
 
-    Raises on every rank: DestinationError (no space, not writable), Unsupported (by name), SaveFailed (a rank failed).
+    Returns True, or False if ``"policy": "skip"`` in the config made it skip this save. Raises on every rank:
+    DestinationError (no space, not writable), Unsupported (by name), SaveFailed (a rank failed).
     """
     if not save_dir:
         raise ValueError(f"save_dir must name a folder, found {save_dir!r}")

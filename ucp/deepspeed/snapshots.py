@@ -25,7 +25,7 @@ log = logger(__name__)
 
 
 class Snapshots:
-    """One engine's."""
+    """The snapshots of one engine."""
 
     def __init__(self, engine: Any, config: Config) -> None:
         self._engine, self._config = engine, config
@@ -40,7 +40,7 @@ class Snapshots:
             self.name_after(self.tier.options.run)
 
     def name_after(self, folder: str | os.PathLike[str]) -> None:
-        """The run saves to this folder, or loads from it: its memory is called after it. Collective."""
+        """Name the run's memory after this folder, which it saves to or loads from. Collective."""
         self._folder = os.fspath(folder)
         live = ranks.all_or_none(lambda: LiveEngine(self._engine))
         self.tier.attach(folder, live.nbytes_to_save)
@@ -63,12 +63,12 @@ class Snapshots:
         engine.step = MethodType(step, engine)
 
     def record(self, report: SaveReport) -> None:
-        """A snapshot is finished: its timings, where the config wants them."""
+        """Record the timings of a finished snapshot, if the config wants them."""
         if self._config.metrics and self._folder is not None:
             record_snapshot(report, self._folder, self._rank, self._world)
 
     def _tell_of_first_step(self) -> None:
-        """The run goes on: how long it took since the process began, phase by phase."""
+        """Record how long the restart took from the process's start to the first step, phase by phase."""
         loaded, self._loaded = self._loaded, None
         if not self._config.metrics or self._folder is None or loaded is None:
             return
@@ -81,11 +81,11 @@ class Snapshots:
         record_event(self._folder, "resumed", self._rank, self._world, {**seconds, **read}, source=from_, **more)
 
     def loading(self) -> None:
-        """A load begins now."""
+        """Note that a load begins now."""
         self._load_began = time.monotonic()
 
     def loaded(self) -> None:
-        """A load is done."""
+        """Note that a load is done."""
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - _born() - (time.monotonic() - self._load_began)
         self._loaded = (age, time.monotonic(), self._load_began)
 
@@ -102,8 +102,8 @@ class Snapshots:
         return begun
 
     def source(self, folder: str | os.PathLike[str], tag: str | int | None) -> tuple[str, str | int | None]:
-        """Where a load from this folder reads, and the tag there: from memory, if no tag is asked for and what the
-        memory has is no older than what the folder has. Collective."""
+        """Where a load from this folder reads, and the tag there. It reads from memory if no tag is asked for and the
+        memory's snapshot is no older than the folder's checkpoint. Collective."""
         self.loading()
         self.name_after(folder)
         if tag is not None:
@@ -126,6 +126,6 @@ class Snapshots:
 
 
 def _born() -> float:
-    """When this process was started, by the clock since boot."""
+    """When this process was started, in seconds since boot."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     return ticks / os.sysconf("SC_CLK_TCK")

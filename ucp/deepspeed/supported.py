@@ -1,4 +1,4 @@
-"""Which DeepSpeed versions and engines are supported; everything else is refused by name, before anything changes."""
+"""Which DeepSpeed versions and engines are supported. All others are refused by name, before anything changes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.errors import Mismatch, Unsupported
 from ucp.tested import TESTED
 
-# Versions whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
+# Versions with whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
 TESTED_VERSIONS = TESTED["deepspeed"]
 
 
 def check_version(allow_untested: bool) -> None:
-    """Raise Unsupported for a DeepSpeed that the tests have not run."""
+    """Raise Unsupported for a DeepSpeed version that the tests have not run with."""
     if releases.installed() not in TESTED_VERSIONS and not allow_untested:
         raise Unsupported(
             f"DeepSpeed {releases.installed()} has not been tested with this project (tested: "
@@ -35,7 +35,8 @@ def check_engine(engine: Any) -> None:
 
 
 def check_features(engine: Any, consequence: str) -> None:
-    """Raise Unsupported naming the first feature of this engine whose state is not understood, then the consequence."""
+    """Raise Unsupported for the first feature of this engine whose state is not understood. The consequence ends the
+    message."""
     for feature in _unsupported(engine):
         raise Unsupported(f"this engine uses {feature}, which is not supported; {consequence}")
 
@@ -80,5 +81,5 @@ def _unsupported(engine: Any) -> Iterator[str]:
 
 
 def _freezes(module: Any) -> bool:
-    """Whether parameters are not trained."""
+    """Whether any parameters are not trained."""
     return any(not param.requires_grad for param in module.parameters())

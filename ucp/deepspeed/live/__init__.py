@@ -33,7 +33,7 @@ WORDS = Words(
 
 
 class LiveEngine:
-    """The training state of one rank of a DeepSpeed engine. Built anew for every load: engines change."""
+    """The training state of one rank of a DeepSpeed engine. It is built anew for every load, since engines change."""
 
     words = WORDS
     copies = False
@@ -57,9 +57,10 @@ class LiveEngine:
         self._placed: PlacedSlots | None = None
 
     def place(self, choice: Choice) -> None:
-        """Lift the slots into the whole model's tensors, where tensor or pipeline parallelism cuts it. Collective.
+        """Lift the slots into the whole model's tensors, if tensor or pipeline parallelism cuts it. Collective.
 
-        Raises on every rank: SpecError, Mismatch and Unsupported, where nothing says how the model is cut.
+        Raises on every rank: SpecError and Mismatch if the spec does not fit, Unsupported if nothing says how the model
+        is cut.
         """
         self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice)
 
@@ -100,14 +101,14 @@ class LiveEngine:
 
     @property
     def groups(self) -> Sequence[Group]:
-        """The param groups; under model parallelism with the names that all parts of the model have in them."""
+        """The param groups. Under model parallelism they have the names from all parts of the model."""
         groups = self._own_groups()
         if self._placed is None:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
 
     def room(self, key: int, state: str) -> torch.Tensor | None:
-        """Nowhere: the masters and states that the engine has are in use."""
+        """None, since the masters and states that the engine has are in use."""
         return None
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
@@ -124,14 +125,14 @@ class LiveEngine:
         return None if found is None else host_copy(found)
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        """A slot's weights and the optimizer's state of them, no copies."""
+        """A slot's weights and the optimizer's state of them. Both are no copies."""
         if key in self._held or self._optimizer is None:
             return self._held[key].tensor, {}
         return self._optimizer.live(key)
 
     @property
     def nbytes_to_save(self) -> int:
-        """About how many bytes this rank writes when it saves, states that its optimizer has yet to make included."""
+        """About how many bytes this rank writes when it saves, with the states that its optimizer has yet to make."""
         return nbytes_to_save(self._slots, self.groups)
 
     @property
@@ -140,7 +141,7 @@ class LiveEngine:
         return any(self.live(slot.key)[0].is_cuda for slot in self._slots)
 
     def source(self, client_state: Mapping[str, Any], *, frozen: bool = True) -> Source:
-        """What of the engine's state this rank saves. frozen: with the parameters that are not trained."""
+        """The part of the engine's state that this rank saves. frozen: include parameters that are not trained."""
         placed = self._placed
         slots = self._slots if placed is None else placed.to_save(self._slots)
         return make_source(self, slots, client_state, frozen)
@@ -166,7 +167,7 @@ class LiveEngine:
 
 
 def _adapter(engine: Any) -> Optimizer | None:
-    """The adapter for the engine's optimizer, by the class that DeepSpeed made."""
+    """The adapter for the engine's optimizer, chosen by the class that DeepSpeed made."""
     optimizer = engine.optimizer
     if optimizer is None:
         return None

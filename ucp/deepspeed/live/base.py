@@ -25,11 +25,11 @@ class Optimizer(Protocol):
     def groups(self) -> Sequence[Group]: ...
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        """A slot's masters, and the optimizer's state of them: what it steps itself, no copies."""
+        """A slot's masters, and the optimizer's state of them. These are what it steps itself, and no copies."""
         ...
 
     def weights(self) -> Iterator[Weights]:
-        """The model's weights beside the masters that they are rounded from."""
+        """The model's weights, together with the masters that they are rounded from."""
         ...
 
     def begin(self) -> None: ...
@@ -42,7 +42,7 @@ class Optimizer(Protocol):
 
 
 def everyone() -> tuple[int, ...]:
-    """All ranks: those that hold what is not cut, under data parallelism alone."""
+    """All ranks. Under data parallelism alone they all hold what is not cut."""
     return tuple(range(torch.distributed.get_world_size()))
 
 
@@ -53,13 +53,13 @@ def on_rank(blocks: Blocks, rank: int) -> Blocks:
 
 @lru_cache(maxsize=1 << 16)
 def own_flat_partition(shape: tuple[int, ...], offset: int, size: int, rank: int) -> Blocks:
-    """What this rank holds of `flat_partition`. Remembered: a run asks for the same at every save and load."""
+    """What this rank holds of `flat_partition`. It is cached, since a run asks for the same at every save and load."""
     return on_rank(flat_partition(shape, offset, size), rank)
 
 
 @lru_cache(maxsize=1 << 16)
 def own_ceil_partition(shape: tuple[int, ...], offset: int, dp: int, rank: int) -> Blocks:
-    """What this rank holds of `ceil_partition`. Remembered: a run asks for the same at every save and load."""
+    """What this rank holds of `ceil_partition`. It is cached, since a run asks for the same at every save and load."""
     return on_rank(ceil_partition(shape, offset, dp), rank)
 
 
@@ -83,7 +83,7 @@ class HeldTensor:
 
     @classmethod
     def of_parameter(cls, param: Any) -> HeldTensor:
-        """A parameter of the module; at stage 3 DeepSpeed has given it ``ds_tensor`` and what describes that."""
+        """A parameter of the module. At stage 3 DeepSpeed has given it ``ds_tensor`` and what describes that."""
         if not hasattr(param, "ds_tensor"):
             return cls.of_tensor(param.data)
         group = param.ds_process_group
@@ -92,7 +92,7 @@ class HeldTensor:
         return cls(param.ds_tensor, shape, own_ceil_partition(shape, 0, count, rank))
 
     def put(self, values: torch.Tensor) -> None:
-        """Copy flat values in, rounded to the tensor's element type where that is narrower."""
+        """Copy flat values in. They are rounded if the tensor's element type is narrower."""
         self.tensor.data.copy_(values.view(self.tensor.shape))
 
 
@@ -113,7 +113,7 @@ def state_dtypes(state: Mapping[str, Any], length: int) -> dict[str, str]:
 def put_states(
     optimizer: torch.optim.Optimizer, param: torch.Tensor, key: int, loaded: Loaded, group: Mapping[str, Any]
 ) -> None:
-    """Give one optimizer parameter exactly the states that were loaded for it; none at all if none were saved."""
+    """Give one optimizer parameter exactly the states that were loaded for it, or none at all if none were saved."""
     if key not in loaded.scalars:
         return
     tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}
@@ -133,7 +133,7 @@ def put_states(
 
 
 def put_masters(flat: torch.Tensor, values: torch.Tensor) -> None:
-    """Give a flat buffer, of which nobody keeps views, the loaded values; it stays the same object."""
+    """Give a flat buffer the loaded values. Nobody keeps views of it; it stays the same object."""
     if _is_replaceable(flat, values):
         flat.data = values
     else:
@@ -141,8 +141,8 @@ def put_masters(flat: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _is_replaceable(live: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the loaded tensor's memory can take the live one's place, which saves copying: both are ordinary host
-    memory of their own. torch's own ``load_state_dict``, with which DeepSpeed loads, replaces states as well."""
+    """Whether the loaded tensor's memory can take the place of the live one's, which saves a copy. Both have to be
+    ordinary host memory of their own. torch's ``load_state_dict``, with which DeepSpeed loads, also replaces states."""
     alone = live.untyped_storage().nbytes() == live.nbytes
     return live.device == values.device and live.dtype == values.dtype and alone and not live.is_pinned()
 
@@ -150,10 +150,10 @@ def _is_replaceable(live: torch.Tensor, values: torch.Tensor) -> bool:
 def scalar_like(
     live: Any, optimizer: torch.optim.Optimizer, param: torch.Tensor, group: Mapping[str, Any], value: Any
 ) -> Any:
-    """A value in the type that this optimizer keeps it in: a 0-d tensor in torch's own, a plain number elsewhere."""
+    """A value in the type in which this optimizer keeps it: a 0-d tensor in torch's own, a plain number in others."""
     if isinstance(live, torch.Tensor):
         return torch.full_like(live, value)
-    # DeepSpeed's Muon has another optimizer, sharing its states, step what it does not orthogonalise.
+    # In DeepSpeed's Muon another optimizer, which shares its states, steps what Muon does not orthogonalise.
     stepping = getattr(optimizer, "aux_optimizer", None) or optimizer
     if live is None and type(stepping).__module__.startswith("torch.optim"):
         device = param.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
@@ -172,9 +172,9 @@ def set_group_options(group: dict[str, Any], options: Mapping[str, Any]) -> None
 
 
 def check_groups(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Raise Unsupported if the inner optimizer has not one param group for each of DeepSpeed's.
+    """Raise Unsupported unless the inner optimizer has one param group for each of DeepSpeed's.
 
-    DeepSpeed makes torch's Adagrad anew with a single group, and cannot train it then if there were several.
+    DeepSpeed makes torch's Adagrad anew with a single group, and then cannot train it if there were several.
     """
     if len(optimizer.param_groups) != count:
         raise Unsupported(

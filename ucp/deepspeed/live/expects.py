@@ -1,4 +1,4 @@
-"""Which states an optimizer keeps for a parameter, told before its first step."""
+"""Which states an optimizer will keep for a parameter, known before its first step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEEPSPEED = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What an optimizer keeps for a parameter: names of tensors of its shape, and of single values. None: unknown."""
+    """What an optimizer keeps for a parameter: names of tensors of its shape, and of single values. None if unknown."""
 
     tensors: frozenset[str] | None
     values: frozenset[str] | None
@@ -36,7 +36,7 @@ class Expected:
 def expected(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Expected:
     """What this optimizer keeps for the parameters of a group with these options.
 
-    torch's own optimizers are asked: a twin of the same class and options takes one step on a few elements.
+    torch's own optimizers are tried out: a twin of the same class and options takes one step on a few elements.
     """
     kind = type(optimizer)
     if kind.__name__ in _DEEPSPEED:
@@ -51,10 +51,10 @@ def expected(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Ex
 
 
 def live_group(names: Sequence[str], optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> Group:
-    """A param group as a target's.
+    """A param group of a target.
 
     An optimizer that is not known here may add hyperparameters to its group in its first step (a step count, an
-    estimate), so all that the checkpoint has are taken, as torch's own ``load_state_dict`` does.
+    estimate). So it takes all that the checkpoint has, as torch's own ``load_state_dict`` does.
     """
     keeps = expected(optimizer, options)
     if keeps.values is None:

@@ -1,7 +1,7 @@
 """The experts of a live engine: this rank's slots as parts of the whole model's tensors.
 
 Every rank knows which experts it holds and how many there are, so nothing is exchanged. A slot lists the experts of all
-ranks, without elements where they are others', so that all ranks judge alike. The rules are in
+ranks, so that all ranks come to the same decisions; other ranks' experts have no elements in it. The rules are in
 `ucp.formats.deepspeed.experts`.
 """
 
@@ -21,7 +21,8 @@ from ucp.loading.target import Group, Member, Placement, Slot
 
 
 class LiveExperts:
-    """Which experts this rank of an engine holds. ep: the largest number of ranks over which a layer's are spread."""
+    """Which experts this rank of an engine holds. ep: the largest number of ranks over which a layer's experts are
+    spread."""
 
     def __init__(self, engine: Any) -> None:
         held: dict[str, int] = {}
@@ -42,9 +43,9 @@ class LiveExperts:
         self.ep = max((_size(group) for group in self._group.values()), default=1)
 
     def lift(self, slot: Slot) -> Slot:
-        """The slot with the whole model's names and shapes; one that holds no experts comes back as it is.
+        """The slot with the whole model's names and shapes. A slot without experts comes back as it is.
 
-        Raises Unsupported for a slot of experts and others in one, which different ranks hold.
+        Raises Unsupported for a slot with both experts and other parameters, since different ranks hold those.
         """
         if not any(self._group_of(member.name) for member in slot.members):
             return slot
@@ -73,7 +74,7 @@ class LiveExperts:
         return [self._experts.name(local, rank) for rank in range(count)]
 
     def _group_of(self, local: str) -> str:
-        """The name of the process groups of the experts that a tensor belongs to; '' for what is no expert's."""
+        """The name of the process groups of the experts that a tensor belongs to; '' if it belongs to no expert."""
         expert = expert_of(local)
         return self._group.get(expert.layer if expert else local, "")
 
@@ -103,7 +104,7 @@ def _groups() -> Any:
 
 
 def _size(group: str) -> int:
-    """Over how many ranks experts are spread."""
+    """The number of ranks over which experts are spread."""
     return int(_groups()._get_expert_parallel_world_size(group))
 
 

@@ -1,6 +1,6 @@
 """The random number generators of one rank under DeepSpeed.
 
-Those of any rank (`ucp.job.generators`), its accelerator's, and its trackers.
+These are the generators of any rank (`ucp.job.generators`), its accelerator's, and its trackers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ucp.job import generators
 
 
 def capture(engine: Any) -> dict[str, Any]:
-    """The present states, as plain values and numpy arrays."""
+    """The current states, as plain values and numpy arrays."""
     found = generators.capture()
     if engine.device.type != "cpu":
         found["device"] = releases.accelerator().get_rng_state().cpu().numpy().copy()
@@ -25,7 +25,7 @@ def capture(engine: Any) -> dict[str, Any]:
 
 
 def restore(engine: Any, found: Mapping[str, Any]) -> None:
-    """Set what `capture` returned on the same rank of a run with as many ranks."""
+    """Set what `capture` returned on the same rank of a run with the same number of ranks."""
     generators.restore(found)
     if "device" in found and engine.device.type != "cpu":
         releases.accelerator().set_rng_state(torch.from_numpy(np.array(found["device"], np.uint8)))

@@ -1,9 +1,8 @@
-"""The updates of one engine wait for a save's copy: everything in DeepSpeed that changes weights or optimizer states.
-And nothing else waits: not its throughput timer, which would wait for the whole device ahead of every forward
-(utils/timer.py).
+"""Make one engine's updates wait for a save's copy: everything in DeepSpeed that changes weights or optimizer states.
 
-Wrapped are methods of this engine, of its optimizer, its parameters and its timer, as attributes of these objects; no
-class and no other engine is touched.
+Nothing else waits. In particular its throughput timer, which would wait for the whole device before every forward
+(utils/timer.py), does not. Methods of this engine, its optimizer, its parameters and its timer are wrapped, as
+attributes of these objects. No class and no other engine is changed.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-# engine.step() reaches the weights through its optimizer's only; `safe_set_*` through the optimizer's (stage 3) or the
-# parameter's own method (stages 1, 2: utils/mixed_precision_linkage.py).
+# engine.step() reaches the weights only through the optimizer's step. `safe_set_*` reaches them through a method of the
+# optimizer (stage 3) or of the parameter (stages 1, 2: utils/mixed_precision_linkage.py).
 _ENGINE = ("load_module_state_dict", "offload_states", "reload_states")
 _OPTIMIZER = ("step", "load_state_dict", "refresh_fp32_params", "set_full_hp_param", "set_local_hp_param")
 _PARAMETER = ("set_full_hp_param",)
@@ -22,7 +21,7 @@ _TIMER = ("start", "stop")
 
 
 def hold_updates(engine: Any, hold: Callable[[], None]) -> None:
-    """Call ``hold`` before every update. To be called before every save, since DeepSpeed may bind methods anew."""
+    """Have ``hold`` called before every update. Call this before every save, since DeepSpeed may bind methods anew."""
 
     def held(original: Any) -> Any:
         def update(_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,11 +56,11 @@ def let_forward_go(engine: Any, copying: Callable[[], bool]) -> None:
 
 
 def _wrap(owner: Any, names: tuple[str, ...], around: Callable[[Any], Any]) -> None:
-    """Put what ``around`` makes of a method in its place, once."""
+    """Replace methods by what ``around`` makes of them. A method is wrapped only once."""
     for name in names:
         original = getattr(owner, name, None)
         if original is not None and not hasattr(original, "holds_for_saves"):
             made: Any = functools.wraps(original)(around(original))
             made.holds_for_saves = True
-            # A bound method, as torch's schedulers expect an optimizer's step to be.
+            # It has to be a bound method: torch's schedulers expect this of an optimizer's step.
             setattr(owner, name, MethodType(made, owner))

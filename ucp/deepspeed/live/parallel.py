@@ -1,8 +1,8 @@
 """A live engine under tensor and pipeline parallelism: this rank's slots as parts of the whole model's tensors.
 
-Every rank knows its local tensors only. The ranks tell each other names and shapes, the spec (or the model itself) says
-how those make whole tensors, and every slot is lifted into them. Without model parallelism and padding nothing of this
-happens.
+Every rank knows only its local tensors. The ranks tell each other names and shapes, the spec (or the model itself) says
+how these make whole tensors, and every slot is lifted into them. None of this happens without model parallelism and
+padding.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RankTensors:
 class PlacedSlots:
     """Where this rank's local tensors lie in the whole model's.
 
-    slots: for loading, everything that this rank holds. elsewhere: as of a Target. groups: the names in each param
-    group, those of all parts of the model.
+    slots: everything that this rank holds, for loading. elsewhere: as in `Target`. groups: the names in each param
+    group, from all parts of the model.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class PlacedSlots:
         self.elsewhere = {name: kind for name, kind in kinds.items() if name not in own}
 
     def names(self, local: Sequence[str]) -> tuple[str, ...]:
-        """The whole model's names of these local tensors."""
+        """The names that these local tensors have in the whole model."""
         return tuple(placed.name for name in local for placed in self._placements[self._at, name])
 
     def to_save(self, slots: Sequence[Slot]) -> list[Slot]:
-        """The local slots with what this rank has to write of them: what no earlier part of the model holds.
+        """The local slots, cut down to what this rank has to write: what no earlier part of the model holds.
 
-        Raises Unsupported for a parameter that the spec says to average, since no rank holds that.
+        Raises Unsupported for a parameter that the spec says to average, since no rank holds the average.
         """
         averaged = [placed.name for places in self._placements.values() for placed in places if placed.average]
         if averaged:
@@ -83,7 +83,7 @@ class PlacedSlots:
         return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
 
     def _is_void(self, slot: Slot) -> bool:
-        """Whether this part has nothing of what others have: DeepSpeed takes empty shards out of the optimizer."""
+        """Whether this part holds nothing of what others hold. DeepSpeed takes empty shards out of the optimizer."""
         return all(m.name in self._held and not numel(m.shape) for m in slot.members)
 
     def _lifted(self, slot: Slot, first_only: bool) -> Slot:
@@ -111,7 +111,7 @@ class PlacedSlots:
 
 
 def layout_of(engine: Any) -> Layout:
-    """The engine's mesh. Its data-parallel ranks include those of sequence parallelism, which hold the same."""
+    """The engine's mesh. Its data-parallel ranks include those of sequence parallelism, which hold the same state."""
     tp, pp = 1, 1
     if engine.mp_world_size > 1:
         mesh = releases.MESH.load()
@@ -121,7 +121,8 @@ def layout_of(engine: Any) -> Layout:
 
 
 def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[tuple[str, ...], ...]:
-    """Raises Unsupported where parts of the model have not equally many param groups."""
+    """The names in each param group, from all parts of the model. Raises Unsupported if parts have different numbers of
+    param groups."""
     names: list[dict[str, None]] = [{} for _ in tables[0].groups]
     for table in tables:
         if len(table.groups) != len(names):
@@ -135,9 +136,9 @@ def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[
 
 
 def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> PlacedSlots | None:
-    """Lift the slots of every rank; None where the model is neither cut nor padded. Collective.
+    """Lift the slots of every rank. None if the model is neither cut nor padded. Collective.
 
-    Raises on every rank: SpecError and Mismatch where the spec does not fit, Unsupported where there is none.
+    Raises on every rank: SpecError and Mismatch if the spec does not fit, Unsupported if there is none.
     """
     layout = layout_of(engine)
     stage, slice_ = divmod(releases.model_parallel_rank(engine), layout.tp)

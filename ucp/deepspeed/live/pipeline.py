@@ -9,16 +9,16 @@ from ucp.formats.deepspeed.read.replicated import is_declared
 
 
 def declared_info(module: Any) -> Any:
-    """What the model says of itself for universal checkpoints; Megatron-DeepSpeed's models have a method for it."""
+    """What the model says about itself for universal checkpoints. Megatron-DeepSpeed's models have a method for it."""
     info = getattr(module, "universal_checkpoint_info", None)
     return info() if callable(info) else info
 
 
 def untied_parameters(module: Any) -> Iterator[str]:
-    """The trained parameters of tied modules that are not tied themselves, as ``tied_weight_attr`` does not name them,
-    and of which the model does not declare that the first stage's copy counts.
+    """The trained parameters of tied modules that are not tied themselves, since ``tied_weight_attr`` does not name
+    them. Those for which the model declares that the first stage's copy counts are left out.
 
-    Every stage trains a copy of its own of such a one, under the same name (``runtime/pipe/module.py:
+    Every stage trains its own copy of such a parameter, under the same name (``runtime/pipe/module.py:
     allreduce_tied_weight_gradients``).
     """
     for key, tie in getattr(module, "tied_comms", {}).items():

@@ -1,8 +1,9 @@
 """What the installed release of DeepSpeed has: the one place that knows how releases differ.
 
-Each difference is a capability with a name, asked of the package or of the engine itself and never of a version number,
-so that a release which nobody has tried yet answers for itself. A class is recognised without importing it: where its
-module has not been imported, nothing is an instance of it. What is needed and missing is refused by name.
+Each difference is a capability with a name. The package or the engine itself is asked for it, and never a version
+number, so that a release which nobody has tried yet answers for itself. A class is recognised without importing it: if
+its module has not been imported, nothing is an instance of it. If something that is needed is missing, the refusal
+names it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ucp.parallel.zero import flat_offsets
 
 @dataclass(frozen=True)
 class EngineClass:
-    """A class of DeepSpeed's, and the attributes of its instances that this room works with."""
+    """A class of DeepSpeed, and the attributes of its instances that are used here."""
 
     module: str
     name: str
@@ -33,13 +34,13 @@ class EngineClass:
 
 @dataclass(frozen=True)
 class EngineModule:
-    """A module of DeepSpeed's, and the functions of it that are called."""
+    """A module of DeepSpeed, and its functions that are called."""
 
     module: str
     functions: tuple[str, ...]
 
     def load(self) -> Any:
-        """The module. Raises Unsupported, by name, where the release lacks it or one of its functions."""
+        """The module. Raises Unsupported, by name, if the release lacks it or one of its functions."""
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:
@@ -105,7 +106,7 @@ EXPERT_GROUPS = EngineModule(
 GENERATORS = EngineModule("deepspeed.runtime.activation_checkpointing.checkpointing", ("get_cuda_rng_tracker",))
 ACCELERATOR = EngineModule("deepspeed.accelerator", ("get_accelerator",))
 
-# What is read of every engine, set or called.
+# What is read, set or called on every engine.
 ENGINE = (
     "_checkpoint_tag_validation",
     "_config",
@@ -144,7 +145,7 @@ def installed() -> str:
 
 
 def lacks(what: str) -> Unsupported:
-    """The refusal of a release that has not got what is needed."""
+    """The refusal of a release that lacks what is needed."""
     return Unsupported(f"DeepSpeed {installed()} lacks {what}, which loads and saves need; install a tested release")
 
 
@@ -173,13 +174,13 @@ def _missing(engine: Any) -> Iterator[str]:
 
 
 def tensor_parallel_size(engine: Any) -> int:
-    """Over how many ranks AutoTP cuts the model; 1 where the release has no AutoTP for training (before 0.16.4)."""
+    """Over how many ranks AutoTP cuts the model; 1 if the release has no AutoTP for training (before 0.16.4)."""
     size = getattr(engine, "autotp_size", None)
     return int(size()) if size is not None else 1
 
 
 def model_parallel_rank(engine: Any) -> int:
-    """This rank's number among those of tensor and pipeline parallelism, as its files have it."""
+    """This rank's number within tensor and pipeline parallelism, as the names of its files have it."""
     known = getattr(engine, "checkpoint_mp_rank", None)  # since 0.19
     if known is not None:
         return int(known)
@@ -189,8 +190,8 @@ def model_parallel_rank(engine: Any) -> int:
 def offsets_in_flat(zero: Any, group: int) -> Sequence[int]:
     """Where each parameter of a group begins in the flat buffer of stages 1 and 2, in elements.
 
-    Releases with ``parameter_alignment`` (0.19) have a list of that; in earlier ones there is nothing between
-    parameters, and where the weights lie in the buffer has to agree.
+    Releases with ``parameter_alignment`` (0.19) have a list of these places. In earlier ones there is nothing between
+    parameters; this is checked against where the weights lie in the buffer.
     """
     known = getattr(zero, "round_robin_bit16_offsets", None)
     if known is not None:
@@ -205,8 +206,8 @@ def offsets_in_flat(zero: Any, group: int) -> Sequence[int]:
 
 
 def loss_scale(optimizer: Any) -> Any | None:
-    """What keeps the loss scale: a scaler, at stage 0 a LossScaleConfig (since 0.18) or, before, the optimizer itself;
-    None where there is none."""
+    """The object that keeps the loss scale: a scaler, or at stage 0 a LossScaleConfig (since 0.18) or the optimizer
+    itself (before). None if there is no loss scale."""
     for name in ("loss_scaler", "loss_scale_config"):
         found = getattr(optimizer, name, None)
         if found is not None:
@@ -216,5 +217,5 @@ def loss_scale(optimizer: Any) -> Any | None:
 
 
 def accelerator() -> Any:
-    """What DeepSpeed computes on."""
+    """The accelerator on which DeepSpeed computes."""
     return ACCELERATOR.load().get_accelerator()

@@ -23,12 +23,12 @@ from ucp.storage.dtypes import itemsize
 
 log = logger(__name__)
 
-# What is kept of the loss scale at stage 0, where its owner (`releases.loss_scale`) has other attributes, too.
+# What is saved of the loss scale at stage 0, where its owner (`releases.loss_scale`) also has other attributes.
 _STAGE0_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
 class EngineFacts(Protocol):
-    """What is needed of a live engine beside its slots."""
+    """What else is needed from a live engine, besides its slots."""
 
     engine: Any
 
@@ -69,7 +69,7 @@ def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[
 
 
 def nbytes_to_save(slots: Sequence[Slot], groups: Sequence[Group]) -> int:
-    """About how many bytes a rank with these slots writes when it saves; states that are yet to be made count, too."""
+    """About how many bytes a rank with these slots writes when it saves, with the states that are yet to be made."""
     total = 0
     for slot in slots:
         states = slot.states
@@ -88,7 +88,7 @@ def _holdings(live: EngineFacts, slot: Slot, rank: int) -> Iterator[Holding]:
         for member, blocks, holders in zip(slot.members, placement.blocks, placement.holders, strict=True):
             volatile = slot.kind == "buffer"
             if volatile:
-                # Nothing keeps buffers equal: DeepSpeed, too, saves the first rank's.
+                # Nothing keeps buffers equal between ranks. The first rank's is saved, as DeepSpeed does.
                 holders = holders[:1]
                 blocks = blocks if rank in holders else empty(len(member.shape))
             yield Holding(member.name, name, member.shape, dtype, tensor, blocks, holders or (rank,), volatile)
@@ -113,7 +113,7 @@ def _scalars(live: EngineFacts, slot: Slot) -> dict[str, Any]:
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
-    """The further names of tied parameters, by the first."""
+    """First name of a tied parameter -> its further names."""
     first: dict[int, str] = {}
     out: dict[str, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -162,7 +162,7 @@ def _loss_scaler(optimizer: Any) -> dict[str, Any] | None:
 
 
 def _config(engine: Any) -> dict[str, Any]:
-    """The DeepSpeed configuration, for the record; values that are not JSON become text."""
+    """The DeepSpeed configuration, for the record. Values that are not JSON become text."""
     found: dict[str, Any] = json.loads(json.dumps(engine._config._param_dict, default=str))
     return found
 

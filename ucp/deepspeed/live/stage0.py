@@ -19,7 +19,7 @@ from ucp.storage.dtypes import from_torch
 
 @dataclass(frozen=True)
 class _Unit:
-    """A tensor that the optimizer steps, and the parameters whose masters (or who themselves) lie in it."""
+    """A tensor that the optimizer steps, and the parameters that lie in it, themselves or as masters."""
 
     group: int
     master: torch.Tensor
@@ -27,7 +27,8 @@ class _Unit:
 
 
 def _lies_as(value: Any, master: torch.Tensor) -> bool:
-    """Whether a state has its master's shape, and not only as many elements: those may belong anywhere (Prodigy's)."""
+    """Whether a state has its master's shape. The same number of elements is not enough, since they may belong anywhere
+    (Prodigy's)."""
     return isinstance(value, torch.Tensor) and value.shape == master.shape
 
 
@@ -64,7 +65,8 @@ class Stage0:
                     yield _Unit(g, param, (param,))
 
     def _common_steps(self) -> dict[int, Any]:
-        """DeepSpeed's FusedAdam steps a group as one, and raises the count in its last parameter's state only."""
+        """The step count of each group of DeepSpeed's FusedAdam. It steps a whole group at once, and raises the count
+        only in the state of the group's last parameter."""
         steps: dict[int, Any] = {}
         for unit in self._units if releases.FUSED_ADAM.has(self._inner) else ():
             if "step" in (state := self._inner.state.get(unit.master, {})):

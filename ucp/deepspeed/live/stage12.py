@@ -22,7 +22,7 @@ from ucp.storage.dtypes import from_torch
 
 
 def whole_in_partition(members: Sequence[Member], holders: Sequence[tuple[int, ...]]) -> Placement:
-    """Every parameter of which this rank's partition holds some part, whole, end to end without padding."""
+    """A placement of whole parameters, end to end without padding: those that this rank's partition holds a part of."""
     blocks, at = [], 0
     for member in members:
         held = len(member.blocks) > 0
@@ -74,8 +74,8 @@ class Stage12:
         return slots
 
     def _keeps_whole_momentum(self, g: int) -> bool:
-        """Stages 1 and 2 without offload: Muon orthogonalises whole matrices, so every rank keeps the momentum of every
-        matrix that its partition touches (``stage_1_and_2.py: _muon_momentum_buffer``)."""
+        """Whether each rank keeps the whole momentum of every matrix that its partition touches. Muon does at stages 1
+        and 2 without offload, since it orthogonalises whole matrices (``stage_1_and_2.py: _muon_momentum_buffer``)."""
         stage12 = releases.STAGE12.has(self._zero) and not self._zero.cpu_offload
         return stage12 and bool(self._inner.param_groups[g].get("use_muon"))
 

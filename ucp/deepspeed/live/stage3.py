@@ -83,12 +83,12 @@ class Stage3:
                 masters, own = (own_ceil_partition(shape, start, dp, rank) for start in (at, 0))
                 at += piece
                 globally = tuple(torch.distributed.get_process_group_ranks(group))
-                if param.ds_tensor.numel() == piece:  # elsewhere where parameters are offloaded to NVMe
+                if param.ds_tensor.numel() == piece:  # otherwise it is offloaded to NVMe
                     live = param.ds_tensor.detach()
                     yield Weights(self._names[param], globally, shape, flat, masters, live, own)
 
     def begin(self) -> None:
-        """Partition every parameter that is gathered now, so that its piece is the only copy."""
+        """Partition every parameter that is gathered now, so that there are only pieces and no other copies."""
         self._zero.checkpoint_event_prologue()
 
     def put(self, loaded: Loaded) -> None:
@@ -102,7 +102,7 @@ class Stage3:
             put_states(self._inner, flat, key, loaded, group)
 
     def finish(self) -> None:
-        """Round the masters into the model's pieces, and gather again what stays whole on every rank."""
+        """Round the masters into the model's pieces, and gather the parameters again that stay whole on every rank."""
         for s, flat in enumerate(self._flats):
             if flat.numel():
                 self._zero._reassign_or_swap_out_partitioned_parameters(s)

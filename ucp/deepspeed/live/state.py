@@ -13,7 +13,7 @@ from ucp.printable import logger
 
 log = logger(__name__)
 
-# What a loss scaler has come to; the rest of its attributes are configuration and stay the target's.
+# A loss scaler's progress. Its other attributes are configuration, and stay as the target has them.
 _SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _SCALER_CONFIG = ("scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
 # Entries of torch.optim.lr_scheduler state dicts that have one element per param group.
@@ -72,13 +72,13 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
 
 
 def samples_seen(engine: Any) -> int:
-    """Samples of the training data that all ranks have consumed, each counted once."""
+    """How many samples of the training data all ranks have consumed. Each is counted once."""
     return int(engine.global_samples) // times_counted(engine)
 
 
 def samples_per_step(engine: Any) -> int:
-    """Samples that all ranks consume in an optimizer step: those of the data-parallel ranks of the mesh, and not again
-    those of the ranks of tensor, pipeline and sequence parallelism, which see the same."""
+    """How many samples all ranks consume in an optimizer step. Only the data-parallel ranks of the mesh count: ranks of
+    tensor, pipeline and sequence parallelism see the same samples."""
     data_ranks = engine.seq_dp_world_size // engine.sequence_parallel_size
     return int(engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * data_ranks)
 
@@ -89,7 +89,7 @@ def times_counted(engine: Any) -> int:
 
 
 def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Each rank's generators go on where as many ranks resume as saved; see `rng`."""
+    """Restore each rank's generators, if as many ranks resume as saved; see `generators`."""
     if not any("rng" in own for own in saved):
         return
     if len(saved) == ranks.world_size():
@@ -102,7 +102,7 @@ def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
 
 
 def warn_of_clipping(engine: Any, state: TrainingState) -> None:
-    """Gradient clipping follows the engine's configuration; say so where the checkpoint's differs."""
+    """Warn if the checkpoint's gradient clipping differs from the engine's. The engine's configuration counts."""
     live = getattr(engine.optimizer, "clip_grad", None)
     if isinstance(live, (int, float)) and state.clip_grad is not None and float(live) != state.clip_grad:
         warn(
@@ -112,7 +112,7 @@ def warn_of_clipping(engine: Any, state: TrainingState) -> None:
 
 
 def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: int) -> Any:
-    """The lr scheduler's state, its per-group entries in the order of the live param groups."""
+    """The lr scheduler's state, with its per-group entries in the order of the live param groups."""
     saved = state.lr_scheduler
     if not isinstance(saved, Mapping):
         return saved
@@ -130,7 +130,7 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
 
 
 def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
-    """fp16's dynamic loss scale goes on where it was; of a static one, which is configuration, the count."""
+    """Restore fp16's dynamic loss scale. A static one is configuration, so only its count is restored."""
     live = releases.loss_scale(engine.optimizer)
     if live is None or saved is None:
         return
@@ -163,6 +163,6 @@ def _set_progress(live: Any, saved: Mapping[str, Any], names: Sequence[str]) -> 
 
 
 def warn(text: str) -> None:
-    """Once per job, on rank 0."""
+    """Log a warning on rank 0 only."""
     if ranks.rank() == 0:
         log.warning("%s", text)

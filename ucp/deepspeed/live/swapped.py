@@ -1,8 +1,8 @@
 """Subgroups of stage 3 whose masters and states lie on an NVMe disk (ZeRO-Infinity).
 
 Between steps DeepSpeed's swapper (``runtime/swap_tensor``) leaves their tensors empty. For reading, the swap files are
-mapped into memory, so that a save takes none of its own. For writing, one subgroup at a time is brought in, filled,
-rounded into the model's weights and put back, as a step does. So at most one is in host memory.
+mapped into memory, so that a save needs no extra memory. For writing, one subgroup at a time is brought in, filled,
+rounded into the model's weights and put back, as in a step. So at most one subgroup is in host memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ucp.loading.target import Loaded
 
 
 def is_swapped(zero: Any, s: int) -> bool:
-    """Whether the swapper keeps this subgroup; one below its least size stays in host memory."""
+    """Whether the swapper keeps this subgroup. Those below its minimum size stay in host memory."""
     return bool(zero._swappable_optimizer_subgroup(s))
 
 
 def length(zero: Any, s: int) -> int:
-    """Elements of this rank's part of a subgroup, wherever it lies."""
+    """How many elements this rank's part of a subgroup has, wherever it lies."""
     return int(zero.fp16_partitioned_groups_flat_numel[s])
 
 
 def view(zero: Any, s: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    """A subgroup's masters and states, mapped from the swap files; values that are not swapped as they are."""
+    """A subgroup's masters and states, mapped from the swap files. Values that are not swapped stay as they are."""
     flat = zero.fp32_partitioned_groups_flat[s]
     swapper, count = zero.optimizer_swapper, length(zero, s)
     states: dict[str, Any] = dict(zero.optimizer.state.get(flat, {}))
@@ -48,7 +48,7 @@ def _mapped(swapper: Any, name: str, count: int, dtype: torch.dtype) -> torch.Te
 
 
 def put(zero: Any, s: int, key: int, loaded: Loaded) -> None:
-    """Give a subgroup what was loaded for it, and the model its weights, rounded."""
+    """Give a subgroup what was loaded for it, and give the model the rounded weights."""
     if (key, "param") not in loaded.tensors and key not in loaded.scalars:
         return
     flat, inner, swapper = zero.fp32_partitioned_groups_flat[s], zero.optimizer, zero.optimizer_swapper
@@ -66,7 +66,8 @@ def put(zero: Any, s: int, key: int, loaded: Loaded) -> None:
 
 
 def _put_states(zero: Any, s: int, key: int, loaded: Loaded) -> None:
-    """States that are there are filled in place: the swapper holds on to their tensors; new ones it finds itself."""
+    """Set the states. Existing ones are filled in place, since the swapper holds on to their tensors. It finds new ones
+    by itself."""
     flat, inner = zero.fp32_partitioned_groups_flat[s], zero.optimizer
     group = inner.param_groups[zero.sub_group_to_group_id[s]]
     tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}

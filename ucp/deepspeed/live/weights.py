@@ -1,4 +1,5 @@
-"""Stage 3 without an optimizer (DeepSpeedZeRoOffload): an engine that only computes, its weights cut like frozen."""
+"""Stage 3 without an optimizer (DeepSpeedZeRoOffload): an engine that only computes. Its weights are cut as frozen
+ones are."""
 
 from __future__ import annotations
 
@@ -29,18 +30,18 @@ class WeightsOnly:
         raise KeyError(key)
 
     def weights(self) -> Iterator[Weights]:
-        """None: there are no masters."""
+        """Nothing, since there are no masters."""
         return iter(())
 
     def begin(self) -> None:
-        """Partition every parameter that is gathered now, so that its piece is the only copy."""
+        """Partition every parameter that is gathered now, so that there are only pieces and no other copies."""
         self._offload.partition_all_parameters()
 
     def put(self, loaded: Loaded) -> None:
         pass
 
     def finish(self) -> None:
-        """Gather again what stays whole on every rank."""
+        """Gather the parameters again that stay whole on every rank."""
         persistent = self._offload.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
