@@ -1,7 +1,7 @@
 """Combining checkpoints: a new one whose tensors are computed from those of several others, of any formats and layouts.
 
-A merged tensor is a tensor of a catalog like any other; only its bytes lie in no file: they are computed when they are
-read (`computed`). So a merge is a conversion of such a catalog, into any format and layout, in bounded memory.
+A merged tensor is a tensor of a catalog like any other, except that its bytes lie in no file. They are computed when
+they are read (`computed`). So a merge is a conversion of such a catalog, into any format and layout, in bounded memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Merging LoRA adapters: PEFT adapter folders of one base model into one.
 
-An adapter adds ``s B A`` to a weight, with ``s = alpha / r`` (``alpha / sqrt(r)`` for rank-stabilised ones). The mean
-of several A and of several B is not the mean of their products, so there are three ways. *factors* averages A and B
-apart, as PEFT's own linear combination does. *concat* stacks them, which is exact and has the sum of the ranks. *delta*
-takes the products' weighted sum, factors it again by truncated singular values, and tells the error that this makes.
+An adapter adds ``s B A`` to a weight, with ``s = alpha / r`` (``alpha / sqrt(r)`` for rank-stabilised ones). The
+product of a mean A and a mean B is not the mean of the products, so there are three ways. *factors* averages A and B
+separately, as PEFT's own linear combination does. *concat* stacks them, which is exact; the result's rank is the sum of
+the ranks. *delta* takes the weighted sum of the products, factors it again by truncated singular values, and reports
+the error of this.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ WEIGHTS = "adapter_model.safetensors"
 WAYS = ("factors", "delta", "concat")
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# What adapters have to agree in, since it says what they are of; the rest of the config is the first one's.
+# Keys that have to be equal, since they say what an adapter belongs to. The rest of the config is the first one's.
 _ALIKE = ("base_model_name_or_path", "target_modules", "fan_in_fan_out", "use_rslora", "bias", "modules_to_save")
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What was merged. rank: of the result; errors: of 'delta', module -> relative error of its weight's change in the
+    """What was merged. rank: the result's. errors: for 'delta', module -> relative error of its weight's change, in the
     Frobenius norm."""
 
     destination: str
@@ -68,16 +69,18 @@ def merge_adapters(
     way
         'factors', 'delta' or 'concat', as in the module's docstring.
     weights
-        One for each source; default is their mean.
+        One number for each source. The default is the mean of the sources.
     rank
-        'delta' only: of the result; default is the first source's.
+        For 'delta' only: the result's rank. The default is the first source's.
 
     Raises
     ------
+    BadArgument
+        If there are no sources, or if way, weights or rank are wrong.
     Mismatch
-        If the adapters are of other modules, shapes or bases, or, by factors, of other ranks or scales.
+        If the adapters differ in modules, shapes or bases. By factors, also if they differ in ranks or scales.
     Unsupported
-        For other adapters than plain LoRA of linear layers.
+        For adapters that are not plain LoRA of linear layers.
     """
     if way not in WAYS:
         raise BadArgument(f"adapters are merged by {', '.join(WAYS)}, found '{way}'")
@@ -103,7 +106,7 @@ def merge_adapters(
 def _combined(
     adapters: Sequence[_Adapter], shares: Sequence[float], way: str, rank: int | None
 ) -> tuple[dict[str, Numbers], int, dict[str, float]]:
-    """The result's tensors and rank, and each module's error."""
+    """The result's tensors, its rank, and each module's error."""
     first = adapters[0]
     out: dict[str, Numbers] = {}
     errors: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What is done to each parameter of a merge, and by which sources: by one method for all, or by a merge file."""
+"""Which operation each parameter of a merge gets, and from which sources: by one method for all, or by a merge file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ucp.merging.operations import Combination, Copied
 
 @dataclass(frozen=True)
 class AssignedSource:
-    """A checkpoint that takes part. name: as messages call it; is_mask: its tensors only say what counts."""
+    """A checkpoint that takes part. name: what messages call it. is_mask: its tensors only say what counts."""
 
     name: str
     path: str
@@ -28,9 +28,10 @@ class AssignedSource:
 class Assignment:
     """Which operation each parameter gets.
 
-    sources: all that are opened: the base if there is one, those that are merged (``first`` is the first of these,
-    ``count`` how many), the masks. method: its name, or the merge file's. weights: normalised, of a linear method.
-    operation: by a parameter's name and its layer as a share of all, None outside layers.
+    sources: all checkpoints that are opened, in this order: the base if there is one, those that are merged, the masks.
+    first: the number of the first one that is merged. count: how many are merged. method: its name, or the merge
+    file's. weights: those of a linear method, normalised. operation: called with a parameter's name and its layer's
+    number as a share of all (None outside layers).
     """
 
     sources: tuple[AssignedSource, ...]
@@ -41,8 +42,8 @@ class Assignment:
     operation: Callable[[str, float | None], Combination]
 
     def operation_for(self, only: Sequence[str], names: Collection[str]) -> Callable[[str], Combination]:
-        """The operation by name alone, for a model of these parameters; those that fit no pattern of ``only`` are the
-        first source's (the base's, if there is one)."""
+        """The operation by name alone, for a model with these parameters. A parameter that fits no pattern of ``only``
+        is copied from the first source (the base, if there is one)."""
         layers = {name: found[0].index for name in names if (found := layer_of(name)) is not None}
         last = max(layers.values(), default=0)
 
@@ -85,7 +86,7 @@ def assigned(
         tuple(range(first, len(paths))), None if base is None else 0, tuple(range(len(paths), len(given)))
     )
     make = operations(method, numbers, options)
-    make(None)  # what is wrong with the options is said before anything is opened
+    make(None)  # errors in the options are raised before anything is opened
     weights = resolved_weights(method, len(sources), options) if method in WEIGHTED else None
     return Assignment(tuple(given), first, len(sources), method, weights, lambda name, layer: make(layer))
 

@@ -1,9 +1,10 @@
 """Searching the coefficients of a linear merge, and the loss along the line between two checkpoints.
 
-The search is evolutionary, over coefficients that sum to 1 and may be negative (LCSC's problem; its search was never
-published, so the strategy is this project's): a population that begins with the last checkpoint alone, the mean and
-moving averages; children of its better half, with Gaussian noise that shrinks; the worst is replaced. It is seeded, and
-every evaluation is a line of JSON, by which an interrupted search continues as if nothing had happened.
+The search is evolutionary, over coefficients that sum to 1 and may be negative. (This is LCSC's problem. Its search was
+never published, so the strategy is this project's.) The population begins with the last checkpoint alone, the mean and
+moving averages. Children come from its better half, with Gaussian noise that shrinks, and replace the worst. The search
+is seeded, and logs every evaluation as a line of JSON, so that an interrupted search continues as if nothing had
+happened.
 """
 
 from __future__ import annotations
@@ -35,7 +36,17 @@ _BETAS = (0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best coefficients that were found, one a source and 1 in sum; their objective; how many were evaluated."""
+    """What a search found.
+
+    Attributes
+    ----------
+    weights
+        The best coefficients: one for each source. Their sum is 1.
+    objective
+        The objective at these.
+    evaluations
+        How many coefficients were evaluated.
+    """
 
     weights: tuple[float, ...]
     objective: float
@@ -44,8 +55,17 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Barrier:
-    """The objective at the points ``t`` of the line from a (0) to b (1). height: the largest excess over the straight
-    line between both ends' objectives, 0 where there is none."""
+    """The objective along the line from a to b.
+
+    Attributes
+    ----------
+    t
+        The points, from 0 (a) to 1 (b).
+    objectives
+        The objective at each point.
+    height
+        How far the objective rises at most above the straight line between its values at both ends. 0 if it does not.
+    """
 
     t: tuple[float, ...]
     objectives: tuple[float, ...]
@@ -67,23 +87,30 @@ def search(
     Parameters
     ----------
     sources
-        Checkpoints of any formats and layouts, oldest first; their floating-point weights are held on ``device`` as
-        float32, the first one's and the others' differences from it.
+        Checkpoints of any formats and layouts, oldest first.
     objective
-        Called once an evaluation; see `Objective`.
+        Called once for each evaluation. Lower is better. It gets the model, or without one the merged tensors by name.
     budget
-        Evaluations in all, those of an earlier attempt counted in.
+        How many evaluations to make in all, with those of an earlier attempt.
     model
         Its parameters and buffers are set to the merged ones before each evaluation, and to the best ones at the end.
+    device
+        Where the floating-point weights are held, as float32: the first source's, and the others' differences from it.
+    seed
+        The seed of the search.
     log
-        A file of JSON lines, one an evaluation. If it exists, the search continues from it.
+        A file of JSON lines, one for each evaluation. If it exists, the search continues from it.
+
+    Returns
+    -------
+    SearchResult
 
     Raises
     ------
     BadArgument
-        For fewer than two sources, a budget below 1, a log of another search.
+        For fewer than two sources, a budget below 1, or the log of another search.
     Mismatch
-        For sources of other names or shapes, or a model that lacks their parameters.
+        For sources with different names or shapes, or a model that lacks their parameters.
     """
     if len(sources) < 2 or budget < 1:
         raise BadArgument(f"a search needs at least 2 checkpoints and 1 evaluation, found {len(sources)} and {budget}")
@@ -104,7 +131,28 @@ def barrier(
     model: torch.nn.Module | None = None,
     device: str | torch.device = "cpu",
 ) -> Barrier:
-    """The objective along the line ``a + t (b - a)``: whether two checkpoints lie in one basin. Arguments: `search`."""
+    """Evaluate the objective along the line ``a + t (b - a)``, to see whether two checkpoints lie in one basin.
+
+    Parameters
+    ----------
+    a, b
+        Checkpoints of any formats and layouts.
+    points
+        How many points of the line are evaluated, with both ends. They have equal distances.
+    objective, model, device
+        As for `search`.
+
+    Returns
+    -------
+    Barrier
+
+    Raises
+    ------
+    BadArgument
+        For fewer than two points.
+    Mismatch
+        As for `search`.
+    """
     if points < 2:
         raise BadArgument(f"a line has at least 2 points, found {points}")
     line = _MixedWeights.of((a, b), device, model)
@@ -115,7 +163,7 @@ def barrier(
 
 
 class _Evaluations:
-    """What was evaluated, in order; the lines of an earlier attempt are taken instead of evaluating again."""
+    """What was evaluated, in order. Lines of an earlier attempt are used instead of evaluating again."""
 
     def __init__(self, evaluate: Callable[[tuple[float, ...]], float], budget: int, path: Path | None) -> None:
         self.done: list[tuple[tuple[float, ...], float]] = []
@@ -148,7 +196,7 @@ class _Evaluations:
 
 
 def _lines(path: Path) -> list[tuple[tuple[float, ...], float]]:
-    """A log's evaluations; a last line that was cut short is left out of the file."""
+    """A log's evaluations. If its last line was cut short, the line is removed from the file."""
     out, whole = [], []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
@@ -186,14 +234,14 @@ def _evolve(evaluate: _Evaluations, count: int, chance: random.Random) -> None:
 
 
 def _noisy(alpha: tuple[float, ...], sigma: float, chance: random.Random) -> tuple[float, ...]:
-    """The coefficients with noise on about half of them; the first makes their sum 1."""
+    """The coefficients with noise on about half of them. The first one is set so that the sum is 1."""
     moved = [x + chance.gauss(0, sigma) if chance.random() < 0.5 else x for x in alpha[1:]]
     return (1.0 - math.fsum(moved), *moved)
 
 
 @dataclass
 class _MixedWeights:
-    """The sources' weights as one of them and the others' differences, and the tensors that a merge is put into."""
+    """The first source's weights, the others' differences from them, and the tensors that a merge is written into."""
 
     first: Mapping[str, torch.Tensor]
     differences: Sequence[Mapping[str, torch.Tensor]]

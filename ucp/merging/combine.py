@@ -44,9 +44,26 @@ TAG = "merged"
 class MergeReport:
     """What a merge did, or would do (``dry_run``).
 
-    sources: as they were given. method: its name, or the merge file. weights: of a linear method, normalised; else
-    None. lines: for every operation how many parameters it is for, by its description. layout, tag: of the destination.
-    bytes_written: of the destination; seconds: from opening the sources to the end.
+    Attributes
+    ----------
+    sources
+        As they were given.
+    destination, to, layout, tag
+        The destination's path or URL, format, layout and tag. layout and tag may be None.
+    method
+        Its name, or the merge file.
+    weights
+        Those of a linear method, normalised; else None.
+    lines
+        Description of each operation -> how many parameters it is used for.
+    parameters, tensors, files, bytes_written
+        How many the destination has. A tensor is one state of one parameter.
+    optimizer
+        How optimizer states were merged, as in `MergeSettings`.
+    seconds
+        The time from opening the sources to the end.
+    dry_run
+        Whether nothing was written.
     """
 
     sources: tuple[str, ...]
@@ -77,15 +94,16 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What a merge does with all that is not plainly a weight of a source.
+    """What a merge does with everything that is not plainly a weight of a source.
 
-    only: patterns of the parameters that are merged; the others are the base's, or the first source's.
-    optimizer: 'none': weights alone. 'average': states are averaged as the weights are. A number k, from 0: states,
-    counters and scheduler of that source. step: 'max' where averaged step counts differ.
-    buffers: the source, from 0, whose integer tensors count where they differ.
-    dtype: of the weights: 'bf16', 'fp16', 'fp32'; default is the widest among the sources.
-    allow_nonfinite: merge NaN and infinity instead of refusing them.
-    vocab: 'cut' embeddings of different widths to the smallest one's rows; None refuses them.
+    - only: patterns of the parameters that are merged. The others are taken from the base, or else the first source.
+    - optimizer: 'none' for weights alone. 'average' averages states as the weights are. A number k, from 0, takes the
+      states, counters and scheduler of that source.
+    - step: 'max' takes the largest step count where averaged ones differ. None refuses those.
+    - buffers: the number, from 0, of the source whose integer tensors count where they differ. None refuses those.
+    - dtype: the element type of the weights: 'bf16', 'fp16', 'fp32'. The default is the widest among the sources.
+    - allow_nonfinite: merge NaN and infinity instead of refusing them.
+    - vocab: 'cut' cuts embeddings of different widths to the rows of the smallest one. None refuses them.
     """
 
     only: Sequence[str] = ()
@@ -110,31 +128,36 @@ def merge(
     recipe: str | os.PathLike[str] | MergeFile | None = None,
     **settings: Any,
 ) -> MergeReport:
-    """Merge checkpoints; each tensor is computed in float64, in the order of the sources, and rounded once.
+    """Merge checkpoints. Each tensor is computed in float64, in the order of the sources, and rounded once.
 
     Parameters
     ----------
     sources
-        Checkpoints that `ucp.open` reads, of any formats and layouts, ``path@tag`` for one of a folder of several. With
-        a recipe, which names its sources itself: none.
+        Checkpoints of any formats and layouts that `ucp.open` reads. ``path@tag`` is one in a folder of several. Give
+        none with a recipe, which names its sources itself.
     dest, to, layout, spec
         As for `ucp.convert`.
     method
-        One of `ucp.merging.methods.METHODS`.
+        One of `ucp.merging.methods.METHODS`: linear, lerp, slerp, task, ties, dare, ema, lawa or mwa.
     base
-        The checkpoint that all sources began from, for task, ties and dare. masks: checkpoints with the tensors that
-        the differences are multiplied by, one for each source (task).
+        For task, ties and dare: the checkpoint that all sources began from.
+    masks
+        For task: checkpoints with tensors that the differences are multiplied by, one for each source.
     recipe
         A merge file, in place of a method.
     settings
-        The method's options (fields of `MethodOptions`), the fields of `MergeSettings`, and what `ucp.convert` takes:
-        of the run (workers, max_memory, overwrite, resume, dry_run, team, progress), of opening the sources, and the
-        target's own.
+        The method's options (fields of `MethodOptions`), the fields of `MergeSettings`, and settings of `ucp.convert`:
+        those of the run (workers, max_memory, overwrite, resume, dry_run, team, progress), those for opening the
+        sources, and the target's own.
+
+    Returns
+    -------
+    MergeReport
 
     Raises
     ------
-    UcpError
-        BadArgument, SpecError, Mismatch, Unsupported as each says; the destination is untouched then.
+    BadArgument, SpecError, Mismatch, Unsupported
+        If an argument or a merge file is wrong, or the sources do not fit. The destination is as it was before.
     """
     started = time.monotonic()
     options = _taken(MethodOptions, settings)
@@ -149,7 +172,7 @@ def merge(
 
 
 def _taken(kind: type[MethodOptions | MergeSettings], settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that are fields of a class; they are taken out."""
+    """Remove the settings that are fields of a class, and return them."""
     return {f.name: settings.pop(f.name) for f in dataclasses.fields(kind) if f.name in settings}
 
 
@@ -163,7 +186,7 @@ def _carried_out(
     settings: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> MergeReport:
-    """Plan the merge and write it. settings: of opening, of the run, and the target's own."""
+    """Plan the merge and write it. settings: those for opening, those of the run, and the target's own."""
     target = formats.target(to)
     shape = parse_layout(layout) if isinstance(layout, str) else layout
     check_layout(target, shape)
@@ -207,7 +230,7 @@ def _carried_out(
 
 
 def _float(spelling: str) -> str:
-    """The element type that weights are wanted in. Raises BadArgument."""
+    """The element type that is wanted for weights. Raises BadArgument."""
     if spelling not in FLOAT_SPELLINGS:
         raise BadArgument(
             f"merged weights are of a floating type, found '{spelling}'; known are {', '.join(FLOAT_SPELLINGS)}"
@@ -216,9 +239,10 @@ def _float(spelling: str) -> str:
 
 
 def _within(running: Running, sources: int) -> Running:
-    """How the merge is written, with the memory for its sources taken off the limit, and as few threads as that needs.
+    """How the merge is written: the memory for reading its sources is subtracted from the limit, and there are no more
+    threads than fit.
 
-    Raises BadArgument for a limit that is too little for one thread.
+    Raises BadArgument for a limit that is too small for one thread.
     """
     if running.max_memory is None:
         return running
@@ -235,7 +259,7 @@ def _within(running: Running, sources: int) -> Running:
 
 
 def _source_of_states(optimizer: str | int, work: Assignment) -> str | int:
-    """The rule for optimizer states, with the source's number among all that are opened. Raises BadArgument."""
+    """The rule for optimizer states. A source's number becomes its number among all opened ones. Raises BadArgument."""
     if isinstance(optimizer, int) and 0 <= optimizer < work.count:
         return work.first + optimizer
     if optimizer in ("none", "average"):
@@ -254,7 +278,7 @@ def _opened(
 
 
 def _tagged(text: str) -> tuple[str, str | None]:
-    """A path and a tag: of ``path@tag`` where no such path is."""
+    """A path and a tag. ``path@tag`` is taken apart, unless there is such a path."""
     path, at, tag = text.rpartition("@")
     return (path, tag) if at and not exists(locate(text)) else (text, None)
 
@@ -266,7 +290,7 @@ def _metric(source: str | os.PathLike[str], form: str) -> float:
 
 
 def _lines(catalog: Catalog, operation: Callable[[str], Combination]) -> dict[str, int]:
-    """Each operation as people read it, with the number of parameters that it is for."""
+    """Description of each operation -> how many parameters it is used for."""
     out: dict[str, int] = {}
     for name in catalog.parameters:
         text = repr(operation(name))
@@ -277,7 +301,7 @@ def _lines(catalog: Catalog, operation: Callable[[str], Combination]) -> dict[st
 def _record(
     work: Assignment, opened: Sequence[MergeSource], lines: Mapping[str, int], options: Mapping[str, Any]
 ) -> bytes:
-    """What ``merge.json`` says: by which sources and how the checkpoint came about."""
+    """The contents of ``merge.json``: from which sources, and how, the checkpoint was made."""
     said = {
         "merge": 1,
         "version": version(),
@@ -301,8 +325,8 @@ def _record(
 
 
 def digest_of(catalog: Catalog) -> str | None:
-    """The logical digest of all of a checkpoint's tensors, the same in any layout, as ``ucp digest`` tells it; None
-    where it has not recorded those of all."""
+    """The logical digest of all of a checkpoint's tensors, as ``ucp digest`` prints it. It is the same in any layout.
+    None if the checkpoint has not recorded the digests of all tensors."""
     found = [
         TensorDigest(t.name, t.state, t.dtype, t.shape, t.digest.whole)
         for t in catalog.tensors.values()

@@ -1,7 +1,7 @@
 """A merged tensor's bytes, computed from its sources' when they are read.
 
-To the copy engine it is a file: its elements one after the other, row-major. A read computes what it asks for in blocks
-of fixed size, one source after the other, so memory is bounded whatever the tensor's size and the number of sources.
+To the copy engine the tensor is a file: its elements one after the other, row-major. A read computes what it asks for
+in blocks of fixed size, one source after the other. So memory is bounded for any size of tensor and number of sources.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ the chunks at its ends do not show."""
 
 @dataclass(frozen=True)
 class Input:
-    """One source's tensor, and what reads it. name: of the source in the merge."""
+    """One source's tensor, and what reads it. name: the source's name in the merge."""
 
     name: str
     tensor: LogicalTensor
@@ -61,8 +61,8 @@ class Input:
 class MergedTensor:
     """The bytes of one merged tensor (a `ucp.catalog.ByteSource`). Thread-safe.
 
-    inputs: of every source, by its number; None for one that the operation does not read. finite: refuse NaN and
-    infinity in what is read.
+    inputs: one for every source, by its number; None for a source that the operation does not read. finite: refuse NaN
+    and infinity in what is read.
     """
 
     name: str
@@ -95,7 +95,7 @@ class MergedTensor:
             out.take(self.operation.combine(whole, found, at, numbers), self.dtype)
 
     def _whole(self) -> Whole:
-        # Sources by their numbers: draws are the same wherever the checkpoints lie.
+        # Sources are named by their numbers, so that draws are the same wherever the checkpoints lie.
         return Whole(f"{self.name}:{self.state}", numel(self.shape), tuple(map(str, range(len(self.inputs)))))
 
     def _survey(self, whole: Whole) -> Any:
@@ -109,7 +109,7 @@ class MergedTensor:
         return self._stream(sources, 0, numel(self.shape))
 
     def _stream(self, sources: Sequence[int], first: int, last: int) -> Iterator[tuple[int, list[Numbers]]]:
-        """The elements ``[first, last)`` of these sources, block by block; what is read at a time is longer."""
+        """The elements ``[first, last)`` of these sources, block by block. Reads are longer than a block."""
         given = [self._input(k) for k in sources]
         for begin, raw in _pieces(given, first, last):
             end = min(begin + _piece_elements(len(given)), last)
@@ -118,10 +118,10 @@ class MergedTensor:
                 yield at, [self._numbers(g, r, begin, at, stop) for g, r in zip(given, raw, strict=True)]
 
     def _numbers(self, given: Input, raw: Bytes, begin: int, first: int, last: int) -> Numbers:
-        """The elements ``[first, last)``; raw: those from ``begin`` on."""
+        """The elements ``[first, last)``. raw: the bytes of the elements from ``begin`` on."""
         width = itemsize(given.tensor.dtype)
         numbers = as_numbers(raw[(first - begin) * width : (last - begin) * width], given.tensor.dtype)
-        # One sum of products tells that all are finite; where they are too large for it, each is looked at.
+        # A finite sum of squares shows that all are finite. If they are too large for it, each one is checked.
         if self.finite and not math.isfinite(np.dot(numbers, numbers)) and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise Mismatch(
@@ -138,7 +138,7 @@ class MergedTensor:
 
 
 class _Spare(local):
-    """A thread's memory that pieces are read into, kept for the next tensor: new pages cost as much as reading."""
+    """A thread's memory for reading pieces. It is kept for the next tensor, since new pages cost as much as reading."""
 
     def __init__(self) -> None:
         self.free: list[Bytes] = []
@@ -149,8 +149,8 @@ _spare = _Spare()
 
 def _pieces(given: Sequence[Input], first: int, last: int) -> Iterator[tuple[int, list[Bytes]]]:
     """The elements ``[first, last)`` of these tensors in row-major order, piece by piece, each in its own element type:
-    (index of a piece's first element, its bytes until the next piece). Verified chunks that two pieces share are kept
-    from one to the next."""
+    (index of a piece's first element, bytes of each tensor). The bytes are valid until the next piece. Verified chunks
+    that two pieces share are kept from one to the next."""
     piece = _piece_elements(len(given))
     widths = [itemsize(each.tensor.dtype) for each in given]
     chunks: list[Cache] = [OrderedDict() for _ in given]
@@ -168,10 +168,10 @@ def _pieces(given: Sequence[Input], first: int, last: int) -> Iterator[tuple[int
 
 
 def _read(given: Input, first: int, last: int, raw: Bytes, cache: Cache) -> None:
-    """The elements ``[first, last)`` of a tensor into ``raw``."""
+    """Read the elements ``[first, last)`` of a tensor into ``raw``."""
     tensor = given.tensor
     blocks = tensor.blocks
-    if given.lies_whole:  # nothing to plan: that would take as long as the arithmetic
+    if given.lies_whole:  # needs no planning, which would take as long as the arithmetic
         at = int(tensor.bases[0]) + (int(blocks.starts[0]) + first) * itemsize(tensor.dtype)
         given.reader.read_into(int(blocks.buffers[0]), at, [raw], cache)
         return
@@ -180,23 +180,23 @@ def _read(given: Input, first: int, last: int, raw: Bytes, cache: Cache) -> None
 
 
 def _room(nbytes: int) -> Bytes:
-    """Spare memory of at least so many bytes."""
+    """Spare memory of at least this many bytes."""
     fitting = [k for k, raw in enumerate(_spare.free) if len(raw) >= nbytes]
     if fitting:
         return _spare.free.pop(fitting[0])
     if _spare.free:
-        _spare.free.pop()  # too short: it makes way
+        _spare.free.pop()  # too short, so it is replaced
     return np.empty(nbytes, np.uint8)
 
 
 def scratch_bytes(sources: int) -> int:
-    """About the memory that a thread needs for so many sources, beside the windows it fills: a piece of each, and the
-    verified chunks at its ends."""
+    """About how many bytes a thread needs for this many sources, besides the windows that it fills: a piece of each
+    source, and the verified chunks at the ends of the piece."""
     return sources * (4 * _piece_elements(sources) + limits.CHUNKS_KEPT_COUNT * CHUNK) + 8 * 8 * _BLOCK_ELEMENTS
 
 
 def _piece_elements(sources: int) -> int:
-    """Elements that are read at a time of each of so many sources."""
+    """How many elements are read at a time from each of this many sources."""
     return max(_READ_ELEMENTS // max(sources, 1), _LEAST_ELEMENTS)
 
 
@@ -207,7 +207,7 @@ def equal(one: Input, two: Input) -> bool:
 
 
 class _Scatter:
-    """Bytes that come block by block, into parts; the first ``skip`` of them are left out."""
+    """Writes bytes that come block by block into parts. The first ``skip`` bytes are left out."""
 
     def __init__(self, parts: Sequence[Bytes], skip: int) -> None:
         self._parts = [part for part in parts if len(part)]
@@ -215,7 +215,7 @@ class _Scatter:
         self._part = self._at = 0
 
     def take(self, values: Numbers, dtype: str) -> None:
-        """These elements, rounded to an element type."""
+        """Write these elements, rounded to an element type."""
         nbytes = len(values) * itemsize(dtype)
         if not self._skip and self._part < len(self._parts) and len(self._parts[self._part]) - self._at >= nbytes:
             as_bytes(values, dtype, self._parts[self._part][self._at : self._at + nbytes])

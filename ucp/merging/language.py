@@ -1,4 +1,4 @@
-"""Merge files: which sources are combined how, parameter by parameter.
+"""Merge files: how sources are combined, parameter by parameter.
 
     merge: 1
     sources: {a: runs/x@step100, b: runs/y}
@@ -7,10 +7,10 @@
       "lm_head.*": "a"
       "*": "0.7*a + 0.3*b"
 
-A pattern is as in a spec, but ``*`` at its end stands for any rest, dots too; the most specific one counts. An
-expression is a weighted sum of sources, or one call: ``lerp(a, b, t=)``, ``slerp(a, b, t=)``, ``task(base, sum,
-scale=)``, ``ties(base, sum, density=, scale=)``, ``dare(base, sum, density=, seed=, scale=)``. Numbers may use what the
-pattern captures. Nothing is handed to Python: its parser is used, and all but these few things is refused.
+Patterns are those of specs, except that ``*`` at the end stands for any rest, with dots. The most specific pattern
+counts. An expression is a weighted sum of sources, or one call: ``lerp(a, b, t=)``, ``slerp(a, b, t=)``, ``task(base,
+sum, scale=)``, ``ties(base, sum, density=, scale=)``, ``dare(base, sum, density=, seed=, scale=)``. Numbers may use
+what the pattern captures. Python's parser reads an expression, but Python never runs it: anything else is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Value = float | _Sum | Combination
 
 @dataclass(frozen=True)
 class Rule:
-    """One line: a pattern of names, and what is done for them."""
+    """One line: a pattern of names, and the expression for them."""
 
     pattern: Pattern
     text: SpecText
@@ -47,16 +47,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class MergeFile:
-    """What a merge file says. sources: name -> path, with ``@tag`` for one of several; None if it names no paths."""
+    """What a merge file says. sources: name -> path, with ``@tag`` for one in a folder of several."""
 
     file: str
     sources: Mapping[str, str]
     rules: tuple[Rule, ...]
 
     def operation(self, name: str) -> Combination:
-        """What is done for a parameter.
+        """The operation for a parameter.
 
-        Raises SpecError, which points at the line, where no pattern fits or numbers are wrong.
+        Raises SpecError, which points at the line, if no pattern fits or numbers are wrong.
         """
         fitting = [(rule.pattern.rank, rule, found) for rule in self.rules if (found := _match(rule, name)) is not None]
         if not fitting:
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> MergeFile:
 
 
 def loads(text: str, file: str = "merge") -> MergeFile:
-    """Read a merge file from its text; ``file`` names it in refusals."""
+    """Read a merge file from its text. ``file`` is its name in refusals."""
     return _MergeFileReader(file).recipe(text)
 
 
@@ -120,7 +120,7 @@ def _numbers(sources: Mapping[str, str]) -> dict[str, int]:
 
 
 def _match(rule: Rule, name: str) -> dict[str, int] | None:
-    """The captured numbers; a ``*`` that ends the pattern stands for any rest."""
+    """The captured numbers. A ``*`` at the end of the pattern stands for any rest."""
     found = rule.pattern.match(name)
     if found is not None or not rule.pattern.source.text.endswith("*"):
         return found
@@ -143,7 +143,7 @@ def _parsed(text: SpecText) -> ast.expr:
 
 @dataclass
 class _RuleEvaluation:
-    """An expression for one parameter. sources: name -> number; captured: numbers of the pattern."""
+    """Evaluates an expression for one parameter. sources: name -> number. captured: the numbers of the pattern."""
 
     text: SpecText
     sources: Mapping[str, int]
@@ -156,7 +156,7 @@ class _RuleEvaluation:
         return Linear(tuple(value.items())) if isinstance(value, dict) else value
 
     def refuse(self, node: ast.expr, message: str) -> SpecError:
-        raw = f"({self.text.text})".encode()  # Python counts bytes, and the bracket before
+        raw = f"({self.text.text})".encode()  # Python counts in bytes, from the bracket on
         first, last = (len(raw[:at].decode()) - 1 for at in (node.col_offset, node.end_col_offset or len(raw)))
         return self.text.refuse((first, last), message)
 

@@ -1,4 +1,4 @@
-"""The methods of a merge by their names, each with the options that it takes; they are made into operations here."""
+"""The methods of a merge by their names, each with the options that it takes. They become operations here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from ucp.merging.weights import ema, lawa, proportions
 class MethodOptions:
     """What a method is given besides its sources.
 
-    weights: one for each source (the base not counted). normalize: divide by their sum; None is the method's own rule.
-    t: between two sources: one number, or several that are interpolated over the model's layers. scale: of task
-    vectors. density, seed: of TIES and DARE. elect: DARE with TIES' election of signs. beta: of a moving average.
-    window, stride: of the latest weights. metrics, penalty, form: of metrics-weighted averaging.
+    - weights: one for each source, without the base. normalize: divide by their sum; None is the method's own rule.
+    - t: how far to go from the first source to the second: one number, or several, interpolated over the layers.
+    - scale: the factor of task vectors.
+    - density, seed: for TIES and DARE. elect: DARE with TIES' election of signs.
+    - beta: the decay of a moving average.
+    - window, stride: for the average of the latest checkpoints.
+    - metrics, penalty, form: for metrics-weighted averaging.
     """
 
     weights: tuple[float, ...] | None = None
@@ -47,10 +50,9 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: which options it takes, whether it needs a base, and the operation that it is for a parameter.
+    """A method: which options it takes, whether it needs a base, and how it becomes a parameter's operation.
 
-    make: (numbers of the sources, of the base, of the masks; options; the parameter's layer as a share of all) ->
-    operation.
+    make: (sources, options, the number of the parameter's layer as a share of all) -> operation.
     """
 
     takes: tuple[str, ...]
@@ -60,7 +62,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Sources:
-    """Numbers of the checkpoints of a merge: those that are combined, the base and the masks if there are any."""
+    """Numbers of the checkpoints in a merge: those that are combined, and the base and the masks if there are any."""
 
     merged: tuple[int, ...]
     base: int | None = None
@@ -68,12 +70,13 @@ class Sources:
 
 
 def operations(method: str, sources: Sources, options: MethodOptions) -> Callable[[float | None], Combination]:
-    """What a method does to a parameter, by its layer (as a share of all, None outside layers).
+    """A function that gives a parameter's operation. It is called with the number of the parameter's layer as a share
+    of all (None outside layers).
 
     Raises
     ------
     BadArgument
-        For an unknown method, options that it does not take, too few or too many sources, weights that sum to 0.
+        For an unknown method, options that it does not take, too few or too many sources, or weights that sum to 0.
     """
     if method not in METHODS:
         raise BadArgument(f"there is no method '{method}'; known are {', '.join(METHODS)}")
@@ -93,8 +96,8 @@ def operations(method: str, sources: Sources, options: MethodOptions) -> Callabl
 
 
 def resolved_weights(method: str, count: int, options: MethodOptions) -> tuple[float, ...]:
-    """The weights that a linear method gives to so many sources, as the result has them: divided by their sum where
-    the method does so."""
+    """The weights that a linear method gives to this many sources. They are divided by their sum if the method does
+    so."""
     weights = WEIGHTED[method](count, options)
     total = math.fsum(weights) if _normalises(method, options) else 1.0
     return tuple(weight / total for weight in weights)
@@ -165,8 +168,8 @@ def _between(sources: Sources, options: MethodOptions, layer: float | None, meth
 
 
 def interpolated(values: Sequence[float], layer: float | None) -> float:
-    """Piecewise linear over the layers: the first value at the first layer, the last at the last; parameters outside
-    layers get the mean of all."""
+    """Interpolate piecewise linearly over the layers: the first layer has the first value, and the last layer the last.
+    Parameters outside layers get the mean of all values."""
     if len(values) == 1:
         return values[0]
     if layer is None:

@@ -1,4 +1,4 @@
-"""What checkpoints say of how good they are: losses and steps, for weighing them."""
+"""What checkpoints say about how good they are: losses and steps, to weigh them by."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TRAINER = "trainer_state.json"
 
 
 def recorded(checkpoint: Checkpoint, form: str) -> float:
-    """The checkpoint's metric: 'step' is its step count; 'loss' is what client state says under ``ucp_metrics``, or
-    Hugging Face's ``trainer_state.json``: its last loss at or before the checkpoint's step.
+    """The checkpoint's metric. Client state may have it under ``ucp_metrics``. If not, 'step' is the step count, and
+    'loss' is the last loss at or before the checkpoint's step in Hugging Face's ``trainer_state.json``.
 
     Raises
     ------

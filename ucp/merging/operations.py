@@ -1,8 +1,9 @@
-"""How the tensors of several sources become one: each operation on a part of them, in float64.
+"""How the tensors of several sources become one: operations, each of which works on a part at a time, in float64.
 
-An operation is an immutable description, the same for every tensor that it is used for. What it has to know of a whole
-tensor before any part can be combined (an angle, a threshold) is found by `survey`, which streams it. A part is then
-combined from the same part of each source alone, so the result depends neither on layouts nor on chunks.
+An operation is an immutable description, the same for every tensor that it is used for. It may have to know something
+about a whole tensor before any part can be combined (an angle, a threshold). `survey` finds this by streaming the
+tensor. A part is then combined from the same part of each source alone, so the result does not depend on layouts or
+chunks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Parts = Callable[[Sequence[int]], Iterable[tuple[int, list[Numbers]]]]
 
 @dataclass(frozen=True)
 class Whole:
-    """What an operation may know of the tensor it is applied to: its name, its elements, and the sources' names."""
+    """What an operation may know about its tensor: the name, the number of elements, and the sources' names."""
 
     name: str
     numel: int
@@ -39,7 +40,7 @@ class Whole:
 
 
 class Combination(Protocol):
-    """One way to combine sources, by their numbers."""
+    """One way to combine sources, which are given by their numbers."""
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -47,11 +48,11 @@ class Combination(Protocol):
         ...
 
     def survey(self, whole: Whole, parts: Parts) -> Any:
-        """What `combine` has to know of the whole tensor; None for most."""
+        """What `combine` has to know about the whole tensor; None for most operations."""
         ...
 
     def combine(self, whole: Whole, found: Any, first: int, parts: Sequence[Numbers]) -> Numbers:
-        """A part of the result. found: of `survey`; first: index of the part's first element."""
+        """A part of the result. found: what `survey` returned. first: the index of the part's first element."""
         ...
 
 
@@ -74,7 +75,8 @@ class Copied:
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = sum w_i x_i``, in the order of the terms; normalised: divided by ``sum w_i``. Weights of 0 are not read."""
+    """``y = sum w_i x_i``, in the order of the terms. normalised: divided by ``sum w_i``. A source with weight 0 is not
+    read."""
 
     terms: tuple[tuple[int, float], ...]
     normalised: bool = False
@@ -92,7 +94,7 @@ class Linear:
         for weight, part in zip(weights[1:], parts[1:], strict=True):
             out += part if weight == 1.0 else weight * part
         total = math.fsum(weight for _, weight in self.terms) if self.normalised else 1.0
-        if math.frexp(total)[0] == 0.5:  # a power of 2: multiplying by its reciprocal is as exact, and faster
+        if math.frexp(total)[0] == 0.5:  # a power of 2: its reciprocal is exact, and multiplying is faster
             total, out = 1.0, out if total == 1.0 else np.multiply(out, 1.0 / total, out=out)
         return out if total == 1.0 else np.divide(out, total, out=out)
 
@@ -121,7 +123,7 @@ class Lerp:
 class Slerp:
     """``y = sin((1-t) theta)/sin theta a + sin(t theta)/sin theta b``: theta is the angle between the whole tensors.
 
-    Where they are parallel within a cosine of 0.9995, ``(1-t) a + t b``.
+    If they are almost parallel (a cosine beyond 0.9995), it is ``(1-t) a + t b``.
     """
 
     a: int
@@ -152,7 +154,7 @@ class Slerp:
 
 @dataclass(frozen=True)
 class Redrawn:
-    """Normal draws with a source's own mean and standard deviation: a tensor as if it were initialised anew."""
+    """Normal draws with a source's own mean and standard deviation, as if the tensor were initialised anew."""
 
     source: int
     seed: int
@@ -162,7 +164,7 @@ class Redrawn:
         return (self.source,)
 
     def survey(self, whole: Whole, parts: Parts) -> tuple[float, float, int]:
-        """Mean, standard deviation, and the key of the draws."""
+        """The mean, the standard deviation, and the key of the draws."""
         sums: list[float] = []
         squares: list[float] = []
         for _, (x,) in parts(self.sources):
@@ -179,7 +181,7 @@ class Redrawn:
 
 
 class Selector(Protocol):
-    """Which elements of a source's difference from the base count."""
+    """Selects the elements of a source's difference from the base that count."""
 
     def survey(self, whole: Whole, source: int, parts: selection.Parts) -> Any: ...
 
@@ -188,7 +190,7 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class Largest:
-    """The ``floor(density numel)`` elements of largest magnitude; the others are 0 (TIES' trimming)."""
+    """Keeps the ``floor(density numel)`` elements of largest magnitude, and sets the others to 0 (TIES' trimming)."""
 
     density: float
 
@@ -201,7 +203,7 @@ class Largest:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Each element with probability ``density``, divided by it; the others are 0 (DARE)."""
+    """Keeps each element with probability ``density``, divided by it, and sets the others to 0 (DARE)."""
 
     density: float
     seed: int
@@ -216,11 +218,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Differences:
-    """``y = base + scale * combination of w_i d_i`` with ``d_i = x_i - base``, as a selector leaves it.
+    """``y = base + scale * combination of w_i d_i``, where ``d_i`` is what a selector leaves of ``x_i - base``.
 
-    elected: only the terms with the sign of ``sum w_i d_i`` count (0 is positive), and their sum is divided by their
-    weights' (TIES). Otherwise it is the sum; normalised: divided by ``sum w_i``. masks: source -> the source that holds
-    its mask, tensors that the differences are multiplied by.
+    elected: only the terms with the sign of ``sum w_i d_i`` count (0 is positive), and their sum is divided by the sum
+    of their weights (TIES). Otherwise the combination is the sum of all. normalised: divided by ``sum w_i``. masks: for
+    each term, the source with its mask, by which the difference is multiplied.
     """
 
     base: int
@@ -262,7 +264,7 @@ class Differences:
         return base + self.scale * total
 
     def _elected(self, weighted: Sequence[Numbers], total: Numbers) -> Numbers:
-        """The sum of the terms with the majority's sign, over the sum of their weights (1 where there are none)."""
+        """The sum of the terms with the majority's sign, divided by the sum of their weights (1 if there are none)."""
         positive: NDArray[np.bool_] = total >= 0
         out, divisor = np.zeros_like(total), np.zeros_like(total)
         for (_, weight), term in zip(self.terms, weighted, strict=True):
@@ -274,7 +276,7 @@ class Differences:
 
 
 def check_density(density: float) -> float:
-    """The density, if it is one. Raises BadArgument."""
+    """The density. Raises BadArgument if it is not above 0 and at most 1."""
     if not 0 < density <= 1:
         raise BadArgument(
             f"the density is the share of elements that are kept, above 0 and at most 1, found {density:g}"

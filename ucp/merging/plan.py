@@ -1,4 +1,5 @@
-"""The catalog of a merge: for every parameter which sources are combined how, checked before anything is written."""
+"""The catalog of a merge: how each parameter is combined, from which sources. It is checked before anything is
+written."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class MergeSource:
-    """One of the checkpoints that are merged. name: what messages call it; is_mask: it only says what counts; shown:
-    its catalog for the merge, where that is not the checkpoint's own."""
+    """One of the checkpoints that are merged. name: what messages call it. is_mask: it only says what counts. shown:
+    its catalog for the merge, if that is not the checkpoint's own."""
 
     name: str
     checkpoint: Checkpoint
@@ -42,11 +43,11 @@ class MergeSource:
 class MergeRules:
     """How a merge treats what is not plainly a weight.
 
-    operation: of a parameter, by its name. dtype: of floating-point weights; None for the widest of their sources'.
-    optimizer: 'none' (weights alone), 'average' (as the weights are, linear merges only), or the number of the source
-    whose states are taken. step: which step count an average has where they differ: None refuses, 'max' takes the
-    largest. buffers: the source whose integer tensors count where they differ; None refuses. finite: refuse NaN and
-    infinity.
+    operation: gives a parameter's operation, by its name. dtype: the element type of floating-point weights; None for
+    the widest of their sources'. optimizer: 'none' (weights alone), 'average' (as the weights are, for linear merges
+    only), or the number of the source whose states are taken. step: if averaged step counts differ, 'max' takes the
+    largest, and None refuses. buffers: the source whose integer tensors count if they differ; None refuses. finite:
+    refuse NaN and infinity.
     """
 
     operation: Callable[[str], Combination]
@@ -58,7 +59,7 @@ class MergeRules:
 
 
 def merged_catalog(sources: Sequence[MergeSource], rules: MergeRules) -> Catalog:
-    """The catalog of the result; its training state is that of weights alone, or of the source that gives the states.
+    """The catalog of the result. Its training state is that of weights alone, or comes from the source of the states.
 
     Raises
     ------
@@ -107,7 +108,7 @@ def _check_names(sources: Sequence[MergeSource]) -> None:
 
 @dataclass
 class _Build:
-    """A catalog under construction: files of all sources first, then one "file" for every computed tensor."""
+    """A catalog under construction. Its files are those of all sources, then one "file" for every computed tensor."""
 
     sources: Sequence[MergeSource]
     rules: MergeRules
@@ -120,7 +121,7 @@ class _Build:
         self.files = [file for source in self.sources for file in source.catalog.files]
 
     def parameter(self, info: ParameterInfo) -> ParameterInfo:
-        """The merged parameter's entry; its tensors are added to the catalog."""
+        """The merged parameter's entry. Adds its tensors to the catalog."""
         operation = _simplest(self.rules.operation(info.name))
         states = {PARAM: self._tensor(info.name, PARAM, operation)}
         scalars: Mapping[str, Any] = {}
@@ -175,7 +176,8 @@ class _Build:
         return None if tensor is None else Input(given.name, tensor, given.checkpoint.reader)
 
     def _unmixed(self, name: str, state: str, operation: Combination) -> str:
-        """A tensor whose elements are no floating-point numbers: the same in all sources that are read."""
+        """Add a tensor whose elements are no floating-point numbers. It has to be the same in all sources that are
+        read, unless the rules say whose counts."""
         chosen = self.rules.buffers
         order = list(dict.fromkeys(operation.sources)) if chosen is None else [chosen]
         first = self._given(order[0], name, state)
@@ -198,7 +200,7 @@ class _Build:
         return tensor.dtype
 
     def _scalars(self, name: str, operation: Combination) -> dict[str, Any]:
-        """Values such as 'step', which have to be equal or are told by the rules."""
+        """Values such as 'step', which have to be equal unless the rules say what counts."""
         found = [self._info(k, name).scalars for k in operation.sources]
         out = dict(found[0])
         for key in out:
@@ -245,7 +247,7 @@ class _Build:
 
 
 def _simplest(operation: Combination) -> Combination:
-    """A linear merge that takes one source whole is a copy of it: bit for bit, without arithmetic."""
+    """The operation, or a copy for a linear merge that takes one source whole: bit for bit, without arithmetic."""
     if isinstance(operation, Linear):
         terms = [(k, weight) for k, weight in operation.terms if weight]
         if len(terms) == 1 and (operation.normalised or terms[0][1] == 1.0):
@@ -254,7 +256,7 @@ def _simplest(operation: Combination) -> Combination:
 
 
 def _averaged(name: str, state: str, operation: Combination) -> Combination:
-    """How a state is averaged beside its weight. Raises Unsupported."""
+    """The operation that averages a state as its weight is. Raises Unsupported, or BadArgument for negative weights."""
     if not isinstance(operation, (Linear, Copied)):
         raise Unsupported(
             f"'{name}': optimizer states are averaged in linear merges only; take one source's states, or none"
@@ -267,7 +269,7 @@ def _averaged(name: str, state: str, operation: Combination) -> Combination:
 
 
 def _identity(merged: MergedTensor) -> str:
-    """A digest of what decides the tensor's bytes, apart from its sources' files."""
+    """A digest of everything that decides the tensor's bytes, except its sources' files."""
     told = (merged.name, merged.state, merged.shape, merged.dtype, merged.operation, merged.finite)
     given = [None if each is None else (each.name, each.tensor.dtype) for each in merged.inputs]
     return xxhash.xxh3_128_hexdigest(repr((told, given)).encode())

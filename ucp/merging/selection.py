@@ -1,11 +1,11 @@
-"""Which elements of a difference count: the largest by magnitude, or drawn by chance; independent of any chunking.
+"""Which elements of a difference count: the largest by magnitude, or random ones. This does not depend on chunks.
 
 *Draws* are counter-based: element ``k`` of a tensor is kept if a hash of (seed, source, tensor's name, k) lies below
-the density. The hash is SplitMix64's finaliser of a stream key plus k times the golden ratio's odd constant, so the
-draws of a tensor are a sequence that any part can be computed of alone.
+the density. The hash is SplitMix64's finaliser of a stream key plus k times the golden ratio's odd constant. So the
+draws of a tensor are a sequence of which any part can be computed by itself.
 
-*Magnitudes* are found by a radix selection on the bits of ``|d|`` as float64 (which sort like the numbers): exact, in
-as many passes over the tensor as it takes 16-bit digits, without holding it.
+*Magnitudes* are found by a radix selection on the bits of ``|d|`` as float64, which sort like the numbers. It is exact,
+takes one pass over the tensor for each 16-bit digit, and does not hold the tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def drawn(key: int, first: int, count: int, density: float) -> NDArray[np.bool_]
 
 
 def normal(key: int, first: int, count: int) -> Numbers:
-    """Draws of the normal distribution for the elements ``[first, first + count)``, by Box and Muller."""
+    """Draws from the normal distribution for the elements ``[first, first + count)``, by Box and Muller's method."""
     radius = np.sqrt(-2.0 * np.log1p(-uniform(key, 2 * first, 2 * count)[0::2]))
     return radius * np.cos(2.0 * np.pi * uniform(key, 2 * first, 2 * count)[1::2])
 
@@ -52,13 +52,13 @@ def uniform(key: int, first: int, count: int) -> Numbers:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The elements with magnitude above ``above`` are kept, and those equal to it up to index ``last_equal``."""
+    """Keeps the elements with magnitude above ``above``, and those equal to it up to index ``last_equal``."""
 
     above: float
     last_equal: int
 
     def kept(self, difference: Numbers, first: int) -> NDArray[np.bool_]:
-        """Which elements of a part are kept; first: the index of its first element in the tensor."""
+        """Which elements of a part are kept. first: the index of its first element in the tensor."""
         size = np.abs(difference)
         indices = np.arange(first, first + len(difference))
         return (size > self.above) | ((size == self.above) & (indices <= self.last_equal))
@@ -71,7 +71,7 @@ Parts = Callable[[], Iterable[tuple[int, Numbers]]]
 
 
 def largest(parts: Parts, count: int) -> Threshold:
-    """The threshold that keeps the ``count`` largest elements by magnitude; of equal ones those of lower index."""
+    """The threshold that keeps the ``count`` largest elements by magnitude. Among equal ones the first count."""
     if count < 1:
         return NOTHING
     prefix, left = 0, count

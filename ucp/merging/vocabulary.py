@@ -1,5 +1,5 @@
-"""Vocabularies of different widths: some runs pad theirs, so the same model has embeddings with more rows in one
-checkpoint than in another. Cut to the smallest, they can be merged; the rows that are left out belong to no token."""
+"""Vocabularies of different widths. Some runs pad theirs, so the same model may have embeddings with more rows in one
+checkpoint than in another. Cut to the smallest, they can be merged. The rows that are cut off belong to no token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CUT = "cut"
 
 
 def check_choice(choice: str | None) -> None:
-    """Raise BadArgument for what is none."""
+    """Raise BadArgument for an unknown choice."""
     if choice not in (None, CUT):
         raise BadArgument(f"vocabularies of different widths are refused, or '{CUT}' to the smallest, found '{choice}'")
 
 
 def with_cut_vocabularies(sources: Sequence[MergeSource]) -> list[MergeSource]:
-    """The sources with the embeddings of each cut to as many rows as the smallest has.
+    """The sources, with the embeddings of each cut to the number of rows of the smallest.
 
-    Raises Mismatch where parameters differ otherwise than in their rows, or not all in the same numbers of rows.
+    Raises Mismatch if parameters differ in more than their rows, or do not all have the same numbers of rows.
     """
     widths: dict[str, list[int]] = {}
     for name, info in sources[0].catalog.parameters.items():

@@ -1,4 +1,5 @@
-"""Weights of checkpoints in a linear merge, in closed form: averages of a run's tail, moving averages, metrics."""
+"""Weights of checkpoints in a linear merge, by formulas: averages of a run's last checkpoints, moving averages,
+metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ FORMS = ("loss", "step")
 
 
 def uniform(count: int) -> tuple[float, ...]:
-    """A weight of 1 for each of ``count`` checkpoints; a merge divides by their sum."""
+    """A weight of 1 for each of ``count`` checkpoints. A merge divides by their sum.
+
+    Raises
+    ------
+    BadArgument
+        If count is below 1.
+    """
     if count < 1:
         raise BadArgument("there is no checkpoint to weigh; name at least one")
     return (1.0,) * count
@@ -23,10 +30,22 @@ def ema(count: int, beta: float) -> tuple[float, ...]:
     ``z_0 = x_0`` and ``z_k = beta z_{k-1} + (1 - beta) x_k``, so ``w_0 = beta^(count-1)`` and
     ``w_k = (1 - beta) beta^(count-1-k)``.
 
+    Parameters
+    ----------
+    count
+        How many checkpoints there are.
+    beta
+        The decay, from 0 (the last checkpoint alone) to 1 (the first alone).
+
+    Returns
+    -------
+    tuple of float
+        One weight for each checkpoint. Their sum is 1.
+
     Raises
     ------
     BadArgument
-        If beta is not between 0 (the last one alone) and 1 (the first one alone).
+        If beta is not between 0 and 1, or count is below 1.
     """
     if not 0 <= beta <= 1:
         raise BadArgument(f"the decay of a moving average lies between 0 and 1, found {beta:g}")
@@ -36,14 +55,26 @@ def ema(count: int, beta: float) -> tuple[float, ...]:
 
 
 def lawa(count: int, window: int, stride: int = 1) -> tuple[float, ...]:
-    """Latest weight averaging: 1 for the last ``window`` checkpoints, every ``stride``-th of them, 0 for others.
+    """Weights of latest weight averaging, the mean of a run's last checkpoints.
 
-    Their mean is what is meant: a merge divides by the sum.
+    Parameters
+    ----------
+    count
+        How many checkpoints there are, oldest first.
+    window
+        How many of them are averaged.
+    stride
+        Take only every ``stride``-th, counted from the last.
+
+    Returns
+    -------
+    tuple of float
+        1 for each checkpoint that is averaged, and 0 for the others. A merge divides by the sum.
 
     Raises
     ------
     BadArgument
-        If there are not so many checkpoints.
+        If window or stride is below 1, or there are too few checkpoints.
     """
     if window < 1 or stride < 1:
         raise BadArgument(f"a window and a stride are at least 1, found {window} and {stride}")
@@ -57,22 +88,41 @@ def lawa(count: int, window: int, stride: int = 1) -> tuple[float, ...]:
 
 
 def metric_weights(metrics: Sequence[float], penalty: float, form: str = "loss") -> tuple[float, ...]:
-    """The weights of metrics-weighted averaging, which sum to 1: `proportions` over their sum."""
+    """Weights of metrics-weighted averaging.
+
+    Parameters
+    ----------
+    metrics
+        One finite number above 0 for each checkpoint.
+    penalty
+        ``p >= 0``. 0 gives the mean, and a large one the best checkpoint.
+    form
+        'loss': ``w_i`` is proportional to ``loss_i^-p``. 'step': to ``step_i^p``.
+
+    Returns
+    -------
+    tuple of float
+        One weight for each checkpoint. Their sum is 1.
+
+    Raises
+    ------
+    BadArgument
+        For metrics that are not finite and above 0, a negative penalty, or an unknown form.
+    """
     parts = proportions(metrics, penalty, form)
     return tuple(part / math.fsum(parts) for part in parts)
 
 
 def proportions(metrics: Sequence[float], penalty: float, form: str = "loss") -> tuple[float, ...]:
-    """Metrics-weighted averaging: one metric a checkpoint, one penalty ``p >= 0``; the largest is 1.
+    """As `metric_weights`, but scaled so that the largest weight is 1.
 
-    form: 'loss': ``w_i`` proportional to ``loss_i^-p``; 'step': to ``step_i^p``. So a penalty of 0 is the mean, and a
-    large one takes the best. These forms are this project's: the published method names one penalty for a loss or a
-    step, and its formula was not to be had.
+    The formulas are this project's. The published method has one penalty for a loss or a step, but its formula could
+    not be found.
 
     Raises
     ------
     BadArgument
-        For metrics that are not finite and positive, a negative penalty, an unknown form.
+        As `metric_weights`.
     """
     if form not in FORMS:
         raise BadArgument(f"metrics are weighed by {' or '.join(FORMS)}, found '{form}'")

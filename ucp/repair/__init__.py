@@ -1,6 +1,6 @@
-"""Making a checkpoint loadable that lost the files of some layers: they are filled from their neighbours (CheckFree).
+"""Making a checkpoint loadable that lost the files of some layers. They are filled from their neighbours (CheckFree).
 
-What comes of it is approximate and marked so: it is loaded only by who says that this is meant.
+The result is approximate, and marked so. It is loaded only by those who say that they want it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The catalog of a repaired checkpoint: what is left, and what is computed of it in place of what was lost."""
+"""The catalog of a repaired checkpoint: what is left, and what is computed from it to replace what was lost."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Repaired:
         return dataclasses.replace(twin, name=name, scalars=self._scalars(twin), aliases=tuple(aliases))
 
     def stateless(self, info: ParameterInfo, twin: ParameterInfo) -> ParameterInfo:
-        """A parameter whose weight is left, with the optimizer states that another one has, as zeros."""
+        """A parameter whose weight is left. It gets the same optimizer states as its twin, as zeros."""
         states = {PARAM: info.states[PARAM]}
         for state, dtype in twin.states.items():
             if state != PARAM:
@@ -73,7 +73,7 @@ class _Repaired:
         found = neighbours_tensors(self.catalog, name, state, filling)
         first = found[0]
         if first.dtype not in FLOATS or (len(found) == 1 and not filling.random):
-            # Whole numbers are the left neighbour's: a mean of them is none.
+            # Whole numbers are taken from the left neighbour, since their mean is not a whole number.
             self.tensors[name, state] = dataclasses.replace(first, name=name, digest=None)
             return
         operation: Combination = Linear(tuple((k, share) for k, (_, share) in enumerate(filling.shares)), True)
@@ -100,9 +100,9 @@ class _Repaired:
 
 
 def repaired(remains: Remains, outlook: Outlook, settings: RepairSettings, reader: Reader) -> Catalog:
-    """The whole catalog. reader: of what is left.
+    """The whole catalog. reader: reads what is left.
 
-    Raises Mismatch where neighbours have other states.
+    Raises Mismatch if neighbours have different states.
     """
     catalog = remains.catalog
     build = _Repaired(catalog, reader, settings)

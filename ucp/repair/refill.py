@@ -1,8 +1,9 @@
 """Lost layers as combinations of their neighbours: what each gets, checked before anything is read.
 
-Of a run of m lost layers the k-th is between the k-th of the m before the run and the k-th of the m after it. By
-*checkfree* it is their mean, weighted with the norms of their gradients to a power, or equally where no norms are
-recorded; where one side has no such layer (the first and the last of a model), the other is copied.
+If m layers in a row are lost, the neighbours of the k-th are the k-th of the m layers before them and the k-th of the m
+layers after them. By *checkfree* it becomes the mean of these two, weighted by a power of the norms of their gradients,
+or equally if no norms are recorded. If one side has no such layer (at the beginning and the end of a model), the other
+one is copied.
 """
 
 from __future__ import annotations
@@ -28,10 +29,21 @@ NORMS = "ucp_gradient_norms"
 class RepairSettings:
     """How lost layers are filled.
 
-    method: one of `METHODS`. norm_power: of the norms that checkfree weighs with, 1 or 2. norms: a layer's name -> the
-    norm of its gradient, in place of those that the checkpoint has recorded. moments: optimizer states are 'zero' with
-    step 0, or the 'average' of the neighbours'. lr_scale: factor of the learning rate, for which the filled parameters
-    become a param group of their own; None leaves them in theirs. seed: of the draws of 'random'.
+    Attributes
+    ----------
+    method
+        'checkfree', 'copy-left', 'copy-right', 'uniform' or 'random'.
+    norm_power
+        The power of the norms by which checkfree weighs the neighbours: 1 or 2.
+    norms
+        A layer's name -> the norm of its gradient, in place of the norms that the checkpoint has recorded.
+    moments
+        'zero': optimizer states are zeros, with step 0. 'average': the average of the neighbours'.
+    lr_scale
+        A factor above 0 for the learning rate of the filled parameters, which become a param group of their own. With
+        None they stay in their groups.
+    seed
+        The seed of the draws of 'random'.
     """
 
     method: str = "checkfree"
@@ -42,7 +54,7 @@ class RepairSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise BadArgument for what is none of the choices."""
+        """Raise BadArgument for a value that is not allowed."""
         if self.method not in METHODS:
             raise BadArgument(f"layers are filled by {', '.join(METHODS)}, found '{self.method}'")
         if self.norm_power not in (1, 2):
@@ -55,8 +67,8 @@ class RepairSettings:
 
 @dataclass(frozen=True)
 class Filling:
-    """What a lost layer is filled with. shares: the neighbours, each with its share, left before right; random: drawn
-    like the first of them."""
+    """What a lost layer is filled with. shares: its neighbours, left before right, each with its share. random: it is
+    drawn like the first of them."""
 
     layer: Layer
     shares: tuple[tuple[Layer, float], ...]
@@ -73,8 +85,19 @@ class Filling:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a repair would do. fillings: of the lost layers. parameters: lost ones -> their filling. stateless: those
-    of which the weights are left, and the optimizer states are lost. warnings: in sentences."""
+    """What a repair would do.
+
+    Attributes
+    ----------
+    fillings
+        What each lost layer is filled with.
+    parameters
+        Names of lost parameters -> what they are filled with.
+    stateless
+        Names of parameters whose weights are left, and whose optimizer states are lost.
+    warnings
+        Sentences for people.
+    """
 
     fillings: tuple[Filling, ...]
     parameters: Mapping[str, Filling]
@@ -93,7 +116,7 @@ class Outlook:
 
 @dataclass
 class _Known:
-    """What is left, and what is known of what is lost."""
+    """What is left, and what is known about what is lost."""
 
     catalog: Catalog
     lost: Mapping[str, ParameterInfo]
@@ -107,7 +130,7 @@ class _Known:
         return {rest: self.catalog.parameters[layer.named(rest)].shape for rest in self.left[layer]}
 
     def is_like(self, layer: Layer, lost: Mapping[str, Any]) -> bool:
-        """Whether a layer that is left has what is known of a lost one, and nothing more."""
+        """Whether a layer that is left has exactly the parameters that are known of a lost one."""
         found = self.shapes(layer)
         more = found.keys() - lost.keys()
         if not self.buffers_known:
@@ -120,14 +143,27 @@ class _Known:
 
 
 def outlook_of(remains: Remains, settings: RepairSettings) -> Outlook:
-    """What a repair does to each lost parameter.
+    """Decide how each lost parameter is filled.
+
+    Parameters
+    ----------
+    remains
+        What is left of the checkpoint, and what is known about what is lost.
+    settings
+        How lost layers are filled.
+
+    Returns
+    -------
+    Outlook
 
     Raises
     ------
+    BadArgument
+        For settings that are not allowed.
     Unsupported
-        Where a lost parameter has no neighbour that is like it, or nothing tells what was lost.
+        If a lost parameter has no neighbour that is like it, or nothing tells what was lost.
     Mismatch
-        Where the neighbours of a layer differ in names or shapes.
+        If the neighbours of a layer differ in names or shapes.
     """
     settings.check()
     if remains.unknown:
@@ -135,7 +171,7 @@ def outlook_of(remains: Remains, settings: RepairSettings) -> Outlook:
     known = _Known(remains.catalog, remains.parameters, remains.buffers_known)
     outside = sorted(name for name in remains.parameters if layer_of(name) is None)
     lost = {found[0] for name in remains.parameters if (found := layer_of(name)) is not None}
-    # What is like no layer that is left (an embedding, a head) has no neighbour, whatever its number.
+    # A lost layer that is like no layer that is left (an embedding, a head) has no neighbour, whatever its number.
     alone = {layer for layer in lost if not any(known.is_like(other, known.lost_shapes(layer)) for other in known.left)}
     outside += sorted(layer.named(rest) for layer in alone for rest in known.lost_shapes(layer))
     if outside:
@@ -190,7 +226,7 @@ def _filling(known: _Known, layer: Layer, count: int, settings: RepairSettings, 
 def _shares(
     catalog: Catalog, sides: list[Layer], settings: RepairSettings, warnings: list[str]
 ) -> tuple[tuple[Layer, float], ...]:
-    """Both neighbours' weights, which need not sum to 1."""
+    """The shares of both neighbours. Their sum need not be 1."""
     if settings.method == "checkfree":
         norms = settings.norms if settings.norms is not None else catalog.training_state.client_state.get(NORMS)
         found = [_norm(norms.get(str(layer)) if isinstance(norms, Mapping) else None) for layer in sides]
@@ -204,19 +240,19 @@ def _shares(
 
 
 def _norm(value: Any) -> float:
-    """A recorded norm; 0 for what is none, or would not fit a float when squared."""
+    """A recorded norm. 0 for a value that is no norm, or whose square would not fit a float."""
     return float(value) if type(value) in (int, float) and 1e-100 < value < 1e100 else 0.0
 
 
 def twin_of(name: str, filling: Filling) -> str:
-    """The parameter of the first neighbour that a filled one is made of."""
+    """The parameter of the first neighbour from which a filled one is made."""
     found = layer_of(name)
     return "" if found is None else filling.shares[0][0].named(found[1])
 
 
 def twin_of_stateless(catalog: Catalog, name: str, stateless: Collection[str]) -> str:
-    """The parameter whose optimizer states are like those that one of these lost: of another layer, else any that is
-    trained. Raises Unsupported where no parameter that is left has states."""
+    """The parameter whose optimizer states are like those that this one lost: its counterpart in another layer, or else
+    any trained one. Raises Unsupported if no parameter that is left has states."""
     found, shape = layer_of(name), catalog.parameters[name].shape
     whole = [i for i in catalog.parameters.values() if i.name not in stateless and i.kind != "padding"]
     if found is not None:
@@ -231,8 +267,8 @@ def twin_of_stateless(catalog: Catalog, name: str, stateless: Collection[str]) -
 
 
 def grouped(groups: Sequence[ParamGroup], twins: Mapping[str, str], lr_scale: float | None) -> tuple[ParamGroup, ...]:
-    """The param groups with the filled parameters in them, each where its twin is, or, with a factor of the learning
-    rate, in a group of their own. twins: of every filled parameter."""
+    """The param groups with the filled parameters in them. Each is in its twin's group, or with a factor for the
+    learning rate in a group of its own kind. twins: those of every filled parameter."""
     listed = {name for group in groups for name in group.names}
     out: list[ParamGroup] = []
     own: list[ParamGroup] = []
@@ -258,7 +294,7 @@ def grouped(groups: Sequence[ParamGroup], twins: Mapping[str, str], lr_scale: fl
 
 
 def _inserted(names: Sequence[str], added: Sequence[str]) -> list[str]:
-    """The names with others behind the layers before their own."""
+    """The names with the added ones in place: each comes after the layers that precede its own."""
     ends: dict[Layer, int] = {}
     for k, name in enumerate(names):
         if (found := layer_of(name)) is not None:
@@ -277,7 +313,7 @@ def _inserted(names: Sequence[str], added: Sequence[str]) -> list[str]:
 
 
 def neighbours_tensors(catalog: Catalog, name: str, state: str, filling: Filling) -> list[LogicalTensor]:
-    """The same state of the parameter in each neighbour. Raises Mismatch where one lacks it."""
+    """The same state of the parameter in each neighbour. Raises Mismatch if a neighbour lacks it."""
     found = layer_of(name)
     out = []
     for layer, _ in filling.shares:

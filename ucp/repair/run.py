@@ -31,9 +31,30 @@ log = logger(__name__)
 class RepairReport:
     """What a repair did, or would do (``dry_run``).
 
-    files: that were missing or damaged, each with what was wrong. layers: what each lost layer is filled with, by its
-    name. parameters: the names of those that are filled. stateless: of those that kept their weights and lost their
-    optimizer states. warnings: in sentences. own_group: the filled parameters are a param group of their own.
+    Attributes
+    ----------
+    source, destination
+        Their paths.
+    method, moments
+        As in `RepairSettings`.
+    files
+        The missing or damaged files -> what was wrong with each.
+    layers
+        The name of each lost layer -> what it is filled with.
+    parameters
+        The names of the filled parameters.
+    stateless
+        The names of the parameters that kept their weights and lost their optimizer states.
+    warnings
+        Sentences for people.
+    own_group
+        Whether the filled parameters are a param group of their own.
+    bytes_written
+        How many bytes the destination has.
+    seconds
+        The time from the call to the end.
+    dry_run
+        Whether nothing was written.
     """
 
     source: str
@@ -72,26 +93,30 @@ def repair(
     spec: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> RepairReport:
-    """Write a whole universal checkpoint from one that lost the files of some layers.
+    """Write a whole universal checkpoint from one that lost the files of some layers; returns what was done.
 
     Parameters
     ----------
-    damaged
-        A checkpoint, or a folder of them and a ``tag``. What its files still hold is written bit for bit.
+    damaged, tag
+        The damaged checkpoint, or a folder of them and a tag. What its files still hold is written bit for bit.
     dest
         A folder that does not exist yet.
     method
-        What lost layers are filled with: 'checkfree', the mean of their neighbours weighted with the norms of their
-        gradients (`ucp.repair.refill`); 'uniform', 'copy-left', 'copy-right' and 'random' to compare with.
+        How lost layers are filled. 'checkfree' takes the mean of their neighbours, weighted by the norms of their
+        gradients (`ucp.repair.refill`). 'uniform', 'copy-left', 'copy-right' and 'random' are there to compare with.
+    spec
+        As for `ucp.open`.
     settings
-        The other fields of `RepairSettings` and of `Running`.
+        The other fields of `RepairSettings`, and those of `Running`.
 
     Raises
     ------
     Unsupported, Mismatch
-        Where what was lost has no neighbour that is like it; the destination is untouched then.
+        If what was lost has no neighbour that is like it. The destination is as it was before.
     BadArgument
-        For a checkpoint that lost nothing.
+        For a checkpoint that lost nothing, or a wrong setting.
+    DamagedCheckpoint
+        If nothing tells what was lost.
     """
     started = time.monotonic()
     how, running = _divided(method, settings)
@@ -122,7 +147,7 @@ def repair(
 
 
 def _divided(method: str, settings: Mapping[str, Any]) -> tuple[RepairSettings, Running]:
-    """The settings of the filling and of the run. Raises BadArgument."""
+    """The settings for the filling, and those of the run. Raises BadArgument."""
     own, taken = ({field.name for field in fields(kind)} for kind in (RepairSettings, Running))
     unknown = sorted(settings.keys() - own - taken)
     if unknown:
@@ -133,7 +158,22 @@ def _divided(method: str, settings: Mapping[str, Any]) -> tuple[RepairSettings, 
 
 
 def outlook(damaged: str | os.PathLike[str], tag: str | int | None = None) -> Outlook:
-    """What a repair by checkfree would do. Raises what `repair` raises."""
+    """Find out what a repair by checkfree would do. Nothing is written.
+
+    Parameters
+    ----------
+    damaged, tag
+        As for `repair`.
+
+    Returns
+    -------
+    Outlook
+
+    Raises
+    ------
+    UcpError
+        What `repair` raises.
+    """
     with Files() as files:
         return outlook_of(_remains(damaged, tag, files, Choice())[1], RepairSettings())
 
