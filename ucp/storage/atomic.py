@@ -1,8 +1,8 @@
 """Writing a folder, or a file, so that a reader finds all of it or nothing.
 
-A folder is written under a temporary name beside its destination, flushed to disk, and renamed: on one file system a
-rename is atomic. What stood at the destination before is exchanged with the new folder in the same way. A process that
-dies leaves its temporary folder behind; the next commit to the same destination from this machine removes it.
+A folder is written under a temporary name beside its destination, flushed to disk, and renamed. On one file system a
+rename is atomic. An old folder at the destination is exchanged with the new one in the same way. A process that dies
+leaves its temporary folder behind. The next commit to the same destination from this machine removes it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ def staged(dest: str | os.PathLike[str], *, needed_bytes: int, replace: bool = F
 def reserve(dest: str | os.PathLike[str], keep: Collection[str] = (), process: int | None = None) -> Path:
     """Make a temporary folder beside `dest` for this and other processes to fill, then `publish` or `discard`.
 
-    First removes what dead processes have left of any commit in `dest`'s folder; what was left on another machine, once
-    it has not been written for `STALE` seconds. process: whose folder it is, if not this one's, on the same machine.
-    keep: names of temporary folders of this process and that one which are in use. Raises `DestinationError`.
+    Also removes what dead processes have left of any commit in `dest`'s folder. What another machine has left is
+    removed once it has not been written to for `limits.STALE_FOLDER_SECONDS`.
+
+    keep: names of temporary folders of this process and of ``process`` that are in use.
+    process: the process that the folder is for, on the same machine; default is this one.
+
+    Raises `DestinationError`.
     """
     owner = os.getpid() if process is None else process
     target = Path(os.path.abspath(dest))
@@ -99,7 +103,7 @@ def reserve(dest: str | os.PathLike[str], keep: Collection[str] = (), process: i
 
 
 def publish(temporary: Path, dest: str | os.PathLike[str]) -> None:
-    """Put a reserved folder whose files are on disk already in the place of `dest`, whatever folder stood there.
+    """Put a reserved folder, whose files are already on disk, in the place of `dest`. It replaces any folder there.
 
     `dest` is the old folder until it is the new one. Raises `DestinationError`.
     """
@@ -118,7 +122,7 @@ def publish(temporary: Path, dest: str | os.PathLike[str]) -> None:
 
 
 def remove_whole(folder: Path) -> None:
-    """Remove a folder so that it is there or not at every instant: renamed first. Raises OSError."""
+    """Remove a folder so that at every instant it is whole or gone: it is renamed first. Raises OSError."""
     temporary = _temporary_name(folder)
     disk.rename(folder, temporary)
     _sync(folder.parent)
@@ -142,7 +146,7 @@ def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: f
                 disk.rename(entry, folder / name)  # see _sweep
             continue
         if place == here:
-            # What is in use of these processes is in `keep`: the rest they gave up, or others had their numbers.
+            # What these processes use is in `keep`. They have given up the rest, or others had the same numbers.
             unused = int(process) in own or not _is_alive(int(process))
         else:
             unused = now - _newest(entry) > limits.STALE_FOLDER_SECONDS
@@ -151,7 +155,7 @@ def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: f
 
 
 def _newest(entry: Path) -> float:
-    """When the entry, or a file in it, was last written; in seconds."""
+    """When the entry, or a file in it, was last written, in seconds."""
     times = [entry.stat().st_mtime]
     if entry.is_dir():
         with os.scandir(entry) as inside:
@@ -256,7 +260,7 @@ def _make_parents(parent: Path) -> list[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes that died have left of commits to this destination."""
+    """Remove what dead processes have left of commits to this destination."""
     pattern = re.compile(rf"\.ucp-(tmp|old)-{re.escape(target.name)}-(\d+)-([0-9a-f]{{8}})[0-9a-f]{{8}}")
     here = _machine_of_process()
     for entry in sorted(target.parent.iterdir()):
@@ -282,7 +286,7 @@ def _is_alive(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     try:
-        # An orphan that nobody waits for, as in a container whose first process does not, keeps its number.
+        # A dead process that nobody waits for keeps its number, as in a container whose first process does not wait.
         return Path(f"/proc/{process}/stat").read_text("latin-1").rpartition(")")[2].split()[0] not in ("Z", "X")
     except (OSError, IndexError):
         return True
@@ -315,8 +319,11 @@ def _publish(temporary: Path, target: Path, replace: bool) -> None:
 
 
 def set_aside(target: Path) -> Path | None:
-    """Where the old folder is, if a replacement of ``target`` ended between its two renames, as it can on file systems
-    that cannot exchange folders; the next commit puts it back. None for none such, and where ``target`` is there."""
+    """Where the old folder is, if a replacement of ``target`` ended between its two renames; else None.
+
+    That can happen on file systems that cannot exchange folders. The next commit puts the old folder back. None also if
+    ``target`` is there.
+    """
     if locations.is_remote(target) or os.path.lexists(target):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Configs: files that hold one JSON object, a model's ``config.json`` first of all."""
+"""Configs: files that hold one JSON object, such as a model's ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = "config.json"
 
 
 def read(path: str | os.PathLike[str], error: type[UcpError] = DamagedCheckpoint) -> dict[str, Any]:
-    """The object in the file. Raises ``error`` where the file is missing, can't be read, or holds anything else."""
+    """The object in the file. Raises ``error`` if the file is missing, can't be read, or holds anything else."""
     found = _read(path, error)
     if found is None:
         raise error(f"{path}: there is no such file")
@@ -24,14 +24,14 @@ def read(path: str | os.PathLike[str], error: type[UcpError] = DamagedCheckpoint
 
 
 def given(config: str | os.PathLike[str] | Mapping[str, Any] | None, error: type[UcpError]) -> Mapping[str, Any] | None:
-    """A config from its file, if it isn't one, or None, already. Raises as `read` does."""
+    """The config itself, or what its file holds; None for None. Raises as `read` does."""
     return config if config is None or isinstance(config, Mapping) else read(config, error)
 
 
 def of_model(*folders: Path, error: type[UcpError] = DamagedCheckpoint) -> dict[str, Any] | None:
-    """The model's config in the first of these folders that has one, None where none has.
+    """The model's config in the first of these folders that has one; None if none has.
 
-    Raises ``error`` for one that can't be read: taken for none, it would change what is read beside it.
+    Raises ``error`` for one that can't be read. Treating it as missing would change how the checkpoint is read.
     """
     return next((found for folder in folders if (found := _read(folder / MODEL, error)) is not None), None)
 

@@ -1,8 +1,8 @@
 """CRC-32 of data that is seen in pieces and in any order.
 
-Zip records carry the CRC-32 of their bytes. Where those bytes are written by several threads, each computes the CRC of
-what it writes, and the results are combined: appending n bytes to a message multiplies its CRC by x^8n modulo the
-polynomial, an operation on 32 bits whatever n is.
+Zip records carry the CRC-32 of their bytes. If several threads write those bytes, each computes the CRC of what it
+writes, and the results are combined. Appending n bytes to a message multiplies its CRC by x^8n modulo the polynomial.
+That is an operation on 32 bits, however large n is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 try:
-    # Folds with the processor's carry-less multiplication: as fast as the memory, where zlib takes a core for 1 GB/s.
+    # It uses the processor's carry-less multiplication and is as fast as the memory; zlib does 1 GB/s on a core.
     from isal.isal_zlib import crc32
 except ImportError:  # no build of it for this machine
     from zlib import crc32
@@ -29,8 +29,9 @@ _ONE = 1 << 31
 class Crc32Entry:
     """A byte range of a file whose CRC-32 must be known in the file itself.
 
-    offset, size: the range, in bytes. positions: byte offsets at which the CRC is stored, as 4 little-endian bytes
-    each, behind the range (a zip record has two: in its data descriptor and in the central directory).
+    offset, size: the range, in bytes.
+    positions: byte offsets at which the CRC is stored, as 4 little-endian bytes each. They lie after the range (a zip
+    record has two: in its data descriptor and in the central directory).
     """
 
     offset: int
@@ -39,7 +40,7 @@ class Crc32Entry:
 
     @property
     def end(self) -> int:
-        """The first byte behind the range."""
+        """The first byte after the range."""
         return self.offset + self.size
 
 
@@ -47,8 +48,10 @@ class Crc32Entry:
 class StoredCrc32:
     """A byte range of a file whose CRC-32 is stored in the file: a record of a zip archive.
 
-    name: the record's. start, stop: the range, in bytes. crc: what its bytes should have; None where only the place is
-    known. at: the byte at which it is stored, as 4 little-endian ones.
+    name: the record's name.
+    start, stop: the range, in bytes.
+    crc: the CRC-32 that the bytes should have; None if only the place where it is stored is known.
+    at: the byte at which it is stored, as 4 little-endian bytes.
     """
 
     name: str
@@ -58,7 +61,7 @@ class StoredCrc32:
     at: int
 
     def differs(self, path: str, wanted: int, found: int) -> str:
-        """The sentence for bytes that have another CRC-32 than they should."""
+        """The sentence for bytes whose CRC-32 is not what it should be."""
         return (
             f"{path}: its record '{self.name}' ({self.stop - self.start} bytes from byte {self.start}) is damaged: its "
             f"CRC-32 should be {wanted:08x} and is {found:08x}; take another copy of the file"
@@ -66,12 +69,12 @@ class StoredCrc32:
 
 
 def in_order(records: Mapping[int, Mapping[int, StoredCrc32]]) -> dict[int, tuple[StoredCrc32, ...]]:
-    """Each file's records in the order of their first bytes, by which they are given."""
+    """Each file's records, ordered by their first bytes, which are the keys."""
     return {file: tuple(found[start] for start in sorted(found)) for file, found in sorted(records.items())}
 
 
 def within(entries: Sequence[Crc32Entry], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(index, first byte, byte behind the last) of each part of an entry that lies in the bytes ``[start, stop)``; the
+    """(index, first byte, byte after the last) of each part of an entry that lies in the bytes ``[start, stop)``. The
     entries are in the order of the file."""
     for index in range(bisect_right(entries, start, key=lambda entry: entry.end), len(entries)):
         entry = entries[index]
@@ -109,7 +112,7 @@ class PassingEntries:
 
 
 def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2) modulo zlib's, both in its bit order."""
+    """The product of two polynomials over GF(2) modulo zlib's polynomial, all in zlib's bit order."""
     product = 0
     while a:
         if a & _ONE:
@@ -136,7 +139,7 @@ def _shift(size: int) -> int:
 
 
 def combine(first: int, second: int, second_size: int) -> int:
-    """The CRC-32 of two messages one after the other, from theirs; ``second_size`` is in bytes."""
+    """The CRC-32 of two messages one after the other, from the CRC-32 of each. ``second_size`` is in bytes."""
     return _multiply(_shift(second_size), first) ^ second
 
 

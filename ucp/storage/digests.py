@@ -95,7 +95,7 @@ def digest_file(
 
 
 def covering(start: int, stop: int, size: int | None = None) -> tuple[int, int]:
-    """The byte range of whole chunks that holds `[start, stop)`; cut at the file's `size` where it is given."""
+    """The byte range of whole chunks that holds `[start, stop)`, cut at the file's `size` if that is given."""
     if stop <= start:
         return start, start
     low, high = start // CHUNK * CHUNK, chunk_count(stop) * CHUNK

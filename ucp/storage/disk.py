@@ -1,7 +1,8 @@
-"""What writing does to a local file system: all by which a save, a commit, a conversion or retention changes it.
+"""All operations by which a save, a commit, a conversion or retention changes a local file system.
 
-Nothing but the system's own calls; so a test can put a simulated disk in their place, which forgets at a power cut what
-was not flushed, gets full, fails, and writes less than it was asked to. All raise OSError, but for `remove_tree`.
+They are nothing but the system's own calls. So a test can put a simulated disk in their place. That disk loses at a
+power cut what was not flushed, gets full, fails, and writes less than it was asked to. All of them raise OSError,
+except `remove_tree`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ EXCHANGE = 2
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make one folder, which is not there."""
+    """Make one folder, which must not exist yet."""
     os.mkdir(path)
 
 
 def make_folders(path: str | os.PathLike[str]) -> None:
-    """Make a folder and those above it, as far as they are not there."""
+    """Make a folder and those above it, if they do not exist yet."""
     if not os.path.isdir(path):
         make_folders(os.path.dirname(path))
         with suppress(FileExistsError):  # another process was faster
@@ -43,17 +44,17 @@ def remove_file(path: str | os.PathLike[str], missing_ok: bool = False) -> None:
 
 
 def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Remove a folder and all in it, as far as that is possible."""
+    """Remove a folder and everything in it, as far as that is possible."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Give a file or folder another name; a file of that name is replaced."""
+    """Give a file or folder another name. A file that already has the name is replaced."""
     os.replace(source, target)
 
 
 def rename_with(source: str | os.PathLike[str], target: str | os.PathLike[str], flags: int) -> bool:
-    """Linux's renameat2, with `NOREPLACE` or `EXCHANGE`; False where the system or the file system does not have it."""
+    """Linux's renameat2, with `NOREPLACE` or `EXCHANGE`. False if the system or the file system does not have it."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -67,39 +68,39 @@ def rename_with(source: str | os.PathLike[str], target: str | os.PathLike[str], 
 
 
 def open_to_write(path: str | os.PathLike[str], flags: int = os.O_WRONLY | os.O_CREAT | os.O_EXCL) -> int:
-    """A descriptor; by default of a new file. A pipe of that name does not wait for its reader."""
+    """A descriptor, by default of a new file. If there is a pipe of that name, this does not wait for its reader."""
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
 
 
 def resize(fd: int, size: int) -> None:
-    """Let a file have this many bytes."""
+    """Give a file this many bytes."""
     os.ftruncate(fd, size)
 
 
 def write(fd: int, data: Any) -> int:
-    """Write at the descriptor's place; returns how many bytes that were."""
+    """Write at the descriptor's position. Returns how many bytes were written."""
     return os.write(fd, data)
 
 
 def write_at(fd: int, data: Any, offset: int) -> int:
-    """Write at a byte offset; returns how many bytes that were."""
+    """Write at a byte offset. Returns how many bytes were written."""
     return os.pwrite(fd, data, offset)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of it, however little is taken at a time."""
+    """Write all of the data, however few bytes each call writes."""
     view = memoryview(data)
     while view:
         view = view[write(fd, view) :]
 
 
 def flush(fd: int, data_only: bool = False) -> None:
-    """Let a file's bytes, or a folder's names, be on the device. data_only: of a file its bytes and its size alone."""
+    """Put a file's bytes, or a folder's names, on the device. data_only: only a file's bytes and size."""
     (os.fdatasync if data_only else os.fsync)(fd)
 
 
 def write_new(path: str | os.PathLike[str], data: bytes) -> None:
-    """A new small file, its bytes on the device."""
+    """Write a new small file and put its bytes on the device."""
     fd = open_to_write(path)
     try:
         write_all(fd, data)

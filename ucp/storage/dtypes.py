@@ -61,7 +61,7 @@ FLOAT_SPELLINGS: Mapping[str, str] = {
 }
 """What people may call the element types that weights are written in."""
 
-# torch/__init__.py: one storage class per type that existed before torch 2.3; newer types are stored untyped.
+# torch/__init__.py has one storage class per type that existed before torch 2.3. Newer types are stored untyped.
 _BY_STORAGE_CLASS = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -115,7 +115,7 @@ def itemsize(name: str) -> int:
 
 
 def to_safetensors(name: str) -> str:
-    """The safetensors code ("F32", "BF16", ...). Raises `Unsupported` where the format has none."""
+    """The safetensors code ("F32", "BF16", ...). Raises `Unsupported` if the format has none."""
     code = _row(name).safetensors
     if code is None:
         raise Unsupported(f"dtype {name!r} cannot be stored in a safetensors file")
@@ -136,7 +136,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def is_numpy_native(name: str) -> bool:
-    """Whether `numpy_dtype` has the meaning of the type too, not only its width."""
+    """Whether `numpy_dtype` also has the meaning of the type, not only its width."""
     return _row(name).numpy == name
 
 

@@ -1,4 +1,4 @@
-"""Byte ranges of files, local ones and those behind URLs, read by many threads at once."""
+"""Byte ranges of files, local or at URLs, read by many threads at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Files:
         self.read_parts(path, offset, [buffer])
 
     def read_parts(self, path: str | os.PathLike[str], offset: int, parts: Sequence[Any]) -> None:
-        """As `read_into`, into several buffers, one after the other. At most 1,000 of them (the system's bound)."""
+        """Like `read_into`, but into several buffers, one after the other: at most 1,000 (the system's limit)."""
         name = str(path)
         views = [view.cast("B") for part in parts if (view := memoryview(part)).nbytes]
         total = sum(map(len, views))
@@ -161,7 +161,7 @@ class Files:
 
 
 def _unreadable(name: str | os.PathLike[str], error: OSError) -> DamagedCheckpoint:
-    """What to raise for a file that cannot be read: one that is gone with its folder is no damage."""
+    """What to raise for a file that cannot be read. If its folder is gone, too, that is no damage."""
     if isinstance(error, FileNotFoundError):
         folder = os.path.dirname(str(name))
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """The shape of plain values as they come out of a pickle: how deep they nest, what they share, what copies would take.
 
-A pickle can hold one list in many places, and so can that list: forty such steps are a kilobyte in the file and a
-million million values to whoever walks them as a tree. Here each container is visited once.
+A pickle can hold one list in many places, and that list can hold others in the same way. Forty such steps take a
+kilobyte in the file, but walking them as a tree visits a million million values. Here each container is visited once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ _TEXTS = (str, bytes, bytearray)
 
 @dataclass(frozen=True)
 class Measure:
-    """depth: of the nesting. folded: bytes of all values, each counted once; unfolded: where everything that is shared
-    is copied for each of its places, and ranges are written out. again: the identities of containers met twice."""
+    """What values measure.
+
+    depth: of the nesting.
+    folded: bytes of all values, each counted once.
+    unfolded: bytes if everything that is shared is copied for each of its places, and ranges are written out.
+    again: the identities of containers, long texts and arrays that were met more than once.
+    """
 
     depth: int
     folded: int
@@ -43,7 +48,7 @@ class Measure:
 
 
 class ContainsItselfError(ValueError):
-    """A container is, by some way, in itself."""
+    """A container contains itself, directly or through others."""
 
 
 def measure(value: Any) -> Measure:
@@ -53,7 +58,7 @@ def measure(value: Any) -> Measure:
     again: set[int] = set()
     heavy: set[int] = set()
     folded = 0
-    # One frame for each container under way: its identity, what of it is left, its depth and its unfolded bytes so far.
+    # One frame for each open container: its identity, its remaining items, its depth and its unfolded bytes so far.
     frames: list[list[Any]] = [[0, iter((value,)), 0, 0]]
     while True:
         frame = frames[-1]
@@ -91,10 +96,11 @@ def measure(value: Any) -> Measure:
 
 
 def check(path: str, value: Any, spread: Any = None) -> None:
-    """Look at what a file's pickle holds before anybody walks through it.
+    """Check what a file's pickle holds before anything walks through it.
 
-    value: all of it, which may not contain itself nor nest deeper than `limits.NESTING`. spread: the part of it that is
-    gone through as a tree (None: all): copies of what it shares have to fit into what metadata may take.
+    value: all of it. It must not contain itself, nor nest deeper than `limits.NESTING`.
+    spread: the part of it that will be walked as a tree (None: all). Copies of what it shares must fit into the memory
+    that metadata may take.
 
     Raises Unsupported.
     """
@@ -116,7 +122,7 @@ def check(path: str, value: Any, spread: Any = None) -> None:
 
 
 def _children(value: Any, kind: type) -> Iterator[Any] | None:
-    """What a container holds; None for what is none."""
+    """What a container holds; None for a value that is not a container."""
     if kind in (list, tuple, set, frozenset, deque, Size):
         return iter(value)
     if isinstance(value, dict):
@@ -132,7 +138,7 @@ def _children(value: Any, kind: type) -> Iterator[Any] | None:
 
 
 def _bytes_of(value: Any, kind: type) -> tuple[int, int]:
-    """About how many bytes a plain value takes, and how many where it is written out."""
+    """About how many bytes a plain value takes, and how many if it is written out."""
     if kind in _TEXTS:
         return _POINTER + len(value), _POINTER + len(value)
     if kind is range:

@@ -1,8 +1,8 @@
 """Files and folders by path or by URL: what is needed of them, wherever they lie.
 
 A local location is a `Path`. A URL of any file system that fsspec knows (``s3://``, ``gs://``, ``hf://``) is a `UPath`
-of the universal-pathlib package, which joins and splits names in the same way; its files are only touched here, so that
-what goes wrong on the way is an OSError everywhere, after a few attempts where another one may help.
+of the universal-pathlib package, which joins and splits names in the same way. Its files are only touched here. So
+whatever goes wrong is an OSError everywhere, raised after a few attempts if another attempt may help.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 @dataclass(frozen=True)
 class Stat:
-    """size: bytes; mtime_ns: when it was last written, 0 where the file system does not tell."""
+    """size: bytes. mtime_ns: when it was last written, in nanoseconds; 0 if the file system does not tell."""
 
     size: int
     mtime_ns: int
@@ -50,9 +50,9 @@ def can_be_path(text: str) -> bool:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The location of this path or URL; local ones are made absolute.
+    """The location of this path or URL. Local paths are made absolute.
 
-    Raises BadArgument where the packages that read URLs are missing or know nothing of this kind of URL.
+    Raises BadArgument if the packages that read URLs are missing or do not know this kind of URL.
     """
     text = str(path) if is_remote(path) else os.path.abspath(path)
     if not is_remote(text):
@@ -96,7 +96,7 @@ def stat(path: str | os.PathLike[str]) -> Stat:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file or folder, or a dangling link. Raises OSError where that cannot be told."""
+    """Whether there is a file or folder, or a dangling link. Raises OSError if that cannot be told."""
     if not is_remote(path):
         return os.path.lexists(path)
     fs, name = _filesystem(path)
@@ -104,7 +104,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file. Raises OSError where that cannot be told of a URL."""
+    """Whether there is such a file. Raises OSError if that cannot be told for a URL."""
     if not is_remote(path):
         return os.path.isfile(path)
     fs, name = _filesystem(path)
@@ -112,7 +112,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a folder. Raises OSError where that cannot be told of a URL."""
+    """Whether there is such a folder. Raises OSError if that cannot be told for a URL."""
     if not is_remote(path):
         return os.path.isdir(path)
     fs, name = _filesystem(path)
@@ -130,7 +130,7 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def newest_ns(folder: str | os.PathLike[str]) -> int:
-    """When the newest file in a folder was written; 0 for none. Raises OSError."""
+    """When the newest file in a folder was written, in nanoseconds; 0 if there are no files. Raises OSError."""
     place = locate(folder)
     return max((stat(place / name).mtime_ns for name in names(folder) if is_file(place / name)), default=0)
 
@@ -138,8 +138,8 @@ def newest_ns(folder: str | os.PathLike[str]) -> int:
 def open_file(path: str | os.PathLike[str]) -> int:
     """A descriptor of a local regular file, to read from. Raises OSError.
 
-    A pipe or a device under a checkpoint's name would let a reader wait for ever, or do what a device does: it is
-    opened without waiting, and looked at by its descriptor, so that nobody can put another in its place meanwhile.
+    A pipe or a device under a checkpoint's name could make a reader wait for ever, or do what a device does. So the
+    file is opened without waiting and checked by its descriptor, and nobody can put another in its place meanwhile.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -156,7 +156,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The file, to be read and searched. Raises OSError."""
+    """The file, open for reading and seeking. Raises OSError."""
     if not is_remote(path):
         with open(open_file(path), "rb") as stream:
             yield stream
@@ -177,20 +177,20 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes | memoryview:
-    """The bytes ``[start, stop)`` of a remote file; fewer where it ends before. Raises OSError."""
+    """The bytes ``[start, stop)`` of a remote file; fewer if it ends before ``stop``. Raises OSError."""
     fs, name = _filesystem(path)
     found: bytes | memoryview = attempted(path, lambda: fs.cat_file(name, start=start, end=stop))
     return found
 
 
 def write(url: str | os.PathLike[str], raw: bytes) -> None:
-    """Write a small file behind a URL in one request: a reader finds the old content or the new. Raises OSError."""
+    """Write a small file to a URL in one request. A reader finds the old content or the new. Raises OSError."""
     fs, name = _filesystem(url)
     attempted(url, lambda: fs.pipe_file(name, raw))
 
 
 def remove(url: str | os.PathLike[str]) -> None:
-    """Remove a file behind a URL. Raises OSError."""
+    """Remove a file at a URL. Raises OSError."""
     fs, name = _filesystem(url)
     attempted(url, lambda: fs.rm_file(name))
 
@@ -203,7 +203,7 @@ def remove_tree(url: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def created(url: str | os.PathLike[str], part: int) -> Iterator[Any]:
-    """A stream into a new file behind a URL, sent in parts of so many bytes; where the block raises, there is no file.
+    """A stream into a new file at a URL, sent in parts of ``part`` bytes. If the block raises, no file is made.
 
     Raises OSError.
     """
@@ -212,7 +212,7 @@ def created(url: str | os.PathLike[str], part: int) -> Iterator[Any]:
     with translated(url):
         try:
             yield stream
-            stream.close()  # sends the last part, which may fail as any other
+            stream.close()  # sends the last part, which may fail like any other
         except BaseException:
             with suppress(Exception):
                 stream.discard()
@@ -228,7 +228,7 @@ def _filesystem(path: str | os.PathLike[str]) -> tuple[Any, str]:
 
 @contextmanager
 def translated(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever a file system's own library raises becomes an OSError that names its kind."""
+    """Turn whatever a file system's own library raises into an OSError that names the class."""
     try:
         yield
     except OSError:
@@ -240,15 +240,15 @@ def translated(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def attempted(path: str | os.PathLike[str], work: Callable[[], T]) -> T:
-    """``work``, again after a pause where it failed by what may pass. Raises OSError."""
+    """Do ``work``, and try again after a pause if the failure may be temporary. Raises OSError."""
 
     def once() -> T:
         with translated(path):
             return work()
 
-    if _kept(str(path)) is not None:  # no network between, so nothing that passes
+    if _kept(str(path)) is not None:  # no network is involved, so no failure is temporary
         return once()
-    # Imported late: only what lies behind a URL needs it.
+    # Imported late: only URLs need it.
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     attempts = Retrying(

@@ -1,14 +1,24 @@
 """How long saves and loads took, rank by rank: JSON lines in a file beside the checkpoints.
 
-Every record is one object: ``schema``, ``what`` ('save', 'load', or 'snapshot' of one in memory), ``id`` (the same on
-all ranks), ``checkpoint`` (its folder), ``rank``, ``world``, ``time`` (seconds since the epoch), ``bytes`` (written, or
-read) and ``seconds`` of work by stage. Every moment of a load is in one stage; ``wait`` is that in which the rank has
-done its part and others have not, and ``overlapping`` has seconds of what goes on within the stages, perhaps in several
-threads at once. The stages of a save overlap each other; ``wall`` then says what it took altogether.
+Every record is one object:
 
-An 'event' has instead what has happened to the run (``event``): a restart, its layout, its first step.
+- ``schema``;
+- ``what``: 'save', 'load', or 'snapshot' for one in memory;
+- ``id``: the same on all ranks;
+- ``checkpoint``: its folder;
+- ``rank``, ``world``;
+- ``time``: seconds since the epoch;
+- ``bytes``: written or read;
+- ``seconds``: of work, by stage.
 
-The file lies in the folder of checkpoints, not in a checkpoint, whose files are exactly those that its manifest names.
+Every moment of a load is in one stage. In the stage ``wait`` the rank has done its part and others have not.
+``overlapping`` has the seconds of what goes on within the stages, perhaps in several threads at once. The stages of a
+save overlap each other, so ``wall`` says how long the save took altogether.
+
+An 'event' says instead what has happened to the run (``event``): a restart, its layout, its first step.
+
+The file lies in the folder of checkpoints, not in a checkpoint: a checkpoint's files are exactly those that its
+manifest names.
 """
 
 from __future__ import annotations
@@ -29,10 +39,10 @@ log = logger(__name__)
 
 
 def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Add a record. It is no part of any checkpoint: where it can't be written, a debug line says so, no more.
+    """Add a record. It is no part of any checkpoint, so if it can't be written, there is only a debug line.
 
-    Ranks append to one file, each record by a single write, which the file system adds at the end. Files behind URLs
-    can't be appended to: nothing is kept there.
+    Ranks append to one file. Each record is a single write, which the file system adds at the end. Files at URLs can't
+    be appended to, so nothing is kept there.
     """
     if locations.is_remote(folder):
         return
@@ -48,7 +58,7 @@ def append(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records, in the order in which they were written; lines that are none are left out."""
+    """All records, in the order in which they were written. Lines that are not records are left out."""
     try:
         text = locations.read(folder / NAME).decode("utf-8", "replace")
     except OSError:

@@ -1,8 +1,8 @@
 """Names that come from a checkpoint, as names of files and folders: refused or escaped, here and nowhere else.
 
-A parameter, a state or a tag may be called anything. What becomes part of a path goes through `entry`, which refuses a
-name that is no plain file name everywhere, or `escaped`, which makes one of it; and what is joined to a folder goes
-through `below`, which looks at every part of a planned file's name once more.
+A parameter, a state or a tag may be called anything. A name that becomes part of a path goes through one of these:
+`entry` refuses a name that is not a plain file name on every system, and `escaped` makes one of it. What is joined to a
+folder goes through `below`, which checks every part of a planned file's name once more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ucp.storage import locations
 LONGEST = 255
 """Bytes that a file's name may have on the file systems that checkpoints lie on."""
 
-# What Windows opens a device by, whatever the folder. (With an extension they are files there since Windows 11, and
-# parameters such as 'aux.weight' are common; so only the bare words are refused.)
+# Names by which Windows opens a device in any folder. (Since Windows 11 they are files if they have an extension, and
+# parameters such as 'aux.weight' are common. So only the bare words are refused.)
 _DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"
 }
@@ -31,7 +31,7 @@ _FORBIDDEN = set('/\\<>:"|?*')
 def entry(name: str, what: str, error: type[UcpError] = Unsupported, advice: str = "") -> str:
     """The name, if it can be that of one file or folder on every system; ``error`` otherwise.
 
-    what: whose name it is, for the error (``parameter``, ``tag``). advice: what to do instead, as a sentence's end.
+    what: what has the name, for the error (``parameter``, ``tag``). advice: what to do instead, to end the sentence.
     """
     reason = _reason(name)
     if reason is not None:
@@ -40,9 +40,9 @@ def entry(name: str, what: str, error: type[UcpError] = Unsupported, advice: str
 
 
 def escaped(name: str) -> str:
-    """A file name's part for any text: letters, digits and ``_.-~`` as they are, the rest in percents, never long.
+    """A part of a file name for any text: letters, digits and ``_.-~`` stay, the rest is percent-encoded. Never long.
 
-    Not by itself a whole name: something plain has to stand before it.
+    It is not a whole name by itself: something plain has to stand before it.
     """
     text = quote(name, safe="", errors="surrogatepass")
     if len(text) <= 128:
@@ -51,7 +51,7 @@ def escaped(name: str) -> str:
 
 
 def below(folder: str | os.PathLike[str], name: str, error: type[UcpError] = Unsupported) -> str:
-    """The path or URL of a file by its name relative to a folder, parts parted by ``/``; each part is an `entry`."""
+    """The path or URL of a file by its name relative to a folder. ``/`` separates parts, and each is an `entry`."""
     parts = [entry(part, f"part of the planned file {name!r}:", error) for part in name.split("/")]
     if locations.is_remote(folder):
         return "/".join([os.fspath(folder).rstrip("/"), *parts])
@@ -59,8 +59,10 @@ def below(folder: str | os.PathLike[str], name: str, error: type[UcpError] = Uns
 
 
 def check_planned(names: Iterable[str]) -> None:
-    """Raise Unsupported where planned files have impossible names, or two have names that one file system takes for
-    the same: many know no difference between small and capital letters, or between the two ways to write an accent."""
+    """Raise Unsupported if planned files have impossible names, or if two names are the same on some file systems.
+
+    Many file systems do not distinguish small and capital letters, or the two ways to write an accent.
+    """
     seen: dict[str, tuple[str, bool]] = {}
     folders: set[str] = set()
     for name in names:
@@ -88,7 +90,7 @@ def _folded(path: str) -> str:
 
 
 def _reason(name: str) -> str | None:
-    """Why a name is no file's, None where it is one."""
+    """Why a name cannot be a file's name; None if it can."""
     if not name or name in (".", ".."):
         return "is empty" if not name else "names a folder relative to another"
     try:

@@ -1,4 +1,4 @@
-"""Elements as float64 and back: where tensors are combined, arithmetic is done there and rounded once at the end."""
+"""Elements as float64 and back. Tensors are combined in float64 and rounded once at the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_numbers(raw: Bytes, dtype: str) -> Numbers:
 def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
     """float64 elements rounded once to a floating type, to the nearest, ties to even, as bytes; ``out`` if given.
 
-    Raises Unsupported for a type that is none of `FLOATS`.
+    Raises Unsupported for a type that is not one of `FLOATS`.
     """
     with np.errstate(over="ignore", under="ignore"):
         if dtype in FLOATS:
@@ -39,7 +39,7 @@ def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
 
 
 def _bfloat16(values: Numbers) -> NDArray[np.uint16]:
-    """By way of float32, rounded to odd there: to the nearest twice would round some ties the wrong way."""
+    """Round by way of float32, to odd there. Rounding to nearest twice would round some ties the wrong way."""
     single = values.astype(np.float32)
     bits: NDArray[Any] = single.view(np.uint32).copy()
     back = single.astype(np.float64)

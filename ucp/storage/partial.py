@@ -1,9 +1,12 @@
 """The folder in which a conversion grows until it is whole, and in which an interrupted one is found again.
 
-Beside a destination ``out`` it is ``.ucp-part-out``, one for each destination, and has ``checkpoint/`` (what becomes
-the destination), ``journal/`` (what of it was written), ``team/`` (processes that share the work), ``identity`` (the
-digest of everything that decides the bytes: another one begins anew) and ``lock`` (whose holder is the one process that
-may change the rest of it).
+It is called ``.ucp-part-out`` beside a destination ``out``, one for each destination, and has:
+
+- ``checkpoint/``: what becomes the destination;
+- ``journal/``: which parts of it were written;
+- ``team/``: files of the processes that share the work;
+- ``identity``: the digest of everything that decides the bytes; with another one, the work begins anew;
+- ``lock``: only the process that holds it may change the rest.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ def held_bytes(dest: str | os.PathLike[str], identity: str) -> int:
 
 @contextmanager
 def growing(dest: str | os.PathLike[str], identity: str, *, replace: bool, resume: bool) -> Iterator[Path]:
-    """The folder of a conversion to `dest`, this process's alone; what grew in it becomes `dest` when the block ends.
+    """The folder of a conversion to `dest`, locked by this process. What grew in it becomes `dest` when the block ends.
 
-    With ``resume`` it holds what an earlier conversion of the same identity has left, and after an error that says
-    nothing against the bytes written (an interruption, a full disk, a lost process) it stays for the next one.
+    With ``resume`` it holds what an earlier conversion of the same identity has left. It stays for the next conversion
+    after an error that leaves the bytes written valid (an interruption, a full disk, a lost process).
 
-    Raises `DestinationError` where it cannot be made, another process has it, or `dest` cannot be put in place.
+    Raises `DestinationError` if it cannot be made, another process has it, or `dest` cannot be put in place.
     """
     part = part_folder(dest)
     made = _make(part)
@@ -73,7 +76,7 @@ def growing(dest: str | os.PathLike[str], identity: str, *, replace: bool, resum
 
 
 def _make(part: Path) -> list[Path]:
-    """Make the folder and its parents; returns the parents made."""
+    """Make the folder and its parents. Returns the parents made."""
     made: list[Path] = []
     folder = part.parent
     while not os.path.lexists(folder):
@@ -92,7 +95,7 @@ def _make(part: Path) -> list[Path]:
 
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system lets go of when this process ends, however it does."""
+    """Hold the folder's lock. The system releases it when this process ends, however it ends."""
     path = part / _LOCK
     while True:
         try:
@@ -154,7 +157,7 @@ def _publish(part: Path, dest: str | os.PathLike[str], replace: bool) -> None:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether the error is of a kind that a later attempt may be spared, and that leaves the bytes written right."""
+    """Whether the error is of a kind that may not happen again, and that leaves the bytes written valid."""
     if isinstance(error, Exception):
         return isinstance(error, (DestinationError, ProcessLost)) or isinstance(error.__cause__, OSError)
     return True

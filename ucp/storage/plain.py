@@ -3,8 +3,8 @@
 None, booleans, finite floats, ordinary ints, text, lists and dicts with text keys are JSON's own. Everything else is an
 object with the key "$", which names its kind. Tensors are handed to a callback, which stores them and returns a key.
 
-JSON has no way to say that one list lies in two places, so it is written twice. Where that would repeat too much, it is
-written once as a ``shared`` (``n``: its number, ``v``: itself) and meant by ``same`` (``v``: that number) elsewhere.
+JSON cannot say that one list lies in two places, so it is written twice. If that would repeat too much, it is written
+once as a ``shared`` (``n``: its number, ``v``: itself), and elsewhere as a ``same`` (``v``: that number).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ucp.storage import graphs
 from ucp.storage.plain_decoder import FACTORIES, Decoder, Get
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
 
-# Ints beyond this are written in hexadecimal: decimal digits of any number take Python quadratic time, and it refuses.
+# Ints beyond this are written in hexadecimal: long decimal numbers take Python quadratic time, and it refuses them.
 _ORDINARY_INT = 1 << 64
 
 _FACTORY_NAMES = {factory: name for name, factory in FACTORIES.items()}
@@ -34,19 +34,18 @@ _FACTORY_NAMES = {factory: name for name, factory in FACTORIES.items()}
 REPEATS = 250_000
 """Values that may be written again because they are shared."""
 
-# Beside containers, what is long enough that writing it again counts.
+# Values other than containers that may be so long that writing them again counts.
 _LONG = (str, bytes, bytearray, np.ndarray)
 
 Put = Callable[[Any], Any]
 
 
 def encode(value: Any, put: Put | None = None, where: str = "value") -> Any:
-    """JSON-able data for a plain value; `json.dumps` and `json.loads` with their defaults keep it exact.
+    """JSON-able data for a plain value. `json.dumps` and `json.loads` with their defaults keep it exact.
 
     `put(tensor)` stores a tensor (a `TensorRef` or a torch.Tensor) and returns a JSON-able key. `where` begins the path
-    that an error names. Containers are copied where they are
-    shared, unless that repeats more than `REPEATS` values. Raises `Unsupported` for a value of another class,
-    for a structure that contains itself, and for one nested too deeply.
+    that an error names. Shared containers are copied, unless that repeats more than `REPEATS` values. Raises
+    `Unsupported` for a value of another class, for a structure that contains itself, and for one nested too deeply.
     """
     try:
         try:
@@ -58,11 +57,11 @@ def encode(value: Any, put: Put | None = None, where: str = "value") -> Any:
 
 
 def decode(data: Any, get: Get | None = None, *, torch_values: bool = False) -> Any:
-    """The value that `encode` was given; `get(key)` returns a stored tensor.
+    """The value that `encode` was given. `get(key)` returns a stored tensor.
 
-    A torch.Size, torch.dtype or torch.device comes back as such with `torch_values` (which imports torch), and as the
-    torch-free `Size`, `DtypeName` or `DeviceName` otherwise. Raises `DamagedCheckpoint` for data that `encode` does not
-    make, `Unsupported` for a kind that only a newer release knows.
+    With `torch_values` (which imports torch) a torch.Size, torch.dtype or torch.device comes back as such, otherwise as
+    the torch-free `Size`, `DtypeName` or `DeviceName`. Raises `DamagedCheckpoint` for data that `encode` does not make,
+    `Unsupported` for a kind that only a newer release knows.
     """
     try:
         return Decoder(get, torch_values).decode(data)
@@ -81,7 +80,7 @@ class _RepeatsError(Exception):
 
 
 class _Encoder:
-    """shared: identities of what lies in several places and is to be written once; None: write it as often."""
+    """shared: identities of what lies in several places and is written only once; None to write it each time."""
 
     def __init__(self, put: Put | None, shared: frozenset[int] | None = None) -> None:
         self._put = put
@@ -176,7 +175,7 @@ class _Encoder:
 
 
 def _is_unicode(text: str) -> bool:
-    # Lone surrogates (undecodable file names) are legal in a str, and in no UTF-8 file.
+    # Lone surrogates (undecodable file names) are legal in a str, but not in a UTF-8 file.
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -240,7 +239,8 @@ def _encode_path(value: pathlib.PurePath, where: str) -> Any:
 
 
 def _encode_set(self: _Encoder, value: Any, where: str) -> Any:
-    # Sorted by their text, so that the same set is always stored alike; and so nothing in it has a number by its order.
+    # Sorted by their text, so that the same set is always stored alike. So nothing in it may have a number that depends
+    # on the order.
     shared, self._shared = self._shared, None if self._shared is None else frozenset()
     items = sorted(self.items(value, where), key=repr)
     self._shared = shared

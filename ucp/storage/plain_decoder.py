@@ -19,10 +19,10 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.storage import dtypes
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin
 
-# What `numpy.dtype.str` is for the types that are stored.
+# The form of `numpy.dtype.str` for the types that are stored.
 _NUMPY_TYPE = re.compile(r"[<>|](?:[biufc]\d{1,2}|[SU]\d{1,9}|[Mm]8(?:\[\w{1,12}\])?)", re.ASCII)
 
-# What a defaultdict may make of a missing key; its class by the name that is stored.
+# The classes whose values a defaultdict may make for a missing key, by the names that are stored.
 FACTORIES: dict[str, Any] = {
     "dict": dict,
     "list": list,
@@ -40,7 +40,7 @@ Get = Callable[[Any], Any]
 
 
 class Decoder:
-    """Makes values of the data of one `decode`. get: a stored tensor by its key."""
+    """Makes values from the data of one `decode`. get: returns a stored tensor by its key."""
 
     def __init__(self, get: Get | None, torch_values: bool) -> None:
         self._get = get

@@ -1,8 +1,8 @@
 """Round floating-point elements to a narrower type as torch does on the CPU: to the nearest, ties to even.
 
-Used where a training run itself keeps rounded copies: the low-precision weights of a mixed-precision engine are its
-rounded masters. Values beyond the type's range become infinite, tiny ones subnormal or zero. A not-a-number stays one;
-its bits are those of torch's vectorised conversion (ATen/cpu/vec), which other builds of torch need not share.
+It is used if a training run itself keeps rounded copies: the low-precision weights of a mixed-precision engine are its
+rounded masters. Values beyond the type's range become infinite, and tiny ones become subnormal or zero. A NaN stays a
+NaN. Its bits are those of torch's vectorised conversion (ATen/cpu/vec); other builds of torch may give others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def round_to(values: NDArray[np.float32], target: str) -> NDArray[Any]:
 def rounds_to(high: NDArray[Any], source: str, low: NDArray[Any], target: str) -> bool | None:
     """Whether masters (bits of ``source`` elements) round to these weights, bit for bit; None if that says nothing.
 
-    A not-a-number is any not-a-number: its bits depend on the torch that rounded it.
+    All NaNs count as equal: their bits depend on the torch that rounded them.
     """
     if source == target:
         return bool(np.array_equal(high, low))

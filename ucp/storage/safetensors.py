@@ -1,9 +1,9 @@
 """safetensors files without torch: headers read and checked, or planned so that ranges can be written in any order.
 
-The format, as its own README states it: 8 bytes with the header's length N (unsigned, little-endian, at most 100 MB), N
-bytes of JSON that begin with "{" and may end with spaces, then the data. The JSON maps each tensor's name to its
+The format, as its own README states it, is 8 bytes with the header's length N (unsigned, little-endian, at most 100
+MB), N bytes of JSON that begin with "{" and may end with spaces, then the data. The JSON maps each tensor's name to its
 dtype, shape and `data_offsets` (begin and end, in bytes from the data's start), and `__metadata__` to a map of text to
-text. The tensors lie row-major, little-endian, and cover the data without holes or overlaps.
+text. The tensors are row-major and little-endian, and cover the data without holes or overlaps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FilePlan:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header; no data are read.
+    """Read and check the header. No data is read.
 
     Raises `DamagedCheckpoint` for a file that is missing, truncated, longer than its header says or contradicts the
     format, and `Unsupported` for element types that are not known here.
@@ -82,9 +82,9 @@ def plan_file(
 ) -> FilePlan:
     """Lay out a file for tensors given as (name, dtype, shape).
 
-    Wider element types come first, so that every tensor is aligned to its element; otherwise the order is the one
-    given. Raises `BadArgument` for names used twice, `Unsupported` for types or so many tensors that the format cannot
-    hold them.
+    Wider element types come first, so that every tensor is aligned to its element. Otherwise the order is the one
+    given. Raises `BadArgument` for names used twice, and `Unsupported` for types, or for so many tensors, that the
+    format cannot hold.
     """
     fields: dict[str, Any] = {}
     if metadata:

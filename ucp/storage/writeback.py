@@ -1,4 +1,4 @@
-"""Writing a file's bytes so that the device works along, and the processors little."""
+"""Writing a file's bytes so that the device works meanwhile and the processors have little to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from ucp import limits
 from ucp.storage import disk
 
-# Bytes that memory, offset and length are multiples of where the page cache is passed by.
+# Memory, offset and length must be multiples of so many bytes to bypass the page cache.
 ALIGNMENT = 4096
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -27,11 +27,10 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def write_past_cache(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of the data without the page cache, in one call where its memory, length and the offset are aligned.
+    """Write all of the data without the page cache, in one call if its memory, its length and the offset are aligned.
 
-    That takes a tenth of the processor time, and a thread that writes so does not need Python's lock 64 times for 16
-    MiB. What is not aligned, and everything on file systems that cannot do it, is written as by `write_at`. Raises
-    OSError.
+    That takes a tenth of the processor time, and the thread does not need Python's lock 64 times for 16 MiB. What is
+    not aligned, and everything on file systems that cannot do it, is written as by `write_at`. Raises OSError.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     direct = getattr(os, "O_DIRECT", 0)
@@ -55,8 +54,8 @@ def _address(data: memoryview) -> int:
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the device begin with these bytes while others are being made. Where the system has no such call nothing
-    happens, and errors of the device show when the file is flushed."""
+    """Let the device begin with these bytes while others are being made. Nothing happens if the system has no such
+    call. Errors of the device show when the file is flushed."""
     call = _sync_file_range()
     if call is not None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

@@ -1,3 +1,3 @@
-"""Files in the memory of keepers, by ``memory://`` names: how they are found, asked and read."""
+"""Files in the memory of keepers, by ``memory://`` names: how keepers are found and asked, and how files are read."""
 
 SCHEME = "memory://"

@@ -16,16 +16,16 @@ from ucp import limits
 from ucp.storage.kept.places import Note
 from ucp.storage.kept.wire import Frame, receive, send
 
-# What a keeper may take its time for.
+# Requests that a keeper may take long to answer.
 _LONG = ("recover", "scrub", "adopt", "lease")
 
 
 class KeeperGone(ConnectionError):
-    """There is no keeper, or it has ended, or nothing is heard of it."""
+    """There is no keeper, or it has ended, or it does not answer."""
 
 
 class Client:
-    """Asks one keeper; may be used by several threads at once, each with a connection of its own."""
+    """Asks one keeper. Several threads may use it at once, each with a connection of its own."""
 
     def __init__(self, who: str, connect: Callable[[], socket.socket]) -> None:
         self.who = who
@@ -47,7 +47,7 @@ class Client:
                 channel.close()
                 if taken is None or isinstance(error, TimeoutError):
                     raise
-                channel = self._connect()  # the kept connection was of a keeper that is no more
+                channel = self._connect()  # the kept connection was to a keeper that has ended
                 channel.settimeout(patience)
                 answer = self._exchange(channel, op, body, fields)
         except OSError as error:
@@ -63,7 +63,7 @@ class Client:
         return answer
 
     def close(self) -> None:
-        """Close the connections; asking again opens new ones."""
+        """Close the connections. Asking again opens new ones."""
         with self._lock:
             for channel in self._idle:
                 channel.close()
@@ -71,7 +71,7 @@ class Client:
 
     def _take(self) -> socket.socket | None:
         with self._lock:
-            if self._process != os.getpid():  # a fork's copies are its parent's
+            if self._process != os.getpid():  # after a fork, the connections are the parent's
                 self._idle, self._process = [], os.getpid()
             return self._idle.pop() if self._idle else None
 
@@ -132,6 +132,6 @@ def greet(channel: socket.socket, run: str, token: str) -> None:
 
 
 def proof_of(token: str, nonce: str, run: str) -> str:
-    """What shows that somebody knows the token."""
+    """The proof that somebody knows the token."""
     text = f"{nonce}\n{run}".encode("utf-8", "surrogatepass")
     return hmac.new(token.encode(), text, hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""``memory://`` names as locations, and their files with the methods that `ucp.storage.locations` asks of fsspec's."""
+"""``memory://`` names as locations, and their files, with the fsspec methods that `ucp.storage.locations` calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp.storage.kept.client import Client, KeeperGone, of_note
 
 
 class KeptPath(os.PathLike[str]):
-    """A file or a folder in a run's memory, as far as a `Path` is used here."""
+    """A file or a folder in a run's memory, with as much of `Path` as is used here."""
 
     def __init__(self, run: str, path: str = "") -> None:
         self.run = run
@@ -80,7 +80,7 @@ class Lease:
 
 
 class KeptFiles:
-    """The files of one run, through a keeper on this machine: this node's, or else any."""
+    """The files of one run, through a keeper on this machine: this node's keeper, or else any other."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -90,7 +90,7 @@ class KeptFiles:
 
     @property
     def keeper(self) -> Client:
-        """Raises KeeperGone where no keeper of the run is on this machine."""
+        """The keeper that is asked. Raises KeeperGone if no keeper of the run is on this machine."""
         with self._lock:
             if self._client is None:
                 found = places.notes(self.run)
@@ -133,7 +133,7 @@ class KeptFiles:
         return [str(name) for name in self._ask("names", path=path).header["names"]]
 
     def cat_file(self, path: str, start: int = 0, end: int | None = None) -> bytes | memoryview:
-        """The bytes ``[start, end)``, without a copy where the memory is on this node."""
+        """The bytes ``[start, end)``, without a copy if the memory is on this node."""
         if end is None:
             end = int(self.info(path)["size"])
         mapped = self._mapped(path)
@@ -146,7 +146,7 @@ class KeptFiles:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _mapped(self, path: str) -> memoryview | None:
-        """The file's memory where it is in a keeper here; None where it is small or elsewhere."""
+        """The file's memory if a keeper here holds it; None if it is small or elsewhere."""
         answer = self._ask("file", path=path)
         if answer.file is None:
             return None
@@ -172,12 +172,12 @@ class KeptFiles:
         return self._shared(answer, f"lease {answer.header['name']}", lease.size)
 
     def place(self, lease: Lease, path: str) -> None:
-        """What was leased is the file of this ``memory://`` name now. Raises OSError."""
+        """Make what was leased the file of this ``memory://`` name. Raises OSError."""
         inside = str(path).removeprefix(f"{SCHEME}{self.run}/")
         self._ask("place", path=inside, rank=lease.rank, memory=lease.memory, lease=lease.number, size=lease.size)
 
     def _shared(self, answer: Any, name: str, size: int) -> mmap.mmap:
-        """The memory that came with an answer; the same object where it has come before."""
+        """The memory that came with an answer; the same object if it has come before."""
         try:
             with self._lock:
                 key = (name, size)
@@ -204,7 +204,7 @@ class KeptFiles:
 
 
 class _Created:
-    """A new file of a node's own; it is there once it is closed."""
+    """A new file of a node's own. It exists once it is closed."""
 
     def __init__(self, files: KeptFiles, path: str) -> None:
         self._files, self._path, self._body = files, path, bytearray()
@@ -233,12 +233,12 @@ _known: dict[str, KeptFiles] = {}
 
 
 def of_run(run: str) -> KeptFiles:
-    """The run's files, the same object each time in a process."""
+    """The run's files. Within a process it is the same object each time."""
     return _known.setdefault(run, KeptFiles(run))
 
 
 def find(url: str) -> KeptPath | None:
-    """The location that a ``memory://`` name means; None where no keeper here has such a run."""
+    """The location that a ``memory://`` name means; None if no keeper here has such a run."""
     text = url.removeprefix(SCHEME).rstrip("/")
     fitting = [run for run in _known if text == run or text.startswith(f"{run}/")]
     if fitting:

@@ -1,7 +1,7 @@
-"""Where keepers are found: a folder of this user's alone, with a note and a socket for each.
+"""Where keepers are found: a folder that belongs to this user alone, with a note and a socket for each keeper.
 
 ``memory://RUN`` names the memory of a run. RUN is any text; by default it is the path of the folder that the run saves
-to. Below it lie files as in that folder: ``memory://RUN/latest``, ``memory://RUN/global_step8/ucp.json``.
+to. Below it there are files as in that folder: ``memory://RUN/latest``, ``memory://RUN/global_step8/ucp.json``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ DOMAIN = "UCP_DOMAIN"
 
 @dataclass(frozen=True)
 class Note:
-    """What a keeper leaves for those who look for it. token: the run's; host, port: where other keepers reach it.
-    domain: what fails together with this node."""
+    """What a keeper writes down so that others find it.
+
+    domain: what fails together with this node.
+    host, port: where other keepers reach it.
+    token: the run's.
+    """
 
     run: str
     node: str
@@ -40,19 +44,19 @@ class Note:
 
 
 def node() -> str:
-    """What this process's node is called: the host's name, unless UCP_NODE says another."""
+    """The name of this process's node: the host's name, unless UCP_NODE gives another."""
     return os.environ.get(NODE) or socket.gethostname()
 
 
 def domain() -> str:
-    """What fails together with this node: itself, unless UCP_DOMAIN says another (a rack)."""
+    """What fails together with this node: the node alone, unless UCP_DOMAIN names something larger (a rack)."""
     return os.environ.get(DOMAIN) or node()
 
 
 def folder() -> Path:
-    """The folder of notes and sockets; made where it is not there.
+    """The folder of notes and sockets. It is made if it does not exist.
 
-    Raises BadArgument where it belongs to somebody else or others may write to it.
+    Raises BadArgument if it belongs to somebody else or if others may write to it.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     given = os.environ.get(FOLDER)
@@ -79,7 +83,7 @@ def stem(run: str, node: str) -> str:
 
 
 def note_of(run: str, node: str) -> Note | None:
-    """The note of this node's keeper; None where there is none."""
+    """The note of this node's keeper; None if there is none."""
     return _read(folder() / f"{stem(run, node)}.json")
 
 
@@ -91,7 +95,7 @@ def notes(run: str | None = None) -> list[Note]:
 
 
 def leave(note: Note) -> Path:
-    """Write a keeper's note, for its own user's eyes."""
+    """Write a keeper's note. Only its own user can read it."""
     path = folder() / f"{stem(note.run, note.node)}.json"
     temporary = path.with_suffix(f".{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -109,7 +113,7 @@ def forget(note: Note) -> None:
 
 
 def split(url: str) -> tuple[str, str] | None:
-    """The run and the path below it that a ``memory://`` name means; None where no keeper here has such a run."""
+    """The run and the path below it that a ``memory://`` name means; None if no keeper here has such a run."""
     text = url.removeprefix(SCHEME).rstrip("/")
     return _split(text, [one.run for one in notes()])
 

@@ -1,7 +1,7 @@
 """What passes between keepers and those who ask them: one frame each way.
 
 A frame is two lengths, a header in JSON and bytes. Over a Unix socket a frame may bring one file descriptor. Nothing is
-unpickled, and a length is believed up to a bound only.
+unpickled, and lengths beyond a bound are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LENGTHS = struct.Struct("!IQ")
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """header: plain JSON. body: bytes. file: a descriptor that came with it, the receiver's to close."""
+    """One message. header: plain JSON. body: bytes. file: a descriptor that came with it; the receiver closes it."""
 
     header: Mapping[str, Any]
     body: bytes | memoryview = b""
@@ -41,7 +41,7 @@ def send(to: socket.socket, header: Mapping[str, Any], body: Any = b"", file: in
 
 
 def receive(source: socket.socket) -> Frame | None:
-    """The next frame; None where the other side has closed. Raises OSError, also for what is no frame."""
+    """The next frame; None if the other side has closed. Raises OSError, also for data that is not a frame."""
     first, files = _first(source)
     if not first:
         return None
@@ -74,7 +74,7 @@ def _some(source: socket.socket, count: int) -> bytes:
 
 
 def _exactly(source: socket.socket, count: int) -> memoryview:
-    """So many bytes."""
+    """Exactly ``count`` bytes."""
     out = memoryview(bytearray(count))
     at = 0
     while at < count:

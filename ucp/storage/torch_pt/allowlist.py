@@ -1,7 +1,7 @@
 """The allow-list: which classes and functions a pickle may name, and what stands for each.
 
-Nothing is looked up by import. A pickle's global becomes an inert `Global` here, and calling it runs the function that
-this table has for it, which checks its arguments. What the table lacks is refused.
+Nothing is looked up by import. A pickle's global becomes an inert `Global` here. Calling it runs the function that this
+table has for it, which checks its arguments. What the table lacks is refused.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _TENSOR_CLASSES = {
     ("torch.nn.parameter", "Buffer"),
 }
 
-# Tensors of several ranks, of which a pickle holds one rank's; read where a format asks for them.
+# Tensors shared out over several ranks; a pickle holds one rank's part. They are read if a format asks for them.
 DTENSOR = ("torch.distributed.tensor", "DTensor")
 _DTENSOR_CLASSES = {DTENSOR, ("torch.distributed._tensor.api", "DTensor"), ("torch.distributed.tensor._api", "DTensor")}
 _WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
 
-# Refused with a reason instead of "not on the allow-list": tensors whose bytes are not plain strided elements.
+# Tensors whose bytes are not plain strided elements. They are refused with a reason, not as "not on the allow-list".
 _REFUSED_TENSORS = {
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
@@ -91,10 +91,10 @@ def call(target: Global, args: tuple[Any, ...]) -> Any:
 
 
 def checked_keys(keys: Iterable[Any]) -> Any:
-    """The same keys, after a look at their size; raises ValueError for one of more than a thousand parts.
+    """The same keys, after a check of their size. Raises ValueError for one of more than a thousand parts.
 
-    Python hashes nested tuples without any limit: a short pickle would overflow the stack and end the process, or take
-    years.
+    Python hashes nested tuples without any limit. So a short pickle could overflow the stack and end the process, or
+    take years.
     """
     for key in keys:
         if type(key) in _NESTING:
@@ -308,7 +308,7 @@ def _deque(items: Any = (), maxlen: Any = None) -> collections.deque[Any]:
 
 
 def _sequence(items: Any) -> Any:
-    # A range is tiny in the file and huge in memory, so that only containers already built are taken.
+    # A range is tiny in the file and huge in memory, so only containers that are already built are taken.
     if not isinstance(items, list | tuple | set | frozenset | dict):
         raise TypeError(f"expected a list, not a {type(items).__name__}")
     return items

@@ -1,8 +1,8 @@
-"""The zip archives that `torch.save` writes, read by their directory; no tensor's data are touched.
+"""The zip archives that `torch.save` writes, read by their directory. No tensor's data is touched.
 
-torch stores records uncompressed, each under the file's own name as it was when it was written
-(``mp_rank_00_model_states/data.pkl``), and gives each its CRC-32. What is read whole here is compared with it; where
-others read a record's bytes, `ZipEntries.crc` says what they should add up to.
+torch stores records uncompressed, each under the name that the file had when it was written
+(``mp_rank_00_model_states/data.pkl``), and gives each its CRC-32. A record that is read whole here is compared with it.
+For records that others read, `ZipEntries.crc` says which CRC-32 the bytes should have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL_RECORDS = (".format_version", ".storage_alignment", "version")
 
 
 def crcs_of(path: str) -> tuple[StoredCrc32, ...]:
-    """The CRC-32s of all records of a file of torch's; () where the file is not one archive of its own.
+    """The CRC-32s of all records of a torch file; () if the file is not a single archive.
 
     Raises DamagedCheckpoint for a file that cannot be read.
     """
@@ -57,7 +57,7 @@ class Section(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if base + offset < 0:
-            raise ValueError("a position before the beginning")  # what zipfile takes for a damaged archive
+            raise ValueError("a position before the beginning")  # zipfile takes this for a damaged archive
         self._at = base + offset
         return self._at
 
@@ -73,15 +73,18 @@ class Section(io.RawIOBase):
 class ZipEntries:
     """The records of one archive. Only its directory and the headers asked for are read.
 
-    stream: the archive as a file of its own; path: the file that it is, or lies in from byte ``base`` on; size: bytes.
-    Raises DamagedCheckpoint for what is not a whole archive of torch's.
+    stream: the archive as a file of its own.
+    path: the file that it is, or that it lies in from byte ``base`` on.
+    size: bytes of the archive.
+
+    Raises DamagedCheckpoint for what is not a whole archive by torch.
     """
 
     def __init__(self, stream: Any, path: str, size: int, base: int = 0) -> None:
         self.path = path
         self.size = size
         self._base = base
-        # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
+        # Headers lie far apart, so reading ahead, as a buffered local file does, would be wasteful.
         self._stream = getattr(stream, "raw", stream)
         try:
             with zipfile.ZipFile(stream) as archive:
@@ -133,8 +136,8 @@ class ZipEntries:
     def _header_length(self, name: str, info: zipfile.ZipInfo) -> int:
         """Bytes from a record's header to its data.
 
-        No CRC covers the header, and its lengths decide where the data begin: so its name must be the directory's, and
-        the fields of its extra part, with which torch pads, must fill that exactly.
+        No CRC covers the header, and its lengths decide where the data begins. So its name must be the directory's, and
+        the fields of its extra part, which torch uses for padding, must fill that part exactly.
         """
         wanted = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
         raw = self._read(info.header_offset, LOCAL_HEADER.size + len(wanted) + limits.ZIP_EXTRA_BYTES)
@@ -153,7 +156,7 @@ class ZipEntries:
         raise DamagedCheckpoint(f"the header of zip entry {name!r} is damaged ({self.size} bytes)", file=self.path)
 
     def crc(self, name: str, start: int, stop: int) -> StoredCrc32 | None:
-        """The CRC-32 of a record, whose bytes of the file these are; None where the archive was written without."""
+        """The CRC-32 of a record that lies in these bytes of the file; None if the archive was written without CRCs."""
         info = self._entries[self._prefix + name]
         if not self.has_crcs:
             return None
@@ -161,17 +164,17 @@ class ZipEntries:
 
     @property
     def is_whole_file(self) -> bool:
-        """Whether the archive begins where its file does; of a row of archives in one file only the first does."""
+        """Whether the archive begins where its file does. If a file is a row of archives, only the first does."""
         return self._base == 0 and min(info.header_offset for info in self._entries.values()) == 0
 
     def crcs(self) -> list[StoredCrc32]:
-        """The CRC-32s of all records that have bytes, in the order of the file; none where it was written without."""
+        """The CRC-32s of all records that have bytes, in the order of the file; none if it was written without CRCs."""
         names = [name.removeprefix(self._prefix) for name, info in self._entries.items() if info.file_size]
         found = [self.crc(name, *self.range(name)) for name in names if self._prefix + name in self._entries]
         return sorted((crc for crc in found if crc is not None), key=lambda crc: crc.start)
 
     def read(self, name: str) -> bytes:
-        """A whole record. Raises DigestMismatch where it differs from its CRC-32."""
+        """A whole record. Raises DigestMismatch if it differs from its CRC-32."""
         start, stop = self.range(name)
         data = self._read(start - self._base, stop - start)
         if len(data) < stop - start:
@@ -193,7 +196,7 @@ class ZipEntries:
         return out
 
     def _read(self, at: int, count: int) -> bytes:
-        """Bytes of the archive; fewer where it ends before, none where a damaged directory points outside."""
+        """Bytes of the archive; fewer if it ends before, none if a damaged directory points outside."""
         if not 0 <= at <= self.size:
             return b""
         self._stream.seek(at)

@@ -24,8 +24,8 @@ class Global:
 class StorageRef:
     """A torch storage: `numel` elements of `dtype` under `key`; `start` is its first byte in the file.
 
-    In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`. record: its
-    bytes' CRC-32, where the file has one.
+    In the older format the place is known only after the pickle was read: `start` is 0 until `move_to`. record: the
+    CRC-32 of its bytes, if the file has one.
     """
 
     file: str
@@ -44,7 +44,7 @@ class StorageRef:
     def move_to(self, start: int) -> None:
         """Set the place, for the storage and for the tensors already built on it."""
         for ref in self.refs:
-            # Still inside `load`: nobody has seen the frozen value yet.
+            # This is still inside `load`, so nobody has seen the frozen value yet.
             object.__setattr__(ref, "offset", ref.offset - self.start + start)
         self.start = start
 

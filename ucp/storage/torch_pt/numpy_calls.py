@@ -23,7 +23,7 @@ def dtype_of(spec: Any, align: Any = False, copy: Any = False) -> np.dtype[Any]:
 
 
 def check_dtype_state(dtype: np.dtype[Any], state: Any) -> None:
-    # numpy pickles the byte order as state, and a field layout that simple types lack; nothing else is taken from it.
+    # numpy pickles the byte order as state, and a field layout that simple types lack. Nothing else is taken from it.
     if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
         raise Unsupported("it holds a numpy array of a structured type, which is not supported")
     if state[1] == ">":

@@ -34,7 +34,7 @@ class Machine(ABC):
         self.limit = limit
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.spent = 0  # bytes of memory, about, of what was built so far
+        self.spent = 0  # about how many bytes of memory was built so far
 
     @abstractmethod
     def find(self, module: str, name: str) -> Any:
@@ -188,7 +188,7 @@ _pusher(b"2", lambda self: self.top())  # DUP
 _pusher(b"Q", lambda self: self.persist(self.pop()))  # BINPERSID
 
 
-# Nine in ten operations of a long pickle are among these, so that they make no further calls of Python.
+# Nine in ten operations of a long pickle are among these, so they make no further Python calls.
 @_opcode(b"h")  # BINGET
 def _get1(self: Machine) -> None:
     self.stack.append(self.memo[self.stream_read(1)[0]])

@@ -1,9 +1,9 @@
 """An interpreter of pickles that can build only what the allow-list knows.
 
 Python's own unpickler imports what a pickle names before anyone can look at the arguments, and lets a pickle set
-attributes on the classes it names. This one has no import and no call in it (but for `trust`): a global is looked up in
-`allowlist`, calling it runs the function listed there, and state is set on the few kinds of objects that have any. The
-operations themselves are in `opcodes`.
+attributes on the classes it names. This one imports and calls nothing (except with `trust`): a global is looked up in
+`allowlist`, calling it runs the function listed there, and state is set only on the few kinds of objects that have any.
+The operations themselves are in `opcodes`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ucp.storage.torch_pt.skipped import Skipped
 from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
-# Bytes, about, that Python keeps for an entry of the memo, and for an object that a call makes.
+# About how many bytes Python keeps for an entry of the memo, and for an object that a call makes.
 _MEMO_BYTES, _CALL_BYTES = 80, 200
-# What whoever opens a checkpoint can say; no command can.
+# What a Python caller can do to open such a checkpoint; no command can.
 _WAY_ON = (
     ". If you trust whoever wrote the file, ucp.open(..., trust_client_state=True) allows it (in a DeepSpeed config "
     '"ucp": {"trust_client_state": true}), which runs code from the file'
@@ -37,13 +37,15 @@ _BETWEEN_CHECKS = range(4096)  # operations: few of them cannot take much by the
 
 
 class Unpickler(Machine):
-    """Reads one pickle from a stream, which is left just behind it.
+    """Reads one pickle from a stream. The stream is left just after the pickle.
 
-    `limit` is the number of bytes the stream has in all: no item may claim to be longer. `persistent` turns a
-    persistent id (a tuple) into an object. With `trust`, globals outside the allow-list are imported and called, as
-    Python's unpickler does: that runs whatever code the pickle's author wished. None where no caller can have it so:
-    the refusal then offers nothing that would not help. `skipped`: where given, such globals are neither imported nor
-    refused but entered in it, and their objects become `Standin`s. `dtensors`: take one rank's DTensors, as `Standin`s.
+    limit: the number of bytes the stream has in all. No item may claim to be longer.
+    persistent: turns a persistent id (a tuple) into an object.
+    trust: import and call globals outside the allow-list, as Python's unpickler does. That runs whatever code the
+    pickle's author wished. None if no caller can ask for that: the refusal then does not suggest it.
+    skipped: if given, such globals are neither imported nor refused. They are added to it, and their objects become
+    `Standin`s.
+    dtensors: take one rank's DTensors, as `Standin`s.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Unpickler(Machine):
         except MemoryError as error:
             raise DamagedCheckpoint("its pickle asks for more memory than there is", file=self._path) from error
         except Exception as error:
-            # What damage can raise is open-ended (any operation on any wrong operand), so that all of it is caught.
+            # Damage can raise anything (any operation on any wrong operand), so everything is caught.
             raise DamagedCheckpoint(
                 f"not a readable pickle: {type(error).__name__}: {error}", file=self._path
             ) from error
@@ -152,7 +154,7 @@ class Unpickler(Machine):
         return target.__new__(target, *self._real(args), **self._real(kwargs or {}))
 
     def _real(self, value: Any) -> Any:
-        """For trusted code: the classes that it asked for in place of our names for them."""
+        """For trusted code: the value with the classes that it asked for in place of our names for them."""
         if type(value) is Global:
             return self._import(value.module, value.name)
         if type(value) is tuple:

@@ -1,9 +1,9 @@
 """Reading files that `torch.save` wrote, without torch and without reading any tensor's data.
 
-`load` gives the object graph with a `TensorRef` (file, byte offset, dtype, shape, strides) in each tensor's place. Both
-formats of torch/serialization.py are read:
+`load` gives the object graph with a `TensorRef` (file, byte offset, dtype, shape, strides) in place of each tensor.
+Both formats of torch/serialization.py are read:
 
-- the zip archive: `<name>/data.pkl` is the pickle, `<name>/data/<key>` the bytes of each storage, stored uncompressed;
+- the zip archive: `<name>/data.pkl` is the pickle, `<name>/data/<key>` has the bytes of each storage, uncompressed;
 - the older stream: a magic number, the protocol, a description of the system, the pickle, the list of storage keys, and
   for each key the number of elements (int64) and the bytes.
 """
@@ -35,11 +35,12 @@ _MAGIC_PICKLE = _MAGIC_NUMBER.to_bytes(10, "little")
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a `torch.save` file says. graph: its object, every tensor a `TensorRef` into that file.
+    """What a `torch.save` file says.
 
-    stem: the name that the file had when it was written, without its extension: torch makes it the archive's root
-    folder. "archive" where torch wrote to a stream and knew no name; None in the older format, which keeps none.
-    has_crcs: whether its records' CRC-32s are there to be compared; those of its pickle and small records were.
+    graph: its object, with every tensor as a `TensorRef` into that file.
+    stem: the name that the file had when it was written, without its extension; torch makes it the archive's root
+    folder. "archive" if torch wrote to a stream and knew no name. None in the older format, which keeps no name.
+    has_crcs: whether its records have CRC-32s to compare with. The pickle and the small records were compared already.
     """
 
     graph: Any
@@ -50,7 +51,7 @@ class TorchFile:
 def load(
     path: str | os.PathLike[str], *, trust: bool | None = False, skipped: Skipped | None = None, dtensors: bool = False
 ) -> Any:
-    """The object graph of a `torch.save` file. Arguments and errors as for `load_file`."""
+    """The object graph of a `torch.save` file. Arguments and errors are those of `load_file`."""
     return load_file(path, trust=trust, skipped=skipped, dtensors=dtensors).graph
 
 
@@ -61,15 +62,17 @@ def load_file(
     skipped: Skipped | None = None,
     dtensors: bool = False,
 ) -> TorchFile:
-    """Read a `torch.save` file, but for its tensors' data.
+    """Read a `torch.save` file without its tensors' data.
 
-    `trust` allows classes outside the allow-list by importing and calling them, which runs code that the file's author
-    chose; None says that whoever asked has no say in it. With `skipped`, an object of such a class becomes a plain
-    mapping of its attributes, and the class (module, name) is entered there. With `dtensors`, one rank's DTensors are
-    `Standin`s with the attributes ``_local_tensor`` and ``_spec``, and are refused else.
+    trust: allow classes outside the allow-list by importing and calling them, which runs code that the file's author
+    chose. None if the caller cannot ask for that.
+    skipped: if given, an object of such a class becomes a plain mapping of its attributes, and the class (module, name)
+    is added to it.
+    dtensors: read one rank's DTensors as `Standin`s with the attributes ``_local_tensor`` and ``_spec``. They are
+    refused otherwise.
 
     Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a class
-    outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` where the
+    outside the allow-list, `Unsupported` for tensors that are not plain strided ones, and `DigestMismatch` if the
     pickle or another record that is read whole differs from the CRC-32 that is stored with it.
     """
     name = str(path)
@@ -95,9 +98,10 @@ def load_file(
 def load_section(
     stream: BinaryIO, path: str | os.PathLike[str], start: int, length: int, *, trust: bool | None = False
 ) -> Any:
-    """As `load`, for a zip archive of `torch.save` that is the bytes `[start, start + length)` of another file.
+    """Like `load`, for a zip archive by `torch.save` in the bytes `[start, start + length)` of another file.
 
-    stream: that file, open for reading; path: its name, which the `TensorRef`s have. They count from its beginning.
+    stream: that file, open for reading.
+    path: its name, which the `TensorRef`s have. Their offsets count from the file's beginning.
     """
     name = str(path)
     size = stream.seek(0, os.SEEK_END)
@@ -146,7 +150,7 @@ class _Storages:
         return storage
 
     def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
-        """The first byte of the storage in the file, and its CRC-32 where it has one."""
+        """The first byte of the storage in the file, and its CRC-32 if it has one."""
         raise NotImplementedError
 
 
@@ -161,7 +165,7 @@ class _ZipStorages(_Storages):
     def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
         start, stop = self._archive.range(f"data/{key}")
         width = dtypes.itemsize(storage_class.dtype)
-        # torch counts whole elements, so that a byte storage of odd length may have a rest.
+        # torch counts whole elements, so a storage may have bytes beyond its last whole element.
         if not 0 <= stop - start - numel * width < width:
             raise DamagedCheckpoint(
                 f"storage {key!r} should be {numel} elements of {storage_class.dtype} "
@@ -210,7 +214,7 @@ class _LegacyStorages(_Storages):
         """Find each storage's bytes, which follow the stream's position in the order of `keys`."""
         if not isinstance(keys, list) or set(keys) != {key for key, _ in self.found}:
             raise DamagedCheckpoint("its list of storages does not match its pickle", file=self.path)
-        # Of the types that one storage may be read as, the first is the one that it was written with.
+        # A storage may be read as several types. The first one is the type that it was written with.
         written = {key: storage for (key, _), storage in reversed(self.found.items())}
         at = stream.tell()
         for key in keys:

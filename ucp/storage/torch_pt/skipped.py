@@ -1,4 +1,4 @@
-"""A graph without objects of classes that are not known: what tensors and plain data they held stays."""
+"""A graph without objects of unknown classes. The tensors and plain data that they held stay."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Skipped = set[tuple[str, str]]
 
 
 def without(graph: Any, classes: Skipped) -> Any:
-    """The graph with a plain mapping of its attributes in place of every object of these classes, and None in place of
-    a class or function by itself. What lies in several places of the graph does so in the result."""
+    """The graph with every object of these classes replaced by a plain mapping of its attributes, and every class or
+    function by itself replaced by None. What lies in several places of the graph also does so in the result."""
     made: dict[int, tuple[Any, Any]] = {}
 
     def convert(value: Any) -> Any:
         if id(value) not in made:
-            made[id(value)] = (value, value)  # for what is in itself, by some way
+            made[id(value)] = (value, value)  # for a value that contains itself
             made[id(value)] = (value, converted(value))
         return made[id(value)][1]
 

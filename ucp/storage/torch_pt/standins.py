@@ -6,8 +6,8 @@ from typing import Any
 
 from ucp.storage.torch_pt.values import DtypeName, Standin
 
-# Classes of DeepSpeed and torch seen in their checkpoints; they become `Standin`s. DeepSpeed's releases of 2022 had
-# `fragment_address` in bf16_optimizer, the first ones of 2020 the loss scalers in deepspeed.pt.
+# Classes of DeepSpeed and torch seen in their checkpoints. Their objects become `Standin`s. DeepSpeed's releases of
+# 2022 had `fragment_address` in bf16_optimizer, and the first ones of 2020 had the loss scalers in deepspeed.pt.
 STANDINS = frozenset(
     {
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -34,7 +34,7 @@ STANDINS = frozenset(
             )
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        # A DTensor's spec, where each rank has pickled its own.
+        # A DTensor's spec, if each rank has pickled its own.
         *(
             (f"torch.distributed.tensor.{module}", name)
             for module, names in (
@@ -52,7 +52,7 @@ STANDINS = frozenset(
             for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
         ),
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),  # of releases up to 0.14
-        # What Megatron's arguments and other common state name (megatron/core/safe_globals.py, and older places).
+        # Classes named in Megatron's arguments and common state (megatron/core/safe_globals.py, and older places).
         ("types", "SimpleNamespace"),
         ("signal", "Signals"),
         ("megatron.core.enums", "ModelType"),
@@ -69,8 +69,8 @@ STANDINS = frozenset(
     }
 )
 
-# Members of the enumerations among them, by name. A member pickles as its class called with its value, but under the
-# Pythons 3.11.0 to 3.11.3 (Debian 12's, for one) as ``getattr(class, name)``.
+# Members of the enumerations among them, by name. A member pickles as its class called with its value. Python 3.11.0 to
+# 3.11.3 (as in Debian 12) pickles it as ``getattr(class, name)`` instead.
 MEMBERS: dict[tuple[str, str], dict[str, Any]] = {
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): {
         "disabled": 0,
@@ -97,7 +97,7 @@ MEMBERS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def member(module: str, name: str, attribute: Any) -> Standin | None:
-    """A member of an enumeration by its name; None where there is none."""
+    """A member of an enumeration by its name; None if there is no such member."""
     members = MEMBERS.get((module, name), {})
     if not isinstance(attribute, str) or attribute not in members:
         return None

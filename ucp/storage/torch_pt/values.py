@@ -1,7 +1,7 @@
 """What a checkpoint file's object graph is made of when neither torch nor DeepSpeed is there to build it.
 
-Containers, numbers, strings, numpy arrays and `argparse.Namespace` are themselves. A tensor is a `TensorRef`: the place
-of its bytes. A torch.Size, torch.device or torch.dtype is one of the small values here, and an object of a DeepSpeed
+Containers, numbers, strings, numpy arrays and `argparse.Namespace` stay what they are. A tensor is a `TensorRef`: the
+place of its bytes. A torch.Size, torch.device or torch.dtype is one of the small values here. An object of a DeepSpeed
 class is a `Standin` that has its attributes and none of its code.
 """
 
@@ -22,7 +22,7 @@ class TensorRef:
 
     `offset` is that of the tensor's first element, in bytes from the file's start; `strides` are in elements, as
     torch's are. Two tensors of one file that share a storage have the same `storage` (its key, and its length in
-    elements of the type it was written with). record: the storage's bytes, with their CRC-32, where the file has one.
+    elements of the type it was written with). record: the storage's bytes, with their CRC-32, if the file has one.
     """
 
     file: str
@@ -112,6 +112,6 @@ class Standin:
         raise AttributeError(f"the checkpoint's {self.class_module}.{self.class_name} object has no attribute {name!r}")
 
     def __hash__(self) -> int:
-        # Attributes of a few plain kinds tell apart what is used as a key in large numbers.
+        # Many of these may be used as keys. Attributes of a few plain kinds are enough to tell them apart.
         plain = frozenset(item for item in self.state.items() if type(item[1]) in (str, int, Size))
         return hash((self.class_module, self.class_name, self.class_args, plain))

@@ -1,4 +1,4 @@
-"""Lay out a ``torch.save`` file whose tensors' data are not there yet.
+"""Lay out a ``torch.save`` file whose tensors' data is not there yet.
 
 A checkpoint file of many gigabytes is described before its first byte exists: the pickle and all zip records are known
 bytes, and every tensor's storage is a byte range that somebody fills later. Neither torch nor the classes that the
@@ -6,9 +6,10 @@ pickle names are imported: a DeepSpeed object is pickled from its `Standin`, by 
 
 The layout is that of torch's own writer (caffe2/serialize/inline_container.cc): stored zip records, each record's data
 on a 64-byte boundary, ``data.pkl`` first, then ``byteorder``, ``data/<n>`` and ``version``. As there, a record whose
-data come later has its CRC-32 behind them, in a data descriptor: so the file can be written from its first byte to its
-last, without going back. One record is left out on purpose: with ``.format_version``, torch would compute storage
-offsets by the exact habits of its writer where it loads under fake tensors; without it, it asks the zip directory.
+data comes later has its CRC-32 after the data, in a data descriptor. So the file can be written from its first byte to
+its last, without going back. One record is left out on purpose: ``.format_version``. With it, torch would compute
+storage offsets by the exact habits of its writer when it loads under fake tensors. Without it, torch asks the zip
+directory.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _STORAGE_CLASSES = {
 
 @dataclass(frozen=True, eq=False)
 class SharedStorage:
-    """A storage that several placeholders share. size: bytes. data: its bytes where they are known already."""
+    """A storage that several placeholders share. size: bytes. data: its bytes, if they are already known."""
 
     size: int
     data: bytes | None = None
@@ -61,11 +62,14 @@ class SharedStorage:
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """A tensor whose data come later; every instance is its own tensor, equal to no other.
+    """A tensor whose data comes later. Every instance is its own tensor, equal to no other.
 
-    shape and strides (default: row-major) in elements. storage: what it lies in (default: one of its own, just large
-    enough), from element ``offset`` on. data: the storage's bytes where they are known already. is_parameter: load as
-    an ``nn.Parameter``. The same instance in two places of an object is one tensor in both when loaded.
+    shape, strides: in elements; strides are row-major by default.
+    storage: what it lies in from element ``offset`` on; by default one of its own, just large enough.
+    is_parameter: load as an ``nn.Parameter``.
+    data: the storage's bytes, if they are already known.
+
+    The same instance in two places of an object is one tensor in both when loaded.
     """
 
     shape: tuple[int, ...]
@@ -87,10 +91,12 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class TorchFilePlan:
-    """A file to be written. size: bytes. literals: (byte offset, bytes) that are known.
+    """A file to be written.
 
-    offsets: byte offset of every placeholder's first element. crc32_entries: the storages whose data come later, and
-    where their CRC-32 must then be stored, which is behind them.
+    size: bytes.
+    literals: (byte offset, bytes) that are known.
+    offsets: byte offset of every placeholder's first element.
+    crc32_entries: the storages whose data comes later, and where their CRC-32 must then be stored, after the data.
     """
 
     size: int
@@ -107,7 +113,7 @@ def scalar_tensor(value: float, dtype: str = "float32") -> Placeholder:
 def stem_of(name: str) -> str:
     """The root folder of the archive that torch would write into a file of this name.
 
-    It is the name without its last extension; a name that is not ASCII torch opens as a stream.
+    It is the name without its last extension. A file whose name is not ASCII is opened as a stream by torch.
     """
     stem = name.rpartition("/")[2].rpartition("\\")[2]
     stem = stem.rpartition(".")[0] if "." in stem else stem
@@ -115,9 +121,9 @@ def stem_of(name: str) -> str:
 
 
 def plan_torch_file(obj: Any, stem: str = STREAM) -> TorchFilePlan:
-    """Plan the file that ``torch.save(obj)`` would write with tensors in the placeholders' stead.
+    """Plan the file that ``torch.save(obj)`` would write with tensors in place of the placeholders.
 
-    stem: the root folder of the archive, by which a file tells whose it is (`stem_of` its name).
+    stem: the root folder of the archive, which says what name the file was written under (`stem_of` its name).
     ``obj`` is made of plain Python values, numpy arrays, placeholders, `Standin`, `Size`, `DtypeName`, `DeviceName`
     and real tensors (embedded). Raises `Unsupported` for a `TensorRef`: its bytes are elsewhere.
     """
@@ -150,12 +156,12 @@ class _GlobalName:
     name: str
 
 
-# The pickler in Python, for its methods' sake; type stubs know the class without them.
+# Python's own pickler in Python, since its methods are needed. Type stubs know the class without them.
 _PythonPickler: Any = pickle._Pickler
 
 
 class _Pickler(_PythonPickler):
-    """Protocol 2, as torch writes it; classes that are not here are named, not looked up."""
+    """Protocol 2, as torch writes it. Classes that are not here are named, not looked up."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=2)
@@ -189,14 +195,14 @@ class _Pickler(_PythonPickler):
                 f"{obj.file}: a tensor of shape {list(obj.shape)} lies there, and its data are needed here"
             )
         elif kind.__module__.startswith("torch") and hasattr(obj, "detach"):
-            # The tensor is kept beside its placeholder, so that no other object gets its identity meanwhile.
+            # The tensor is kept with its placeholder, so that no other object gets its identity meanwhile.
             self.save(self._embedded.setdefault(id(obj), (_embedded(obj), obj))[0])
         else:
             super().save(obj, save_persistent_id)
         return None
 
     def _save_name(self, name: _GlobalName) -> None:
-        # One object stands for all equal ones, so that the memo, which goes by identity, finds it again.
+        # One object stands for all equal ones, so that the memo, which looks up by identity, finds it again.
         name = self._names.setdefault(name, name)
         known = self.memo.get(id(name))
         if known is not None:
@@ -304,14 +310,14 @@ class _ZipRecords:
     _at: int = 0
 
     def add_known(self, name: str, data: bytes) -> int:
-        """Add a record of these bytes; returns their offset in the file."""
+        """Add a record of these bytes. Returns their offset in the file."""
         start = self._begin(name, len(data), zlib.crc32(data))
         if data:
             self.literals.append((start, data))
         return start
 
     def add_later(self, name: str, size: int) -> int:
-        """Add a record whose ``size`` bytes come later; returns their offset in the file."""
+        """Add a record whose ``size`` bytes come later. Returns their offset in the file."""
         if not size:
             return self.add_known(name, b"")
         start = self._begin(name, size, None)
@@ -324,7 +330,7 @@ class _ZipRecords:
     def _begin(self, name: str, size: int, crc: int | None) -> int:
         path = f"{self.root}/{name}".encode()
         large = size >= _MAX32
-        told = 0 if crc is None else size  # 4.4.4: nothing is told here where a descriptor follows
+        told = 0 if crc is None else size  # 4.4.4: the size is 0 here if a descriptor follows
         extra = struct.pack("<HHQQ", 1, 16, told, told) if large else b""
         # Padding is an extra field of its own, tagged as torch tags it.
         end = self._at + 30 + len(path) + len(extra) + 4
@@ -352,7 +358,7 @@ class _ZipRecords:
         return record.start
 
     def finish(self) -> int:
-        """Add the central directory; returns the file's size."""
+        """Add the central directory. Returns the file's size."""
         directory = bytearray()
         for record in self._records:
             at = self._at + len(directory)
