@@ -1,10 +1,10 @@
-"""Read what several ranks want alike once among them, and exchange it.
+"""Read once what several ranks want alike, and exchange it.
 
 Ranks that hold the same slot with the same values want the same bytes: all of a stage-0 model, frozen weights and
-buffers at stages 1 and 2, what tensor-parallel ranks have in common. Where storage is slower than the network each of
-them reads an equal part, by bytes, and then all get all of it by collectives through a buffer of fixed size.
+buffers at stages 1 and 2, what tensor-parallel ranks have in common. If storage is slower than the network, each of
+them reads an equal part, by bytes. Then collectives give all of it to every rank, through a buffer of fixed size.
 
-The others' parts of a buffer are zeros until then, so a sum of the ranks' bytes is their union.
+Until then a rank has zeros in place of the others' parts, so the sum of the ranks' bytes is their union.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ADAPTIVE = "adaptive"
 
 
 def check_choice(read_once: bool | str) -> None:
-    """Raise BadArgument for what is no answer to whether bytes are read once."""
+    """Raise BadArgument for an unknown value of read_once."""
     if not isinstance(read_once, bool) and read_once != ADAPTIVE:
         raise BadArgument(f"read_once is True, False or '{ADAPTIVE}'; found {read_once!r}")
 
@@ -39,8 +39,8 @@ def check_choice(read_once: bool | str) -> None:
 class Sharing:
     """What this rank reads together with others.
 
-    groups: the ranks of a group, ascending -> the entries that they want alike. all_groups: the groups of all ranks, in
-    an order that they agree on.
+    groups: the ranks of a group, ascending -> the entries that they all want. all_groups: the groups of all ranks, in
+    the same order on every rank.
     """
 
     groups: Mapping[tuple[int, ...], tuple[Entry, ...]]
@@ -52,7 +52,7 @@ class Sharing:
 
 
 def find(target: Target, what: LoadPlan) -> Sharing:
-    """What all ranks of a group want alike, entry by entry. Collective."""
+    """Find what all ranks of a group want, entry by entry. Collective."""
     slots = {slot.key: slot for slot in target.slots}
     mine: dict[tuple[int, ...], list[Entry]] = {}
     for entry, wants in what.wants.items():
@@ -70,7 +70,8 @@ def find(target: Target, what: LoadPlan) -> Sharing:
 
 
 def _group(slot: Slot, state: str, wants: Sequence[Want]) -> tuple[int, ...] | None:
-    """The ranks that want the same of a slot. One that is filled in part keeps values, and they are no zeros."""
+    """The ranks that want the same from a slot; None if there are none. A slot that is filled only in part is not
+    shared, since the values that it keeps are no zeros."""
     holders = set(slot.placement(state).holders)
     if len(holders) != 1 or len(wants) != len(slot.members):
         return None
@@ -86,12 +87,12 @@ def _description(wants: Sequence[Want]) -> tuple[object, ...]:
 
 
 def nbytes(what: LoadPlan, entries: frozenset[Entry]) -> int:
-    """Bytes of the checkpoint that these entries want."""
+    """How many bytes of the checkpoint these entries want."""
     return sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
 
 
 def shared_parts(what: LoadPlan, sharing: Sharing) -> dict[Entry, list[Want]]:
-    """Of every shared entry, what this rank reads: its equal part of the group's bytes, in the entries' order."""
+    """What this rank reads of every shared entry: its equal part of the group's bytes, in the entries' order."""
     out: dict[Entry, list[Want]] = {}
     for group, entries in sharing.groups.items():
         total = sum(nbytes_of(want) for entry in entries for want in what.wants[entry])
@@ -112,7 +113,7 @@ def shared_parts(what: LoadPlan, sharing: Sharing) -> dict[Entry, list[Want]]:
 def part(blocks: Blocks, size: int, low: int, high: int) -> Blocks:
     """The bytes [low, high) of these blocks' elements of ``size`` bytes, block after block, each in row-major order.
 
-    An element belongs where its last byte does, so parts of neighbouring bounds leave none out and take none twice.
+    An element belongs to the part with its last byte. So parts with adjoining bounds have every element exactly once.
     """
     return take_elements(blocks, low // size, high // size)
 
@@ -120,20 +121,20 @@ def part(blocks: Blocks, size: int, low: int, high: int) -> Blocks:
 def is_worthwhile(
     what: LoadPlan, sharing: Sharing, parts: Mapping[Entry, Sequence[Want]], read: Callable[[list[Want], Bytes], int]
 ) -> bool:
-    """Whether reading once and exchanging is faster than reading everywhere, as measured now. Collective.
+    """Measure whether reading once and exchanging is faster than reading everywhere. Collective.
 
-    read: gathers wants whose blocks lie in one buffer; returns the bytes read.
+    read: gathers wants whose blocks lie in one buffer, and returns the bytes read.
     """
     most = max(_everyones(nbytes(what, sharing.entries)))
     if most < limits.EXCHANGE_WORTHWHILE_BYTES:
         return False
     sample, room = _sample(parts)
     began = time.perf_counter()
-    # Ranks read different bytes here, at once: the speed of the storage for all of them together.
+    # Ranks read different bytes at the same time here. This gives the speed of the storage for all of them together.
     count = ranks.all_or_none(lambda: read(sample, np.empty(room, np.uint8)))
     reading = (time.perf_counter() - began) / max(count, 1)
     trial = torch.zeros(limits.EXCHANGE_TRIAL_BYTES, dtype=torch.uint8, device=_device(None))
-    for _ in range(2):  # the first makes the connections
+    for _ in range(2):  # the first time makes the connections
         began = time.perf_counter()
         dist.all_reduce(trial)
         if trial.is_cuda:
@@ -144,7 +145,7 @@ def is_worthwhile(
 
 
 def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
-    """Some of what this rank would read, laid into one buffer of that many bytes."""
+    """Some of what this rank would read, arranged in one buffer, and how many bytes the buffer needs."""
     out: list[Want] = []
     room = held = 0
     for entry, wants in parts.items():
@@ -163,7 +164,8 @@ def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
 
 
 def exchange(sharing: Sharing, tensors: Mapping[Entry, torch.Tensor]) -> None:
-    """Give every rank of each group what the others have read, in turns of at most ``BOUND`` bytes. Collective.
+    """Give every rank of each group what the others have read, in turns of at most `limits.EXCHANGE_BUFFER_BYTES`.
+    Collective.
 
     tensors: flat, on the host.
     """
@@ -194,7 +196,7 @@ def _sum(buffers: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> No
 
 
 def _filled(buffers: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.Tensor]]:
-    """Views of the buffers, in order, in lists of ``limit`` bytes; the last may be shorter."""
+    """Views of the buffers, in order, in lists of ``limit`` bytes. The last list may be shorter."""
     pieces: list[torch.Tensor] = []
     held = 0
     for buffer in buffers:
@@ -211,8 +213,8 @@ def _filled(buffers: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.
 
 
 def is_possible(read_once: bool | str) -> bool:
-    """Whether the process group exchanges tensors of the host or of CUDA. Raises Unsupported where it does not, and it
-    was asked for."""
+    """Whether the process group exchanges tensors of the host or of CUDA. Raises Unsupported if it does not, and
+    reading once was asked for."""
     backends = _backends(None)
     possible = "cpu" in backends or "cuda" in backends
     if not possible and read_once is True:
@@ -224,7 +226,7 @@ def is_possible(read_once: bool | str) -> bool:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's backends exchange tensors: in the host's memory where any of them can."""
+    """Where the group's backends exchange tensors: in host memory, if one of them can."""
     if "cpu" in _backends(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -243,5 +245,5 @@ def _everyones(value: float) -> list[float]:
 
 
 def nbytes_of(want: Want) -> int:
-    """Bytes of the checkpoint that this wants."""
+    """How many bytes of the checkpoint this wants."""
     return int(want.blocks.counts.sum()) * itemsize(want.tensor.dtype)

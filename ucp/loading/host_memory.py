@@ -1,8 +1,8 @@
-"""Fresh host memory for what a load brings, in the pages that are quickest to get.
+"""Fresh host memory for what a load brings, in the kind of pages that is fastest to get.
 
-Getting the memory is a third of a load from a warm page cache. Huge pages are had three times as quickly as ordinary
-ones, unless the system has to compact memory for them, or a hypervisor, to which free ones were given back, has to find
-them: then they are several times as slow. Which it is shows within a few milliseconds, so that it is tried.
+Getting the memory is a third of a load from a warm page cache. Huge pages usually come three times as fast as ordinary
+ones. They are several times slower if the system has to compact memory for them, or if a hypervisor to which free pages
+were given back has to find them. A few milliseconds show which is the case, so both kinds are tried.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _kernel = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 class Memory:
-    """Gets memory whose pages are there already. One for each load: it remembers which are quick now.
+    """Gets memory whose pages are already there. Each load has one, which remembers which pages are fast now.
 
-    cost: seconds per byte of the last piece of huge (True) and of ordinary pages (False); 0 for what was not tried yet.
+    cost: seconds per byte for the last piece of huge (True) and of ordinary pages (False); 0 if not tried yet.
     """
 
     def __init__(self) -> None:
         self.cost = {True: 0.0, False: 0.0} if HUGE is not None else {False: 0.0}
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """That many zero bytes, flat."""
+        """This many zero bytes, flat."""
         if nbytes < limits.OWN_PAGES_BYTES:
             return torch.zeros(nbytes, dtype=torch.uint8)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -41,7 +41,8 @@ class Memory:
         return out
 
     def take_all(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """The same for several at once, one after the other in one memory, which lives as long as any of them."""
+        """As `take`, for several tensors. They lie one after the other in one memory, which lives as long as any of
+        them."""
         starts = [
             0,
             *itertools.accumulate(
@@ -52,7 +53,7 @@ class Memory:
         return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Have the pages of tensors that were just allocated; their elements stay what they are. Dense host memory."""
+        """Get the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""
         for begin, end in joined(map(_pages, tensors)):
             if end - begin < limits.OWN_PAGES_BYTES:
                 continue
@@ -71,7 +72,7 @@ class Memory:
     def _populate(self, address: int, count: int) -> None:
         huge = min(self.cost, key=lambda kind: self.cost[kind])
         began = time.perf_counter()
-        # A kernel without them gives the pages when they are written.
+        # A kernel that lacks these calls gives the pages when they are written.
         if huge and HUGE is not None:
             _madvise(address, count, HUGE)
         _madvise(address, count, POPULATE)
@@ -79,13 +80,13 @@ class Memory:
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses of the pages that the tensor has elements in: the first one's, and the end of the last."""
+    """The addresses where the first page with elements of the tensor begins, and where the last one ends."""
     begin, page = tensor.data_ptr(), mmap.PAGESIZE
     return begin // page * page, -(-(begin + tensor.numel() * tensor.element_size()) // page) * page
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The same addresses, those that follow one another as one: a huge page may reach over several tensors."""
+    """The same addresses, with adjoining ranges joined, since a huge page may hold several tensors."""
     last: tuple[int, int] | None = None
     for begin, end in sorted(ranges):
         if last is not None and begin <= last[1]:

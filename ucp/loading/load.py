@@ -1,8 +1,9 @@
 """Put a checkpoint of any layout into a live training process, all of it or nothing.
 
-Three steps, each agreed on by all ranks before the next: compare and plan (nothing is touched), read this rank's byte
-ranges into host memory (nothing is touched that anyone has seen), apply. A rank that finds something wrong in the first
-two makes all ranks refuse. Bytes that several ranks want may be read by one of them only (`ucp.loading.exchange`).
+There are three steps, and all ranks agree on each before the next. First compare and plan; nothing is changed. Then
+read this rank's byte ranges into host memory; nothing is changed that anyone has seen. Then apply. If a rank finds
+something wrong in the first two, all ranks refuse. Bytes that several ranks want may be read by only one of them
+(`ucp.loading.exchange`).
 """
 
 from __future__ import annotations
@@ -33,14 +34,34 @@ T = TypeVar("T")
 class LoadReport:
     """What a load did, for people and logs.
 
-    path: the checkpoint's. nbytes: of the tensors brought to this rank; bytes_read: what was read of the files for
-    them, gaps between short runs and whole digest chunks included. seconds: by stage, on this rank: open (the first
-    rank), plan, read, exchange (of what is read once, and measuring whether that is worth it), apply, prove, and wait,
-    for the other ranks. overlapping: seconds within those: 'digest', checking what was read, of all reading threads
-    together. read_once: whether ranks that want the same bytes read them once among them. verified_bytes: of what this
-    rank read, how much was compared with the checkpoint's digests, or with CRC-32s of records that it read whole;
-    unverified_bytes: how much was compared with nothing, since there is neither or the record was read in part. proof:
-    that what is live now is what the checkpoint has; None where it has no digests.
+    Attributes
+    ----------
+    tensors
+        How many tensors of the checkpoint were brought to this rank.
+    nbytes
+        How many bytes these have on this rank.
+    bytes_read
+        How many bytes were read from the files for them, with gaps between short runs and whole digest chunks.
+    source, target
+        The checkpoint's format and layout, and the layout of this run.
+    seconds
+        Stage -> seconds on this rank: open (on the first rank), plan, read, exchange (of what is read once, and
+        measuring whether that is worth it), apply, prove, and wait (for the other ranks).
+    plan
+        What the load did in detail.
+    read_once
+        Whether ranks that want the same bytes read them once, and exchanged them.
+    overlapping
+        Seconds within those stages. 'digest': checking what was read, summed over all reading threads.
+    path
+        The checkpoint's.
+    verified_bytes
+        How many of the bytes that this rank read were compared with the checkpoint's digests, or with CRC-32s of
+        records that it read whole.
+    unverified_bytes
+        How many were not compared, since there is neither of these, or the record was read only in part.
+    proof
+        The proof that what is live now is what the checkpoint has. None without one, as if there are no digests.
     """
 
     tensors: int
@@ -59,12 +80,12 @@ class LoadReport:
 
     @property
     def left(self) -> tuple[str, ...]:
-        """What stayed as it was, by the caller's leave or because the checkpoint records no hyperparameters for it."""
+        """What stayed as it was, since the caller allowed it or the checkpoint has no hyperparameters for it."""
         return self.plan.left
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """What the checkpoint has besides, by the caller's leave."""
+        """What the checkpoint has and the load did not use, since the caller allowed it."""
         return self.plan.unused
 
     def __str__(self) -> str:
@@ -98,17 +119,17 @@ def load(
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
-    target: what is to be filled, or what makes that without talking to other ranks; where making it fails on one rank,
-    all refuse. path: of the checkpoint, for the report. verify: check the chunks read against the checkpoint's digests,
-    where it has them, and records of torch files that this rank reads whole against their CRC-32s. read_once: have each
-    byte that several ranks want read by one of them and exchanged; 'adaptive': where that is measured to be faster.
-    watch: of a load that began earlier, with opening. alone: talk to no other rank; someone else makes the ranks agree
-    (torch.distributed.checkpoint), and of tensors that others hold parts of nothing is proved. prove: compare what is
-    live afterwards with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`).
+    target: what is to be filled, or a function that makes it without communicating. If that fails on one rank, all
+    refuse. path: the checkpoint's, for the report. verify: check the chunks that are read against the checkpoint's
+    digests, if it has them, and records of torch files that this rank reads whole against their CRC-32s. read_once:
+    have one rank read each byte that several want, and exchange it; 'adaptive' does so where it is measured to be
+    faster. watch: the stopwatch of a load that began earlier, with opening. alone: do not communicate. Something else
+    makes the ranks agree (torch.distributed.checkpoint), and tensors that others hold parts of are not proved. prove:
+    afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`).
 
-    Raises Mismatch (nothing was changed) when anything would stay unrestored or unused against the wish,
-    DamagedCheckpoint when files do, BadArgument for another ``read_once`` or ``prove``, Unsupported where the process
-    group cannot exchange what is to be read once; and, with everything in place, ProofFailed.
+    Raises, with nothing changed: Mismatch if anything would stay unrestored or unused against the wish,
+    DamagedCheckpoint if files are damaged, BadArgument for an unknown ``read_once`` or ``prove``, Unsupported if the
+    process group cannot exchange what is to be read once. Raises ProofFailed with everything in place.
     """
     exchange.check_choice(read_once)
     proof.check_choice(prove)
@@ -144,7 +165,7 @@ def _report(
     watch: Stopwatch,
     proved: Proof | None,
 ) -> LoadReport:
-    """nbytes: of what was restored, and read by this rank."""
+    """nbytes: how many bytes were restored, and how many this rank read."""
     return LoadReport(
         len({(w.tensor.name, w.tensor.state) for wants in reading.what.wants.values() for w in wants}),
         *nbytes,
@@ -193,7 +214,7 @@ def _checked_plan(catalog: Catalog, target: Target | Callable[[], Target], wish:
 
 
 def _sharing(reading: Reading, read_once: bool | str) -> exchange.Sharing | None:
-    """What is read once; None where every rank reads for itself. Collective."""
+    """What is read once; None if every rank reads for itself. Collective."""
     if not exchange.is_possible(read_once):
         return None
     sharing = exchange.find(reading.target, reading.what)

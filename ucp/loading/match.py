@@ -1,7 +1,7 @@
-"""Compare a checkpoint with a live training state, whole, before anything is touched.
+"""Compare a whole checkpoint with a live training state, before anything is changed.
 
-The result is either a complete plan or one refusal that lists everything that does not fit: what would stay
-unrestored, what would stay unused, shapes that differ, hyperparameters that one group would have to merge.
+The result is either a complete plan, or one refusal with everything that does not fit: what would stay unrestored, what
+would stay unused, shapes that differ, hyperparameters that one group would have to merge.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Entry = tuple[int, str, str]
 class Wish:
     """What the caller of a load asked for.
 
-    allow_missing, allow_unused: glob patterns of names, or of ``name:state`` for optimizer states; what is missing
+    allow_missing, allow_unused: glob patterns of names, or of ``name:state`` for optimizer states. What is missing
     stays as it is. strict: refuse missing and unused parameters and buffers. partial: what the target does not ask for
     may stay unread.
     """
@@ -49,11 +49,11 @@ class Wish:
 class LoadPlan:
     """Everything that a load will do on this rank.
 
-    wants: what to gather, by entry. scalars: slots whose optimizer state will be set. options: by param group. sources:
-    param group -> index of the checkpoint's group. left, unused: what stays as it is and what is not read, by the
-    caller's leave (names, and ``name:state``). rounded: frozen weights and buffers that the live model keeps in fewer
-    bits. tied: pairs of the checkpoint's tensors that are one parameter here and so have to be equal; the second is
-    what is read. named: values by name.
+    wants: entry -> what to gather. scalars: slots whose optimizer state will be set -> its single values. options:
+    param group -> hyperparameters. sources: param group -> index of the checkpoint's group. left, unused: what stays as
+    it is and what is not read, since the caller allows it (names, and ``name:state``). rounded: frozen weights and
+    buffers that the live model keeps in fewer bits. notes: what to log. tied: pairs of the checkpoint's tensors that
+    are one parameter here, and so have to be equal; the second one is read. named: name -> value.
     """
 
     wants: Mapping[Entry, list[Want]]
@@ -70,7 +70,7 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The two sides of a comparison, and what has come of it. names: live name -> the checkpoint's."""
+    """The two sides of a comparison, and its results so far. names: live name -> the checkpoint's."""
 
     catalog: Catalog
     target: Target
@@ -88,7 +88,8 @@ class _Sides:
 
 
 def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
-    """The plan of a load, or Mismatch with a list of all that does not fit. Changes nothing, talks to nobody."""
+    """The plan of a load. Raises Mismatch with a list of all that does not fit. Changes nothing, and does not
+    communicate."""
     found = Findings(target.words)
     asked = [*(m.name for s in target.slots for m in s.members), *target.elsewhere]
     asked += [name for group in target.groups for name in group.names]
@@ -128,7 +129,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
 
 
 def _without_other_padding(sides: _Sides) -> None:
-    """Leave out padding that is not as wide in the checkpoint as here: it is no part of the parameter."""
+    """Leave out padding that has another width in the checkpoint, since padding is no part of a parameter."""
     for slot in sides.target.slots:
         for member in slot.members:
             source = sides.catalog.parameters.get(sides.names.get(member.name, ""))
@@ -162,7 +163,7 @@ def _weights(sides: _Sides, slot: Slot) -> None:
 
 
 def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> str | None:
-    """The element type to read a weight or state as; None where it does not fit, which is noted."""
+    """The element type in which to read a weight or state. None if it does not fit, which is noted."""
     dtype = slot.dtype if item.state == PARAM else slot.states.get(item.state, slot.dtype)
     placed = slot.placed.get(item.state)
     if placed is not None and placed.shape is not None:
@@ -184,7 +185,7 @@ def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> st
 
 
 def _states(sides: _Sides, slot: Slot) -> None:
-    """The optimizer states of one slot, which has the same ones for all of its members, and one value of 'step'."""
+    """Compare the optimizer states of one slot. All its members have the same states, and one value of 'step'."""
     members = [(m, sides.catalog.parameters[sides.names[m.name]]) for m in slot.members if m.name in sides.names]
     if slot.asked is not None:
         _lacking_all(sides, slot)
@@ -213,8 +214,8 @@ def _states(sides: _Sides, slot: Slot) -> None:
 
 
 def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
-    """Refuse single values that torch's optimizers had and have no place here. What DeepSpeed's count besides ('step')
-    need mean nothing to a torch optimizer: it is told."""
+    """Refuse single values of torch's optimizers that have no place here. Those of DeepSpeed's optimizers ('step') may
+    mean nothing to a torch optimizer, so for them there is only a note."""
     if slot.asked is None or sides.wish.partial:
         return
     for value in sorted(set(sides.catalog.parameters[sides.names[member.name]].scalars) - set(slot.asked.values)):
@@ -228,7 +229,7 @@ def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
 
 
 def _lacking_all(sides: _Sides, slot: Slot) -> None:
-    """What a slot asks for of parameters that the checkpoint does not know."""
+    """Note what a slot asks for of parameters that the checkpoint does not have."""
     if slot.asked is None:
         return
     for member in slot.members:
@@ -258,7 +259,7 @@ def _expected(sides: _Sides, slot: Slot, brought: set[str]) -> set[str]:
 
 
 def _values(sides: _Sides, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]]) -> dict[str, Any]:
-    """The values (such as 'step') that all of a slot's members have, as far as the slot takes them."""
+    """The values (such as 'step') that all members of a slot have, as far as the slot takes them."""
     if not members:
         return {}
     first, values = members[0][0], dict(members[0][1].scalars)
@@ -280,7 +281,7 @@ def _values(sides: _Sides, slot: Slot, members: Sequence[tuple[Member, Parameter
 
 
 def _values_taken(sides: _Sides, slot: Slot) -> frozenset[str] | None:
-    """Names of the values that the slot takes; None where that is unknown."""
+    """Names of the values that the slot takes; None if unknown."""
     if slot.asked is not None:
         return frozenset(slot.asked.values)
     return sides.target.groups[slot.group].values if slot.group is not None else None
@@ -293,7 +294,8 @@ def _values_lacking(
     values: Mapping[str, Any],
     any_states: bool,
 ) -> Iterator[tuple[Member, str]]:
-    """The values that the slot takes and the checkpoint lacks. An optimizer of which no state is brought needs none."""
+    """The values that the slot takes and the checkpoint lacks. If no states of the optimizer are loaded, it needs no
+    values."""
     if any_states or slot.asked is not None:
         for value in sorted((_values_taken(sides, slot) or frozenset()) - set(values)):
             yield from ((member, value) for member, _ in members)
@@ -309,11 +311,11 @@ def _want_states(
         placed = slot.placed.get(state)
         places = {} if placed is None else dict(zip(slot.members, placed.blocks, strict=True))
         dtype = slot.states.get(state, slot.dtype)
-        # A state that nobody brings (by the caller's leave) stays, or starts from zero where there is none yet.
+        # A state that is not loaded, since the caller allows it, stays as it is, or starts from zero if it is new.
         of_state = sides.wants.setdefault((slot.key, state, dtype), [])
         for member, info in having:
             if slot.asked is None and info.shape != member.shape:
-                continue  # which is told of its weights
+                continue  # this is noted for its weights
             tensor = sides.catalog.tensors[info.name, state]
             item = Item(slot.kind, member.name, member.shape, state)
             if _read_as(sides, slot, item, tensor) is None:
@@ -336,7 +338,7 @@ def _trained(target: Target) -> set[str]:
 
 
 def _some_trained(sides: _Sides) -> None:
-    """Without strictness some names may be missing; where all that are trained are, it is no resume."""
+    """Refuse a load without strictness if all trained parameters are missing: that would be no resume."""
     trained = sorted(_trained(sides.target))
     if trained and not any(n in sides.names or sides.may_miss(n, PARAM) for n in trained):
         more = sides.target.words.unstrict
@@ -347,7 +349,7 @@ def _some_trained(sides: _Sides) -> None:
 
 
 def _unused(sides: _Sides) -> None:
-    """What the checkpoint has and nothing here takes."""
+    """Note what the checkpoint has and nothing here takes."""
     used = {
         sides.names[name] for name in (*_with_weights(sides.target), *sides.target.elsewhere) if name in sides.names
     }
@@ -383,7 +385,7 @@ def _with_weights(target: Target) -> Iterator[str]:
 def _owners(sides: _Sides) -> dict[str, str]:
     """The checkpoint's parameters that are other names of a tied one here -> the one that is restored.
 
-    torch's state dicts have a tied parameter under each of its names, and so have the checkpoints that keep them.
+    torch's state dicts have a tied parameter under each of its names, and so do checkpoints of them.
     """
     names = sides.names
     tied = {alias: owner for alias, owner in sides.target.tied.items() if owner in names}
@@ -395,7 +397,8 @@ def _owners(sides: _Sides) -> dict[str, str]:
 
 
 def _same_as_owner(sides: _Sides, info: ParameterInfo, owner: ParameterInfo) -> None:
-    """What the checkpoint has under a tied parameter's other name has to be what it has under the one that is read."""
+    """Have the plan check that the checkpoint has the same under a tied parameter's other name as under the one that is
+    read."""
     for state in sorted(info.states):
         if state != PARAM and not sides.wish.states:
             continue

@@ -1,4 +1,4 @@
-"""Which parameter of a checkpoint is which of a live model."""
+"""Which parameter of a checkpoint belongs to which parameter of a live model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ucp.catalog import Catalog, bare
 def match(catalog: Catalog, targets: Iterable[str], copies: bool = False) -> dict[str, str]:
     """Target name -> checkpoint name, for every target that the checkpoint has under its own or a tied name.
 
-    Equal names come first; then names that are equal without wrappers' prefixes, where that is unambiguous. No
-    checkpoint name is given to two targets, but with ``copies``, where equal names are given to all that ask.
+    Equal names come first. Then come names that are equal without the prefixes of wrappers, if that is unambiguous. No
+    checkpoint name is given to two targets, except with ``copies``: then an equal name is given to all that ask.
     """
     targets = list(dict.fromkeys(targets))
     exact: dict[str, str] = {}

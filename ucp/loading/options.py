@@ -15,7 +15,7 @@ from ucp.loading.refusals import VALUE, Findings, Item
 from ucp.loading.target import Group, Target
 from ucp.storage.dtypes import from_torch, to_torch
 
-# What a param group says of its implementation or its identity rather than of the training: always the target's.
+# Options of a param group's implementation or identity rather than of the training. They are always the target's.
 OWN_OPTIONS = frozenset(
     ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "name", "moe", "use_muon")
 )
@@ -24,17 +24,17 @@ OWN_OPTIONS = frozenset(
 def match_options(
     catalog: Catalog, target: Target, names: Mapping[str, str], found: Findings, *, partial: bool = False
 ) -> tuple[dict[int, Mapping[str, Any]], dict[int, int]]:
-    """Each live group's hyperparameters, from the checkpoint's groups that hold the same parameters; and of each live
-    group with a single such group that one's index.
+    """Each live group's hyperparameters, from the checkpoint's groups with the same parameters. The second result is
+    the index of that group, for each live group with only one.
 
-    names: live name -> the checkpoint's. partial: what is not asked for need not be told.
+    names: live name -> the checkpoint's. partial: write no notes about what is not asked for.
     """
     saved = catalog.training_state.param_groups
     owner = {name: index for index, group in enumerate(saved) for name in group.names}
     options: dict[int, Mapping[str, Any]] = {}
     sources: dict[int, int] = {}
     for index, group in enumerate(target.groups):
-        # A group may name parameters that it asks nothing else of: they are called alike in the checkpoint.
+        # A group may name parameters that are not asked for otherwise. They have the same names in the checkpoint.
         known = (names.get(name, name) for name in group.names)
         origins = sorted({owner[name] for name in known if name in owner})
         taken = _of_origins(saved, origins, index, group, found)
@@ -52,7 +52,7 @@ def match_options(
 def _of_origins(
     saved: Sequence[ParamGroup], origins: Sequence[int], index: int, group: Group, found: Findings
 ) -> dict[str, Any] | None:
-    """What a live group takes of the checkpoint's groups, which have to agree; None where it keeps its own."""
+    """What a live group takes from the checkpoint's groups, which have to agree. None if it keeps its own."""
     kept = [options for i in origins if (options := saved[i].options) is not None]
     takes = {option for options in kept for option in options} if group.takes is None else group.takes
     wanted = sorted({*group.options, *takes} - OWN_OPTIONS)
@@ -80,7 +80,8 @@ def _of_origins(
 
 
 def _same_forms(index: int, wanted: Sequence[str], saved: Collection[str], found: Findings) -> None:
-    """A list or mapping of tensors is an option for each entry ('h.0'); one with other entries can't be restored."""
+    """Refuse lists and mappings with other entries than in the checkpoint. A list or mapping of tensors is one option
+    for each entry ('h.0')."""
     for head in dict.fromkeys(option.partition(".")[0] for option in wanted):
         here, there = (
             sorted(o for o in options if o == head or o.startswith(f"{head}.")) for options in (wanted, saved)
@@ -93,7 +94,7 @@ def _same_forms(index: int, wanted: Sequence[str], saved: Collection[str], found
 
 
 def _keeps(index: int, options: Sequence[str], group: Group, why: str, found: Findings) -> None:
-    """A group's hyperparameters stay as they are; why: for all of them."""
+    """Note that a group's hyperparameters stay as they are. why: the reason, if it is one for all of them."""
     labels = [label for o in options if o in group.options and (label := found.words.option(index, o)) is not None]
     found.left.extend(labels)
     if why and not labels:
@@ -101,7 +102,7 @@ def _keeps(index: int, options: Sequence[str], group: Group, why: str, found: Fi
 
 
 def _fitting(index: int, option: str, live: Any, value: Any, found: Findings) -> Any:
-    """The value in the form that the live one has."""
+    """The value in the form of the live one."""
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(live, torch.Tensor):
         dtype = from_torch(live.dtype)
@@ -130,13 +131,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def own_values(catalog: Catalog) -> Mapping[str, Any]:
-    """What this rank had for itself, where as many ranks saved."""
+    """The values that this rank had for itself, if as many ranks saved as load now."""
     saved = [own.get(VALUES, {}) for own in catalog.training_state.extra.get("ranks", ())]
     return saved[ranks.rank()] if len(saved) == ranks.world_size() else {}
 
 
 def shared_values(catalog: Catalog) -> Mapping[str, Any]:
-    """What all ranks had alike, beside the tensors."""
+    """The values that were the same on all ranks, besides the tensors."""
     found: Mapping[str, Any] = catalog.training_state.extra.get(VALUES, {})
     return found
 
@@ -148,7 +149,7 @@ def match_named(
     may_miss: Callable[[str], bool],
     may_leave: Callable[[str], bool],
 ) -> dict[str, Any]:
-    """The values that the target asks for by name: this rank's own before those that all ranks had."""
+    """The values that the target asks for by name. This rank's own are preferred to those of all ranks."""
     own, shared = own_values(catalog), shared_values(catalog)
     asked = target.named
     if asked is None:
@@ -170,7 +171,7 @@ def match_named(
 
 
 def _check_own(key: str, live: Any, value: Any, found: Findings) -> None:
-    """A tensor of this rank alone is filled, and so has to be of the same kind."""
+    """A tensor of this rank alone is filled in place, so shape and element type have to be the same."""
     if not isinstance(live, torch.Tensor) or not isinstance(value, torch.Tensor):
         return
     if (value.shape, value.dtype) != (live.shape, live.dtype):

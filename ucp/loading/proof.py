@@ -1,12 +1,12 @@
 """A proof of exactness after a load: what is live has the logical digests that the checkpoint has.
 
-Every rank digests what it holds now (masters, states, weights, buffers, frozen weights), where it is; the ranks add up,
-replicas compared instead of added; and the sums are compared with the digests that were recorded when the checkpoint
-was made. So a fault of the files, of reading, of the layouts' arithmetic or of putting things in place is found,
-whatever else was checked. Where masters have rounded copies, which the model computes with, these are compared with the
-masters; frozen weights and buffers that are kept rounded, with what was read for them.
+Every rank digests what it holds now (masters, states, weights, buffers, frozen weights), where it lies. The ranks add
+their digests up; replicas are compared and not added. The sums are compared with the digests that were recorded when
+the checkpoint was made. This finds any fault of the files, of reading, of the layouts' arithmetic or of putting values
+in place, whatever else was checked. If the model computes with rounded copies of masters, these are compared with the
+masters. Frozen weights and buffers that are kept rounded are compared with what was read for them.
 
-In a device's memory all is digested. In host memory, where that takes about as long as reading, blocks of 64 KiB are
+In a device's memory everything is digested. In host memory this takes about as long as reading, so blocks of 64 KiB are
 sampled: the first of each tensor, and one of every 32, drawn by the checkpoint's own seed.
 """
 
@@ -53,8 +53,9 @@ WEIGHTS, MASTERS = "weights", "masters"
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved. tensors, nbytes: of the checkpoint's, on all ranks together, each once; weights: tensors of
-    rounded weights equal to their masters. sample: of which blocks, None for all. unproved: tensors -> why not.
+    """What was proved. tensors, nbytes: the checkpoint's proved tensors and their bytes, on all ranks together, each
+    counted once. weights: how many tensors of rounded weights are equal to their masters. sample: which blocks were
+    compared; None for all. unproved: tensor -> why it was not proved.
     """
 
     of: str
@@ -86,15 +87,15 @@ class Proof:
 
 
 def check_choice(prove: bool | str) -> None:
-    """Raise BadArgument for what is no choice."""
+    """Raise BadArgument for an unknown choice."""
     if not any(prove is known or (isinstance(prove, str) and prove == known) for known in CHOICES):
         raise BadArgument(f'prove is True, False, "{FULL}" or "{ALWAYS}"; found {prove!r}')
 
 
 @dataclass(frozen=True, eq=False)
 class _LiveCopy:
-    """A tensor of the checkpoint in this rank's memory. turn: of several that one tensor of the checkpoint fills.
-    rounded: what the program keeps, where that has fewer bits than what was read, which is ``live`` then.
+    """A tensor of the checkpoint in this rank's memory. turn: its number, if one tensor of the checkpoint fills
+    several. rounded: what the program keeps, if that has fewer bits than what was read. ``live`` is what was read then.
     """
 
     tensor: LogicalTensor
@@ -109,7 +110,7 @@ class _LiveCopy:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Weights and what they are rounded from. which: tells those of one name apart."""
+    """Weights and what they are rounded from. which: tells pairs of one name apart."""
 
     which: str
     weights: Weights
@@ -130,12 +131,12 @@ def prove(
     threads: int = 1,
     alone: bool = False,
 ) -> Proof | None:
-    """Compare what is live with the checkpoint; None where nothing is to be compared. Collective.
+    """Compare what is live with the checkpoint. None if nothing is to be compared. Collective.
 
-    choice: one of `CHOICES`. brought: what was read, by which weights are proved that are kept rounded. alone: for a
-    rank that is in `ucp.job.ranks.alone`: tensors that it holds a part of stay without a proof.
+    choice: one of `CHOICES`. brought: what was read; weights that are kept rounded are compared with it. alone: this
+    rank is in `ucp.job.ranks.alone`, and tensors of which it holds only a part are not proved.
 
-    Raises ProofFailed on every rank, with the first tensors that differ, and what reading raises where files are read.
+    Raises ProofFailed on every rank, with the first tensors that differ, and what reading raises if files are read.
     """
     if choice is False or (choice != ALWAYS and all(t.digest is None for t in catalog.tensors.values())):
         return None
@@ -163,7 +164,7 @@ def prove(
 def _held_and_pairs(
     target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
 ) -> tuple[list[_LiveCopy], list[_Pair]]:
-    """What was brought to this rank, and what of it the program computes with rounded."""
+    """What was brought to this rank, and the pairs of rounded weights with what they are rounded from."""
     held = list(_held(target, what, always, brought, unproved))
     pairs = [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
     for copy in held:
@@ -177,7 +178,7 @@ def _held_and_pairs(
 def _held(
     target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
 ) -> Iterator[_LiveCopy]:
-    """What was brought to this rank, where it is now."""
+    """What was brought to this rank, where it lies now."""
     turns: dict[tuple[str, str], int] = {}
     for (key, state, dtype), wants in what.wants.items():
         memory = target.memory(key, state) if wants else None
@@ -200,7 +201,7 @@ def _held(
 
 
 def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair], choice: bool | str) -> Sample | None:
-    """What is looked at: all, or where any rank has much in host memory a sample. Collective."""
+    """What to compare: everything (None), or a sample if any rank has much in host memory. Collective."""
     here = sum(h.live.nbytes for h in held if h.live.tensor.device.type == "cpu")
     here += sum(p.weights.live.nbytes for p in pairs if p.weights.live.device.type == "cpu")
     much = choice != FULL and here >= SAMPLED_FROM
@@ -230,8 +231,8 @@ def _live_sums(held: Sequence[_LiveCopy], sample: Sample | None, threads: int) -
 def _pair_sums(
     pairs: Sequence[_Pair], sample: Sample | None, threads: int, *, one_nan: bool = False
 ) -> dict[Key, SumOverRanks]:
-    """What all ranks hold of weights, twice: as they are and as their masters say. one_nan: take all that is no number
-    for the same. Collective."""
+    """What all ranks hold of weights, twice: as they are, and as their masters give them. one_nan: treat all NaNs as
+    equal. Collective."""
     lives: list[tuple[Key, LiveElements]] = []
     for pair in pairs:
         w = pair.weights
@@ -253,7 +254,7 @@ def _add(parts: dict[Key, list[Part]], key: Key, live: LiveElements, digest: Dig
 
 
 def _agree(sums: Mapping[Key, SumOverRanks], key: Key) -> bool:
-    """Whether weights are what their masters say; True where no rank has the masters."""
+    """Whether weights are equal to their masters, rounded. True if no rank has the masters."""
     name, _, which = key
     masters = sums.get((name, MASTERS, which))
     found = sums[key]
@@ -270,8 +271,8 @@ def _wanted(
     sample: Sample | None,
     threads: int,
 ) -> dict[tuple[str, str], Digest]:
-    """The digests of the checkpoint's tensors that are held; those that are not recorded, from the files. Collective
-    where there are such."""
+    """The checkpoint's digests of the tensors that are held. Those that are not recorded are computed from the files;
+    then it is collective."""
     names = {(key[0], key[1]) for key in sums} & catalog.tensors.keys()
     out: dict[tuple[str, str], Digest] = {}
     missing: list[LogicalTensor] = []
@@ -289,7 +290,7 @@ def _wanted(
         mine = ranks.all_or_none(
             lambda: digest_files(reader, missing, sample=sample, share=rank, shares=world, threads=threads)
         )
-        # Each rank's are of another part, so that no two are taken for replicas of each other.
+        # The rank stands for the region, so that the ranks' shares are added and not taken for replicas.
         found = add_up({(t.name, t.state): [Part(digest, 0, rank)] for t, digest in zip(missing, mine, strict=True)})
         out.update({(t.name, t.state): found[t.name, t.state].digest for t in missing})
     return out
@@ -331,7 +332,7 @@ def _judged(
         elif found.flawed:
             wrong.append(f"'{name}' ({state}): it has values that {tensor.dtype}, as it was saved, does not hold")
         elif found.elements > count and found.held % max(count, 1) == 0:
-            # Replicas that ranks cut differently, as under tensor parallelism: all of them together.
+            # Replicas that ranks cut differently, as under tensor parallelism. They can only be checked all together.
             if found.every != wanted[name, state] * (found.held // max(count, 1)):
                 wrong.append(f"'{name}' ({state}): its values are not those that were saved, in one of its copies")
             else:

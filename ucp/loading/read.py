@@ -1,4 +1,4 @@
-"""Read what a plan wants of a checkpoint's files, this rank's part of it, into host memory."""
+"""Read this rank's part of what a plan wants from a checkpoint's files into host memory."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Reading:
     threads: int
 
     def run(self, sharing: exchange.Sharing | None, nbytes: int) -> dict[Entry, torch.Tensor]:
-        """The slots, flat, in host memory; elements that nothing is brought for keep their present values. Where ranks
-        share the reading, this rank's part is filled in, and the rest is zero. nbytes: of all that the plan wants."""
+        """The slots, flat, in host memory. Elements for which nothing is read keep their current values. If ranks share
+        the reading, this rank's part is filled in, and the rest is zero. nbytes: the bytes of all that the plan
+        wants."""
         parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
         tensors = self._memory(parts)
         buffers: list[Bytes] = []
@@ -47,7 +48,7 @@ class Reading:
         return tensors
 
     def _memory(self, parts: Mapping[Entry, object]) -> dict[Entry, torch.Tensor]:
-        """A flat tensor for each entry, in the plan's order: the slot's own memory where that may be read into."""
+        """A flat tensor for each entry, in the plan's order. It is the slot's own memory if that may be read into."""
         slots = {slot.key: slot for slot in self.target.slots}
         memory = Memory()
         tensors: dict[Entry, torch.Tensor] = {}
@@ -72,19 +73,19 @@ class Reading:
         return tensors
 
     def _present(self, slot: Slot, entry: Entry, count: int) -> torch.Tensor | None:
-        """What the slot holds now, where some of its members are not brought; None where it holds nothing."""
+        """What the slot holds now, if some of its members are not read. None if all are, or if it holds nothing."""
         if count == len(slot.members):
             return None
         current = self.target.current(slot.key, entry[1])
         return None if current is None else current.to(to_torch(entry[2]))
 
     def sample(self, wants: list[Want], buffer: Bytes) -> int:
-        """Read some, to see how fast that is; returns the bytes."""
+        """Read some of it, to see how fast that is. Returns how many bytes were read."""
         return gather(self.reader, wants, [buffer], self.threads)
 
 
 def reading_threads() -> int:
-    """Reading threads for this process: the processors that it may use, over the ranks on the machine, so many at most
-    as `limits.THREADS_MAX_COUNT`, and at least 2, so that one reads on while another waits for a disk."""
+    """How many threads this process reads with: the processors that it may use, divided by the ranks on the machine. At
+    most `limits.THREADS_MAX_COUNT`, and at least 2, so that one goes on while another waits for a disk."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
     return max(2, min(limits.THREADS_MAX_COUNT, limits.processors() // max(local, 1)))

@@ -1,4 +1,4 @@
-"""What keeps a checkpoint from fitting a target, and the one sentence that says so in the target's own words."""
+"""Why a checkpoint does not fit a target, and the one sentence that says so in the target's own words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALUE = "value"
 class Item:
     """A weight, an optimizer state or a single value, of the live side or of the checkpoint.
 
-    kind: as of slots. state: 'param' for the weight. note: what to say beside its name.
+    kind: as in slots. state: 'param' for the weight. note: what to say after its name.
     """
 
     kind: str
@@ -33,10 +33,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Words:
-    """How a target is spoken of. A target that calls things otherwise derives a class of its own.
+    """How messages speak of a target. A target with other words derives a class of its own.
 
-    whole: what is filled. allow: how a caller says what may be left. unstrict: what to add where not even a caller who
-    wants no strictness can resume.
+    whole: what is filled. allow: how a caller says what may be left. unstrict: what to add if not even a load without
+    strictness can resume.
     """
 
     whole: str
@@ -46,11 +46,11 @@ class Words:
     unrestored = "would stay unrestored"
 
     def opening(self, checkpoint: object, here: object) -> str:
-        """How a refusal begins; checkpoint, here: the layouts."""
+        """How a refusal begins. checkpoint, here: the layouts."""
         return f"nothing was loaded: the checkpoint ({checkpoint}) and {self.whole} ({here}) do not match"
 
     def advice(self) -> str:
-        """How it ends."""
+        """How a refusal ends."""
         return f"to load all the same, name them in {self.allow}"
 
     def label(self, name: str, state: str) -> str:
@@ -58,36 +58,36 @@ class Words:
         return named(name, state)
 
     def spellings(self, name: str, state: str) -> Sequence[str]:
-        """What the caller's patterns may call it; a parameter's name is its states', too."""
+        """The names by which a caller's pattern may match it. A parameter's name also matches its states."""
         return tuple(dict.fromkeys((name, named(name, state))))
 
     def live(self, item: Item) -> str:
-        """One of the target's."""
+        """An item of the target, in words."""
         if item.state != PARAM:
             return f"optimizer state '{item.state}' of '{item.name}'{item.note}"
         return f"{'buffer' if item.kind == 'buffer' else 'parameter'} '{item.name}' {list(item.shape)}{item.note}"
 
     def saved(self, item: Item) -> str:
-        """One of the checkpoint's."""
+        """An item of the checkpoint, in words."""
         return self.live(item)
 
     def missing(self, items: Sequence[Item]) -> list[str]:
-        """The target's that the checkpoint lacks; one entry for each state, however many parameters it is of."""
+        """The target's items that the checkpoint lacks, in words. A state of several parameters is one entry."""
         return _by_state(items, self.live)
 
     def otherwise(self, item: Item) -> str | None:
-        """Where the checkpoint has what the target asks for in another form, which cannot be restored: a refusal."""
+        """A refusal, if the checkpoint has the item in another form that cannot be restored; else None."""
         return None
 
     def unused(self, items: Sequence[Item]) -> list[str]:
-        """The checkpoint's that have no place in the target."""
+        """The checkpoint's items that have no place in the target, in words."""
         return _by_state(items, self.saved)
 
     def other_shape(self, item: Item, found: Shape) -> str:
         return f"{self.live(item)} has shape {list(found)} in the checkpoint"
 
     def other_options(self, group: int, option: str, origins: Sequence[int], values: Sequence[Any]) -> str:
-        """A param group holds parameters of several of the checkpoint's, which do not agree."""
+        """A param group holds parameters from several of the checkpoint's groups, which do not agree."""
         listed, last = ", ".join(map(str, origins[:-1])), origins[-1]
         shown = " and ".join(map(repr, values))
         return (
@@ -96,22 +96,22 @@ class Words:
         )
 
     def option(self, group: int, option: str) -> str | None:
-        """A hyperparameter in one word, for reports; None where reports do not list them one by one."""
+        """A hyperparameter in one word, for reports. None if reports do not list them one by one."""
         return None
 
     def not_held(self, what: str, value: Any, dtype: str) -> str:
         return f"{what} is the value {value!r} in the checkpoint, which torch.{dtype} does not hold"
 
     def value_of(self, item: Item) -> str:
-        """A single value that an optimizer keeps for a parameter."""
+        """A single value that an optimizer keeps for a parameter, in words."""
         return f"'{item.state}' of '{item.name}'"
 
     def option_of(self, group: int, option: str) -> str:
-        """A hyperparameter."""
+        """A hyperparameter, in words."""
         return f"'{option}' of param group {group}"
 
     def tied_differ(self, name: str, owner: str, states: str) -> str:
-        """The checkpoint has different values under two names of what is one parameter here."""
+        """The checkpoint has different values under two names that are one parameter here."""
         return (
             f"nothing was loaded: '{name}' is tied to '{owner}' here, and the checkpoint has different values for them "
             f"({states}); to load '{owner}' alone, name '{name}' in {self.allow}"
@@ -137,8 +137,8 @@ def _by_state(items: Sequence[Item], single: Any) -> list[str]:
 
 @dataclass
 class Findings:
-    """What a comparison has found so far. missing, unused, wrong: what a refusal lists; left, spared: what stays as it
-    is and what is not read, by the caller's leave; tied: pairs that have to be equal; notes: what to tell besides."""
+    """What a comparison has found so far. missing, unused, wrong: what a refusal lists. left, spared: what stays as it
+    is and what is not read, since the caller allows it. tied: pairs that have to be equal. notes: what else to log."""
 
     words: Words
     missing: list[Item] = field(default_factory=list)
@@ -151,7 +151,7 @@ class Findings:
     tied: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
 
     def lacks(self, item: Item, allowed: bool) -> None:
-        """The checkpoint has no such thing of the target's."""
+        """Note that the checkpoint lacks an item of the target."""
         if allowed:
             self.left.append(self.words.label(item.name, item.state))
         elif (otherwise := self.words.otherwise(item)) is not None:
@@ -160,14 +160,14 @@ class Findings:
             self.missing.append(item)
 
     def leaves(self, item: Item, allowed: bool) -> None:
-        """The target has no place for such a thing of the checkpoint's."""
+        """Note that the target has no place for an item of the checkpoint."""
         if allowed:
             self.spared.append(named(item.name, item.state))
         else:
             self.unused.append(item)
 
     def refuse(self, checkpoint: object, here: object) -> None:
-        """Raise Mismatch where anything does not fit; checkpoint, here: the layouts."""
+        """Raise Mismatch if anything does not fit. checkpoint, here: the layouts."""
         parts = []
         if self.wrong:
             parts.append(f"{len(self.wrong)} do not fit: {listed(self.wrong)}")
@@ -183,14 +183,14 @@ class Findings:
 
 
 def listed(items: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first items, and how many more there are."""
     return ", ".join(items[: limits.REFUSAL_ITEMS_COUNT]) + (
         f", and {len(items) - limits.REFUSAL_ITEMS_COUNT} more" if len(items) > limits.REFUSAL_ITEMS_COUNT else ""
     )
 
 
 def allowed(spellings: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether any of these names is one that the patterns (as of a shell) mean."""
+    """Whether any of these names matches one of the patterns, which are a shell's."""
     return any(fnmatchcase(name, pattern) for name in spellings for pattern in patterns)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint under a live model's names, where a spec says what either side calls the same parameters."""
+"""A checkpoint with a live model's names, if a spec says what both sides call the same parameters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ucp.spec.select import choose
 
 
 def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) -> Catalog:
-    """The catalog by whichever lines under the spec's ``names:`` give the most of the live names; as it is, where it
-    has no fewer of them already, or without a spec.
+    """The catalog, renamed by the lines under the spec's ``names:`` that give the most of the live names. It stays as
+    it is without a spec, or if it already has no fewer of them.
 
-    Raises what `ucp.formats.shared.renaming.rename` raises, for parameters that don't fit the spec.
+    Raises what `ucp.formats.shared.renaming.rename` raises for parameters that don't fit the spec.
     """
     if bound is None:
         return catalog
@@ -24,7 +24,7 @@ def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) ->
 
 
 def under_spec(catalog: Catalog, live: Collection[str], opening: Mapping[str, Any]) -> Catalog:
-    """`in_names_of` by the spec that a checkpoint was opened with; opening: as for `ucp.open`."""
+    """`in_names_of`, by the spec that a checkpoint was opened with. opening: as for `ucp.open`."""
     if opening.get("spec") is None:
         return catalog
     choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
@@ -32,7 +32,7 @@ def under_spec(catalog: Catalog, live: Collection[str], opening: Mapping[str, An
 
 
 def config_of(model: Any) -> Mapping[str, Any] | None:
-    """The config of a transformers model, as in its config.json; None for other models."""
+    """The config of a transformers model, as in its config.json. None for other models."""
     config: Any = getattr(model, "config", None)
     found = config.to_dict() if hasattr(config, "to_dict") else config
     return found if isinstance(found, Mapping) else None

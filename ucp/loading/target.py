@@ -1,9 +1,9 @@
 """What a live training process offers to be filled: the nouns between a framework's engine and the loader.
 
-A framework's adapter describes the memory of one rank as slots, each a flat buffer with the same blocks that describe
-a file's fragments, and takes the loaded values back. The loader knows nothing of the framework: a DeepSpeed engine, a
-state dict of torch.distributed and a model with its optimizers are all targets, and what differs between them is said
-here, by properties.
+A framework's adapter describes the memory of one rank as slots, and takes the loaded values back. A slot is a flat
+buffer, described by the same blocks as a file's fragments. The loader knows nothing of the framework. A DeepSpeed
+engine, a state dict of torch.distributed and a model with its optimizers are all targets. Properties say here how they
+differ.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter (or buffer) of the model, and what of it this rank's slot holds.
+    """A parameter (or buffer) of the model, and which part of it this rank's slot holds.
 
     name: the live module's own. shape: the whole parameter's. blocks: places in the slot's flat buffer, in elements;
-    none where this rank holds nothing of it. padding: whether it is what a parameter's shards hold beyond its own end,
-    which is restored from a checkpoint with the same padding and else left as it is.
+    none if this rank holds nothing of it. padding: whether it is what a parameter's shards hold beyond the parameter's
+    end. Padding is restored from a checkpoint with the same padding, and otherwise left as it is.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a state lies that an optimizer lays out otherwise than the weights.
+    """Where a state lies that an optimizer arranges in another way than the weights.
 
-    length: of the flat buffer, in elements. blocks: of each member, in the members' order. holders: for each member the
-    global ranks that hold the same elements of it, () for this rank alone. shape: of the whole state, where it is
-    another than its parameter's.
+    length: the flat buffer's, in elements. blocks: those of each member, in the members' order. holders: for each
+    member, the global ranks that hold the same elements of it; () for this rank alone. shape: the whole state's, if it
+    is not its parameter's.
     """
 
     length: int
@@ -53,10 +53,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a slot asks for, where it says so itself instead of leaving it to its optimizer.
+    """What a slot asks for, if it says so itself instead of leaving it to its optimizer.
 
     states: 'param' (the weights) and optimizer states, as tensors. values: single values, such as 'step' -> the element
-    type of the tensor that keeps it, None where any value can be kept. blank: states whose elements mean nothing yet,
+    type of the tensor that keeps it, or None if any value can be kept. blank: states whose elements mean nothing yet,
     so that none may be left as it is.
     """
 
@@ -69,12 +69,12 @@ class Asked:
 class Slot:
     """One flat buffer of this rank that an optimizer treats as one tensor, or one tensor outside the optimizer.
 
-    key: unique, in the adapter's order. kind: 'parameter' (an optimizer updates it), 'frozen' or 'buffer'.
-    length: elements, padding included. dtype: of the most precise weights held here. members: all parameters that lie
-    in this slot on any rank, so that all ranks judge alike. group: index of the param group. states: the optimizer
-    states that exist now -> dtype (a fresh optimizer has none yet). placed: states that lie otherwise than the weights.
-    holders: the global ranks that hold the same slot with the same values; () for this rank alone. asked: what is to be
-    brought; None for the weights and whatever the optimizer of its group keeps.
+    key: unique, in the adapter's order. kind: 'parameter' (an optimizer updates it), 'frozen' or 'buffer'. length: in
+    elements, with padding. dtype: that of the most precise weights held here. members: all parameters that lie in this
+    slot on any rank, so that all ranks come to the same decisions. group: index of the param group. states: the
+    optimizer states that exist now -> dtype (a fresh optimizer has none yet). placed: where states lie that are
+    arranged in another way than the weights. holders: the global ranks that hold the same slot with the same values; ()
+    for this rank alone. asked: what is to be loaded; None for the weights and what the optimizer of its group keeps.
     """
 
     key: int
@@ -89,7 +89,7 @@ class Slot:
     asked: Asked | None = None
 
     def placement(self, state: str) -> Placement:
-        """Where a state of this slot lies; ``placed`` where it says so, else as the weights do."""
+        """Where a state of this slot lies: as ``placed`` says, or else as the weights do."""
         return self.placed.get(state) or Placement(
             self.length, tuple(m.blocks for m in self.members), (self.holders,) * len(self.members)
         )
@@ -97,10 +97,10 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights that a model computes with, beside the masters that they are a rounded copy of.
+    """Weights that a model computes with, together with the masters of which they are a rounded copy.
 
-    name: the module's own. group: the global ranks whose masters make them up. master: what this rank has of the
-    masters; live: of the weights. Both in the coordinates of one tensor of this shape.
+    name: the module's own. group: the global ranks whose masters make up the weights. master: this rank's part of the
+    masters. live: this rank's part of the weights. Blocks of both are in the coordinates of one tensor of this shape.
     """
 
     name: str
@@ -114,10 +114,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Group:
-    """A live param group. options: its hyperparameters now. expects: the names of the optimizer states that its
-    optimizer keeps for a parameter, tensors of its shape; values: those of single values, such as 'step'; None where
-    that is unknown. takes: hyperparameters that it is given though it does not have them yet; None for all that the
-    checkpoint has."""
+    """A live param group. options: its hyperparameters now. expects: the names of the states that its optimizer keeps
+    for a parameter as tensors of its shape. values: the names of those that are single values, such as 'step'. Both are
+    None if unknown. takes: hyperparameters that the group gets although it does not have them yet; None for all that
+    the checkpoint has."""
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
@@ -130,10 +130,10 @@ class Group:
 class Loaded:
     """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
 
-    tensors: flat 1-d tensors of the placement's length, padding zero. scalars: slot key -> {'step': ...}; a slot that
-    is named here and asks for nothing itself gets exactly the states brought for it. options: param group index ->
+    tensors: flat 1-d tensors of the placement's length, with zeros as padding. scalars: slot key -> {'step': ...}. A
+    slot that is in it and has no ``asked`` gets exactly the states loaded for it. options: param group index ->
     hyperparameters to set. sources: param group index -> the checkpoint's group with the same parameters.
-    training_state: None where only weights were asked for. named: of the target's ``named``, what the checkpoint has.
+    training_state: None if only weights were asked for. named: what the checkpoint has of the target's ``named``.
     """
 
     tensors: Mapping[tuple[int, str], torch.Tensor]
@@ -149,7 +149,7 @@ class Target(Protocol):
 
     @property
     def words(self) -> Words:
-        """How refusals and reports call the target and what it holds."""
+        """What refusals and reports call the target and what it holds."""
         ...
 
     @property
@@ -163,8 +163,8 @@ class Target(Protocol):
 
     @property
     def elsewhere(self) -> Mapping[str, str]:
-        """Parameters and buffers of which only other ranks have slots (of another pipeline stage, say): name -> kind,
-        as of slots."""
+        """Parameters and buffers for which only other ranks have slots (such as another pipeline stage): name -> kind,
+        as in slots."""
         ...
 
     @property
@@ -174,14 +174,14 @@ class Target(Protocol):
 
     @property
     def copies(self) -> bool:
-        """Whether one tensor of the checkpoint may fill several of the target's (a state dict that names a tied
-        parameter twice), or that is a misfit (a model that has untied it)."""
+        """Whether one tensor of the checkpoint may fill several of the target (for a state dict that names a tied
+        parameter twice). Otherwise that does not fit (for a model that has untied it)."""
         ...
 
     @property
     def named(self) -> Mapping[str, Any] | None:
-        """Plain values, and tensors of this rank alone, that are asked for by name -> what is there now. None: the
-        target keeps none, and those of a checkpoint are no concern of it."""
+        """Plain values, and tensors of this rank alone, that are asked for by name -> what is there now. None if the
+        target keeps none, and does not care about those of a checkpoint."""
         ...
 
     @property
@@ -190,13 +190,13 @@ class Target(Protocol):
         ...
 
     def room(self, key: int, state: str) -> torch.Tensor | None:
-        """The slot's own dense host memory, flat, where nobody has seen yet what is in it: it is read into straight
-        away. None where reading has to leave the slot alone until all is well."""
+        """The slot's own dense host memory, flat, if nobody has seen its contents yet. It is read into directly. None
+        if the slot may not be changed before all ranks have read successfully."""
         ...
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
-        """What the slot holds now, where it is, no copy; it is read as one flat row-major buffer. After `apply` that is
-        what the program trains on. None where it has no such state, or none that can be looked at."""
+        """What the slot holds now, where it lies, and no copy of it. It is read as one flat row-major buffer. After
+        `apply` the program trains on it. None if there is no such state, or none that can be looked at."""
         ...
 
     def weights(self) -> Iterable[Weights]:
@@ -204,13 +204,13 @@ class Target(Protocol):
         ...
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
-        """A host copy of what the slot holds now, flat; None if it has no such state yet."""
+        """A host copy of what the slot holds now, flat. None if it has no such state yet."""
         ...
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
-        """Raise Mismatch if the training state does not fit; ``sources`` as in Loaded. Changes nothing."""
+        """Raise Mismatch if the training state does not fit. ``sources``: as in `Loaded`. Changes nothing."""
         ...
 
     def apply(self, loaded: Loaded) -> None:
-        """Put the values in place. Called on all ranks or on none; may communicate."""
+        """Put the values in place. It is called on all ranks or on none, and may communicate."""
         ...

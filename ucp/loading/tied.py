@@ -1,7 +1,7 @@
 """Checkpoints that hold a tied parameter once under each of its names: the copies have to be equal.
 
-torch's state dicts name a tied parameter twice, and DCP writes it twice. One copy is restored; that the other says the
-same is checked, since otherwise something would be dropped without a word.
+torch's state dicts name a tied parameter twice, and DCP writes it twice. One copy is restored. The other one is
+compared with it, since otherwise something could be lost silently.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def check(
     watch: Stopwatch,
     alone: bool = False,
 ) -> None:
-    """Compare the copies of each pair bit for bit; ranks that know of the same pairs share the work. Collective, unless
+    """Compare the copies of each pair bit for bit. Ranks with the same pairs share the work. Collective, unless
     ``alone``.
 
-    words: of the target. watch: gets the seconds of this rank's share as 'read'.
+    words: the target's. watch: gets the seconds of this rank's share as 'read'.
 
-    Raises Mismatch on every rank, naming both, where they differ.
+    Raises Mismatch on every rank, naming both, if they differ.
     """
     said, which = ([[*map(_names, pairs)]], [0]) if alone else ranks.distinct([*map(_names, pairs)])
     if not any(said):
@@ -58,7 +58,7 @@ def _names(pair: tuple[LogicalTensor, LogicalTensor]) -> tuple[str, str, str]:
 
 
 def _differ(reader: Reader, one: LogicalTensor, other: LogicalTensor, share: int, shares: int) -> bool:
-    """Whether the elements of this share are not the same in both."""
+    """Whether the elements of this share differ between both."""
     width, count = itemsize(one.dtype), numel(one.shape)
     step, last = limits.TIED_WINDOW_BYTES // width, count * (share + 1) // shares
     for start in range(count * share // shares, last, step):
