@@ -1,7 +1,7 @@
 """Checkpoint formats, one package each, and how the one at hand is found.
 
 To add a format to this package, write a subclass of `ucp.formats.base.Format` and a line in `BUILT_IN`. Formats of
-other packages come through the entry-point group ``ucp.formats``; they are looked for where no built-in one will do.
+other packages come through the entry-point group ``ucp.formats``. They are looked for if no built-in one will do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 
-# In the order of trial, where formats are equally specific: a manifest of ours is the surer sign. Each module has the
+# In the order in which equally specific formats are tried: a manifest of ours is the surer sign. Each module has its
 # format as FORMAT.
 BUILT_IN = (
     "ucp.formats.universal",
@@ -54,7 +54,7 @@ def built_in() -> tuple[Format, ...]:
 
 @cache
 def registered() -> tuple[Format, ...]:
-    """The formats of other packages, by their names in order. One that can't be used is left out, with a warning."""
+    """The formats of other packages, ordered by name. One that can't be used is left out with a warning."""
     if not installed.may_declare(GROUP):
         return ()
     from importlib.metadata import entry_points  # takes longer than all the rest of this module
@@ -97,13 +97,13 @@ def _called(entry: EntryPoint) -> str:
 
 
 def every() -> Iterator[Format]:
-    """All formats, in the order of trial; those of other packages last, and looked for only when it comes to them."""
+    """All formats, in the order of trial. Those of other packages come last and are only looked for when reached."""
     yield from built_in()
     yield from registered()
 
 
 def look(path: Path) -> FolderNames:
-    """The names in a folder; none where there is no such folder, or it can't be listed."""
+    """The names in a folder; none if there is no such folder, or if it can't be listed."""
     from ucp.formats.nouns import FolderNames
     from ucp.storage import locations
 
@@ -119,12 +119,12 @@ def look(path: Path) -> FolderNames:
 
 
 def find(path: Path) -> Format | None:
-    """The format of the checkpoint in this folder, the most specific that knows it; None where no format does."""
+    """The format of the checkpoint in this folder: the most specific one that knows it; None if no format does."""
     return next(iter(kinds(path)), None)
 
 
 def kinds(path: Path) -> list[Format]:
-    """All built-in formats that know the folder, the most specific first; where none does, the first of another
+    """All built-in formats that know the folder, the most specific first. If none does, the first format of another
     package that knows it."""
     folder = look(path)
     found = [known for known in built_in() if known.detect(folder)]
@@ -143,8 +143,8 @@ def _detects(known: Format, folder: FolderNames) -> bool:
 
 
 def read(known: Format, path: Path, files: Files, request: ReadRequest) -> Catalog:
-    """The catalog of a checkpoint of this format. Raises what `Format.read` does; DamagedCheckpoint, too, for whatever
-    else its reader raises on what is in the folder."""
+    """The catalog of a checkpoint of this format. Raises what `Format.read` raises. Whatever else the reader raises on
+    what is in the folder becomes a DamagedCheckpoint."""
     from ucp.formats.shared.malformed import malformed
 
     with malformed(path, f"as a checkpoint of the format '{known.name}' it"):
@@ -157,13 +157,13 @@ def named(name: str) -> Format | None:
 
 
 def those_of(name: str) -> list[Format]:
-    """The format of this name, and then the built-in ones: a checkpoint may point into files of these."""
+    """The format of this name, then the built-in ones, since a checkpoint may point into their files."""
     own = named(name) if all(known.name != name for known in built_in()) else None
     return [*([] if own is None else [own]), *built_in()]
 
 
 def target(name: str) -> WriteTarget:
-    """What ``to=`` names. Raises BadArgument where nothing has this name."""
+    """The target that ``to=`` names. Raises BadArgument if none has this name."""
     for known in every():
         for one in known.targets:
             if one.name == name:
@@ -173,15 +173,15 @@ def target(name: str) -> WriteTarget:
 
 
 def options_of_targets(among: Iterable[Format] | None = None) -> list[tuple[WriteTarget, Option]]:
-    """The targets' own options, each with the target that takes it; of all formats, unless some are given."""
+    """The targets' own options, each with the target that takes it. among: the formats; default is all."""
     among = every() if among is None else among
     return [(one, option) for known in among for one in known.targets for option in one.options]
 
 
 def dividing(name: str | None = None) -> WriteTarget:
-    """The target whose framework divides a model over ranks: the one of this name, else the first that there is.
+    """The target of this name, whose framework divides a model over ranks. Without a name, the first such target.
 
-    Raises BadArgument where that one is written for no layout.
+    Raises BadArgument if the named target is not written for a layout.
     """
     if name is None:
         return next(one for known in every() for one in known.targets if one.takes_layout)
@@ -192,10 +192,10 @@ def dividing(name: str | None = None) -> WriteTarget:
 
 
 def own_options(of: WriteTarget, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """The target's own options among those given, checked; one at its default counts as not given.
+    """The target's own options among those given, checked. An option at its default counts as not given.
 
     others: names that are taken elsewhere, for the hint. Raises BadArgument for an option that the target does not
-    take, unless it is another target's and at its default.
+    take, unless it is another target's option and at its default.
     """
     takes = {option.name: option for option in of.options}
     own = {}

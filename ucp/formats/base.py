@@ -1,11 +1,11 @@
 """The Format protocol: what a checkpoint format offers to everything else. Its nouns are in `ucp.formats.nouns`.
 
-A format is one object, a subclass of `Format`. It says how a folder of it looks (`detect`), reads one as a catalog
-(`read`), and has one `WriteTarget` for each kind of checkpoint that it writes. Opening, converting, the command line
-and the inspection know formats by this protocol alone. All formats are asked about every folder, so a format's own
+A format is one object, an instance of a subclass of `Format`. It recognises its folders (`detect`), reads one as a
+catalog (`read`), and has one `WriteTarget` for each kind of checkpoint that it writes. Opening, converting, the command
+line and the inspection know formats only by this protocol. All formats are asked about every folder, so a format's own
 module imports what reading and writing need only when it reads or writes.
 
-The built-in formats stand in the table in `ucp.formats`. Another package registers one through the entry-point group
+The built-in formats are in the table in `ucp.formats`. Another package registers one through the entry-point group
 ``ucp.formats``, whose entries name such an object::
 
     [project.entry-points."ucp.formats"]
@@ -44,13 +44,16 @@ _WANTED = {
 }
 
 
-class Option(NamedTuple):  # no dataclass: their module takes longer to import than all that --help needs
+class Option(NamedTuple):  # no dataclass: importing that module takes longer than all else that --help needs
     """A setting of a format's own, as Python callers and the command line give it.
 
-    name: the keyword, such as ``max_shard_size``; on the command line it is ``--max-shard-size``, except for kind
-    OBJECT, which only Python can give. kind: one of the kinds above. about: what it does, in a few words for
-    ``--help``. metavar: what stands for its value there. default: the value that counts as not given. elsewhere: what
-    to say where it is given for a target that does not take it, with ``{to}`` for that target's name.
+    name: the keyword, such as ``max_shard_size``. On the command line it is ``--max-shard-size``, except for the kind
+    OBJECT, which only Python can give.
+    kind: one of the kinds above.
+    about: what it does, in a few words for ``--help``.
+    metavar: what stands for its value there.
+    default: the value that counts as not given.
+    elsewhere: what to say if it is given for a target that does not take it, with ``{to}`` for that target's name.
     """
 
     name: str
@@ -66,7 +69,7 @@ class Option(NamedTuple):  # no dataclass: their module takes longer to import t
         return "--" + self.name.replace("_", "-")
 
     def checked(self, value: Any) -> Any:
-        """The value as the format gets it; a config is read. Raises BadArgument for one of another kind."""
+        """The value as the format gets it. A config is read. Raises BadArgument for a value of another kind."""
         if value is None and self.default is None:
             return None
         if self.kind == FLAG:
@@ -93,7 +96,7 @@ class Option(NamedTuple):  # no dataclass: their module takes longer to import t
 class WriteTarget(ABC):
     """One kind of checkpoint that a format writes: what ``to=`` and ``--to`` name.
 
-    options: of its own. takes_layout: whether it is written for the ranks of one layout, which the caller has to give.
+    options: its own options. takes_layout: whether it is written for the ranks of one layout, which the caller gives.
     """
 
     name: str
@@ -102,14 +105,14 @@ class WriteTarget(ABC):
 
     @abstractmethod
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
-        """Every file that is to be written. Nothing is written and no tensor is read.
+        """Plan every file that is to be written. Nothing is written and no tensor is read.
 
         Raises BadArgument for options that contradict each other, Unsupported for what the target can't hold, SpecError
-        and Mismatch where a spec does not fit.
+        and Mismatch if a spec does not fit.
         """
 
     def divide(self, catalog: Catalog, layout: Layout, choice: Choice, options: Mapping[str, Any]) -> Division | None:
-        """How a run of this target's framework divides the checkpoint over its ranks; None where that is not known.
+        """How a run of this target's framework divides the checkpoint over its ranks; None if that is not known.
 
         Raises what `plan` raises.
         """
@@ -119,10 +122,14 @@ class WriteTarget(ABC):
 class Format(ABC):
     """A checkpoint format.
 
-    name: what `ucp.open(...).format` says; short, in small letters. sign: what tells a folder of it, as in "a DeepSpeed
-    one '*_model_states.pt'"; a path that no format knows is refused with the signs of all. resumable: whether a run
-    resumes from it, so that a folder of checkpoints counts it as one; a folder of weights alone is none. read_options:
-    what a caller may say of reading it.
+    name: what `ucp.open(...).format` says; short, in small letters.
+    sign: what a folder of this format is recognised by, as in "a DeepSpeed one '*_model_states.pt'". A path that no
+    format knows is refused with the signs of all formats.
+    resumable: whether a run can resume from it, so that it counts as a checkpoint in a folder of checkpoints. A folder
+    of weights alone does not.
+    specificity: if several formats know a folder, the one with the highest number reads it.
+    read_options: options for reading it.
+    targets: the kinds of checkpoints that it writes.
     """
 
     name: str
@@ -134,47 +141,47 @@ class Format(ABC):
 
     @abstractmethod
     def detect(self, folder: FolderNames) -> bool:
-        """Whether the folder is a checkpoint of this format, by names alone: every folder is asked about, and every
-        file that a caller names (`FolderNames.is_file`)."""
+        """Whether the folder is a checkpoint of this format, by names alone. This is asked about every folder, and
+        about every file that a caller names (`FolderNames.is_file`)."""
 
     @abstractmethod
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
-        """The catalog of the checkpoint in a folder, its ``format`` this one's name, its coverage checked.
+        """The catalog of the checkpoint in a folder. Its ``format`` is this format's name, and its coverage is checked.
 
         Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what can't be
-        read exactly, UnsafePickle, SpecError and Mismatch where the spec does not fit.
+        read exactly, UnsafePickle, SpecError and Mismatch if the spec does not fit.
         """
 
     def step(self, path: Path) -> int | None:
-        """The training step of the checkpoint in this folder, where a small file of it says so; None where only opening
-        it would tell. The newest of several checkpoints is found by it."""
+        """The training step of the checkpoint in this folder, if a small file says it; None if only opening would tell.
+        The newest of several checkpoints is found by it."""
         return None
 
     def tag(self, path: Path) -> str | None:
-        """The name that the checkpoint in this folder has among those of its run; None where folders have none."""
+        """The name of the checkpoint in this folder among those of its run; None if folders have no such names."""
         return None
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
-        """Who wrote the files of these names, such as "rank 3"; names that are not this format's are left out."""
+        """Who wrote the files of these names, such as "rank 3". Names that are not of this format are left out."""
         return {}
 
     def knows(self, name: str) -> bool:
         """Whether a file or folder of this name in a checkpoint's folder is read, or holds nothing of a training run.
 
-        What is not known, and looks like training state, is named when the checkpoint is opened.
+        Files that are not known and look like training state are named when the checkpoint is opened.
         """
         return False
 
     def model_facts(self, path: Path) -> ModelFacts | None:
-        """What a checkpoint says of its model, where its files hold each model-parallel rank's own tensors, so that
-        `read` with a choice ``apart`` gives them the names of `ucp.spec.resolve.apart`; None where they are whole."""
+        """What a checkpoint says of its model, if its files hold each model-parallel rank's own tensors. Then `read`
+        with a choice ``apart`` gives them the names of `ucp.spec.resolve.apart`. None if the tensors are whole."""
         return None
 
     def remains(self, path: Path, files: Files, request: ReadRequest) -> Remains | None:
-        """What is left of a checkpoint that lost files of some of its layers, for `ucp.repair`; None where it lost none
-        or nothing can be told. Raises what `read` raises for what is left."""
+        """What is left of a checkpoint that lost files of some of its layers, for `ucp.repair`. None if it lost none or
+        if nothing can be told. Raises what `read` raises for what is left."""
         return None
 
     def salvage(self, path: Path) -> Salvage | None:
-        """What can be told of a damaged checkpoint; None where only opening it says what is wrong."""
+        """What can be told of a damaged checkpoint; None if only opening it says what is wrong."""
         return None

@@ -1,8 +1,8 @@
 """What lies in or around a checkpoint's folder and is not read, though it looks like training state.
 
-A format says which names it reads, or knows to hold nothing of a training run (`Format.knows`). Frameworks keep more
-beside them: Hugging Face's Trainer and Accelerate an optimizer, schedulers and random generators, Lightning a file of
-its loops. Such files are named wherever a checkpoint is opened, so that nobody takes a part for the whole.
+A format says which names it reads, or knows to hold nothing of a training run (`Format.knows`). Frameworks may keep
+more: Hugging Face's Trainer and Accelerate keep an optimizer, schedulers and random generators, and Lightning keeps a
+file of its loops. Such files are named whenever a checkpoint is opened, so that nobody takes a part for the whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PART = re.compile(r"(pytorch_model_fsdp|optimizer|model|optim|dist_optimizer)(_
 
 
 def unread(path: Path, known: Format, catalog: Catalog) -> tuple[str, ...]:
-    """Names in the checkpoint's folder that look like training state, sorted, and are nothing that was read."""
+    """Names in the checkpoint's folder that look like training state but were not read, sorted."""
     read = {file.path for file in catalog.files}
     found = []
     for name in _names(path):
@@ -51,18 +51,18 @@ def around(path: Path) -> tuple[str, ...]:
 
 
 def is_state(name: str) -> bool:
-    """Whether frameworks call a file so that holds training state of a checkpoint, and is none by itself."""
+    """Whether frameworks use this name for a file of training state that is not a checkpoint by itself."""
     return _NAMED.fullmatch(name) is not None
 
 
 def is_part(name: str) -> bool:
-    """Whether frameworks call a folder so that holds a part of a checkpoint: Accelerate's FSDP plugin, and programs
-    that follow torch's examples."""
+    """Whether frameworks use this name for a folder that holds a part of a checkpoint: Accelerate's FSDP plugin, and
+    programs that follow torch's examples."""
     return _PART.fullmatch(name) is not None
 
 
 def sentence(names: tuple[str, ...], where: str) -> str:
-    """What to say of them. where: 'in it' or 'beside it'."""
+    """The sentence that names these files. where: 'in it' or 'beside it'."""
     shown = ", ".join(f"'{name}'" for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"not read, though training state is kept under such names: {shown}, {where}"
 
@@ -71,4 +71,4 @@ def _names(folder: Path) -> list[str]:
     try:
         return locations.names(folder)
     except OSError:
-        return []  # reading says what is wrong there
+        return []  # reading will say what is wrong there

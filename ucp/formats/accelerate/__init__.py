@@ -1,8 +1,8 @@
 """What Accelerate's ``save_state`` leaves, read as one checkpoint: model, optimizers, schedulers, generators, samplers.
 
-Names: accelerate ``checkpointing.py: save_accelerator_state`` and ``utils/fsdp_utils.py``. Without FSDP, and with its
-FULL_STATE_DICT, model and optimizers are files; with SHARDED_STATE_DICT each is a folder of torch.distributed's or one
-file of each rank. Under DeepSpeed the model's folder is DeepSpeed's own, and found as such.
+The names are from accelerate ``checkpointing.py: save_accelerator_state`` and ``utils/fsdp_utils.py``. Without FSDP,
+and with its FULL_STATE_DICT, model and optimizers are files. With SHARDED_STATE_DICT each is a folder by
+torch.distributed, or one file for each rank. Under DeepSpeed the model's folder is DeepSpeed's own, and found as such.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Accelerate(Format):
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
-        """Whether it has Accelerate's files, and its model's in a form that is no other program's folder."""
+        """Whether it has Accelerate's files, with the model in a form that is not another program's folder."""
         from ucp.storage import locations
 
         if folder.any_name(_FSDP):

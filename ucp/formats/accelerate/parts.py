@@ -1,6 +1,6 @@
-"""The model and the optimizers of a folder that Accelerate wrote, in whichever of its forms, as one state dict.
+"""The model and the optimizers of a folder that Accelerate wrote, in any of its forms, as one state dict.
 
-Hugging Face's Trainer leaves its model as Accelerate does under FSDP, or as a model folder, and one optimizer.
+Hugging Face's Trainer writes its model as Accelerate does under FSDP, or as a model folder. It writes one optimizer.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ _OF_RANK = re.compile(r"(pytorch_model_fsdp|optimizer)(?:_(\d+))?_rank(\d+)\.bin
 class Parts:
     """A folder's state dict, as far as it has been read.
 
-    aliases: of tied parameters, by the owner's name. ordered: the model's names, where they come in the module's order.
-    ranks: that have written a file each. unnamed: optimizers whose numbers nothing tells the names of, by their files'
-    names. notes: what could not be checked.
+    aliases: the owner's name -> other names of a tied parameter.
+    ordered: the model's names, if they come in the module's order.
+    ranks: how many ranks have written a file each.
+    unnamed: a file's name -> an optimizer that numbers its parameters, if nothing tells their names.
+    notes: what could not be checked.
     """
 
     folder: Path
@@ -63,11 +65,11 @@ class Parts:
         return bool(self.request.options.get("trust_client_state"))
 
     def load(self, name: str) -> Any:
-        """What a file of torch.save's in the folder holds."""
+        """What a torch.save file in the folder holds."""
         return load(self.folder / name, self.request)
 
     def catalog(self, format_name: str, writer: str) -> Catalog:
-        """The parts as one; its training state is still that of the optimizers alone."""
+        """The parts as one catalog. Its training state is still only that of the optimizers."""
         layout = layout_of(self.entries)
         layout = replace(layout, dp=max(layout.dp, self.ranks))
         found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())
@@ -85,7 +87,7 @@ class Parts:
 
 
 def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
-    """What a file of torch.save's holds; as the request says, without objects of unknown classes.
+    """What a torch.save file holds. If the request says so, objects of unknown classes are left out.
 
     Raises DamagedCheckpoint, and UnsafePickle for such an object.
     """
@@ -105,7 +107,7 @@ def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
 def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str]) -> Parts:
     """The model and the optimizers among the folder's names.
 
-    Raises DamagedCheckpoint where there is no model, or one part is missing; Unsupported for several models.
+    Raises DamagedCheckpoint if there is no model or a part is missing, Unsupported for several models.
     """
     parts = Parts(folder, request, Entries(Builder(files)))
     by_rank = _of_ranks(folder, names)
@@ -130,8 +132,10 @@ def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str])
 
 
 def _of_ranks(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
-    """The files of which each rank wrote one, by what they are of, rank by rank. Raises DamagedCheckpoint where one is
-    missing, Unsupported for several models or optimizers."""
+    """The files of which each rank wrote one, rank by rank, for the model and for the optimizer.
+
+    Raises DamagedCheckpoint if one is missing, Unsupported for several models or optimizers.
+    """
     found: dict[str, dict[int, Path]] = {}
     for name in names:
         match = _OF_RANK.fullmatch(name)
@@ -149,7 +153,7 @@ def _of_ranks(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _joined(parts: Parts, paths: Sequence[Path]) -> Any:
-    """The state dict that all ranks' files are together."""
+    """The state dict that all ranks' files make together."""
     return joined([load(path, parts.request, dtensors=True) for path in paths], paths, parts.entries.builder)
 
 
@@ -182,7 +186,7 @@ def _add_model(parts: Parts, names: Sequence[str]) -> None:
 
 
 def _add_weights(parts: Parts) -> None:
-    """A model folder's weights, under the module's own names where a spec knows them."""
+    """Add a model folder's weights, under the module's own names if a spec knows them."""
     builder = parts.entries.builder
     found = read_weights(parts.folder, builder.files, parts.request.choice, builder)
     for info in found.parameters.values():
@@ -192,7 +196,7 @@ def _add_weights(parts: Parts) -> None:
 
 
 def add_module(parts: Parts, graph: Any, where: str) -> None:
-    """A module's ``state_dict()``, whose names are in the module's order; what shares its bytes is tied."""
+    """Add a module's ``state_dict()``. Its names are in the module's order. Tensors that share their bytes are tied."""
     if not isinstance(graph, Mapping) or not all(isinstance(name, str) for name in graph):
         raise DamagedCheckpoint(f"{parts.folder / where}: holds a {type(graph).__name__}, not a module's state dict")
     owners: dict[Any, str] = {}
@@ -218,8 +222,11 @@ def _add_optimizer(parts: Parts, name: str, number: int, sharded: bool) -> None:
 
 
 def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER, kept_as: str | None = None) -> None:
-    """An optimizer's ``state_dict()``; where nothing tells which parameters its numbers are, it is kept as it is, as
-    client state of the file's name or another."""
+    """Add an optimizer's ``state_dict()``.
+
+    If nothing tells which parameters its numbers are, it is kept unchanged as client state, under the file's name or
+    ``kept_as``.
+    """
     path = str(parts.folder / where)
     if not numbered.is_optimizer(graph):
         raise DamagedCheckpoint(f"{path}: holds no optimizer's state dict")
@@ -244,7 +251,7 @@ def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER, k
 
 
 def model_shapes(parts: Parts) -> dict[str, Shape]:
-    """The model's tensors, by name, tied ones once."""
+    """The shapes of the model's tensors by name; tied ones appear once."""
     prefix = f"{MODEL}."
     return {
         key.removeprefix(prefix): tensor.shape

@@ -1,8 +1,8 @@
 """One file for each rank, by torch.save: a state dict whose DTensors have that rank's part of every tensor.
 
-Accelerate writes these for FSDP2 where planning by torch.distributed.checkpoint takes too long, and reads them back on
-the same ranks only. What a part is of its tensor, its placements and the rank's place in the mesh say, as they do of a
-live one; ranks that hold the same elements are compared by nobody, and the first of them is read.
+Accelerate writes these for FSDP2 if planning by torch.distributed.checkpoint takes too long, and can only read them
+back on the same ranks. Its placements and the rank's place in the mesh say which part of the tensor a rank has, as for
+a live DTensor. If several ranks hold the same elements, they are not compared, and the first of them is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ucp.storage.torch_pt.values import Standin, TensorRef
 
 @dataclass
 class _FromRanks:
-    """A tensor, as far as ranks' files have given parts of it. seen: places in the mesh, by what cuts."""
+    """A tensor, as far as ranks' files have given parts of it. seen: places in the mesh dimensions that cut it."""
 
     shape: Shape
     dtype: str
@@ -35,9 +35,9 @@ class _FromRanks:
 
 
 def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> Any:
-    """The state dict that the ranks hold together: the first one's, its DTensors whole (each a LogicalTensor).
+    """The state dict that the ranks hold together: the first rank's, with whole DTensors (each a LogicalTensor).
 
-    Raises DamagedCheckpoint where the ranks' files don't belong together, Unsupported for unknown placements.
+    Raises DamagedCheckpoint if the ranks' files don't belong together, Unsupported for unknown placements.
     """
     first = graphs[0]
     if isinstance(first, Standin) and (first.class_module, first.class_name) == DTENSOR:
@@ -96,7 +96,7 @@ def _add(whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder
     if not local.numel:
         return
     blocks = product(ranges)
-    # From places in the shard's row-major order to those in the file, where its strides may be others.
+    # From places in the shard's row-major order to those in the file, where the strides may differ.
     index = np.stack(np.unravel_index(blocks.starts, sizes)) if sizes else np.zeros((0, len(blocks)), np.int64)
     strides = np.array(local.strides, np.int64)
     starts = (strides @ index).astype(np.int64) if sizes else blocks.starts
@@ -106,7 +106,7 @@ def _add(whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder
 
 
 def _mesh(mesh: Standin) -> tuple[int, ...]:
-    """A DeviceMesh's shape: of its layout, as torch has kept it since 2.10, or of the tensor of its ranks before."""
+    """A DeviceMesh's shape: from its layout, which torch has kept since 2.10, or else from the tensor of its ranks."""
     layout = mesh.state.get("_layout")
     if isinstance(layout, Standin):
         axes = layout.state.get("axes")

@@ -1,4 +1,4 @@
-"""Reading what ``save_state`` wrote: the parts, and what a run goes on with beside them."""
+"""Reading what ``save_state`` wrote: the parts, and what else a run continues with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ucp.storage import locations
 from ucp.storage.files import Files
 
 _SCHEDULER = re.compile(r"scheduler(_\d+)?\.bin")
-# The program's own objects, and what no resume here goes on with by itself.
+# The program's own objects, and state that no resume here uses by itself.
 _KEPT = re.compile(r"(custom_checkpoint_\d+)\.pkl|((?:sampler|dl_state_dict)(?:_\d+)?)\.bin|(scaler)\.pt")
 
 
 def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     """The folder's catalog.
 
-    Raises DamagedCheckpoint where parts are missing or contradict each other, UnsafePickle, Unsupported.
+    Raises DamagedCheckpoint if parts are missing or contradict each other, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
     names = locations.names(folder)
@@ -61,7 +61,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
 
 
 def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found: parts.Parts) -> list[Any]:
-    """What every rank's file of this kind holds. Raises DamagedCheckpoint where a rank's is missing."""
+    """What every rank's file of this kind holds. Raises DamagedCheckpoint if a rank's file is missing."""
     ranks = {int(match[1]): name for name in names if (match := pattern.fullmatch(name)) is not None}
     missing = next((rank for rank in range(len(ranks)) if rank not in ranks), None)
     if missing is not None:
@@ -81,8 +81,8 @@ def _generators(states: Mapping[str, Any], rank: int) -> dict[str, Any]:
 
 
 def generators(torch_state: Any, numpy_state: Any, python_state: Any, cuda: Any, rank: int) -> dict[str, Any]:
-    """Random number generators as `ucp.job.generators` has them. cuda: one device's state, or a list of all devices',
-    of which a rank uses its own."""
+    """Random number generators as `ucp.job.generators` has them. cuda: one device's state, or a list with the states of
+    all devices, of which a rank uses its own."""
     version, words, gauss = python_state
     out = {
         "torch": torch_state,

@@ -1,8 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint (DCP), torchtitan's among them: ``.metadata`` and ``*.distcp`` files.
 
-A data file is a row of records, each a complete ``torch.save`` archive of one chunk of a tensor, or of one object. So
-every chunk's bytes are a byte range of a file, and are read like any other fragment. What the entries are to a training
-run, their names tell: see `ucp.formats.shared.roles`.
+A data file is a row of records. Each is a complete ``torch.save`` archive of one chunk of a tensor, or of one object.
+So every chunk's bytes are a byte range of a file, and are read like any other fragment. The names of the entries tell
+what they are to a training run: see `ucp.formats.shared.roles`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DATA = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 class DcpTarget(WriteTarget):
-    """What torch's own DCP loads, under the names that its programs use."""
+    """A checkpoint that torch's own DCP loads, under the names that its programs use."""
 
     name = NAME
 

@@ -49,8 +49,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Metadata:
-    """paths: flat name -> the keys that led to it, where that was recorded. objects: entries that are no tensors.
-    others: what other programs hang on it."""
+    """What the metadata says.
+
+    paths: flat name -> the keys that led to it, if that was recorded.
+    objects: entries that are not tensors.
+    others: attributes that other programs have added.
+    """
 
     paths: Mapping[str, tuple[Any, ...]]
     tensors: Mapping[str, Tensor]
@@ -59,8 +63,11 @@ class Metadata:
 
 
 def load(folder: Path) -> Metadata:
-    """Raises DamagedCheckpoint for a file that is missing or contradicts itself, UnsafePickle, and Unsupported for
-    records that a storage extension has transformed."""
+    """Read the folder's metadata.
+
+    Raises DamagedCheckpoint for a file that is missing or contradicts itself, UnsafePickle, and Unsupported for records
+    that a storage extension has transformed.
+    """
     path = str(folder / METADATA)
     try:
         raw = locations.read(path)

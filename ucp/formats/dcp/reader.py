@@ -36,10 +36,12 @@ def read(
     trust_client_state: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Catalog:
-    """The folder's catalog. trust_client_state: unpickle objects of any class, which runs their code. param_names: of
-    each param group in order, where the optimizer that was saved only numbers them.
+    """The folder's catalog.
 
-    Raises DamagedCheckpoint where files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
+    trust_client_state: unpickle objects of any class, which runs their code.
+    param_names: the names in each param group, in order, if the saved optimizer only numbers its parameters.
+
+    Raises DamagedCheckpoint if files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
     into = Entries(Builder(files))
@@ -55,9 +57,9 @@ def read(
 
 
 def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, under: tuple[str, ...] = ()) -> None:
-    """Enter what one folder of DCP's holds; what another one has may be there already. under: keys before its own.
+    """Enter what a DCP folder holds. Entries of another folder may be there already. under: keys before its own.
 
-    Raises what `read` does, and DamagedCheckpoint where both have an entry of one name.
+    Raises what `read` raises, and DamagedCheckpoint if both folders have an entry of the same name.
     """
     found = metadata.load(folder)
     with Records(folder, into.builder) as records:
@@ -74,7 +76,7 @@ def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, u
 
 
 def layout_of(found: Entries) -> Layout:
-    """As many ranks as files tell; sharded like stage 3 where a tensor is in pieces."""
+    """The layout: as many ranks as the files' names tell, sharded like stage 3 if a tensor is in pieces."""
     names = [os.path.basename(file.path) for file in found.builder.sources]
     ranks = [int(match[1]) for name in names if (match := _RANK.fullmatch(name))]
     return Layout(dp=max(ranks, default=0) + 1, zero=3 if any(len(t.blocks) > 1 for t in found.tensors.values()) else 0)

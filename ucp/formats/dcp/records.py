@@ -25,8 +25,11 @@ from ucp.storage.torch_pt.values import TensorRef
 
 @dataclass(frozen=True)
 class _KnownRecord:
-    """A tensor's record, for others that begin alike. before: all bytes before the elements, which are at ``at``;
-    crc: of its elements, where it has one, counted from the record's beginning."""
+    """A tensor's record, for recognising others that begin alike.
+
+    before: all bytes before the elements, which are at ``at``.
+    crc: of its elements, if it has one, with places counted from the record's beginning.
+    """
 
     before: bytes
     at: int
@@ -35,7 +38,7 @@ class _KnownRecord:
 
 
 class _ElementsAt(NamedTuple):
-    """Where a chunk's elements lie. file: its index; at: the first one's byte in it; crc: of their bytes."""
+    """Where a chunk's elements lie. file: its index. at: the first element's byte in the file. crc: of their bytes."""
 
     file: int
     at: int
@@ -44,7 +47,7 @@ class _ElementsAt(NamedTuple):
 
 
 class Records:
-    """The records of a checkpoint's files; a context manager that keeps one file open at a time."""
+    """The records of a checkpoint's files. A context manager that keeps one file open at a time."""
 
     def __init__(self, folder: Path, builder: Builder) -> None:
         self._folder = folder
@@ -63,7 +66,7 @@ class Records:
         self._closing.close()
 
     def load(self, key: str, record: metadata.Record, trust: bool | None = None) -> Any:
-        """What `torch.save` wrote there."""
+        """What `torch.save` wrote in this record."""
         stream, path = self._stream(key, record)
         try:
             found = reader.load_section(stream, path, record.start, record.length, trust=trust)
@@ -78,8 +81,8 @@ class Records:
     def tensor(self, key: str, dtype: str, chunk: metadata.Chunk) -> _ElementsAt:
         """Where a chunk's elements lie.
 
-        Most records are as another one of the same length, type and shape but for the elements: then comparing what
-        comes before these is enough, which is quicker by far than reading an archive's directory and its pickle.
+        Most records differ from another of the same length, type and shape only in their elements. Then comparing what
+        comes before the elements is enough. That is far quicker than reading an archive's directory and its pickle.
         """
         record = chunk.record
         kind = (record.length, dtype, chunk.sizes)
@@ -91,7 +94,7 @@ class Records:
                 f"{record.start + record.length}, and it has {self._size}"
             )
         if known is not None and _bytes(stream, record.start, known.at) == known.before:
-            # Its own CRC-32 is where the other's is, behind its elements: it's read when they are.
+            # Its own CRC-32 is at the same place as the other's, after the elements. It is read when they are.
             crc = None if known.crc is None else replace(_moved(known.crc, record.start), crc=None)
             return _ElementsAt(self._index, record.start + known.at, known.strides, crc)
         ref = self.load(key, record)
@@ -130,14 +133,14 @@ def _moved(crc: StoredCrc32, by: int) -> StoredCrc32:
 
 
 def _bytes(stream: BinaryIO, start: int, count: int) -> bytes:
-    # Headers lie far apart: reading ahead, as a buffered local file does, would be waste.
+    # Headers lie far apart, so reading ahead, as a buffered local file does, would be wasteful.
     stream = getattr(stream, "raw", stream)
     stream.seek(start)
     return stream.read(count)
 
 
 def tensors(found: Mapping[str, metadata.Tensor], records: Records) -> dict[str, LogicalTensor]:
-    """The tensors of all entries, under their flat names; files are read from front to back."""
+    """The tensors of all entries, under their flat names. Files are read from front to back."""
     chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
     placed: dict[str, list[tuple[metadata.Chunk, _ElementsAt]]] = {key: [] for key in found}
     for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):

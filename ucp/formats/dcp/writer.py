@@ -2,8 +2,8 @@
 
 The entries are those of ``{"model": ..., "optim": ...}`` as ``get_model_state_dict`` and ``get_optimizer_state_dict``
 make them, nested: ``model.<parameter>``, ``optim.state.<parameter>.<state>``, ``optim.param_groups.<i>.<option>``. What
-lay beside a model in a state dict keeps its name, and the rest of the training state is ``training_state.<field>``.
-Tensors are cut along their first dimension into chunks, since stock DCP reads whole chunks; records lie one after the
+was beside a model in a state dict keeps its name, and the rest of the training state is ``training_state.<field>``.
+Tensors are cut along their first dimension into chunks, since stock DCP reads whole chunks. Records lie one after the
 other in a few files.
 """
 
@@ -50,13 +50,13 @@ def plan(catalog: Catalog) -> list[TargetFile]:
 
 @dataclass(frozen=True)
 class Single:
-    """A number that torch's optimizers keep as a tensor of no dimension, in float32: a step count."""
+    """A number that torch's optimizers keep as a float32 tensor without dimensions: a step count."""
 
     value: float
 
 
 def entries(catalog: Catalog) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The entries of the state dict that a catalog is in DCP: (path, a LogicalTensor, a Single or any other value)."""
+    """The entries of a catalog's state dict in DCP: (path, value), a LogicalTensor, a Single or any other value."""
     outside = set(catalog.training_state.extra.get(OUTSIDE, ()))
     for info in catalog.parameters.values():
         for state in info.states:
@@ -81,7 +81,7 @@ def entries(catalog: Catalog) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def _rest(state: TrainingState) -> dict[str, Any]:
-    """What stands for itself of a training state, and is there."""
+    """The fields of a training state that become entries of their own, if they have a value."""
     found = {f.name: getattr(state, f.name) for f in fields(TrainingState) if f.name != "param_groups"}
     found["extra"] = {k: v for k, v in state.extra.items() if k not in (VALUES, OUTSIDE)}
     return {name: value for name, value in found.items() if value is not None and value != {}}
@@ -111,7 +111,7 @@ class _Data:
     crc32_entries: list[Crc32Entry] = field(default_factory=list)
 
     def append(self, record: TargetFile) -> int:
-        """Add a record's bytes; returns where they begin."""
+        """Add a record's bytes. Returns where they begin."""
         start = -(-self.size // ALIGNMENT) * ALIGNMENT
         self.literals += [(start + at, raw) for at, raw in record.literals]
         self.wants += [replace(want, base=start + want.base) for want in record.wants]
@@ -136,14 +136,14 @@ class RecordWriter:
     def add_tensor(
         self, path: tuple[Any, ...], tensor: LogicalTensor, placed: list[WrittenRecord] | None
     ) -> list[WrittenRecord]:
-        """A tensor; its records, which are those of ``placed`` where it has been written under another name."""
+        """Add a tensor. Returns its records. placed: its records if it has been written under another name."""
         if placed is None:
             placed = self.records(tensor, tensor.dtype)
         self.add_written(path, tensor.dtype, tensor.shape, placed)
         return placed
 
     def records(self, tensor: LogicalTensor, dtype: str, at: Shape = (), rounded: bool = False) -> list[WrittenRecord]:
-        """The records of a tensor, or of one that has the place ``at`` along the first axes of a larger one."""
+        """Add the records of a tensor, or of one that is at ``at`` along the first axes of a larger tensor."""
         placed, ones = [], (1,) * len(at)
         for offsets, sizes in _chunks(tensor.shape, itemsize(dtype)):
             builder = FileBuilder("", self._catalog)
@@ -153,7 +153,7 @@ class RecordWriter:
         return placed
 
     def add_written(self, path: tuple[Any, ...], dtype: str, shape: Shape, placed: list[WrittenRecord]) -> None:
-        """An entry whose records are there."""
+        """Add an entry whose records are already there."""
         self._tensors[self._key(path)] = (dtype, shape, placed)
 
     def add_scalar(self, path: tuple[Any, ...], single: Single) -> None:
@@ -161,7 +161,7 @@ class RecordWriter:
         self._tensors[self._key(path)] = ("float32", (), [self._append(record, ((), ()))])
 
     def add_object(self, path: tuple[Any, ...], value: Any) -> None:
-        """Any other value, pickled as `torch.save` does."""
+        """Add any other value, pickled as `torch.save` does it."""
         self._objects[self._key(path)] = self._append(FileBuilder("", self._catalog).finish(value), None)
 
     def _key(self, path: tuple[Any, ...]) -> str:
@@ -216,7 +216,7 @@ class RecordWriter:
 
 
 def _chunks(shape: Shape, width: int) -> Iterator[tuple[Shape, Shape]]:
-    """Offsets and sizes of a tensor's chunks: as many whole rows as `CHUNK` bytes hold."""
+    """Offsets and sizes of a tensor's chunks: as many whole rows as `limits.DCP_CHUNK_BYTES` hold."""
     if not shape or not numel(shape):
         yield (0,) * len(shape), shape
         return

@@ -1,8 +1,8 @@
 """DeepSpeed's native checkpoints, read straight from their files, and written for any layout.
 
-No DeepSpeed and no torch is needed: the files' pickles are read with an allow-list, and every tensor in them is a byte
-range. Every model-parallel rank's files are read as a part of its own (`read.mp_rank`), and the parts are put together
-by what a spec, or the checkpoint itself, says of the model's cuts (`read.assemble`).
+Neither DeepSpeed nor torch is needed: the files' pickles are read with an allow-list, and every tensor in them is a
+byte range. Every model-parallel rank's files are read as a part of its own (`read.mp_rank`). A spec, or the checkpoint
+itself, says how the model is cut, and the parts are put together by that (`read.assemble`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DeepSpeedUniversalTarget(WriteTarget):
 
 
 def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> WritePlan:
-    """In DeepSpeed's convention: everything in a folder named by the tag, and a file beside it that names it."""
+    """A plan by DeepSpeed's convention: everything is in a folder named by the tag, and a file beside it names it."""
     from dataclasses import replace
 
     from ucp.storage import names

@@ -1,11 +1,11 @@
-"""What each rank of a layout holds of a checkpoint's tensors in a DeepSpeed run: what a resume there brings to it.
+"""What each rank of a layout holds of a checkpoint's tensors in a DeepSpeed run, and so what a resume brings to it.
 
 A rank of ZeRO stage 1 or 2 holds its partition of every param group's masters and states, and everything that no
-optimizer updates; of stage 3 its piece of every parameter; of stage 0 all. Under tensor, pipeline and expert
-parallelism each rank's part of the model is cut so.
+optimizer updates. At stage 3 it holds its piece of every parameter, and at stage 0 it holds everything. Under tensor,
+pipeline and expert parallelism each rank's part of the model is cut in this way.
 
 A model-parallel part (a pipeline stage's slice on a tensor-parallel rank) has a catalog of its own, the one that its
-native files would be written from; what it trains is cut over the ranks that hold it. A rank's number counts stages
+native files would be written from. What it trains is cut over the ranks that hold it. A rank's number counts stages
 outermost and tensor-parallel ranks innermost (DeepSpeed ``runtime/pipe/topology.py: PipeModelDataParallelTopology``).
 """
 
@@ -34,8 +34,11 @@ from ucp.spec.select import Choice
 
 @dataclass(frozen=True)
 class ModelPart:
-    """What some ranks hold together. catalog: the tensors, under the part's own names and shapes. ranks: over which
-    they are cut, in order, by their numbers among all."""
+    """What some ranks hold together.
+
+    catalog: the tensors, under the part's own names and shapes.
+    ranks: the ranks that they are cut over, in order, by their numbers among all ranks.
+    """
 
     catalog: Catalog
     ranks: tuple[int, ...]
@@ -43,8 +46,10 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """parts: of the whole model. stages: the first layer of each pipeline stage, and at the end the number of layers;
-    None without a pipeline."""
+    """The parts of a whole model.
+
+    stages: the first layer of each pipeline stage, and at the end the number of layers; None without a pipeline.
+    """
 
     parts: tuple[ModelPart, ...]
     stages: tuple[int, ...] | None
@@ -59,13 +64,13 @@ def divide(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str,
 def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, Any] | None) -> ModelParts:
     """The parts of a model in this layout.
 
-    choice: the spec, where tensor parallelism or other names need one. given: the DeepSpeed config of the resume, None
-    for the one that the checkpoint recorded. It says how AutoEP and AutoTP work, and under "pipeline" which layers each
-    stage has (as in `ucp.formats.deepspeed.write.pipeline`); without that layers are divided as PipelineModule does by
-    default.
+    choice: the spec, if tensor parallelism or other names need one.
+    given: the DeepSpeed config of the resume, or None for the one that the checkpoint recorded. It says how AutoEP and
+    AutoTP work, and under "pipeline" which layers each stage has (as in `ucp.formats.deepspeed.write.pipeline`).
+    Without that, layers are divided as PipelineModule does by default.
 
-    Raises Unsupported for layouts that can't be resumed in, and where nothing says how they cut the model; BadArgument
-    for a config that contradicts the layout; SpecError and Mismatch where the spec doesn't fit the checkpoint.
+    Raises Unsupported for layouts that can't be resumed in, or if nothing says how they cut the model. Raises
+    BadArgument for a config that contradicts the layout, and SpecError and Mismatch if the spec doesn't fit.
     """
     config = catalog.training_state.config if given is None else given
     config = experts.with_ep(config, layout, given is not None)
@@ -80,7 +85,7 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
 
 
 def held(part: ModelPart, layout: Layout) -> Iterator[tuple[LogicalTensor, Blocks]]:
-    """Every tensor of the part, with the boxes of it that ranks hold; ``buffers`` is the rank."""
+    """Every tensor of the part, with the boxes of it that ranks hold. ``buffers`` is the rank."""
     infos, dp = part.catalog.parameters, len(part.ranks)
     groups = [[n for n in group.names if n in infos] for group in part.catalog.training_state.param_groups]
     grouped = {name for names in groups for name in names}
@@ -98,7 +103,7 @@ def held(part: ModelPart, layout: Layout) -> Iterator[tuple[LogicalTensor, Block
 
 
 def _cut_group(shapes: Sequence[Shape], dp: int, stage: int) -> list[Blocks]:
-    """Where the trained parameters of one param group go; ``buffers`` is the rank among those that share them."""
+    """Where the trained parameters of one param group go. ``buffers`` is the rank among those that share them."""
     if stage == 0:
         return [_on_all(shape, dp) for shape in shapes]
     if stage == 3:
@@ -141,13 +146,13 @@ def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[ModelPart]:
 
 
 def _is_on(name: str, spread: Spread, rank: int) -> bool:
-    """Whether a rank has some of these experts; of AutoEP's stacks every rank has."""
+    """Whether a rank has some of these experts. Every rank has some of AutoEP's stacks."""
     expert = expert_of(name)
     return spread.auto or (expert is not None and expert.number // spread.held(expert.layer) == rank)
 
 
 def _only(catalog: Catalog, names: Sequence[str]) -> Catalog:
-    """Of a catalog, these parameters."""
+    """The catalog with only these parameters."""
     kept = dict.fromkeys(names)
     state = catalog.training_state
     groups = (replace(group, names=tuple(n for n in group.names if n in kept)) for group in state.param_groups)
@@ -191,7 +196,7 @@ def _model_parallel(
 
 
 def _is_autotp(catalog: Catalog, config: Mapping[str, Any], is_given: bool) -> bool:
-    """Whether DeepSpeed itself cuts the model: as the config says; a run without tensor parallelism tells nothing."""
+    """Whether DeepSpeed itself cuts the model, as the config says. A run without tensor parallelism tells nothing."""
     if not is_given and catalog.layout.tp == 1:
         return True
     section = config.get("tensor_parallel")
@@ -215,7 +220,7 @@ def _stages(catalog: Catalog, layout: Layout, config: Mapping[str, Any]) -> Stag
 
 
 def _weights(catalog: Catalog, section: Mapping[str, Any], layout: Layout) -> list[int]:
-    """The parameters' elements in each layer, tied ones in each of theirs."""
+    """The number of the parameters' elements in each layer. Tied ones count in each of their layers."""
     tied = section.get("tied")
     tied = tied if isinstance(tied, Mapping) else {}
     out: Counter[int] = Counter()
@@ -239,9 +244,12 @@ def _weights(catalog: Catalog, section: Mapping[str, Any], layout: Layout) -> li
 
 
 def balanced(weights: Sequence[int], count: int) -> list[int]:
-    """The bounds of so many consecutive spans of nearly equal weight, in the way of DeepSpeed's ``partition_balanced``
-    (``runtime/utils.py``), which ``partition_method="parameters"`` uses: from left to right, each time the split whose
-    heaviest and lightest span differ least, and of equal ones the last."""
+    """The bounds of ``count`` consecutive spans of nearly equal weight.
+
+    They are those of DeepSpeed's ``partition_balanced`` (``runtime/utils.py``), which
+    ``partition_method="parameters"`` uses. From left to right, each split is the one whose heaviest and lightest span
+    differ least, and the last one if several are equal.
+    """
     n = len(weights)
     if n <= count:
         return [min(k, n) for k in range(count + 1)]
