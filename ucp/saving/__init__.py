@@ -1,1 +1,1 @@
-"""Live training state as a source: ranks write their shares in parallel, and one of them commits."""
+"""Live training state as a source: the ranks write their shares in parallel, and one of them commits."""

@@ -1,9 +1,9 @@
-"""The logical digests of what a rank saves, added up beside the writing, from the copies that are written.
+"""The logical digests of what a rank saves, added up during the writing, from the copies that are written.
 
-The copies are what the device or the tensors' memory gave, moments before; a load compares with these digests what it
-has put in place, on the device again. So whatever happens to a tensor between the two is found: in the files, on the
-way, in a layout's arithmetic, in the load. What a copy from the device itself does to it is found where the live state
-is digested before the save: `ucp.digest`.
+The copies came from the device or the tensors' memory just before. A load compares these digests with what it has put
+in place, which may be on the device again. This finds whatever happens to a tensor in between: in the files, on the
+way, in a layout's arithmetic, in the load. What a copy from the device itself does to a tensor is found by digesting
+the live state before the save (`ucp.digest`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Adding:
     def along(self, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> Iterator[tuple[int, memoryview]]:
         """The same windows, each digested by a thread while the caller writes it.
 
-        watch: gets the seconds of 'digest' that the caller waits for it.
+        watch: gets the seconds that the caller waits for the thread as 'digest'.
         """
         with ThreadPoolExecutor(1, "ucp-digest") as pool:
             for at, window in windows:

@@ -1,4 +1,4 @@
-"""Saves that go on while training does: copied to host memory beside forward and backward, written by a process.
+"""Saves during training: state is copied to host memory during forward and backward, and written by another process.
 
     saver = Saver(memory=8 << 30)             # bytes of host memory; saver.reserve(...) allocates it beforehand
     saver.save(source, folder, "step100")     # collective; source: ucp.saving.source.Source, of any framework
@@ -7,11 +7,11 @@
     optimizer.step()
     saver.wait()                              # it is on disk, or this raises why not
 
-The process (`writer`) is started with the first save and kept. It talks to no process group: ranks tell each other by
-files (`commit`), so a save is finished even when the program has destroyed its process group and is leaving. In this
-process a thread follows it, which waits on a pipe most of the time. A failure, also that the writer died, is raised at
-the next save, at `Saver.wait`, and at exit, whose code then is not 0; leaving the process, by itself or by SIGTERM,
-waits for the save that is under way.
+The process (`writer`) is started with the first save and kept. It uses no process group: ranks tell each other by files
+(`commit`), so a save is finished even if the program has destroyed its process group and is about to exit. In this
+process a thread follows the writer, and waits on a pipe most of the time. A failure, such as the writer's death, is
+raised at the next save, at `Saver.wait`, and at exit, whose code is not 0 then. When the process ends, by itself or by
+SIGTERM, it first waits for the save that is under way.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 class Saver:
-    """One training state's saves in the background, at most one under way at a time.
+    """One training state's saves in the background. At most one is under way at a time.
 
-    done: called, in the background, with the report of every save that was finished. memory: bytes of host memory for
-    the copies, at most; pool: another one than a bounded one of this process's own. policy: what a save does that comes
-    while one is under way: 'wait' for that, or 'skip' this one with a warning.
+    done: called, in the background, with the report of every finished save. memory: at most how many bytes of host
+    memory the copies take. pool: a pool to use instead of one of this process's own with that bound. policy: what to do
+    with a save while another is under way: 'wait' for the other, or 'skip' this one with a warning.
     """
 
     def __init__(
@@ -75,25 +75,26 @@ class Saver:
 
     @property
     def pending(self) -> str | None:
-        """The path of the save that is under way; None if there is none."""
+        """The path of the save that is under way, or None."""
         return self._path if self._thread is not None and self._thread.is_alive() else None
 
     @property
     def memory(self) -> int:
-        """Bytes of host memory that the pool has now."""
+        """How many bytes of host memory the pool has now."""
         return self._pool.nbytes
 
     @property
     def writer(self) -> int | None:
-        """The number of the process that writes; None if none does now."""
+        """The number of the process that writes, or None."""
         return None if self._writer is None else self._writer.pid
 
     def limit(self, nbytes: int) -> None:
-        """What the copies may take at most, from the next save on. Not while one is under way."""
+        """Set how many bytes the copies may take at most, from the next save on. Not while one is under way."""
         self._pool.limit(nbytes)
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
-        """Allocate for a share of so many bytes beforehand, within the bound; pinned for copies from a device."""
+        """Allocate memory for a share of this many bytes beforehand, within the bound. pinned: for copies from a
+        device."""
         self._pool.reserve(nbytes, pinned=pinned)
 
     def save(
@@ -106,11 +107,11 @@ class Saver:
         timeout: float = limits.SAVE_TIMEOUT_SECONDS,
         keep: Keep | None = None,
     ) -> bool:
-        """As `ucp.saving.save.save`, but the tensors are copied later: call `hold` before they change.
+        """As `ucp.saving.save.save`, but the tensors are copied later: call `hold` before they change. Collective.
 
-        Copied before it returns are volatile tensors and everything that is not a tensor of a parameter. Raises on all
-        ranks what went wrong with the save before this one: nothing is begun then. Returns whether a save was begun:
-        False where one is still under way and the policy is to skip. Collective.
+        Volatile tensors, and everything that is not a tensor of a parameter, are copied before it returns. If something
+        went wrong with the save before this one, all ranks raise it, and nothing is begun. Returns whether a save was
+        begun: False if one is still under way and the policy is to skip.
         """
         watch = Stopwatch()
         if self._policy == "skip" and (under_way := ranks.from_first(lambda: self.pending)) is not None:
@@ -131,7 +132,7 @@ class Saver:
             )
         pool = self._pool
         job = WriteJob(session, ranks.rank(), share, pool.nbytes, pool.window, timeout, dict(os.environ), copying.lease)
-        # Not before the ranks have agreed: what they send each other by a device would queue up behind gigabytes.
+        # Not before the ranks have agreed, since what they send each other by a device would wait behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying
         self._thread = threading.Thread(target=self._finish, args=(job, copying, watch), name="ucp-save", daemon=True)
@@ -140,7 +141,7 @@ class Saver:
         return True
 
     def hold(self) -> None:
-        """Return once what is being saved may be changed: by the calling thread, on its device's current stream."""
+        """Return once the calling thread may change what is being saved, on its device's current stream."""
         if self._copying is not None:
             self._copying.hold()
             self._copying = None
@@ -150,7 +151,7 @@ class Saver:
         return self._copying is not None and self._copying.is_under_way()
 
     def wait(self) -> None:
-        """Return once no save of this rank is under way; raises what went wrong with the last one, once."""
+        """Return once this rank has no save under way. Raises what went wrong with the last one, but only once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = self._copying = None
@@ -159,12 +160,12 @@ class Saver:
             raise error
 
     def _hire(self) -> None:
-        """Have a process that writes. Raises SaveFailed where none can be started."""
+        """Make sure that there is a process that writes. Raises SaveFailed if none can be started."""
         if self._writer is not None and not self._writer.is_alive():
-            self._dismiss()  # what it was doing has been told
+            self._dismiss()  # what became of its save has been raised already
         if self._writer is None:
             self._writer = WriterProcess(self._pool.file)
-            # Where the saver goes, so does its writer; where the program ends, the pipe does.
+            # The writer ends when the saver is deleted. When the program ends, so does the pipe.
             self._end = weakref.finalize(self, self._writer.end)
             self._end.atexit = False
 
@@ -192,7 +193,7 @@ class Saver:
             log.info("%s", report)
 
     def _follow(self, job: WriteJob, copying: Copying, watch: Stopwatch) -> int:
-        """Copy, and tell the writer, until it is done; returns the bytes of all files on the first rank."""
+        """Copy, and tell the writer, until it is done. On the first rank, returns how many bytes all files have."""
         writer = self._writer
         if writer is None:
             raise SaveFailed(f"{self._path}: was not saved: there is no process that writes")
@@ -224,7 +225,7 @@ class Saver:
                         watch.add(stage, seconds)
                     return int(rest[0])
         except WriterLost as error:
-            # The others need not wait for it.
+            # So that the other ranks need not wait for it.
             if job.rank == 0:
                 commit.leave_verdict(job.session, error)
             else:
@@ -236,7 +237,7 @@ class Saver:
 
 
 def finish_all() -> None:
-    """Wait for every save of this process; raises the first failure, and logs all."""
+    """Wait for every save of this process. Raises the first failure, and logs all."""
     failed: BaseException | None = None
     for saver in list(_savers):
         if saver.pending is not None:
@@ -261,7 +262,8 @@ def _watch_exit() -> None:
 
 
 def _at_exit() -> None:
-    """What is raised here would leave the exit code at 0, so a failure ends the process by itself."""
+    """Finish all saves at exit. An exception here would leave the exit code at 0, so after a failure the process is
+    ended directly."""
     try:
         finish_all()
         for saver in list(_savers):
@@ -274,7 +276,7 @@ def _at_exit() -> None:
 
 
 def _watch_termination() -> None:
-    """SIGTERM, as schedulers send it before they take a machine away, lets the save under way finish first."""
+    """Let the save under way finish first on SIGTERM, which schedulers send before they take a machine away."""
     if threading.current_thread() is not threading.main_thread():
         return
     before = signal.getsignal(signal.SIGTERM)

@@ -1,12 +1,13 @@
 """Committing what many ranks write, in two phases and without a process group.
 
-1. The first rank makes a temporary folder beside the destination (`begin`); every rank writes its files there, flushes
-   them to disk and then leaves a receipt, in one rename (`leave_receipt`), or a note of why it could not.
-2. The first rank waits for all receipts, joins them into the manifest, flushes that too, and renames the folder; what
-   stood there under the same tag is exchanged with it. Last of all ``latest`` is replaced (`commit`).
+1. The first rank makes a temporary folder beside the destination (`begin`). Every rank writes its files there, flushes
+   them to disk and then leaves a receipt, in one rename (`leave_receipt`), or a note about why it could not.
+2. The first rank waits for all receipts, joins them into the manifest, flushes that too, and renames the folder. If
+   there already was something under the same tag, it is exchanged with it. At the end ``latest`` is replaced
+   (`commit`).
 
-At every instant the destination is the old checkpoint or the new one. A save that died leaves a hidden folder that
-nobody takes for a checkpoint (it has no manifest until all is written, and its name begins with ``.ucp-tmp-``); the
+At every instant the destination is the old checkpoint or the new one. A save that died leaves a hidden folder. Nobody
+takes it for a checkpoint, since it has no manifest until all is written, and its name begins with ``.ucp-tmp-``. The
 next save removes it.
 """
 
@@ -35,16 +36,17 @@ log = logger(__name__)
 
 _RECEIPTS = "receipts"
 
-# Temporary folders of this process's saves that are under way.
+# Temporary folders of the saves that this process has under way.
 _in_use: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Session:
-    """One save, the same on all its ranks. folder: where tags lie, absolute. temporary: the folder that is filled.
+    """One save, the same on all its ranks.
 
-    save: the save's own number. world: how many ranks take part. inode: of the temporary folder. keep: which other
-    checkpoints stay once this one is committed; all without it.
+    folder: the absolute path of the folder with the tags. temporary: the folder that is filled. save: the save's own
+    number. world: how many ranks take part. inode: the temporary folder's. keep: which other checkpoints stay once this
+    one is committed; None for all.
     """
 
     folder: str
@@ -81,7 +83,7 @@ class Session:
         return ""
 
     def is_published(self) -> bool:
-        """Whether the first rank has published the checkpoint: the temporary folder is another then, or gone."""
+        """Whether the first rank has published the checkpoint. The temporary folder is then another one, or gone."""
         try:
             return os.stat(self.temporary).st_ino != self.inode
         except FileNotFoundError:
@@ -92,9 +94,8 @@ class Session:
         atomic.write_atomic(path, data)
 
     def publish(self, body: bytes) -> int:
-        """Add the manifest, and put the checkpoint in its place; returns the bytes of all files. On the first rank.
-
-        Raises DestinationError.
+        """Add the manifest, and put the checkpoint in its place. Returns how many bytes all files have. For the first
+        rank. Raises DestinationError.
         """
         try:
             disk.write_new(self.path(manifest.NAME), body)
@@ -112,7 +113,7 @@ class Session:
         atomic.discard(Path(self.temporary))
 
     def discard_tensors(self) -> None:
-        """Remove what was written, but for the notes."""
+        """Remove what was written, except the notes."""
         for path in Path(self.temporary).glob("*.safetensors"):
             disk.remove_file(path, missing_ok=True)
 
@@ -126,12 +127,12 @@ def begin(
     keep: Keep | None = None,
     process: int | None = None,
 ) -> Session:
-    """Make the temporary folder for a save; to be called on the first rank, its result given to all.
+    """Make the temporary folder for a save. Call it on the first rank, and give the result to all.
 
-    latest: name the checkpoint in the file ``latest`` in the end. process: the one that will commit, if not this one;
-    while it lives, nobody else removes the folder. Leftovers of earlier saves are removed.
-    Raises BadArgument for a tag that cannot be a folder's name, DestinationError where the folder cannot be used or
-    what stands at the destination is no checkpoint.
+    latest: in the end, name the checkpoint in the file ``latest``. process: the process that will commit, if not this
+    one; while it lives, nobody else removes the folder. Leftovers of earlier saves are removed.
+    Raises BadArgument for a tag that cannot be a folder's name, DestinationError if the folder cannot be used or
+    something at the destination is no checkpoint.
     """
     if not tag or tag.startswith(".") or tag == LATEST or "/" in tag or "\0" in tag:
         raise BadArgument(f"tag '{tag}' cannot be used: it has to be a folder's name, not hidden and not '{LATEST}'")
@@ -164,8 +165,8 @@ _PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class RemoteSession(Session):
-    """A save behind a URL, where nothing is renamed: the files lie in a folder of the save's own below the tag, and the
-    manifest above it is written last, in one request. temporary: that folder."""
+    """A save behind a URL, where nothing can be renamed. The files lie in the save's own folder (``temporary``) below
+    the tag. The manifest above that folder is written last, in one request."""
 
     @property
     def prefix(self) -> str:
@@ -187,7 +188,7 @@ class RemoteSession(Session):
         except DestinationError:
             if not _holds(self.destination / manifest.NAME, body):
                 raise
-        # From here on the checkpoint is the new one: whatever fails now must not remove what it is made of.
+        # From here on the checkpoint is the new one. If anything fails now, its files must not be removed.
         try:
             self.put(self.path(_RECEIPTS) / _PUBLISHED, b"")
         except DestinationError as error:
@@ -207,7 +208,7 @@ class RemoteSession(Session):
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    """Whether a write that failed has come through all the same."""
+    """Whether a write that seemed to fail has succeeded after all."""
     try:
         return locations.read(path) == data
     except OSError:
@@ -217,10 +218,10 @@ def _holds(path: Path, data: bytes) -> bool:
 def begin_remote(
     url: str | os.PathLike[str], tag: str, world: int, *, latest: bool = True, keep: Keep | None = None
 ) -> RemoteSession:
-    """`begin` behind a URL. What dead saves of other tags have left is removed once it is old enough
+    """`begin` behind a URL. What dead saves have left under other tags is removed once it is old enough
     (`limits.STALE_FOLDER_SECONDS`).
 
-    Raises DestinationError where the URL cannot be used or holds something else under the tag.
+    Raises DestinationError if the URL cannot be used, or holds something else under the tag.
     """
     folder = locate(url)
     save = secrets.token_hex(8)
@@ -237,7 +238,7 @@ def begin_remote(
 
 
 def _sweep_remote(place: Path) -> None:
-    """Remove what a save has left under a tag that never got a manifest."""
+    """Remove what saves have left under a tag that never got a manifest, once it is old enough."""
     if not locations.is_folder(place):
         return
     there = locations.names(place)
@@ -273,14 +274,14 @@ def leave_failure(session: Session, rank: int, error: BaseException) -> None:
 def leave_verdict(session: Session, error: BaseException) -> None:
     """Say for the first rank, whose writing process has ended, that it has given up. Never raises.
 
-    Nothing is removed: it may have published already.
+    Nothing is removed, since it may have published already.
     """
     if not session.is_published():
         _note(session, session.verdict, error)
 
 
 def _note(session: Session, path: Path, error: BaseException, tells_outcome: bool = False) -> None:
-    """Leave a note of an error. tells_outcome: its text says already that nothing was saved."""
+    """Leave a note about an error. tells_outcome: the error's text already says that nothing was saved."""
     note = {**noted(error), "tells_outcome": tells_outcome}
     try:
         session.put(path, json.dumps(note).encode())
@@ -289,12 +290,13 @@ def _note(session: Session, path: Path, error: BaseException, tells_outcome: boo
 
 
 def commit(session: Session, *, timeout: float = limits.SAVE_TIMEOUT_SECONDS, watched: bool = False) -> int:
-    """Wait for all receipts, then publish the checkpoint. On the first rank; returns the bytes of all its files.
+    """Wait for all receipts, then publish the checkpoint. For the first rank. Returns how many bytes all its files
+    have.
 
-    watched: the other ranks look for the verdict in files (`await_verdict`), so leave one where the save fails.
+    watched: the other ranks look for the verdict in files (`await_verdict`), so leave one if the save fails.
 
-    Raises SaveFailed (or the rank's own error) where a rank gave up or left no receipt within ``timeout`` seconds;
-    then, as after any other error, the temporary folder is gone and everything is as it was.
+    Raises SaveFailed (or the rank's own error) if a rank gave up or left no receipt within ``timeout`` seconds. Then,
+    as after any other error, the temporary folder is gone and everything is as it was.
     """
     failed: Exception | None = None
     try:
@@ -319,20 +321,20 @@ def commit(session: Session, *, timeout: float = limits.SAVE_TIMEOUT_SECONDS, wa
 
 
 def abandon(session: Session) -> None:
-    """Remove what a save has written. On the first rank."""
+    """Remove what a save has written. For the first rank."""
     session.discard()
     _in_use.discard(os.path.basename(session.temporary))
 
 
 def release(session: Session) -> None:
-    """Another process has finished with this save, in whichever way. On the first rank."""
+    """Forget a save that another process has finished, with or without success. For the first rank."""
     _in_use.discard(os.path.basename(session.temporary))
 
 
 def condemn(session: Session, error: BaseException, *, tells_outcome: bool = False) -> None:
-    """Remove what a save has written, but for a note of why it failed, which goes with the next save. Never raises.
+    """Remove what a save has written, except a note about why it failed, which the next save removes. Never raises.
 
-    tells_outcome: the error's text says already that nothing was saved.
+    tells_outcome: the error's text already says that nothing was saved.
     """
     session.discard_tensors()
     _note(session, session.verdict, error, tells_outcome)
@@ -340,9 +342,9 @@ def condemn(session: Session, error: BaseException, *, tells_outcome: bool = Fal
 
 
 def await_verdict(session: Session, timeout: float = limits.SAVE_TIMEOUT_SECONDS) -> None:
-    """Return once the first rank has published the checkpoint. On the other ranks.
+    """Return once the first rank has published the checkpoint. For the other ranks.
 
-    Raises what the first rank noted where it gave up, SaveFailed where it does neither within ``timeout`` seconds.
+    Raises what the first rank noted if it gave up, SaveFailed if it does neither within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     pause = limits.RECEIPT_POLL_SECONDS[0]
@@ -360,7 +362,7 @@ def await_verdict(session: Session, timeout: float = limits.SAVE_TIMEOUT_SECONDS
 
 
 def _await(session: Session, timeout: float) -> Exception | None:
-    """Wait for all receipts; returns why the save has failed, None if it has not."""
+    """Wait for all receipts. Returns why the save has failed, or None if it has not."""
     missing = set(range(session.world))
     deadline = time.monotonic() + timeout
     pause = limits.RECEIPT_POLL_SECONDS[0]
@@ -384,6 +386,6 @@ def _await(session: Session, timeout: float) -> Exception | None:
 
 
 def _noted(path: Path, start: str) -> Exception:
-    """The error that a rank left a note of."""
+    """The error about which a rank left a note."""
     note: dict[str, Any] = json.loads(locations.read(path))
     return rebuilt(note, "" if note["tells_outcome"] else start)

@@ -1,4 +1,4 @@
-"""The digest of a live training state, at any time: of every tensor that a save would write, on all ranks together."""
+"""The digests of a live training state, at any time: of every tensor that a save would write, on all ranks together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ucp.saving.source import Source
 
 
 def digest_source(source: Source, *, threads: int = 1) -> Digests:
-    """The digests of all tensors of a source, the same on every rank and in every layout. Collective; reads each
-    rank's own memory once, where it is, and gathers nothing.
+    """The digests of all tensors of a source, the same on every rank and in every layout. Collective. Each rank reads
+    its own memory once, where it lies. Nothing is gathered.
 
-    Raises Mismatch on every rank where ranks hold different values of the same elements, or not all of a tensor.
+    Raises Mismatch on every rank if ranks hold different values of the same elements, or not all of a tensor.
     """
     held = [h for h in source.holdings if len(h.blocks)]
     lives = [LiveElements(h.tensor, h.shape, h.blocks) for h in held]

@@ -1,4 +1,4 @@
-"""Which checkpoints a folder keeps, once a new one is committed there."""
+"""Which checkpoints a folder keeps once a new one is committed there."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Keep:
-    """last: this many of the newest checkpoints. every: besides, those whose step is a multiple of it."""
+    """Keep the ``last`` newest checkpoints, and also those whose step is a multiple of ``every``."""
 
     last: int
     every: int | None = None
 
 
 def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
-    """Remove checkpoints that need not be kept; returns their tags.
+    """Remove checkpoints that need not be kept. Returns their tags.
 
-    Only universal checkpoints are looked at whose tag is that of the one just committed up to the number at its end
-    (``global_step``): nothing of other programs or other series is touched. Never removed: ``tag`` itself, and what
-    ``latest`` names. A checkpoint disappears in one rename before its files go, so that none is ever half there. What
-    cannot be removed is kept, with a warning.
+    Only universal checkpoints are considered whose tag differs from that of the one just committed only in the number
+    at the end (``global_step``). Nothing of other programs or other series is touched. ``tag`` itself and what
+    ``latest`` names are never removed. A checkpoint disappears in one rename before its files are deleted, so that none
+    is ever half there. What cannot be removed is kept, with a warning.
     """
     prefix = _number(tag)[0]
     found = []
@@ -42,7 +42,7 @@ def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
         if step is not None and start == prefix and not _is_link(path) and locations.is_file(mark):
             found.append((locations.stat(mark).mtime_ns, step, path))
     named = latest_name(place)
-    # What it names may lie deeper, in the folder of another checkpoint.
+    # `latest` may name something deeper, in the folder of another checkpoint.
     spared = {tag, named.split("/")[0] if named else None}
     removed = []
     for _, step, path in sorted(found, reverse=True)[keep.last :]:
@@ -62,7 +62,7 @@ def _is_link(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; behind a URL its manifest first, without which it is none."""
+    """Remove a checkpoint. Behind a URL its manifest goes first, without which it is no checkpoint."""
     if locations.is_remote(path):
         locations.remove(path / manifest.NAME)
         locations.remove_tree(path)

@@ -1,6 +1,6 @@
 """Save a live training process: every rank writes its share by itself, and the first one commits.
 
-Nothing but two small messages passes between the ranks: where to write, at the beginning, and what became of it.
+Only two small messages pass between the ranks: where to write, at the beginning, and the result, at the end.
 """
 
 from __future__ import annotations
@@ -37,14 +37,27 @@ from ucp.storage.safetensors import FilePlan
 class SaveReport:
     """What a save did.
 
-    nbytes: of all the checkpoint's files; written: of tensors, by this rank. memory: bytes of host memory that this
-    rank has for copies, where training goes on beside; 0 otherwise. wall: seconds from the call until the checkpoint
-    was on disk. seconds: of work, by stage, on this rank; 'copy' goes on beside 'digest' and 'write' in the
-    background, so their sum is not wall.
+    Attributes
+    ----------
+    path, tag
+        The checkpoint's.
+    nbytes
+        How many bytes all files of the checkpoint have.
+    written
+        How many bytes of tensors this rank wrote.
+    seconds
+        Stage -> seconds of work on this rank. In the background 'copy' overlaps with 'digest' and 'write', so the sum
+        is not ``wall``.
 
-    prepare: what the training thread did (who writes what, the training state, a place for the files). copy: until all
-    was in host memory. digest. write: of the files, with their flush. commit: the receipt, the wait for the other
-    ranks, and on the first rank the manifest and the rename.
+        - prepare: what the training thread did (who writes what, the training state, a place for the files).
+        - copy: until everything was in host memory.
+        - digest: digesting what is written.
+        - write: writing the files, with their flush.
+        - commit: the receipt, the wait for the other ranks, and on the first rank the manifest and the rename.
+    wall
+        The seconds from the call until the checkpoint was on disk.
+    memory
+        For a save in the background: how many bytes of host memory this rank has for copies. 0 otherwise.
     """
 
     path: str
@@ -68,10 +81,10 @@ def save(
     timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     keep: Keep | None = None,
 ) -> SaveReport:
-    """Write the checkpoint ``folder/tag``. Collective; the first rank's folder, tag and ``latest`` count.
+    """Write the checkpoint ``folder/tag``. Collective. The first rank's folder, tag and ``latest`` count.
 
-    latest: let the file ``latest`` in the folder name this checkpoint. timeout: seconds that the first rank waits for
-    the others' files. keep: which other checkpoints stay; all without it. Returns once the checkpoint is whole and on
+    latest: let the file ``latest`` in the folder name this checkpoint. timeout: how many seconds the first rank waits
+    for the others' files. keep: which other checkpoints stay; None for all. Returns once the checkpoint is whole and on
     disk.
 
     Raises on every rank, with everything as it was: DestinationError (no space, not writable), Unsupported (training
@@ -106,7 +119,7 @@ def save(
 
 
 def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, list[WrittenElements]]:
-    """This rank's share, and the header and the pieces of its tensors' file; talks to nobody and writes nothing.
+    """This rank's share, and the header and the pieces of its tensors' file. Does not communicate, and writes nothing.
 
     Raises Unsupported for what cannot be stored.
     """
@@ -132,7 +145,7 @@ def prepare(source: Source, rank: int, world: int) -> tuple[Share, FilePlan, lis
 
 
 def write_share(session: Session, rank: int, source: Source, watch: Stopwatch | None = None) -> int:
-    """`prepare` and `write`, with nothing beside. Returns the bytes of this rank's tensors' file."""
+    """`prepare` and then `write`, in this thread. Returns how many bytes the file with this rank's tensors has."""
     watch = watch or Stopwatch()
     with watch.of("prepare"):
         share, plan, pieces = prepare(source, rank, session.world)
@@ -144,12 +157,12 @@ def write_share(session: Session, rank: int, source: Source, watch: Stopwatch | 
 
 
 def _held(path: Path) -> int:
-    """Bytes of a file that is being written."""
+    """How many bytes a file has that is being written."""
     return path.stat().st_size if path.exists() else 0
 
 
 def _placed(source: Source, pieces: list[WrittenElements]) -> dict[tuple[str, str], LogicalTensor]:
-    """All tensors of the model, with the fragments that this rank wrote, in its first file."""
+    """All tensors of the model, with the fragments that this rank wrote in its first file."""
     written: dict[tuple[str, str], list[WrittenElements]] = {}
     for piece in pieces:
         written.setdefault((piece.holding.name, piece.holding.state), []).append(piece)
@@ -169,7 +182,8 @@ def _placed(source: Source, pieces: list[WrittenElements]) -> dict[tuple[str, st
 
 
 def _tensors_file(met: Tensors, rank: int) -> tuple[str, list[bytes]] | None:
-    """The file of the training state's tensors, as the bytes to write one after the other."""
+    """The name of the file with the training state's tensors, and the bytes to write one after the other. None if there
+    are no such tensors."""
     nothing = Catalog("universal", "", Layout(), (), {}, {}, TrainingState())
     name = training.RANK_TENSORS_FILE.format(rank=rank) if rank else training.TENSORS_FILE
     planned = training.tensors_file(nothing, met, name)

@@ -1,7 +1,7 @@
 """Who writes what, and how a rank writes its share: one safetensors file, digested while its bytes pass.
 
-Tensors that the same ranks hold are strung together and cut into as many equal ranges of bytes as there are holders,
-each of which writes one. Every rank computes that alike; nothing is exchanged.
+Tensors that the same ranks hold are put one after the other, and cut into as many equal ranges of bytes as there are
+holders. Each holder writes one range. Every rank computes the same result, so nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WrittenElements:
     """Elements that this rank writes, as they lie in its file.
 
     start: byte in the file. blocks: as in a LogicalTensor of the file, in elements from ``start``. dense: first element
-    and count of the one range of the buffer that is written as it is; None where the blocks are gathered one by one.
+    and count, if one range of the buffer is written as it is; None if the blocks are gathered one by one.
     """
 
     holding: Holding
@@ -46,7 +46,7 @@ class WrittenElements:
 
 
 def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
-    """The holdings cut down to what this rank writes. All holders' results together are each holding once."""
+    """The holdings, cut down to what this rank writes. The results of all holders together have each holding once."""
     together: dict[tuple[int, ...], list[int]] = {}
     for index, holding in enumerate(holdings):
         if len(holding.blocks) and len(holding.holders) > 1:
@@ -61,7 +61,7 @@ def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
         low, high = total * place // len(holders), total * (place + 1) // len(holders)
         for index, start in zip(members, ends.tolist(), strict=False):
             width, count = itemsize(holdings[index].dtype), int(holdings[index].blocks.counts.sum())
-            # An element that straddles a cut belongs to the side that it begins on.
+            # An element across a cut belongs to the side on which it begins.
             first, last = (min(max(-(-(at - start) // width), 0), count) for at in (low, high))
             if (first, last) != (0, count):
                 out[index] = replace(holdings[index], blocks=take_elements(holdings[index].blocks, first, last))
@@ -73,14 +73,14 @@ def _nbytes(holding: Holding) -> int:
 
 
 def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[WrittenElements]]:
-    """The file for these holdings: one flat tensor for each, without the gaps that the buffer has between them.
+    """The file for these holdings: one flat tensor for each, without the gaps that they have in the buffer.
 
     Raises Unsupported for element types that safetensors lacks.
     """
     pieces: list[WrittenElements] = []
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     seen: set[str] = set()
-    arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # of many tensors the blocks are the same
+    arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # many tensors have the same blocks
     for holding in holdings:
         if id(holding.blocks) not in arranged:
             arranged[id(holding.blocks)] = _arranged(holding.blocks)
@@ -99,8 +99,8 @@ def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[Wri
 
 
 def _arranged(blocks: Blocks) -> tuple[int, Blocks, tuple[int, int] | None]:
-    """How many elements, where they lie in the file, counted from the tensor's start there, and the dense range that
-    they are, if they are one."""
+    """How many elements there are, where they lie in the file, counted from the tensor's start there, and their dense
+    range in the buffer, if they are one."""
     count = int(blocks.counts.sum())
     if not count:
         return 0, blocks, None
@@ -112,8 +112,8 @@ def _arranged(blocks: Blocks) -> tuple[int, Blocks, tuple[int, int] | None]:
 
 
 def elements(piece: WrittenElements, tensor: torch.Tensor, part: int) -> torch.Tensor:
-    """One part of the piece's elements, where they lie: row-major, not always dense. A dense piece has one part, any
-    other one for each block. tensor: the holding's, or a copy."""
+    """One part of the piece's elements, where they lie. It is row-major, and not always dense. A dense piece has one
+    part; any other piece has one for each block. tensor: the holding's, or a copy of it."""
     flat = tensor.reshape(-1)
     if piece.dense is not None:
         first, count = piece.dense
@@ -124,18 +124,19 @@ def elements(piece: WrittenElements, tensor: torch.Tensor, part: int) -> torch.T
 
 
 def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, watch: Stopwatch) -> ChunkDigests:
-    """Create the file, write these bytes one after the other, flush them to disk; return its digests.
+    """Create the file, write these bytes one after the other, and flush them to disk. Returns the file's digests.
 
-    watch: gets the seconds of 'digest' and of 'write', the flush included. Raises DestinationError where that fails;
-    the file is removed then.
+    watch: gets the seconds of 'digest' and of 'write', with the flush. Raises DestinationError if it fails; then the
+    file is removed.
     """
     return write_windows(path, _windows(parts), size, watch)
 
 
 def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
-    """As `write_file`, of (offset, bytes): ascending, without gaps, each at a multiple of the digests' chunk.
+    """As `write_file`, but from (offset, bytes) pairs: ascending, without gaps, each at a multiple of the digests'
+    chunk.
 
-    Large files are written past the page cache, which training needs more; aligned memory makes that possible.
+    Large files are written past the page cache, since training needs it more. This is possible with aligned memory.
     """
     if locations.is_remote(path):
         return _upload(path, windows, size, watch)
@@ -168,7 +169,7 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
 def place_windows(
     path: Path, windows: Iterable[tuple[int, memoryview]], lease: Lease, watch: Stopwatch
 ) -> ChunkDigests:
-    """As `write_windows`, of windows of a keeper's memory, which becomes the file as it is."""
+    """As `write_windows`, but for windows of a keeper's memory, which becomes the file as it is."""
     table = bytearray()
     for _, window in windows:
         with watch.of("digest"):
@@ -182,7 +183,7 @@ def place_windows(
 
 
 def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
-    """As `write_windows`, behind a URL: the file is there once its last byte is."""
+    """As `write_windows`, but behind a URL. The file appears once its last byte is written."""
     table = bytearray()
     written = 0
     try:
@@ -201,7 +202,7 @@ def _upload(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, wa
 
 
 def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryview]]:
-    """The same bytes in pieces that begin at multiples of the digests' chunk; long parts are not copied."""
+    """The same bytes in pieces that begin at multiples of the digests' chunk. Long parts are not copied."""
     buffer = memoryview(bytearray(limits.SAVE_WINDOW_BYTES))
     filled = at = 0
     for part in parts:
@@ -212,7 +213,7 @@ def _windows(parts: Iterable[memoryview | bytes]) -> Iterator[tuple[int, memoryv
                 yield at, view[:count]
                 at += count
             else:
-                # Up to the next chunk's beginning only, so that what follows need not be copied.
+                # Only up to the beginning of the next chunk, so that the rest need not be copied.
                 count = min(-filled % CHUNK or CHUNK, len(view))
                 buffer[filled : filled + count] = view[:count]
                 filled += count

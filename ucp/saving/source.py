@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class Holding:
     """What this rank holds of one logical tensor.
 
-    tensor: the memory, on any device; read as one flat row-major buffer. blocks: which elements, and where in it, in
-    elements. holders: the global ranks that hold exactly these elements, with the same values, in ascending order; they
-    share the work of writing them. Every holder lists what it holds together with the same ranks in the same order.
-    volatile: it may change in forward or backward already, not in the optimizer's step only.
+    tensor: the memory, on any device. It is read as one flat row-major buffer. blocks: which elements these are, and
+    where they lie in it, in elements. holders: the global ranks that hold exactly these elements, with the same values,
+    in ascending order. They share the work of writing them, so all of them have to list what they hold together in the
+    same order. volatile: it may also change in forward or backward, and not only in the optimizer's step.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Holding:
 class Source:
     """The training state of one rank.
 
-    parameters: all of the model, the same on every rank. holdings: every tensor of every one of them, with no blocks
-    where this rank has none of its elements. training_state: the first rank's is saved. own: plain values that only
-    this rank knows, such as its RNG's state.
+    parameters: all parameters of the model, the same on every rank. holdings: every tensor of every parameter; one
+    without blocks if this rank has none of its elements. training_state: the first rank's is saved. own: plain values
+    that only this rank knows, such as its RNG's state.
     """
 
     layout: Layout

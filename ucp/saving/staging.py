@@ -1,12 +1,13 @@
 """A rank's share copied into host memory while training goes on: a bounded pool, used as a ring, again and again.
 
-Weights and optimizer states change in the optimizer's step only. So a save in the background copies them while forward
-and backward run, and an update that comes before the copy is done waits for it (`Copying.hold`): from a device on a
-stream of its own, all of it asked for in few calls before the save returns; from host memory by a thread. What may
-change earlier, the model's buffers, is set aside before training goes on. A share larger than the pool is copied and
-written in turns; then that update waits for most of the writing, too.
+Weights and optimizer states change only in the optimizer's step. So a save in the background copies them while forward
+and backward run. An update that comes before the copy is done waits for it (`Copying.hold`). Copies from a device use
+their own stream, and are all requested in a few calls before the save returns. Copies from host memory are made by a
+thread. The model's buffers may change earlier, so they are copied before training goes on. A share larger than the pool
+is copied and written in turns; then an update also waits for most of the writing.
 
-The pool's memory has a file descriptor, so that the process that writes (`writer`) sees it; from a device it is pinned.
+The pool's memory has a file descriptor, so that the process that writes (`writer`) can map it. For copies from a device
+it is pinned.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class Pool:
-    """Host memory in windows of `WINDOW` bytes, kept from save to save; pinned where tensors come from a device.
+    """Host memory in windows of ``window`` bytes, kept from save to save. It is pinned if tensors come from a device.
 
-    limit: bytes that it takes at most; at least one window there is. file: the descriptor of its memory. bytes: the
-    memory, flat, as a tensor of bytes that begins at a page, so that it can be written past the page cache. lease:
-    where the memory is a keeper's, which holds all of the file then.
+    limit: how many bytes it takes at most, but at least one window. file: the descriptor of its memory. bytes: the
+    memory, as a flat tensor of bytes. It begins at a page, so that it can be written past the page cache. lease: set if
+    the memory is a keeper's, which then holds all of the file.
     """
 
     lease: Lease | None = None
@@ -57,7 +58,7 @@ class Pool:
         self.bytes: torch.Tensor | None = None
 
     def limit(self, nbytes: int) -> None:
-        """Take no more than so many bytes, or one window, from the next `reserve` on."""
+        """Take at most this many bytes, or one window, from the next `reserve` on."""
         self._most = max(nbytes // self.window, 1) * self.window
 
     @property
@@ -65,9 +66,9 @@ class Pool:
         return 0 if self.bytes is None else self.bytes.numel()
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
-        """Have memory for so many bytes, or as many as the limit allows. Not while any of it is in use.
+        """Get memory for this many bytes, or as many as the limit allows. Not while any of it is in use.
 
-        Raises BadArgument where it cannot be pinned.
+        Raises BadArgument if it cannot be pinned.
         """
         import torch
 
@@ -85,7 +86,7 @@ class Pool:
 
 
 def _memory_file() -> int:
-    """A file of memory without a name, which other processes are given by its descriptor."""
+    """A file in memory without a name. Other processes get it by its descriptor."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("ucp")
     with tempfile.TemporaryFile() as stream:  # where there is no Linux
@@ -93,7 +94,7 @@ def _memory_file() -> int:
 
 
 def pin(owner: Pool, memory: torch.Tensor) -> weakref.finalize[Any, Any]:
-    """Pin memory for a device until the owner goes."""
+    """Pin memory for a device until the owner is deleted."""
     import torch
 
     runtime = torch.cuda.cudart()
@@ -111,8 +112,8 @@ def pin(owner: Pool, memory: torch.Tensor) -> weakref.finalize[Any, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Bytes that lie in the file as in memory. start: in the file. flat: gives a flat tensor of bytes, of which they
-    are ``[low, low + size)``. owner: the tensor whose memory that is, None where it is made anew."""
+    """Bytes that lie in the file as they lie in memory. start: their place in the file. flat: gives a flat tensor of
+    bytes, in which they are ``[low, low + size)``. owner: the tensor whose memory that is; None if it is made anew."""
 
     start: int
     size: int
@@ -128,9 +129,9 @@ class _Run:
 class Copying:
     """One rank's file on its way through the pool.
 
-    plan, pieces: the file. Made by the thread that trains; from then on the tensors' memory may be freed by the
-    program, but not changed before `hold` returns. One at a time for a pool. With `windows` the same thread writes;
-    with `arriving` another process does.
+    plan, pieces: the file. The thread that trains makes this object. From then on the program may free the tensors'
+    memory, but may not change it before `hold` returns. There is one at a time for a pool. With `windows` the same
+    thread writes; with `arriving` another process does.
     """
 
     def __init__(self, pool: Pool, plan: FilePlan, pieces: Sequence[WrittenElements]) -> None:
@@ -146,7 +147,7 @@ class Copying:
         pool.reserve(plan.size, pinned=self._device is not None)
         self.lease = pool.lease
         self._step = min(limits.COPY_STEP_WINDOWS, max(pool.nbytes // pool.window // 4, 1)) * pool.window
-        self._dense: tuple[_Run, torch.Tensor] | None = None  # what was made dense is kept while steps run through it
+        self._dense: tuple[_Run, torch.Tensor] | None = None  # dense bytes of the run that is being copied in steps
         self._launched = 0
         self._under_way: deque[tuple[int, Any]] = deque()
         self._copied = threading.Event()
@@ -154,7 +155,7 @@ class Copying:
         self._broken: Exception | None = None
         if self._device is not None:
             self._gap = torch.zeros(1, device=self._device)
-            # The kernels between the copies are small, and need not wait for training's.
+            # The kernels between the copies are small, and should not wait for those of training.
             self._stream = torch.cuda.Stream(self._device, priority=-1)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
@@ -171,9 +172,9 @@ class Copying:
         return not self._copied.is_set() or (self._finished is not None and not self._finished.query())
 
     def close(self) -> None:
-        """No more is to be copied: all has been, or it failed."""
+        """End the copying, since everything has been copied or it failed."""
         try:
-            while self._under_way:  # nothing is left of it, and the pool is free for the next one
+            while self._under_way:  # wait for all of it, so that the pool is free for the next save
                 self._arrived()
         finally:
             self._copied.set()
@@ -181,22 +182,24 @@ class Copying:
             self._dense = None
 
     def ask(self) -> None:
-        """Where all lies on a device, ask it for the first copies now, in the thread that trains: that takes a
-        millisecond, while another thread would take turns with training. Without effect elsewhere. What goes wrong is
-        raised by `arriving`."""
+        """If everything lies on a device, request the first copies now, in the thread that trains. That takes a
+        millisecond, while another thread would have to take turns with training. It has no effect otherwise. What goes
+        wrong is raised by `arriving`."""
         try:
             if self._asks:
                 self.launch()
-        except Exception as error:  # noqa: BLE001 - raised by the thread that tells of it
+        except Exception as error:  # noqa: BLE001 - raised by the thread that follows the writer
             self._broken = error
 
     def launch(self, written: int = 0) -> None:
-        """Copy what the pool has room for once so many bytes of the file are written; from a device, ask for that."""
+        """Copy as much as the pool has room for, when ``written`` bytes of the file are written. Copies from a device
+        are only requested."""
         while self._step_launched(written):
             pass
 
     def arriving(self, written: int = 0) -> Iterator[int]:
-        """Copy what the pool has room for; yields how many bytes of the file are in it, each time that there are more.
+        """Copy as much as the pool has room for. Yields how many bytes of the file have arrived, whenever there are
+        more.
 
         written: as for `launch`.
         """
@@ -208,7 +211,7 @@ class Copying:
             yield self._arrived()
 
     def windows(self, watch: Stopwatch) -> Iterator[tuple[int, memoryview]]:
-        """The file's bytes, as (offset in the file, bytes), each valid until the next one is asked for.
+        """The file's bytes, as (offset in the file, bytes). Each is valid until the next one is asked for.
 
         watch: gets the seconds of 'copy'.
         """
@@ -232,7 +235,7 @@ class Copying:
         return self._pool.bytes
 
     def _arrived(self) -> int:
-        """Wait for the oldest step that is under way; returns the bytes of the file that are there."""
+        """Wait for the oldest step that is under way. Returns how many bytes of the file have arrived."""
         end, event = self._under_way.popleft()
         if event is not None:
             event.synchronize()
@@ -247,7 +250,7 @@ class Copying:
             return False
         with torch.no_grad(), nullcontext() if self._device is None else torch.cuda.stream(self._stream):
             self._copy(low, high)
-            # A mark in the device's stream, waited for without spinning.
+            # A mark in the device's stream, for which one can wait without spinning.
             event = None if self._device is None else self._stream.record_event(torch.cuda.Event(blocking=True))
         self._under_way.append((high, event))
         self._launched = high
@@ -257,12 +260,13 @@ class Copying:
         return True
 
     def _copy(self, low: int, high: int) -> None:
-        """The file's bytes ``[low, high)`` into the ring.
+        """Copy the file's bytes ``[low, high)`` into the ring.
 
-        What a device sends to the host passes one after the other, whatever stream it is on: a loss that training
-        asks for would wait until all that was asked for before it has passed. A kernel between two copies holds back
-        the second one, and what training asks for goes first. On an H100 that computes, beside 5 GiB a word waits for
-        1 ms and not for 97 ms, and the copies take 0.100 s and not 0.098 s; with a kernel after each window, 0.117 s.
+        A device sends to the host one thing after the other, on whatever stream. So a loss that training asks for would
+        wait for all copies that were requested before it. A kernel between two copies holds back the second one, and
+        what training asks for goes first. Measured on an H100 that computes, during a copy of 5 GiB: a word waits for
+        1 ms and not for 97 ms, and the copies take 0.100 s and not 0.098 s. With a kernel after each window they take
+        0.117 s.
         """
         capacity, unbroken = self._pool.nbytes, limits.COPY_UNBROKEN_WINDOWS * self._pool.window
         while low < high:
@@ -284,9 +288,9 @@ class Copying:
 
 
 def _runs(plan: FilePlan, pieces: Sequence[WrittenElements]) -> Iterator[_Run]:
-    """The file as runs, as few as may be: what follows one another in the file and in memory is one.
+    """The file as runs, as few as possible: what follows one another both in the file and in memory is one run.
 
-    A tensor that forward may change, a buffer's, is copied first.
+    Tensors of buffers, which forward may change, are copied first.
     """
     import torch
 

@@ -1,16 +1,16 @@
 """A process beside each training process that writes: it digests, writes, flushes, leaves the receipt and commits.
 
-The training process copies its tensors into memory that both share (`staging.Pool`) and says over a pipe how far it has
-come; all else happens here, so that saving takes neither Python's lock nor processor time from the thread that trains.
-Nothing here imports torch. What goes over the pipe:
+The training process copies its tensors into memory that both share (`staging.Pool`), and says over a pipe how far it
+has come. All else happens here, so that saving takes neither Python's lock nor processor time from the thread that
+trains. Nothing here imports torch. These messages go over the pipe:
 
     to the writer    Job; ("filled", save, end): so many bytes of the file are in the memory;
                      ("broken", save, kind, text): no more will come
     from the writer  ("written", end): so much of the memory may be used again; ("logged", name, level, text);
                      ("done", nbytes, seconds by stage) or ("failed", kind, text), once for each Job
 
-The writer ends as soon as its training process has ended, at whatever instant of a save: what is not published then
-never will be. It ignores SIGTERM and SIGINT, which schedulers and terminals send to all processes of a job: the
+The writer ends as soon as its training process has ended, even in the middle of a save. What is not published then
+never will be. It ignores SIGTERM and SIGINT, which schedulers and terminals send to all processes of a job, since the
 training process decides what becomes of a save that is under way.
 """
 
@@ -53,10 +53,10 @@ log = logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one rank writes, decided and checked: everything but its tensors' bytes is in it, and no tensor.
+    """What one rank writes, decided and checked. It has everything except the bytes of its tensors, and no tensor.
 
-    name, size: of the tensors' file. extra: the name of the file with the training state's tensors, and its bytes.
-    catalog, state, own: as for `fragmented.receipt`.
+    name, size: those of the tensors' file. extra: the name of the file with the training state's tensors, and its
+    bytes. catalog, state, own: as for `fragmented.receipt`.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class WriteJob:
-    """One rank's part in one save. capacity: bytes of the shared memory, through which the file runs as through a ring;
-    window: bytes handled at once. timeout: seconds that the first rank waits for the others. environment: variables
-    that are set by now, among them what remote file systems are told by. lease: of a keeper's memory, where the file
-    is filled in that, and stays."""
+    """One rank's part in one save. capacity: bytes of the shared memory, which the file passes through as through a
+    ring. window: bytes handled at once. timeout: how many seconds the first rank waits for the others. environment: the
+    variables that are set by now, which may configure remote file systems. lease: a keeper's memory, if the file is
+    filled in there, and stays there."""
 
     session: Session
     rank: int
@@ -96,9 +96,9 @@ def write(
     watch: Stopwatch,
     lease: Lease | None = None,
 ) -> None:
-    """Write this rank's files and leave its receipt; talks to nobody. Raises DestinationError.
+    """Write this rank's files and leave its receipt. Does not communicate. Raises DestinationError.
 
-    windows: the bytes of the tensors' file, as for `write_windows`. lease: of the memory that they lie in, where that
+    windows: the bytes of the tensors' file, as for `write_windows`. lease: the memory in which they lie, if that
     becomes the file.
     """
     adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
@@ -118,7 +118,7 @@ def write(
 
 # --- in the training process -----------------------------------------------------------------------------------------
 
-# The search path is the training process's own, whatever it has made of it.
+# The search path is the training process's own, with whatever changes it has made.
 _PROGRAM = """
 import sys
 connection, memory, parent = map(int, sys.argv[1:4])
@@ -129,9 +129,9 @@ main(connection, memory, parent)
 
 
 class WriterProcess:
-    """The training process's end of the pipe; makes the process. memory: the shared memory's file descriptor.
+    """The training process's end of the pipe. Starts the process. memory: the shared memory's file descriptor.
 
-    Raises SaveFailed where no process can be started.
+    Raises SaveFailed if no process can be started.
     """
 
     def __init__(self, memory: int) -> None:
@@ -152,14 +152,14 @@ class WriterProcess:
         return self._process.pid
 
     def send(self, message: Any) -> None:
-        """Raises WriterLost where the process has ended."""
+        """Send a message. Raises WriterLost if the process has ended."""
         try:
             self._pipe.send(message)
         except OSError as error:
             raise self._lost() from error
 
     def receive(self) -> Any:
-        """The next message, waited for. Raises WriterLost where the process has ended."""
+        """Wait for the next message. Raises WriterLost if the process has ended."""
         try:
             return self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -169,7 +169,7 @@ class WriterProcess:
         return self._process.poll() is None
 
     def end(self) -> None:
-        """Let the process end; what it is doing is given up."""
+        """Let the process end. It gives up what it is doing."""
         self._pipe.close()
         self._process.wait()
 
@@ -180,7 +180,7 @@ class WriterProcess:
 
 
 def _start(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
-    """A fresh interpreter: a fork of a process that uses a device, or has threads, would not be sound."""
+    """Start a fresh interpreter. A fork would not be safe in a process that uses a device or has threads."""
     numbers = (theirs.fileno(), memory)
     command = [get_executable(), "-c", _PROGRAM, *map(str, (*numbers, os.getpid())), *sys.path]
     environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
@@ -193,7 +193,7 @@ def _start(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
 
 
 def main(connection: int, memory: int, parent: int) -> NoReturn:
-    """The process's program. connection, memory: file descriptors; parent: the training process's number."""
+    """The process's program. connection, memory: file descriptors. parent: the training process's number."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(limits.WRITER_NICENESS)
@@ -204,7 +204,7 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
     while True:
         job = inbox.get()
         if not isinstance(job, WriteJob):
-            continue  # a word about a save that has failed here
+            continue  # a message about a save that has failed here
         watch = Stopwatch()
         try:
             nbytes = _perform(job, _windows(job, memory, pipe, inbox), watch)
@@ -215,9 +215,9 @@ def main(connection: int, memory: int, parent: int) -> NoReturn:
 
 
 def _listen(pipe: Connection, parent: int, inbox: queue.SimpleQueue[Any]) -> None:
-    """Take in what is sent, and end the process with its training process.
+    """Receive what is sent, and end this process when the training process has ended.
 
-    The pipe alone does not tell: forked children of the training process, such as a data loader's, hold it open.
+    The pipe alone does not show that: forked children of the training process, such as a data loader's, hold it open.
     """
     while True:
         try:
@@ -227,13 +227,13 @@ def _listen(pipe: Connection, parent: int, inbox: queue.SimpleQueue[Any]) -> Non
                 os._exit(0)
         except (EOFError, OSError):
             os._exit(0)
-        except BaseException:  # noqa: BLE001 - nobody could be told in another way
+        except BaseException:  # noqa: BLE001 - there is no other way to report it
             traceback.print_exc()
             os._exit(1)
 
 
 class _Telling(logging.Handler):
-    """What is logged here, the training process logs."""
+    """Sends what is logged here to the training process, which logs it."""
 
     def __init__(self, pipe: Connection) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class _Telling(logging.Handler):
 
 
 def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> int:
-    """Write, and publish on the first rank, returning the bytes of all files; wait for that on the others."""
+    """Write. The first rank then publishes, and returns how many bytes all files have. The others wait for that."""
     os.environ.update(job.environment)
     try:
         write(job.session, job.rank, job.share, windows, watch, job.lease)
@@ -257,21 +257,21 @@ def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: St
     with watch.of("commit"):
         if job.rank == 0:
             return commit.commit(job.session, timeout=job.timeout, watched=True)
-        # The first rank may wait so long for the others, and then has to publish.
+        # Twice the timeout: the first rank may wait that long for the others, and then has to publish.
         commit.await_verdict(job.session, 2 * job.timeout)
         return 0
 
 
 @functools.lru_cache(1)
 def _ring(memory: int, capacity: int) -> memoryview:
-    """The pool's memory here; the same while the pool is."""
+    """The pool's memory, mapped here. It is cached while the pool stays the same."""
     return memoryview(mmap.mmap(memory, capacity))
 
 
 def _windows(
     job: WriteJob, memory: int, pipe: Connection, inbox: queue.SimpleQueue[Any]
 ) -> Iterator[tuple[int, memoryview]]:
-    """The file's bytes, as (offset, bytes), as they come into the memory. Raises what broke the copying."""
+    """The file's bytes, as (offset, bytes), as they arrive in the memory. Raises what made the copying fail."""
     ring = _ring(memory, job.capacity) if job.lease is None else memoryview(of_run(job.lease.run).leased(job.lease))
     filled = 0
     size = job.share.size
