@@ -1,15 +1,15 @@
 """Which experts an expert-parallel rank holds, what they are called in the whole model, and where a rank's tensors lie.
 
-Expert parallelism is a grouping of the data-parallel ranks: the ranks of one expert-parallel rank hold the same experts
-and cut them by ZeRO among themselves alone, while everything else is cut over all data-parallel ranks
+Expert parallelism groups the data-parallel ranks. The ranks of one expert-parallel rank hold the same experts, and ZeRO
+cuts these only among them. Everything else is cut over all data-parallel ranks
 (``utils/groups.py: _create_expert_and_data_parallel``).
 
-DeepSpeed's own layers (``moe/experts.py``) keep a list of experts, each under its number on the rank, so that names are
-the same on all ranks. In the whole model an expert has its number among all, which is also the one in its file's name:
+DeepSpeed's own layers (``moe/experts.py``) keep a list of experts, each under its number on the rank, so names are the
+same on all ranks. In the whole model an expert has its number among all experts, which is also in its file's name:
 rank * (experts of a rank) + the number on the rank (``runtime/engine.py: _save_moe_checkpoint``).
 
-AutoEP (``module_inject/auto_ep_layer.py``) stacks a rank's experts: their tensors ``w1``, ``w2``, ``w3`` are parts of
-the whole model's along the first axis, of the experts that the layer's placement gives to the rank.
+AutoEP (``module_inject/auto_ep_layer.py``) stacks a rank's experts. Their tensors ``w1``, ``w2``, ``w3`` are parts of
+the whole model's tensors along the first axis: those of the experts that the layer's placement gives to the rank.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def counts(names: Iterable[str]) -> dict[str, int]:
 def data_ranks(rank: int, dp: int, ep: int, data_first: bool) -> range:
     """The data-parallel ranks that hold the experts of an expert-parallel rank, in the order in which ZeRO cuts them.
 
-    data_first: ``use_data_before_expert_parallelism``: neighbours hold the same experts, else every ep-th rank does.
+    data_first: ``use_data_before_expert_parallelism``: if set, neighbours hold the same experts, else each ep-th one.
     """
     return range(rank * (dp // ep), (rank + 1) * (dp // ep)) if data_first else range(rank, dp, ep)
 
@@ -68,7 +68,8 @@ def data_ranks(rank: int, dp: int, ep: int, data_first: bool) -> range:
 class Experts:
     """The experts of a model, and how expert-parallel ranks share them.
 
-    held: layer -> how many of its experts each rank holds. stacks: tensor -> the experts that each rank's rows are.
+    held: layer -> how many of its experts each rank holds.
+    stacks: tensor -> for each rank, the experts that its rows belong to.
     """
 
     held: Mapping[str, int] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class Experts:
         return expert._replace(number=expert.number + rank * self.held.get(expert.layer, 0)).name
 
     def place(self, name: str, shape: Shape, rank: int) -> Placed:
-        """Where a rank's tensor of this local name and shape lies in the whole model's."""
+        """Where a rank's tensor of this local name and shape lies in the whole model's tensor."""
         if name in self.stacks:
             return _stacked(name, shape, self.stacks[name], rank)
         return Placed(self.name(name, rank), shape, whole(shape))
@@ -102,7 +103,7 @@ def _stacked(name: str, shape: Shape, stack: Sequence[Sequence[int]], rank: int)
 def ordered(names: Collection[str]) -> list[str]:
     """These names in the order of a rank that holds every expert: a layer's experts follow each other by number.
 
-    Names of other tensors, and what is in an expert, keep their order.
+    Names of other tensors, and names within an expert, keep their order.
     """
     layers: dict[str, int] = {}
     rests: dict[tuple[str, str], int] = {}

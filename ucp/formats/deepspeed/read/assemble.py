@@ -1,7 +1,7 @@
 """Put the parts of a model together: local tensors of all model-parallel ranks as fragments of logical ones.
 
-What several ranks hold is taken from the first of them; the others' copies are kept in the catalog as copies, and a few
-elements of each are compared at once, since copies that drifted apart are no copies.
+What several ranks hold is taken from the first of them. The others' copies are kept in the catalog as copies. A few
+elements of each are compared at once, since copies that have drifted apart are not copies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def assemble(
 ) -> tuple[dict[str, ParameterInfo], dict[tuple[str, str], LogicalTensor], tuple[LogicalTensor, ...], TrainingState]:
     """Parameters, tensors, copies and training state of the whole model.
 
-    Raises DamagedCheckpoint where parts disagree about a parameter that they share.
+    Raises DamagedCheckpoint if parts disagree about a parameter that they share.
     """
     parameters: dict[str, ParameterInfo] = {}
     gathered: dict[tuple[str, str], _Gathered] = {}
@@ -117,7 +117,7 @@ def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> Tr
 
 
 def _check_options(part: LocalModel, g: int, group: ParamGroup, first: ParamGroup) -> None:
-    """Raise DamagedCheckpoint where a part's param group has other hyperparameters than the first part's."""
+    """Raise DamagedCheckpoint if a part's param group has other hyperparameters than the first part's."""
     for key, value in (group.options or {}).items():
         other = (first.options or {}).get(key, value)
         if type(value) in (bool, int, float, str) and type(other) in (bool, int, float, str) and value != other:
@@ -130,7 +130,7 @@ def _check_options(part: LocalModel, g: int, group: ParamGroup, first: ParamGrou
 def check_copies(catalog: Catalog, files: Files) -> None:
     """Compare a few elements of every copy with the tensor that it is a copy of.
 
-    Raises Mismatch naming the tensor and both files where they differ.
+    Raises Mismatch if they differ. It names the tensor and both files.
     """
     for copy in catalog.copies:
         for there, here, count in _places(copy, catalog.tensors[copy.name, copy.state]):

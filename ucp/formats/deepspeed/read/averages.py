@@ -1,7 +1,8 @@
 """Parameters whose copies are averaged: the paper's pattern for copies that ranks update independently of each other.
 
-An average is the one thing in a checkpoint that no file has. It is made while the checkpoint is opened, in float64 and
-rounded once, and kept in the catalog itself; such parameters are few and small. It is not exact, and said to be so.
+An average is the only thing in a checkpoint that is in no file. It is computed in float64 while the checkpoint is
+opened, rounded once, and kept in the catalog itself; such parameters are few and small. It is not exact, and the user
+is told so.
 """
 
 from __future__ import annotations

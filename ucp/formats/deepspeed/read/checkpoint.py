@@ -38,7 +38,7 @@ from ucp.storage.files import Files
 
 log = logger(__name__)
 
-# No spec is given: the checkpoint is asked.
+# No spec is given, so the checkpoint itself is asked.
 ASK = Choice()
 
 
@@ -53,15 +53,15 @@ def read(
 ) -> Catalog:
     """The catalog of one tag's folder.
 
-    choice: the spec of how tensor parallelism cuts the model, where the checkpoint does not say it of itself.
+    choice: the spec of how tensor parallelism cuts the model, if the checkpoint itself does not say it.
     trust_client_state: unpickle classes outside the allow-list for real, which runs their code.
-    param_names: each param group's parameters in the optimizer's order, where the caller knows them; needed only for
-    stage-0 checkpoints that leave it open.
-    compare: refuse copies that several ranks hold where a few of their elements differ.
+    param_names: each param group's parameters in the optimizer's order, if the caller knows them. Needed only for
+    stage-0 checkpoints that leave the names open.
+    compare: compare a few elements of copies that several ranks hold, and refuse them if they differ.
 
     Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what cannot be
-    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch where
-    the spec does not fit.
+    read exactly, UnsafePickle for a pickle that asks for anything outside the allow-list, SpecError and Mismatch if the
+    spec does not fit.
     """
     with stems.noting() as unchecked, malformed(path, "what its files hold"):
         found = scan(path)
@@ -85,10 +85,11 @@ def read_stages(
     compare: bool,
     without: Collection[int] = (),
 ) -> Catalog:
-    """As `read`, without a word on what could not be checked, of these model-parallel ranks; opened: their model files.
+    """Like `read`, for these model-parallel ranks, but without reporting what could not be checked.
 
-    without: layers of a pipeline whose files are left aside; the stages that had them are not among ``found``, and
-    those that are make a pipeline of their own.
+    opened: the ranks' model files.
+    without: layers of a pipeline whose files are ignored. The stages that had them are not among ``found``, and the
+    other stages make a pipeline of their own.
     """
     models = with_modules(path, found, opened, param_names, without)
     first = models[found[0].mp][0]
@@ -145,7 +146,7 @@ def _check_count(model: ModelFile, tp: int, pp: int, count: int) -> None:
 def degrees(model: ModelFile) -> tuple[int, int]:
     """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``).
 
-    ``tp_degree`` is not asked: under sequence parallelism it is the number of that one's ranks.
+    ``tp_degree`` is not used: under sequence parallelism it is the number of sequence-parallel ranks.
     """
     said = model.raw.get("checkpoint_parallel_dimensions") or {}
     world = int(model.raw.get("mp_world_size") or 1)
@@ -173,7 +174,7 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
 
 
 def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:
-    """The model's config where the checkpoint has one: Megatron's ``args``, or a config.json beside it.
+    """The model's config if the checkpoint has one: Megatron's ``args``, or a config.json beside it.
 
     Raises DamagedCheckpoint for a config.json that can't be read.
     """

@@ -3,17 +3,18 @@
 Sources: ``runtime/engine.py: _save_moe_checkpoint``, ``runtime/zero/stage_1_and_2.py: _configure_moe_settings``. What
 is special about experts in the files:
 
-- Their weights as the module has them are not in the model file but in one file each,
-  ``layer_{layer}_expert_{number}_mp_rank_00_model_states.pt``, where layers count from 0 and names have the expert's
-  number in the whole model. The gate, and the dense expert of a residual layer, are in the model file with the rest.
-- An optimizer's param group holds experts only or none (``moe: True, name: ep_size_N``). Its flat buffer is cut over
-  the ranks with the same experts, dp / ep of them, which ``partition_count`` has for each group; the padding is theirs.
-  All ranks' files list it at the same place.
-- ``param_shapes`` is the first rank's: its experts under their numbers on the rank, which the others have alike.
-- At stage 0 the optimizer's state is in ``expp_rank_{rank}_mp_rank_00_optim_states.pt``: of each expert-parallel rank
-  (of the largest such group), with that rank's experts and, again, everything else.
-- AutoEP's layers stand in ``ds_autoep_layers``, and its experts' files have ``{prefix}.w1.{number}`` and so on, one row
-  of the stack each; at stage 3 it has no such files.
+- Their weights as the module has them are not in the model file. Each expert has a file of its own,
+  ``layer_{layer}_expert_{number}_mp_rank_00_model_states.pt``. Layers count from 0, and names have the expert's number
+  in the whole model. The gate, and the dense expert of a residual layer, are in the model file with the rest.
+- An optimizer's param group holds only experts or none (``moe: True, name: ep_size_N``). Its flat buffer is cut over
+  the dp / ep ranks with the same experts; ``partition_count`` has that number for each group. The padding is theirs.
+  All ranks' files list the group at the same place.
+- ``param_shapes`` is the first rank's. It has that rank's experts under their numbers on the rank, which are the same
+  on the other ranks.
+- At stage 0 the optimizer's state is in ``expp_rank_{rank}_mp_rank_00_optim_states.pt``, one for each expert-parallel
+  rank (of the largest such group), with that rank's experts and, again, everything else.
+- AutoEP's layers are listed in ``ds_autoep_layers``. Its experts' files have ``{prefix}.w1.{number}`` and so on, one
+  row of the stack each. At stage 3 it has no such files.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ OptimFile = tuple[Path, Mapping[str, Any]]
 class ExpertFiles:
     """What a checkpoint says of its experts, if it has any.
 
-    totals: experts of each of DeepSpeed's own layers. tensors: of experts, by the whole model's names; rows: of
-    AutoEP's stacks, by the expert's number. data_first: as for `data_ranks`. optim_ranks: how many expert-parallel
-    ranks have optimizer files of their own (stage 0). aliases: AutoEP's further names of its routers, which no file
-    gives.
+    totals: the number of experts of each of DeepSpeed's own layers.
+    tensors: of experts, by the whole model's names.
+    rows: of AutoEP's stacks, by the expert's number.
+    data_first: as for `data_ranks`.
+    optim_ranks: how many expert-parallel ranks have optimizer files of their own (stage 0).
+    aliases: other names that AutoEP's routers have, which are in no file.
     """
 
     path: Path
@@ -61,7 +64,7 @@ class ExpertFiles:
 
     @property
     def ep(self) -> int:
-        """Over how many ranks experts are spread; the largest number where layers differ."""
+        """The number of ranks that experts are spread over; the largest one if layers differ."""
         native = (self.totals[layer] // held for layer, held in self.experts.held.items())
         return max([1, self.optim_ranks, *native, *(len(ranks) for ranks in self.experts.stacks.values())])
 
@@ -74,10 +77,10 @@ class ExpertFiles:
     def shares(
         self, optim: Mapping[int, OptimFile], group: int, shapes: Mapping[str, Shape], count: int
     ) -> list[dict[int, OptimFile]]:
-        """The files over which the flat buffer of a param group (at stage 3 a subgroup) is cut, in that order: all; for
-        experts those of each expert-parallel rank. count: into how many partitions it was cut.
+        """The files that the flat buffer of a param group (at stage 3 a subgroup) is cut over, in that order.
 
-        Raises DamagedCheckpoint where that does not fit with how many experts there are.
+        These are all files; for experts they are those of each expert-parallel rank. count: into how many partitions
+        the buffer was cut. Raises DamagedCheckpoint if that does not fit the number of experts.
         """
         local = [name for name in shapes if self.experts.has(name)]
         if not local:
@@ -103,7 +106,7 @@ class ExpertFiles:
         return expert is not None and self.experts.held[expert.layer] * ep == self.totals.get(expert.layer, 0)
 
     def enter_frozen(self, builder: Builder) -> None:
-        """Enter the stacks that are not trained, row by row from the experts' files."""
+        """Enter the stacks that are not trained, row by row, from the experts' files."""
         for name, rows in self.rows.items():
             if name in builder.parameters:
                 continue
@@ -123,10 +126,10 @@ class ExpertFiles:
             builder.add(name, "frozen", [tensor])
 
     def parts(self, folder: Folder, models: Mapping[int, ModelFile]) -> dict[int, Mapping[int, ModelFile]]:
-        """The model files as if the experts' lay in them: all in the first's; at stage 0 once for each expert-parallel
-        rank, with its experts and its optimizer's state.
+        """The model files as if the experts' tensors were in them: all in the first one. At stage 0 there is one for
+        each expert-parallel rank, with its experts and its optimizer's state.
 
-        Raises DamagedCheckpoint for missing files, Unsupported where layers are spread over different numbers of ranks.
+        Raises DamagedCheckpoint for missing files, Unsupported if layers are spread over different numbers of ranks.
         """
         model = models[0]
         if self.aliases:
@@ -182,7 +185,7 @@ def _pattern(name: str) -> tuple[str, ...]:
 
 
 def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
-    """The experts of a model-parallel rank's files, of which there are ``parts``; most checkpoints have none.
+    """The experts of a model-parallel rank's files. parts: the number of such ranks. Most checkpoints have no experts.
 
     Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms and for experts under tensor
     or pipeline parallelism.
@@ -252,7 +255,7 @@ def _layers(model: ModelFile) -> Sequence[Mapping[str, Any]]:
 
 def _router_aliases(model: ModelFile) -> dict[str, str]:
     """Alias -> owner. An AutoEP layer has its router under 'router', and again under the name that the replaced layer
-    had for it (``module_inject/auto_ep_layer.py``); the files hold both, and ``shared_params`` passes over modules."""
+    had for it (``module_inject/auto_ep_layer.py``). The files hold both, and ``shared_params`` does not list them."""
     out: dict[str, str] = {}
     for layer in _layers(model):
         prefix = str(layer["expert_key_prefix"]).removesuffix("experts")
@@ -271,10 +274,11 @@ def _router_aliases(model: ModelFile) -> dict[str, str]:
 
 
 def _stacks(model: ModelFile, files: int) -> dict[str, list[list[int]]]:
-    """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows are. files: how many there are,
-    of which every expert-parallel rank wrote one at least.
+    """AutoEP's stacked tensors, and the experts that each expert-parallel rank's rows belong to.
 
-    ``checkpoint/autoep_affine.py`` gives the placement; older files have none, and then ranks have equally many each.
+    files: how many files there are. Every expert-parallel rank wrote at least one.
+
+    ``checkpoint/autoep_affine.py`` gives the placement. Older files have none; then ranks have equally many experts.
     """
     out: dict[str, list[list[int]]] = {}
     for layer in _layers(model):

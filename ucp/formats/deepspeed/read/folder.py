@@ -1,4 +1,4 @@
-"""The files of a DeepSpeed checkpoint folder: which rank wrote which, and whether they all are there."""
+"""The files of a DeepSpeed checkpoint folder: which rank wrote which, and whether all of them are there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ucp.storage.torch_pt import reader
 # checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
 _UNIVERSAL = "zero"
 
-# runtime/engine.py: _common_checkpoint_state and _save_checkpoint. What else is in the file is the caller's.
+# runtime/engine.py: _common_checkpoint_state and _save_checkpoint. Everything else in the file is the caller's.
 OWN_KEYS = frozenset(
     [
         "module",
@@ -52,9 +52,10 @@ OWN_KEYS = frozenset(
 class Folder:
     """The files of one model-parallel rank, by data-parallel rank.
 
-    mp: its number in the files' names. model: one file at stages 0 to 2 (key 0), one per rank at stage 3.
-    experts: the weights of one expert each, by layer and the expert's number in it. expert_optim: stage 0's optimizer
-    files, by expert-parallel rank.
+    mp: its number in the files' names.
+    model: one file at stages 0 to 2 (key 0), one per rank at stage 3.
+    experts: files with the weights of one expert each, by layer and the expert's number in it.
+    expert_optim: stage 0's optimizer files, by expert-parallel rank.
     """
 
     path: Path
@@ -107,8 +108,12 @@ def scan(path: Path) -> list[Folder]:
 
 @dataclass
 class Sorted:
-    """A folder's files, each kind by model-parallel rank. whole: model files of stages 0 to 2; parts: those of stage 3,
-    by data-parallel rank. prefixes: whether optimizer files begin with ``bf16_``."""
+    """A folder's files, each kind by model-parallel rank.
+
+    whole: model files of stages 0 to 2.
+    parts: model files of stage 3, by data-parallel rank.
+    prefixes: whether optimizer files begin with ``bf16_``.
+    """
 
     whole: dict[int, Path] = field(default_factory=dict)
     parts: dict[int, dict[int, Path]] = field(default_factory=dict)
@@ -154,7 +159,7 @@ def sort_files(path: Path) -> Sorted:
 
 
 def _check(path: Path, found: Sorted) -> None:
-    """Raise DamagedCheckpoint where files are of two runs, or no model file is there."""
+    """Raise DamagedCheckpoint if files are of two runs, or if there is no model file."""
     if found.whole and found.parts:
         some = found.parts[min(found.parts)]
         raise DamagedCheckpoint(
@@ -170,15 +175,15 @@ def _check(path: Path, found: Sorted) -> None:
 def load(path: Path, trust: bool | None) -> dict[str, Any]:
     """The object graph of one file, which DeepSpeed always writes as a dict.
 
-    trust: as for `reader.load_file`. Raises what reading a torch file raises. That it was written under another one's
-    name is noted (`stems`).
+    trust: as for `reader.load_file`. Raises what reading a torch file raises. If the file was written under another
+    file's name, that is noted (`stems`).
     """
     file = reader.load_file(path, trust=trust)
     stems.check(path, file)
     found = file.graph
     if not isinstance(found, dict):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__} where DeepSpeed writes a dict")
-    # What is the caller's own is handed on as it is; all else is compared and gone through.
+    # The caller's own state is passed on as it is. Everything else is compared and walked through.
     gone_through = {key: found[key] for key in found if "module" not in found or key in OWN_KEYS}
     graphs.check(str(path), found, gone_through)
     return found
@@ -188,7 +193,7 @@ def check_ranks(what: str, files: Mapping[int, Path], dp: int, path: Path, patte
     """Raise DamagedCheckpoint unless there is exactly one file for each of the ranks 0 to dp - 1."""
     count = dp - sum(0 <= r < dp for r in files)
     if count > 0:
-        # As many steps as there are files: what one of them says may be any number.
+        # This takes no more steps than there are files, since the number that a file says may be anything.
         missing = islice((r for r in range(dp) if r not in files), 5)
         names = ", ".join(pattern.format(r) for r in islice(missing, 4)) + (", …" if count > 4 else "")
         raise DamagedCheckpoint(

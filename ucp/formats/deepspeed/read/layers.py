@@ -1,10 +1,10 @@
 """The layer files of a pipeline: what a PipelineModule's model files have in place of a state dict.
 
 ``runtime/pipe/module.py: save_state_dict`` writes the state dict of every layer, under its index in the whole model,
-and for each tensor-parallel rank. Its keys are the layer's own: a plain layer's are ``{index}.{key}`` in the module, a
-tied layer's ``tied_modules.{tie}.{key}``. Which layers are tied stands in no layer file; it follows from the names that
-the stages' model files give to what they train, and to buffers. A tied layer that is used through a function has no
-file, and its weights are in the file of another layer of the same tie.
+and for each tensor-parallel rank. Its keys are the layer's own. In the module, a plain layer's are ``{index}.{key}``,
+and a tied layer's are ``tied_modules.{tie}.{key}``. No layer file says which layers are tied. That follows from the
+names that the stages' model files give to buffers and to what they train. A tied layer that is used through a function
+has no file, and its weights are in the file of another layer of the same tie.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _TIED = unnamed_pipeline.TIED
 
 
 def layer_files(path: Path, without: Collection[int] = ()) -> dict[int, dict[int, Path]]:
-    """The layer files of a folder: tensor-parallel rank -> layer -> file; {} where it was no pipeline. without: layers
-    that are left aside.
+    """The layer files of a folder: tensor-parallel rank -> layer -> file; {} if it is not of a pipeline.
 
-    Raises DamagedCheckpoint where tensor-parallel ranks have not files of the same layers.
+    without: layers that are ignored.
+
+    Raises DamagedCheckpoint if tensor-parallel ranks do not have files of the same layers.
     """
     out: dict[int, dict[int, Path]] = {}
     for name in locations.names(path):
@@ -57,11 +58,13 @@ def with_modules(
 ) -> Mapping[int, Mapping[int, ModelFile]]:
     """The model files, by model-parallel and data-parallel rank, with a pipeline's state dicts from its layer files.
 
-    Every stage gets what it trains and its buffers; what no stage names (frozen parameters) the first stage gets.
-    Other checkpoints come back as they are. param_names: as for `ucp.formats.deepspeed.read`. without:
-    layers whose files are left aside.
+    Every stage gets what it trains and its buffers. The first stage also gets what no stage names (frozen parameters).
+    Other checkpoints come back as they are.
 
-    Raises DamagedCheckpoint for missing files, Unsupported where nothing tells which layers are tied.
+    param_names: as for `ucp.formats.deepspeed.read`.
+    without: layers whose files are ignored.
+
+    Raises DamagedCheckpoint for missing files, Unsupported if nothing tells which layers are tied.
     """
     if all(files[0].raw.get("module", {}) is not None for files in models.values()):
         return models
@@ -84,8 +87,11 @@ def with_modules(
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of a tensor-parallel rank. names: of what it trains, with shapes where they are known, and of buffers,
-    without. trained: the names in each param group where the model file does not have them. unnamed: no file has them.
+    """One stage of a tensor-parallel rank.
+
+    names: of what it trains, with shapes if they are known, and of buffers, without shapes.
+    trained: the names in each param group, if the model file does not have them.
+    unnamed: no file has the names.
     """
 
     mp: int
@@ -109,8 +115,8 @@ class _Stage:
 
 
 def _sliced(folder: Folder) -> list[list[str]]:
-    """The parameters of each param group in the order of its flat buffer, by the optimizer files' slices: of pipelines
-    in bf16 without ZeRO, whose BF16_Optimizer cuts states as stage 1 does."""
+    """The parameters of each param group in the order of its flat buffer, by the optimizer files' slices. This is for
+    pipelines in bf16 without ZeRO, whose BF16_Optimizer cuts states as stage 1 does."""
     groups: dict[int, dict[str, None]] = {}
     for rank in sorted(folder.optim):
         found = load(folder.optim[rank], trust=None).get("optimizer_state_dict")
@@ -171,7 +177,7 @@ def _with_split(
     stages: Sequence[_Stage],
     param_names: Sequence[Sequence[str]] | None,
 ) -> list[_Stage]:
-    """The stages with the names of what they train, where no file has them."""
+    """The stages with the names of what they train, if no file has them."""
     if not any(name in layer for group in param_names or () for name in group for layer in layers):
         param_names = None  # another model's names
     split = unnamed_pipeline.split(path, [stage.model for stage in stages], layers, param_names)

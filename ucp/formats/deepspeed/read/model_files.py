@@ -27,7 +27,7 @@ class ModelFile:
 
     @property
     def module(self) -> Mapping[str, TensorRef]:
-        """Names to tensors. Entries that are no tensors (a module's extra state) are refused by name."""
+        """Names to tensors. Entries that are not tensors (a module's extra state) are refused by name."""
         found = self.need("module")
         if not isinstance(found, Mapping):
             raise DamagedCheckpoint(f"{self.path}: 'module' is a {type(found).__name__}, not a state dict")

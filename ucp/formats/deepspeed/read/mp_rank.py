@@ -27,9 +27,11 @@ from ucp.storage.torch_pt.values import Standin
 
 @dataclass(frozen=True)
 class LocalModel:
-    """What was read. model: the first data-parallel rank's model file; parameters, tensors: local names and shapes.
+    """What was read.
 
-    Experts are the exception: they have the whole model's names and shapes. ep: over how many ranks they are spread.
+    model: the first data-parallel rank's model file.
+    ep: the number of ranks that experts are spread over.
+    parameters, tensors: with local names and shapes. Only experts have the whole model's names and shapes.
     """
 
     model: ModelFile
@@ -42,7 +44,7 @@ class LocalModel:
 
 
 def open_models(folder: Folder, trust: bool) -> dict[int, ModelFile]:
-    """The part's model files by data-parallel rank. Raises DamagedCheckpoint where the first rank's is missing."""
+    """The part's model files by data-parallel rank. Raises DamagedCheckpoint if the first rank's is missing."""
     if 0 not in folder.model:
         raise DamagedCheckpoint(f"{folder.path}: rank 0's model file '{folder.model_pattern.format(0)}' is missing")
     return {r: ModelFile(p, load(p, trust)) for r, p in folder.model.items()}
@@ -135,7 +137,7 @@ def _optimizer_states(
 def _with_swap_files(
     folder: Folder, model: ModelFile, optim: Mapping[int, tuple[Path, Mapping[str, Any]]], order: Sequence[str]
 ) -> dict[int, tuple[Path, Mapping[str, Any]]]:
-    """The optimizer files with what ZeRO-Infinity keeps beside them; their folders have numbers of global ranks."""
+    """The optimizer files with what ZeRO-Infinity keeps beside them, in folders numbered by global rank."""
     parts, groups, dp = int(model.raw.get("mp_world_size") or 1), model.param_shapes, len(optim)
     return {
         r: (path, swap_files.bring_back(path, r * parts + folder.mp, sd, stage3.MASTERS, groups, order, dp))

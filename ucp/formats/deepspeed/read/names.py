@@ -18,8 +18,8 @@ def is_ours(name: str) -> bool:
 
 
 def owners(names: Sequence[str]) -> dict[str, str]:
-    """Which rank wrote each file of the model or the optimizer. Data-parallel ranks are named without their
-    model-parallel one where there is just one."""
+    """Which rank wrote each file of the model or the optimizer. If there is just one model-parallel rank, it is not
+    named."""
     found = {name: match for name in names for kind in (MODEL, OPTIM, EXPERT_OPTIM) if (match := kind.match(name))}
     is_cut = any(int(match["mp"]) for match in found.values())
     return {name: _owner(match.groupdict(), is_cut) for name, match in found.items()}

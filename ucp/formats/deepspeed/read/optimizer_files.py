@@ -14,7 +14,7 @@ from ucp.storage.torch_pt.values import TensorRef
 
 @dataclass(frozen=True)
 class FlatState:
-    """A flat buffer's optimizer states on one rank, told apart. tensors: as long as the buffer; scalars: the rest."""
+    """A flat buffer's optimizer states on one rank, told apart. tensors: as long as the buffer. scalars: the rest."""
 
     tensors: Mapping[str, TensorRef]
     scalars: Mapping[str, Scalar]
@@ -23,9 +23,9 @@ class FlatState:
 def split_state(
     builder: Builder, path: Path, where: str, state: Mapping[str, Any], lengths: Sequence[int]
 ) -> FlatState:
-    """Tell tensors of one of these lengths from scalars; refuse by name what is neither.
+    """Tell tensors of one of these lengths from scalars. Refuse by name what is neither.
 
-    Adafactor's factors and block-quantised states, for example, have a shape that a flat buffer's cut says nothing of.
+    Adafactor's factors and block-quantised states, for example, have shapes that do not follow a flat buffer's cut.
     """
     tensors: dict[str, TensorRef] = {}
     scalars: dict[str, Scalar] = {}
@@ -104,9 +104,9 @@ def flat_refs(path: Path, key: str, value: Any) -> list[TensorRef]:
 def divide_step(options: Mapping[str, Any], states_count: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """A param group's hyperparameters without a step count that belongs to its parameters, and that count.
 
-    DeepSpeed's Adams count in the parameters' states, and had the count in the group once, or have a copy of it there.
-    Optimizers that count in the group alone (AdEMAMix and others of pytorch_optimizer) keep it there: their states have
-    no place for it. states_count: whether the group's states have a count.
+    DeepSpeed's Adams count in the parameters' states. They once had the count in the group, or have a copy of it there.
+    Optimizers that count only in the group (AdEMAMix and others of pytorch_optimizer) keep it there, since their states
+    have no place for it. states_count: whether the group's states have a count.
     """
     own = {"step": options["step"]} if "step" in options and (states_count or "bias_correction" in options) else {}
     return {key: value for key, value in options.items() if key not in own}, own

@@ -1,9 +1,9 @@
 """What is left of a pipeline's checkpoint that lost files of some of its stages.
 
-A stage is whole where its model file, all its optimizer files and the layer files of all that it trains are there and
-can be read. The stages that are whole are read as a pipeline of their own, so what they hold in common with a lost one
-(tied modules) is read from them. A layer's file of a lost stage may still be there: it has the weights, in the element
-type of the module, and no optimizer states.
+A stage is whole if its model file, all its optimizer files and the layer files of all that it trains are there and can
+be read. The whole stages are read as a pipeline of their own, so what they hold in common with a lost one (tied
+modules) is read from them. Files of a lost stage's layers may still be there. They have the weights, in the element
+type of the module, but no optimizer states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def remains(
     trust_client_state: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Remains | None:
-    """None where it was no pipeline, or lost nothing. Raises what reading what is left raises."""
+    """What is left; None if it is not a pipeline's checkpoint or lost nothing. Raises what reading the rest raises."""
     present = sort_files(path)
     if present.parts or not any(layers.LAYER.match(name) for name in locations.names(path)):
         return None
@@ -72,8 +72,12 @@ def remains(
 
 @dataclass
 class _Look:
-    """What a look at the files shows. models: of every model-parallel rank whose model file can be read. lost: stages.
-    faults: files, each with what is wrong."""
+    """What a look at the files shows.
+
+    models: the model file of every model-parallel rank, if it can be read.
+    lost: the lost stages.
+    faults: files, each with what is wrong.
+    """
 
     path: Path
     tp: int
@@ -111,7 +115,7 @@ class _Look:
         if mp not in present.whole:
             return [(str(self.path / f"mp_rank_{mp:02d}_model_states.pt"), "is missing")]
         if mp not in self.models:
-            return []  # which is told already
+            return []  # that is reported already
         out = []
         model, folder = self.models[mp], present.folder(self.path, mp)
         if model.raw.get("param_shapes") is not None:
@@ -130,7 +134,7 @@ class _Look:
 
     @property
     def described(self) -> set[int]:
-        """The stages of which a model file says what they trained."""
+        """The stages for which a model file says what they trained."""
         return {mp // self.tp for mp in self.models}
 
     def ranges(self) -> dict[int, tuple[int, int]]:
@@ -166,7 +170,7 @@ class _Look:
         return sorted(found)
 
     def lost_names(self) -> dict[str, Shape]:
-        """What the lost stages trained, where a model file is left that says so."""
+        """What the lost stages trained, if a model file that says so is left."""
         out: dict[str, Shape] = {}
         for mp, model in self.models.items():
             if mp // self.tp in self.lost and self.tp == 1 and model.raw.get("param_shapes") is not None:
@@ -174,7 +178,7 @@ class _Look:
         return out
 
     def buffers(self) -> set[str]:
-        """What the lost stages kept as buffers, where a model file is left that says so."""
+        """What the lost stages kept as buffers, if a model file that says so is left."""
         lost = [model for mp, model in self.models.items() if mp // self.tp in self.lost]
         return {str(name) for model in lost for name in model.raw.get("buffer_names") or ()}
 
@@ -191,7 +195,7 @@ class _Look:
         return out
 
     def unknown(self) -> str:
-        """Why nothing tells what was lost; empty where it is known."""
+        """Why nothing tells what was lost; an empty string if it is known."""
         last = self.pp - 1
         if last in self.lost and last not in self.described:
             return (

@@ -1,8 +1,8 @@
-"""Parameters that several pipeline stages hold, and of which the first stage's copy is the one, as the model says.
+"""Parameters that several pipeline stages hold and for which, as the model says, the first stage's copy counts.
 
-``universal_checkpoint_info`` may list patterns of such (``pipeline_replicated_parameter_patterns``). Megatron-DeepSpeed
-does so for its tied embedding module: the last stage has all of it and trains the word embeddings alone, so that its
-other copies are of no account. DeepSpeed's own converter skips them as well (``checkpoint/ds_to_universal.py``).
+``universal_checkpoint_info`` may list their patterns (``pipeline_replicated_parameter_patterns``). Megatron-DeepSpeed
+does so for its tied embedding module: the last stage has all of it but trains only the word embeddings, so its other
+copies do not matter. DeepSpeed's own converter skips them as well (``checkpoint/ds_to_universal.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_declared(info: Any, name: str) -> bool:
 
 
 def first_copies(parts: Mapping[Coordinate, LocalModel]) -> dict[Coordinate, LocalModel]:
-    """The parts without what the model declares to be another copy of an earlier stage's."""
+    """The parts without what the model declares to be a copy of an earlier stage's parameter."""
     seen: dict[tuple[int, int], set[str]] = {}
     out: dict[Coordinate, LocalModel] = {}
     for at in sorted(parts, key=lambda at: at.pp):

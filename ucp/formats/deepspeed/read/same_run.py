@@ -1,9 +1,9 @@
 """A spot check that a stage-1 or -2 checkpoint's files belong together.
 
-Nothing in an optimizer file names the run that wrote it, but the model file holds the same weights rounded: a few
-elements of every fragment of the masters are compared with them. A file most of whose fragments disagree comes from
-another run or another step; single parameters that disagree were changed without the optimizer knowing, and are named
-in a warning.
+Nothing in an optimizer file names the run that wrote it, but the model file holds the same weights, rounded. So a few
+elements of every fragment of the masters are compared with them. If most fragments of a file disagree, it comes from
+another run or another step. If single parameters disagree, they were changed without the optimizer knowing, and a
+warning names them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
 def _agrees(builder: Builder, masters: LogicalTensor, block: int, weight: TensorRef) -> bool | None:
     """Whether the first elements of one fragment, rounded, are the module's weights, bit for bit.
 
-    None where that tells nothing: weights that are all alike, as norms' are at first, or that cannot be compared.
+    None if that tells nothing: if the weights are all equal, as those of norms are at first, or cannot be compared.
     """
     if weight.shape != masters.shape or not weight.is_contiguous:
         return None

@@ -1,10 +1,10 @@
-"""Whether all files are of one save: what each says of its moment must be what the others say.
+"""Whether all files are of one save: they must agree in what each says of the moment when it was written.
 
-An optimizer file names neither run nor step, but it has what changes from step to step (`join_states` compares the
-step counts): the loss scaler's state, hyperparameters that a scheduler sets; and the config and the version of the
-DeepSpeed that wrote it. What contradicts is refused with both files and values. Where nothing of that changes (plain
-SGD without a scheduler), the files' times are all that is left: far apart, they are told. torch stores no times in its
-archives (all records have the year 1980).
+An optimizer file names neither run nor step. But it has what changes from step to step: the loss scaler's state and
+hyperparameters that a scheduler sets (`join_states` compares the step counts). It also has the config and the version
+of the DeepSpeed that wrote it. Contradictions are refused with both files and values. If nothing of that changes (plain
+SGD without a scheduler), only the files' times are left: if they are far apart, that is reported. torch stores no times
+in its archives (all records have the year 1980).
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def check_writers(files: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def scaler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The loss scaler's numbers in an optimizer's state dict; None where it has no scaler."""
+    """The loss scaler's numbers in an optimizer's state dict; None if it has no scaler."""
     scaler = state.get("loss_scaler")
     found = scaler.state if isinstance(scaler, Standin) else {k: state[k] for k in _SCALER_KEYS if k in state}
     return {k: v for k, v in found.items() if isinstance(v, (bool, int, float))} or None
 
 
 def _same(what: str, values: Mapping[Path, Any]) -> None:
-    """Raise DamagedCheckpoint where two files that say something say different things."""
+    """Raise DamagedCheckpoint if two files have values that differ. None is not a value."""
     said = {path: value for path, value in values.items() if value is not None}
     if said:
         same_on_all_ranks(what, said)

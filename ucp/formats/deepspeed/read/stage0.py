@@ -8,12 +8,12 @@ to be given its name:
 1. by the names that the optimizer itself recorded (torch's ``param_names``), else by those that the caller gives, if
    they are as many in every group and name this module's parameters; a group that follows the caller's module is taken
    in the order of this one (`ucp.formats.nouns.ModuleOrder`);
-2. else by the module's own order: of the names with a slot's shape, in the order in which the module lists them,
-   confirmed by the values: a master rounded to the module's element type is the module's weight.
+2. else by the module's own order: the names with a slot's shape are taken in the order in which the module lists them.
+   The values confirm it: a master rounded to the module's element type is the module's weight.
 
-Where neither decides, because parameters of one shape lie in several groups (or some of them are frozen) and no masters
-tell them apart, or because the slots' shapes show that the optimizer was made in another order than the module's, the
-checkpoint is refused.
+The checkpoint is refused if neither decides. Parameters of one shape may lie in several groups (or some of them may be
+frozen) while no masters tell them apart. Or the slots' shapes may show that the optimizer was made in another order
+than the module's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ucp.storage.torch_pt.values import TensorRef
 
 @dataclass(frozen=True)
 class _UnnamedParameter:
-    """One parameter of the optimizer, not yet named. shape: None where nothing tells it."""
+    """One parameter of the optimizer, not yet named. shape: None if nothing tells it."""
 
     group: int
     shape: Shape | None
@@ -60,8 +60,8 @@ def read(
 ) -> list[ParamGroup]:
     """Enter all parameters that the optimizer updates.
 
-    trainable: candidates, in the module's order: the module's tensors but for buffers and tied aliases.
-    names: each param group's parameters in order, where the caller knows them (a live engine's, say).
+    trainable: candidates, in the module's order: the module's tensors except buffers and tied aliases.
+    names: each param group's parameters in order, if the caller knows them (from a live engine, say).
     """
     saved = model.raw["optimizer"]
     inner = saved.get("optimizer_state_dict", saved)
@@ -107,10 +107,11 @@ def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any
 
 
 def _common_steps(groups: Sequence[Mapping[str, Any]], slots: Sequence[_UnnamedParameter]) -> dict[int, Scalar]:
-    """Param groups whose parameters have one step count together, and that.
+    """Param groups whose parameters share one step count -> that count.
 
-    DeepSpeed's FusedAdam (the only one there with 'bias_correction' in its groups that counts so; ``ops/adam``) steps a
-    group as one and raises the count in its last parameter's state only; the others' stay at what they began with.
+    DeepSpeed's FusedAdam (the only optimizer there with 'bias_correction' in its groups that counts so; ``ops/adam``)
+    steps a group as one. It raises the count only in the state of the group's last parameter, and the others keep the
+    count that they began with.
     """
     steps: dict[int, Scalar] = {}
     for slot in slots:
@@ -187,8 +188,8 @@ def _name(
 
 
 def _check_order(model: ModelFile, pairs: Sequence[tuple[str, _UnnamedParameter]], module: Sequence[str]) -> None:
-    """Raise Unsupported where names that shapes alone have told are not in the module's order, so that the optimizer
-    was made in another one, and parameters of one shape may be anywhere in it."""
+    """Raise Unsupported if names found by shapes alone are not in the module's order. Then the optimizer was made in
+    another order, in which parameters of one shape may be anywhere."""
     place = {name: k for k, name in enumerate(module)}
     for group in {slot.group for _, slot in pairs if slot.master is None}:
         places = [place[name] for name, slot in pairs if slot.group == group]
@@ -236,8 +237,8 @@ def _match(
 
 
 def _interchangeable(slots: list[tuple[int, _UnnamedParameter]], hits: list[str], candidates: list[str]) -> bool:
-    """Equal weights (norms at their initial ones, say) leave only the order to tell them apart: trust it where all
-    slots of the shape lie in one group and none of the candidates is left over."""
+    """Equal weights (norms at their initial ones, say) can only be told apart by their order. It is trusted if all
+    slots of the shape lie in one group and no candidate is left over."""
     return len({s.group for _, s in slots}) == 1 and len(slots) == len(candidates)
 
 

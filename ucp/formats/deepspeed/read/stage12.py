@@ -1,10 +1,10 @@
 """Optimizer files of stages 1 and 2 and of BF16_Optimizer.
 
 Sources: ``runtime/zero/stage_1_and_2.py: state_dict`` and ``runtime/bf16_optimizer.py: state_dict``. A group's
-parameters lie in one flat buffer in the order of the model file's ``param_shapes`` (which is the round-robin order
-where that is on; the files' ``param_slice_mappings`` are wrong there and are not used), with the elements of
-``param_alignment_paddings`` between them; the buffer is cut into equal partitions. The master weights of stages 1 and 2
-are saved without the padding at their end, everything else with it.
+parameters lie in one flat buffer in the order of the model file's ``param_shapes``, with the elements of
+``param_alignment_paddings`` between them. With round robin, that is the round-robin order, and the files'
+``param_slice_mappings`` are wrong and not used. The buffer is cut into equal partitions. The master weights of stages 1
+and 2 are saved without the padding at their end, everything else with it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ MASTERS = "single_partition_of_fp32_groups"
 
 @dataclass(frozen=True)
 class OptimizerContext:
-    """What other files say of the optimizer's. offloaded: its states were kept on the host (``offload_optimizer``).
-    round_robin: ``param_shapes`` has a group's parameters in that order, which is not the optimizer's."""
+    """What other files say about the optimizer files.
+
+    offloaded: the states were kept on the host (``offload_optimizer``).
+    round_robin: ``param_shapes`` has a group's parameters in round-robin order, which is not the optimizer's.
+    """
 
     offloaded: bool
     round_robin: bool
@@ -133,10 +136,10 @@ class _Momentum:
 
 
 def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> bool:
-    """Whether this is a group of Muon's that keeps momenta of whole matrices, not of partitions.
+    """Whether this is a group of Muon that keeps momenta of whole matrices, not of partitions.
 
-    Stages 1 and 2 without offload: every rank keeps, end to end, the momentum of every matrix that its partition
-    touches, so that a matrix cut by a boundary has its momentum on both sides (``_muon_momentum_buffer``).
+    At stages 1 and 2 without offload, every rank keeps, end to end, the momentum of every matrix that its partition
+    touches. So a matrix cut by a boundary has its momentum on both sides (``_muon_momentum_buffer``).
     """
     base = sd.get("base_optimizer_state")
     return (
@@ -165,9 +168,9 @@ def _padding(path: Path, sd: Mapping[str, Any], g: int) -> int:
 
 
 def _own_padding(saved: Mapping[int, int], padding: dict[int, int]) -> dict[int, int]:
-    """Each rank's padding, where its file counts more than that.
+    """Each rank's padding, corrected if its file counts more.
 
-    Up to DeepSpeed 0.15 the last rank counts all of a group's padding, even what lies on the ranks before it, and saves
+    Up to DeepSpeed 0.15 the last rank counts all of a group's padding, even what lies on the ranks before it. It saves
     the slice of its partition that this count leaves. saved: elements of a rank's masters in its file.
     """
     last = max(saved)
@@ -185,7 +188,7 @@ def _alignment(path: Path, sd: Mapping[str, Any], g: int) -> list[int] | None:
 
 
 def _partitions(path: Path, sd: Mapping[str, Any], g: int) -> int:
-    """Into how many partitions a group was cut, by a file that says it; else 0."""
+    """The number of partitions that a group was cut into, if the file says it; else 0."""
     count = sd.get("partition_count")
     with malformed(path, "'partition_count'"):
         return int(count[g] if isinstance(count, (list, tuple)) else count or 0)
@@ -194,10 +197,11 @@ def _partitions(path: Path, sd: Mapping[str, Any], g: int) -> int:
 def _check_slices(
     optim: Mapping[int, tuple[Path, Mapping[str, Any]]], g: int, places: Mapping[str, tuple[int, int]], size: int
 ) -> None:
-    """Note where a file's slices are another rank's: the files of two ranks are swapped.
+    """Note if a file's slices are another rank's: then the files of two ranks are swapped.
 
-    places: the first element and the number of elements of every parameter in the whole flat buffer. A file that has
-    slices of no rank proves nothing (there are forms of them that are not known here).
+    places: the first element and the number of elements of every parameter in the whole flat buffer.
+
+    A file whose slices fit no rank proves nothing (there are forms of slices that are not known here).
     """
     told = {r: _slices(path, sd, g) for r, (path, sd) in optim.items()}
     if not any(told.values()):
@@ -263,7 +267,7 @@ def _options(path: Path, sd: Mapping[str, Any], g: int) -> dict[str, Any] | None
 
 
 def _into_scalars(builder: Builder, names: Iterable[str], step: Mapping[str, Any]) -> None:
-    """Give the parameters a count that their group keeps, where they have none."""
+    """Give the parameters the count that their group keeps, if they have none."""
     for name in names if step else ():
         info = builder.parameters[name]
         builder.parameters[name] = replace(info, scalars={**step, **info.scalars})

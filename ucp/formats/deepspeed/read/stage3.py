@@ -1,8 +1,8 @@
 """Optimizer files of stage 3, and the frozen parameters that stage 3 cuts in the same way.
 
-Source: ``runtime/zero/stage3.py: _rigid_state_dict``. Each flat buffer is a subgroup's: every parameter's ceil-sized
-piece in the order of ``param_shapes[subgroup]``. torch numbers the optimizer's states through the param groups in turn,
-and each param group lists its subgroups in ascending order.
+Source: ``runtime/zero/stage3.py: _rigid_state_dict``. Each flat buffer belongs to a subgroup. It has every parameter's
+ceil-sized piece in the order of ``param_shapes[subgroup]``. torch numbers the optimizer's states through the param
+groups in turn, and each param group lists its subgroups in ascending order.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def _members(path: Path, base: Mapping[str, Any]) -> list[list[int]]:
 
 
 def _partitions(path: Path, sd: Mapping[str, Any], s: int) -> int:
-    """Into how many partitions a subgroup was cut; AutoEP's experts into fewer than the rest."""
+    """The number of partitions that a subgroup was cut into. AutoEP's experts are cut into fewer than the rest."""
     found = sd.get("ds_zero_partition_groups")
     with malformed(path, "the count of partitions"):
         return int(found[s]["partition_count"]) if found else int(sd.get("partition_count") or 0)
 
 
 def _check_rank(path: Path, sd: Mapping[str, Any], s: int, r: int) -> None:
-    """Raise DamagedCheckpoint where the file says that it is another rank's among those that share the subgroup."""
+    """Raise DamagedCheckpoint if the file says that it is from another of the ranks that share the subgroup."""
     found = sd.get("ds_zero_partition_groups")
     with malformed(path, "'ds_zero_partition_groups'"):
         said = found[s].get("partition_rank") if found else None

@@ -1,10 +1,10 @@
 """Whether a file is the one that its name says: torch keeps, in the archive, the name that it was written under.
 
-Ranks' files are alike in all but their data, so that two that were swapped would be read without a contradiction.
-torch makes the file's name (without its extension) the root folder of the archive in it. A root that is the name of
-another of DeepSpeed's files is refused. Some say nothing: a checkpoint engine that writes to a stream of its own
+Ranks' files differ only in their data, so two that were swapped would be read without a contradiction. torch makes the
+file's name (without its extension) the root folder of the archive in it. A root that is the name of another DeepSpeed
+file is refused. Some roots say nothing: a checkpoint engine that writes to a stream of its own
 (``fast_checkpoint_engine.py``) leaves "archive", torch's older format keeps no name, and tools may write under a
-temporary one.
+temporary name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ log = logger(__name__)
 
 @dataclass
 class Unchecked:
-    """Files of one checkpoint for which a check was not possible. names: by stem; bytes: by CRC-32. renamed: files that
-    are another rank's, with a sentence on that."""
+    """Files of one checkpoint for which a check was not possible.
+
+    renamed: files that are another rank's, each with a sentence on that.
+    names: files that could not be checked by their stem.
+    bytes: files that could not be checked by CRC-32.
+    """
 
     renamed: dict[Path, str] = field(default_factory=dict)
     names: dict[Path, None] = field(default_factory=dict)
@@ -60,8 +64,8 @@ _open: ContextVar[Unchecked | None] = ContextVar("unchecked", default=None)
 def noting() -> Iterator[Unchecked]:
     """Collect, from all files that the block reads, what could not be checked.
 
-    Raises DamagedCheckpoint at the end of the block where a file was written as another one of a checkpoint. What else
-    the block finds wrong comes first in the message: it may well tell which tensors such files hold.
+    Raises DamagedCheckpoint at the end of the block if a file was written under another checkpoint file's name. Other
+    faults that the block finds come first in the message: they may tell which tensors such files hold.
     """
     found = Unchecked()
     token = _open.set(found)
@@ -84,7 +88,7 @@ def _swapped(found: Unchecked) -> str:
 
 
 def note_swapped(path: Path, sentence: str) -> None:
-    """Note that a file is another rank's, by what the sentence says. Raises DamagedCheckpoint where nobody notes."""
+    """Note that a file is another rank's, as the sentence says. Raises DamagedCheckpoint outside of `noting`."""
     noted = _open.get()
     if noted is None:
         raise DamagedCheckpoint(sentence)
@@ -92,7 +96,7 @@ def note_swapped(path: Path, sentence: str) -> None:
 
 
 def check(path: Path, file: TorchFile) -> None:
-    """Note a file that was written as another one of a checkpoint, or says nothing of that."""
+    """Note a file that was written under another file's name, or that does not say under which name."""
     noted = _open.get() or Unchecked()
     if not file.has_crcs:
         noted.bytes[path] = None
