@@ -22,8 +22,9 @@ from ucp.storage import locations
 class FolderNames:
     """What one look into a folder shows; all formats are asked about it.
 
-    names: of the files and folders in it, sorted. listed: False where the folder cannot be listed; a file of a known
-    name can be asked for even then. is_file: the path is a file's, and there are no names in it.
+    names: of the files and folders in it, sorted.
+    listed: False if the folder cannot be listed. Even then a file of a known name can be asked for.
+    is_file: the path is a file's, so there are no names in it.
     """
 
     path: Path
@@ -44,8 +45,9 @@ class FolderNames:
 class ReadRequest:
     """How a checkpoint is to be read.
 
-    choice: the spec, and the model's config, that the caller gives. compare: refuse a checkpoint in which copies of the
-    same elements differ. options: those of the format's ``read_options`` that were given, by name, checked.
+    choice: the spec, and the model's config, that the caller gives.
+    compare: refuse a checkpoint in which copies of the same elements differ.
+    options: those of the format's ``read_options`` that were given, by name, checked.
     """
 
     choice: Choice
@@ -55,9 +57,12 @@ class ReadRequest:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a checkpoint says of its model. info: how its framework cuts it, as DeepSpeed's
-    ``universal_checkpoint_info`` says it; config: the model's; each None where the checkpoint has none. captures: which
-    numbers in parameters' names are places along an axis, as for `ucp.spec.infer.draft`."""
+    """What a checkpoint says of its model.
+
+    info: how its framework cuts it, as in DeepSpeed's ``universal_checkpoint_info``; None if the checkpoint has none.
+    config: the model's config; None if the checkpoint has none.
+    captures: which numbers in parameters' names are places along an axis, as for `ucp.spec.infer.draft`.
+    """
 
     info: Any
     config: Mapping[str, Any] | None
@@ -68,7 +73,8 @@ class ModelFacts:
 class Salvage:
     """What can be told of a checkpoint that is too damaged to be opened.
 
-    faults: of its files, each with what is wrong. catalog: what its metadata still says, unchecked; None for nothing.
+    faults: files, each with what is wrong.
+    catalog: what its metadata still says, unchecked; None if it says nothing.
     """
 
     faults: tuple[tuple[str, str], ...]
@@ -79,10 +85,13 @@ class Salvage:
 class Remains:
     """What is left of a checkpoint that lost files of some of its layers.
 
-    catalog: what is left, whole by itself. files: that are missing or damaged, each with what is wrong. parameters:
-    those that are lost, as far as they are known. layers: numbers of lost layers of which nothing else is known.
-    stateless: parameters of the catalog whose weights are left and whose optimizer states are lost. unknown: why
-    nothing tells what was lost; empty where it is known. buffers_known: ``parameters`` has lost buffers, too.
+    catalog: what is left, whole by itself.
+    files: missing or damaged files, each with what is wrong.
+    parameters: those that are lost, as far as they are known.
+    layers: numbers of lost layers of which nothing else is known.
+    stateless: parameters of the catalog whose weights are left but whose optimizer states are lost.
+    unknown: why nothing tells what was lost; an empty string if it is known.
+    buffers_known: whether ``parameters`` has lost buffers, too.
     """
 
     catalog: Catalog
@@ -98,9 +107,12 @@ class Remains:
 class WriteRequest:
     """What a target has to know besides the catalog.
 
-    source, source_format: the opened checkpoint's folder, and its format's name. destination: a path or URL. tag: the
-    checkpoint's name, for targets whose folder holds several. layout: the ranks to write for, None where the target
-    takes none. choice: the spec that the caller gives. options: the target's own that were given, by name, checked.
+    source, source_format: the opened checkpoint's folder, and its format's name.
+    destination: a path or URL.
+    tag: the checkpoint's name, for targets whose folder holds several.
+    layout: the ranks to write for, None if the target takes no layout.
+    choice: the spec that the caller gives.
+    options: the target's own options that were given, by name, checked.
     workers: threads, None for the default.
     """
 
@@ -118,9 +130,9 @@ class WriteRequest:
 class Division:
     """How a framework divides a checkpoint over the ranks of a layout.
 
-    held: every tensor with the boxes of it that ranks hold, ``buffers`` being the rank; a tensor that is cut up between
-    the frameworks' modules comes once for each part, as a tensor of that part. stages: the first layer of each pipeline
-    stage, and at the end the number of layers; None without a pipeline.
+    held: every tensor with the boxes of it that ranks hold; ``buffers`` is the rank. A tensor that is cut up between
+    the framework's modules comes once for each part, as a tensor of that part.
+    stages: the first layer of each pipeline stage, and at the end the number of layers; None without a pipeline.
     """
 
     held: Iterable[tuple[LogicalTensor, Blocks]]
@@ -130,14 +142,14 @@ class Division:
 class ModuleOrder(tuple[str, ...]):
     """A param group's names, in the order in which the caller's module has them, as most optimizers are made.
 
-    Where a checkpoint numbers an optimizer's parameters, and its own module has them in another order, it is that one
-    by which they were numbered: the caller's may have been changed since. Names in any other order of the caller's are
-    a plain sequence, and trusted as they are.
+    If a checkpoint numbers an optimizer's parameters and its own module has them in another order, they were numbered
+    in the checkpoint's order: the caller's module may have been changed since. Names that the caller gives in any other
+    order are a plain sequence, and are trusted as they are.
     """
 
     @classmethod
     def of_group(cls, group: Iterable[str], module: Iterable[str]) -> Sequence[str]:
-        """The group as one of these, if it follows the module's order."""
+        """The group as a ModuleOrder if it follows the module's order, else as a plain list."""
         names, place = list(group), {name: k for k, name in enumerate(module)}
         places = [place.get(name, -1) for name in names]
         return cls(names) if places == sorted(places) and -1 not in places else names
@@ -149,7 +161,7 @@ class ModuleOrder(tuple[str, ...]):
 
 
 def by_module(group: Sequence[str], module: Iterable[str]) -> Sequence[str]:
-    """The group's names in the order of the checkpoint's module, where they were in that of the caller's."""
+    """The group's names in the order of the checkpoint's module, if they were in the order of the caller's module."""
     if not isinstance(group, ModuleOrder):
         return group
     known = set(group)

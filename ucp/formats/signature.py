@@ -1,7 +1,7 @@
 """Keywords that formats declare, shown in the signatures of the functions that take them.
 
-A function that takes the formats' own options takes them as ``**``, and so its signature would tell nobody what they
-are. Decorated, it shows every one of them to ``help``, notebooks and tests; how it is called does not change.
+A function takes the formats' own options as ``**``, so its signature would not tell what they are. Once it is
+decorated, it shows each of them to ``help``, notebooks and tests. How it is called does not change.
 """
 
 from __future__ import annotations

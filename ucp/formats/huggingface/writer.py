@@ -1,7 +1,7 @@
 """A Hugging Face model folder of a checkpoint's weights, as transformers' own ``save_pretrained`` writes it.
 
-Names are those of the files, which for some families are not the module's: the spec's ``names: huggingface:`` says so.
-Tied parameters are stored once, where the config ties them.
+Names are those of the files. For some families they are not the module's: the spec's ``names: huggingface:`` says so.
+Tied parameters are stored once if the config ties them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ def plan(
 ) -> tuple[Catalog, list[TargetFile]]:
     """The catalog that the files are written from, and the files.
 
-    dtype: one of `FLOAT_SPELLINGS`, for all tensors of floating-point numbers: rounded to nearest, ties to even; others
-    stay exact. max_shard: bytes. like: a folder whose config, tokenizer and generation files are carried over; with an
-    adapter_config.json and no config.json, the checkpoint's adapter is written and nothing else. choice: the spec, if
-    not the catalogue's for the config's model_type; parameters that have another framework's names by it get its own.
+    dtype: one of `FLOAT_SPELLINGS`, for all tensors of floating-point numbers, which are rounded to nearest, ties to
+    even. Other tensors stay exact.
+    max_shard: bytes.
+    like: a folder whose config, tokenizer and generation files are carried over. If it has an adapter_config.json and
+    no config.json, only the checkpoint's adapter is written.
+    choice: the spec, if not the catalogue's for the config's model_type. Parameters that have another framework's names
+    by it get its own names.
 
     Raises BadArgument for a type or folder that is none, Unsupported for what such a folder can't hold, Mismatch where
     values would be lost or the config is another model's, and what renaming raises.

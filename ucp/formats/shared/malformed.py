@@ -1,4 +1,4 @@
-"""What reading a file's own structure raises where that is not as its format has it, turned into an error that says so.
+"""What reading a file raises if its structure is not as its format says, turned into an error that says so.
 
 A reader takes a file's object graph apart by keys, types and lengths. A damaged or foreign file fails at any of these,
 by whatever Python raises there. Readers do that work in this block, so that the file is named and not this project

@@ -1,6 +1,6 @@
 """The names of parameters that a torch optimizer's state dict knows by numbers alone.
 
-torch numbers parameters through the param groups in turn. Which parameter a number is, decides in this order:
+torch numbers parameters through the param groups in turn. These decide, in this order, which parameter a number is:
 
 1. names that the optimizer recorded itself (torch's ``param_names``), else those that the caller gives, if they are as
    many in every group and fit the states' shapes;
@@ -35,8 +35,12 @@ class Unnamed(Exception):
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """What may be an optimizer's. shapes: of all tensors by name, tied ones once. order: the names as the module lists
-    its parameters, asked for only where needed; None where nothing tells. given: each group's names, by the caller."""
+    """The tensors that may be an optimizer's parameters.
+
+    shapes: of all tensors by name, tied ones once.
+    order: gives the names as the module lists its parameters, or None if nothing tells. Called only if needed.
+    given: each group's names, as the caller gives them.
+    """
 
     shapes: Mapping[str, Shape]
     order: Callable[[], Sequence[str] | None]
@@ -54,7 +58,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 def named(optimizer: Mapping[str, Any], model: ModelTensors, where: str) -> dict[str, Any]:
-    """The state dict with names for numbers; one that has names already, as it is but for ``param_names``.
+    """The state dict with names for numbers. One that has names already only loses its ``param_names``.
 
     Raises Unnamed, and DamagedCheckpoint for numbers that contradict each other. where: the file, for messages.
     """
@@ -111,21 +115,21 @@ def _may_be_trained(name: str) -> bool:
 
 
 def _order(model: ModelTensors) -> Sequence[str] | None:
-    """The module's order: of the names that the caller gives as one group, else as the checkpoint tells it."""
+    """The module's order: that of the names that the caller gives as one group, else what the checkpoint tells."""
     if model.given is not None and len(model.given) == 1 and set(model.given[0]) <= model.shapes.keys():
         return by_module(model.given[0], model.order() or ())
     return model.order()
 
 
 def _shape(state: Mapping[str, Any]) -> Shape | None:
-    """A parameter's shape, as its states have it; None where no state tells. Step counts are single values."""
+    """A parameter's shape, as its states have it; None if no state tells it. Step counts are single values."""
     found = {value.shape for key, value in state.items() if isinstance(value, TensorRef) and key != "step"}
     several = {shape for shape in found if numel(shape) != 1} or found
     return next(iter(several)) if len(several) == 1 else None
 
 
 def _fit(pairs: Mapping[int, str], shapes: Mapping[int, Shape | None], weights: Mapping[str, Shape]) -> bool:
-    """Whether every name is a weight's, each once, and has its states' shape, where one is told."""
+    """Whether every name is that of a weight, appears once, and has the shape of its states, if that is known."""
     return len(set(pairs.values())) == len(pairs) and all(
         name in weights and shapes[number] in (None, weights[name]) for number, name in pairs.items()
     )

@@ -1,6 +1,6 @@
 """Entries of an optimizer that numbers its parameters, in a state dict that is flat: named as a run's own groups say.
 
-Without a run that says so they stay what they are, and load into their like only.
+Without a run that says so, they stay what they are, and load only into entries that are numbered alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MEMBERS = re.compile(rf"((?:.+\.)?){GROUPS}\.(\d+)\.{MEMBERS}")
 
 def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> None:
     """Name the numbers of every optimizer whose groups are as many and as large as the given ones, if all states have
-    the shapes of the parameters that they get so; others are left alone."""
+    the shapes of the parameters that they would get. Other optimizers are left alone."""
     groups: dict[str, dict[int, list[int]]] = {}
     for key, entry in found.entries.items():
         match = _MEMBERS.fullmatch(key)

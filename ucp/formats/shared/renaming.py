@@ -1,7 +1,7 @@
 """A catalog under other names: a framework's parameters as a spec's own, or the reverse, by the spec's ``names:``.
 
-Only the description changes: what is fused, taken apart, stacked or transposed is the same bytes of the same files, its
-boxes re-arranged. Optimizer states, values such as step counts, and param groups follow their weights.
+Only the description changes. What is fused, taken apart, stacked or transposed is still the same bytes of the same
+files, with its boxes rearranged. Optimizer states, values such as step counts, and param groups follow their weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Transform = Callable[[Blocks], tuple[Blocks, Ints]]
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A new parameter. sources: the old ones that give something to it, with the shape that each has to have and how
-    its boxes become boxes of the new one; no transform where only the name is another."""
+    """A new parameter. sources: the old ones that give something to it, with the shape that each must have and how its
+    boxes become boxes of the new one; there is no transform if only the name changes."""
 
     name: str
     shape: Shape
@@ -71,8 +71,8 @@ def rename(catalog: Catalog, bound: Bound, framework: str, *, to_framework: bool
 
 
 def best_names(catalog: Catalog, bound: Bound, known: Callable[[str], bool]) -> Catalog:
-    """The catalog by the lines under the spec's ``names:``, of whichever framework and in whichever direction gives the
-    most names that are known; as it is, where it has no fewer of them already.
+    """The catalog by the lines under the spec's ``names:``, for the framework and direction that give the most known
+    names. The catalog itself, if it has no fewer of them already.
 
     Raises what `rename` raises, for parameters that don't fit the spec.
     """
@@ -98,7 +98,7 @@ def _moved(held: Sequence[str], bound: Bound, framework: str, to_framework: bool
 
 @dataclass(frozen=True)
 class _Plain:
-    """New names where a parameter stays as it is."""
+    """New names for parameters that stay as they are."""
 
     moves: Moves
     spec: str
@@ -113,7 +113,7 @@ class _Plain:
 
 
 def _recipes(catalog: Catalog, found: Moves, plain: _Plain) -> dict[str, _Recipe]:
-    """All new parameters, each where the first of those that make it was."""
+    """All new parameters, each in the place of the first of the parameters that make it."""
     out: dict[str, _Recipe] = {}
     larger = {part.source: made for made in found.joined.values() for part in made.parts}
     arranged = {*larger, *found.split}

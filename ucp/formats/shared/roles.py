@@ -52,10 +52,14 @@ class StateEntry:
 class Roles:
     """The entries of a state dict, by what they are; every one is in exactly one of these.
 
-    tensors: entry -> (name, state) of a logical tensor. scalars: entry -> (parameter, name of a single value that an
-    optimizer keeps for it). options: entry -> (group, option). members: entry -> group, whose parameters it lists.
-    values: all others, which are no tensors. groups: group -> its parameters. model: names of the model's tensors;
-    trained: of those that an optimizer updates.
+    tensors: entry -> (name, state) of a logical tensor.
+    scalars: entry -> (parameter, name of a single value that an optimizer keeps for it).
+    options: entry -> (group, option).
+    members: entry -> the group whose parameters it lists.
+    values: all other entries, which are not tensors.
+    groups: group -> its parameters.
+    model: names of the model's tensors.
+    trained: names of those that an optimizer updates.
     """
 
     tensors: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -84,7 +88,7 @@ class Roles:
 def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
     """The roles of all entries, by their flat names.
 
-    complete: optimizer states are a parameter's only where its weight is there too, as a catalog needs it.
+    complete: optimizer states count as a parameter's only if its weight is there, too, as a catalog needs it.
     Raises Unsupported where two entries would have the same name.
     """
     roles = Roles()
@@ -122,7 +126,7 @@ def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
 def param_groups(
     roles: Roles, options: Mapping[str, Mapping[str, Any]], number: Callable[[Any], Any]
 ) -> list[ParamGroup]:
-    """The param groups, in order; of a flattened optimizer, the parameters with the same options are one group.
+    """The param groups, in order. In a flattened optimizer, the parameters with the same options are one group.
 
     options: of each group by name. number: a JSON-able value that tells tensors among them apart.
     """
@@ -157,7 +161,7 @@ def _roots(entries: Mapping[str, StateEntry]) -> Iterator[str]:
 
 
 def _optimizer(root: str, entries: Mapping[str, StateEntry]) -> _OptimizerRoot | None:
-    """The optimizer whose entries begin with ``root``; None where it does not name its parameters."""
+    """The optimizer whose entries begin with ``root``; None if it does not name its parameters."""
     start = root + _GROUPS
     inside = [key for key in entries if key.startswith(start)]
     listed = [key for key in inside if _is_members(key.removeprefix(start))]

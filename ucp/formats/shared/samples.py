@@ -1,8 +1,8 @@
-"""How many samples a DeepSpeed run has consumed, where DeepSpeed has counted some of them several times.
+"""How many samples a DeepSpeed run has consumed, if DeepSpeed has counted some of them several times.
 
 Under AutoTP without a mesh or an mpu, DeepSpeed's config takes every rank for a data-parallel one
-(``runtime/config.py``: ``world_size``), though tensor-parallel ranks see the same samples. Its global batch size, and
-with it ``global_samples``, are the autotp_size times what was consumed.
+(``runtime/config.py``: ``world_size``), though tensor-parallel ranks see the same samples. So its global batch size and
+``global_samples`` are autotp_size times what was consumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def counted_by_us(state: TrainingState) -> TrainingState:
 
 
 def _batch_of(config: Mapping[str, Any], dp: int) -> int | None:
-    """The samples that dp data-parallel ranks consume in a step by this config; None where it leaves that open."""
+    """The samples that dp data-parallel ranks consume in a step by this config; None if it leaves that open."""
     micro, steps = config.get("train_micro_batch_size_per_gpu"), config.get("gradient_accumulation_steps")
     if isinstance(micro, int):
         return micro * (steps if isinstance(steps, int) else 1) * dp

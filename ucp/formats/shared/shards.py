@@ -18,8 +18,11 @@ from ucp.transfer.targets import TargetFile
 
 @dataclass(frozen=True)
 class Sharded:
-    """files: the tensors' files, then their index, if there is one. places: by name of a tensor, which of the files and
-    the byte in it."""
+    """The files of tensors.
+
+    files: the tensors' files, then their index, if there is one.
+    places: a tensor's name -> which of the files it is in, and its byte there.
+    """
 
     files: tuple[TargetFile, ...]
     places: Mapping[str, tuple[int, int]]
@@ -35,8 +38,9 @@ def plan(
 ) -> Sharded:
     """Lay out ``<stem>-00001-of-0000n.safetensors`` and ``<stem>.safetensors.index.json``.
 
-    max_shard: bytes. dtypes: element types to write, where other than the tensor's own; they may be narrower, then the
-    values are rounded. always_index: without it, what fits in one file is ``<stem>.safetensors`` and has no index.
+    max_shard: bytes.
+    dtypes: element types to write, if other than the tensor's own. If they are narrower, the values are rounded.
+    always_index: without it, what fits in one file is ``<stem>.safetensors`` and has no index.
 
     Raises Unsupported for element types that safetensors lacks, BadArgument for a shard size below 1.
     """

@@ -1,4 +1,4 @@
-"""A catalog of a state dict's entries, wherever they lie: named by their roles, with what is no tensor's apart."""
+"""A catalog of a state dict's entries, wherever they lie. They are named by their roles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Entries:
             self.entries[key] = StateEntry(tuple(path), None, value)
 
     def add_tree(self, path: Sequence[Any], value: Any) -> None:
-        """A nested state dict: mappings, and an optimizer's param groups, entry by entry; other values whole."""
+        """Add a nested state dict: mappings, and an optimizer's param groups, entry by entry; other values whole."""
         if isinstance(value, Mapping):
             for name, item in value.items():
                 self.add_tree((*path, name), item)

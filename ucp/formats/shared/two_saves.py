@@ -1,4 +1,4 @@
-"""Signs that files of one checkpoint may be of two saves, where nothing in them says so: they are told."""
+"""Signs that files of one checkpoint may be of two saves though nothing in them says so. They are reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ucp.catalog import Catalog, SourceFile
 
 
 def far_apart(files: Iterable[SourceFile]) -> str | None:
-    """A sentence on files whose times are far apart; None where they are not, or the storage tells no times."""
+    """A sentence on files whose times are far apart; None if they are not, or if the storage tells no times."""
     known = sorted((file for file in files if file.mtime_ns), key=lambda file: file.mtime_ns)
     if not known or known[-1].mtime_ns - known[0].mtime_ns <= limits.SAVED_APART_SECONDS * 10**9:
         return None
@@ -25,7 +25,7 @@ def far_apart(files: Iterable[SourceFile]) -> str | None:
 
 
 def uneven_steps(catalog: Catalog) -> str | None:
-    """A sentence on parameters of one param group whose step counts differ; None where none do."""
+    """A sentence on parameters of one param group whose step counts differ; None if none do."""
     for group in catalog.training_state.param_groups:
         counted = {n: catalog.parameters[n].scalars.get("step") for n in group.names if n in catalog.parameters}
         steps = {float(step): name for name, step in counted.items() if isinstance(step, (int, float))}

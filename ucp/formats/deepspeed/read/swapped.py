@@ -1,8 +1,8 @@
-"""Stage 3's ranks told apart by whole weights beside them, where there are any.
+"""Stage 3's ranks told apart by whole weights beside them, if there are any.
 
-Stage 3's own files hold no weight but the masters' pieces, all ranks' of one size. Hugging Face's Trainer, and
-``save_16bit_model``, put the whole weights beside them, rounded. They may be of another step, which is no reason to
-refuse; but where a rank's pieces are, bit for bit, what another rank should have, the two files are swapped.
+Stage 3's own files hold no weights but the masters' pieces, which have the same size on all ranks. Hugging Face's
+Trainer, and ``save_16bit_model``, put the whole weights beside them, rounded. They may be of another step, which is no
+reason to refuse. But if a rank's pieces are, bit for bit, what another rank should have, the two files are swapped.
 """
 
 from __future__ import annotations

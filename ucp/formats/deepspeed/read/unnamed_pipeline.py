@@ -1,9 +1,9 @@
-"""Pipelines without ZeRO: which stage has which parameters, where no file names them.
+"""Pipelines without ZeRO: which stage has which parameters, if no file names them.
 
-A stage's model file then holds the optimizer's numbered states alone (``stage0`` gives them names, once it is known
-which there are). What is known: layers lie in order, each stage has a run of them and maybe tied modules whose layers
-are functions; and how many elements, of which shapes, each stage's optimizer keeps. The split is taken where only one
-makes all of that true.
+A stage's model file then holds only the optimizer's numbered states (``stage0`` names them once it is known which
+parameters there are). Layers lie in order, and each stage has a run of them, and maybe tied modules whose layers are
+functions. It is also known how many elements, of which shapes, each stage's optimizer keeps. A split is taken if it is
+the only one for which all of that is true.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def split(
 ) -> list[list[str]]:
     """The names that each stage trains, in its module's order.
 
-    models: of the stages, in order. layers: of each layer file the tensors, by their names in the module. groups: the
-    names in each param group over all stages, where the caller knows them; only then may there be frozen parameters,
-    or tied modules.
+    models: of the stages, in order.
+    layers: for each layer file, its tensors by their names in the module.
+    groups: the names in each param group over all stages, if the caller knows them. Only then may there be frozen
+    parameters or tied modules.
 
-    Raises Unsupported where not exactly one split is possible.
+    Raises Unsupported unless exactly one split is possible.
     """
     buffers = {name for model in models for name in model.raw.get("buffer_names") or ()}
     named = None if groups is None else {name for group in groups for name in group}

@@ -30,12 +30,17 @@ _ALIGNMENT = 16
 class EngineConfig:
     """The engine that is to load the checkpoint.
 
-    raw: the config as the files record it. dtype: of the module's weights; master_dtype: of the optimizer's.
-    sub_group_size: elements of a rank's partition (stage 3). alignment: bytes between parameters' boundaries, 0 for
-    none (stages 1, 2). offloads_optimizer: to the host. bf16_optimizer: DeepSpeed uses its BF16_Optimizer. autotp: it
-    cuts the model for tensor parallelism itself. optimizer: the optimizer's type in small letters, '' where the program
-    makes it itself. step_is_tensor: whether that optimizer counts its steps in a 0-d tensor; None where the config
-    doesn't tell. fused: the optimizer is FusedAdam; None likewise.
+    raw: the config as the files record it.
+    dtype: of the module's weights.
+    master_dtype: of the optimizer's weights.
+    sub_group_size: elements of a rank's partition (stage 3).
+    alignment: bytes between parameters' boundaries, 0 for none (stages 1, 2).
+    offloads_optimizer: whether the optimizer is offloaded to the host.
+    bf16_optimizer: whether DeepSpeed uses its BF16_Optimizer.
+    autotp: whether DeepSpeed itself cuts the model for tensor parallelism.
+    optimizer: the optimizer's type in small letters, '' if the program makes the optimizer itself.
+    step_is_tensor: whether that optimizer counts its steps in a 0-d tensor; None if the config doesn't tell.
+    fused: whether the optimizer is FusedAdam; None if the config doesn't tell.
     """
 
     raw: Mapping[str, Any]

@@ -25,11 +25,15 @@ PARAM = "param"
 class Flat:
     """One flat buffer that is cut over the ranks.
 
-    names: its parameters in order. ranks: the data-parallel ranks over which it is cut, in order. size: elements of
-    every rank's partition. lean: for each rank, the elements before the padding at the end. between: elements of
-    padding after each parameter. states: the optimizer states that all its parameters have, with their element type.
-    scalars: the values that they share. whole_states: those states that every rank keeps whole for each parameter it
-    holds any part of, end to end, instead of a partition.
+    names: its parameters in order.
+    ranks: the data-parallel ranks that it is cut over, in order.
+    size: elements of every rank's partition.
+    lean: for each rank, the elements before the padding at the end.
+    between: elements of padding after each parameter.
+    states: the optimizer states that all its parameters have, with their element type.
+    scalars: the values that its parameters share.
+    whole_states: the states that a rank keeps whole, end to end, for each parameter that it holds any part of, instead
+    of a partition.
     """
 
     group: int

@@ -27,8 +27,14 @@ from ucp.transfer.targets import TargetFile
 
 @dataclass(frozen=True)
 class ModelRank:
-    """What one model-parallel rank's files hold. number: its number in their names. catalog: its own tensors, under its
-    own names. in_layers: its weights are in layer files. spread: of its experts, and rank: which of them these are."""
+    """What one model-parallel rank's files hold.
+
+    number: its number in their names.
+    catalog: its own tensors, under its own names.
+    in_layers: whether its weights are in layer files.
+    spread: how the experts are spread over ranks.
+    rank: the expert-parallel rank whose experts these are.
+    """
 
     number: int
     catalog: Catalog

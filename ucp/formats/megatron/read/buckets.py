@@ -6,9 +6,9 @@ order, each beginning at a multiple of 64 elements, the buffers cut into buckets
 in a chunk for each parameter, or each part of one where data-parallel ranks cut it
 (optimizer/distrib_optimizer.py: ``sharded_param_state_dp_reshardable``).
 
-Nothing names the parameters. Their order within a layer depends on the module's classes, so the orders that there are
-are tried: one fits where every parameter begins and ends where chunks do, and the masters in it, rounded, are the
-weights. Where none fits, or two that differ, the checkpoint is refused.
+Nothing names the parameters. Their order within a layer depends on the module's classes, so all known orders are tried.
+An order fits if every parameter begins and ends where chunks do, and if the masters in it, rounded, are the weights. If
+none fits, or if two fit that differ, the checkpoint is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The common state of a Megatron checkpoint: ``common.pt`` as Megatron's training program reads it.
 
-What the source says in Megatron's own words is written as it was. From another framework's param groups the values
-that have the same names are taken (``lr``, ``betas``, ``eps``, ``weight_decay``), in the groups that Megatron makes
-(megatron/core/optimizer/__init__.py); what has no counterpart is said in a warning.
+What the source says in Megatron's own words is written as it was. Of another framework's param groups, the values that
+have the same names are taken (``lr``, ``betas``, ``eps``, ``weight_decay``), in the groups that Megatron makes
+(megatron/core/optimizer/__init__.py). A warning names what has no counterpart.
 """
 
 from __future__ import annotations
