@@ -30,8 +30,12 @@ _KEYS = {"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param_sh
 
 @dataclass
 class _Model:
-    """What the model files say together. groups: each param group's, or at stage 3 each subgroup's, parameters with the
-    shapes of the first file that has them; whole: whether these shapes are the whole parameters'."""
+    """What the model files say together.
+
+    groups: the parameters of each param group, or at stage 3 of each subgroup, with their shapes in the first file that
+    has them.
+    whole: whether these shapes are those of the whole parameters.
+    """
 
     files: list[ModelFile]
     groups: list[dict[str, Shape]]
@@ -90,7 +94,7 @@ def _load(path: Path, trust: bool | None = None) -> Mapping[str, Any]:
 
 
 def _models(folder: Path, trust: bool) -> _Model:
-    """The whole model's files where there are such, else rank 0's of stage 3."""
+    """The whole model's files if there are any, else rank 0's files of stage 3."""
     names = [name for name in locations.names(folder) if MODEL.fullmatch(name)]
     whole = sorted(name for name in names if name.startswith("mp_rank_"))
     chosen = whole or sorted(name for name in names if name.startswith("zero_pp_rank_0_"))
@@ -134,7 +138,7 @@ def _add_rest(file: ModelFile, into: _Model, partial: bool) -> None:
 
 
 def _frozen(path: Path, ref: TensorRef, fragment: Any, shape: Shape) -> TensorRef:
-    """A frozen weight: the module's, or at stage 3 what a rank has of it, where that is all."""
+    """A frozen weight: the module's, or at stage 3 the rank's fragment if that is all of it."""
     if ref.shape != shape and isinstance(fragment, TensorRef) and fragment.numel == numel(shape):
         return _shaped(path, fragment, shape)
     return ref
@@ -143,7 +147,7 @@ def _frozen(path: Path, ref: TensorRef, fragment: Any, shape: Shape) -> TensorRe
 def _parameter(
     folder: Path, name: str, shape: Shape | None, builder: Builder
 ) -> tuple[list[LogicalTensor], dict[str, Scalar]]:
-    """All states of one parameter. shape: what it has to have; None where only its own file says that."""
+    """All states of one parameter. shape: the shape that it must have; None if only its own file says that."""
     place = folder / FOLDER / name
     if "\0" in name or name in (".", "..") or "/" in name:
         raise DamagedCheckpoint(f"{folder}: a parameter is called {name!r}, which no folder can be")

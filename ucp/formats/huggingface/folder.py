@@ -27,7 +27,7 @@ _NUMBERED = re.compile(r"(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensor
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two kinds of weight files: the name of the only file, and of the index where there are several."""
+    """One of the two kinds of weight files: the name of a single file, and of the index if there are several."""
 
     single: str
     index: str
@@ -44,9 +44,9 @@ KINDS = (
 
 
 def weights(folder: Path) -> dict[str, TensorRef]:
-    """Every tensor of the folder's weight files by its name, no data read.
+    """Every tensor of the folder's weight files by its name. No data is read.
 
-    Raises DamagedCheckpoint where files are missing, truncated or contradict the index, Unsupported and UnsafePickle as
+    Raises DamagedCheckpoint if files are missing, truncated or contradict the index, Unsupported and UnsafePickle as
     reading the files does.
     """
     kind = next(kind for kind in KINDS if kind.in_folder(folder))

@@ -48,7 +48,7 @@ def with_prefix(catalog: Catalog, bound: Bound) -> Catalog:
 def tie(catalog: Catalog, bound: Bound, files: Files) -> Catalog:
     """The catalog with the parameters that the spec ties as one, under the name that owns them.
 
-    A folder that stores copies of a tied parameter has them compared; different ones stay apart, with a warning, as
+    If a folder stores copies of a tied parameter, they are compared. Different ones stay apart, with a warning, as
     transformers itself would leave them.
     """
     for name in list(catalog.parameters):

@@ -18,12 +18,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".spm", ".bpe", ".py")
 _LEFT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
-# Of the element types of weights, the later ones hold all values of those before them.
+# Element types of weights. Later ones hold all values of those before them.
 _WIDTHS = (("bfloat16", "float16"), ("float32",), ("float64",))
 
 
 def config_of(like: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises BadArgument where there is none, Unsupported for a quantized model's."""
+    """The folder's config.json. Raises BadArgument if there is none, Unsupported for that of a quantized model."""
     path = like / configs.MODEL
     found = configs.read(path, BadArgument)
     if found.get("quantization_config") is not None:

@@ -20,8 +20,10 @@ from ucp.storage.files import Files
 
 
 def read(path: Path, files: Files, choice: Choice | None = None, builder: Builder | None = None) -> Catalog:
-    """The catalog of a folder. choice: the spec and config to use instead of the folder's own. builder: of a checkpoint
-    that the weights are a part of, which keeps their files.
+    """The catalog of a folder.
+
+    choice: the spec and config to use instead of the folder's own.
+    builder: of a checkpoint that the weights are a part of; it keeps their files.
 
     Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported and UnsafePickle as reading
     them does, SpecError and Mismatch where the spec does not fit the tensors.

@@ -45,8 +45,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Stack:
-    """The parameters of one key. axes: what the tensor's first axes count, of 'layers' and 'experts' in this order;
-    template: their name, with a place for each."""
+    """The parameters of one key.
+
+    axes: what the tensor's first axes count: 'layers', 'experts' or both, in this order.
+    template: the parameters' name, with a place for each axis.
+    """
 
     axes: tuple[str, ...]
     template: str
@@ -138,7 +141,7 @@ def _root(name: str) -> tuple[str, int]:
 
 
 def layer(name: str) -> int | None:
-    """The number of the layer that a name has; None where it has none."""
+    """The number of the layer in a name; None if there is none."""
     found = _NUMBERED.match(name)
     return None if found is None else int(found[2])
 

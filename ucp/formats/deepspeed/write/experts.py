@@ -29,8 +29,12 @@ _STACK = re.compile(r"^(?P<layer>(?:.*\.)?experts)\.w[123]$")
 
 @dataclass(frozen=True)
 class Spread:
-    """How the experts are spread over ranks. totals: of each layer, in the model's order; auto: the layers are
-    AutoEP's; data_first: neighbours have the same experts."""
+    """How the experts are spread over ranks.
+
+    totals: the number of experts of each layer, in the model's order.
+    auto: whether the layers are AutoEP's.
+    data_first: whether neighbouring ranks have the same experts.
+    """
 
     totals: Mapping[str, int]
     layout: Layout
@@ -38,7 +42,7 @@ class Spread:
     data_first: bool
 
     def layer_of(self, name: str) -> str:
-        """The layer of which a tensor is an expert's, '' for others."""
+        """The layer to whose experts a tensor belongs; '' for other tensors."""
         if self.auto:
             found = _STACK.match(name)
             return found["layer"] if found else ""
@@ -53,7 +57,7 @@ class Spread:
         return data_ranks(rank, self.layout.dp, self.layout.ep, self.data_first)
 
     def entries(self, rank: int, data_rank: int) -> dict[str, Any]:
-        """What a model file says of the experts; rank: the expert-parallel one of the data-parallel rank."""
+        """What a model file says of the experts. rank: the expert-parallel rank of this data-parallel rank."""
         out: dict[str, Any] = {"num_experts": list(self.totals.values()), "ds_autoep_layers": None}
         if not self.auto:
             return out
@@ -214,7 +218,7 @@ def _group(group: ParamGroup, names: Mapping[str, str], how: Spread) -> ParamGro
 
 
 def _check_groups(groups: Sequence[ParamGroup], how: Spread) -> None:
-    """Groups of experts come from one group of the program each, which has but one hyperparameters."""
+    """Each group of experts comes from one group of the program, so no two have the same hyperparameters."""
     seen: list[Mapping[str, Any]] = []
     for index, group in enumerate(groups):
         if not _is_moe(group, how):

@@ -1,4 +1,4 @@
-"""What of a native checkpoint is a pipeline's own: which stage holds what, and the layer files.
+"""What only pipelines have in a native checkpoint: which stage holds what, and the layer files.
 
 Sources: ``runtime/pipe/module.py`` (``_build``, ``_partition_layers``, ``ckpt_layer_path``, ``save_state_dict``,
 ``load_state_dir``). Neither a layout nor names tell how a PipelineModule splits its layers, so the target's config says
@@ -27,7 +27,7 @@ _EXAMPLE = '"pipeline": {"partition": [0, 4, 8], "tied": {"embed": [0, 7]}}'
 
 @dataclass(frozen=True)
 class Stages:
-    """bounds: the first layer of each stage, and at the end the number of layers. tied: the layers of each tie."""
+    """A split. bounds: the first layer of each stage, and at the end the number of layers. tied: each tie's layers."""
 
     bounds: tuple[int, ...]
     tied: Mapping[str, tuple[int, ...]]
@@ -54,9 +54,9 @@ def is_name(name: str) -> bool:
 
 
 def stages(raw: Mapping[str, Any], layout: Layout) -> Stages | None:
-    """The split by the config; None where that has none and one stage is all there is.
+    """The split that the config gives; None if it gives none and there is only one stage.
 
-    Raises BadArgument where the config does not say it or says what can't be.
+    Raises BadArgument if the config does not give the split, or gives an impossible one.
     """
     section = raw.get("pipeline")
     section = section if isinstance(section, Mapping) else {}
@@ -92,7 +92,7 @@ def _tied(section: Any, count: int) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(catalog: Catalog, stages: Stages) -> None:
-    """Raise BadArgument for a tied module whose layers are not told, Unsupported for what is no pipeline's name."""
+    """Raise BadArgument for a tied module whose layers are not given, Unsupported for a name that no pipeline has."""
     for name in catalog.parameters:
         _check_name(name, stages)
 

@@ -1,4 +1,4 @@
-"""ZeRO stage 0: the optimizer in the model's file, or of experts in files of their own.
+"""ZeRO stage 0: the optimizer is in the model's file, and that of experts is in files of their own.
 
 Sources of the layout: ``runtime/fp16/fused_optimizer.py`` and ``unfused_optimizer.py``.
 """
@@ -17,7 +17,7 @@ from ucp.transfer.targets import TargetFile
 
 
 def stage0_file(share: ModelRank, config: EngineConfig, layout: Layout) -> TargetFile:
-    """Everything in one file. In low precision DeepSpeed wraps the optimizer: FusedAdam by flat masters, others not."""
+    """Everything in one file. In low precision DeepSpeed wraps the optimizer, FusedAdam with flat masters."""
     file = FileBuilder(model_name(share, layout, 0), share.catalog)
     return file.finish(
         model_state(
@@ -62,7 +62,7 @@ def stage0_optimizer(file: FileBuilder, config: EngineConfig) -> dict[str, Any]:
 def _is_fused(config: EngineConfig, groups: Sequence[Mapping[str, Any]]) -> bool:
     if config.fused is not None:
         return config.fused
-    # The program makes the optimizer; FusedAdam's groups have these keys, torch's and DeepSpeedCPUAdam's others.
+    # The program makes the optimizer. FusedAdam's groups have these keys; torch's and DeepSpeedCPUAdam's have others.
     return all("bias_correction" in group and "amsgrad" not in group for group in groups)
 
 

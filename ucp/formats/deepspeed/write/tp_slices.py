@@ -39,7 +39,7 @@ def without_padding(catalog: Catalog) -> Catalog:
 
 
 def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound | None:
-    """The spec that was given, None without one. Raises Unsupported where it has to say how the target is cut."""
+    """The spec that was given, or None. Raises Unsupported if a spec is needed to say how the target is cut."""
     if choice.spec is None and layout.tp == 1:
         return None
     found = choice.bound(None, "autotp" if config.autotp else "megatron")
@@ -105,7 +105,7 @@ def _padded(catalog: Catalog, expression: Expression, name: str) -> Mapping[str,
 
 
 def _with_padding(catalog: Catalog, name: str, state: str) -> LogicalTensor:
-    """A tensor as wide as its shards together are."""
+    """A tensor as wide as all its shards together."""
     tensor, padding = catalog.tensors[name, state], catalog.tensors.get((padding_name(name), state))
     if padding is None:
         return tensor

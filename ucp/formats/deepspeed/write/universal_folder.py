@@ -78,7 +78,7 @@ def _refuse_scalars(info: ParameterInfo) -> None:
 
 
 def _options(catalog: Catalog, config: EngineConfig, index: int) -> dict[str, Any]:
-    """A param group's hyperparameters; none where the source has none, which leaves the engine's own in place."""
+    """A param group's hyperparameters. If the source has none, this is empty, and the engine keeps its own."""
     if catalog.training_state.param_groups[index].options is None:
         return {}
     return group_options(catalog, config, index)
@@ -181,5 +181,5 @@ def _parameter_files(catalog: Catalog, config: EngineConfig, info: ParameterInfo
 
 
 def _dtype(config: EngineConfig, state: str, dtype: str) -> str:
-    """Masters in the engine's own type, which may be wider than the source's; other states as they are."""
+    """Masters get the engine's own type, which may be wider than the source's. Other states keep theirs."""
     return config.master_dtype if state == PARAM else dtype

@@ -27,8 +27,12 @@ _EVENLY_CUT = ("word_embeddings.weight", "output_layer.weight", "linear_proj.wei
 
 @dataclass(frozen=True)
 class RunLayout:
-    """layout: dp is of the dense layers, with context parallelism in it. others: cp, vp and the optimizer's sharding,
-    where they are known. stages: the pipeline stage of each layer of the decoder, where there are several."""
+    """The layout of a run.
+
+    layout: its dp is that of the dense layers and includes context parallelism.
+    others: cp, vp and the optimizer's sharding, if they are known.
+    stages: the pipeline stage of each layer of the decoder, if there are several.
+    """
 
     layout: Layout
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -93,7 +97,7 @@ def of(
 
 
 def check_layers(folder: Path, common: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise DamagedCheckpoint where the decoder has not the layers that the arguments say."""
+    """Raise DamagedCheckpoint if the decoder does not have the number of layers that the arguments say."""
     said = _count(arguments(common), "num_layers")
     found = keys.layer_counts(names).get("decoder.layers")
     if said is not None and found is not None and said != found:

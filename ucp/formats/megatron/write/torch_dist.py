@@ -33,7 +33,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class KeyPlace:
-    """A parameter's place: a key, and where it lies along that tensor's first axes. counts: their sizes."""
+    """A parameter's place: a key, and where it lies along that tensor's first axes. counts: the sizes of these axes."""
 
     key: str
     at: Shape
