@@ -1,4 +1,4 @@
-"""Restarts on whatever ranks are left, on torchrun's own elastic agent.
+"""Restarts on the ranks that are left, with torchrun's own elastic agent.
 
     torchrun --nnodes 1:4 --max-restarts 20 -m ucp.elastic train.py ...
 

@@ -1,4 +1,4 @@
-"""Which layout and which batches a run has on the ranks there are, its global batch kept."""
+"""Which layout and which batches a run gets on a number of ranks, so that its global batch stays the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ucp.parallel.mesh import parse_layout
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a run goes on. micro: samples of one rank in a micro-step; accumulation: micro-steps in a step."""
+    """How a run continues. micro: samples of one rank in a micro-step. accumulation: micro-steps in a step."""
 
     dp: int
     stage: int
@@ -26,18 +26,19 @@ class Fitted:
 
 
 def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
-    """What the config's ``"ucp": {"elastic": {...}}`` says for so many ranks; None where it says nothing.
+    """What the config's ``"ucp": {"elastic": {...}}`` says for this many ranks. None if it has no such section.
 
-    layouts: such as "dp=2,zero=3", of which the one with so many ranks is taken; without them every number of ranks
-    will do, and the ZeRO stage stays. micro: the sizes that a micro-batch may have, the config's own first.
+    Its ``layouts`` are texts such as "dp=2,zero=3", and the one with this many ranks is taken. Without them any number
+    of ranks is allowed, and the ZeRO stage stays. Its ``micro`` has the sizes that a micro-batch may have. The config's
+    own size is tried first.
 
-    Raises BadArgument, with the numbers of ranks that would do, where the global batch cannot be kept.
+    Raises BadArgument, with the numbers of ranks that are possible, if the global batch cannot be kept.
     """
     said = (config.get("ucp") or {}).get("elastic")
     if said is None:
         return None
     if (config.get("elasticity") or {}).get("enabled"):
-        return None  # DeepSpeed chooses batches by that, and refuses what does not fit
+        return None  # DeepSpeed itself chooses batches then, and refuses what does not fit
     batch = config.get("train_batch_size")
     if not isinstance(batch, int):
         raise BadArgument('"ucp": {"elastic"} keeps the global batch, so the config needs "train_batch_size"')
@@ -57,7 +58,8 @@ def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
 
 
 def adapted(config: Mapping[str, Any], world: int) -> Mapping[str, Any]:
-    """The DeepSpeed config for so many ranks; the same where it is not elastic. Raises BadArgument as `fitted`."""
+    """The DeepSpeed config for this many ranks. It stays the same if it is not elastic. Raises BadArgument as `fitted`
+    does."""
     what = fitted(config, world)
     if what is None:
         return config
@@ -69,7 +71,7 @@ def adapted(config: Mapping[str, Any], world: int) -> Mapping[str, Any]:
 
 
 def _stages(layouts: Sequence[str] | None, stage: int) -> dict[int, int] | None:
-    """ZeRO stage by number of ranks."""
+    """Number of ranks -> ZeRO stage."""
     if layouts is None:
         return None
     out = {}
@@ -82,7 +84,7 @@ def _stages(layouts: Sequence[str] | None, stage: int) -> dict[int, int] | None:
 
 
 def _micro(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[int]:
-    """Sizes of a micro-batch, in order of preference; any without a list."""
+    """Sizes that a micro-batch may have, in order of preference. An empty list allows any size."""
     own = config.get("train_micro_batch_size_per_gpu")
     allowed = [size for size in said.get("micro", ()) if isinstance(size, int) and size > 0]
     first = [own] if isinstance(own, int) else []
@@ -90,7 +92,7 @@ def _micro(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[int]:
 
 
 def _batches(batch: int, world: int, sizes: Sequence[int]) -> tuple[int, int] | None:
-    """Micro-batch and accumulation, so that their product with the ranks is the batch."""
+    """Micro-batch and accumulation, whose product with the number of ranks is the batch. None if there are none."""
     if world < 1 or batch % world:
         return None
     each = batch // world

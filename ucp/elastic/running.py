@@ -19,21 +19,21 @@ from ucp.storage.kept import places
 
 log = logger(__name__)
 
-REFUSED = 65  # the exit code of what another try would not change (EX_DATAERR)
-DRAINED = 75  # of a node that is to be left out (EX_TEMPFAIL)
+REFUSED = 65  # the exit code of an error that another try would repeat (EX_DATAERR)
+DRAINED = 75  # the exit code of a node that is to be left out (EX_TEMPFAIL)
 
 DRAIN = "ucp-drain.json"
 
-# What may be otherwise the next time: a lost process, a full disk, a rank that died.
+# Errors that may not happen again the next time: a lost process, a full disk, a rank that died.
 _PASSING = (SaveFailed, ProcessLost, DestinationError)
 
 
 def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None) -> None:
     """Run a training program as torchrun's worker.
 
-    What the library refuses (a checkpoint that does not fit, a number of ranks that cannot keep the global batch) ends
-    the agent, too: trying again would end in the same way. Whatever else fails, the agent starts again on the nodes
-    that are left. folder: the run's; its events are kept there, and the hosts to be left out.
+    If the library refuses something (a checkpoint that does not fit, a number of ranks that cannot keep the global
+    batch), the agent ends too, since another try would end in the same way. After any other failure the agent starts
+    again on the nodes that are left. folder: the run's. Its events are kept there, and the hosts to be left out.
     """
     place = None if folder is None else Path(folder)
     if place is not None and places.node() in drained(place):
@@ -54,7 +54,7 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         if os.environ.get("RANK", "0") != "0":
             time.sleep(limits.REFUSAL_HEAD_START_SECONDS)
         _end_agent()
-        # Not by an exception: the memory stays for whoever starts it again, put right.
+        # Not by an exception, so that the memory stays for a new start after the problem is solved.
         sys.stderr.flush()
         os._exit(REFUSED)
     except SystemExit as error:
@@ -73,7 +73,7 @@ def drained(folder: Path) -> list[str]:
 
 
 def drain(folder: Path, node: str, *, back: bool = False) -> list[str]:
-    """Have the next restart leave a node out, or take it in again; returns those that are left out now."""
+    """Have the next restart leave a node out, or take it in again. Returns the nodes that are left out now."""
     names = [name for name in drained(folder) if name != node] + ([] if back else [node])
     atomic.write_atomic(folder / DRAIN, json.dumps(names).encode())
     return names

@@ -1,1 +1,1 @@
-"""The training job: its ranks and how they agree, timings, random generators, the order of the data."""
+"""The training job: its ranks and how they agree, timings, random number generators, the order of the data."""

@@ -1,13 +1,14 @@
 """A data loader's saved state on another number of ranks: only a position that is known to be global may move.
 
 A state that is equal on every rank may still be a count per rank, which means other samples on another number of
-ranks. So what a state says is looked up, and not guessed from its being equal. Known are
+ranks. So the meaning of a state is not guessed from its being equal. It is known only for these:
 
-- `ucp.job.data_order.GlobalOrder`, by itself or as the sampler of torchdata's ``StatefulDataLoader``: its state is the
-  number of samples that all ranks have seen, and any number of ranks goes on from there.
-- ``StatefulDataLoader`` over a map-style data set with torch's ``DistributedSampler`` or torchdata's own: rank r of n
-  takes every n-th sample of one order, so that ranks that have taken k each have seen its first k * n. On m ranks that
-  is k * n / m each, if this is a whole number of steps; else the next whole step, and a line says what is left out.
+- `ucp.job.data_order.GlobalOrder`, by itself or as the sampler of torchdata's ``StatefulDataLoader``. Its state is the
+  number of samples that all ranks have seen, and any number of ranks can continue from there.
+- ``StatefulDataLoader`` over a map-style data set with torch's ``DistributedSampler`` or torchdata's own. Rank r of n
+  takes every n-th sample of one order, so ranks that have taken k samples each have seen its first k * n. On m ranks
+  that is k * n / m each, if this is a whole number of steps. Otherwise they continue at the next whole step, and a log
+  line says what is left out.
 
 Everything else is refused on another number of ranks: iterable data sets, states of workers and of data sets, other
 samplers, other loaders.
@@ -39,8 +40,8 @@ WAYS_ON = (
 
 @dataclass(frozen=True)
 class SamplesOf:
-    """Whose samples a loader gives. replicas, rank: of the sampler, which tensor-parallel ranks share; batch: samples
-    of one step on one rank; length: of the data set; seed, shuffle: of the order; drop_last: the sampler's."""
+    """Which samples a loader gives. replicas, rank, drop_last: the sampler's; tensor-parallel ranks share them. batch:
+    samples of one step on one rank. length: the data set's. seed, shuffle: those of the order."""
 
     replicas: int
     rank: int
@@ -53,14 +54,14 @@ class SamplesOf:
 
 @dataclass(frozen=True)
 class Restored:
-    """state: for this rank's loader. note: what is to be said of it, if anything."""
+    """state: the state for this rank's loader. note: what to log about it, if anything."""
 
     state: Any
     note: str = ""
 
 
 def kept_of(loader: Any) -> dict[str, Any]:
-    """What a rank keeps of its data loader; nothing without one."""
+    """What a rank saves of its data loader; nothing if it has none."""
     if loader is None:
         return {}
     place = _place(loader)
@@ -68,9 +69,9 @@ def kept_of(loader: Any) -> dict[str, Any]:
 
 
 def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: int) -> Restored:
-    """The state for this rank's loader. saved: what every rank of the run that saved kept (`kept_of`).
+    """The state for this rank's loader. saved: what every rank of the run that saved has kept (`kept_of`).
 
-    Raises Mismatch, which begins with what the checkpoint has, where no state fits these ranks.
+    Raises Mismatch, which begins with what the checkpoint has, if no state fits these ranks.
     """
     kept = [own for own in saved if STATE in own]
     live, old = _place(loader), [_place_kept(own) for own in kept]
@@ -104,13 +105,13 @@ def _unknown(loader: Any) -> str:
 
 
 def _is_stateful_loader(loader: Any) -> bool:
-    """Whether it is torchdata's; one that somebody has passed was imported."""
+    """Whether it is torchdata's. If so, torchdata has been imported already."""
     module = sys.modules.get("torchdata.stateful_dataloader")
     return module is not None and isinstance(loader, module.StatefulDataLoader)
 
 
 def _place(loader: Any) -> SamplesOf | None:
-    """None where ranks are not known to share one order."""
+    """Which samples the loader gives. None if the ranks are not known to share one order."""
     if not _is_stateful_loader(loader) or loader.batch_size is None:
         return None
     sampler, dataset = loader.sampler, loader.dataset
@@ -140,14 +141,16 @@ def _place_kept(own: Mapping[str, Any]) -> SamplesOf | None:
 
 @dataclass(frozen=True)
 class _Position:
-    """Of a StatefulDataLoader's state. samples: that this rank was given; finished: its epoch is at its end."""
+    """The position in a StatefulDataLoader's state. samples: how many this rank was given. finished: its epoch is at
+    the end."""
 
     samples: int
     finished: bool
 
 
 def _position(state: Any, place: SamplesOf | None, counted: bool = True) -> _Position:
-    """counted: the state has to say how many samples were drawn, beside the sampler's own word.
+    """The position in a state. counted: the state itself has to say how many samples were drawn, and not only the
+    sampler.
 
     Raises Mismatch for a state that holds more than a position, or none.
     """
@@ -173,7 +176,7 @@ def _position(state: Any, place: SamplesOf | None, counted: bool = True) -> _Pos
 def _moved(
     kept: Sequence[Mapping[str, Any]], old: Sequence[SamplesOf | None], live: SamplesOf, loader: Any
 ) -> Restored:
-    """The state of a loader whose rank takes every n-th sample of one order, from ranks that did so, too."""
+    """The state of a loader whose rank takes every n-th sample of one order, from ranks that also did so."""
     positions = {_position(own[STATE], place) for own, place in zip(kept, old, strict=True)}
     if len(positions) > 1:
         counts = sorted({position.samples for position in positions})
@@ -201,13 +204,13 @@ def _moved(
 
 
 def _is_global(kept: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all ranks say the same."""
+    """Whether all ranks have the same state."""
     first = plain.encode(kept[0][STATE])
     return all(plain.encode(own[STATE]) == first for own in kept)
 
 
 def _global_position(kept: Sequence[Mapping[str, Any]], loader: Any) -> Restored:
-    """The state of a loader over `GlobalOrder`, whose own state is in it, and global."""
+    """The state of a loader over `GlobalOrder`. It contains the order's own state, which is global."""
     orders = []
     for own in kept:
         _position(own[STATE], None, counted=False)
@@ -225,7 +228,7 @@ def _global_position(kept: Sequence[Mapping[str, Any]], loader: Any) -> Restored
 
 
 def _main_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a StatefulDataLoader's state says of the main process."""
+    """What a StatefulDataLoader's state says about the main process."""
     found: Mapping[str, Any] = state if "_snapshot" not in state else state["_snapshot"].get("_main_snapshot", {})
     return found
 
@@ -233,10 +236,10 @@ def _main_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _with_position(
     state: Mapping[str, Any], loader: Any, sampler: Mapping[str, Any], samples: int, steps: int
 ) -> dict[str, Any]:
-    """A StatefulDataLoader's state, moved to so many steps and samples of its rank.
+    """A StatefulDataLoader's state, moved to this many steps and samples of its rank.
 
-    sampler: the sampler's own state, where it has one. Workers of map-style data sets have nothing of their own, so
-    that their number may be another one.
+    sampler: the sampler's own state, if it has one. Workers of map-style data sets have no state of their own, so their
+    number may change.
     """
     main = dict(_main_of(state))
     order = {**main["_sampler_iter_state"], "samples_yielded": samples}

@@ -1,9 +1,9 @@
-"""One global order of the training data, whatever the number of ranks: the rule by which a resumed run goes on.
+"""One global order of the training data for any number of ranks: the rule by which a resumed run continues.
 
-Samples are numbered through all epochs; number n is the n-th of the order, which depends on the seed alone. A step
-takes as many consecutive numbers as the global batch has, in micro-steps of which every rank takes an equal part, one
-after the other. So how far a run has come is one number, how many samples it has seen, and a run that goes on from
-there, on however many ranks, sees each following sample once and in the same global order.
+Samples are numbered through all epochs. Number n is the n-th of the order, which depends only on the seed. A step takes
+as many consecutive numbers as the global batch has samples, in micro-steps. Of each micro-step every rank takes an
+equal part, one after the other. So a run's progress is one number: how many samples it has seen. A run that continues
+from there, on any number of ranks, sees each following sample once, in the same global order.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ class GlobalOrder(Sampler[int]):
     Parameters
     ----------
     length
-        Samples in the data set.
+        How many samples the data set has.
     batch
-        Samples of one rank in a micro-step (the DataLoader's batch_size).
+        How many samples one rank takes in a micro-step (the DataLoader's batch_size).
     rank, world
-        This rank among those that get different data, and how many these are.
+        This rank's number among the ranks that get different data, and how many these are.
     seen
-        Samples that all ranks together have seen (``engine.ucp.samples_seen``).
+        How many samples all ranks together have seen (``engine.ucp.samples_seen``).
     seed, shuffle
-        A new permutation for every epoch, by the seed; without shuffle the data set's own order.
+        With shuffle there is a new permutation for every epoch, by the seed. Without it, the data set's own order.
+
+    Raises
+    ------
+    BadArgument
+        For numbers that are not possible.
     """
 
     def __init__(
@@ -46,8 +51,8 @@ class GlobalOrder(Sampler[int]):
         self._length, self._batch = length, batch
         self._rank, self._world = rank, world
         self._seen, self._seed, self._shuffle = seen, seed, shuffle
-        self._given = 0  # of this rank's, since ``seen``
-        self._goes_on = False  # the next iterator goes on after those, once a state was loaded
+        self._given = 0  # how many samples this rank was given since ``seen``
+        self._goes_on = False  # whether the next iterator continues after those, since a state was loaded
 
     def __iter__(self) -> Iterator[int]:
         if not self._goes_on:
@@ -67,7 +72,7 @@ class GlobalOrder(Sampler[int]):
             start += self._world * self._batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How far all ranks have come, for torchdata's StatefulDataLoader; it is the same on every rank."""
+        """The progress of all ranks, for torchdata's StatefulDataLoader. It is the same on every rank."""
         return {
             "seen": self._seen,
             "given": self._given,
@@ -79,7 +84,7 @@ class GlobalOrder(Sampler[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the ranks that saved had come, with any number of them. Raises Mismatch as `check_state` does."""
+        """Continue where the ranks that saved were, with any number of ranks. Raises Mismatch as `check_state` does."""
         self.check_state(state)
         seen, given = int(state["seen"]), int(state["given"])
         if (state["batch"], state["world"]) != (self._batch, self._world):
@@ -87,7 +92,7 @@ class GlobalOrder(Sampler[int]):
         self._seen, self._given, self._goes_on = seen, given, True
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise Mismatch where the order is another one, or ranks were within a micro-step and are divided anew."""
+        """Raise Mismatch for a state of another order, or of ranks within a micro-step if their division changes."""
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise Mismatch(f"the state of the samples' order lacks {', '.join(missing)}; it is not GlobalOrder's")

@@ -1,4 +1,4 @@
-"""Live values in another floating-point type, with what is no number kept bit for bit as far as there is room."""
+"""Live values in another floating-point type. The bits of NaNs are kept, as far as there is room."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FLOATS = {
 
 
 def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in another type. What is no number keeps its sign and its payload, as far as there is room for it, as
-    `ucp.transfer.exact.widen` keeps it; torch's own conversion does so on some devices alone."""
+    """The values in another type. NaNs keep their sign and their payload, as far as there is room, as in
+    `ucp.transfer.exact.widen`. torch's own conversion does so only on some devices."""
     if values.dtype == torch.bfloat16 and dtype == torch.float32:
         return (values.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     out = values.to(dtype)
@@ -28,7 +28,7 @@ def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _nans(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values, all taken for what is no number, in another type."""
+    """The values in another type, where all are taken for NaNs."""
     (here, fraction), (there, wanted) = _FLOATS[values.dtype], _FLOATS[dtype]
     wide = max(here, there, key=lambda kind: kind.itemsize)
     bits = values.view(here).to(wide)

@@ -1,7 +1,7 @@
 """The random number generators of one rank: torch's, the CUDA device's, numpy's and Python's.
 
-They belong to ranks, not to parameters: they come back where as many ranks resume as saved, each on its own rank, and
-stay as the program seeded them otherwise, since a stream cannot be divided among another number of ranks.
+They belong to ranks, not to parameters. If as many ranks resume as saved, each rank's generators are restored.
+Otherwise they stay as the program seeded them, since a stream cannot be divided among another number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The present states, as plain values and numpy arrays; of the device where CUDA is in use."""
+    """The current states, as plain values and numpy arrays. The device's is included if CUDA is in use."""
     version, words, gauss = random.getstate()
     found: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().copy(),
@@ -28,7 +28,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(found: Mapping[str, Any]) -> None:
-    """Set what `capture` returned on the same rank of a run with as many ranks."""
+    """Set what `capture` returned on the same rank of a run with the same number of ranks."""
     torch.set_rng_state(torch.from_numpy(np.array(found["torch"], np.uint8)))
     np.random.set_state(tuple(found["numpy"]))
     version, words, gauss = found["python"]

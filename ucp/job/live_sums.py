@@ -1,7 +1,7 @@
-"""What all ranks of a job hold of their tensors, added up: parts once, and replicas compared.
+"""The digests of what all ranks of a job hold of their tensors, added up. Replicas are compared, and counted once.
 
-Each rank tells, in 41 bytes for each tensor, which elements it holds and their digest. Ranks that tell of the same
-elements hold replicas, which have to agree; different elements add up.
+Each rank tells the others, in 41 bytes for each tensor, which elements it holds and their digest. Ranks with the same
+elements hold replicas, which have to agree. Different elements add up.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a tensor. region: `region_of` its blocks. flawed: it is not what its digest says, for
-    another reason than its digest shows."""
+    """What this rank holds of a tensor. region: `region_of` its blocks. flawed: it is wrong in a way that its digest
+    does not show."""
 
     digest: Digest
     elements: int
@@ -40,9 +40,10 @@ class Part:
 
 @dataclass(frozen=True)
 class SumOverRanks:
-    """A tensor on all ranks together. elements: held, replicas once. differ: two ranks hold the same elements with
-    different values. flawed: a rank's part is. every, held: the digest and the elements of all parts, replicas counted
-    as often as there are: where ranks cut their replicas differently, parts overlap, and only these add up evenly."""
+    """A tensor on all ranks together. digest, elements: of what the ranks hold, with replicas counted once. differ: two
+    ranks hold the same elements with different values. flawed: a rank's part is flawed. every, held: the digest and the
+    elements of all parts, with every replica counted. If ranks cut their replicas differently, parts overlap, and only
+    these sums come out even."""
 
     digest: Digest
     elements: int
@@ -53,7 +54,7 @@ class SumOverRanks:
 
 
 def region_of(blocks: Blocks) -> int:
-    """A number for the elements that blocks hold, wherever they lie."""
+    """A number for the elements that blocks hold. It does not depend on where they lie in memory."""
     if len(blocks) == 1:
         return xxhash.xxh3_64_intdigest(blocks.offsets.tobytes() + b"/" + blocks.sizes.tobytes())
     order = np.lexsort(blocks.offsets.T) if blocks.ndim else np.arange(len(blocks))

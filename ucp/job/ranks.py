@@ -1,4 +1,4 @@
-"""The ranks of a training job, agreeing: what one of them finds wrong, all of them refuse."""
+"""How the ranks of a training job agree: if one of them finds something wrong, all of them refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp.errors import noted, rebuilt
 T = TypeVar("T")
 
 
-# A value of so many bytes is sent as it is: a collective operation takes longer than they do.
+# A value of at most this many bytes is sent at once, since another collective operation would take longer.
 _SMALL_BYTES = 2048
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -24,7 +24,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """In this block this process is the only rank, and talks to no other: the others may be doing something else."""
+    """In this block this process is the only rank, and does not communicate. The others may be doing something else."""
     token = _alone.set(True)
     try:
         yield
@@ -46,9 +46,9 @@ def world_size() -> int:
 
 
 def all_or_none(work: Callable[[], T]) -> T:
-    """Run ``work`` on every rank; if it raises on any, every rank raises.
+    """Run ``work`` on every rank. If it raises on any rank, every rank raises.
 
-    A rank of its own error re-raises that; the others raise the first failing rank's, with its number. Collective:
+    A rank with an error of its own raises that. The others raise the first failing rank's, with its number. Collective:
     every rank has to call it at the same place, and ``work`` itself must not communicate.
     """
     result, error = _attempt(work)
@@ -65,7 +65,7 @@ def all_or_none(work: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """What every rank says, by rank. Plain data. Collective."""
+    """The values of all ranks, in the order of the ranks. They have to be plain data. Collective."""
     if not _many():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -74,7 +74,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 only and give its result to every rank; an error there is raised everywhere."""
+    """Run ``work`` only on rank 0, and give its result to every rank. An error there is raised everywhere."""
     if not _many():
         return work()
     result, error = _attempt(work) if dist.get_rank() == 0 else (None, None)
@@ -89,10 +89,10 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def distinct(value: T) -> tuple[list[T], list[int]]:
-    """What the ranks say, each different value once, and for every rank which of them is its own. Collective.
+    """The different values of the ranks, each once, and for every rank the index of its own. Collective.
 
-    Values are plain data. What is small is sent at once; otherwise ranks exchange a digest of theirs first, and only
-    the first rank of each sends the value.
+    Values have to be plain data. Small ones are sent at once. For large ones the ranks first exchange digests, and then
+    only the first rank with each value sends it.
     """
     if not _many():
         return [value], [0]

@@ -14,7 +14,7 @@ WAIT = "wait"
 
 
 class Stopwatch:
-    """The seconds of one rank's work by stage, from now on; stages that overlap count each for itself."""
+    """Counts the seconds of one rank's work by stage, from now on. Stages that overlap are each counted in full."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """The stages in the order in which they ended first."""
+        """Stage -> seconds, in the order in which the stages first ended."""
         return self._seconds
 
     @property
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
-        """What is done within counts for that stage."""
+        """Count the time of this block for a stage."""
         began = time.perf_counter()
         try:
             yield
@@ -40,7 +40,7 @@ class Stopwatch:
             self.add(stage, time.perf_counter() - began)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
-        """Do some work, which counts for that stage."""
+        """Do some work, and count its time for a stage."""
         with self.of(stage):
             return work()
 
@@ -49,7 +49,7 @@ class Stopwatch:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     def with_wait(self) -> dict[str, float]:
-        """The stages, and as `WAIT` what is left of the time until now; where no stages overlap."""
+        """The stages, and the rest of the time until now as `WAIT`. This is for stages that do not overlap."""
         return {**self._seconds, WAIT: max(self.passed - sum(self._seconds.values()), 0.0)}
 
 

@@ -1,8 +1,8 @@
 """Random numbers that belong to samples and not to ranks: the same in every layout.
 
 A stream cannot be divided among another number of ranks. Here every sample has streams of its own, keyed by the run's
-seed, the step, the sample's number in the global order, and what they are for. So a sample's augmentation and its
-dropout masks are the same on whichever rank, in whichever micro-batch it is.
+seed, the step, the sample's number in the global order, and the use. So a sample's augmentation and its dropout masks
+are the same on any rank and in any micro-batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ucp.errors import BadArgument
 
 
 def per_sample(seed: int, step: int, sample: int, use: str = "") -> torch.Generator:
-    """A generator on the CPU for one sample in one step. use: what it is for, another one for each purpose."""
+    """A generator on the CPU for one sample in one step. use: what it is for. Each use has its own stream."""
     text = f"{seed}\n{step}\n{sample}\n{use}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1)
 
 
 @dataclass
 class _Now:
-    """Which samples a forward pass is of."""
+    """The samples of the current forward pass."""
 
     seed: int
     step: int
@@ -39,7 +39,7 @@ _now: ContextVar[_Now | None] = ContextVar("ucp_samples", default=None)
 
 @contextmanager
 def samples(seed: int, step: int, numbers: Sequence[int]) -> Iterator[None]:
-    """Within it, `SampleDropout` drops for these samples, in the order in which the batch has them."""
+    """In this block `SampleDropout` uses the masks of these samples. Give them in the order of the batch."""
     token = _now.set(_Now(seed, step, tuple(map(int, numbers))))
     try:
         yield
@@ -50,8 +50,8 @@ def samples(seed: int, step: int, numbers: Sequence[int]) -> Iterator[None]:
 class SampleDropout(torch.nn.Module):
     """Dropout whose masks belong to samples; the batch is the first dimension.
 
-    p: how much is dropped. name: another one for each place in the model. In training a forward pass has to be within
-    `samples`; BadArgument otherwise, and where the batch has another size.
+    p: which share is dropped. name: a different one for each place in the model. In training a forward pass has to be
+    inside `samples`. Raises BadArgument if it is not, or if the batch has another size.
     """
 
     def __init__(self, p: float, name: str) -> None:

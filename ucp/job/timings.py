@@ -14,7 +14,7 @@ from ucp.storage import locations, metrics
 
 
 class Finished(Protocol):
-    """What is recorded of a save (`ucp.saving.save.SaveReport`). seconds: by stage; wall: from its call to its end."""
+    """What is recorded of a save (`ucp.saving.save.SaveReport`). seconds: by stage. wall: from its call to its end."""
 
     @property
     def path(self) -> str: ...
@@ -33,13 +33,13 @@ class Finished(Protocol):
 
 
 def record_save(report: Finished, rank: int, world: int) -> None:
-    """Add this rank's record of a save that was finished; talks to nobody."""
+    """Add this rank's record of a finished save. Does not communicate."""
     ident = f"{report.tag}:{_manifest(report.path)}"
     _record("save", report.path, ident, rank, world, report.written, report.seconds, wall=round(report.wall, 6))
 
 
 def record_snapshot(report: Finished, folder: str, rank: int, world: int) -> None:
-    """Add this rank's record of a snapshot in memory, in the run's folder, which is made where it is not there."""
+    """Add this rank's record of a snapshot in memory to the run's folder, which is made if it does not exist."""
     place = locations.locate(folder)
     if not locations.is_remote(folder):
         place.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def record_snapshot(report: Finished, folder: str, rank: int, world: int) -> Non
 
 
 def record_event(folder: str, event: str, rank: int, world: int, seconds: Mapping[str, float], **more: Any) -> None:
-    """Add a record of what has happened to a run: which phase of a restart took how long."""
+    """Add a record of an event in a run, such as how long each phase of a restart took. Only on rank 0."""
     if rank == 0:
         named = {stage: round(value, 6) for stage, value in seconds.items()}
         common = {"what": "event", "event": event, "world": world, "time": time.time(), "seconds": named}
@@ -89,7 +89,7 @@ def _record(
 
 
 def _manifest(path: str) -> str:
-    """What tells this save from others under the same tag, on every rank: the manifest's own digest."""
+    """The manifest's own digest. On every rank it distinguishes this save from others under the same tag."""
     try:
         return manifest.digest_of(locations.locate(path) / manifest.NAME)
     except OSError:  # a later save has removed it already

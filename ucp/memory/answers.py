@@ -25,7 +25,7 @@ log = logger(__name__)
 
 
 class Answers:
-    """heard: when somebody last asked, by the monotonic clock."""
+    """A keeper's answers. heard: when somebody last asked, by the monotonic clock."""
 
     def __init__(
         self, shelf: Shelf, peers: Peers, note: Note, end: Callable[[], None], said: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Answers:
         self._job: Mapping[str, Any] = {}
 
     def to(self, frame: Frame, far: bool) -> Frame:
-        """The answer. far: the question is another keeper's. Whatever goes wrong is an answer, too."""
+        """The answer to a request. far: it comes from another keeper. An error becomes an answer, too."""
         op = str(frame.header.get("op", ""))
         self.heard = time.monotonic()
         answer = getattr(self, f"on_{op}", None)
@@ -55,7 +55,7 @@ class Answers:
         return got if isinstance(got, Frame) else Frame(got or {})
 
     def ask(self, node: str, op: str, body: Any = b"", **fields: Any) -> Frame:
-        """What a node's keeper answers, this one's included. Raises OSError."""
+        """The answer of any node's keeper, this one included. Raises OSError."""
         if node != self.shelf.node:
             answer: Frame = self.peers.ask(node, op, body, **fields)
             return answer
@@ -65,7 +65,7 @@ class Answers:
         return answer
 
     def is_attended(self) -> bool:
-        """Whether a trainer that has come is alive."""
+        """Whether any trainer that has registered is alive."""
         with self._lock:
             self._trainers = {pid for pid in self._trainers if os.path.exists(f"/proc/{pid}")}
             return bool(self._trainers)
@@ -76,7 +76,7 @@ class Answers:
         return {"pid": os.getpid()}
 
     def on_reach(self, **_: Any) -> dict[str, Any]:
-        """Which of the other keepers are not reached."""
+        """Which of the other keepers cannot be reached."""
         return {"lost": self.peers.reach()}
 
     def on_stat(self, path: str, **_: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Answers:
         return {"names": self.shelf.names(path)}
 
     def on_file(self, path: str, **_: Any) -> Frame:
-        """The descriptor of a file's memory, where it is here."""
+        """The descriptor of a file's memory, if the file is here."""
         entry = self.shelf.files.get(path)
         if entry is None or entry.holder != self.shelf.node or not entry.size:
             return Frame({})
@@ -94,7 +94,7 @@ class Answers:
         return Frame({"size": entry.size, "memory": f"{os.getpid()}.{entry.memory}"}, file=memory.fd)
 
     def on_read(self, path: str, start: int, stop: int, **_: Any) -> Frame:
-        """Bytes of a file, wherever it is."""
+        """Bytes of a file on any node."""
         if stop - start > limits.KEEPER_BODY_BYTES or start < 0:
             raise OSError(errno.EINVAL, f"{path}: {stop - start} bytes are too many to ask for at once")
         small = self.shelf.small.get(path)
@@ -108,7 +108,7 @@ class Answers:
         return Frame({}, self.shelf.memory(entry.memory).view[start : min(stop, entry.size)])
 
     def on_put(self, path: str, body: Any, far: bool, when: int | None = None, **_: Any) -> None:
-        """A small file, which goes to all keepers."""
+        """Store a small file, which goes to all keepers."""
         when = when or time.time_ns()
         self.shelf.put(path, bytes(body), when)
         if not far:
@@ -117,7 +117,7 @@ class Answers:
             self.committed(path.split("/")[0])
 
     def committed(self, tag: str) -> None:
-        """A generation has become whole: protect it, beside what else is asked."""
+        """Protect a generation that has become whole. This keeper goes on answering meanwhile."""
         found = self.shelf.generations[tag]
         groups = tuple(map(tuple, self._job.get("groups", ())))
         of = Generation(tag, found.save, found.when, groups, int(self._job.get("redundancy", 0)))
@@ -137,8 +137,8 @@ class Answers:
             log.exception("%s: is not protected", of.tag)
 
     def _await_protection(self) -> None:
-        """What is newest is protected before the next generation takes the place of the one before it; not where a node
-        that is needed for that is lost."""
+        """Wait until the newest generation is protected, since the next one will replace the one before it. If a node
+        is lost, do not wait."""
         deadline = time.monotonic() + limits.SNAPSHOT_TIMEOUT_SECONDS
         while time.monotonic() < deadline and not self.peers.lost:
             newest = self.shelf.committed()[:1]
@@ -147,7 +147,7 @@ class Answers:
             time.sleep(limits.RECEIPT_POLL_SECONDS[0])
 
     def on_store(self, path: str, body: Any, **_: Any) -> None:
-        """A new file of this node's own, of which the others are told."""
+        """Store a new file of this node's own, and tell the other keepers about it."""
         self._tell_of(self.shelf.store(path, body))
 
     def on_place(self, path: str, rank: int, memory: int, lease: int, size: int, **_: Any) -> None:
@@ -169,36 +169,36 @@ class Answers:
     # --- the job -----------------------------------------------------------------------------------------------------
 
     def on_lease(self, rank: int, size: int, **_: Any) -> Frame:
-        """Memory for a rank's next snapshot, with its descriptor."""
+        """Lend memory for a rank's next snapshot, with its descriptor."""
         self._await_protection()
         number, lease = self.shelf.lease(rank, size)
         name = f"{os.getpid()}.{number}"
         return Frame({"memory": number, "lease": lease, "name": name}, file=self.shelf.memory(number).fd)
 
     def on_leased(self, memory: int, lease: int, **_: Any) -> Frame:
-        """The same memory for another process of the rank's."""
+        """The same memory for another process of the rank."""
         return Frame({"name": f"{os.getpid()}.{memory}"}, file=self.shelf.leased(memory, lease).fd)
 
     def on_come(self, pid: int, **_: Any) -> dict[str, Any]:
-        """A trainer's process has come."""
+        """Register a trainer's process."""
         with self._lock:
             self._trainers.add(pid)
         return {"host": self._note.host, "port": self._note.port, "node": self._note.node, "domain": self._note.domain}
 
     def on_go(self, pid: int, **_: Any) -> None:
-        """A trainer's process has ended normally: with the last one, this keeper does."""
+        """A trainer's process has ended normally. This keeper ends with the last of them."""
         with self._lock:
             self._trainers.discard(pid)
         if not self.is_attended():
             self._end()
 
     def on_leave(self, **_: Any) -> None:
-        """The run goes on without this node: end, unless a trainer is here."""
+        """The run continues without this node. End, unless a trainer is here."""
         if not self.is_attended():
             self._end()
 
     def on_job(self, job: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        """A program has started, with these nodes: what another had under way is given up."""
+        """A program has started on these nodes. Give up the saves that an earlier one had under way."""
         self._job = job
         self.shelf.keep = int(job["keep"])
         self.shelf.limit = job["limit"]
@@ -208,7 +208,7 @@ class Answers:
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def on_inventory(self, **_: Any) -> dict[str, Any]:
-        """What this keeper knows of generations and has of their files."""
+        """The generations that this keeper knows, and the files that it knows of."""
         with self.shelf.lock:
             return {
                 "generations": [{**vars(one), "protected": sorted(one.protected)} for one in self.shelf.committed()],
@@ -217,34 +217,34 @@ class Answers:
             }
 
     def on_recover(self, **_: Any) -> dict[str, Any]:
-        """Make the newest generation that can be had whole, on all keepers, and forget newer ones."""
+        """Make the newest generation whole for which that is possible, on all keepers, and forget newer ones."""
         return recover(self)
 
     def on_scrub(self, save: str, files: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        """What of this keeper's files and parity of a save is not what its digests say."""
+        """Which of this keeper's files and parity of a save do not match their digests."""
         return scrub(self.shelf, save, files)
 
     def on_parity(self, save: str, start: int, stop: int, **_: Any) -> Frame:
-        """Bytes of this node's parity of a save."""
+        """Bytes of this node's parity for a save."""
         with self.shelf.lock:
             return Frame({}, self.shelf.memory(self.shelf.parities[save].memory).view[start:stop])
 
     def on_protect(self, tag: str, save: str, **_: Any) -> None:
-        """Make this node's parity of a generation anew."""
+        """Make this node's parity for a generation anew."""
         known = self.shelf.generations.get(tag)
         if known is not None and known.save == save and known.redundancy:
             threading.Thread(target=self._protect, args=(known,), daemon=True).start()
 
     def on_protected(self, tag: str, save: str, whose: str, **_: Any) -> None:
-        """A node's parity of a generation is in."""
+        """Note that a node's parity for a generation is complete."""
         self.shelf.update(tag, save, protected=whose)
 
     def on_adopt(self, path: str, origin: str, body: Any, **_: Any) -> dict[str, Any]:
-        """Hold a file of a node that is lost."""
+        """Store a file of a lost node here."""
         return {"memory": self.shelf.store(path, body, origin).memory}
 
     def on_repair(self, path: str, at: int, body: Any, **_: Any) -> None:
-        """Put bytes of a file right."""
+        """Correct bytes of a file."""
         with self.shelf.lock:
             self.shelf.memory(self.shelf.files[path].memory).write(at, body)
 
@@ -256,12 +256,12 @@ class Answers:
         body: Any,
         **_: Any,
     ) -> None:
-        """There is this generation, of these files."""
+        """Learn about a generation and its files."""
         self.peers.learn(known)
         self.shelf.know(generation_of(generation), [KeptFile(**file) for file in files], bytes(body))
 
     def on_settle(self, generation: Mapping[str, Any], **fields: Any) -> None:
-        """This generation is the one that counts: nothing newer is left."""
+        """Make this generation the newest one, and remove all newer ones."""
         made = generation_of(generation)
         with self.shelf.lock:
             for one in self.shelf.committed():
@@ -271,7 +271,7 @@ class Answers:
             self.shelf.put(LATEST, made.tag.encode(), made.when)
 
     def on_end(self, **_: Any) -> None:
-        """End now, whatever is held."""
+        """End now, even if something is held."""
         self._end()
 
     def on_status(self, **_: Any) -> dict[str, Any]:

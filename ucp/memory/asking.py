@@ -1,4 +1,4 @@
-"""What the parts of a keeper need of the whole."""
+"""What the parts of a keeper need from the whole keeper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ucp.storage.kept.wire import Frame
 
 
 class Keeper(Protocol):
-    """A keeper, from within. `ask` asks any node's keeper, this one included, and raises OSError."""
+    """A keeper, as its parts see it. `ask` asks any node's keeper, this one included, and raises OSError."""
 
     shelf: Shelf
     peers: Peers

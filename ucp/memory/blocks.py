@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class SharedMemory:
-    """fd: of a file of memory without a name. view: its bytes, writable."""
+    """Memory that can be shared. fd: the descriptor of a file in memory without a name. view: its writable bytes."""
 
     fd: int
     size: int
@@ -19,7 +19,7 @@ class SharedMemory:
 
     @classmethod
     def of(cls, size: int) -> SharedMemory:
-        """New memory, all of whose pages are there. Raises OSError where the machine has no room for them."""
+        """New memory, with all of its pages allocated. Raises OSError if the machine has no room for them."""
         fd = os.memfd_create("ucp-kept", os.MFD_CLOEXEC)
         try:
             if size:
@@ -40,14 +40,15 @@ class SharedMemory:
 
 
 def _refuse_scarce(size: int) -> None:
-    """Where memory is overcommitted, taking it would have the system end some process instead."""
+    """Raise OSError if there is too little memory. If memory is overcommitted, taking it would succeed, and the system
+    would later kill some process."""
     free = available()
     if free is not None and size > free:
         raise OSError(errno.ENOMEM, f"{size} bytes of memory are needed, and this machine has {free} to spare")
 
 
 def available() -> int | None:
-    """Bytes of memory that this machine, or this container, has to spare; None where it doesn't tell."""
+    """How many bytes of memory this machine, or this container, can spare. None if unknown."""
     found = []
     try:
         with open("/proc/meminfo", encoding="ascii") as stream:
@@ -62,7 +63,7 @@ def available() -> int | None:
             used = int(stream.read())
         with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as stream:
             kinds = dict(line.split() for line in stream)
-        if most != "max":  # the page cache makes way
+        if most != "max":  # the page cache can be dropped
             found.append(int(most) - used + int(kinds["inactive_file"]) + int(kinds["active_file"]))
     except (OSError, KeyError, ValueError):
         return min(found, default=None)

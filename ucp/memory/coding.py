@@ -1,7 +1,8 @@
 """Erasure coding of equally long pieces: with one parity by XOR, with more by Reed-Solomon over GF(2⁸).
 
-k pieces of data and m of parity; any k of the k + m give all of them. Reed-Solomon is ISA-L's (Cauchy matrix), the
-system's library or the one that pyeclib's wheel brings: 17 to 32 GB/s a core where zfec has 1.6 to 1.9 for one parity.
+There are k pieces of data and m of parity. Any k of these k + m give all of them. Reed-Solomon is ISA-L's (Cauchy
+matrix), from the system's library or from pyeclib's wheel: 17 to 32 GB/s a core, where zfec has 1.6 to 1.9 for one
+parity.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from ucp.errors import Unsupported
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-MEMBERS_MAX_COUNT = 255  # elements of GF(2⁸) that a Cauchy matrix has rows and columns for
+MEMBERS_MAX_COUNT = 255  # a Cauchy matrix over GF(2⁸) has no more rows and columns
 
 
 def parity(k: int, m: int, row: int, pieces: Sequence[Bytes], out: Bytes) -> None:
-    """The row'th parity of k pieces. Raises Unsupported where m > 1 and ISA-L is missing."""
+    """Compute parity number ``row`` of k pieces. Raises Unsupported if m > 1 and ISA-L is missing."""
     if m == 1:
         out[:] = pieces[0]
         for piece in pieces[1:]:
@@ -34,7 +35,7 @@ def parity(k: int, m: int, row: int, pieces: Sequence[Bytes], out: Bytes) -> Non
 
 
 def restored(k: int, m: int, have: Mapping[int, Bytes], wanted: int) -> Bytes:
-    """The wanted piece of data from any k others. have: pieces by number; parity's are k and up."""
+    """The wanted piece of data, from any k others. have: number -> piece; parity has the numbers from k on."""
     if len(have) < k:
         raise ValueError(f"{k} pieces are needed, and {len(have)} are there")
     rows = sorted(have)[:k]
@@ -51,14 +52,14 @@ def restored(k: int, m: int, have: Mapping[int, Bytes], wanted: int) -> Bytes:
 
 
 def check(m: int) -> None:
-    """Raise Unsupported where so many losses cannot be coded for here."""
+    """Raise Unsupported if this machine cannot code for this many losses."""
     if m > 1:
         _isal()
 
 
 @functools.lru_cache(64)
 def _matrix(k: int, m: int) -> Bytes:
-    """The identity above the coefficients of the parities: k columns."""
+    """The identity, and below it the coefficients of the parities. It has k columns."""
     if k + m > MEMBERS_MAX_COUNT:
         raise Unsupported(
             f"a group of {k + m} nodes is more than Reed-Solomon over GF(2⁸) codes for; set a smaller one"

@@ -1,4 +1,4 @@
-"""Looking at keepers on this machine, and letting them go."""
+"""Looking at the keepers on this machine, and ending them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ucp.storage.kept.places import Note
 
 
 def run_name(text: str) -> str:
-    """A run's name from what people give: a name, ``memory://`` before it or not, or a folder's path."""
+    """A run's name from what people type: a name, with or without ``memory://``, or a folder's path."""
     name = text.removeprefix(SCHEME)
     known = {note.run for note in places.notes()}
     return name if name in known or not os.path.exists(name) else os.path.abspath(name)
@@ -28,7 +28,7 @@ def start_keeper(run: str) -> Note:
 
 
 def statuses(run: str | None = None) -> list[Mapping[str, Any]]:
-    """What the keepers on this machine say of themselves; of one that does not answer, its note alone."""
+    """What the keepers on this machine report. For one that does not answer, it is only what its note says."""
     found: list[Mapping[str, Any]] = []
     for note in places.notes(None if run is None else run_name(run)):
         client = of_note(note)
@@ -44,7 +44,8 @@ def statuses(run: str | None = None) -> list[Mapping[str, Any]]:
 
 
 def drop(run: str) -> list[str]:
-    """Let go of what this machine's keepers hold of a run; returns their nodes. Raises BadArgument for none."""
+    """End this machine's keepers of a run, with what they hold. Returns their nodes. Raises BadArgument if there are
+    none."""
     notes = places.notes(run_name(run))
     if not notes:
         raise BadArgument(f"no keeper on this machine holds '{run_name(run)}'")
@@ -63,7 +64,7 @@ def drop(run: str) -> list[str]:
 
 
 def prometheus(run: str | None = None) -> Iterator[str]:
-    """Lines of Prometheus' text format."""
+    """The status of the keepers, as lines of Prometheus' text format."""
     found = statuses(run)
     kinds = {
         "ucp_keeper_up": ("gauge", "whether the keeper answers"),

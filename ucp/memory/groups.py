@@ -8,14 +8,15 @@ from ucp.memory.options import Options
 
 
 def divided(nodes: Sequence[tuple[str, str]], options: Options) -> tuple[list[list[str]], str]:
-    """Groups of nodes, no two of one failure domain in a group; and what is to be said of nodes that have none.
+    """Groups of nodes, with no two nodes of one failure domain in a group. The second result is a warning about nodes
+    that nothing protects, or "".
 
     nodes: (name, domain). Groups are as large as the options allow, and about equally large.
     """
     domains: dict[str, list[str]] = {}
     for name, domain in sorted(set(nodes)):
         domains.setdefault(domain, []).append(name)
-    # A round takes one node of each domain that has some left; each round is groups of its own.
+    # A round takes one node from each domain that has any left. Each round forms groups of its own.
     groups: list[list[str]] = []
     depth = max(map(len, domains.values()), default=0)
     for k in range(depth):

@@ -1,9 +1,10 @@
-"""A keeper: the process that holds one node's snapshots of one run, whatever becomes of the trainers.
+"""A keeper: the process that holds one node's snapshots of one run, whatever happens to the trainers.
 
-It belongs to no trainer's session and ignores what terminals and schedulers send to a job's processes. It serves this
-node's processes on a Unix socket and the other nodes' keepers on TCP, where both have to show the run's token. It ends
-when the program has ended normally on this node (`limits.KEEPER_LINGER_SECONDS` after nobody was heard of, otherwise),
-and leaves nothing behind: its memory has no name in any file system.
+It belongs to no trainer's session, and ignores what terminals and schedulers send to a job's processes. It serves this
+node's processes on a Unix socket, and the other nodes' keepers on TCP. Both have to prove that they know the run's
+token. It ends when the program has ended normally on this node. Otherwise it ends if nobody has asked for
+`limits.KEEPER_LINGER_SECONDS` and no trainer is alive. It leaves nothing behind, since its memory has no name in any
+file system.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ log = logger(__name__)
 
 
 class Server:
-    """The sockets of one keeper. note: what is left for those who look for it."""
+    """The sockets of one keeper. note: what it leaves in the file system, so that others can find it."""
 
     def __init__(self, run: str, node: str, domain: str, host: str, token: str, said: Sequence[str] = ()) -> None:
         self._folder = places.folder()
@@ -108,7 +109,7 @@ class Server:
 
 
 class Said(logging.Handler):
-    """The last warnings: a keeper has no terminal, and tells them with its status."""
+    """Keeps the last warnings. A keeper has no terminal, and reports them with its status."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -119,7 +120,7 @@ class Said(logging.Handler):
 
 
 def main(run: str, node: str, domain: str, host: str, token: str) -> None:
-    """The process's program: becomes a daemon, says over standard output that it is there, and serves."""
+    """The process's program: become a daemon, say over standard output that it is there, and serve."""
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -142,7 +143,7 @@ def main(run: str, node: str, domain: str, host: str, token: str) -> None:
 
 
 def _say(server: Server) -> None:
-    """Once the note is there, whoever waits is told, and standard output let go."""
+    """Once the note is there, tell the process that waits, and release standard output."""
     while places.note_of(server.note.run, server.note.node) != server.note:
         time.sleep(limits.RECEIPT_POLL_SECONDS[0])
     os.write(1, b"ready\n")

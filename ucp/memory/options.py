@@ -16,11 +16,14 @@ _BINARY = {"ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 class Options:
     """How a run is kept in memory.
 
-    run: its name; None for the folder that it saves to and loads from. every: snapshot each so many steps; 0 for only
-    when asked. redundancy: nodes of a group that may be lost. group: how many nodes protect each other, at most; None
-    for all. keep: generations, the one that is being filled included. limit: bytes that one node's keeper may hold;
-    None for no bound. persist_every: write each so many'th snapshot to disk, too; 0 for none. network: bytes per second
-    that a keeper takes from the network for parity; None for no bound.
+    - run: its name. None: the folder that it saves to and loads from.
+    - every: take a snapshot every so many steps. 0: only when asked.
+    - redundancy: how many nodes of a group may be lost.
+    - group: at most how many nodes protect each other. None: all.
+    - keep: how many generations there are, with the one that is being filled.
+    - limit: how many bytes one node's keeper may hold. None: no bound.
+    - persist_every: also write every so many'th snapshot to disk. 0: none.
+    - network: how many bytes per second a keeper takes from the network for parity. None: no bound.
     """
 
     run: str | None = None

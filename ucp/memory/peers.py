@@ -15,7 +15,7 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """A node of the job. domain: what fails together with it; host, port: where its keeper is reached."""
+    """A node of the job. domain: the part of the machines that fails together with it. host, port: its keeper's."""
 
     node: str
     domain: str
@@ -26,7 +26,7 @@ class NodeAddress:
 class Peers:
     """The other keepers of the job that runs now.
 
-    former: nodes of the run that are no part of this job; what they hold may be needed to resume.
+    former: nodes of the run that are not part of this job. What they hold may be needed to resume.
     """
 
     def __init__(self, run: str, node: str, token: str) -> None:
@@ -38,7 +38,7 @@ class Peers:
         self.former: tuple[NodeAddress, ...] = ()
 
     def join(self, members: Sequence[Mapping[str, Any]]) -> None:
-        """The job's nodes, this one among them."""
+        """Set the job's nodes, with this one."""
         with self._lock:
             for client in self._clients.values():
                 client.close()
@@ -52,7 +52,7 @@ class Peers:
             self._know(self.former)
 
     def learn(self, members: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Nodes that another keeper knows from before, and this one does not; returns their names."""
+        """Take over nodes that another keeper knows from before, and this one does not. Returns their names."""
         with self._lock:
             here = {self._node, *self._clients}
             new = [NodeAddress(**one) for one in members if one["node"] not in here]
@@ -61,7 +61,7 @@ class Peers:
         return [one.node for one in new]
 
     def part(self) -> None:
-        """What former nodes hold is needed no more: their keepers may end."""
+        """Let the keepers of former nodes end, since what they hold is no longer needed."""
         with self._lock:
             former, self.former = self.former, ()
             clients = [self._clients.pop(one.node) for one in former]
@@ -78,17 +78,17 @@ class Peers:
 
     @property
     def nodes(self) -> list[str]:
-        """The job's others, in order."""
+        """The job's other nodes, in order."""
         return sorted({one.node for one in self.members} - {self._node})
 
     @property
     def known(self) -> list[dict[str, Any]]:
-        """The job's nodes and the former ones, as another keeper is told of them."""
+        """The job's nodes and the former ones, in the form in which other keepers get them."""
         return [vars(one) for one in (*self.members, *self.former)]
 
     @property
     def lost(self) -> list[str]:
-        """Those that were not reached when they were last asked."""
+        """The nodes that were not reached when they were last asked."""
         return sorted(self._lost)
 
     def ask(self, node: str, op: str, body: Any = b"", **fields: Any) -> Any:
@@ -107,7 +107,7 @@ class Peers:
         return answer
 
     def tell(self, op: str, body: Any = b"", **fields: Any) -> None:
-        """The same word to all of them; those that are not reached go without. Raises what one of them refuses."""
+        """Send the same message to all of them. Those that cannot be reached do not get it. Raises what one refuses."""
         for node in self.nodes:
             if node in self._lost:
                 continue
@@ -117,7 +117,7 @@ class Peers:
                 continue
 
     def reach(self) -> list[str]:
-        """Try those that were lost again; returns those that still are."""
+        """Try the lost nodes again. Returns those that are still lost."""
         for node in self.lost:
             try:
                 self.ask(node, "ping")

@@ -1,4 +1,4 @@
-"""Memory that a keeper lends a rank, with the face of the pool that background saves copy through."""
+"""Memory that a keeper lends to a rank, with the interface of the pool through which background saves copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ucp.storage.kept.files import KeptFiles
 
 
 class LentPool(Pool):
-    """A place for the whole of a rank's file, another one for each snapshot: what is copied stays where it is."""
+    """Room for the whole of a rank's file, a new one for each snapshot. What is copied stays where it is."""
 
     def __init__(self, files: KeptFiles, rank: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class LentPool(Pool):
         self._pins: dict[int, weakref.finalize[Any, Any]] = {}
 
     def reserve(self, nbytes: int, *, pinned: bool) -> None:
-        """Have a new lease, of so many bytes. Raises SaveFailed where the keeper is gone or has no room."""
+        """Get a new lease for this many bytes. Raises SaveFailed if the keeper is gone or has no room."""
         try:
             self.lease, mapped = self._kept.lease(self._rank, nbytes)
         except OSError as error:
@@ -37,7 +37,7 @@ class LentPool(Pool):
             self._pins[place] = pin(self, self.bytes)
 
     def forget(self) -> None:
-        """Let go of what a keeper that is gone had lent."""
+        """Release what a keeper had lent that is gone now."""
         self.lease = self.bytes = None
         for end in self._pins.values():
             end()

@@ -22,24 +22,24 @@ log = logger(__name__)
 
 
 class Outdated(Exception):
-    """The generation that was worked on is no more."""
+    """The generation that is worked on no longer exists, or is no longer the newest."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Bytes per second that are taken from the network; None for as many as come."""
+    """At most how many bytes per second are taken from the network; None for no bound."""
 
     most: int | None
     began: float
 
     def keep(self, taken: int) -> None:
-        """Wait, so that so many bytes since the beginning are not too many."""
+        """Wait until this many bytes since the beginning are not too many."""
         if self.most is not None:
             time.sleep(max(self.began + taken / self.most - time.monotonic(), 0))
 
 
 def payloads(files: Mapping[str, KeptFile], save: str) -> dict[str, list[KeptFile]]:
-    """The files of a save by the node that saved them, in the order in which its payload has them."""
+    """Node -> the files of a save that it saved, in the order of its payload."""
     out: dict[str, list[KeptFile]] = {}
     for path in sorted(files):
         if files[path].save == save:
@@ -48,7 +48,7 @@ def payloads(files: Mapping[str, KeptFile], save: str) -> dict[str, list[KeptFil
 
 
 def stripes_of(generation: Generation, node: str, files: Mapping[str, KeptFile]) -> Stripes | None:
-    """The stripes of the node's group; None where nothing protects it."""
+    """The stripes of the node's group. None if nothing protects the node."""
     group = next((group for group in generation.groups if node in group), ())
     if not 0 < generation.redundancy < len(group):
         return None
@@ -57,8 +57,8 @@ def stripes_of(generation: Generation, node: str, files: Mapping[str, KeptFile])
 
 
 def protect(keeper: Keeper, generation: Generation, network: int | None) -> None:
-    """Make this node's parity of a generation, and tell everybody. Raises OSError where a node is not reached,
-    Outdated where another generation has taken its place."""
+    """Make this node's parity for a generation, and tell all keepers. Raises OSError if a node cannot be reached,
+    Outdated if a newer generation has come."""
     shelf = keeper.shelf
     with shelf.lock:
         stripes = stripes_of(generation, shelf.node, shelf.files)
@@ -93,7 +93,7 @@ def protect(keeper: Keeper, generation: Generation, network: int | None) -> None
 
 
 def piece(keeper: Keeper, generation: Generation, node: str, start: int, size: int) -> Bytes:
-    """Bytes of a node's payload, zeros behind its end. Raises OSError."""
+    """Bytes of a node's payload, with zeros after its end. Raises OSError."""
     with keeper.shelf.lock:
         files = payloads(keeper.shelf.files, generation.save).get(node, [])
     body = b"".join(_ranges(keeper, files, start, start + size))
@@ -101,7 +101,7 @@ def piece(keeper: Keeper, generation: Generation, node: str, start: int, size: i
 
 
 def _ranges(keeper: Keeper, files: list[KeptFile], start: int, stop: int) -> Iterator[bytes | memoryview]:
-    """The bytes of files that follow one another."""
+    """The bytes ``[start, stop)`` of these files, one after the other."""
     at = 0
     for file in files:
         low, high = max(start - at, 0), min(stop - at, file.size)

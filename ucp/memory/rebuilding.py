@@ -1,4 +1,4 @@
-"""What was lost or damaged of a generation, made again from the blocks and the parity that are left."""
+"""Making again what was lost or damaged of a generation, from the blocks and the parity that are left."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Ranges = list[tuple[int, int]]
 
 
 class Unrecoverable(Exception):
-    """Why a generation cannot be had."""
+    """A generation cannot be made whole. The message says why."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """lost: paths of files whose holder is gone. bad: damaged chunks by path. parity: damaged chunks of a node's
-    parity, None where it has none; a node that is not named is gone."""
+    """lost: paths of files whose holder is gone. bad: path -> damaged chunks. parity: node -> damaged chunks of its
+    parity, or None if it has no parity. A node that is not in it is gone."""
 
     lost: list[str] = field(default_factory=list)
     bad: dict[str, list[int]] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Damage:
 
 @dataclass(frozen=True, eq=False)
 class Rebuilding:
-    """bad: by node, ranges of its payload that cannot be used; parity: of its parity."""
+    """bad: node -> ranges of its payload that cannot be used. parity: node -> ranges of its parity that cannot."""
 
     keeper: Keeper
     generation: Generation
@@ -45,7 +45,7 @@ class Rebuilding:
     parity: Mapping[str, Ranges]
 
     def payload(self, node: str, start: int, stop: int) -> bytes:
-        """Bytes of a node's payload, from the others'. Raises Unrecoverable."""
+        """Bytes of a node's payload, computed from what the other nodes have. Raises Unrecoverable."""
         out = bytearray()
         at, block = start, self.stripes.block
         while at < stop:
@@ -97,9 +97,9 @@ def rebuild(
     digests: Mapping[str, ChunkDigests],
     damage: Damage,
 ) -> list[KeptFile]:
-    """Have what is lost held by nodes of the job, and what is damaged repaired in its place; the files that have moved.
+    """Rebuild lost files on nodes of the job, and repair damaged ones in place. Returns the files that have moved.
 
-    Raises Unrecoverable, and OSError where a node is lost meanwhile.
+    Raises Unrecoverable, and OSError if a node is lost meanwhile.
     """
     moved = []
     job = sorted({keeper.shelf.node, *keeper.peers.nodes} - set(keeper.peers.lost))
@@ -146,7 +146,7 @@ def _parity(chunks: list[int] | None) -> Ranges:
 
 
 def _start(files: Mapping[str, KeptFile], file: KeptFile) -> int:
-    """Where in its node's payload a file begins."""
+    """Where a file begins in its node's payload."""
     return sum(_before(payloads(files, file.save)[file.origin], file.path))
 
 

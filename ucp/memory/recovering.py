@@ -1,4 +1,4 @@
-"""Which generation can be had whole from the keepers that there are, and making it so."""
+"""Finding a generation that the keepers can make whole together, and making it whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A generation, and who has what of it. files: by path; nodes: those that have its manifest."""
+    """A generation, and who has what of it. files: path -> file. nodes: those that have its manifest."""
 
     generation: Generation
     files: dict[str, KeptFile] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Candidate:
 
 
 def recover(keeper: Keeper) -> dict[str, Any]:
-    """Have the newest generation that can be made whole on all keepers. On the keeper that is asked.
+    """Make the newest generation whole for which that is possible, on all keepers. Runs on the keeper that is asked.
 
-    Returns its tag, or None for it; and for every newer one why it could not be had.
+    Returns its tag, or None, and for every newer one the reason why it could not be made whole.
     """
     refused = []
     for one in candidates(keeper):
@@ -43,7 +43,7 @@ def recover(keeper: Keeper) -> dict[str, Any]:
 
 
 def candidates(keeper: Keeper) -> list[Candidate]:
-    """What the keepers that answer have, newest first."""
+    """The generations of all keepers that answer, newest first."""
     found: dict[tuple[str, str], Candidate] = {}
     files: dict[str, KeptFile] = {}
     left = [keeper.shelf.node, *keeper.peers.nodes, *(one.node for one in keeper.peers.former)]
@@ -61,7 +61,7 @@ def candidates(keeper: Keeper) -> list[Candidate]:
             one.nodes.append(node)
             found[made.tag, made.save] = Candidate(_joined(one.generation, made), one.files, one.nodes)
         for file in (KeptFile(**raw) for raw in told["files"]):
-            # Who has a file knows best; of one that is lost, all know whose it was.
+            # The holder of a file knows it best. If the holder is lost, all know whose file it was.
             if file.holder == node or file.path not in files:
                 files[file.path] = file
     for file in files.values():
@@ -90,7 +90,7 @@ def _make_whole(keeper: Keeper, one: Candidate) -> dict[str, Any]:
 
 
 def _damage(keeper: Keeper, one: Candidate, digests: Mapping[str, ChunkDigests]) -> Damage:
-    """What is lost with a node, or is not what its digest says."""
+    """What is lost with a node, or does not match its digest."""
     damage = Damage()
     there = {keeper.shelf.node, *(n["node"] for n in keeper.peers.known)} - set(keeper.peers.lost)
     damage.lost.extend(path for path in digests if one.files[path].holder not in there)
@@ -104,7 +104,7 @@ def _damage(keeper: Keeper, one: Candidate, digests: Mapping[str, ChunkDigests])
 
 
 def _tell(keeper: Keeper, one: Candidate, body: bytes, op: str) -> None:
-    """Have every keeper know of the generation; with 'settle', of none newer."""
+    """Tell every keeper about the generation. With 'settle' they also drop newer ones."""
     said = {**vars(one.generation), "protected": sorted(one.generation.protected)}
     files = [vars(file) for file in one.files.values()]
     for node in sorted({keeper.shelf.node, *(n["node"] for n in keeper.peers.known)} - set(keeper.peers.lost)):
@@ -112,9 +112,10 @@ def _tell(keeper: Keeper, one: Candidate, body: bytes, op: str) -> None:
 
 
 def scrub(shelf: Shelf, save: str, files: Mapping[str, str]) -> dict[str, Any]:
-    """What of a save's files here is missing, which of their chunks are damaged, and which of this node's parity are.
+    """Which files of a save are missing here, which of their chunks are damaged, and which chunks of this node's parity
+    are.
 
-    files: their digests' tables, in text. The parity's chunks are None where there is no parity.
+    files: path -> table of digests, in text. The parity's chunks are None if there is no parity.
     """
     bad, missing = {}, []
     for path, text in files.items():
@@ -140,7 +141,7 @@ def _differing(view: memoryview, wanted: ChunkDigests) -> list[int]:
 def digests_of(tag: str, body: bytes) -> dict[str, ChunkDigests]:
     """The files that a manifest names, by their paths in the run's memory, with their digests.
 
-    Raises DamagedCheckpoint where the manifest is not what was written.
+    Raises DamagedCheckpoint if the manifest is not what was written.
     """
     path = f"{tag}/{manifest.NAME}"
     files = manifest.parse(path, body).get("files")
@@ -152,7 +153,7 @@ def digests_of(tag: str, body: bytes) -> dict[str, ChunkDigests]:
 
 
 def generation_of(raw: Mapping[str, Any]) -> Generation:
-    """A generation from what another keeper says of it."""
+    """A generation, from what another keeper says about it."""
     groups = tuple(tuple(map(str, group)) for group in raw["groups"])
     return Generation(raw["tag"], raw["save"], raw["when"], groups, raw["redundancy"], frozenset(raw["protected"]))
 

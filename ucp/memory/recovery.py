@@ -1,4 +1,4 @@
-"""Where a training program resumes from: its memory, where that has a whole generation, or else the disk."""
+"""Where a training program resumes from: its memory, if that has a whole generation, or else the disk."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _STEP = re.compile(r"(\d{1,18})\D*$")
 
 @dataclass(frozen=True)
 class Recovered:
-    """A generation in memory to resume from. location, tag: as `ucp.open` takes them; when: its commit, in nanoseconds
-    since the epoch. refused: newer generations, and why they cannot be had."""
+    """A generation in memory to resume from. location, tag: as `ucp.open` takes them. when: the time of its commit, in
+    nanoseconds since the epoch. refused: newer generations, and why they cannot be made whole."""
 
     location: str
     tag: str
@@ -30,9 +30,9 @@ class Recovered:
 
 
 def find(tier: Tier) -> tuple[Recovered | None, tuple[str, ...]]:
-    """The newest generation that all keepers together have whole, made so by this call; and what could not be had.
+    """Make the newest generation whole for which that is possible. Returns it, and the reasons against newer ones.
 
-    Collective. Where the keepers fail, nothing is found, and that is said.
+    Collective. If the keepers fail, nothing is found, and the reasons say so.
     """
     told = tier.recover()
     refused = tuple(f"generation {number(one['tag'])}: {one['why']}" for one in told["refused"])
@@ -42,9 +42,9 @@ def find(tier: Tier) -> tuple[Recovered | None, tuple[str, ...]]:
 
 
 def source(tier: Tier, folder: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """Where a resume from this folder reads, and the tag there: from memory, unless what the folder has is newer.
+    """Where a resume from this folder reads, and the tag there: from memory, unless the folder has something newer.
 
-    What newer generations memory could not give is told in warnings. Collective.
+    Warnings name newer generations that memory could not give. Collective.
     """
     found, refused = find(tier)
     on_disk = ranks.from_first(lambda: _latest(folder))
@@ -59,7 +59,7 @@ def source(tier: Tier, folder: str | os.PathLike[str]) -> tuple[str, str | None]
 
 
 def warn_of(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -> None:
-    """Why newer generations cannot be had, and what that costs."""
+    """Log why newer generations cannot be used, and what that costs."""
     if ranks.rank():
         return
     for text in refused:
@@ -71,7 +71,7 @@ def warn_of(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -
 
 
 def _latest(folder: str | os.PathLike[str]) -> tuple[str, int] | None:
-    """The checkpoint that the folder's 'latest' names, and when it was written; None where there is none."""
+    """The checkpoint that the folder's 'latest' names, and when it was written. None if there is none."""
     place = locate(folder)
     name = latest_name(place)
     if name is None:
@@ -87,6 +87,6 @@ def _same(one: str, other: str) -> bool:
 
 
 def number(tag: str) -> str:
-    """The step that a tag ends with; the tag where it has none."""
+    """The step at the end of a tag, or the tag itself if it has none."""
     match = _STEP.search(tag)
     return match[1] if match else tag

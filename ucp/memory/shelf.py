@@ -2,7 +2,8 @@
 
 A generation is a checkpoint's folder: ``TAG/ucp.json`` and the files of one save, ``TAG/SAVE/...``. It is committed
 once its manifest is there, which the first rank writes when every rank's files are in place. A rank copies its next
-snapshot into memory that no generation worth keeping lies in, so that whatever breaks off leaves the one before.
+snapshot into memory that has no generation worth keeping. So if anything breaks off, the generation before is still
+there.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _SAVE = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class KeptFile:
-    """A file that lies on one node. origin: the node that saved it; holder: the one that has it now. memory: its number
-    in the holder's shelf."""
+    """A file that lies on one node. origin: the node that saved it. holder: the node that has it now. memory: the
+    number of its memory in the holder's shelf."""
 
     path: str
     size: int
@@ -48,8 +49,9 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class Generation:
-    """A committed snapshot. when: its commit, in nanoseconds since the epoch. groups: nodes that protect each other, as
-    they were then; redundancy: how many of a group may be lost. protected: nodes whose parity is in."""
+    """A committed snapshot. when: the time of its commit, in nanoseconds since the epoch. groups: the groups of nodes
+    that protected each other then. redundancy: how many nodes of a group may be lost. protected: the nodes whose parity
+    is complete."""
 
     tag: str
     save: str
@@ -60,12 +62,12 @@ class Generation:
 
     @property
     def can_be_protected(self) -> bool:
-        """Whether any of its nodes has others that protect it."""
+        """Whether any of its nodes is protected by others."""
         return bool(self._members)
 
     @property
     def is_protected(self) -> bool:
-        """Whether the parity of all nodes that protect others is in."""
+        """Whether the parity of all nodes that protect others is complete."""
         return bool(self._members) and self._members <= self.protected
 
     @property
@@ -75,7 +77,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Parity:
-    """memory: its number; table: the digests of its chunks."""
+    """A node's parity. memory: its number. table: the digests of its chunks."""
 
     memory: int
     table: bytes
@@ -89,9 +91,9 @@ class Small:
 
 @dataclass
 class Shelf:
-    """One keeper's state; every method may be called by several threads.
+    """One keeper's state. Several threads may call its methods.
 
-    keep: generations, the one that is being filled included. limit: bytes, None for no bound.
+    keep: how many generations there are, with the one that is being filled. limit: in bytes; None for no bound.
     """
 
     node: str
@@ -113,12 +115,12 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all memory that is held."""
+        """How many bytes of memory are held in all."""
         with self.lock:
             return sum(memory.size for memory in self._memories.values())
 
     def take(self, size: int) -> int:
-        """New memory; returns its number. Raises OSError where the limit or the machine has no room for it."""
+        """Take new memory. Returns its number. Raises OSError if the limit or the machine has no room for it."""
         with self.lock:
             if self.limit is not None and self.nbytes + size > self.limit:
                 raise OSError(
@@ -144,7 +146,7 @@ class Shelf:
                 gone.close()
 
     def lease(self, rank: int, size: int) -> tuple[int, int]:
-        """Memory for the rank's next snapshot, and the lease's number; generations that lay in it are dropped."""
+        """Memory for the rank's next snapshot, and the lease's number. Generations in this memory are dropped."""
         with self.lock:
             kept = {one.tag for one in self.committed()[: max(self.keep - 1, 1)]}
             busy = {e.memory for e in self.files.values() if e.tag in kept and self.is_current(e)}
@@ -164,14 +166,14 @@ class Shelf:
             return number, self._next
 
     def leased(self, number: int, lease: int) -> SharedMemory:
-        """The memory of a lease. Raises OSError where it has been given to another meanwhile."""
+        """The memory of a lease. Raises OSError if it was given to another snapshot meanwhile."""
         with self.lock:
             if self._leases.get(number) != lease or number not in self._memories:
                 raise OSError(errno.ESTALE, "the memory was given to another snapshot meanwhile")
             return self._memories[number]
 
     def place(self, path: str, rank: int, number: int, lease: int, size: int) -> KeptFile:
-        """A lease has become a file. Raises OSError where it has been given to another meanwhile."""
+        """Make a lease a file. Raises OSError if its memory was given to another snapshot meanwhile."""
         with self.lock:
             self._refuse_void(path)
             self.leased(number, lease)
@@ -180,7 +182,7 @@ class Shelf:
             return made
 
     def store(self, path: str, body: bytes | memoryview, origin: str | None = None) -> KeptFile:
-        """A new file of this node's own, from its bytes."""
+        """Make a new file of this node's own from its bytes."""
         with self.lock:
             self._refuse_void(path)
             number = self.take(len(body))
@@ -192,7 +194,7 @@ class Shelf:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def put(self, path: str, body: bytes, when: int) -> None:
-        """A small file. A manifest commits its generation. Raises OSError for one of a save that was given up."""
+        """Store a small file. A manifest commits its generation. Raises OSError for a save that was given up."""
         with self.lock:
             self._refuse_void(path)
             if path.endswith(f"/{manifest.NAME}") and path.count("/") == 1:
@@ -206,7 +208,7 @@ class Shelf:
             self.small[path] = Small(body, when)
 
     def is_current(self, entry: KeptFile) -> bool:
-        """Whether the file is of a committed generation."""
+        """Whether the file belongs to a committed generation."""
         found = self.generations.get(entry.tag)
         return found is not None and found.save == entry.save
 
@@ -235,13 +237,13 @@ class Shelf:
             return found
 
     def is_newest(self, one: Generation) -> bool:
-        """Whether no other generation has come after this one, and it is still there."""
+        """Whether this generation is still there, and none has come after it."""
         with self.lock:
             newest = self.committed()[:1]
             return bool(newest) and (newest[0].tag, newest[0].save) == (one.tag, one.save)
 
     def keep_parity(self, of: Generation, number: int, table: bytes) -> None:
-        """This node's parity of a generation. table: its chunks' digests."""
+        """Store this node's parity for a generation. table: the digests of its chunks."""
         with self.lock:
             old = self.parities.get(of.save)
             self.parities[of.save] = Parity(number, table)
@@ -249,13 +251,13 @@ class Shelf:
                 self.free(old.memory)
 
     def drop_parities(self, but: str | None = None) -> None:
-        """Parity of a generation that is not the best one is needed no more."""
+        """Drop the parity of all generations but this one, since it is no longer needed."""
         with self.lock:
             for save in [save for save in self.parities if save != but]:
                 self.free(self.parities.pop(save).memory)
 
     def remove(self, path: str) -> None:
-        """A file, or all that is below a folder; what a rank's next snapshot may use stays allocated."""
+        """Remove a file, or all that is below a folder. Memory that a rank's next snapshot may use stays allocated."""
         with self.lock:
             slots = {number for numbers in self._slots.values() for number in numbers}
             for name in [path, *self._below(path)]:
@@ -270,9 +272,9 @@ class Shelf:
                     self.free(gone.memory)
 
     def give_up(self) -> list[str]:
-        """Take nothing more of any save that is not committed here; returns their numbers.
+        """Take nothing more from any save that is not committed here. Returns the numbers of these saves.
 
-        What there is stays for now: another keeper may know that it was committed (`know`).
+        What is there stays for now, since another keeper may know that it was committed (`know`).
         """
         with self.lock:
             gone = {save for path in (*self.files, *self.small) if (save := _save_of(path))} - self._current()
@@ -280,7 +282,7 @@ class Shelf:
             return sorted(gone)
 
     def know(self, one: Generation, files: Sequence[KeptFile], body: bytes) -> None:
-        """A generation of which another keeper tells."""
+        """Take over a generation that another keeper knows."""
         with self.lock:
             self._void.discard(one.save)
             self.files.update({file.path: file for file in files})
@@ -288,11 +290,11 @@ class Shelf:
             self.generations[one.tag] = one
 
     def update(self, tag: str, save: str, *, protected: str | None = None, of: Generation | None = None) -> None:
-        """What has become of a generation: a node's parity is in, or its groups are known."""
+        """Update a generation: a node's parity is complete, or its groups are known."""
         with self.lock:
             known = self.generations.get(tag)
             if known is None or known.save != save:
-                if protected is not None:  # a quicker keeper's word came before the manifest
+                if protected is not None:  # a faster keeper's message came before the manifest
                     self._early.setdefault(save, set()).add(protected)
                 return
             if of is not None:
@@ -311,7 +313,7 @@ class Shelf:
             raise OSError(errno.ESTALE, f"{path}: its save was given up when the program started again")
 
     def _evict(self, number: int) -> None:
-        """Drop what lies in this memory: a generation with a part overwritten is none."""
+        """Drop what lies in this memory, since a generation with an overwritten part is useless."""
         for entry in [e for e in self.files.values() if e.holder == self.node and e.memory == number]:
             if self.is_current(entry):
                 self.remove(entry.tag)

@@ -28,8 +28,8 @@ main(*arguments, sys.stdin.readline().strip())
 def started(run: str, node: str | None = None, host: str = "127.0.0.1", token: str | None = None) -> tuple[Note, bool]:
     """This node's keeper of the run, and whether it had to be started.
 
-    host: the address on which other nodes' keepers reach it. token: the run's, where it is known already.
-    Raises BadArgument where no keeper can be started.
+    host: the address on which other nodes' keepers reach it. token: the run's, if it is known already.
+    Raises BadArgument if no keeper can be started.
     """
     node = node or places.node()
     with _alone():
@@ -45,7 +45,7 @@ def started(run: str, node: str | None = None, host: str = "127.0.0.1", token: s
 
 
 def alive(run: str, node: str) -> Note | None:
-    """The note of this node's keeper, where it answers."""
+    """The note of this node's keeper, if the keeper answers."""
     note = places.note_of(run, node)
     if note is None or note.run != run:
         return None
@@ -82,7 +82,7 @@ def _start(run: str, node: str, host: str, token: str) -> Note:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Ranks of one node start one keeper."""
+    """Hold a lock, so that the ranks of one node start only one keeper."""
     path = places.folder() / ".lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,8 +1,8 @@
 """Where a group's parity lies.
 
-A node's payload is its files of a generation, one after the other. Where m of n nodes may be lost, each cuts its
-payload into k = n − m blocks. There are n stripes; m nodes hold the parity of a stripe, and each of the other k gives
-it one of its blocks. So every node keeps m blocks of parity: S / (n − 1) bytes where m = 1, a mirror where n = 2.
+A node's payload is its files of a generation, one after the other. If m of n nodes may be lost, each cuts its payload
+into k = n − m blocks. There are n stripes. m nodes hold the parity of a stripe, and each of the other k gives it one of
+its blocks. So every node keeps m blocks of parity. With m = 1 these are S / (n − 1) bytes, and with n = 2 a mirror.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes, of blocks
 
 @dataclass(frozen=True)
 class Stripes:
-    """A group's. nodes: in order. largest: bytes of the largest payload among them."""
+    """The stripes of a group. nodes: in order. largest: how many bytes the largest of their payloads has."""
 
     nodes: tuple[str, ...]
     redundancy: int
@@ -23,12 +23,12 @@ class Stripes:
 
     @property
     def data(self) -> int:
-        """Blocks of data in a stripe, and blocks that a payload is cut into."""
+        """How many blocks of data a stripe has. A payload is cut into as many blocks."""
         return len(self.nodes) - self.redundancy
 
     @property
     def block(self) -> int:
-        """Bytes of a block."""
+        """How many bytes a block has."""
         return -(-self.largest // (self.data * ALIGNMENT)) * ALIGNMENT
 
     def holders(self, stripe: int) -> list[str]:
@@ -41,17 +41,17 @@ class Stripes:
         return [node for node in self.nodes if node not in holders]
 
     def held(self, node: str) -> list[int]:
-        """The stripes whose parity the node holds: of row r the r'th."""
+        """The stripes whose parity the node holds. Of the r-th of them it holds row r."""
         at = self.nodes.index(node)
         return [(at - row) % len(self.nodes) for row in range(self.redundancy)]
 
     def start(self, node: str, stripe: int) -> int:
-        """Where in its payload the block begins that the node gives this stripe."""
+        """Where the block that the node gives this stripe begins in the node's payload."""
         before = sum(node in self.givers(other) for other in range(stripe))
         return before * self.block
 
     def given(self, node: str) -> list[int]:
-        """The stripes that the node gives a block, in the order of its blocks."""
+        """The stripes to which the node gives a block, in the order of its blocks."""
         return [stripe for stripe in range(len(self.nodes)) if node in self.givers(stripe)]
 
 

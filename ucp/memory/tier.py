@@ -39,7 +39,7 @@ _tiers: weakref.WeakSet[Tier] = weakref.WeakSet()
 
 
 class Tier:
-    """One training state's snapshots. done: as for `Saver`."""
+    """The snapshots of one training state. done: as for `Saver`."""
 
     def __init__(self, options: Options, done: Callable[[SaveReport], None] | None = None) -> None:
         self.options = options
@@ -58,10 +58,11 @@ class Tier:
     # --- keepers -----------------------------------------------------------------------------------------------------
 
     def attach(self, folder: str | os.PathLike[str], nbytes: int) -> None:
-        """Have a keeper on every node, started where there is none. Collective; does nothing where it was done.
+        """Make sure that every node has a keeper, and start missing ones. Collective. Does nothing the second time.
 
-        folder: what the run is called after, unless the options name it. nbytes: about what this rank's file will have.
-        Raises BadArgument where no keeper can be had, one there is of another run, or the limit is too small.
+        folder: the run is named after it, unless the options name it. nbytes: about how many bytes this rank's file
+        will have. Raises BadArgument if no keeper can be started, a keeper belongs to another run, or the limit is too
+        small.
         """
         run = ranks.from_first(lambda: self.options.run or os.path.abspath(folder))
         if run == self.run:
@@ -80,7 +81,7 @@ class Tier:
         _watch_end(self)
 
     def _join(self, run: str) -> None:
-        """Find or start the keepers, and tell each of all."""
+        """Find or start the keepers, and tell each about all of them."""
         nodes = ranks.gather((places.node(), self._nbytes))
         names = [name for name, _ in nodes]
         mine, first = places.node(), names.index(places.node()) == ranks.rank()
@@ -110,7 +111,7 @@ class Tier:
         ranks.all_or_none(lambda: own.ask("job", job=job) if first else None)
 
     def _check_limit(self, run: str, nodes: list[tuple[str, int]]) -> None:
-        """Refuse at the start what would not fit."""
+        """Refuse at the start if the snapshots would not fit."""
         if self.options.limit is None:
             return
         sums: dict[str, int] = {}
@@ -138,9 +139,9 @@ class Tier:
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self, source: Source, tag: str) -> bool:
-        """Begin to copy the state into the keepers' memory. Collective; returns whether that was begun.
+        """Begin to copy the state into the keepers' memory. Collective. Returns whether that was begun.
 
-        What goes wrong with keepers is told in a warning, and training goes on unprotected.
+        If something goes wrong with keepers, there is a warning, and training goes on unprotected.
         """
         if self.saver is None or self.run is None:
             raise BadArgument("no run is known to be kept in memory yet: load or save first, or name it in the options")
@@ -157,7 +158,7 @@ class Tier:
             return False
 
     def recover(self) -> dict[str, Any]:
-        """Have the keepers make their newest generation whole; what the first rank's says of it. Collective."""
+        """Have the keepers make their newest generation whole. Returns the answer of rank 0's keeper. Collective."""
 
         def ask() -> dict[str, Any]:
             try:
@@ -176,7 +177,7 @@ class Tier:
             self.saver.hold()
 
     def wait(self) -> None:
-        """Return once no snapshot is under way; what went wrong with it is a warning."""
+        """Return once no snapshot is under way. If it went wrong, there is a warning."""
         if self.saver is not None:
             try:
                 self.saver.wait()
@@ -184,7 +185,7 @@ class Tier:
                 self._warn(f"the last snapshot was not finished: {error}")
 
     def end(self) -> None:
-        """The program has ended normally on this rank; its node's keeper ends with the last of them."""
+        """Tell the keeper that the program has ended normally on this rank. It ends with the last rank of the node."""
         if self._own is not None:
             self.wait()
             own, self._own = self._own, None
@@ -195,7 +196,7 @@ class Tier:
             own.close()
 
     def _is_ready(self) -> bool:
-        """Whether every node's keeper is there and reaches the others; those that are gone are started again."""
+        """Whether every node's keeper is there and reaches the others. Those that are gone are started again."""
         found = ranks.gather(self._fault())
         if not any(found):
             return True
@@ -213,7 +214,7 @@ class Tier:
         return not any(found)
 
     def _fault(self) -> str | None:
-        """What is wrong with this node's keeper; None if nothing is."""
+        """What is wrong with this node's keeper, or None."""
         if self._own is None:
             return "there is no keeper on this node"
         try:
@@ -228,13 +229,13 @@ class Tier:
 
 
 def _token(run: str, node: str) -> str | None:
-    """The token of the keeper that is on this node already."""
+    """The token of the keeper that is already on this node, or None."""
     note = start.alive(run, node)
     return None if note is None else note.token
 
 
 def own_address() -> str:
-    """The address that other nodes reach this one by: the one from which it reaches the job's first node."""
+    """The address by which other nodes reach this one. It is the one from which this node reaches the job's first."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     if master == "localhost" or master.startswith("127."):
         return "127.0.0.1"
@@ -260,7 +261,7 @@ def _watch_end(tier: Tier) -> None:
 
 
 def _at_exit() -> None:
-    """A program that ends by an error may be started again: its memory is kept then."""
+    """End the keepers at exit, unless there was an error: then the program may be started again and need its memory."""
     if getattr(sys, "last_value", None) is None:
         for tier in list(_tiers):
             tier.end()
