@@ -1,7 +1,7 @@
-"""Reading one file of torch.save's: which of its entries is the model, which the optimizers, and what else is kept.
+"""Reading one torch.save file: which of its entries is the model, which are the optimizers, and what else is kept.
 
-An entry is found by what it is (a module's state dict: names and tensors; an optimizer's: states and param groups), and
-of several by its key. Everything else is client state under its own key, so that nothing is lost.
+An entry is found by what it is: a module's state dict has names and tensors, and an optimizer's has states and param
+groups. If there are several, the key decides. Everything else is client state under its own key, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FLAT = ("flat_param", "_flat_param")
 
 @dataclass(frozen=True)
 class FileRoles:
-    """model: the model's key; None where the file is the model itself. optimizers: key and what lies there."""
+    """What the entries are. model: the model's key; None if the file is the model itself. optimizers: (key, value)."""
 
     model: str | None
     module: Mapping[str, Any]
@@ -129,7 +129,7 @@ def _at(path: Path, graph: Mapping[Any, Any], key: str, flag: str, fits: Callabl
 
 
 def _refuse_flat(path: Path, roles: FileRoles) -> None:
-    """Raise Unsupported for what FSDP1 keeps flat: a rank's part, cut at places that the file does not say."""
+    """Raise Unsupported for what FSDP1 keeps flat: a rank's part, and the file does not say where it is cut."""
     names = [*roles.module, *(str(name) for _, found in roles.optimizers for name in found["state"])]
     flat = next((name for name in names if name.rpartition(".")[2] in _FLAT), None)
     if flat is not None:

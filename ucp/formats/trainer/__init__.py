@@ -35,7 +35,7 @@ class Trainer(Format):
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
-        """Whether the Trainer's state lies in it, and no pointer to another program's checkpoint."""
+        """Whether the Trainer's state is in it, and no pointer to another program's checkpoint."""
         return folder.has_file(STATE) and not folder.has_file("latest")
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:

@@ -72,8 +72,8 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
 def _check_steps(folder: Path, progress: Mapping[str, Any], scheduler: Any, catalog: Catalog) -> None:
     """Raise DamagedCheckpoint where the files can't be of one step.
 
-    Scheduler and optimizer count the steps that were taken, together; the Trainer counts those that were left out for
-    an overflow, too.
+    Scheduler and optimizer both count the steps that were taken. The Trainer also counts those that were skipped
+    because of an overflow.
     """
     step = step_of(progress)
     if step is None:

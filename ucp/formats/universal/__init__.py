@@ -34,7 +34,7 @@ _OWN = re.compile(r"(rank-\d+-of-\d+|training-state(-\d+)?|(model|optimizer\..+)
 
 
 class UniversalTarget(WriteTarget):
-    """Every tensor once, whole, or with ``virtual`` a manifest alone."""
+    """Every tensor once and whole, or with ``virtual`` only a manifest."""
 
     name = NAME
     options = (

@@ -1,5 +1,5 @@
-"""The manifest's ``approximate``: parameters that a repair has filled in, each with how. A checkpoint without such has
-no entry."""
+"""The manifest's ``approximate``: parameters that a repair has filled in, and how. A checkpoint without any has no such
+entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def encode(catalog: Catalog) -> dict[str, Any]:
 
 
 def decode(path: str, body: Mapping[str, Any], parameters: Collection[str]) -> dict[str, str]:
-    """Raises DamagedCheckpoint for an entry that is none, or names what is no parameter."""
+    """The manifest's entry. Raises DamagedCheckpoint if it is malformed, or names something that is no parameter."""
     found = body.get(NAME, {})
     if not isinstance(found, dict) or not all(isinstance(how, str) and n in parameters for n, how in found.items()):
         raise DamagedCheckpoint(f"{path}: '{NAME}' should map parameters to how they were filled in")

@@ -31,8 +31,9 @@ from ucp.transfer.targets import TargetFile
 class ConsolidatedPlan:
     """A consolidated checkpoint before its first byte is written.
 
-    source: the catalog to read from. files: everything but the manifest. result: the catalog of what will have been
-    written, its files' paths relative to the folder.
+    source: the catalog to read from.
+    files: everything except the manifest.
+    result: the catalog of what will have been written. Its files' paths are relative to the folder.
     """
 
     source: Catalog

@@ -1,4 +1,4 @@
-"""The fragmented form: many fragments per tensor, each rank's in a file of its own, written without talking.
+"""The fragmented form: many fragments per tensor, each rank's in a file of its own. Ranks write without communicating.
 
 A rank that has written its files leaves a *receipt*: a manifest of what it wrote, digests included, beside the save's
 number and its own. The receipts of all ranks are the checkpoint's manifest: `merge` joins them, and checks that they
@@ -73,11 +73,14 @@ def empty_state() -> dict[str, Any]:
 
 
 def merge(folder: str, receipts: Sequence[str], save: str, prefix: str = "") -> bytes:
-    """The manifest of what all ranks wrote. receipts: their paths or URLs, by rank, anywhere; folder: where the files
-    lie; prefix: of their names in the manifest, where that will lie above them.
+    """The manifest of what all ranks wrote.
 
-    Raises SaveFailed where ranks contradict each other or do not hold every element exactly once, DamagedCheckpoint
-    where a file is not what its receipt says.
+    folder: where the files lie.
+    receipts: paths or URLs of the receipts, by rank. They may lie anywhere.
+    prefix: of the files' names in the manifest, if the manifest will lie above them.
+
+    Raises SaveFailed if ranks contradict each other or do not hold every element exactly once, DamagedCheckpoint if a
+    file is not what its receipt says.
     """
     shares: list[tuple[Catalog, dict[str, Any]]] = []
     for rank, path in enumerate(receipts):
@@ -147,7 +150,7 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
 
 
 def _digest(held: Sequence[LogicalTensor]) -> Recorded | None:
-    """What the ranks' parts add up to; None where one of them has not said."""
+    """What the ranks' digests add up to; None if one of the ranks has none."""
     parts = [t.digest for t in held if len(t.blocks) or t.digest is not None]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts) or len({part.sample for part in known}) > 1:
@@ -160,7 +163,7 @@ def _nothing_of(tensor: LogicalTensor) -> LogicalTensor:
 
 
 def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
-    """A parameter's values, of which a rank that holds nothing of it may know none."""
+    """A parameter's values. A rank that holds nothing of the parameter may know none of them."""
     out: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         for key, value in share.parameters[name].scalars.items() if name in share.parameters else ():

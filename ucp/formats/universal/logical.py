@@ -22,7 +22,7 @@ NAME = "logical_digests"
 
 
 def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
-    """The manifest's entry, if any of the tensors has a digest; nothing otherwise."""
+    """The manifest's entry if any of the tensors has a digest; otherwise it is empty."""
     sample = next((t.digest.sample for t in tensors if t.digest is not None), None)
     if sample is None:
         return {}
@@ -39,7 +39,7 @@ def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
 
 
 def decode(path: str, body: Mapping[str, Any], count: int) -> list[Recorded | None]:
-    """Each tensor's digest. Raises DamagedCheckpoint for what is none."""
+    """Each tensor's digest. Raises DamagedCheckpoint for an entry that is not one."""
     found = body.get(NAME)
     if found is None:
         return [None] * count

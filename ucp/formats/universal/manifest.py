@@ -59,7 +59,7 @@ def load(path: str) -> dict[str, Any]:
 
 
 def parse(path: str, raw: bytes) -> dict[str, Any]:
-    """As `load`, of a manifest's bytes."""
+    """Like `load`, from a manifest's bytes."""
     framed = raw.startswith(_HEAD) and raw[_PREFIX - len(_TAIL) : _PREFIX] == _TAIL
     wanted = raw[len(_HEAD) : len(_HEAD) + 32]
     found = xxhash.xxh3_128_hexdigest(raw[_PREFIX:]).encode("ascii")
@@ -85,7 +85,7 @@ def parse(path: str, raw: bytes) -> dict[str, Any]:
 
 
 def digest_of(path: Path) -> str:
-    """The digest that a manifest begins with, unchecked: another one for every save. Raises OSError."""
+    """The digest that a manifest begins with, unchecked. It differs for every save. Raises OSError."""
     with locations.opened(path) as stream:
         return stream.read(_PREFIX)[len(_HEAD) : _PREFIX - len(_TAIL)].decode("ascii", "replace")
 

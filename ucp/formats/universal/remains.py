@@ -16,7 +16,7 @@ from ucp.formats.universal.salvage import missing_files
 
 
 def remains(folder: Path, *, trust_paths: bool = False) -> Remains | None:
-    """None where all files are there. Raises what reading the manifest raises."""
+    """What is left; None if all files are there. Raises what reading the manifest raises."""
     path = str(folder / manifest.NAME)
     body = manifest.load(path)
     with malformed(folder / manifest.NAME, "'files'"):

@@ -14,7 +14,7 @@ from ucp.storage import locations
 
 
 def salvage(folder: Path) -> Salvage:
-    """The files that are missing or have another size; where there are none, the catalog, without any check of it."""
+    """The files that are missing or have another size. If there are none, the catalog, unchecked."""
     path = str(folder / manifest.NAME)
     faults: list[tuple[str, str]] = []
     try:

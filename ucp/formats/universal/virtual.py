@@ -1,7 +1,7 @@
 """The virtual form: a manifest that points at byte ranges of somebody else's checkpoint, which stays where it is.
 
-It is made in the time that reading the source's metadata takes. The files it points at are told by size and
-modification time, and are refused once they differ; with digests, damage inside them is found too.
+Making it takes only as long as reading the source's metadata. The files that it points at are recognised by size and
+modification time, and are refused once these differ. With digests, damage inside the files is found, too.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def write_plan(made: VirtualPlan, writer: str, destination: str, with_digests: b
 
 
 def _digests_of(made: VirtualPlan, workers: int | None) -> dict[int, ChunkDigests]:
-    """The digests of the files pointed at. Raises DigestMismatch where their bytes differ from CRC-32s that they have:
-    a digest would bless the damage."""
+    """The digests of the files pointed at. Raises DigestMismatch if their bytes differ from their own CRC-32s, since a
+    digest would then pass on damage as valid."""
     paths = [file.path for file in made.foreign]
     # Everything gets a digest, what no tensor needs (weights beside their masters) too.
     records = {index: crcs_of(paths[index]) or found for index, found in made.result.crc_records.items()}
@@ -174,7 +174,7 @@ def _logical_of(
 
 
 def _source_folder(paths: list[str], folder: str) -> str | None:
-    """The folder that all these files lie in, as `_pointer` would name it; None where there is none but the root."""
+    """The folder that all these files lie in, as `_pointer` would name it; None if that is only the root."""
     if not paths:
         return None
     if any(map(locations.is_remote, paths)):
@@ -186,8 +186,8 @@ def _source_folder(paths: list[str], folder: str) -> str | None:
 
 
 def _pointer(path: str, folder: str) -> str:
-    """How the manifest names a file outside: relative where both share a folder below the root, so that they may move
-    together; absolute otherwise, and a URL as it is."""
+    """How the manifest names a file outside. The name is relative if both share a folder below the root, so that they
+    may move together. Otherwise it is absolute, and a URL stays as it is."""
     if locations.is_remote(path) or locations.is_remote(folder):
         return path
     path, folder = os.path.realpath(path), os.path.realpath(folder)
