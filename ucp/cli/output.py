@@ -1,6 +1,6 @@
 """Results on stdout: tables for people on a terminal, lines with tabs for programs in a pipe, JSON on request.
 
-What a checkpoint says is escaped here, entry by entry (`ucp.printable`), so that no entry makes a column or a line.
+Text from a checkpoint is escaped here, entry by entry (`ucp.printable`), so that no entry adds a column or a line.
 """
 
 from __future__ import annotations

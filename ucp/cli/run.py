@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """The option ``--version``; the number is asked for only then, since finding it takes longer than all else."""
+    """The option ``--version``. The number is looked up only then, since that takes longer than all else."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
@@ -78,7 +78,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def sizes(pairs: Sequence[str]) -> dict[str, int]:
-    """``NAME=N`` pairs as a mapping. Raises BadArgument for what is none."""
+    """``NAME=N`` pairs as a mapping. Raises BadArgument for anything else."""
     out = {}
     for pair in pairs:
         name, sign, number = pair.partition("=")
@@ -89,7 +89,8 @@ def sizes(pairs: Sequence[str]) -> dict[str, int]:
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option, suffix: str = "") -> None:
-    """A format's own option as an argument, unless only Python can give it. Not given, it is not in the result."""
+    """Add a format's own option as an argument, unless only Python can give it. An option that is not given is not in
+    the result."""
     if option.kind == base.FLAG:
         parser.add_argument(option.flag, action="store_true", default=argparse.SUPPRESS, help=f"{option.about}{suffix}")
     elif option.kind != base.OBJECT:
@@ -135,7 +136,7 @@ def guarded(program: str, job: Callable[[], int], debug: bool) -> int:
         say(f"{program}: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has seen enough; nothing more can be written, at exit neither.
+        # The reader of the output has seen enough. Nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:  # the last line of defence: whatever it is, it becomes exit code 3

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reading() -> dict[str, Option]:
-    """What the built-in formats take when they read, but for what every command says by itself or none can say."""
+    """The reading options of the built-in formats, except those that every command has itself or that none can give."""
     options = {option.name: option for known in formats.built_in() for option in known.read_options}
     return {
         name: option
@@ -55,13 +55,13 @@ def _reading() -> dict[str, Option]:
 
 
 def add_division(parser: argparse.ArgumentParser) -> None:
-    """The options of what plans a resume: of the format that says how its framework divides a model over ranks."""
+    """Add the options for planning a resume. They belong to the format that says how its framework divides a model."""
     for option in formats.dividing().options:
         run.add_option(parser, option)
 
 
 def division(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that were given."""
+    """The options of `add_division` that were given."""
     return {option.name: vars(args)[option.name] for option in formats.dividing().options if option.name in args}
 
 

@@ -93,7 +93,7 @@ def _command(args: argparse.Namespace) -> int:
 
 
 def _refused(errors: Sequence[Any]) -> int:
-    """Each refusal as one line, with the text that it means and a mark below it."""
+    """Print each refusal as one line, with the text that it is about and a mark below it."""
     for error in errors[:20]:
         run.say(f"{PROGRAM}: error: {error}")
         if error.picture:
@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _tried(bound: Bound, shards: Shards, factory: str, config: Mapping[str, Any] | None) -> Trial:
-    """Raises Mismatch where the merged model computes something else than the sharded one."""
+    """Run both models. Raises Mismatch if the merged one computes something else than the sharded one."""
     from ucp.errors import Mismatch
     from ucp.inspection.trial import try_model
 
@@ -186,7 +186,7 @@ def _syntax(args: argparse.Namespace, spec: Spec) -> int:
 
 
 def _sizes(args: argparse.Namespace, bound: Bound) -> int:
-    """Every size, and the shape of every line. A size that is absent is refused where a line can't do without it."""
+    """Print every size, and the shape of every line. A missing size is refused if a line can't do without it."""
     from ucp.spec.evaluate import shape_of
     from ucp.spec.grammar import names
 
@@ -331,7 +331,7 @@ def _as_json(spec: Spec) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The rows with their columns below each other; the last one as long as it is."""
+    """The rows with their columns aligned. The last column is not padded."""
     if not rows:
         return []
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]) - 1)]

@@ -27,7 +27,7 @@ Advance = Callable[[int], None]
 def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Iterator[tuple[int, int, int]]:
     """(file, first byte, last byte + 1) of every chunk that differs from its digest, neighbours apart.
 
-    advance: told the bytes that were read. Raises DamagedCheckpoint for a file that can't be read.
+    advance: called with how many bytes were read. Raises DamagedCheckpoint for a file that can't be read.
     """
     jobs = [
         (k, at) for k, table in catalog.chunk_digests.items() for at in range(0, table.size, limits.CRC_BATCH_BYTES)
@@ -52,9 +52,10 @@ def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Iterator
 
 
 def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]:
-    """The files without digests: zip archives, whose entries have CRCs, and those with nothing to check them by.
+    """The files without digests: zip archives whose entries have CRCs, and files with nothing to check them by.
 
-    Besides the catalog's files, torch's in the checkpoint's folder, in which parts of the training state may lie.
+    These are the catalog's files, and torch's files in the checkpoint's folder, which may have parts of the training
+    state.
     """
     digested = {_identity(catalog.files[index].path) for index in catalog.chunk_digests}
     found = {_identity(path): path for path in (*torch_files(folder), *(file.path for file in catalog.files))}
@@ -68,8 +69,8 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
 
 
 def _has_crcs(stream: BinaryIO) -> bool:
-    """Whether this is an archive (or several in a row, of which the last is looked at) whose entries have CRC-32s:
-    torch writes zeros where it was told not to compute them. A damaged one is looked at later."""
+    """Whether this is an archive whose entries have CRC-32s (or several in a row, of which the last one decides). torch
+    writes zeros if it was told not to compute them. True for a damaged archive, which is looked at later."""
     if not zipfile.is_zipfile(stream):
         return False
     try:
@@ -91,10 +92,10 @@ def _identity(path: str) -> str:
 
 
 def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Iterator[tuple[str, str]]:
-    """(file, what of it) for every entry of these archives that differs from its CRC-32.
+    """(file, description) for every entry of these archives that differs from its CRC-32.
 
-    An archive whose entries have no CRC-32 (`checked_files` tells those apart) is passed over. advance: told the bytes
-    that were read. Raises DamagedCheckpoint for a file that can't be read.
+    An archive whose entries have no CRC-32 is skipped (`checked_files` sorts those out). advance: called with how many
+    bytes were read. Raises DamagedCheckpoint for a file that can't be read.
     """
     with ThreadPoolExecutor(_threads()) as pool:
         for path, bad in zip(paths, pool.map(lambda path: _archive(path, files), paths), strict=True):
@@ -118,12 +119,12 @@ def _archive(path: str, files: Files) -> list[str]:
 
 
 def _archives(stream: BinaryIO) -> list[list[zipfile.ZipInfo]]:
-    """The entries of the archives that a file is made of, one behind the other: torch.distributed.checkpoint's files
-    are a row of them. Places are counted from the file's beginning."""
+    """The entries of each archive in a file. torch.distributed.checkpoint's files are several archives in a row. Places
+    are counted from the file's beginning."""
     found: list[list[zipfile.ZipInfo]] = []
     end = stream.seek(0, os.SEEK_END)
     while end > 0:
-        # Read from its end, an archive tells where it begins, and there the one before it ends.
+        # An archive is read from its end. It tells where it begins, and there the one before it ends.
         with zipfile.ZipFile(Section(stream, 0, end)) as archive:
             infos = archive.infolist()
         if not infos:

@@ -1,4 +1,4 @@
-"""Where exactly fragments leave a tensor open, or hold it twice."""
+"""Where exactly fragments leave holes in a tensor, or overlap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ucp.geometry import Blocks, CoverageFault, Shape, coverage_fault
 
 @dataclass(frozen=True)
 class Gap:
-    """A box that is held ``times`` times (0: a hole). elements: of all such boxes of the tensor; times: the most."""
+    """The first box that is held ``times`` times (0: a hole). elements: how many all such boxes of the tensor have.
+    times: the largest number among them."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -28,7 +29,7 @@ class Gap:
 
 
 def faults(shape: Shape, blocks: Blocks) -> tuple[Gap | None, Gap | None, CoverageFault | None]:
-    """The first hole and the first overlap, None where there is none; and what `coverage_fault` says, if it does.
+    """The first hole and the first overlap, or None; and what `coverage_fault` says.
 
     Exact: the boxes' edges cut the tensor into cells, in each of which the number of boxes is the same everywhere.
     """

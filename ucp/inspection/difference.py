@@ -29,9 +29,9 @@ SCHEMA = "ucp.diff/1"
 
 Progress = Callable[[int, int], None]
 
-# Of the run's layout or its files rather than of its state: these differ between checkpoints that are the same.
+# These belong to the run's layout or its files, not to its state. They differ between checkpoints that are the same.
 _OF_THE_LAYOUT = ("dp_world_size", "global_batch_size", "config", "extra.ranks")
-# Recorded by some optimizers' files only, and set by the config anyway.
+# Only the files of some optimizers record these, and the config sets them anyway.
 _NOT_ALWAYS_RECORDED = ("clip_grad",)
 
 
@@ -39,9 +39,9 @@ _NOT_ALWAYS_RECORDED = ("clip_grad",)
 class TensorDifference:
     """A tensor that both have with the same shape, and whose values (or element types) differ.
 
-    different: elements with other bits (other values, where the element types differ); beyond: those outside the
-    tolerance. first: index of the first. absolute, relative: largest differences of finite values; relative to the
-    larger of the two. unlike: elements that are a finite number on one side only.
+    different: how many elements have other bits (other values, if the element types differ). beyond: how many are
+    outside the tolerance. first: index of the first different one. absolute, relative: the largest differences of
+    finite values; relative ones to the larger of the two. unlike: how many elements are finite on one side only.
     """
 
     name: str
@@ -62,12 +62,16 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """a, b: the paths. only_a, only_b: ``name:state`` (``name`` where the other has nothing of the parameter at all).
-    shapes: name -> both shapes. scalars, training_state: what differs -> both values, as text. tensors: that differ.
-    compared: how many tensors' values were compared, and their bytes on one side; equal: how many were equal bit for
-    bit. types_count: whether other element types are a difference. by_digest: ``name:state`` -> both logical digests,
-    where these were compared instead of the values; read: bytes read on both sides for the values, or for digests that
-    were not recorded.
+    """How two checkpoints differ.
+
+    - a, b: the paths. only_a, only_b: ``name:state``, or ``name`` if the other has nothing of the parameter.
+    - shapes: name -> both shapes. tensors: those that differ.
+    - scalars, training_state: what differs -> both values, as text.
+    - compared, bytes: how many tensors were compared, and their bytes on one side. equal: how many are the same bit
+      for bit.
+    - types_count: whether another element type is a difference.
+    - by_digest: ``name:state`` -> both logical digests, if these were compared instead of the values.
+    - read: bytes read on both sides for the values, or for digests that were not recorded.
     """
 
     a: str
@@ -87,7 +91,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs that counts."""
+        """Whether there is no difference that counts."""
         found = self.only_a or self.only_b or self.shapes or self.scalars or self.training_state
         if found or any(ours != theirs for ours, theirs in self.by_digest.values()):
             return False
@@ -189,7 +193,7 @@ def _states(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[str, str]]:
 
 
 def _check_filters(a: Checkpoint, b: Checkpoint, params: Sequence[str], states: Sequence[str]) -> None:
-    """Raise BadArgument where nothing would be compared because of a slip in what is asked for."""
+    """Raise BadArgument if nothing would be compared because of a mistyped name."""
     names = [name for checkpoint in (a, b) for name in checkpoint.parameters]
     for pattern in params:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -318,9 +322,9 @@ def _flat_state(state: TrainingState) -> dict[str, Any]:
 def _groups(
     ours: Sequence[ParamGroup], theirs: Sequence[ParamGroup], named: Callable[[str], str]
 ) -> dict[str, tuple[str, str]]:
-    """What differs between param groups of the same parameters, wherever they stand: one line for their names, and one
-    for each hyperparameter. The numbers are a's; of groups that have no counterpart, each one's own. named: what a
-    calls a parameter of b."""
+    """What differs between param groups of the same parameters, in any order: one line for their names, and one for
+    each hyperparameter. The numbers are a's. A group without a counterpart has its own number. named: b's name of a
+    parameter -> a's."""
     left = [dict.fromkeys(group.names) for group in ours]
     right = [dict.fromkeys(map(named, group.names)) for group in theirs]
     pairs = _matched(left, right)
@@ -343,18 +347,18 @@ def _groups(
 
 
 def _name_in(a: Checkpoint, b: Checkpoint, name: str) -> str:
-    """What a calls b's parameter; its own name where a has no such."""
+    """What a calls b's parameter, or b's name if a has no such parameter."""
     info = b.parameters.get(name)
     return _counterpart(a, (name, *(info.aliases if info else ()))) or name
 
 
 def _matched(left: Sequence[Mapping[str, None]], right: Sequence[Mapping[str, None]]) -> dict[int, int]:
-    """The group on the right for each one on the left: that with the most parameters in common, each once."""
+    """Group on the left -> the group on the right with the most parameters in common. Each is used once."""
     owner = {name: j for j, names in enumerate(right) for name in names}
     shared: Counter[tuple[int, int]] = Counter(
         (i, owner[name]) for i, names in enumerate(left) for name in names if name in owner
     )
-    # Groups without parameters are told apart by their order alone.
+    # Groups without parameters are matched by their order.
     empty = zip(*([k for k, names in enumerate(side) if not names] for side in (left, right)), strict=False)
     out: dict[int, int] = {}
     taken: set[int] = set()
@@ -366,7 +370,7 @@ def _matched(left: Sequence[Mapping[str, None]], right: Sequence[Mapping[str, No
 
 
 def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
-    """How many names there are, and which of them the others have not."""
+    """How many names there are, and which of them the others lack."""
     only = [name for name in names if name not in others]
     text = f"{len(names)} name{'s' * (len(names) != 1)}"
     if only:
@@ -377,8 +381,8 @@ def _only(names: Mapping[str, None], others: Mapping[str, None]) -> str:
 def _flat(value: Any, start: str = "") -> dict[str, Any]:
     """A nested value as its leaves by path. Tuples count as lists, numbers by their value.
 
-    What shares so much that its leaves would be endless has those of each container once, and where it is met again
-    the path of that.
+    If a value shares so many containers that its leaves would be endless, each container is followed once. Where it is
+    met again, there is the path of the first place.
     """
     out: dict[str, Any] = {}
     known: dict[int, str] | None = None if graphs.measure(value).is_spread else {}

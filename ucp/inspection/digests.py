@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]
 
 
 def digests_of(checkpoint: Checkpoint, *, compute: bool = False, progress: Progress | None = None) -> Digests:
-    """The digest of every tensor; compute: of the elements in its files, whatever is recorded.
+    """The digest of every tensor. compute: compute it from the files, whatever is recorded.
 
     Raises what reading raises.
     """
@@ -32,7 +32,7 @@ def digests(
     compute: bool = False,
     progress: Progress | None = None,
 ) -> list[TensorDigest]:
-    """The same for some of its tensors, in their order."""
+    """As `digests_of`, for some of the tensors, in their order."""
     missing = [t for t in tensors if compute or t.digest is None]
     total, done = stream.total(missing), 0
 
@@ -57,7 +57,7 @@ def digests(
 
 
 def contradictions(checkpoint: Checkpoint, found: Digests) -> list[str]:
-    """``name:state`` of the tensors whose recorded digest is not that of ``found``, which was computed."""
+    """``name:state`` of the tensors whose recorded digest differs from the computed one in ``found``."""
     recorded = {key: tensor.digest for key, tensor in checkpoint.catalog.tensors.items()}
     return [
         f"{t.name}:{t.state}"

@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine(folder: str | os.PathLike[str]) -> list[Finding]:
-    """Look at this environment and at a folder. Raises BadArgument where that is none."""
+    """Look at this environment and at a folder. Raises BadArgument if it is not a folder."""
     place = os.fspath(folder)
     if not os.path.isdir(place):
         raise BadArgument(f"{place}: is no folder; name one that checkpoints are or will be in")

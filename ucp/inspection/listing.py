@@ -19,10 +19,10 @@ LEFTOVER = ".ucp-"
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """A checkpoint. written: seconds since the epoch, of its newest file. bytes: of all its files. step, layout: None
-    where it can't be read. whole: its metadata is complete and every file is there with its size (digests and values:
-    `ucp verify`); None where that can't be told, as of a newer version's. problem: why it is not so. latest: the file
-    ``latest`` names it."""
+    """A checkpoint. written: when its newest file was written, in seconds since the epoch. bytes: of all its files.
+    step, layout: None if it can't be read. whole: its metadata is complete, and every file is there with its size
+    (`ucp verify` checks digests and values); None if that is unknown, as for a newer version. problem: why it is not
+    whole. latest: the file ``latest`` names it."""
 
     tag: str
     path: str
@@ -39,8 +39,8 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class Listing:
-    """latest: what the file of that name says, None without one. taken: the path of the checkpoint that opening the
-    folder takes; refused: why it takes none. unfinished: folders of saves that died."""
+    """The checkpoints of a folder. latest: what the file ``latest`` says, or None. taken: the path of the checkpoint
+    that opening the folder takes. refused: why it takes none. unfinished: folders of saves that died."""
 
     folder: str
     latest: str | None
@@ -54,14 +54,15 @@ class Listing:
 
 
 def listing(folder: str | os.PathLike[str]) -> Listing:
-    """The checkpoints in a folder and the folders below it, oldest first; of a checkpoint's own folder, that one.
+    """List the checkpoints in a folder and the folders below it, oldest first. For a checkpoint's own folder, list that
+    one.
 
-    A folder of weights alone may have a run's checkpoints in it. Reads metadata only.
+    A folder of weights alone may have a run's checkpoints in it. Only metadata is read.
 
     Raises
     ------
     NotACheckpoint
-        Where there is none at all.
+        If there is no checkpoint at all.
     """
     where = locations.locate(folder)
     known = formats.find(where)
@@ -93,7 +94,7 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
 
 
 def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedCheckpoint | None:
-    """None where it was removed meanwhile."""
+    """A checkpoint's entry. None if it was removed meanwhile."""
     path = found.path
     step: int | None = None
     layout = problem = None
@@ -137,7 +138,7 @@ def _files_of(path: Path) -> tuple[list[int], int]:
 
 
 def _sizes(folder: Path) -> Iterator[int]:
-    """Of all files in a folder and those in it."""
+    """The sizes of all files in a folder and below it."""
     for name in locations.names(folder):
         if locations.is_folder(folder / name):
             yield from _sizes(folder / name)

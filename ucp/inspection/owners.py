@@ -1,6 +1,6 @@
-"""Which rank wrote a file, as its name tells: every format that ranks write in parallel numbers its files.
+"""Which rank wrote a file, by its name: every format that ranks write in parallel numbers its files.
 
-A file of any other name is an owner of its own, called by its name.
+A file with any other name counts as an owner of its own, with that name.
 """
 
 from __future__ import annotations

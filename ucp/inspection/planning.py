@@ -1,6 +1,6 @@
 """What a resume on another layout would read, rank by rank, from the geometry alone.
 
-Which rank holds what is the framework's to say: `ucp.formats.base.WriteTarget.divide` of the target that it loads.
+The framework decides which rank holds what: `ucp.formats.base.WriteTarget.divide` of the target that it loads.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SCHEMA = "ucp.plan/1"
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank reads. bytes: of elements; files: how many it opens; pieces: boxes that it copies; memory: bytes of
-    host memory that hold it until all ranks have read theirs."""
+    """What one rank reads. bytes: of elements. files: how many it opens. pieces: how many boxes it copies. memory: how
+    many bytes of host memory hold it until all ranks have read theirs."""
 
     rank: int
     bytes: int
@@ -46,10 +46,12 @@ class RankPlan:
 class ResumePlan:
     """What a resume would do.
 
-    bytes: read by all ranks together; stored: of the checkpoint's tensors, each once. seconds: at the bandwidths given,
-    None without any; bound_by: 'rank' (the largest rank's reading) or 'storage' (all of it). node_memory: host memory
-    on a node. stages: the first layer of each pipeline stage, and at the end the number of layers; None without a
-    pipeline. sources: the ranks (or files) that wrote the checkpoint; moved: (sources, ranks) bytes from each to each.
+    - bytes: what all ranks read together. stored: the bytes of the checkpoint's tensors, each counted once.
+    - seconds: the time at the given bandwidths; None without any. bound_by: 'rank' (what the largest rank reads) or
+      'storage' (what all read).
+    - node_memory: bytes of host memory on a node.
+    - stages: the first layer of each pipeline stage, and at the end the number of layers; None without a pipeline.
+    - sources: the ranks (or files) that wrote the checkpoint. moved: (sources, ranks) bytes from each to each.
     """
 
     path: str
@@ -87,7 +89,7 @@ def plan(
     ranks_per_node: int = 8,
     **options: Any,
 ) -> ResumePlan:
-    """The plan of a resume of this checkpoint on this layout, weights and optimizer.
+    """Plan a resume of this checkpoint on this layout, with weights and optimizer.
 
     Parameters
     ----------
@@ -158,7 +160,7 @@ def _moves(catalog: Catalog, division: Division, world: int) -> _Moves:
     flat = np.zeros(len(who.names) * world, np.float64)
     pieces = np.zeros(world, np.int64)
     opened = np.zeros((len(catalog.files), world), bool)
-    # States of a parameter, and layers of a model, are mostly cut alike: each pair of cuts is compared once.
+    # States of a parameter, and layers of a model, are mostly cut alike, so each pair of cuts is compared only once.
     known: dict[bytes, tuple[Ints, Ints, Ints]] = {}
     for tensor, target in division.held:
         key = _cut_key(tensor.blocks) + _cut_key(target)
@@ -175,7 +177,7 @@ def _moves(catalog: Catalog, division: Division, world: int) -> _Moves:
 def _time(
     by_rank: NDArray[np.int64], rank_bandwidth: float | None, storage_bandwidth: float | None
 ) -> tuple[float | None, str | None]:
-    """The seconds that reading takes, and what bounds them; None without a bandwidth."""
+    """How many seconds reading takes, and what bounds them. None without a bandwidth."""
     if not rank_bandwidth and not storage_bandwidth:
         return None, None
     times = {
@@ -187,7 +189,7 @@ def _time(
 
 
 def _cut_key(blocks: Blocks) -> bytes:
-    """The same for two sets of boxes that lie in the same buffers."""
+    """A key that is equal for the same boxes in the same buffers."""
     digest = xxhash.xxh3_128()
     for column in (blocks.offsets, blocks.sizes, blocks.buffers):
         digest.update(repr(column.shape).encode())
@@ -201,13 +203,13 @@ def _choice(
     model_config: str | os.PathLike[str] | Mapping[str, Any] | None,
     sizes: Mapping[str, int] | None,
 ) -> Choice:
-    """The spec as it was given; without a model's config the config.json beside the checkpoint counts."""
+    """The spec as it was given. Without a model's config, the config.json beside the checkpoint is used."""
     if model_config is None:
         model_config = configs.of_model(checkpoint.path)
     return choose(spec, model_config, sizes)
 
 
 def balance(ranks: Sequence[RankPlan]) -> Mapping[str, float]:
-    """Bytes of the smallest, the mean and the largest rank."""
+    """How many bytes the smallest and the largest rank read, and the mean."""
     sizes = [rank.bytes for rank in ranks]
     return {"smallest": min(sizes), "mean": sum(sizes) / len(sizes), "largest": max(sizes)}

@@ -1,7 +1,7 @@
-"""A checkpoint's model-parallel ranks apart, as a spec meets them: to draft a spec for them, and to check one.
+"""A checkpoint's model-parallel ranks, each by itself, to draft a spec for them and to check one.
 
-A draft says what the checkpoint tells and marks the rest as unknown. A check merges the ranks' weights by the spec, and
-cuts them again.
+A draft says what the checkpoint shows, and marks the rest as unknown. A check merges the ranks' weights by the spec,
+and cuts them again.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Shards:
         return self._checkpoint.read(name_of_shard(at, name) if self._is_apart else name)
 
     def tensors(self, name: str) -> dict[int, torch.Tensor]:
-        """As `slices`, the weights themselves."""
+        """As `slices`, but the weights themselves."""
         return {at.tp: self.tensor(at, name) for at in self._holders(name)}
 
     def _holders(self, name: str) -> list[Coordinate]:
-        """For each tensor-parallel rank the first stage that has the parameter."""
+        """The first stage that has the parameter, for each tensor-parallel rank."""
         first: dict[int, Coordinate] = {}
         for at in sorted(self.parts):
             if name in self.parts[at]:
@@ -118,7 +118,7 @@ def open_shards(path: str | os.PathLike[str], tag: str | int | None = None) -> S
 
 
 def draft_spec(shards: Shards) -> str:
-    """The text of a spec for this checkpoint: what it tells, and what it leaves open marked as unknown."""
+    """The text of a spec for this checkpoint. What the checkpoint does not show is marked as unknown."""
     contents = {}
     if shards.layout.tp > 1 and shards.info is None:
         contents = {name: _contents(list(shards.slices(name).values())) for name in shards.names}
@@ -163,8 +163,8 @@ def _fitting(shards: Shards) -> list[str]:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """report: by names and whole shapes. merged: parameters whose shards were merged and cut again. copies: those of
-    them of which several ranks hold the same elements, equal to the bit."""
+    """report: what names and whole shapes show. merged: how many parameters' shards were merged and cut again. copies:
+    for how many of these several ranks hold the same elements, equal bit for bit."""
 
     report: Report
     merged: int
@@ -196,9 +196,10 @@ def check_spec(bound: Bound, shards: Shards) -> ShardReport:
 
 
 def solved(bound: Bound, shards: Shards) -> tuple[dict[str, Expression], dict[str, Cutting]]:
-    """What the spec says of every parameter that it has a line for, and how all are cut, from the shapes of all ranks.
+    """What the spec says about every parameter for which it has a line, and how all of these are cut, by the shapes of
+    all ranks.
 
-    Raises SpecError where shapes contradict the spec or leave a cut open.
+    Raises SpecError if shapes contradict the spec, or do not decide a cut.
     """
     expressions = {name: found.expression for name in shards.names if (found := bound.find(name)) is not None}
     observed = [
@@ -217,7 +218,7 @@ def _cut_again(
     own: NDArray,
     name: str,
 ) -> int:
-    """Cut a rank's part from the whole; how many elements it has. Raises Mismatch where it is not what the rank had."""
+    """Cut a rank's part from the whole. Returns how many elements it has. Raises Mismatch if the rank had others."""
     again = cut(expression, bound.sizes, cutting, tensor, at, np.invert(own))
     count = int(shard(expression, bound.sizes, cutting, at).blocks.sizes.prod(axis=1).sum())
     if int((again == own).sum()) != count:

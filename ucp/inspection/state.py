@@ -1,4 +1,4 @@
-"""Whether a training state is complete: what a resume would find missing, or contradicting the tensors."""
+"""Whether a training state is complete: what a resume would miss, or what contradicts the tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ucp.formats.shared.roles import VALUES
 
 
 def state_findings(catalog: Catalog) -> Iterator[tuple[str, bool]]:
-    """(what is so, whether it is a fault). Weights alone are no fault: there is nothing then to be complete."""
+    """(finding, whether it is a fault). Weights alone are no fault, since then there is no state to be complete."""
     state = catalog.training_state
     trained = {name: info for name, info in catalog.parameters.items() if info.kind == "parameter"}
     grouped = Counter(name for group in state.param_groups for name in group.names)
@@ -42,7 +42,7 @@ def state_findings(catalog: Catalog) -> Iterator[tuple[str, bool]]:
 
 
 def _states(catalog: Catalog) -> Iterator[tuple[str, bool]]:
-    """Within a param group all parameters have the same states, or none where no step was made with them yet."""
+    """Check that all parameters of a param group have the same states, or none if there was no step yet."""
     for index, group in enumerate(catalog.training_state.param_groups):
         infos = [catalog.parameters[name] for name in group.names if name in catalog.parameters]
         known = {state for info in infos for state in (*info.states, *info.scalars)} - {"param"}

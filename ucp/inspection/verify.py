@@ -1,6 +1,6 @@
 """Whether a checkpoint is whole: files, coverage, digests, copies, training state, and finite values on request.
 
-Opening refuses a damaged checkpoint at the first fault; this goes on and names them all, as far as the metadata can
+Opening refuses a damaged checkpoint at the first fault. This goes on and names all faults, as far as the metadata can
 still be read.
 """
 
@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 class Finding:
     """kind: 'unreadable', 'file', 'hole', 'overlap', 'outside', 'digest', 'copy', 'training-state', 'not-finite',
     'unread', 'unchecked', 'approximate' or 'repair'. subject: the file or ``name:state`` that it is about. fault: False
-    for what is only to be known."""
+    for mere information."""
 
     kind: str
     subject: str
@@ -55,9 +55,12 @@ class Finding:
 class Verdict:
     """What was found, and what was checked.
 
-    checked: tensors, copies: counts; digested, digested_by_zip: bytes of files compared with the checkpoint's digests,
-    with the CRC-32 of torch's files; compared: bytes of copies; finite: bytes of values; logical: of tensors compared
-    with logical digests.
+    ``checked`` has these numbers:
+
+    - tensors, copies: how many there are.
+    - digested: bytes of files compared with the checkpoint's digests.
+    - digested_by_zip: bytes of files compared with the CRC-32s in torch's files.
+    - compared: bytes of copies. finite: bytes of values. logical: bytes of tensors compared with logical digests.
     """
 
     path: str
@@ -108,9 +111,9 @@ def verify(
 ) -> Verdict:
     """Check the checkpoint that ``path`` and ``tag`` name, by the rules of `ucp.open`.
 
-    Checked are coverage (every element of every tensor held exactly once by ranges that exist) and the training state;
-    unless ``quick`` also every byte that has a digest, the CRC-32 of torch's files where there are no digests, and all
-    copies of what several ranks keep.
+    It checks coverage (every element of every tensor is held exactly once, by ranges that exist) and the training
+    state. Unless ``quick``, it also checks every byte that has a digest, the CRC-32s of torch's files without digests,
+    and all copies of what several ranks keep.
 
     Parameters
     ----------
@@ -119,7 +122,7 @@ def verify(
     quick
         Read no tensor.
     finite
-        Check besides that no value is infinite or not a number.
+        Also check that no value is infinite or not a number.
     against
         The digest of all tensors together (`ucp.logical.listing`) that it should have, and so every tensor the one
         that is recorded for it; computed from the files, or, with ``quick``, of the recorded ones.
@@ -150,7 +153,7 @@ def verify(
 
 
 def _unopened(where: Path, known: Format, error: UcpError, quick: bool) -> Verdict:
-    """What is found in a checkpoint that can't be opened, for this error at least."""
+    """What is found in a checkpoint that can't be opened: at least this error."""
     notes = _Notes()
     salvage = known.salvage(where)
     if salvage is not None:
@@ -165,7 +168,7 @@ def _unopened(where: Path, known: Format, error: UcpError, quick: bool) -> Verdi
 
 
 def _repair(where: Path) -> str | None:
-    """What a repair would lose; None where none is possible."""
+    """A sentence about what a repair would fill in. None if a repair is not possible."""
     from ucp.repair.run import outlook
 
     try:
@@ -175,7 +178,7 @@ def _repair(where: Path) -> str | None:
 
 
 def _where(folder: Path, tag: str | int | None, choice: Mapping[str, Any]) -> Path:
-    """The checkpoint that opening takes, where that is to be whole only if that was asked for."""
+    """The checkpoint that opening takes. It has to be whole only if the newest whole one was asked for."""
     if tag == run_folder.NEWEST:
         with checkpoint.open(folder, tag=tag, **choice, verify=False, allow_approximate=True) as opened:
             return opened.path
@@ -190,7 +193,7 @@ def verify_open(
     against: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """The same for an open checkpoint, whose coverage opening has checked already."""
+    """As `verify`, for an open checkpoint. Its coverage was already checked when it was opened."""
     notes = _Notes()
     _check(opened, notes, quick=quick, finite=finite, progress=progress)
     if against is not None:
@@ -268,7 +271,7 @@ def _against(opened: Checkpoint, wanted: str, quick: bool, notes: _Notes, progre
 
 
 def _look_into_archives(where: Path, notes: _Notes) -> None:
-    """Which of torch's files are damaged, where what they say does not fit together."""
+    """Find out which of torch's files are damaged, if their contents do not fit together."""
     with Files() as files:
         for path in torch_files(where):
             try:
