@@ -24,7 +24,7 @@ SCHEMA = "ucp.inspect/1"
 
 @dataclass(frozen=True)
 class StateSummary:
-    """One state of a parameter. bytes: of its elements; fragments: boxes that it lies in; copies: further ones."""
+    """One state of a parameter. bytes: of its elements. fragments: how many boxes it lies in. copies: further boxes."""
 
     dtype: str
     bytes: int
@@ -34,7 +34,7 @@ class StateSummary:
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """A parameter. elements: of its weight; bytes: of all its states; cut: how its fragments divide it, in words."""
+    """A parameter. elements: of its weight. bytes: of all its states. cut: how its fragments divide it, in words."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class ParameterSummary:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """A file that fragments lie in. holder: the rank that wrote it, or its own name; held: bytes of fragments in it."""
+    """A file with fragments. holder: the rank that wrote it, or its own name. held: bytes of fragments in it."""
 
     path: str
     bytes: int
@@ -215,7 +215,7 @@ def _training(catalog: Catalog) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; what JSON has no form for, as text."""
+    """A value in the form that JSON has for it, or else as text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -229,7 +229,7 @@ def _plain(value: Any) -> Any:
 
 
 def matching(names: Sequence[str], pattern: str) -> list[str]:
-    """The names that a glob matches. Raises BadArgument where none does."""
+    """The names that a glob matches. Raises BadArgument if there are none."""
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         shown = ", ".join(f"'{n}'" for n in names[:3])
@@ -245,7 +245,7 @@ def families(parameters: Sequence[ParameterSummary]) -> list[tuple[str, Paramete
     groups: dict[tuple[Any, ...], list[ParameterSummary]] = {}
     for p in parameters:
         types = tuple((state, s.dtype) for state, s in p.states.items())
-        # Where ZeRO's boundaries fall makes no family of its own.
+        # How ZeRO cuts them does not matter here, so it is not in the key.
         key = (re.sub(r"\d+", "#", p.name), p.shape, p.kind, types, tuple(map(str, p.scalars.values())))
         groups.setdefault(key, []).append(p)
     return [(_spans([p.name for p in members]), members[0], len(members)) for members in groups.values()]
@@ -265,7 +265,7 @@ def _spans(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where a box of a tensor lies. offsets, sizes: the box, in elements; byte: of its first element in the file."""
+    """Where a box of a tensor lies. offsets, sizes: the box, in elements. byte: where it begins in the file."""
 
     holder: str
     file: str
@@ -315,7 +315,7 @@ class Module:
 
 
 def tree(parameters: Sequence[ParameterSummary]) -> Module:
-    """The parameters as the tree of modules that their names tell. A leaf is a parameter."""
+    """The parameters as a tree of modules, by their names. A leaf is a parameter."""
     root: dict[str, Any] = {}
     for info in parameters:
         node = root

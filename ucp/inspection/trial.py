@@ -1,4 +1,4 @@
-"""Decide by running what neither shapes nor copies can show: a model merged by a spec must compute what its shards do.
+"""Find out by running what shapes and copies cannot show: whether a model merged by a spec computes what its shards do.
 
 The sharded model runs as it was trained, one process for each tensor-parallel rank, each with that rank's own weights.
 The merged one runs in this process. Both compute in float64 on the same tokens, so their logits differ by little more
@@ -36,7 +36,7 @@ Factory = Callable[[int, int], nn.Module]
 
 @dataclass(frozen=True)
 class Trial:
-    """difference: the largest of any logit; scale: the largest logit."""
+    """difference: the largest difference of any logit. scale: the largest logit."""
 
     difference: float
     scale: float
@@ -51,14 +51,14 @@ def try_model(
 ) -> Trial:
     """Compare the logits of the merged model with those of the sharded one.
 
-    factory: 'autotp', or ``MODULE:FUNCTION``, a function of (tensor-parallel ranks, this one's number) that makes a
-    module whose parameters have the checkpoint's local names and which maps token numbers, (batch, length) int64, to
-    logits, a tensor or an attribute of what it returns. With several ranks it is called in a process for each of them,
-    in a torch.distributed group of just these. config: the model's, for 'autotp'. tokens: default is four rows of four
-    numbers below the spec's 'vocab' (or 16).
+    factory: 'autotp', or ``MODULE:FUNCTION``. The function gets the number of tensor-parallel ranks and this rank's own
+    number, and makes a module. The module's parameters have the checkpoint's local names. It maps token numbers,
+    (batch, length) int64, to logits: a tensor, or the attribute ``logits`` of what it returns. With several ranks the
+    function is called in one process for each, in a torch.distributed group of just these. config: the model's, for
+    'autotp'. tokens: the default is four rows of four numbers below the spec's 'vocab' (or 16).
 
-    Raises BadArgument for a factory that is none, Mismatch where weights don't fit its modules, Unsupported for models
-    with experts over several ranks.
+    Raises BadArgument for an unknown factory, Mismatch if weights don't fit its modules, Unsupported for models with
+    experts over several ranks.
     """
     tp = shards.layout.tp
     if tp == 1:
@@ -109,7 +109,7 @@ def _rank(rank: int, factory: str, folder: str, tp: int) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # All is done. Threads of gloo's that are still there have aborted an interpreter on its way out.
+    # All is done. A normal exit is avoided, since gloo's remaining threads have aborted the interpreter in it.
     os._exit(0)
 
 
@@ -122,7 +122,7 @@ def _run(factory: str, folder: str, weights: str, tp: int, rank: int) -> Tensor:
 
 
 def _put(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Fill all parameters and persistent buffers; a longer one (padding of another width) has zeros behind."""
+    """Fill all parameters and persistent buffers. One that is longer (padding of another width) ends in zeros."""
     for name, own in module.state_dict(keep_vars=True).items():
         if name not in weights:
             if any(other is own for other, tied in _tied(module, weights) if tied != name):

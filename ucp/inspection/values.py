@@ -1,4 +1,4 @@
-"""Elements as numbers: which are not finite, and how far two sets of them lie apart."""
+"""Elements as numbers: which are not finite, and how much two sets of them differ."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from ucp.geometry import Ints
 from ucp.storage.dtypes import itemsize, numpy_dtype
 
-# Bits of the exponent and of the fraction: all exponent bits set is an infinity or not a number (IEEE 754, bfloat16,
-# float8_e5m2).
+# The bits of the exponent. If all of them are set, it is an infinity or not a number (IEEE 754, bfloat16, float8_e5m2).
 _EXPONENT = {
     "float64": (np.uint64, 0x7FF0 << 48),
     "float32": (np.uint32, 0x7F80 << 16),
@@ -49,11 +48,11 @@ def as_numbers(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float64] | None
 
 @dataclass
 class Distance:
-    """How far two tensors lie apart, piece by piece.
+    """How much two tensors differ, piece by piece.
 
-    different: elements whose values differ (by their bits, where the types are the same). first: position of the first
-    of these. absolute, relative: the largest differences; relative to the larger of the two. unlike: elements of which
-    exactly one is a finite number.
+    different: how many elements differ (in their bits, if the types are the same). first: position of the first of
+    these. absolute, relative: the largest differences; relative ones to the larger of the two. unlike: for how many
+    elements exactly one is a finite number. beyond: how many differ by more than the tolerance of `add`.
     """
 
     different: int = 0
@@ -71,8 +70,8 @@ class Distance:
         types: tuple[str, str],
         tolerance: tuple[float, float],
     ) -> None:
-        """Take the same elements of both, from position ``at`` on. tolerance: absolute, relative; see ``beyond``:
-        elements that differ by more than ``absolute + relative * max(|a|, |b|)``."""
+        """Take the same elements of both, from position ``at`` on. tolerance: (absolute, relative), which allows a
+        difference of ``absolute + relative * max(|a|, |b|)``."""
         same = types[0] == types[1]
         if same and np.array_equal(a, b):
             return

@@ -1,4 +1,4 @@
-"""Logical digests of live tensors, on whatever device they are: one pass, nothing gathered, at most 64 MiB of memory.
+"""Logical digests of live tensors on any device: one pass, nothing gathered, at most 64 MiB of memory.
 
 In host memory `ucp.logical.digest` reads them where they are, with several threads. On a device the same sums are made
 by plain torch operations: products of matrices of doubles, exact as there. Both are equal bit for bit.
@@ -22,20 +22,20 @@ from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW, Digest, 
 from ucp.logical.runs import Run, Runs, Sample, few_runs, runs_of, within_buffer
 from ucp.storage.dtypes import itemsize, to_torch
 
-# Bytes of a tensor that one thread, or the device, takes at once.
+# How many bytes of a tensor one thread, or the device, takes at once.
 PIECE = 16 << 20
 # In host memory: tensors of fewer bytes are digested together.
 _TOGETHER = 2 << 20
-# On a device: runs of at least so many bytes are multiplied where they are.
+# On a device: runs of at least this many bytes are multiplied where they lie.
 _LONG = 256 << 10
-# On a device: runs in rows of their own are worth it from so many bytes on.
+# On a device: runs of at least this many bytes get rows of their own.
 _SHORT = 128
-# On a device: words of short runs that are added at once, of all tensors together.
+# On a device: how many words of short runs are added at once, over all tensors.
 _ITEMS = 1 << 19
-# On a device: rows that are multiplied at once (44 MiB as doubles), and rows whose products are kept (6 MiB), in three
-# turns: a device waits longer for an operation to be asked for than it takes.
+# On a device: how many rows are multiplied at once (44 MiB as doubles), and of how many the products are kept (6 MiB),
+# in three turns. There are few operations, since a device waits longer for one to be requested than it takes.
 _ROWS_AT_ONCE, _ROWS_KEPT = 22 << 10, 64 << 10
-# Row keys that are kept on a device: 16 MiB.
+# How many row keys are kept on a device (16 MiB).
 _KEPT = 1 << 20
 
 
@@ -43,11 +43,11 @@ _KEPT = 1 << 20
 class LiveElements:
     """Elements of a logical tensor in memory, on any device.
 
-    tensor: read as one flat row-major buffer; blocks: which elements of the logical tensor of this shape, and where in
-    it, in elements. dtype: digest its elements as they are in this type (`ucp.storage.dtypes`); None: as they are.
-    back: turn them back into their own type then, to see whether the other one holds them exactly. rounded: into the
-    other type as a copy does it. one_nan: what is no number has one and the same bits: those of a rounded one depend on
-    how torch came to round it.
+    tensor: the memory, read as one flat row-major buffer. blocks: which elements of the logical tensor of this shape
+    these are, and where they lie in it, in elements. dtype: convert the elements into this type first
+    (`ucp.storage.dtypes`); None: digest them as they are. back: then convert them back into their own type, to see
+    whether the other type holds them exactly. rounded: convert as a copy does, with rounding. one_nan: give all NaNs
+    the same bits, since the bits of a rounded NaN depend on how torch rounded it.
     """
 
     tensor: torch.Tensor
@@ -91,8 +91,8 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
 
 
 def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
-    """The tensor's memory in pieces of bytes, and the runs in each; at most about ``most`` bytes where it is converted,
-    or lies on a device that numpy can't see."""
+    """The tensor's memory in pieces of bytes, and the runs in each. A piece has at most about ``most`` bytes, since it
+    may be converted, or copied from a device."""
     flat = live.tensor.detach().reshape(-1)
     nbytes = numel(live.shape) * live.width
     for every in runs_of(live.shape, live.blocks, live.width):
@@ -104,7 +104,7 @@ def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[t
         for low in range(first // live.width * live.width, last, step):
             part = within_buffer(found, low, min(low + step, last))
             if len(part):
-                # As little as holds them: of a sample most need not be looked at.
+                # Only the part with the runs, since most of a sampled tensor need not be read.
                 begin = int(part.sources.min()) // live.width * live.width
                 end = int((part.sources + part.sizes).max())
                 piece = flat[(low + begin) // live.width : -(-(low + end) // live.width)]
@@ -124,7 +124,7 @@ def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
 
 
 def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
-    """The runs to look at, where they are few and lie in the tensor's memory as they are digested; else None."""
+    """The runs to digest, if they are few and lie in the tensor's memory as they are digested; else None."""
     if live.dtype is not None or live.one_nan or not live.tensor.is_contiguous():
         return None
     found = few_runs(live.shape, live.blocks, live.width)
@@ -132,7 +132,7 @@ def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
 
 
 def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
-    """Tensors of which little is looked at, together in this thread; of the others pieces, by all threads."""
+    """Digest tensors with little to read together in this thread, and the others in pieces by all threads."""
     batch, large = Batch(len(lives)), []
     for k, live in enumerate(lives):
         listed = _listed(live, sample)

@@ -25,7 +25,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """Where a report went. bytes: of the page; parameters: that it shows; whole: what `verify` said."""
+    """Where a report was written. bytes: the page's. parameters: how many it shows. whole: what `verify` said."""
 
     path: str
     bytes: int

@@ -28,7 +28,7 @@ def report_data(
     timings: Sequence[Mapping[str, Any]],
     timeline: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The page's data. summary, catalog: None where the checkpoint can't be opened; then there are findings only."""
+    """The page's data. summary, catalog: None if the checkpoint can't be opened. Then there are only findings."""
     return {
         "schema": SCHEMA,
         "made_by": f"universal-checkpoint {version()}",
@@ -103,7 +103,7 @@ def _plan(plan: ResumePlan) -> dict[str, Any]:
 
 
 def _binned(matrix: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The rows, neighbours added together so that at most ``CELLS`` are left."""
+    """The rows, with neighbours added together so that at most `limits.MATRIX_CELLS_COUNT` are left."""
     n = len(matrix)
     if n <= limits.MATRIX_CELLS_COUNT:
         return matrix, list(labels)
@@ -113,7 +113,7 @@ def _binned(matrix: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def timeline_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What has happened to the run, in order: its saves, loads and snapshots, and what it told of restarts."""
+    """What has happened to the run, in order: its saves, loads and snapshots, and what it recorded about restarts."""
     out = []
     for record in records:
         when, world, what = record.get("time"), record.get("world"), record.get("what")

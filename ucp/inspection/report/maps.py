@@ -35,8 +35,8 @@ def rectangles(shape: Shape, blocks: Blocks, holders: Ints) -> dict[str, Any]:
 
 
 def _plane(shape: Shape, blocks: Blocks) -> Ints:
-    """(n, 4) first row, rows, first column, columns of each box; of one that is scattered over rows, from its first to
-    its last."""
+    """(n, 4) first row, rows, first column, columns of each box. A box that is scattered over rows reaches from its
+    first row to its last."""
     n, d = len(blocks), len(shape)
     if d == 0:
         return np.tile(np.array([0, 1, 0, 1], np.int64), (n, 1))
@@ -49,7 +49,7 @@ def _plane(shape: Shape, blocks: Blocks) -> Ints:
 
 
 def _joined(plane: Ints, held: Ints) -> tuple[Ints, Ints]:
-    """``LIMIT`` rectangles, each around as many neighbours."""
+    """`limits.MAP_RECTANGLES_COUNT` rectangles, each around the same number of neighbours."""
     edges = np.linspace(0, len(plane), limits.MAP_RECTANGLES_COUNT + 1).astype(np.int64)[:-1]
     row, end = np.minimum.reduceat(plane[:, 0], edges), np.maximum.reduceat(plane[:, 0] + plane[:, 1], edges)
     column = np.minimum.reduceat(plane[:, 2], edges)
