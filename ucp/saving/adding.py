@@ -8,7 +8,7 @@ the live state before the save (`ucp.digest`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -31,8 +31,10 @@ class Adding:
         self._nothing = Recorded(Digest(), Digest(), sample)
         self._found = [self._nothing] * len(held)
 
-    def along(self, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch) -> Iterator[tuple[int, memoryview]]:
-        """The same windows, each digested by a thread while the caller writes it.
+    def along(
+        self, windows: Iterator[tuple[int, memoryview]], watch: Stopwatch
+    ) -> Generator[tuple[int, memoryview], None, None]:
+        """The same windows, each digested by a thread while the caller writes it. The caller closes it.
 
         watch: gets the seconds that the caller waits for the thread as 'digest'.
         """

@@ -27,6 +27,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -102,11 +103,13 @@ def write(
     becomes the file.
     """
     adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
-    passing, path = adding.along(windows, watch), session.path(share.name)
-    if lease is not None:
-        digests = {share.name: place_windows(path, passing, lease, watch)}
-    else:
-        digests = {share.name: write_windows(path, passing, share.size, watch)}
+    path = session.path(share.name)
+    # Closed here, whatever happens: its thread would be joined wherever else the collector comes upon it.
+    with closing(adding.along(windows, watch)) as passing:
+        if lease is not None:
+            digests = {share.name: place_windows(path, passing, lease, watch)}
+        else:
+            digests = {share.name: write_windows(path, passing, share.size, watch)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
