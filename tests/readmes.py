@@ -34,9 +34,13 @@ READMES = (
     "ucp/README.md",
     "ucp/cli/README.md",
     "ucp/deepspeed/README.md",
+    "ucp/elastic/README.md",
     "ucp/formats/README.md",
+    "ucp/formats/megatron/README.md",
     "ucp/formats/universal/README.md",
+    "ucp/memory/README.md",
     "ucp/merging/README.md",
+    "ucp/repair/README.md",
     "ucp/storage/README.md",
     "ucp/torchdist/README.md",
 )

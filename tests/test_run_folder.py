@@ -17,7 +17,7 @@ from ucp import formats, run_folder
 from ucp.catalog import Catalog
 from ucp.cli import convert as convert_command
 from ucp.cli import main as commands
-from ucp.errors import BadArgument, NotACheckpoint, RemovedMeanwhile
+from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, RemovedMeanwhile
 from ucp.formats import universal
 from ucp.formats.nouns import ReadRequest
 from ucp.inspection.listing import listing
@@ -359,9 +359,14 @@ def test_the_most_specific_format_is_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (run / "step1/.metadata").write_bytes(b"")
-    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(run / "step1") as opened:
+    with ucp.open(run / "step1") as opened:
         assert opened.format == "universal"
-    assert "is read as the format 'universal'; it has files of 'dcp', too" in caplog.records[0].getMessage()
+    ucp.convert(run / "step1", run / "equal", to="huggingface")
+    (run / "equal/.metadata").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "ucp"), pytest.raises(DamagedCheckpoint):
+        ucp.open(run / "equal")
+    note = run_folder.choose(run / "equal").note
+    assert "is read as the format 'dcp'; it has files of 'huggingface', too" in note
     (dcp,) = [known for known in formats.built_in() if known.name == "dcp"]
-    monkeypatch.setattr(type(dcp), "specificity", 1)
+    monkeypatch.setattr(type(dcp), "specificity", 9)
     assert formats.find(run / "step1") is dcp

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ucp.catalog import bare
+from ucp.deepspeed.live import releases
 from ucp.layers import layer_of
 
 
@@ -79,11 +80,9 @@ def _squares(module: torch.nn.Module) -> dict[str, float]:
 
 def _gradient(param: torch.nn.Parameter) -> torch.Tensor | None:
     """A parameter's whole gradient, averaged over the data-parallel ranks and accumulated over micro-steps."""
-    from deepspeed.utils import safe_get_full_grad
-
     # For stages 1 and 2: `safe_get_full_grad` prefers ``param.grad``, which under pipelines has only one micro-step.
     if hasattr(param, "get_full_hp_grad") and not hasattr(param, "ds_id"):
         found: torch.Tensor = param.get_full_hp_grad()
         return found
-    gradient: torch.Tensor | None = safe_get_full_grad(param)
+    gradient: torch.Tensor | None = releases.GRADIENTS.load().safe_get_full_grad(param)
     return gradient

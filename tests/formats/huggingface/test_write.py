@@ -289,7 +289,8 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for flag, value in (("--dtype", "bf16"), ("--max-shard-size", "1GB"), ("--like", str(llama))):
         assert command.main([str(llama), str(tmp_path / "x"), flag, value]) == 2
         name = flag.strip("-").replace("-", "_")
-        assert f"{name} is for 'huggingface' only, not for 'universal'" in capsys.readouterr().err
+        targets = "'megatron' or 'huggingface'" if name == "dtype" else "'huggingface'"
+        assert f"{name} is for {targets} only, not for 'universal'" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:Adapter 'default'")

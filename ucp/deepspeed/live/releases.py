@@ -66,12 +66,12 @@ STAGE3 = EngineClass(
     (
         "optimizer",
         "fp16_groups",
-        "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
         "sub_group_to_group_id",
         "checkpoint_event_prologue",
         "checkpoint_event_epilogue",
-        "_unflatten_partitioned_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_swappable_optimizer_subgroup",
     ),
 )
 OFFLOAD = EngineClass(
@@ -104,6 +104,7 @@ EXPERT_GROUPS = EngineModule(
     ("_get_expert_parallel_world_size", "_get_expert_parallel_rank", "_get_expert_data_parallel_group"),
 )
 GENERATORS = EngineModule("deepspeed.runtime.activation_checkpointing.checkpointing", ("get_cuda_rng_tracker",))
+GRADIENTS = EngineModule("deepspeed.utils", ("safe_get_full_grad",))
 ACCELERATOR = EngineModule("deepspeed.accelerator", ("get_accelerator",))
 
 # What is read, set or called on every engine.
@@ -129,6 +130,7 @@ ENGINE = (
     "seq_dp_world_size",
     "sequence_parallel_size",
     "skipped_steps",
+    "step",
     "tput_timer",
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

@@ -18,7 +18,7 @@ from tests.engines.sources import Sources
 from ucp.errors import DamagedCheckpoint, NotACheckpoint, UcpError, UnsafePickle
 
 # Real checkpoints of two ranks, by stage.
-OLDER = {p.name.split("-")[1]: p for p in sorted(Path(__file__).parents[1].glob("older/*-*")) if p.is_dir()}
+OLDER = {p.name.split("-")[1]: p for p in sorted(Path(__file__).parents[1].glob("older/0.14.4-*")) if p.is_dir()}
 TAG = "global_step3"
 
 
