@@ -264,8 +264,8 @@ def _client_state(catalog: Catalog) -> dict[str, Any]:
 
 def _check(engine: Any, custom_load_fn: Callable[..., Any] | None, config: Config) -> None:
     override = config.load.override
-    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
-    odd = [name for name in override if not all(name in group for group in groups)]
+    groups = getattr(engine.optimizer, "param_groups", ())  # what only computes has none
+    odd = [name for name in override if not groups or not all(name in group for group in groups)]
     if odd:
         raise BadArgument(
             f'"ucp": {{"load": {{"override"}}}} has \'{odd[0]}\', which the param groups here do not have'

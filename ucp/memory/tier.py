@@ -13,7 +13,6 @@ import os
 import secrets
 import socket
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,8 @@ from ucp.storage.kept.files import KeptPath, of_run
 
 log = logger(__name__)
 
-_tiers: weakref.WeakSet[Tier] = weakref.WeakSet()
+# Held until the program ends: a function that made one may have returned long before.
+_tiers: set[Tier] = set()
 
 
 class Tier:
@@ -194,6 +194,7 @@ class Tier:
             except OSError as error:
                 log.debug("%s", error)
             own.close()
+        _tiers.discard(self)
 
     def _is_ready(self) -> bool:
         """Whether every node's keeper is there and reaches the others. Those that are gone are started again."""
