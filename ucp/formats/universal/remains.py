@@ -25,9 +25,7 @@ def remains(folder: Path, *, trust_paths: bool = False) -> Remains | None:
         return None
     state = next((name for name in missing if training.is_tensors_file(os.path.basename(name))), None)
     if state is not None:
-        raise DamagedCheckpoint(
-            f"{os.path.join(folder, state)}: {missing[state]}, and has the training state's tensors"
-        )
+        raise DamagedCheckpoint(f"{folder}/{state}: {missing[state]}, and has the training state's tensors")
     whole = schema.decode(path, body, complete=False, trust_paths=trust_paths, absent=set(missing))
     gone = {k for k, name in enumerate(body["files"]["path"]) if name in missing}
     tensors = {key: t for key, t in whole.tensors.items() if not gone.intersection(t.blocks.buffers.tolist())}
@@ -47,7 +45,7 @@ def remains(folder: Path, *, trust_paths: bool = False) -> Remains | None:
     digests = {k: table for k, table in whole.chunk_digests.items() if k not in gone}
     catalog = replace(whole, parameters=parameters, tensors=kept, chunk_digests=digests)
     _without(catalog, gone).check()
-    files = tuple((os.path.join(folder, name), text) for name, text in missing.items())
+    files = tuple((f"{folder}/{name}", text) for name, text in missing.items())
     return Remains(_without(catalog, gone), files, lost, (), frozenset(stateless))
 
 

@@ -80,7 +80,8 @@ def named(found: Sequence[UnnamedGroup], parameters: Mapping[str, int]) -> tuple
     """
     apart = any(group.expert for group in found)
     names: list[list[str]] = [[] for _ in found]
-    for name, ndim in parameters.items():
+    # The files' own order is that in which ranks' plans came together, another one for every save.
+    for name, ndim in sorted(parameters.items(), key=lambda item: _in_order(item[0])):
         may = [k for k, group in enumerate(found) if group.has(name, ndim, apart)]
         decoupled = [k for k in may if found[k].options.get("is_decoupled_lr")]
         may = decoupled or may
@@ -153,3 +154,8 @@ def _whole(value: Any) -> int | None:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key for sorting names by which layers come by their numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
