@@ -23,7 +23,6 @@ from tests.engines.resume import resume
 from tests.engines.runs import CLIENT_STATE, FURTHER, Run
 from tests.engines.sources import Sources, preload_for
 from tests.s3 import get
-from ucp.errors import Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -172,9 +171,10 @@ def test_universal_folder(pair: tuple[Case, Case], ranks: RankPool, sources: Sou
     assert loaded.truth is not None
     assert differences(run.truth, loaded.truth) == []
     assert len(loaded.further) == FURTHER
-    # It is written only, and refused as what it is.
-    with pytest.raises(Unsupported, match="is DeepSpeed's own universal checkpoint"):
-        ucp.open(tmp_path / "out")
+    with ucp.open(run.folder) as first, ucp.open(tmp_path / "out") as again:
+        assert again.parameters.keys() == first.parameters.keys()
+        for name, state in again.catalog.tensors:
+            assert torch.equal(again.read(name, state), first.read(name, state)), (name, state)
 
 
 @pytest.mark.parametrize("to", ["deepspeed", "deepspeed-universal"])
