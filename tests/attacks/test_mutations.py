@@ -36,8 +36,8 @@ def cases(place: Path) -> str:
     out = hashlib.sha256()
     runs: dict[str, Path] = {}
     for name, target in fuzz.TARGETS.items():
-        if target.format == "spec":
-            continue
+        if target.format in ("spec", "section", "config"):
+            continue  # mutations of text that lies in no folder
         if target.format not in runs:
             runs[target.format] = formats.make(target.format, place / target.format)
         for number in range(20):
@@ -52,4 +52,4 @@ def test_a_seed_means_the_same_in_any_folder_and_process(tmp_path: Path) -> None
     code = f"from tests.attacks.test_mutations import *; print(cases(Path({str(tmp_path / 'a much longer name')!r})))"
     command = [sys.executable, "-W", "ignore", "-c", code]
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=formats.OLDER.parents[3])
-    assert found.stdout.split() == [here]
+    assert found.stdout.split()[-1:] == [here]  # DeepSpeed tells of itself before
