@@ -24,6 +24,7 @@ FLOORS = {
         "ucp.geometry",
         "ucp.layers",
         "ucp.errors",
+        "ucp.lazy",
         "ucp.limits",
         "ucp.printable",
         "ucp.tested",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ucp import _neighbours
+from ucp.lazy import names_of
 
 if TYPE_CHECKING:
     from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
@@ -69,6 +70,8 @@ _HOMES = {
     "UcpError": "ucp.errors",
 }
 
+_named = names_of("ucp", _HOMES)
+
 _neighbours.refuse_ucx_py()
 
 
@@ -77,12 +80,7 @@ def __getattr__(name: str) -> Any:
         from ucp.version import version
 
         return version()
-    if name in _HOMES:
-        from importlib import import_module
-
-        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        return value
-    raise AttributeError(f"module 'ucp' has no attribute {name!r}")
+    return _named(name)
 
 
 def __dir__() -> list[str]:

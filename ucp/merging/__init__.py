@@ -6,7 +6,9 @@ they are read (`computed`). So a merge is a conversion of such a catalog, into a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ucp.lazy import names_of
 
 if TYPE_CHECKING:
     from ucp.merging.coefficients import Barrier, SearchResult, barrier, search
@@ -40,9 +42,4 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ucp.merging' has no attribute {name!r}")
+__getattr__ = names_of("ucp.merging", _HOMES)

@@ -5,7 +5,9 @@ The result is approximate, and marked so. It is loaded only by those who say tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ucp.lazy import names_of
 
 if TYPE_CHECKING:
     from ucp.repair.refill import Outlook, RepairSettings, outlook_of
@@ -23,9 +25,4 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'ucp.repair' has no attribute {name!r}")
+__getattr__ = names_of("ucp.repair", _HOMES)
