@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -24,10 +24,11 @@ from ucp.storage.torch_pt.archive import Section
 Advance = Callable[[int], None]
 
 
-def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Iterator[tuple[int, int, int]]:
+def damaged_chunks(catalog: Catalog, files: Files, advance: Advance) -> Generator[tuple[int, int, int], None, None]:
     """(file, first byte, last byte + 1) of every chunk that differs from its digest, neighbours apart.
 
-    advance: called with how many bytes were read. Raises DamagedCheckpoint for a file that can't be read.
+    The caller closes it. advance: called with how many bytes were read. Raises DamagedCheckpoint for a file that can't
+    be read.
     """
     jobs = [
         (k, at) for k, table in catalog.chunk_digests.items() for at in range(0, table.size, limits.CRC_BATCH_BYTES)
@@ -91,8 +92,8 @@ def _identity(path: str) -> str:
     return path if locations.is_remote(path) else os.path.realpath(path)
 
 
-def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Iterator[tuple[str, str]]:
-    """(file, description) for every entry of these archives that differs from its CRC-32.
+def damaged_entries(paths: Sequence[str], files: Files, advance: Advance) -> Generator[tuple[str, str], None, None]:
+    """(file, description) for every entry of these archives that differs from its CRC-32. The caller closes it.
 
     An archive whose entries have no CRC-32 is skipped (`checked_files` sorts those out). advance: called with how many
     bytes were read. Raises DamagedCheckpoint for a file that can't be read.

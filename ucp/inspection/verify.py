@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ucp.formats.base import Format
 from ucp.formats.nouns import Salvage
 from ucp.geometry import box
 from ucp.inspection import stream
-from ucp.inspection.bits import checked_files, damaged_chunks, damaged_entries, torch_files
+from ucp.inspection.bits import Advance, checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
 from ucp.inspection.digests import contradictions, digests_of
 from ucp.inspection.owners import file_owners
@@ -235,12 +236,12 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
             if progress is not None:
                 progress(min(done, work), work)
 
-        for index, start, stop in damaged_chunks(catalog, files, advance):
-            held = _held_in(catalog, index, start, stop)
-            file = catalog.files[index].path
-            notes.add("digest", file, f"bytes {start} to {stop} differ from their digest; they hold {held}")
-        for path, entry in damaged_entries(zips, files, advance):
-            notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
+        with closing(damaged_chunks(catalog, files, advance)) as chunks:
+            for index, start, stop in chunks:
+                held = _held_in(catalog, index, start, stop)
+                file = catalog.files[index].path
+                notes.add("digest", file, f"bytes {start} to {stop} differ from their digest; they hold {held}")
+        _note_entries(zips, files, advance, notes)
     notes.checked.update(digested=digested, digested_by_zip=in_zips)
     if unchecked:
         names = ", ".join(map(os.path.basename, unchecked[:3])) + (", …" if len(unchecked) > 3 else "")
@@ -275,10 +276,15 @@ def _look_into_archives(where: Path, notes: _Notes) -> None:
     with Files() as files:
         for path in torch_files(where):
             try:
-                for _, entry in damaged_entries([path], files, lambda _: None):
-                    notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
+                _note_entries([path], files, lambda _: None, notes)
             except DamagedCheckpoint as error:
                 notes.add("file", path, error.message)
+
+
+def _note_entries(paths: Sequence[str], files: Files, advance: Advance, notes: _Notes) -> None:
+    with closing(damaged_entries(paths, files, advance)) as entries:
+        for path, entry in entries:
+            notes.add("digest", path, f"{entry} differs from the CRC-32 stored with it")
 
 
 def _note_salvage(salvage: Salvage, notes: _Notes) -> None:
