@@ -69,7 +69,7 @@ class Peers:
             try:
                 client.ask("leave")
             except OSError as error:
-                log.debug("%s", error)
+                log.warning("a keeper of a node that left was not told to end, and may stay: %s", error)
             client.close()
 
     def _know(self, members: Sequence[NodeAddress]) -> None:

@@ -192,7 +192,7 @@ class Tier:
             try:
                 own.ask("go", pid=os.getpid())
             except OSError as error:
-                log.debug("%s", error)
+                log.warning("memory of '%s': this node's keeper was not told to end, and may stay: %s", self.run, error)
             own.close()
         _tiers.discard(self)
 
