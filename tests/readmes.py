@@ -24,9 +24,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests import startup
+
 ROOT = Path(__file__).parents[1]
-STARTUP = ROOT / "tests" / "startup"
-"""What the programs that tests start import first."""
 READMES = (
     "README.md",
     "scripts/README.md",
@@ -97,7 +97,7 @@ def environment(folder: Path) -> dict[str, str]:
             (bin_folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
             (bin_folder / name).chmod(0o755)
     path = [str(bin_folder), os.path.dirname(sys.executable), os.environ["PATH"]]
-    modules = f"{STARTUP}{os.pathsep}{ROOT}"
+    modules = startup.search_path([ROOT])
     return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": modules, "DS_ACCELERATOR": "cpu"}
 
 

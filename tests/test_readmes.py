@@ -175,7 +175,8 @@ def test_what_needs_a_cluster_is_parsed(fence: Fence) -> None:
             from torch.distributed.run import get_args_parser
 
             parsed = get_args_parser().parse_args(words[1:])
-            assert parsed.training_script == "train.py" or parsed.training_script_args[-1] == "train.py"
+            program = parsed.training_script_args[-1] if parsed.module else parsed.training_script
+            assert program == "train.py"
             continue
         if words[:2] == ["python", "-m"]:
             program = next(name for name, module in readmes.PROGRAMS.items() if module == words[2])

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tests import startup
+
 if TYPE_CHECKING:
     from tests.engines.pool import Outcome, RankPool
 
@@ -120,7 +122,7 @@ def alone(program: str) -> dict[str, str]:
 
 def start(program: str, *arguments: object, gpus: int = 0) -> subprocess.Popen[str]:
     """Start ``tests.deepspeed.<program>``, on so many GPUs; 0: one process on the CPU."""
-    modules = os.pathsep.join(filter(None, (str(ROOT / "tests" / "startup"), os.environ.get("PYTHONPATH"))))
+    modules = startup.search_path([os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": modules}
     command = [sys.executable]
     if gpus:
