@@ -42,7 +42,8 @@ from ucp.storage.files import Files
 from ucp.storage.locations import locate
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, TensorRef
 from ucp.transfer.checksums import RecordChecks, read_record
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,8 @@ from ucp.parallel.zero import ceil_partition, flat_partition
 from ucp.storage.digests import ChunkDigests
 from ucp.storage.dtypes import numpy_dtype, to_torch
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader
 from ucp.transfer.pieces import create_files, seal_files
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import shares
 from ucp.transfer.write import Progress, write_share

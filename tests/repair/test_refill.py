@@ -22,7 +22,7 @@ from ucp.layers import Layer, layer_of, shown
 from ucp.repair import RepairSettings, outlook_of, repair
 from ucp.repair.build import repaired
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 
 LAYERS = 8
 

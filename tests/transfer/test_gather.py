@@ -24,7 +24,8 @@ from ucp.parallel.zero import ceil_partition, flat_partition
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.transfer import gather as room
-from ucp.transfer.gather import Reader, Want, gather, plan, widen
+from ucp.transfer.gather import Want, gather, plan, widen
+from ucp.transfer.reader import Reader
 
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "bool": 1, "int64": 8, "uint8": 1, "complex128": 16}
 _KEYS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}

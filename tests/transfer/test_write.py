@@ -27,7 +27,8 @@ from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
 from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer import windows, write
-from ucp.transfer.gather import Copy, Reader, Want
+from ucp.transfer.gather import Copy, Want
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import budget, check_files
 

@@ -23,7 +23,8 @@ from ucp.storage.crc32 import Crc32Entry, PassingEntries
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
-from ucp.transfer.gather import Reader, Want
+from ucp.transfer.gather import Want
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 
 

@@ -13,7 +13,8 @@ from ucp.catalog import LogicalTensor
 from ucp.checkpoint import Checkpoint
 from ucp.geometry import flat_ranges, numel
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 Bytes = NDArray[np.uint8]
 

@@ -24,7 +24,8 @@ from ucp.job import ranks
 from ucp.loading.match import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Bytes, Want
+from ucp.transfer.gather import Want
+from ucp.transfer.reader import Bytes
 
 ADAPTIVE = "adaptive"
 

@@ -22,7 +22,7 @@ from ucp.loading.proof import Proof
 from ucp.loading.read import Reading, reading_threads
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 
 if TYPE_CHECKING:
     import torch

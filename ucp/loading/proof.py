@@ -32,7 +32,7 @@ from ucp.logical.runs import SAMPLE_BLOCK, Sample
 from ucp.storage.dtypes import from_torch
 from ucp.transfer.digesting import digest_files
 from ucp.transfer.exact import EXACT
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 
 if TYPE_CHECKING:
     import torch

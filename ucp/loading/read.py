@@ -17,7 +17,8 @@ from ucp.loading.target import Slot, Target
 from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.transfer.gather import Bytes, Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Bytes, Reader
 
 
 @dataclass(frozen=True)

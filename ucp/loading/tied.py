@@ -18,7 +18,8 @@ from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.refusals import Words
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 
 def check(

@@ -24,7 +24,8 @@ from ucp.merging.operations import Combination, Whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
-from ucp.transfer.gather import Cache, Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Cache, Reader
 
 _BLOCK_ELEMENTS = 1 << 14
 """Elements that are computed at a time: 128 KiB as float64. So what several operations need at once stays in the

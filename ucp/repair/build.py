@@ -18,7 +18,7 @@ from ucp.merging.computed import Input, MergedTensor
 from ucp.merging.operations import Combination, Linear, Redrawn
 from ucp.repair.refill import Filling, Outlook, RepairSettings, grouped, neighbours_tensors, twin_of, twin_of_stateless
 from ucp.storage.numbers import FLOATS
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 
 PARAM = "param"
 

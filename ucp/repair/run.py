@@ -21,7 +21,7 @@ from ucp.spec.select import Choice, choose
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, carry_out
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 from ucp.transfer.windows import check_files
 
 log = logger(__name__)

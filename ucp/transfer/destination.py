@@ -26,7 +26,7 @@ from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.team import Team
 from ucp.transfer.team_write import Writing, noted_bytes, write_following, write_leading

@@ -12,7 +12,8 @@ from ucp.geometry import flat_ranges, numel
 from ucp.logical.digest import Digest, digest_bytes, total
 from ucp.logical.runs import SAMPLE_BLOCK, Runs, Sample
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 PIECE = 8 << 20
 """Bytes that a thread reads and digests at once."""

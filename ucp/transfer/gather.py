@@ -8,33 +8,24 @@ digests, every chunk is verified as it passes.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from threading import Lock
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ucp import limits
-from ucp.catalog import Catalog, LogicalTensor
+from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, collapse, concat, intersect_grouped, span
-from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks, verify_parts
 from ucp.storage.dtypes import itemsize, numpy_dtype
-from ucp.storage.files import Files
-from ucp.storage.locations import is_remote
 from ucp.storage.rounding import ROUNDED, round_to
-from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.exact import check_exact, widen
-
-Bytes = NDArray[np.uint8]
-# A thread's verified chunks: (file, chunk) -> its bytes.
-Cache = OrderedDict[tuple[int, int], Bytes]
+from ucp.transfer.reader import Bytes, Cache, Reader
 
 
 @dataclass(frozen=True)
@@ -94,156 +85,6 @@ class Copy:
             self.source_dtype,
             self.target_dtype,
         )
-
-
-class Reader:
-    """Byte ranges of a catalog's files, verified against its digests if it has them, else against the CRC-32s of
-    torch's records if these are read whole. Thread-safe.
-
-    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. digest_seconds: the time that checking digests and
-    CRC-32s has taken so far, in all threads together.
-    """
-
-    def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
-        self.digest_seconds = 0.0
-        self._digested = self._unchecked = 0
-        self._lock = Lock()
-        self._paths = [f.path for f in catalog.files]
-        self._files = files
-        self._computed = dict(catalog.computed)
-        self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
-        self.records = RecordChecks(catalog.crc_records if verify else {}, self._paths, files, keeps_pieces)
-
-    @property
-    def verified_bytes(self) -> int:
-        """Bytes that were compared with a digest or a CRC-32: whole chunks, each time they are read, and whole
-        records."""
-        return self._digested + self.records.verified_bytes
-
-    @property
-    def unverified_bytes(self) -> int:
-        """Bytes that were read and compared with nothing: there is no digest, or the record was not read whole."""
-        return self._unchecked + self.records.unverified_bytes
-
-    @property
-    def verifies(self) -> bool:
-        """Whether chunks are read whole and verified, in some of the files at least."""
-        return bool(self._digests)
-
-    def read_into(self, file: int, offset: int, parts: Sequence[Bytes], cache: Cache) -> None:
-        """Fill the parts, one after the other, with the bytes from ``offset`` on; ``cache`` is the calling thread's own
-        store of verified chunks.
-
-        Chunks that are wanted whole are read straight to where they belong, in one part or in several. Other chunks are
-        read into the cache, and what is wanted of them is copied.
-        """
-        if file in self._computed:
-            self._computed[file].read_into(offset, parts)
-            return
-        path, digests = self._paths[file], self._digests.get(file)
-        if digests is None:
-            self._read_records(file, path, offset, parts)
-            return
-        at, stop = offset, offset + sum(map(len, parts))
-        if stop > digests.size:
-            raise DamagedCheckpoint(
-                f"{path}: bytes up to {stop} are wanted, but digests cover {digests.size}; the manifest and the file "
-                "do not belong together"
-            )
-        rest = deque(parts)
-        most = limits.CHUNKS_FETCHED_COUNT if is_remote(path) else limits.CHUNKS_AT_ONCE_COUNT
-        while at < stop:
-            index, within = divmod(at, CHUNK)
-            end = min((index + 1) * CHUNK, stop)
-            if within or (end - at < CHUNK and end != digests.size):
-                chunk = self._chunk(file, path, digests, index, cache)
-                _spread(chunk[within:], _taken(rest, end - at))
-            else:
-                end = max(end, at + min((stop - at) // CHUNK, most) * CHUNK)
-                self._read_whole(path, digests, at, end, _taken(rest, end - at))
-            at = end
-
-    def _read_records(self, file: int, path: str, offset: int, parts: Sequence[Bytes]) -> None:
-        """Bytes of a file without digests, which may lie in records with CRC-32s."""
-        checked = self.records.covers(file)
-        for part in parts:
-            step = limits.RECORD_STEP_BYTES if checked and not is_remote(path) else len(part)
-            for at in range(0, len(part), step or 1):
-                piece = part[at : at + step]
-                self._files.read_into(path, offset + at, piece.data)
-                if checked:
-                    began = perf_counter()
-                    self.records.add(file, offset + at, piece)
-                    self._count(perf_counter() - began)
-            offset += len(part)
-        if not checked:
-            self._count(0.0, unchecked=sum(map(len, parts)))
-
-    def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
-        """Read whole chunks and verify them."""
-        if len(parts) <= limits.READ_PARTS_COUNT:
-            self._files.read_parts(path, at, [part.data for part in parts])
-            self._check(path, digests, at // CHUNK, parts)
-            return
-        raw = np.empty(end - at, np.uint8)
-        self._files.read_into(path, at, raw.data)
-        self._check(path, digests, at // CHUNK, [raw])
-        _spread(raw, parts)
-
-    def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> Bytes:
-        key = (file, index)
-        if key in cache:
-            cache.move_to_end(key)
-            return cache[key]
-        size = min(CHUNK, digests.size - index * CHUNK)
-        # The new chunk takes the oldest one's memory, so that the system need not clear pages for each.
-        room = cache.popitem(last=False)[1] if len(cache) >= limits.CHUNKS_KEPT_COUNT else np.empty(CHUNK, np.uint8)
-        chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
-        self._files.read_into(path, index * CHUNK, chunk.data)
-        self._check(path, digests, index, [chunk])
-        cache[key] = chunk
-        return chunk
-
-    def _check(self, path: str, digests: ChunkDigests, index: int, parts: list[Bytes]) -> None:
-        """Verify whole chunks, in one part or one after the other in several."""
-        began, nbytes = perf_counter(), sum(map(len, parts))
-        if len(parts) == 1:
-            verify_chunks(path, digests, index, parts[0].data)
-        else:
-            rest = deque(parts)
-            while rest:
-                size = min(CHUNK, digests.size - index * CHUNK)
-                verify_parts(path, digests, index, [part.data for part in _taken(rest, size)])
-                index += 1
-        self._count(perf_counter() - began, digested=nbytes)
-
-    def _count(self, seconds: float, digested: int = 0, unchecked: int = 0) -> None:
-        with self._lock:
-            self.digest_seconds += seconds
-            self._digested += digested
-            self._unchecked += unchecked
-
-
-def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
-    """Copy the first bytes into the parts, one after the other."""
-    at = 0
-    for part in parts:
-        part[:] = raw[at : at + len(part)]
-        at += len(part)
-
-
-def _taken(rest: deque[Bytes], count: int) -> list[Bytes]:
-    """Take the first ``count`` bytes away from the parts and return them."""
-    out: list[Bytes] = []
-    while count:
-        part = rest.popleft()
-        if len(part) > count:
-            rest.appendleft(part[count:])
-            part = part[:count]
-        if len(part):
-            out.append(part)
-        count -= len(part)
-    return out
 
 
 def plan(wants: Sequence[Want]) -> list[Copy]:

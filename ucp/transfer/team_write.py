@@ -10,8 +10,8 @@ from threading import Lock
 from ucp.storage.digests import CHUNK, ChunkDigests
 from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.gather import Reader
 from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, read_record_pieces, seal_files
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.team import Attempt, Team, joined, lead
 from ucp.transfer.windows import shares

@@ -20,7 +20,7 @@ from ucp.storage import locations, names
 from ucp.storage.crc32 import PassingEntries
 from ucp.storage.digests import ChunkDigests, digest_chunks
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, budget, windows
 from ucp.transfer.write import Progress

@@ -20,7 +20,8 @@ from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import ALIGNMENT
-from ucp.transfer.gather import Bytes, Copy, Reader, execute, plan
+from ucp.transfer.gather import Copy, execute, plan
+from ucp.transfer.reader import Bytes, Reader
 from ucp.transfer.targets import TargetFile
 
 UNIT = limits.CONVERT_WINDOW_BYTES

@@ -22,8 +22,9 @@ from ucp.storage.digests import CHUNK, chunk_count, digest_chunks
 from ucp.storage.writeback import start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.gather import Bytes, Reader, execute
+from ucp.transfer.gather import execute
 from ucp.transfer.pieces import Piece, failed, path_of
+from ucp.transfer.reader import Bytes, Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, budget, room_together
 

@@ -19,7 +19,8 @@ from ucp.spec.bound import Bound, bind
 from ucp.spec.language import loads
 from ucp.storage.dtypes import numpy_dtype
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 SPEC = """
 ucp: 1

@@ -16,7 +16,8 @@ from ucp.spec.bound import Bound
 from ucp.spec.foreign_names import is_about
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 log = logger(__name__)
 

@@ -31,7 +31,7 @@ from ucp.storage.torch_pt.archive import crcs_of
 from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.destination import check_unchanged
 from ucp.transfer.digesting import digest_files
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import budget
 

@@ -26,7 +26,8 @@ from ucp.checkpoint import Checkpoint
 from ucp.geometry import Blocks
 from ucp.parallel.zero import ceil_partition, ceil_size, flat_offsets, flat_partition, partition_size
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.deepspeed.write import native
 from ucp.parallel.mesh import Layout
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 
 SHAPES = {
     "embed.weight": (13, 7),

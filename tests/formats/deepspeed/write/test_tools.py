@@ -16,7 +16,7 @@ from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write import native, universal_folder
 from ucp.parallel.mesh import Layout
 from ucp.storage.files import Files
-from ucp.transfer.gather import Reader
+from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 
 pytestmark = pytest.mark.slow

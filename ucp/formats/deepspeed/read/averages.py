@@ -23,7 +23,8 @@ from ucp.spec.placement import Placements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.storage.numbers import FLOATS, as_bytes, as_numbers
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 log = logger(__name__)
 

@@ -15,7 +15,8 @@ from ucp.printable import logger
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.storage.rounding import rounds_to
-from ucp.transfer.gather import Reader, Want, gather
+from ucp.transfer.gather import Want, gather
+from ucp.transfer.reader import Reader
 
 log = logger(__name__)
 
