@@ -1,58 +1,122 @@
-"""Resuming on another layout: ours straight from ZeRO-1 files, DeepSpeed's native load, DCP's load with FSDP2."""
+"""Resuming on another layout: ours straight from ZeRO-1 files, DeepSpeed's native load, DCP's load with FSDP2.
+
+Every load is in ranks of its own, as a resume is: nothing is allocated, mapped or compiled before it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import bench_data
 import bench_tools
 
-add_arguments = bench_data.add_arguments
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    bench_data.add_arguments(parser)
+    parser.add_argument("--only", default="", help="works to run, with commas between: zero, in-place, resume")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One load. peer: the label of the one that it is compared with."""
+
+    label: str
+    peer: str
+    role: str
+    source: Path
+    by: str = "ours"
+    into: str = "live"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    source, target, dcp = bench_data.native(args), bench_data.native_target(args), bench_data.dcp(args)
-    sharded = bench_data.fsdp(args)
-    universal = args.data / f"{source.name}-universal"
-    if not universal.is_dir():
-        bench_tools.timed([sys.executable, "-m", "ucp.cli.convert", source, universal, "--quiet"])
-    options = {**bench_data.model_options(args), "repeats": args.repeats, "cache": args.cache}
-    found = bench_tools.launch("load", 2, native=target, works=f"{source.name},{universal.name}", **options)
-    turns, stages = found["turns"], found["stages"]
-    fsdp = bench_tools.launch("fsdp-load", 2, source=dcp, works=sharded.name, **options)["turns"]
-    rows = [_row("DeepSpeed's native load, ZeRO-3 on 2 ranks to the same", turns["native"], turns["native"])]
-    for name, label in {
-        source.name: "ours, ZeRO-1 on 4 ranks to ZeRO-3 on 2",
-        universal.name: "ours, universal to ZeRO-3 on 2",
-    }.items():
-        needed, read = stages[name]["nbytes"], stages[name]["bytes_read"]
-        more = {"GB": round(needed / 1e9, 2), "read/needed": round(read / needed, 3)}
-        more["prove s"] = round(stages[name]["prove"], 3)
-        rows.append(_row(label, turns[name], turns["native"], **more))
-    for work, one in fsdp.items():
-        for name, label in {
-            "dcp": "DCP from its own",
-            "ours from dcp": "ours from DCP's",
-            "ours": "ours from ours",
-        }.items():
-            more = {"GB": round(bench_tools.nbytes(dcp) / 1e9, 2)}
-            rows.append(_row(f"FSDP2 on 4 ranks to 2, {work}: {label}", one[name], one["dcp"], **more))
+    works = _works(args)
+    turns: dict[str, list[dict[str, Any]]] = {work.label: [] for work in works}
+    for turn in range(args.repeats):
+        for work in works:
+            one = bench_tools.launch(
+                work.role,
+                args.ranks,
+                source=work.source,
+                by=work.by,
+                into=work.into,
+                cache=args.cache,
+                **bench_data.model_options(args),
+            )
+            turns[work.label].append(one)
+            bench_tools.progress(f"{work.label}, turn {turn + 1} of {args.repeats}: {one['seconds']:.2f} s")
+    limits = bench_tools.launch("limits", args.ranks, source=works[0].source, **bench_data.model_options(args))
     return {
-        "title": f"load: weights and Adam's states, {args.cache} page cache, from call to return, slowest rank",
-        "rows": rows,
+        "title": f"load: weights and Adam's states on {args.ranks} ranks ({args.device}), {args.cache} page cache, "
+        "each load in ranks of its own, from call to return, slowest rank",
+        "rows": [_row(work, turns[work.label], turns[work.peer]) for work in works],
         "notes": [
-            "ratio: to DeepSpeed's native load, with FSDP2 to DCP's; minimum to minimum",
+            "ratio: to DeepSpeed's native load, with FSDP2 to DCP's; the median of the turns' own ratios",
+            "host MiB: a rank's anonymous memory at its peak, device MiB: allocated there, both over those before",
             "in place: a state dict of live tensors; resume: model and optimizer, which has no states yet",
+            "limits, all ranks together: " + ", ".join(f"{name} {found:.1f} GB/s" for name, found in limits.items()),
         ],
-        "turns": {**turns, "fsdp": fsdp},
-        "stages": stages,
+        "turns": turns,
+        "limits": limits,
     }
 
 
-def _row(label: str, turns: list[list[float]], reference: list[list[float]], **more: Any) -> dict[str, Any]:
-    """turns: (seconds, processor seconds of all ranks) of each."""
-    seconds, processor = zip(*turns, strict=True)
-    more = {"processor s": round(min(processor), 2), **more}
-    return bench_tools.row(label, seconds, [turn[0] for turn in reference], **more)
+def _works(args: argparse.Namespace) -> list[Work]:
+    chosen = args.only.split(",") if args.only else ["zero", "in-place", "resume"]
+    works = []
+    if "zero" in chosen:
+        source, target, saved, here = (
+            bench_data.native(args),
+            bench_data.native_target(args),
+            bench_data.savers(args),
+            args.ranks,
+        )
+        universal = args.data / f"{source.name}-universal"
+        if not universal.is_dir():
+            bench_tools.timed([sys.executable, "-m", "ucp.cli.convert", source, universal, "--quiet"])
+        native = f"DeepSpeed's native load, ZeRO-3 on {here} to the same"
+        works += [
+            Work(native, native, "load", target, by="deepspeed"),
+            Work(f"ours, ZeRO-3 on {here} to the same", native, "load", target),
+            Work(f"ours, ZeRO-1 on {saved} to ZeRO-3 on {here}", native, "load", source),
+            Work(f"ours, universal to ZeRO-3 on {here}", native, "load", universal),
+        ]
+    for kind, into in (("in-place", "live"), ("resume", "new")):
+        if kind in chosen:
+            dcp, ours = bench_data.dcp(args), bench_data.fsdp(args)
+            title = f"FSDP2 on {bench_data.savers(args)} to {args.ranks}, {kind}"
+            peer = f"{title}: DCP from its own"
+            works += [
+                Work(peer, peer, "fsdp-load", dcp, by="dcp", into=into),
+                Work(f"{title}: ours from DCP's", peer, "fsdp-load", dcp, into=into),
+                Work(f"{title}: ours from ours", peer, "fsdp-load", ours, into=into),
+            ]
+    return works
+
+
+def _row(work: Work, turns: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [turn["seconds"] for turn in turns]
+    ratios = [turn["seconds"] / other["seconds"] for turn, other in zip(turns, peer, strict=True)]
+    best = min(turns, key=lambda turn: turn["seconds"])
+    nbytes = best.get("nbytes") or bench_tools.nbytes(work.source)
+    row = {
+        "what": work.label,
+        "min s": round(min(seconds), 2),
+        "median s": round(statistics.median(seconds), 2),
+        "ratio": round(statistics.median(ratios), 2),
+        "processor s": round(min(turn["processor"] for turn in turns), 2),
+        "GB": round(nbytes / 1e9, 2),
+        "GB/s": round(nbytes / min(seconds) / 1e9, 2),
+        "host MiB": round(max(turn["host"] for turn in turns) / 2**20),
+        "device MiB": round(max(turn["device"] for turn in turns) / 2**20),
+    }
+    if "stages" in best:
+        row |= {
+            "read/needed": round(best["bytes_read"] / best["nbytes"], 3),
+            "prove s": round(best["stages"]["prove"], 3),
+        }
+    return row

@@ -1,9 +1,10 @@
-"""One rank of a measurement: started by torch.distributed.run, once for every checkpoint made or loaded."""
+"""One rank of a measurement: started by torch.distributed.run anew for every checkpoint made and every load."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-Turn = tuple[float, float]  # seconds, processor seconds
-
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)
     report = ROLES[args.role](args)
     if dist.get_rank() == 0:
@@ -31,12 +32,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("role", choices=list(ROLES))
-    for name in ("data", "report", "to", "source", "native"):
+    for name in ("data", "report", "to", "source"):
         parser.add_argument(f"--{name}", type=Path)
-    for name in ("hidden", "layers", "repeats"):
+    for name in ("hidden", "layers"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cache", choices=["warm", "cold"])
-    parser.add_argument("--works", default="")
+    parser.add_argument("--by", default="ours", help="whose load")
+    parser.add_argument("--into", choices=["live", "new"], help="FSDP2: live states, or an optimizer without any")
     return parser.parse_args()
 
 
@@ -55,7 +58,7 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def one_step(model: Any, backward: Callable[[Any], None], step: Callable[[], Any]) -> None:
-    tokens = torch.randint(0, 1000, (1, 8))
+    tokens = torch.randint(0, 1000, (1, 8), device=next(model.parameters()).device)
     backward(model(input_ids=tokens, labels=tokens).loss)
     step()
 
@@ -65,7 +68,7 @@ def engine(args: argparse.Namespace, stage: int, **extra: Any) -> Any:
 
     # DeepSpeed would look for a compiler and build a kernel for inference, which takes a minute and is not used here.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(BACKENDS[args.device])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -96,28 +99,17 @@ def make_target(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """One engine of ZeRO-3, filled in turns by DeepSpeed from its own layout, and by us from every source."""
+    """One engine of ZeRO-3, filled once: by DeepSpeed from its own layout, or by us from any."""
     import deepspeed
 
     live = engine(args, stage=3, ucp={"enabled": True, "save": {"format": "deepspeed"}})
-    works: dict[str, tuple[Path, Callable[[], Any]]] = {
-        "native": (args.native, lambda: deepspeed.DeepSpeedEngine.load_checkpoint(live, str(args.native)))
-    }
-    for name in args.works.split(","):
-        folder = args.data / name
-        works[name] = (folder, lambda folder=folder: live.load_checkpoint(str(folder)))
-    turns: dict[str, list[Turn]] = {name: [] for name in works}
-    stages: dict[str, Any] = {}
-    for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
-        for name, (folder, work) in works.items():
-            turns[name].append(_timed(args, folder, work))
-            if name != "native":
-                stages[name] = {
-                    "nbytes": _sum(live.ucp.last_load.nbytes),
-                    "bytes_read": _sum(live.ucp.last_load.bytes_read),
-                    **live.ucp.last_load.seconds,
-                }
-    return {"turns": {name: found[1:] for name, found in turns.items()}, "stages": stages}
+    if args.by == "ours":
+        return _timed(args, lambda: _told(live, live.load_checkpoint(str(args.source))))
+    return _timed(args, lambda: deepspeed.DeepSpeedEngine.load_checkpoint(live, str(args.source)) and None)
+
+
+def _told(live: Any, loaded: Any) -> Any:
+    return live.ucp.last_load if loaded else None
 
 
 def dcp_make(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,52 +129,36 @@ def fsdp_make(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fsdp_load(args: argparse.Namespace) -> dict[str, Any]:
-    """FSDP2, filled in turns by DCP from its own checkpoint, and by us from that and from ours (--works): a state dict
-    of live tensors in place; and a resume, whose optimizer has no states yet."""
+    """FSDP2, filled once: a state dict of live tensors in place, or a resume, whose optimizer has no states yet."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     import ucp
 
     model, optimizer = _sharded(args)
-    ours = args.data / args.works
-    sources = {"dcp": args.source, "ours from dcp": args.source, "ours": ours}
-    fresh: list[torch.optim.Optimizer] = []
+    if args.into == "new":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def in_place(name: str) -> None:
+    def work() -> Any:
+        if args.by == "ours" and args.into == "new":
+            return ucp.load_training(args.source, model=model, optimizer=optimizer, rng=False).tensors
         state = _state(model, optimizer)
-        _fill(name, state)
+        if args.by == "ours":
+            return ucp.load(state, args.source)
+        dcp.load(state, checkpoint_id=str(args.source))
+        if args.into == "new":
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return None
 
-    def resume(name: str) -> None:
-        if name == "dcp":
-            state = _state(model, fresh[0])
-            _fill(name, state)
-            set_state_dict(model, fresh[0], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        else:
-            ucp.load_training(sources[name], model=model, optimizer=fresh[0], rng=False)
-
-    def _fill(name: str, state: dict[str, Any]) -> None:
-        if name == "dcp":
-            dcp.load(state, checkpoint_id=str(args.source))
-        else:
-            ucp.load(state, sources[name])
-
-    works = {"in place": in_place, "resume": resume}
-    turns: dict[str, dict[str, list[Turn]]] = {work: {name: [] for name in sources} for work in works}
-    for _ in range(args.repeats + 1):  # the first turn allocates what the later ones fill
-        for work, do in works.items():
-            for name, folder in sources.items():
-                fresh[:] = [torch.optim.AdamW(model.parameters(), lr=1e-4)]
-                turns[work][name].append(_timed(args, folder, lambda do=do, name=name: do(name)))
-    return {"turns": {work: {name: t[1:] for name, t in found.items()} for work, found in turns.items()}}
+    return _timed(args, work)
 
 
 def _sharded(args: argparse.Namespace) -> tuple[Any, Any]:
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo")
-    model = build_model(args)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    dist.init_process_group(BACKENDS[args.device])
+    model = build_model(args).to(args.device)
+    mesh = torch.distributed.device_mesh.init_device_mesh(args.device, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -199,26 +175,76 @@ def _state(model: Any, optimizer: Any) -> dict[str, Any]:
     return {"model": weights, "optimizer": states}
 
 
-def _timed(args: argparse.Namespace, folder: Path, work: Callable[[], Any]) -> Turn:
-    """One call from start to return: seconds of the slowest rank, and processor seconds of all ranks together."""
+def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> dict[str, Any]:
+    """One call from start to return. Of the slowest or largest rank: seconds, anonymous host memory and memory of the
+    device at their peaks beyond what was there before. processor: seconds of all ranks together."""
     if dist.get_rank() == 0:
-        (bench_tools.drop_cache if args.cache == "cold" else bench_tools.warm_cache)(folder)
+        (bench_tools.drop_cache if args.cache == "cold" else bench_tools.warm_cache)(args.source)
     dist.barrier()
-    bench_tools.warm_memory(bench_tools.nbytes(folder) // dist.get_world_size())
+    bench_tools.warm_memory(bench_tools.nbytes(args.source) // dist.get_world_size())
+    _settle(args)
     dist.barrier()
+    before = _device_memory(args, anew=True)
     began = time.perf_counter(), time.process_time()
-    work()
-    seconds = torch.tensor([time.perf_counter() - began[0]])
-    processor = torch.tensor([time.process_time() - began[1]])
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    dist.all_reduce(processor)
-    return float(seconds), float(processor)
+    with bench_tools.HostMemory() as host:
+        told = work()
+        _settle(args)
+        seconds = time.perf_counter() - began[0]
+    processor = time.process_time() - began[1]
+    most = _reduced(args, [seconds, host.growth, _device_memory(args) - before], dist.ReduceOp.MAX)
+    found = {"seconds": most[0], "host": most[1], "device": most[2], "processor": _reduced(args, [processor])[0]}
+    if told is not None:
+        needed, read = _reduced(args, [told.nbytes, told.bytes_read])
+        found |= {"nbytes": needed, "bytes_read": read, "proof": str(told.proof), "stages": dict(told.seconds)}
+    return found
 
 
-def _sum(value: int) -> int:
-    total = torch.tensor([value])
-    dist.all_reduce(total)
-    return int(total)
+def _settle(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _device_memory(args: argparse.Namespace, anew: bool = False) -> int:
+    if args.device == "cpu":
+        return 0
+    if anew:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def _reduced(args: argparse.Namespace, values: list[float], how: Any = dist.ReduceOp.SUM) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=args.device)
+    dist.all_reduce(total, how)
+    return total.tolist()
+
+
+def limits(args: argparse.Namespace) -> dict[str, Any]:
+    """GB/s of all ranks together, at the same time: files of `source` read plainly by 8 threads a rank into one buffer,
+    from the page cache and past it; and copies of pinned memory to the devices."""
+    dist.init_process_group(BACKENDS[args.device])
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        bench_tools.warm_cache(args.source)
+    found = {}
+    for name, direct in (("page cache", False), ("disk", True)):
+        dist.barrier()
+        _reduced(args, [0.0])
+        began = time.perf_counter()
+        nbytes = bench_tools.read_plainly(args.source, part=(rank, size), direct=direct)
+        seconds = _reduced(args, [time.perf_counter() - began], dist.ReduceOp.MAX)[0]
+        found[name] = _reduced(args, [nbytes])[0] / seconds / 1e9
+    if args.device == "cuda":
+        held = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+        there = torch.empty_like(held, device="cuda")
+        for _ in range(3):
+            _settle(args)
+            dist.barrier()
+            began = time.perf_counter()
+            there.copy_(held, non_blocking=True)
+            _settle(args)
+            seconds = _reduced(args, [time.perf_counter() - began], dist.ReduceOp.MAX)[0]
+            found["host to device"] = size * held.nbytes / seconds / 1e9
+    return found
 
 
 ROLES = {
@@ -228,7 +254,9 @@ ROLES = {
     "dcp-make": dcp_make,
     "fsdp-make": fsdp_make,
     "fsdp-load": fsdp_load,
+    "limits": limits,
 }
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 SCRIPTS = Path(__file__).resolve().parent
 TIME_LIMIT = 1200  # seconds for one command
@@ -82,7 +86,12 @@ def launch(role: str, ranks: int, **options: Any) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     began = time.perf_counter()
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": str(options.get("device", "cpu")),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     timed(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
@@ -118,6 +127,49 @@ def warm_cache(folder: Path) -> None:
             buffer = bytearray(1 << 20)
             while stream.readinto(buffer):
                 pass
+
+
+def read_plainly(folder: Path, part: tuple[int, int], direct: bool, threads: int = 8) -> int:
+    """Read this rank's part (index, how many) of every file into reused buffers; how many bytes. direct: past the page
+    cache, whole blocks only."""
+    index, count = part
+    block = 8 << 20
+
+    def read(work: tuple[Path, int]) -> int:
+        path, start = work
+        fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+        try:
+            with mmap.mmap(-1, block) as buffer:
+                return os.preadv(fd, [buffer], start)
+        finally:
+            os.close(fd)
+
+    work = [(path, start) for path in files(folder) for start in range(0, path.stat().st_size, block)]
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(read, work[index::count]))
+
+
+class HostMemory:
+    """While it is entered, the peak of this process's anonymous memory over what it was: ``growth``, in bytes."""
+
+    def __enter__(self) -> HostMemory:
+        self.growth = 0
+        self._before = psutil.Process().memory_info()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        held = self._before.rss - self._before.shared
+        while not self._over.wait(0.01):
+            now = me.memory_info()
+            self.growth = max(self.growth, now.rss - now.shared - held)
 
 
 def warm_memory(nbytes: int) -> None:
