@@ -32,6 +32,7 @@ CALLS = {
     "ucp:save": "state_dict path * timeout= metrics=",
     "ucp:async_save": "state_dict path * lazy= memory= timeout= metrics=",
     "ucp:digest": "state_dict",
+    "ucp:affine_map": "source state=",
     "ucp:load": "state_dict path * allow_missing= verify= metrics= **",
     "ucp:save_training": (
         "path * model optimizer= lr_scheduler= dataloader= step= samples= rng= extra= background= memory= timeout= "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint, open  # noqa: A004 (`ucp.open` is the public name, as `gzip.open` is)
     from ucp.conversion import ConversionReport, convert
     from ucp.errors import UcpError
+    from ucp.inspection.affine import affine_map
     from ucp.merging.combine import MergeReport, merge
     from ucp.parallel.mesh import Layout
     from ucp.torchdist.digest import digest
@@ -39,6 +40,7 @@ __all__ = [
     "digest",
     "save_training",
     "load_training",
+    "affine_map",
     "Checkpoint",
     "ConversionReport",
     "Layout",
@@ -62,6 +64,7 @@ _HOMES = {
     "digest": "ucp.torchdist.digest",
     "save_training": "ucp.torchdist.training",
     "load_training": "ucp.torchdist.training",
+    "affine_map": "ucp.inspection.affine",
     "ConversionReport": "ucp.conversion",
     "Layout": "ucp.parallel.mesh",
     "ParameterInfo": "ucp.catalog",

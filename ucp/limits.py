@@ -317,3 +317,11 @@ def _limit_of(folder: Path, first_version: bool) -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         return math.inf
+
+
+AFFINE_PIECES_COUNT = 1 << 16
+"""Pieces of one parameter's affine map."""
+AFFINE_COMPARED_COUNT = 1 << 22
+"""Pairs of pieces that are compared where ranks divide what they hold in common differently."""
+TENSOR_ELEMENTS = 1 << 62
+"""More elements than any tensor has; their number still fits into 64 bits."""

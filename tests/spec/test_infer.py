@@ -133,6 +133,16 @@ def test_affine_maps_mean_what_deepspeed_rebuilds_by_them() -> None:
         torch.testing.assert_close(by_spec(with_map(found.to_dict()), shards), rebuilt, rtol=0, atol=0, msg=name)
 
 
+def test_a_map_of_a_padded_vocabulary_and_its_size_mean_what_deepspeed_makes_of_them(tmp_path: Path) -> None:
+    from deepspeed.checkpoint import affine
+
+    found = affine.contiguous_split_map((16, 4), [8, 8], 0)
+    padded = torch.randn(16, 4)
+    info = with_map(found.to_dict()) | {"vocabulary_parameter_patterns": ["^w$"], "original_vocab_size": 14}
+    shards = [found.extract(padded, rank) for rank in range(2)]
+    torch.testing.assert_close(by_spec(info, shards), by_deepspeed(info, shards, tmp_path), rtol=0, atol=0)
+
+
 def unknown(info: Mapping[str, Any] | None, shapes: Sequence[tuple[int, ...]], **more: Any) -> str:
     """Why the draft is refused, and that its text says the same."""
     parts = {Coordinate(r): {"w": s} for r, s in enumerate(shapes)}

@@ -57,6 +57,8 @@ def read(entry: Mapping[str, Any]) -> Affine:
         for piece in held:
             if float(piece.get("scale", 1)) != 1:
                 raise NotSegments(f"rank {rank} holds a part of it multiplied by {piece['scale']}, not as it is")
+    if any(len(p["shape"]) != len(shape) for held in pieces for p in held):
+        raise NotSegments("a piece has another number of dimensions than the tensor")
     cut = {k for held in pieces for p in held for k, n in enumerate(shape) if int(p["shape"][k]) != n}
     if len(cut) > 1:
         raise NotSegments(f"it is cut along dimensions {sorted(cut)} at once")

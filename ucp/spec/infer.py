@@ -9,13 +9,15 @@ this leaves open, or what contradicts the shapes, is marked as unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
-from ucp.spec import affine
+from ucp.spec import affine, affine_places
+from ucp.spec.affine_places import AffinePlaces
 from ucp.spec.draft import Axes, Drafted, Pending, write
 from ucp.spec.language import Spec, loads
 from ucp.spec.placement import Parts
@@ -53,6 +55,22 @@ def infer(
     leaves open is marked as unknown in the spec, and such a spec is refused when it is used.
     """
     return loads(draft(info, parts, layout, buffers, captures), ORIGIN)
+
+
+def pieced(info: Mapping[str, Any], parts: Parts) -> dict[str, AffinePlaces]:
+    """The parameters whose affine maps no axes say, with what the maps say.
+
+    A parameter whose map is of other shapes than its shards, or of no boxes, is left out: `draft` says why.
+    """
+    if not info.get("affine_map"):
+        return {}
+    said, out = _Info(info), {}
+    for name, held in _shards(parts).items():
+        if not isinstance(held, Pending) and sorted(held) == list(range(len(held))):
+            found = said.pieced(name, [held[r] for r in sorted(held)])
+            if found is not None:
+                out[name] = found
+    return out
 
 
 def draft(
@@ -199,20 +217,31 @@ class _Info:
 
     def line(self, axes: Axes, name: str, held: Shards) -> Drafted | Pending:
         """What the info says of one parameter."""
-        shapes = [held[r] for r in sorted(held)]
-        try:
-            return self._line(axes, name, shapes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedCheckpoint(
-                f"universal_checkpoint_info: what it says of '{name}' can't be read ({type(error).__name__}: {error}); "
-                "give a spec instead (spec=, --spec)"
-            ) from error
+        with _readable(name):
+            return self._line(axes, name, [held[r] for r in sorted(held)])
+
+    def pieced(self, name: str, shapes: Sequence[Shape]) -> AffinePlaces | None:
+        """What an affine map says of one parameter that no axes can say; None if it has none, or they can."""
+        found = self.maps.get(name)
+        if found is None or self.unsupported.get(name) is not None:
+            return None
+        with _readable(name):
+            entry = _mapping(found, name)
+            if isinstance(_from_map(Axes(), entry, shapes), Drafted):
+                return None
+            try:
+                places = affine_places.read(entry)
+            except affine_places.NotBoxes:
+                return None
+        return places if list(places.shards.values()) == list(shapes) else None
 
     def _line(self, axes: Axes, name: str, shapes: Sequence[Shape]) -> Drafted | Pending:
         why = self.unsupported.get(name)
         if why is not None:
             return Pending(f"DeepSpeed's AutoTP says that it can't tell how it is cut: {why}")
         found = self.maps.get(name)
+        if found is not None and self._is_padded(found, name):
+            return self._in_segments(axes, name, shapes, 0, _equal(shapes, 0, 1))
         if found is not None:
             return _from_map(axes, _mapping(found, name), shapes)
         if self.listed("tp_replicated_parameter_patterns", name):
@@ -230,6 +259,12 @@ class _Info:
             return self._sub_params(axes, name, shapes, *sub)
         dim = 1 if self.listed("parameter_with_row_parallelism_patterns", name) else 0
         return self._in_segments(axes, name, shapes, dim, _equal(shapes, dim, 1))
+
+    def _is_padded(self, found: Any, name: str) -> bool:
+        """Whether the map is of a vocabulary with its padding, as only this project writes it."""
+        if not self.listed("vocabulary_parameter_patterns", name) or not isinstance(self.vocabulary, int):
+            return False
+        return int(_mapping(found, name)["logical_shape"][0]) > self.vocabulary
 
     def _sub_params(
         self, axes: Axes, name: str, shapes: Sequence[Shape], entry: Mapping[str, Any], widths: Any
@@ -286,7 +321,12 @@ def _from_map(axes: Axes, entry: Mapping[str, Any], shapes: Sequence[Shape]) -> 
     try:
         found = affine.read(entry)
     except affine.NotSegments as why:
-        return Pending(f"its affine map can't be written as axes: {why}")
+        reason = str(why)
+        try:
+            affine_places.read(entry)
+        except affine_places.NotBoxes as nor:  # else only a spec's text can't say it
+            reason = str(nor)
+        return Pending(f"its affine map can't be written as axes: {reason}")
     if list(found.shards) != list(shapes):
         return Pending(f"its affine map is one of the shards {_shown(found.shards)}, and ranks hold {_shown(shapes)}")
     dims = [axes.whole(n) for n in found.shape]
@@ -309,6 +349,18 @@ def _equal(shapes: Sequence[Shape], dim: int, parts: int) -> list[tuple[int, ...
 
 def _shown(shapes: Sequence[Shape]) -> str:
     return ", ".join(str(list(s)) for s in shapes)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Errors from malformed entries, as ours."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise DamagedCheckpoint(
+            f"universal_checkpoint_info: what it says of '{name}' can't be read ({type(error).__name__}: {error}); "
+            "give a spec instead (spec=, --spec)"
+        ) from error
 
 
 def _texts(info: Mapping[str, Any], key: str) -> list[str]:

@@ -33,6 +33,8 @@ class Placed:
     blocks: its boxes, at their places in the local tensor's row-major order.
     padding: whether this is the padding of a parameter.
     average: whether the parameter is the average of its copies.
+    scale: what the weights are multiplied by in the local tensor (an affine map's ``scale``).
+    summed: whether the model adds the copies up, each of which is multiplied by ``scale``.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Placed:
     blocks: Blocks
     padding: bool = False
     average: bool = False
+    scale: float = 1.0
+    summed: bool = False
 
 
 # Local names and shapes of every part of the model, and where each of these tensors lies.

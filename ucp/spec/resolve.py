@@ -11,7 +11,7 @@ from typing import Any
 
 from ucp.geometry import whole
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.bound import Bound, bind
+from ucp.spec.bound import bind
 from ucp.spec.placement import Parts, Placed, Placements, place, uncut
 from ucp.spec.select import Choice
 
@@ -42,12 +42,10 @@ def find_placements(
         # Nothing is cut, and only padding is looked up in the spec.
         padded = choice.spec is not None and (choice.settings or _config(choice, recorded) is not None)
         if not padded and not (info and info.get("vocabulary_parameter_patterns")):
-            return uncut(parts)
-    bound = (
-        choice.bound(_config(choice, recorded), section)
-        if info is None
-        else _inferred(choice, info, parts, layout, buffers, captures)
-    )
+            return {**uncut(parts), **(_pieced(info, parts) if info else {})}
+    if info is not None:
+        return _said(choice, info, parts, layout, buffers, captures)
+    bound = choice.bound(_config(choice, recorded), section)
     return None if bound is None else place(bound, parts, layout, buffers)
 
 
@@ -76,7 +74,28 @@ def shard_of(name: str) -> tuple[Coordinate, str]:
     return Coordinate(tp, pp, ep), local
 
 
-def _inferred(choice: Choice, info: Mapping[str, Any], *model: Any) -> Bound:
+def _said(
+    choice: Choice,
+    info: Mapping[str, Any],
+    parts: Parts,
+    layout: Layout,
+    buffers: Collection[str],
+    captures: Sequence[tuple[str, str]],
+) -> Placements:
+    """What the model says of itself: by axes, and by an affine map's pieces where no axes say it."""
     from ucp.spec.infer import infer  # only models that describe themselves need it
 
-    return bind(infer(info, *model), choice.config or {}, choice.settings)
+    own = _pieced(info, parts)
+    rest = {at: {name: shape for name, shape in held.items() if (at, name) not in own} for at, held in parts.items()}
+    if not any(rest.values()):
+        return own
+    bound = bind(infer(info, rest, layout, buffers, captures), choice.config or {}, choice.settings)
+    return {**place(bound, rest, layout, buffers), **own}
+
+
+def _pieced(info: Mapping[str, Any], parts: Parts) -> Placements:
+    """The local tensors of which an affine map says what no axes can say."""
+    from ucp.spec.infer import pieced
+
+    found = pieced(info, parts)
+    return {(at, name): found[name].placed(name, at.tp) for at, held in parts.items() for name in held if name in found}

@@ -170,4 +170,9 @@ def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choi
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "
             'spec in "ucp": {"spec": ...} of the DeepSpeed config, or write a draft with \'ucp-spec infer CHECKPOINT\''
         )
+    for placed in (placed for places in found.values() for placed in places if placed.scale != 1):
+        raise Unsupported(
+            f"this model keeps '{placed.name}' multiplied by {placed.scale:g} (its affine map's scale); such "
+            "checkpoints are read, but no such engine is filled or saved"
+        )
     return found

@@ -22,6 +22,7 @@ from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import first_copies
+from ucp.formats.deepspeed.read.scaled import undo_scales
 from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -132,7 +133,7 @@ def read_stages(
     catalog.check()
     if compare:
         check_copies(catalog, files)
-    return catalog
+    return undo_scales(catalog, placements, files)
 
 
 def _check_count(model: ModelFile, tp: int, pp: int, count: int) -> None:

@@ -34,6 +34,7 @@ class ModelRank:
     in_layers: whether its weights are in layer files.
     spread: how the experts are spread over ranks.
     rank: the expert-parallel rank whose experts these are.
+    cuts: what the files say of how tensor parallelism cuts the model, a ``universal_checkpoint_info``.
     """
 
     number: int
@@ -41,6 +42,12 @@ class ModelRank:
     in_layers: bool = False
     spread: Spread | None = None
     rank: int = 0
+    cuts: Mapping[str, Any] | None = None
+
+    def entries(self, data_rank: int) -> dict[str, Any]:
+        """What the model file of a data-parallel rank says beside what all have."""
+        cuts = {} if self.cuts is None else {"universal_checkpoint_info": self.cuts}
+        return cuts if self.spread is None else {**cuts, **self.spread.entries(self.rank, data_rank)}
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor is an expert's, which model files leave out."""
@@ -86,7 +93,7 @@ def model_file(share: ModelRank, config: EngineConfig, layout: Layout, rank: int
             frozen_param_shapes=shapes,
             shared_params=_shared(catalog) if rank == 0 else {},
             frozen_param_fragments=fragments,
-            extra={} if share.spread is None else share.spread.entries(share.rank, rank),
+            extra=share.entries(rank),
         )
     )
 

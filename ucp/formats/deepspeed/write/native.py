@@ -14,7 +14,7 @@ from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.errors import Unsupported
-from ucp.formats.deepspeed.write import experts, pipeline, tp_slices
+from ucp.formats.deepspeed.write import affine_info, experts, pipeline, tp_slices
 from ucp.formats.deepspeed.write.config import VERSION, EngineConfig, engine_config
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import check_groups, flats
@@ -68,12 +68,13 @@ def plan(
         )
     files: list[TargetFile] = []
     bound = tp_slices.spec_of(choice, layout, config)
+    cuts = affine_info.said(source, bound, layout, config.autotp) if bound and layout.tp > 1 else None
     for rank in range(layout.tp):
         own = (
             catalog if bound is None or layout.tp == 1 else tp_slices.sliced(source, bound, layout, rank, config.autotp)
         )
         if stages is None:
-            files += _share_files(ModelRank(rank, own), config, layout)
+            files += _share_files(ModelRank(rank, own, cuts=cuts), config, layout)
             continue
         if bound is not None:
             own = best_names(own, bound, pipeline.is_name)
@@ -82,7 +83,8 @@ def plan(
         files += pipeline.layer_files(own, stages, lambda file, info: weight(file, config, info), suffix)
         for stage in range(layout.pp):
             share = pipeline.share(own, stages, stage)
-            files += _share_files(ModelRank(stage * layout.tp + rank, share, in_layers=True), config, layout)
+            mine = ModelRank(stage * layout.tp + rank, share, in_layers=True, cuts=cuts)
+            files += _share_files(mine, config, layout)
     return files
 
 

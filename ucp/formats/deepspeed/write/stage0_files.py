@@ -30,7 +30,7 @@ def stage0_file(share: ModelRank, config: EngineConfig, layout: Layout) -> Targe
             frozen_param_shapes=None,
             shared_params=None,
             frozen_param_fragments=None,
-            extra={} if share.spread is None else share.spread.entries(share.rank, 0),
+            extra=share.entries(0),
         )
     )
 

@@ -72,7 +72,7 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
                 f"{expression.source.position}: '{expression}' makes '{name}' {list(shape_of(expression, bound.sizes))}"
                 f", and the checkpoint has {list(info.shape)}"
             )
-        cutting = Cutting({"tp": layout.tp}, rule, padded=_padded(catalog, expression, name))
+        cutting = Cutting({"tp": layout.tp}, rule, padded=padded_widths(catalog, expression, name))
         mine = shard(expression, bound.sizes, cutting, {"tp": rank}, keep_padding=True)
         parameters[name] = replace(info, shape=mine.shape)
         if info.kind == "parameter" and not numel(mine.shape):
@@ -94,7 +94,7 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
     return replace(whole, parameters=parameters, tensors=kept, training_state=training_state)
 
 
-def _padded(catalog: Catalog, expression: Expression, name: str) -> Mapping[str, int]:
+def padded_widths(catalog: Catalog, expression: Expression, name: str) -> Mapping[str, int]:
     """The widths of the parameter's padded axes in the source, by the axes' names."""
     padding = catalog.parameters.get(padding_name(name))
     axis = next((a for a in names(expression) if isinstance(a, Padded)), None)

@@ -27,7 +27,9 @@ from ucp.formats.deepspeed.write.config import VERSION, EngineConfig, engine_con
 from ucp.formats.deepspeed.write.experts import refuse_stacks
 from ucp.formats.deepspeed.write.groups import PARAM, check_groups, group_options, scalar_values
 from ucp.formats.deepspeed.write.model_files import model_state, partitioned_module, whole_module
+from ucp.formats.shared import affine_maps
 from ucp.formats.shared.torch_files import FileBuilder
+from ucp.geometry import whole
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.storage import names
@@ -142,7 +144,14 @@ def _state(catalog: Catalog, config: EngineConfig, module: Any, fragments: Any) 
         frozen_param_shapes=None if fragments is None else frozen,
         shared_params={alias: info.name for info in infos.values() for alias in info.aliases},
         frozen_param_fragments=fragments,
+        extra={"universal_checkpoint_info": _maps(catalog)},
     )
+
+
+def _maps(catalog: Catalog) -> dict[str, Any]:
+    """Affine maps of what the folder holds: every parameter whole, on one rank."""
+    shapes = {info.name: info.shape for info in catalog.parameters.values() if info.kind == "parameter"}
+    return affine_maps.info({n: affine_maps.entry(shape, [(shape, whole(shape))]) for n, shape in shapes.items()})
 
 
 def _optimizer_file(
