@@ -25,7 +25,7 @@ def drawn(seed: int, count: int = 4, size: int = SIZE) -> list[Numbers]:
 
 
 def applied(operation: Combination, tensors: Sequence[Numbers], cut: int) -> Numbers:
-    """The operation's result, part by part of ``cut`` elements."""
+    """The operation's result, part by part of ``cut`` elements. It may overwrite its parts, so it gets copies."""
     size = len(tensors[0])
     whole = Whole("w:param", size, tuple("abcdefgh"[: len(tensors)]))
 
@@ -35,7 +35,7 @@ def applied(operation: Combination, tensors: Sequence[Numbers], cut: int) -> Num
 
     found = operation.survey(whole, parts)
     out = [
-        operation.combine(whole, found, at, [tensors[k][at : at + cut] for k in operation.sources])
+        operation.combine(whole, found, at, [tensors[k][at : at + cut].copy() for k in operation.sources])
         for at in range(0, size, cut)
     ]
     return np.concatenate(out)

@@ -27,13 +27,13 @@ from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
 from ucp.transfer.gather import Want, gather
 from ucp.transfer.reader import Cache, Reader
 
-_BLOCK_ELEMENTS = 1 << 14
-"""Elements that are computed at a time: 128 KiB as float64. So what several operations need at once stays in the
+_BLOCK_ELEMENTS = 1 << 15
+"""Elements that are computed at a time: 256 KiB as float64. So what several operations need at once stays in the
 processor's cache, and is memory that the allocator keeps: larger arrays are new pages each time. Sums over a tensor are
 made of sums of such blocks, so they are the same whoever reads it how."""
 
 
-_READ_ELEMENTS = 1 << 21
+_READ_ELEMENTS = 524288
 _LEAST_ELEMENTS = 1 << 18
 """Elements that are read at a time of all sources together, and of each at least: long enough that planning a read and
 the chunks at its ends do not show."""
@@ -56,6 +56,16 @@ class Input:
             and np.array_equal(blocks.sizes, sizes)
             and bool(np.all((blocks.strides == dense_strides(sizes)) | (sizes == 1)))
         )
+
+    def to_chunk(self, first: int, most: int) -> int:
+        """How many elements from ``first`` on end where a chunk of the file does: at most so many, and as many where
+        none do. Pieces that begin there are read whole, straight to where they are wanted."""
+        if not self.lies_whole or not len(self.tensor.blocks):
+            return most
+        width = itemsize(self.tensor.dtype)
+        at = int(self.tensor.bases[0]) + (int(self.tensor.blocks.starts[0]) + first) * width
+        past = at % CHUNK
+        return most - past // width if past % width == 0 and past < most * width else most
 
 
 @dataclass
@@ -92,7 +102,7 @@ class MergedTensor:
         out = _Scatter(parts, skip=offset - first * width)
         whole = self._whole()
         found = self._survey(whole)
-        for at, numbers in self._stream(self.operation.sources, first, last):
+        for at, numbers in self._stream(self.operation.sources, first, last, by_chunks=True):
             out.take(self.operation.combine(whole, found, at, numbers), self.dtype)
 
     def _whole(self) -> Whole:
@@ -107,21 +117,32 @@ class MergedTensor:
             return self._found
 
     def _all(self, sources: Sequence[int]) -> Iterator[tuple[int, list[Numbers]]]:
-        return self._stream(sources, 0, numel(self.shape))
+        # In blocks that hang on no file's chunks, since sums are made of the sums of blocks.
+        return self._stream(sources, 0, numel(self.shape), by_chunks=False)
 
-    def _stream(self, sources: Sequence[int], first: int, last: int) -> Iterator[tuple[int, list[Numbers]]]:
-        """The elements ``[first, last)`` of these sources, block by block. Reads are longer than a block."""
+    def _stream(
+        self, sources: Sequence[int], first: int, last: int, by_chunks: bool
+    ) -> Iterator[tuple[int, list[Numbers]]]:
+        """The elements ``[first, last)`` of these sources, block by block. Reads are longer than a block. The numbers
+        are valid until the next block, and may be overwritten. by_chunks: as for `_pieces`."""
         given = [self._input(k) for k in sources]
-        for begin, raw in _pieces(given, first, last):
-            end = min(begin + _piece_elements(len(given)), last)
-            for at in range(begin, end, _BLOCK_ELEMENTS):
-                stop = min(at + _BLOCK_ELEMENTS, end)
-                yield at, [self._numbers(g, r, begin, at, stop) for g, r in zip(given, raw, strict=True)]
+        widths = [itemsize(each.tensor.dtype) for each in given]
+        rooms = [_spare.blocks.pop() if _spare.blocks else np.empty(_BLOCK_ELEMENTS) for _ in given]
+        try:
+            for begin, end, raw in _pieces(given, first, last, by_chunks):
+                for at in range(begin, end, _BLOCK_ELEMENTS):
+                    stop = min(at + _BLOCK_ELEMENTS, end)
+                    numbers = []
+                    for each, width, bytes_, room in zip(given, widths, raw, rooms, strict=True):
+                        part = bytes_[(at - begin) * width : (stop - begin) * width]
+                        numbers.append(self._numbers(each, part, at, room[: stop - at]))
+                    yield at, numbers
+        finally:
+            _spare.blocks += rooms
 
-    def _numbers(self, given: Input, raw: Bytes, begin: int, first: int, last: int) -> Numbers:
-        """The elements ``[first, last)``. raw: the bytes of the elements from ``begin`` on."""
-        width = itemsize(given.tensor.dtype)
-        numbers = as_numbers(raw[(first - begin) * width : (last - begin) * width], given.tensor.dtype)
+    def _numbers(self, given: Input, raw: Bytes, first: int, out: Numbers) -> Numbers:
+        """The elements from ``first`` on, of which these are the bytes, in ``out``."""
+        numbers = as_numbers(raw, given.tensor.dtype, out)
         # A finite sum of squares shows that all are finite. If they are too large for it, each one is checked.
         if self.finite and not math.isfinite(np.dot(numbers, numbers)) and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
@@ -139,31 +160,36 @@ class MergedTensor:
 
 
 class _Spare(local):
-    """A thread's memory for reading pieces. It is kept for the next tensor, since new pages cost as much as reading."""
+    """A thread's memory for reading pieces, and for blocks of numbers. It is kept for the next tensor, since new pages
+    cost as much as reading."""
 
     def __init__(self) -> None:
         self.free: list[Bytes] = []
+        self.blocks: list[Numbers] = []
 
 
 _spare = _Spare()
 
 
-def _pieces(given: Sequence[Input], first: int, last: int) -> Iterator[tuple[int, list[Bytes]]]:
+def _pieces(given: Sequence[Input], first: int, last: int, by_chunks: bool) -> Iterator[tuple[int, int, list[Bytes]]]:
     """The elements ``[first, last)`` of these tensors in row-major order, piece by piece, each in its own element type:
-    (index of a piece's first element, bytes of each tensor). The bytes are valid until the next piece. Verified chunks
-    that two pieces share are kept from one to the next."""
+    (a piece's first element, the one after its last, bytes of each tensor). The bytes are valid until the next piece.
+    Verified chunks that two pieces share are kept from one to the next. by_chunks: pieces end where chunks of the first
+    source's file do, and so of all files that are laid out alike."""
     piece = _piece_elements(len(given))
     widths = [itemsize(each.tensor.dtype) for each in given]
     chunks: list[Cache] = [OrderedDict() for _ in given]
     held = [_room(piece * width) for width in widths]
+    begin = first
+    end = min(first + (given[0].to_chunk(first, piece) if by_chunks else piece), last)
     try:
-        for begin in range(first, last, piece):
-            end = min(begin + piece, last)
+        while begin < last:
             out = []
             for each, width, raw, cache in zip(given, widths, held, chunks, strict=True):
                 out.append(raw[: (end - begin) * width])
                 _read(each, begin, end, out[-1], cache)
-            yield begin, out
+            yield begin, end, out
+            begin, end = end, min(end + piece, last)
     finally:
         _spare.free += held
 
@@ -193,7 +219,10 @@ def _room(nbytes: int) -> Bytes:
 def scratch_bytes(sources: int) -> int:
     """About how many bytes a thread needs for this many sources, besides the windows that it fills: a piece of each
     source, and the verified chunks at the ends of the piece."""
-    return sources * (4 * _piece_elements(sources) + limits.CHUNKS_KEPT_COUNT * CHUNK) + 8 * 8 * _BLOCK_ELEMENTS
+    return (
+        sources * (4 * _piece_elements(sources) + limits.CHUNKS_KEPT_COUNT * CHUNK)
+        + 8 * (sources + 6) * _BLOCK_ELEMENTS
+    )
 
 
 def _piece_elements(sources: int) -> int:
@@ -203,8 +232,8 @@ def _piece_elements(sources: int) -> int:
 
 def equal(one: Input, two: Input) -> bool:
     """Whether two tensors of one shape and element type have the same bits."""
-    pieces = _pieces([one, two], 0, numel(one.tensor.shape))
-    return all(np.array_equal(here, there) for _, (here, there) in pieces)
+    pieces = _pieces([one, two], 0, numel(one.tensor.shape), by_chunks=True)
+    return all(np.array_equal(here, there) for _, _, (here, there) in pieces)
 
 
 class _Scatter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +53,8 @@ class Combination(Protocol):
         ...
 
     def combine(self, whole: Whole, found: Any, first: int, parts: Sequence[Numbers]) -> Numbers:
-        """A part of the result. found: what `survey` returned. first: the index of the part's first element."""
+        """A part of the result. found: what `survey` returned. first: the index of the part's first element. parts: the
+        sources' numbers, which may be overwritten: the result may be one of them."""
         ...
 
 
@@ -89,14 +91,24 @@ class Linear:
         return None
 
     def combine(self, whole: Whole, found: None, first: int, parts: Sequence[Numbers]) -> Numbers:
-        weights = [weight for _, weight in self.terms if weight]
-        out = weights[0] * parts[0]
-        for weight, part in zip(weights[1:], parts[1:], strict=True):
-            out += part if weight == 1.0 else weight * part
-        total = math.fsum(weight for _, weight in self.terms) if self.normalised else 1.0
+        weights, total = self._factors
+        out = parts[0]
+        for weight, part in zip(weights, parts, strict=True):
+            if weight != 1.0:
+                np.multiply(part, weight, out=part)
+            if part is not out:
+                np.add(out, part, out=out)
+        if total == 1.0:
+            return out
         if math.frexp(total)[0] == 0.5:  # a power of 2: its reciprocal is exact, and multiplying is faster
-            total, out = 1.0, out if total == 1.0 else np.multiply(out, 1.0 / total, out=out)
-        return out if total == 1.0 else np.divide(out, total, out=out)
+            return np.multiply(out, 1.0 / total, out=out)
+        return np.divide(out, total, out=out)
+
+    @cached_property
+    def _factors(self) -> tuple[tuple[float, ...], float]:
+        """The weights of the sources that are read, and what their sum is divided by."""
+        weights = tuple(weight for _, weight in self.terms if weight)
+        return weights, math.fsum(weight for _, weight in self.terms) if self.normalised else 1.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,6 +131,7 @@ def from_safetensors(code: str) -> str:
     return _BY_SAFETENSORS[code]
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype:
     """The little-endian numpy type to view such elements with: same width, and the same meaning if numpy has it."""
     return np.dtype(_row(name).numpy).newbyteorder("<")

@@ -17,11 +17,16 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Element types that can be combined; the others are copied where all sources are equal."""
 
 
-def as_numbers(raw: Bytes, dtype: str) -> Numbers:
-    """Elements of a floating type (or a mask's, of bool or a byte) as float64, exactly."""
+def as_numbers(raw: Bytes, dtype: str, out: Numbers | None = None) -> Numbers:
+    """Elements of a floating type (or a mask's, of bool or a byte) as float64, exactly; in ``out`` if given."""
     if dtype == "bfloat16":
-        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return raw.view(numpy_dtype(dtype)).astype(np.float64)
+        given = np.left_shift(raw.view("<u2"), np.uint32(16), dtype=np.uint32).view(np.float32)
+    else:
+        given = raw.view(numpy_dtype(dtype))
+    if out is None:
+        return given.astype(np.float64)
+    np.copyto(out, given)
+    return out
 
 
 def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
