@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, HIDDEN, HEADS, BLOCKS, LENGTH, BATCH = 8, 64, 4, 8, 32, 16
+VOCABULARY, HIDDEN, HEADS, BLOCKS, LENGTH, BATCH = 16, 64, 4, 8, 32, 16
 LOST = ("layer_05*", "layer_06*", "mp_rank_02_*", "*mp_rank_02_optim*")
 METHODS = {
     "checkfree, power 2": {},
@@ -183,7 +183,7 @@ def story(seed: int, steps: int, most: int, folder: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="before the loss of the stage (default: 300)")
+    parser.add_argument("--steps", type=int, default=600, help="before the loss of the stage (default: 600)")
     parser.add_argument("--most", type=int, default=300, help="steps to wait for the loss before (default: 300)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")

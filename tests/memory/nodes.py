@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,19 @@ class Nodes:
         ]
         for name in names:
             self.clients[name].ask("job", job={**self.job, "members": members, "groups": [sorted(names)]})
+
+    def split(self, *sides: Sequence[str]) -> list[Wire]:
+        """The job begins anew on all nodes, and those of different sides reach each other over wires that can be cut."""
+        wires = {n: Wire(self.notes[n].host, self.notes[n].port) for n in self.clients}
+        for side in sides:
+            for name in side:
+                members = [
+                    {"node": n, "domain": n, "host": self.notes[n].host, "port": port}
+                    for n in sorted(self.clients)
+                    for port in [self.notes[n].port if n in side else wires[n].port]
+                ]
+                self.clients[name].ask("job", job={**self.job, "members": members, "groups": [sorted(self.clients)]})
+        return list(wires.values())
 
     def kill(self, name: str) -> None:
         os.kill(self.notes[name].pid, signal.SIGKILL)
@@ -87,6 +103,49 @@ class Nodes:
 
     def read(self, path: str, size: int, node: str | None = None) -> bytes:
         return bytes(self.clients[node or min(self.clients)].ask("read", path=path, start=0, stop=size).body)
+
+
+class Wire:
+    """A TCP connection's way to a keeper, which can be cut and mended. Nothing passes a cut one, and nobody listens."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._to = (host, port)
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server((host, 0))
+        self.port = self._listener.getsockname()[1]
+        self._listen()
+
+    def cut(self) -> None:
+        for one in (self._listener, *self._open):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._open.clear()
+
+    def mend(self) -> None:
+        self._listener = socket.create_server((self._to[0], self.port))
+        self._listen()
+
+    def _listen(self) -> None:
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(self._to)
+                self._open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while raw := source.recv(1 << 16):
+            sink.sendall(raw)
+    for one in (source, sink):
+        with suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 def framed(tag: str, files: Mapping[str, bytes]) -> bytes:

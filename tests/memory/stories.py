@@ -108,8 +108,19 @@ class Dropping(torch.nn.Module):
         return self.down(self.drop(torch.nn.functional.gelu(self.up(x)))).squeeze(-1)
 
 
-def whole_run(folder: str, keepers: str, nodes: Sequence[str], steps: int, seconds: float | None, bf16: bool) -> None:
-    """A run of a program that is the same on any number of ranks: to its end, or until it is killed."""
+def whole_run(
+    folder: str,
+    keepers: str,
+    nodes: Sequence[str],
+    steps: int,
+    seconds: float | None,
+    bf16: bool,
+    until: int | None = None,
+) -> None:
+    """A run of a program that is the same on any number of ranks: to its end, or until it is killed.
+
+    until: the step that it ends at without a kill. It then has no memory, and goes on from what it saves there.
+    """
     import ucp.deepspeed
     from ucp.job.streams import samples
 
@@ -126,7 +137,7 @@ def whole_run(folder: str, keepers: str, nodes: Sequence[str], steps: int, secon
         "steps_per_print": 1_000_000,
         "ucp": {
             "enabled": True,
-            "memory": {**ON, "redundancy": 1},
+            "memory": {**ON, "enabled": until is None, "redundancy": 1},
             "elastic": {"layouts": layouts, "micro": [1, 2, 3]},
         },
     }
@@ -141,7 +152,7 @@ def whole_run(folder: str, keepers: str, nodes: Sequence[str], steps: int, secon
     numbers = iter(order)
     if seconds is not None:
         die_at(seconds, 0.02)
-    while engine.global_steps < steps:
+    while engine.global_steps < (until or steps):
         step, loss_sum, mine, bits = engine.global_steps, 0.0, [], {}
         while engine.global_steps == step:
             chosen = [next(numbers) for _ in range(micro)]
@@ -160,7 +171,26 @@ def whole_run(folder: str, keepers: str, nodes: Sequence[str], steps: int, secon
             )
         tell(folder, f"samples-{rank}", {"step": step, "world": world, "loss": loss_sum / BATCH, "bits": bits})
     dist.barrier()
-    engine.ucp.memory.tier.end()
+    if until is None:
+        engine.ucp.memory.tier.end()
+    else:
+        engine.save_checkpoint(folder)
+        engine.ucp.wait()
+
+
+def schedule(folder: str) -> list[tuple[int, int]]:
+    """On how many ranks the steps were done that counted in the end: (number of ranks, the step that they end at)."""
+    last: dict[int, tuple[float, int]] = {}
+    for path in sorted(Path(folder).glob("samples-*")):
+        for record in told(folder, path.name):
+            last[record["step"]] = max(last.get(record["step"], (0.0, 0)), (record["at"], record["world"]))
+    out: list[tuple[int, int]] = []
+    for step in sorted(last):
+        world = last[step][1]
+        if out and out[-1][0] == world:
+            out.pop()
+        out.append((world, step + 1))
+    return out
 
 
 def history(folder: str) -> dict[int, dict[str, Any]]:

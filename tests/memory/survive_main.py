@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tests.engines.configs import Case
@@ -71,20 +72,41 @@ def run(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Rand
     pool.run(stories.whole_run, folder, keepers, FOUR[:3], steps, None, bf16, world_size=3, timeout=300)
     ours, theirs = stories.history(folder), stories.history(plain)
     numbers = sorted(int(n) for held in ours.values() for n in held["bits"])
-    apart = [
-        abs(loss - next(iter(theirs[step]["losses"].values())))
-        for step, held in ours.items()
-        for loss in held["losses"].values()
-    ]
+    control = _unkilled(pool, folder, keepers, steps, bf16)
     return {
         "kills": count,
         "bf16": bf16,
         "steps": len(ours),
         "samples each once": numbers == list(range(steps * stories.BATCH)),
         "masks equal": all(ours[s]["bits"] == theirs[s]["bits"] for s in theirs),
-        "losses apart at most": max(apart),
+        "losses apart at most": _apart(ours, theirs),
+        "from an unkilled run on the same ranks": _apart(control, ours, alike=True),
+        "that run from the plain one": _apart(control, theirs),
         "numbers of ranks": sorted({w for held in ours.values() for w in held["losses"]}),
     }
+
+
+def _unkilled(pool: RankPool, folder: str, keepers: str, steps: int, bf16: bool) -> dict[int, dict[str, Any]]:
+    """The history of a run that nothing kills, which changes its number of ranks where the other run did, by saving to
+    disk and loading from there. So what differs from it is what kills and memory have changed."""
+    control = f"{folder}-control"
+    os.mkdir(control)
+    for world, until in stories.schedule(folder):
+        arguments = (control, keepers, FOUR[:world], steps, None, bf16, until)
+        pool.run(stories.whole_run, *arguments, world_size=world, timeout=300)
+    return stories.history(control)
+
+
+def _apart(one: Mapping[int, Any], other: Mapping[int, Any], alike: bool = False) -> float:
+    """How far losses of the same steps are apart at most. alike: only those on the same number of ranks."""
+    pairs = [
+        (loss, theirs)
+        for step, held in one.items()
+        for world, loss in held["losses"].items()
+        for there, theirs in other[step]["losses"].items()
+        if world == there or not alike
+    ]
+    return max(abs(loss - theirs) for loss, theirs in pairs)
 
 
 def main() -> int:
@@ -108,7 +130,7 @@ def main() -> int:
         for note in places.notes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(note.pid, signal.SIGKILL)
-        for place in (folder, f"{folder}-plain", keepers):
+        for place in (folder, f"{folder}-plain", f"{folder}-control", keepers):
             shutil.rmtree(place, ignore_errors=True)
     print(json.dumps({"story": args.story, **told, "seconds": round(time.monotonic() - began, 1)}))
     return 0 if not told.get("not bit-equal") else 1

@@ -113,6 +113,54 @@ def test_a_node_that_comes_back_with_an_old_generation(keepers: Path) -> None:
     check(nodes, files, "d")
 
 
+def test_a_network_that_is_cut_between_keepers(keepers: Path) -> None:
+    """The side with enough nodes goes on; the other refuses by name and makes no generation of its own. Once the
+    network is whole again, there is one generation on all."""
+    nodes = Nodes(("a", "b", "c"))
+    first = nodes.save(1)
+    wires = nodes.split(("a", "b"), ("c",))
+    for wire in wires:
+        wire.cut()
+    told = nodes.recover("c")
+    assert (told["tag"], told["refused"]) == (
+        None,
+        [{"tag": "global_step1", "why": "it needs 2 lost nodes (a, b); redundancy is 1"}],
+    )
+    told = nodes.recover("a")
+    assert (told["tag"], told["rebuilt"]) == ("global_step1", ["c"])
+    check(nodes, first, "b")
+    assert nodes.clients["a"].ask("reach").header["lost"] == ["c"]
+
+    alone = nodes.clients.pop("c")
+    nodes.start(("a", "b"))
+    files = nodes.save(2)
+    for wire in wires:
+        wire.mend()
+    nodes.clients["c"] = alone
+    nodes.start(("a", "b", "c"))
+    assert nodes.recover("c")["tag"] == "global_step2"
+    for node in ("a", "b", "c"):
+        check(nodes, files, node)
+
+
+def test_a_network_that_is_cut_while_a_generation_is_made(keepers: Path) -> None:
+    """Its parity is not in, so that it is not protected and says so; it becomes so when the job begins anew."""
+    nodes = Nodes(("a", "b"))
+    nodes.save(1)
+    wires = nodes.split(("a",), ("b",))
+    for wire in wires:
+        wire.cut()
+    files = nodes.save(2, protected=False)
+    found = {one["tag"]: one["protected"] for one in nodes.status("a")}
+    assert found["global_step2"] is False
+    for wire in wires:
+        wire.mend()
+    nodes.start(("a", "b"))
+    assert nodes.recover("b")["tag"] == "global_step2"
+    check(nodes, files, "b")
+    wait_for(lambda: nodes.status("b")[0]["protected"], told=nodes.all_status)
+
+
 def test_the_memory_limit_is_kept(keepers: Path) -> None:
     nodes = Nodes(("a",), 0, limit=1_000_000)
     with pytest.raises(OSError, match="node 'a' needs 3000000 bytes, and 'limit' allows 1000000"):

@@ -30,3 +30,4 @@ def test_a_killed_run_sees_every_sample_once_with_the_same_masks(
     assert told["samples each once"]
     assert told["masks equal"]
     assert told["losses apart at most"] <= 5e-5
+    assert told["from an unkilled run on the same ranks"] == 0.0

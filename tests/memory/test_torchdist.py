@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import ucp
 from tests.engines.pool import RankPool
 from tests.memory import jobs
 from ucp.cli.main import main
+from ucp.torchdist.memory import MemorySnapshots
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +45,26 @@ def test_sharded_state_in_memory_resumes_unsharded(
         assert torch.equal(checkpoint.read("0.weight"), whole["0.weight"])
     assert main(["keeper", "drop", folder]) == 0
     assert list(keepers.glob("*-*")) == []
+
+
+def test_training_does_not_wait_for_a_snapshot_that_is_under_way(tmp_path: Path, keepers: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    memory = MemorySnapshots(tmp_path / "run", redundancy=0, policy="skip")
+    assert memory.snapshot(1, model=model)
+    memory.wait()
+    writer = memory.tier.saver.writer
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        assert memory.snapshot(2, model=model)
+        memory.hold()
+        assert not memory.snapshot(3, model=model)
+        assert not memory.snapshot(4, model=model)
+    finally:
+        os.kill(writer, signal.SIGCONT)
+    memory.wait()
+    assert memory.tier.skipped == 2
+    assert memory.snapshot(5, model=model)
+    memory.wait()
+    with ucp.open(memory.tier.location) as checkpoint:
+        assert checkpoint.training_state.global_steps == 5
+    memory.tier.end()

@@ -165,6 +165,7 @@ class MemorySection(_Section):
     enabled: bool = False
     run: Annotated[str | None, _no_null("string_type")] = None
     every: Annotated[int, Field(ge=0)] = 1
+    policy: Annotated[str, _Policy] = POLICIES[0]
     redundancy: Annotated[int, Field(ge=0, le=32)] = 1
     group: Annotated[str | int, _Group] = "node"
     keep: Annotated[int, Field(ge=2)] = 2
@@ -177,6 +178,7 @@ class MemorySection(_Section):
         return Options(
             run=self.run,
             every=self.every,
+            policy=self.policy,
             redundancy=self.redundancy,
             group=None if self.group == "node" else int(self.group),
             keep=self.keep,

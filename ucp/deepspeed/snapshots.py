@@ -90,7 +90,9 @@ class Snapshots:
         self._loaded = (age, time.monotonic(), self._load_began)
 
     def take(self, client_state: Mapping[str, Any]) -> bool:
-        """Begin a snapshot of the state as it is now. Collective."""
+        """Begin a snapshot of the state as it is now. Collective. Returns whether one was begun."""
+        if not self.tier.is_due():
+            return False
         engine = self._engine
         live = ranks.all_or_none(lambda: LiveEngine(engine))
         live.place(self._config.choice())

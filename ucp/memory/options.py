@@ -18,6 +18,8 @@ class Options:
 
     - run: its name. None: the folder that it saves to and loads from.
     - every: take a snapshot every so many steps. 0: only when asked.
+    - policy: what to do with a snapshot that is due while the last one is still under way. 'wait' for the last one, so
+      that never more than ``every`` steps are lost. 'skip' this one, so that training never waits.
     - redundancy: how many nodes of a group may be lost.
     - group: at most how many nodes protect each other. None: all.
     - keep: how many generations there are, with the one that is being filled.
@@ -28,6 +30,7 @@ class Options:
 
     run: str | None = None
     every: int = 1
+    policy: str = "wait"
     redundancy: int = 1
     group: int | None = None
     keep: int = 2

@@ -39,7 +39,8 @@ _tiers: set[Tier] = set()
 
 
 class Tier:
-    """The snapshots of one training state. done: as for `Saver`."""
+    """The snapshots of one training state. done: as for `Saver`. skipped: how many were due and not taken, since the
+    last one was still under way (policy 'skip')."""
 
     def __init__(self, options: Options, done: Callable[[SaveReport], None] | None = None) -> None:
         self.options = options
@@ -47,6 +48,7 @@ class Tier:
         self.saver: Saver | None = None
         self._done = done
         self._nbytes = 0
+        self.skipped = 0
         self._pool: LentPool | None = None
         self._own: Client | None = None
 
@@ -137,6 +139,17 @@ class Tier:
         return next(iter(tokens), None) or ranks.from_first(lambda: secrets.token_hex(16))
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Whether a snapshot that is asked for now would be taken: not if the last one is still under way and the policy
+        is to skip. Collective, unless the policy is to wait. Callers ask before they gather the state."""
+        saver = self.saver
+        if self.options.policy != "skip" or saver is None or ranks.from_first(lambda: saver.pending) is None:
+            return True
+        if not self.skipped:
+            self._warn(f"a snapshot is skipped since {saver.pending} is still under way; more may be, without a word")
+        self.skipped += 1
+        return False
 
     def snapshot(self, source: Source, tag: str) -> bool:
         """Begin to copy the state into the keepers' memory. Collective. Returns whether that was begun.

@@ -56,8 +56,10 @@ class MemorySnapshots:
         Returns
         -------
         bool
-            Whether a snapshot was begun.
+            Whether a snapshot was begun: not if the last one is under way and the policy is 'skip', nor without a keeper.
         """
+        if not self.tier.is_due():
+            return False
         source = training_source(step=step, **state)
         held = sum(int(h.blocks.counts.sum()) * itemsize(h.dtype) // len(h.holders) for h in source.holdings)
         self.tier.attach(self._folder, held)
