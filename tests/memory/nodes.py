@@ -46,7 +46,7 @@ class Nodes:
             self.clients[name].ask("job", job={**self.job, "members": members, "groups": [sorted(names)]})
 
     def split(self, *sides: Sequence[str]) -> list[Wire]:
-        """The job begins anew on all nodes, and those of different sides reach each other over wires that can be cut."""
+        """The job begins anew on all nodes. Those of different sides reach each other over wires that can be cut."""
         wires = {n: Wire(self.notes[n].host, self.notes[n].port) for n in self.clients}
         for side in sides:
             for name in side:

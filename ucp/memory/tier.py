@@ -141,7 +141,7 @@ class Tier:
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def is_due(self) -> bool:
-        """Whether a snapshot that is asked for now would be taken: not if the last one is still under way and the policy
+        """Whether a snapshot asked for now would be taken: not if the last one is still under way and the policy
         is to skip. Collective, unless the policy is to wait. Callers ask before they gather the state."""
         saver = self.saver
         if self.options.policy != "skip" or saver is None or ranks.from_first(lambda: saver.pending) is None:

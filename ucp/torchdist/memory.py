@@ -56,7 +56,7 @@ class MemorySnapshots:
         Returns
         -------
         bool
-            Whether a snapshot was begun: not if the last one is under way and the policy is 'skip', nor without a keeper.
+            Whether a snapshot was begun. It is not if keepers fail, or if the policy skips it.
         """
         if not self.tier.is_due():
             return False
