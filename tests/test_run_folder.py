@@ -355,12 +355,17 @@ def test_weights_alone_beside_a_runs_checkpoints(run: Path, caplog: pytest.LogCa
     assert [e.format for e in listing(run).checkpoints].count("universal") == 3
 
 
-def test_the_most_specific_format_is_taken(
+def test_the_format_that_has_the_others_as_parts_is_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (run / "step1/.metadata").write_bytes(b"")
-    with ucp.open(run / "step1") as opened:
+    """And what is no part of it is told."""
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(run / "step1") as opened:
         assert opened.format == "universal"
+    assert not caplog.records
+    (run / "step1/.metadata").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(run / "step1") as opened:
+        assert opened.format == "universal"
+    assert "is read as the format 'universal'; it has files of 'dcp', too" in caplog.text
     ucp.convert(run / "step1", run / "equal", to="huggingface")
     (run / "equal/.metadata").write_bytes(b"")
     with caplog.at_level(logging.WARNING, "ucp"), pytest.raises(DamagedCheckpoint):
@@ -368,5 +373,7 @@ def test_the_most_specific_format_is_taken(
     note = run_folder.choose(run / "equal").note
     assert "is read as the format 'dcp'; it has files of 'huggingface', too" in note
     (dcp,) = [known for known in formats.built_in() if known.name == "dcp"]
-    monkeypatch.setattr(type(dcp), "specificity", 9)
+    monkeypatch.setattr(type(dcp), "parts", ("universal",))
     assert formats.find(run / "step1") is dcp
+    known = {one.name for one in formats.built_in()}
+    assert all(set(one.parts) <= known - {one.name} for one in formats.built_in())

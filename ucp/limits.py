@@ -91,8 +91,9 @@ WAITING_WRITERS_COUNT = 1
 # The size of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
 # expensive: on ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
 WRITE_PIECE_BYTES = 256 * KIB
-# If nothing has been written to another machine's temporary folder for so long, its process is taken to be dead.
-STALE_FOLDER_SECONDS = 3600
+# If nothing has been written to another machine's temporary folder for so long, its process is taken to be dead. That
+# is longer than a save waits for its slowest rank, and a clock that has stepped by an hour.
+STALE_FOLDER_SECONDS = 3 * 3600
 
 # --- saving ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ In this order:
    newest would be the very checkpoint to get away from.
 4. Without such a file, the newest checkpoint is taken. It is found by the step that each says of itself
    (`Format.step`), else by the number in names that are alike apart from it, else by the times of its files. A log line
-   says which one was taken, and by what.
+   says which one was taken, and by what. Retention (`ucp.saving.retention`) goes by the same rule: no clock decides
+   where there are steps.
 
 A folder in which such a file names a checkpoint counts as that one, such as a Trainer's ``checkpoint-10`` of DeepSpeed.
 
@@ -200,7 +201,7 @@ def _at(entry: Path) -> Chosen | None:
 
 def _beside_others(folder: Path, known: Sequence[Format]) -> str:
     """What to tell the user if the folder is of another format, too, or has whole checkpoints beside weights alone."""
-    also = [one.name for one in known[1:] if one.specificity == known[0].specificity]
+    also = [one.name for one in known[1:] if one.name not in known[0].parts]
     if also:
         return f"{folder}: is read as the format '{known[0].name}'; it has files of {', '.join(map(repr, also))}, too"
     inner = [] if known[0].resumable else [one.within(folder) for one in checkpoints_in(folder)]

@@ -11,8 +11,9 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,70 @@ class PowerCut(BaseException):
     """The machine is off: nothing that the program still does has any effect."""
 
 
+@dataclass
+class SteppingClock:
+    """The time of day that all code sees, and that files get. seconds: by how much it is wrong now. Clocks that only
+    run forward (``time.monotonic``, ``time.perf_counter``) are left alone, as a system leaves them."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def inserted(self) -> Any:
+        """In the place of every function that tells the time of day. The times of files are `SimulatedDisk`'s."""
+        real = {name: getattr(time, name) for name in ("time", "time_ns", "gmtime", "localtime", "strftime")}
+
+        def told(name: str) -> Callable[..., Any]:
+            return lambda given=None: real[name](self.now() if given is None else given)
+
+        with ExitStack() as stack:
+            for name, now in {
+                "time": self.now,
+                "time_ns": lambda: real["time_ns"]() + int(self.seconds * 1e9),
+                "gmtime": told("gmtime"),
+                "localtime": told("localtime"),
+                "strftime": lambda text, given=None: real["strftime"](
+                    text, time.localtime() if given is None else given
+                ),
+            }.items():
+                stack.enter_context(mock.patch.object(time, name, now))
+            yield self
+
+    def now(self) -> float:
+        return _now() + self.seconds
+
+
+_now = time.time
+
+
 @dataclass(eq=False)
 class Node:
-    """A file (data, and durable: its bytes as of its last flush) or a folder (entries)."""
+    """A file (data, and durable: its bytes as of its last flush) or a folder (entries). written: when, in seconds."""
 
     entries: dict[str, Node] | None = None
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
+    written: float = 0.0
 
     @classmethod
     def of(cls, path: Path) -> Node:
+        written = path.stat().st_mtime
         if path.is_dir():
-            return cls({child.name: cls.of(child) for child in path.iterdir()})
+            return cls({child.name: cls.of(child) for child in path.iterdir()}, written=written)
         raw = path.read_bytes()
-        return cls(None, bytearray(raw), raw)
+        return cls(None, bytearray(raw), raw, written)
 
 
 @dataclass
 class SimulatedDisk:
     """root: the folder that the disk is. cut_at, fail_at: before which operation the power goes, and which fails with
-    which error number; further ones as long as ``fail_for`` says. hour: by how many seconds the clock steps then."""
+    which error number; further ones as long as ``fail_for`` says. step_at: before which the clock steps, by ``step``
+    seconds."""
 
     root: Path
     random: random.Random
+    clock: SteppingClock = field(default_factory=SteppingClock)
+    step_at: int | None = None
+    step: float = 0.0
     cut_at: int | None = None
     fail_at: int | None = None
     error: int = errno.ENOSPC
@@ -94,6 +136,8 @@ class SimulatedDisk:
         if self.off:
             raise PowerCut
         at, self.done = self.done, self.done + 1
+        if at == self.step_at:
+            self.clock.seconds += self.step
         if at == self.cut_at:
             self.off = True
             raise PowerCut
@@ -116,12 +160,20 @@ class SimulatedDisk:
             path.mkdir()
             for name, child in self._kept[node].items():
                 self._write(child, path / name, worst)
+            os.utime(path, (node.written, node.written))
             return
         raw = bytes(node.data)
         if raw != node.durable and (self.off or worst):
             ways = [node.durable, b"", raw[: self.random.randint(0, len(raw))], raw]
             raw = node.durable if worst else self.random.choice(ways)
         path.write_bytes(raw)
+        os.utime(path, (node.written, node.written))
+
+    def _stamp(self, node: Node, real: Any) -> None:
+        """Give a file or folder that has just changed the time that it is now. real: its path or descriptor."""
+        node.written = self.clock.now()
+        if self.clock.seconds:
+            os.utime(real, (node.written, node.written))
 
     # --- the operations ----------------------------------------------------------------------------------------------
 
@@ -140,6 +192,8 @@ class SimulatedDisk:
         folder, name = self._at(path)
         assert folder.entries is not None
         folder.entries[name] = node
+        self._stamp(node, path)
+        self._stamp(folder, Path(path).parent)
 
         def play(kept: dict[Node, dict[str, Node]]) -> None:
             kept[folder][name] = node
@@ -152,6 +206,7 @@ class SimulatedDisk:
         folder, name = self._at(path)
         assert folder.entries is not None
         del folder.entries[name]
+        self._stamp(folder, Path(path).parent)
         self._note(lambda kept: kept[folder].pop(name, None) and None)
 
     def make_folder(self, path: Any) -> None:
@@ -207,6 +262,8 @@ class SimulatedDisk:
         new.entries[other] = node
         if exchange and there is not None:
             old.entries[name] = there
+        self._stamp(old, Path(source).parent)
+        self._stamp(new, Path(target).parent)
 
         def play(kept: dict[Node, dict[str, Node]]) -> None:  # a rename is one step, whatever else is lost
             kept[old].pop(name, None)
@@ -234,6 +291,7 @@ class SimulatedDisk:
             data = self._fds[fd].data
             del data[size:]
             data.extend(bytes(size - len(data)))
+            self._stamp(self._fds[fd], fd)
 
     def write(self, fd: int, data: Any) -> int:
         with self._lock:
@@ -256,6 +314,7 @@ class SimulatedDisk:
         data = self._fds[fd].data
         data.extend(bytes(max(at + len(raw) - len(data), 0)))
         data[at : at + len(raw)] = raw
+        self._stamp(self._fds[fd], fd)
 
     def flush(self, fd: int, data_only: bool = False) -> None:
         with self._lock:

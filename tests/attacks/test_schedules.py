@@ -3,8 +3,8 @@
 Each ends in a whole checkpoint or the one before, checked element by element.
 
 A schedule is: how many ranks save, in which order and how slow, under which tag, what is retained, at which operation
-the power goes or the disk fails and for how long, how the clock steps, and what of the unflushed bytes survives. A
-failure names its seed; ``UCP_SCHEDULE=seed`` runs that one alone.
+the power goes or the disk fails and for how long, when every clock steps by an hour, and what of the unflushed bytes
+survives. A failure names its seed; ``UCP_SCHEDULE=seed`` runs that one alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import ucp
-from tests.attacks.simulated import PowerCut, SimulatedDisk
+from tests.attacks.simulated import PowerCut, SimulatedDisk, SteppingClock
 from ucp.catalog import ParameterInfo, TrainingState
 from ucp.errors import UcpError
 from ucp.geometry import box
@@ -44,6 +44,8 @@ QUICK = 150
 BATCHES = 20
 WORLDS = (1, 1, 2, 3)
 SHAPES = {"weight": (6, 4)}
+HOUR = 3600
+ELSEWHERE = ".ucp-tmp-step0-1-0000000001234567"  # another machine's save, under way
 
 
 def values(seed: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -127,6 +129,7 @@ def before(memory: Path) -> Path:
     """A run's folder with the old state as 'step1'."""
     folder = memory / "before"
     save(folder, "step1", OLD, 2, [0, 1], 0, None)
+    (folder / ELSEWHERE).mkdir()
     assert found(folder) == OLD
     return folder
 
@@ -154,10 +157,25 @@ class Schedule:
         keep = luck.choice((None, None, Keep(1), Keep(2)))
         slow = luck.choice((0, 0, 0, 1)) if world > 1 else 0
         order = luck.sample(range(world), world)
-        if luck.random() < 0.2:  # the clock steps by an hour, forth or back, between the saves
-            for path in (place / "disk/run").rglob("*"):
-                then = path.stat().st_mtime + luck.choice((-3600, 3600))
-                os.utime(path, (then, then))
+        simulated.step = luck.choice((0, -HOUR, HOUR))  # every clock: what code reads, and what files get
+        simulated.step_at = luck.randrange(-1, 70)
+        if simulated.step_at < 0:  # between the saves
+            simulated.clock.seconds = simulated.step
+        with simulated.clock.inserted():
+            return self.saved(simulated, place, tag, world, order, slow, keep)
+
+    def saved(
+        self,
+        simulated: SimulatedDisk,
+        place: Path,
+        tag: str,
+        world: int,
+        order: list[int],
+        slow: int,
+        keep: Keep | None,
+    ) -> str:
+        """Save on the simulated disk, and look at what is left."""
+        luck = simulated.random
         returned = False
         try:
             with simulated.inserted():
@@ -175,8 +193,10 @@ class Schedule:
         if luck.random() < 0.1:
             save(place / "after/run", "step3", NEW, 1, [0], 0, None)
             assert found(place / "after/run") == NEW
-            left = {name for name in os.listdir(place / "after/run") if name.startswith(".")}
-            assert not left or how != "power cut" or all("-old-" not in name for name in left), left
+            left = {name for name in os.listdir(place / "after/run") if name.startswith(".")} - {ELSEWHERE}
+            # What was set aside stays only where it is the one copy: its process, this one, is still alive.
+            aside = [name for name in left if "-old-" in name and os.path.isdir(place / "after/run" / tag)]
+            assert how != "power cut" or not aside, left
         return how
 
     def check(self, run: Path, tag: str, keep: Keep | None, returned: bool, how: str) -> None:
@@ -188,10 +208,11 @@ class Schedule:
                 continue
             # Whatever has a plain name is one of the two, whole.
             assert tag in (name, "step1") or found(run, name) == OLD, name
-        if tag != "step1" and (keep is None or state == OLD):
+        if tag != "step1" and (keep is None or keep.last > 1 or state == OLD):
             assert os.path.isdir(run / "step1"), "the old one is lost"
+        assert (run / ELSEWHERE).is_dir(), "the save of another machine, which is under way, is lost"
         if how not in ("saved", "power cut") and not returned:
-            pending = [name for name in os.listdir(run) if name.startswith(".ucp-tmp-")]
+            pending = [name for name in os.listdir(run) if name.startswith(".ucp-tmp-") and name != ELSEWHERE]
             assert len(pending) <= 1, pending
 
 
@@ -231,8 +252,9 @@ def converted(seed: int, before: Path, place: Path) -> str:
     else:
         simulated.fail_at, simulated.fail_for = luck.randrange(90), luck.choice((1, 3, 1000))
         simulated.error = luck.choice((errno.ENOSPC, errno.EIO))
+    simulated.step, simulated.step_at = luck.choice((0, -HOUR, HOUR)), luck.randrange(90)
     try:
-        with simulated.inserted():
+        with simulated.clock.inserted(), simulated.inserted():
             ucp.convert(place / "disk/run", place / "disk/out", workers=1)
         how = "converted"
     except PowerCut:
@@ -266,6 +288,9 @@ def behind_a_url(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     luck = random.Random(seed)
     url, cut_at, done = locate(f"memory://schedules-{os.getpid()}-{seed}"), luck.randrange(30), 0
     save(url, "step1", OLD, 1, [0], 0, None)
+    elsewhere = url / "step0/0123456789abcdef/rank-00000-of-00001.safetensors"
+    locations.write(elsewhere, b"a save under way")
+    clock = SteppingClock(luck.choice((0, -HOUR, HOUR)))  # the store's own clock is right
     fails = luck.choice((PowerCut(), OSError(errno.EIO, "the store fails")))
 
     def counted(name: str) -> None:
@@ -280,7 +305,7 @@ def behind_a_url(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(locations, name, call)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, clock.inserted():
         for name in ("write", "remove", "remove_tree", "created"):
             counted(name)
         tag, returned = luck.choice(("step1", "step2")), False
@@ -291,6 +316,7 @@ def behind_a_url(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state == NEW or not returned
     if tag == "step2" and state == OLD:
         assert found(url, "step1") == OLD
+    assert locations.exists(elsewhere)
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
@@ -310,5 +336,5 @@ def test_a_full_disk_leaves_nothing(before: Path, memory: Path) -> None:
         simulated = SimulatedDisk(place / "disk", random.Random(at), fail_at=at, fail_for=10**6, only_writes=True)
         with simulated.inserted(), suppress(UcpError):
             save(place / "disk/run", "step2", NEW, 2, [0, 1], 0, None)
-        assert not [name for name in os.listdir(place / "disk/run") if name.startswith(".")], at
+        assert [name for name in os.listdir(place / "disk/run") if name.startswith(".")] == [ELSEWHERE], at
         assert found(place / "disk/run") in TRUTH

@@ -31,9 +31,31 @@ def test_the_newest_and_every_nth(tmp_path: Path) -> None:
 
 
 def test_one_is_enough(tmp_path: Path) -> None:
-    for step in (5, 9, 2):  # what is newest is said by the clock: a run may go back
+    for step in (5, 9, 2):  # a run may go back
         save(made(step), tmp_path, f"global_step{step}", keep=Keep(1))
     assert kept(tmp_path) == ["global_step2", "latest"]
+
+
+def test_a_run_that_goes_back(tmp_path: Path) -> None:
+    """What it goes on from stays, and what it has given up goes first."""
+    for step in (1, 2, 3, 8, 9):
+        save(made(step), tmp_path, f"global_step{step}")
+    save(made(4), tmp_path, "global_step4", keep=Keep(3))
+    assert kept(tmp_path) == ["global_step2", "global_step3", "global_step4", "latest"]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_no_clock_decides_what_stays(tmp_path: Path, hours: int) -> None:
+    """The clock steps after every save, so that each seems to be older, or much newer, than the one before."""
+    for step in range(1, 6):
+        save(made(step), tmp_path, f"global_step{step}", keep=Keep(2))
+        for path in (tmp_path / f"global_step{step}").iterdir():
+            then = path.stat().st_mtime + hours * 3600 * step
+            os.utime(path, (then, then))
+    assert kept(tmp_path) == ["global_step4", "global_step5", "latest"]
+    (tmp_path / "latest").unlink()
+    with ucp.open(tmp_path) as checkpoint:
+        assert checkpoint.read("w").tolist() == [5] * 3
 
 
 def test_what_latest_names_stays(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 
-# In the order in which equally specific formats are tried: a manifest of ours is the surer sign. Each module has its
-# format as FORMAT.
+# If several formats know a folder and none has the others as parts, the first of these reads it: a manifest of ours is
+# the surer sign. Each module has its format as FORMAT.
 BUILT_IN = (
     "ucp.formats.universal",
     "ucp.formats.deepspeed",
@@ -119,17 +119,17 @@ def look(path: Path) -> FolderNames:
 
 
 def find(path: Path) -> Format | None:
-    """The format of the checkpoint in this folder: the most specific one that knows it; None if no format does."""
+    """The format that reads the checkpoint in this folder, the first of `kinds`; None if no format knows it."""
     return next(iter(kinds(path)), None)
 
 
 def kinds(path: Path) -> list[Format]:
-    """All built-in formats that know the folder, the most specific first. If none does, the first format of another
-    package that knows it."""
+    """All built-in formats that know the folder, parts after what they are parts of (`Format.parts`). If none does, the
+    first format of another package that knows it."""
     folder = look(path)
     found = [known for known in built_in() if known.detect(folder)]
     if found:
-        return sorted(found, key=lambda known: -known.specificity)
+        return sorted(found, key=lambda known: sum(known.name in other.parts for other in found))
     return list(islice((known for known in registered() if _detects(known, folder)), 1))
 
 

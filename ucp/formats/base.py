@@ -127,7 +127,8 @@ class Format(ABC):
     format knows is refused with the signs of all formats.
     resumable: whether a run can resume from it, so that it counts as a checkpoint in a folder of checkpoints. A folder
     of weights alone does not.
-    specificity: if several formats know a folder, the one with the highest number reads it.
+    parts: names of the formats whose files are parts of this one's checkpoints. If several formats know a folder, one
+    that has the others as parts reads it, and what is no part is told.
     read_options: options for reading it.
     targets: the kinds of checkpoints that it writes.
     """
@@ -135,7 +136,7 @@ class Format(ABC):
     name: str
     sign: str
     resumable: bool = True
-    specificity: int = 0
+    parts: tuple[str, ...] = ()
     read_options: tuple[Option, ...] = ()
     targets: tuple[WriteTarget, ...] = ()
 

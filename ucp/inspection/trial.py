@@ -109,7 +109,7 @@ def _rank(rank: int, factory: str, folder: str, tp: int) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # All is done. A normal exit is avoided, since gloo's remaining threads have aborted the interpreter in it.
+    # All is done. A normal exit is avoided: a gloo thread that still drops a tensor aborts it (torchdist/README.md).
     os._exit(0)
 
 

@@ -27,20 +27,23 @@ class Keep:
 def prune(folder: str | os.PathLike[str], tag: str, keep: Keep) -> list[str]:
     """Remove checkpoints that need not be kept. Returns their tags.
 
+    Newest is what has the highest step, as everywhere (`ucp.run_folder`), since clocks step. Checkpoints of later steps
+    than the one just committed are of a run that has gone back since, so they count as older than all others.
+
     Only universal checkpoints are considered whose tag differs from that of the one just committed only in the number
     at the end (``global_step``). Nothing of other programs or other series is touched. ``tag`` itself and what
     ``latest`` names are never removed. A checkpoint disappears in one rename before its files are deleted, so that none
     is ever half there. What cannot be removed is kept, with a warning.
     """
-    prefix = _number(tag)[0]
+    prefix, committed = _number(tag)
     found = []
     place = locate(folder)
     for name in locations.names(place):
         path = place / name
         start, step = _number(name)
-        mark = path / manifest.NAME
-        if step is not None and start == prefix and not _is_link(path) and locations.is_file(mark):
-            found.append((locations.stat(mark).mtime_ns, step, path))
+        whole = not _is_link(path) and locations.is_file(path / manifest.NAME)
+        if step is not None and start == prefix and whole:
+            found.append((committed is None or step <= committed, step, path))
     named = latest_name(place)
     # `latest` may name something deeper, in the folder of another checkpoint.
     spared = {tag, named.split("/")[0] if named else None}

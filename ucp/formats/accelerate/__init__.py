@@ -34,7 +34,7 @@ _READ = re.compile(
 class Accelerate(Format):
     name = NAME
     sign = "Accelerate's 'random_states_0.pkl' or 'pytorch_model_fsdp_0'"
-    specificity = 1
+    parts = ("huggingface", "dcp")
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:

@@ -46,11 +46,10 @@ def read(
     folder = locations.locate(path)
     into = Entries(Builder(files))
     add_entries(folder, into, trust_client_state)
-    if param_names is not None:
-        name_numbers(into, param_names)
+    notes = name_numbers(into, param_names) if param_names is not None else []
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
-    told = tuple(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None)
+    told = (*notes, *(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None))
     for text in told:
         log.warning("%s: %s", folder, text)
     return replace(catalog, unchecked=(*catalog.unchecked, *told))
@@ -65,7 +64,9 @@ def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, u
     with Records(folder, into.builder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
         tensors = tensors_of(found.tensors, records)
-    for own in (*found.tensors, *found.objects):
+    names = (*found.tensors, *found.objects)
+    place = {name: k for k, name in enumerate(found.paths)}  # in the order in which they were saved, if that is known
+    for own in sorted(names, key=lambda name: place.get(name, len(place))):
         key = ".".join((*under, own))
         if key in into.entries:
             raise DamagedCheckpoint(f"{folder}: has an entry '{key}', which the folder beside it has, too")

@@ -27,7 +27,7 @@ COMMON = "optimizer_state.pt"
 class DeepSpeedUniversal(Format):
     name = NAME
     sign = f"DeepSpeed's universal one '{FOLDER}/{COMMON}'"
-    specificity = 1
+    parts = ("deepspeed",)
     read_options = (TRUST_CLIENT_STATE,)
 
     def detect(self, folder: FolderNames) -> bool:

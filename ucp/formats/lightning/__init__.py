@@ -25,7 +25,7 @@ META = "meta.pt"
 class Lightning(Format):
     name = NAME
     sign = f"Lightning's '{META}' beside '.metadata'"
-    specificity = 1
+    parts = ("dcp",)
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS)
 
     def detect(self, folder: FolderNames) -> bool:

@@ -68,7 +68,7 @@ class MegatronTarget(WriteTarget):
 class Megatron(Format):
     name = NAME
     sign = f"one of Megatron-Core '{CONFIG}' beside '.metadata'"
-    specificity = 1
+    parts = ("dcp",)
     read_options = (TRUST_CLIENT_STATE,)
     targets = (MegatronTarget(),)
 

@@ -3,7 +3,8 @@
 torch numbers parameters through the param groups in turn. These decide, in this order, which parameter a number is:
 
 1. names that the optimizer recorded itself (torch's ``param_names``), else those that the caller gives, if they are as
-   many in every group and fit the states' shapes;
+   many in every group and fit the states' shapes; a group that follows the caller's module is taken in the order of the
+   checkpoint's (`ucp.formats.nouns.ModuleOrder`), unless that is the alphabet's, which tools make (`readings`);
 2. the module's own order: where all parameters are in one group, they are in that order; else parameters of one shape
    are, if one group has all of them. So decayed matrices and undecayed vectors are told apart, and two groups of
    matrices are not. A shape that one parameter alone has needs no order.
@@ -89,12 +90,12 @@ def _names(optimizer: Mapping[str, Any], model: ModelTensors) -> dict[int, str]:
     groups = [list(group[MEMBERS]) for group in optimizer[GROUPS]]
     shapes = {number: _shape(optimizer[STATE].get(number, {})) for group in groups for number in group}
     recorded = [group.get(NAMES) for group in optimizer[GROUPS]]
-    by_caller = None if model.given is None else [by_module(names, model.order() or ()) for names in model.given]
-    for given in (_bare(recorded, model.shapes) if all(recorded) else None, by_caller):
-        if given is not None and [len(names) for names in given] == [len(group) for group in groups]:
-            pairs = dict(zip((n for g in groups for n in g), (name for names in given for name in names), strict=True))
-            if _fit(pairs, shapes, model.shapes):
-                return pairs
+    by_optimizer = [_bare(recorded, model.shapes)] if all(recorded) else []
+    by_caller = [] if model.given is None else readings(model.given, model.order() or ())
+    for given in (by_optimizer, by_caller):
+        pairs = only_fitting(groups, given, lambda found: _fit(found, shapes, model.shapes))
+        if pairs is not None:
+            return pairs
     order = _order(model)
     pool = [name for name in order or model.shapes if name in model.shapes and _may_be_trained(name)]
     if order is not None and len(groups) == 1 and len(groups[0]) == len(pool):
@@ -103,6 +104,38 @@ def _names(optimizer: Mapping[str, Any], model: ModelTensors) -> dict[int, str]:
             raise Unnamed("its states' shapes are not those of the module's parameters in their order")
         return pairs
     return _by_shape(groups, shapes, pool, model.shapes, ordered=order is not None)
+
+
+def readings(given: Sequence[Sequence[str]], module: Sequence[str]) -> list[list[Sequence[str]]]:
+    """The orders in which an optimizer may have numbered the parameters of the caller's groups.
+
+    module: the names of the checkpoint's model in the order of its file. Modules seldom have their parameters in
+    alphabetical order, and tools that sort a state dict by name always do. So a file in that order proves nothing, and
+    the caller's own order is possible, too.
+    """
+    here = [by_module(names, module) for names in given]
+    same = all(list(own) == list(names) for own, names in zip(here, given, strict=True))
+    return [here] if same or list(module) != sorted(module) else [here, [list(names) for names in given]]
+
+
+def only_fitting(
+    groups: Sequence[Sequence[int]],
+    possible: Sequence[Sequence[Sequence[str]]],
+    fits: Callable[[Mapping[int, str]], bool],
+) -> dict[int, str] | None:
+    """Which name each number has, by the only order that fits; None if none does. Raises Unnamed if several do."""
+    found = []
+    for names in possible:
+        if [len(own) for own in names] == [len(group) for group in groups]:
+            pairs = dict(zip((n for g in groups for n in g), (name for own in names for name in own), strict=True))
+            if fits(pairs):
+                found.append(pairs)
+    if len(found) > 1:
+        raise Unnamed(
+            "the checkpoint has the model's names in alphabetical order, as tools sort them, and the run's module has "
+            "another, and both fit the states' shapes"
+        )
+    return found[0] if found else None
 
 
 def _bare(recorded: Sequence[Any], known: Mapping[str, Shape]) -> list[list[str]]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from ucp.catalog import LogicalTensor
-from ucp.formats.shared.numbered import GROUPS, MEMBERS, STATE
+from ucp.formats.shared.numbered import GROUPS, MEMBERS, STATE, Unnamed, only_fitting, readings
 from ucp.formats.shared.roles import MODEL, StateEntry
 from ucp.formats.shared.state_dicts import Entries
 from ucp.geometry import numel
@@ -17,22 +18,33 @@ from ucp.geometry import numel
 _MEMBERS = re.compile(rf"((?:.+\.)?){GROUPS}\.(\d+)\.{MEMBERS}")
 
 
-def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> None:
+def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> list[str]:
     """Name the numbers of every optimizer whose groups are as many and as large as the given ones, if all states have
-    the shapes of the parameters that they would get. Other optimizers are left alone."""
+    the shapes of the parameters that they would get. Other optimizers are left alone.
+
+    The entries are in the order in which they were saved. Returns what to tell of optimizers whose order is open.
+    """
     groups: dict[str, dict[int, list[int]]] = {}
     for key, entry in found.entries.items():
         match = _MEMBERS.fullmatch(key)
         if match is not None and isinstance(entry.value, list) and all(type(n) is int for n in entry.value):
             groups.setdefault(match[1], {})[int(match[2])] = entry.value
+    notes = []
     for root, numbered in groups.items():
         ordered = [numbered[index] for index in sorted(numbered)]
-        if [len(group) for group in ordered] != [len(names) for names in given]:
+        known = {name for names in given for name in names}
+        module = [name for key in found.tensors if (name := key.removeprefix(f"{MODEL}.")) in known]
+        try:
+            names = only_fitting(ordered, readings(given, module), partial(_fit, found, root))
+        except Unnamed as reason:
+            notes.append(
+                f"the optimizer '{root.rstrip('.')}' numbers its parameters, and nothing tells which they are, since "
+                f"{reason}; give param_names, each group's parameters in the order that it had"
+            )
             continue
-        pairs = zip((n for group in ordered for n in group), (name for names in given for name in names), strict=True)
-        names = dict(pairs)
-        if len(names) == sum(map(len, ordered)) and _fit(found, root, names):
+        if names is not None and len(names) == sum(map(len, ordered)):
             _rename(found, root, names)
+    return notes
 
 
 def _fit(found: Entries, root: str, names: Mapping[int, str]) -> bool:

@@ -31,7 +31,7 @@ _READ = re.compile(
 class Trainer(Format):
     name = NAME
     sign = f"a Trainer's '{STATE}' beside a model"
-    specificity = 2
+    parts = ("huggingface", "accelerate", "dcp")
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:

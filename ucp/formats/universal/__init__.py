@@ -77,7 +77,7 @@ class UniversalTarget(WriteTarget):
 class Universal(Format):
     name = NAME
     sign = f"a universal checkpoint has '{MANIFEST}'"
-    specificity = 3  # the manifest says what it is, whatever a Trainer keeps beside it
+    parts = ("huggingface",)  # the consolidated form's weights
     read_options = (TRUST_PATHS,)
     targets = (UniversalTarget(),)
 
