@@ -13,6 +13,7 @@ import torch
 
 import ucp
 from tests.formats import raw
+from ucp.catalog import TrainingState
 from ucp.errors import BadArgument, DamagedCheckpoint, NotACheckpoint, UcpError
 
 
@@ -130,6 +131,25 @@ def test_wrong_names_are_told_the_near_ones(one: tuple[Path, raw.Raw]) -> None:
             checkpoint.read("scale", "step")
         with pytest.raises(BadArgument, match=r"'mask' has no state 'exp_avg'; it has param"):
             checkpoint.read("mask", "exp_avg")
+        with pytest.raises(
+            BadArgument, match=r"^\S+: no parameter 'embed\.weights'; did you mean 'embed\.weight' .*\?$"
+        ):
+            checkpoint.parameters["embed.weights"]
+        with pytest.raises(KeyError, match=r"it is tied to 'embed\.weight', under which it is listed"):
+            checkpoint.parameters["head.weight"]
+        assert "q" not in checkpoint.parameters
+        assert checkpoint.parameters.get("q") is None
+        assert checkpoint.parameters == checkpoint.catalog.parameters
+
+
+def test_a_training_state_is_shown_short() -> None:
+    """As it is in a Python prompt: generators' states are cut, and what is not there is left out."""
+    state = {"torch": torch.zeros(5056, dtype=torch.uint8), "python": [3, tuple(range(625)), None]}
+    shown = repr(TrainingState(global_steps=7, extra={"ranks": [{"rng": state}] * 64}))
+    assert shown.startswith("TrainingState(global_steps=7, extra={'ranks': [{'rng': {")
+    assert "clip_grad" not in shown
+    assert len(shown) < 4000
+    assert "\n" not in shown
 
 
 @pytest.mark.parametrize(

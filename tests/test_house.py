@@ -28,6 +28,7 @@ FLOORS = {
         "ucp.limits",
         "ucp.printable",
         "ucp.tested",
+        "ucp.units",
         "ucp.progress",
         "ucp.installed",
         "ucp.version",

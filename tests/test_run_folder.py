@@ -344,6 +344,20 @@ def test_a_listing_of_any_parent(nested: Path, tmp_path: Path, capsys: pytest.Ca
         ucp.open(tmp_path)
 
 
+def test_a_listing_from_one_level_too_high_has_them_all(run: Path, tmp_path: Path) -> None:
+    """Also where `latest` names one of them; and a refusal's advice is a path that opens."""
+    (run / "latest").write_text("step2")
+    found = {e.tag: e.latest for e in listing(tmp_path).checkpoints}
+    assert found == {"run/step1": False, "run/step2": True, "run/step3": False}
+    (tmp_path / "deep").mkdir()
+    run.rename(tmp_path / "deep/run")
+    with pytest.raises(NotACheckpoint, match="give the path of one, such as") as refused:
+        ucp.open(tmp_path)
+    advised = str(refused.value).rpartition("such as '")[2].rstrip("'")
+    with ucp.open(advised) as opened:
+        assert opened.path.parent == tmp_path / "deep/run"
+
+
 def test_weights_alone_beside_a_runs_checkpoints(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A Trainer's folder after training: the model, and the checkpoints on the way to it."""
     ucp.convert(run / "step1", run / "model", to="huggingface")

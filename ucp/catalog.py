@@ -8,7 +8,7 @@ resuming, verifying) works on the Catalog and never asks which format it came fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, extents, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
+from ucp.printable import short
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize
 
@@ -123,9 +124,11 @@ class ParamGroup:
     options: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingState:
     """Everything of a training run that is not a tensor of a parameter. None means that the checkpoint has none.
+
+    Its ``repr`` leaves out what is not there and cuts what is long, such as the states of random number generators.
 
     Parameters
     ----------
@@ -155,6 +158,10 @@ class TrainingState:
     extra: Mapping[str, Any] = field(default_factory=dict)
     client_state: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in (None, (), {})}
+        return f"TrainingState({', '.join(f'{name}={short(value)}' for name, value in kept.items())})"
 
 
 class ByteSource(Protocol):

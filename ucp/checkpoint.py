@@ -26,7 +26,7 @@ import numpy as np
 
 from ucp import formats, run_folder
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup, TrainingState
-from ucp.errors import ApproximateCheckpoint, BadArgument, NotACheckpoint
+from ucp.errors import ApproximateCheckpoint, BadArgument, NotACheckpoint, UnknownName
 from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import ReadRequest
@@ -51,6 +51,15 @@ if TYPE_CHECKING:
 log = logger(__name__)
 
 
+class _Parameters(dict[str, ParameterInfo]):
+    """Parameters by their names. One that is not there is refused with the names that are near."""
+
+    unknown: Callable[[object], UnknownName]
+
+    def __missing__(self, name: object) -> ParameterInfo:
+        raise self.unknown(name)
+
+
 class Checkpoint:
     """An open checkpoint: its catalog, and reads from it. It is a context manager. Several threads may read from it."""
 
@@ -60,6 +69,7 @@ class Checkpoint:
         self._files = files
         self._reader = Reader(catalog, files, verify)
         self._verify = verify
+        self._parameters: _Parameters | None = None
         self._training_state: TrainingState | None = None
 
     def __enter__(self) -> Checkpoint:
@@ -90,7 +100,10 @@ class Checkpoint:
     @property
     def parameters(self) -> Mapping[str, ParameterInfo]:
         """Every parameter and buffer by its own name; tied ones are listed once, under the name that owns them."""
-        return self.catalog.parameters
+        if self._parameters is None:
+            self._parameters = _Parameters(self.catalog.parameters)
+            self._parameters.unknown = self._unknown
+        return self._parameters
 
     @property
     def reader(self) -> Reader:
@@ -182,8 +195,7 @@ class Checkpoint:
         try:
             owner = self.catalog.resolve(name)
         except KeyError:
-            everyone = [n for info in self.parameters.values() for n in (info.name, *info.aliases)]
-            raise BadArgument(f"{self.path}: no parameter '{name}'; {nearest(name, everyone)}") from None
+            raise self._unknown(name) from None
         found = self.catalog.tensors.get((owner, state))
         if found is None:
             info = self.parameters[owner]
@@ -192,6 +204,12 @@ class Checkpoint:
                 f"{self.path}: '{name}' has no state '{state}'{scalar}; it has {', '.join(info.states) or 'none'}"
             )
         return found
+
+    def _unknown(self, name: object) -> UnknownName:
+        owner = next((info.name for info in self.catalog.parameters.values() if name in info.aliases), None)
+        everyone = [n for info in self.catalog.parameters.values() for n in (info.name, *info.aliases)]
+        hint = nearest(str(name), everyone) if owner is None else f"it is tied to '{owner}', under which it is listed"
+        return UnknownName(f"{self.path}: no parameter '{name}'; {hint}")
 
     def _load(self, ref: TensorRef) -> torch.Tensor:
         """A tensor of the training state."""

@@ -27,6 +27,7 @@ from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, Written, carry_out
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.windows import budget, check_files
+from ucp.units import bytes_text, counted
 
 log = logger(__name__)
 
@@ -92,14 +93,14 @@ class ConversionReport:
         did = "would write" if self.dry_run else "wrote"
         checked = ""
         if self.verified_bytes or self.unverified_bytes:
-            checked = f" (verified {self.verified_bytes / 1e9:.3f} GB of the source"
+            checked = f" (verified {bytes_text(self.verified_bytes)} of the source"
             if self.unverified_bytes:
-                checked += f", with nothing to verify {self.unverified_bytes / 1e9:.3f} GB by"
+                checked += f", with nothing to verify {bytes_text(self.unverified_bytes)} by"
             checked += ")"
         return (
-            f"{did} {self.destination}: {self.tensors} tensors of {self.parameters} parameters, {self.files} files, "
-            f"{self.bytes_written / 1e9:.3f} GB{checked}, from {self.source_format} ({self.layout}) to {target} in "
-            f"{self.seconds:.1f} s"
+            f"{did} {self.destination}: {counted(self.tensors, 'tensor')} of {counted(self.parameters, 'parameter')}, "
+            f"{counted(self.files, 'file')}, {bytes_text(self.bytes_written)}{checked}, "
+            f"from {self.source_format} ({self.layout}) to {target} in {self.seconds:.1f} s"
         )
 
 
@@ -186,6 +187,7 @@ def _report(
 ) -> ConversionReport:
     if opened.catalog.approximate and to != formats.DEFAULT_TARGET:
         log.warning("%s: does not say that it is approximate: '%s' has no place for it", destination, to)
+    tensors = plan.tensors
     return ConversionReport(
         source=source,
         destination=destination,
@@ -195,8 +197,8 @@ def _report(
         layout=str(opened.layout),
         target_layout=None if plan.layout is None else str(plan.layout),
         tag=plan.tag,
-        parameters=len(opened.parameters),
-        tensors=len(opened.catalog.tensors),
+        parameters=len({name for name, _ in tensors}),
+        tensors=len(tensors),
         files=written.files,
         bytes_written=written.nbytes,
         bytes_read=written.bytes_read,

@@ -78,6 +78,13 @@ class BadArgument(UcpError):
     """An argument of a call, a flag or a configuration key is wrong."""
 
 
+class UnknownName(BadArgument, KeyError):
+    """A checkpoint has no parameter of this name. A KeyError, too, as a mapping raises it."""
+
+    def __str__(self) -> str:
+        return line(self.message)
+
+
 class DestinationError(UcpError):
     """The destination exists already, cannot be written, or has too little space."""
 

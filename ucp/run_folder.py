@@ -181,7 +181,8 @@ def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
             continue
         one = _at(entry)
         if one is not None:
-            found.append(one)
+            inner = below(entry, 1) if one.path != entry else []  # a run's folder has more than its file names
+            found += inner if one.path in [other.path for other in inner] else [one, *inner]
         linked = not locations.is_remote(entry) and os.path.islink(entry)
         if depth > 1 and not linked and (one is None or not one.format.resumable):
             found += below(entry, depth - 1)
@@ -267,7 +268,7 @@ def _none_here(folder: Path) -> NotACheckpoint:
         return formats.explain_unknown(folder)
     return NotACheckpoint(
         f"{folder}: is no checkpoint and no run's folder of them; further down {nearest('', deeper)}; give the path of "
-        "one"
+        f"one, such as '{folder / deeper[-1]}'"
     )
 
 

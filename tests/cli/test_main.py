@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
+import re
 import resource
 import subprocess
 import sys
@@ -253,3 +255,45 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert code == 2
     assert "Traceback" in err
     assert "Traceback" not in call(capsys, "inspect", tmp_path / "nowhere")[2]
+
+
+def test_a_diff_heads_its_columns_with_what_they_hold(source: Path, tmp_path: Path) -> None:
+    made = raw.make(tmp_path / "raw2", seed=1)
+    state = dataclasses.replace(made.catalog.training_state, global_steps=99)
+    other = raw.write_consolidated(tmp_path / "other", dataclasses.replace(made.catalog, training_state=state))
+    shown = on_a_terminal("diff", source, other).splitlines()
+    heads = [line for line in shown if line.startswith("\x1b[2m  what")]
+    assert [("elements" in head, "in A" in head) for head in heads] == [(True, False), (False, True)]
+    assert any("max rel: the largest |A - B| / max(|A|, |B|)" in line for line in shown)
+    assert any("global_steps" in line and "99" in line for line in shown)
+
+
+def test_a_plan_says_why_it_has_no_time(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    code, out, _ = call(capsys, "plan", source, "--layout", "dp=2,zero=1")
+    assert (code, "time\tnot known: say how fast" in out) == (0, True)
+    _, out, _ = call(capsys, "plan", source, "--layout", "dp=2,zero=1", "--storage-bandwidth", "2GB")
+    assert "time\t0.0 s, limited by the storage's bandwidth" in out
+
+
+def test_inspect_speaks_of_ranks_and_explains_its_table(source: Path) -> None:
+    shown = on_a_terminal("inspect", source)
+    assert re.search(r"parameters\s*\S*\s+\d+ trained, ", shown)
+    assert "param: the weight in the highest precision there is" in shown
+    assert "loss_scaler" not in shown
+    assert " of 1 files" not in shown
+
+
+@pytest.mark.parametrize(("said", "meant"), [("hf", "huggingface"), ("HF", "huggingface"), ("deepsped", "deepspeed")])
+def test_a_target_by_another_name_is_told_its_own(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, said: str, meant: str
+) -> None:
+    code, _, err = call(capsys, "convert", source, tmp_path / "out", "--to", said)
+    assert (code, f"unknown target format '{said}'; did you mean '{meant}'?" in err) == (2, True)
+
+
+def test_what_a_conversion_counts_is_what_it_wrote(tmp_path: Path, source: Path) -> None:
+    report = ucp.convert(source, tmp_path / "model", "huggingface")
+    with ucp.open(tmp_path / "model") as opened:
+        assert (report.tensors, report.parameters) == (len(opened.catalog.tensors), len(opened.parameters))
+    counts = f"{report.tensors} tensors of {report.parameters} parameters, 1 file, "
+    assert f"wrote {tmp_path / 'model'}: {counts}" in str(report)

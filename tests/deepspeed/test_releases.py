@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import ucp.deepspeed
 from tests.deepspeed import jobs
 from tests.engines.pool import RankPool
 from ucp.deepspeed.live import releases
@@ -92,3 +95,24 @@ def test_a_refusal_names_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_release_that_cannot_work_is_refused_when_the_engine_is_made(ranks: RankPool, owner: str, name: str) -> None:
     for text in ranks.run(jobs.lacking, owner, name, True, world_size=2):
         assert f"'{name}' of its {owner.split(':')[1]}" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "warns"),
+    [({}, True), ({"ucp": {}}, True), ({"ucp": {"metrics": True}}, True), ({"ucp": {"enabled": False}}, False)],
+)
+@pytest.mark.parametrize("name", ["initialize", "initialize_for_others"])
+def test_an_engine_that_is_not_bound_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, config: dict[str, Any], warns: bool
+) -> None:
+    """As under ``import ucp.deepspeed.auto`` without the key: the resume would end in DeepSpeed's own assertion."""
+    engine = SimpleNamespace(_config=SimpleNamespace(_param_dict=config))
+
+    def initialize(config: Any = None, args: Any = None, config_params: Any = None) -> tuple[Any, ...]:
+        return engine, None, None, None
+
+    monkeypatch.setattr(ucp.deepspeed, "_initialize", initialize)
+    assert getattr(ucp.deepspeed, name)(config=config)[0] is engine
+    assert [message for message in caplog.messages if '"ucp": {"enabled": true}' in message] == (
+        [ucp.deepspeed.NOT_ENABLED] if warns else []
+    )

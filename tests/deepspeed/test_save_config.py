@@ -32,6 +32,8 @@ def test_programs_that_delete_right_after_a_save_have_it_synchronous() -> None:
         ({"policy": "hope"}, "is one of wait, skip; found 'hope'"),
         ({"async": 1}, "'async' needs a bool, found 1"),
         ({"memory": 0}, "'?memory.* needs a number of at least 1, found 0"),
+        ({"memory": "much"}, "is bytes, or a size such as \"16GiB\"; found 'much'"),
+        ({"memory": "2GB/s"}, "is bytes, or a size such as \"16GiB\"; found '2GB/s'"),
         ({"keep_last": 0}, "'?keep_last.* needs a number of at least 1, found 0"),
         ({"keep_last": True}, "needs a number of at least 1, found True"),
         ({"keep_every": 5}, 'needs "keep_last" beside it'),
@@ -79,3 +81,8 @@ def test_mistakes_in_the_whole_section(section: Any, text: str) -> None:
 
 def test_what_is_left_out_is_as_it_was_without_a_section() -> None:
     assert parse({}) == parse({"ucp": {}}) == parse({"ucp": {"load": {}, "save": {}}})
+
+
+def test_memory_may_be_a_size_in_words() -> None:
+    for said, meant in (("16GiB", 16 << 30), ("500MB", 500_000_000), (8589934592, 8 << 30)):
+        assert parse({"ucp": {"save": {"memory": said}}}).save.memory == meant

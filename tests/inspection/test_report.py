@@ -30,6 +30,7 @@ from ucp.parallel.mesh import Layout, parse_layout
 from ucp.parallel.zero import ceil_partition
 from ucp.storage import metrics
 from ucp.storage.files import Files
+from ucp.units import bytes_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -238,7 +239,7 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
         [
             p.name,
             display.shape_text(p.shape),
-            display.bytes_text(p.bytes),
+            bytes_text(p.bytes),
             str(sum(s.fragments for s in p.states.values())),
         ]
         for p in summary.parameters
@@ -254,8 +255,8 @@ def test_in_a_browser(report: Path, virtual: Path) -> None:
     assert found["found"] == ["embed.weight"]
     assert found["status"] == "whole"
     tiles = " ".join(found["tiles"])
-    assert display.bytes_text(summary.bytes) in tiles
-    assert display.bytes_text(summary.file_bytes) in tiles
+    assert bytes_text(summary.bytes) in tiles
+    assert bytes_text(summary.file_bytes) in tiles
     assert "zero=1" in tiles
     assert found["plan"][0] == "2"
     assert found["matrix"] == 4 * 2

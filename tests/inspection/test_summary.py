@@ -14,10 +14,11 @@ from tests.formats import raw
 from tests.inspection.conftest import OLDER
 from ucp.catalog import Catalog, SourceFile, TrainingState
 from ucp.errors import BadArgument
-from ucp.inspection.display import age_text, bytes_text, count_text, seconds_text
+from ucp.inspection.display import age_text, count_text, seconds_text
 from ucp.inspection.owners import FileOwners, file_owners
 from ucp.inspection.summary import families, fragments, matching, summarise, tree
 from ucp.parallel.mesh import Layout
+from ucp.units import bytes_text
 
 
 def test_sums(virtual: Path, made: raw.Raw) -> None:

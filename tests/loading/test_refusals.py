@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 import ucp
 from tests.saving.parts import FakeTarget, Saved, catalog, slot, target
+from ucp import limits
 from ucp.catalog import ParamGroup
 from ucp.errors import BadArgument, Mismatch
 from ucp.loading.load import LoadReport, load
 from ucp.loading.match import Wish, plan
+from ucp.loading.refusals import Findings, Item
 from ucp.loading.target import Target
 from ucp.torchdist.state_dicts import flatten
 from ucp.torchdist.target import StateDictTarget
@@ -137,3 +140,67 @@ def test_reading_once_is_never_auto(saved: Path) -> None:
     with pytest.raises(BadArgument, match="read_once"):
         load(catalog({}), target(), Wish(), read_once="once")
     assert not state["model"]["a"].any()
+
+
+def adams() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(4)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_another_optimizers_states_are_the_first_reason(tmp_path: Path) -> None:
+    """And at most five names follow; what is advised is tried."""
+    model, optimizer = adams()
+    ucp.save_training(tmp_path / "adam", model=model, optimizer=optimizer, step=1)
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(Mismatch) as refused:
+        ucp.load_training(tmp_path / "adam", model=model, optimizer=momentum)
+    text = str(refused.value)
+    reason = "the checkpoint is Adam's (exp_avg, exp_avg_sq), and the optimizer here wants momentum_buffer; leave "
+    assert f"not what the checkpoint has; {reason}optimizer= out to load the weights alone; " in text
+    assert "8 are not in the checkpoint: " in text
+    assert text.count("momentum_buffer'") == limits.REFUSAL_ITEMS_COUNT == 5
+    assert ", and 3 more; " in text
+    ucp.load_training(tmp_path / "adam", model=model)
+
+
+def test_the_engines_words_name_its_own_way_out() -> None:
+    from ucp.deepspeed.live import WORDS
+
+    found = Findings(WORDS, missing=[Item("parameter", "a", (2,), "momentum_buffer")])
+    found.unused.append(Item("parameter", "a", (2,), "exp_avg"))
+    text = (
+        "the checkpoint is Lion's (exp_avg), and the optimizer here wants momentum_buffer; load_optimizer_states=False"
+    )
+    assert found.cause({"exp_avg"}).startswith(text)
+    assert found.cause(()).startswith("the checkpoint has no optimizer's states, and the optimizer here wants momentum")
+    assert Findings(WORDS, missing=[Item("parameter", "b", (2,)), Item("parameter", "b", (2,), "x")]).cause({"x"}) == ""
+
+
+@pytest.mark.parametrize("more", ["here", "there"])
+def test_what_is_advised_helps(tmp_path: Path, more: str) -> None:
+    """The names that a refusal gives, given to the arguments that it names, load."""
+    small, large = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(*(torch.nn.Linear(2, 2),) * 1)
+    large.append(torch.nn.Linear(2, 2))
+    saved, live = (small, large) if more == "here" else (large, small)
+    ucp.save_training(tmp_path / "saved", model=saved, step=1)
+    with pytest.raises(Mismatch) as refused:
+        ucp.load_training(tmp_path / "saved", model=live)
+    text = str(refused.value)
+    names = re.findall(r"1\.(?:weight|bias)", text)
+    assert sorted(names) == ["1.bias", "1.weight"]
+    argument = "allow_missing" if more == "here" else "allow_unused"
+    assert f"{argument}=[...]" in text
+    ucp.load_training(tmp_path / "saved", model=live, **{argument: names})
+
+
+def test_a_scheduler_that_is_missing_says_which_rate_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = adams()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    scheduler.step()
+    ucp.save_training(tmp_path / "saved", model=model, optimizer=optimizer, lr_scheduler=scheduler, step=1)
+    ucp.load_training(tmp_path / "saved", model=model, optimizer=optimizer)
+    assert "scheduler's state is not used: none was passed, so the learning rate stays at 0.0005" in caplog.text
+    assert optimizer.param_groups[0]["lr"] == 0.0005

@@ -48,6 +48,8 @@ def test_experts_add_no_ranks() -> None:
         ("4", "unknown name '4'"),
         ("DP=4", "unknown name 'DP'"),
         ("dp=4,dp=4", "'dp' is given twice"),
+        ("dp=2,stage=3", "unknown name 'stage'; did you mean 'zero=3'?"),
+        ("world_size=8", "did you mean 'dp=8'?"),
         ("dp=", "'dp' needs a whole number, found ''"),
         ("dp", "'dp' needs a whole number, found ''"),
         ("dp=two", "'dp' needs a whole number, found 'two'"),

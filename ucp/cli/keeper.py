@@ -6,6 +6,7 @@ import argparse
 
 from ucp.cli import run
 from ucp.cli.output import Output
+from ucp.units import bytes_text
 
 HELP = "look at the keepers on this machine, which hold runs' snapshots in memory, and let them go"
 EXAMPLES = """\
@@ -54,7 +55,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace, out: Output) -> int:
-    from ucp.inspection import display
     from ucp.memory import control
 
     found = control.statuses(args.run)
@@ -64,7 +64,7 @@ def _status(args: argparse.Namespace, out: Output) -> int:
     for one in found:
         newest = one["generations"][0] if one["generations"] else None
         state = "" if newest is None else "protected" if newest["protected"] else "unprotected"
-        held = display.bytes_text(one["bytes"])
+        held = bytes_text(one["bytes"])
         rows.append((one["run"], one["node"], str(one["pid"]), held, newest["tag"] if newest else "", state))
     out.table(("run", "node", "process", "memory", "newest", "state"), rows, right=(2, 3))
     for one in found:

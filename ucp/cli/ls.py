@@ -6,6 +6,7 @@ import argparse
 
 from ucp.cli import run
 from ucp.cli.output import Output
+from ucp.units import bytes_text
 
 HELP = "list the checkpoints in a folder: step, age, size, whole or not, and which one 'latest' means"
 EXAMPLES = """\
@@ -33,7 +34,7 @@ def command(args: argparse.Namespace) -> int:
             entry.format,
             entry.layout or "",
             display.age_text(entry.written),
-            display.bytes_text(entry.bytes),
+            bytes_text(entry.bytes),
             {True: "whole", False: "damaged", None: "not understood"}[entry.whole],
             "latest" if entry.latest else "",
         )

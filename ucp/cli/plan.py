@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
+from ucp.units import bytes_text, counted
 
 if TYPE_CHECKING:
     from ucp.inspection.planning import ResumePlan
 
+UNKNOWN_TIME = "not known: say how fast the storage is, as --storage-bandwidth 2GB, or a rank, as --rank-bandwidth 1GB"
 HELP = "say what a resume on another layout would read: bytes, files, memory and time, rank by rank"
 EXAMPLES = """\
   ucp plan runs/llama --layout dp=64,zero=3
@@ -71,15 +73,15 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
     count = min(per_node, len(found.ranks))
     hosted = f"{count} ranks" if count > 1 else "one rank"
     facts = [
-        ("from", f"{found.path} ({found.source_layout}), {display.bytes_text(found.stored)} of tensors"),
-        ("to", f"{found.layout}, {len(found.ranks)} ranks"),
-        ("read", f"{display.bytes_text(found.bytes)} in all, from {found.files} files"),
+        ("from", f"{found.path} ({found.source_layout}), {bytes_text(found.stored)} of tensors"),
+        ("to", f"{found.layout}, {counted(len(found.ranks), 'rank')}"),
+        ("read", f"{bytes_text(found.bytes)} in all, from {counted(found.files, 'file')}"),
         (
             "by a rank",
-            f"{display.bytes_text(spread['smallest'])} to {display.bytes_text(spread['largest'])}, "
-            f"{display.bytes_text(spread['mean'])} on average; most by rank {found.largest}",
+            f"{bytes_text(spread['smallest'])} to {bytes_text(spread['largest'])}, "
+            f"{bytes_text(spread['mean'])} on average; most by rank {found.largest}",
         ),
-        ("memory", f"{display.bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
+        ("memory", f"{bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
     ]
     if found.stages is not None:
         spans = [display.span_text(a, b) for a, b in pairwise(found.stages)]
@@ -87,10 +89,12 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
     if found.seconds is not None:
         limit = "the largest rank's reading" if found.bound_by == "rank" else "the storage's bandwidth"
         facts.append(("time", f"{display.seconds_text(found.seconds)}, limited by {limit}"))
+    else:
+        facts.append(("time", UNKNOWN_TIME))
     out.title(f"a resume on {found.layout}")
     out.facts(facts)
     shown = found.ranks[: limits.PLAN_LINES_COUNT] if out.people else found.ranks
-    rows = [(f"rank {r.rank}", display.bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
+    rows = [(f"rank {r.rank}", bytes_text(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     if not out.people:
         rows = [(f"rank {r.rank}", str(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     out.table(("rank", "reads", "files", "pieces"), rows, right=(1, 2, 3))

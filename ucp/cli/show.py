@@ -10,12 +10,31 @@ from typing import TYPE_CHECKING, Any
 from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
+from ucp.units import bytes_text, counted
 
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
     from ucp.inspection.summary import Module, ParameterSummary, Summary
 
 HELP = "show what is in a checkpoint: format, layout, step, sizes, parameters, states, fragments"
+# What a checkpoint's entries are called here: one, several.
+KINDS = {
+    "parameter": ("{} trained", "{} trained"),
+    "frozen": ("{} frozen", "{} frozen"),
+    "buffer": ("{} buffer", "{} buffers"),
+    "padding": ("{} piece of padding", "{} pieces of padding"),
+}
+TRAINING = {
+    "lr_scheduler": "learning-rate scheduler",
+    "loss_scaler": "loss scaler",
+    "ranks": "random generators and client state of each rank",
+    "data_sampler": "curriculum data sampler",
+    "random_ltd": "random token dropping",
+}
+LEGEND = (
+    "  param: the weight in the highest precision there is, such as ZeRO's fp32 master; the others: the optimizer's "
+    "states; cut: how ranks or files divide it ('flat ranges over 4': ZeRO's partitions)"
+)
 EXAMPLES = """\
   ucp inspect runs/llama                              everything, layers of the same shapes as one line
   ucp inspect runs/llama --tree 3                     sums by module, three levels deep
@@ -71,45 +90,46 @@ def _overview(out: Output, found: Summary) -> None:
     from ucp.parallel.mesh import Layout
 
     out.title(found.path)
-    kinds = ", ".join(f"{n} {kind}" for kind, n in found.kinds.items())
+    kinds = ", ".join(KINDS.get(kind, (f"{n} {kind}",) * 2)[n != 1].format(n) for kind, n in found.kinds.items())
     states = ", ".join(
-        f"{state} ({display.bytes_text(entry['bytes'])}, {'/'.join(entry['dtypes'])})"
-        for state, entry in found.states.items()
+        f"{state} ({bytes_text(entry['bytes'])}, {'/'.join(entry['dtypes'])})" for state, entry in found.states.items()
     )
     sizes = [h.bytes for h in found.holders]
-    spread = f"{len(sizes)} ranks or files, {display.bytes_text(min(sizes, default=0))} to "
-    spread += f"{display.bytes_text(max(sizes, default=0))} each"
+    who = "rank" if all(h.name.startswith("rank") for h in found.holders) else "file"
+    spread = f"{counted(len(sizes), who)}, {bytes_text(min(sizes, default=0))} to "
+    spread += f"{bytes_text(max(sizes, default=0))} each"
     if len(sizes) == 1:
-        spread = f"one rank or file, {display.bytes_text(sizes[0])}"
+        spread = f"one {who}, {bytes_text(sizes[0])}"
     training = found.training
-    has = [name for name in ("lr_scheduler", "loss_scaler") if training[name]]
+    has = [TRAINING[name] for name in ("lr_scheduler", "loss_scaler") if training[name]]
     if training["client_state"]:
         has.append(f"client state ({', '.join(training['client_state'])})")
-    has += training["extra"]
+    has += [TRAINING.get(name, name) for name in training["extra"]]
     out.facts(
         [
             ("format", f"{found.format}, written by {found.writer}"),
             *([("approximate", approximate_text(found.approximate))] if found.approximate else []),
             ("layout", str(Layout(**found.layout))),
             ("step", "unknown" if found.step is None else str(found.step)),
-            ("parameters", f"{len(found.parameters)} ({kinds}), {display.count_text(found.elements)} elements"),
+            ("parameters", f"{kinds}, {display.count_text(found.elements)} elements"),
             ("states", states),
-            ("size", f"{display.bytes_text(found.bytes)} of tensors, {display.bytes_text(found.file_bytes)} of files"),
+            ("size", f"{bytes_text(found.bytes)} of tensors, {bytes_text(found.file_bytes)} of files"),
             ("held by", f"{spread}, {found.fragments} fragments"),
-            ("digests", f"{sum(f.digests for f in found.files)} of {len(found.files)} files"),
+            ("digests", f"in {sum(f.digests for f in found.files)} of {counted(len(found.files), 'file')}"),
             ("param groups", str(len(training["param_groups"]))),
             ("training state", ", ".join(has) or ("none" if found.step is None else "counters only")),
         ]
     )
     rows = [_row(name, p, f"× {n}" if n > 1 else "") for name, p, n in _families(found, out.people)]
     out.table(("parameter", "", "shape", "kind", "states", "size", "cut"), rows, right=(5,))
+    out.note(LEGEND)
 
 
 def _row(name: str, p: ParameterSummary, times: str) -> tuple[str, ...]:
     from ucp.inspection import display
 
     states = " ".join(f"{state}:{s.dtype}" for state, s in p.states.items())
-    return name, times, display.shape_text(p.shape), p.kind, states, display.bytes_text(p.bytes), p.cut
+    return name, times, display.shape_text(p.shape), p.kind, states, bytes_text(p.bytes), p.cut
 
 
 def _families(found: Summary, grouped: bool) -> Iterator[tuple[str, ParameterSummary, int]]:
@@ -134,7 +154,7 @@ def _tree(out: Output, root: Module, depth: int) -> None:
                 name,
                 str(module.parameters),
                 display.count_text(module.elements),
-                display.bytes_text(module.bytes),
+                bytes_text(module.bytes),
                 f"{share:.1%}",
             )
         )

@@ -18,22 +18,23 @@ TRUST_PATHS = "follow a virtual checkpoint to files outside the folder that it n
 NEWEST = "newest"  # `ucp.run_folder.NEWEST`, which takes too long to import before arguments are known to be right
 
 
-def add_tag(parser: argparse.ArgumentParser) -> None:
-    """The options that say which checkpoint of a folder is meant; both set ``tag``."""
+def add_tag(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """The options that say which checkpoint of a folder is meant; both set ``tag``. of: which folder, if there are
+    several."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tag", help="the checkpoint to take, whatever 'latest' says")
+    which.add_argument("--tag", help=f"the checkpoint to take{of}, whatever 'latest' says")
     which.add_argument(
         "--newest",
         dest="tag",
         action="store_const",
         const=NEWEST,
-        help="take the newest whole checkpoint, whatever 'latest' says",
+        help=f"take the newest whole checkpoint{of}, whatever 'latest' says",
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options for opening a checkpoint."""
-    add_tag(parser)
+def add_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """The options for opening a checkpoint. of: as for `add_tag`."""
+    add_tag(parser, of)
     parser.add_argument(
         "--spec", metavar="SPEC", help="how tensor parallelism cuts it: a name in the catalogue or a file"
     )

@@ -7,6 +7,7 @@ import argparse
 from ucp.cli import run, source
 from ucp.cli.output import Output
 from ucp.progress import ProgressBar
+from ucp.units import bytes_text
 
 HELP = "check that a checkpoint is whole: files, coverage, digests, copies, training state"
 EXAMPLES = """\
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     from ucp.errors import BadArgument
-    from ucp.inspection import display
     from ucp.inspection.verify import verify
 
     if args.quick and args.finite:
@@ -71,7 +71,7 @@ def command(args: argparse.Namespace) -> int:
         ("logical", "compared with logical digests"),
     ):
         if done.get(key):
-            facts.append((key.replace("_", " "), f"{display.bytes_text(done[key])} {what}"))
+            facts.append((key.replace("_", " "), f"{bytes_text(done[key])} {what}"))
     out.facts(facts)
     rows = [("fault" if f.fault else "note", f.kind, f.subject, f.text) for f in verdict.findings]
     for weight, kind, subject, text in rows:

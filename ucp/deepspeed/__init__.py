@@ -26,9 +26,15 @@ except ModuleNotFoundError as error:  # pragma: no cover - depends on the enviro
 
 from ucp.deepspeed.config import find, parse, with_config
 from ucp.deepspeed.engine import EngineUcp, bind
+from ucp.deepspeed.live.state import warn
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
 from ucp.elastic.layouts import adapted
 from ucp.job.data_order import GlobalOrder
+
+NOT_ENABLED = (
+    'this engine is DeepSpeed\'s own: its config has no "ucp": {"enabled": true}, so it saves as DeepSpeed does and '
+    'resumes on the layout that saved alone; "enabled": false says that this is meant'
+)
 
 # DeepSpeed's own, kept before `ucp.deepspeed.auto` may replace it.
 _initialize = deepspeed.initialize
@@ -51,6 +57,8 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     if config.enabled:
         check_version(config.allow_untested_version)
         bind(result[0], config)
+    elif "enabled" not in config.model_fields_set:
+        warn(NOT_ENABLED)
     return result
 
 

@@ -76,6 +76,18 @@ _Format = _one_of(*FORMATS, text=f"one of {', '.join(FORMATS)}")
 _Policy = _one_of(*POLICIES, text=f"one of {', '.join(POLICIES)}")
 _Patterns = Annotated[tuple[str, ...], Field(strict=False, description="a list of name patterns")]
 _Number = Annotated[int, Field(ge=1)]
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return nbytes(value, "limit")  # which is no rate
+        except BadArgument:
+            raise ValueError(f'is bytes, or a size such as "16GiB"; found {value!r}') from None
+    return value
+
+
+_Bytes = Annotated[_Number, BeforeValidator(_bytes)]
 _Steps = Annotated[_Number | None, _no_null("int_type")]
 
 
@@ -127,7 +139,7 @@ class SaveSection(_Section):
 
     - format: 'universal', or 'deepspeed' for DeepSpeed's own save.
     - background: save while training goes on. In a config the key is ``async``.
-    - memory: how many bytes of host memory a rank's copies for that may take.
+    - memory: how many bytes of host memory a rank's copies for that may take, or a size such as "16GiB".
     - policy: 'wait' for a save under way before the next one, or 'skip' the next one.
     - timeout: how many seconds the first rank waits for the others' files.
     - gradient_norms: measure each layer's gradient every so many steps, for `ucp.repair`. None: never.
@@ -137,7 +149,7 @@ class SaveSection(_Section):
 
     format: Annotated[str, _Format] = FORMATS[0]
     background: bool = Field(default=True, alias="async")
-    memory: _Number = limits.STAGING_BYTES
+    memory: _Bytes = limits.STAGING_BYTES
     policy: Annotated[str, _Policy] = POLICIES[0]
     timeout: Annotated[float, Field(gt=0)] = limits.SAVE_TIMEOUT_SECONDS
     gradient_norms: _Steps = None

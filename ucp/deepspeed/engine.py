@@ -11,7 +11,7 @@ from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, releases
-from ucp.deepspeed.live.state import samples_seen, warn_of_clipping
+from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, warn_of_clipping
 from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
@@ -145,6 +145,17 @@ class EngineUcp:
         live = ranks.all_or_none(lambda: LiveEngine(self._engine))
         live.place(self.config.choice())
         return digest_source(ranks.all_or_none(lambda: live.source({})), threads=reading_threads())
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among the ranks that get different data. Ranks of tensor, pipeline and sequence
+        parallelism that see the same samples have the same one."""
+        return data_rank(self._engine)
+
+    @property
+    def data_world(self) -> int:
+        """How many ranks get different data."""
+        return data_world(self._engine)
 
     @property
     def samples_seen(self) -> int:

@@ -168,8 +168,14 @@ def target(name: str) -> WriteTarget:
         for one in known.targets:
             if one.name == name:
                 return one
-    known_names = ", ".join(f"'{one.name}'" for known in every() for one in known.targets)
-    raise BadArgument(f"unknown target format '{name}'; supported are {known_names}")
+    import difflib  # takes longer than all else here, and only a wrong name needs it
+
+    targets = [one for known in every() for one in known.targets]
+    meant = [one.name for one in targets if name.lower() in (one.name, *one.also)]
+    meant = meant or difflib.get_close_matches(name, [one.name for one in targets], 1)
+    hint = f"did you mean '{meant[0]}'? " if meant else ""
+    known_names = ", ".join(f"'{one.name}'" for one in targets)
+    raise BadArgument(f"unknown target format '{name}'; {hint}supported are {known_names}")
 
 
 def options_of_targets(among: Iterable[Format] | None = None) -> list[tuple[WriteTarget, Option]]:

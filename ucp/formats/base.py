@@ -96,10 +96,12 @@ class Option(NamedTuple):  # no dataclass: importing that module takes longer th
 class WriteTarget(ABC):
     """One kind of checkpoint that a format writes: what ``to=`` and ``--to`` name.
 
-    options: its own options. takes_layout: whether it is written for the ranks of one layout, which the caller gives.
+    also: what others call it; a refusal of such a name gives this one. options: its own options. takes_layout: whether
+    it is written for the ranks of one layout, which the caller gives.
     """
 
     name: str
+    also: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     takes_layout: bool = False
 

@@ -8,20 +8,6 @@ import numpy as np
 
 from ucp.geometry import Blocks, Shape, numel, row_major
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-
-
-def bytes_text(count: float) -> str:
-    """``1.23 GB``: three digits, in powers of 1000, as disks and networks are sold."""
-    value, unit = float(count), _UNITS[0]
-    for unit in _UNITS:
-        if abs(value) < 999.5 or unit == _UNITS[-1]:
-            break
-        value /= 1000
-    if unit == "B":
-        return f"{value:.0f} B"
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
-
 
 def count_text(count: int) -> str:
     """``7.24 billion`` from a million on, all digits below."""

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ucp.errors import BadArgument
 from ucp.tested import TESTED
+from ucp.units import bytes_text
 from ucp.version import version as own_version
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "accelerate", "pytorch-lightning", "peft", "safetensors")
@@ -62,7 +63,7 @@ def _accelerator() -> Iterator[Finding]:
         yield Finding("accelerator", "none", "computes on the CPU")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"accelerator {index}", properties.name, f"{properties.total_memory / 1e9:.1f} GB")
+        yield Finding(f"accelerator {index}", properties.name, bytes_text(properties.total_memory))
 
 
 def _compiler() -> Finding:
@@ -76,7 +77,7 @@ def _compiler() -> Finding:
 
 def _storage(place: str) -> Iterator[Finding]:
     usage = shutil.disk_usage(place)
-    yield Finding(f"free in {place}", f"{usage.free / 1e9:.1f} GB", f"of {usage.total / 1e9:.1f} GB")
+    yield Finding(f"free in {place}", bytes_text(usage.free), f"of {bytes_text(usage.total)}")
     yield Finding(f"direct I/O in {place}", *_direct(place))
 
 

@@ -81,8 +81,7 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
         found.append(taken)  # what `latest` names may lie deeper
     if not found and not unfinished:
         raise formats.explain_unknown(where)
-    named = run_folder.latest_name(parent)
-    entries = [entry for one in found if (entry := _entry(one, parent, named)) is not None]
+    entries = [entry for one in found if (entry := _entry(one, parent)) is not None]
     return Listing(
         str(where),
         _latest(parent),
@@ -93,7 +92,16 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
     )
 
 
-def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedCheckpoint | None:
+def _is_latest(path: Path, parent: Path) -> bool:
+    """Whether a pointer names the checkpoint: in the listed folder, or in the one that it lies in."""
+    for folder in {parent, path.parent}:
+        named = run_folder.latest_name(folder)
+        if named is not None and path == folder / named:
+            return True
+    return False
+
+
+def _entry(found: run_folder.Chosen, parent: Path) -> ListedCheckpoint | None:
     """A checkpoint's entry. None if it was removed meanwhile."""
     path = found.path
     step: int | None = None
@@ -125,7 +133,7 @@ def _entry(found: run_folder.Chosen, parent: Path, named: str | None) -> ListedC
         files=len(files),
         whole=whole,
         problem=problem,
-        latest=named is not None and path == parent / named,
+        latest=_is_latest(path, parent),
     )
 
 

@@ -15,12 +15,19 @@ import torch
 from torch.utils.data import Sampler
 
 from ucp.errors import BadArgument, Mismatch
+from ucp.printable import logger
+
+log = logger(__name__)
+
+NO_END = "epoch_length=len(data) gives it epochs"
 
 
 class GlobalOrder(Sampler[int]):
-    """A sampler for one rank's DataLoader: this rank's indices into the data set, without end.
+    """A sampler for one rank's DataLoader: this rank's indices into the data set.
 
-    The last batch of an epoch is filled up from the next one, so that none is dropped.
+    Without ``epoch_length`` it has no end. With it, each iterator ends with its epoch, the first one with the rest of
+    the epoch that ``seen`` lies in, and ``len()`` says how many samples the next iterator gives. The last batch of an
+    epoch is filled up from the next one, so that none is dropped.
 
     Parameters
     ----------
@@ -32,6 +39,8 @@ class GlobalOrder(Sampler[int]):
         This rank's number among the ranks that get different data, and how many these are.
     seen
         How many samples all ranks together have seen (``engine.ucp.samples_seen``).
+    epoch_length
+        How many samples all ranks together see in an epoch, such as ``len(data)``. None: there are no epochs.
     seed, shuffle
         With shuffle there is a new permutation for every epoch, by the seed. Without it, the data set's own order.
 
@@ -42,26 +51,47 @@ class GlobalOrder(Sampler[int]):
     """
 
     def __init__(
-        self, length: int, batch: int, *, rank: int, world: int, seen: int = 0, seed: int = 0, shuffle: bool = True
+        self,
+        length: int,
+        batch: int,
+        *,
+        rank: int,
+        world: int,
+        seen: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        epoch_length: int | None = None,
     ) -> None:
         if length < 1 or batch < 1 or seen < 0 or not 0 <= rank < world:
             raise BadArgument(
                 f"{length} samples cannot be given to rank {rank} of {world} in batches of {batch} after {seen} seen"
             )
-        self._length, self._batch = length, batch
+        if epoch_length is not None and epoch_length < 1:
+            raise BadArgument(f"an epoch of {epoch_length} samples is none; epoch_length is at least 1, or None")
+        if length < batch * world and rank == 0:
+            log.warning(
+                "the data set has %d samples, fewer than the %d that %d ranks take at once: a step sees some of them "
+                "twice",
+                length,
+                batch * world,
+                world,
+            )
+        self._length, self._batch, self._epoch_length = length, batch, epoch_length
         self._rank, self._world = rank, world
         self._seen, self._seed, self._shuffle = seen, seed, shuffle
         self._given = 0  # how many samples this rank was given since ``seen``
+        self._begin = 0  # ``given`` where the next iterator begins
         self._goes_on = False  # whether the next iterator continues after those, since a state was loaded
 
     def __iter__(self) -> Iterator[int]:
         if not self._goes_on:
-            self._given = 0
+            self._given = self._begin
         self._goes_on = False
+        end, told = self._end(), False
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         step, inside = divmod(self._given, self._batch)
         start = self._seen + (step * self._world + self._rank) * self._batch
-        while True:
+        while end is None or start - self._rank * self._batch < end:
             for number in range(start + inside, start + self._batch):
                 if number // self._length != epoch:
                     epoch = number // self._length
@@ -70,6 +100,51 @@ class GlobalOrder(Sampler[int]):
                 yield int(order[number % self._length])
             inside = 0
             start += self._world * self._batch
+            if end is None and not told and start - self._rank * self._batch - self._seen >= self._length:
+                told = self._tell_of_no_end()
+        self._begin = self._given
+
+    def __len__(self) -> int:
+        """How many samples of this rank the next iterator gives. Raises TypeError without ``epoch_length``."""
+        end = self._end()
+        if end is None:
+            raise TypeError(f"this order has no end and so no length; {NO_END}")
+        left = end - self._start(self._begin)
+        return -(-left // (self._world * self._batch)) * self._batch - self._begin % self._batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next iterator; 0 where there are no epochs."""
+        if self._epoch_length is None:
+            return 0
+        return self._start(self._begin) // self._epoch_length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next iterator give this epoch, as torch's DistributedSampler does. Where that is the one that is
+        under way, nothing changes, so that a resumed run goes on in its midst. Without epochs it does nothing."""
+        if self._epoch_length is None or epoch == self.epoch:
+            return
+        if epoch < self.epoch:
+            if self._rank == 0:
+                log.warning("the samples' order goes back from epoch %d to epoch %d", self.epoch, epoch)
+            self._seen, self._begin = epoch * self._epoch_length, 0
+        else:
+            steps = -(-(epoch * self._epoch_length - self._seen) // (self._world * self._batch))
+            self._begin = steps * self._batch
+        self._given, self._goes_on = self._begin, False
+
+    def _start(self, given: int) -> int:
+        """The number of the first sample that all ranks together take after this rank was given so many."""
+        return self._seen + given // self._batch * self._world * self._batch
+
+    def _end(self) -> int | None:
+        """The number before which the micro-steps of the next iterator begin; None without epochs."""
+        return None if self._epoch_length is None else (self.epoch + 1) * self._epoch_length
+
+    def _tell_of_no_end(self) -> bool:
+        if self._rank == 0:
+            log.warning("the samples' order goes on with the data set's next epoch, without end; %s", NO_END)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of all ranks, for torchdata's StatefulDataLoader. It is the same on every rank."""
@@ -90,6 +165,7 @@ class GlobalOrder(Sampler[int]):
         if (state["batch"], state["world"]) != (self._batch, self._world):
             seen, given = seen + given * int(state["world"]), 0
         self._seen, self._given, self._goes_on = seen, given, True
+        self._begin = given if self._epoch_length is not None else 0
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise Mismatch for a state of another order, or of ranks within a micro-step if their division changes."""

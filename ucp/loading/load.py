@@ -23,6 +23,7 @@ from ucp.loading.read import Reading, reading_threads
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer.reader import Reader
+from ucp.units import bytes_text, counted
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +91,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         text = (
-            f"restored {self.tensors} tensors ({_size(self.nbytes)} on this rank) from {self.source} to {self.target} "
-            f"in {stages_text(self.seconds)}"
+            f"restored {counted(self.tensors, 'tensor')} ({bytes_text(self.nbytes)} on this rank) from {self.source} "
+            f"to {self.target} in {stages_text(self.seconds)}"
         )
         if self.unverified_bytes:
-            text += f"; verified {_size(self.verified_bytes)}, not {_size(self.unverified_bytes)}"
+            text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
         if self.left:
             text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
         if self.unused:
@@ -225,12 +226,3 @@ def _sharing(reading: Reading, read_once: bool | str) -> exchange.Sharing | None
         if not exchange.is_worthwhile(reading.what, sharing, parts, reading.sample):
             return None
     return sharing
-
-
-def _size(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -113,7 +113,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
         lambda key: sides.may_miss(key, VALUE),
         lambda key: wish.partial or sides.may_leave(key, VALUE),
     )
-    found.refuse(catalog.layout, target.layout)
+    found.refuse(catalog.layout, target.layout, {state for _, state in catalog.tensors} - {PARAM})
     return LoadPlan(
         sides.wants,
         sides.scalars,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,13 @@ def holds(dtype: str, value: Any) -> bool:
     if not isinstance(value, (bool, int, float)):
         return False
     return value != value or torch.tensor(value, dtype=torch.float64).to(to_torch(dtype)).item() == value
+
+
+def stays_at(groups: Iterable[Mapping[str, Any]]) -> str:
+    """For the end of a sentence: the learning rates that these groups keep. Empty if they have none."""
+    rates = [f"{float(rate):g}" for group in groups if isinstance(rate := group.get("lr"), int | float | torch.Tensor)]
+    found = list(dict.fromkeys(rates))
+    return f", so the learning rate stays at {' and '.join(found[:4])}" if found else ""
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -33,6 +33,7 @@ from ucp.storage.dtypes import from_torch
 from ucp.transfer.digesting import digest_files
 from ucp.transfer.exact import EXACT
 from ucp.transfer.reader import Reader
+from ucp.units import bytes_text, counted
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,7 @@ class Proof:
         return not self.unproved
 
     def __str__(self) -> str:
-        scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1, "B")) if self.nbytes >= s or s == 1)
-        size = f"{self.nbytes / scale:.{0 if unit == 'B' else 1}f} {unit}"
-        text = f"proved: {self.tensors} tensors, {size} live equal to {self.of}'s"
+        text = f"proved: {counted(self.tensors, 'tensor')}, {bytes_text(self.nbytes)} live equal to {self.of}'s"
         if self.weights:
             text += f", {self.weights} rounded weights to their masters"
         if self.sample is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,12 +36,13 @@ class Words:
     """How messages speak of a target. A target with other words derives a class of its own.
 
     whole: what is filled. allow: how a caller says what may be left. unstrict: what to add if not even a load without
-    strictness can resume.
+    strictness can resume. alone: how a caller loads weights without an optimizer's states.
     """
 
     whole: str
     allow: str
     unstrict: str = ""
+    alone: str = ""
 
     unrestored = "would stay unrestored"
 
@@ -118,6 +119,16 @@ class Words:
         )
 
 
+# Which optimizers keep just these states for a parameter.
+_OPTIMIZERS = {
+    frozenset(("exp_avg", "exp_avg_sq")): "Adam's",
+    frozenset(("exp_avg",)): "Lion's",
+    frozenset(("momentum_buffer",)): "SGD's with momentum",
+    frozenset(("sum",)): "Adagrad's",
+    frozenset(("square_avg",)): "RMSprop's",
+}
+
+
 def named(name: str, state: str) -> str:
     """A weight, a state (``name:state``) or a value, in one word."""
     return name if state in (PARAM, VALUE) else f"{name}:{state}"
@@ -166,9 +177,26 @@ class Findings:
         else:
             self.unused.append(item)
 
-    def refuse(self, checkpoint: object, here: object) -> None:
-        """Raise Mismatch if anything does not fit. checkpoint, here: the layouts."""
-        parts = []
+    def cause(self, kept: Collection[str]) -> str:
+        """Why states are missing, if one reason explains them: the checkpoint has another optimizer's, or none at all.
+        kept: the names of all states that the checkpoint has. An empty text if no such reason is known."""
+        lacking = [item for item in self.missing if item.state not in (PARAM, VALUE)]
+        wanted = sorted({item.state for item in lacking} - {"step"})
+        if not wanted:
+            return ""
+        if not kept:
+            said = "the checkpoint has no optimizer's states"
+        elif {item.name for item in lacking} & {item.name for item in self.unused if item.state != PARAM}:
+            has, whose = ", ".join(sorted(kept)), _OPTIMIZERS.get(frozenset(kept))
+            said = f"the checkpoint has {has}" if whose is None else f"the checkpoint is {whose} ({has})"
+        else:
+            return ""
+        alone = f"; {self.words.alone}" if self.words.alone else ""
+        return f"{said}, and the optimizer here wants {', '.join(wanted)}{alone}"
+
+    def refuse(self, checkpoint: object, here: object, kept: Collection[str] = ()) -> None:
+        """Raise Mismatch if anything does not fit. checkpoint, here: the layouts. kept: as for `cause`."""
+        parts = [text] if (text := self.cause(kept)) else []
         if self.wrong:
             parts.append(f"{len(self.wrong)} do not fit: {listed(self.wrong)}")
         if self.missing:

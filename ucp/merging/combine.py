@@ -34,6 +34,7 @@ from ucp.storage.locations import exists, is_remote, locate
 from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import LEAST_BYTES, budget, check_files
+from ucp.units import bytes_text
 from ucp.version import version
 
 RECORD = "merge.json"
@@ -88,7 +89,7 @@ class MergeReport:
         states = "weights alone" if self.optimizer == "none" else f"optimizer states: {self.optimizer}"
         return (
             f"{did} {self.destination}: {self.parameters} parameters of {len(self.sources)} checkpoints by "
-            f"{self.method}{weights}, {states}, {self.bytes_written / 1e9:.3f} GB in {self.seconds:.1f} s"
+            f"{self.method}{weights}, {states}, {bytes_text(self.bytes_written)} in {self.seconds:.1f} s"
         )
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from ucp.errors import BadArgument
 
 _FIELDS = ("dp", "tp", "pp", "ep", "zero")
+# What other programs call them.
+_MEANT = {"stage": "zero", "zero_stage": "zero", "z": "zero", "world_size": "dp", "ranks": "dp", "gpus": "dp"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def parse_layout(text: str) -> Layout:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, number = (side.strip() for side in part.partition("=")[::2])
         if name not in _FIELDS:
-            raise BadArgument(f"layout '{text}': unknown name '{name}'; use {', '.join(_FIELDS)}")
+            meant = _MEANT.get(name.lower())
+            hint = f"use {', '.join(_FIELDS)}" if meant is None else f"did you mean '{meant}={number}'?"
+            raise BadArgument(f"layout '{text}': unknown name '{name}'; {hint}")
         if name in values:
             raise BadArgument(f"layout '{text}': '{name}' is given twice")
         if not re.fullmatch("-?[0-9]{1,18}", number):

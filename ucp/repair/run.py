@@ -23,6 +23,7 @@ from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.reader import Reader
 from ucp.transfer.windows import check_files
+from ucp.units import bytes_text
 
 log = logger(__name__)
 
@@ -79,7 +80,7 @@ class RepairReport:
         if self.stateless:
             what.append(f"the optimizer states of {len(self.stateless)} more parameters as zeros")
         return (
-            f"{did} {self.destination}: filled {' and '.join(what)}, {self.bytes_written / 1e9:.3f} GB in "
+            f"{did} {self.destination}: filled {' and '.join(what)}, {bytes_text(self.bytes_written)} in "
             f"{self.seconds:.1f} s; it is approximate, and loaded only with allow_approximate"
         )
 

@@ -70,8 +70,14 @@ class Saver:
         self._copying: Copying | None = None
         self._error: BaseException | None = None
         self._path = ""
+        self._first = True
         _savers.add(self)
         _watch_exit()
+
+    @property
+    def loudness(self) -> int:
+        """At which level this rank logs what all ranks have to say: one of them is enough to warn."""
+        return logging.WARNING if self._first else logging.DEBUG
 
     @property
     def pending(self) -> str | None:
@@ -135,6 +141,7 @@ class Saver:
         # Not before the ranks have agreed, since what they send each other by a device would wait behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying
+        self._first = job.rank == 0
         self._thread = threading.Thread(target=self._finish, args=(job, copying, watch), name="ucp-save", daemon=True)
         _watch_termination()
         self._thread.start()
@@ -241,7 +248,7 @@ def finish_all() -> None:
     failed: BaseException | None = None
     for saver in list(_savers):
         if saver.pending is not None:
-            log.warning("waiting for the save of %s before leaving", saver.pending)
+            log.log(saver.loudness, "waiting for the save of %s before leaving", saver.pending)
         try:
             saver.wait()
         except Exception as error:

@@ -31,6 +31,7 @@ from ucp.saving.writer import Share, write
 from ucp.storage import plain
 from ucp.storage.locations import is_remote
 from ucp.storage.safetensors import FilePlan
+from ucp.units import bytes_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class SaveReport:
     memory: int = 0
 
     def __str__(self) -> str:
-        return f"saved {self.path} ({self.nbytes / 1e9:.3f} GB) in {self.wall:.2f} s"
+        return f"saved {self.path} ({bytes_text(self.nbytes)}) in {self.wall:.2f} s"
 
 
 def save(

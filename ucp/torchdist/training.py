@@ -23,7 +23,7 @@ from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
 from ucp.loading.name_match import bare, match
-from ucp.loading.options import OWN_OPTIONS
+from ucp.loading.options import OWN_OPTIONS, stays_at
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
@@ -285,6 +285,7 @@ class TrainingTarget(StateDictTarget):
         words = StateDictWords(
             whole="the model",
             allow="allow_missing=[...] leaves what is missing as it is, allow_unused=[...] leaves out what is unused",
+            alone="leave optimizer= out to load the weights alone",
             apart="allow_unused=[...] with one of their names takes the other alone",
             prefixes=(f"{MODEL}.", f"{OPTIMIZER}.state."),
         )
@@ -376,7 +377,8 @@ def _check(where: str, state: TrainingState, live: _Live) -> Any:
                 f"has {sorted(current)}; it is another scheduler's, so pass lr_scheduler=None"
             )
     elif state.lr_scheduler is not None and ranks.rank() == 0:
-        log.warning("%s: the lr scheduler's state is not used: none was passed", where)
+        rates = stays_at(group.options or {} for group in state.param_groups if listed(live.optimizer))
+        log.warning("%s: the lr scheduler's state is not used: none was passed%s", where, rates)
     if dataloader is None:
         return None
     try:

@@ -32,6 +32,7 @@ from ucp.transfer.team import Team
 from ucp.transfer.team_write import Writing, noted_bytes, write_following, write_leading
 from ucp.transfer.upload import check_upload, discard, upload, upload_files
 from ucp.transfer.write import Progress
+from ucp.units import bytes_text
 from ucp.version import version
 
 log = logger(__name__)
@@ -199,7 +200,9 @@ def _write_whole(writing: Writing, destination: str, plan: WritePlan, team: Team
     """Process 0: write the destination together with the others, the small files last."""
     with growing(destination, writing.identity, replace=running.overwrite, resume=running.resume) as part:
         if there := noted_bytes(part):
-            log.warning("continuing in '%s': about %.2f of %.2f GB were written", part, there / 1e9, plan.nbytes / 1e9)
+            log.warning(
+                "continuing in '%s': about %s of %s were written", part, bytes_text(there), bytes_text(plan.nbytes)
+            )
         digests = write_leading(writing, part, team)
         finished = _finished(plan, writing, digests)
         for name, raw in finished.items():

@@ -56,6 +56,13 @@ class WritePlan:
     records: bool = False
 
     @property
+    def tensors(self) -> set[tuple[str, str]]:
+        """Name and state of each of the source's tensors that the destination has."""
+        if self.is_virtual:
+            return set(self.source.tensors)
+        return {(want.tensor.name, want.tensor.state) for file in self.files for want in file.wants}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of ``files``."""
         return sum(file.size for file in self.files)

@@ -16,7 +16,7 @@ from ucp.deepspeed.live.source import make_source, nbytes_to_save
 from ucp.deepspeed.live.stage0 import Stage0
 from ucp.deepspeed.live.stage3 import Stage3
 from ucp.deepspeed.live.stage12 import Stage12
-from ucp.deepspeed.live.state import check_state, restore_state
+from ucp.deepspeed.live.state import check_state, restore_state, warn_of_scheduler
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.loading.refusals import Words
@@ -29,6 +29,7 @@ WORDS = Words(
     "the engine",
     '"ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}',
     "not even load_module_strict=False resumes from that (load_module_only=True takes the weights that are)",
+    "load_optimizer_states=False loads the weights alone",
 )
 
 
@@ -164,6 +165,8 @@ class LiveEngine:
             restore_state(self.engine, loaded.training_state, self._load_lr_scheduler, loaded.sources)
         if self._optimizer is not None:
             self._optimizer.set_options(loaded.options)
+        if loaded.training_state is not None and self._load_lr_scheduler:
+            warn_of_scheduler(self.engine, loaded.training_state)
 
 
 def _adapter(engine: Any) -> Optimizer | None:

@@ -127,6 +127,7 @@ ENGINE = (
     "param_names",
     "random_ltd_enabled",
     "save_checkpoint",
+    "seq_data_parallel_group",
     "seq_dp_world_size",
     "sequence_parallel_size",
     "skipped_steps",

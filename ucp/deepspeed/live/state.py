@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live import generators, releases
 from ucp.errors import Mismatch
 from ucp.job import ranks
+from ucp.loading.options import stays_at
 from ucp.printable import logger
 
 log = logger(__name__)
@@ -39,8 +42,6 @@ def restore_state(engine: Any, state: TrainingState, load_lr_scheduler: bool, so
     groups = len(getattr(engine.optimizer, "param_groups", ()))
     if load_lr_scheduler and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(_scheduler_state(state, sources, groups))
-    elif load_lr_scheduler and state.lr_scheduler is not None:
-        warn("the checkpoint's lr scheduler state is not used: this engine has no lr scheduler")
     _restore_scaler(engine, state.loss_scaler)
     sampler = state.extra.get("data_sampler")
     if sampler is not None and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
@@ -76,11 +77,20 @@ def samples_seen(engine: Any) -> int:
     return int(engine.global_samples) // times_counted(engine)
 
 
+def data_world(engine: Any) -> int:
+    """How many ranks get different data."""
+    return int(engine.seq_dp_world_size // engine.sequence_parallel_size)
+
+
+def data_rank(engine: Any) -> int:
+    """This rank's number among those."""
+    return int(dist.get_rank(engine.seq_data_parallel_group) // engine.sequence_parallel_size)
+
+
 def samples_per_step(engine: Any) -> int:
     """How many samples all ranks consume in an optimizer step. Only the data-parallel ranks of the mesh count: ranks of
     tensor, pipeline and sequence parallelism see the same samples."""
-    data_ranks = engine.seq_dp_world_size // engine.sequence_parallel_size
-    return int(engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * data_ranks)
+    return int(engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * data_world(engine))
 
 
 def times_counted(engine: Any) -> int:
@@ -98,6 +108,15 @@ def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
         warn(
             f"random number generators stay as this program seeded them: {len(saved)} ranks saved theirs, and "
             f"{ranks.world_size()} resume"
+        )
+
+
+def warn_of_scheduler(engine: Any, state: TrainingState) -> None:
+    """Warn if the checkpoint has a scheduler's state and the engine no scheduler. Param groups are restored by now."""
+    if engine.lr_scheduler is None and state.lr_scheduler is not None:
+        warn(
+            "the checkpoint's lr scheduler state is not used: this engine has no lr scheduler"
+            + stays_at(getattr(engine.optimizer, "param_groups", ()))
         )
 
 

@@ -33,6 +33,7 @@ class DcpTarget(WriteTarget):
     """A checkpoint that torch's own DCP loads, under the names that its programs use."""
 
     name = NAME
+    also = ("distcp", "torch", "fsdp")
 
     def plan(self, catalog: Catalog, request: WriteRequest) -> WritePlan:
         from ucp.formats.dcp import writer

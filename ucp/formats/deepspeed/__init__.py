@@ -31,6 +31,7 @@ class DeepSpeedTarget(WriteTarget):
     """A native checkpoint for the ranks of one layout."""
 
     name = NAME
+    also = ("ds", "zero")
     takes_layout = True
     options = (
         Option(

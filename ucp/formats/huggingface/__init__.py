@@ -38,6 +38,7 @@ class HuggingFaceTarget(WriteTarget):
     """The weights alone, as a model folder."""
 
     name = NAME
+    also = ("hf", "transformers", "safetensors")
     options = (
         Option("dtype", TEXT, "element type of the weights: bf16, fp16, fp32", "T"),
         Option("max_shard_size", SIZE, "of a file of weights, such as 5GB", "SIZE"),

@@ -37,6 +37,7 @@ class UniversalTarget(WriteTarget):
     """Every tensor once and whole, or with ``virtual`` only a manifest."""
 
     name = NAME
+    also = ("ucp",)
     options = (
         Option(
             "virtual",

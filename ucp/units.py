@@ -1,0 +1,22 @@
+"""Sizes and counts in the words that people read: one unit for each size, wherever it is told."""
+
+from __future__ import annotations
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def bytes_text(count: float) -> str:
+    """``1.23 GB``: three digits, in powers of 1000, as disks and networks are sold."""
+    value, unit = float(count), _UNITS[0]
+    for unit in _UNITS:
+        if abs(value) < 999.5 or unit == _UNITS[-1]:
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 file``, ``2 files``; many: the plural, if it isn't ``one`` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
