@@ -38,6 +38,7 @@ READMES = (
     "ucp/formats/README.md",
     "ucp/formats/megatron/README.md",
     "ucp/formats/universal/README.md",
+    "ucp/megatron/README.md",
     "ucp/memory/README.md",
     "ucp/merging/README.md",
     "ucp/repair/README.md",

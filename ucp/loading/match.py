@@ -70,13 +70,15 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The two sides of a comparison, and its results so far. names: live name -> the checkpoint's."""
+    """The two sides of a comparison, and its results so far. names: live name -> the checkpoint's. asked: live name ->
+    the states and values that slots say they ask for, all slots of that name together."""
 
     catalog: Catalog
     target: Target
     wish: Wish
     names: dict[str, str]
     found: Findings
+    asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
     wants: dict[Entry, list[Want]] = field(default_factory=dict)
     scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
     found = Findings(target.words)
     asked = [*(m.name for s in target.slots for m in s.members), *target.elsewhere]
     asked += [name for group in target.groups for name in group.names]
-    sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found)
+    sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found, _asked(target))
     _without_other_padding(sides)
     for slot in target.slots:
         if slot.asked is None or PARAM in slot.asked.states:
@@ -126,6 +128,15 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
         tuple(found.tied),
         named,
     )
+
+
+def _asked(target: Target) -> dict[str, frozenset[str]]:
+    out: dict[str, frozenset[str]] = {}
+    for slot in target.slots:
+        if slot.asked is not None:
+            for member in slot.members:
+                out[member.name] = out.get(member.name, frozenset()).union(slot.asked.states, slot.asked.values)
+    return out
 
 
 def _without_other_padding(sides: _Sides) -> None:
@@ -200,7 +211,7 @@ def _states(sides: _Sides, slot: Slot) -> None:
     for member, _ in members:
         for state in sorted(expects - kept[member.name]):
             _lack(sides, slot, member, state)
-        for state in sorted(kept[member.name] - expects):
+        for state in sorted(kept[member.name] - expects - sides.asked.get(member.name, frozenset())):
             may = sides.wish.partial or sides.may_leave(member.name, state)
             sides.found.leaves(Item(slot.kind, member.name, member.shape, state), may)
         _unasked_values(sides, slot, member)
@@ -218,8 +229,8 @@ def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
     mean nothing to a torch optimizer, so for them there is only a note."""
     if slot.asked is None or sides.wish.partial:
         return
-    for value in sorted(set(sides.catalog.parameters[sides.names[member.name]].scalars) - set(slot.asked.values)):
-        if value in slot.asked.states or sides.may_leave(member.name, value):
+    for value in sorted(set(sides.catalog.parameters[sides.names[member.name]].scalars) - sides.asked[member.name]):
+        if sides.may_leave(member.name, value):
             continue
         if sides.catalog.training_state.config:
             note = f"the optimizer here has no single value '{value}' of a parameter, so the checkpoint's stay unused"

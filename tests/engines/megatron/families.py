@@ -54,6 +54,12 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(3))
 
 
+def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids and the labels of a step, the same on every rank."""
+    ids = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(100 + number))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
 def transformers_model(name: str) -> Any:
     """A model of transformers with seeded weights, every one of them random."""
     import transformers

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+import ucp.megatron
 from tests.engines.megatron import families, run
 from tests.engines.megatron.cases import Case
 
 
 def save(job: dict[str, Any]) -> None:
-    """Two steps from values by hash, and a save; ``also``: another save, with another content."""
+    """Two steps from values by hash, and a save; ``also``: another save, with another content; ``ranks``: one in
+    the older layout; ``ours``: one of ours."""
     made = run.made(Case(**job["case"]))
     made.fill()
     for number in range(run.STEPS):
@@ -20,6 +22,10 @@ def save(job: dict[str, Any]) -> None:
     made.save(job["save"])
     for folder, content in job.get("also", {}).items():
         made.save(folder, **content)
+    if "ranks" in job:
+        made.save_rank_folders(job["ranks"])
+    if "ours" in job:
+        ucp.megatron.save_checkpoint(made.state(), job["ours"])
 
 
 def truths(job: dict[str, Any]) -> None:
@@ -36,6 +42,37 @@ def load(job: dict[str, Any]) -> None:
     found = made.load(job["load"], **job.get("content", {}))
     assert found["iteration"] == run.STEPS
     made.save(job["save"])
+
+
+def resume(job: dict[str, Any]) -> None:
+    """A run is filled by `ucp.megatron.load_checkpoint`, and saved by Megatron (``save``) and by us (``ours``)."""
+    made = run.made(Case(**job["case"]))
+    made.step(9)
+    found, report = ucp.megatron.load_checkpoint(made.state(loading=True), job["load"], **job.get("opening", {}))
+    assert found["iteration"] == run.STEPS
+    assert report.proof is None or report.proof.complete
+    made.model.load_state_dict(found["model"], strict=True)
+    made.optimizer.load_state_dict(found["optimizer"])
+    made.save(job["save"])
+
+
+def train(job: dict[str, Any]) -> None:
+    """A family's model trains: from a checkpoint (``load``) or from values of its own, ``steps`` from number ``first``
+    on; ``saved`` after the first two of them; ``losses``: the file of its losses."""
+    case = Case(**job["case"])
+    made = families.megatron_model(job["family"], lambda config, **options: run.trained_model(case, config, **options))
+    losses = []
+    if "load" in job:
+        made.train_step(*families.batch(9))  # without Transformer Engine, Megatron's optimizer has no state before it
+        found, _ = ucp.megatron.load_checkpoint(made.state(loading=True), job["load"], **job["opening"])
+        made.model.load_state_dict(found["model"], strict=True)
+        made.optimizer.load_state_dict(found["optimizer"])
+    for number in range(job["steps"]):
+        if number == 2 and "saved" in job:
+            ucp.megatron.save_checkpoint(made.state(), job["saved"])
+        losses.append(made.train_step(*families.batch(job["first"] + number)))
+    if torch.distributed.get_rank() == 0:
+        torch.save(losses, job["losses"])
 
 
 def logits(job: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,48 @@ class Run:
                 file.write(str(STEPS))
         dist.barrier()
 
+    def save_rank_folders(self, folder: str) -> None:
+        """As Megatron's training program saves without dist_checkpointing (megatron/training/checkpointing.py)."""
+        tp, pp, ep = (
+            ps.get_tensor_model_parallel_rank(),
+            ps.get_pipeline_model_parallel_rank(),
+            ps.get_expert_model_parallel_rank(),
+        )
+        name = (
+            f"mp_rank_{tp:02d}"
+            + (f"_{pp:03d}" if self.case.pp > 1 else "")
+            + (f"_{ep:03d}" if self.case.ep > 1 else "")
+        )
+        path = os.path.join(folder, f"iter_{STEPS:07d}", name)
+        first = ps.get_expert_data_parallel_rank() == 0
+        if first:
+            os.makedirs(path, exist_ok=True)
+        dist.barrier()
+        if self.case.sharding is not None:
+            self.optimizer.save_parameter_state(os.path.join(path, "distrib_optim.pt"))
+        if first:
+            args = {
+                "tensor_model_parallel_size": self.case.tp,
+                "pipeline_model_parallel_size": self.case.pp,
+                "expert_model_parallel_size": self.case.ep,
+                "world_size": self.case.world,
+                "num_experts": cases.EXPERTS if self.case.kind == "moe" else None,
+                "untie_embeddings_and_output_weights": True,
+            }
+            state = {
+                "args": argparse.Namespace(**args),
+                "checkpoint_version": 3.0,
+                "iteration": STEPS,
+                "model": self.model.state_dict_for_save_checkpoint(),
+                "optimizer": self.optimizer.state_dict(),
+                "opt_param_scheduler": {"max_lr": 1e-3, "lr_warmup_steps": 2, "num_steps": 16},
+            }
+            torch.save(state, os.path.join(path, "model_optim_rng.pt"))
+        if dist.get_rank() == 0:
+            with open(os.path.join(folder, "latest_checkpointed_iteration.txt"), "w") as file:
+                file.write(str(STEPS))
+        dist.barrier()
+
     def load(self, folder: str, **content: Any) -> dict[str, Any]:
         """As Megatron's training program loads: everything strictly, into the model and the optimizer."""
         found = dist_checkpointing.load(self.state(loading=True, **content), folder, strict="raise_all")
@@ -91,6 +134,21 @@ class Run:
             for part, _ in self.local():
                 part.data.copy_(_hashed("weight", part))
         self.optimizer.reload_model_params()
+
+    def train_step(self, ids: torch.Tensor, labels: torch.Tensor) -> float:
+        """A step on a batch; its loss."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        length = ids.shape[1]
+        mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
+        loss = (
+            self.wrapped(ids, torch.arange(length)[None].expand(len(ids), length), mask, labels=labels).float().mean()
+        )
+        loss.backward()
+        self.wrapped.finish_grad_sync()
+        ok, *_ = self.optimizer.step()
+        assert ok
+        return loss.item()
 
     def step(self, number: int) -> None:
         """A step of the optimizer with gradients by hash."""
@@ -188,6 +246,11 @@ def made(case: Case) -> Run:
         share_embeddings_and_output_weights=False,
         position_embedding_type="learned_absolute" if case.kind == "gpt" else "rope",
     )
+    return with_optimizer(case, config, model)
+
+
+def with_optimizer(case: Case, config: TransformerConfig, model: Any) -> Run:
+    """The run of a model: Megatron's wrapper for data parallelism, and its optimizer."""
     module = Float16Module(config, model) if case.bf16 else model
     distributed = case.sharding is not None
     wrapped = DistributedDataParallel(
@@ -201,14 +264,25 @@ def made(case: Case) -> Run:
             params_dtype=config.params_dtype,
             use_distributed_optimizer=distributed,
             clip_grad=0.0,
+            weight_decay=0.0,
         ),
         [wrapped],
     )
     return Run(case, model, wrapped, optimizer)
 
 
+def trained_model(case: Case, config: dict[str, Any], position_embedding_type: str, share_embeddings: bool) -> Run:
+    """A run of a model that transformers has, too. config: of TransformerConfig."""
+    ps.initialize_model_parallel(case.tp, case.pp, create_gloo_process_groups=True)
+    model_parallel_cuda_manual_seed(1)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    cut = {"tensor_model_parallel_size": case.tp, "bf16": case.bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
+    model = inference_model({**config, **cut}, position_embedding_type, share_embeddings)
+    return with_optimizer(case, model.config, model.train())
+
+
 def inference_model(config: dict[str, Any], position_embedding_type: str, share_embeddings: bool) -> GPTModel:
-    """A model in full precision on one rank, for its logits alone. config: of TransformerConfig."""
+    """A model for its logits. config: of TransformerConfig; by itself one on one rank in full precision."""
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(create_gloo_process_groups=True)
         model_parallel_cuda_manual_seed(1)

@@ -11,8 +11,8 @@ import torch
 import ucp
 from tests.engines.megatron.cases import Case
 from tests.engines.megatron.launch import by_name, launch
+from tests.engines.megatron.written import WRITTEN
 from tests.engines.truth import same
-from tests.formats.megatron.conftest import WRITTEN
 
 pytestmark = pytest.mark.slow
 
