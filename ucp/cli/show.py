@@ -110,6 +110,7 @@ def _overview(out: Output, found: Summary) -> None:
             ("format", f"{found.format}, written by {found.writer}"),
             *([("approximate", approximate_text(found.approximate))] if found.approximate else []),
             ("layout", str(Layout(**found.layout))),
+            *found.facts.items(),
             ("step", "unknown" if found.step is None else str(found.step)),
             ("parameters", f"{kinds}, {display.count_text(found.elements)} elements"),
             ("states", states),

@@ -165,7 +165,18 @@ class Format(ABC):
         return None
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
-        """Who wrote the files of these names, such as "rank 3". Names that are not of this format are left out."""
+        """Who wrote the files of these names, such as "rank 3". Names that are not of this format are left out. Where
+        files in several folders are called alike, they have their folder's name, too ("mp_rank_00/x.pt")."""
+        return {}
+
+    def facts(self, catalog: Catalog) -> Mapping[str, str]:
+        """What else people who use this format want to see of a checkpoint of it: titles -> texts."""
+        return {}
+
+    def file_hashes(self, path: Path) -> Mapping[str, str]:
+        """The SHA-256 in hexadecimal of each file in the folder of which the checkpoint has recorded it, by name.
+
+        Raises DamagedCheckpoint and Unsupported where what is recorded can't be used."""
         return {}
 
     def knows(self, name: str) -> bool:

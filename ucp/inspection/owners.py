@@ -1,12 +1,14 @@
 """Which rank wrote a file, by its name: every format that ranks write in parallel numbers its files.
 
-A file with any other name counts as an owner of its own, with that name.
+A file with any other name counts as an owner of its own, with that name. Files of one name in several folders have
+their folder's before it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +31,16 @@ class FileOwners:
 
 def file_owners(catalog: Catalog) -> FileOwners:
     """Who wrote the catalog's files. All formats are asked: a virtual checkpoint has the files of another format."""
-    names = [os.path.basename(file.path) for file in catalog.files]
+    bases = [os.path.basename(file.path) for file in catalog.files]
+    several = Counter(bases)
+    names = [
+        "/".join(f.path.split("/")[-2:]) if several[base] > 1 else base
+        for f, base in zip(catalog.files, bases, strict=True)
+    ]
     known: dict[str, str] = {}
     for one in formats.those_of(catalog.format):
-        known = {**one.file_owners(names), **known}
-    found = [known.get(name, name) for name in names]
+        known = {**one.file_owners([*bases, *names]), **known}
+    found = [known.get(name) or known.get(base, name) for name, base in zip(names, bases, strict=True)]
     order = sorted(set(found), key=_natural)
     position = {name: k for k, name in enumerate(order)}
     return FileOwners(tuple(order), np.array([position[name] for name in found], np.int64))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import formats
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.checkpoint import Checkpoint
 from ucp.errors import BadArgument
@@ -73,7 +74,7 @@ class Summary:
 
     elements: of all parameters' weights, buffers included. bytes: of all logical tensors; file_bytes: of the files.
     states: state -> tensors, bytes, dtypes. training: what the training state has, in short.
-    approximate: parameters that a repair has filled in -> how.
+    facts: what else the format tells, titles -> texts. approximate: parameters that a repair has filled in -> how.
     """
 
     path: str
@@ -91,6 +92,7 @@ class Summary:
     files: tuple[FileSummary, ...]
     holders: tuple[HolderSummary, ...]
     training: Mapping[str, Any]
+    facts: Mapping[str, str] = field(default_factory=dict)
     approximate: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
             for k, name in enumerate(who.names)
         ),
         training=_training(catalog),
+        facts={} if (known := formats.named(catalog.format)) is None else known.facts(catalog),
         approximate=catalog.approximate,
     )
 

@@ -23,7 +23,7 @@ from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import Salvage
 from ucp.geometry import box
-from ucp.inspection import stream
+from ucp.inspection import hashes, stream
 from ucp.inspection.bits import Advance, checked_files, damaged_chunks, damaged_entries, torch_files
 from ucp.inspection.coverage import faults
 from ucp.inspection.digests import contradictions, digests_of
@@ -161,6 +161,7 @@ def _unopened(where: Path, known: Format, error: UcpError, quick: bool) -> Verdi
         _note_salvage(salvage, notes)
     elif not quick:
         _look_into_archives(where, notes)
+        _note_hashes(where, _hashes(known, where, notes), notes, lambda _: None)
     if not any(finding.kind != "digest" for finding in notes.found):
         notes.add("digest" if isinstance(error, DigestMismatch) else "unreadable", str(where), str(error))
     if (text := _repair(where)) is not None:
@@ -223,11 +224,19 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         notes.add("unchecked", "", "bytes were not read (quick)", fault=False)
         return
     zips, unchecked = checked_files(opened.path, catalog)
+    hashed = _hashes(formats.named(opened.format), opened.path, notes)
+    unchecked = [path for path in unchecked if os.path.basename(path) not in hashed]
     floating = [t for t in tensors if "float" in t.dtype] if finite else []
     with Files() as files:
         digested = sum(table.size for table in catalog.chunk_digests.values())
         in_zips = sum(files.size(path) for path in zips)
-        work = digested + in_zips + 2 * stream.total(catalog.copies) + stream.total(floating)
+        work = (
+            hashes.total(opened.path, hashed)
+            + digested
+            + in_zips
+            + 2 * stream.total(catalog.copies)
+            + stream.total(floating)
+        )
         done = 0
 
         def advance(count: int) -> None:
@@ -242,6 +251,7 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
                 file = catalog.files[index].path
                 notes.add("digest", file, f"bytes {start} to {stop} differ from their digest; they hold {held}")
         _note_entries(zips, files, advance, notes)
+    _note_hashes(opened.path, hashed, notes, advance)
     notes.checked.update(digested=digested, digested_by_zip=in_zips)
     if unchecked:
         names = ", ".join(map(os.path.basename, unchecked[:3])) + (", …" if len(unchecked) > 3 else "")
@@ -250,6 +260,21 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
     _copies(opened, notes, advance)
     if finite:
         _finite(opened, floating, notes, advance)
+
+
+def _hashes(known: Format | None, where: Path, notes: _Notes) -> Mapping[str, str]:
+    """The SHA-256s that the checkpoint has recorded of its files, by name."""
+    try:
+        return {} if known is None else known.file_hashes(where)
+    except UcpError as error:
+        notes.add("file", str(where), str(error))
+        return {}
+
+
+def _note_hashes(where: Path, recorded: Mapping[str, str], notes: _Notes, advance: Advance) -> None:
+    with closing(hashes.differing(where, recorded, advance)) as found:
+        for path, text in found:
+            notes.add("digest", path, text)
 
 
 def _against(opened: Checkpoint, wanted: str, quick: bool, notes: _Notes, progress: Progress | None) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ucp
 from ucp.catalog import LogicalTensor
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint
 from ucp.formats.megatron import keys
 from ucp.formats.megatron.read import flattened, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
@@ -135,10 +134,3 @@ def test_stages_are_those_of_the_ranks_that_wrote(ranks: tuple[int, ...], pp: in
     found = layout.of(Path("x"), {}, {}, stored, paths).layout
     assert (found.pp, found.tp) == (pp, 1)
     assert found.dp == dp
-
-
-def test_the_older_layout_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "iter_0000010" / "mp_rank_00_001").mkdir(parents=True)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10\n")
-    with pytest.raises(Unsupported, match=r"older layout.*torch_dist"):
-        ucp.open(tmp_path)

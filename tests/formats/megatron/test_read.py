@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,8 +17,8 @@ import torch
 
 import ucp
 from tests.engines.megatron import cases
+from tests.engines.megatron.written import WRITTEN
 from tests.engines.truth import same
-from tests.formats.megatron.conftest import WRITTEN
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.inspection.verify import verify
 
@@ -102,6 +104,31 @@ def test_the_training_state(written: Path) -> None:
 def test_verify(written: Path) -> None:
     found = verify(written / "llama tp2 pp2")
     assert [finding for finding in found.findings if finding.fault] == []
+
+
+def test_recorded_hashes_are_compared(written: Path, tmp_path: Path) -> None:
+    """As newer releases of Megatron-Core write integrity.json."""
+    path = tmp_path / "iter_0000002"
+    shutil.copytree(written / "llama" / "iter_0000002", path)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+    (path / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
+    assert [finding for finding in verify(path).findings if finding.fault] == []
+    data = path / "__0_0.distcp"
+    raw = bytearray(data.read_bytes())
+    raw[100] ^= 1  # in a record's zip header, which nothing else looks at
+    data.write_bytes(raw)
+    assert [(f.kind, Path(f.subject).name) for f in verify(path).findings if f.fault] == [("digest", "__0_0.distcp")]
+    files["gone.distcp"] = "0" * 64
+    (path / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
+    assert "gone.distcp" in {Path(f.subject).name for f in verify(path).findings if f.fault}
+    for bad, said in (
+        ({"algorithm": "md5", "files": {}}, "SHA-256 is what can be checked"),
+        ({"files": {"../x": "0" * 64}}, "cannot be a file's name"),
+        ({"files": {"a": "xyz"}}, "is no SHA-256"),
+        ([], r"integrity\.json"),
+    ):
+        (path / "integrity.json").write_text(json.dumps(bad))
+        assert any(re.search(said, f.text) for f in verify(path).findings if f.fault), said
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

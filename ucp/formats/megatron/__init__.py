@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ucp.errors import Unsupported
 from ucp.formats.base import FLAG, TEXT, Format, Option, WriteTarget
 from ucp.formats.shared.options import TRUST_CLIENT_STATE
 
@@ -29,7 +28,7 @@ CONFIG, COMMON, INTEGRITY = "metadata.json", "common.pt", "integrity.json"
 _PARTS = (".metadata", CONFIG, COMMON)
 
 _DATA = re.compile(r"__(\d+)_\d+\.distcp")
-_RANK_FOLDER = re.compile(r"mp_rank_\d{2}(_\d{3}){0,2}")
+_RANK_FOLDER = re.compile(r"mp_rank_\d{2,4}(_\d{3,5}){0,2}")
 _ITERATION = re.compile(r"iter_(\d{7,17})")
 
 
@@ -81,10 +80,9 @@ class Megatron(Format):
         from ucp.storage import locations
 
         if any(map(_RANK_FOLDER.fullmatch, locations.names(path))) and not locations.is_file(path / CONFIG):
-            raise Unsupported(
-                f"{path}: is in Megatron's older layout, with a folder for each model-parallel rank ('mp_rank_…'), "
-                "which is not read; load it with Megatron and save it with --ckpt-format torch_dist"
-            )
+            from ucp.formats.megatron.read import rank_folders
+
+            return rank_folders.read(path, files, **request.options)
         return torch_dist.read(path, files, request.choice, **request.options)
 
     def step(self, path: Path) -> int | None:
@@ -95,10 +93,22 @@ class Megatron(Format):
         return path.name if _ITERATION.fullmatch(path.name) or path.name == "release" else None
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
-        return {name: f"rank {int(found[1])}" for name in names if (found := _DATA.fullmatch(name))}
+        ranks = {name: f"rank {int(found[1])}" for name in names if (found := _DATA.fullmatch(name))}
+        parts = [(name, *name.partition("/")[::2]) for name in names]
+        return {**ranks, **{name: folder for name, folder, file in parts if file and _RANK_FOLDER.fullmatch(folder)}}
+
+    def facts(self, catalog: Catalog) -> Mapping[str, str]:
+        from ucp.formats.megatron.read import about
+
+        return about.facts(catalog)
+
+    def file_hashes(self, path: Path) -> Mapping[str, str]:
+        from ucp.formats.megatron.read import integrity
+
+        return integrity.recorded(path)
 
     def knows(self, name: str) -> bool:
-        return name in (*_PARTS, INTEGRITY) or _DATA.fullmatch(name) is not None
+        return name in (*_PARTS, INTEGRITY) or any(p.fullmatch(name) is not None for p in (_DATA, _RANK_FOLDER))
 
 
 FORMAT = Megatron()

@@ -19,6 +19,8 @@ from ucp.storage.torch_pt.values import Standin, TensorRef
 
 EXTRA = "megatron"
 """Under this name everything else of a Megatron run lies in the training state's extra entries."""
+RUN = "run"
+"""Under this name, what the folder tells of the run besides its layout: cp, vp, optimizer_sharding."""
 _OUTER = ("embedding.word_embeddings.", "output_layer.")
 # What is told apart by its own field of a training state, or by the groups.
 _TAKEN = ("iteration", "opt_param_scheduler", "optimizer")

@@ -197,10 +197,10 @@ def _catalog(
     for sentence in unchecked:
         log.warning("%s: %s", folder, sentence)
     beside = {key: value for key, value in found.objects.items() if ".distributed.dp_group_idx_" not in key}
-    shown = [f"{key} {value}" for key, value in where.others.items()]
+    said[common.RUN] = dict(where.others)
     catalog = Catalog(
         format=NAME,
-        writer=f"megatron-core ({', '.join(shown)})" if shown else "megatron-core",
+        writer="megatron-core",
         layout=where.layout,
         files=tuple(builder.sources),
         parameters=builder.parameters,

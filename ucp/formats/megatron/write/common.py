@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import Catalog, ParamGroup, TrainingState
-from ucp.formats.megatron.read.common import EXTRA, UnnamedGroup
+from ucp.formats.megatron.read.common import EXTRA, RUN, UnnamedGroup
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 
@@ -32,7 +32,7 @@ def state(catalog: Catalog, layout: Layout, *, stacked: bool, kind: str, ndims: 
     parameters, by their names."""
     training = catalog.training_state
     kept = dict(training.extra.get(EXTRA, {}))
-    for key in ("objects", "weights", "param_groups"):
+    for key in ("objects", "weights", "param_groups", RUN):
         kept.pop(key, None)  # what reading has put there
     content = {
         k: v for k, v in dict(kept.pop("content_metadata", None) or {}).items() if k != "distrib_optim_sharding_type"
