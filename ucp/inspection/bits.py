@@ -59,7 +59,7 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
     state.
     """
     digested = {_identity(catalog.files[index].path) for index in catalog.chunk_digests}
-    found = {_identity(path): path for path in (*torch_files(folder), *(file.path for file in catalog.files))}
+    found = {_identity(path): path for path in (*torch_files(folder), *(file.path for file in catalog.on_disk))}
     zips: list[str] = []
     others: list[str] = []
     for identity, path in sorted(found.items()):

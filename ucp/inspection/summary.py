@@ -129,7 +129,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         step=catalog.training_state.global_steps,
         elements=sum(info.elements for info in parameters),
         bytes=sum(tensor.nbytes for tensor in catalog.tensors.values()),
-        file_bytes=sum(file.size for file in catalog.files),
+        file_bytes=sum(file.size for file in catalog.on_disk),
         fragments=sum(len(tensor.blocks) for tensor in catalog.tensors.values()),
         states=states,
         kinds=kinds,

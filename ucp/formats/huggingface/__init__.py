@@ -55,12 +55,14 @@ class HuggingFaceTarget(WriteTarget):
         from ucp.transfer.targets import WritePlan
 
         options = request.options
+        like = _model_folder(request)
         source, files = writer.plan(
             catalog,
             dtype=options.get("dtype"),
             max_shard=options.get("max_shard_size", limits.SHARD_FILE_BYTES),
-            like=_model_folder(request),
+            like=like,
             choice=request.choice,
+            plain=like == request.source and request.source_format == NAME,
         )
         return WritePlan(source, tuple(files))
 

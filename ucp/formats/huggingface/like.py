@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ucp import limits
 from ucp.errors import BadArgument, Unsupported
+from ucp.formats.huggingface.quantized import METHODS
 from ucp.storage import configs, locations
 from ucp.transfer.targets import TargetFile
 
@@ -22,11 +23,17 @@ _LEFT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_r
 _WIDTHS = (("bfloat16", "float16"), ("float32",), ("float64",))
 
 
-def config_of(like: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises BadArgument if there is none, Unsupported for that of a quantized model."""
+def config_of(like: Path, plain: bool = False) -> dict[str, Any]:
+    """The folder's config.json. plain: without what it says of quantised weights, which were read as plain ones.
+
+    Raises BadArgument if there is none, Unsupported for that of a quantized model.
+    """
     path = like / configs.MODEL
-    found = configs.read(path, BadArgument)
-    if found.get("quantization_config") is not None:
+    found = dict(configs.read(path, BadArgument))
+    said = found.get("quantization_config")
+    if plain and isinstance(said, Mapping) and said.get("quant_method") in METHODS:
+        del found["quantization_config"]
+    elif said is not None:
         raise Unsupported(
             f"{path}: is of a quantized model ('quantization_config'); the weights to write are plain ones"
         )
@@ -64,11 +71,18 @@ def literal(name: str, raw: bytes) -> TargetFile:
 def _with_dtype(path: Path, config: dict[str, Any], dtypes: Collection[str]) -> bytes:
     """The config's bytes, with the element type that loses nothing of the weights: transformers loads them in that."""
     widest = [group for group in _WIDTHS if any(name in dtypes for name in group)]
-    if not widest:
+    same = configs.read(path) == config
+    if not widest and same:
         return locations.read(path)
+    if not widest:
+        return _written(config)
     last = [name for name in widest[-1] if name in dtypes]
     dtype = last[0] if len(last) == 1 else "float32"
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if config.get(key) == dtype:
+    if same and config.get(key) == dtype:
         return locations.read(path)
-    return json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
+    return _written({**config, key: dtype})
+
+
+def _written(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"

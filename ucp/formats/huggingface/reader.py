@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog, TrainingState
-from ucp.formats.huggingface import NAME
+from ucp.formats.huggingface import NAME, quantized
 from ucp.formats.huggingface.folder import weights
 from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
 from ucp.formats.shared.builder import Builder
@@ -31,8 +31,13 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
     path = locations.locate(path)
     config = configs.of_model(path)
     builder = builder or Builder(files)
-    for name, ref in weights(path).items():
-        builder.add(name, "frozen", [builder.whole(name, "param", ref)])
+    refs = weights(path)
+    packed = quantized.find(path, refs, config)
+    codes = quantized.left_out(packed, refs)
+    for name, ref in refs.items():
+        if name not in packed and name not in codes:
+            builder.add(name, "frozen", [builder.whole(name, "param", ref)])
+    computed = quantized.add(packed, config, builder) if packed else {}
     catalog = Catalog(
         format=NAME,
         writer=_writer(config),
@@ -42,6 +47,7 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
         tensors=builder.tensors,
         training_state=TrainingState(),
         crc_records=in_order(builder.records),
+        computed=computed,
     )
     bound = (choice or Choice()).bound(config)
     if bound is not None:

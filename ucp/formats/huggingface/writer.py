@@ -38,6 +38,7 @@ def plan(
     max_shard: int = limits.SHARD_FILE_BYTES,
     like: Path | None = None,
     choice: Choice | None = None,
+    plain: bool = False,
 ) -> tuple[Catalog, list[TargetFile]]:
     """The catalog that the files are written from, and the files.
 
@@ -48,6 +49,7 @@ def plan(
     no config.json, only the checkpoint's adapter is written.
     choice: the spec, if not the catalogue's for the config's model_type. Parameters that have another framework's names
     by it get its own names.
+    plain: the weights are those of ``like`` itself, read as plain numbers if they are quantised there.
 
     Raises BadArgument for a type or folder that is none, Unsupported for what such a folder can't hold, Mismatch where
     values would be lost or the config is another model's, and what renaming raises.
@@ -64,7 +66,7 @@ def plan(
         return catalog, [*_files(catalog, target, sys.maxsize, "adapter_model"), *adapter.carried(like)]
     adapter.refuse(catalog)
     catalog = _all_frozen(catalog)
-    config = None if like is None else config_of(like)
+    config = None if like is None else config_of(like, plain)
     bound = _bound(choice or Choice(), config)
     if bound is not None:
         # A pipeline's names, say, or those that the files have and transformers 4's modules too.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ucp
 from ucp.errors import DamagedCheckpoint, Mismatch, SpecError, Unsupported
 from ucp.formats.deepspeed.read.scaled import POWERS
+from ucp.inspection.verify import verify
 
 D, H, OUT = 6, 8, 5
 NAMES = ("fc1.weight", "fc2.weight", "fc2.bias")
@@ -184,6 +185,7 @@ def test_scaled_tensors_are_converted_and_verified_like_others(tmp_path: Path) -
             for state in info.states:
                 assert torch.equal(source.read(name, state), copy.read(name, state))
         assert torch.equal(copy.read("fc2.bias", region=(slice(1, 3),)), source.read("fc2.bias")[1:3])
+    assert verify(folder).whole
 
 
 @pytest.mark.parametrize("which", ["weight", "exp_avg"])
