@@ -54,7 +54,8 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
         vocab_size=32000,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config)
+    with torch.device(args.device):
+        return LlamaForCausalLM(config)
 
 
 def one_step(model: Any, backward: Callable[[Any], None], step: Callable[[], Any]) -> None:
