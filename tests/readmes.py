@@ -32,6 +32,7 @@ READMES = (
     "scripts/README.md",
     "tests/README.md",
     "ucp/README.md",
+    "ucp/changes/README.md",
     "ucp/cli/README.md",
     "ucp/deepspeed/README.md",
     "ucp/elastic/README.md",

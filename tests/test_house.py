@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     8: ("ucp", "ucp.cli", "ucp.dcp"),
     7: ("ucp.deepspeed", "ucp.torchdist", "ucp.megatron", "ucp.memory", "ucp.elastic"),
-    6: ("ucp.loading", "ucp.saving", "ucp.conversion", "ucp.merging", "ucp.repair", "ucp.inspection"),
+    6: ("ucp.loading", "ucp.saving", "ucp.changes", "ucp.conversion", "ucp.merging", "ucp.repair", "ucp.inspection"),
     5: ("ucp.checkpoint", "ucp.job", "ucp.run_folder", "ucp.settings"),
     4: ("ucp.formats", "ucp.transfer"),
     3: ("ucp.catalog", "ucp.spec", "ucp.specs"),

@@ -72,6 +72,7 @@ def test_every_test_that_is_named_exists() -> None:
         assert known, name
 
 
+CHANGES = "ucp/changes/README.md"  # its file is used by its command
 PLAIN = [r for r in readmes.READMES if any(f.language in ("bash", "python") and not f.kind for f in fences(r))]
 
 
@@ -81,6 +82,8 @@ def test_commands_and_snippets(readme: str, tmp_path: Path) -> None:
     ran = [f for f in fences(readme) if f.language in ("bash", "python") and not f.kind]
     if readme == "ucp/cli/README.md":  # what the first README's `ucp convert runs/llama universal` leaves
         readmes.run(Fence(readme, "bash", "", "ucp convert runs/llama universal"), tmp_path, names)
+    if readme == CHANGES:
+        (tmp_path / "changes.yaml").write_text(next(f.text for f in fences(readme) if f.language == "yaml"))
     for fence in ran:
         readmes.run(fence, tmp_path, names)
 
@@ -93,7 +96,9 @@ def test_configs_are_read(fence: Fence) -> None:
     assert config.parse(json.loads(fence.text)).enabled
 
 
-@pytest.mark.parametrize("fence", of_kind("yaml", ""), ids=lambda f: f.where)
+@pytest.mark.parametrize(
+    "fence", of_kind("yaml", "", [r for r in readmes.READMES if r != CHANGES]), ids=lambda f: f.where
+)
 def test_merge_files_are_read(fence: Fence, tmp_path: Path) -> None:
     readmes.make_runs(tmp_path)
     (tmp_path / "merge.yaml").write_text(fence.text)

@@ -185,6 +185,15 @@ class InMemory:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """A `ByteSource` of zeros."""
+
+    def read_into(self, offset: int, parts: Sequence[NDArray[np.uint8]]) -> None:
+        for part in parts:
+            part[:] = 0
+
+
+@dataclass(frozen=True)
 class Catalog:
     """All logical tensors of a checkpoint, with the files that their fragments lie in.
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from ucp import checkpoint, formats
+from ucp.catalog import Catalog
 from ucp.errors import BadArgument
 from ucp.formats import beside
+from ucp.formats.base import WriteTarget
 from ucp.formats.nouns import WriteRequest
 from ucp.formats.signature import defaults_of, showing
 from ucp.parallel.mesh import Layout, parse_layout
@@ -66,6 +68,8 @@ class ConversionReport:
         The time from opening the source to the end.
     dry_run
         Whether nothing was written.
+    changes
+        What was changed on purpose, as declared, a line each.
     """
 
     source: str
@@ -85,6 +89,7 @@ class ConversionReport:
     unverified_bytes: int
     seconds: float
     dry_run: bool
+    changes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         target = self.to + (" (virtual)" if self.virtual else "")
@@ -97,6 +102,8 @@ class ConversionReport:
             if self.unverified_bytes:
                 checked += f", with nothing to verify {bytes_text(self.unverified_bytes)} by"
             checked += ")"
+        if self.changes:
+            checked += f" (changed as declared: {'; '.join(self.changes)})"
         return (
             f"{did} {self.destination}: {counted(self.tensors, 'tensor')} of {counted(self.parameters, 'parameter')}, "
             f"{counted(self.files, 'file')}, {bytes_text(self.bytes_written)}{checked}, "
@@ -120,6 +127,7 @@ def convert(
     layout: str | Layout | None = None,
     spec: str | os.PathLike[str] | None = None,
     *,
+    changes: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> ConversionReport:
@@ -133,6 +141,7 @@ def convert(
     to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp', 'huggingface' (weights alone, as a model folder), or
         the name of a format that an installed package adds.
     layout: for 'deepspeed', which needs it: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
+    changes: what of the model to change on the way, as a mapping or a file (`ucp.spec.changes`).
     options: any of the settings as a mapping.
     settings: for reading the source, the run and the target.
         - as for `ucp.open`: tag, model_config, sizes, trust_client_state, trust_paths, param_names, allow_approximate.
@@ -143,9 +152,8 @@ def convert(
           default is the one that the source has recorded.
         - dtype ('huggingface'): of floating-point weights, such as 'bf16'. The default is the source's most precise.
         - max_shard_size ('huggingface'): the bytes of a file before another is begun (5 GB).
-        - like ('huggingface'): a model folder whose config, tokenizer and generation files are carried over. One with
-          an adapter_config.json and no config.json makes it a PEFT adapter folder. The default is the source, if it is
-          a model's folder.
+        - like ('huggingface'): a model folder whose config, tokenizer and generation files are carried over (the
+          default: the source, if it is one). With an adapter_config.json and no config.json: a PEFT adapter's folder.
 
     Raises
     ------
@@ -160,19 +168,38 @@ def convert(
     budget(running.workers, running.max_memory)
     destination = str(locate(dest))
     with checkpoint.open(source, spec, **opening) as opened:
-        if names := beside.around(opened.path):
-            log.warning("%s: %s", opened.path, beside.sentence(names, "beside it"))
+        catalog, lines = _changed(opened.catalog, changes, opening.get("model_config"))
         choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
         request = WriteRequest(
             opened.path, opened.format, destination, _tag(opened), layout, choice, own, running.workers
         )
-        plan = target.plan(opened.catalog, request)
-        if running.overwrite and not is_remote(destination):
-            check_replaced(Path(destination), plan.source)
-        check_files(plan.files)
+        plan = _planned(target, catalog, request, running)
         written = carry_out(plan, destination, running)
     seconds = time.monotonic() - started
-    return _report(str(locate(source)), destination, opened, to, plan, written, seconds, running.dry_run)
+    done = _report(str(locate(source)), destination, opened, to, plan, written, seconds, running.dry_run)
+    return replace(done, parameters=len(catalog.parameters), tensors=len(catalog.tensors), changes=lines)
+
+
+def _planned(target: WriteTarget, catalog: Catalog, request: WriteRequest, running: Running) -> WritePlan:
+    """The plan of the files, checked against what is at the destination."""
+    if names := beside.around(request.source):
+        log.warning("%s: %s", request.source, beside.sentence(names, "beside it"))
+    plan = target.plan(catalog, request)
+    if running.overwrite and not is_remote(request.destination):
+        check_replaced(Path(request.destination), plan.source)
+    check_files(plan.files)
+    return plan
+
+
+def _changed(catalog: Catalog, changes: Any, config: Any) -> tuple[Catalog, tuple[str, ...]]:
+    """The catalog with declared changes, and what they are in words."""
+    if changes is None:
+        return catalog, ()
+    from ucp.changes import applied  # imported late, as the language of specs and torch are
+    from ucp.spec.changes import read
+
+    found = applied(catalog, read(changes), None, choose(None, config).config)
+    return found.catalog, found.lines
 
 
 def _report(

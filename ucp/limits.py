@@ -215,6 +215,8 @@ MATRIX_CELLS_COUNT = 64
 STREAM_BATCH_BYTES = 32 * MIB
 CRC_BATCH_BYTES = 16 * MIB
 CRC_PIECE_BYTES = 4 * MIB
+# Characters of a file of changes, which is written by hand.
+CHANGES_CHARACTERS = 1 << 20
 # The largest difference of logits that counts as rounding, divided by the largest logit.
 TRIAL_TOLERANCE_RATIO = 1e-5
 

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--spec", metavar="SPEC", help="how tensor parallelism cuts SOURCE: a name in the catalogue or a file"
     )
+    p.add_argument("--changes", metavar="FILE", help="what of the model to change on the way (ucp/changes/README.md)")
     p.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     run.add_sizes(p)
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
@@ -117,6 +118,7 @@ def _convert(args: argparse.Namespace) -> int:
             args.to,
             layout,
             args.spec,
+            changes=args.changes,
             model_config=args.model_config,
             sizes=run.sizes(args.set),
             tag=args.tag,

@@ -113,6 +113,8 @@ class LoadSection(_Section):
       so where it is measured to be faster.
     - prove: compare what is live after a load with the checkpoint's logical digests. True: if it has them. 'full': as
       True, but never a sample in host memory. 'always': also compute from its files those that it lacks. False: never.
+    - changes: what of the model was changed on purpose since the checkpoint was saved, as a mapping or the path of a
+      file (`ucp.spec.changes`).
     - lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own.
     - override: hyperparameters that all param groups have after a load, whatever the checkpoint says.
     """
@@ -125,6 +127,7 @@ class LoadSection(_Section):
     read_once: Annotated[bool | str, _Once] = ADAPTIVE
     prove: Annotated[bool | str, _Prove] = True
     lr_scheduler: Annotated[str, _one_of("keep", "reset", text="one of keep, reset")] = "keep"
+    changes: Annotated[dict[str, Any] | str | None, _no_null("string_type")] = None
     override: Annotated[dict[str, Any], Field(description="hyperparameters by name")] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ from types import MethodType
 from typing import Any
 
 from ucp.catalog import Catalog
+from ucp.changes import Changed, applied
+from ucp.changes.outline import of_all_ranks, outline_of
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, releases
@@ -32,6 +34,7 @@ from ucp.run_folder import LATEST, is_checkpoint
 from ucp.saving.background import Saver
 from ucp.saving.digest import digest_source
 from ucp.saving.save import SaveReport
+from ucp.spec.changes import read as read_changes
 from ucp.storage import locations
 
 log = logger(__name__)
@@ -220,19 +223,30 @@ def load_checkpoint(
         _tell_of_nothing(load_dir)
         return None, None
     path, catalog = found
+    changed = _as_changed(catalog, config, target, config_of(engine.module))
     wish = Wish(
         weights_only=load_module_only,
         optimizer=load_optimizer_states and target.trains,
         strict=load_module_strict,
         allow_missing=config.load.allow_missing,
         allow_unused=config.load.allow_unused,
+        grown=changed.grown,
     )
     how = config.load.model_dump(include={"verify", "read_once", "prove"})
-    report = load(catalog, target, wish, path=path, watch=watch, **how)
+    report = load(changed.catalog, target, wish, path=path, watch=watch, changes=changed.lines, **how)
     _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
     return _returned_path(path), _client_state(catalog)
+
+
+def _as_changed(catalog: Catalog, config: Config, target: LiveEngine, model: Mapping[str, Any] | None) -> Changed:
+    """The checkpoint as the model has it now, by what the config declares. Collective if it declares anything."""
+    given = config.load.changes
+    if given is None:
+        return Changed(catalog)
+    outline = of_all_ranks(outline_of(target))
+    return ranks.all_or_none(lambda: applied(catalog, read_changes(given), outline, model))
 
 
 def _tell_of_nothing(load_dir: str) -> None:

@@ -57,7 +57,7 @@ def find(target: Target, what: LoadPlan) -> Sharing:
     slots = {slot.key: slot for slot in target.slots}
     mine: dict[tuple[int, ...], list[Entry]] = {}
     for entry, wants in what.wants.items():
-        group = _group(slots[entry[0]], entry[1], wants)
+        group = None if entry in what.kept_in else _group(slots[entry[0]], entry[1], wants)
         if group is not None:
             mine.setdefault(group, []).append(entry)
     told = {group: [_description(what.wants[entry]) for entry in entries] for group, entries in mine.items()}

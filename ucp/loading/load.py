@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ucp.catalog import Catalog
@@ -63,6 +63,8 @@ class LoadReport:
         How many were not compared, since there is neither of these, or the record was read only in part.
     proof
         The proof that what is live now is what the checkpoint has. None without one, as if there are no digests.
+    changes
+        What was changed on purpose since the checkpoint was saved, as it was declared, a line each.
     """
 
     tensors: int
@@ -78,6 +80,7 @@ class LoadReport:
     verified_bytes: int = 0
     unverified_bytes: int = 0
     proof: Proof | None = None
+    changes: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -100,6 +103,8 @@ class LoadReport:
             text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
         if self.unused:
             text += f"; not used: {len(self.unused)} ({', '.join(self.unused[:4])}, …)"
+        if self.changes:
+            text += f"; changed as declared: {'; '.join(self.changes)}"
         if self.proof is not None:
             text += f"; {self.proof}"
         return f"{text} ({self.path})" if self.path else text
@@ -117,6 +122,7 @@ def load(
     watch: Stopwatch | None = None,
     alone: bool = False,
     prove: bool | str = True,
+    changes: tuple[str, ...] = (),
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
@@ -126,7 +132,8 @@ def load(
     have one rank read each byte that several want, and exchange it; 'adaptive' does so where it is measured to be
     faster. watch: the stopwatch of a load that began earlier, with opening. alone: do not communicate. Something else
     makes the ranks agree (torch.distributed.checkpoint), and tensors that others hold parts of are not proved. prove:
-    afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`).
+    afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`). changes: for
+    the report.
 
     Raises, with nothing changed: Mismatch if anything would stay unrestored or unused against the wish,
     DamagedCheckpoint if files are damaged, BadArgument for an unknown ``read_once`` or ``prove``, Unsupported if the
@@ -154,7 +161,8 @@ def load(
     watch.timed("apply", lambda: live.apply(loaded))
     proving = _Proving(prove, threads or reading_threads(), alone)
     proved = watch.timed("prove", lambda: _proved(catalog, live, what, tensors, proving))
-    return _report(catalog, reading, path, (nbytes, bytes_read), sharing is not None, watch, proved)
+    done = _report(catalog, reading, path, (nbytes, bytes_read), sharing is not None, watch, proved)
+    return replace(done, changes=changes)
 
 
 def _report(

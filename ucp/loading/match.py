@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
+from ucp.geometry import restrict, whole
 from ucp.loading.name_match import match
 from ucp.loading.options import holds, match_named, match_options
 from ucp.loading.refusals import PARAM, VALUE, Findings, Item, allowed, values_text
@@ -29,7 +30,8 @@ class Wish:
 
     allow_missing, allow_unused: glob patterns of names, or of ``name:state`` for optimizer states. What is missing
     stays as it is. strict: refuse missing and unused parameters and buffers. partial: what the target does not ask for
-    may stay unread.
+    may stay unread. grown: names of the checkpoint's parameters of whose weights it has only the first rows, or none,
+    as is declared (`ucp.changes`); the others stay as they are.
     """
 
     weights_only: bool = False
@@ -38,6 +40,7 @@ class Wish:
     allow_missing: tuple[str, ...] = ()
     allow_unused: tuple[str, ...] = ()
     partial: bool = False
+    grown: frozenset[str] = frozenset()
 
     @property
     def states(self) -> bool:
@@ -53,7 +56,8 @@ class LoadPlan:
     param group -> hyperparameters. sources: param group -> index of the checkpoint's group. left, unused: what stays as
     it is and what is not read, since the caller allows it (names, and ``name:state``). rounded: frozen weights and
     buffers that the live model keeps in fewer bits. notes: what to log. tied: pairs of the checkpoint's tensors that
-    are one parameter here, and so have to be equal; the second one is read. named: name -> value.
+    are one parameter here, and so have to be equal; the second one is read. named: name -> value. kept_in: entries of
+    which some elements are not read and stay as they are.
     """
 
     wants: Mapping[Entry, list[Want]]
@@ -66,6 +70,7 @@ class LoadPlan:
     notes: tuple[str, ...]
     tied: tuple[tuple[LogicalTensor, LogicalTensor], ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
+    kept_in: frozenset[Entry] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class _Sides:
     asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
     wants: dict[Entry, list[Want]] = field(default_factory=dict)
     scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
+    kept_in: set[Entry] = field(default_factory=set)
 
     def may_miss(self, name: str, state: str) -> bool:
         return allowed(self.target.words.spellings(name, state), self.wish.allow_missing)
@@ -127,6 +133,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
         tuple(dict.fromkeys(found.notes)),
         tuple(found.tied),
         named,
+        frozenset(sides.kept_in),
     )
 
 
@@ -161,15 +168,22 @@ def _weights(sides: _Sides, slot: Slot) -> None:
         if source is None:
             may = member.padding or not sides.wish.strict or sides.may_miss(member.name, PARAM)
             sides.found.lacks(item, may and not _is_blank(slot, PARAM))
+            if not may:
+                sides.found.changed("added", member.name)
             continue
         tensor = sides.catalog.tensors.get((source, PARAM))
         if tensor is None:
             note = " (the checkpoint has its optimizer state but no weight)"
-            sides.found.missing.append(replace(item, note=note))
+            sides.found.lacks(replace(item, note=note), source in sides.wish.grown)
             continue
-        dtype = _read_as(sides, slot, item, tensor)
+        blocks, grows = member.blocks, source in sides.wish.grown and tensor.shape != member.shape
+        if grows:
+            blocks, _ = restrict(member.blocks, whole(tensor.shape), tensor.shape)
+        dtype = _read_as(sides, slot, replace(item, shape=tensor.shape) if grows else item, tensor)
         if dtype is not None:
-            want = Want(tensor, member.blocks, dtype)
+            want = Want(tensor, blocks, dtype)
+            if grows:
+                sides.kept_in.add((slot.key, PARAM, dtype))
             sides.wants.setdefault((slot.key, PARAM, dtype), []).append(want)
 
 
@@ -181,6 +195,8 @@ def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> st
         item = replace(item, shape=placed.shape)
     if tensor.shape != item.shape:
         sides.found.wrong.append(sides.target.words.other_shape(item, tensor.shape))
+        if len(tensor.shape) == len(item.shape):
+            sides.found.changed("resized", item.name)
         return None
     if tensor.dtype == dtype or (tensor.dtype, dtype) in EXACT:
         return dtype
@@ -189,6 +205,8 @@ def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> st
         return tensor.dtype
     what = sides.target.words.live(item)
     sides.found.wrong.append(f"{what} is {tensor.dtype} in the checkpoint and {dtype} here, which would lose bits")
+    if (tensor.dtype, dtype) in ROUNDED:
+        sides.found.changed("dtype", item.name, dtype)
     return None
 
 
@@ -211,6 +229,8 @@ def _states(sides: _Sides, slot: Slot) -> None:
     for member, _ in members:
         for state in sorted(expects - kept[member.name]):
             _lack(sides, slot, member, state)
+            if not kept[member.name]:
+                sides.found.changed("unfrozen", member.name)
         for state in sorted(kept[member.name] - expects - sides.asked.get(member.name, frozenset())):
             may = sides.wish.partial or sides.may_leave(member.name, state)
             sides.found.leaves(Item(slot.kind, member.name, member.shape, state), may)
@@ -374,6 +394,8 @@ def _unused(sides: _Sides) -> None:
             _same_as_owner(sides, info, sides.catalog.parameters[owners[info.name]])
         else:
             free = may or wish.partial or not wish.strict or info.kind == "padding"
+            if not free:
+                sides.found.changed("removed", info.name)
             sides.found.leaves(Item(info.kind, info.name, info.shape), free)
     if not wish.states:
         return
@@ -383,7 +405,10 @@ def _unused(sides: _Sides) -> None:
         if live in untrained:
             for state in sorted(set(sides.catalog.parameters[source].states) - {PARAM}):
                 item = Item("", live, (), state, note=", which is not trained here")
-                sides.found.leaves(item, wish.partial or sides.may_leave(live, state))
+                may = wish.partial or sides.may_leave(live, state)
+                sides.found.leaves(item, may)
+                if not may:
+                    sides.found.changed("frozen", live)
 
 
 def _with_weights(target: Target) -> Iterator[str]:

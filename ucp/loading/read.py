@@ -74,8 +74,8 @@ class Reading:
         return tensors
 
     def _present(self, slot: Slot, entry: Entry, count: int) -> torch.Tensor | None:
-        """What the slot holds now, if some of its members are not read. None if all are, or if it holds nothing."""
-        if count == len(slot.members):
+        """What the slot holds now, if some of it is not read. None if all is, or if it holds nothing."""
+        if count == len(slot.members) and entry not in self.what.kept_in:
             return None
         current = self.target.current(slot.key, entry[1])
         return None if current is None else current.to(to_torch(entry[2]))

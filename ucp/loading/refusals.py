@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,13 +37,15 @@ class Words:
     """How messages speak of a target. A target with other words derives a class of its own.
 
     whole: what is filled. allow: how a caller says what may be left. unstrict: what to add if not even a load without
-    strictness can resume. alone: how a caller loads weights without an optimizer's states.
+    strictness can resume. alone: how a caller loads weights without an optimizer's states. declare: how a
+    caller declares what was changed on purpose, with ``%s`` for what is declared; "" where that is not possible.
     """
 
     whole: str
     allow: str
     unstrict: str = ""
     alone: str = ""
+    declare: str = ""
 
     unrestored = "would stay unrestored"
 
@@ -149,7 +152,8 @@ def _by_state(items: Sequence[Item], single: Any) -> list[str]:
 @dataclass
 class Findings:
     """What a comparison has found so far. missing, unused, wrong: what a refusal lists. left, spared: what stays as it
-    is and what is not read, since the caller allows it. tied: pairs that have to be equal. notes: what else to log."""
+    is and what is not read, since the caller allows it. tied: pairs that have to be equal. notes: what else to log.
+    changes: part of a declaration of changes -> what in it would make this fit."""
 
     words: Words
     missing: list[Item] = field(default_factory=list)
@@ -160,6 +164,11 @@ class Findings:
     rounded: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tied: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
+    changes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def changed(self, part: str, name: str, value: str = "") -> None:
+        """Note that the model may have been changed here: what a caller would declare (`ucp.spec.changes`)."""
+        self.changes.setdefault(part, {})[name] = value
 
     def lacks(self, item: Item, allowed: bool) -> None:
         """Note that the checkpoint lacks an item of the target."""
@@ -206,8 +215,28 @@ class Findings:
             parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {shown}")
         if self.missing or self.unused:
             parts.append(self.words.advice())
+        if parts and self.changes and self.words.declare:
+            parts.append(f"if the model was changed on purpose, declare it: {self.words.declare % self._declaration()}")
         if parts:
             raise Mismatch("; ".join([self.words.opening(checkpoint, here), *parts]))
+
+    def _declaration(self) -> str:
+        """What a caller would declare, as JSON; long lists are cut short."""
+        changes = dict(self.changes)
+        here, there = changes.get("added", {}), changes.get("removed", {})
+        if here and len(here) == len(there):  # as many: rather other names than other parameters
+            changes = {"names": dict(zip(here, there, strict=True)), **changes}
+            del changes["added"], changes["removed"]
+        parts = []
+        for part, found in changes.items():
+            pairs = [
+                json.dumps(name) + (f": {json.dumps(value)}" if value else "")
+                for name, value in list(found.items())[:3]
+            ]
+            pairs += ["..."] if len(found) > 3 else []
+            inside = ", ".join(pairs)
+            parts.append(f'"{part}": ' + (f"{{{inside}}}" if any(found.values()) else f"[{inside}]"))
+        return f"{{{', '.join(parts)}}}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo, SourceFile
+from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo, SourceFile, Zeros
 from ucp.formats.nouns import Remains
 from ucp.geometry import whole
 from ucp.merging.computed import Input, MergedTensor
@@ -21,15 +20,6 @@ from ucp.storage.numbers import FLOATS
 from ucp.transfer.reader import Reader
 
 PARAM = "param"
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """A `ByteSource` of zeros."""
-
-    def read_into(self, offset: int, parts: Sequence[NDArray[np.uint8]]) -> None:
-        for part in parts:
-            part[:] = 0
 
 
 @dataclass

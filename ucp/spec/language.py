@@ -112,6 +112,14 @@ def loads(text: str, file: str = "spec") -> Spec:
     return _SpecReader(file).spec(compose(text, file))
 
 
+def names_alone(parts: Mapping[str, yaml.Node], file: str, framework: str) -> Spec:
+    """A spec of the sections that say how names change: ``sizes:``, ``defaults:``, ``parameters:`` (of what is put
+    together or taken apart) and ``names:``, whose lines are all of this one framework."""
+    reader = _SpecReader(file)
+    renamings = tuple(reader.renaming(entry) for entry in reader.section(parts, "names"))
+    return reader.joined(parts, (), {framework: renamings})
+
+
 class _SpecReader(YamlReader):
     def spec(self, root: yaml.Node | None) -> Spec:
         parts = {e.key.text: e.value for e in self.entries(root, "a spec", _SECTIONS)}
@@ -124,16 +132,22 @@ class _SpecReader(YamlReader):
             raise version.refuse(
                 (0, len(version.text)), f"version {version.text} of the language; this program reads version {VERSION}"
             )
+        names = {e.key.text: self.renamings(e) for e in self.section(parts, "names")}
+        return self.joined(parts, self.models(parts["model"]), names)
+
+    def joined(
+        self, parts: Mapping[str, yaml.Node], models: tuple[str, ...], names: dict[str, tuple[Renaming, ...]]
+    ) -> Spec:
         parameters = [self.unknown(e) or self.line(e) for e in self.section(parts, "parameters")]
         spec = Spec(
             self.file,
-            self.models(parts["model"]),
+            models,
             " ".join(self.text(parts["about"], "about").text.split()) if "about" in parts else "",
             {e.key.text: self.constant(e.value) for e in self.section(parts, "defaults")},
             {e.key.text: self.size(e) for e in self.section(parts, "sizes")},
             tuple(line for line in parameters if isinstance(line, Line)),
             tuple(self.tie(e) for e in self.section(parts, "tied")),
-            {e.key.text: self.renamings(e) for e in self.section(parts, "names")},
+            names,
             {
                 e.key.text: tuple(self.line(i) for i in self.entries(e.value, f"layouts: {e.key.text}"))
                 for e in self.section(parts, "layouts")

@@ -30,8 +30,9 @@ from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
 from ucp.loading.spec_names import under_spec
 from ucp.printable import logger
+from ucp.torchdist.changes import DECLARE, Given, as_changed
 from ucp.torchdist.state_dicts import flatten, unwrap
-from ucp.torchdist.target import StateDictTarget
+from ucp.torchdist.target import StateDictTarget, StateDictWords
 
 log = logger(__name__)
 
@@ -45,22 +46,21 @@ def load(
     read_once: bool | str = ADAPTIVE,
     metrics: bool = False,
     prove: bool | str = True,
+    changes: Given = None,
     **opening: Any,
 ) -> LoadReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
 
-    Tensors and DTensors are filled in place: each rank reads the bytes that its shards need. Other values are replaced.
-    Stateful objects are given their loaded state. What the state dict does not ask for is not read, and the report
-    lists it. Hyperparameters that say how an optimizer is implemented (foreach, fused, ...) stay as they are. If a rank
-    fails, all ranks raise, and nothing is changed.
+    Tensors and DTensors are filled in place: each rank reads the bytes that its shards need. Other values are replaced,
+    and Stateful objects given their state. What the state dict does not ask for is not read, and the report lists it.
+    An optimizer's ways of working (foreach, ...) stay. If a rank fails, all raise, and nothing is changed.
 
     Parameters
     ----------
     state_dict
         Tensors, DTensors, Stateful objects and plain values, nested or flattened.
     path, opening
-        As for `ucp.open` (tag, spec, model_config, ...). A spec's ``names:`` say what a checkpoint of another framework
-        calls the parameters.
+        As for `ucp.open` (tag, spec, ...). A spec's ``names:`` say what another framework calls the parameters.
     allow_missing
         Patterns of what may stay as it is: flat names ("optim.*"), parameters' names, or ``name:state``.
     verify
@@ -71,10 +71,11 @@ def load(
     metrics
         As for `save`.
     prove
-        After the load, compare what is live with the checkpoint's logical digests, on all ranks together. The report
-        says what was proved.
+        After the load, compare what is live with the checkpoint's logical digests, on all ranks together.
         - True: if the checkpoint has digests. Much in host memory is sampled. 'full': as True, but never a sample.
         - 'always': also for a checkpoint without digests, which are then computed from its files. False: never.
+    changes
+        What of the model was changed on purpose since the save: a mapping or a file (`ucp.changes`).
 
     Returns
     -------
@@ -88,29 +89,35 @@ def load(
     NotACheckpoint, DamagedCheckpoint
         There is no checkpoint, or its bytes are not what was saved.
     ProofFailed
-        What is live is not what was saved. Unlike with the other errors, everything has been put in place.
+        What is live is not what was saved. Only with this error, everything has been put in place.
     """
-    unwrapped = unwrap(state_dict)
-    wish = Wish(allow_missing=tuple(allow_missing), partial=True)
-    report = _fill(unwrapped, path, opening, wish, verify=verify, read_once=read_once, prove=prove)
+    unwrapped, how = unwrap(state_dict), {"verify": verify, "read_once": read_once, "prove": prove}
+    report = _fill(unwrapped, path, opening, Wish(allow_missing=tuple(allow_missing), partial=True), changes, **how)
     _put_back(unwrapped, state_dict)
     tell(report, metrics)
     return report
 
 
 def _fill(
-    state_dict: dict[str, Any], path: str | os.PathLike[str], opening: Mapping[str, Any], wish: Wish, **options: Any
+    state_dict: dict[str, Any],
+    path: str | os.PathLike[str],
+    opening: Mapping[str, Any],
+    wish: Wish,
+    changes: Given,
+    **options: Any,
 ) -> LoadReport:
     watch = Stopwatch()
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     values = flatten(state_dict)
+    changed = as_changed(catalog, changes, values, opening)
+    catalog, wish = changed.catalog, replace(wish, grown=changed.grown)
     made: list[StateDictTarget] = []
 
     def target() -> StateDictTarget:
-        made.append(StateDictTarget(where, values, catalog))
+        made.append(StateDictTarget(where, values, catalog, words=StateDictWords(declare=DECLARE)))
         return made[0]
 
-    report = load_target(catalog, target, wish, path=where, watch=watch, **options)
+    report = load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **options)
     made[0].put_values(state_dict)
     return report
 

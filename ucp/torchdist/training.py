@@ -29,6 +29,7 @@ from ucp.loading.target import Loaded
 from ucp.printable import logger
 from ucp.saving.save import SaveReport
 from ucp.saving.source import Source
+from ucp.torchdist.changes import DECLARE, Given, as_changed
 from ucp.torchdist.dtensors import local_tensor
 from ucp.torchdist.load import open_for, tell
 from ucp.torchdist.optimizers import (
@@ -178,42 +179,42 @@ def load_training(
     read_once: bool | str = ADAPTIVE,
     metrics: bool = False,
     prove: bool | str = True,
+    changes: Given = None,
     **opening: Any,
 ) -> TrainingReport:
     """Restore a whole training state of any supported format and layout, or refuse. Collective.
 
     Everything that was saved of the model and the optimizers has to be used, and all that they have has to be there,
     unless allow_missing and allow_unused say otherwise. The states of a data loader and of random number generators are
-    each rank's own. If another number of ranks loads, the loader's state is moved where its kind is known, or else
-    refused (`ucp.job.data_loaders`), and the generators stay as the program seeded them, with a warning.
+    each rank's own. If another number of ranks loads, the loader's state is moved or refused (`ucp.job.data_loaders`),
+    and the generators stay as the program seeded them, with a warning.
 
     Parameters
     ----------
-    path, opening, verify, read_once, metrics, prove
+    path, opening, verify, read_once, metrics, prove, changes
         As for `load`. A spec's sizes come from a transformers model's own config.
     model, optimizer, lr_scheduler, dataloader, rng
         As for `save_training`.
     allow_missing, allow_unused
         Patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
 
-    Raises Mismatch, NotACheckpoint or DamagedCheckpoint on every rank, with nothing changed; or ProofFailed, with
-    everything in place.
+    Raises as `load` does.
     """
-    watch = Stopwatch()
-    live = _Live(model, optimizer, lr_scheduler, dataloader, rng)
+    watch, live = Stopwatch(), _Live(model, optimizer, lr_scheduler, dataloader, rng)
     # What states the checkpoint's optimizers had is not known yet. States that are made quickly are tried first.
     state_dict, made = state_dict_of(model, optimizer, blank=True)
     opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
+    changed = as_changed(catalog, changes, flatten(state_dict), opening)
+    catalog = changed.catalog
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
     unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
-    wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread)
+    wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
+    how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "changes": changed.lines}
 
     def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
         target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
-        return load_target(
-            catalog, target, wish, path=where, verify=verify, read_once=read_once, watch=watch, prove=prove
-        )
+        return load_target(catalog, target, wish, path=where, watch=watch, **how)
 
     try:
         report = fill(state_dict, made, True)
@@ -288,6 +289,7 @@ class TrainingTarget(StateDictTarget):
             alone="leave optimizer= out to load the weights alone",
             apart="allow_unused=[...] with one of their names takes the other alone",
             prefixes=(f"{MODEL}.", f"{OPTIMIZER}.state."),
+            declare=DECLARE,
         )
         super().__init__(where, flatten(state_dict), catalog, unseen=unseen, blank=blank, words=words)
 

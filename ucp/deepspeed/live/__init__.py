@@ -30,6 +30,7 @@ WORDS = Words(
     '"ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}',
     "not even load_module_strict=False resumes from that (load_module_only=True takes the weights that are)",
     "load_optimizer_states=False loads the weights alone",
+    '"ucp": {"load": {"changes": %s}}',
 )
 
 

@@ -1,0 +1,297 @@
+"""Declared changes made to a catalog, in this order: adapters, names, removed, element types, sizes, frozen, unfrozen,
+added. A change that the checkpoint already has is none, so a program may declare it for all its restarts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
+from ucp.changes import adapters
+from ucp.changes.build import Build, few
+from ucp.changes.outline import LiveParameter, Outline
+from ucp.changes.resize import NewRows, resized
+from ucp.checkpoint import open as open_checkpoint
+from ucp.errors import BadArgument, Unsupported
+from ucp.formats.shared.renaming import rename
+from ucp.loading.name_match import match
+from ucp.merging.computed import Input, MergedTensor
+from ucp.merging.operations import Copied
+from ucp.run_folder import nearest
+from ucp.spec.bound import bind
+from ucp.spec.changes import ADDED, MERGED, MODEL, SPLIT, ZEROS, Changes
+from ucp.storage.numbers import FLOATS
+from ucp.transfer.exact import EXACT
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A checkpoint as the changed model would have saved it.
+
+    catalog: what it has. grown: names of parameters of whose weights it has only a part, or none: the live model keeps
+    the rest. lines: what was changed, a line each.
+    """
+
+    catalog: Catalog
+    grown: frozenset[str] = frozenset()
+    lines: tuple[str, ...] = ()
+
+
+def applied(
+    catalog: Catalog, changes: Changes, outline: Outline | None = None, config: Mapping[str, Any] | None = None
+) -> Changed:
+    """Make declared changes to a catalog.
+
+    Parameters
+    ----------
+    catalog: the checkpoint's.
+    outline: the live model that it is for; None for a conversion, which has none.
+    config: the model's config.json as a mapping, for sizes.
+
+    Raises
+    ------
+    BadArgument
+        If a pattern matches no parameter of either side, or if a conversion cannot know what a change needs.
+    Mismatch, Unsupported, SpecError
+        If a change does not fit the checkpoint.
+    """
+    build = Build(catalog)
+    steps = _Steps(build, changes, outline or Outline(), outline is not None)
+    before = [*_names(catalog), *steps.outline.names]
+    steps.adapters()
+    if changes.names is not None:
+        _rename(build, changes, config)
+    _check_patterns(changes, {*before, *_names(build.catalog)})
+    steps.removed()
+    steps.dtypes()
+    steps.sizes()
+    steps.frozen()
+    steps.unfrozen()
+    steps.added()
+    return Changed(build.catalog, frozenset(build.grown), tuple(build.lines))
+
+
+def _names(catalog: Catalog) -> list[str]:
+    return [name for info in catalog.parameters.values() for name in (info.name, *info.aliases)]
+
+
+def _rename(build: Build, changes: Changes, config: Mapping[str, Any] | None) -> None:
+    if changes.names is None:
+        return
+    held = set(build.catalog.parameters)
+    build.catalog = rename(build.catalog, bind(changes.names, config), MODEL, to_framework=True, keep=True)
+    gone, new = sorted(held - set(build.catalog.parameters)), sorted(set(build.catalog.parameters) - held)
+    if new:
+        build.lines.append(f"names: {few(gone)} became {few(new)}")
+
+
+def _check_patterns(changes: Changes, names: Collection[str]) -> None:
+    """Raise BadArgument for a pattern that is about nothing."""
+    for section, pattern in changes.patterns:
+        alone = pattern.rpartition(":")[0] if section == "dtype" and ":" in pattern else pattern
+        if not any(fnmatchcase(name, alone) for name in names):
+            raise BadArgument(
+                f"{changes.file}: {section}: '{pattern}' is no parameter of the checkpoint or of the model; "
+                f"{nearest(pattern, names)}"
+            )
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass
+class _Steps:
+    """The changes but those of names. live: whether there is a live model."""
+
+    build: Build
+    changes: Changes
+    outline: Outline
+    live: bool
+
+    def adapters(self) -> None:
+        how = self.changes.adapters
+        if how == ADDED:
+            self._needs_model("adapters: added")
+            self.build.lines += adapters.added(self.build, self.outline)
+        elif how == SPLIT:
+            self.build.lines += adapters.split(self.build)
+        elif how == MERGED:
+            self.build.lines += adapters.merged(self.build, self.changes.scale)
+
+    def _needs_model(self, what: str) -> None:
+        if not self.live:
+            raise BadArgument(
+                f"{self.changes.file}: {what} needs the model, which a conversion has not got: declare it where the "
+                'checkpoint is loaded ("load": {"changes": ...}, or changes=)'
+            )
+
+    def _matching(self, patterns: Sequence[str]) -> list[ParameterInfo]:
+        """The checkpoint's parameters that a pattern is about, by its own names or those of the live model."""
+        if not patterns:
+            return []
+        theirs = {source: name for name, source in self._sources().items()}
+        return [
+            info
+            for info in self.build.catalog.parameters.values()
+            if info.kind != "padding"
+            and any(_any(name, patterns) for name in (info.name, *info.aliases, theirs.get(info.name, info.name)))
+        ]
+
+    def _sources(self) -> dict[str, str]:
+        """Live name -> the checkpoint's."""
+        return match(self.build.catalog, self.outline.names)
+
+    def _live_of(self) -> dict[str, LiveParameter]:
+        """The checkpoint's name -> the live parameter."""
+        return {source: self.outline.parameters[name] for name, source in self._sources().items()}
+
+    def removed(self) -> None:
+        live = self._live_of()
+        gone = [info.name for info in self._matching(self.changes.removed) if info.name not in live]
+        if gone:
+            self.build.drop(gone)
+            self.build.lines.append(f"removed: {len(gone)} parameters are not used ({few(gone)})")
+
+    def dtypes(self) -> None:
+        for pattern, dtype in self.changes.dtype:
+            self._dtype(pattern, dtype)
+
+    def _dtype(self, pattern: str, dtype: str) -> None:
+        reader, turned, rounds = self.build.reader(), Counter[str](), False
+        for info in list(self.build.catalog.parameters.values()):
+            tensors = []
+            for tensor in self.build.tensors_of(info):
+                names = (info.name, f"{info.name}:{tensor.state}")
+                if (
+                    tensor.dtype in FLOATS
+                    and tensor.dtype != dtype
+                    and any(fnmatchcase(name, pattern) for name in names)
+                ):
+                    rounds |= (tensor.dtype, dtype) not in EXACT
+                    turned[tensor.dtype] += 1
+                    source = MergedTensor(
+                        tensor.name,
+                        tensor.state,
+                        tensor.shape,
+                        dtype,
+                        Copied(0),
+                        [Input("checkpoint", tensor, reader)],
+                        finite=False,
+                    )
+                    tensor = self.build.computed(tensor.name, tensor.state, tensor.shape, dtype, source, dtype)
+                tensors.append(tensor)
+            if any(tensor.dtype != info.states.get(tensor.state) for tensor in tensors):
+                self.build.put([(info, tensors)])
+        for old, count in turned.items():
+            how = "rounded once" if rounds else "exactly"
+            self.build.lines.append(f"dtype: {count} tensors from {old} to {dtype}, {how}")
+
+    def sizes(self) -> None:
+        live = self._live_of()
+        rows: NewRows | None = None
+        for pattern, shape in self.changes.resized:
+            for info in self._matching((pattern,)):
+                there = live.get(info.name)
+                wanted = there.shape if shape is None and there is not None else shape
+                if wanted is None:
+                    self._needs_model(f"resized: '{pattern}' without a shape")
+                elif wanted != info.shape:
+                    rows = rows or self._new_rows()
+                    self.build.lines.append(resized(self.build, info, wanted, rows))
+
+    def _new_rows(self) -> NewRows:
+        given = self.changes.new_rows
+        if given is None and not self.live:
+            return NewRows("none")
+        if given is None or given == ZEROS:
+            return NewRows("live" if given is None else "zeros")
+        with open_checkpoint(given) as opened:
+            return NewRows("checkpoint", opened.catalog, str(opened.path))
+
+    def frozen(self) -> None:
+        live = self._live_of()
+        infos = [
+            info
+            for info in self._matching(self.changes.frozen)
+            if len(info.states) > 1 and (info.name not in live or live[info.name].kind != "parameter")
+        ]
+        if infos:
+            adapters.freeze(self.build, infos)
+            names = [info.name for info in infos]
+            self.build.lines.append(
+                f"frozen: the optimizer states of {len(infos)} parameters are left out ({few(names)})"
+            )
+
+    def unfrozen(self) -> None:
+        if not self.changes.unfrozen:
+            return
+        self._needs_model("unfrozen")
+        live = self._live_of()
+        made = []
+        for info in self._matching(self.changes.unfrozen):
+            there = live.get(info.name)
+            if there is not None and there.kind == "parameter" and len(info.states) == 1:
+                made.append(self._with_fresh_states(info, there, self.build.tensors_of(info)))
+        self.build.put(made)
+        self._report("unfrozen", [info for info, _ in made])
+
+    def added(self) -> None:
+        if not self.changes.added and self.changes.adapters != ADDED:
+            return
+        self._needs_model("added")
+        known = self._sources()
+        made = []
+        for name, there in self.outline.parameters.items():
+            declared = _any(name, self.changes.added) or (self.changes.adapters == ADDED and adapters.is_adapter(name))
+            if declared and name not in known:
+                info = ParameterInfo(name, there.shape, {}, there.kind)
+                made.append(self._with_fresh_states(info, there, ()))
+                self.build.grown.add(name)
+        self.build.put(made)
+        self._report("added", [info for info, _ in made])
+
+    def _report(self, what: str, infos: Sequence[ParameterInfo]) -> None:
+        if not infos:
+            return
+        names = [info.name for info in infos]
+        weights = "" if what == "unfrozen" else ", as the model made them"
+        states = " with optimizer states of zero" if any(i.kind == "parameter" for i in infos) else ""
+        self.build.lines.append(f"{what}: {len(infos)} parameters{weights}{states} ({few(names)})")
+        steps = {value for info in infos for key, value in info.scalars.items() if key == "step" and value}
+        if steps:
+            self.build.lines.append(
+                f"{what}: they share a buffer of the optimizer with others, and so their step count, "
+                f"{', '.join(map(str, sorted(steps)))}: the first updates are not corrected for moments of zero"
+            )
+
+    def _with_fresh_states(
+        self, info: ParameterInfo, there: LiveParameter, tensors: Sequence[LogicalTensor]
+    ) -> tuple[ParameterInfo, list[LogicalTensor]]:
+        """A parameter with optimizer states of zero, as the live optimizer will keep them. There are none for a
+        checkpoint of a run that has not stepped."""
+        state = self.build.catalog.training_state
+        stepped = state.global_steps is None or state.global_steps > (state.skipped_steps or 0)
+        out = list(tensors)
+        kept = replace(info, kind=there.kind)
+        if there.kind != "parameter" or not stepped:
+            return kept, out
+        if there.states is None:
+            raise Unsupported(
+                f"'{there.name}': the live optimizer does not tell which states it keeps, so none can be made for it; "
+                "train without it first, or give it an optimizer of its own"
+            )
+        out += [self.build.zeros(info.name, name, there.shape, dtype) for name, dtype in sorted(there.states.items())]
+        return replace(kept, scalars=self._values(there)), out
+
+    def _values(self, there: LiveParameter) -> dict[str, Any]:
+        """Single values for a parameter with fresh states: those of its neighbours in one buffer, or 0."""
+        sources = self._sources()
+        for name in there.together:
+            info = self.build.catalog.parameters.get(sources.get(name, ""))
+            if info is not None and info.scalars:
+                return dict(info.scalars)
+        return dict.fromkeys(sorted(there.values), 0)

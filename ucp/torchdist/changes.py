@@ -1,0 +1,63 @@
+"""A checkpoint as a torch.distributed program has its model now, by the changes that it declares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ucp.catalog import Catalog
+from ucp.changes import Changed, LiveParameter, Outline, applied
+from ucp.formats.shared.roles import PARAM, StateEntry, assign
+from ucp.geometry import Shape
+from ucp.job import ranks
+from ucp.spec.changes import read
+from ucp.spec.select import choose
+from ucp.storage.dtypes import from_torch
+
+Given = str | os.PathLike[str] | Mapping[str, Any] | None
+"""Declared changes: a mapping or a file."""
+
+DECLARE = "changes=%s"
+"""How a caller declares them, for refusals."""
+
+
+def as_changed(
+    catalog: Catalog, changes: Given, entries: Mapping[str, StateEntry], opening: Mapping[str, Any]
+) -> Changed:
+    """The checkpoint as the model has it now, by the changes that are declared. All ranks call it, or none."""
+    if changes is None:
+        return Changed(catalog)
+    config = choose(None, opening.get("model_config")).config
+    return ranks.all_or_none(lambda: applied(catalog, read(changes), _outline(entries), config))
+
+
+def _outline(entries: Mapping[str, StateEntry]) -> Outline:
+    """The model and its optimizers as a state dict has them."""
+    roles = assign(entries, complete=False)
+    shapes: dict[str, Shape] = {}
+    states: dict[str, dict[str, str]] = {}
+    values: dict[str, set[str]] = {}
+    for key, (name, state) in roles.tensors.items():
+        if state == PARAM:
+            shapes[name] = tuple(entries[key].value.shape)
+    for key, (name, state) in (*roles.tensors.items(), *roles.scalars.items()):
+        value = entries[key].value
+        if state != PARAM and isinstance(value, torch.Tensor) and tuple(value.shape) == shapes.get(name):
+            states.setdefault(name, {})[state] = from_torch(value.dtype)
+        elif state != PARAM:
+            values.setdefault(name, set()).add(state)
+    return Outline(
+        {
+            name: LiveParameter(
+                name,
+                shape,
+                "parameter" if name in roles.trained else "frozen",
+                states.get(name, {}),
+                frozenset(values.get(name, ())),
+            )
+            for name, shape in shapes.items()
+        }
+    )
