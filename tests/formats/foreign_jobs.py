@@ -84,3 +84,39 @@ def resume(source: str, mesh: Mesh) -> Run:
     live = Live(Mesh(**{**vars(mesh), "seed": 7}))
     report = ucp.load_training(source, model=live.model, optimizer=live.optimizer, lr_scheduler=live.scheduler)
     return Run(live.state(), tuple(live.train(STEPS, FURTHER, scheduler=True)), report.step)
+
+
+def torch_writers(folder: str) -> dict[str, Any]:
+    """What DCP's rarer writers leave. Returns the whole tensors that were saved."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    whole = {
+        "model.rows": torch.randn(7, 4),
+        "model.columns": torch.randn(3, 5).bfloat16(),
+        "model.same": torch.randn(5),
+        "model.plain": torch.arange(3.0),
+    }
+    cuts = {"model.rows": Shard(0), "model.columns": Shard(1), "model.same": Replicate()}
+    state = {n: distribute_tensor(t, mesh, [cuts[n]]) if n in cuts else t for n, t in whole.items()}
+    shards = dcp.HuggingFaceStorageWriter(path=f"{folder}/shards", save_distributed=True)
+    dcp.save(state, storage_writer=shards)
+    form = SerializationFormat.SAFETENSORS
+    dcp.save(state, storage_writer=FileSystemWriter(f"{folder}/safetensors", serialization_format=form))
+    return whole
+
+
+def fsdp1_local(folder: str) -> None:
+    """FSDP1's LOCAL_STATE_DICT, by DCP."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    model = FullyShardedDataParallel(layers, device_id=torch.device("cpu"), use_orig_params=False)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
+        dcp.save({"model": model.state_dict()}, checkpoint_id=folder)

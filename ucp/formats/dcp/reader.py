@@ -13,6 +13,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.formats.dcp import NAME, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
+from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.roles import StateEntry
@@ -58,9 +59,11 @@ def read(
 def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, under: tuple[str, ...] = ()) -> None:
     """Enter what a DCP folder holds. Entries of another folder may be there already. under: keys before its own.
 
-    Raises what `read` raises, and DamagedCheckpoint if both folders have an entry of the same name.
+    Raises what `read` raises, Unsupported for FSDP1's flat parameters, and DamagedCheckpoint if both folders have an
+    entry of the same name.
     """
     found = metadata.load(folder)
+    flat.refuse(folder, found.tensors)
     with Records(folder, into.builder) as records:
         objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
         tensors = tensors_of(found.tensors, records)

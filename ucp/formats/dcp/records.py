@@ -13,7 +13,7 @@ import numpy as np
 
 from ucp import limits
 from ucp.catalog import LogicalTensor
-from ucp.errors import DamagedCheckpoint, UnsafePickle
+from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.formats.dcp import metadata
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Blocks, Shape, numel
@@ -75,6 +75,12 @@ class Records:
         except UnsafePickle as error:
             raise UnsafePickle(f"entry '{key}': {error}") from error
         except DamagedCheckpoint as error:
+            if _is_safetensors(stream):
+                raise Unsupported(
+                    f"{path}: was written with serialization_format=SAFETENSORS, and the metadata's byte ranges are "
+                    "not those of its tensors, so torch's own reader cannot read it either; save it as torch_save, or "
+                    "by HuggingFaceStorageWriter"
+                ) from error
             place = f"bytes {record.start} to {record.start + record.length}"
             raise DamagedCheckpoint(f"{error} (entry '{key}', {place})") from error
 
@@ -126,6 +132,12 @@ class Records:
             self._size = stream.seek(0, os.SEEK_END)
         _, path, stream = self._open
         return stream, path
+
+
+def _is_safetensors(stream: BinaryIO) -> bool:
+    """Whether the file begins as a safetensors file does: the length of its header, and a JSON object."""
+    begin = _bytes(stream, 0, 9)
+    return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < 1 << 32
 
 
 def _moved(crc: StoredCrc32, by: int) -> StoredCrc32:

@@ -34,6 +34,10 @@ _WEIGHTS = re.compile(
 )
 
 
+# What torch's HuggingFaceStorageWriter leaves of each rank.
+_SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
+
+
 class HuggingFaceTarget(WriteTarget):
     """The weights alone, as a model folder."""
 
@@ -90,9 +94,10 @@ class HuggingFace(Format):
         """Whether it has weight files, and is no training checkpoint or folder of them besides."""
         from ucp.formats.huggingface.folder import KINDS
 
-        return any(
+        weights = folder.any_name(_SHARD) or any(
             folder.has_file(name) for kind in KINDS for name in (kind.single, kind.index)
-        ) and not folder.any_name(_TRAINING)
+        )
+        return weights and not folder.any_name(_TRAINING)
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.huggingface import reader
@@ -100,7 +105,7 @@ class HuggingFace(Format):
         return reader.read(path, files, request.choice)
 
     def knows(self, name: str) -> bool:
-        return _WEIGHTS.fullmatch(name) is not None
+        return _WEIGHTS.fullmatch(name) is not None or _SHARD.fullmatch(name) is not None
 
 
 FORMAT = HuggingFace()

@@ -43,6 +43,11 @@ KINDS = (
 )
 
 
+def in_folder(folder: Path) -> bool:
+    """Whether the folder has weight files of either kind."""
+    return any(kind.in_folder(folder) for kind in KINDS)
+
+
 def weights(folder: Path) -> dict[str, TensorRef]:
     """Every tensor of the folder's weight files by its name. No data is read.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog, TrainingState
-from ucp.formats.huggingface import NAME, quantized
-from ucp.formats.huggingface.folder import weights
+from ucp.formats.huggingface import NAME, quantized, sharded
+from ucp.formats.huggingface.folder import in_folder, weights
 from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.renaming import rename
@@ -31,7 +31,10 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
     path = locations.locate(path)
     config = configs.of_model(path)
     builder = builder or Builder(files)
-    refs = weights(path)
+    shards = {} if in_folder(path) else sharded.parts(path)
+    for name, held in shards.items():
+        builder.add(name, "frozen", [sharded.tensor(name, held, builder)])
+    refs = {} if shards else weights(path)
     packed = quantized.find(path, refs, config)
     codes = quantized.left_out(packed, refs)
     for name, ref in refs.items():
@@ -48,6 +51,7 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
         training_state=TrainingState(),
         crc_records=in_order(builder.records),
         computed=computed,
+        unchecked=_unchecked(shards),
     )
     bound = (choice or Choice()).bound(config)
     if bound is not None:
@@ -56,6 +60,15 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
         catalog = tie(catalog, bound, files)
     catalog.check()
     return catalog
+
+
+def _unchecked(shards: Mapping[str, Any]) -> tuple[str, ...]:
+    if not shards:
+        return ()
+    return (
+        "nothing says how many ranks wrote these shards: that the last ones' files are missing would show only as a "
+        "hole in a tensor",
+    )
 
 
 def _writer(config: Mapping[str, Any] | None) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import Catalog
-from ucp.errors import BadArgument, NotACheckpoint, Unsupported
+from ucp.errors import BadArgument, NotACheckpoint
 from ucp.formats.accelerate.parts import OPTIMIZER, Parts, add_module, add_optimizer, load
 from ucp.formats.nouns import ReadRequest
+from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered import is_optimizer
 from ucp.formats.shared.state_dicts import Entries
@@ -29,7 +30,6 @@ _OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim",
 _SCHEDULERS = ("lr_scheduler", "scheduler", "lr_schedulers", "lr_scheduler_state_dict", "scheduler_state_dict")
 _STEPS = ("global_step", "global_steps", "step", "iteration", "iter", "steps")
 _LIGHTNING = "pytorch-lightning_version"
-_FLAT = ("flat_param", "_flat_param")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     graph = load(path, request)
     roles = _roles(path, graph, request.options)
     parts = Parts(path.parent, request, Entries(Builder(files)))
-    _refuse_flat(path, roles)
+    flat.refuse(path, [*roles.module, *(str(name) for _, found in roles.optimizers for name in found["state"])])
     add_module(parts, _unwrapped(roles.module, graph), path.name)
     for index, (key, optimizer) in enumerate(roles.optimizers):
         root = OPTIMIZER if not index else f"{OPTIMIZER}_{index}"
@@ -126,17 +126,6 @@ def _at(path: Path, graph: Mapping[Any, Any], key: str, flag: str, fits: Callabl
     if not fits(value):
         raise BadArgument(f"{path}: what lies at {flag} '{key}' is no state dict of that kind")
     return key, value
-
-
-def _refuse_flat(path: Path, roles: FileRoles) -> None:
-    """Raise Unsupported for what FSDP1 keeps flat: a rank's part, and the file does not say where it is cut."""
-    names = [*roles.module, *(str(name) for _, found in roles.optimizers for name in found["state"])]
-    flat = next((name for name in names if name.rpartition(".")[2] in _FLAT), None)
-    if flat is not None:
-        raise Unsupported(
-            f"{path}: '{flat}' is FSDP1's flat parameter (LOCAL_STATE_DICT, or a flattened optimizer's), and no file "
-            "says which parameters lie where in it; save with SHARDED_STATE_DICT or FULL_STATE_DICT"
-        )
 
 
 def _unwrapped(module: Mapping[str, Any], graph: Mapping[Any, Any]) -> dict[str, Any]:
