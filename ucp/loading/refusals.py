@@ -215,7 +215,8 @@ class Findings:
             parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {shown}")
         if self.missing or self.unused:
             parts.append(self.words.advice())
-        if parts and self.changes and self.words.declare:
+        # The advice already says how to load what was added alone, or removed alone.
+        if parts and self.words.declare and (len(self.changes) > 1 or self.changes.keys() - {"added", "removed"}):
             parts.append(f"if the model was changed on purpose, declare it: {self.words.declare % self._declaration()}")
         if parts:
             raise Mismatch("; ".join([self.words.opening(checkpoint, here), *parts]))
