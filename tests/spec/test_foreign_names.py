@@ -233,6 +233,22 @@ def test_a_part_is_what_its_line_says_or_what_is_left() -> None:
     assert moves(bound, "other", ["0.up.0.a", "x"], to_framework=False) == Moves({}, {}, {})  # up.-1 is none
 
 
+def test_lines_about_some_numbers_only() -> None:
+    """Two names of one parameter, chosen by the layer's number; here 'kv' (2) counts the layers of the first kind."""
+    bound = bound_of(
+        '  "l.{i}.norm": h',
+        '    "l.{i}.a": {from: "l.{i}.norm", below: {i: kv}}\n    "l.{i}.b": {from: "l.{i}.norm", from_on: {i: kv}}',
+    )
+    theirs = {"l.0.norm": "l.0.a", "l.1.norm": "l.1.a", "l.2.norm": "l.2.b"}
+    assert moves(bound, "other", theirs, to_framework=True).plain == theirs
+    assert moves(bound, "other", theirs.values(), to_framework=False).plain == {v: k for k, v in theirs.items()}
+    assert moves(bound, "other", ["l.2.a", "l.1.b"], to_framework=False) == Moves({}, {}, {})
+    with pytest.raises(SpecError, match=r"'l\.a' has no \{i\} whose numbers could be chosen"):
+        bound_of("  w: h", '    "l.a": {from: w, below: {i: kv}}')
+    with pytest.raises(SpecError, match="below: 'layers' is no size of this spec"):
+        bound_of('  "l.{i}.norm": h', '    "l.{i}.a": {from: "l.{i}.norm", below: {i: layers}}')
+
+
 def test_parts_that_are_missing_or_too_many_are_refused() -> None:
     bound = bound_of('  up: "e (f | f) h"', '    up: {to: ["{e}.a", "{e}.b"], stack: {e: e}}')
     names = [f"{n}.{w}" for n in range(3) for w in "ab"]

@@ -139,7 +139,8 @@ def _line(
     for renaming in bound.spec.names.get(framework, ()):
         # With 'from' the larger parameter is the framework's, with 'to' the spec's own.
         sides = (renaming.pattern,) if renaming.apart == to_framework else renaming.sources
-        matches += [(renaming, side, c) for side in sides if (c := side.match(name)) is not None]
+        found = [(renaming, side, c) for side in sides if (c := side.match(name)) is not None]
+        matches += [one for one in found if _is_meant(bound, renaming, one[2])]
     if not matches:
         return None
     best = max(side.rank for _, side, _ in matches)
@@ -150,6 +151,14 @@ def _line(
             f"'{name}' matches '{first[1]}' (line {first[1].source.position.line}) as well, equally specific",
         )
     return first
+
+
+def _is_meant(bound: Bound, renaming: Renaming, captures: Mapping[str, int]) -> bool:
+    """Whether the numbers are those that the line is about."""
+    below = all(captures[capture] < _size(bound, renaming, axis) for capture, axis in renaming.below.items())
+    return below and all(
+        captures[capture] >= _size(bound, renaming, axis) for capture, axis in renaming.from_on.items()
+    )
 
 
 def _assembled(bound: Bound, renaming: Renaming, captures: Mapping[str, int], name: str) -> Assembled:
@@ -214,7 +223,7 @@ def _wrong_count(whole: Expression, found: int) -> SpecError:
 
 def _size(bound: Bound, renaming: Renaming, axis: str) -> int:
     if axis in bound.absent:
-        raise renaming.pattern.refuse(f"stack: '{axis}' has no size")
+        raise renaming.pattern.refuse(f"'{axis}' has no size")
     return bound.sizes[axis]
 
 

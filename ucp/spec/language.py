@@ -23,6 +23,7 @@ from ucp.spec.positions import suggestion
 from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1
+_RENAMING = ("from", "to", "as", "stack", "below", "from_on")
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
 _CONSTANTS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "str"))
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -68,6 +69,7 @@ class Renaming:
     the spec's own parameter, and the framework's parameters that it is made of.
     expression: what ``as`` says: how the sources lie in the parameter; with ``apart``, what each of the sources is.
     stack: capture of the sources -> the axis that it counts.
+    below, from_on: capture -> a size: the line is only about numbers below it, or only about those from it on.
     """
 
     pattern: Pattern
@@ -75,6 +77,8 @@ class Renaming:
     expression: Expression | None = None
     stack: Mapping[str, str] = field(default_factory=dict)
     apart: bool = False
+    below: Mapping[str, str] = field(default_factory=dict)
+    from_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
@@ -245,7 +249,7 @@ class _SpecReader(YamlReader):
             _known_captures(to, pattern.captures)
             return Renaming(pattern, (to,))
         what = f"'{entry.key.text}'"
-        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("from", "to", "as", "stack"))}
+        more = {e.key.text: e.value for e in self.entries(entry.value, what, _RENAMING)}
         if ("from" in more) == ("to" in more):
             raise self.refuse(
                 entry.value,
@@ -256,9 +260,10 @@ class _SpecReader(YamlReader):
         node = more[side]
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         sources = tuple(patterns.template(self.text(n, side)) for n in nodes)
-        stack = {}
-        for e in self.entries(more["stack"], "stack") if "stack" in more else ():
-            stack[e.key.text] = self.text(e.value, "stack").text
+        stack, below, from_on = (self.counted(more, key) for key in ("stack", "below", "from_on"))
+        for capture in (*below, *from_on):
+            if capture not in pattern.captures:
+                raise self.refuse(entry.value, f"{what} has no {{{capture}}} whose numbers could be chosen")
         for source in sources:
             _known_captures(source, (*pattern.captures, *stack))
         if side == "from" and "as" not in more and (len(sources) != 1 or stack):
@@ -266,7 +271,11 @@ class _SpecReader(YamlReader):
                 entry.value, f"{what} is made of several parameters and has no 'as:', which says how they lie in it"
             )
         expression = grammar.parse(self.text(more["as"], "as")) if "as" in more else None
-        return Renaming(pattern, sources, expression, stack, side == "to")
+        return Renaming(pattern, sources, expression, stack, side == "to", below, from_on)
+
+    def counted(self, more: Mapping[str, Any], key: str) -> dict[str, str]:
+        """What lies under a key such as 'stack:': captures, each with the name of a size."""
+        return {e.key.text: self.text(e.value, key).text for e in self.entries(more[key], key)} if key in more else {}
 
 
 def _known_captures(template: Template, known: tuple[str, ...]) -> None:
@@ -303,9 +312,10 @@ def _check(spec: Spec) -> None:
         for renaming in renamings:
             if renaming.expression:
                 _known_names(renaming.expression, sizes)
-            for axis in renaming.stack.values():
+            kinds = {"stack": renaming.stack, "below": renaming.below, "from_on": renaming.from_on}
+            for kind, axis in ((kind, axis) for kind, counted in kinds.items() for axis in counted.values()):
                 if axis not in sizes:
-                    raise renaming.pattern.refuse(f"stack: '{axis}' is no size of this spec{suggestion(axis, sizes)}")
+                    raise renaming.pattern.refuse(f"{kind}: '{axis}' is no size of this spec{suggestion(axis, sizes)}")
 
 
 def _refuse_equals(lines: tuple[Line, ...]) -> None:
@@ -381,5 +391,5 @@ def unused_sizes(spec: Spec) -> tuple[str, ...]:
     for renamings in spec.names.values():
         for renaming in renamings:
             used |= {a.name for a in grammar.names(renaming.expression)} if renaming.expression else set()
-            used |= set(renaming.stack.values())
+            used |= {*renaming.stack.values(), *renaming.below.values(), *renaming.from_on.values()}
     return tuple(name for name in spec.sizes if name not in used)

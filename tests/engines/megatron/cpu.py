@@ -54,8 +54,10 @@ def stand_in() -> None:
     _name_types_of_cuda()
     _allocate_on_the_processor()
     import megatron.core.tensor_parallel.random as generators
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
+    multi_latent_attention.TELinear = type("TELinear", (), {})  # a class that nothing is of
     moe_utils.te_general_gemm = None  # which 0.16.1 forgets to define where Transformer Engine isn't there
     generators._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 

@@ -25,6 +25,40 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 64, "tie_word_embeddings": True}
 
 
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 2.5,
+}
+_LATENT_MEGATRON = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+    "qk_layernorm": True,
+    "num_query_groups": 4,
+    "num_moe_experts": 8,
+    "moe_layer_freq": [0, 1],
+    "moe_ffn_hidden_size": 24,
+    "moe_shared_expert_intermediate_size": 48,
+    "moe_router_topk": 4,
+    "moe_router_topk_scaling_factor": 2.5,
+}
+_GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+_SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
+
 @dataclass(frozen=True)
 class Family:
     """config: what transformers' config class is given. megatron: what Megatron's is given besides."""
@@ -44,10 +78,33 @@ FAMILIES: Mapping[str, Family] = {
         {"qk_layernorm": True, "kv_channels": 16, "num_moe_experts": 4, "moe_ffn_hidden_size": 24},
     ),
     "gpt2": Family(_GPT2, {}),
+    "deepseek_v2": Family(
+        {**_SIZES, **_LATENT, "topk_method": "greedy"}, {**_LATENT_MEGATRON, "moe_router_pre_softmax": True}
+    ),
+    "deepseek_v3": Family(
+        {**_SIZES, **_LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+        {**_LATENT_MEGATRON, **_GROUPS, **_SIGMOID},
+    ),
 }
 
 
 EXPERTS = ("mixtral", "qwen3_moe")
+LATENT = ("deepseek_v2", "deepseek_v3")
+# What Megatron's own classes call a norm of latent attention -> what Transformer Engine's do, which are trained.
+_LATENT_NORMS = {
+    ".q_layernorm.": ".linear_q_up_proj.layer_norm_",
+    ".kv_layernorm.": ".linear_kv_up_proj.layer_norm_",
+    ".layers.0.pre_mlp_layernorm.": ".layers.0.mlp.linear_fc1.layer_norm_",
+}
+
+
+def by_transformer_engine(family: str, key: str) -> str:
+    """A key of Megatron's own classes as Transformer Engine's have it."""
+    if family in EXPERTS:
+        return key.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+    for own, theirs in _LATENT_NORMS.items() if family in LATENT else ():
+        key = key.replace(own, theirs)
+    return key
 
 
 def tokens() -> torch.Tensor:
@@ -68,7 +125,8 @@ def transformers_model(name: str) -> Any:
     config = transformers.AutoConfig.for_model(name, **FAMILIES[name].config)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
+        biases = [value for key, value in model.named_buffers() if key.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *biases):
             parameter.normal_(0.0, 0.2)
     return model.float().eval()
 

@@ -51,8 +51,7 @@ def resume(job: dict[str, Any]) -> None:
     found, report = ucp.megatron.load_checkpoint(made.state(loading=True), job["load"], **job.get("opening", {}))
     assert found["iteration"] == run.STEPS
     assert report.proof is None or report.proof.complete
-    made.model.load_state_dict(found["model"], strict=True)
-    made.optimizer.load_state_dict(found["optimizer"])
+    made.fill_from(found)
     made.save(job["save"])
 
 
@@ -65,8 +64,7 @@ def train(job: dict[str, Any]) -> None:
     if "load" in job:
         made.train_step(*families.batch(9))  # without Transformer Engine, Megatron's optimizer has no state before it
         found, _ = ucp.megatron.load_checkpoint(made.state(loading=True), job["load"], **job["opening"])
-        made.model.load_state_dict(found["model"], strict=True)
-        made.optimizer.load_state_dict(found["optimizer"])
+        made.fill_from(found)
     for number in range(job["steps"]):
         if number == 2 and "saved" in job:
             ucp.megatron.save_checkpoint(made.state(), job["saved"])
@@ -82,9 +80,7 @@ def logits(job: dict[str, Any]) -> None:
         model = families.megatron_model(name, run.inference_model)
         state = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
         for part in state["model"].values():
-            if name in families.EXPERTS:
-                # As Transformer Engine's classes call it, whose models of experts are what is trained.
-                part.key = part.key.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+            part.key = families.by_transformer_engine(name, part.key)
         found = dist_checkpointing.load(state, folder, strict="raise_all")
         model.load_state_dict(found["model"], strict=True)
         ids = families.tokens()

@@ -15,12 +15,12 @@ from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from tests.engines.megatron import cases
 from tests.engines.megatron.cases import Case
@@ -113,9 +113,19 @@ class Run:
     def load(self, folder: str, **content: Any) -> dict[str, Any]:
         """As Megatron's training program loads: everything strictly, into the model and the optimizer."""
         found = dist_checkpointing.load(self.state(loading=True, **content), folder, strict="raise_all")
+        self.fill_from(found)
+        return found
+
+    def fill_from(self, found: dict[str, Any]) -> None:
+        """Give the model and the optimizer a loaded state dict, as Megatron's training program does."""
         self.model.load_state_dict(found["model"], strict=True)
         self.optimizer.load_state_dict(found["optimizer"])
-        return found
+        # Without Transformer Engine, Megatron gives all parameters one and the same tensor as their step, and torch's
+        # Adam counts it up once for each of them.
+        for one in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for state in one.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
 
     def local(self) -> Iterator[tuple[ShardedTensor, torch.nn.Parameter]]:
         """Each part of the model that the rank holds, with the parameter that its data are a view of."""
@@ -193,6 +203,21 @@ def _hashed(what: str, part: ShardedTensor) -> torch.Tensor:
     sizes = (*[1] * lead, *part.local_shape)
     found = cases.values(what, part.key, part.global_offset, sizes, part.global_shape)
     return torch.from_numpy(found).reshape(part.local_shape)
+
+
+class PlainAttention(torch.nn.Module):
+    """What Transformer Engine does between latent attention's projections: Megatron's own class has no values that are
+    narrower than keys."""
+
+    def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """(length, batch, heads, width) each; the result has heads and width together."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        made = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return made.permute(2, 0, 1, 3).flatten(2)
 
 
 def config_of(case: Case) -> TransformerConfig:
@@ -286,7 +311,8 @@ def inference_model(config: dict[str, Any], position_embedding_type: str, share_
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(create_gloo_process_groups=True)
         model_parallel_cuda_manual_seed(1)
-    found = TransformerConfig(
+    latent = "kv_lora_rank" in config
+    found = (MLATransformerConfig if latent else TransformerConfig)(
         **config,
         use_cpu_initialization=True,
         hidden_dropout=0.0,
@@ -297,9 +323,14 @@ def inference_model(config: dict[str, Any], position_embedding_type: str, share_
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
-    spec = get_gpt_layer_local_spec(
-        num_experts=found.num_moe_experts, normalization=found.normalization, qk_layernorm=found.qk_layernorm
-    )
+    if isinstance(found.moe_layer_freq, list):
+        spec = get_gpt_decoder_block_spec(found, use_transformer_engine=False, normalization=found.normalization)
+        for layer in spec.layer_specs if latent else ():
+            layer.submodules.self_attention.submodules.core_attention = PlainAttention
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=found.num_moe_experts, normalization=found.normalization, qk_layernorm=found.qk_layernorm
+        )
     return GPTModel(
         found,
         spec,

@@ -15,7 +15,7 @@ import ucp
 from tests.engines.megatron.written import WRITTEN
 from tests.engines.truth import same
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
-from ucp.formats.megatron.read.rank_places import RankPlace, places
+from ucp.formats.megatron.read.rank_places import RankPlace, norms, places
 from ucp.inspection.verify import verify
 from ucp.parallel.mesh import Layout
 
@@ -47,7 +47,7 @@ def test_stacked_experts_are_taken_apart() -> None:
     hidden, ffn, experts, tps = 3, 4, 2, 2
     gated = torch.arange(experts * 2 * ffn * hidden).reshape(experts, 2, ffn, hidden)  # gate, up
     for tp in range(tps):
-        rank = RankPlace(tp, tps, 1, 5, experts, gated=True, sparse=frozenset({0}))
+        rank = RankPlace(tp, tps, 1, 5, experts, gated=True)
         own = gated[:, :, tp * ffn // tps : (tp + 1) * ffn // tps]  # experts, 2, ffn / tps, hidden
         weight1 = own.reshape(experts, ffn, hidden).transpose(1, 2).contiguous().reshape(hidden, -1)
         found = list(places("decoder.layers.0.mlp.experts.weight1", tuple(weight1.shape), rank))
@@ -61,6 +61,33 @@ def test_stacked_experts_are_taken_apart() -> None:
                 view = weight1.as_strided(tuple(b.sizes[k]), tuple(b.strides[k]), int(b.starts[k]))
                 rows = slice(int(b.offsets[k, 0]), int(b.offsets[k, 0] + b.sizes[k, 0]))
                 assert torch.equal(view, whole[rows])
+
+
+def test_norms_are_called_as_transformer_engine_calls_them() -> None:
+    """By what their layer has: experts, latent attention or neither."""
+    dense = ["input_layernorm.weight", "self_attention.linear_qkv.weight", "pre_mlp_layernorm.weight"]
+    latent = [
+        "input_layernorm.weight",
+        "self_attention.linear_kv_down_proj.weight",
+        "self_attention.q_layernorm.weight",
+    ]
+    sparse = [*latent, "pre_mlp_layernorm.weight", "mlp.router.weight"]
+    names = [f"decoder.layers.{k}.{n}" for k, layer in enumerate((dense, latent, sparse)) for n in layer]
+    rank = RankPlace(0, 1, 0, 4, 0, gated=True, norms=norms(names))
+    found = [next(iter(places(name, (2, 2), rank))).name.removeprefix("decoder.layers.") for name in names]
+    assert found == [
+        "4.self_attention.linear_qkv.layer_norm_weight",
+        "4.self_attention.linear_qkv.weight",
+        "4.mlp.linear_fc1.layer_norm_weight",
+        "5.input_layernorm.weight",
+        "5.self_attention.linear_kv_down_proj.weight",
+        "5.self_attention.linear_q_up_proj.layer_norm_weight",
+        "6.input_layernorm.weight",
+        "6.self_attention.linear_kv_down_proj.weight",
+        "6.self_attention.linear_q_up_proj.layer_norm_weight",
+        "6.pre_mlp_layernorm.weight",
+        "6.mlp.router.weight",
+    ]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

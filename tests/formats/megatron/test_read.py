@@ -194,6 +194,10 @@ BAD: Mapping[str, tuple[Callable[[Path], Any], str]] = {
         _common(lambda c: c.update(args={"tensor_model_parallel_size": 4})),
         "say 4 tensor-parallel ranks.*cut for 2",
     ),
+    "the arguments have another pp": (
+        _common(lambda c: c.update(args={"pipeline_model_parallel_size": 4, "world_size": 4})),
+        "say 4 pipeline stages, and layer 0 was written by the ranks",
+    ),
     "another iteration's common state": (_common(lambda c: c.update(iteration=7)), "iteration 2, .*iteration 7"),
     "steps that differ": (
         _common(lambda c: c["optimizer"]["optimizer"]["param_groups"][0].update(step=9.0)),

@@ -13,6 +13,8 @@ import io
 import operator
 import os
 import pickle
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -337,6 +339,28 @@ def test_trust_builds_other_classes_around_references(tmp_path: Path, file_forma
 def test_trust_reports_what_the_trusted_code_raises(tmp_path: Path) -> None:
     path = save({"x": Call(int, "no number")}, tmp_path / "a.pt")
     with pytest.raises(DamagedCheckpoint, match=r"a\.pt: "):
+        load(path, trust=True)
+
+
+def test_trust_knows_the_names_of_the_older_python(tmp_path: Path) -> None:
+    """torch pickles at protocol 2, whose names of the standard library are Python 2's."""
+    path = save({"x": Call(sorted, [2, 1]), "y": Call(zip)}, tmp_path / "a.pt")
+    with pytest.raises(UnsafePickle, match="__builtin__"):
+        load(path)
+    read = load(path, trust=True)
+    assert (read["x"], list(read["y"])) == ([1, 2], [])
+
+
+def test_trust_says_what_cannot_be_imported(tmp_path: Path) -> None:
+    module = types.ModuleType("nobody_has_this")
+    made = type("Thing", (), {"__module__": "nobody_has_this"})
+    module.Thing = made  # type: ignore[attr-defined]
+    sys.modules["nobody_has_this"] = module
+    try:
+        path = save({"x": made()}, tmp_path / "a.pt")
+    finally:
+        del sys.modules["nobody_has_this"]
+    with pytest.raises(UnsafePickle, match=r"nobody_has_this\.Thing, which cannot be imported here .*install"):
         load(path, trust=True)
 
 

@@ -8,6 +8,7 @@ The operations themselves are in `opcodes`.
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import collections
 import importlib
@@ -121,9 +122,17 @@ class Unpickler(Machine):
                 f"its pickle names {module}.{name}, which is not on the list of classes that are safe to read; nothing "
                 f"was run{way_on}"
             )
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
+        # torch pickles as Python 2 could read it, by that Python's names of the standard library's modules.
+        there, called = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        try:
+            target: Any = importlib.import_module(_compat_pickle.IMPORT_MAPPING.get(there, there))
+            for part in called.split("."):
+                target = getattr(target, part)
+        except (ImportError, AttributeError) as error:
+            raise UnsafePickle(
+                f"its pickle names {module}.{name}, which cannot be imported here ({error}); install the package that "
+                "has it"
+            ) from error
         return target
 
     def call(self, target: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:

@@ -80,6 +80,8 @@ def of(
         more = (replace(holders, world=count) for count in counts if count % tp == 0)
         holders = next((one for one in more if one.stages()), holders)
         world = holders.world
+    if pp is not None and not args.get("use_tp_pp_dp_mapping"):
+        _check_stages(folder, pp, holders)
     pp = pp or holders.stages() or 1
     ep = ep or holders.expert_ranks(pp) or 1
     dp = max(world // (tp * pp), 1)
@@ -94,6 +96,17 @@ def of(
         {key: value for key, value in others.items() if value is not None},
         holders.stage_of_layers(pp),
     )
+
+
+def _check_stages(folder: Path, pp: int, holders: _Holders) -> None:
+    """Raise DamagedCheckpoint if a layer was written by ranks of several stages."""
+    each = max(holders.world // pp, 1)
+    for layer, ranks in holders.layers.items():
+        if min(ranks) // each != max(ranks) // each:
+            raise DamagedCheckpoint(
+                f"{folder}: its arguments say {pp} pipeline stages, and layer {layer} was written by the ranks "
+                f"{sorted(ranks)[:8]} of {holders.world}, which are of several; files of two runs are mixed"
+            )
 
 
 def check_layers(folder: Path, common: Mapping[str, Any], names: Iterable[str]) -> None:

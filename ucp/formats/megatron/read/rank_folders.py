@@ -19,7 +19,7 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.megatron import NAME, keys
 from ucp.formats.megatron.read import agree, common
-from ucp.formats.megatron.read.rank_places import PlacedPart, RankPlace, is_gated, local_experts, places, sparse_layers
+from ucp.formats.megatron.read.rank_places import PlacedPart, RankPlace, is_gated, local_experts, norms, places
 from ucp.formats.megatron.read.rank_states import OwnTensor, optimizer_states
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -249,7 +249,7 @@ def _own(folder: Path, rank: RankFolder, ranks: list[RankFolder], layout: Layout
     firsts = _first_layers(folder, ranks, layout.pp, rank.pp)
     tied = layout.pp > 1 and args.get("untie_embeddings_and_output_weights") is False
     for number, chunk in enumerate(rank.chunks):
-        place = RankPlace(rank.tp, layout.tp, rank.ep, firsts[number], experts, gated, sparse_layers(chunk))
+        place = RankPlace(rank.tp, layout.tp, rank.ep, firsts[number], experts, gated, norms(chunk))
         for name, value in chunk.items():
             if not isinstance(value, TensorRef):
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,8 +34,7 @@ _STACKED = re.compile(r"(.+\.experts)\.weight([12])")
 @dataclass(frozen=True)
 class RankPlace:
     """A rank among the model-parallel ones. first_layer: the global number of its first layer. experts: how many it
-    has; 0 for none. gated: whether fc1 is a gate and an up projection, one after the other. sparse: its own numbers of
-    the layers that have experts."""
+    has; 0 for none. gated: whether fc1 is a gate and an up projection, one after the other. norms: as `norms` says."""
 
     tp: int
     tps: int
@@ -43,7 +42,7 @@ class RankPlace:
     first_layer: int
     experts: int
     gated: bool
-    sparse: frozenset[int] = frozenset()
+    norms: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,28 +56,40 @@ class PlacedPart:
 
 # Norms have the names of Transformer Engine's modules, which have them inside a linear layer; so do Megatron's newer
 # files (megatron/core/models/gpt/gpt_layer_specs.py: ``sharded_state_dict_keys_map``).
-_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_LATENT = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
+_DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def norms(names: Iterable[str]) -> dict[int, Mapping[str, str]]:
+    """What norms are called, by a rank's own numbers of its layers: how names of theirs begin here -> and in the whole
+    model. Before experts and before latent attention a norm is a module of its own."""
+    sparse, latent, layers = set(), set(), set()
+    for name in names:
+        if (found := _LAYER.fullmatch(name)) is not None:
+            layer, rest = int(found[2]), found[3]
+            layers.add(layer)
+            sparse |= {layer} if rest.startswith(("mlp.experts.", "mlp.router.")) else set()
+            latent |= {layer} if rest.startswith("self_attention.linear_kv_down_proj.") else set()
+    return {
+        layer: {**(_LATENT if layer in latent else _ATTENTION), **({} if layer in sparse else _DENSE)}
+        for layer in layers
+    }
 
 
 def logical_name(name: str, rank: RankPlace) -> str:
-    """The name with the layer's global number. The norm before experts is a module of its own."""
+    """The name with the layer's global number."""
     found = _LAYER.fullmatch(name)
     if found is None:
         return name
     layer, rest = int(found[2]), found[3]
-    for own, fused in _NORMS.items():
-        if rest.startswith(own) and not (layer in rank.sparse and own == "pre_mlp_layernorm."):
+    for own, fused in rank.norms.get(layer, {}).items():
+        if rest.startswith(own):
             rest = fused + rest.removeprefix(own)
     return f"{found[1]}.{layer + rank.first_layer}.{rest}"
-
-
-def sparse_layers(names: Iterable[str]) -> frozenset[int]:
-    """The layers that have experts, by a rank's own numbers."""
-    found = (_LAYER.fullmatch(name) for name in names)
-    return frozenset(int(m[2]) for m in found if m is not None and m[3].startswith(("mlp.experts.", "mlp.router.")))
 
 
 def local_experts(shapes: Mapping[str, Shape], given: int | None) -> int:
