@@ -16,7 +16,7 @@ from tests import startup
 from tests.engines.zygote import ENVIRONMENT
 from tests.memory.conftest import keepers
 from tests.memory.nodes import wait_for
-from ucp.elastic.running import drain, drained
+from ucp.elastic.running import FRESH_STORES, drain, drained, run
 from ucp.storage.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def torchrun(folder: Path, mode: str, ranks: int = 2) -> tuple[int, list[dict[st
     command += ["--max-restarts=3", "--monitor-interval=0.1", "-m", "ucp.elastic", "--folder", str(folder)]
     command += [str(ROOT / "tests/elastic/program.py"), str(folder), mode]
     modules = startup.search_path([ROOT])
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": modules}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": modules, FRESH_STORES: "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=pipe, stderr=pipe, text=True
@@ -48,7 +48,6 @@ def torchrun(folder: Path, mode: str, ranks: int = 2) -> tuple[int, list[dict[st
     return agent.returncode, [json.loads(line) for line in lines]
 
 
-@pytest.mark.skipif("UCP_STORIES" not in os.environ, reason="torch's own restart may hang over gloo: tests/README.md")
 def test_a_killed_rank_costs_no_step_and_leaves_nothing_behind(tmp_path: Path, keepers: Path) -> None:
     code, told = torchrun(tmp_path, "memory")
     assert code == 0
@@ -61,6 +60,17 @@ def test_a_killed_rank_costs_no_step_and_leaves_nothing_behind(tmp_path: Path, k
     events = [one for one in read_metrics(tmp_path) if one["what"] == "event"]
     assert [(one["event"], one["restart"]) for one in events] == [("started", 0), ("started", 1)]
     wait_for(lambda: list(keepers.glob("*-*")) == [], told=lambda: sorted(keepers.rglob("*")))
+
+
+def test_a_store_that_outlives_a_restart_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for agents, warned in (("True", True), ("False", False)):
+        caplog.clear()
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
+        run(lambda: None)
+        assert any(FRESH_STORES in text for text in caplog.messages) == warned
 
 
 def test_a_refusal_is_not_tried_again(tmp_path: Path, keepers: Path) -> None:

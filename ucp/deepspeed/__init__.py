@@ -28,8 +28,8 @@ from ucp.deepspeed.config import find, parse, with_config
 from ucp.deepspeed.engine import EngineUcp, bind
 from ucp.deepspeed.live.state import warn
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
-from ucp.elastic.layouts import adapted
-from ucp.job.data_order import GlobalOrder
+from ucp.elastic.layouts import adapted, fitted
+from ucp.job.data_order import GlobalBatches, GlobalOrder
 
 NOT_ENABLED = (
     'this engine is DeepSpeed\'s own: its config has no "ucp": {"enabled": true}, so it saves as DeepSpeed does and '
@@ -46,9 +46,11 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     given = bound.arguments
     found = find(given.get("args"), given.get("config"), given.get("config_params"))
     early = parse(found)
+    what = None
     if early.enabled:
         check_version(early.allow_untested_version)
-        fitting = adapted(found, int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        what, fitting = fitted(found, world), adapted(found, world)
         if fitting is not found:
             with_config(given, fitting)
             args, kwargs = bound.args, bound.kwargs
@@ -56,7 +58,7 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     config = parse(result[0]._config._param_dict, save_async=save_async)
     if config.enabled:
         check_version(config.allow_untested_version)
-        bind(result[0], config)
+        bind(result[0], config, what)
     elif "enabled" not in config.model_fields_set:
         warn(NOT_ENABLED)
     return result
@@ -109,4 +111,4 @@ def attach(engine: Any) -> Any:
     return engine
 
 
-__all__ = ["TESTED_VERSIONS", "EngineUcp", "GlobalOrder", "attach", "initialize"]
+__all__ = ["TESTED_VERSIONS", "EngineUcp", "GlobalBatches", "GlobalOrder", "attach", "initialize"]

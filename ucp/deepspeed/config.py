@@ -208,12 +208,14 @@ class ElasticSection(_Section):
 
     layouts: layouts such as "dp=2,zero=3", one for each number of ranks; None allows any number. min: the least number
     of ranks. micro: sizes that a micro-batch may have, besides the config's own. batch: 'keep' the global batch.
+    uneven: where no size divides it, some ranks take a sample less than others, and losses are weighed by samples.
     """
 
     layouts: Annotated[tuple[str, ...] | None, Field(strict=False, description="a list of layouts")] = None
     min: _Number = 1
     micro: Annotated[tuple[_Number, ...], Field(strict=False, description="a list of numbers")] = ()
     batch: Annotated[str, _one_of("keep", text='"keep"')] = "keep"
+    uneven: bool = False
 
 
 class Config(_Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -13,11 +14,12 @@ from ucp.changes.outline import of_all_ranks, outline_of
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, releases
-from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, warn_of_clipping
+from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, times_counted, warn_of_clipping
 from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
 from ucp.deepspeed.supported import check_engine, check_features
+from ucp.elastic.layouts import Fitted
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
 from ucp.formats.nouns import ModuleOrder
 from ucp.job import ranks
@@ -51,10 +53,13 @@ class EngineUcp:
         The `LoadReport` of the last load, or None before the first.
     last_save
         The `SaveReport` of the last finished save, or None before the first.
+    fitted
+        How an elastic run divides its batch on the ranks that there are (`ucp.elastic.Fitted`), or None.
     """
 
-    def __init__(self, engine: Any, config: Config) -> None:
+    def __init__(self, engine: Any, config: Config, fitted: Fitted | None = None) -> None:
         self._engine = engine
+        self.fitted = fitted
         self._rank, self._world = ranks.rank(), ranks.world_size()
         self.config = config
         self.last_load: LoadReport | None = None
@@ -167,19 +172,36 @@ class EngineUcp:
         return samples_seen(self._engine)
 
 
-def bind(engine: Any, config: Config) -> None:
+def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
     """Replace this one engine's ``load_checkpoint``, and its ``save_checkpoint`` if the config says so. No class and no
-    other engine is changed."""
+    other engine is changed. fitted: as in `EngineUcp`."""
     ranks.all_or_none(lambda: releases.require(engine))
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
-    engine.ucp = EngineUcp(engine, config)
+    engine.ucp = EngineUcp(engine, config, fitted)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save.format == "universal":
         engine.save_checkpoint = MethodType(save_checkpoint, engine)
+    if fitted is not None and fitted.is_uneven:
+        _count_samples(engine, fitted)
     if engine.ucp.memory is not None:
         engine.ucp.memory.follow()
+
+
+def _count_samples(engine: Any, fitted: Fitted) -> None:
+    """After each step correct the count of samples, to which DeepSpeed adds as if each micro-batch were full."""
+    original = engine.step
+
+    @wraps(original)
+    def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+        before = engine.global_samples
+        result = original(*args, **kwargs)
+        if engine.global_samples != before:
+            engine.global_samples = before + fitted.batch * times_counted(engine)
+        return result
+
+    engine.step = MethodType(step, engine)
 
 
 def load_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucp.errors import BadArgument
@@ -13,16 +13,38 @@ from ucp.parallel.mesh import parse_layout
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a run continues. micro: samples of one rank in a micro-step. accumulation: micro-steps in a step."""
+    """How a run continues. micro: the most samples of one rank in a micro-step. accumulation: micro-steps in a step.
+    samples: of a step on all ranks; None for dp x micro x accumulation. Fewer are divided as evenly as may be."""
 
     dp: int
     stage: int
     micro: int
     accumulation: int
+    samples: int | None = None
 
     @property
     def batch(self) -> int:
+        return self.places if self.samples is None else self.samples
+
+    @property
+    def places(self) -> int:
+        """Samples of a step if each micro-batch were full."""
         return self.dp * self.micro * self.accumulation
+
+    @property
+    def is_uneven(self) -> bool:
+        return self.batch != self.places
+
+    def counts(self, micro_step: int) -> tuple[int, ...]:
+        """How many samples each rank takes in one of a step's micro-steps. The first ones take one more."""
+        each, more = divmod(self.batch, self.dp * self.accumulation)
+        first = micro_step % self.accumulation * self.dp
+        return tuple(each + (first + rank < more) for rank in range(self.dp))
+
+    def weight(self, count: int) -> float:
+        """What the mean loss of a micro-batch of so many samples is multiplied by, so that each sample of the step
+        counts alike. The program, like DeepSpeed, averages over ranks and micro-steps."""
+        return count * self.dp * self.accumulation / self.batch
 
 
 def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
@@ -46,15 +68,22 @@ def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
     found = _stages(said.get("layouts"), stage)
     sizes = _micro(config, said)
     stage = stage if found is None else found.get(world, -1)
-    pair = _batches(batch, world, sizes)
+    uneven = bool(said.get("uneven", False))
+    pair = _batches(batch, world, sizes, uneven)
     if stage < 0 or pair is None or world < said.get("min", 1):
-        fit = [n for n in (found or range(said.get("min", 1), batch + 1)) if _batches(batch, n, sizes) is not None]
+        known = found or range(said.get("min", 1), batch + 1)
+        fit = [n for n in known if _batches(batch, n, sizes, uneven) is not None]
         raise BadArgument(
             f"{world} ranks cannot go on with the global batch of {batch}: "
-            f"{'no layout has as many ranks' if stage < 0 else 'no micro-batch divides it'}; "
+            f"{'no layout has as many ranks' if stage < 0 else _why(uneven)}; "
             f"these numbers of ranks would do: {', '.join(map(str, sorted(fit))) or 'none'}"
         )
-    return Fitted(world, stage, *pair)
+    made = Fitted(world, stage, *pair)
+    return made if made.places == batch else replace(made, samples=batch)
+
+
+def _why(uneven: bool) -> str:
+    return "there is not a sample for each of them" if uneven else "no micro-batch divides it"
 
 
 def adapted(config: Mapping[str, Any], world: int) -> Mapping[str, Any]:
@@ -64,6 +93,7 @@ def adapted(config: Mapping[str, Any], world: int) -> Mapping[str, Any]:
     if what is None:
         return config
     out = copy.deepcopy(dict(config))
+    out["train_batch_size"] = what.places
     out["train_micro_batch_size_per_gpu"] = what.micro
     out["gradient_accumulation_steps"] = what.accumulation
     out.setdefault("zero_optimization", {})["stage"] = what.stage
@@ -91,12 +121,19 @@ def _micro(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[int]:
     return [*first, *(size for size in sorted(allowed, reverse=True) if size != own)] if allowed or first else []
 
 
-def _batches(batch: int, world: int, sizes: Sequence[int]) -> tuple[int, int] | None:
-    """Micro-batch and accumulation, whose product with the number of ranks is the batch. None if there are none."""
-    if world < 1 or batch % world:
+def _batches(batch: int, world: int, sizes: Sequence[int], uneven: bool) -> tuple[int, int] | None:
+    """Micro-batch and accumulation, whose product with the number of ranks is the batch. None if there are none.
+
+    uneven: where there are none, the product may be larger, with a sample for each rank in each micro-step.
+    """
+    if world < 1:
         return None
     each = batch // world
-    for size in sizes or [each]:
+    for size in (sizes or [each]) if batch % world == 0 else []:
         if each % size == 0:
             return size, each // size
-    return None
+    if not uneven or batch < world:
+        return None
+    steps = min(-(-batch // (world * max(sizes, default=-(-batch // world)))), each)
+    micro = -(-batch // (world * steps))
+    return (micro, steps) if not sizes or micro <= max(sizes) else None

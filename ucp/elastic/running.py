@@ -24,6 +24,9 @@ DRAINED = 75  # the exit code of a node that is to be left out (EX_TEMPFAIL)
 
 DRAIN = "ucp-drain.json"
 
+FRESH_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""The variable by which torchrun's agent makes a store for every round."""
+
 # Errors that may not happen again the next time: a lost process, a full disk, a rank that died.
 _PASSING = (SaveFailed, ProcessLost, DestinationError)
 
@@ -43,6 +46,7 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         sys.exit(DRAINED)
     if place is not None:
         _event(place, "started", since_process=_age())
+    _warn_of_stale_store()
     try:
         main()
     except UcpError as error:
@@ -61,6 +65,18 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         if error.code not in (None, 0):
             sys.last_value = error  # so that the keepers know that it did not end well
         raise
+
+
+def _warn_of_stale_store() -> None:
+    """Warn if torch's agent gives the ranks of a restart the store of those before, where they find the addresses of
+    ranks that are gone: gloo then connects to nobody, or hangs (torch 2.13; `rendezvous.py: _create_c10d_store`)."""
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agents and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "after a restart torch's ranks may look for those that are gone, and hang; start torchrun with %s=1 in its "
+            "environment, so that each round has a store of its own",
+            FRESH_STORES,
+        )
 
 
 def drained(folder: Path) -> list[str]:

@@ -8,7 +8,8 @@ from there, on any number of ranks, sees each following sample once, in the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -183,7 +184,59 @@ class GlobalOrder(Sampler[int]):
             )
 
     def _order(self, epoch: int) -> torch.Tensor:
-        if not self._shuffle:
-            return torch.arange(self._length)
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(self._length, generator=generator)
+        return _order(self._length, self._seed, self._shuffle, epoch)
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """The same order in batches that need not be alike: a batch sampler for one rank's DataLoader, without end.
+
+    Parameters
+    ----------
+    length, rank, seen, seed, shuffle
+        As for `GlobalOrder`.
+    counts
+        How many samples each rank takes in a micro-step, which has the number given, from 0 on
+        (`ucp.elastic.Fitted.counts`).
+
+    Raises
+    ------
+    BadArgument
+        For numbers that are not possible.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        counts: Callable[[int], Sequence[int]],
+        *,
+        rank: int,
+        seen: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if length < 1 or seen < 0 or not 0 <= rank < len(counts(0)):
+            raise BadArgument(f"{length} samples cannot be given to rank {rank} of {len(counts(0))} after {seen} seen")
+        self._length, self._counts, self._rank = length, counts, rank
+        self._seen, self._seed, self._shuffle = seen, seed, shuffle
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        start = self._seen
+        for micro_step in count():
+            each = self._counts(micro_step)
+            first = start + sum(each[: self._rank])
+            batch = []
+            for number in range(first, first + each[self._rank]):
+                if number // self._length != epoch:
+                    epoch = number // self._length
+                    order = _order(self._length, self._seed, self._shuffle, epoch)
+                batch.append(int(order[number % self._length]))
+            yield batch
+            start += sum(each)
+
+
+def _order(length: int, seed: int, shuffle: bool, epoch: int) -> torch.Tensor:
+    """The order of an epoch."""
+    if not shuffle:
+        return torch.arange(length)
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))

@@ -89,13 +89,19 @@ def data_rank(engine: Any) -> int:
 
 def samples_per_step(engine: Any) -> int:
     """How many samples all ranks consume in an optimizer step. Only the data-parallel ranks of the mesh count: ranks of
-    tensor, pipeline and sequence parallelism see the same samples."""
+    tensor, pipeline and sequence parallelism see the same samples. Uneven micro-batches are not all full."""
+    fitted = getattr(getattr(engine, "ucp", None), "fitted", None)
+    return _places_per_step(engine) if fitted is None else int(fitted.batch)
+
+
+def _places_per_step(engine: Any) -> int:
+    """Samples of a step if each micro-batch is as large as the engine's config says."""
     return int(engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * data_world(engine))
 
 
 def times_counted(engine: Any) -> int:
     """How often DeepSpeed counts a sample in ``global_samples``; see `ucp.formats.shared.samples`."""
-    return max(int(engine.train_batch_size()) // samples_per_step(engine), 1)
+    return max(int(engine.train_batch_size()) // _places_per_step(engine), 1)
 
 
 def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
