@@ -23,6 +23,7 @@ BEGIN, END = "<!-- releases: written by tests/engines/record.py -->\n", "<!-- en
 # The table's columns, and the test modules in each.
 AREAS: Mapping[str, tuple[str, ...]] = {
     "smoke": ("tests.deepspeed.test_smoke",),
+    "other releases' files": ("tests.deepspeed.test_older",),
     "layouts": ("tests.deepspeed.test_load_pairs", "tests.formats.deepspeed.read.test_matrix"),
     "saves": ("tests.deepspeed.test_save", "tests.deepspeed.test_bytes", "tests.deepspeed.test_plugin"),
     "refusals": ("tests.deepspeed.test_refusals", "tests.deepspeed.test_releases"),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "scripts/constraints.txt"
 
@@ -49,6 +50,15 @@ def environment() -> dict[str, str]:
     """What ranks need besides. DeepSpeed before 0.16.2 loads its own files with torch.load's default, which since torch
     2.6 refuses them; this is for stock loads, that ours are compared with."""
     return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+
+
+def steps_without_gradients(engine: Any) -> None:
+    """Have another release's optimizer step under torch.no_grad. Stages 1 and 2 of DeepSpeed 0.18 forget it, and torch
+    since 2.13 refuses what they then do; a program with these two gets round it in the same way."""
+    if not is_pinned() and engine.optimizer is not None:
+        import torch
+
+        engine.optimizer.step = torch.no_grad()(engine.optimizer.step)
 
 
 def fault(messages: Iterable[str]) -> str:

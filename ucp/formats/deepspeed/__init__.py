@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ucp.transfer.targets import TargetFile, WritePlan
 
 NAME = "deepspeed"
+SCRIPT = "zero_to_fp32.py"
 
 
 class DeepSpeedTarget(WriteTarget):
@@ -52,7 +53,8 @@ class DeepSpeedTarget(WriteTarget):
             raise BadArgument(f"converting to '{NAME}' needs a layout to write for, such as dp=4,zero=3")
         source = with_sources_of_state(catalog)
         files = native.plan(source, request.layout, request.options.get("ds_config"), request.choice)
-        return _tagged(source, files, request.tag, "latest", request.layout)
+        beside = _scripts() if request.layout.zero else []
+        return _tagged(source, files, request.tag, "latest", request.layout, beside)
 
     def divide(self, catalog: Catalog, layout: Layout, choice: Choice, options: Mapping[str, Any]) -> Division:
         from ucp.formats.deepspeed import division
@@ -73,8 +75,34 @@ class DeepSpeedUniversalTarget(WriteTarget):
         return _tagged(source, universal_folder.plan(source), request.tag, "latest_universal", None)
 
 
-def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, layout: Layout | None) -> WritePlan:
-    """A plan by DeepSpeed's convention: everything is in a folder named by the tag, and a file beside it names it."""
+def _scripts() -> list[TargetFile]:
+    """The script that DeepSpeed puts beside its ZeRO checkpoints, which makes one file of their weights: the installed
+    DeepSpeed's own. None where there is no DeepSpeed."""
+    import os
+    from importlib.util import find_spec
+
+    from ucp.transfer.targets import TargetFile
+
+    found = find_spec("deepspeed")  # which imports nothing
+    for folder in () if found is None else found.submodule_search_locations or ():
+        path = os.path.join(folder, "utils", SCRIPT)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                text = file.read()
+            return [TargetFile(SCRIPT, len(text), ((0, text),), ())]
+    return []
+
+
+def _tagged(
+    catalog: Catalog,
+    files: list[TargetFile],
+    tag: str,
+    pointer: str,
+    layout: Layout | None,
+    beside: Sequence[TargetFile] = (),
+) -> WritePlan:
+    """A plan by DeepSpeed's convention: everything is in a folder named by the tag, and a file beside it names it.
+    beside: more files beside that folder."""
     from dataclasses import replace
 
     from ucp.storage import names
@@ -82,6 +110,7 @@ def _tagged(catalog: Catalog, files: list[TargetFile], tag: str, pointer: str, l
 
     folder = names.entry(tag, "the source's tag", BadArgument, "rename its folder")
     placed = [replace(file, name=f"{folder}/{file.name}") for file in files]
+    placed += beside
     text = tag.encode("utf-8")
     placed.append(TargetFile(pointer, len(text), ((0, text),), ()))
     return WritePlan(catalog, tuple(placed), tag=tag, layout=layout)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ucp
 from tests.formats.deepspeed.write.test_native import ADAMW, BF16, GROUPS, SHAPES, raw_source
@@ -99,3 +102,22 @@ def save(catalog: Catalog, folder: Path, files: list[TargetFile]) -> None:
     with Files() as source:
         write_files(Reader(catalog, source), folder / "tag", files)
     (folder / "latest").write_text("tag")
+
+
+def test_the_script_that_deepspeed_puts_beside_is_there_and_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = Path(__file__).parents[1] / "older/0.15.4-z1-bf16"
+    ucp.convert(older, tmp_path / "native", to="deepspeed", layout="dp=3,zero=3")
+    script = tmp_path / "native/zero_to_fp32.py"
+    command = [sys.executable, script, tmp_path / "native", tmp_path / "model", "--safe_serialization"]
+    subprocess.run(command, check=True, capture_output=True)
+    found, truth = load_file(tmp_path / "model/model.safetensors"), load_file(older / "truth.safetensors")
+    assert {f"{name}|param" for name in found} - {"seen|param"} == {key for key in truth if key.endswith("|param")}
+    for name in set(found) - {"seen"}:
+        assert torch.equal(found[name], truth[f"{name}|param"].float())
+    ucp.convert(older, tmp_path / "stage0", to="deepspeed", layout="dp=3,zero=0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ucp.convert(older, tmp_path / "without", to="deepspeed", layout="dp=3,zero=3")
+    for folder in ("stage0", "without"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {"global_step3", "latest"}
