@@ -117,6 +117,11 @@ def _row(work: Work, turns: list[dict[str, Any]], peer: list[dict[str, Any]]) ->
     if "stages" in best:
         row |= {
             "read/needed": round(best["bytes_read"] / best["nbytes"], 3),
-            "prove s": round(best["stages"]["prove"], 3),
+            "prove s": round(best["prove"], 3),
+            "prove %": round(100 * statistics.median(turn["prove"] / turn["seconds"] for turn in turns), 1),
+            "prove processor s": round(best["prove_processor"], 3),
+            "of processor %": round(
+                100 * statistics.median(turn["prove_processor"] / turn["processor"] for turn in turns), 1
+            ),
         }
     return row

@@ -186,6 +186,7 @@ def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> dict[str, Any]:
     _settle(args)
     dist.barrier()
     before = _device_memory(args, anew=True)
+    proving = _processor_of_proofs()
     began = time.perf_counter(), time.process_time()
     with bench_tools.HostMemory() as host:
         told = work()
@@ -197,7 +198,27 @@ def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> dict[str, Any]:
     if told is not None:
         needed, read = _reduced(args, [told.nbytes, told.bytes_read])
         found |= {"nbytes": needed, "bytes_read": read, "proof": str(told.proof), "stages": dict(told.seconds)}
+        # Of the slowest rank, and of all ranks together.
+        found |= {"prove": _reduced(args, [told.seconds["prove"]], dist.ReduceOp.MAX)[0]}
+        found |= {"prove_processor": _reduced(args, [proving[0]])[0]}
     return found
+
+
+def _processor_of_proofs() -> list[float]:
+    """The processor seconds of this process's proofs from now on, counted as they pass."""
+    from ucp.loading import proof
+
+    real, spent = proof.prove, [0.0]
+
+    def prove(*given: Any, **named: Any) -> Any:
+        began = time.process_time()
+        try:
+            return real(*given, **named)
+        finally:
+            spent[0] += time.process_time() - began
+
+    proof.prove = prove
+    return spent
 
 
 def _settle(args: argparse.Namespace) -> None:

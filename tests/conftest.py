@@ -116,7 +116,7 @@ def forked_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Non
     for name in ("Pipe", "_start"):
         monkeypatch.setattr(writer, name, getattr(writer, name))
     save_jobs.fork_writers()
-    renew = save._saver()._dismiss
+    renew = save._saver().dismiss
     renew()
     yield renew
     renew()

@@ -84,6 +84,11 @@ class Checkpoint:
         """Close the files. Reading afterwards opens them again."""
         self._files.close()
 
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of its files have been read so far, metadata included."""
+        return self._files.bytes_read
+
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, format={self.format!r}, layout='{self.layout}')"
 

@@ -258,7 +258,7 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
         def fail(*args: Any) -> None:
             raise OSError("the disk is gone")
 
-        engine.ucp.saver._dismiss()
+        engine.ucp.saver.dismiss()
         fork_writers(lambda: setattr(writer, "write", fail))
     continue_training(engine, case, 1, 1)
     engine.save_checkpoint(folder)
@@ -268,7 +268,7 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
     except Exception as error:  # noqa: BLE001 - it is what the test is about
         told.append((type(error).__name__, str(error)))
     if dist.get_rank() == failing:
-        engine.ucp.saver._dismiss()
+        engine.ucp.saver.dismiss()
         fork_writers()
     engine.save_checkpoint(folder, "again")
     path, _ = engine.load_checkpoint(folder)  # waits

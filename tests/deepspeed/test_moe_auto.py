@@ -14,7 +14,7 @@ from tests.deepspeed.pairs import CLOSE
 from tests.engines import autoep
 from tests.engines.autoep import AutoCase
 from tests.engines.configs import Case, make_config
-from tests.engines.moe import INITIALIZE, SECTION
+from tests.engines.moe import INITIALIZE, MoeSources
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.truth import compare, known
@@ -40,28 +40,9 @@ PAIRS: list[tuple[AutoCase, bool, AutoCase]] = [
 ]
 
 
-class Sources:
-    """Runs of cases, each made once."""
-
-    def __init__(self, pool: RankPool, root: Path) -> None:
-        self.pool = pool
-        self._root = root
-        self._runs: dict[tuple[AutoCase, bool], Run] = {}
-
-    def get(self, case: AutoCase, universal: bool) -> Run:
-        key = case, universal
-        if key not in self._runs:
-            how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
-            folder = str(self._root / str(len(self._runs)))
-            self._runs[key] = self.pool.run(autoep.train, case, folder, *how, world_size=case.case.dp, preload=PRELOAD)[
-                0
-            ]
-        return self._runs[key]
-
-
 @pytest.fixture(scope="module")
-def made(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    return Sources(ranks, tmp_path_factory.mktemp("autoep"))
+def made(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> MoeSources:
+    return MoeSources(ranks, tmp_path_factory.mktemp("autoep"), autoep.train, lambda case, ours: PRELOAD)
 
 
 def label(value: Any) -> str:
@@ -69,7 +50,7 @@ def label(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("source", "universal", "target"), PAIRS, ids=label)
-def test_loads_exactly(made: Sources, source: AutoCase, universal: bool, target: AutoCase) -> None:
+def test_loads_exactly(made: MoeSources, source: AutoCase, universal: bool, target: AutoCase) -> None:
     run = made.get(source, universal)
     loaded: Run = made.pool.run(
         autoep.resume,
@@ -91,7 +72,7 @@ def test_loads_exactly(made: Sources, source: AutoCase, universal: bool, target:
 
 
 @pytest.mark.parametrize(("source", "universal"), [(s, u) for s, u, _ in PAIRS if s != EP2] + [(EP2, False)], ids=label)
-def test_everything_read_is_what_the_ranks_held(made: Sources, source: AutoCase, universal: bool) -> None:
+def test_everything_read_is_what_the_ranks_held(made: MoeSources, source: AutoCase, universal: bool) -> None:
     run = made.get(source, universal)
     truth = known(run.truth)
     with ucp.open(run.folder) as checkpoint:
@@ -109,16 +90,16 @@ PLAIN = AutoCase(FOUR.but(stage=3, dp=2), ep=0)
 
 
 @pytest.mark.parametrize(("source", "target"), [(EP2, PLAIN), (STAGE3, AutoCase(FOUR.but(dp=2), ep=0))], ids=label)
-def test_into_a_module_without_autoep(made: Sources, source: AutoCase, target: AutoCase) -> None:
+def test_into_a_module_without_autoep(made: MoeSources, source: AutoCase, target: AutoCase) -> None:
     """The spec of the family says which of its tensors are AutoEP's."""
     crossing(made, source, target)
 
 
-def test_from_a_module_without_autoep(made: Sources) -> None:
+def test_from_a_module_without_autoep(made: MoeSources) -> None:
     crossing(made, PLAIN, AutoCase(FOUR, ep=4))
 
 
-def crossing(made: Sources, source: AutoCase, target: AutoCase) -> None:
+def crossing(made: MoeSources, source: AutoCase, target: AutoCase) -> None:
     run = made.get(source, False)
     loaded: Run = made.pool.run(
         autoep.resume,
@@ -157,7 +138,7 @@ def config(case: AutoCase) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("source", "target"), WRITTEN, ids=label)
 def test_stock_deepspeed_loads_what_is_written(
-    made: Sources, tmp_path: Path, source: AutoCase, target: AutoCase
+    made: MoeSources, tmp_path: Path, source: AutoCase, target: AutoCase
 ) -> None:
     run = made.get(source, False)
     layout = f"dp={target.case.dp},ep={target.ep},zero={target.case.stage}"
@@ -183,12 +164,12 @@ def test_stock_deepspeed_loads_what_is_written(
         ("dp=4,zero=1", {"ds_config": make_config(FOUR)}, "config doesn't ask for AutoEP"),
     ],
 )
-def test_what_cannot_be_written(made: Sources, tmp_path: Path, where: str, options: Any, text: str) -> None:
+def test_what_cannot_be_written(made: MoeSources, tmp_path: Path, where: str, options: Any, text: str) -> None:
     with pytest.raises(UcpError, match=text):
         ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to="deepspeed", layout=where, **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_not_in_deepspeeds_universal_form(made: Sources, tmp_path: Path) -> None:
+def test_not_in_deepspeeds_universal_form(made: MoeSources, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="trained with AutoEP"):
         ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to="deepspeed-universal")

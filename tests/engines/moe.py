@@ -6,7 +6,7 @@ Names carry an expert's global number. Which rank holds which expert is asked of
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,18 +211,26 @@ def train(case: MoeCase, folder: str, initialize: str = "deepspeed:initialize", 
 class MoeSources:
     """Checkpoints of cases, each made once. Treat the folders as read-only."""
 
-    def __init__(self, pool: RankPool, root: Path) -> None:
+    def __init__(
+        self,
+        pool: RankPool,
+        root: Path,
+        job: Callable[..., Run] | None = None,
+        modules: Callable[[Any, bool], tuple[str, ...]] | None = None,
+    ) -> None:
+        """job: trains and saves, by default `train`. modules: what its ranks need beforehand, as `preload` says it."""
         self.pool = pool
         self._runs = Kept(root)
+        self._job, self._modules = job or train, modules or preload
 
-    def get(self, case: MoeCase, universal: bool = False) -> Run:
+    def get(self, case: Any, universal: bool = False) -> Run:
         """The run of a case, with rank 0's knowledge; universal: saved by this project in fragments, else natively."""
 
         def make(folder: str) -> Run:
             how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
-            return self.pool.run(train, case, folder, *how, world_size=case.case.dp, preload=preload(case, universal))[
-                0
-            ]
+            world, modules = case.case.dp, self._modules(case, universal)
+            found: Run = self.pool.run(self._job, case, folder, *how, world_size=world, preload=modules)[0]
+            return found
 
         run: Run = self._runs.get((case, universal), make)
         return run

@@ -209,7 +209,7 @@ def save_in_background(folder: Path, tag: str, made: Source, death: Death | None
         text = errors.read().decode()
     count, process = struct.unpack("<qq", counters[:])
     deadline = time.monotonic() + 20
-    while process and atomic._is_alive(process):
+    while process and atomic.is_alive(process):
         if time.monotonic() > deadline:
             raise AssertionError("the writer goes on without its training process")
         time.sleep(0.001)

@@ -150,7 +150,7 @@ def test_what_several_ranks_hold_is_written_once_and_evenly(
         assert coverage_fault(shape, together) is None
     for ranks in {ranks for _, _, ranks in tensors}:
         written = [
-            sum(share._nbytes(assigned[rank][k]) for k, t in enumerate(tensors) if t[2] == ranks) for rank in ranks
+            sum(share.nbytes_of(assigned[rank][k]) for k, t in enumerate(tensors) if t[2] == ranks) for rank in ranks
         ]
         assert max(written) - min(written) <= 2 * 8  # an element on either side
 
@@ -350,7 +350,7 @@ def test_a_missing_file_is_found(tmp_path: Path) -> None:
 def test_leftovers(tmp_path: Path) -> None:
     """Those of dead processes here go at once, those of another machine once nobody has written them for long."""
     _, made = sources(3, 1)
-    here, elsewhere = atomic._machine_of_process(), "00000000"
+    here, elsewhere = atomic.machine_of_process(), "00000000"
     dead = subprocess.Popen(["true"])
     dead.wait()
     kept = tmp_path / f".ucp-tmp-now-{dead.pid}-{elsewhere}01234567"

@@ -223,7 +223,7 @@ def test_a_killed_process_leaves_the_old_state_and_its_rest_is_swept(tmp_path: P
 def test_death_between_two_renames_is_repaired(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as dead:
         pass
-    old = tmp_path / f".ucp-old-ckpt-{dead.pid}-{atomic._machine_of_process()}01234567"
+    old = tmp_path / f".ucp-old-ckpt-{dead.pid}-{atomic.machine_of_process()}01234567"
     old.mkdir()
     fill(old, "old")
     with pytest.raises(RuntimeError), staged(tmp_path / "ckpt", needed_bytes=0, replace=True):

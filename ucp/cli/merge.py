@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from typing import Any
 
@@ -138,9 +137,8 @@ def command(args: argparse.Namespace) -> int:
     if not team.leads:
         return run.DONE
     out = Output(args)
-    if out.result(lambda: {"schema": SCHEMA, **dataclasses.asdict(report)}):
+    if out.report(SCHEMA, report):
         return run.DONE
-    out.good(str(report))
     lines = list(report.lines.items())
     out.table(("parameters", "operation"), [(str(n), text) for text, n in lines[:_SHOWN]], right=(0,))
     if len(lines) > _SHOWN:
@@ -152,9 +150,7 @@ def _adapters(args: argparse.Namespace) -> int:
     from ucp.merging.adapters import merge_adapters
 
     report = merge_adapters(args.sources, args.dest, args.adapter_merge, args.weights, args.rank)
-    out = Output(args)
-    if not out.result(lambda: {"schema": ADAPTERS_SCHEMA, **dataclasses.asdict(report)}):
-        out.good(str(report))
+    Output(args).report(ADAPTERS_SCHEMA, report)
     return run.DONE
 
 

@@ -6,6 +6,7 @@ Text from a checkpoint is escaped here, entry by entry (`ucp.printable`), so tha
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,14 @@ class Output:
         if self._json:
             sys.stdout.write(dumps(as_json()) + "\n")
         return self._json or self._quiet
+
+    def report(self, schema: str, report: Any) -> bool:
+        """Print what was done: a dataclass as JSON, with the schema's name, or its text. True if nothing else is to be
+        printed."""
+        if self.result(lambda: {"schema": schema, **dataclasses.asdict(report)}):
+            return True
+        self.good(str(report))
+        return False
 
     def title(self, text: str) -> None:
         self._line(self._marked(line(text), "1"))

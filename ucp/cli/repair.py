@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from ucp.cli import run, source
@@ -68,9 +67,8 @@ def command(args: argparse.Namespace) -> int:
             progress=bar,
         )
     out = Output(args)
-    if out.result(lambda: {"schema": SCHEMA, **dataclasses.asdict(report)}):
+    if out.report(SCHEMA, report):
         return run.DONE
-    out.good(str(report))
     out.table(("lost or damaged", ""), list(report.files.items()))
     out.table(("layer", "filled with"), list(report.layers.items()))
     if report.own_group:

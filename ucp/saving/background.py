@@ -169,14 +169,15 @@ class Saver:
     def _hire(self) -> None:
         """Make sure that there is a process that writes. Raises SaveFailed if none can be started."""
         if self._writer is not None and not self._writer.is_alive():
-            self._dismiss()  # what became of its save has been raised already
+            self.dismiss()  # what became of its save has been raised already
         if self._writer is None:
             self._writer = WriterProcess(self._pool.file)
             # The writer ends when the saver is deleted. When the program ends, so does the pipe.
             self._end = weakref.finalize(self, self._writer.end)
             self._end.atexit = False
 
-    def _dismiss(self) -> None:
+    def dismiss(self) -> None:
+        """End the process that writes. The next save starts another."""
         if self._writer is not None:
             self._end()
             self._writer = None
@@ -274,7 +275,7 @@ def _at_exit() -> None:
     try:
         finish_all()
         for saver in list(_savers):
-            saver._dismiss()
+            saver.dismiss()
     except Exception:  # noqa: BLE001 - it has been logged
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):

@@ -56,7 +56,7 @@ def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
         if rank not in holders:
             name = holdings[members[0]].name
             raise BadArgument(f"rank {rank} holds '{name}', but is not among its holders {holders}")
-        ends = np.cumsum([0, *(_nbytes(holdings[i]) for i in members)])
+        ends = np.cumsum([0, *(nbytes_of(holdings[i]) for i in members)])
         place, total = holders.index(rank), int(ends[-1])
         low, high = total * place // len(holders), total * (place + 1) // len(holders)
         for index, start in zip(members, ends.tolist(), strict=False):
@@ -68,7 +68,8 @@ def assign(holdings: Sequence[Holding], rank: int) -> list[Holding]:
     return out
 
 
-def _nbytes(holding: Holding) -> int:
+def nbytes_of(holding: Holding) -> int:
+    """How many bytes the elements of a holding have, replicas counted."""
     return int(holding.blocks.counts.sum()) * itemsize(holding.dtype)
 
 

@@ -135,19 +135,19 @@ def discard(temporary: Path) -> None:
 
 
 def _sweep_all(folder: Path, keep: Collection[str], own: Collection[int], now: float) -> None:
-    here = _machine_of_process()
+    here = machine_of_process()
     for entry in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
         if match is None or entry.is_symlink() or entry.name in keep:
             continue
         kind, name, process, place = match.groups()
         if kind == "old" and not os.path.lexists(folder / name):
-            if place == here and not _is_alive(int(process)):
+            if place == here and not is_alive(int(process)):
                 disk.rename(entry, folder / name)  # see _sweep
             continue
         if place == here:
             # What these processes use is in `keep`. They have given up the rest, or others had the same numbers.
-            unused = int(process) in own or not _is_alive(int(process))
+            unused = int(process) in own or not is_alive(int(process))
         else:
             unused = now - _newest(entry) > limits.STALE_FOLDER_SECONDS
         if unused:
@@ -216,8 +216,9 @@ def sync_tree(folder: Path) -> None:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _machine_of_process() -> str:
-    # A process number means something only on its machine, and there within its container.
+def machine_of_process() -> str:
+    """Where this process's number means something, in the names of temporary folders: its machine, and there its
+    container. 8 hexadecimal digits."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -227,7 +228,7 @@ def _machine_of_process() -> str:
 
 def _temporary_name(target: Path, process: int | None = None) -> Path:
     process = process or os.getpid()
-    return target.with_name(f".ucp-tmp-{target.name}-{process}-{_machine_of_process()}{os.urandom(4).hex()}")
+    return target.with_name(f".ucp-tmp-{target.name}-{process}-{machine_of_process()}{os.urandom(4).hex()}")
 
 
 def _make_temporary(target: Path, process: int | None = None) -> Path:
@@ -262,7 +263,7 @@ def _make_parents(parent: Path) -> list[Path]:
 def _sweep(target: Path) -> None:
     """Remove what dead processes have left of commits to this destination."""
     pattern = re.compile(rf"\.ucp-(tmp|old)-{re.escape(target.name)}-(\d+)-([0-9a-f]{{8}})[0-9a-f]{{8}}")
-    here = _machine_of_process()
+    here = machine_of_process()
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
         if match is None or entry.is_symlink():
@@ -270,7 +271,7 @@ def _sweep(target: Path) -> None:
         kind, process, place = match.groups()
         if place != here:
             log.warning("%s was left by a commit on another machine; remove it if none is under way", entry)
-        elif not _is_alive(int(process)):
+        elif not is_alive(int(process)):
             if kind == "old" and not os.path.lexists(target):
                 # Died between the two renames of a replacement: the old folder is the one to keep.
                 disk.rename(entry, target)
@@ -278,7 +279,8 @@ def _sweep(target: Path) -> None:
                 _remove(entry)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this machine that has not ended."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -22,7 +22,7 @@ from ucp.run_folder import LATEST, is_checkpoint
 from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 from ucp.storage.locations import locate
-from ucp.torchdist.training import TrainingReport, load_training, training_source
+from ucp.torchdist.training import TrainingParts, TrainingReport, load_training, training_source
 
 
 class MemorySnapshots:
@@ -60,7 +60,7 @@ class MemorySnapshots:
         """
         if not self.tier.is_due():
             return False
-        source = training_source(step=step, **state)
+        source = training_source(TrainingParts(step=step, **state))
         held = sum(int(h.blocks.counts.sum()) * itemsize(h.dtype) // len(h.holders) for h in source.holdings)
         self.tier.attach(self._folder, held)
         return self.tier.snapshot(source, f"step{step}")

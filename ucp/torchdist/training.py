@@ -102,42 +102,44 @@ def save_training(
     Unsupported, DestinationError, SaveFailed
         As for `save`, or as for `async_save` in the background.
     """
-    source = training_source(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra)
+    source = training_source(TrainingParts(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra))
     if background:
         return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
     return write(source, path, timeout, metrics)
 
 
-def training_source(
-    model: torch.nn.Module,
-    optimizer: Optimizers = (),
-    lr_scheduler: Any = None,
-    dataloader: Any = None,
-    step: int | None = None,
-    samples: int | None = None,
-    rng: bool = True,
-    extra: Mapping[str, Any] | None = None,
-) -> Source:
+@dataclass(frozen=True, eq=False)
+class TrainingParts:
+    """What a run consists of, as `save_training` and `load_training` take it."""
+
+    model: torch.nn.Module
+    optimizer: Optimizers = ()
+    lr_scheduler: Any = None
+    dataloader: Any = None
+    step: int | None = None
+    samples: int | None = None
+    rng: bool = True
+    extra: Mapping[str, Any] | None = None
+
+    def progress(self) -> TrainingState:
+        """The run's progress, as a checkpoint records it."""
+        return TrainingState(
+            lr_scheduler=None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            global_steps=self.step,
+            global_samples=self.samples,
+            client_state=dict(self.extra or {}),
+        )
+
+
+def training_source(of: TrainingParts) -> Source:
     """What `save_training` saves of this rank. Collective."""
-    state_dict, _ = state_dict_of(model, optimizer, blank=True)
-    to_save(state_dict, optimizer)
+    state_dict, _ = state_dict_of(of.model, of.optimizer, blank=True)
+    to_save(state_dict, of.optimizer)
     return make_source(
         state_dict,
-        _kinds(model, optimizer),
-        _progress(lr_scheduler, step, samples, extra),
-        {**({"rng": generators.capture()} if rng else {}), **data_loaders.kept_of(dataloader)},
-    )
-
-
-def _progress(
-    lr_scheduler: Any, step: int | None, samples: int | None, extra: Mapping[str, Any] | None
-) -> TrainingState:
-    """The run's progress, as the checkpoint records it."""
-    return TrainingState(
-        lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
-        global_steps=step,
-        global_samples=samples,
-        client_state=dict(extra or {}),
+        _kinds(of.model, of.optimizer),
+        of.progress(),
+        {**({"rng": generators.capture()} if of.rng else {}), **data_loaders.kept_of(of.dataloader)},
     )
 
 
@@ -200,7 +202,7 @@ def load_training(
 
     Raises as `load` does.
     """
-    watch, live = Stopwatch(), _Live(model, optimizer, lr_scheduler, dataloader, rng)
+    watch, live = Stopwatch(), TrainingParts(model, optimizer, lr_scheduler, dataloader, rng=rng)
     # What states the checkpoint's optimizers had is not known yet. States that are made quickly are tried first.
     state_dict, made = state_dict_of(model, optimizer, blank=True)
     opening.setdefault("model_config", config_of(model))
@@ -244,17 +246,6 @@ def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float 
     return clip
 
 
-@dataclass(frozen=True, eq=False)
-class _Live:
-    """What a program wants to have restored; see `load_training`."""
-
-    model: torch.nn.Module
-    optimizer: Optimizers
-    lr_scheduler: Any
-    dataloader: Any
-    rng: bool
-
-
 class TrainingTarget(StateDictTarget):
     """A model, its optimizers and the other state that a run continues with, on one rank.
 
@@ -263,7 +254,7 @@ class TrainingTarget(StateDictTarget):
 
     def __init__(
         self,
-        live: _Live,
+        live: TrainingParts,
         position: Any,
         where: str,
         catalog: Catalog,
@@ -365,7 +356,7 @@ def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
     return out
 
 
-def _check(where: str, state: TrainingState, live: _Live) -> Any:
+def _check(where: str, state: TrainingState, live: TrainingParts) -> Any:
     """Raise Mismatch if the scheduler or the loader would stay unrestored. Returns the loader's state for this rank."""
     lr_scheduler, dataloader = live.lr_scheduler, live.dataloader
     if lr_scheduler is not None:

@@ -63,9 +63,9 @@ def test_a_region_costs_its_bytes(tmp_path: Path) -> None:
     tensor = torch.randn(4096, 256)
     dcp.save({"w": tensor}, checkpoint_id=tmp_path / "big")
     with ucp.open(tmp_path / "big") as checkpoint:
-        before = checkpoint._files.bytes_read
+        before = checkpoint.bytes_read
         assert same(checkpoint.read("w", region=(slice(7, 9),)), tensor[7:9].clone())
-        assert checkpoint._files.bytes_read - before == 2 * 256 * 4
+        assert checkpoint.bytes_read - before == 2 * 256 * 4
 
 
 @pytest.mark.parametrize("writer", [{"thread_count": 3}, {"single_file_per_rank": False}])

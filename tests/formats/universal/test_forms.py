@@ -237,13 +237,13 @@ def test_only_touched_chunks_are_read_and_checked(large: Path, tmp_path: Path) -
     victim = path / "model-00001-of-00001.safetensors"
     raw.flip(victim, victim.stat().st_size - 1, 1)  # in the last chunk
     with ucp.open(path) as checkpoint:
-        before = checkpoint._files.bytes_read
+        before = checkpoint.bytes_read
         checkpoint.read("a", region=(slice(0, 1),))
-        assert checkpoint._files.bytes_read - before == CHUNK
+        assert checkpoint.bytes_read - before == CHUNK
     with ucp.open(path, verify=False) as checkpoint:
-        before = checkpoint._files.bytes_read
+        before = checkpoint.bytes_read
         checkpoint.read("a", region=(slice(600, 601),))
-        assert checkpoint._files.bytes_read - before == 500 * 4
+        assert checkpoint.bytes_read - before == 500 * 4
 
 
 @pytest.mark.parametrize("form", ["consolidated", "virtual"])

@@ -263,14 +263,14 @@ def test_every_target_rank_gets_its_partition(sources: Sources, case: Case) -> N
 def test_reading_one_row_reads_about_that_row(sources: Sources, case: Case) -> None:
     checkpoint, truth = open_source(case, sources)
     with checkpoint:
-        before = checkpoint._files.bytes_read
+        before = checkpoint.bytes_read
         row = checkpoint.read("middle.weight", "exp_avg", (slice(20, 21),))
         assert same(row, truth.params["middle.weight"]["exp_avg"][20:21].clone())
-        assert checkpoint._files.bytes_read - before == 53 * 4
-        before = checkpoint._files.bytes_read
+        assert checkpoint.bytes_read - before == 53 * 4
+        before = checkpoint.bytes_read
         column = checkpoint.read("middle.weight", "param", (slice(None), slice(3, 5)))
         assert same(column, truth.params["middle.weight"]["param"][:, 3:5].clone())
-        assert checkpoint._files.bytes_read - before <= 37 * 53 * 4
+        assert checkpoint.bytes_read - before <= 37 * 53 * 4
 
 
 def test_opening_reads_no_tensor(sources: Sources) -> None:
@@ -278,7 +278,7 @@ def test_opening_reads_no_tensor(sources: Sources) -> None:
     run = sources.get(Case(stage=1, dp=2, model="llama"))
     size = sum(p.stat().st_size for p in (Path(run.folder) / run.tag).iterdir())
     with ucp.open(run.folder, tag=run.tag) as checkpoint:
-        assert checkpoint._files.bytes_read < size / 20
+        assert checkpoint.bytes_read < size / 20
 
 
 def test_latest_and_folders(sources: Sources) -> None:
