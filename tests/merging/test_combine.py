@@ -231,13 +231,10 @@ def test_the_record(three: list[Path], tmp_path: Path) -> None:
 
 
 def test_interrupted_and_continued(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(Exception):
-        pass
-
     def stop(done: int, total: int) -> None:
-        raise Stop
+        raise KeyboardInterrupt
 
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         merge(three, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
     merge(three, tmp_path / "out")

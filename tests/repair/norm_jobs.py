@@ -1,8 +1,11 @@
-"""A job for ranks: a pipeline whose last step is one of plain SGD, so that the weights' change is its gradient."""
+"""Jobs for ranks: a pipeline whose last step is one of plain SGD, so that the weights' change is its gradient; and
+engines that load a repaired checkpoint whose filled layers are a param group of their own."""
 
 from __future__ import annotations
 
+import ucp.deepspeed
 from tests.engines import pipe_runs
+from tests.engines.configs import make_config
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.truth import Truth
 
@@ -16,3 +19,24 @@ def step_and_save(case: PipeCase, folder: str) -> tuple[Truth | None, Truth | No
     after = pipe_runs.gather(engine)
     engine.save_checkpoint(folder, "last", client_state={"mine": 1})
     return before, after
+
+
+def in_groups(
+    case: PipeCase, folder: str, spec: str, filled: tuple[str, ...]
+) -> tuple[Truth | None, list[float], list[float], list[float]]:
+    """An engine of the plain module in whose second param group these parameters are, or in one group without them,
+    that loads what was repaired and trains on: the truth after the load, each group's learning rate and step count, and
+    the losses."""
+    model = pipe_runs.build_model(case)
+    own = [parameter for name, parameter in model.named_parameters() if name.startswith(filled)] if filled else []
+    rest = [parameter for parameter in model.parameters() if not any(parameter is one for one in own)]
+    groups = [{"params": rest}, {"params": own}] if own else rest
+    section = {"enabled": True, "spec": spec, "load": {"allow_approximate": True}}
+    config = make_config(case.case) | {"ucp": section}
+    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=groups)
+    engine.load_checkpoint(folder)
+    truth = pipe_runs.gather(engine)
+    inner = engine.optimizer.optimizer
+    rates = [group["lr"] for group in inner.param_groups]
+    steps = [float(inner.state[group["params"][0]]["step"]) for group in inner.param_groups]
+    return truth, rates, steps, pipe_runs.continue_training(engine, case, 3, 3)

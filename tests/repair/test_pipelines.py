@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.truth import known
+from tests.repair import norm_jobs
 from ucp.cli import main as command
 from ucp.errors import ApproximateCheckpoint, DamagedCheckpoint, Mismatch, UcpError, Unsupported
 from ucp.repair import repair
@@ -138,6 +140,35 @@ def test_training_goes_on(ranks: RankPool, lost: Path, tmp_path: Path, target: s
             for state, tensor in states.items():
                 assert torch.equal(fixed.read(there, state), tensor), (name, state)
     assert all(loss == loss for loss in found.further)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_moments_in_a_group_of_their_own(
+    pipes: ParallelSources, ranks: RankPool, lost: Path, tmp_path: Path, stage: int
+) -> None:
+    """Filled layers begin again at step 0 with more learning rate, all others go on; in one group with them that is
+    refused, since DeepSpeed counts a group's steps together."""
+    (tmp_path / "pipe.yaml").write_text(SPEC)
+    spec = str(tmp_path / "pipe.yaml")
+    repair(lost, tmp_path / "fixed", norms=NORMS, lr_scale=1.1)
+    case = PipeCase(pp=0, blocks=8, case=PIPE.case.but(stage=stage, dp=2, seed=5))
+    filled = ("blocks.4.", "blocks.5.")
+    arguments = (case, str(tmp_path / "fixed"), spec)
+    truth, rates, steps, losses = ranks.run(norm_jobs.in_groups, *arguments, filled, world_size=2)[0]
+    assert rates[1] == pytest.approx(1.1 * rates[0])
+    assert (steps[0] > 0, steps[1]) == (True, 0)
+    assert all(map(math.isfinite, losses))
+    original = known(pipes.get(PIPE).truth)
+    for name, states in known(truth).params.items():
+        if name.startswith(filled):
+            assert not states["exp_avg"].any()
+            assert not states["exp_avg_sq"].any()
+        elif name.startswith("blocks."):
+            there = original.params[pipe_models.pipeline_name(name)]
+            assert all(torch.equal(states[state], there[state]) for state in states), name
+    repair(lost, tmp_path / "joined", norms=NORMS)
+    with pytest.raises(Exception, match="step"):
+        ranks.run(norm_jobs.in_groups, case, str(tmp_path / "joined"), spec, (), world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def _carried_out(
     opening, running, own = divide_settings(target, settings)
     running = _within(running, len(work.sources))
     states = _source_of_states(treated.optimizer, work)
-    counted = None if treated.buffers is None else work.first + treated.buffers
+    counted = None if treated.buffers is None else work.first + _numbered(treated.buffers, work)
     dtype = None if treated.dtype is None else _float(treated.dtype)
     with ExitStack() as stack:
         opened = [_opened(one, spec, opening, stack) for one in work.sources]
@@ -268,6 +268,13 @@ def _source_of_states(optimizer: str | int, work: Assignment) -> str | int:
     raise BadArgument(
         f"optimizer is 'none', 'average' or the number of a source, 0 to {work.count - 1}, found {optimizer!r}"
     )
+
+
+def _numbered(buffers: int, work: Assignment) -> int:
+    """The number of a source. Raises BadArgument for one that there is not."""
+    if not 0 <= buffers < work.count:
+        raise BadArgument(f"buffers is the number of a source, 0 to {work.count - 1}, found {buffers!r}")
+    return buffers
 
 
 def _opened(
