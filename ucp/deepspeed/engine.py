@@ -278,14 +278,15 @@ def _tell_of_nothing(load_dir: str) -> None:
 
 def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
     """Keep a load's report, write its timings if the config wants them, and log it on the first rank."""
-    engine.ucp.last_load = report
     if engine.ucp.memory is not None:
         engine.ucp.memory.loaded()
-    changed = _overridden(engine)
+    overridden = _overridden(engine)
+    report = replace(report, changes=(*report.changes, *overridden))
+    engine.ucp.last_load = report
     if engine.ucp.config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)
     if ranks.rank() == 0:
-        for text in (*report.plan.notes, *_weights_notes(report), *changed):
+        for text in (*report.plan.notes, *_weights_notes(report), *overridden):
             log.warning("%s", text)
         tell(log, str(report))
 
