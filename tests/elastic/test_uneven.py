@@ -13,6 +13,7 @@ from tests.engines.pool import RankPool
 from ucp.elastic.layouts import Fitted, adapted, fitted
 from ucp.errors import BadArgument
 from ucp.job.data_order import GlobalBatches, GlobalOrder
+from ucp.job.streams import per_sample
 
 UNEVEN = {"train_batch_size": 10, "ucp": {"enabled": True, "elastic": {"micro": [1, 2], "uneven": True}}}
 
@@ -66,3 +67,13 @@ def test_the_same_steps_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) 
         for name, tensor in plain[0][1].items():
             torch.testing.assert_close(found[0][1][name], tensor, rtol=0, atol=1e-5)
         assert {one[3] for one in found} == {at}
+
+
+@pytest.mark.slow
+def test_random_numbers_that_belong_to_samples(ranks: RankPool) -> None:
+    drawn = ranks.run(uneven_jobs.per_sample, False, "per_sample", world_size=1)[0]
+    assert drawn == torch.rand(3, generator=per_sample(5, 0, 7, "crop")).tolist()
+    with pytest.raises(Exception, match="BadArgument: '1' is a Dropout, whose masks depend on the number of ranks"):
+        ranks.run(uneven_jobs.per_sample, True, "per_sample", world_size=1)
+    with pytest.raises(Exception, match=r'BadArgument: .* the config needs .*"rng": "per_sample"'):
+        ranks.run(uneven_jobs.per_sample, False, "per_rank", world_size=1)

@@ -53,3 +53,21 @@ def steps(folder: str, seen_before: int = 0) -> tuple[list[float], dict[str, tor
     engine.ucp.wait()
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return losses, weights, drawn, engine.ucp.samples_seen
+
+
+def per_sample(with_dropout: bool, rng: str) -> list[float]:
+    """What an engine's generator for a sample draws."""
+    import ucp.deepspeed
+
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    elastic = {"rng": rng, "seed": 5}
+    config = {
+        "train_batch_size": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
+        "ucp": {"enabled": True, "elastic": elastic},
+    }
+    drop = torch.nn.Dropout(0.1) if with_dropout else torch.nn.Dropout(0.0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(FEATURES, 1), drop)
+    engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    return torch.rand(3, generator=engine.ucp.generator(7, "crop")).tolist()

@@ -122,7 +122,6 @@ def whole_run(
     until: the step that it ends at without a kill. It then has no memory, and goes on from what it saves there.
     """
     import ucp.deepspeed
-    from ucp.job.streams import samples
 
     at_home(keepers, nodes)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -138,7 +137,7 @@ def whole_run(
         "ucp": {
             "enabled": True,
             "memory": {**ON, "enabled": until is None, "redundancy": 1},
-            "elastic": {"layouts": layouts, "micro": [1, 2, 3]},
+            "elastic": {"layouts": layouts, "micro": [1, 2, 3], "rng": "per_sample", "seed": 11},
         },
     }
     model = Dropping()
@@ -158,9 +157,9 @@ def whole_run(
             chosen = [next(numbers) for _ in range(micro)]
             generators = [torch.Generator().manual_seed(n) for n in chosen]
             x = torch.stack([torch.randn(FEATURES, generator=g) for g in generators])
-            with samples(11, step, chosen):
+            with engine.ucp.samples(chosen):
                 masks = model.drop.mask((micro, 32))
-            with samples(11, step, chosen):
+            with engine.ucp.samples(chosen):
                 loss = (engine(x.to(torch.bfloat16) if bf16 else x).float() - x.sum(-1)).square().mean()
             engine.backward(loss)
             engine.step()

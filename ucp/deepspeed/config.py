@@ -209,6 +209,8 @@ class ElasticSection(_Section):
     layouts: layouts such as "dp=2,zero=3", one for each number of ranks; None allows any number. min: the least number
     of ranks. micro: sizes that a micro-batch may have, besides the config's own. batch: 'keep' the global batch.
     uneven: where no size divides it, some ranks take a sample less than others, and losses are weighed by samples.
+    rng: 'per_rank' restores ranks' generators where as many resume; with 'per_sample' random numbers belong to samples
+    (`EngineUcp.samples`), and seed is theirs.
     """
 
     layouts: Annotated[tuple[str, ...] | None, Field(strict=False, description="a list of layouts")] = None
@@ -216,6 +218,8 @@ class ElasticSection(_Section):
     micro: Annotated[tuple[_Number, ...], Field(strict=False, description="a list of numbers")] = ()
     batch: Annotated[str, _one_of("keep", text='"keep"')] = "keep"
     uneven: bool = False
+    rng: Annotated[str, _one_of("per_rank", "per_sample", text="one of per_rank, per_sample")] = "per_rank"
+    seed: int = 0
 
 
 class Config(_Section):

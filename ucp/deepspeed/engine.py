@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
 from types import MethodType
 from typing import Any
+
+import torch
 
 from ucp.catalog import Catalog
 from ucp.changes import Changed, applied
@@ -22,7 +25,7 @@ from ucp.deepspeed.supported import check_engine, check_features
 from ucp.elastic.layouts import Fitted
 from ucp.errors import BadArgument, NotACheckpoint, Unsupported
 from ucp.formats.nouns import ModuleOrder
-from ucp.job import ranks
+from ucp.job import ranks, streams
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
 from ucp.loading.load import LoadReport, load
@@ -136,6 +139,35 @@ class EngineUcp:
         if self.config.metrics:
             record_save(report, self._rank, self._world)
 
+    def samples(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
+        """In this block of the program, forward passes use the random numbers of these samples, the same on any number
+        of ranks (`ucp.job.streams`). The config's ``"elastic"`` section has ``"rng": "per_sample"`` and the seed.
+
+        Parameters
+        ----------
+        numbers
+            The samples' numbers in the global order, in the order of the micro-batch.
+
+        Raises
+        ------
+        BadArgument
+            If the config does not say so.
+        """
+        return streams.samples(self._seed(), self._engine.global_steps, numbers)
+
+    def generator(self, sample: int, use: str = "") -> torch.Generator:
+        """A generator on the CPU for one sample of this step, such as for its augmentation. use: what it is for. Raises
+        BadArgument as `samples` does."""
+        return streams.per_sample(self._seed(), self._engine.global_steps, sample, use)
+
+    def _seed(self) -> int:
+        said = self.config.elastic
+        if said is None or said.rng != "per_sample":
+            raise BadArgument(
+                'random numbers belong to ranks here: the config needs "ucp": {"elastic": {"rng": "per_sample"}}'
+            )
+        return said.seed
+
     def digest(self) -> Digests:
         """Digest every tensor of the training state that a save would write now. Collective; nothing is gathered.
 
@@ -176,6 +208,7 @@ def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
     """Replace this one engine's ``load_checkpoint``, and its ``save_checkpoint`` if the config says so. No class and no
     other engine is changed. fitted: as in `EngineUcp`."""
     ranks.all_or_none(lambda: releases.require(engine))
+    ranks.all_or_none(lambda: _check_dropout(engine, config))
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
@@ -187,6 +220,20 @@ def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
         _count_samples(engine, fitted)
     if engine.ucp.memory is not None:
         engine.ucp.memory.follow()
+
+
+def _check_dropout(engine: Any, config: Config) -> None:
+    """Refuse dropout whose masks belong to ranks where random numbers are to belong to samples."""
+    if config.elastic is None or config.elastic.rng != "per_sample":
+        return
+    nn = torch.nn
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    for name, module in engine.module.named_modules():
+        if isinstance(module, kinds) and module.p:
+            raise BadArgument(
+                f"'{name}' is a {type(module).__name__}, whose masks depend on the number of ranks, and the config has "
+                '"rng": "per_sample"; use ucp.job.streams.SampleDropout in its place, or "per_rank"'
+            )
 
 
 def _count_samples(engine: Any, fitted: Fitted) -> None:

@@ -110,11 +110,17 @@ def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
         return
     if len(saved) == ranks.world_size():
         generators.restore(engine, saved[ranks.rank()]["rng"])
-    else:
+    elif not _are_per_sample(engine):
         warn(
             f"random number generators stay as this program seeded them: {len(saved)} ranks saved theirs, and "
             f"{ranks.world_size()} resume"
         )
+
+
+def _are_per_sample(engine: Any) -> bool:
+    """Whether the config says that random numbers belong to samples, so that those of ranks do not count."""
+    elastic = getattr(getattr(getattr(engine, "ucp", None), "config", None), "elastic", None)
+    return elastic is not None and elastic.rng == "per_sample"
 
 
 def warn_of_scheduler(engine: Any, state: TrainingState) -> None:
