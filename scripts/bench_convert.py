@@ -1,4 +1,7 @@
-"""Converting ZeRO-1 on 4 ranks: ours in all forms, `cp -r` of the same bytes, DeepSpeed's ds_to_universal."""
+"""Converting ZeRO-1 on 4 ranks: ours in all forms, `cp -r` of the same bytes, DeepSpeed's ds_to_universal.
+
+With ``--megatron`` it is a folder that Megatron-Core has written.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import bench_tools
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_data.add_arguments(parser)
+    parser.add_argument("--megatron", action="store_true", help="convert a folder of Megatron-Core's instead")
     parser.add_argument(
         "--ds-workers",
         default="2,2",
@@ -24,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.megatron:
+        return _run_megatron(args)
     source = bench_data.native(args)
     universal = args.data / f"{source.name}-universal"
     if not universal.is_dir():
@@ -85,6 +91,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         reference = copy_universal if sources[name] == universal else copy
         more = {"read GB": round(reports[name]["bytes_read"] / 1e9, 3)} if name in reports else {}
         rows.append(bench_tools.row(name, found, seconds[reference], **{"processor s": processor[name]}, **more))
+    return {
+        "title": f"convert: {bench_tools.nbytes(source) / 1e9:.2f} GB ({source.name}), {args.cache} page cache",
+        "rows": rows,
+        "notes": ["whole commands, from start to exit; ratio: to cp -r of the same source, minimum to minimum"],
+        "seconds": seconds,
+    }
+
+
+def _run_megatron(args: argparse.Namespace) -> dict[str, Any]:
+    source, out = bench_data.megatron(args), args.data / "out"
+    reports: dict[str, Any] = {}
+    config = args.data / "ds_config.json"
+    zero = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **zero}))
+    to_deepspeed = ("--to", "deepspeed", "--layout", "dp=2,zero=3")
+    copy = "cp -r of Megatron's checkpoint, and sync"
+    flags = {
+        "ours, megatron to universal, with digests": (),
+        "ours, megatron to deepspeed dp=2,zero=3": (*to_deepspeed, "--ds-config", str(config)),
+        "ours, megatron to megatron tp=4": ("--to", "megatron", "--layout", "tp=4"),
+    }
+
+    def ours(name: str) -> Any:
+        def work() -> float:
+            seconds, reports[name] = _ours(source, out, *flags[name])
+            return seconds
+
+        return work
+
+    def before(name: str) -> None:
+        bench_tools.remove(out)
+        os.sync()
+        bench_data.prepare(args, source)
+
+    works = {copy: lambda: bench_tools.copy_and_sync(source, out), **{name: ours(name) for name in flags}}
+    seconds, processor = bench_tools.interleaved(works, args.repeats, before)
+    bench_tools.remove(out)
+    rows = []
+    for name, found in seconds.items():
+        more = {"read GB": round(reports[name]["bytes_read"] / 1e9, 3)} if name in reports else {}
+        rows.append(bench_tools.row(name, found, seconds[copy], **{"processor s": processor[name]}, **more))
     return {
         "title": f"convert: {bench_tools.nbytes(source) / 1e9:.2f} GB ({source.name}), {args.cache} page cache",
         "rows": rows,

@@ -49,6 +49,25 @@ def fsdp(args: argparse.Namespace) -> Path:
     return _made(args, f"fsdp-dp{savers(args)}", "fsdp-make", savers(args))
 
 
+def megatron(args: argparse.Namespace) -> Path:
+    """Megatron-Core's own checkpoint (torch_dist) of tp=2 in bf16, with its distributed optimizer's states."""
+    folder = args.data / f"megatron-tp2-h{args.hidden}-l{args.layers}"
+    if not folder.is_dir():
+        from tests.engines.megatron.cases import Case
+        from tests.engines.megatron.launch import launch
+
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        case = vars(Case(tp=2, bf16=True))
+        job = {"do": "large", "case": case, "hidden": args.hidden, "layers": args.layers, "save": str(partial)}
+        launch([job], partial, timeout=3000)
+        for name in ("log", "jobs.json"):
+            (partial / name).unlink()
+        partial.rename(folder)
+    return folder
+
+
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Bring the folder's page cache into the state that was asked for."""
     if args.cache == "cold":

@@ -18,7 +18,7 @@ from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
-from ucp.formats.megatron.read.common import EXTRA
+from ucp.formats.megatron.read.common import EXTRA, groups, optimizers
 from ucp.formats.megatron.write.common import state as common_state
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
@@ -140,7 +140,21 @@ def _common(catalog: Catalog, taken: Taken) -> dict[str, Any]:
     }
     ndims = trained if "optimizer" in taken.common else {}
     kind = parts.optimizer_kind(taken)
-    return common_state(catalog, parts.layout(taken), stacked=taken.stacked, kind=kind, ndims=ndims)
+    found = common_state(catalog, parts.layout(taken), stacked=taken.stacked, kind=kind, ndims=ndims)
+    if "opt_param_scheduler" not in found:
+        _with_own_rates(found, taken.common)
+    return found
+
+
+def _with_own_rates(found: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Give the param groups this run's bounds of the learning rate, where the checkpoint has no schedule for them."""
+    own = [group.options for group in groups(optimizers(live))]
+    for one in optimizers(found):
+        for group in one.get("optimizer", one).get("param_groups", ()):
+            alike = [o for o in own if all(o.get(key) == group.get(key) for key in ("wd_mult", "is_expert_parallel"))]
+            for key in ("max_lr", "min_lr") if alike else ():
+                if key in alike[0]:
+                    group[key] = alike[0][key]
 
 
 def _merged(taken: Taken, common: dict[str, Any], catalog: Catalog) -> tuple[dict[str, Any], list[str]]:

@@ -128,15 +128,15 @@ class ShardedTarget:
                 {state: m.held.dtype for state, m in found.items() if state != PARAM},
                 placed,
                 holders[base_state],
-                Asked(frozenset(found), self._values(name, found)),
+                Asked(frozenset(found), {} if keys.WEIGHT in states.values() else self._values(name)),
             )
         )
 
-    def _values(self, name: str, states: Mapping[str, _Memory]) -> dict[str, None]:
+    def _values(self, name: str) -> dict[str, None]:
         """The optimizer's single values of a parameter, such as 'step'. Megatron has them in its param groups, and the
         common state brings those."""
         info = self.catalog.parameters.get(name)
-        return {} if info is None or not set(states) - {PARAM} else dict.fromkeys(info.scalars)
+        return {} if info is None else dict.fromkeys(info.scalars)
 
     def _dtype(self, name: str, state: str, own: str, *, weight: bool) -> str:
         """The element type to read in: for weights that are rounded copies, the one that the checkpoint has."""

@@ -73,6 +73,27 @@ def train(job: dict[str, Any]) -> None:
         torch.save(losses, job["losses"])
 
 
+def large(job: dict[str, Any]) -> None:
+    """A Llama of some size, after a step with gradients of 0, saved by Megatron."""
+    case, hidden = Case(**job["case"]), job["hidden"]
+    sizes = {
+        "num_layers": job["layers"],
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "num_query_groups": hidden // 64,
+        "ffn_hidden_size": hidden * 8 // 3 // 64 * 64,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "activation_func": torch.nn.functional.silu,
+    }
+    made = run.trained_model(case, sizes, position_embedding_type="rope", share_embeddings=False)
+    made.wrapped.zero_grad_buffer()
+    made.wrapped.finish_grad_sync()
+    made.optimizer.step()
+    made.save(job["save"])
+
+
 def logits(job: dict[str, Any]) -> None:
     """The logits of Megatron's models with the weights that some folders hold. load: name of a family -> folder."""
     out = {}

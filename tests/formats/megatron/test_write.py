@@ -96,3 +96,4 @@ def test_there_and_back(
     with ucp.open(tmp_path / "back") as checkpoint:
         assert {info.scalars["step"] for info in checkpoint.parameters.values()} == {2}
         assert len(checkpoint.training_state.param_groups) == 2
+        assert checkpoint.training_state.lr_scheduler["num_steps"] == 16

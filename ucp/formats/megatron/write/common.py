@@ -12,6 +12,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.formats.megatron.read.common import EXTRA, RUN, UnnamedGroup
+from ucp.formats.megatron.write.schedule import Schedule, translated
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 
@@ -44,16 +45,42 @@ def state(catalog: Catalog, layout: Layout, *, stacked: bool, kind: str, ndims: 
     args = out.get("args")
     if args is not None:
         out["args"] = _with_layout(args, layout)
-    if training.lr_scheduler is not None:
-        if is_megatron(training):
-            out["opt_param_scheduler"] = training.lr_scheduler
-        else:
-            log.warning("the learning-rate scheduler is not Megatron's, and is left out: give Megatron its arguments")
+    schedule = None
+    if _is_own_scheduler(training):
+        out["opt_param_scheduler"] = training.lr_scheduler
+    elif training.lr_scheduler is not None:
+        schedule = _schedule(training)
+        if schedule is not None:
+            out["opt_param_scheduler"] = schedule.state(training.global_batch_size or 1, _decay(training))
     if ndims:
-        out["optimizer"] = _optimizer(training, _steps(catalog), layout, kind, ndims)
+        out["optimizer"] = _optimizer(training, _steps(catalog), layout, kind, ndims, schedule)
     out["content_metadata"] = content
     _say_what_is_left(training)
     return out
+
+
+def _is_own_scheduler(training: TrainingState) -> bool:
+    """Whether the scheduler's state is Megatron's, be it in another framework's checkpoint of a Megatron run."""
+    saved = training.lr_scheduler
+    own = isinstance(saved, Mapping) and {"max_lr", "num_steps", "lr_decay_style"} <= saved.keys()
+    return saved is not None and (own or is_megatron(training))
+
+
+def _schedule(training: TrainingState) -> Schedule | None:
+    found = translated(training)
+    if isinstance(found, Schedule):
+        return found
+    log.warning(
+        "the learning-rate schedule is left out, since %s; give Megatron its arguments and "
+        "--override-opt_param-scheduler. 'max_lr' of the param groups is their first rate, or the present one where "
+        "that is not said",
+        found,
+    )
+    return None
+
+
+def _decay(training: TrainingState) -> float:
+    return float(max(((g.options or {}).get("weight_decay") or 0.0 for g in training.param_groups), default=0.0))
 
 
 def is_megatron(training: TrainingState) -> bool:
@@ -90,10 +117,15 @@ def _steps(catalog: Catalog) -> float | int | None:
 
 
 def _optimizer(
-    training: TrainingState, step: float | int | None, layout: Layout, kind: str, ndims: Mapping[str, int]
+    training: TrainingState,
+    step: float | int | None,
+    layout: Layout,
+    kind: str,
+    ndims: Mapping[str, int],
+    schedule: Schedule | None,
 ) -> dict[Any, Any]:
     """The optimizer's own state; with experts that are spread over ranks, one for these and one for all others."""
-    groups = list(_groups(training, ndims, layout.ep > 1))
+    groups = list(_groups(training, ndims, layout.ep > 1, schedule))
     chains = [False, True] if any(g["is_expert_parallel"] for g in groups) else [False]
     made = []
     for expert in chains:
@@ -113,7 +145,9 @@ def _optimizer(
     return made[0] if len(made) == 1 else dict(enumerate(made))
 
 
-def _groups(training: TrainingState, ndims: Mapping[str, int], apart: bool) -> Iterator[dict[str, Any]]:
+def _groups(
+    training: TrainingState, ndims: Mapping[str, int], apart: bool, schedule: Schedule | None
+) -> Iterator[dict[str, Any]]:
     """The groups that Megatron makes of these parameters, each with the values of its first one."""
     owner = {name: group for group in training.param_groups for name in group.names}
     seen: dict[tuple[Any, ...], tuple[dict[str, Any], list[str]]] = {}
@@ -124,9 +158,8 @@ def _groups(training: TrainingState, ndims: Mapping[str, int], apart: bool) -> I
         if is_megatron(training) and options:
             own = {**options, "is_expert_parallel": expert}
         else:
-            own = _from_others(
-                options, no_decay=not UnnamedGroup({"wd_mult": 1.0}, False).has(name, ndim, False), expert=expert
-            )
+            no_decay = not UnnamedGroup({"wd_mult": 1.0}, False).has(name, ndim, False)
+            own = _from_others(options, no_decay=no_decay, expert=expert, schedule=schedule)
         own.pop("step", None)
         identity = tuple(own.get(key) for key in _IDENTITY)
         first, names = seen.setdefault(identity, (own, []))
@@ -139,7 +172,9 @@ def _groups(training: TrainingState, ndims: Mapping[str, int], apart: bool) -> I
     yield from (group for group, _ in seen.values())
 
 
-def _from_others(options: Mapping[str, Any], *, no_decay: bool, expert: bool) -> dict[str, Any]:
+def _from_others(
+    options: Mapping[str, Any], *, no_decay: bool, expert: bool, schedule: Schedule | None
+) -> dict[str, Any]:
     """A group of Megatron's with the values of another framework's that are called alike."""
     shared = {key: _tuple(options[key]) for key in _SHARED if key in options}
     return {
@@ -148,8 +183,9 @@ def _from_others(options: Mapping[str, Any], *, no_decay: bool, expert: bool) ->
         "wd_mult": 0.0 if no_decay else 1.0,
         "lr_mult": 1.0,
         "is_decoupled_lr": False,
-        "max_lr": options.get("initial_lr", options.get("lr")),
-        "min_lr": None,
+        # Megatron's scheduler goes by these, and by its own arguments only where a group has none.
+        "max_lr": options.get("initial_lr", options.get("lr")) if schedule is None else schedule.max_lr,
+        "min_lr": 0.0 if schedule is None else schedule.min_lr,
         **shared,
     }
 
