@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import bench_tools
+
+PROGRAM = Path(__file__).resolve().parents[1] / "tests/elastic/program.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step (default: 8)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each turn, with and without (default: 4)")
+    parser.add_argument("--restarts", type=int, default=3, help="restarts by torchrun of each kind (default: 3)")
+    parser.add_argument("--policy", choices=["wait", "skip"], default="wait", help="where one snapshot meets the next")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -32,14 +40,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ucp.storage.kept import places
 
     try:
-        rows = [*_training(args, folder), *_coding()]
+        rows = [*_training(args, folder), *_coding(), *_restarts(args, folder)]
     finally:
         for note in places.notes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(note.pid, signal.SIGKILL)
         for place in (folder, keepers):
             shutil.rmtree(place, ignore_errors=True)
-    return {"title": "survive: snapshots in memory, one rank", "rows": rows}
+    return {"title": "survive: snapshots in memory, one rank; restarts by torchrun, two", "rows": rows}
+
+
+def _restarts(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """From the death of a rank to the next finished step of the tests' tiny program, which resumes from memory, or
+    loads nothing and begins anew."""
+    found: dict[str, list[float]] = {"plain": [], "memory": []}
+    for turn in range(args.restarts):
+        for mode, seconds in found.items():
+            place = folder / f"{mode}-{turn}"
+            place.mkdir()
+            agent = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+            program = ["--monitor-interval=0.1", "-m", "ucp.elastic", PROGRAM, place, mode]
+            environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            bench_tools.timed([sys.executable, "-m", *agent, *program], env=environment)
+            told = [json.loads(line) for line in (place / "told").read_text().splitlines()]
+            killed = next(one["at"] for one in told if "kill" in one)
+            again = next(one["at"] for one in told if one.get("start") and one["at"] > killed)
+            seconds.append(min(one["at"] for one in told if "step" in one and one["at"] > again) - killed)
+            bench_tools.progress(f"restart, {mode}: {seconds[-1]:.2f} s")
+    plain = min(found["plain"], default=0.0)
+    return [
+        {
+            "what": f"kill to the next step, {'from memory' if mode == 'memory' else 'nothing loaded'}",
+            "seconds": round(min(seconds), 2),
+            "ratio": round(min(seconds) / plain, 2),
+        }
+        for mode, seconds in found.items()
+        if seconds
+    ]
 
 
 def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +99,7 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     model = LlamaForCausalLM(config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device == "cuda")
     tokens = torch.randint(args.vocabulary, (args.batch, args.length), device=args.device)
-    memory = MemorySnapshots(folder, redundancy=0)
+    memory = MemorySnapshots(folder, redundancy=0, policy=args.policy)
     parameters = sum(p.numel() for p in model.parameters())
     done = 0
 
@@ -104,7 +141,11 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     from_disk = time.perf_counter() - began
     return [
         {"what": f"step, {parameters / 1e6:.0f}M parameters, {args.device}", "seconds": round(plain, 3), "ratio": 1.0},
-        {"what": "step, snapshot every step", "seconds": round(snapped, 3), "ratio": round(snapped / plain, 3)},
+        {
+            "what": f"step, snapshot every step ({args.policy}: {memory.tier.skipped} left out)",
+            "seconds": round(snapped, 3),
+            "ratio": round(snapped / plain, 3),
+        },
         {"what": "load from a cold disk", "seconds": round(from_disk, 3), "ratio": 1.0},
         {"what": "load from memory", "seconds": round(from_memory, 3), "ratio": round(from_memory / from_disk, 3)},
         {

@@ -35,7 +35,7 @@ FRAMEWORKS = (
 
 @dataclass(frozen=True)
 class Options:
-    """A program's arguments, and what its launcher says."""
+    """A program's arguments, and what its launcher says. memory: where keepers of its snapshots are, if it has any."""
 
     folder: str
     stage: int
@@ -46,6 +46,7 @@ class Options:
     bf16: bool
     ranks: int
     torch_adam: bool  # else FusedAdam, which is compiled for GPUs
+    memory: str | None = None
 
 
 def options() -> Options:
@@ -58,6 +59,7 @@ def options() -> Options:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--torch-adam", action="store_true")
+    parser.add_argument("--memory")
     return Options(**vars(parser.parse_args()), ranks=int(os.environ["WORLD_SIZE"]))
 
 

@@ -15,11 +15,15 @@ import pytest
 import ucp
 from tests.deepspeed.programs import apart, furthest, losses, start, warm
 from tests.engines.pool import RankPool
+from tests.memory.conftest import keepers
+from tests.memory.nodes import wait_for
 from ucp.inspection.listing import ListedCheckpoint, listing
 
 pytestmark = pytest.mark.slow(seconds=10)
 
 CLOSE = 5e-5
+
+__all__ = ["keepers"]
 
 
 Launch = Callable[..., Any]
@@ -66,6 +70,22 @@ def test_the_trainer(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -
     if adapter:
         has_adapters_only(kept, "global_step6")
         assert (kept / "adapter_model.safetensors").exists()
+
+
+def test_the_trainer_with_snapshots_in_memory(launch: Launch, tmp_path: Path, keepers: Path) -> None:
+    """It has saved step 4 and is killed in step 5, whose snapshot may be in. It counts its steps by its own file, so
+    that it goes on at step 5 with the state of step 4, from wherever that is."""
+    pytest.importorskip("accelerate")
+    expected = losses(launch("trainer", tmp_path / "whole", 2, 6))
+    begun = losses(launch("trainer", tmp_path / "run", 2, 6, "--die", 5, "--memory", keepers), killed=True)
+    assert apart(begun, expected) == 0
+    with ucp.open(f"memory://{tmp_path / 'run'}") as kept:
+        assert kept.training_state.global_steps in (3, 4, 5)
+        kept.verify()
+    resumed = losses(launch("trainer", tmp_path / "run", 3, 6, "--resume", "--memory", keepers))
+    assert sorted(resumed) == [5, 6]
+    assert apart(resumed, expected) < CLOSE
+    wait_for(lambda: list(keepers.glob("*-*")) == [], told=lambda: sorted(keepers.rglob("*")))
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora",)], ids=["whole", "lora"])

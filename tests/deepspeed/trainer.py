@@ -3,10 +3,13 @@
 ``python -m tests.deepspeed.trainer FOLDER STAGE STEPS`` trains STEPS steps, saving every second one, and prints each
 step's loss as JSON; under torchrun, on as many GPUs as there are ranks, which share a batch of 8. ``--resume``: from
 the newest checkpoint in FOLDER. ``--die N``: every rank is killed in step N. ``--lora``: trains adapters of a frozen
-model. ``--bf16``.
+model. ``--bf16``. ``--memory DIR``: with snapshots after every step, whose keeper leaves word in DIR.
 """
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +26,7 @@ from transformers import (
 
 import ucp.deepspeed.auto  # noqa: F401 (what is tested)
 from tests.deepspeed.programs import BATCH, Options, data, die, options, say, zero
+from ucp.storage.kept import places
 
 
 class Watch(TrainerCallback):
@@ -55,7 +59,7 @@ def model_of(lora: bool) -> nn.Module:
 def main(chosen: Options) -> None:
     set_seed(0)
     model = model_of(chosen.lora)
-    config = {
+    config: dict[str, Any] = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -66,6 +70,10 @@ def main(chosen: Options) -> None:
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
         "ucp": {"enabled": True},
     }
+    if chosen.memory is not None:
+        os.environ[places.FOLDER] = chosen.memory
+        memory = {"enabled": True, "run": chosen.folder, "redundancy": 0}
+        config["ucp"] = {"enabled": True, "memory": memory}
     arguments = TrainingArguments(
         chosen.folder,
         per_device_train_batch_size=4,

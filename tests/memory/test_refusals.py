@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from ucp import limits
-from ucp.errors import BadArgument, SaveFailed
+from ucp.errors import BadArgument, DamagedCheckpoint, SaveFailed
 from ucp.memory import blocks, recovery, start
 from ucp.memory.groups import divided
 from ucp.memory.options import Options, nbytes
@@ -122,3 +122,25 @@ def test_what_a_fall_to_disk_costs_is_said(caplog: pytest.LogCaptureFixture) -> 
     why = "generation 812: it needs 2 lost nodes (b, d); redundancy is 1"
     recovery.warn_of(tier, (why,), "global_step800", "on disk")
     assert caplog.messages == [f"memory of 'r': {why}; continuing from step 800 on disk, which costs 12 steps"]
+
+
+def test_a_trainer_goes_on_where_its_own_state_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Hugging Face Trainer counts its steps by a file in its checkpoint, and not by what the engine has loaded."""
+    tier = Tier(Options(run="r"))
+    tier.run = "r"
+    kept = {"tag": "global_step7", "when": 2**62, "refused": []}
+    monkeypatch.setattr(tier, "recover", lambda: kept)
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    assert recovery.source(tier, folder) == ("memory://r", "global_step7")
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    assert recovery.source(tier, folder) == (str(folder), None)
+    assert "the Trainer's own state in" in caplog.text
+    assert "is of step 5; continuing from step 5 on disk, which costs 2 steps" in caplog.text
+    (folder / "trainer_state.json").write_text('{"global_step": 7}')
+    assert recovery.source(tier, folder) == ("memory://r", "global_step7")
+    (folder / "trainer_state.json").write_text("[")
+    with pytest.raises(DamagedCheckpoint, match="is not what a Trainer writes"):
+        recovery.source(tier, folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
 
+from ucp.errors import DamagedCheckpoint
 from ucp.job import ranks
 from ucp.memory.tier import Tier
 from ucp.printable import logger
@@ -14,6 +16,8 @@ from ucp.storage import locations
 from ucp.storage.locations import locate
 
 log = logger(__name__)
+
+TRAINER = "trainer_state.json"
 
 _STEP = re.compile(r"(\d{1,18})\D*$")
 
@@ -44,10 +48,17 @@ def find(tier: Tier) -> tuple[Recovered | None, tuple[str, ...]]:
 def source(tier: Tier, folder: str | os.PathLike[str]) -> tuple[str, str | None]:
     """Where a resume from this folder reads, and the tag there: from memory, unless the folder has something newer.
 
+    A Trainer's checkpoint, which has a state of its own, is resumed from memory only where that is of the same step.
     Warnings name newer generations that memory could not give. Collective.
     """
     found, refused = find(tier)
     on_disk = ranks.from_first(lambda: _latest(folder))
+    trainers = ranks.from_first(lambda: _trainers_step(folder))
+    if found is not None and trainers not in (None, number(found.tag)):
+        # The Trainer counts steps and places its data by its own file, whatever the engine loads.
+        text = f"generation {number(found.tag)}: the Trainer's own state in {folder} is of step {trainers}"
+        warn_of(tier, (*refused, text), trainers, "on disk")
+        return os.fspath(folder), None
     newer = found is not None and (on_disk is None or on_disk[1] <= found.when or _same(on_disk[0], found.tag))
     if found is not None and newer:
         warn_of(tier, refused, found.tag, "in memory")
@@ -80,6 +91,17 @@ def _latest(folder: str | os.PathLike[str]) -> tuple[str, int] | None:
         return name, locations.newest_ns(place / name)
     except OSError:
         return None
+
+
+def _trainers_step(folder: str | os.PathLike[str]) -> str | None:
+    """The step of a Hugging Face Trainer's checkpoint. None for another folder."""
+    path = locate(folder) / TRAINER
+    if not locations.is_file(path):
+        return None
+    try:
+        return str(int(json.loads(locations.read(path))["global_step"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}: is not what a Trainer writes: {error}") from error
 
 
 def _same(one: str, other: str) -> bool:
