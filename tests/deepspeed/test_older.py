@@ -11,13 +11,18 @@ import pytest
 from tests.deepspeed import older_jobs
 from tests.engines.pool import RankPool
 
-pytestmark = [pytest.mark.slow(seconds=30), pytest.mark.smoke]
+pytestmark = pytest.mark.slow(seconds=30)
 
 OTHER = {"z0": 3, "z1": 3, "z2": 3, "z3": 1}
 """The stage to resume at, by the stage that saved."""
 
 
-@pytest.mark.parametrize("name", [folder.name for folder in older_jobs.folders()])
+NAMES = [folder.name for folder in older_jobs.folders()]
+# The smoke tests of another release have the files of the newest alone.
+PARAMETERS = [pytest.param(name, marks=pytest.mark.smoke if name.startswith("0.19.8") else ()) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_goes_on_in_this_release(ranks: RankPool, tmp_path: Path, name: str) -> None:
     saved = name.split("-")[1]
     world = 1 if saved == "z3" else 3

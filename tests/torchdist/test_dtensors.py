@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator
 
@@ -35,7 +36,11 @@ def cut_by_torch(whole: torch.Tensor, placements: list[object], mesh: list[int],
     part = whole
     for placement, count, index in zip(placements, mesh, coordinate, strict=True):
         if isinstance(placement, Shard | _StridedShard):
-            part = placement._split_tensor(part, count, with_padding=False, contiguous=True)[0][index]
+            try:
+                part = placement._split_tensor(part, count, with_padding=False, contiguous=True)[0][index]
+            except AssertionError as error:
+                assume("only allows even sharding" not in str(error))  # torch 2.6's _StridedShard
+                raise
     return part
 
 
@@ -137,7 +142,8 @@ def test_refusals(mesh: DeviceMesh) -> None:
 
 
 def test_a_mesh_is_not_kept_when_the_program_drops_it() -> None:
-    mesh = DeviceMesh("cpu", [[0, 1, 2], [3, 4, 5]], _init_backend=False, _rank=0)
+    options = {"_rank": 0} if "_rank" in inspect.signature(DeviceMesh.__init__).parameters else {}  # not in torch 2.6
+    mesh = DeviceMesh("cpu", [[0, 1, 2], [3, 4, 5]], _init_backend=False, **options)
     assert mesh_shape(mesh) == mesh_shape(mesh) == (2, 3)
     gone = weakref.ref(mesh)
     del mesh

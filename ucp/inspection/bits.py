@@ -72,10 +72,11 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
 def _has_crcs(stream: BinaryIO) -> bool:
     """Whether this is an archive whose entries have CRC-32s (or several in a row, of which the last one decides). torch
     writes zeros if it was told not to compute them. True for a damaged archive, which is looked at later."""
-    if not zipfile.is_zipfile(stream):
+    section, _ = _last(stream, stream.seek(0, os.SEEK_END))
+    if not zipfile.is_zipfile(section):
         return False
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(section) as archive:
             return any(info.CRC for info in archive.infolist())
     except zipfile.BadZipFile:
         return True
@@ -126,13 +127,38 @@ def _archives(stream: BinaryIO) -> list[list[zipfile.ZipInfo]]:
     end = stream.seek(0, os.SEEK_END)
     while end > 0:
         # An archive is read from its end. It tells where it begins, and there the one before it ends.
-        with zipfile.ZipFile(Section(stream, 0, end)) as archive:
+        section, begin = _last(stream, end)
+        with zipfile.ZipFile(section) as archive:
             infos = archive.infolist()
         if not infos:
             break
+        for info in infos:
+            info.header_offset += begin
         found.append([info for info in infos if info.file_size])
         end = min(info.header_offset for info in infos)
     return found[::-1]
+
+
+def _last(stream: BinaryIO, end: int) -> tuple[Section, int]:
+    """The last archive before this byte, and where it begins; all bytes before it if its end says nothing of that.
+
+    zipfile looks for the beginning, too, but refuses large archives (zip64, as torch's all are) that have other bytes
+    before them, since Python 3.13.5 and the releases of older ones from that time on.
+    """
+    begin, length = 0, min(end, _END + _LOCATOR + _END64)
+    stream.seek(end - length)
+    tail = stream.read(length)
+    last, locator, large = tail[-_END:], tail[-_END - _LOCATOR : -_END], tail[: -_END - _LOCATOR]
+    if last.startswith(b"PK\5\6") and last.endswith(b"\0\0"):
+        at, (size, offset) = end - _END, struct.unpack("<II", last[12:20])
+        if locator.startswith(b"PK\6\7") and large.startswith(b"PK\6\6"):
+            at, (size, offset) = end - length, struct.unpack("<QQ", large[40:56])
+        begin = max(at - size - offset, 0)
+    return Section(stream, begin, end - begin), begin
+
+
+_END, _LOCATOR, _END64 = 22, 20, 56
+"""Bytes of the records at an archive's end: the end itself, and of large ones the end's place and the large end."""
 
 
 def _crc(path: str, info: zipfile.ZipInfo, files: Files) -> int:

@@ -47,6 +47,8 @@ def test_every_bit_of_the_pickle_counts(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["byteorder", ".format_version", ".storage_alignment", "version"])
 def test_every_bit_of_the_small_records_counts(saved: Path, name: str) -> None:
+    if name.startswith(".") and not any(n.endswith(f"/{name}") for n in zipfile.ZipFile(saved).namelist()):
+        pytest.skip(f"torch {torch.__version__} writes no {name}")
     for at in range(*place(saved, name)):
         raw.flip(saved, at, 1)
         with pytest.raises(DigestMismatch, match=f"record '{name}'"):

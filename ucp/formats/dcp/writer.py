@@ -206,13 +206,14 @@ class RecordWriter:
         for key, placed in self._objects.items():
             entries[key] = torch_metadata.BytesStorageMetadata()
             places[torch_metadata.MetadataIndex(key)] = _StorageInfo(placed.file, placed.start, placed.length)
-        return torch_metadata.Metadata(
+        found = torch_metadata.Metadata(
             entries,
             dict(self._paths) if self._recorded else None,
             places,
             storage_meta=torch_metadata.StorageMeta(),
-            version="1.0.0",
         )
+        found.version = "1.0.0"  # torch 2.6 has no such argument, and takes it from a file all the same
+        return found
 
 
 def _chunks(shape: Shape, width: int) -> Iterator[tuple[Shape, Shape]]:
