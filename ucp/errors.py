@@ -93,6 +93,13 @@ class ProofFailed(UcpError):
     """After a load, the logical digests of the live state and of the checkpoint differ. The state is already loaded."""
 
 
+class PartlyLoaded(UcpError):
+    """A load failed when it had begun to change what is live, which now holds old values and new ones.
+
+    The checkpoint's files are as they were. Nothing may be trained on or saved until a load succeeds.
+    """
+
+
 class SaveFailed(UcpError):
     """A save was given up because one of its ranks failed. The checkpoints that were there before are unchanged."""
 

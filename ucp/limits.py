@@ -146,6 +146,23 @@ SNAPSHOT_TIMEOUT_SECONDS = 60.0
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
+# Host memory that a load may take on each rank beyond what is live, unless the caller says so, and the least it needs.
+LOAD_MEMORY_BYTES = 512 * MIB
+LOAD_MEMORY_LEAST_BYTES = 64 * MIB
+# Threads of a load: copies out of the page cache gain from more threads than a disk or a network card does.
+LOAD_THREADS_MAX_COUNT = 16
+# A share of at most so many bytes is held before it is put in place, since reading it twice gains nothing.
+HELD_ANYWAY_BYTES = 32 * MIB
+# Files are warm if the page cache has this part of what is wanted of them.
+WARM_PART = 0.9
+# How much of the available memory the page cache is trusted to keep between two readings.
+CACHE_PART = 0.7
+# How much is read, and how much memory is taken, to see whether holding a share is quicker than reading it twice.
+TRIAL_BYTES = 16 * MIB
+# What passes through host memory at a time on the way to a device. A thread fills one while the one before is copied.
+LOAD_WINDOW_BYTES = 8 * MIB
+# Tensors on a device begin at such multiples in a window that holds several of them.
+WINDOW_ALIGNMENT_BYTES = 64
 # The size of the pieces in which several threads touch the memory that tensors get.
 HOST_MEMORY_PIECE_BYTES = 16 * MIB
 # Memory of this size or more gets pages of its own.

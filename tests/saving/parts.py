@@ -88,6 +88,15 @@ class FakeTarget:
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         return None
 
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        return None
+
+    def begin(self) -> None:
+        raise AssertionError("a plan changes nothing")
+
+    def put(self, loaded: Loaded) -> None:
+        raise AssertionError("a plan changes nothing")
+
     def apply(self, loaded: Loaded) -> None:
         raise AssertionError("a plan changes nothing")
 

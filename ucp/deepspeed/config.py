@@ -64,6 +64,18 @@ def _group(value: Any) -> Any:
     return value
 
 
+def _load_memory(value: Any) -> int:
+    """A size of memory in bytes. It may be text, such as "256MiB"."""
+    try:
+        found = nbytes(value, "memory")
+    except BadArgument:
+        found = 0
+    if found < limits.LOAD_MEMORY_LEAST_BYTES or (isinstance(value, str) and "/" in value):
+        least = limits.LOAD_MEMORY_LEAST_BYTES >> 20
+        raise ValueError(f'is a size of at least {least}MiB, such as "256MiB"; found {value!r}')
+    return found
+
+
 FORMATS = ("universal", "deepspeed")
 
 _Once = _one_of(
@@ -115,6 +127,7 @@ class LoadSection(_Section):
       True, but never a sample in host memory. 'always': also compute from its files those that it lacks. False: never.
     - changes: what of the model was changed on purpose since the checkpoint was saved, as a mapping or the path of a
       file (`ucp.spec.changes`).
+    - memory: how much host memory a load may take on each rank beyond what is live, such as "256MiB".
     - lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own.
     - override: hyperparameters that all param groups have after a load, whatever the checkpoint says.
     """
@@ -126,9 +139,14 @@ class LoadSection(_Section):
     verify: bool = True
     read_once: Annotated[bool | str, _Once] = ADAPTIVE
     prove: Annotated[bool | str, _Prove] = True
+    memory: Annotated[str | int, PlainValidator(_load_memory)] = limits.LOAD_MEMORY_BYTES
     lr_scheduler: Annotated[str, _one_of("keep", "reset", text="one of keep, reset")] = "keep"
     changes: Annotated[dict[str, Any] | str | None, _no_null("string_type")] = None
     override: Annotated[dict[str, Any], Field(description="hyperparameters by name")] = Field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """What of it is an argument of `ucp.loading.load.load`."""
+        return self.model_dump(include={"verify", "read_once", "prove", "memory"})
 
     @model_validator(mode="after")
     def _overrides(self) -> LoadSection:

@@ -16,14 +16,14 @@ from ucp.changes import Changed, applied
 from ucp.changes.outline import of_all_ranks, outline_of
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
-from ucp.deepspeed.live import LiveEngine, releases
+from ucp.deepspeed.live import LiveEngine, partly, releases
 from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, times_counted, warn_of_clipping
 from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
 from ucp.deepspeed.supported import check_engine, check_features
 from ucp.elastic.layouts import Fitted
-from ucp.errors import BadArgument, NotACheckpoint, Unsupported
+from ucp.errors import BadArgument, NotACheckpoint, PartlyLoaded, ProofFailed, Unsupported
 from ucp.formats.nouns import ModuleOrder
 from ucp.job import ranks, streams
 from ucp.job.stopwatch import Stopwatch
@@ -96,6 +96,7 @@ class EngineUcp:
         BadArgument
             If the config does not enable snapshots in memory.
         """
+        partly.check(self._engine, "engine.ucp.snapshot()")
         if self.memory is None:
             raise BadArgument('nothing is kept in memory: the config needs "ucp": {"memory": {"enabled": true}}')
         return self.memory.take(self.client_state() if client_state is None else client_state)
@@ -268,7 +269,9 @@ def load_checkpoint(
     refuse together, and then nothing has changed.
 
     Raises Mismatch if anything would stay unrestored or unused, Unsupported (by name), NotACheckpoint,
-    DamagedCheckpoint and UnsafePickle. Raises ProofFailed after everything was put in place.
+    DamagedCheckpoint and UnsafePickle. Raises PartlyLoaded if something fails when part of the state is in place, such
+    as an I/O error: then the engine refuses to train and to save until a load succeeds. Raises ProofFailed after
+    everything was put in place.
     """
     config: Config = engine.ucp.config
     kept = config.load.lr_scheduler == "keep"
@@ -301,8 +304,8 @@ def load_checkpoint(
         allow_unused=config.load.allow_unused,
         grown=changed.grown,
     )
-    how = config.load.model_dump(include={"verify", "read_once", "prove"})
-    report = load(changed.catalog, target, wish, path=path, watch=watch, changes=changed.lines, **how)
+    how = {**config.load.options(), "changes": changed.lines}
+    report = _loaded(engine, changed.catalog, target, wish, path=path, watch=watch, **how)
     _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
@@ -316,6 +319,20 @@ def _as_changed(catalog: Catalog, config: Config, target: LiveEngine, model: Map
         return Changed(catalog)
     outline = of_all_ranks(outline_of(target))
     return ranks.all_or_none(lambda: applied(catalog, read_changes(given), outline, model))
+
+
+def _loaded(engine: Any, *args: Any, **how: Any) -> LoadReport:
+    """`ucp.loading.load.load`. If it fails half-way, the engine refuses to train and to save until one succeeds."""
+    try:
+        report = load(*args, **how)
+    except PartlyLoaded as error:
+        partly.refuse(engine, str(error))
+        raise
+    except ProofFailed:
+        partly.allow(engine)  # everything is in place, and the error says that it is not to be trained on
+        raise
+    partly.allow(engine)
+    return report
 
 
 def _tell_of_nothing(load_dir: str) -> None:

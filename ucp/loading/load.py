@@ -1,27 +1,36 @@
 """Put a checkpoint of any layout into a live training process, all of it or nothing.
 
-There are three steps, and all ranks agree on each before the next. First compare and plan; nothing is changed. Then
-read this rank's byte ranges into host memory; nothing is changed that anyone has seen. Then apply. If a rank finds
-something wrong in the first two, all ranks refuse. Bytes that several ranks want may be read by only one of them
-(`ucp.loading.exchange`).
+All ranks agree on each step before the next. First compare and plan. Then check: every byte that will be used is
+compared with its digest, and nothing of it is kept (or all of it is held in host memory: `ucp.loading.strategy` says
+when). Nothing that anyone has seen is changed so far, and if a rank finds something wrong, all ranks refuse.
+
+Then bring: read again, straight to where the values live. Now only an I/O error, a file that was changed meanwhile or a
+death can stop the load. Then every rank raises the same PartlyLoaded. Bytes that several ranks want may be read by only
+one of them (`ucp.loading.exchange`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ucp import limits
 from ucp.catalog import Catalog
+from ucp.errors import BadArgument, PartlyLoaded, described
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading import exchange, proof, tied
+from ucp.loading import exchange, proof, strategy, tied
+from ucp.loading.bring import Brought, bring
 from ucp.loading.match import Entry, LoadPlan, Wish, plan
 from ucp.loading.proof import Proof
-from ucp.loading.read import Reading, reading_threads
+from ucp.loading.read import RankReads, hold, ranks_here, reading_threads, sample
 from ucp.loading.target import Loaded, Target
+from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
+from ucp.transfer import checking
 from ucp.transfer.reader import Reader
 from ucp.units import bytes_text, counted
 
@@ -42,12 +51,14 @@ class LoadReport:
     nbytes
         How many bytes these have on this rank.
     bytes_read
-        How many bytes were read from the files for them, with gaps between short runs and whole digest chunks.
+        How many bytes were read from the files for them, with gaps between short runs and whole digest chunks, and
+        without those that were read before, to be checked.
     source, target
         The checkpoint's format and layout, and the layout of this run.
     seconds
-        Stage -> seconds on this rank: open (on the first rank), plan, read, exchange (of what is read once, and
-        measuring whether that is worth it), apply, prove, and wait (for the other ranks).
+        Stage -> seconds on this rank: open (on the first rank), plan, check (what is read before anything is changed),
+        read, exchange (of what is read once, and measuring whether that is worth it), apply, prove, and wait (for the
+        other ranks).
     plan
         What the load did in detail.
     read_once
@@ -65,6 +76,8 @@ class LoadReport:
         The proof that what is live now is what the checkpoint has. None without one, as if there are no digests.
     changes
         What was changed on purpose since the checkpoint was saved, as it was declared, a line each.
+    strategy
+        In which order the load read, verified and changed what is live: one of `ucp.loading.strategy.STRATEGIES`.
     """
 
     tensors: int
@@ -81,6 +94,7 @@ class LoadReport:
     unverified_bytes: int = 0
     proof: Proof | None = None
     changes: tuple[str, ...] = ()
+    strategy: str = ""
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -97,6 +111,8 @@ class LoadReport:
             f"restored {counted(self.tensors, 'tensor')} ({bytes_text(self.nbytes)} on this rank) from {self.source} "
             f"to {self.target} in {stages_text(self.seconds)}"
         )
+        if self.strategy:
+            text += f"; {self.strategy}"
         if self.unverified_bytes:
             text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
         if self.left:
@@ -123,6 +139,7 @@ def load(
     alone: bool = False,
     prove: bool | str = True,
     changes: tuple[str, ...] = (),
+    memory: int = limits.LOAD_MEMORY_BYTES,
 ) -> LoadReport:
     """Restore the target from the catalog. Collective: all ranks call it with the same catalog and wish.
 
@@ -133,11 +150,12 @@ def load(
     faster. watch: the stopwatch of a load that began earlier, with opening. alone: do not communicate. Something else
     makes the ranks agree (torch.distributed.checkpoint), and tensors that others hold parts of are not proved. prove:
     afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`). changes: for
-    the report.
+    the report. memory: how many bytes of host memory this rank may take beyond what is live.
 
     Raises, with nothing changed: Mismatch if anything would stay unrestored or unused against the wish,
     DamagedCheckpoint if files are damaged, BadArgument for an unknown ``read_once`` or ``prove``, Unsupported if the
-    process group cannot exchange what is to be read once. Raises ProofFailed with everything in place.
+    process group cannot exchange what is to be read once. Raises PartlyLoaded, on all ranks the same, if it fails when
+    part of it is in place, and ProofFailed with everything in place.
     """
     exchange.check_choice(read_once)
     proof.check_choice(prove)
@@ -145,49 +163,165 @@ def load(
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
-    sharing = None
+    how = _How(live, catalog, path, verify, within(memory, threads or reading_threads()), memory, alone, agreed, watch)
     with Files() as files:
-        reading = Reading(Reader(catalog, files, verify), files, live, what, threads or reading_threads())
-        tied.check(reading.reader, what.tied, live.words, watch, alone)
+        tied.check(Reader(catalog, files, verify), what.tied, live.words, watch, alone)
+        sharing = None
         if read_once and not alone and ranks.world_size() > 1:
-            sharing = watch.timed("exchange", lambda: _sharing(reading, read_once))
-        nbytes = exchange.nbytes(what, frozenset(what.wants))
-        tensors = agreed(lambda: watch.timed("read", lambda: reading.run(sharing, nbytes)))
+            sharing = watch.timed("exchange", lambda: _sharing(how, what, files, read_once))
+        share = agreed(lambda: watch.timed("plan", lambda: RankReads.of(live, what, sharing)))
+        ready = _checked(how, share, files)
+        if ready.held is not None:
+            _exchange(how, sharing, ready.held)
+        with _changing(how):
+            brought = _brought(how, share, ready, files)
+            if ready.held is None:
+                _exchange(how, sharing, brought.there)
+            loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
+            _together(how, "apply", lambda: _put(live, loaded, ready, files))
+            _together(how, "apply", lambda: live.apply(loaded))
         bytes_read = files.bytes_read
+    proving = _Proving(prove, how.threads, alone)
+    proved = watch.timed("prove", lambda: _proved(catalog, live, what, brought.as_read, proving))
+    nbytes = share.nbytes, bytes_read - ready.bytes_checked
+    return replace(_report(how, what, ready, nbytes, sharing is not None, proved), changes=changes)
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    """One load's target and its ways: arguments of `load`, and how ranks agree."""
+
+    live: Target
+    catalog: Catalog
+    path: str
+    verify: bool
+    threads: int
+    memory: int
+    alone: bool
+    agreed: Callable[[Callable[[], Any]], Any]
+    watch: Stopwatch
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What is known once nothing but I/O can go wrong. strategy: one of `strategy.STRATEGIES`. reader: for bringing.
+    marks: the files as they were. bytes_checked: how many were read for that. held: what was read already."""
+
+    strategy: str
+    reader: Reader
+    marks: checking.FileMarks
+    bytes_checked: int = 0
+    held: Mapping[Entry, torch.Tensor] | None = None
+
+
+def _checked(how: _How, share: RankReads, files: Files) -> _Ready:
+    """The first phase: nothing is changed that anyone has seen. Collective, unless alone."""
+    reader, before = Reader(how.catalog, files, how.verify), files.bytes_read
+
+    def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
+        wanted = checking.used(share.copies)
+        compared = checking.comparable(reader, wanted)
+        found = strategy.facts(reader, wanted, compared, share.held, how.memory, ranks_here())
+        marks = checking.FileMarks.of(reader, files, wanted)
+        return compared, strategy.with_costs(found, reader, compared, how.threads), marks
+
+    compared, facts, marks = how.agreed(lambda: how.watch.timed("plan", look))
+    chosen = strategy.agreed(facts, how.alone)
+    if chosen == strategy.HOLD:
+        checked, reader = files.bytes_read - before, Reader(how.catalog, files, how.verify)
+        held = how.agreed(lambda: how.watch.timed("read", lambda: hold(share, reader, files, how.threads)))
+        return _Ready(chosen, reader, marks, checked, held)
+
+    def check() -> None:
+        if chosen == strategy.VERIFY_THEN_READ:
+            checking.compare(reader, compared, how.threads)
+        marks.check(files)
+
+    how.agreed(lambda: how.watch.timed("check", check))
+    return _Ready(chosen, Reader(how.catalog, files, how.verify), marks, files.bytes_read - before)
+
+
+def _brought(how: _How, share: RankReads, ready: _Ready, files: Files) -> Brought:
+    """Begin to change what is live. The second phase's reading, unless everything is held. Collective, unless alone."""
+
+    def work() -> Brought:
+        how.live.begin()
+        if ready.held is not None:
+            return Brought(ready.held)
+        return bring(share, ready.reader, files, how.threads, how.memory)
+
+    return _together(how, "apply" if ready.held is not None else "read", work)
+
+
+def _exchange(how: _How, sharing: exchange.Sharing | None, tensors: Mapping[Entry, torch.Tensor]) -> None:
     if sharing is not None:
-        watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
-    brought = {(key, state): tensor for (key, state, _), tensor in tensors.items()}
-    loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
-    watch.timed("apply", lambda: live.apply(loaded))
-    proving = _Proving(prove, threads or reading_threads(), alone)
-    proved = watch.timed("prove", lambda: _proved(catalog, live, what, tensors, proving))
-    done = _report(catalog, reading, path, (nbytes, bytes_read), sharing is not None, watch, proved)
-    return replace(done, changes=changes)
+        how.watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
+
+
+def _put(live: Target, loaded: Loaded, ready: _Ready, files: Files) -> None:
+    live.put(loaded)
+    if ready.held is None:
+        ready.marks.check(files)
+
+
+def _together(how: _How, stage: str, work: Callable[[], T]) -> T:
+    """Do a part of the second phase. If it fails on a rank, all raise the same PartlyLoaded. Collective, unless
+    alone."""
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = how.watch.timed(stage, work)
+    except Exception as found:  # noqa: BLE001 (raised again once all ranks know)
+        error = found
+    said = [None if error is None else described(error)]
+    if not how.alone:
+        said = ranks.gather(said[0])
+    failed = next((rank for rank, text in enumerate(said) if text is not None), None)
+    if failed is not None:
+        why = f"rank {failed}: {said[failed]}" if len(said) > 1 else str(said[failed])
+        raise PartlyLoaded(how.live.words.partly(how.path, why)) from error
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def _changing(how: _How) -> Iterator[None]:
+    """Whatever error ends this block is PartlyLoaded, even if the ranks can no longer agree."""
+    try:
+        yield
+    except PartlyLoaded:
+        raise
+    except Exception as error:
+        raise PartlyLoaded(how.live.words.partly(how.path, described(error))) from error
+
+
+def within(memory: int, threads: int) -> int:
+    """How many threads may read within so many bytes. Raises BadArgument for too few bytes."""
+    if memory < limits.LOAD_MEMORY_LEAST_BYTES:
+        raise BadArgument(
+            f"a load's memory of {memory} bytes is too little; at least {limits.LOAD_MEMORY_LEAST_BYTES} are needed"
+        )
+    each = limits.SCRATCH_BYTES + 2 * limits.LOAD_WINDOW_BYTES + limits.CHUNKS_AT_ONCE_COUNT * CHUNK
+    return max(min(threads, memory // each), 1)
 
 
 def _report(
-    catalog: Catalog,
-    reading: Reading,
-    path: str,
-    nbytes: tuple[int, int],
-    read_once: bool,
-    watch: Stopwatch,
-    proved: Proof | None,
+    how: _How, what: LoadPlan, ready: _Ready, nbytes: tuple[int, int], read_once: bool, proved: Proof | None
 ) -> LoadReport:
     """nbytes: how many bytes were restored, and how many this rank read."""
     return LoadReport(
-        len({(w.tensor.name, w.tensor.state) for wants in reading.what.wants.values() for w in wants}),
+        len({(w.tensor.name, w.tensor.state) for wants in what.wants.values() for w in wants}),
         *nbytes,
-        f"{catalog.format} {catalog.layout}",
-        str(reading.target.layout),
-        watch.with_wait(),
-        reading.what,
+        f"{how.catalog.format} {how.catalog.layout}",
+        str(how.live.layout),
+        how.watch.with_wait(),
+        what,
         read_once,
-        {"digest": reading.reader.digest_seconds},
-        path,
-        reading.reader.verified_bytes,
-        reading.reader.unverified_bytes,
+        {"digest": ready.reader.digest_seconds},
+        how.path,
+        ready.reader.verified_bytes,
+        ready.reader.unverified_bytes,
         proved,
+        strategy=ready.strategy,
     )
 
 
@@ -222,15 +356,16 @@ def _checked_plan(catalog: Catalog, target: Target | Callable[[], Target], wish:
     return made, what
 
 
-def _sharing(reading: Reading, read_once: bool | str) -> exchange.Sharing | None:
+def _sharing(how: _How, what: LoadPlan, files: Files, read_once: bool | str) -> exchange.Sharing | None:
     """What is read once; None if every rank reads for itself. Collective."""
     if not exchange.is_possible(read_once):
         return None
-    sharing = exchange.find(reading.target, reading.what)
+    sharing = exchange.find(how.live, what)
     if not sharing.all_groups:
         return None
     if read_once == exchange.ADAPTIVE:
-        parts = exchange.shared_parts(reading.what, sharing)
-        if not exchange.is_worthwhile(reading.what, sharing, parts, reading.sample):
+        reader = Reader(how.catalog, files, how.verify)
+        parts = exchange.shared_parts(what, sharing)
+        if not exchange.is_worthwhile(what, sharing, parts, partial(sample, reader, threads=how.threads)):
             return None
     return sharing

@@ -1,10 +1,12 @@
-"""Read this rank's part of what a plan wants from a checkpoint's files into host memory."""
+"""What this rank reads of a checkpoint, and the reading of all of it into host memory that nobody has seen."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -17,76 +19,124 @@ from ucp.loading.target import Slot, Target
 from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.transfer.gather import Want, gather
+from ucp.transfer.gather import Copy, Want, fill, gather, plan
 from ucp.transfer.reader import Bytes, Reader
 
 
 @dataclass(frozen=True)
-class Reading:
-    """This rank's reading of what a plan wants."""
+class RankReads:
+    """What this rank reads. Each entry of a plan is one buffer, and buffers are numbered in the plan's order.
 
-    reader: Reader
-    files: Files
+    wants: by entry, as the plan has them. shared: entries of which this rank reads only a part, together with others.
+    copies: what is read, into the entries' buffers. nbytes: all that the plan wants, in bytes. to_read: what this rank
+    reads of it. kept_in: entries whose parameters are only read in part.
+    """
+
     target: Target
-    what: LoadPlan
-    threads: int
+    wants: Mapping[Entry, Sequence[Want]]
+    shared: frozenset[Entry]
+    copies: Sequence[Copy]
+    nbytes: int
+    to_read: int
+    kept_in: Collection[Entry] = ()
 
-    def run(self, sharing: exchange.Sharing | None, nbytes: int) -> dict[Entry, torch.Tensor]:
-        """The slots, flat, in host memory. Elements for which nothing is read keep their current values. If ranks share
-        the reading, this rank's part is filled in, and the rest is zero. nbytes: the bytes of all that the plan
-        wants."""
-        parts = exchange.shared_parts(self.what, sharing) if sharing is not None else {}
-        tensors = self._memory(parts)
-        buffers: list[Bytes] = []
-        wants: list[Want] = []
-        for entry, found in self.what.wants.items():
-            wants += [Want(w.tensor, w.blocks.in_buffer(len(buffers)), w.dtype) for w in parts.get(entry, found)]
-            buffers.append(tensors[entry].view(torch.uint8).numpy())
-        before = self.files.bytes_read
-        total = nbytes if sharing is None else sum(map(exchange.nbytes_of, wants))
-        with watching("loading", lambda: self.files.bytes_read - before, total, ranks.rank() == 0):
-            gather(self.reader, wants, buffers, self.threads)
-        return tensors
+    @classmethod
+    def of(cls, target: Target, what: LoadPlan, sharing: exchange.Sharing | None) -> RankReads:
+        """What ranks share is read in equal parts. Raises what `ucp.transfer.gather.plan` raises."""
+        parts = exchange.shared_parts(what, sharing) if sharing is not None else {}
+        wants = [
+            replace(want, blocks=want.blocks.in_buffer(k), base=0)
+            for k, (entry, found) in enumerate(what.wants.items())
+            for want in parts.get(entry, found)
+        ]
+        total = exchange.nbytes(what, frozenset(what.wants))
+        to_read = sum(map(exchange.nbytes_of, wants))
+        return cls(target, what.wants, frozenset(parts), plan(wants), total, to_read, what.kept_in)
 
-    def _memory(self, parts: Mapping[Entry, object]) -> dict[Entry, torch.Tensor]:
-        """A flat tensor for each entry, in the plan's order. It is the slot's own memory if that may be read into."""
-        slots = {slot.key: slot for slot in self.target.slots}
-        memory = Memory()
-        tensors: dict[Entry, torch.Tensor] = {}
-        fresh: dict[Entry, int] = {}
-        straight: list[torch.Tensor] = []
-        for entry, wants in self.what.wants.items():
-            key, state, dtype = entry
-            room = self.target.room(key, state)
-            if room is not None:
-                straight.append(room)
-                tensors[entry] = room
-            elif (kept := self._present(slots[key], entry, len(wants))) is not None:
-                tensors[entry] = kept
-            else:
-                fresh[entry] = slots[key].placement(state).length * itemsize(dtype)
-        memory.ready(straight)
-        for entry in tensors.keys() & parts.keys():
-            tensors[entry].zero_()
-        made = map(memory.take, fresh.values()) if self.target.keeps_memory else memory.take_all(list(fresh.values()))
-        for entry, raw in zip(fresh, made, strict=True):
-            tensors[entry] = raw.view(to_torch(entry[2]))
-        return tensors
+    def size(self, entry: Entry) -> int:
+        """Bytes of an entry's buffer."""
+        return self.length(entry) * itemsize(entry[2])
 
-    def _present(self, slot: Slot, entry: Entry, count: int) -> torch.Tensor | None:
-        """What the slot holds now, if some of it is not read. None if all is, or if it holds nothing."""
-        if count == len(slot.members) and entry not in self.what.kept_in:
-            return None
-        current = self.target.current(slot.key, entry[1])
-        return None if current is None else current.to(to_torch(entry[2]))
+    def length(self, entry: Entry) -> int:
+        """Elements of an entry's buffer."""
+        return self.slots[entry[0]].placement(entry[1]).length
 
-    def sample(self, wants: list[Want], buffer: Bytes) -> int:
-        """Read some of it, to see how fast that is. Returns how many bytes were read."""
-        return gather(self.reader, wants, [buffer], self.threads)
+    @cached_property
+    def slots(self) -> Mapping[int, Slot]:
+        return {slot.key: slot for slot in self.target.slots}
+
+    def is_partial(self, entry: Entry) -> bool:
+        """Whether some of the slot is not read, so that what it holds there now stays."""
+        return entry in self.kept_in or len(self.wants[entry]) < len(self.slots[entry[0]].members)
+
+    @property
+    def held(self) -> int:
+        """Bytes of fresh host memory that `hold` takes."""
+        return sum(self.size(entry) for entry in self.wants if self.target.room(*entry[:2]) is None)
+
+
+def hold(share: RankReads, reader: Reader, files: Files, threads: int) -> dict[Entry, torch.Tensor]:
+    """Read everything into host memory: the slots, flat. Elements for which nothing is read keep their current values.
+    If ranks share the reading, this rank's part is filled in, and the rest is zero."""
+    tensors = _memory(share)
+    buffers: list[Bytes] = [tensors[entry].view(torch.uint8).numpy() for entry in share.wants]
+    with watched(files, share):
+        fill(reader, share.copies, buffers, threads)
+    return tensors
+
+
+def watched(files: Files, share: RankReads) -> AbstractContextManager[None]:
+    """Show the progress of reading a share, on the first rank."""
+    before = files.bytes_read
+    return watching("loading", lambda: files.bytes_read - before, share.to_read, ranks.rank() == 0)
+
+
+def _memory(share: RankReads) -> dict[Entry, torch.Tensor]:
+    """A flat tensor for each entry, in the plan's order. It is the slot's own memory if that may be read into."""
+    memory = Memory()
+    tensors: dict[Entry, torch.Tensor] = {}
+    fresh: dict[Entry, int] = {}
+    straight: list[torch.Tensor] = []
+    for entry in share.wants:
+        room = share.target.room(*entry[:2])
+        if room is not None:
+            straight.append(room)
+            tensors[entry] = room
+        elif (kept := _present(share, entry)) is not None:
+            tensors[entry] = kept
+        else:
+            fresh[entry] = share.size(entry)
+    memory.ready(straight)
+    for entry in tensors.keys() & share.shared:
+        tensors[entry].zero_()
+    made = map(memory.take, fresh.values()) if share.target.keeps_memory else memory.take_all(list(fresh.values()))
+    for entry, raw in zip(fresh, made, strict=True):
+        tensors[entry] = raw.view(to_torch(entry[2]))
+    return tensors
+
+
+def _present(share: RankReads, entry: Entry) -> torch.Tensor | None:
+    """What the slot holds now, if some of its members are not read. None if all are, or if it holds nothing."""
+    if not share.is_partial(entry):
+        return None
+    current = share.target.current(*entry[:2])
+    return None if current is None else current.to(to_torch(entry[2]))
+
+
+def sample(reader: Reader, wants: list[Want], buffer: Bytes, threads: int) -> int:
+    """Read some of what is wanted, to see how fast that is. Returns how many bytes were read."""
+    return gather(reader, wants, [buffer], threads)
 
 
 def reading_threads() -> int:
     """How many threads this process reads with: the processors that it may use, divided by the ranks on the machine. At
-    most `limits.THREADS_MAX_COUNT`, and at least 2, so that one goes on while another waits for a disk."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    return max(2, min(limits.THREADS_MAX_COUNT, limits.processors() // max(local, 1)))
+    most `limits.LOAD_THREADS_MAX_COUNT`, and at least 2, so that one goes on while another waits for a disk."""
+    return max(2, min(limits.LOAD_THREADS_MAX_COUNT, limits.processors() // ranks_here()))
+
+
+def ranks_here() -> int:
+    """How many ranks run on this machine, as the launcher says."""
+    try:
+        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
+    except ValueError:
+        return 1

@@ -38,7 +38,8 @@ class Words:
 
     whole: what is filled. allow: how a caller says what may be left. unstrict: what to add if not even a load without
     strictness can resume. alone: how a caller loads weights without an optimizer's states. declare: how a
-    caller declares what was changed on purpose, with ``%s`` for what is declared; "" where that is not possible.
+    caller declares what was changed on purpose, with ``%s`` for what is declared; "" where that is not possible. anew:
+    what to do if a load failed half-way.
     """
 
     whole: str
@@ -46,12 +47,21 @@ class Words:
     unstrict: str = ""
     alone: str = ""
     declare: str = ""
+    anew: str = "load again, or make it anew"
 
     unrestored = "would stay unrestored"
 
     def opening(self, checkpoint: object, here: object) -> str:
         """How a refusal begins. checkpoint, here: the layouts."""
         return f"nothing was loaded: the checkpoint ({checkpoint}) and {self.whole} ({here}) do not match"
+
+    def partly(self, path: str, why: str) -> str:
+        """What to say if a load failed when it had begun to change the target. why: what went wrong."""
+        start = f"{path}: " if path else ""
+        return (
+            f"{start}the load failed when it had begun to change {self.whole}: {why}; {self.whole} now has old values "
+            f"and new ones and is not to be trained on or saved; {self.anew}"
+        )
 
     def advice(self) -> str:
         """How a refusal ends."""

@@ -8,6 +8,7 @@ differ.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,17 +127,31 @@ class Group:
     takes: frozenset[str] | None = frozenset(("initial_lr",))
 
 
+class LoadedTensors(Mapping[tuple[int, str], "torch.Tensor"]):
+    """The tensors that a load brings. Only taking one can read files, and going through the keys never does."""
+
+    @abstractmethod
+    def fill(self, key: int, state: str, live: torch.Tensor) -> None:
+        """Give live memory of any shape the values that were loaded for it, unless it has them already."""
+
+    def states(self, key: int) -> list[str]:
+        """The optimizer states that are brought for a slot."""
+        return [state for (slot, state) in self if slot == key and state != "param"]
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader brings: host tensors by (slot key, state), values by slot key, and the rest of the state.
+    """What the loader brings: tensors by (slot key, state), values by slot key, and the rest of the state.
 
-    tensors: flat 1-d tensors of the placement's length, with zeros as padding. scalars: slot key -> {'step': ...}. A
-    slot that is in it and has no ``asked`` gets exactly the states loaded for it. options: param group index ->
-    hyperparameters to set. sources: param group index -> the checkpoint's group with the same parameters.
+    tensors: flat 1-d tensors of the placement's length, with zeros as padding. Those that were read straight to where
+    they live are the live memory itself; others are in host memory, or are read when they are asked for. scalars: slot
+    key -> {'step': ...}. A slot that is in it and has no ``asked`` gets exactly the states loaded for it. options:
+    param group index -> hyperparameters to set. sources: param group index -> the checkpoint's group with the same
+    parameters.
     training_state: None if only weights were asked for. named: what the checkpoint has of the target's ``named``.
     """
 
-    tensors: Mapping[tuple[int, str], torch.Tensor]
+    tensors: LoadedTensors
     scalars: Mapping[int, Mapping[str, Any]]
     options: Mapping[int, Mapping[str, Any]]
     sources: Mapping[int, int]
@@ -186,12 +201,21 @@ class Target(Protocol):
 
     @property
     def keeps_memory(self) -> bool:
-        """Whether `apply` may put the loaded tensors themselves in place, so that each needs memory of its own."""
+        """Whether `put` may put the loaded tensors themselves in place, so that each needs memory of its own."""
         ...
 
     def room(self, key: int, state: str) -> torch.Tensor | None:
         """The slot's own dense host memory, flat, if nobody has seen its contents yet. It is read into directly. None
-        if the slot may not be changed before all ranks have read successfully."""
+        if the slot may not be changed before all ranks have agreed."""
+        ...
+
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        """Where the values will live, flat: dense memory on the host or a device, to be read into directly. It is asked
+        for after `begin`. None if there is none, or if the values have to pass through `Loaded`.
+
+        dtype, length: of what is read. Where the slot has no such state yet, the memory is new, and zero. A frozen
+        parameter or a buffer may be kept in another element type.
+        """
         ...
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
@@ -211,6 +235,14 @@ class Target(Protocol):
         """Raise Mismatch if the training state does not fit. ``sources``: as in `Loaded`. Changes nothing."""
         ...
 
+    def begin(self) -> None:
+        """What is live is about to be changed, on all ranks. Must not communicate."""
+        ...
+
+    def put(self, loaded: Loaded) -> None:
+        """Put what was loaded in place, as far as that needs no other rank. It may raise, and must not communicate."""
+        ...
+
     def apply(self, loaded: Loaded) -> None:
-        """Put the values in place. It is called on all ranks or on none, and may communicate."""
+        """Do the rest, once all ranks have put their part in place. It may communicate."""
         ...

@@ -188,18 +188,30 @@ class ShardedTarget:
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Do nothing. The plan has compared all that is asked for."""
 
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        memory = self._states[key, state].memory
+        if memory is None or not memory.is_contiguous() or memory.numel() != length:
+            return None
+        return memory.detach().view(-1)
+
+    def begin(self) -> None:
+        """Do nothing. Nobody but the caller knows what is done with the tensors meanwhile."""
+
     @torch.no_grad()
-    def apply(self, loaded: Loaded) -> None:
-        for (key, state), tensor in loaded.tensors.items():
+    def put(self, loaded: Loaded) -> None:
+        for key, state in loaded.tensors:
             own = self._states[key, state]
             if own.memory is not None:
-                own.memory.copy_(tensor)
+                loaded.tensors.fill(key, state, own.memory)
                 continue
-            at = 0
+            tensor, at = loaded.tensors[key, state], 0
             for part in own.held.parts:
                 part.view.copy_(tensor[at : at + part.view.numel()].view(part.view.shape))
                 at += part.view.numel()
         self._fill_beyond()
+
+    def apply(self, loaded: Loaded) -> None:
+        """Do nothing more. No other rank is needed."""
 
     def _fill_beyond(self) -> None:
         """Rows of padding that the checkpoint has nothing of: weights stay, masters are the weights, moments are 0."""

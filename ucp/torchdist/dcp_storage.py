@@ -72,7 +72,7 @@ class StorageReader(dcp.StorageReader):
         checkpoint. The config of a transformers model also gives the spec's sizes.
     verify
         Check digests.
-    prove
+    prove, memory
         As for `ucp.load`.
 
     Attributes
@@ -84,6 +84,8 @@ class StorageReader(dcp.StorageReader):
     ------
     Mismatch
         From ``dcp.load``: something does not fit. Nothing on this rank is changed.
+    PartlyLoaded
+        From ``dcp.load``: something failed when some of the tensors were filled.
     UcpError
         From ``dcp.load``: what `ucp.open` and `ucp.load` raise.
     """
@@ -95,11 +97,13 @@ class StorageReader(dcp.StorageReader):
         model: torch.nn.Module | None = None,
         verify: bool = True,
         prove: bool | str = True,
+        memory: int = limits.LOAD_MEMORY_BYTES,
         **opening: Any,
     ) -> None:
         self.checkpoint_id = os.fspath(path)
         self.last_load: LoadReport | None = None
-        self._opening, self._verify, self._prove = {"model_config": config_of(model), **opening}, verify, prove
+        self._opening = {"model_config": config_of(model), **opening}
+        self._how: dict[str, Any] = {"verify": verify, "prove": prove, "memory": memory}
         self._live = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}
@@ -142,9 +146,7 @@ class StorageReader(dcp.StorageReader):
         with ranks.alone() if alone else nullcontext():
             entries, target = ranks.all_or_none(lambda: self._target(plan, planner, catalog))
         wish = Wish(partial=True)
-        report = load(
-            catalog, target, wish, path=self.checkpoint_id, verify=self._verify, alone=alone, prove=self._prove
-        )
+        report = load(catalog, target, wish, path=self.checkpoint_id, alone=alone, **self._how)
         self.last_load = report
         if ranks.rank() == 0:
             log.info("%s", report)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ucp import limits
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
 from ucp.formats.nouns import ModuleOrder
@@ -47,6 +48,7 @@ def load(
     metrics: bool = False,
     prove: bool | str = True,
     changes: Given = None,
+    memory: int = limits.LOAD_MEMORY_BYTES,
     **opening: Any,
 ) -> LoadReport:
     """Fill a state dict from a checkpoint of any supported format and layout. Collective.
@@ -66,16 +68,16 @@ def load(
     verify
         Check digests, if the checkpoint has them, and the CRC-32s of torch's records that this rank reads whole.
     read_once
-        If several ranks want the same bytes (replicas, plain tensors), have one rank read them and pass them on.
-        'adaptive' does so where it is measured to be faster.
+        If several ranks want the same bytes, have one rank read them and pass them on. 'adaptive': where it is faster.
     metrics
         As for `save`.
     prove
-        After the load, compare what is live with the checkpoint's logical digests, on all ranks together.
-        - True: if the checkpoint has digests. Much in host memory is sampled. 'full': as True, but never a sample.
-        - 'always': also for a checkpoint without digests, which are then computed from its files. False: never.
+        After the load, compare what is live with the checkpoint's logical digests. True: if it has them, with a sample
+        of much in host memory. 'full': never a sample. 'always': compute them if it has none. False: never.
     changes
         What of the model was changed on purpose since the save: a mapping or a file (`ucp.changes`).
+    memory
+        How many bytes of host memory a rank may take beyond the tensors, at least 64 MiB.
 
     Returns
     -------
@@ -87,30 +89,32 @@ def load(
     Mismatch
         Entries are missing, shapes differ, or an element type would lose bits.
     NotACheckpoint, DamagedCheckpoint
-        There is no checkpoint, or its bytes are not what was saved.
+        There is none, or its bytes are not what was saved.
+    PartlyLoaded
+        Something failed when some tensors were filled. They are old and new until a load succeeds.
     ProofFailed
-        What is live is not what was saved. Only with this error, everything has been put in place.
+        Everything is in place, and not what was saved.
     """
-    unwrapped, how = unwrap(state_dict), {"verify": verify, "read_once": read_once, "prove": prove}
-    report = _fill(unwrapped, path, opening, Wish(allow_missing=tuple(allow_missing), partial=True), changes, **how)
-    _put_back(unwrapped, state_dict)
-    tell(report, metrics)
-    return report
+    how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
+    return _fill(state_dict, path, opening, allow_missing, changes, metrics, **how)
 
 
 def _fill(
-    state_dict: dict[str, Any],
+    given: dict[str, Any],
     path: str | os.PathLike[str],
     opening: Mapping[str, Any],
-    wish: Wish,
+    allow_missing: Sequence[str],
     changes: Given,
+    metrics: bool,
     **options: Any,
 ) -> LoadReport:
+    state_dict = unwrap(given)
     watch = Stopwatch()
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     values = flatten(state_dict)
     changed = as_changed(catalog, changes, values, opening)
-    catalog, wish = changed.catalog, replace(wish, grown=changed.grown)
+    catalog = changed.catalog
+    wish = Wish(allow_missing=tuple(allow_missing), partial=True, grown=changed.grown)
     made: list[StateDictTarget] = []
 
     def target() -> StateDictTarget:
@@ -119,6 +123,8 @@ def _fill(
 
     report = load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **options)
     made[0].put_values(state_dict)
+    _put_back(state_dict, given)
+    tell(report, metrics)
     return report
 
 

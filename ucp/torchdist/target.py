@@ -42,6 +42,7 @@ class StateDictWords(Words):
 
     whole: str = "the state dict"
     allow: str = "allow_missing=[...] leaves what is missing as it is"
+    anew: str = "load again, or fill its tensors anew"
     begins: str = "nothing was loaded"
     apart: str = "leave one of them out of the state dict"
     prefixes: tuple[str, str] | None = None
@@ -331,6 +332,10 @@ class StateDictTarget:
         local = self._local(key, state)
         return local.reshape(-1) if local.device.type == "cpu" and local.is_contiguous() else None
 
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        local = self._local(key, state).detach()
+        return local.view(-1) if local.is_contiguous() and from_torch(local.dtype) == dtype else None
+
     def memory(self, key: int, state: str) -> torch.Tensor | None:
         return self._local(key, state)
 
@@ -344,14 +349,16 @@ class StateDictTarget:
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Do nothing. The plan has compared all that a state dict asks for."""
 
+    def begin(self) -> None:
+        """Do nothing. Nobody but the caller knows what is done with the tensors meanwhile."""
+
     @torch.no_grad()
-    def apply(self, loaded: Loaded) -> None:
+    def put(self, loaded: Loaded) -> None:
         """Fill the tensors. Other values are kept for `put_values`."""
-        for (key, state), tensor in loaded.tensors.items():
+        for key, state in loaded.tensors:
             local = self._local(key, state)
             self.filled.add(self._key(key, state))
-            if local.data_ptr() != tensor.data_ptr():
-                local.copy_(tensor.view(local.shape))
+            loaded.tensors.fill(key, state, local)
         self.filled.update(self._keys[name, PARAM] for name, owner in self.tied.items() if self._has(owner))
         for key, values in loaded.scalars.items():
             for state, value in values.items():
@@ -361,6 +368,9 @@ class StateDictTarget:
                 self._set(self._options[index, option], value)
         for entry, value in loaded.named.items():
             self._set(entry, value)
+
+    def apply(self, loaded: Loaded) -> None:
+        """Do nothing. No other rank is needed."""
 
     def _set(self, key: str, value: Any) -> None:
         if self._entries[key].shape is None:

@@ -182,6 +182,7 @@ def load_training(
     metrics: bool = False,
     prove: bool | str = True,
     changes: Given = None,
+    memory: int = limits.LOAD_MEMORY_BYTES,
     **opening: Any,
 ) -> TrainingReport:
     """Restore a whole training state of any supported format and layout, or refuse. Collective.
@@ -193,7 +194,7 @@ def load_training(
 
     Parameters
     ----------
-    path, opening, verify, read_once, metrics, prove, changes
+    path, opening, verify, read_once, metrics, prove, changes, memory
         As for `load`. A spec's sizes come from a transformers model's own config.
     model, optimizer, lr_scheduler, dataloader, rng
         As for `save_training`.
@@ -212,11 +213,11 @@ def load_training(
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
     unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
-    how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "changes": changed.lines}
+    how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
 
     def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
         target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
-        return load_target(catalog, target, wish, path=where, watch=watch, **how)
+        return load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **how)
 
     try:
         report = fill(state_dict, made, True)
@@ -275,7 +276,8 @@ class TrainingTarget(StateDictTarget):
             for key in state_dict[OPTIMIZER]["state"].get(name, ())
         }
         words = StateDictWords(
-            whole="the model",
+            whole="the model with its optimizers",
+            anew="load again, or make them anew",
             allow="allow_missing=[...] leaves what is missing as it is, allow_unused=[...] leaves out what is unused",
             alone="leave optimizer= out to load the weights alone",
             apart="allow_unused=[...] with one of their names takes the other alone",

@@ -142,6 +142,22 @@ class RecordChecks:
         k = bisect_right(progress.stops, start)
         return list(zip(progress.starts[k : k + 1], progress.stops[k : k + 1], strict=True))
 
+    def whole_records(self, file: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The records of which these byte ranges hold so much that a load compares them (see `settle`), as ranges.
+        ``ranges`` are in order and disjoint."""
+        out = []
+        for progress in self._progress.get(file, ()):
+            low, high = progress.record.start, progress.record.stop
+            first = bisect_right(ranges, low, key=lambda held: held[1])
+            inside = 0
+            for start, stop in ranges[first:]:
+                if start >= high:
+                    break
+                inside += min(stop, high) - max(start, low)
+            if high > low and progress.size - inside <= progress.size * limits.RECORD_MISSING_PART:
+                out.append((low, high))
+        return out
+
     def take_pieces(self) -> list[RecordPiece]:
         """What was read since this was last called."""
         with self._lock:

@@ -156,7 +156,17 @@ def gather(
     process may use, at most `limits.THREADS_MAX_COUNT`. Small jobs run in the calling thread. cache: that thread's
     chunks of an earlier call.
     """
-    copies = plan(wants)
+    return fill(reader, plan(wants), buffers, threads, cache)
+
+
+def fill(
+    reader: Reader,
+    copies: Sequence[Copy],
+    buffers: Sequence[Bytes],
+    threads: int | None = None,
+    cache: Cache | None = None,
+) -> int:
+    """`gather`, for copies that are planned already."""
     total = sum(c.nbytes for c in copies)
     workers = min(threads or min(limits.processors(), limits.THREADS_MAX_COUNT), 1 + total // limits.BYTES_PER_READER)
     if workers <= 1:
@@ -195,7 +205,7 @@ def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
         yield current
 
 
-def _split(copies: list[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
+def _split(copies: Sequence[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
     """Groups of consecutive copies with about equal bytes. A huge contiguous copy is cut, so all threads have work."""
     limit = max(total // parts, 1)
     current: list[Copy] = []

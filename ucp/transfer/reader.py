@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
-from ucp.storage.digests import CHUNK, ChunkDigests, verify_chunks, verify_parts
+from ucp.storage.digests import CHUNK, ChunkDigests, covering, verify_chunks, verify_parts
 from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.transfer.checksums import RecordChecks
@@ -56,6 +56,26 @@ class Reader:
     def verifies(self) -> bool:
         """Whether chunks are read whole and verified, in some of the files at least."""
         return bool(self._digests)
+
+    def path(self, file: int) -> str | None:
+        """Where a file of the catalog lies; None for one that is computed when it is read."""
+        return None if file in self._computed else self._paths[file]
+
+    def comparable(self, file: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What can be compared of these byte ranges of a file, which are in order and disjoint: the whole chunks that
+        they touch, or the records that they cover."""
+        if file in self._computed:
+            return []
+        digests = self._digests.get(file)
+        if digests is None:
+            return self.records.whole_records(file, ranges)
+        out: list[tuple[int, int]] = []
+        for low, high in (covering(low, high, max(digests.size, high)) for low, high in ranges):
+            if out and low <= out[-1][1]:
+                out[-1] = out[-1][0], max(high, out[-1][1])
+            else:
+                out.append((low, high))
+        return out
 
     def read_into(self, file: int, offset: int, parts: Sequence[Bytes], cache: Cache) -> None:
         """Fill the parts, one after the other, with the bytes from ``offset`` on; ``cache`` is the calling thread's own

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ucp.catalog import TrainingState
-from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, host_copy
+from ucp.deepspeed.live import partly
+from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, home_of, host_copy
 from ucp.deepspeed.live.experts import LiveExperts
 from ucp.deepspeed.live.parallel import PlacedSlots, layout_of, place_slots
 from ucp.deepspeed.live.source import make_source, nbytes_to_save
@@ -31,6 +32,7 @@ WORDS = Words(
     "not even load_module_strict=False resumes from that (load_module_only=True takes the weights that are)",
     "load_optimizer_states=False loads the weights alone",
     '"ucp": {"load": {"changes": %s}}',
+    partly.ANEW,
 )
 
 
@@ -113,6 +115,14 @@ class LiveEngine:
         """None, since the masters and states that the engine has are in use."""
         return None
 
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        if key not in self._held and self._optimizer is not None and not self._optimizer.is_in_memory(key):
+            return None
+        weights, states = self.live(key)
+        if state != "param":
+            return home_of(states.get(state), weights, dtype, length)
+        return weights.detach().view(-1) if weights.is_contiguous() and weights.numel() == length else None
+
     def memory(self, key: int, state: str) -> torch.Tensor | None:
         weights, states = self.live(key)
         found = weights if state == "param" else states.get(state)
@@ -153,14 +163,22 @@ class LiveEngine:
         check_state(self.engine, training_state, sources, len(self.groups), self._load_lr_scheduler)
 
     @torch.no_grad()
-    def apply(self, loaded: Loaded) -> None:
+    def begin(self) -> None:
+        partly.refuse(self.engine)
         if self._optimizer is not None:
             self._optimizer.begin()
+
+    @torch.no_grad()
+    def put(self, loaded: Loaded) -> None:
         for key, held in self._held.items():
             if (key, "param") in loaded.tensors:
-                held.put(loaded.tensors[key, "param"])
+                held.put(key, loaded)
         if self._optimizer is not None:
             self._optimizer.put(loaded)
+
+    @torch.no_grad()
+    def apply(self, loaded: Loaded) -> None:
+        if self._optimizer is not None:
             self._optimizer.finish()
         if loaded.training_state is not None:
             restore_state(self.engine, loaded.training_state, self._load_lr_scheduler, loaded.sources)

@@ -12,9 +12,10 @@ import torch
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
+from ucp.loading.host_memory import Memory
 from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import ceil_partition, flat_partition
-from ucp.storage.dtypes import from_torch
+from ucp.storage.dtypes import from_torch, itemsize, to_torch
 
 
 class Optimizer(Protocol):
@@ -26,6 +27,10 @@ class Optimizer(Protocol):
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """A slot's masters, and the optimizer's state of them. These are what it steps itself, and no copies."""
+        ...
+
+    def is_in_memory(self, key: int) -> bool:
+        """Whether a slot's masters and states lie in memory, so that they can be filled in place."""
         ...
 
     def weights(self) -> Iterator[Weights]:
@@ -91,9 +96,9 @@ class HeldTensor:
         shape = tuple(param.ds_shape)
         return cls(param.ds_tensor, shape, own_ceil_partition(shape, 0, count, rank))
 
-    def put(self, values: torch.Tensor) -> None:
-        """Copy flat values in. They are rounded if the tensor's element type is narrower."""
-        self.tensor.data.copy_(values.view(self.tensor.shape))
+    def put(self, key: int, loaded: Loaded) -> None:
+        """Take what was loaded. It is rounded if the tensor's element type is narrower."""
+        loaded.tensors.fill(key, "param", self.tensor.data)
 
 
 def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:
@@ -116,35 +121,55 @@ def put_states(
     """Give one optimizer parameter exactly the states that were loaded for it, or none at all if none were saved."""
     if key not in loaded.scalars:
         return
-    tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}
-    if not tensors and not loaded.scalars[key]:
+    names = loaded.tensors.states(key)
+    if not names and not loaded.scalars[key]:
         optimizer.state.pop(param, None)
         return
     state = optimizer.state[param]
-    for name, values in tensors.items():
-        shape = param.shape if values.numel() == param.numel() else values.shape
-        live = state.get(name)
+    for name in names:
+        values, live = loaded.tensors[key, name], state.get(name)
+        shape = state_shape(param, values.numel())
         if isinstance(live, torch.Tensor) and live.shape == shape and not _is_replaceable(live, values):
-            live.data.copy_(values.view(shape))
+            loaded.tensors.fill(key, name, live.data)
         else:
             state[name] = values.view(shape).to(param.device)
     for name, value in loaded.scalars[key].items():
         state[name] = scalar_like(state.get(name), optimizer, param, group, value)
 
 
-def put_masters(flat: torch.Tensor, values: torch.Tensor) -> None:
+def state_shape(param: torch.Tensor, length: int) -> torch.Size:
+    """The shape of a state with so many elements: its parameter's, or flat if it is arranged in another way."""
+    return param.shape if length == param.numel() else torch.Size((length,))
+
+
+def home_of(found: Any, param: torch.Tensor, dtype: str, length: int) -> torch.Tensor:
+    """A state's memory, flat, to be filled in place. If there is none that could be filled so, it is new memory on the
+    parameter's device, which becomes the state."""
+    fits = isinstance(found, torch.Tensor) and found.shape == state_shape(param, length)
+    if fits and found.is_contiguous() and from_torch(found.dtype) == dtype:
+        flat: torch.Tensor = found.detach().view(-1)
+        return flat
+    if param.device.type == "cpu":
+        return Memory().take(length * itemsize(dtype)).view(to_torch(dtype))
+    return torch.zeros(length, dtype=to_torch(dtype), device=param.device)
+
+
+def put_masters(flat: torch.Tensor, key: int, loaded: Loaded) -> None:
     """Give a flat buffer the loaded values. Nobody keeps views of it; it stays the same object."""
+    values = loaded.tensors[key, "param"]
     if _is_replaceable(flat, values):
         flat.data = values
     else:
-        flat.data.copy_(values)
+        loaded.tensors.fill(key, "param", flat.data)
 
 
 def _is_replaceable(live: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether the loaded tensor's memory can take the place of the live one's, which saves a copy. Both have to be
-    ordinary host memory of their own. torch's ``load_state_dict``, with which DeepSpeed loads, also replaces states."""
+    ordinary host memory of their own, and different. torch's ``load_state_dict``, with which DeepSpeed loads, also
+    replaces states."""
     alone = live.untyped_storage().nbytes() == live.nbytes
-    return live.device == values.device and live.dtype == values.dtype and alone and not live.is_pinned()
+    same = live.data_ptr() == values.data_ptr()
+    return live.device == values.device and live.dtype == values.dtype and alone and not same and not live.is_pinned()
 
 
 def scalar_like(

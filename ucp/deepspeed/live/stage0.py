@@ -104,6 +104,9 @@ class Stage0:
             state = {**state, "step": self._steps[unit.group]}
         return unit.master, state
 
+    def is_in_memory(self, key: int) -> bool:
+        return True
+
     def weights(self) -> Iterator[Weights]:
         for unit in self._units:
             if unit.master is unit.params[0]:
@@ -119,7 +122,7 @@ class Stage0:
     def put(self, loaded: Loaded) -> None:
         for key, unit in zip(self._keys, self._units, strict=True):
             if (key, "param") in loaded.tensors:
-                unit.master.data.copy_(loaded.tensors[key, "param"].view(unit.master.shape))
+                loaded.tensors.fill(key, "param", unit.master.data)
             put_states(self._inner, unit.master, key, loaded, self._inner.param_groups[unit.group])
 
     def finish(self) -> None:

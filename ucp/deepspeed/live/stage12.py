@@ -89,6 +89,9 @@ class Stage12:
         flat = self._flats[self._keys.index(key)]
         return flat, self._inner.state.get(flat, {})
 
+    def is_in_memory(self, key: int) -> bool:
+        return True
+
     def weights(self) -> Iterator[Weights]:
         for g, flat in enumerate(self._flats):
             group = self._zero.real_dp_process_group[g]
@@ -105,7 +108,7 @@ class Stage12:
     def put(self, loaded: Loaded) -> None:
         for g, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
             if (key, "param") in loaded.tensors:
-                flat.data.copy_(loaded.tensors[key, "param"])
+                loaded.tensors.fill(key, "param", flat.data)
             put_states(self._inner, flat, key, loaded, self._inner.param_groups[g])
 
     def finish(self) -> None:

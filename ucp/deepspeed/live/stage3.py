@@ -74,6 +74,9 @@ class Stage3:
             return swapped.view(self._zero, s)
         return self._flats[s], self._inner.state.get(self._flats[s], {})
 
+    def is_in_memory(self, key: int) -> bool:
+        return not swapped.is_swapped(self._zero, self._keys.index(key))
+
     def weights(self) -> Iterator[Weights]:
         for s in range(len(self._flats)):
             at, flat = 0, self._subgroup(s)[0]
@@ -98,7 +101,7 @@ class Stage3:
                 continue
             group = self._inner.param_groups[self._zero.sub_group_to_group_id[s]]
             if (key, "param") in loaded.tensors:
-                put_masters(flat, loaded.tensors[key, "param"])
+                put_masters(flat, key, loaded)
             put_states(self._inner, flat, key, loaded, group)
 
     def finish(self) -> None:

@@ -54,7 +54,7 @@ def put(zero: Any, s: int, key: int, loaded: Loaded) -> None:
     flat, inner, swapper = zero.fp32_partitioned_groups_flat[s], zero.optimizer, zero.optimizer_swapper
     swapper.swap_in_optimizer_state(parameter=flat, async_parameter=None)
     if (key, "param") in loaded.tensors:
-        flat.data.copy_(loaded.tensors[key, "param"])
+        loaded.tensors.fill(key, "param", flat.data)
     if key in loaded.scalars:
         _put_states(zero, s, key, loaded)
     if (key, "param") in loaded.tensors:
@@ -70,16 +70,16 @@ def _put_states(zero: Any, s: int, key: int, loaded: Loaded) -> None:
     by itself."""
     flat, inner = zero.fp32_partitioned_groups_flat[s], zero.optimizer
     group = inner.param_groups[zero.sub_group_to_group_id[s]]
-    tensors = {state: t for (k, state), t in loaded.tensors.items() if k == key and state != "param"}
+    names = loaded.tensors.states(key)
     state = inner.state[flat]
-    if set(tensors) != {k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}:
+    if set(names) != {k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}:
         found = zero.optimizer_swapper.swap_params_info[flat.ds_id]
         found.tensors, found.has_state_tensors = found.tensors[:1], False
         state.clear()
-    for name, values in tensors.items():
+    for name in names:
         if name in state:
-            state[name].data.copy_(values)
+            loaded.tensors.fill(key, name, state[name].data)
         else:
-            state[name] = values.clone()
+            state[name] = loaded.tensors[key, name].clone()
     for name, value in loaded.scalars[key].items():
         state[name] = scalar_like(state.get(name), inner, flat, group, value)

@@ -29,6 +29,9 @@ class WeightsOnly:
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         raise KeyError(key)
 
+    def is_in_memory(self, key: int) -> bool:
+        raise KeyError(key)
+
     def weights(self) -> Iterator[Weights]:
         """Nothing, since there are no masters."""
         return iter(())

@@ -1,0 +1,229 @@
+"""A load's two phases: check everything, then read straight to where it lives; and what if the second one fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ucp
+from ucp import limits
+from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, PartlyLoaded
+from ucp.loading import bring, strategy
+from ucp.loading import load as loading
+from ucp.loading.strategy import HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING
+from ucp.storage.files import Files
+from ucp.torchdist.target import StateDictTarget
+
+State = dict[str, torch.Tensor]
+
+
+def values() -> State:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wide": (300, 1700), "odd": (7, 5, 3), "one": (), "flat": (123_457,)}
+    out = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    out |= {f"small{k}": torch.randn(5 + k, generator=generator) for k in range(30)}
+    out["half"] = torch.randn((333, 99), generator=generator).to(torch.bfloat16)
+    return out
+
+
+def blank(whole: State) -> State:
+    return {name: torch.full_like(value, 7.0) for name, value in whole.items()}
+
+
+def same(found: State, whole: State) -> bool:
+    return all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def data_file(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    ucp.save(values(), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have loads take this way. 'windows': the second one, with everything passing through small windows, as on its way
+    to a device."""
+
+    def taken(way: str) -> None:
+        monkeypatch.setattr(strategy, "choose", lambda every: VERIFY_THEN_READ if way == "windows" else way)
+        if way == "windows":
+            monkeypatch.setattr(bring, "is_on_host", lambda flat: False)
+            monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", 40_000)
+
+    return taken
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Have the so many'th read of the second phase fail; reads are counted in the result."""
+    seen: list[int] = []
+    begun: list[bool] = []
+    read, begin = Files.read_parts, StateDictTarget.begin
+
+    def read_parts(self: Files, path: Any, offset: int, parts: Any) -> None:
+        if begun:
+            seen.append(offset)
+            if len(seen) - 1 == number:
+                raise DamagedCheckpoint(f"{path}: cannot be read: the disk is gone")
+        read(self, path, offset, parts)
+
+    def begins(self: StateDictTarget) -> None:
+        begun.append(True)
+        begin(self)
+
+    monkeypatch.setattr(Files, "read_parts", read_parts)
+    monkeypatch.setattr(StateDictTarget, "begin", begins)
+    return seen
+
+
+WAYS = (HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING, "windows")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_brings_the_same(saved: Path, take: Callable[[str], None], way: str) -> None:
+    take(way)
+    whole = values()
+    state = blank(whole)
+    # Elements that lie apart in memory, and a wider type than the checkpoint's.
+    state["wide"] = torch.full((1700, 300), 7.0).t()
+    state["half"] = torch.full((333, 99), 7.0)
+    report = ucp.load(state, saved, prove="full")
+    assert report.strategy == (VERIFY_THEN_READ if way == "windows" else way)
+    assert f"; {report.strategy}" in str(report)
+    assert same(state, {**whole, "half": whole["half"].float()})
+    assert report.proof is not None
+    assert report.proof.complete
+    assert ("check" in report.seconds) == (way != HOLD)
+    assert report.unverified_bytes == 0
+
+
+@pytest.mark.parametrize("way", [VERIFY_THEN_READ, "windows"])
+def test_a_failure_at_every_read_of_the_second_phase(
+    saved: Path, take: Callable[[str], None], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(way)
+    monkeypatch.setattr(loading, "reading_threads", lambda: 1)  # so that there are as many reads every time
+    whole, before = values(), files(saved)
+    with monkeypatch.context() as patch:
+        reads = failing_at(patch, -1)
+        ucp.load(blank(whole), saved, prove=False)
+    assert len(reads) > 1
+    for number in range(len(reads)):
+        state = blank(whole)
+        with monkeypatch.context() as patch:
+            failing_at(patch, number)
+            with pytest.raises(PartlyLoaded) as caught:
+                ucp.load(state, saved)
+        text = str(caught.value)
+        assert text.startswith(f"{saved}: the load failed when it had begun to change the state dict: ")
+        assert "the disk is gone" in text
+        assert text.endswith("load again, or fill its tensors anew")
+    assert files(saved) == before
+    ucp.load(state, saved)
+    assert same(state, whole)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def change(path: Path) -> None:
+    """Other bytes, and the same size and time."""
+    stat = path.stat()
+    with open(path, "r+b") as stream:
+        stream.seek(stat.st_size - 70_000)
+        stream.write(b"\x55" * 1000)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("way", [VERIFY_THEN_READ, "windows"])
+@pytest.mark.parametrize("spoil", [cut, touch, change, remove])
+def test_a_file_that_changes_between_the_phases(
+    saved: Path,
+    take: Callable[[str], None],
+    way: str,
+    spoil: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take(way)
+    begin = StateDictTarget.begin
+
+    def begins(self: StateDictTarget) -> None:
+        begin(self)
+        spoil(data_file(saved))
+
+    monkeypatch.setattr(StateDictTarget, "begin", begins)
+    with pytest.raises(PartlyLoaded, match=r"truncated|was changed while it was loaded|is damaged|cannot be read"):
+        ucp.load(blank(values()), saved)
+
+
+@pytest.mark.parametrize("spoil", [cut, touch, remove])
+def test_a_file_that_changes_while_it_is_checked(
+    saved: Path, take: Callable[[str], None], spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(VERIFY_THEN_READ)
+    compare = loading.checking.compare
+
+    def compares(*args: Any) -> None:
+        compare(*args)
+        spoil(data_file(saved))
+
+    monkeypatch.setattr(loading.checking, "compare", compares)
+    whole = values()
+    state = blank(whole)
+    with pytest.raises(DamagedCheckpoint, match=r"was changed while it was loaded|was there when this load began"):
+        ucp.load(state, saved)
+    assert same(state, blank(whole))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_damage_anywhere_is_found_before_anything_changes(saved: Path, take: Callable[[str], None], way: str) -> None:
+    take(way)
+    whole, path = values(), data_file(saved)
+    good = path.read_bytes()
+    for at in range(len(good) - 1, 4096, -(len(good) // 3)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        state = blank(whole)
+        # Only what verifies on the way finds it too late, and says so.
+        kind = PartlyLoaded if way == VERIFY_WHILE_BRINGING else DigestMismatch
+        with pytest.raises(kind, match="is damaged: its digest should be"):
+            ucp.load(state, saved)
+        assert way == VERIFY_WHILE_BRINGING or same(state, blank(whole))
+
+
+def test_what_is_not_asked_for_is_not_checked(saved: Path, take: Callable[[str], None]) -> None:
+    """Each chunk that is used is read twice, and no other."""
+    take(VERIFY_THEN_READ)
+    change(data_file(saved))
+    state = {"small0": torch.zeros(5)}
+    try:
+        report = ucp.load(state, saved)
+    except DigestMismatch:
+        pytest.skip("the tensor lies in the damaged chunk")
+    assert report.bytes_read <= 2 << 20
+
+
+def test_memory_has_a_least_value(saved: Path) -> None:
+    with pytest.raises(BadArgument, match="a load's memory of 1000 bytes is too little; at least 67108864 are needed"):
+        ucp.load(blank(values()), saved, memory=1000)

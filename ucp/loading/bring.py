@@ -1,0 +1,199 @@
+"""The second phase of a load: read again, straight to where the values live.
+
+Live memory of the host is read into in place. What lies on a device passes through a few windows of pinned memory
+(`ucp.loading.windows`). What has no place of its own (states that an engine keeps on a disk, tensors whose elements lie
+apart) is read when the target asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ucp.geometry import extents
+from ucp.loading.match import Entry
+from ucp.loading.read import RankReads, watched
+from ucp.loading.target import LoadedTensors
+from ucp.loading.windows import Place, through_windows
+from ucp.storage.dtypes import from_torch, itemsize, to_torch
+from ucp.storage.files import Files
+from ucp.storage.rounding import ROUNDED
+from ucp.transfer.gather import Copy, fill
+from ucp.transfer.reader import Bytes, Reader
+
+ROUNDED_PART = 1 / 4
+"""The part of a load's memory that may hold, until it is proved, what is kept in fewer bits than it is read in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Brought(LoadedTensors):
+    """What was read, in place or into host memory, and what is read when it is asked for.
+
+    there: by entry. later: what to read, in its own buffer. reader, share: for that.
+    """
+
+    there: Mapping[Entry, torch.Tensor]
+    later: Mapping[Entry, Sequence[Copy]] = field(default_factory=dict)
+    reader: Reader | None = None
+    share: RankReads | None = None
+    entries: dict[tuple[int, str], Entry] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries.update({entry[:2]: entry for entry in (*self.there, *self.later)})
+
+    @property
+    def as_read(self) -> Mapping[Entry, torch.Tensor]:
+        """What is at hand in the element type in which it was read."""
+        return {entry: flat for entry, flat in self.there.items() if from_torch(flat.dtype) == entry[2]}
+
+    def __getitem__(self, key: tuple[int, str]) -> torch.Tensor:
+        entry = self.entries[key]
+        if entry in self.there or self.share is None:
+            return self.there[entry]
+        current = self.share.target.current(*key) if self.share.is_partial(entry) else None
+        if current is None:
+            current = torch.zeros(self.share.length(entry), dtype=to_torch(entry[2]))
+        out = current.to(to_torch(entry[2]))
+        self._read(entry, out)
+        return out
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def fill(self, key: int, state: str, live: torch.Tensor) -> None:
+        entry = self.entries[key, state]
+        found = self.there.get(entry)
+        if found is not None and found.data_ptr() == live.data_ptr() and found.device == live.device:
+            return
+        straight = live.device.type == "cpu" and live.is_contiguous() and from_torch(live.dtype) == entry[2]
+        if found is None and straight and self.share is not None and live.numel() == self.share.length(entry):
+            flat = live.detach().view(-1)
+            clear(self.share, entry, flat)
+            self._read(entry, flat)
+        else:
+            live.detach().copy_(self[key, state].view(live.shape))
+
+    def _read(self, entry: Entry, flat: torch.Tensor) -> None:
+        if self.reader is not None:
+            fill(self.reader, self.later[entry], [_bytes(flat)])
+
+
+def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: int) -> Brought:
+    """Read everything to where it lives.
+
+    threads: that read. memory: bytes of host memory that may be taken beyond what is live.
+    """
+    by_buffer: dict[int, list[Copy]] = {}
+    for copy in share.copies:
+        by_buffer.setdefault(copy.buffer, []).append(copy)
+    homes = {entry: share.target.home(*entry, share.length(entry)) for entry in share.wants}
+    rounding = _Rounding(share, homes, memory)
+    there: dict[Entry, torch.Tensor] = {}
+    later: dict[Entry, list[Copy]] = {}
+    buffers: list[Bytes] = [np.empty(0, np.uint8)] * len(share.wants)
+    direct: set[int] = set()
+    places: list[Place] = []
+    changed: dict[int, list[Copy]] = {}
+    for k, entry in enumerate(share.wants):
+        own = by_buffer.get(k, [])
+        flat = homes[entry]
+        if flat is not None and from_torch(flat.dtype) != entry[2]:
+            if rounding.is_done_in_place(entry, from_torch(flat.dtype)):
+                own = changed[k] = [_rounded(copy, from_torch(flat.dtype)) for copy in own]
+            else:
+                flat = None if entry not in rounding.held else _fresh(share, entry)
+        if flat is None and entry in share.shared:
+            flat = _fresh(share, entry)
+        if flat is None:
+            later[entry] = [replace(copy, buffer=0) for copy in own]
+            continue
+        there[entry] = flat
+        if is_on_host(flat):
+            clear(share, entry, flat)
+            buffers[k] = _bytes(flat)
+            direct.add(k)
+        else:
+            places.append(Place(k, flat.view(torch.uint8), share.is_partial(entry), own))
+    copies = [copy for copy in share.copies if copy.buffer in direct and copy.buffer not in changed]
+    copies += [copy for k, own in changed.items() if k in direct for copy in own]
+    with watched(files, share):
+        fill(reader, copies, buffers, threads)
+        through_windows(reader, places, threads)
+    return Brought(there, later, reader, share)
+
+
+def is_on_host(flat: torch.Tensor) -> bool:
+    """Whether files can be read straight into this memory."""
+    return flat.device.type == "cpu"
+
+
+def _bytes(flat: torch.Tensor) -> Bytes:
+    out: Bytes = flat.view(torch.uint8).numpy()
+    return out
+
+
+def _fresh(share: RankReads, entry: Entry) -> torch.Tensor:
+    """Host memory for an entry, with what a partial one holds now."""
+    current = share.target.current(*entry[:2]) if share.is_partial(entry) and entry not in share.shared else None
+    dtype = to_torch(entry[2])
+    return torch.zeros(share.length(entry), dtype=dtype) if current is None else current.to(dtype)
+
+
+class _Rounding:
+    """Weights and buffers that are kept in fewer bits. The proof compares them with what was read, so that
+    this is held if it is little. Otherwise they are rounded in place, and the proof says that it has not seen them."""
+
+    def __init__(self, share: RankReads, homes: Mapping[Entry, torch.Tensor | None], memory: int) -> None:
+        odd = [
+            entry for entry, flat in homes.items() if flat is not None and (entry[2], from_torch(flat.dtype)) in ROUNDED
+        ]
+        fits = sum(map(share.size, odd)) <= memory * ROUNDED_PART
+        self.held = frozenset(odd) if fits else frozenset()
+
+    def is_done_in_place(self, entry: Entry, own: str) -> bool:
+        return entry not in self.held and (entry[2], own) in ROUNDED
+
+
+def _rounded(copy: Copy, dtype: str) -> Copy:
+    """The copy into a buffer of narrower elements."""
+    to = copy.to // itemsize(copy.target_dtype) * itemsize(dtype)
+    return replace(copy, to=to, target_dtype=dtype)
+
+
+def clear(share: RankReads, entry: Entry, flat: torch.Tensor) -> None:
+    """Set to zero what nothing is read into: padding, and of shared entries all that other ranks read. What a partial
+    entry leaves stays."""
+    if entry in share.shared:
+        flat.zero_()
+    elif not share.is_partial(entry):
+        for low, high in uncovered(share, entry, flat.numel()):
+            flat[low:high].zero_()
+
+
+def uncovered(share: RankReads, entry: Entry, length: int) -> Iterator[tuple[int, int]]:
+    """The elements of an entry's buffer that no want covers, as ranges. All of it, if wants cover some of it with gaps
+    between their rows."""
+    blocks = [want.blocks for want in share.wants[entry] if len(want.blocks)]
+    if sum(int(one.counts.sum()) for one in blocks) == length:
+        return
+    ends = [extents(one) for one in blocks]
+    first = np.concatenate([low for low, _ in ends]) if ends else np.zeros(0)
+    last = np.concatenate([high for _, high in ends]) if ends else np.zeros(0)
+    dense = all(bool((high - low == one.counts).all()) for one, (low, high) in zip(blocks, ends, strict=True))
+    if not dense:
+        yield 0, length
+        return
+    order = np.argsort(first)
+    at = 0
+    for low, high in zip(first[order].astype(np.int64).tolist(), last[order].astype(np.int64).tolist(), strict=True):
+        if low > at:
+            yield at, low
+        at = max(at, high)
+    if at < length:
+        yield at, length
