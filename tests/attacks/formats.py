@@ -5,6 +5,7 @@ A format gives the same bytes wherever and whenever it is made, so that the seed
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -40,6 +41,8 @@ def make(name: str, folder: Path) -> Path:
 
         dcp.save(states.nested(), checkpoint_id=run, no_dist=True)
         _anonymous(run / ".metadata")
+    elif name == "megatron ranks":
+        _megatron_ranks(run)
     elif name in ("huggingface", "bin"):
         from safetensors.torch import save_file
 
@@ -68,6 +71,34 @@ def make(name: str, folder: Path) -> Path:
         (raw.virtual_checkpoint if name == "virtual" else _consolidated)(run / "step7", made)
         (run / "latest").write_text("step7")
     return run
+
+
+def _megatron_ranks(run: Path) -> None:
+    """Megatron's older layout on two tensor-parallel ranks, with a distributed optimizer of two buckets."""
+    drawn = torch.Generator().manual_seed(1)
+    for rank in range(2):
+        folder = run / f"iter_0000003/mp_rank_{rank:02d}"
+        folder.mkdir(parents=True)
+        masters = {
+            "embedding.word_embeddings.weight": torch.randn(6, 4, generator=drawn),
+            "decoder.layers.0.self_attention.linear_proj.weight": torch.randn(4, 3, generator=drawn),
+            "decoder.final_layernorm.weight": torch.ones(4),
+        }
+        world: dict[str, Any] = {state: torch.zeros(100) for state in ("param", "exp_avg", "exp_avg_sq")}
+        for at, master in zip((0, 64, 76), reversed(masters.values()), strict=True):
+            world["param"][at : at + master.numel()] = master.reshape(-1)
+        world["numel_unpadded"] = 100
+        group = {"lr": 0.1, "wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+        groups = [{**group, "step": 3}, {**group, "wd_mult": 0.0, "step": 3}]
+        args = argparse.Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, world_size=2)
+        model = {name: master.bfloat16() for name, master in masters.items()}
+        optimizer = {"optimizer": {"param_groups": groups}}
+        torch.save(
+            {"args": args, "iteration": 3, "model": model, "optimizer": optimizer}, folder / "model_optim_rng.pt"
+        )
+        buffers = {"buckets_coalesced": True, 0: {(torch.bfloat16, torch.float32): world}}
+        torch.save(buffers, folder / "distrib_optim.pt")
+    (run / "latest_checkpointed_iteration.txt").write_text("3")
 
 
 def _anonymous(metadata: Path) -> None:

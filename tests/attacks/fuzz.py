@@ -47,6 +47,11 @@ TARGETS: dict[str, Target] = {
     "stage 0, model file's pickle": Target("zero0", "*model_states.pt", mutate.of_pickle, False),
     "DCP, .metadata": Target("dcp", ".metadata", mutate.of_bytes, False),
     "DCP, .distcp": Target("dcp", "*.distcp", mutate.of_bytes, True, True),
+    "Megatron's older layout, model's pickle": Target("megatron ranks", "model_optim_rng.pt", mutate.of_pickle, False),
+    "Megatron's older layout, optimizer": Target("megatron ranks", "distrib_optim.pt", mutate.of_bytes, True, True),
+    "Megatron's older layout, optimizer's pickle": Target(
+        "megatron ranks", "distrib_optim.pt", mutate.of_pickle, False
+    ),
     "Hugging Face, header": Target("huggingface", "*.safetensors", mutate.of_header, False),
     "Hugging Face, index": Target("huggingface", "*.index.json", mutate.of_json, True),
     "Hugging Face, config": Target("huggingface", "config.json", mutate.of_json, True),

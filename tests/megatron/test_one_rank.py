@@ -71,6 +71,17 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert report.proof.complete
 
 
+def test_in_the_background(tmp_path: Path) -> None:
+    """What is trained on after the call is not what is saved."""
+    saved = _state(6, 1)
+    before = _tensor(saved, "exp_avg")
+    pending = ucp.megatron.async_save_checkpoint(saved, tmp_path / "x")
+    saved["optimizer"]["param_state"][0]["exp_avg"].data.zero_()
+    assert pending.result().path == str(tmp_path / "x")
+    with ucp.open(tmp_path / "x") as checkpoint:
+        assert torch.equal(checkpoint.read(EMBEDDING, "exp_avg"), before)
+
+
 def test_more_rows_of_padding_here(tmp_path: Path) -> None:
     saved, live = _state(6, 1), _state(8, 2)
     before = _tensor(live)

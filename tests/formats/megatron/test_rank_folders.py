@@ -63,6 +63,19 @@ def test_stacked_experts_are_taken_apart() -> None:
                 assert torch.equal(view, whole[rows])
 
 
+def test_virtual_stages_go_round_the_stages(tmp_path: Path) -> None:
+    """Two stages of two virtual ones with a layer each: stage 0 has layers 0 and 2, stage 1 has 1 and 3."""
+    value = {(stage, chunk): torch.full((2, 2), float(10 * stage + chunk)) for stage in (0, 1) for chunk in (0, 1)}
+    for stage in (0, 1):
+        folder = tmp_path / "iter_0000002" / f"mp_rank_00_{stage:03d}"
+        folder.mkdir(parents=True)
+        chunks = {f"model{chunk}": {"decoder.layers.0.mlp.linear_fc2.weight": value[stage, chunk]} for chunk in (0, 1)}
+        torch.save({"iteration": 2, **chunks}, folder / "model_optim_rng.pt")
+    with ucp.open(tmp_path / "iter_0000002") as checkpoint:
+        for layer, at in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+            assert torch.equal(checkpoint.read(f"decoder.layers.{layer}.mlp.linear_fc2.weight"), value[at])
+
+
 def test_norms_are_called_as_transformer_engine_calls_them() -> None:
     """By what their layer has: experts, latent attention or neither."""
     dense = ["input_layernorm.weight", "self_attention.linear_qkv.weight", "pre_mlp_layernorm.weight"]
