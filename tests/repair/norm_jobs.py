@@ -3,6 +3,9 @@ engines that load a repaired checkpoint whose filled layers are a param group of
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
+import ucp
 import ucp.deepspeed
 from tests.engines import pipe_runs
 from tests.engines.configs import make_config
@@ -23,10 +26,10 @@ def step_and_save(case: PipeCase, folder: str) -> tuple[Truth | None, Truth | No
 
 def in_groups(
     case: PipeCase, folder: str, spec: str, filled: tuple[str, ...]
-) -> tuple[Truth | None, list[float], list[float], list[float]]:
+) -> tuple[Truth | None, list[float], dict[str, float], list[float]]:
     """An engine of the plain module in whose second param group these parameters are, or in one group without them,
-    that loads what was repaired and trains on: the truth after the load, each group's learning rate and step count, and
-    the losses."""
+    that loads what was repaired and trains on: the truth after the load, each group's learning rate, each parameter's
+    step count by what it saves then, and the losses."""
     model = pipe_runs.build_model(case)
     own = [parameter for name, parameter in model.named_parameters() if name.startswith(filled)] if filled else []
     rest = [parameter for parameter in model.parameters() if not any(parameter is one for one in own)]
@@ -36,7 +39,10 @@ def in_groups(
     engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=groups)
     engine.load_checkpoint(folder)
     truth = pipe_runs.gather(engine)
-    inner = engine.optimizer.optimizer
-    rates = [group["lr"] for group in inner.param_groups]
-    steps = [float(inner.state[group["params"][0]]["step"]) for group in inner.param_groups]
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    engine.save_checkpoint(f"{folder}-again")
+    engine.ucp.wait()
+    dist.barrier()
+    with ucp.open(f"{folder}-again", allow_approximate=True) as again:
+        steps = {name: float(info.scalars["step"]) for name, info in again.parameters.items() if info.scalars}
     return truth, rates, steps, pipe_runs.continue_training(engine, case, 3, 3)
