@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import gc
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +28,7 @@ from ucp.errors import ApproximateCheckpoint, BadArgument, NotACheckpoint, Unkno
 from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import ReadRequest
+from ucp.garbage import no_collections
 from ucp.geometry import box, numel, region
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
@@ -356,7 +355,7 @@ def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, ve
     folder = locate(path)
     files = Files()
     try:
-        with _no_collections():
+        with no_collections():  # objects are made, and no garbage
 
             def read(path: Path, known: Format) -> Catalog:
                 return formats.read(known, path, files, asked.of(known))
@@ -371,19 +370,6 @@ def _open(path: str | os.PathLike[str], tag: str | int | None, asked: _Asked, ve
     if names := opened.unread:
         log.warning("%s: %s", where, beside.sentence(names, "in it"))
     return opened
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Switch garbage collection off. Opening makes many objects and no garbage, and a collection in a process with
-    torch can take longer than all the rest."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _region(name: str, shape: tuple[int, ...], wanted: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -20,6 +20,7 @@ import xxhash
 
 from ucp.catalog import LogicalTensor
 from ucp.errors import BadArgument, ProofFailed
+from ucp.garbage import no_collections
 from ucp.geometry import numel
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
@@ -139,9 +140,23 @@ def prove(
     """
     if choice is False or (choice != ALWAYS and all(t.digest is None for t in catalog.tensors.values())):
         return None
+    with no_collections():
+        return _prove(catalog, target, what, reader, choice, brought or {}, threads, alone)
+
+
+def _prove(
+    catalog: Catalog,
+    target: Target,
+    what: LoadPlan,
+    reader: Reader,
+    choice: bool | str,
+    brought: Mapping[Entry, torch.Tensor],
+    threads: int,
+    alone: bool,
+) -> Proof:
     unproved: dict[str, str] = {}
     held, pairs = ranks.all_or_none(
-        lambda: _held_and_pairs(target, what, choice == ALWAYS, brought or {}, unproved),
+        lambda: _held_and_pairs(target, what, choice == ALWAYS, brought, unproved),
     )
     sample = _sample(catalog, held, pairs, choice)
     sums = _live_sums(held, sample, threads)
