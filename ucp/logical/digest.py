@@ -62,8 +62,9 @@ _TOGETHER, _PADDED = 4096, 1024
 _LONG = 64 << 10
 # Up to so many runs are copied one by one: looking for those that are alike would take longer.
 _FEW = 8
-# Runs shorter than this are added word by word.
+# Runs shorter than this are added word by word, unless so many in a row are alike.
 _SHORT = 64
+_ALIKE = 32
 # Items of short runs that are added at once.
 _ITEMS = 64 << 10
 # Row keys that are kept: 4 MiB, enough for 256 MiB of a tensor.
@@ -153,8 +154,8 @@ class _RowSums:
         self.sampled = [0] * LANES
         self._sample = sample
 
-    def add(self, words: NDArray[np.int32], rows: int | NDArray[np.int64]) -> None:
-        """Add at most `_TOGETHER` rows of words.
+    def add(self, words: NDArray[np.int32], rows: int | NDArray[np.int64], column: int = 0) -> None:
+        """Add at most `_TOGETHER` rows of words, or parts of rows that all begin at the same column.
 
         rows: the first row's number, if they follow one another, else all numbers.
 
@@ -162,7 +163,7 @@ class _RowSums:
         for 256 words.
         """
         count = len(words)
-        exact = products(words)
+        exact = products(words, column)
         keys = _keys_of(rows, count) if isinstance(rows, int) else keys_at(rows)
         _weigh(self.whole, exact, keys)
         if self._sample is None:
@@ -189,14 +190,17 @@ class _RowSums:
                 self.sampled[lane] += int(products[picked].sum())
 
 
-def products(words: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(n, 8) the digits' sums of at most `_TOGETHER` rows of words. This thread's next call overwrites them."""
-    count = len(words)
+def products(words: NDArray[np.int32], column: int = 0) -> NDArray[np.int64]:
+    """(n, 8) the digits' sums of at most `_TOGETHER` rows of words, or of parts of rows that begin at a column. This
+    thread's next call overwrites them."""
+    count, wide = words.shape
+    known = digits()[column : column + wide]
     doubles, found, exact = _scratch.words, _scratch.found[:count], _scratch.exact[:count]
     for at in range(0, count, _ROWS):
         part = words[at : at + _ROWS]
-        doubles[: len(part)] = part
-        np.dot(doubles[: len(part)], digits(), out=found[at : at + len(part)])
+        own = doubles[: len(part), :wide]
+        own[...] = part
+        np.dot(own, known, out=found[at : at + len(part)])
     exact[...] = found
     return exact
 
@@ -233,11 +237,12 @@ def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Dig
         for k in np.flatnonzero(long).tolist():
             ends += _add_long(sums, flat, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
         _add_few(sums, flat, ends)
-        short = runs.sizes < _SHORT
+        rest = _add_alike(sums, flat, runs if not long.any() else runs.take(np.flatnonzero(~long)))
+        short = rest.sizes < _SHORT
         if short.any():
-            _add_items(sums, flat, runs.take(np.flatnonzero(short)))
-        if not (long | short).all():
-            _add_padded(sums, flat, runs.take(np.flatnonzero(~long & ~short)))
+            _add_items(sums, flat, rest.take(np.flatnonzero(short)))
+        if not short.all():
+            _add_padded(sums, flat, rest.take(np.flatnonzero(~short)))
     found = [Digest(first & _MASK, second & _MASK) for first, second in (sums.whole, sums.sampled)]
     return found[0], found[1]
 
@@ -299,6 +304,27 @@ def keys_at(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return _kept(highest)[:, rows] if highest <= _KEPT else row_keys(rows)
 
 
+def _add_alike(sums: _RowSums, flat: Bytes, runs: Runs) -> Runs:
+    """Add runs of whole words that lie in one row each, where many are alike: they are multiplied where they are, by
+    their columns of the table alone. Returns the others."""
+    if len(runs) < _ALIKE:
+        return runs
+    runs = by_column(runs)
+    left = np.ones(len(runs), bool)
+    for first, last in stretches(runs):
+        place, size, source = int(runs.places[first]), int(runs.sizes[first]), int(runs.sources[first])
+        within = place % ROW
+        if last - first < _ALIKE or (within | size) % 4 or within + size > ROW:
+            continue
+        step = int(runs.sources[first + 1]) - source
+        words = np.ndarray((last - first, size // 4), np.int32, flat.data, source, (step, 4))
+        rows = runs.places[first:last] // ROW
+        for at in range(0, len(words), _TOGETHER):
+            sums.add(words[at : at + _TOGETHER], rows[at : at + _TOGETHER], within // 4)
+        left[first:last] = False
+    return runs if left.all() else runs.take(np.flatnonzero(left))
+
+
 def _add_padded(sums: _RowSums, flat: Bytes, runs: Runs) -> None:
     """Add runs that are copied into rows of their own, with zeros around them, before they are multiplied."""
     padded = _scratch.padded
@@ -326,20 +352,30 @@ class PaddedRuns:
         return len(self.numbers)
 
     def stretches(self) -> list[tuple[int, int]]:
-        """Stretches ``[first, last)`` of runs that have the same size, the same place in their rows and the same
-        distance in the buffer, like those of a tensor cut by columns."""
-        size, within, step = self.runs.sizes, self.runs.places % ROW, np.diff(self.runs.sources)
-        alike = (size[1:] == size[:-1]) & (within[1:] == within[:-1]) & (step > 0)
-        begins = np.ones(len(size), bool)
-        begins[1:] = ~alike
-        begins[2:] |= alike[:-1] & (step[1:] != step[:-1])
-        first = np.flatnonzero(begins)
-        return list(zip(first.tolist(), [*first[1:].tolist(), len(size)], strict=True))
+        """The runs' `stretches`."""
+        return stretches(self.runs)
+
+
+def stretches(runs: Runs) -> list[tuple[int, int]]:
+    """Stretches ``[first, last)`` of runs that have the same size, the same place in their rows and the same distance
+    in the buffer, like those of a tensor cut by columns."""
+    size, within, step = runs.sizes, runs.places % ROW, np.diff(runs.sources)
+    alike = (size[1:] == size[:-1]) & (within[1:] == within[:-1]) & (step > 0)
+    begins = np.ones(len(size), bool)
+    begins[1:] = ~alike
+    begins[2:] |= alike[:-1] & (step[1:] != step[:-1])
+    first = np.flatnonzero(begins)
+    return list(zip(first.tolist(), [*first[1:].tolist(), len(size)], strict=True))
+
+
+def by_column(runs: Runs) -> Runs:
+    """The runs, those that begin at the same place of their rows one after the other."""
+    return runs.take(np.argsort(runs.places % ROW, kind="stable"))
 
 
 def padded_batches(runs: Runs, most: int) -> Iterator[PaddedRuns]:
     """The runs in batches of at most ``most`` rows. No run may need more."""
-    runs = runs.take(np.argsort(runs.places % ROW, kind="stable"))
+    runs = by_column(runs)
     first = runs.places // ROW
     rows = (runs.places + runs.sizes - 1) // ROW - first + 1
     ends = np.cumsum(rows)
