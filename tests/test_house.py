@@ -30,6 +30,7 @@ FLOORS = {
         "ucp.tested",
         "ucp.units",
         "ucp.progress",
+        "ucp.garbage",
         "ucp.installed",
         "ucp.version",
         "ucp._neighbours",
