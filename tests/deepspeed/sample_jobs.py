@@ -45,6 +45,8 @@ def run(case: TpCase | PipeCase, folder: str, steps: int, load: bool, stock: boo
     begun = seen()
     sp = case.sp if isinstance(case, TpCase) else 1
     part = dist.get_rank(engine.seq_data_parallel_group) // sp
+    if not stock and (engine.ucp.data_rank, engine.ucp.data_world) != (part, case.case.dp):
+        raise AssertionError(f"data rank {engine.ucp.data_rank} of {engine.ucp.data_world}")
     micro = GLOBAL_BATCH // case.case.dp
     order = iter(
         ucp.deepspeed.GlobalOrder(LENGTH, micro, rank=part, world=case.case.dp, seen=begun, seed=1, shuffle=False)

@@ -24,6 +24,7 @@ BEGIN, END = "<!-- releases: written by tests/engines/record.py -->\n", "<!-- en
 AREAS: Mapping[str, tuple[str, ...]] = {
     "smoke": ("tests.deepspeed.test_smoke",),
     "other releases' files": ("tests.deepspeed.test_older",),
+    "TP, PP, SP among each other": ("tests.deepspeed.test_every_layout",),
     "layouts": ("tests.deepspeed.test_load_pairs", "tests.formats.deepspeed.read.test_matrix"),
     "saves": ("tests.deepspeed.test_save", "tests.deepspeed.test_bytes", "tests.deepspeed.test_plugin"),
     "refusals": ("tests.deepspeed.test_refusals", "tests.deepspeed.test_releases"),

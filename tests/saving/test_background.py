@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from tests.saving import save_jobs as jobs
 from ucp.errors import DestinationError, SaveFailed, Unsupported
 from ucp.saving import commit, writer
-from ucp.saving.background import Saver
+from ucp.saving.background import Saver, finish_all
 from ucp.saving.retention import Keep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,6 +251,18 @@ def start(folder: Path, what: str) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "saved\n"
     return process
+
+
+def test_only_the_first_rank_says_that_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    class Pending(Saver):
+        pending = "runs/step7"  # type: ignore[assignment]
+
+    first, other = Pending(), Pending()
+    other._first = False
+    with caplog.at_level(logging.INFO):
+        finish_all()
+    assert caplog.messages == ["waiting for the save of runs/step7 before leaving"]
+    del first, other
 
 
 @pytest.mark.slow
