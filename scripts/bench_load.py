@@ -116,6 +116,7 @@ def _row(work: Work, turns: list[dict[str, Any]], peer: list[dict[str, Any]]) ->
     }
     if "stages" in best:
         row |= {
+            "strategy": best["strategy"],
             "read/needed": round(best["bytes_read"] / best["nbytes"], 3),
             "prove s": round(best["prove"], 3),
             "prove %": round(100 * statistics.median(turn["prove"] / turn["seconds"] for turn in turns), 1),

@@ -198,6 +198,7 @@ def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> dict[str, Any]:
     if told is not None:
         needed, read = _reduced(args, [told.nbytes, told.bytes_read])
         found |= {"nbytes": needed, "bytes_read": read, "proof": str(told.proof), "stages": dict(told.seconds)}
+        found |= {"strategy": told.strategy}
         # Of the slowest rank, and of all ranks together.
         found |= {"prove": _reduced(args, [told.seconds["prove"]], dist.ReduceOp.MAX)[0]}
         found |= {"prove_processor": _reduced(args, [proving[0]])[0]}

@@ -161,6 +161,8 @@ CACHE_PART = 0.7
 TRIAL_BYTES = 16 * MIB
 # What passes through host memory at a time on the way to a device. A thread fills one while the one before is copied.
 LOAD_WINDOW_BYTES = 8 * MIB
+# Windows beside one for each thread: so many may be on their way to the device while the threads fill others.
+LOAD_WINDOWS_AHEAD_COUNT = 4
 # Tensors on a device begin at such multiples in a window that holds several of them.
 WINDOW_ALIGNMENT_BYTES = 64
 # The size of the pieces in which several threads touch the memory that tensors get.

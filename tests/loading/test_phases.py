@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,21 @@ import pytest
 import torch
 
 import ucp
+from tests.saving.parts import FakeTarget, Saved, catalog
 from ucp import limits
+from ucp.catalog import SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, PartlyLoaded
+from ucp.geometry import whole
 from ucp.loading import bring, strategy
 from ucp.loading import load as loading
+from ucp.loading.match import LoadPlan
+from ucp.loading.read import RankReads
 from ucp.loading.strategy import HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING
+from ucp.loading.target import Member, Slot
 from ucp.storage.files import Files
 from ucp.torchdist.target import StateDictTarget
+from ucp.transfer.gather import Want
+from ucp.transfer.reader import Reader
 
 State = dict[str, torch.Tensor]
 
@@ -31,12 +41,12 @@ def values() -> State:
     return out
 
 
-def blank(whole: State) -> State:
-    return {name: torch.full_like(value, 7.0) for name, value in whole.items()}
+def blank(truth: State) -> State:
+    return {name: torch.full_like(value, 7.0) for name, value in truth.items()}
 
 
-def same(found: State, whole: State) -> bool:
-    return all(torch.equal(found[name], value) for name, value in whole.items())
+def same(found: State, truth: State) -> bool:
+    return all(torch.equal(found[name], value) for name, value in truth.items())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -95,15 +105,15 @@ WAYS = (HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING, "windows")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_brings_the_same(saved: Path, take: Callable[[str], None], way: str) -> None:
     take(way)
-    whole = values()
-    state = blank(whole)
+    truth = values()
+    state = blank(truth)
     # Elements that lie apart in memory, and a wider type than the checkpoint's.
     state["wide"] = torch.full((1700, 300), 7.0).t()
     state["half"] = torch.full((333, 99), 7.0)
     report = ucp.load(state, saved, prove="full")
     assert report.strategy == (VERIFY_THEN_READ if way == "windows" else way)
     assert f"; {report.strategy}" in str(report)
-    assert same(state, {**whole, "half": whole["half"].float()})
+    assert same(state, {**truth, "half": truth["half"].float()})
     assert report.proof is not None
     assert report.proof.complete
     assert ("check" in report.seconds) == (way != HOLD)
@@ -116,13 +126,13 @@ def test_a_failure_at_every_read_of_the_second_phase(
 ) -> None:
     take(way)
     monkeypatch.setattr(loading, "reading_threads", lambda: 1)  # so that there are as many reads every time
-    whole, before = values(), files(saved)
+    truth, before = values(), files(saved)
     with monkeypatch.context() as patch:
         reads = failing_at(patch, -1)
-        ucp.load(blank(whole), saved, prove=False)
+        ucp.load(blank(truth), saved, prove=False)
     assert len(reads) > 1
     for number in range(len(reads)):
-        state = blank(whole)
+        state = blank(truth)
         with monkeypatch.context() as patch:
             failing_at(patch, number)
             with pytest.raises(PartlyLoaded) as caught:
@@ -133,7 +143,7 @@ def test_a_failure_at_every_read_of_the_second_phase(
         assert text.endswith("load again, or fill its tensors anew")
     assert files(saved) == before
     ucp.load(state, saved)
-    assert same(state, whole)
+    assert same(state, truth)
 
 
 def cut(path: Path) -> None:
@@ -190,26 +200,26 @@ def test_a_file_that_changes_while_it_is_checked(
         spoil(data_file(saved))
 
     monkeypatch.setattr(loading.checking, "compare", compares)
-    whole = values()
-    state = blank(whole)
+    truth = values()
+    state = blank(truth)
     with pytest.raises(DamagedCheckpoint, match=r"was changed while it was loaded|was there when this load began"):
         ucp.load(state, saved)
-    assert same(state, blank(whole))
+    assert same(state, blank(truth))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_damage_anywhere_is_found_before_anything_changes(saved: Path, take: Callable[[str], None], way: str) -> None:
     take(way)
-    whole, path = values(), data_file(saved)
+    truth, path = values(), data_file(saved)
     good = path.read_bytes()
     for at in range(len(good) - 1, 4096, -(len(good) // 3)):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        state = blank(whole)
+        state = blank(truth)
         # Only what verifies on the way finds it too late, and says so.
         kind = PartlyLoaded if way == VERIFY_WHILE_BRINGING else DigestMismatch
         with pytest.raises(kind, match="is damaged: its digest should be"):
             ucp.load(state, saved)
-        assert way == VERIFY_WHILE_BRINGING or same(state, blank(whole))
+        assert way == VERIFY_WHILE_BRINGING or same(state, blank(truth))
 
 
 def test_what_is_not_asked_for_is_not_checked(saved: Path, take: Callable[[str], None]) -> None:
@@ -227,3 +237,61 @@ def test_what_is_not_asked_for_is_not_checked(saved: Path, take: Callable[[str],
 def test_memory_has_a_least_value(saved: Path) -> None:
     with pytest.raises(BadArgument, match="a load's memory of 1000 bytes is too little; at least 67108864 are needed"):
         ucp.load(blank(values()), saved, memory=1000)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", [HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING])
+@pytest.mark.parametrize("window", [40_000, limits.LOAD_WINDOW_BYTES])
+def test_every_way_brings_the_same_to_a_device(
+    saved: Path, take: Callable[[str], None], way: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(way)
+    monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", window)
+    truth = values()
+    state = {name: value.cuda() for name, value in blank(truth).items()}
+    state["wide"] = torch.full((1700, 300), 7.0, device="cuda").t()
+    state["half"] = torch.full((333, 99), 7.0, device="cuda")
+    state["one"] = torch.full((), 7.0)
+    report = ucp.load(state, saved, prove="full")
+    assert report.strategy == way
+    assert same({n: v.cpu() for n, v in state.items()}, {**truth, "half": truth["half"].float()})
+    assert report.proof is not None
+    assert report.proof.complete
+
+
+@dataclass(frozen=True)
+class OneBuffer(FakeTarget):
+    """A target with one flat buffer."""
+
+    live: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        return self.live
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("partial", [False, True])
+def test_what_nothing_is_read_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: bool, partial: bool
+) -> None:
+    """Padding becomes zero, and what a load leaves stays, in place and through windows."""
+    monkeypatch.setattr(bring, "is_on_host", lambda flat: not windows)
+    monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", 40_000)
+    whole_of_it = torch.arange(1.0, 100_001.0)
+    (tmp_path / "file").write_bytes(whole_of_it.numpy().tobytes())
+    held = dataclasses.replace(
+        catalog({"w": Saved((100_000,), states=())}), files=(SourceFile(str(tmp_path / "file"), 400_000, 0),)
+    )
+    live = torch.full((100_010,), 7.0)
+    members = [Member("w", (100_000,), whole((100_000,), 3)), *[Member("x", (2,), whole((2,), 100_005))] * partial]
+    target = OneBuffer([Slot(0, "parameter", 100_010, "float32", tuple(members))], [], live=live)
+    want = Want(held.tensors["w", "param"], members[0].blocks, "float32")
+    plan = LoadPlan({(0, "param", "float32"): [want]}, {}, {}, {}, (), (), (), ())
+    with Files() as files:
+        reads = RankReads.of(target, plan, None)
+        brought = bring.bring(reads, Reader(held, files), files, 2, limits.LOAD_MEMORY_BYTES)
+    assert brought[0, "param"].data_ptr() == live.data_ptr()
+    assert torch.equal(live[3:100_003], whole_of_it)
+    left = 7.0 if partial else 0.0
+    assert bool((live[:3] == left).all())
+    assert bool((live[100_003:] == left).all())

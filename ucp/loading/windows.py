@@ -59,7 +59,7 @@ def through_windows(reader: Reader, places: Sequence[Place], threads: int) -> No
     for device, here in by_device.items():
         windows = list(_windows(here, limits.LOAD_WINDOW_BYTES))
         workers = max(min(threads, len(windows)), 1)
-        ring = _Ring(device, min(2 * workers, len(windows)), limits.LOAD_WINDOW_BYTES)
+        ring = _Ring(device, workers + limits.LOAD_WINDOWS_AHEAD_COUNT, limits.LOAD_WINDOW_BYTES)
         _in_threads(workers, windows, lambda window, cache, ring=ring: _pass(reader, window, ring, cache))  # type: ignore[misc]
         ring.finish()
     reader.records.settle()
