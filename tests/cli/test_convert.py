@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import ucp
 from tests.formats import raw
@@ -286,3 +287,23 @@ def test_a_pickle_that_would_run_code(capsys: pytest.CaptureFixture[str], native
     assert not (tmp_path / "dest").exists()
     pickle.loads(bomb)
     assert trace.exists()
+
+
+def test_a_refusal_for_want_of_a_config_names_a_way_that_goes(tmp_path: Path, capsys: Any) -> None:
+    """--ds-config is for 'deepspeed' alone, so DeepSpeed's universal folder is reached through that."""
+    weight = torch.ones(4)
+    state = {"w": {"exp_avg": weight, "exp_avg_sq": weight, "step": torch.tensor(1.0)}}
+    groups = [{"params": ["w"], "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}]
+    ucp.save({"model": {"w": weight}, "optim": {"state": state, "param_groups": groups}}, tmp_path / "source")
+    config = tmp_path / "ds.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}}')
+    to = ["--to", "deepspeed-universal"]
+    assert command.main([str(tmp_path / "source"), str(tmp_path / "out"), *to]) == 2
+    assert (
+        "convert it to 'deepspeed' with --ds-config first, and that to 'deepspeed-universal'" in capsys.readouterr().err
+    )
+    native = ["--to", "deepspeed", "--layout", "dp=1,zero=1", "--ds-config", str(config)]
+    assert command.main([str(tmp_path / "source"), str(tmp_path / "native"), *native]) == 0
+    assert command.main([str(tmp_path / "native"), str(tmp_path / "out"), *to]) == 0
+    with ucp.open(tmp_path / "out") as opened:
+        assert opened.read("w").tolist() == weight.tolist()

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
-from ucp.errors import Unsupported
+from ucp.errors import BadArgument, Unsupported
 from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.write.config import VERSION, EngineConfig, engine_config, loss_scaler
 from ucp.formats.deepspeed.write.experts import refuse_stacks
@@ -48,6 +48,11 @@ def plan(catalog: Catalog) -> list[TargetFile]:
     groups; BadArgument where it records no DeepSpeed config.
     """
     check_groups(catalog)
+    if not catalog.training_state.config:
+        raise BadArgument(
+            "the source records no DeepSpeed config, which this form's element types and loss scale follow; convert it "
+            "to 'deepspeed' with --ds-config first, and that to 'deepspeed-universal'"
+        )
     config = engine_config(None, catalog.training_state.config, catalog.layout.zero, catalog.layout.tp)
     refuse_stacks(catalog)
     experts = next((name for name in catalog.parameters if expert_of(name)), None)
