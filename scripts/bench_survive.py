@@ -63,7 +63,10 @@ def _restarts(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             bench_tools.timed([sys.executable, "-m", *agent, *program], env=environment)
             told = [json.loads(line) for line in (place / "told").read_text().splitlines()]
-            killed = next(one["at"] for one in told if "kill" in one)
+            killed = next((one["at"] for one in told if "kill" in one), None)
+            if killed is None:  # it was started again for another reason, before a rank was to be killed
+                bench_tools.progress(f"restart, {mode}: left out, since no rank was killed")
+                continue
             again = next(one["at"] for one in told if one.get("start") and one["at"] > killed)
             seconds.append(min(one["at"] for one in told if "step" in one and one["at"] > again) - killed)
             bench_tools.progress(f"restart, {mode}: {seconds[-1]:.2f} s")
