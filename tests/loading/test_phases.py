@@ -237,6 +237,8 @@ def test_what_is_not_asked_for_is_not_checked(saved: Path, take: Callable[[str],
 def test_memory_has_a_least_value(saved: Path) -> None:
     with pytest.raises(BadArgument, match="a load's memory of 1000 bytes is too little; at least 67108864 are needed"):
         ucp.load(blank(values()), saved, memory=1000)
+    with pytest.raises(BadArgument, match="a load's memory is a number of bytes; found '1GiB'"):
+        ucp.load(blank(values()), saved, memory="1GiB")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

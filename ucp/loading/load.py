@@ -159,11 +159,12 @@ def load(
     """
     exchange.check_choice(read_once)
     proof.check_choice(prove)
+    workers = within(memory, threads or reading_threads())
     watch = watch or Stopwatch()
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
-    how = _How(live, catalog, path, verify, within(memory, threads or reading_threads()), memory, alone, agreed, watch)
+    how = _How(live, catalog, path, verify, workers, memory, alone, agreed, watch)
     with Files() as files:
         tied.check(Reader(catalog, files, verify), what.tied, live.words, watch, alone)
         sharing = None
@@ -296,6 +297,8 @@ def _changing(how: _How) -> Iterator[None]:
 
 def within(memory: int, threads: int) -> int:
     """How many threads may read within so many bytes. Raises BadArgument for too few bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise BadArgument(f"a load's memory is a number of bytes; found {memory!r}")
     if memory < limits.LOAD_MEMORY_LEAST_BYTES:
         raise BadArgument(
             f"a load's memory of {memory} bytes is too little; at least {limits.LOAD_MEMORY_LEAST_BYTES} are needed"
