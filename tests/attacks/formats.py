@@ -18,13 +18,15 @@ from typing import Any
 import torch
 
 import ucp
+from tests.attacks import foreign
 from tests.formats import raw
 from tests.formats.dcp import states
 from ucp.catalog import ParamGroup, TrainingState
 from ucp.formats.universal import manifest
 
+FOREIGN = tuple(foreign.MAKERS)
 OLDER = Path(__file__).parents[1] / "formats/deepspeed/older"
-FORMATS = ("zero0", "zero1", "zero3", "dcp", "huggingface", "bin", "fragmented", "consolidated", "virtual")
+FORMATS = ("zero0", "zero1", "zero3", "dcp", "huggingface", "bin", "fragmented", "consolidated", "virtual", *FOREIGN)
 _OLDER = {"zero0": "0.14.4-z0-bf16", "zero1": "0.14.4-z1-bf16", "zero3": "0.14.4-z3-fp32"}
 CONFIG = {"model_type": "llama", "hidden_size": 7, "vocab_size": 13, "architectures": ["Nobody"]}
 
@@ -36,6 +38,8 @@ def make(name: str, folder: Path) -> Path:
         shutil.copytree(OLDER / _OLDER[name], run)
         (run / "truth.safetensors").unlink()
         (run / "made_with.json").unlink()
+    elif name in FOREIGN:
+        foreign.MAKERS[name](run)
     elif name == "dcp":
         import torch.distributed.checkpoint as dcp
 

@@ -120,3 +120,50 @@ def fsdp1_local(folder: str) -> None:
     model = FullyShardedDataParallel(layers, device_id=torch.device("cpu"), use_orig_params=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
         dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+
+
+def torch_checkpointing_saves(folder: str, mesh: Mesh) -> Run:
+    """An FSDP2 run that torch_checkpointing saves, with metadata for other layouts (``told``) and without (``bare``).
+
+    further: of a run that the library itself has resumed, in the same layout.
+    """
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    live = Live(mesh)
+    live.train(0, STEPS, scheduler=True)
+    for form in ("told", "bare"):
+        model, optimizer = get_state_dict(live.model, live.optimizer)
+        items = {"model": model, "optimizer": optimizer, "lr_scheduler": live.scheduler.state_dict()}
+        manager = _manager(form == "told")
+        manager.save(f"{folder}/{form}", {**items, "step": STEPS, "loader": {f"dp_rank_{dist.get_rank()}": 7}})
+        manager.close()
+    state = live.state()
+    again = Live(Mesh(**{**vars(mesh), "seed": 9}))
+    again.train(0, 1)
+    model, optimizer = get_state_dict(again.model, again.optimizer)
+    manager = _manager(True)
+    loaded = manager.load(f"{folder}/told", into={"model": model, "optimizer": optimizer})
+    manager.close()
+    set_state_dict(again.model, again.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    again.scheduler.load_state_dict(live.scheduler.state_dict())
+    return Run(state, tuple(again.train(STEPS, FURTHER, scheduler=True)))
+
+
+def _manager(told: bool) -> Any:
+    """The library's manager without its direct writes. It gathers metadata on CUDA devices only; here, as objects."""
+    from torch_checkpointing import CheckpointManager, ItemSpec
+    from torch_checkpointing.default_resharder import DefaultResharder
+    from torch_checkpointing.metadata_manager import DefaultMetadataManager
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    def gather(_: Any, data: Any, process_group: Any = None) -> dict[int, Any]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, data, group=process_group)
+        return dict(enumerate(found))
+
+    DefaultMetadataManager._all_gather_pickled_data = gather
+    config = CheckpointManager.Config.with_sync_save()
+    config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+    if told:
+        config.items.update({name: ItemSpec(resharder=DefaultResharder()) for name in ("model", "optimizer")})
+    return config.build()

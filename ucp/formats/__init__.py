@@ -40,6 +40,7 @@ BUILT_IN = (
     "ucp.formats.lightning",
     "ucp.formats.torch_file",
     "ucp.formats.deepspeed_universal",
+    "ucp.formats.torch_checkpointing",
 )
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""
