@@ -122,6 +122,8 @@ def test_mxfp4_is_what_transformers_makes_of_it(dtype: str, tmp_path: Path) -> N
         part = (slice(1, 2), slice(3, 70), slice(60, 64))
         assert_same(checkpoint.read(name, region=part), truth[part])
     assert verify(path).whole
+    with pytest.raises(Unsupported, match="is computed as it is read"):
+        ucp.convert(path, tmp_path / "virtual", virtual=True)
     ucp.convert(path, tmp_path / "out")
     with ucp.open(tmp_path / "out") as copy:
         assert_same(copy.read(name), truth)
@@ -237,3 +239,12 @@ def test_an_empty_quantised_tensor_is_empty(tmp_path: Path) -> None:
     tensors = {"a.weight": every_code(0, 32), "a.weight_scale_inv": torch.ones(0, 2)}
     with ucp.open(folder(tmp_path / "in", tensors, **fp8(block=[16, 16]))) as checkpoint:
         assert checkpoint.read("a.weight").shape == (0, 32)
+
+
+def test_a_trainers_folder_has_quantised_weights_too(tmp_path: Path) -> None:
+    codes, scales = every_code(32, 32), torch.rand(2, 2)
+    path = folder(tmp_path / "in", {"a.weight": codes, "a.weight_scale_inv": scales}, **fp8(block=[16, 16]))
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    with ucp.open(path) as checkpoint:
+        assert checkpoint.format == "trainer"
+        assert_same(checkpoint.read("a.weight"), by_kernel(codes, scales, (16, 16), torch.bfloat16))

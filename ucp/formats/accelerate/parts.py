@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
+from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.formats.accelerate.ranks import joined
 from ucp.formats.dcp.reader import add_entries, layout_of
@@ -49,6 +49,7 @@ class Parts:
     ranks: how many ranks have written a file each.
     unnamed: a file's name -> an optimizer that numbers its parameters, if nothing tells their names.
     notes: what could not be checked.
+    computed: as `Catalog.computed` has it, for weights that are quantised.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Parts:
     ranks: int = 1
     unnamed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    computed: dict[int, ByteSource] = field(default_factory=dict)
 
     @property
     def trust(self) -> bool:
@@ -75,7 +77,9 @@ class Parts:
         found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())
         parameters = {name: self._tied(info) for name, info in found.parameters.items()}
         state = replace(found.training_state, client_state={**found.training_state.client_state, **self.unnamed})
-        found = replace(found, parameters=parameters, training_state=state, unchecked=tuple(self.notes))
+        found = replace(
+            found, parameters=parameters, training_state=state, unchecked=tuple(self.notes), computed=self.computed
+        )
         found.check()
         for note in self.notes:
             log.warning("%s: %s", self.folder, note)
@@ -189,6 +193,7 @@ def _add_weights(parts: Parts) -> None:
     """Add a model folder's weights, under the module's own names if a spec knows them."""
     builder = parts.entries.builder
     found = read_weights(parts.folder, builder.files, parts.request.choice, builder)
+    parts.computed.update(found.computed)
     for info in found.parameters.values():
         parts.entries.add((MODEL, info.name), found.tensors[info.name, PARAM])
         if info.aliases:

@@ -13,10 +13,13 @@ from ucp.formats.huggingface.from_config import FRAMEWORK, tie, with_prefix
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.renaming import rename
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.spec.select import Choice
 from ucp.storage import configs, locations
 from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
+
+log = logger(__name__)
 
 
 def read(path: Path, files: Files, choice: Choice | None = None, builder: Builder | None = None) -> Catalog:
@@ -51,7 +54,7 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
         training_state=TrainingState(),
         crc_records=in_order(builder.records),
         computed=computed,
-        unchecked=_unchecked(shards),
+        unchecked=_unchecked(path, shards),
     )
     bound = (choice or Choice()).bound(config)
     if bound is not None:
@@ -62,13 +65,15 @@ def read(path: Path, files: Files, choice: Choice | None = None, builder: Builde
     return catalog
 
 
-def _unchecked(shards: Mapping[str, Any]) -> tuple[str, ...]:
+def _unchecked(path: Path, shards: Mapping[str, Any]) -> tuple[str, ...]:
     if not shards:
         return ()
-    return (
+    sentence = (
         "nothing says how many ranks wrote these shards: that the last ones' files are missing would show only as a "
-        "hole in a tensor",
+        "hole in a tensor"
     )
+    log.warning("%s: %s", path, sentence)
+    return (sentence,)
 
 
 def _writer(config: Mapping[str, Any] | None) -> str:

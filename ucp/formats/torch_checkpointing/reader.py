@@ -27,6 +27,8 @@ from ucp.storage.torch_pt.pickles import Unpickler
 
 log = logger(__name__)
 
+_SCHEDULERS = ("lr_scheduler", "scheduler", "lr_schedulers")
+_STEPS = ("step", "global_step", "iteration")
 _VERSIONS = ("2.0", "3.0")
 _OF_RANKS = "of_ranks"
 """Items of which ranks have different values are client state under this name, too: item -> a value of each rank."""
@@ -40,12 +42,15 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     folder = locations.locate(path)
     items = _items(folder, locations.names(folder))
     into = Entries(Builder(files))
+    kept: dict[str, Any] = {}
     different: dict[str, list[Any]] = {}
     for item, paths in items.items():
         held = [load(own, request, dtensors=True) for own in paths]
-        plain = all(map(_plain, held))
-        into.add_tree((item,), held[0] if plain else joined(held, paths, into.builder))
-        if plain and any(own != held[0] for own in held[1:]):
+        if not all(map(_plain, held)):
+            into.add_tree((item,), joined(held, paths, into.builder))
+            continue
+        kept[item] = held[0]
+        if any(own != held[0] for own in held[1:]):
             different[item] = held
     flat.refuse(folder, into.tensors)
     given = request.options.get("param_names")
@@ -60,11 +65,18 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     for note in notes:
         log.warning("%s: %s", folder, note)
     state = catalog.training_state
-    kept = {**state.client_state, **({_OF_RANKS: different} if different else {})}
+    scheduler = next((kept.pop(key) for key in _SCHEDULERS if isinstance(kept.get(key), Mapping)), None)
+    step = next((kept[key] for key in _STEPS if type(kept.get(key)) is int and 0 <= kept[key] < 2**63), None)
     return replace(
         catalog,
         unchecked=(*catalog.unchecked, *notes),
-        training_state=replace(state, client_state=kept, dp_world_size=world),
+        training_state=replace(
+            state,
+            lr_scheduler=scheduler or state.lr_scheduler,
+            global_steps=state.global_steps if step is None else step,
+            client_state={**state.client_state, **kept, **({_OF_RANKS: different} if different else {})},
+            dp_world_size=world,
+        ),
     )
 
 

@@ -94,12 +94,16 @@ def plan(catalog: Catalog) -> VirtualPlan:
     Raises Unsupported for training state that is not plain data, and for tensors that lie in no file.
     """
     if catalog.computed:
-        names = sorted(
-            {t.name for t in catalog.tensors.values() if set(t.blocks.buffers.tolist()) & set(catalog.computed)}
+        name, index = min(
+            (t.name, min(found))
+            for t in catalog.tensors.values()
+            if (found := set(t.blocks.buffers.tolist()) & set(catalog.computed))
         )
+        averages = catalog.files[index].path == "(averages)"
+        what = "the average of its copies" if averages else "computed as it is read"
         raise Unsupported(
-            f"'{names[0]}' is the average of its copies, which lies in no file, so a virtual checkpoint cannot point "
-            "at it; convert without --virtual"
+            f"'{name}' is {what}, which lies in no file, so a virtual checkpoint cannot point at it; convert without "
+            "--virtual"
         )
     met = Tensors()
     training_state = encode(catalog.training_state, met)

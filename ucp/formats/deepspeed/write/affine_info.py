@@ -6,7 +6,7 @@ parts together. The lists of names are written where they say a cut, too: releas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import Catalog
@@ -52,6 +52,12 @@ def said(source: Catalog, bound: Bound, layout: Layout, autotp: bool) -> dict[st
         if listed := _list(shape, shards):
             lists[listed].append(affine_maps.pattern(name))
     return affine_maps.info(maps, **lists, **vocabulary)
+
+
+def covers(info: Mapping[str, Any], catalog: Catalog) -> bool:
+    """Whether the info tells of all parameters: of one that it leaves out a reader would take dimension 0 as cut."""
+    told = {*info["affine_map"]["params"], *info["parameter_to_average_patterns"]}
+    return all(own.kind == "buffer" or affine_maps.pattern(n) in told for n, own in catalog.parameters.items())
 
 
 def _list(shape: Shape, shards: Shards) -> str | None:

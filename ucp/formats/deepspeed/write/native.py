@@ -68,11 +68,15 @@ def plan(
         )
     files: list[TargetFile] = []
     bound = tp_slices.spec_of(choice, layout, config)
-    cuts = affine_info.said(source, bound, layout, config.autotp) if bound and layout.tp > 1 else None
+    cuts = None
+    if bound is not None and layout.tp > 1 and stages is None:  # a pipeline's layer files don't tell what is a buffer
+        cuts = affine_info.said(source, bound, layout, config.autotp)
     for rank in range(layout.tp):
         own = (
             catalog if bound is None or layout.tp == 1 else tp_slices.sliced(source, bound, layout, rank, config.autotp)
         )
+        if cuts is not None and not affine_info.covers(cuts, own):
+            cuts = None  # a reader needs the spec
         if stages is None:
             files += _share_files(ModelRank(rank, own, cuts=cuts), config, layout)
             continue
@@ -83,8 +87,7 @@ def plan(
         files += pipeline.layer_files(own, stages, lambda file, info: weight(file, config, info), suffix)
         for stage in range(layout.pp):
             share = pipeline.share(own, stages, stage)
-            mine = ModelRank(stage * layout.tp + rank, share, in_layers=True, cuts=cuts)
-            files += _share_files(mine, config, layout)
+            files += _share_files(ModelRank(stage * layout.tp + rank, share, in_layers=True), config, layout)
     return files
 
 
