@@ -48,7 +48,6 @@ TARGETS: dict[str, Target] = {
     "DCP, .metadata": Target("dcp", ".metadata", mutate.of_bytes, False),
     "DCP, .distcp": Target("dcp", "*.distcp", mutate.of_bytes, True, True),
     "Megatron's older layout, model's pickle": Target("megatron ranks", "model_optim_rng.pt", mutate.of_pickle, False),
-    "Megatron's older layout, optimizer": Target("megatron ranks", "distrib_optim.pt", mutate.of_bytes, True, True),
     "Megatron's older layout, optimizer's pickle": Target(
         "megatron ranks", "distrib_optim.pt", mutate.of_pickle, False
     ),

@@ -21,7 +21,6 @@ Truths = Mapping[str, Mapping[tuple[str, str], torch.Tensor]]
 # What is loaded -> (whose values it has, the run that loads it).
 LOADED: Mapping[str, tuple[str, Case]] = {
     "llama tp2 pp2 ours": ("llama", Case(dp=2, bf16=True, per_layer=True)),
-    "llama ours": ("llama", Case(tp=4, bf16=True)),
     "llama tp2 pp2 buckets": ("llama", Case(pp=2, dp=2, bf16=True)),
     "llama tp2 plain ours": ("llama", Case(tp=2, pp=2, bf16=True, sharding=None)),
     "llama deepspeed": ("llama", Case(tp=2, pp=2, bf16=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def _state(rows: int, seed: int, masters: bool = True) -> dict[str, Any]:
         }
     inner = {"optimizer": {"param_groups": [dict(group) for group in GROUPS]}, "param_state_sharding_type": "x"}
     rng = mapping.ShardedObject("rng_state", [torch.arange(3)], (1, 1), (0, 0))
+    # What Transformer Engine's modules keep beside their tensors.
+    model["extra"] = mapping.ShardedObject("decoder.layers.mlp.linear_fc2._extra_state", io.BytesIO(b"x"), (2,), (0,))
     out = {"model": model, "iteration": 3, "checkpoint_version": 3.0, "rng": rng}
     return {**out, "optimizer": {**inner, "param_state": states}} if masters else out
 
@@ -61,10 +64,12 @@ def test_there_and_back(tmp_path: Path) -> None:
         ]
         assert torch.equal(checkpoint.read(EMBEDDING), _tensor(saved, "param"))
     live["rng"].data = [torch.zeros(3)]
+    live["model"]["extra"].data = None
     found, report = ucp.megatron.load_checkpoint(live, tmp_path / "x")
     assert torch.equal(found["model"]["e"], _tensor(saved))
     assert torch.equal(found["model"]["l1"], saved["model"]["l1"].data)
     assert torch.equal(found["rng"][0], torch.arange(3))
+    assert found["model"]["extra"].getvalue() == b"x"
     assert found["iteration"] == 3
     assert found["optimizer"]["optimizer"]["param_groups"][0]["step"] == 3
     assert report.proof is not None
@@ -133,6 +138,7 @@ def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
 def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
     saved, live = _state(6, 1), _state(6, 2)
     del saved["model"]["l1"], saved["optimizer"]["param_state"][2]
+    del saved["model"]["extra"]
     for part in (*saved["model"].values(), *saved["optimizer"]["param_state"][1].values()):
         if "layers" in part.key:
             part.global_shape = (1, 3, 4)

@@ -26,15 +26,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
         families.transformers_model(name).save_pretrained(folder / name)
         ucp.convert(folder / name, folder / f"{name} megatron", to="megatron", layout="tp=1", per_layer=True)
         load[name] = str(folder / f"{name} megatron" / "release")
-    launch([{"do": "logits", "case": vars(Case()), "load": load, "save": str(folder / "logits.pt")}], folder)
+    live = {name: str(folder / name) for name in load}
+    job = {"do": "logits", "case": vars(Case()), "load": load, "live": live, "save": str(folder / "logits.pt")}
+    launch([job], folder)
     return folder
 
 
+@pytest.mark.parametrize("how", ["", " live"])
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_logits_are_the_same(both: Path, name: str) -> None:
+def test_logits_are_the_same(both: Path, name: str, how: str) -> None:
+    """By a conversion and Megatron's own loader; and of a live model that transformers' folder fills."""
     with torch.no_grad():
         wanted = families.transformers_model(name)(families.tokens()).logits
-    found = torch.load(both / "logits.pt")[name]
+    found = torch.load(both / "logits.pt")[name + how]
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max().item() <= 1e-5 * max(wanted.abs().max().item(), 1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import json
 import math
 import pathlib
@@ -312,3 +313,10 @@ def test_any_data_decode_or_are_damaged(data: Any) -> None:
         plain.decode(data)
     except UcpError:
         return
+
+
+def test_streams_of_bytes() -> None:
+    stream = io.BytesIO(b"abc\x00")
+    stream.seek(3)
+    found = plain.decode(json.loads(json.dumps(plain.encode({"x": stream}))))["x"]
+    assert (type(found), found.getvalue(), found.tell()) == (io.BytesIO, b"abc\x00", 3)

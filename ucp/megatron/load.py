@@ -125,9 +125,9 @@ def _opened(path: str | os.PathLike[str], told: Told, opening: Mapping[str, Any]
     with open_checkpoint(path, **opening) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
         folder = Path(checkpoint.path)
-    if not set(told.names) & catalog.parameters.keys():
+    if not told.states.keys() & catalog.parameters.keys():
         choice = choose(opening.get("spec"), opening.get("model_config"), opening.get("sizes"))
-        catalog = in_names_of(catalog, told.names, choice.bound(configs.of_model(folder)))
+        catalog = in_names_of(catalog, told.states, choice.bound(configs.of_model(folder)))
     return str(folder), catalog
 
 

@@ -41,20 +41,15 @@ def facts(taken: Taken) -> dict[Key, Facts]:
 
 @dataclass(frozen=True)
 class Told:
-    """What all ranks say. by_key: for each tensor, the ranks that have it and what they say. names: all parameters, in
-    the model's order. trained: those that an optimizer updates."""
+    """What all ranks say. by_key: for each tensor, the ranks that have it, and what they say. states: of each parameter
+    in the model's order, what any rank has, the weight first. trained: those that an optimizer updates."""
 
     by_key: Mapping[Key, Mapping[int, Facts]]
-    names: tuple[str, ...]
+    states: Mapping[str, tuple[str, ...]]
     trained: frozenset[str]
 
     def some(self, name: str, state: str) -> Facts:
         return next(iter(self.by_key[name, state].values()))
-
-    def states(self, name: str) -> list[str]:
-        """What any rank has of a parameter, the weight first."""
-        found = (state for one, state in self.by_key if one == name)
-        return sorted(found, key=lambda state: (state != keys.WEIGHT, state != PARAM, state))
 
     def agreed(self, key: Key) -> Facts:
         """What all ranks say of a tensor. Raises SaveFailed where they differ."""
@@ -80,7 +75,11 @@ def tell(taken: Taken) -> Told:
         for key, fact in several[index].items():
             by_key.setdefault(key, {})[rank] = fact
     trained = frozenset(name for name, state in by_key if state != keys.WEIGHT)
-    return Told(by_key, tuple(keys.order(dict.fromkeys(name for name, _ in by_key))), trained)
+    found: dict[str, list[str]] = {}
+    for name, state in by_key:
+        found.setdefault(name, []).append(state)
+    ranked = {name: sorted(states, key=lambda s: (s != keys.WEIGHT, s != PARAM, s)) for name, states in found.items()}
+    return Told(by_key, {name: tuple(ranked[name]) for name in keys.order(ranked)}, trained)
 
 
 def make_source(taken: Taken) -> Source:
@@ -108,8 +107,7 @@ def _source(taken: Taken, told: Told, objects: Mapping[str, Any]) -> Source:
     parameters: dict[str, ParameterInfo] = {}
     holdings: list[Holding] = []
     weights: dict[str, str] = {}
-    for name in told.names:
-        first, *states = told.states(name)
+    for name, (first, *states) in told.states.items():
         weight = told.some(name, first)
         if first != keys.WEIGHT:
             raise SaveFailed(f"'{name}' has optimizer states in the state dict and no weight; nothing was saved")

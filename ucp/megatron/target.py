@@ -78,10 +78,10 @@ class ShardedTarget:
         self.wider: set[str] = set()
         self._states: dict[tuple[int, str], _Memory] = {}
         self.slots: list[Slot] = []
-        kinds = {name: "parameter" if self._kind(name) else "buffer" for name in self.told.names}
+        kinds = {name: "parameter" if self._kind(name) else "buffer" for name in self.told.states}
         with torch.no_grad():
-            for name in self.told.names:
-                states = [state for state in self.told.states(name) if (name, state) in self.taken.held]
+            for name, all_states in self.told.states.items():
+                states = [state for state in all_states if (name, state) in self.taken.held]
                 if keys.WEIGHT in states:
                     self._add(name, kinds[name], {PARAM: keys.WEIGHT})
                 if kept := {state: state for state in states if state != keys.WEIGHT}:
@@ -90,7 +90,7 @@ class ShardedTarget:
         self.elsewhere = {self.name(n): kind for n, kind in kinds.items() if self.name(n) not in here}
 
     def _kind(self, name: str) -> bool:
-        return name in self.told.trained or "float" in self.told.some(name, self.told.states(name)[0]).dtype
+        return name in self.told.trained or "float" in self.told.some(name, self.told.states[name][0]).dtype
 
     def name(self, live: str) -> str:
         """The checkpoint's name of a parameter. Megatron's own classes give the norm before experts another one than

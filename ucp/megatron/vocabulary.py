@@ -19,7 +19,7 @@ def without_padding(catalog: Catalog, told: Told, rows: int) -> Catalog:
     """
     tensors = dict(catalog.tensors)
     parameters = dict(catalog.parameters)
-    for name in told.names:
+    for name in told.states:
         info = parameters.get(name)
         fact = told.by_key.get((name, keys.WEIGHT), {})
         live = next(iter(fact.values()), None)

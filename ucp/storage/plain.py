@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import io
 import math
 import pathlib
 import struct
@@ -279,6 +280,7 @@ _ENCODERS: dict[type, Callable[[Any], Any]] = {
     complex: _encode_complex,
     bytes: _encode_bytes,
     bytearray: _encode_bytes,
+    io.BytesIO: lambda value: {"$": "BytesIO", "v": _base64(value.getvalue()), "at": value.tell()},
     range: _encode_range,
     Size: _encode_size,
     DtypeName: lambda value: {"$": "torch.dtype", "v": value.name},

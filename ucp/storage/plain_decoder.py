@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import io
 import math
 import pathlib
 import re
@@ -143,6 +144,12 @@ def _decode_namespace(self: Decoder, data: dict[str, Any]) -> Any:
     return namespace
 
 
+def _decode_bytes_io(self: Decoder, data: dict[str, Any]) -> Any:
+    stream = io.BytesIO(_bytes(data))
+    stream.seek(data["at"])
+    return stream
+
+
 def _decode_path(self: Decoder, data: dict[str, Any]) -> Any:
     kinds = {"Path": pathlib.Path, "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath}
     return kinds[data["kind"]](self.decode(data["v"]))
@@ -161,6 +168,7 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "complex": lambda self, data: complex(*self.items(data)),
     "bytes": lambda self, data: _bytes(data),
     "bytearray": lambda self, data: bytearray(_bytes(data)),
+    "BytesIO": _decode_bytes_io,
     "range": lambda self, data: range(*self.items(data)),
     "tuple": lambda self, data: tuple(self.items(data)),
     "set": lambda self, data: set(self.items(data)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,17 +96,29 @@ def large(job: dict[str, Any]) -> None:
 
 
 def logits(job: dict[str, Any]) -> None:
-    """The logits of Megatron's models with the weights that some folders hold. load: name of a family -> folder."""
+    """The logits of Megatron's models with the weights that some folders hold. load: name of a family -> folder.
+    live: name -> transformers' folder, which `ucp.megatron.load_checkpoint` takes as it is."""
     out = {}
     for name, folder in job["load"].items():
         model = families.megatron_model(name, run.inference_model)
-        state = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
-        for part in state["model"].values():
-            part.key = families.by_transformer_engine(name, part.key)
-        found = dist_checkpointing.load(state, folder, strict="raise_all")
-        model.load_state_dict(found["model"], strict=True)
-        ids = families.tokens()
-        mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), 1)[None, None]
-        with torch.no_grad():
-            out[name] = model(ids, torch.arange(16)[None].expand(2, 16), mask)
+        for key, load in ((name, _by_megatron(folder)), (f"{name} live", _by_us(job["live"][name]))):
+            state = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
+            for part in state["model"].values():
+                part.key = families.by_transformer_engine(name, part.key)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))
+            model.load_state_dict(load(state)["model"], strict=True)
+            ids = families.tokens()
+            mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), 1)[None, None]
+            with torch.no_grad():
+                out[key] = model(ids, torch.arange(16)[None].expand(2, 16), mask)
     torch.save(out, job["save"])
+
+
+def _by_megatron(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: dist_checkpointing.load(state, folder, strict="raise_all")
+
+
+def _by_us(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: ucp.megatron.load_checkpoint(state, folder)[0]

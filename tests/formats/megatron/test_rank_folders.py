@@ -76,6 +76,22 @@ def test_virtual_stages_go_round_the_stages(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read(f"decoder.layers.{layer}.mlp.linear_fc2.weight"), value[at])
 
 
+def test_what_the_second_number_counts(tmp_path: Path) -> None:
+    """Without arguments: expert ranks where each file has the whole model's beginning and end."""
+    for rank in (0, 1):
+        folder = tmp_path / "iter_0000002" / f"mp_rank_00_{rank:03d}"
+        folder.mkdir(parents=True)
+        ends = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
+        experts = {"decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight": torch.full((2, 2), float(rank))}
+        model = {**dict.fromkeys(ends, torch.zeros(2, 2)), **experts}
+        torch.save({"iteration": 2, "model": model}, folder / "model_optim_rng.pt")
+    with ucp.open(tmp_path / "iter_0000002") as checkpoint:
+        assert (checkpoint.layout.pp, checkpoint.layout.ep) == (1, 2)
+        for rank in (0, 1):
+            name = f"decoder.layers.0.mlp.experts.local_experts.{rank}.linear_fc2.weight"
+            assert torch.equal(checkpoint.read(name), torch.full((2, 2), float(rank)))
+
+
 def test_norms_are_called_as_transformer_engine_calls_them() -> None:
     """By what their layer has: experts, latent attention or neither."""
     dense = ["input_layernorm.weight", "self_attention.linear_qkv.weight", "pre_mlp_layernorm.weight"]

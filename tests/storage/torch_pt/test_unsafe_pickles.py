@@ -366,6 +366,35 @@ def test_trust_says_what_cannot_be_imported(tmp_path: Path) -> None:
         load(path, trust=True)
 
 
+@each_format
+def test_streams_of_bytes_are_read(tmp_path: Path, file_format: str) -> None:
+    """Transformer Engine keeps its modules' states in such, and Megatron-Core saves them."""
+    stream = io.BytesIO(b"abc\xff")
+    stream.seek(2)
+    path = save([stream], tmp_path / "a.pt", file_format)
+    for trust in (False, True):
+        (found,) = load(path, trust=trust)
+        assert (type(found), found.getvalue(), found.tell()) == (io.BytesIO, b"abc\xff", 2)
+
+
+class OddStream(io.BytesIO):
+    state: Any = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return io.BytesIO, (), self.state
+
+
+@pytest.mark.parametrize(
+    "state", [(b"ab", 3, None), (b"ab", -1, None), ("ab", 0, None), (b"ab", 0, {"x": 1}), (b"ab",)]
+)
+def test_streams_with_another_state_are_refused(tmp_path: Path, state: Any) -> None:
+    stream = OddStream()
+    stream.state = state
+    path = save([stream], tmp_path / "a.pt")
+    with pytest.raises(DamagedCheckpoint, match=r"a\.pt: not a readable pickle"):
+        load(path)
+
+
 class Colour(enum.Enum):
     RED = "r"
 

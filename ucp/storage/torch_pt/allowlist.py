@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import math
 import pathlib
 from collections.abc import Callable, Iterable
@@ -119,6 +120,8 @@ def build(obj: Any, state: Any) -> None:
         obj.state["state"] = state  # not attributes, but what a __setstate__ of its class understands
     elif kind is Standin:
         obj.state.update(_attributes(state))
+    elif kind is io.BytesIO:
+        _fill_bytes(obj, state)
     elif kind is argparse.Namespace:
         vars(obj).update(_attributes(state))
     elif kind is collections.OrderedDict:
@@ -275,6 +278,22 @@ def _text(*args: Any) -> str:
 # --- Python ----------------------------------------------------------------------------------------------------------
 
 
+def _bytes_io(*args: Any) -> io.BytesIO:
+    if args:
+        raise TypeError("a BytesIO is built from its state")
+    return io.BytesIO()
+
+
+def _fill_bytes(stream: io.BytesIO, state: Any) -> None:
+    """As its own __setstate__, for one without attributes: Transformer Engine keeps its modules' states in such."""
+    content, position, attributes = state
+    if type(content) is not bytes or type(position) is not int or not 0 <= position <= len(content) or attributes:
+        raise TypeError("a BytesIO's state is bytes and a place in them")
+    stream.write(content)
+    stream.truncate()
+    stream.seek(position)
+
+
 def _namespace(*args: Any) -> argparse.Namespace:
     if args:
         raise TypeError("a Namespace is built from its attributes")
@@ -406,6 +425,7 @@ _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.serialization", "_get_layout"): _text,
     ("torch.torch_version", "TorchVersion"): _text,
     ("argparse", "Namespace"): _namespace,
+    ("_io", "BytesIO"): _bytes_io,
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): _defaultdict,
     ("collections", "Counter"): _counter,

@@ -12,6 +12,7 @@ import _compat_pickle
 import argparse
 import collections
 import importlib
+import io
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -228,11 +229,13 @@ def _weight(made: Any) -> int:
         return len(made)
     if kind is np.ndarray:
         return int(made.nbytes)
+    if kind is io.BytesIO:
+        return int(made.getbuffer().nbytes)
     return ITEM_BYTES * len(made) if kind in _COPIED else 0
 
 
 _COPIED = {*_DICTS, set, frozenset, collections.deque, Size}
-_INERT = {Global, StorageClass, Standin, TensorRef, argparse.Namespace, np.ndarray, *_DICTS}
+_INERT = {Global, StorageClass, Standin, TensorRef, argparse.Namespace, io.BytesIO, np.ndarray, *_DICTS}
 
 
 def _is_inert(obj: Any) -> bool:

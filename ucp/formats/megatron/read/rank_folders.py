@@ -8,7 +8,7 @@ Each has ``model_optim_rng.pt`` with the rank's part of the model, and, with the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ def _folders(folder: Path, trust: bool) -> list[RankFolder]:
         graph = reader.load(path / MODEL, trust=trust)
         if not isinstance(graph, Mapping):
             raise DamagedCheckpoint(f"{path / MODEL}: holds a {type(graph).__name__} where Megatron writes a dict")
-        tp, pp, ep = _places(numbers, graph)
         with malformed(path / MODEL):
-            ranks.append(RankFolder(path, tp, pp, ep, graph, tuple(_chunks(path / MODEL, graph))))
+            chunks = tuple(_chunks(path / MODEL, graph))
+            ranks.append(RankFolder(path, *_places(numbers, chunks), graph, chunks))
     there = {(r.tp, r.pp, r.ep) for r in ranks}
     counts = tuple(1 + max(place[k] for place in there) for k in range(3))
     if len(there) != counts[0] * counts[1] * counts[2]:
@@ -114,15 +114,15 @@ def _numbers(name: str) -> tuple[int, ...] | None:
     return None if found is None else tuple(int(n) for n in found.groups() if n is not None)
 
 
-def _places(numbers: tuple[int, ...], graph: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(tp, pp, ep) of a folder's numbers: of two, the second is the stage, or the expert rank where there is one
-    stage."""
+def _places(numbers: tuple[int, ...], chunks: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """(tp, pp, ep) of a folder's numbers. Of two, the second is the expert rank where the file has the beginning
+    and the end of the model, so that there is one stage; else it is the stage."""
     if len(numbers) == 3:
         return numbers[0], numbers[1], numbers[2]
     if len(numbers) == 1:
         return numbers[0], 0, 0
-    args = common.arguments(graph)
-    if args.get("pipeline_model_parallel_size") == 1 and args.get("expert_model_parallel_size", 1) != 1:
+    names = {name for chunk in chunks for name in chunk}
+    if {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"} <= names:
         return numbers[0], 0, numbers[1]
     return numbers[0], numbers[1], 0
 
