@@ -89,6 +89,7 @@ def layout(path: str, kind: str) -> dict[str, Any]:
         (lambda f: (f / "step_0.pt").unlink(), DamagedCheckpoint, "'step_0.pt' is missing"),
         (lambda f: shutil.copy(f / "step_0.pt", f / "step_2.pt"), DamagedCheckpoint, "of another save"),
         (lambda f: torch.save({"v": torch.ones(3)}, f / "model_1.pt"), DamagedCheckpoint, "other entries"),
+        (lambda f: (f / "metadata.pkl").unlink(), Unsupported, "not, say, of two epochs"),
         (change(world_size="two"), DamagedCheckpoint, "not torch_checkpointing's metadata"),
         (change(world_size=1 << 40), DamagedCheckpoint, "not torch_checkpointing's metadata"),
         (change(world_size=3), DamagedCheckpoint, "'model_2.pt' is missing"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog
+from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.accelerate.parts import load
 from ucp.formats.accelerate.ranks import joined
@@ -37,17 +37,25 @@ _OF_RANKS = "of_ranks"
 def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     """The folder's catalog.
 
-    Raises DamagedCheckpoint if a rank's file is missing or the files don't belong together, UnsafePickle, Unsupported.
+    Raises DamagedCheckpoint if a rank's file is missing or the files don't belong together, UnsafePickle, Unsupported;
+    that also for several files of whole tensors without metadata, which may be anything's.
     """
     folder = locations.locate(path)
-    items = _items(folder, locations.names(folder))
+    names = locations.names(folder)
+    items, told = _items(folder, names), METADATA in names
     into = Entries(Builder(files))
     kept: dict[str, Any] = {}
     different: dict[str, list[Any]] = {}
     for item, paths in items.items():
         held = [load(own, request, dtensors=True) for own in paths]
         if not all(map(_plain, held)):
-            into.add_tree((item,), joined(held, paths, into.builder))
+            whole = joined(held, paths, into.builder)
+            if len(held) > 1 and not told and not _cut(whole):
+                raise Unsupported(
+                    f"{folder}: '{paths[0].name}' and '{paths[1].name}' hold whole tensors, and no '{METADATA}' says "
+                    "that they are ranks' files of one save and not, say, of two epochs; give the path of one of them"
+                )
+            into.add_tree((item,), whole)
             continue
         kept[item] = held[0]
         if any(own != held[0] for own in held[1:]):
@@ -131,6 +139,13 @@ def _is_default(layout: Any, item: str) -> bool:
     name = layout.get("file_path") if isinstance(layout, Mapping) else None
     match = FILE.fullmatch(name) if isinstance(name, str) else None
     return match is not None and match[1] == item and "TorchSerialization" in str(layout)
+
+
+def _cut(value: Any) -> bool:
+    """Whether a joined item has tensors that ranks hold parts of."""
+    if isinstance(value, Mapping):
+        return any(map(_cut, value.values()))
+    return isinstance(value, LogicalTensor) or (isinstance(value, list) and any(map(_cut, value)))
 
 
 def _plain(value: Any) -> bool:
