@@ -177,7 +177,7 @@ def convert(
         written = carry_out(plan, destination, running)
     seconds = time.monotonic() - started
     done = _report(str(locate(source)), destination, opened, to, plan, written, seconds, running.dry_run)
-    return replace(done, parameters=len(catalog.parameters), tensors=len(catalog.tensors), changes=lines)
+    return replace(done, changes=lines)
 
 
 def _planned(target: WriteTarget, catalog: Catalog, request: WriteRequest, running: Running) -> WritePlan:
