@@ -312,6 +312,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no element type": ({"dtype": {"*": "int8"}}, SpecError, "floating"),
     "an unknown element type": ({"dtype": {"*": "bf17"}}, SpecError, "not supported"),
     "adapters": ({"adapters": "joined"}, SpecError, "merged with their scale"),
+    "no way": ({"adapters": {}}, SpecError, "says nothing"),
+    "a way for states": ({"states": "requantised"}, SpecError, "can be 'dequantised'"),
     "a scale": ({"adapters": {"merged": "big"}}, SpecError, "alpha / r"),
     "sizes for nothing": ({"sizes": {"a": 1}}, SpecError, "there are none"),
     "another version": ({"changes": 2}, SpecError, "this program reads 1"),
@@ -361,6 +363,15 @@ class TestConversion:
                 assert torch.equal(grown[:ROWS], run.had["embed.weight"][state])
                 assert not grown[ROWS:].any()
                 assert torch.equal(out.read("head.weight", state), run.had["head.weight"][state][: ROWS - 2])
+
+    def test_nothing_is_left_of_a_size_of_0(self, run: Run, tmp_path: Path) -> None:
+        ucp.convert(run.folder, tmp_path / "out", changes={"resized": {"embed.weight": [0, 9]}, "new_rows": "zeros"})
+        with ucp.open(tmp_path / "out") as out:
+            assert out.read("embed.weight", "exp_avg").shape == (0, 9)
+
+    def test_what_is_computed_is_not_virtual(self, run: Run, tmp_path: Path) -> None:
+        with pytest.raises(Unsupported, match="is computed as it is read"):
+            ucp.convert(run.folder, tmp_path / "out", changes={"dtype": {"*": "bfloat16"}}, virtual=True)
 
     def test_fused_renamed_frozen_and_in_bf16(self, run: Run, tmp_path: Path) -> None:
         names = {**FUSED["names"], "lm_head.weight": "head.weight"}

@@ -1,5 +1,5 @@
-"""Declared changes made to a catalog, in this order: adapters, names, removed, element types, sizes, frozen, unfrozen,
-added. A change that the checkpoint already has is none, so a program may declare it for all its restarts."""
+"""Declared changes made to a catalog: states, adapters, names, removed, element types, sizes, frozen, unfrozen, added,
+in this order. A change that the checkpoint already has is none, so a program may declare it for all its restarts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.changes import adapters
 from ucp.changes.build import Build, few
 from ucp.changes.outline import LiveParameter, Outline
+from ucp.changes.quantised import dequantised
 from ucp.changes.resize import NewRows, resized
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Unsupported
@@ -61,6 +62,8 @@ def applied(
     build = Build(catalog)
     steps = _Steps(build, changes, outline or Outline(), outline is not None)
     before = [*_names(catalog), *steps.outline.names]
+    if changes.states is not None:
+        build.lines += dequantised(build)
     steps.adapters()
     if changes.names is not None:
         _rename(build, changes, config)

@@ -102,6 +102,8 @@ def _grown(build: Build, tensor: LogicalTensor, shape: Shape, rows: NewRows) -> 
     """A tensor with new rows and columns after those that it keeps."""
     kept = cropped(tensor, _common(tensor.shape, shape))
     boxes = list(_beyond(kept.shape, shape))
+    if not boxes:  # one of the sizes is 0
+        return replace(kept, shape=shape, digest=None)
     if rows.catalog is None:
         index = build.zeros_file(max((sizes for _, sizes in boxes), key=numel), tensor.dtype)
         parts = [box(offsets, sizes, buffer=index) for offsets, sizes in boxes]

@@ -27,10 +27,11 @@ MODEL = "model"
 """The framework's name, in the place of a spec's, under which the changed model's names are kept."""
 
 ADDED, MERGED, SPLIT = "added", "merged", "split"
+DEQUANTISED = "dequantised"
 ZEROS = "zeros"
 _OF_NAMES = ("sizes", "defaults", "parameters", "names")
 _LISTS = ("unfrozen", "frozen", "added", "removed")
-_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "new_rows", *_LISTS, "dtype", "adapters")
+_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "new_rows", *_LISTS, "dtype", "states", "adapters")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Changes:
     unfrozen, frozen, added, removed: patterns of parameters.
     dtype: pattern of names, or of ``name:state`` -> the element type.
     adapters: 'added', 'merged' or 'split'; None if nothing is said of adapters.
+    states: 'dequantised' for states of 8 bits in float32; None if nothing is said of them.
     scale: for 'merged': what the product of an adapter's two matrices is multiplied by (alpha / r).
     """
 
@@ -58,6 +60,7 @@ class Changes:
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     dtype: tuple[tuple[str, str], ...] = ()
+    states: str | None = None
     adapters: str | None = None
     scale: float = 1.0
 
@@ -108,6 +111,7 @@ class _Reader(YamlReader):
             self.text(parts["new_rows"], "new_rows").text if "new_rows" in parts else None,
             **{section: self._patterns(parts[section], section) for section in _LISTS if section in parts},
             dtype=self._dtypes(parts["dtype"]) if "dtype" in parts else (),
+            states=self._states(parts["states"]) if "states" in parts else None,
             adapters=adapters,
             scale=scale,
         )
@@ -153,9 +157,18 @@ class _Reader(YamlReader):
             out.append((entry.key.text, name))
         return tuple(out)
 
+    def _states(self, node: yaml.Node) -> str:
+        text = self.text(node, "states")
+        if text.text != DEQUANTISED:
+            raise text.refuse((0, len(text.text)), f"states can be '{DEQUANTISED}'")
+        return text.text
+
     def _adapters(self, node: yaml.Node) -> tuple[str, float]:
         if isinstance(node, yaml.MappingNode):
-            (entry, *others) = self.entries(node, "adapters:", (MERGED,))
+            entries = list(self.entries(node, "adapters:", (MERGED,)))
+            if not entries:
+                raise self.refuse(node, "adapters: says nothing; write merged and the adapter's alpha / r")
+            (entry, *others) = entries
             text = self.text(entry.value, MERGED)
             try:
                 scale = float(text.text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ DECLARE = "changes=%s"
 
 
 def as_changed(
-    catalog: Catalog, changes: Given, entries: Mapping[str, StateEntry], opening: Mapping[str, Any]
+    catalog: Catalog, changes: Given, entries: Callable[[], Mapping[str, StateEntry]], opening: Mapping[str, Any]
 ) -> Changed:
-    """The checkpoint as the model has it now, by the changes that are declared. All ranks call it, or none."""
+    """The checkpoint as the model has it now, by the changes that are declared. All ranks call it, or none.
+    entries: gives those of the state dict, and may refuse them."""
     if changes is None:
         return Changed(catalog)
     config = choose(None, opening.get("model_config")).config
-    return ranks.all_or_none(lambda: applied(catalog, read(changes), _outline(entries), config))
+    return ranks.all_or_none(lambda: applied(catalog, read(changes), _outline(entries()), config))
 
 
 def _outline(entries: Mapping[str, StateEntry]) -> Outline:

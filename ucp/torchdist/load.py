@@ -112,7 +112,7 @@ def _fill(
     watch = Stopwatch()
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     values = flatten(state_dict)
-    changed = as_changed(catalog, changes, values, opening)
+    changed = as_changed(catalog, changes, lambda: values, opening)
     catalog = changed.catalog
     wish = Wish(allow_missing=tuple(allow_missing), partial=True, grown=changed.grown)
     made: list[StateDictTarget] = []

@@ -6,6 +6,7 @@ by dots. Mappings are followed, and so are lists and tuples with tensors or mapp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.roles import StateEntry
+from ucp.geometry import row_major
 from ucp.storage.dtypes import from_torch, to_safetensors
 from ucp.torchdist.dtensors import local_tensor
 
@@ -37,14 +39,59 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
     """
     out: dict[str, StateEntry] = {}
     for path, value in _leaves((), state_dict):
-        key = ".".join(map(str, path))
-        if key in out:
-            raise Unsupported(f"two entries of the state dict have the flat name '{key}'; rename one")
-        if isinstance(value, torch.Tensor):
-            check_tensor(key, value)
-            out[key] = StateEntry(path, tuple(value.shape), value)
-        else:
-            out[key] = StateEntry(path, None, value)
+        if isinstance(value, torch.Tensor) and _is_in_parts(value):
+            for name, part in parts_of(".".join(map(str, path)), value).items():
+                _enter(out, (*path, name), part)
+            continue
+        _enter(out, path, value)
+    return out
+
+
+def _enter(out: dict[str, StateEntry], path: tuple[Any, ...], value: Any) -> None:
+    key = ".".join(map(str, path))
+    if key in out:
+        raise Unsupported(f"two entries of the state dict have the flat name '{key}'; rename one")
+    if isinstance(value, torch.Tensor):
+        check_tensor(key, value)
+        out[key] = StateEntry(path, tuple(value.shape), value)
+    else:
+        out[key] = StateEntry(path, None, value)
+
+
+def _is_in_parts(tensor: torch.Tensor) -> bool:
+    """Whether it is one of torchao's quantised optimizer states, a tensor subclass that is made of plain tensors."""
+    kind = type(local_tensor(tensor))
+    return kind.__module__.startswith("torchao.optim.") and hasattr(kind, "__tensor_flatten__")
+
+
+def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors that a quantised state is made of, by name, in the memory of the state itself.
+
+    Codes lie as the state does. There is one scale for each block of elements in the flat order of what a rank holds.
+    So a sharded state's blocks are those of the whole state if it is cut into equal rows.
+
+    Raises Unsupported, naming the entry, where a cut is not on the blocks' boundaries.
+    """
+    local: Any = local_tensor(tensor)
+    parts = {name: getattr(local, name) for name in local.__tensor_flatten__()[0]}
+    if not isinstance(tensor, DTensor):
+        return parts
+    mesh, placements = tensor.device_mesh, tensor.placements
+    cut = [mesh.size(k) for k, placement in enumerate(placements) if not placement.is_replicate()]
+    if any(not (p.is_replicate() or p.is_shard(0)) for p in placements) or tensor.shape[0] % math.prod(cut):
+        raise Unsupported(
+            f"'{key}' is quantised in blocks of {local.block_size} elements, and {list(tensor.shape)} is cut as "
+            f"{tuple(placements)} into unequal rows, so blocks of one layout are not those of another: "
+            "use a number of ranks that divides the rows"
+        )
+    out = {}
+    for name, part in parts.items():
+        if name == "qmap":
+            out[name] = part
+            continue
+        shape = tensor.shape if part.shape == local.shape else (part.shape[0] * math.prod(cut), *part.shape[1:])
+        stride = row_major(tuple(shape))
+        out[name] = DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return out
 
 

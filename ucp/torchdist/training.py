@@ -208,7 +208,7 @@ def load_training(
     state_dict, made = state_dict_of(model, optimizer, blank=True)
     opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
-    changed = as_changed(catalog, changes, flatten(state_dict), opening)
+    changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening)
     catalog = changed.catalog
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
     unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)

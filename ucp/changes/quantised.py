@@ -1,0 +1,155 @@
+"""Optimizer states of 8 bits as the float32 values that they stand for, for an optimizer that keeps them so.
+
+bitsandbytes keeps for a parameter the codes ``state1`` and ``state2``, maps ``qmap1`` and ``qmap2`` of 256 values, and
+``absmax1`` and ``absmax2``, one for each block of 256 elements in the tensor's flat order; torchao keeps ``codes``,
+``qmap`` and ``scale`` in place of each state. In both a code stands for ``qmap[code] * absmax``, which is computed in
+float32 as the libraries do, so nothing is lost. Small tensors are float32 already.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucp.catalog import LogicalTensor
+from ucp.changes.build import PARAM, Build, few
+from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.geometry import flat_ranges, numel
+from ucp.storage.numbers import Bytes
+from ucp.transfer.gather import Reader, Want, gather
+
+_BLOCK = 256  # bitsandbytes' elements of a block
+_STATES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+_WRAPPER = r"(?:\.__bnb_optimizer_quant_state__)?"  # what its state dicts put around a parameter's states
+_OF_BITSANDBYTES = re.compile(rf"(?P<root>.*?state\.)(?P<name>.+?){_WRAPPER}\.(?P<state>state[12])")
+_OF_TORCHAO = re.compile(r"(?P<root>.*?state\.)(?P<name>.+)\.(?P<state>[^.]+)\.codes")
+_PIECE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A quantised state: whose it is, what it is called, and the names of the tensors that it is kept as."""
+
+    name: str
+    state: str
+    codes: str
+    qmap: str
+    absmax: str
+    block: int | None
+
+
+def dequantised(build: Build) -> list[str]:
+    """Give parameters float32 states in place of quantised ones. Returns what was changed.
+
+    Raises Unsupported for states of other than 8 bits, and of optimizers that are not Adam's.
+    """
+    known = build.catalog.parameters
+    found = [one for name in known if (one := _quantised(name)) is not None and one.name in known]
+    owners: dict[str, list[LogicalTensor]] = {}
+    gone: list[str] = []
+    for one in found:
+        owners.setdefault(one.name, []).append(_state(build, one))
+        gone += [one.codes, one.qmap, one.absmax]
+    made = []
+    for name, tensors in owners.items():
+        made.append((known[name], [*build.tensors_of(known[name]), *tensors]))
+    _check_adam({info.name: {t.state for t in tensors} for info, tensors in made})
+    build.put(made)
+    build.drop(gone)
+    if not made:
+        return []
+    return [
+        f"states: those of {len(made)} parameters are float32 now, exactly ({few([info.name for info, _ in made])})"
+    ]
+
+
+def _quantised(name: str) -> _Found | None:
+    if match := _OF_BITSANDBYTES.fullmatch(name):
+        base, number = name[:-1].removesuffix("state"), name[-1]
+        state = _STATES[match["state"]]
+        return _Found(match["name"], state, name, f"{base}qmap{number}", f"{base}absmax{number}", _BLOCK)
+    if match := _OF_TORCHAO.fullmatch(name):
+        base = name.removesuffix("codes")
+        return _Found(match["name"], match["state"], name, f"{base}qmap", f"{base}scale", None)
+    return None
+
+
+def _state(build: Build, one: _Found) -> LogicalTensor:
+    shape = build.catalog.parameters[one.name].shape
+    codes, qmap, absmax = (build.catalog.tensors.get((n, PARAM)) for n in (one.codes, one.qmap, one.absmax))
+    if codes is not None and qmap is None and (codes.dtype, codes.shape) == ("float32", shape):
+        return replace(codes, name=one.name, state=one.state)  # too small to be quantised
+    if codes is None or qmap is None or absmax is None:
+        raise Unsupported(
+            f"'{one.codes}' lacks its map or its scales, so it is not of 8 bits, and what it stands for is not known"
+        )
+    count, scales = numel(codes.shape), numel(absmax.shape)
+    block = one.block or count // max(scales, 1)
+    if codes.dtype != "uint8" or qmap.shape != (256,) or codes.shape != shape:
+        raise Unsupported(
+            f"'{one.codes}' is {codes.dtype} {list(codes.shape)} with a map of {list(qmap.shape)}; states of 8 bits in "
+            "their parameter's shape are dequantised, others are not"
+        )
+    if not block or scales != -(-count // block) or {qmap.dtype, absmax.dtype} != {"float32"}:
+        raise DamagedCheckpoint(
+            f"'{one.codes}' has {count} elements in blocks of {block}, and {scales} scales; they do not belong together"
+        )
+    source = Dequantised(build.reader(), codes, qmap, absmax, block)
+    return build.computed(one.name, one.state, codes.shape, "float32", source, f"dequantised {one.codes}")
+
+
+def _check_adam(states: dict[str, set[str]]) -> None:
+    for name, kept in states.items():
+        if "exp_avg" in kept and "exp_avg_sq" not in kept:
+            raise Unsupported(
+                f"'{name}' has one quantised state, so its optimizer is not Adam, and its meaning is not known"
+            )
+
+
+@dataclass
+class Dequantised:
+    """The bytes of a dequantised state (a `ucp.catalog.ByteSource`). Thread-safe."""
+
+    reader: Reader
+    codes: LogicalTensor
+    qmap: LogicalTensor
+    absmax: LogicalTensor
+    block: int
+    _lock: Any = field(default_factory=Lock)
+    _tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+    def read_into(self, offset: int, parts: Sequence[Bytes]) -> None:
+        at = offset
+        for part in parts:
+            done = 0
+            while done < len(part):
+                first = (at + done) // 4
+                last = min(-(-(at + len(part)) // 4), first + _PIECE_ELEMENTS)
+                raw = self._elements(first, last).view(np.uint8)[at + done - 4 * first :]
+                count = min(len(raw), len(part) - done)
+                part[done : done + count] = raw[:count]
+                done += count
+            at += len(part)
+
+    def _elements(self, first: int, last: int) -> NDArray[np.float32]:
+        with self._lock:
+            if self._tables is None:
+                qmap, absmax = (self._read(t, 0, numel(t.shape)).view(np.float32) for t in (self.qmap, self.absmax))
+                self._tables = qmap, absmax
+            qmap, absmax = self._tables
+        codes = self._read(self.codes, first, last)
+        found: NDArray[np.float32] = qmap[codes] * absmax[np.arange(first, last) // self.block]
+        return found
+
+    def _read(self, tensor: LogicalTensor, first: int, last: int) -> Bytes:
+        width = 1 if tensor is self.codes else 4
+        raw = np.empty((last - first) * width, np.uint8)
+        blocks = flat_ranges(tensor.shape, [first], [last], [0])
+        gather(self.reader, [Want(tensor, blocks, tensor.dtype)], [raw], 1)
+        return raw
