@@ -117,6 +117,7 @@ def test_every_key_is_known() -> None:
         **dict.fromkeys(("enabled", "metrics", "trust_client_state", "allow_untested_version"), True),
         **{"spec": "llama", "sizes": {"vocab": 8}, "load.allow_missing": ["a.*"], "load.allow_unused": ["b.*"]},
         **{
+            "load.changes": {"frozen": ["a.*"]},
             "load.trust_paths": True,
             "load.verify": False,
             "load.read_once": "adaptive",

@@ -22,6 +22,7 @@ from ucp.errors import Unsupported
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.loading.name_match import bare
 from ucp.torchdist.dtensors import local_tensor
+from ucp.torchdist.state_dicts import is_in_parts, parts_of
 
 OPTIMIZER = "optim"
 """The optimizers' entry in the state dict of a training state."""
@@ -181,6 +182,18 @@ def tensors_now(
         for param, name in _pairs(live, saved):
             out.update({(name, state): value for state, value in o.state.get(param, {}).items()})
     return out
+
+
+def state_by_flat_name(now: Mapping[tuple[str, str], Any], name: str) -> Any:
+    """A state that a state dict has under a flat name of its own, since its shape is not its parameter's, or a part of
+    a quantised one (`parts_of`). now: what `tensors_now` gives. None if there is none."""
+    owner, _, last = name.rpartition(".")
+    owner = owner.removesuffix(".__bnb_optimizer_quant_state__")  # what bitsandbytes puts around its states
+    if (owner, last) in now:
+        return now[owner, last]
+    parameter, _, state = owner.rpartition(".")
+    whole = now.get((parameter, state))
+    return parts_of(owner, whole).get(last) if isinstance(whole, torch.Tensor) and is_in_parts(whole) else None
 
 
 def set_states(

@@ -39,7 +39,7 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
     """
     out: dict[str, StateEntry] = {}
     for path, value in _leaves((), state_dict):
-        if isinstance(value, torch.Tensor) and _is_in_parts(value):
+        if isinstance(value, torch.Tensor) and is_in_parts(value):
             for name, part in parts_of(".".join(map(str, path)), value).items():
                 _enter(out, (*path, name), part)
             continue
@@ -58,7 +58,7 @@ def _enter(out: dict[str, StateEntry], path: tuple[Any, ...], value: Any) -> Non
         out[key] = StateEntry(path, None, value)
 
 
-def _is_in_parts(tensor: torch.Tensor) -> bool:
+def is_in_parts(tensor: torch.Tensor) -> bool:
     """Whether it is one of torchao's quantised optimizer states, a tensor subclass that is made of plain tensors."""
     kind = type(local_tensor(tensor))
     return kind.__module__.startswith("torchao.optim.") and hasattr(kind, "__tensor_flatten__")

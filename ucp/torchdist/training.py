@@ -39,6 +39,7 @@ from ucp.torchdist.optimizers import (
     listed,
     names_without_states,
     set_states,
+    state_by_flat_name,
     state_dict_of,
     tensors_now,
     to_save,
@@ -290,7 +291,10 @@ class TrainingTarget(StateDictTarget):
         """What the model and the optimizers themselves have now, since torch's functions may have given them copies."""
         if self._now is None:
             self._now = tensors_now(self._live.model, self._live.optimizer, self._state_dict)
-        found = self._now.get((self.slots[key].members[0].name, state))
+        name = self.slots[key].members[0].name
+        found = self._now.get((name, state))
+        if found is None and name.startswith(f"{OPTIMIZER}.state."):
+            found = state_by_flat_name(self._now, name.removeprefix(f"{OPTIMIZER}.state."))
         return local_tensor(found) if isinstance(found, torch.Tensor) else None
 
     def apply(self, loaded: Loaded) -> None:
