@@ -33,7 +33,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Found:
+class _QuantisedState:
     """A quantised state: whose it is, what it is called, and the names of the tensors that it is kept as."""
 
     name: str
@@ -69,18 +69,18 @@ def dequantised(build: Build) -> list[str]:
     ]
 
 
-def _quantised(name: str) -> _Found | None:
+def _quantised(name: str) -> _QuantisedState | None:
     if match := _OF_BITSANDBYTES.fullmatch(name):
         base, number = name[:-1].removesuffix("state"), name[-1]
         state = _STATES[match["state"]]
-        return _Found(match["name"], state, name, f"{base}qmap{number}", f"{base}absmax{number}", _BLOCK)
+        return _QuantisedState(match["name"], state, name, f"{base}qmap{number}", f"{base}absmax{number}", _BLOCK)
     if match := _OF_TORCHAO.fullmatch(name):
         base = name.removesuffix("codes")
-        return _Found(match["name"], match["state"], name, f"{base}qmap", f"{base}scale", None)
+        return _QuantisedState(match["name"], match["state"], name, f"{base}qmap", f"{base}scale", None)
     return None
 
 
-def _state(build: Build, one: _Found) -> LogicalTensor:
+def _state(build: Build, one: _QuantisedState) -> LogicalTensor:
     shape = build.catalog.parameters[one.name].shape
     codes, qmap, absmax = (build.catalog.tensors.get((n, PARAM)) for n in (one.codes, one.qmap, one.absmax))
     if codes is not None and qmap is None and (codes.dtype, codes.shape) == ("float32", shape):
