@@ -9,9 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 import ucp.deepspeed
-from tests.engines import pipe_runs, tp_runs
+from tests.engines import moe, pipe_runs, tp_runs
 from tests.engines.models import GLOBAL_BATCH
+from tests.engines.moe import MoeCase
 from tests.engines.pipe_runs import PipeCase
+from tests.engines.resume import continue_training
 from tests.engines.tp_runs import TpCase
 
 LENGTH = 1000
@@ -28,10 +30,15 @@ class Drawn:
     warnings: tuple[str, ...]
 
 
-def run(case: TpCase | PipeCase, folder: str, steps: int, load: bool, stock: bool = False) -> Drawn:
+def run(case: TpCase | PipeCase | MoeCase, folder: str, steps: int, load: bool, stock: bool = False) -> Drawn:
     """Load, if there is something, train some steps, save. stock: by DeepSpeed alone."""
+    section = None if stock else {"save": {"async": False}}
     module: Any = tp_runs if isinstance(case, TpCase) else pipe_runs
-    engine = module.build_engine(case, None if stock else {"save": {"async": False}})
+    if isinstance(case, MoeCase):
+        how = ("deepspeed:initialize",) if stock else (moe.INITIALIZE, {"ucp": {"enabled": True, **(section or {})}})
+        engine = moe.build_engine(case, *how)
+    else:
+        engine = module.build_engine(case, section)
     warnings: list[str] = []
     if load:
         handler = logging.Handler(logging.WARNING)
@@ -52,6 +59,9 @@ def run(case: TpCase | PipeCase, folder: str, steps: int, load: bool, stock: boo
         ucp.deepspeed.GlobalOrder(LENGTH, micro, rank=part, world=case.case.dp, seen=begun, seed=1, shuffle=False)
     )
     numbers = [next(order) for _ in range(steps * case.case.accumulation * micro)]
-    module.continue_training(engine, case, 0, steps)
+    if isinstance(case, MoeCase):
+        continue_training(engine, case.case, 0, steps)
+    else:
+        module.continue_training(engine, case, 0, steps)
     engine.save_checkpoint(folder, f"global_step{engine.global_steps}")
     return Drawn((begun, seen()), tuple(numbers), part, tuple(warnings))

@@ -10,8 +10,10 @@ import pytest
 import ucp
 from tests.deepspeed import sample_jobs
 from tests.deepspeed.sample_jobs import Drawn
+from tests.engines import moe
 from tests.engines.configs import Case
 from tests.engines.models import GLOBAL_BATCH
+from tests.engines.moe import MoeCase
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.tp_runs import PRELOAD, TpCase
@@ -22,21 +24,28 @@ LLAMA = TpCase(case=Case(stage=1, dp=1))  # two ranks of AutoTP
 GPT = TpCase("megatron", case=Case(stage=1, dp=1))
 ULYSSES = TpCase("megatron", tp=1, sp=2, case=Case(stage=1, dp=2))
 PIPE = PipeCase(case=Case(stage=1, dp=1, accumulation=2))
+EXPERTS = MoeCase(Case(stage=1, dp=4), ep=2)  # expert parallelism divides the data-parallel ranks and adds none
 STEPS = 2
 
 
-def run(ranks: RankPool, case: TpCase | PipeCase, folder: Path, load: bool, stock: bool = False) -> list[Drawn]:
+AnyCase = TpCase | PipeCase | MoeCase
+
+
+def run(ranks: RankPool, case: AnyCase, folder: Path, load: bool, stock: bool = False) -> list[Drawn]:
     args = (case, str(folder), STEPS, load, stock)
-    found = ranks.run(sample_jobs.run, *args, world_size=case.world_size, preload=PRELOAD)
+    modules = moe.preload(case, ours=True) if isinstance(case, MoeCase) else PRELOAD
+    world = case.case.dp if isinstance(case, MoeCase) else case.world_size
+    found = ranks.run(sample_jobs.run, *args, world_size=world, preload=modules)
     return list({drawn.part: drawn for drawn in found}.values())
 
 
-CHAINS = {
+CHAINS: dict[str, list[AnyCase]] = {
     "tp": [LLAMA, LLAMA.but(tp=1, dp=2, stage=3), LLAMA.but(dp=2, stage=1), LLAMA.but(tp=4)],
     "accumulation": [LLAMA.but(accumulation=2), LLAMA.but(tp=1, dp=3)],
     "megatron": [GPT, GPT.but(tp=1, dp=2), GPT.but(dp=2, stage=2)],
     "sp": [ULYSSES, ULYSSES.but(sp=1, dp=3, stage=3), ULYSSES.but(dp=1), GPT],
     "pp": [PIPE, PIPE.but(pp=1, dp=2), PIPE.but(dp=2)],
+    "ep": [EXPERTS, MoeCase(Case(stage=2, dp=4), ep=4), MoeCase(Case(stage=1, dp=2), ep=1), EXPERTS],
 }
 
 
@@ -53,7 +62,8 @@ def test_every_sample_once(ranks: RankPool, tmp_path: Path, chain: str, stock: b
         before, seen = seen, seen + len(numbers)
         assert len(numbers) == STEPS * GLOBAL_BATCH * case.case.accumulation
         if stock and k == 0:
-            assert isinstance(case, PipeCase) or case.kind != "autotp" or found[0].seen[1] == seen * case.tp
+            times = case.tp if isinstance(case, TpCase) and case.kind == "autotp" else 1
+            assert times == 1 or found[0].seen[1] == seen * times
         else:
             assert {drawn.seen for drawn in found} == {(before, seen)}
         changed = k > 0 and case.case.accumulation != CHAINS[chain][k - 1].case.accumulation
