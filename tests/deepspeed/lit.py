@@ -6,6 +6,7 @@ Lightning's strategy asks for GPUs; for the tests on a CPU, one processor passes
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def main(chosen: Options) -> None:
         deepspeed._validate_device_index_selection = lambda devices: None
         DeepSpeedStrategy.root_device = torch.device("cpu", 0)  # type: ignore[assignment,method-assign]
     pl.seed_everything(0)
+    known = inspect.signature(DeepSpeedStrategy.__init__).parameters  # Lightning 2.4 saves the frozen ones, too
+    without_frozen = {name: chosen.lora for name in ("exclude_frozen_parameters",) if name in known}
     config = {
         "train_micro_batch_size_per_gpu": BATCH // chosen.ranks,
         "zero_optimization": zero(chosen.stage),
@@ -77,7 +80,7 @@ def main(chosen: Options) -> None:
     trainer = pl.Trainer(
         accelerator="gpu" if ON_GPU else "cpu",
         devices=chosen.ranks,
-        strategy=DeepSpeedStrategy(config=config, exclude_frozen_parameters=chosen.lora),
+        strategy=DeepSpeedStrategy(config=config, **without_frozen),
         precision="bf16-mixed" if chosen.bf16 else "32-true",
         max_epochs=chosen.steps // 2,
         callbacks=[

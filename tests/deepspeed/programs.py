@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests import startup
+from tests.engines import releases
 
 if TYPE_CHECKING:
     from tests.engines.pool import Outcome, RankPool
@@ -111,6 +112,7 @@ def alone(program: str) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {
+        **releases.environment(),
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",

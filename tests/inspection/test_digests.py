@@ -136,7 +136,7 @@ def test_an_interrupted_conversion_records_them_too(tmp_path: Path, monkeypatch:
 def test_virtual_checkpoints_of_formats_without_any_record_them(tmp_path: Path) -> None:
     """So that a load through them is proved, and later damage of the tensors is found, too."""
     state = {"model": {"w": torch.randn(70, 9), "half": torch.randn(5).bfloat16()}}
-    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "dcp")
     ucp.convert(tmp_path / "dcp", tmp_path / "plain", virtual=True)
     ucp.convert(tmp_path / "dcp", tmp_path / "digested", virtual=True, digests=True)
     for name, recorded in (("plain", False), ("digested", True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import ucp
+from ucp.errors import DamagedCheckpoint, Unsupported
 
 OLDER = sorted(p.parent for p in Path(__file__).parent.glob("older/*/truth.safetensors"))
 
@@ -37,3 +39,32 @@ def test_every_tensor_is_the_engines(folder: Path) -> None:
         assert (state.global_steps, state.global_samples, state.dp_world_size) == (3, 6 * ranks, ranks)
         assert [g.options["weight_decay"] for g in state.param_groups if g.options][:2] == [0.1, 0.0]
         assert state.client_state == {"note": "older"}
+
+
+@pytest.mark.parametrize("name", ["0.15.4-z1-bf16", "0.15.4-z2-fp16"])
+def test_experts_files_without_an_optimizer_do_not_make_it_stage_0(tmp_path: Path, name: str) -> None:
+    """As releases before 0.18 leave them for models with experts, at every stage."""
+    source = next(folder for folder in OLDER if folder.name == name)
+    shutil.copytree(source, tmp_path / "run")
+    beside = tmp_path / "run/global_step3/expp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer": None}, beside)
+    truth = load_file(source / "truth.safetensors")
+    with ucp.open(tmp_path / "run") as checkpoint:
+        assert checkpoint.layout.zero == int(name[8])
+        assert torch.equal(checkpoint.read("up.weight", "exp_avg"), truth["up.weight|exp_avg"])
+    torch.save({"optimizer": {"state": {}, "param_groups": []}}, beside)
+    with pytest.raises(DamagedCheckpoint, match="files of two checkpoints are mixed"):
+        ucp.open(tmp_path / "run")
+
+
+def test_optimizer_files_whose_parameters_nothing_names_are_refused(tmp_path: Path) -> None:
+    """As DeepSpeed 0.16 saves models with experts; their weights alone would be half of the checkpoint."""
+    shutil.copytree(next(folder for folder in OLDER if folder.name == "0.15.4-z1-bf16"), tmp_path / "run")
+    path = tmp_path / "run/global_step3/mp_rank_00_model_states.pt"
+    model = torch.load(path, weights_only=False)
+    del model["param_shapes"]
+    torch.save(model, path)
+    with pytest.raises(
+        Unsupported, match="has no 'param_shapes', which say what ZeRO's optimizer files beside it hold"
+    ):
+        ucp.open(tmp_path / "run")

@@ -131,7 +131,7 @@ class Sorted:
             self.optim.get(mp, {}),
             self.prefixes == {True},
             self.experts.get(mp, {}),
-            self.expert_optim.get(mp, {}),
+            {} if mp in self.optim else self.expert_optim.get(mp, {}),
         )
 
 
@@ -166,6 +166,14 @@ def _check(path: Path, found: Sorted) -> None:
             f"{path}: holds both '{found.whole[min(found.whole)].name}' (stages 0 to 2) and "
             f"'{some[min(some)].name}' (stage 3); files of two checkpoints are mixed"
         )
+    for mp in found.optim.keys() & found.expert_optim.keys():
+        # Up to 0.17 at least, stages with ZeRO leave these files, too, with nothing in them.
+        for file in found.expert_optim[mp].values():
+            if load(file, trust=None).get("optimizer") is not None:
+                raise DamagedCheckpoint(
+                    f"{path}: holds both '{file.name}' with an optimizer (stage 0) and ZeRO's optimizer files; files "
+                    "of two checkpoints are mixed"
+                )
     if len(found.prefixes) > 1:
         raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
     if not found.whole and not found.parts:

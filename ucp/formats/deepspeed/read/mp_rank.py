@@ -72,6 +72,7 @@ def _read_part(
     path, model = folder.path, models[0]
     dp = int(model.need("dp_world_size"))
     _refuse_unsupported(model)
+    _refuse_nameless(folder, model)
     if folder.partitioned_model:
         check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
         same_save.check_models({m.path: m.raw for m in models.values()})
@@ -121,6 +122,16 @@ def _read_part(
     experts.enter_frozen(builder)
     state = training_state(model, groups, first_state, dp)
     return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+
+
+def _refuse_nameless(folder: Folder, model: ModelFile) -> None:
+    """Raise Unsupported for ZeRO's optimizer files beside a model file that does not name what they hold."""
+    if folder.optim and model.raw.get("param_shapes") is None:
+        raise Unsupported(
+            f"{model.path}: has no 'param_shapes', which say what ZeRO's optimizer files beside it hold, as DeepSpeed "
+            "0.16 and before save models with experts; load it with that DeepSpeed, and save it with a newer one or "
+            "through ucp.deepspeed"
+        )
 
 
 def _optimizer_states(
