@@ -44,9 +44,10 @@ def test_torchao_under_fsdp2_on_other_ranks(ranks: RankPool, tmp_path: Path, kin
 def test_cuts_inside_blocks_are_refused_with_the_boundary(ranks: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     ranks.run(quantised_jobs.saved, "AdamW8bit", str(tmp_path / "saved"), 1, world_size=1)
-    said, _ = ranks.run(quantised_jobs.resumed, "AdamW8bit", str(tmp_path / "saved"), 3, world_size=3)[0]
-    assert "blocks" in said
-    assert "256" in said
+    found = ranks.run(quantised_jobs.resumed, "AdamW8bit", str(tmp_path / "saved"), 3, world_size=3)
+    # torchao itself quantises on those ranks alone whose piece is whole blocks, so ranks refuse in their own words.
+    assert all(isinstance(said, str) for said, _ in found)
+    assert any("blocks of 256 elements" in said and "unequal rows" in said for said, _ in found)
 
 
 def eight_bits() -> tuple[nn.Module, torch.optim.Optimizer]:

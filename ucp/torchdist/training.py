@@ -222,8 +222,8 @@ def load_training(
 
     try:
         report = fill(state_dict, made, True)
-    except Mismatch:
-        if not made:
+    except Exception as error:  # ranks may fail in different ways, so they agree on a second try
+        if not made or not all(ranks.distinct(isinstance(error, Mismatch))[0]):
             raise
         report = fill(*state_dict_of(model, optimizer), False)
     tell(report, metrics)
