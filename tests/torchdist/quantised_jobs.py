@@ -40,6 +40,7 @@ def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch
             names = local.__tensor_flatten__()[0] if hasattr(local, "codes") else [""]
             for part in names:
                 own = getattr(local, part) if part else local
+                own = own.view(torch.uint8) if own.dtype == torch.float8_e4m3fn else own  # which pickle does not carry
                 pieces: list[Any] = [None] * torch.distributed.get_world_size()
                 torch.distributed.all_gather_object(pieces, own.detach().clone())
                 alone = own.dim() == 0 or part == "qmap"
