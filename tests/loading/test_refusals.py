@@ -204,3 +204,21 @@ def test_a_scheduler_that_is_missing_says_which_rate_stays(tmp_path: Path, caplo
     ucp.load_training(tmp_path / "saved", model=model, optimizer=optimizer)
     assert "scheduler's state is not used: none was passed, so the learning rate stays at 0.0005" in caplog.text
     assert optimizer.param_groups[0]["lr"] == 0.0005
+
+
+def test_weights_alone_do_not_pass_for_a_training_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An optimizer that is given is restored or refused; where that is allowed it stays as it is."""
+    model, _ = adams()
+    ucp.save({"model": model.state_dict()}, tmp_path / "weights")
+    other, live = adams()
+    before = {name: value.clone() for name, value in live.state[other[0].weight].items()}
+    with pytest.raises(
+        Mismatch, match="it has weights alone, and an optimizer would stay as it is; leave optimizer= out"
+    ):
+        ucp.load_training(tmp_path / "weights", model=other, optimizer=live)
+    assert not torch.equal(other[0].weight, model[0].weight)
+    ucp.load_training(tmp_path / "weights", model=other, optimizer=live, allow_missing=["*:*"])
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert all(torch.equal(value, live.state[other[0].weight][name]) for name, value in before.items())
+    assert "it has weights alone, so the optimizer stays as it is" in caplog.text
+    ucp.load_training(tmp_path / "weights", model=other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -201,6 +201,7 @@ def load_training(
         As for `save_training`.
     allow_missing, allow_unused
         Patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
+        Of a checkpoint of weights alone, ``"*:*"`` leaves the optimizer as it is.
 
     Raises as `load` does.
     """
@@ -211,6 +212,9 @@ def load_training(
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening)
     catalog = changed.catalog
+    if listed(optimizer) and ranks.all_or_none(lambda: _weights_alone(where, catalog, allow_missing)):
+        optimizer, live = (), replace(live, optimizer=())
+        state_dict, made = state_dict_of(model, optimizer, blank=True)
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
     unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
@@ -360,6 +364,21 @@ def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
         trained = id(param) in updated if updated else param.requires_grad
         out[bare(name)] = "parameter" if trained else "frozen"
     return out
+
+
+def _weights_alone(where: str, catalog: Catalog, allow_missing: Sequence[str]) -> bool:
+    """Whether the checkpoint knows no optimizer, as is allowed, so that the live one stays as it is; else Mismatch."""
+    states = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
+    if states or catalog.training_state.param_groups:
+        return False
+    if "*:*" not in allow_missing:
+        raise Mismatch(
+            f"{where}: nothing was loaded: it has weights alone, and an optimizer would stay as it is; leave "
+            "optimizer= out to load the weights alone, or say so: allow_missing=['*:*']"
+        )
+    if ranks.rank() == 0:
+        log.warning("%s: it has weights alone, so the optimizer stays as it is", where)
+    return True
 
 
 def _check(where: str, state: TrainingState, live: TrainingParts) -> Any:
