@@ -70,7 +70,7 @@ def shards(run: Path) -> None:
     for rank, rows in enumerate((3, 2)):
         tensors = {"w": torch.full((rows, 4), float(rank)), f"own.{rank}": torch.ones(2)}
         places = {"w": {"saved_offsets": [3 * rank, 0]}, f"own.{rank}": {"saved_offsets": [0]}}
-        metadata = {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(places)}  # one entry: safetensors writes several in any order
         save_file(tensors, run / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata)
 
 

@@ -249,7 +249,7 @@ def test_a_native_checkpoint_converts(native: Path, tmp_path: Path) -> None:
     done = call(native, tmp_path / "other", "--to", "deepspeed", "--layout", "dp=3,zero=2", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["target_layout"] == "dp=3,zero=2"
-    assert {p.name for p in (tmp_path / "other").iterdir()} == {"latest", "global_step3"}
+    assert {p.name for p in (tmp_path / "other").iterdir()} == {"latest", "global_step3", "zero_to_fp32.py"}
 
 
 @pytest.mark.slow
