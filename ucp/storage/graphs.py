@@ -24,6 +24,8 @@ _MOST = 1 << 62
 HEAVY = 1024
 """Bytes from which on a text or an array counts as shared, as a container does."""
 _TEXTS = (str, bytes, bytearray)
+_ITERABLE = frozenset((list, tuple, set, frozenset, deque, Size))
+_SMALL = frozenset((int, float, bool, type(None)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ def measure(value: Any) -> Measure:
         frame = frames[-1]
         for child in frame[1]:
             kind = type(child)
+            if kind in _SMALL:  # most values are, and need no further calls
+                folded += _POINTER
+                frame[3] += _POINTER
+                continue
             inner = _children(child, kind)
             if inner is None:
                 own, spread = _bytes_of(child, kind)
@@ -110,7 +116,7 @@ def check(path: str, value: Any, spread: Any = None) -> None:
             raise Unsupported(
                 f"{path}: its values are nested {found.depth} deep, and {limits.NESTING} is the most that is read"
             )
-        if spread is not None:
+        if spread is not None and found.unfolded > limits.metadata_bytes(0):  # a part of little is little
             found = measure(spread)
     except ContainsItselfError as error:
         raise Unsupported(f"{path}: {error}, which cannot be read") from error
@@ -123,8 +129,10 @@ def check(path: str, value: Any, spread: Any = None) -> None:
 
 def _children(value: Any, kind: type) -> Iterator[Any] | None:
     """What a container holds; None for a value that is not a container."""
-    if kind in (list, tuple, set, frozenset, deque, Size):
+    if kind in _ITERABLE:
         return iter(value)
+    if kind is str:
+        return None
     if isinstance(value, dict):
         hung = getattr(value, "__dict__", None)
         return chain(value, value.values(), hung.values() if hung else ())

@@ -137,7 +137,6 @@ _pusher(b"J", lambda self: int.from_bytes(self.read(4), "little", signed=True)) 
 _pusher(b"\x8a", lambda self: self.long(self.uint(1)))  # LONG1
 _pusher(b"\x8b", lambda self: self.long(self.uint(4)))  # LONG4
 _pusher(b"G", lambda self: struct.unpack(">d", self.read(8))[0])  # BINFLOAT
-_pusher(b"X", lambda self: self.read(self.uint(4)).decode("utf-8", "surrogatepass"))  # BINUNICODE
 _pusher(b"\x8d", lambda self: self.read(self.uint(8)).decode("utf-8", "surrogatepass"))  # BINUNICODE8
 _pusher(b"T", lambda self: self.read(self.uint(4)).decode("utf-8"))  # BINSTRING, written by Python 2
 _pusher(b"U", lambda self: self.read(self.uint(1)).decode("utf-8"))  # SHORT_BINSTRING, written by Python 2
@@ -199,6 +198,22 @@ def _get4(self: Machine) -> None:
     self.stack.append(self.memo[int.from_bytes(self.stream_read(4), "little")])
 
 
+@_opcode(b"q")  # BINPUT
+def _put1(self: Machine) -> None:
+    item = self.stack[-1]
+    if item is MARK:
+        raise ValueError("a mark where a value belongs")
+    self.memo[self.stream_read(1)[0]] = item
+
+
+@_opcode(b"r")  # LONG_BINPUT
+def _put4(self: Machine) -> None:
+    item = self.stack[-1]
+    if item is MARK:
+        raise ValueError("a mark where a value belongs")
+    self.memo[int.from_bytes(self.stream_read(4), "little")] = item
+
+
 @_opcode(b"\x94")  # MEMOIZE
 def _memoize(self: Machine) -> None:
     item = self.stack[-1]
@@ -242,6 +257,12 @@ def _short_text(self: Machine) -> None:
     self.stack.append(raw.decode("utf-8", "surrogatepass"))
 
 
+@_opcode(b"X")  # BINUNICODE
+def _text(self: Machine) -> None:
+    count = int.from_bytes(self.stream_read(4), "little")
+    self.stack.append(self.read(count).decode("utf-8", "surrogatepass"))
+
+
 @_opcode(b"\x80")  # PROTO
 def _protocol(self: Machine) -> None:
     version = self.uint(1)
@@ -271,9 +292,13 @@ def _discard_to_mark(self: Machine) -> None:
 
 @_opcode(b"\x86")  # TUPLE2
 def _tuple2(self: Machine) -> None:
-    second = self.pop()
+    stack = self.stack
+    second = stack.pop()
+    first = stack[-1]
+    if first is MARK or second is MARK:
+        raise ValueError("a mark where a value belongs")
     self.spent += 56
-    self.stack.append((self.pop(), second))
+    stack[-1] = (first, second)
 
 
 @_opcode(b"\x87")  # TUPLE3
@@ -325,16 +350,6 @@ def _add_items(self: Machine) -> None:
         raise TypeError(f"items are added to a {type(target).__name__}")
     self.spent += ITEM_BYTES * len(items)
     target.update(allowlist.checked_keys(items))
-
-
-@_opcode(b"q")  # BINPUT
-def _put1(self: Machine) -> None:
-    self.memo[self.uint(1)] = self.top()
-
-
-@_opcode(b"r")  # LONG_BINPUT
-def _put4(self: Machine) -> None:
-    self.memo[self.uint(4)] = self.top()
 
 
 @_opcode(b"c")  # GLOBAL
