@@ -86,6 +86,8 @@ ZIP_EXTRA_BYTES = 128
 
 # Files of at least this size are written back while the work goes on. For smaller ones the call is not worth it.
 WRITEBACK_FILE_BYTES = 32 * MIB
+# A rank's processors from which on the writer's copies into the page cache take nothing from training.
+CACHED_SAVE_PROCESSORS_COUNT = 4
 # Threads of a conversion in addition to one for each processor: so many wait for the device while the others digest.
 WAITING_WRITERS_COUNT = 1
 # The size of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
@@ -295,6 +297,22 @@ def processors() -> int:
     return max(1, math.ceil(min(here, _quota())))
 
 
+def ranks_here() -> int:
+    """How many ranks run on this machine, as the launcher says."""
+    try:
+        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
+    except ValueError:
+        return 1
+
+
+AFFINE_PIECES_COUNT = 1 << 16
+"""Pieces of one parameter's affine map."""
+AFFINE_COMPARED_COUNT = 1 << 22
+"""Pairs of pieces that are compared where ranks divide what they hold in common differently."""
+TENSOR_ELEMENTS = 1 << 62
+"""More elements than any tensor has; their number still fits into 64 bits."""
+
+
 @functools.cache
 def _quota() -> float:
     """The processor time that this process's control groups allow, in processors."""
@@ -339,11 +357,3 @@ def _limit_of(folder: Path, first_version: bool) -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         return math.inf
-
-
-AFFINE_PIECES_COUNT = 1 << 16
-"""Pieces of one parameter's affine map."""
-AFFINE_COMPARED_COUNT = 1 << 22
-"""Pairs of pieces that are compared where ranks divide what they hold in common differently."""
-TENSOR_ELEMENTS = 1 << 62
-"""More elements than any tensor has; their number still fits into 64 bits."""

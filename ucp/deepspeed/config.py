@@ -28,6 +28,7 @@ from ucp.loading.proof import ALWAYS, FULL
 from ucp.memory.options import Options, nbytes
 from ucp.printable import logger
 from ucp.saving.background import POLICIES
+from ucp.saving.share import CACHES
 from ucp.spec.select import Choice, choose
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ _Prove = _one_of(True, False, FULL, ALWAYS, text=f'true, false, "{FULL}" or "{AL
 _Group = PlainValidator(_group)
 _Format = _one_of(*FORMATS, text=f"one of {', '.join(FORMATS)}")
 _Policy = _one_of(*POLICIES, text=f"one of {', '.join(POLICIES)}")
+_Cache = _one_of(*CACHES, text=f"one of {', '.join(CACHES)}")
 _Patterns = Annotated[tuple[str, ...], Field(strict=False, description="a list of name patterns")]
 _Number = Annotated[int, Field(ge=1)]
 
@@ -162,6 +164,7 @@ class SaveSection(_Section):
     - background: save while training goes on. In a config the key is ``async``.
     - memory: how many bytes of host memory a rank's copies for that may take, or a size such as "16GiB".
     - policy: 'wait' for a save under way before the next one, or 'skip' the next one.
+    - cache: 'keep' what is written in the page cache for the next load, 'bypass' it, or 'auto' for what fits.
     - timeout: how many seconds the first rank waits for the others' files.
     - gradient_norms: measure each layer's gradient every so many steps, for `ucp.repair`. None: never.
     - keep_last: how many of the newest checkpoints stay. None: all.
@@ -172,6 +175,7 @@ class SaveSection(_Section):
     background: bool = Field(default=True, alias="async")
     memory: _Bytes = limits.STAGING_BYTES
     policy: Annotated[str, _Policy] = POLICIES[0]
+    cache: Annotated[str, _Cache] = CACHES[0]
     timeout: Annotated[float, Field(gt=0)] = limits.SAVE_TIMEOUT_SECONDS
     gradient_norms: _Steps = None
     keep_last: _Steps = None

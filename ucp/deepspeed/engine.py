@@ -69,7 +69,8 @@ class EngineUcp:
         self.last_save: SaveReport | None = None
         self.saver: Saver | None = None
         if config.save.format == "universal" and config.save.background:
-            self.saver = Saver(self.saved, memory=config.save.memory, policy=config.save.policy)
+            save = config.save
+            self.saver = Saver(self.saved, memory=save.memory, policy=save.policy, cache=save.cache)
             live = LiveEngine(engine)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 

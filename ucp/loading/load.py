@@ -26,7 +26,7 @@ from ucp.loading import exchange, proof, strategy, tied
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import Entry, LoadPlan, Wish, plan
 from ucp.loading.proof import Proof
-from ucp.loading.read import RankReads, hold, ranks_here, reading_threads, sample
+from ucp.loading.read import RankReads, hold, reading_threads, sample
 from ucp.loading.target import Loaded, Target
 from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
@@ -222,7 +222,7 @@ def _checked(how: _How, share: RankReads, files: Files) -> _Ready:
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
         wanted = checking.used(share.copies)
         compared = checking.comparable(reader, wanted)
-        found = strategy.facts(reader, wanted, compared, share.held, how.memory, ranks_here())
+        found = strategy.facts(reader, wanted, compared, share.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(reader, files, wanted)
         return compared, strategy.with_costs(found, reader, compared, how.threads), marks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -131,12 +130,4 @@ def sample(reader: Reader, wants: list[Want], buffer: Bytes, threads: int) -> in
 def reading_threads() -> int:
     """How many threads this process reads with: the processors that it may use, divided by the ranks on the machine. At
     most `limits.LOAD_THREADS_MAX_COUNT`, and at least 2, so that one goes on while another waits for a disk."""
-    return max(2, min(limits.LOAD_THREADS_MAX_COUNT, limits.processors() // ranks_here()))
-
-
-def ranks_here() -> int:
-    """How many ranks run on this machine, as the launcher says."""
-    try:
-        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
-    except ValueError:
-        return 1
+    return max(2, min(limits.LOAD_THREADS_MAX_COUNT, limits.processors() // limits.ranks_here()))

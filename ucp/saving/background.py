@@ -35,6 +35,7 @@ from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.retention import Keep
 from ucp.saving.save import SaveReport, prepare
+from ucp.saving.share import AUTO
 from ucp.saving.source import Source
 from ucp.saving.staging import Copying, Pool
 from ucp.saving.writer import Share, WriteJob, WriterLost, WriterProcess
@@ -51,7 +52,8 @@ class Saver:
 
     done: called, in the background, with the report of every finished save. memory: at most how many bytes of host
     memory the copies take. pool: a pool to use instead of one of this process's own with that bound. policy: what to do
-    with a save while another is under way: 'wait' for the other, or 'skip' this one with a warning.
+    with a save while another is under way: 'wait' for the other, or 'skip' this one with a warning. cache: whether what
+    is written stays in the page cache (`ucp.saving.share.CACHES`).
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class Saver:
         *,
         memory: int = limits.STAGING_BYTES,
         policy: str = "wait",
+        cache: str = AUTO,
         pool: Pool | None = None,
     ) -> None:
         self._done = done
         self._pool = pool or Pool(memory)
         self._policy = policy
+        self._cache = cache
         self._writer: WriterProcess | None = None
         self._thread: threading.Thread | None = None
         self._copying: Copying | None = None
@@ -137,7 +141,9 @@ class Saver:
                 lambda: commit.begin(folder, tag, ranks.world_size(), latest=latest, keep=keep, process=self.writer)
             )
         pool = self._pool
-        job = WriteJob(session, ranks.rank(), share, pool.nbytes, pool.window, timeout, dict(os.environ), copying.lease)
+        here = dict(os.environ)
+        rank, lease = ranks.rank(), copying.lease
+        job = WriteJob(session, rank, share, pool.nbytes, pool.window, timeout, here, lease, self._cache)
         # Not before the ranks have agreed, since what they send each other by a device would wait behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +24,15 @@ from ucp.storage import disk, locations, safetensors
 from ucp.storage.digests import CHUNK, ChunkDigests, digest_chunks
 from ucp.storage.dtypes import itemsize
 from ucp.storage.kept.files import Lease, of_run
-from ucp.storage.writeback import write_at, write_past_cache
+from ucp.storage.page_cache import has_room
+from ucp.storage.writeback import write_at, write_cached, write_past_cache
 
 if TYPE_CHECKING:
     import torch
+
+AUTO, KEEP, BYPASS = "auto", "keep", "bypass"
+CACHES = (AUTO, KEEP, BYPASS)
+"""Whether large files stay in the page cache: where there is room and processors to spare, always, or never."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +138,19 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], size: int, watch
     return write_windows(path, _windows(parts), size, watch)
 
 
-def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch) -> ChunkDigests:
+def write_windows(
+    path: Path, windows: Iterable[tuple[int, memoryview]], size: int, watch: Stopwatch, cache: str = AUTO
+) -> ChunkDigests:
     """As `write_file`, but from (offset, bytes) pairs: ascending, without gaps, each at a multiple of the digests'
     chunk.
 
-    Large files are written past the page cache, since training needs it more. This is possible with aligned memory.
+    cache: one of `CACHES`. Large files are written past the page cache, if their memory is aligned, where training
+    needs it more; else they stay there for who is likeliest to read them, a restart.
     """
     if locations.is_remote(path):
         return _upload(path, windows, size, watch)
     table = bytearray()
+    put = _way(cache, size)
     try:
         fd = disk.open_to_write(path)
         try:
@@ -149,7 +158,7 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
                 with watch.of("digest"):
                     table += digest_chunks(window)
                 with watch.of("write"):
-                    (write_past_cache if size >= limits.WRITEBACK_FILE_BYTES else write_at)(fd, window, at)
+                    put(fd, window, at)
             written = os.fstat(fd).st_size
             if written != size:
                 raise BadArgument(f"{path}: {written} bytes were written where {size} are planned")
@@ -165,6 +174,15 @@ def write_windows(path: Path, windows: Iterable[tuple[int, memoryview]], size: i
             raise DestinationError(f"{path}: the file system became full while {size} bytes were written") from error
         raise DestinationError(f"{path}: cannot be written: {error.strerror or error}") from error
     return ChunkDigests(size, bytes(table))
+
+
+def _way(cache: str, size: int) -> Callable[[int, memoryview, int], None]:
+    """How a file of so many bytes is written."""
+    if size < limits.WRITEBACK_FILE_BYTES:
+        return write_at
+    spare = limits.processors() >= limits.CACHED_SAVE_PROCESSORS_COUNT * limits.ranks_here()
+    keep = cache == KEEP or (cache == AUTO and spare and has_room(size))
+    return write_cached if keep else write_past_cache
 
 
 def place_windows(

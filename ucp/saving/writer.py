@@ -46,7 +46,7 @@ from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.adding import Adding
 from ucp.saving.commit import Session
-from ucp.saving.share import place_windows, write_file, write_windows
+from ucp.saving.share import AUTO, place_windows, write_file, write_windows
 from ucp.storage.kept.files import Lease, of_run
 
 log = logger(__name__)
@@ -73,7 +73,7 @@ class WriteJob:
     """One rank's part in one save. capacity: bytes of the shared memory, which the file passes through as through a
     ring. window: bytes handled at once. timeout: how many seconds the first rank waits for the others. environment: the
     variables that are set by now, which may configure remote file systems. lease: a keeper's memory, if the file is
-    filled in there, and stays there."""
+    filled in there, and stays there. cache: as for `write_windows`."""
 
     session: Session
     rank: int
@@ -83,6 +83,7 @@ class WriteJob:
     timeout: float
     environment: Mapping[str, str] = field(default_factory=dict)
     lease: Lease | None = None
+    cache: str = AUTO
 
 
 class WriterLost(SaveFailed):
@@ -96,11 +97,12 @@ def write(
     windows: Iterator[tuple[int, memoryview]],
     watch: Stopwatch,
     lease: Lease | None = None,
+    cache: str = AUTO,
 ) -> None:
     """Write this rank's files and leave its receipt. Does not communicate. Raises DestinationError.
 
-    windows: the bytes of the tensors' file, as for `write_windows`. lease: the memory in which they lie, if that
-    becomes the file.
+    windows, cache: of the tensors' file, as for `write_windows`. lease: the memory in which they lie, if that becomes
+    the file.
     """
     adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
     path = session.path(share.name)
@@ -109,7 +111,7 @@ def write(
         if lease is not None:
             digests = {share.name: place_windows(path, passing, lease, watch)}
         else:
-            digests = {share.name: write_windows(path, passing, share.size, watch)}
+            digests = {share.name: write_windows(path, passing, share.size, watch, cache)}
     if share.extra is not None:
         name, raw = share.extra
         digests[name] = write_file(session.path(name), raw, sum(map(len, raw)), watch)
@@ -250,7 +252,7 @@ def _perform(job: WriteJob, windows: Iterator[tuple[int, memoryview]], watch: St
     """Write. The first rank then publishes, and returns how many bytes all files have. The others wait for that."""
     os.environ.update(job.environment)
     try:
-        write(job.session, job.rank, job.share, windows, watch, job.lease)
+        write(job.session, job.rank, job.share, windows, watch, job.lease, job.cache)
     except Exception as error:
         if job.rank == 0:
             commit.condemn(job.session, error)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ucp import limits
+
 CACHESTAT = 451
 """The system call's number, the same on every kind of processor."""
 
@@ -72,6 +74,12 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     found = [_meminfo(root / "proc/meminfo"), _of_group(root / "sys/fs/cgroup", root / "proc/self/cgroup")]
     known = [value for value in found if value is not None]
     return min(known) if known else None
+
+
+def has_room(nbytes: int) -> bool:
+    """Whether the page cache would keep so many more bytes of each rank on this machine."""
+    available = available_bytes()
+    return available is not None and nbytes * limits.ranks_here() <= available * limits.CACHE_PART
 
 
 def _meminfo(path: Path) -> int | None:

@@ -26,6 +26,12 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         done += disk.write_at(fd, data[done : done + limits.WRITE_PIECE_BYTES], offset + done)
 
 
+def write_cached(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of the data through the page cache, where it stays, and let the device begin. Raises OSError."""
+    write_at(fd, data, offset)
+    start_writeback(fd, offset, len(data))
+
+
 def write_past_cache(fd: int, data: memoryview, offset: int) -> None:
     """Write all of the data without the page cache, in one call if its memory, its length and the offset are aligned.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -200,8 +200,8 @@ def load_training(
     model, optimizer, lr_scheduler, dataloader, rng
         As for `save_training`.
     allow_missing, allow_unused
-        Patterns of parameters' names, of ``name:state`` for optimizer states, or of flat names ("optim.*").
-        Of a checkpoint of weights alone, ``"*:*"`` leaves the optimizer as it is.
+        Patterns of parameters' names, of ``name:state`` for optimizer states (``*:*`` for weights alone), or of flat
+        names ("optim.*").
 
     Raises as `load` does.
     """
@@ -212,11 +212,11 @@ def load_training(
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening)
     catalog = changed.catalog
-    if listed(optimizer) and ranks.all_or_none(lambda: _weights_alone(where, catalog, allow_missing)):
-        optimizer, live = (), replace(live, optimizer=())
-        state_dict, made = state_dict_of(model, optimizer, blank=True)
+    live = ranks.all_or_none(lambda: _to_restore(where, catalog, live, allow_missing))
+    if live.optimizer is not optimizer:
+        state_dict, made = state_dict_of(model, (), blank=True)
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
-    unread = tuple(allow_unused) if listed(optimizer) else ("*:*", *allow_unused)
+    unread = tuple(allow_unused) if listed(live.optimizer) else ("*:*", *allow_unused)
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
     how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
 
@@ -224,14 +224,23 @@ def load_training(
         target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
         return load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **how)
 
-    try:
-        report = fill(state_dict, made, True)
-    except Exception as error:  # ranks may fail in different ways, so they agree on a second try
-        if not made or not all(ranks.distinct(isinstance(error, Mismatch))[0]):
-            raise
-        report = fill(*state_dict_of(model, optimizer), False)
+    report = _filled(fill, (state_dict, made), lambda: state_dict_of(model, live.optimizer))
     tell(report, metrics)
     return _report(where, catalog.training_state, report, optimizer)
+
+
+def _filled(
+    fill: Callable[[dict[str, Any], Made, bool], LoadReport],
+    quick: tuple[dict[str, Any], Made],
+    real: Callable[[], tuple[dict[str, Any], Made]],
+) -> LoadReport:
+    """Fill states that were made quickly; if the checkpoint's are others, those that the optimizer makes itself."""
+    try:
+        return fill(*quick, True)
+    except Exception as error:  # ranks may fail in different ways, so they agree on a second try
+        if not quick[1] or not all(ranks.distinct(isinstance(error, Mismatch))[0]):
+            raise
+        return fill(*real(), False)
 
 
 def _report(where: str, state: TrainingState, report: LoadReport, optimizer: Optimizers) -> TrainingReport:
@@ -366,11 +375,11 @@ def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
     return out
 
 
-def _weights_alone(where: str, catalog: Catalog, allow_missing: Sequence[str]) -> bool:
-    """Whether the checkpoint knows no optimizer, as is allowed, so that the live one stays as it is; else Mismatch."""
+def _to_restore(where: str, catalog: Catalog, live: TrainingParts, allow_missing: Sequence[str]) -> TrainingParts:
+    """What the checkpoint can restore: without the optimizer if it knows none, as has to be allowed; else Mismatch."""
     states = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
-    if states or catalog.training_state.param_groups:
-        return False
+    if states or catalog.training_state.param_groups or not listed(live.optimizer):
+        return live
     if "*:*" not in allow_missing:
         raise Mismatch(
             f"{where}: nothing was loaded: it has weights alone, and an optimizer would stay as it is; leave "
@@ -378,7 +387,7 @@ def _weights_alone(where: str, catalog: Catalog, allow_missing: Sequence[str]) -
         )
     if ranks.rank() == 0:
         log.warning("%s: it has weights alone, so the optimizer stays as it is", where)
-    return True
+    return replace(live, optimizer=())
 
 
 def _check(where: str, state: TrainingState, live: TrainingParts) -> Any:
