@@ -125,7 +125,13 @@ def test_every_key_is_known() -> None:
             "save.format": "universal",
             "save.async": False,
         },
-        **{"save.memory": 1 << 30, "save.policy": "skip", "save.timeout": 10, "save.keep_last": 2},
+        **{
+            "save.memory": 1 << 30,
+            "save.policy": "skip",
+            "save.cache": "keep",
+            "save.timeout": 10,
+            "save.keep_last": 2,
+        },
         **{"save.keep_every": 100, "load.prove": "full", "load.memory": "256MiB", "load.changes": {}},
     }
     assert set(keys) == set(values)
