@@ -49,8 +49,6 @@ def _unsupported(engine: Any) -> Iterator[str]:
     for name in untied_parameters(engine.module):
         yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
     if engine.zero_optimization_partition_weights():
-        if getattr(zero, "zero_hpz_partition_size", 1) > 1:
-            yield "ZeRO++ hierarchical partitioning (zero_hpz_partition_size)"
         if getattr(zero, "zero_quantized_weights", False):
             yield "ZeRO++ quantized weights (zero_quantized_weights)"
         if getattr(zero, "zero_quantized_nontrainable_weights", False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -99,6 +99,14 @@ class HeldTensor:
     def put(self, key: int, loaded: Loaded) -> None:
         """Take what was loaded. It is rounded if the tensor's element type is narrower."""
         loaded.tensors.fill(key, "param", self.tensor.data)
+
+
+def drop_secondary_copies(params: Iterable[Any]) -> None:
+    """Have ZeRO++'s second copies (``zero_hpz_partition_size``) made anew from the pieces on the next use. DeepSpeed
+    itself forgets those of trained parameters after a step, and those of frozen ones never."""
+    for param in params:
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None
 
 
 def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:

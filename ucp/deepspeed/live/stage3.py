@@ -10,6 +10,7 @@ import torch
 from ucp.deepspeed.live import releases, swapped
 from ucp.deepspeed.live.base import (
     check_groups,
+    drop_secondary_copies,
     own_ceil_partition,
     put_masters,
     put_states,
@@ -109,6 +110,7 @@ class Stage3:
         for s, flat in enumerate(self._flats):
             if flat.numel():
                 self._zero._reassign_or_swap_out_partitioned_parameters(s)
+        drop_secondary_copies(self._names)
         self._zero.checkpoint_event_epilogue()
 
     def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ucp.deepspeed.live import releases
+from ucp.deepspeed.live.base import drop_secondary_copies
 from ucp.loading.target import Group, Loaded, Slot, Weights
 
 
@@ -19,6 +20,7 @@ class WeightsOnly:
 
     def __init__(self, engine: Any) -> None:
         self._offload = engine.optimizer
+        self._module = engine.module
 
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         return []
@@ -45,6 +47,7 @@ class WeightsOnly:
 
     def finish(self) -> None:
         """Gather the parameters again that stay whole on every rank."""
+        drop_secondary_copies(self._module.parameters())
         persistent = self._offload.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)

@@ -2,11 +2,11 @@
 
 In an environment of its own that has that DeepSpeed (and any torch that runs it):
 
-    DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc_per_node 2 make.py FOLDER STAGE DTYPE [tiny]
+    DS_ACCELERATOR=cpu LOCAL_SIZE=2 torchrun --nproc_per_node 2 make.py FOLDER STAGE DTYPE [tiny] [mics]
 
-FOLDER gets the checkpoint and ``truth.safetensors``, whose names are ``parameter|state``. tiny: a
-param group of one element, too, of which most ranks hold padding alone. Nothing here uses this project's library;
-offsets are those that the optimizer itself steps with.
+FOLDER gets the checkpoint and ``truth.safetensors``, whose names are ``parameter|state``. tiny: a param group of one
+element, too, of which most ranks hold padding alone. mics: MiCS over groups of two ranks, which must hold the same.
+Nothing here uses this project's library; offsets are those that the optimizer itself steps with.
 """
 
 import json
@@ -51,6 +51,7 @@ def pieces(engine, stage):
                 for state, found in (("param", master), *((s, inner.state[master][s]) for s in STATES)):
                     yield names[param], state, 0, found.reshape(-1)
     elif stage == 3:
+        rank = dist.get_rank(optimizer.dp_process_group)  # under MiCS among the ranks that share one copy
         for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             at = 0
             for param in params:
@@ -83,13 +84,15 @@ def optimizer_of(model, tiny=False):
     return torch.optim.AdamW(groups, lr=1e-2)
 
 
-def config_of(stage, dtype):
+def config_of(stage, dtype, mics=False):
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if mics:
+        config["zero_optimization"]["mics_shard_size"] = 2
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if dtype == "fp16":
@@ -99,16 +102,31 @@ def config_of(stage, dtype):
     return config
 
 
+def gather_one_by_one(outputs, inputs, group=None, async_op=False):
+    """The all-gathers that MiCS has NCCL do at once, which gloo cannot ("does not implement startCoalescing")."""
+    works = [
+        dist.all_gather_into_tensor(there, here, group=group, async_op=True)
+        for there, here in zip(outputs, inputs, strict=True)
+    ]
+    for work in works:
+        work.wait()
+    return works[-1]
+
+
 def main() -> None:
     folder, stage, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, and is not needed
+    if "mics" in sys.argv:
+        dist.distributed_c10d._all_gather_base_coalesced = gather_one_by_one  # which DeepSpeed takes where there is one
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
     model = Model()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     frozen = model.frozen.detach().clone()
     optimizer = optimizer_of(model, tiny="tiny" in sys.argv[4:])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage, dtype))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config_of(stage, dtype, "mics" in sys.argv)
+    )
     for step in range(3):
         loss = engine((torch.arange(6).reshape(2, 3) + step + dist.get_rank()) % 11)
         engine.backward(loss)
@@ -124,7 +142,9 @@ def main() -> None:
         for found in everyone:
             for name, state, at, values in found:
                 whole = truth.setdefault(f"{name}|{state}", torch.full(shapes[name], float("nan")))
-                whole.view(-1)[at : at + values.numel()] = values
+                place = whole.view(-1)[at : at + values.numel()]
+                assert place.isnan().all() or torch.equal(place, values), "two ranks hold it, and differ"
+                place.copy_(values)
         assert not any(t.isnan().any() for t in truth.values())
         save_file({k: v.contiguous() for k, v in truth.items()}, f"{folder}/truth.safetensors")
         with open(f"{folder}/made_with.json", "w") as f:

@@ -71,10 +71,10 @@ def _read_part(
 ) -> LocalModel:
     path, model = folder.path, models[0]
     dp = int(model.need("dp_world_size"))
-    _refuse_unsupported(model)
+    cuts = cut_over(model, folder.partitioned_model)
     _refuse_nameless(folder, model)
     if folder.partitioned_model:
-        check_ranks("model", folder.model, dp, path, folder.model_pattern, model.path)
+        check_ranks("model", folder.model, cuts, path, folder.model_pattern, model.path)
         same_save.check_models({m.path: m.raw for m in models.values()})
     module, buffers = model.module, model.buffers
     shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
@@ -84,7 +84,7 @@ def _read_part(
     first_state: Mapping[str, Any] = {}
     stage = 0
     if model.raw.get("param_shapes") is not None:
-        optim = _optimizer_states(folder, models, dp)
+        optim = _optimizer_states(folder, models, cuts)
         first_state = optim[0][1]
         stage = same_on_all_ranks("the ZeRO stage", {p: _stage(p, sd) for p, sd in optim.values()})
         if (stage == 3) != folder.partitioned_model:
@@ -135,11 +135,11 @@ def _refuse_nameless(folder: Folder, model: ModelFile) -> None:
 
 
 def _optimizer_states(
-    folder: Folder, models: Mapping[int, ModelFile], dp: int
+    folder: Folder, models: Mapping[int, ModelFile], cuts: int
 ) -> dict[int, tuple[Path, Mapping[str, Any]]]:
     """Each rank's optimizer file and the state dict in it, all of one save."""
-    check_ranks("optimizer", folder.optim, dp, folder.path, folder.optim_pattern, models[0].path)
-    whole = {r: load(folder.optim[r], trust=None) for r in range(dp)}
+    check_ranks("optimizer", folder.optim, cuts, folder.path, folder.optim_pattern, models[0].path)
+    whole = {r: load(folder.optim[r], trust=None) for r in range(cuts)}
     by_path = {folder.optim[r]: raw for r, raw in whole.items()}
     same_save.check_optimizers(by_path, {m.path: m.raw for m in models.values()})
     return {r: (folder.optim[r], _optimizer_state(folder.optim[r], raw)) for r, raw in whole.items()}
@@ -164,10 +164,27 @@ def _by_owner(shared: Mapping[str, str]) -> dict[str, list[str]]:
     return out
 
 
-def _refuse_unsupported(model: ModelFile) -> None:
-    zero = model.config.get("zero_optimization")
-    if isinstance(zero, Mapping) and int(zero.get("mics_shard_size", -1) or -1) > 0:
-        raise Unsupported(f"{model.path}: was saved under MiCS ('mics_shard_size'), whose cuts are not supported")
+def cut_over(model: ModelFile, partitioned: bool) -> int:
+    """Over how many ranks the model is cut, each of which has files of its own: all data-parallel ones. Under MiCS it
+    is cut over the ranks of a shard group only; the first group saves, and the others hold the same.
+
+    partitioned: whether every rank has a model file (stage 3).
+    """
+    dp, zero = int(model.need("dp_world_size")), model.config.get("zero_optimization")
+    shards = int(zero.get("mics_shard_size", -1) or -1) if isinstance(zero, Mapping) else -1
+    if shards <= 0:
+        return dp
+    if not partitioned or int(model.raw.get("mp_world_size") or 1) > 1:
+        raise Unsupported(
+            f"{model.path}: was saved under MiCS ('mics_shard_size') below stage 3 or together with tensor or pipeline "
+            "parallelism, which DeepSpeed does not cut into shard groups"
+        )
+    if dp % shards:
+        raise DamagedCheckpoint(
+            f"{model.path}: says that {dp} data-parallel ranks saved, which make no MiCS groups of {shards} "
+            "('mics_shard_size')"
+        )
+    return shards
 
 
 def _offloads_optimizer(model: ModelFile) -> bool:

@@ -24,6 +24,8 @@ _CLIP_DEFAULT = 1.0
 _SUB_GROUP_DEFAULT = 1_000_000_000
 # stage_1_and_2.py: the boundary of ``parameter_alignment``, in bytes.
 _ALIGNMENT = 16
+# What a source of an earlier release may have recorded, and VERSION refuses.
+_MICS = ("mics_shard_size", "mics_hierarchical_params_gather")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def engine_config(
         )
     raw = copy.deepcopy(dict(recorded if given is None else given))
     zero = _section(raw, "zero_optimization")
+    if given is None:
+        zero = {k: v for k, v in zero.items() if k not in _MICS}
     offload = _offload(zero)
     if given is not None and "stage" in zero and _integer(zero, "stage", 0) != stage:
         raise BadArgument(
@@ -144,8 +148,10 @@ def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int,
             "neither moments nor steps, so none is written: convert to 'universal' and resume through "
             '"ucp": {"enabled": true}, which restores them, or use \'cpu\' or no offload'
         )
-    if stage == 3 and _integer(zero, "mics_shard_size", -1) > 0:
-        raise Unsupported("the target's config asks for MiCS ('mics_shard_size'), whose checkpoints cannot be written")
+    if _integer(zero, "mics_shard_size", -1) > 0:
+        raise Unsupported(
+            f"the target's config asks for MiCS ('mics_shard_size'), which DeepSpeed {VERSION} has no longer; drop it"
+        )
     if stage == 3 and _flag(zero, "elastic_checkpoint"):
         raise Unsupported(
             "the target's config asks for elastic_checkpoint, which DeepSpeed refuses at stage 3; drop it"
