@@ -48,18 +48,16 @@ def _unsupported(engine: Any) -> Iterator[str]:
         yield "mixture-of-experts layers together with tensor, pipeline or sequence parallelism"
     for name in untied_parameters(engine.module):
         yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
-    if engine.zero_optimization_partition_weights():
-        if getattr(zero, "zero_quantized_weights", False):
-            yield "ZeRO++ quantized weights (zero_quantized_weights)"
-        if getattr(zero, "zero_quantized_nontrainable_weights", False):
-            yield "ZeRO++ quantized frozen weights (zero_quantized_nontrainable_weights)"
+    partitions = engine.zero_optimization_partition_weights()
+    if partitions and getattr(zero, "zero_quantized_nontrainable_weights", False):
+        yield "ZeRO++ quantized frozen weights (zero_quantized_nontrainable_weights)"
     if (getattr(zero, "mics_shard_size", -1) or -1) > 0:
         yield "MiCS (mics_shard_size)"
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(zero, name, None)
         device = getattr(offload, "device", None)
         device = getattr(device, "value", device)  # an enum, or its value
-        if device == "nvme" and not engine.zero_optimization_partition_weights():
+        if device == "nvme" and not partitions:
             yield f"NVMe offload ({name}.device) below stage 3"
         if device == "nvme" and name == "offload_param" and _freezes(engine.module):
             yield "NVMe offload of a model with frozen parameters (offload_param.device)"

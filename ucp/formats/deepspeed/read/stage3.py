@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import ParamGroup
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import (
@@ -163,9 +163,20 @@ def read_frozen(builder: Builder, models: Mapping[int, ModelFile], aliases: Mapp
                     f"{models[r].path}: the fragment of the frozen parameter '{name}' (shape {list(shape)}) is missing "
                     f"or has another size than {wanted} elements"
                 )
+            if ref.dtype == "int8" and _quantizes_frozen(models[r]):
+                raise Unsupported(
+                    f"{models[r].path}: holds the frozen parameter '{name}' as 8-bit codes without their scales, as "
+                    "DeepSpeed saves it under 'zero_quantized_nontrainable_weights'; its values are in no file: save "
+                    "without that key"
+                )
             refs[r] = ref
         tensor = builder.pieces(name, "param", shape, ceil_partition(shape, 0, dp), refs)
         builder.add(name, "frozen", [tensor], None, aliases.get(name, ()))
+
+
+def _quantizes_frozen(model: ModelFile) -> bool:
+    zero = model.config.get("zero_optimization")
+    return isinstance(zero, Mapping) and bool(zero.get("zero_quantized_nontrainable_weights"))
 
 
 def _base(path: Path, sd: Mapping[str, Any]) -> Mapping[str, Any]:
