@@ -51,6 +51,13 @@ PAIRS = [
         PipeCase(pp=2, topology=True, case=LOW.but(groups=2)),
     ),
     Pair(PipeCase(pp=1, case=LOW), PipeCase(pp=3, method="parameters", head_module=True, case=LOW)),
+    # unevenly split: three layers, three and two; with tensor parallelism; five blocks, of which one stage has two
+    Pair(PipeCase(pp=3, case=LOW.but(stage=0)), PipeCase(pp=3, case=LOW.but(stage=0)), "equal"),
+    Pair(PipeCase(pp=3, case=LOW.but(stage=0)), PipeCase(pp=2, tp=2, case=LOW)),
+    Pair(PipeCase(pp=3, tp=2, case=LOW), PipeCase(pp=3, case=LOW.but(stage=0))),
+    Pair(
+        PipeCase(pp=4, method="type:block", blocks=5, case=LOW), PipeCase(pp=3, blocks=5, case=LOW.but(stage=0, dp=2))
+    ),
     # stage 0, its optimizers, fp16's loss scale
     Pair(PipeCase(pp=2, case=LOW.but(stage=0, dp=2)), PipeCase(pp=4, case=LOW.but(stage=0))),
     Pair(PipeCase(pp=2, case=LOW.but(dtype="bf16_optimizer")), PipeCase(pp=1, case=TRAINED.but(stage=1, dtype="bf16"))),
