@@ -21,6 +21,7 @@ from ucp.formats.huggingface.reader import read as read_weights
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared import numbered
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.formats.shared.state_dicts import Entries
 from ucp.geometry import Shape
@@ -37,6 +38,7 @@ OPTIMIZER = "optim"
 _MODEL = re.compile(r"pytorch_model_fsdp(?:_(\d+))?(\.bin)?")
 _MORE_WEIGHTS = re.compile(r"(?:model|pytorch_model)_(\d+)\.(?:safetensors|bin)")
 _OPTIMIZER = re.compile(r"optimizer(?:_(\d+))?(\.bin|\.pt)?")
+_TRAINER = "trainer_state.json"
 _OF_RANK = re.compile(r"(pytorch_model_fsdp|optimizer)(?:_(\d+))?_rank(\d+)\.bin")
 
 
@@ -50,6 +52,7 @@ class Parts:
     unnamed: a file's name -> an optimizer that numbers its parameters, if nothing tells their names.
     notes: what could not be checked.
     computed: as `Catalog.computed` has it, for weights that are quantised.
+    copies: weights that are held a second time.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Parts:
     unnamed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     computed: dict[int, ByteSource] = field(default_factory=dict)
+    copies: list[LogicalTensor] = field(default_factory=list)
 
     @property
     def trust(self) -> bool:
@@ -78,9 +82,15 @@ class Parts:
         parameters = {name: self._tied(info) for name, info in found.parameters.items()}
         state = replace(found.training_state, client_state={**found.training_state.client_state, **self.unnamed})
         found = replace(
-            found, parameters=parameters, training_state=state, unchecked=tuple(self.notes), computed=self.computed
+            found,
+            parameters=parameters,
+            training_state=state,
+            unchecked=tuple(self.notes),
+            computed=self.computed,
+            copies=tuple(self.copies),
         )
         found.check()
+        check_copies(found, self.entries.builder.files, "both are to hold the same model; files of two steps are mixed")
         for note in self.notes:
             log.warning("%s: %s", self.folder, note)
         return found
@@ -167,6 +177,10 @@ def _add_model(parts: Parts, names: Sequence[str]) -> None:
     fsdp = [found for found in fsdp if found[2] or locations.is_folder(folder / found[0])]
     plain = [kind for kind in KINDS if kind.in_folder(folder)]
     more = [name for name in names if _MORE_WEIGHTS.fullmatch(name)]
+    if len(fsdp) == len(plain) == 1 and fsdp[0][2] and not more and _TRAINER in names:
+        add_module(parts, parts.load(fsdp[0][0]), fsdp[0][0])
+        _add_copies(parts, fsdp[0][0])
+        return
     if len(fsdp) + len(plain) + len(more) > 1:
         models = [*(found[0] for found in fsdp), *(kind.single for kind in plain), *more]
         raise Unsupported(
@@ -198,6 +212,28 @@ def _add_weights(parts: Parts) -> None:
         parts.entries.add((MODEL, info.name), found.tensors[info.name, PARAM])
         if info.aliases:
             parts.aliases[info.name] = info.aliases
+
+
+def _add_copies(parts: Parts, where: str) -> None:
+    """Add a model folder's weights that are those of the file ``where`` again.
+
+    The Trainer writes both under FSDP's FULL_STATE_DICT, and itself resumes from ``where``. Raises DamagedCheckpoint
+    if they are of different models.
+    """
+    builder = parts.entries.builder
+    again = read_weights(parts.folder, builder.files, parts.request.choice, builder)
+    for name in again.parameters:
+        copy, own = again.tensors[name, PARAM], parts.entries.tensors.get(f"{MODEL}.{name}")
+        if own is None or own.shape != copy.shape:
+            has = "no such tensor" if own is None else f"shape {list(own.shape)}"
+            raise DamagedCheckpoint(
+                f"{parts.folder}: '{name}' has shape {list(copy.shape)} in the model's own files, and '{where}' has "
+                f"{has}; files of two models are mixed"
+            )
+        if own.dtype == copy.dtype:
+            parts.copies.append(copy)
+        else:
+            parts.notes.append(f"'{name}' is {own.dtype} in '{where}', which is read, and {copy.dtype} in another file")
 
 
 def add_module(parts: Parts, graph: Any, where: str) -> None:

@@ -13,7 +13,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.formats.deepspeed.read import same_save, stems
-from ucp.formats.deepspeed.read.assemble import assemble, check_copies
+from ucp.formats.deepspeed.read.assemble import assemble
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.experts import find_experts
 from ucp.formats.deepspeed.read.folder import Folder, scan
@@ -25,6 +25,7 @@ from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.deepspeed.read.scaled import undo_scales
 from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.two_saves import far_apart
 from ucp.geometry import Shape
@@ -38,6 +39,10 @@ from ucp.storage.crc32 import StoredCrc32, in_order
 from ucp.storage.files import Files
 
 log = logger(__name__)
+
+_DRIFTED = (
+    "by the spec or the checkpoint ranks hold it in common, and their copies have drifted apart or it is cut otherwise"
+)
 
 # No spec is given, so the checkpoint itself is asked.
 ASK = Choice()
@@ -132,7 +137,7 @@ def read_stages(
     catalog = take_averages(catalog, parts, placements, files)
     catalog.check()
     if compare:
-        check_copies(catalog, files)
+        check_copies(catalog, files, _DRIFTED)
     return undo_scales(catalog, placements, files)
 
 

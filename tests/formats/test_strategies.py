@@ -1,0 +1,222 @@
+"""Trainer, Accelerate and Lightning under DDP, FSDP and DeepSpeed on two ranks: what they write is read whole.
+
+The truth is what the writers' models and optimizers held. A plain program then takes the framework's next losses.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ucp
+from tests.engines.pool import RankPool
+from tests.formats import strategies
+from ucp.errors import DamagedCheckpoint, Mismatch
+from ucp.inspection.verify import verify
+
+pytestmark = pytest.mark.slow
+
+LOOPS = {"callbacks", "epoch", "global_step", "loops", "pytorch-lightning_version"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Who writes, and how; what it is opened as, and what of the training state is found."""
+
+    program: str
+    strategy: str
+    format: str
+    client: frozenset[str]
+    step: int | None = strategies.SAVED
+    ranks: int = 2  # whose generators are kept
+    scheduler: bool = True
+    own: bool = True  # whether the framework's own resume goes on as the run that wrote it
+
+    @property
+    def prefix(self) -> str:
+        return "model." if self.program == "lightning" else ""
+
+
+TRAINER, ACCELERATE = frozenset({"trainer_state"}), frozenset({"step"})
+KINDS = [
+    Kind("trainer", "ddp", "trainer", TRAINER),
+    Kind("trainer", "fsdp1-sharded", "trainer", TRAINER, own=False),
+    Kind("trainer", "fsdp1-full", "trainer", TRAINER),
+    Kind("trainer", "fsdp2-sharded", "trainer", TRAINER),
+    Kind("trainer", "fsdp2-full", "trainer", TRAINER),
+    Kind("trainer", "deepspeed", "deepspeed", frozenset(), ranks=0, scheduler=False),
+    Kind("accelerate", "sharded", "accelerate", ACCELERATE, step=None, own=False),
+    Kind("accelerate", "full", "accelerate", ACCELERATE, step=None),
+    Kind("lightning", "sharded", "lightning", frozenset(LOOPS), ranks=0),
+    Kind("lightning", "full", "torch-file", frozenset(LOOPS), ranks=0),
+    Kind("lightning", "deepspeed", "deepspeed", frozenset({*LOOPS, "lr_schedulers"}), ranks=0, scheduler=False),
+]
+EACH = pytest.mark.parametrize("kind", KINDS, ids=[f"{kind.program}-{kind.strategy}" for kind in KINDS])
+Written = Callable[[Kind], tuple[Path, strategies.Wrote]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
+    """What a kind's program has written, once."""
+    folder, made = tmp_path_factory.mktemp("strategies"), dict[Kind, tuple[Path, strategies.Wrote]]()
+    with RankPool() as pool:
+
+        def write(kind: Kind) -> tuple[Path, strategies.Wrote]:
+            if kind not in made:
+                path = folder / f"{kind.program}-{kind.strategy}"
+                if kind.format == "torch-file":
+                    path = path.with_suffix(".ckpt")
+                job = getattr(strategies, kind.program)
+                wrote = pool.run(
+                    job,
+                    str(path),
+                    kind.strategy,
+                    world_size=2,
+                    distributed=False,
+                    preload=strategies.PRELOAD,
+                    environment=_environment(),
+                )[0]
+                made[kind] = (path / "checkpoint-2" if kind.program == "trainer" else path), wrote
+            return made[kind]
+
+        yield write
+
+
+def _environment() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@EACH
+def test_it_is_read_whole(written: Written, kind: Kind) -> None:
+    path, wrote = written(kind)
+    with ucp.open(path, **_names(kind, wrote)) as opened:
+        assert opened.format == kind.format
+        assert opened.unread == (("training_args.bin",) if (path / "training_args.bin").exists() and kind.ranks else ())
+        assert len(wrote.truth) == 20
+        for name, states in wrote.truth.items():
+            info = opened.parameters[kind.prefix + name]
+            assert {*info.states, *info.scalars} - {"step"} == states.keys() - {"step"}
+            assert info.scalars.get("step", strategies.SAVED) == strategies.SAVED
+            for state in info.states:
+                assert torch.equal(opened.read(info.name, state), states[state]), (name, state)
+        # A tied weight is a copy under both names, where the writer says of no tie.
+        assert opened.parameters.keys() - {kind.prefix + n for n in wrote.truth} <= {f"{kind.prefix}lm_head.weight"}
+        kept = opened.training_state
+        assert kept.global_steps == kind.step
+        assert (kept.lr_scheduler is not None) == kind.scheduler
+        assert len(kept.extra.get("ranks", ())) == kind.ranks
+        assert kept.client_state.keys() == kind.client
+        assert sum(len(group.names) for group in kept.param_groups) == len(wrote.truth)
+    assert not [found for found in verify(path).findings if found.fault]
+
+
+@EACH
+def test_a_plain_program_goes_on_with_its_losses(written: Written, kind: Kind) -> None:
+    path, wrote = written(kind)
+    if kind.own and wrote.onward:
+        assert wrote.further == wrote.onward
+    model = strategies.llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    outer = nn.Module()
+    outer.model = model
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    others = [p for n, p in model.named_parameters() if "norm" not in n]
+    groups = [{"params": others}, {"params": norms}] if kind.program == "trainer" else [{"params": model.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=7.0)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    if kind.program == "trainer":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (5 - step) / 5))
+    loaded = ucp.load_training(
+        path,
+        model=outer if kind.prefix else model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler if kind.scheduler else None,
+        rng=False,
+    )
+    assert loaded.step == kind.step
+    if not kind.scheduler:  # what is not read is told by name, and the program has it from its own file
+        _scheduler_of_its_own(path, scheduler)
+    rows, losses = torch.arange(strategies.ROW).expand(2, strategies.ROW), []
+    for _ in range(strategies.FURTHER):
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        for _ in range(2 if kind.program == "accelerate" else 1):  # Accelerate's steps once for every rank
+            scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert tuple(losses) == (wrote.further if kind.own else wrote.onward)
+
+
+def _scheduler_of_its_own(path: Path, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    if (path / "scheduler.pt").exists():
+        scheduler.load_state_dict(torch.load(path / "scheduler.pt", weights_only=False))
+    else:
+        with ucp.open(path) as opened:
+            scheduler.load_state_dict(opened.training_state.client_state["lr_schedulers"][0])
+
+
+@EACH
+def test_it_is_converted(written: Written, kind: Kind, tmp_path: Path) -> None:
+    path, wrote = written(kind)
+    ucp.convert(path, tmp_path / "out", "deepspeed", "dp=3,zero=3", ds_config={}, **_names(kind, wrote))
+    with ucp.open(tmp_path / "out") as opened:
+        for name, states in wrote.truth.items():
+            for state in states.keys() - {"step"}:
+                assert torch.equal(opened.read(kind.prefix + name, state), states[state]), (name, state)
+
+
+def _names(kind: Kind, wrote: strategies.Wrote) -> dict[str, Any]:
+    """What tells a file's optimizer, which has numbers for names, of a tie that FSDP has saved as two tensors."""
+    if kind.format != "torch-file":
+        return {}
+    return {"param_names": [[kind.prefix + name for name in wrote.truth]]}
+
+
+def test_numbers_that_a_tie_leaves_open_are_kept_and_said(written: Written, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = written(next(kind for kind in KINDS if kind.format == "torch-file"))
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(path) as opened:
+        assert not opened.training_state.param_groups
+    assert "it has 1 parameters of shape [30, 12], and the model 2" in caplog.text
+
+
+def _other_names(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["other"] = weights.pop("model.norm.weight")
+    save_file(weights, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda path: shutil.copy(path.parent / "of_4/model.safetensors", path / "model.safetensors"),
+            r"(?s)is not what .*pytorch_model_fsdp.bin' has of the same elements: .* files of two steps are mixed",
+        ),
+        (_other_names, "'other' has shape .12. in the model's own files, and 'pytorch_model_fsdp.bin' has no such"),
+    ],
+)
+def test_two_models_of_a_trainer_that_are_not_the_same(
+    written: Written, tmp_path: Path, change: Callable[[Path], None], says: str
+) -> None:
+    path, _ = written(next(kind for kind in KINDS if kind.strategy == "fsdp1-full"))
+    shutil.copytree(path, tmp_path / "checkpoint-2")
+    (tmp_path / "of_4").symlink_to(path.with_name("checkpoint-4"))
+    change(tmp_path / "checkpoint-2")
+    with pytest.raises((DamagedCheckpoint, Mismatch), match=says):
+        ucp.open(tmp_path / "checkpoint-2")
