@@ -1,0 +1,125 @@
+"""Jobs that run on the ranks: experts with pipelines, tensor and sequence parallelism, as DeepSpeed has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.engines import autoep, models, moe_models
+from tests.engines.autoep import AutoCase
+from tests.engines.configs import Case
+from tests.engines.zygote import resolve
+from ucp.errors import UcpError
+
+OURS = "ucp.deepspeed:initialize"
+STOCK = "deepspeed:initialize"
+# transformers' own plan for Mixtral has styles that AutoTP does not know, so the attention alone is cut.
+SLICES = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*self_attn.[qkv]_proj.weight$"], "partition_type": "column"},
+        {"patterns": [r".*self_attn.o_proj.weight$"], "partition_type": "row"},
+    ],
+}
+PLANNED = {"tensor_parallel": {"autotp_size": 2}}
+FOLDED = {"tensor_parallel": {"autotp_size": 2, "partition_config": SLICES}, "train_micro_batch_size_per_gpu": 6}
+
+
+class Mixture(nn.Module):
+    """A layer of experts of which two ranks have two each."""
+
+    def __init__(self) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.moe = MoE(moe_models.HIDDEN, moe_models.Expert(False), num_experts=4, ep_size=2, drop_tokens=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.moe(hidden)[0]
+
+
+def pipeline(initialize: str, extra: dict[str, Any]) -> Any:
+    """Two stages of two ranks, each with experts."""
+    from deepspeed.pipe import PipelineModule
+
+    torch.manual_seed(0)
+    size = moe_models.HIDDEN
+    layers = [nn.Linear(size, size), Mixture(), nn.Linear(size, size), Mixture()]
+    model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    }
+    return resolve(initialize)(model=model, model_parameters=list(model.parameters()), config=config | extra)[0]
+
+
+def step_of_pipeline(engine: Any) -> None:
+    shape = (2, 3, moe_models.HIDDEN)
+    engine.train_batch(iter([(torch.randn(shape), torch.randn(shape)) for _ in range(2)]))
+
+
+def folded(initialize: str, extra: dict[str, Any]) -> Any:
+    """Mixtral under AutoEP and AutoTP, each over two of four ranks."""
+    return autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2), initialize, FOLDED | extra)
+
+
+def step_folded(engine: Any) -> None:
+    loss = models.loss("llama", engine, *models.batch("llama", 0, dist.get_rank() // 2, 2))
+    engine.backward(loss)
+    engine.step()
+
+
+KINDS = {"pipeline": (pipeline, step_of_pipeline), "AutoTP": (folded, step_folded)}
+
+
+def train(kind: str, folder: str) -> None:
+    """Under DeepSpeed alone, and save."""
+    build, step = KINDS[kind]
+    engine = build(STOCK, {})
+    step(engine)
+    engine.save_checkpoint(folder)
+
+
+def refused(kind: str, folder: str) -> tuple[list[str], bool]:
+    """What is said when the engine is made that is to save in our format, and what a load says into one that saves as
+    DeepSpeed does; whether that has left the weights."""
+    said = []
+    try:
+        KINDS[kind][0](OURS, {"ucp": {"enabled": True}})
+    except UcpError as error:
+        said.append(f"{type(error).__name__}: {error}")
+    engine = KINDS[kind][0](OURS, {"ucp": {"enabled": True, "save": {"format": "deepspeed"}}})
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    try:
+        engine.load_checkpoint(folder)
+    except UcpError as error:
+        said.append(f"{type(error).__name__}: {error}")
+    return said, all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+
+
+def planned() -> None:
+    """Mixtral under AutoEP and AutoTP by transformers' own plan."""
+    autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2), STOCK, PLANNED)
+
+
+def ulysses(layers: str) -> None:
+    """Stock DeepSpeed's experts under sequence parallelism over two ranks, trained for a step."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp.initialize_sequence_parallel(2)
+    stock = deepspeed.initialize
+    deepspeed.initialize = lambda **more: stock(mpu=parallel_state_sp, **more)
+    if layers == "AutoEP":
+        autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2))
+        return
+    from tests.engines import moe
+    from tests.engines.resume import continue_training
+
+    case = moe.MoeCase(Case(stage=1, dp=4), ep=2)
+    continue_training(moe.build_engine(case), case.case, 0, 1)
