@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo
-from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
+from ucp.errors import DamagedCheckpoint, Mismatch, UnsafePickle, Unsupported
 from ucp.formats.accelerate.ranks import joined
 from ucp.formats.dcp.reader import add_entries, layout_of
 from ucp.formats.huggingface.folder import KINDS
@@ -90,7 +90,10 @@ class Parts:
             copies=tuple(self.copies),
         )
         found.check()
-        check_copies(found, self.entries.builder.files, "both are to hold the same model; files of two steps are mixed")
+        try:
+            check_copies(found, self.entries.builder.files, "both are to hold the same model; two steps are mixed")
+        except Mismatch as error:
+            raise DamagedCheckpoint(str(error)) from error
         for note in self.notes:
             log.warning("%s: %s", self.folder, note)
         return found

@@ -19,6 +19,7 @@ from ucp.storage import locations
 from ucp.storage.files import Files
 
 _SCHEDULER = re.compile(r"scheduler(_\d+)?\.bin")
+_GENERATORS = ("step", "random_state", "numpy_random_seed", "torch_manual_seed", "torch_cuda_manual_seed")
 # The program's own objects, and state that no resume here uses by itself.
 _KEPT = re.compile(r"(custom_checkpoint_\d+)\.pkl|((?:sampler|dl_state_dict)(?:_\d+)?)\.bin|(scaler)\.pt")
 
@@ -40,7 +41,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         for name in names
         if (match := _KEPT.fullmatch(name)) is not None
     }
-    states = by_rank(folder, STATES, names, found)
+    states = by_rank(folder, STATES, names, found, catalog.layout.dp)
     state = catalog.training_state
     for index, more in enumerate(schedulers[1:], start=1):
         kept[f"scheduler_{index}"] = more
@@ -48,6 +49,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         kept["step"] = states[0].get("step")
     with malformed(folder, "its random states"):
         generators = [_generators(own, rank) for rank, own in enumerate(states)]
+        kept.update(others(states, _GENERATORS))
     return replace(
         catalog,
         training_state=replace(
@@ -60,14 +62,24 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     )
 
 
-def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found: parts.Parts) -> list[Any]:
-    """What every rank's file of this kind holds. Raises DamagedCheckpoint if a rank's file is missing."""
+def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found: parts.Parts, least: int) -> list[Any]:
+    """What every rank's file of this kind holds, if there are any.
+
+    least: so many ranks have certainly saved. Raises DamagedCheckpoint if a rank's file is missing.
+    """
     ranks = {int(match[1]): name for name in names if (match := pattern.fullmatch(name)) is not None}
-    missing = next((rank for rank in range(len(ranks)) if rank not in ranks), None)
+    count = max(len(ranks), least) if ranks else 0
+    missing = next((rank for rank in range(count) if rank not in ranks), None)
     if missing is not None:
         shown = ranks[max(ranks)]
         raise DamagedCheckpoint(f"{folder}: has '{shown}' and no such file of rank {missing}; a part is missing")
     return [found.load(ranks[rank]) for rank in sorted(ranks)]
+
+
+def others(states: Sequence[Mapping[str, Any]], known: Sequence[str]) -> dict[str, Any]:
+    """As client state, what the ranks' files of generators have besides: those of other devices, for example."""
+    more = [{key: value for key, value in own.items() if key not in known} for own in states]
+    return {"other_generators": more} if any(more) else {}
 
 
 def _generators(states: Mapping[str, Any], rank: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.accelerate import parts
-from ucp.formats.accelerate.reader import by_rank, generators
+from ucp.formats.accelerate.reader import by_rank, generators, others
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.trainer import NAME, STATE
@@ -46,15 +46,20 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     if scheduler is not None and not (catalog.training_state.param_groups or found.unnamed):
         raise DamagedCheckpoint(f"{folder}: has '{SCHEDULER}' and no optimizer; a part is missing")
     _check_steps(folder, progress, scheduler, catalog)
-    kept = {"trainer_state": progress}
+    kept: dict[str, Any] = {"trainer_state": progress}
     if SCALER in names:
         kept["scaler"] = found.load(SCALER)
-    states = by_rank(folder, _GENERATORS, names, found) or ([found.load(GENERATORS)] if GENERATORS in names else [])
+    # Of a single rank the file has no number.
+    several = max(catalog.layout.dp, 2)
+    states = by_rank(folder, _GENERATORS, names, found, several)
+    if not states and GENERATORS in names:
+        states = [found.load(GENERATORS)]
     with malformed(folder, "the states of its random number generators"):
         ranks = [
             {"rng": generators(own["cpu"], own["numpy"], own["python"], own.get("cuda"), rank)}
             for rank, own in enumerate(states)
         ]
+        kept.update(others(states, ("cpu", "numpy", "python", "cuda")))
     state = catalog.training_state
     return replace(
         catalog,
