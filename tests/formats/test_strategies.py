@@ -21,7 +21,7 @@ from torch import nn
 import ucp
 from tests.engines.pool import RankPool
 from tests.formats import strategies
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -249,3 +249,36 @@ def test_two_models_of_a_trainer_that_are_not_the_same(
     change(tmp_path / "checkpoint-2")
     with pytest.raises(DamagedCheckpoint, match=says):
         ucp.open(tmp_path / "checkpoint-2")
+
+
+class Stopper:
+    """A callback's state of a class that nothing here knows."""
+
+    def __init__(self) -> None:
+        self.patience = torch.tensor([3])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "key"),
+    [
+        ("deepspeed", "checkpoint/mp_rank_00_model_states.pt", "callbacks"),
+        ("sharded", "meta.pt", "callbacks"),
+    ],
+)
+def test_callbacks_of_unknown_classes_are_skipped_when_asked(
+    written: Written, strategy: str, name: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, wrote = written(next(k for k in KINDS if (k.program, k.strategy) == ("lightning", strategy)))
+    shutil.copytree(path, tmp_path / "copy")
+    state = torch.load(tmp_path / "copy" / name, weights_only=False)
+    torch.save({**state, key: {"stop": Stopper(), "best": 0.5}}, tmp_path / "copy" / name)
+    with pytest.raises(UnsafePickle, match=r"Stopper.*skip_unknown_objects \(--skip-unknown-objects\)"):
+        ucp.open(tmp_path / "copy")
+    ucp.convert(tmp_path / "copy", tmp_path / "out", options={"skip_unknown_objects": True})
+    assert "objects of tests.formats.test_strategies.Stopper are left out" in caplog.text
+    with ucp.open(tmp_path / "out") as opened:
+        kept = opened.training_state.client_state[key]
+        assert kept["best"] == 0.5
+        assert kept["stop"]["patience"].tolist() == [3]
+        name = "model.model.norm.weight"
+        assert torch.equal(opened.read(name, "exp_avg"), wrote.truth["model.norm.weight"]["exp_avg"])

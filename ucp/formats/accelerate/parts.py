@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo
-from ucp.errors import DamagedCheckpoint, Mismatch, UnsafePickle, Unsupported
+from ucp.errors import DamagedCheckpoint, Mismatch, Unsupported
 from ucp.formats.accelerate.ranks import joined
 from ucp.formats.dcp.reader import add_entries, layout_of
 from ucp.formats.huggingface.folder import KINDS
@@ -24,12 +24,12 @@ from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.formats.shared.state_dicts import Entries
+from ucp.formats.shared.unknown_objects import load_file
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.storage import graphs, locations
 from ucp.storage.files import Files
-from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
 log = logger(__name__)
@@ -108,15 +108,8 @@ def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
 
     Raises DamagedCheckpoint, and UnsafePickle for such an object.
     """
-    skipped: set[tuple[str, str]] = set()
     skip, trust = (bool(request.options.get(name)) for name in ("skip_unknown_objects", "trust_client_state"))
-    try:
-        found = reader.load(path, trust=trust, skipped=skipped if skip else None, dtensors=dtensors)
-    except UnsafePickle as error:
-        way_on = "skip_unknown_objects (--skip-unknown-objects) reads the rest without it"
-        raise UnsafePickle(f"{error}; {way_on}") from error
-    for module, name in sorted(skipped):
-        log.warning("%s: objects of %s.%s are left out, but for the tensors and plain data in them", path, module, name)
+    found = load_file(path, trust=trust, skip=skip, dtensors=dtensors).graph
     graphs.check(str(path), found)
     return found
 

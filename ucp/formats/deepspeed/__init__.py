@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
 from ucp.formats.base import CONFIG, Format, Option, WriteTarget
-from ucp.formats.shared.options import PARAM_NAMES, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,7 +119,7 @@ def _tagged(
 class DeepSpeed(Format):
     name = NAME
     sign = "a DeepSpeed one '*_model_states.pt'"
-    read_options = (TRUST_CLIENT_STATE, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
     targets = (DeepSpeedTarget(), DeepSpeedUniversalTarget())
 
     def detect(self, folder: FolderNames) -> bool:

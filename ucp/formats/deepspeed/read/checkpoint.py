@@ -54,6 +54,7 @@ def read(
     *,
     choice: Choice = ASK,
     trust_client_state: bool = False,
+    skip_unknown_objects: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
     compare: bool = True,
 ) -> Catalog:
@@ -61,6 +62,7 @@ def read(
 
     choice: the spec of how tensor parallelism cuts the model, if the checkpoint itself does not say it.
     trust_client_state: unpickle classes outside the allow-list for real, which runs their code.
+    skip_unknown_objects: leave objects of such classes out instead, but for the tensors and plain data in them.
     param_names: each param group's parameters in the optimizer's order, if the caller knows them. Needed only for
     stage-0 checkpoints that leave the names open.
     compare: compare a few elements of copies that several ranks hold, and refuse them if they differ.
@@ -71,7 +73,7 @@ def read(
     """
     with stems.noting() as unchecked, malformed(path, "what its files hold"):
         found = scan(path)
-        opened = {folder.mp: open_models(folder, trust_client_state) for folder in found}
+        opened = {folder.mp: open_models(folder, trust_client_state, skip_unknown_objects) for folder in found}
         catalog = read_stages(path, files, found, opened, choice, param_names, compare)
     sentences = unchecked.sentences()
     if apart := far_apart(catalog.on_disk):

@@ -11,6 +11,7 @@ from typing import Any
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, MODEL, OPTIM
+from ucp.formats.shared.unknown_objects import load_file
 from ucp.storage import graphs, locations
 from ucp.storage.torch_pt import reader
 
@@ -180,13 +181,18 @@ def _check(path: Path, found: Sorted) -> None:
         raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
 
 
-def load(path: Path, trust: bool | None) -> dict[str, Any]:
+def load(path: Path, trust: bool | None, skip: bool = False) -> dict[str, Any]:
     """The object graph of one file, which DeepSpeed always writes as a dict.
 
-    trust: as for `reader.load_file`. Raises what reading a torch file raises. If the file was written under another
-    file's name, that is noted (`stems`).
+    trust: as for `reader.load_file`. skip: as for `unknown_objects.load_file`.
+
+    Raises what reading a torch file raises. If the file was written under another file's name, that is noted
+    (`stems`).
     """
-    file = reader.load_file(path, trust=trust)
+    if trust is None:
+        file = reader.load_file(path, trust=trust)
+    else:
+        file = load_file(path, trust=trust, skip=skip)
     stems.check(path, file)
     found = file.graph
     if not isinstance(found, dict):

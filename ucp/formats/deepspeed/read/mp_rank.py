@@ -43,11 +43,14 @@ class LocalModel:
     training_state: TrainingState
 
 
-def open_models(folder: Folder, trust: bool) -> dict[int, ModelFile]:
-    """The part's model files by data-parallel rank. Raises DamagedCheckpoint if the first rank's is missing."""
+def open_models(folder: Folder, trust: bool, skip: bool = False) -> dict[int, ModelFile]:
+    """The part's model files by data-parallel rank. skip: leave unknown objects out.
+
+    Raises DamagedCheckpoint if the first rank's is missing.
+    """
     if 0 not in folder.model:
         raise DamagedCheckpoint(f"{folder.path}: rank 0's model file '{folder.model_pattern.format(0)}' is missing")
-    return {r: ModelFile(p, load(p, trust)) for r, p in folder.model.items()}
+    return {r: ModelFile(p, load(p, trust, skip)) for r, p in folder.model.items()}
 
 
 def read_part(

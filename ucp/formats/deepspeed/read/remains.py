@@ -39,6 +39,7 @@ def remains(
     choice: Choice = ASK,
     *,
     trust_client_state: bool = False,
+    skip_unknown_objects: bool = False,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Remains | None:
     """What is left; None if it is not a pipeline's checkpoint or lost nothing. Raises what reading the rest raises."""
@@ -46,7 +47,7 @@ def remains(
     if present.parts or not any(layers.LAYER.match(name) for name in locations.names(path)):
         return None
     with stems.noting(), malformed(path, "what its files hold"):
-        look = _Look.at(path, present, trust_client_state)
+        look = _Look.at(path, present, trust_client_state, skip_unknown_objects)
         if look is None or not look.faults or len(look.lost) == look.pp:
             return None
         numbers = look.lost_numbers()
@@ -88,12 +89,12 @@ class _Look:
     faults: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def at(cls, path: Path, present: Sorted, trust: bool) -> _Look | None:
+    def at(cls, path: Path, present: Sorted, trust: bool, skip: bool) -> _Look | None:
         """None where no model file can be read."""
         models, faults = {}, {}
         for mp in sorted(present.whole):
             try:
-                models[mp] = open_models(present.folder(path, mp), trust)[0]
+                models[mp] = open_models(present.folder(path, mp), trust, skip)[0]
             except DamagedCheckpoint as error:
                 faults[mp] = [(str(present.whole[mp]), error.message)]
         if not models:
