@@ -124,7 +124,9 @@ def test_it_is_read_whole(written: Written, kind: Kind) -> None:
 
 
 @EACH
-def test_a_plain_program_goes_on_with_its_losses(written: Written, kind: Kind) -> None:
+def test_a_plain_program_goes_on_with_its_losses(
+    written: Written, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
     path, wrote = written(kind)
     if kind.own and wrote.onward:
         assert wrote.further == wrote.onward
@@ -149,6 +151,8 @@ def test_a_plain_program_goes_on_with_its_losses(written: Written, kind: Kind) -
         rng=False,
     )
     assert loaded.step == kind.step
+    left = "'rng_state_0.pth', 'rng_state_1.pth', 'scheduler.pt', 'trainer_state.json', 'training_args.bin', beside it"
+    assert (left in caplog.text) == ((kind.program, kind.strategy) == ("trainer", "deepspeed"))
     if not kind.scheduler:  # what is not read is told by name, and the program has it from its own file
         _scheduler_of_its_own(path, scheduler)
     rows, losses = torch.arange(strategies.ROW).expand(2, strategies.ROW), []

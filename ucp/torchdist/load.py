@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
+from ucp.formats import beside
 from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.roles import PARAM, assign
 from ucp.job import ranks
@@ -157,4 +158,6 @@ def open_for(
     names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
+    if left := beside.around(checkpoint.path):
+        log.warning("%s: %s", checkpoint.path, beside.sentence(left, "beside it"))
     return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, opening)
