@@ -24,6 +24,8 @@ FAULTS = {
     r"slice\(\) cannot be applied to a 0-dim tensor": "its elastic checkpoints don't take torch's step",
     r"tensor_list\[0\], 'use_muon', False": "ranks that hold nothing of a param group fail",
     r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
+    r"^start out of range": "its hpZ takes no parameters with fewer elements than ranks",
+    r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
 }
 
