@@ -158,10 +158,10 @@ def test_a_full_disk_is_named_and_continued_from(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_command_stops_cleanly(tmp_path: Path, number: int) -> None:
-    made = raw.make(tmp_path / "raw", shapes={"w": (16000, 2000)}, states=("param", "exp_avg"))
+    made = raw.make(tmp_path / "raw", shapes={"w": (16000, 2000)}, states=("param", "exp_avg", "exp_avg_sq"))
     source = raw.virtual_checkpoint(tmp_path / "source", made)
     command = [sys.executable, "-m", "ucp.cli.convert", source, tmp_path / "dest", "--max-memory", "12MiB"]
-    for _ in range(15):
+    for _ in range(30):
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and process.poll() is None:
