@@ -1,7 +1,7 @@
 """What of files the system has in memory already, and how much memory it could still give.
 
-Linux 6.5 counts a file's cached pages in one call (``cachestat``). On older systems the file is mapped, and ``mincore``
-says it page by page. Where neither is possible, nothing counts as cached.
+Linux 6.5 counts a file's cached pages in one call (``cachestat``). On older systems, and where it finds none, the file
+is mapped, and ``mincore`` says it page by page. Where neither is possible, nothing counts as cached.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def cached_bytes(path: str, ranges: Sequence[tuple[int, int]]) -> int:
 
 def _cached(fd: int, first: int, last: int) -> int:
     asked, counts = _Range(first, last - first), _Counts()
-    if _libc.syscall(CACHESTAT, fd, ctypes.byref(asked), ctypes.byref(counts), 0) == 0:
+    done = _libc.syscall(CACHESTAT, fd, ctypes.byref(asked), ctypes.byref(counts), 0) == 0
+    if done and counts.cached:  # files of an overlay have their pages elsewhere, where only a mapping finds them
         return min(int(counts.cached) * mmap.PAGESIZE, last - first)
     return min(_mapped_and_cached(fd, first, last), last - first)
 
