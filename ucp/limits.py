@@ -151,6 +151,8 @@ SNAPSHOT_TIMEOUT_SECONDS = 60.0
 # Host memory that a load may take on each rank beyond what is live, unless the caller says so, and the least it needs.
 LOAD_MEMORY_BYTES = 512 * MIB
 LOAD_MEMORY_LEAST_BYTES = 64 * MIB
+# The part of it that may hold, until it is proved, what is kept in fewer bits than it is read in.
+LOAD_ROUNDED_PART = 1 / 4
 # Threads of a load: copies out of the page cache gain from more threads than a disk or a network card does.
 LOAD_THREADS_MAX_COUNT = 16
 # A share of at most so many bytes is held before it is put in place, since reading it twice gains nothing.
@@ -269,6 +271,15 @@ LAYERS_COUNT = 1 << 12
 EXPERTS = 1 << 16
 """The most experts of one layer: they are listed before their tensors are looked at."""
 
+AFFINE_PIECES_COUNT = 1 << 16
+"""Pieces of one parameter's affine map."""
+
+AFFINE_COMPARED_COUNT = 1 << 22
+"""Pairs of pieces that are compared where ranks divide what they hold in common differently."""
+
+TENSOR_ELEMENTS = 1 << 62
+"""More elements than any tensor has; their number still fits into 64 bits."""
+
 
 def metadata_bytes(file_bytes: int) -> int:
     """The most memory that reading a file's metadata (pickles, headers, manifests; no tensors) may take, in bytes."""
@@ -303,14 +314,6 @@ def ranks_here() -> int:
         return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
     except ValueError:
         return 1
-
-
-AFFINE_PIECES_COUNT = 1 << 16
-"""Pieces of one parameter's affine map."""
-AFFINE_COMPARED_COUNT = 1 << 22
-"""Pairs of pieces that are compared where ranks divide what they hold in common differently."""
-TENSOR_ELEMENTS = 1 << 62
-"""More elements than any tensor has; their number still fits into 64 bits."""
 
 
 @functools.cache

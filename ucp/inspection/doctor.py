@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "accelerate", "pytor
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fact:
     """One line: what was looked at, what was found, and a remark that may be empty."""
 
     name: str
@@ -27,7 +27,7 @@ class Finding:
     remark: str = ""
 
 
-def examine(folder: str | os.PathLike[str]) -> list[Finding]:
+def examine(folder: str | os.PathLike[str]) -> list[Fact]:
     """Look at this environment and at a folder. Raises BadArgument if it is not a folder."""
     place = os.fspath(folder)
     if not os.path.isdir(place):
@@ -35,50 +35,50 @@ def examine(folder: str | os.PathLike[str]) -> list[Finding]:
     return [*_versions(), *_accelerator(), _compiler(), *_storage(place)]
 
 
-def _versions() -> Iterator[Finding]:
-    yield Finding("universal-checkpoint", own_version())
-    yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
+def _versions() -> Iterator[Fact]:
+    yield Fact("universal-checkpoint", own_version())
+    yield Fact("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         try:
             found = version(package)
         except PackageNotFoundError:
-            yield Finding(package, "not installed")
+            yield Fact(package, "not installed")
             continue
         tested = TESTED.get(package)
         ran = tested is None or found.partition("+")[0] in tested
-        yield Finding(package, found, "" if tested is None else _remark(ran, tested))
+        yield Fact(package, found, "" if tested is None else _remark(ran, tested))
 
 
 def _remark(ran: bool, tested: tuple[str, ...]) -> str:
     return "the tests have run with it" if ran else f"the tests have run with {', '.join(tested)}"
 
 
-def _accelerator() -> Iterator[Finding]:
+def _accelerator() -> Iterator[Fact]:
     try:
         import torch
     except ImportError as error:
-        yield Finding("accelerator", "unknown", f"torch can't be imported: {error}")
+        yield Fact("accelerator", "unknown", f"torch can't be imported: {error}")
         return
     if not torch.cuda.is_available():
-        yield Finding("accelerator", "none", "computes on the CPU")
+        yield Fact("accelerator", "none", "computes on the CPU")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"accelerator {index}", properties.name, bytes_text(properties.total_memory))
+        yield Fact(f"accelerator {index}", properties.name, bytes_text(properties.total_memory))
 
 
-def _compiler() -> Finding:
+def _compiler() -> Fact:
     """Whether DeepSpeed can compile its optimizers at their first use."""
     found = [os.environ.get("CXX") or "c++", "ninja"]
     missing = [name for name in found if shutil.which(name) is None]
     if missing:
-        return Finding("compiled optimizers", "no", f"{' and '.join(missing)} not found: FusedAdam, CPUAdam need them")
-    return Finding("compiled optimizers", "yes", f"{', '.join(found)} found")
+        return Fact("compiled optimizers", "no", f"{' and '.join(missing)} not found: FusedAdam, CPUAdam need them")
+    return Fact("compiled optimizers", "yes", f"{', '.join(found)} found")
 
 
-def _storage(place: str) -> Iterator[Finding]:
+def _storage(place: str) -> Iterator[Fact]:
     usage = shutil.disk_usage(place)
-    yield Finding(f"free in {place}", bytes_text(usage.free), f"of {bytes_text(usage.total)}")
-    yield Finding(f"direct I/O in {place}", *_direct(place))
+    yield Fact(f"free in {place}", bytes_text(usage.free), f"of {bytes_text(usage.total)}")
+    yield Fact(f"direct I/O in {place}", *_direct(place))
 
 
 def _direct(place: str) -> tuple[str, str]:

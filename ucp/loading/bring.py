@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ucp import limits
 from ucp.geometry import extents
 from ucp.loading.match import Entry
 from ucp.loading.read import RankReads, watched
@@ -23,9 +24,6 @@ from ucp.storage.files import Files
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.gather import Copy, fill
 from ucp.transfer.reader import Bytes, Reader
-
-ROUNDED_PART = 1 / 4
-"""The part of a load's memory that may hold, until it is proved, what is kept in fewer bits than it is read in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +151,7 @@ class _Rounding:
         odd = [
             entry for entry, flat in homes.items() if flat is not None and (entry[2], from_torch(flat.dtype)) in ROUNDED
         ]
-        fits = sum(map(share.size, odd)) <= memory * ROUNDED_PART
+        fits = sum(map(share.size, odd)) <= memory * limits.LOAD_ROUNDED_PART
         self.held = frozenset(odd) if fits else frozenset()
 
     def is_done_in_place(self, entry: Entry, own: str) -> bool:
