@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "ratio: to DeepSpeed's native load, with FSDP2 to DCP's; the median of the turns' own ratios",
             "host MiB: a rank's anonymous memory at its peak, device MiB: allocated there, both over those before",
             "in place: a state dict of live tensors; resume: model and optimizer, which has no states yet",
+            *(f"{work.label}: {_phases(turns[work.label])}" for work in works if "stages" in turns[work.label][0]),
             "limits, all ranks together: " + ", ".join(f"{name} {found:.1f} GB/s" for name, found in limits.items()),
         ],
         "turns": turns,
@@ -96,6 +97,15 @@ def _works(args: argparse.Namespace) -> list[Work]:
                 Work(f"{title}: ours from ours", peer, "fsdp-load", ours, into=into),
             ]
     return works
+
+
+def _phases(turns: list[dict[str, Any]]) -> str:
+    """The best turn on rank 0: its stages, what is outside of them, and what goes on within them in all threads."""
+    best = min(turns, key=lambda turn: turn["seconds"])
+    stages = {**best["stages"], "settle": best["settle"]}
+    stages["outside"] = best["seconds"] - sum(stages.values())
+    texts = [", ".join(f"{name} {value:.3f}" for name, value in one.items()) for one in (stages, best["within"])]
+    return f"{texts[0]} s; within, all threads added: {texts[1]} s"
 
 
 def _row(work: Work, turns: list[dict[str, Any]], peer: list[dict[str, Any]]) -> dict[str, Any]:

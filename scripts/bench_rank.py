@@ -190,14 +190,17 @@ def _timed(args: argparse.Namespace, work: Callable[[], Any]) -> dict[str, Any]:
     began = time.perf_counter(), time.process_time()
     with bench_tools.HostMemory() as host:
         told = work()
+        returned = time.perf_counter()
         _settle(args)
         seconds = time.perf_counter() - began[0]
+        settling = time.perf_counter() - returned
     processor = time.process_time() - began[1]
     most = _reduced(args, [seconds, host.growth, _device_memory(args) - before], dist.ReduceOp.MAX)
     found = {"seconds": most[0], "host": most[1], "device": most[2], "processor": _reduced(args, [processor])[0]}
     if told is not None:
         needed, read = _reduced(args, [told.nbytes, told.bytes_read])
         found |= {"nbytes": needed, "bytes_read": read, "proof": str(told.proof), "stages": dict(told.seconds)}
+        found |= {"within": dict(told.overlapping), "settle": settling}
         found |= {"strategy": told.strategy}
         # Of the slowest rank, and of all ranks together.
         found |= {"prove": _reduced(args, [told.seconds["prove"]], dist.ReduceOp.MAX)[0]}

@@ -18,6 +18,7 @@ from ucp import limits
 from ucp.catalog import SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, PartlyLoaded
 from ucp.geometry import whole
+from ucp.job.stopwatch import Stopwatch
 from ucp.loading import bring, strategy
 from ucp.loading import load as loading
 from ucp.loading.match import LoadPlan
@@ -291,7 +292,7 @@ def test_what_nothing_is_read_into(
     plan = LoadPlan({(0, "param", "float32"): [want]}, {}, {}, {}, (), (), (), ())
     with Files() as files:
         reads = RankReads.of(target, plan, None)
-        brought = bring.bring(reads, Reader(held, files), files, 2, limits.LOAD_MEMORY_BYTES)
+        brought = bring.bring(reads, Reader(held, files), files, 2, limits.LOAD_MEMORY_BYTES, Stopwatch())
     assert brought[0, "param"].data_ptr() == live.data_ptr()
     assert torch.equal(live[3:100_003], whole_of_it)
     left = 7.0 if partial else 0.0

@@ -279,9 +279,8 @@ def load_checkpoint(
     ranks.all_or_none(engine.ucp.wait)
     watch = Stopwatch()
     ranks.all_or_none(lambda: _check(engine, custom_load_fn, config))
-    target = ranks.all_or_none(
-        lambda: LiveEngine(engine, load_lr_scheduler=load_lr_scheduler_states and not load_module_only and kept)
-    )
+    scheduler = load_lr_scheduler_states and not load_module_only and kept
+    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: LiveEngine(engine, load_lr_scheduler=scheduler)))
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     module = [name for name, _ in engine.module.named_parameters()]
     local = [ModuleOrder.of_group(g.names, module) for g in target.groups]

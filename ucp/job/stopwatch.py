@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +15,16 @@ WAIT = "wait"
 
 
 class Stopwatch:
-    """Counts the seconds of one rank's work by stage, from now on. Stages that overlap are each counted in full."""
+    """Counts the seconds of one rank's work by stage, from now on. Stages that overlap are each counted in full.
+
+    parts: seconds of what goes on within stages, perhaps in several threads at once; then all of theirs are added up.
+    """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self.parts: dict[str, float] = {}
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -47,6 +53,17 @@ class Stopwatch:
     def add(self, stage: str, seconds: float) -> None:
         """Count seconds that were measured elsewhere."""
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of this block for a part of the stage that it is in. Thread-safe."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - began
+            with self._lock:
+                self.parts[name] = self.parts.get(name, 0.0) + passed
 
     def with_wait(self) -> dict[str, float]:
         """The stages, and the rest of the time until now as `WAIT`. This is for stages that do not overlap."""

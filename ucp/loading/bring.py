@@ -15,6 +15,7 @@ import torch
 
 from ucp import limits
 from ucp.geometry import extents
+from ucp.job.stopwatch import Stopwatch
 from ucp.loading.match import Entry
 from ucp.loading.read import RankReads, watched
 from ucp.loading.target import LoadedTensors
@@ -82,7 +83,7 @@ class Brought(LoadedTensors):
             fill(self.reader, self.later[entry], [_bytes(flat)])
 
 
-def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: int) -> Brought:
+def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: int, watch: Stopwatch) -> Brought:
     """Read everything to where it lives.
 
     threads: that read. memory: bytes of host memory that may be taken beyond what is live.
@@ -90,7 +91,8 @@ def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: 
     by_buffer: dict[int, list[Copy]] = {}
     for copy in share.copies:
         by_buffer.setdefault(copy.buffer, []).append(copy)
-    homes = {entry: share.target.home(*entry, share.length(entry)) for entry in share.wants}
+    with watch.part("memory"):
+        homes = {entry: share.target.home(*entry, share.length(entry)) for entry in share.wants}
     rounding = _Rounding(share, homes, memory)
     there: dict[Entry, torch.Tensor] = {}
     later: dict[Entry, list[Copy]] = {}
@@ -122,7 +124,7 @@ def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: 
     copies += [copy for k, own in changed.items() if k in direct for copy in own]
     with watched(files, share):
         fill(reader, copies, buffers, threads)
-        through_windows(reader, places, threads)
+        through_windows(reader, places, threads, watch)
     return Brought(there, later, reader, share)
 
 

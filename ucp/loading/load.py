@@ -64,7 +64,10 @@ class LoadReport:
     read_once
         Whether ranks that want the same bytes read them once, and exchanged them.
     overlapping
-        Seconds within those stages. 'digest': checking what was read, summed over all reading threads.
+        Seconds within those stages, summed over all threads. 'digest': checking what was read. 'memory': getting memory
+        for states that there are not yet. 'ring': getting windows of pinned memory. 'fill': reading into those windows.
+        'device': waiting until a window was copied to the device, or could be filled again. 'put' and 'round': putting
+        in place, and rounding the masters into the model.
     path
         The checkpoint's.
     verified_bytes
@@ -179,8 +182,8 @@ def load(
             if ready.held is None:
                 _exchange(how, sharing, brought.there)
             loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
-            _together(how, "apply", lambda: _put(live, loaded, ready, files))
-            _together(how, "apply", lambda: live.apply(loaded))
+            _together(how, "apply", lambda: _put(how, loaded, ready, files))
+            _together(how, "apply", lambda: _applied(how, loaded))
         bytes_read = files.bytes_read
     proving = _Proving(prove, how.threads, alone)
     proved = watch.timed("prove", lambda: _proved(catalog, live, what, brought.as_read, proving))
@@ -249,7 +252,7 @@ def _brought(how: _How, share: RankReads, ready: _Ready, files: Files) -> Brough
         how.live.begin()
         if ready.held is not None:
             return Brought(ready.held)
-        return bring(share, ready.reader, files, how.threads, how.memory)
+        return bring(share, ready.reader, files, how.threads, how.memory, how.watch)
 
     return _together(how, "apply" if ready.held is not None else "read", work)
 
@@ -259,10 +262,16 @@ def _exchange(how: _How, sharing: exchange.Sharing | None, tensors: Mapping[Entr
         how.watch.timed("exchange", lambda: exchange.exchange(sharing, tensors))
 
 
-def _put(live: Target, loaded: Loaded, ready: _Ready, files: Files) -> None:
-    live.put(loaded)
+def _put(how: _How, loaded: Loaded, ready: _Ready, files: Files) -> None:
+    with how.watch.part("put"):
+        how.live.put(loaded)
     if ready.held is None:
         ready.marks.check(files)
+
+
+def _applied(how: _How, loaded: Loaded) -> None:
+    with how.watch.part("round"):
+        how.live.apply(loaded)
 
 
 def _together(how: _How, stage: str, work: Callable[[], T]) -> T:
@@ -319,7 +328,7 @@ def _report(
         how.watch.with_wait(),
         what,
         read_once,
-        {"digest": ready.reader.digest_seconds},
+        {"digest": ready.reader.digest_seconds, **how.watch.parts},
         how.path,
         ready.reader.verified_bytes,
         ready.reader.unverified_bytes,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ucp import limits
+from ucp.job.stopwatch import Stopwatch
 from ucp.transfer.gather import Copy, execute
 from ucp.transfer.reader import Cache, Reader
 from ucp.transfer.windows import MARGIN, Work, cut_at_windows
@@ -51,7 +52,7 @@ class _Window:
     size: int
 
 
-def through_windows(reader: Reader, places: Sequence[Place], threads: int) -> None:
+def through_windows(reader: Reader, places: Sequence[Place], threads: int, watch: Stopwatch) -> None:
     """Fill the places. Raises what reading raises; then some are filled and some are not."""
     by_device: defaultdict[torch.device, list[Place]] = defaultdict(list)
     for place in places:
@@ -59,7 +60,8 @@ def through_windows(reader: Reader, places: Sequence[Place], threads: int) -> No
     for device, here in by_device.items():
         windows = list(_windows(here, limits.LOAD_WINDOW_BYTES))
         workers = max(min(threads, len(windows)), 1)
-        ring = _Ring(device, workers + limits.LOAD_WINDOWS_AHEAD_COUNT, limits.LOAD_WINDOW_BYTES)
+        with watch.part("ring"):
+            ring = _Ring(device, workers + limits.LOAD_WINDOWS_AHEAD_COUNT, limits.LOAD_WINDOW_BYTES, watch)
         _in_threads(workers, windows, lambda window, cache, ring=ring: _pass(reader, window, ring, cache))  # type: ignore[misc]
         ring.finish()
     reader.records.settle()
@@ -117,9 +119,10 @@ def _pass(reader: Reader, window: _Window, ring: _Ring, cache: Cache) -> None:
     buffer = ring.take()
     try:
         inside = buffer[MARGIN : MARGIN + window.size]
-        if not window.work.fills(window.size):
-            ring.prepare(inside, window.segments)
-        execute(reader, window.work.copies, [buffer.numpy()], cache)
+        with ring.watch.part("fill"):
+            if not window.work.fills(window.size):
+                ring.prepare(inside, window.segments)
+            execute(reader, window.work.copies, [buffer.numpy()], cache)
         ring.send(inside, window.segments, buffer)
     except BaseException:
         ring.put_back(buffer)
@@ -129,7 +132,8 @@ def _pass(reader: Reader, window: _Window, ring: _Ring, cache: Cache) -> None:
 class _Ring:
     """The windows of host memory for one device, and its stream."""
 
-    def __init__(self, device: torch.device, count: int, size: int) -> None:
+    def __init__(self, device: torch.device, count: int, size: int, watch: Stopwatch) -> None:
+        self.watch = watch
         self._device = device
         self._cuda: Any = torch.cuda if device.type == "cuda" else None
         self._free: queue.SimpleQueue[tuple[torch.Tensor, Any]] = queue.SimpleQueue()
@@ -148,9 +152,10 @@ class _Ring:
 
     def take(self) -> torch.Tensor:
         """A window whose last copy is done."""
-        memory, copied = self._free.get()
-        if copied is not None:
-            copied.synchronize()
+        with self.watch.part("device"):
+            memory, copied = self._free.get()
+            if copied is not None:
+                copied.synchronize()
         return memory
 
     def put_back(self, memory: torch.Tensor) -> None:
@@ -183,5 +188,6 @@ class _Ring:
 
     def finish(self) -> None:
         """Return once everything is on the device."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        with self.watch.part("device"):
+            if self._stream is not None:
+                self._stream.synchronize()
