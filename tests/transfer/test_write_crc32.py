@@ -22,7 +22,8 @@ from ucp.geometry import whole
 from ucp.storage.crc32 import Crc32Entry, PassingEntries
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
-from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file
+from ucp.storage.torch_pt.pickler import Placeholder
+from ucp.storage.torch_pt.writer import plan_torch_file
 from ucp.transfer.gather import Want
 from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from ucp.errors import Unsupported
 from ucp.storage.crc32 import combine, combine_all
 from ucp.storage.dtypes import itemsize
+from ucp.storage.torch_pt.pickler import Placeholder, SharedStorage
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
-from ucp.storage.torch_pt.writer import Placeholder, SharedStorage, plan_torch_file, scalar_tensor
+from ucp.storage.torch_pt.writer import plan_torch_file, scalar_tensor
 
 DTYPES = [
     "float32",

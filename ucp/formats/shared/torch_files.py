@@ -14,8 +14,9 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, box, empty, numel, whole
+from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.storage.torch_pt.values import Standin, TensorRef
-from ucp.storage.torch_pt.writer import Placeholder, plan_torch_file, stem_of
+from ucp.storage.torch_pt.writer import plan_torch_file, stem_of
 from ucp.transfer.exact import check_exact
 from ucp.transfer.gather import Want
 from ucp.transfer.targets import TargetFile

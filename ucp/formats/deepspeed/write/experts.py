@@ -18,7 +18,7 @@ from ucp.formats.deepspeed.experts import Experts, counts, data_ranks, expert_of
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import numel, restrict
 from ucp.parallel.mesh import Layout
-from ucp.storage.torch_pt.writer import Placeholder
+from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.transfer.targets import TargetFile
 
 # moe/utils.py: split_params_into_different_moe_groups_for_optimizer. A larger group of experts is split, in elements.

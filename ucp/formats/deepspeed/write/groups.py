@@ -15,7 +15,8 @@ from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import Blocks, numel, whole
 from ucp.parallel import zero
 from ucp.storage.dtypes import itemsize
-from ucp.storage.torch_pt.writer import Placeholder, scalar_tensor
+from ucp.storage.torch_pt.pickler import Placeholder
+from ucp.storage.torch_pt.writer import scalar_tensor
 from ucp.transfer.exact import EXACT
 
 PARAM = "param"

@@ -20,8 +20,8 @@ from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
+from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.storage.torch_pt.values import Size
-from ucp.storage.torch_pt.writer import Placeholder
 from ucp.transfer.targets import TargetFile
 
 

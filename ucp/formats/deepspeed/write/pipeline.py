@@ -18,7 +18,7 @@ from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
-from ucp.storage.torch_pt.writer import Placeholder
+from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.transfer.targets import TargetFile
 
 _TIED = "tied_modules"
