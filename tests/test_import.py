@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ucp
 from tests.formats import raw
@@ -38,6 +39,18 @@ def test_a_format_is_imported_when_it_is_read(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert done.returncode == 0
     assert (tmp_path / "universal-out").is_dir()
+
+
+@pytest.mark.parametrize("target", ["dcp", "megatron"])
+def test_writing_what_torch_reads_needs_no_torch(tmp_path: Path, target: str) -> None:
+    weight = {"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(8, 4)}
+    torch.save({"model": weight}, tmp_path / "one.pt")
+    ucp.convert(tmp_path / "one.pt", tmp_path / "universal")
+    layout = ", layout='tp=2'" if target == "megatron" else ""
+    paths = f"{str(tmp_path / 'universal')!r}, {str(tmp_path / 'there')!r}"
+    code = f"import sys, ucp; ucp.convert({paths}, {target!r}{layout});"
+    done = python(f"{code} ucp.open({str(tmp_path / 'there')!r}); sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_names_are_there() -> None:

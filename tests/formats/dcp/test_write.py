@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import ucp
 from tests.engines.truth import same
@@ -66,6 +77,30 @@ def test_stock_tools_read_it_whole(source: Path, tmp_path: Path) -> None:
     assert same(dict(found["model"]), dict(truth["model"]))
     assert same(found["optim"]["state"], truth["optim"]["state"])
     assert found["epoch"] == 3
+
+
+def test_the_metadata_is_what_torch_makes_of_it(source: Path, tmp_path: Path) -> None:
+    """Every object has its class, and exactly the attributes that torch's own would have."""
+    ucp.convert(source, tmp_path / "dcp", to="dcp")
+    found = pickle.loads((tmp_path / "dcp/.metadata").read_bytes())
+    made = {}
+    for key, entry in found.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            made[key] = BytesStorageMetadata()
+            continue
+        chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
+        made[key] = TensorStorageMetadata(
+            TensorProperties(dtype=entry.properties.dtype), torch.Size(entry.size), chunks
+        )
+    places = {
+        MetadataIndex(i.fqn, i.offset, i.index): _StorageInfo(p.relative_path, p.offset, p.length)
+        for i, p in found.storage_data.items()
+    }
+    again = Metadata(made, found.planner_data, places, StorageMeta())
+    again.version = "1.0.0"
+    assert len(made) > 20
+    assert found == again
+    assert {type(c.offsets) for e in made.values() if hasattr(e, "chunks") for c in e.chunks} == {torch.Size}
 
 
 def test_tied_parameters_are_there_under_all_names(tmp_path: Path) -> None:

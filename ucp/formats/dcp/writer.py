@@ -9,7 +9,6 @@ other in a few files.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -19,12 +18,13 @@ import numpy as np
 from ucp import limits
 from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.errors import Unsupported
-from ucp.formats.dcp import METADATA
+from ucp.formats.dcp import METADATA, written_metadata
+from ucp.formats.dcp.written_metadata import WrittenRecord, WrittenTensor
 from ucp.formats.shared.roles import MODEL, OUTSIDE, PARAM, TRAINING_STATE, VALUES
 from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.geometry import Shape, box, numel
 from ucp.storage.crc32 import Crc32Entry
-from ucp.storage.dtypes import itemsize, to_torch
+from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.writer import ALIGNMENT, scalar_tensor
 from ucp.transfer.targets import TargetFile
 
@@ -90,16 +90,6 @@ def _rest(state: TrainingState) -> dict[str, Any]:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class WrittenRecord:
-    """A record: its file and byte range, and the chunk of a tensor that it holds; None for an object."""
-
-    file: str
-    start: int
-    length: int
-    chunk: tuple[Shape, Shape] | None
-
-
 @dataclass
 class _Data:
     """A data file under construction."""
@@ -130,7 +120,7 @@ class RecordWriter:
         self._files: list[_Data] = [_Data("__0_0.distcp")]
         self._recorded = paths
         self._paths: dict[str, tuple[Any, ...]] = {}
-        self._tensors: dict[str, tuple[str, Shape, list[WrittenRecord]]] = {}
+        self._tensors: dict[str, WrittenTensor] = {}
         self._objects: dict[str, WrittenRecord] = {}
 
     def add_tensor(
@@ -154,11 +144,11 @@ class RecordWriter:
 
     def add_written(self, path: tuple[Any, ...], dtype: str, shape: Shape, placed: list[WrittenRecord]) -> None:
         """Add an entry whose records are already there."""
-        self._tensors[self._key(path)] = (dtype, shape, placed)
+        self._tensors[self._key(path)] = WrittenTensor(dtype, shape, placed)
 
     def add_scalar(self, path: tuple[Any, ...], single: Single) -> None:
         record = FileBuilder("", self._catalog).finish(scalar_tensor(single.value))
-        self._tensors[self._key(path)] = ("float32", (), [self._append(record, ((), ()))])
+        self._tensors[self._key(path)] = WrittenTensor("float32", (), [self._append(record, ((), ()))])
 
     def add_object(self, path: tuple[Any, ...], value: Any) -> None:
         """Add any other value, pickled as `torch.save` does it."""
@@ -178,42 +168,12 @@ class RecordWriter:
         return WrittenRecord(data.name, data.append(record), record.size, chunk)
 
     def finish(self) -> list[TargetFile]:
-        raw = pickle.dumps(self._metadata(), protocol=4)
+        raw = written_metadata.pickled(self._tensors, self._objects, self._paths if self._recorded else None)
         files = [
             TargetFile(data.name, data.size, tuple(data.literals), tuple(data.wants), tuple(data.crc32_entries))
             for data in self._files
         ]
         return [*files, TargetFile(METADATA, len(raw), ((0, raw),), ())]
-
-    def _metadata(self) -> Any:
-        """The metadata as an object of torch's own class, for torch to unpickle."""
-        import torch
-        from torch.distributed.checkpoint import metadata as torch_metadata
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        entries: dict[str, Any] = {}
-        places: dict[Any, Any] = {}
-        for key, (dtype, shape, chunks) in self._tensors.items():
-            boxes = [c.chunk for c in chunks if c.chunk is not None]
-            entries[key] = torch_metadata.TensorStorageMetadata(
-                torch_metadata.TensorProperties(dtype=to_torch(dtype)),
-                torch.Size(shape),
-                [torch_metadata.ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes],
-            )
-            for index, (placed, (offsets, _)) in enumerate(zip(chunks, boxes, strict=True)):
-                place = torch_metadata.MetadataIndex(key, offsets, index)
-                places[place] = _StorageInfo(placed.file, placed.start, placed.length)
-        for key, placed in self._objects.items():
-            entries[key] = torch_metadata.BytesStorageMetadata()
-            places[torch_metadata.MetadataIndex(key)] = _StorageInfo(placed.file, placed.start, placed.length)
-        found = torch_metadata.Metadata(
-            entries,
-            dict(self._paths) if self._recorded else None,
-            places,
-            storage_meta=torch_metadata.StorageMeta(),
-        )
-        found.version = "1.0.0"  # torch 2.6 has no such argument, and takes it from a file all the same
-        return found
 
 
 def _chunks(shape: Shape, width: int) -> Iterator[tuple[Shape, Shape]]:

@@ -78,6 +78,13 @@ class _GlobalName:
     name: str
 
 
+def pickled(obj: Any) -> bytes:
+    """A pickle of an object without tensors. Raises what pickling raises, and `Unsupported` for a `TensorRef`."""
+    stream = io.BytesIO()
+    Pickler(stream).dump(obj)
+    return stream.getvalue()
+
+
 # Python's own pickler in Python, since its methods are needed. Type stubs know the class without them.
 _PythonPickler: Any = pickle._Pickler
 
@@ -147,7 +154,9 @@ class Pickler(_PythonPickler):
         self.write(pickle.REDUCE if obj.class_args else pickle.NEWOBJ)
         self.memoize(obj)
         if obj.state:
-            self.save(obj.state)
+            # Not attributes but one value, where the class says what its state is (`allowlist.build`).
+            plain = obj.state.get("state")
+            self.save(plain if len(obj.state) == 1 and isinstance(plain, tuple) else obj.state)
             self.write(pickle.BUILD)
 
     def _save_tensor(self, tensor: Placeholder) -> None:
