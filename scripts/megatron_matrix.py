@@ -37,7 +37,7 @@ from tests.engines.megatron.launch import by_name, launch  # noqa: E402
 from tests.engines.truth import same  # noqa: E402
 
 BUCKETS = {"distrib_optim_sharding_type": "dp_reshardable"}
-AT_ONCE = 6  # runs that one start of Megatron makes
+AT_ONCE = 12  # runs that one start of Megatron makes
 CONFIG = {
     "model_type": "llama",
     "hidden_size": cases.HIDDEN,
