@@ -23,11 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the state lives: cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads for digests on the host (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every work (default: 3)")
+    parser.add_argument("--only-digest", action="store_true", help="no files: the digest alone, in every way")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     import ucp
     from ucp.geometry import whole
     from ucp.job.live_digest import LiveElements, digests, on_device
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tensors = [t for entry in (state["model"], *state["optim"]["state"].values()) for t in entry.values() if t.dim()]
     nbytes = sum(t.nbytes for t in tensors)
     lives = [LiveElements(t, tuple(t.shape), whole(t.shape)) for t in tensors]
-    digests(lives[:2])  # tables
+    first = _first(args, lives)
     before = _allocated(args)
     turns = _timed(args, lambda: digests(lives, threads=args.threads))
     memory = _allocated(args, peak=True) - before
@@ -50,6 +49,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         small = lives[:2]
         equal = on_device(small) == digests(small)
+    if args.only_digest:
+        rows[0] |= {"first use ms": round(1e3 * first), "kernels": _kernels(args, lambda: digests(lives))}
+        if args.device != "cpu":
+            rows += _ways(args, lives, nbytes)
+        return _result(args, tensors, nbytes, rows, memory, equal)
     path = args.data / "prove"
     shutil.rmtree(path, ignore_errors=True)
     args.data.mkdir(parents=True, exist_ok=True)
@@ -70,6 +74,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         more["processor s"] = round(min(processor[1:]), 3)
         rows.append(_row(f"ucp.load, prove={prove}", loads[1:], nbytes, **more))
     shutil.rmtree(path)
+    return {**_result(args, tensors, nbytes, rows, memory, equal), "stages": stages}
+
+
+def _result(
+    args: argparse.Namespace, tensors: list[Any], nbytes: int, rows: list[Any], memory: int, equal: bool
+) -> dict[str, Any]:
+    import torch
+
     return {
         "title": f"prove: {nbytes / 1e9:.2f} GB in {len(tensors)} tensors on {args.device}, warm page cache",
         "rows": rows,
@@ -78,8 +90,76 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"device's and host's ways equal: {equal}",
             "prove=True is a sample in host memory",
         ],
-        "stages": stages,
     }
+
+
+def _first(args: argparse.Namespace, lives: list[Any]) -> float:
+    """What a process's first digest takes, in seconds: a load lets that pass while it reads."""
+    from ucp.job.live_digest import digest_every_way
+
+    began = time.perf_counter()
+    digest_every_way(lives[0].tensor.device)
+    _settled(args)
+    return time.perf_counter() - began
+
+
+def _ways(args: argparse.Namespace, lives: list[Any], nbytes: int) -> list[dict[str, Any]]:
+    """Both ways to multiply on a device, and what they are made of, so that it shows what to improve."""
+    import torch
+
+    from ucp.job.device_products import has_byte_products
+    from ucp.job.live_digest import on_device
+
+    device = lives[0].tensor.device
+    rows = []
+    for by_bytes in (True, False):
+        on_device(lives[:4], by_bytes=by_bytes)
+        turns = _timed(args, lambda by=by_bytes: on_device(lives, by_bytes=by))
+        rows.append(
+            _row(
+                "with bytes" if by_bytes else "with doubles",
+                turns,
+                nbytes,
+                chosen=has_byte_products(device) == by_bytes,
+            )
+        )
+    many = [torch.zeros((24 << 10, 1024), dtype=torch.int8, device=device) for _ in range(2)]
+    out = torch.empty((24 << 10, 16), dtype=torch.int32, device=device)
+    narrow = torch.ones((16, 1024), dtype=torch.int8, device=device)
+    other = narrow.t().contiguous()
+    for label, work in {
+        "24 MiB: bytes times a table by columns": lambda: torch._int_mm(many[0], narrow.t(), out=out),
+        "24 MiB: bytes times a table by rows": lambda: torch._int_mm(many[0], other, out=out),
+        "24 MiB: bits turned": lambda: torch.bitwise_xor(many[0].view(torch.int32), 1, out=many[1].view(torch.int32)),
+    }.items():
+        turns = []
+        for _ in range(args.repeats + 1):
+            _settled(args)
+            began = time.perf_counter()
+            for _ in range(100):
+                work()
+            _settled(args)
+            turns.append((time.perf_counter() - began) / 100)
+        rows.append(_row(label, turns[1:], many[0].nbytes))
+    return rows
+
+
+def _kernels(args: argparse.Namespace, work: Callable[[], Any]) -> int:
+    """How many kernels a device runs for this."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if args.device == "cpu":
+        return 0
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        work()
+    return sum(1 for event in found.events() if event.name == "cudaLaunchKernel" or "LaunchKernelEx" in event.name)
+
+
+def _settled(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _state(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,4 +200,9 @@ def _allocated(args: argparse.Namespace, peak: bool = False) -> int:
 
 
 def _row(label: str, seconds: list[float], nbytes: int, **more: Any) -> dict[str, Any]:
-    return bench_tools.row(label, seconds, seconds, **{"GB/s": round(nbytes / min(seconds) / 1e9, 2), **more})
+    return bench_tools.row(
+        label,
+        seconds,
+        seconds,
+        **{"ms": round(1e3 * min(seconds), 2), "GB/s": round(nbytes / min(seconds) / 1e9, 2), **more},
+    )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import property as p
 from ucp.geometry import Blocks, box, concat, flat_ranges, row_major, whole
-from ucp.job import live_digest
+from ucp.job import device_digest, device_products, live_digest
 from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical import digest as logical
 from ucp.logical import runs as running
@@ -394,3 +394,53 @@ def test_tensors_together_have_the_digests_that_each_has(every) -> None:
     assert digests(lives, sample=sample) == wanted
     assert digests(lives, sample=sample, threads=3) == wanted
     assert on_device(lives, sample) == wanted
+
+
+@pytest.mark.parametrize("by_bytes", [True, False])
+@pytest.mark.parametrize("rows", [(40, 160), (64, 4096)])
+def test_a_device_has_two_ways_to_multiply(monkeypatch, by_bytes, rows) -> None:
+    assert device_products.has_byte_products(torch.device("cpu"))
+    monkeypatch.setattr(device_products, "_ROWS_AT_ONCE", rows[0])
+    monkeypatch.setattr(device_products, "_ROWS_KEPT", rows[1])
+    monkeypatch.setattr(device_digest, "LONG", 2048)
+    rng = np.random.default_rng(3)
+    lives, wanted = [], []
+    sizes = [0, 1, 255, 256, 100_000, *rng.integers(1, 5000, 60).tolist(), 30_001, 300, 70_000]
+    for n in sizes:
+        tensor = torch.from_numpy(rng.integers(-(2**31), 2**31, n).astype(np.int32))
+        for edge, value in ((0, -(2**31)), (1, 2**31 - 1), (2, 0x7F7F7F7F), (3, -0x7F7F7F80)):
+            tensor[edge:7:4] = value
+        lives.append(LiveElements(tensor, (n,), whole((n,))))
+        wanted.append(of_array(tensor.numpy()))
+    assert on_device(lives, by_bytes=by_bytes) == wanted
+    wide = [
+        LiveElements(t, tuple(t.shape), whole(tuple(t.shape)), "bfloat16", rounded=True)
+        for t in (torch.randn(70_001), torch.randn(9))
+    ]
+    monkeypatch.setattr(live_digest, "PIECE", 64 << 10)
+    assert on_device(wide, by_bytes=by_bytes) == digests(wide)
+
+
+def test_a_device_that_multiplies_bytes_wrongly_is_asked_for_doubles(monkeypatch) -> None:
+    device = torch.device("cpu")
+    real = torch._int_mm
+
+    def wrong(left, right, *, out):
+        real(left, right, out=out)[5, 3] += 1
+
+    def lacks(*_, **__):
+        raise RuntimeError("not implemented")
+
+    for found in (wrong, lacks):
+        device_products.has_byte_products.cache_clear()
+        monkeypatch.setattr(torch, "_int_mm", found)
+        assert not device_products.has_byte_products(device)
+        values = torch.randn(400_000)
+        live = LiveElements(values, (400_000,), whole((400_000,)))
+        assert on_device([live]) == digests([live])
+    device_products.has_byte_products.cache_clear()
+
+
+def test_a_device_is_made_ready_before_its_first_digest() -> None:
+    live_digest.digest_every_way(torch.device("cpu"))
+    assert torch.cuda.is_initialized() or live_digest.prepared() is None

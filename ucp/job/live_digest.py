@@ -1,42 +1,34 @@
 """Logical digests of live tensors on any device: one pass, nothing gathered, at most 64 MiB of memory.
 
 In host memory `ucp.logical.digest` reads them where they are, with several threads. On a device the same sums are made
-by plain torch operations: products of matrices of doubles, exact as there. Both are equal bit for bit.
+by plain torch operations (`ucp.job.device_digest`). Both are equal bit for bit.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import numpy as np
 import torch
 
-from ucp.geometry import Blocks, Ints, Shape, numel
+from ucp.geometry import Blocks, Shape, numel, whole
+from ucp.job.device_digest import LONG, DeviceSums
 from ucp.job.float_types import converted
-from ucp.logical import digest
 from ucp.logical.batch import Batch
-from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW, Digest, digest_bytes, padded_batches
+from ucp.logical.digest import ROW, Digest, digest_bytes
 from ucp.logical.runs import Run, Runs, Sample, few_runs, runs_of, within_buffer
 from ucp.storage.dtypes import itemsize, to_torch
 
-# How many bytes of a tensor one thread, or the device, takes at once.
+# How many bytes of a tensor one thread takes at once.
 PIECE = 16 << 20
 # In host memory: tensors of fewer bytes are digested together.
 _TOGETHER = 2 << 20
-# On a device: runs of at least this many bytes are multiplied where they lie.
-_LONG = 256 << 10
-# On a device: runs of at least this many bytes get rows of their own.
-_SHORT = 128
-# On a device: how many words of short runs are added at once, over all tensors.
-_ITEMS = 1 << 19
-# On a device: how many rows are multiplied at once (44 MiB as doubles), and of how many the products are kept (6 MiB),
-# in three turns. There are few operations, since a device waits longer for one to be requested than it takes.
-_ROWS_AT_ONCE, _ROWS_KEPT = 22 << 10, 64 << 10
-# How many row keys are kept on a device (16 MiB).
-_KEPT = 1 << 20
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +76,9 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
         if len(live.blocks):
             by_device.setdefault(live.tensor.device, []).append(k)
     for device, members in by_device.items():
-        work = _on_host if device.type in ("cpu", "mps") else on_device
-        for k, found in zip(members, work([lives[k] for k in members], sample, threads), strict=True):
+        own = [lives[k] for k in members]
+        made = _on_host(own, sample, threads) if device.type in ("cpu", "mps") else on_device(own, sample)
+        for k, found in zip(members, made, strict=True):
             out[k] = found
     return out
 
@@ -123,9 +116,14 @@ def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
     return piece.view(torch.uint8)
 
 
-def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
-    """The runs to digest, if they are few and lie in the tensor's memory as they are digested; else None."""
-    if live.dtype is not None or live.one_nan or not live.tensor.is_contiguous():
+def _is_converted(live: LiveElements) -> bool:
+    return live.dtype is not None or live.one_nan
+
+
+def _listed(live: LiveElements, sample: Sample | None, *, converted: bool = False) -> list[Run] | None:
+    """The runs to digest, if they are few and lie in one piece of memory as they are digested; else None. converted:
+    also where elements are converted first, and then the memory's bytes are those after the conversion."""
+    if (_is_converted(live) and not converted) or not live.tensor.is_contiguous():
         return None
     found = few_runs(live.shape, live.blocks, live.width)
     return found if found is None or sample is None else sample.cut(found, numel(live.shape) * live.width)
@@ -137,7 +135,8 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     for k, live in enumerate(lives):
         listed = _listed(live, sample)
         if listed is not None and sum(size for _, _, size in listed) < _TOGETHER:
-            batch.add(k, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
+            if listed:
+                batch.add(k, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
         else:
             large.append(k)
     out = batch.finish()
@@ -180,260 +179,68 @@ def _batched(
 # --- on a device -----------------------------------------------------------------------------------------------------
 
 
-def on_device(lives: Sequence[LiveElements], sample: Sample | None = None, threads: int = 1) -> list[Digest]:
-    """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too."""
-    sums = _Sums(lives[0].tensor.device, len(lives))
+def on_device(
+    lives: Sequence[LiveElements], sample: Sample | None = None, *, by_bytes: bool | None = None
+) -> list[Digest]:
+    """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too. by_bytes: the
+    way to multiply, as `ucp.job.device_digest` tells; None for the device's fastest."""
+    sums = DeviceSums(lives[0].tensor.device, len(lives), by_bytes=by_bytes)
     for k, live in enumerate(lives):
-        listed = _listed(live, sample)
-        if listed is not None:
-            raw = live.tensor.detach().reshape(-1).view(torch.uint8)
-            if all(size >= _LONG for _, _, size in listed):
-                for run in listed:
-                    sums.add_long(k, raw, *run)
-            elif listed:
-                sums.add(k, raw, Runs(*np.array(listed, np.int64).T))
+        listed = _listed(live, sample, converted=True)
+        if listed is None:
+            for raw, runs in _windows(live, sample, PIECE):
+                sums.add(k, raw, runs)
             continue
-        for raw, runs in _windows(live, sample, PIECE):
-            sums.add(k, raw, runs)
+        if not listed:
+            continue
+        flat = live.tensor.detach().reshape(-1)
+        if not _is_converted(live):
+            raw = flat.view(torch.uint8)
+            for run in listed:
+                sums.add_run(k, raw, *run)
+            continue
+        for source, place, size in listed:
+            for at in range(0, size, PIECE):
+                step = min(PIECE, size - at)
+                piece = flat[(source + at) // live.width : (source + at + step) // live.width]
+                sums.add_run(k, _bits(piece, live), 0, place + at, step)
     return sums.finish()
 
 
-class _Sums:
-    """The sums of several tensors of a device, which is asked for them once, at the end."""
-
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._device = device
-        self._sums = torch.zeros((count, LANES), dtype=torch.int64, device=device)
-        self._pending: list[tuple[int, torch.Tensor, Runs]] = []
-        self._held = 0
-        self._doubles = torch.empty((_ROWS_AT_ONCE, COLUMNS), dtype=torch.float64, device=device)
-        self._exact = torch.empty((_ROWS_KEPT, LANES * DIGITS), dtype=torch.float64, device=device)
-        self._segments: list[tuple[int, int | Ints, int]] = []
-        self._rows = 0  # of ``_exact`` that are in use
-
-    def add(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
-        """Bytes of one of them, and where they belong."""
-        long = runs.sizes >= _LONG
-        for k in np.flatnonzero(long).tolist():
-            self.add_long(index, raw, int(runs.sources[k]), int(runs.places[k]), int(runs.sizes[k]))
-        rest = runs.take(np.flatnonzero(~long))
-        if not len(rest):
-            return
-        padded = rest.sizes >= _SHORT
-        if padded.sum() >= 64:
-            self._add_padded(index, raw, rest.take(np.flatnonzero(padded)))
-            rest = rest.take(np.flatnonzero(~padded))
-        if len(rest):
-            self._add_later(index, raw, rest)
-
-    def finish(self) -> list[Digest]:
-        self._flush()
-        self._flush_rows()
-        found = self._sums.cpu().numpy().view(np.uint64).tolist()
-        return [Digest(first, second) for first, second in found]
-
-    def add_long(self, index: int, raw: torch.Tensor, source: int, place: int, size: int) -> None:
-        head = -place % ROW
-        body = (size - head) // ROW * ROW
-        whole = raw[source + head : source + head + body]
-        self._add_rows(index, whole, (place + head) // ROW)
-        for low, high in ((0, head), (head + body, size)):
-            if high > low:
-                piece = raw[source + low : source + high]
-                self._add_later(index, piece, _run(place + low, high - low))
-
-    def _add_rows(self, index: int, raw: torch.Tensor, first: int | Ints) -> None:
-        """Whole rows; first: the number of the first one, if they follow one another, or the number of each.
-
-        Each piece takes two operations, a conversion and a product; what is left is done for many rows at once, since a
-        device waits longer for an operation to be asked for than it takes for such a piece.
-        """
-        if raw.data_ptr() % 4 or raw.storage_offset() % 4:
-            raw = raw.clone()
-        words = raw.view(torch.int32).view(-1, COLUMNS)
-        at = 0
-        while at < len(words):
-            count = min(len(words) - at, _ROWS_AT_ONCE, _ROWS_KEPT - self._rows)
-            self._doubles[:count].copy_(words[at : at + count])
-            exact = self._exact[self._rows : self._rows + count]
-            torch.mm(self._doubles[:count], _digits(self._device), out=exact)
-            numbers = first + at if isinstance(first, int) else first[at : at + count]
-            self._note(index, numbers, count)
-            at += count
-            if self._rows == _ROWS_KEPT:
-                self._flush_rows()
-
-    def _note(self, index: int, numbers: int | Ints, count: int) -> None:
-        """Remember whose the next rows are."""
-        if self._segments and isinstance(numbers, int):
-            owner, before, held = self._segments[-1]
-            if owner == index and isinstance(before, int) and before + held == numbers:
-                self._segments[-1] = (owner, before, held + count)
-                self._rows += count
-                return
-        self._segments.append((index, numbers, count))
-        self._rows += count
-
-    def _flush_rows(self) -> None:
-        """Add the rows whose exact products are kept."""
-        if not self._rows:
-            return
-        exact = self._exact[: self._rows].to(torch.int64).view(-1, LANES, DIGITS)
-        rows = (exact * _weights(self._device)).sum(2)
-        at = 0
-        for index, numbers, count in self._segments:
-            if isinstance(numbers, int):
-                keys = _keys_of(self._device, numbers, count)
-            else:
-                keys = _keys_at(self._device, numbers)
-            self._sums[index] += (rows[at : at + count] * keys.t()).sum(0)
-            at += count
-        self._segments.clear()
-        self._rows = 0
-
-    def _add_padded(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
-        """Runs alike are copied into rows of their own, all at once."""
-        for part in padded_batches(runs, PIECE // ROW):
-            stretches = part.stretches()
-            if 16 * len(stretches) > len(part.runs):
-                self._add_later(index, raw, part.runs)
-                continue
-            padded = torch.zeros(part.used * ROW, dtype=torch.uint8, device=self._device)
-            starts = (np.cumsum(part.rows) - part.rows) * ROW + part.runs.places % ROW
-            for first, last in stretches:
-                size, source, wide = (
-                    int(part.runs.sizes[first]),
-                    int(part.runs.sources[first]),
-                    int(part.rows[first]) * ROW,
-                )
-                step = int(part.runs.sources[first + 1]) - source if last - first > 1 else size
-                shape = (last - first, size)
-                target = padded.as_strided(shape, (wide, 1), int(starts[first]))
-                target.copy_(raw.as_strided(shape, (step, 1), raw.storage_offset() + source))
-            self._add_rows(index, padded, part.numbers)
-
-    def _add_later(self, index: int, raw: torch.Tensor, runs: Runs) -> None:
-        """Short runs, which are put together with those of other tensors: a device works on many at once."""
-        ends = np.cumsum(runs.sizes)
-        at = 0
-        while at < len(runs):
-            room = _ITEMS - self._held
-            stop = int(np.searchsorted(ends, (int(ends[at - 1]) if at else 0) + room, "right"))
-            if stop == at and self._held:
-                self._flush()
-                continue
-            stop = max(stop, at + 1)
-            part = runs.take(np.arange(at, stop))
-            low, high = int(part.sources.min()), int((part.sources + part.sizes).max())
-            if high - low > 4 * int(part.sizes.sum()) and high - low > PIECE:
-                self._flush()
-            self._pending.append((index, raw[low:high], Runs(part.sources - low, part.places, part.sizes)))
-            self._held += int(part.sizes.sum())
-            if self._held >= _ITEMS or high - low > PIECE // 2:
-                self._flush()
-            at = stop
-
-    def _flush(self) -> None:
-        """Add what was put together, byte by byte where it is odd, else by halves or whole words."""
-        if not self._pending:
-            return
-        pieces = [raw for _, raw, _ in self._pending]
-        raw = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
-        shifts = np.cumsum([0, *(len(piece) for piece in pieces)])
-        runs = Runs(
-            np.concatenate([r.sources + shift for (_, _, r), shift in zip(self._pending, shifts, strict=False)]),
-            np.concatenate([r.places for _, _, r in self._pending]),
-            np.concatenate([r.sizes for _, _, r in self._pending]),
-        )
-        owners = np.repeat([index for index, _, _ in self._pending], [len(r) for _, _, r in self._pending])
-        bits = int(np.bitwise_or.reduce(runs.places | runs.sizes | runs.sources))
-        width = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
-        counts = runs.sizes // width
-        # Of each item: which run, and its number in it.
-        n = int(counts.sum())
-        columns = np.stack([runs.places, runs.sources // width, owners, np.cumsum(counts) - counts])
-        table = torch.from_numpy(columns).to(self._device)
-        which = torch.repeat_interleave(torch.from_numpy(counts).to(self._device), output_size=n)
-        number = torch.arange(n, device=self._device) - table[3, which]
-        values = _items(raw, width)[table[1, which] + number].to(torch.int64)
-        places = table[0, which] + number * width
-        if width < 4:
-            values = (values & ((1 << 8 * width) - 1)) << 8 * (places & 3)
-            values = values.to(torch.int32).to(torch.int64)  # a word's last byte carries its sign
-        words = places >> 2
-        keys = _keys_at(self._device, words >> 8)
-        keys *= _table(self._device)[:, words & (COLUMNS - 1)]
-        keys *= values
-        self._sums.index_add_(0, table[2, which], keys.t())
-        self._pending.clear()
-        self._held = 0
+# --- what only the first digest takes --------------------------------------------------------------------------------
 
 
-def _items(raw: torch.Tensor, width: int) -> torch.Tensor:
-    if width == 1:
-        return raw
-    return raw[: len(raw) // width * width].view(torch.int32 if width == 4 else torch.int16)
+def prepared() -> threading.Thread | None:
+    """Have this process's device made ready in a thread: libraries are loaded, tables made, ways to multiply tried.
+    Otherwise the first digest would wait for that. None if there is nothing to do. Whoever digests joins the thread.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    if device in _ready:
+        return None
+    _ready.add(device)
+    thread = threading.Thread(target=_make_ready, args=(device,), name="ucp-digest-ready")
+    thread.start()
+    return thread
 
 
-def _run(place: int, size: int) -> Runs:
-    return Runs(*(np.array([n], np.int64) for n in (0, place, size)))
+_ready: set[torch.device] = set()
 
 
-@lru_cache(16)
-def _digits(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(digest.digits()).to(device)
+def _make_ready(device: torch.device) -> None:
+    try:
+        with torch.cuda.device(device):
+            digest_every_way(device)
+    except RuntimeError as error:  # the digest itself will say so, if it is still true then
+        _logger.info("%s is not ready for digests: %s", device, error)
 
 
-@lru_cache(16)
-def _weights(device: torch.device) -> torch.Tensor:
-    return torch.tensor([1 << DIGIT_BITS * k for k in range(DIGITS)], device=device)
-
-
-@lru_cache(16)
-def _table(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(digest.table()).to(device)
-
-
-_keys: dict[torch.device, torch.Tensor] = {}
-
-
-def _keys_of(device: torch.device, first: int, count: int) -> torch.Tensor:
-    """(2, count) the keys of rows from ``first`` on."""
-    if first + count > _KEPT:
-        return _row_keys(torch.arange(first, first + count, device=device))
-    return _kept(device, first + count)[:, first : first + count]
-
-
-def _keys_at(device: torch.device, rows: torch.Tensor | Ints) -> torch.Tensor:
-    """(2, n) the keys of these rows."""
-    if isinstance(rows, np.ndarray):
-        highest, rows = int(rows.max()), torch.from_numpy(rows).to(device)
-        if highest < _KEPT:
-            return _kept(device, highest + 1)[:, rows]
-    return _row_keys(rows)
-
-
-def _kept(device: torch.device, count: int) -> torch.Tensor:
-    found = _keys.get(device)
-    if found is None or found.shape[1] < count:
-        step = 1 << 16
-        wanted = min(_KEPT, max(step, 1 << (count - 1).bit_length()))
-        found = torch.empty((LANES, wanted), dtype=torch.int64, device=device)
-        for at in range(0, wanted, step):
-            found[:, at : at + step] = _row_keys(torch.arange(at, at + step, device=device))
-        _keys[device] = found
-    return found
-
-
-def _row_keys(rows: torch.Tensor) -> torch.Tensor:
-    """`ucp.logical.digest.row_keys` in torch, whose 64-bit words have a sign."""
-    z = rows * LANES + torch.arange(LANES, device=rows.device)[:, None]
-    z = z + (digest.KEY_SEED + 1)
-    z = z * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * _signed(factor)
-    return (z ^ ((z >> 31) & ((1 << 33) - 1))) | 1
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+@torch.no_grad()
+def digest_every_way(device: torch.device) -> None:
+    """Digest a little of a device's memory, so that everything that the first digest needs is there."""
+    sizes = (1, 300, *[LONG // 2] * 5)
+    tensors = [torch.zeros(n, dtype=torch.float32, device=device) for n in sizes]
+    lives = [LiveElements(t, tuple(t.shape), whole(t.shape)) for t in tensors]
+    on_device(lives)
+    on_device([replace(lives[-1], dtype="bfloat16", rounded=True)])

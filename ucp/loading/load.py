@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, PartlyLoaded, described
 from ucp.job import ranks
+from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
 from ucp.loading import exchange, proof, strategy, tied
 from ucp.loading.bring import Brought, bring
@@ -168,6 +170,7 @@ def load(
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     how = _How(live, catalog, path, verify, workers, memory, alone, agreed, watch)
+    proving = _Proving(prove, how.threads, alone, prepared() if prove is not False else None)
     with Files() as files:
         tied.check(Reader(catalog, files, verify), what.tied, live.words, watch, alone)
         sharing = None
@@ -185,7 +188,6 @@ def load(
             _together(how, "apply", lambda: _put(how, loaded, ready, files))
             _together(how, "apply", lambda: _applied(how, loaded))
         bytes_read = files.bytes_read
-    proving = _Proving(prove, how.threads, alone)
     proved = watch.timed("prove", lambda: _proved(catalog, live, what, brought.as_read, proving))
     nbytes = share.nbytes, bytes_read - ready.bytes_checked
     return replace(_report(how, what, ready, nbytes, sharing is not None, proved), changes=changes)
@@ -339,16 +341,19 @@ def _report(
 
 @dataclass(frozen=True)
 class _Proving:
-    """How a load is proved: arguments of `load`."""
+    """How a load is proved: arguments of `load`, and what makes the device ready for it."""
 
     choice: bool | str
     threads: int
     alone: bool
+    making_ready: Thread | None
 
 
 def _proved(
     catalog: Catalog, target: Target, what: LoadPlan, brought: Mapping[Entry, torch.Tensor], how: _Proving
 ) -> Proof | None:
+    if how.making_ready is not None:
+        how.making_ready.join()
     with Files() as files, ranks.alone() if how.alone else nullcontext():
         reader = Reader(catalog, files)
         return proof.prove(
