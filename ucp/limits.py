@@ -37,6 +37,8 @@ SCRATCH_BYTES = 8 * MIB
 CHUNKS_KEPT_COUNT = 2
 # Whole chunks read at once from a local file: few, so that they are verified while they are in the processor's cache.
 CHUNKS_AT_ONCE_COUNT = 4
+# The same where nothing but the comparison is done: with many threads, fewer calls count more than the cache.
+CHUNKS_COMPARED_COUNT = 8
 # Whole chunks read at once from a URL: many, since every request takes time.
 CHUNKS_FETCHED_COUNT = 32
 # Bytes are read straight into at most so many parts. For more parts they are read once and copied.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -67,36 +67,38 @@ class Files:
         """Like `read_into`, but into several buffers, one after the other: at most 1,000 (the system's limit)."""
         name = str(path)
         views = [view.cast("B") for part in parts if (view := memoryview(part)).nbytes]
-        total = sum(map(len, views))
-        if locations.is_remote(name):
-            self._fetch(name, offset, views, total)
-        else:
-            self._read(name, offset, views, total)
-        with self._lock:
-            self.bytes_read += total
-
-    def _read(self, name: str, offset: int, views: list[memoryview], total: int) -> None:
-        at, stop = offset, offset + total
-        with self._opened(name) if views else nullcontext(-1) as fd:
-            while at < stop:
-                try:
-                    count = os.preadv(fd, views, at)
-                except OSError as error:
-                    raise _unreadable(name, error) from error
-                if count == 0:
-                    raise DamagedCheckpoint(
-                        f"{name}: the file is truncated: bytes {offset} to {stop} are wanted, and it has "
-                        f"{os.fstat(fd).st_size}"
-                    )
-                at += count
-                while views and count >= len(views[0]):
-                    count -= len(views.pop(0))
-                if count:  # a short read
-                    views[0] = views[0][count:]
-
-    def _fetch(self, name: str, offset: int, views: list[memoryview], total: int) -> None:
         if not views:
             return
+        if locations.is_remote(name):
+            self._fetch(name, offset, views, sum(map(len, views)))
+        else:
+            self._read(name, offset, views)
+
+    # Many threads read a few MiB at a time. Everything here that needs the interpreter keeps all the others waiting.
+    def _read(self, name: str, offset: int, views: list[memoryview]) -> None:
+        total = sum(map(len, views))
+        file, at = self._taken(name), offset
+        try:
+            while True:
+                try:
+                    count = os.preadv(file.fd, views, at)
+                except OSError as error:
+                    raise _unreadable(name, error) from error
+                at += count
+                if at == offset + total:
+                    return
+                if count == 0:
+                    raise DamagedCheckpoint(
+                        f"{name}: the file is truncated: bytes {offset} to {offset + total} are wanted, and it has "
+                        f"{os.fstat(file.fd).st_size}"
+                    )
+                while count >= len(views[0]):
+                    count -= len(views.pop(0))
+                views[0] = views[0][count:]  # a short read
+        finally:
+            self._give_back(name, file, at - offset)
+
+    def _fetch(self, name: str, offset: int, views: list[memoryview], total: int) -> None:
         try:
             raw = memoryview(locations.read_range(name, offset, offset + total))
         except OSError as error:
@@ -108,6 +110,8 @@ class Files:
             )
         for view in views:
             view[:], raw = raw[: len(view)], raw[len(view) :]
+        with self._lock:
+            self.bytes_read += total
 
     @staticmethod
     def _stat(name: str | os.PathLike[str]) -> locations.Stat:
@@ -116,35 +120,39 @@ class Files:
         except OSError as error:
             raise _unreadable(name, error) from error
 
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[int]:
+    def _taken(self, name: str) -> _OpenFile:
+        """The file, open until it is given back."""
         with self._lock:
             file = self._files.get(name)
             if file is not None:
                 file.users += 1
-        if file is None:
-            # Opened without the lock: on a network file system this can take long.
-            try:
-                fd = locations.open_file(name)
-            except OSError as error:
-                raise _unreadable(name, error) from error
-            with self._lock:
-                file = self._files.get(name)
-                if file is None:
-                    file = self._files[name] = _OpenFile(fd)
-                else:
-                    os.close(fd)  # another thread was faster
-                file.users += 1
+                return file
+        # Opened without the lock: on a network file system this can take long.
         try:
-            yield file.fd
-        finally:
-            with self._lock:
-                file.users -= 1
-                if not file.dropped:
-                    self._files.move_to_end(name)
-                    self._shrink(self._keep_open)
-                elif file.users == 0:
+            fd = locations.open_file(name)
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        with self._lock:
+            file = self._files.get(name)
+            if file is None:
+                file = self._files[name] = _OpenFile(fd)
+            else:
+                os.close(fd)  # another thread was faster
+            file.users += 1
+            return file
+
+    def _give_back(self, name: str, file: _OpenFile, count: int) -> None:
+        """The opposite of `_taken`, after so many bytes were read."""
+        with self._lock:
+            self.bytes_read += count
+            file.users -= 1
+            if file.dropped:
+                if file.users == 0:
                     os.close(file.fd)
+            elif len(self._files) > 1:
+                self._files.move_to_end(name)
+                if len(self._files) > self._keep_open:
+                    self._shrink(self._keep_open)
 
     def _shrink(self, keep: int) -> None:
         for name in list(self._files):

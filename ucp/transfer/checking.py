@@ -6,7 +6,6 @@ into one small buffer of each thread that is used again and again.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
     for file, held in ranges.items():
         path = reader.path(file)
         remote = path is not None and is_remote(path)
-        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if remote else limits.CHUNKS_AT_ONCE_COUNT)
+        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if remote else limits.CHUNKS_COMPARED_COUNT)
         for low, high in held:
             for at in range(low, high, size):
                 yield file, at, min(size, high - at)
@@ -95,7 +94,7 @@ def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
 def _compare(reader: Reader, steps: Sequence[tuple[int, int, int]]) -> None:
     buffer = np.empty(max((size for _, _, size in steps), default=0), np.uint8)
     for file, at, size in steps:
-        reader.read_into(file, at, [buffer[:size]], OrderedDict())
+        reader.compare(file, at, buffer[:size])
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,17 @@ class Reader:
                 self._read_whole(path, digests, at, end, _taken(rest, end - at))
             at = end
 
+    def compare(self, file: int, offset: int, buffer: Bytes) -> None:
+        """Fill the buffer with bytes from ``offset`` on and verify them: what `comparable` gave, cut at chunks.
+
+        Raises what reading raises, and DigestMismatch.
+        """
+        digests = self._digests.get(file)
+        if digests is None or offset + len(buffer) > digests.size:
+            self.read_into(file, offset, [buffer], OrderedDict())
+        else:
+            self._read_whole(self._paths[file], digests, offset, offset + len(buffer), [buffer])
+
     def _read_records(self, file: int, path: str, offset: int, parts: Sequence[Bytes]) -> None:
         """Bytes of a file without digests, which may lie in records with CRC-32s."""
         checked = self.records.covers(file)
