@@ -1,16 +1,17 @@
 """Bring what lies on a device through a few windows of pinned host memory, while the next window is read.
 
 All buffers on one device are laid out behind one another in one imagined file, which is cut into windows. Threads fill
-windows from the checkpoint. A stream of its own copies each full window to the device, and the window is filled again
-once that copy is done. A window that holds several small tensors is copied to the device once and spread out there.
+windows from the checkpoint. One more sends each full window to the device, on a stream of its own, and the window is
+filled again once that copy is done. A window that holds several small tensors is copied to the device once and spread
+out there.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 
 from ucp import limits
 from ucp.job.stopwatch import Stopwatch
+from ucp.storage.digests import CHUNK
 from ucp.transfer.gather import Copy, execute
 from ucp.transfer.reader import Cache, Reader
 from ucp.transfer.windows import MARGIN, Work, cut_at_windows
@@ -58,12 +60,7 @@ def through_windows(reader: Reader, places: Sequence[Place], threads: int, watch
     for place in places:
         by_device[place.live.device].append(place)
     for device, here in by_device.items():
-        windows = list(_windows(here, limits.LOAD_WINDOW_BYTES))
-        workers = max(min(threads, len(windows)), 1)
-        with watch.part("ring"):
-            ring = _Ring(device, workers + limits.LOAD_WINDOWS_AHEAD_COUNT, limits.LOAD_WINDOW_BYTES, watch)
-        _in_threads(workers, windows, lambda window, cache, ring=ring: _pass(reader, window, ring, cache))  # type: ignore[misc]
-        ring.finish()
+        _Passing(reader, _Ring(device, watch), list(_windows(here, limits.LOAD_WINDOW_BYTES))).run(threads)
     reader.records.settle()
 
 
@@ -77,7 +74,7 @@ def _windows(places: Sequence[Place], size: int) -> Iterator[_Window]:
         nbytes = len(place.live)
         at = -(-at // limits.WINDOW_ALIGNMENT_BYTES) * limits.WINDOW_ALIGNMENT_BYTES
         if nbytes > size - at % size:
-            at = -(-at // size) * size
+            at = -(-at // size) * size + _phase(place)
         for copy in place.copies:
             for index, piece in cut_at_windows(replace(copy, buffer=0, to=copy.to + at), size):
                 work[index].copies.append(replace(piece, to=piece.to - index * size + MARGIN))
@@ -92,88 +89,145 @@ def _windows(places: Sequence[Place], size: int) -> Iterator[_Window]:
         yield _Window(found, segments[index], ends[index])
 
 
-def _in_threads(workers: int, windows: Sequence[_Window], do: Callable[[_Window, Cache], None]) -> None:
-    """Do something with every window, in their order. After an error no further one is begun."""
-    left = iter(windows)
-    lock, failed = threading.Lock(), threading.Event()
+def _phase(place: Place) -> int:
+    """How far from a window's beginning the place should lie, so that windows end where chunks of its file end. Chunks
+    that lie in two windows are read twice."""
+    first = min(place.copies, key=lambda copy: copy.to, default=None)
+    phase = 0 if first is None else (first.at - first.to) % CHUNK
+    return phase if phase % limits.WINDOW_ALIGNMENT_BYTES == 0 else 0
 
-    def work() -> None:
-        cache: Cache = OrderedDict()
-        while not failed.is_set():
-            with lock:
-                window = next(left, None)
-            if window is None:
-                return
+
+class _Passing:
+    """Threads fill the windows, in their order, and this one sends them to the device.
+
+    After an error no further window is begun. Only one thread speaks to the device: more of them wait for one another.
+    """
+
+    def __init__(self, reader: Reader, ring: _Ring, windows: Sequence[_Window]) -> None:
+        self._reader = reader
+        self._ring = ring
+        self._left = iter(windows)
+        self._count = len(windows)
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        # What threads have done: a filled window with its memory, or None from a thread that ends.
+        self._filled: queue.SimpleQueue[tuple[_Window, torch.Tensor] | None] = queue.SimpleQueue()
+
+    def run(self, threads: int) -> None:
+        workers = max(min(threads, self._count, limits.LOAD_FILLING_THREADS_COUNT), 1)
+        with ThreadPoolExecutor(workers) as pool:
+            results = [pool.submit(self._fill) for _ in range(workers)]
             try:
-                do(window, cache)
+                self._send(workers, workers + limits.LOAD_WINDOWS_AHEAD_COUNT)
             except BaseException:
-                failed.set()
+                self._failed.set()
+                self._ring.close(workers)
                 raise
-
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work) for _ in range(workers)]:
+        for done in results:
             done.result()
+        self._ring.finish()
 
+    def _send(self, running: int, most: int) -> None:
+        """Send what is filled until all threads have ended. Memory for windows is taken when a thread waits for it."""
+        while running:
+            try:
+                done = self._filled.get_nowait()
+            except queue.Empty:
+                if self._ring.give_again(wait=False) or self._ring.grow(most) or self._ring.give_again(wait=True):
+                    continue
+                done = self._filled.get()
+            if done is None:
+                running -= 1
+            else:
+                self._ring.send(*done)
 
-def _pass(reader: Reader, window: _Window, ring: _Ring, cache: Cache) -> None:
-    buffer = ring.take()
-    try:
-        inside = buffer[MARGIN : MARGIN + window.size]
-        with ring.watch.part("fill"):
-            if not window.work.fills(window.size):
-                ring.prepare(inside, window.segments)
-            execute(reader, window.work.copies, [buffer.numpy()], cache)
-        ring.send(inside, window.segments, buffer)
-    except BaseException:
-        ring.put_back(buffer)
-        raise
+    def _fill(self) -> None:
+        cache: Cache = OrderedDict()
+        try:
+            while not self._failed.is_set():
+                with self._lock:
+                    window = next(self._left, None)
+                memory = self._ring.take() if window is not None else None
+                if window is None or memory is None or self._failed.is_set():
+                    return
+                with self._ring.watch.part("fill"):
+                    if not window.work.fills(window.size):
+                        self._ring.prepare(memory[MARGIN:], window.segments)
+                    execute(self._reader, window.work.copies, [memory.numpy()], cache)
+                self._filled.put((window, memory))
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            self._filled.put(None)
 
 
 class _Ring:
     """The windows of host memory for one device, and its stream."""
 
-    def __init__(self, device: torch.device, count: int, size: int, watch: Stopwatch) -> None:
+    def __init__(self, device: torch.device, watch: Stopwatch) -> None:
         self.watch = watch
         self._device = device
         self._cuda: Any = torch.cuda if device.type == "cuda" else None
-        self._free: queue.SimpleQueue[tuple[torch.Tensor, Any]] = queue.SimpleQueue()
+        self._count = 0
+        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        # What is on its way to the device, in its order, and an event for each that says when it is there.
+        self._sent: deque[tuple[torch.Tensor, Any]] = deque()
         self._stream = None
-        self._lock = threading.Lock()
         if self._cuda is not None:
             self._stream = self._cuda.Stream(device)
             # What the program has asked of the device before comes first.
             self._stream.wait_stream(self._cuda.current_stream(device))
-        for _ in range(count):
-            memory = torch.empty(size + 2 * MARGIN, dtype=torch.uint8, pin_memory=self._cuda is not None)
-            self._free.put((memory, None))
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else self._cuda.stream(self._stream)
 
-    def take(self) -> torch.Tensor:
-        """A window whose last copy is done."""
+    def grow(self, most: int) -> bool:
+        """Make memory for one more window, unless there are so many."""
+        if self._count == most:
+            return False
+        with self.watch.part("ring"):
+            size = limits.LOAD_WINDOW_BYTES + 2 * MARGIN
+            self._free.put(torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda is not None))
+            self._count += 1
+        return True
+
+    def take(self) -> torch.Tensor | None:
+        """A window's memory; None if nothing more is to be filled."""
         with self.watch.part("device"):
-            memory, copied = self._free.get()
+            return self._free.get()
+
+    def close(self, waiting: int) -> None:
+        """Let so many threads end that wait for memory, or will."""
+        for _ in range(waiting):
+            self._free.put(None)
+
+    def give_again(self, wait: bool) -> bool:
+        """Let windows whose copies are done be filled again; the oldest one at least, if ``wait``. Returns whether
+        there are any."""
+        found = False
+        while self._sent and (self._sent[0][1] is None or self._sent[0][1].query() or (wait and not found)):
+            memory, copied = self._sent.popleft()
             if copied is not None:
                 copied.synchronize()
-        return memory
-
-    def put_back(self, memory: torch.Tensor) -> None:
-        self._free.put((memory, None))
+            self._free.put(memory)
+            found = True
+        return found
 
     def prepare(self, inside: torch.Tensor, segments: Sequence[_Segment]) -> None:
         """Clear a window, or fetch what is to stay."""
         for segment in segments:
             part = inside[segment.at : segment.at + len(segment.live)]
             if segment.keeps:
-                with self._lock, self._on_stream():
+                with self._on_stream():
                     part.copy_(segment.live)
             else:
                 part.zero_()
 
-    def send(self, inside: torch.Tensor, segments: Sequence[_Segment], memory: torch.Tensor) -> None:
-        """Copy a window's parts to where they live, and make the window free for the time after that."""
-        with self._lock, self._on_stream():
+    def send(self, window: _Window, memory: torch.Tensor) -> None:
+        """Copy a window's parts to where they live. `give_again` makes it free after that."""
+        inside, segments = memory[MARGIN : MARGIN + window.size], window.segments
+        with self._on_stream():
             if len(segments) == 1:
                 segments[0].live.copy_(inside[segments[0].at :][: len(segments[0].live)], non_blocking=True)
             else:
@@ -184,7 +238,7 @@ class _Ring:
             if self._stream is not None:
                 copied = self._cuda.Event()
                 copied.record(self._stream)
-        self._free.put((memory, copied))
+        self._sent.append((memory, copied))
 
     def finish(self) -> None:
         """Return once everything is on the device."""
