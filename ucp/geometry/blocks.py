@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,13 @@ class Blocks:
     def counts(self) -> Ints:
         """(n,) the number of elements of each block."""
         return np.prod(self.sizes, axis=1, dtype=np.int64)
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all blocks together."""
+        if len(self.starts) == 1:  # the usual case, ten times as fast
+            return math.prod(self.sizes[0].tolist())
+        return int(self.counts.sum())
 
     def take(self, index: Ints | NDArray[np.bool_]) -> Blocks:
         """The blocks at these positions, or where this mask is true."""

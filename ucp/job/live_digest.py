@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
+from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import torch
 
 from ucp.geometry import Blocks, Shape, numel, whole
@@ -27,6 +31,8 @@ from ucp.storage.dtypes import itemsize, to_torch
 PIECE = 16 << 20
 # In host memory: tensors of fewer bytes are digested together.
 _TOGETHER = 2 << 20
+# So many bytes of what is digested together are worth one thread more: threads wait for each other meanwhile.
+_WORTH_A_THREAD = 128 << 20
 
 _logger = logging.getLogger(__name__)
 
@@ -55,9 +61,9 @@ class LiveElements:
         """Bytes of an element that is digested."""
         return self.tensor.element_size() if self.dtype is None or self.back else itemsize(self.dtype)
 
-    @cached_property
+    @property
     def elements(self) -> int:
-        return int(self.blocks.counts.sum())
+        return self.blocks.elements
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +92,13 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
 def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
     """The tensor's memory in pieces of bytes, and the runs in each. A piece has at most about ``most`` bytes, since it
     may be converted, or copied from a device."""
+    listed = _listed(live, sample)
+    if listed is not None:
+        for source, place, size in listed:
+            for at in range(0, size, most):
+                step = min(most, size - at)
+                yield _piece(live, source + at, step), Runs(*(np.array([n], np.int64) for n in (0, place + at, step)))
+        return
     flat = live.tensor.detach().reshape(-1)
     nbytes = numel(live.shape) * live.width
     for every in runs_of(live.shape, live.blocks, live.width):
@@ -104,6 +117,12 @@ def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[t
                 yield _bits(piece, live), Runs(part.sources - begin, part.places, part.sizes)
 
 
+def _piece(live: LiveElements, source: int, size: int) -> torch.Tensor:
+    """So many bytes of the tensor from this one on, as they are digested: of whole elements."""
+    flat = live.tensor.detach().reshape(-1)
+    return _bits(flat[source // live.width : (source + size) // live.width], live)
+
+
 def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
     """The elements' bytes, converted first where a type is given. Elements that lie apart are put together."""
     piece = piece.contiguous()
@@ -120,29 +139,58 @@ def _is_converted(live: LiveElements) -> bool:
     return live.dtype is not None or live.one_nan
 
 
-def _listed(live: LiveElements, sample: Sample | None, *, converted: bool = False) -> list[Run] | None:
-    """The runs to digest, if they are few and lie in one piece of memory as they are digested; else None. converted:
-    also where elements are converted first, and then the memory's bytes are those after the conversion."""
-    if (_is_converted(live) and not converted) or not live.tensor.is_contiguous():
+def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
+    """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the bytes
+    that are digested: where elements are converted first, those after that."""
+    if not live.tensor.is_contiguous():
         return None
     found = few_runs(live.shape, live.blocks, live.width)
     return found if found is None or sample is None else sample.cut(found, numel(live.shape) * live.width)
 
 
+_Few = tuple[int, list[Run]]
+"""The number of a tensor in host memory, and its few runs."""
+
+
 def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
-    """Digest tensors with little to read together in this thread, and the others in pieces by all threads."""
-    batch, large = Batch(len(lives)), []
+    """Digest tensors with little to read together, and the others in pieces."""
+    few: list[_Few] = []
+    large = []
     for k, live in enumerate(lives):
         listed = _listed(live, sample)
-        if listed is not None and sum(size for _, _, size in listed) < _TOGETHER:
-            if listed:
-                batch.add(k, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
-        else:
+        if listed is None or (sample is None and sum(size for _, _, size in listed) >= _TOGETHER):
             large.append(k)
-    out = batch.finish()
+        elif listed:
+            few.append((k, listed))
+    out = [Digest()] * len(lives)
+    shares = _shares(few, threads)
+    with ThreadPoolExecutor(len(shares), "ucp-digest") if len(shares) > 1 else nullcontext() as pool:
+        work = partial(_together, lives)
+        for k, found in chain.from_iterable(pool.map(work, shares) if pool is not None else map(work, shares)):
+            out[k] = found
     for k, found in zip(large, _piecewise([lives[k] for k in large], sample, threads), strict=True):
         out[k] = found
     return out
+
+
+def _shares(few: list[_Few], threads: int) -> list[list[_Few]]:
+    """The tensors in as many shares as threads are worth it, with about as many bytes in each."""
+    ends = list(accumulate(sum(size for _, _, size in listed) for _, listed in few))
+    count = min(threads, ends[-1] // _WORTH_A_THREAD + 1) if few else 0
+    cuts = [bisect_left(ends, ends[-1] * k // count) for k in range(1, count)]
+    return [few[low:high] for low, high in pairwise([0, *cuts, len(few)])] if few else []
+
+
+def _together(lives: Sequence[LiveElements], few: list[_Few]) -> list[tuple[int, Digest]]:
+    batch = Batch(len(few))
+    for n, (k, listed) in enumerate(few):
+        live = lives[k]
+        if live.dtype is None and not live.one_nan:
+            batch.add(n, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
+            continue
+        for source, place, size in listed:
+            batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
+    return list(zip([k for k, _ in few], batch.finish(), strict=True))
 
 
 def _piecewise(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
@@ -186,24 +234,14 @@ def on_device(
     way to multiply, as `ucp.job.device_digest` tells; None for the device's fastest."""
     sums = DeviceSums(lives[0].tensor.device, len(lives), by_bytes=by_bytes)
     for k, live in enumerate(lives):
-        listed = _listed(live, sample, converted=True)
-        if listed is None:
+        listed = _listed(live, sample)
+        if listed is None or live.dtype is not None or live.one_nan:
             for raw, runs in _windows(live, sample, PIECE):
                 sums.add(k, raw, runs)
-            continue
-        if not listed:
-            continue
-        flat = live.tensor.detach().reshape(-1)
-        if not _is_converted(live):
-            raw = flat.view(torch.uint8)
+        elif listed:
+            raw = live.tensor.detach().reshape(-1).view(torch.uint8)
             for run in listed:
                 sums.add_run(k, raw, *run)
-            continue
-        for source, place, size in listed:
-            for at in range(0, size, PIECE):
-                step = min(PIECE, size - at)
-                piece = flat[(source + at) // live.width : (source + at + step) // live.width]
-                sums.add_run(k, _bits(piece, live), 0, place + at, step)
     return sums.finish()
 
 

@@ -64,10 +64,11 @@ def region_of(blocks: Blocks) -> int:
 def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
     """The sums of all tensors that any rank has parts of, the same on every rank. Collective."""
     named, _ = ranks.distinct(sorted(key for key, held in parts.items() if held))
-    keys = {_hash(key): key for found in named for key in found}
+    numbers = {key: _hash(key) for found in named for key in found}
+    keys = {number: key for key, number in numbers.items()}
     rows = np.array(
         [
-            (_hash(key), part.region, part.digest.first, part.digest.second, part.elements, part.flawed)
+            (numbers[key], part.region, part.digest.first, part.digest.second, part.elements, part.flawed)
             for key, held in parts.items()
             for part in held
         ],
@@ -82,7 +83,8 @@ def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
     differ = (every["first"] != held["first"][of]) | (every["second"] != held["second"][of])
     odd = set(every["key"][differ].tolist())
     flawed = set(every["key"][every["flawed"]].tolist())
-    once, uneven = _by_key(held), _by_key(every)
+    once = _by_key(held)
+    uneven = once if len(held) == len(every) else _by_key(every)
     return {keys[key]: SumOverRanks(*found, key in odd, key in flawed, *uneven[key]) for key, found in once.items()}
 
 

@@ -30,7 +30,7 @@ from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
 from ucp.logical.record import EVERY
 from ucp.logical.runs import SAMPLE_BLOCK, Sample
-from ucp.storage.dtypes import from_torch
+from ucp.storage.dtypes import from_torch, itemsize
 from ucp.transfer.digesting import digest_files
 from ucp.transfer.exact import EXACT
 from ucp.transfer.reader import Reader
@@ -198,12 +198,12 @@ def _held(
         memory = target.memory(key, state) if wants else None
         for want in wants:
             tensor = want.tensor
-            name = f"{tensor.name}:{tensor.state}"
-            turn = turns[tensor.name, tensor.state] = turns.get((tensor.name, tensor.state), -1) + 1
+            named = tensor.name, tensor.state
+            turn = turns[named] = turns.get(named, -1) + 1
             if memory is None:
-                unproved[name] = "its memory is not at hand"
+                unproved[":".join(named)] = "its memory is not at hand"
             elif tensor.digest is None and not always:
-                unproved[name] = "the checkpoint has no digest of it"
+                unproved[":".join(named)] = "the checkpoint has no digest of it"
             elif (own := from_torch(memory.dtype)) == tensor.dtype:
                 yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks), turn)
             elif (tensor.dtype, own) in EXACT:
@@ -211,7 +211,7 @@ def _held(
             elif (read := brought.get((key, state, dtype))) is not None and dtype == tensor.dtype:
                 yield _LiveCopy(tensor, LiveElements(read, tensor.shape, want.blocks), turn, rounded=memory)
             else:
-                unproved[name] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
+                unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
 
 
 def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair], choice: bool | str) -> Sample | None:
@@ -222,9 +222,10 @@ def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair],
     said, _ = ranks.distinct(much)
     if not any(said):
         return None
-    recorded = {t.digest.sample for t in catalog.tensors.values() if t.digest is not None}
-    if len(recorded) == 1:
-        return recorded.pop()
+    # Most tensors share one object: few are compared by their values.
+    recorded = {id(t.digest.sample): t.digest.sample for t in catalog.tensors.values() if t.digest is not None}
+    if len(set(recorded.values())) == 1:
+        return recorded.popitem()[1]
     return Sample(xxhash.xxh3_64_intdigest(repr(sorted(catalog.tensors)).encode("utf-8", "surrogatepass")), EVERY)
 
 
@@ -325,7 +326,7 @@ def _judged(
 ) -> Proof:
     """The proof. Raises ProofFailed."""
     wrong: list[str] = []
-    proved: set[tuple[str, str]] = set()
+    proved: dict[tuple[str, str], int] = {}
     weights = 0
     for key, found in sums.items():
         name, state, which = key
@@ -350,7 +351,7 @@ def _judged(
             if found.every != wanted[name, state] * (found.held // max(count, 1)):
                 wrong.append(f"'{name}' ({state}): its values are not those that were saved, in one of its copies")
             else:
-                proved.add((name, state))
+                proved[name, state] = count * itemsize(tensor.dtype)
         elif found.elements > count:
             unproved[f"{name}:{state}"] = "ranks hold parts of it that overlap"
         elif found.elements < count:
@@ -358,7 +359,7 @@ def _judged(
         elif found.digest != wanted[name, state]:
             wrong.append(f"'{name}' ({state}): its values are not those that were saved")
         else:
-            proved.add((name, state))
+            proved[name, state] = count * itemsize(tensor.dtype)
     if wrong:
         raise ProofFailed(
             f"what was loaded is not what {of} has: {len(wrong)} of {len(sums)} tensors differ: "
@@ -366,5 +367,4 @@ def _judged(
             "ucp verify looks for damage in the files"
         )
     told, _ = ranks.distinct(sorted(unproved.items()))
-    nbytes = sum(catalog.tensors[key].nbytes for key in proved)
-    return Proof(of, len(proved), nbytes, weights, sample, dict(pair for pairs in told for pair in pairs))
+    return Proof(of, len(proved), sum(proved.values()), weights, sample, dict(pair for pairs in told for pair in pairs))

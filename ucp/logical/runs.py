@@ -76,7 +76,13 @@ def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None
     """
     if len(blocks) > _FEW:
         return None
-    whole = row_major(shape)
+    whole = _strides(tuple(shape))
+    if len(blocks) == 1 and blocks.sizes[0].tolist() == list(shape):
+        strides = blocks.strides[0].tolist()
+        if any(n > 1 and strides[d] != whole[d] for d, n in enumerate(shape)):
+            return None
+        size = math.prod(shape) * width
+        return [(int(blocks.starts[0]) * width + (0 if bases is None else int(bases[0])), 0, size)] if size else []
     found = []
     for k, (offsets, sizes, start, strides) in enumerate(
         zip(
@@ -100,6 +106,11 @@ def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None
         else:
             merged.append((source, place, size))
     return merged
+
+
+@lru_cache(1024)
+def _strides(shape: Shape) -> Shape:
+    return row_major(shape)
 
 
 def _copies(shape: Shape, blocks: Blocks) -> Copies:
@@ -203,6 +214,8 @@ class Sample:
 
     def cut(self, found: Iterable[Run], nbytes: int) -> list[Run]:
         """As `of`, for a few runs."""
+        if nbytes <= SAMPLE_BLOCK:
+            return list(found)
         starts = _starts(self, -(-nbytes // SAMPLE_BLOCK))
         out = []
         for source, place, size in found:

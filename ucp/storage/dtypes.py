@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,6 +160,7 @@ def to_torch(name: str) -> torch.dtype:
     return dtype
 
 
+@lru_cache(64)
 def from_torch(dtype: torch.dtype) -> str:
     """The canonical name of a torch dtype. Raises `Unsupported` for quantised and sub-byte types."""
     return canonical(str(dtype))
