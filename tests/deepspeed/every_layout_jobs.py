@@ -7,7 +7,7 @@ from typing import Any
 
 import deepspeed
 
-from tests.engines import pipe_runs
+from tests.engines import pipe_runs, sequences
 from tests.engines.configs import make_config
 from tests.engines.parallel_runs import ParallelRun
 from tests.engines.pipe_runs import PipeCase
@@ -20,17 +20,13 @@ def build_engine(pipe: PipeCase, sp: int, section: dict[str, Any] | None) -> Any
     """As of the rig; with ``sp`` ranks of sequence parallelism (Ulysses), all with the whole sequence."""
     if sp == 1:
         return pipe_runs.build_engine(pipe, section)
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
     import ucp.deepspeed
 
-    parallel_state_sp.initialize_sequence_parallel(sp)
+    mesh = sequences.mesh(sp)
     model = pipe_runs.build_model(pipe)
     config = make_config(pipe.case) | ({} if section is None else {"ucp": {"enabled": True, **section}})
     initialize = deepspeed.initialize if section is None else ucp.deepspeed.initialize
-    engine, *_ = initialize(
-        model=model, config=config, mpu=parallel_state_sp, model_parameters=list(model.parameters())
-    )
+    engine, *_ = initialize(model=model, config=config, mpu=mesh, model_parameters=list(model.parameters()))
     return engine
 
 

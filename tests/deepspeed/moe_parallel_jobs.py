@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines import autoep, models, moe_models
+from tests.engines import autoep, models, moe_models, sequences
 from tests.engines.autoep import AutoCase
 from tests.engines.configs import Case
 from tests.engines.zygote import resolve
@@ -110,11 +110,10 @@ def planned() -> None:
 def ulysses(layers: str) -> None:
     """Stock DeepSpeed's experts under sequence parallelism over two ranks, trained for a step."""
     import deepspeed
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
-    parallel_state_sp.initialize_sequence_parallel(2)
+    mesh = sequences.mesh(2)
     stock = deepspeed.initialize
-    deepspeed.initialize = lambda **more: stock(mpu=parallel_state_sp, **more)
+    deepspeed.initialize = lambda **more: stock(mpu=mesh, **more)
     if layers == "AutoEP":
         autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2))
         return

@@ -84,6 +84,5 @@ def _train(engine: Any) -> list[str]:
     """Take a step, as a run that goes on does; what is wrong with it."""
     loss = engine((torch.arange(6).reshape(2, 3) + dist.get_rank()) % 11)
     engine.backward(loss)
-    with torch.no_grad():  # see `releases.steps_without_gradients`
-        engine.step()
+    engine.step()
     return [] if loss.isfinite() and engine.global_steps == STEPS + 1 else [f"the next step: loss {loss.item()}"]

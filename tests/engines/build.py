@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.engines import models, releases
+from tests.engines import models
 from tests.engines.configs import OPTIMIZERS, Case, make_config, parameter_groups
 from tests.engines.lion import Lion
 from tests.engines.zygote import resolve
@@ -46,5 +46,4 @@ def build_engine(
     else:
         arguments["model_parameters"] = parameters
     engine, *_ = resolve(initialize)(**arguments)
-    releases.steps_without_gradients(engine)
     return engine

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "scripts/constraints.txt"
 
@@ -54,13 +53,18 @@ def environment() -> dict[str, str]:
     return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 
 
-def steps_without_gradients(engine: Any) -> None:
-    """Have another release's optimizer step under torch.no_grad. Stages 1 and 2 of DeepSpeed 0.18 forget it, and torch
-    since 2.13 refuses what they then do; a program with these two gets round it in the same way."""
-    if not is_pinned() and engine.optimizer is not None:
-        import torch
+def step_without_gradients() -> None:
+    """Have stages 1 and 2 of other releases step under torch.no_grad, for all engines of this process.
 
-        engine.optimizer.step = torch.no_grad()(engine.optimizer.step)
+    DeepSpeed 0.18 flattens its weights on the device without ``.detach()`` (0.17 did it on the host, 0.19 detaches), so
+    the flat buffer belongs to autograd, and torch since 2.13 refuses the all-gather into views of it. A program with
+    these two gets round it in the same way.
+    """
+    if not is_pinned():
+        import torch
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
 
 
 def fault(messages: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.engines import models, tp_models
+from tests.engines import models, sequences, tp_models
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.runs import CLIENT_STATE, FURTHER
 from tests.engines.tp_truth import gather
@@ -52,10 +52,7 @@ class TpCase:
 def make_mesh(tp: TpCase) -> Any:
     """The engine's ``mpu``, None where it needs none."""
     if tp.sp > 1:
-        from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
-        parallel_state_sp.initialize_sequence_parallel(tp.sp)
-        return parallel_state_sp
+        return sequences.mesh(tp.sp)
     return tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
 
 

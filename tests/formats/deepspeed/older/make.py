@@ -130,7 +130,7 @@ def main() -> None:
     for step in range(3):
         loss = engine((torch.arange(6).reshape(2, 3) + step + dist.get_rank()) % 11)
         engine.backward(loss)
-        with torch.no_grad():  # 0.18's stages 1 and 2 forget it, which torch refuses since 2.13
+        with torch.no_grad():  # 0.18 flattens without detaching, which torch refuses since 2.13
             engine.step()
     engine.save_checkpoint(folder, client_state={"note": "older"})
     mine = [(n, s, at, v.detach().clone()) for n, s, at, v in pieces(engine, stage)]

@@ -1,0 +1,67 @@
+"""The ``mpu`` of sequence parallelism (Ulysses): DeepSpeed's own since 0.17; before it, what Megatron-DeepSpeed had."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch.distributed as dist
+
+
+def mesh(size: int) -> Any:
+    """Groups of ``size`` ranks in a row share each sequence. Once per process."""
+    try:
+        own = importlib.import_module("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    except ModuleNotFoundError:
+        return SequenceMesh(size)
+    own.initialize_sequence_parallel(size)
+    return own
+
+
+class SequenceMesh:
+    """As a Megatron-DeepSpeed program gives it to DeepSpeed 0.15 and 0.16: no tensor and no pipeline parallelism."""
+
+    def __init__(self, size: int) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        rows = [range(start, start + size) for start in range(0, world, size)]
+        columns = [range(place, world, size) for place in range(size)]
+        groups = {ranks: dist.new_group(list(ranks)) for ranks in (*rows, *columns)}
+        self._sequence = next(groups[ranks] for ranks in rows if rank in ranks)
+        self._data = next(groups[ranks] for ranks in columns if rank in ranks)
+        self._both = dist.new_group(list(range(world)))
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data)
+
+    def get_sequence_parallel_group(self) -> Any:
+        return self._sequence
+
+    def get_sequence_parallel_rank(self) -> int:
+        return dist.get_rank(self._sequence)
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._sequence)
+
+    def get_sequence_data_parallel_group(self) -> Any:
+        return self._both
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._both)
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._both)
