@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.engines import releases
 from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
 from tests.engines.runs import STEPS
@@ -69,7 +70,8 @@ def train(case: Any, folder: str, section: dict[str, Any] | None = None, further
     losses = rig.continue_training(engine, case, 0, STEPS)
     truth = rig.gather(engine)
     tag = f"global_step{STEPS}"
-    engine.save_checkpoint(folder, tag, client_state=rig.client_state(case))
+    more = releases.saved_beside(engine.module) if section is None else {}
+    engine.save_checkpoint(folder, tag, client_state=rig.client_state(case) | more)
     after = rig.continue_training(engine, case, STEPS, rig.FURTHER if further is None else further)
     if section is not None:
         engine.ucp.wait()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "scripts/constraints.txt"
 
@@ -25,6 +26,8 @@ FAULTS = {
     r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
     r"^start out of range": "its hpZ takes no parameters with fewer elements than ranks",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
+    r"has no AutoTP for training": "has no AutoTP for training",
+    r"compatibility between 'autotp' and 'zero_stage = 3' has not been validated": "has no AutoTP at stage 3",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
 }
 
@@ -53,18 +56,29 @@ def environment() -> dict[str, str]:
     return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
 
 
-def step_without_gradients() -> None:
-    """Have stages 1 and 2 of other releases step under torch.no_grad, for all engines of this process.
+def mend() -> None:
+    """Get round what other releases do wrong on CPUs or with a newer torch, for all engines of this process.
 
-    DeepSpeed 0.18 flattens its weights on the device without ``.detach()`` (0.17 did it on the host, 0.19 detaches), so
-    the flat buffer belongs to autograd, and torch since 2.13 refuses the all-gather into views of it. A program with
-    these two gets round it in the same way.
+    DeepSpeed 0.18 flattens the weights of stages 1 and 2 on the device without ``.detach()`` (0.17 did it on the host,
+    0.19 detaches), so the flat buffer belongs to autograd, and torch since 2.13 refuses the all-gather into views of
+    it: steps go under torch.no_grad, as a program with these two would do it. AutoTP of 0.16 and 0.17 takes the current
+    device's number for its name, which is none on the CPU.
     """
-    if not is_pinned():
-        import torch
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    if is_pinned():
+        return
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-        DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
+    DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
+    type(get_accelerator()).current_device = lambda self: "cpu"
+
+
+def saved_beside(module: Any) -> dict[str, Any]:
+    """What a program gives to a save, too, where DeepSpeed does not take it from the module by itself (before 0.19):
+    how tensor parallelism cuts the model, which Megatron-DeepSpeed added to its checkpoints."""
+    info = getattr(module, "universal_checkpoint_info", None)
+    return {} if is_pinned() or info is None else {"universal_checkpoint_info": info}
 
 
 def fault(messages: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +18,17 @@ def mesh(size: int) -> Any:
         return SequenceMesh(size)
     own.initialize_sequence_parallel(size)
     return own
+
+
+def building(found: Any, config: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """In which a program of these releases builds its model at stage 3: else weights are cut over fewer ranks than the
+    optimizer's states."""
+    if not isinstance(found, SequenceMesh) or config["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    import deepspeed
+
+    group = found.get_sequence_data_parallel_group()
+    return deepspeed.zero.Init(config_dict_or_path=dict(config), mpu=found, sequence_data_parallel_group=group)
 
 
 class SequenceMesh:

@@ -82,7 +82,8 @@ def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
     config = config_of(tp)
     if section is not None:
         config["ucp"] = {"enabled": True, **section}
-    model = build_model(tp, mesh)
+    with sequences.building(mesh, config):
+        model = build_model(tp, mesh)
     groups = parameter_groups(tp.case, model)
     initialize = resolve("deepspeed:initialize" if section is None else "ucp.deepspeed:initialize")
     engine, *_ = initialize(
@@ -91,6 +92,8 @@ def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
         mpu=mesh,
         model_parameters=groups[0]["params"] if len(groups) == 1 else groups,
     )
+    if tp.kind == "autotp" and tp.tp > 1 and not hasattr(engine, "autotp_size"):
+        raise LookupError("this DeepSpeed has no AutoTP for training")
     return engine
 
 

@@ -244,7 +244,7 @@ def warm_up() -> None:
     ):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    importlib.import_module("tests.engines.releases").step_without_gradients()
+    importlib.import_module("tests.engines.releases").mend()
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     # DeepSpeed probes its native operators (compiler runs included) when it first joins a process group: once, here.
