@@ -227,6 +227,9 @@ REMOTE_BLOCK_BYTES = 1 * MIB
 PROGRESS_LOG_SECONDS = 15.0
 PROGRESS_REDRAW_SECONDS = 0.2
 PROGRESS_PATIENCE_SECONDS = 1.0
+# An error longer than this is said in full by one rank. The others say so many characters of it, and which rank it is.
+REFUSAL_ON_ALL_RANKS_CHARACTERS = 360
+REFUSAL_POINTER_CHARACTERS = 200
 # Items of a list that a refusal, a comparison or a command names. The rest is only counted.
 REFUSAL_ITEMS_COUNT = 5
 DIFFERENCE_NAMES_COUNT = 3

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch.distributed as dist
 
-from ucp.errors import noted, rebuilt
+from ucp import limits
+from ucp.errors import UcpError, noted, rebuilt
 
 T = TypeVar("T")
 
@@ -48,20 +49,44 @@ def world_size() -> int:
 def all_or_none(work: Callable[[], T]) -> T:
     """Run ``work`` on every rank. If it raises on any rank, every rank raises.
 
-    A rank with an error of its own raises that. The others raise the first failing rank's, with its number. Collective:
-    every rank has to call it at the same place, and ``work`` itself must not communicate.
+    A rank with an error of its own raises that. The others raise the first failing rank's, with its number. A long text
+    is the first failing rank's alone: of the same kind of error the others raise the beginning (`pointer`).
+    Collective: every rank has to call it at the same place, and ``work`` itself must not communicate.
     """
     result, error = _attempt(work)
     if _many():
         found: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, None if error is None else noted(error))
-        if error is None:
-            for other, note in enumerate(found):
-                if note is not None:
-                    raise rebuilt(note, f"rank {other}: ", otherwise=RuntimeError)
+        first, note = next(((rank, note) for rank, note in enumerate(found) if note is not None), (0, None))
+        if note is not None and first != dist.get_rank():
+            _raise_after(first, note, error)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def _raise_after(first: int, note: Mapping[str, Any], error: Exception | None) -> NoReturn:
+    """Raise on another rank than the first that failed. error: this rank's own, if it has one."""
+    if error is None:
+        error = rebuilt(note, f"rank {first}: ", otherwise=RuntimeError)
+        raise pointer(error, first) if isinstance(error, UcpError) else error
+    is_same = isinstance(error, UcpError) and type(error).__name__ == note["kind"]
+    if is_same and len(str(error)) > limits.REFUSAL_ON_ALL_RANKS_CHARACTERS:
+        raise pointer(cast(UcpError, error), first) from None
+    raise error
+
+
+def pointer(error: UcpError, rank: int) -> UcpError:
+    """The same error as another rank than ``rank``, which says all of it, raises it: cut short if it is long, so that
+    a job's many ranks do not each print a screen of text."""
+    text, start = str(error), f"rank {rank}: "
+    text = text.removeprefix(start)
+    if len(text) > limits.REFUSAL_ON_ALL_RANKS_CHARACTERS:
+        kept = text[: limits.REFUSAL_POINTER_CHARACTERS].rpartition(" ")[0].rstrip(",;: ")
+        text = f"{kept} … (rank {rank}'s message has all of it)"
+    found = type(error)(start + text)
+    found.restore(error.details())
+    return found
 
 
 def gather(value: T) -> list[T]:
@@ -84,7 +109,7 @@ def from_first(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if note is not None:
-        raise rebuilt(note, "rank 0: ", otherwise=RuntimeError)
+        _raise_after(0, note, None)
     return shared
 
 

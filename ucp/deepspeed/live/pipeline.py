@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 from ucp.formats.deepspeed.read.replicated import is_declared
@@ -24,7 +25,7 @@ def untied_parameters(module: Any) -> Iterator[str]:
     for key, tie in getattr(module, "tied_comms", {}).items():
         if len(tie["ranks"]) < 2:
             continue
-        tied = {id(module._recursive_getattr(tie["module"], attribute)) for attribute in tie["weight_attr"]}
+        tied = {id(attrgetter(attribute)(tie["module"])) for attribute in tie["weight_attr"]}
         for local, parameter in tie["module"].named_parameters():
             name = f"tied_modules.{key}.{local}"
             untied = parameter.requires_grad and id(parameter) not in tied
