@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,40 @@ def test_a_refusal_names_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None
         check_version(allow_untested=False)
     assert all(version in str(refusal.value) for version in TESTED_VERSIONS)
     check_version(allow_untested=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_this_release_has_what_its_engines_need(stage: int) -> None:
+    releases.require_package({"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize("kind", ["_ENGINE", "STAGE3"])
+def test_an_untested_release_that_lacks_something_is_refused_before_an_engine_is_made(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """DeepSpeed's own initialize may first compile for minutes, or wait for ranks that have given up."""
+    asked = getattr(releases, kind)
+    wanting = replace(asked, uses=(*asked.uses, "no_such_buffer"))
+    monkeypatch.setattr(releases, "installed", lambda: "0.13.0")
+    if kind == "_ENGINE":
+        monkeypatch.setattr(releases, "_ENGINE", wanting)
+    else:
+        monkeypatch.setattr(releases, "_BY_STAGE", {3: (wanting,)})
+    monkeypatch.setattr(ucp.deepspeed, "_initialize", never)
+    config = {"zero_optimization": {"stage": 3}, "ucp": {"enabled": True, "allow_untested_version": True}}
+    with pytest.raises(Unsupported, match=rf"DeepSpeed 0\.13\.0 lacks 'no_such_buffer' of its {asked.name}"):
+        ucp.deepspeed.initialize(model=None, config=config)
+
+
+def test_a_release_without_a_stage_is_refused_by_the_stages_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = releases.EngineClass("deepspeed.runtime.zero.no_such", "Stage3")
+    monkeypatch.setattr(releases, "_BY_STAGE", {3: (gone,)})
+    with pytest.raises(Unsupported, match=r"lacks 'Stage3' in 'deepspeed\.runtime\.zero\.no_such'"):
+        releases.require_package({"zero_optimization": {"stage": 3}})
+
+
+def never(args: Any = None, config: Any = None, config_params: Any = None, model: Any = None) -> Any:
+    pytest.fail("DeepSpeed's initialize was called")
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     early = parse(found)
     what = None
     if early.enabled:
-        check_version(early.allow_untested_version)
+        check_version(early.allow_untested_version, found)
         world = int(os.environ.get("WORLD_SIZE", 1))
         what, fitting = fitted(found, world), adapted(found, world)
         if fitting is not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ucp.deepspeed.live import releases
@@ -14,13 +14,20 @@ from ucp.tested import TESTED
 TESTED_VERSIONS = TESTED["deepspeed"]
 
 
-def check_version(allow_untested: bool) -> None:
-    """Raise Unsupported for a DeepSpeed version that the tests have not run with."""
-    if releases.installed() not in TESTED_VERSIONS and not allow_untested:
+def check_version(allow_untested: bool, config: Mapping[str, Any] | None = None) -> None:
+    """Raise Unsupported for a DeepSpeed version that the tests have not run with.
+
+    If it may be tried all the same, raise Unsupported for what its package lacks for an engine of this config.
+    """
+    if releases.installed() in TESTED_VERSIONS:
+        return
+    if not allow_untested:
         raise Unsupported(
             f"DeepSpeed {releases.installed()} has not been tested with this project (tested: "
             f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
         )
+    if config is not None:
+        releases.require_package(config)
 
 
 def check_engine(engine: Any) -> None:

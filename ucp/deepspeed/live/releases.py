@@ -9,8 +9,10 @@ names it.
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +143,10 @@ ENGINE = (
     "zero_optimization_stage",
 )
 
+_ENGINE = EngineClass("deepspeed.runtime.engine", "DeepSpeedEngine", ENGINE)
+# What engines of a ZeRO stage are always made of; at stage 0 that depends on more than the stage.
+_BY_STAGE = {1: (STAGE12,), 2: (STAGE12,), 3: (STAGE3, OFFLOAD)}
+
 
 def installed() -> str:
     """The installed release, as it calls itself."""
@@ -150,6 +156,31 @@ def installed() -> str:
 def lacks(what: str) -> Unsupported:
     """The refusal of a release that lacks what is needed."""
     return Unsupported(f"DeepSpeed {installed()} lacks {what}, which loads and saves need; install a tested release")
+
+
+def require_package(config: Mapping[str, Any]) -> None:
+    """Raise Unsupported naming the first thing that the installed package has not got in its code and that an engine of
+    this config needs. Takes a second, and neither makes an engine nor communicates, so that a release which cannot work
+    is refused on every rank before DeepSpeed starts to build operators or to wait for other ranks."""
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    for kind in (_ENGINE, *_BY_STAGE.get(stage, ())):
+        code, found = _code_of(kind)
+        for name in kind.uses:
+            if not hasattr(found, name) and not re.search(rf"\b{name}\b", code):
+                raise lacks(f"'{name}' of its {kind.name}")
+    for part in (GENERATORS, ACCELERATOR):
+        part.load()
+
+
+def _code_of(kind: EngineClass) -> tuple[str, type]:
+    """The code of the modules that a class of DeepSpeed and its bases are written in, and the class."""
+    try:
+        found = getattr(importlib.import_module(kind.module), kind.name)
+    except (ImportError, AttributeError) as error:
+        raise lacks(f"'{kind.name}' in '{kind.module}' ({error})") from error
+    modules = dict.fromkeys(base.__module__ for base in found.__mro__ if base.__module__.startswith("deepspeed."))
+    return "\n".join(inspect.getsource(sys.modules[name]) for name in modules), found
 
 
 def require(engine: Any) -> None:

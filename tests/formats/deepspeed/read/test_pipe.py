@@ -98,6 +98,21 @@ def test_a_missing_stage_is_named(pipes: ParallelSources, tmp_path: Path) -> Non
     assert "2 model-parallel ranks (tp=1, pp=2)" in refusal(folder, DamagedCheckpoint)
 
 
+@pytest.mark.parametrize("pipe", CASES[:1] + [p for p in CASES if p.tp > 1][:1], ids=lambda pipe: pipe.label)
+def test_releases_that_do_not_write_the_degrees(
+    pipes: ParallelSources, spec: Path, tmp_path: Path, pipe: PipeCase
+) -> None:
+    """Before 0.19 the model files say how many model-parallel ranks there were, and not how many of them are stages."""
+    folder = copied(pipes, pipe, tmp_path)
+    for file in folder.glob("mp_rank_*"):
+        raw = torch.load(file, weights_only=False)
+        del raw["checkpoint_parallel_dimensions"]
+        torch.save(raw, file)
+    with ucp.open(folder, spec if pipe.tp > 1 else None) as checkpoint:
+        assert (checkpoint.layout.tp, checkpoint.layout.pp) == (pipe.tp, pipe.pp)
+        check_tensors(checkpoint, known(pipes.get(pipe).truth))
+
+
 def test_copies_of_an_untied_parameter_are_refused_unless_the_model_declares_them(pipes: ParallelSources) -> None:
     run = pipes.get(PipeCase(pp=2, shift=True, declared=False, case=TRAINED))
     assert "'tied_modules.embed.shift'" in refusal(Path(run.folder) / run.tag, Mismatch)

@@ -17,7 +17,7 @@ from ucp.formats.deepspeed.read.assemble import assemble
 from ucp.formats.deepspeed.read.averages import take_averages
 from ucp.formats.deepspeed.read.experts import find_experts
 from ucp.formats.deepspeed.read.folder import Folder, scan
-from ucp.formats.deepspeed.read.layers import with_modules
+from ucp.formats.deepspeed.read.layers import tensor_parallel_ranks, with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
@@ -101,7 +101,7 @@ def read_stages(
     """
     models = with_modules(path, found, opened, param_names, without)
     first = models[found[0].mp][0]
-    tp, pp = degrees(first)
+    tp, pp = degrees(opened[found[0].mp][0])
     order = sorted({folder.mp // tp for folder in found})
     pp = len(order) if without else pp
     _check_count(first, tp, pp, len(found))
@@ -152,12 +152,17 @@ def _check_count(model: ModelFile, tp: int, pp: int, count: int) -> None:
 
 
 def degrees(model: ModelFile) -> tuple[int, int]:
-    """Tensor and pipeline ranks. Files number model-parallel ranks stage by stage (``runtime/pipe/topology.py``).
+    """Tensor and pipeline ranks, of a model file as it was read. Files number model-parallel ranks stage by stage
+    (``runtime/pipe/topology.py``).
 
-    ``tp_degree`` is not used: under sequence parallelism it is the number of sequence-parallel ranks.
+    ``tp_degree`` is not used: under sequence parallelism it is the number of sequence-parallel ranks. Releases before
+    0.19 do not write the degrees; there a pipeline's layer files tell how many tensor-parallel ranks there were.
     """
     said = model.raw.get("checkpoint_parallel_dimensions") or {}
     world = int(model.raw.get("mp_world_size") or 1)
+    if "pp_degree" not in said and model.raw.get("module", {}) is None:
+        tp = tensor_parallel_ranks(model.path.parent)
+        return tp, max(world // tp, 1)
     pp = int(said.get("pp_degree") or 1)
     return max(world // pp, 1), pp
 

@@ -49,6 +49,12 @@ def layer_files(path: Path, without: Collection[int] = ()) -> dict[int, dict[int
     return out
 
 
+def tensor_parallel_ranks(path: Path) -> int:
+    """How many tensor-parallel ranks the layer files of a folder name; 1 if they name none."""
+    found = (LAYER.match(name) for name in locations.names(path))
+    return max((int(layer["tp"] or 0) for layer in found if layer), default=0) + 1
+
+
 def with_modules(
     path: Path,
     found: Sequence[Folder],
