@@ -1,4 +1,4 @@
-"""RAPIDS' ucx-py is another project whose package is also called ``ucp``; the two cannot share an environment.
+"""RAPIDS' ucx-py is another project whose package is also called ``ucp``; the two cannot share a process.
 
 Python imports whichever of the two comes first, so one of them would silently be the other. Where this package is the
 one that is found, it says so at import instead. No distribution metadata is parsed: one listing of each folder on the
@@ -19,8 +19,11 @@ _MARKS = ("_libs", "core.py", "comm.py", "endpoint_reuse.py")
 def refuse_ucx_py(path: Iterable[str] | None = None, package: str | None = None) -> None:
     """Raise ImportError where ucx-py is installed beside this package.
 
-    path: the folders to look in (default: ``sys.path``). package: this package's own folder.
+    path: the folders to look in (default: ``sys.path``; none under the alias, which finds this package by its place).
+    package: this package's own folder.
     """
+    if path is None:
+        path = () if "universal_checkpoint" in sys.modules else sys.path
     package = package or os.path.dirname(os.path.abspath(__file__))
     marks = [mark for mark in _MARKS if os.path.exists(os.path.join(package, mark))]
     if marks:
@@ -30,7 +33,7 @@ def refuse_ucx_py(path: Iterable[str] | None = None, package: str | None = None)
             "its own",
             name="ucp",
         )
-    for folder in sys.path if path is None else path:
+    for folder in path:
         try:
             names = os.listdir(folder or os.curdir)
         except OSError:
@@ -40,6 +43,7 @@ def refuse_ucx_py(path: Iterable[str] | None = None, package: str | None = None)
             if name.startswith("ucx_py") and name.endswith((".dist-info", ".egg-info")):
                 raise ImportError(
                     f"RAPIDS' ucx-py is installed in {folder} and also imports as 'ucp', so only one of the two can be "
-                    "imported; use universal-checkpoint in an environment without it ('pip uninstall ucx-py')",
+                    "imported in a process; 'import universal_checkpoint as ucp' is this project all the same, where "
+                    "theirs is in a folder of its own; or use an environment without it ('pip uninstall ucx-py')",
                     name="ucp",
                 )

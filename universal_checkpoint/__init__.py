@@ -1,7 +1,9 @@
 """This project under a name that nobody else has: ``import universal_checkpoint as ucp``.
 
-It is the same package, module for module: a class is the same class under both names. What it does not do is make room
-for RAPIDS' ucx-py, which also imports as ``ucp``: the two still need an environment each.
+It is the same package, module for module: a class is the same class under both names. RAPIDS' ucx-py also imports as
+``ucp``. Where it is found first, this takes this project's own folder all the same, in every process that has not
+imported theirs; from then on ``ucp`` is this project in that process. Both in one folder overwrite each other's files,
+which no name can help: there the import says so.
 """
 
 from __future__ import annotations
@@ -9,13 +11,46 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-import ucp
-
 _NAME = __name__
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _own() -> ModuleType:
+    """This project's ``ucp``, from beside this folder, whatever comes first on the path."""
+    home, found = os.path.join(_HOME, "ucp"), sys.modules.get("ucp")
+    if found is not None and hasattr(found, "_neighbours"):
+        return found
+    if found is not None:
+        raise ImportError(
+            f"this process has imported another package named 'ucp' ({getattr(found, '__file__', None)}), such as "
+            "RAPIDS' ucx-py; import universal_checkpoint first, or in a process that does not need the other one",
+            name=_NAME,
+        )
+    if os.path.isdir(home) and not os.path.exists(os.path.join(home, "_neighbours.py")):
+        raise ImportError(
+            f"{home} is another package named 'ucp', such as RAPIDS' ucx-py, which has overwritten this project's; "
+            "install universal-checkpoint into a folder of its own (pip install --target), or an environment",
+            name=_NAME,
+        )
+    spec = importlib.machinery.PathFinder.find_spec("ucp", [_HOME]) or importlib.util.find_spec("ucp")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{_HOME} has no package 'ucp' beside {_NAME}", name=_NAME)
+    module = sys.modules["ucp"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["ucp"]
+        raise
+    return module
+
+
+ucp = _own()
 
 
 class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):

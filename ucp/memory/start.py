@@ -20,6 +20,7 @@ from ucp.storage.kept.places import Note
 _PROGRAM = """
 import sys
 arguments, sys.path[:] = sys.argv[1:5], sys.argv[5:]
+import universal_checkpoint
 from ucp.memory.keeper import main
 main(*arguments, sys.stdin.readline().strip())
 """

@@ -128,6 +128,7 @@ _PROGRAM = """
 import sys
 connection, memory, parent = map(int, sys.argv[1:4])
 sys.path[:] = sys.argv[4:]
+import universal_checkpoint
 from ucp.saving.writer import main
 main(connection, memory, parent)
 """
