@@ -145,6 +145,8 @@ KEEPER_LINES_COUNT = 20
 REFUSAL_HEAD_START_SECONDS = 2.0
 # What a report shows of a run, at most.
 TIMELINE_RECORDS_COUNT = 2000
+# Threads that digest a snapshot at most, when it is taken and when it is looked through.
+SNAPSHOT_THREADS_MAX_COUNT = 16
 # How long the first rank waits for the others' part in a snapshot: a snapshot that takes longer protects nobody.
 SNAPSHOT_TIMEOUT_SECONDS = 60.0
 
@@ -323,6 +325,11 @@ def ranks_here() -> int:
         return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
     except ValueError:
         return 1
+
+
+def digesting_threads() -> int:
+    """Threads that digest a rank's snapshot: its part of the processors but one, which the rank itself uses."""
+    return max(min(processors() // ranks_here() - 1, SNAPSHOT_THREADS_MAX_COUNT), 1)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from ucp.logical.record import EVERY
 from ucp.logical.runs import Sample
 from ucp.parallel.mesh import Layout
 from ucp.saving.adding import Adding
+from ucp.storage.digests import digest_chunks
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -37,8 +38,10 @@ def test_saves_record_the_digest_of_every_whole_tensor(tmp_path: Path, world: in
         assert digest.sample.every == EVERY
 
 
+@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("window", [1 << 20, (1 << 20) + 24, 999])
-def test_windows_may_cut_anywhere(window: int) -> None:
+def test_windows_may_cut_anywhere(window: int, threads: int) -> None:
+    """As they are written one after the other, and where they stay and are digested by several threads."""
     rng = np.random.default_rng(window)
     values = {
         "flat": rng.standard_normal((300, 700)).astype(np.float32),
@@ -62,7 +65,10 @@ def test_windows_may_cut_anywhere(window: int) -> None:
     adding = Adding(catalog, sample)
     view = memoryview(buffer)
     windows = [(at, view[at : at + window]) for at in range(0, len(buffer), window)]
-    assert list(adding.along(iter(windows), Stopwatch())) == windows
+    if threads:
+        assert adding.all_of(iter(windows), threads) == b"".join(digest_chunks(part) for _, part in windows)
+    else:
+        assert list(adding.along(iter(windows), Stopwatch())) == windows
     found = adding.catalog().tensors
     for name, value in values.items():
         digest = found[name, "param"].digest

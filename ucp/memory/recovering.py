@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.universal import manifest
 from ucp.memory.asking import Keeper
@@ -134,7 +136,12 @@ def scrub(shelf: Shelf, save: str, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _differing(view: memoryview, wanted: ChunkDigests) -> list[int]:
-    found = ChunkDigests(wanted.size, digest_chunks(view))
+    """The chunks that are not what they should be. Nobody trains while a recovery waits for this, so that it takes all
+    processors there are."""
+    steps = range(0, len(view), limits.DIGEST_BATCH_BYTES)
+    with ThreadPoolExecutor(min(limits.processors(), limits.SNAPSHOT_THREADS_MAX_COUNT), "ucp-scrub") as pool:
+        tables = pool.map(lambda at: digest_chunks(view[at : at + limits.DIGEST_BATCH_BYTES]), steps)
+        found = ChunkDigests(wanted.size, b"".join(tables))
     return [k for k in range(-(-wanted.size // CHUNK)) if found[k] != wanted[k]] if found != wanted else []
 
 

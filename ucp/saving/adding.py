@@ -8,7 +8,7 @@ the live state before the save (`ucp.digest`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.logical.digest import Digest
 from ucp.logical.record import Entry, PassingTensors, Recorded
 from ucp.logical.runs import Sample
+from ucp.storage.digests import digest_chunks
 from ucp.storage.dtypes import itemsize
 
 
@@ -45,6 +46,25 @@ class Adding:
                 with watch.of("digest"):
                     for k, part in work.result():
                         self._found[k] += part
+
+    def all_of(self, windows: Iterable[tuple[int, memoryview]], threads: int) -> bytes:
+        """Digest windows that stay where they are, several at once, each as soon as it comes.
+
+        Returns the digests of their chunks, in the order of the windows. Raises what the windows raise.
+        """
+
+        def work(at: int, window: memoryview) -> tuple[bytes, list[tuple[int, Recorded]]]:
+            return digest_chunks(window), self._passing.of(at, window)
+
+        with ThreadPoolExecutor(threads, "ucp-digest") as pool:
+            found = [pool.submit(work, at, window) for at, window in windows]
+            tables = []
+            for done in found:
+                table, parts = done.result()
+                tables.append(table)
+                for k, part in parts:
+                    self._found[k] += part
+        return b"".join(tables)
 
     def catalog(self) -> Catalog:
         """The share's catalog, with the digests of what has passed."""

@@ -46,7 +46,8 @@ from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.adding import Adding
 from ucp.saving.commit import Session
-from ucp.saving.share import AUTO, place_windows, write_file, write_windows
+from ucp.saving.share import AUTO, place, write_file, write_windows
+from ucp.storage.digests import ChunkDigests
 from ucp.storage.kept.files import Lease, of_run
 
 log = logger(__name__)
@@ -106,11 +107,14 @@ def write(
     """
     adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
     path = session.path(share.name)
-    # Closed here, whatever happens: its thread would be joined wherever else the collector comes upon it.
-    with closing(adding.along(windows, watch)) as passing:
-        if lease is not None:
-            digests = {share.name: place_windows(path, passing, lease, watch)}
-        else:
+    if lease is not None:  # the windows stay, so several are digested at once
+        with watch.of("digest"):
+            table = adding.all_of(windows, limits.digesting_threads())
+        place(path, lease, watch)
+        digests = {share.name: ChunkDigests(lease.size, table)}
+    else:
+        # Closed here, whatever happens: its thread would be joined wherever else the collector comes upon it.
+        with closing(adding.along(windows, watch)) as passing:
             digests = {share.name: write_windows(path, passing, share.size, watch, cache)}
     if share.extra is not None:
         name, raw = share.extra
