@@ -117,6 +117,9 @@ build_env() {
     # is here, or ask for a GPU's libraries, so they come without what they ask for.
     pip_install --no-deps mergekit immutables scipy megatron-core ||
         die "pip could not install mergekit and megatron-core (its message is above)"
+    # torchtitan, whose checkpoints are read, for the same reason.
+    [ "$(python_version "$python")" = 3.10 ] || pip_install --no-deps torchtitan tyro spmd_types docstring_parser typeguard ||
+        die "pip could not install torchtitan (its message is above)"
 
     describe_inputs "$(python_version "$python")" >"$stamp.new"
     mv -- "$stamp.new" "$stamp"

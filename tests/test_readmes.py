@@ -119,6 +119,7 @@ def test_every_key_is_known() -> None:
         **{
             "load.changes": {"frozen": ["a.*"]},
             "load.trust_paths": True,
+            "load.options": {"model_key": "ema"},
             "load.verify": False,
             "load.read_once": "adaptive",
             "load.prove": "always",

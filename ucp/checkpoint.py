@@ -341,13 +341,8 @@ class _Asked:
 
     def of(self, known: Format) -> ReadRequest:
         """The same for this format. Raises BadArgument for an option that it does not take, or of the wrong type."""
-        takes = {option.name: option for option in known.read_options}
-        for name in self.own:
-            if name not in takes:
-                hint = f"; it takes {', '.join(takes)}" if takes else ""
-                raise BadArgument(f"reading a checkpoint of the format '{known.name}' takes no option '{name}'{hint}")
-        given = {**self.some, **self.own}
-        checked = {name: option.checked(given[name]) for name, option in takes.items() if name in given}
+        takes = {option.name for option in known.read_options}
+        checked = known.checked({**{name: self.some[name] for name in self.some if name in takes}, **self.own})
         return ReadRequest(self.choice, self.compare, checked)
 
 

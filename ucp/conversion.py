@@ -182,7 +182,7 @@ def convert(
 
 def _planned(target: WriteTarget, catalog: Catalog, request: WriteRequest, running: Running) -> WritePlan:
     """The plan of the files, checked against what is at the destination."""
-    if names := beside.around(request.source):
+    if names := beside.around(request.source, request.source_format):
         log.warning("%s: %s", request.source, beside.sentence(names, "beside it"))
     plan = target.plan(catalog, request)
     if running.overwrite and not is_remote(request.destination):

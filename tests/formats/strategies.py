@@ -125,13 +125,15 @@ def _joined(ranks: list[dict[str, Tensor]], shape: torch.Size, cut: bool) -> dic
 
 
 def trainer(folder: str, kind: str) -> Wrote:
-    """Hugging Face's Trainer writes ``checkpoint-2``. kind: ``ddp``, ``deepspeed``, or FSDP's ``<version>-<form>``."""
+    """Hugging Face's Trainer writes ``checkpoint-2``. kind: ``ddp``, ``deepspeed<stage>``, or FSDP's
+    ``<version>-<form>``."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     options: dict[str, Any] = {"use_cpu": True, "ddp_backend": "gloo"}
     if kind != "ddp":
         processors_pass_for_gpus()
         options = {"deepspeed": copy.deepcopy(ZERO)}
+        options["deepspeed"]["zero_optimization"]["stage"] = int(kind[-1]) if kind.startswith("deepspeed") else 0
     if kind.startswith("fsdp"):
         version, _, form = kind.removeprefix("fsdp").partition("-")
         options = {

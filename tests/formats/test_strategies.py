@@ -20,8 +20,9 @@ from torch import nn
 
 import ucp
 from tests.engines.pool import RankPool
-from tests.formats import strategies
-from ucp.errors import DamagedCheckpoint, UnsafePickle
+from tests.formats import harm, live_jobs, strategies
+from tests.formats.live_jobs import LlamaRun
+from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -39,12 +40,16 @@ class Kind:
     client: frozenset[str]
     step: int | None = strategies.SAVED
     ranks: int = 2  # whose generators are kept
-    scheduler: bool = True
     own: bool = True  # whether the framework's own resume goes on as the run that wrote it
 
     @property
     def prefix(self) -> str:
         return "model." if self.program == "lightning" else ""
+
+    @property
+    def run(self) -> LlamaRun:
+        scheduler = {"trainer": "linear", "accelerate": "twice"}.get(self.program, "exponential")
+        return LlamaRun(self.program == "lightning", self.program == "trainer", scheduler)
 
 
 TRAINER, ACCELERATE = frozenset({"trainer_state"}), frozenset({"step"})
@@ -54,12 +59,13 @@ KINDS = [
     Kind("trainer", "fsdp1-full", "trainer", TRAINER),
     Kind("trainer", "fsdp2-sharded", "trainer", TRAINER),
     Kind("trainer", "fsdp2-full", "trainer", TRAINER),
-    Kind("trainer", "deepspeed", "deepspeed", frozenset(), ranks=0, scheduler=False),
+    Kind("trainer", "deepspeed2", "deepspeed", TRAINER),
+    Kind("trainer", "deepspeed3", "deepspeed", TRAINER),
     Kind("accelerate", "sharded", "accelerate", ACCELERATE, step=None, own=False),
     Kind("accelerate", "full", "accelerate", ACCELERATE, step=None),
     Kind("lightning", "sharded", "lightning", frozenset(LOOPS), ranks=0),
     Kind("lightning", "full", "torch-file", frozenset(LOOPS), ranks=0),
-    Kind("lightning", "deepspeed", "deepspeed", frozenset({*LOOPS, "lr_schedulers"}), ranks=0, scheduler=False),
+    Kind("lightning", "deepspeed", "deepspeed", frozenset({*LOOPS, "lr_schedulers"}), ranks=0),
 ]
 EACH = pytest.mark.parametrize("kind", KINDS, ids=[f"{kind.program}-{kind.strategy}" for kind in KINDS])
 Written = Callable[[Kind], tuple[Path, strategies.Wrote]]
@@ -104,7 +110,8 @@ def test_it_is_read_whole(written: Written, kind: Kind) -> None:
     path, wrote = written(kind)
     with ucp.open(path, **_names(kind, wrote)) as opened:
         assert opened.format == kind.format
-        assert opened.unread == (("training_args.bin",) if (path / "training_args.bin").exists() and kind.ranks else ())
+        inside = opened.path == path and (path / "training_args.bin").exists()
+        assert opened.unread == (("training_args.bin",) if inside else ())
         assert len(wrote.truth) == 20
         for name, states in wrote.truth.items():
             info = opened.parameters[kind.prefix + name]
@@ -116,7 +123,7 @@ def test_it_is_read_whole(written: Written, kind: Kind) -> None:
         assert opened.parameters.keys() - {kind.prefix + n for n in wrote.truth} <= {f"{kind.prefix}lm_head.weight"}
         kept = opened.training_state
         assert kept.global_steps == kind.step
-        assert (kept.lr_scheduler is not None) == kind.scheduler
+        assert kept.lr_scheduler is not None
         assert len(kept.extra.get("ranks", ())) == kind.ranks
         assert kept.client_state.keys() == kind.client
         assert sum(len(group.names) for group in kept.param_groups) == len(wrote.truth)
@@ -147,14 +154,12 @@ def test_a_plain_program_goes_on_with_its_losses(
         path,
         model=outer if kind.prefix else model,
         optimizer=optimizer,
-        lr_scheduler=scheduler if kind.scheduler else None,
+        lr_scheduler=scheduler,
         rng=False,
     )
     assert loaded.step == kind.step
-    left = "'rng_state_0.pth', 'rng_state_1.pth', 'scheduler.pt', 'trainer_state.json', 'training_args.bin', beside it"
-    assert (left in caplog.text) == ((kind.program, kind.strategy) == ("trainer", "deepspeed"))
-    if not kind.scheduler:  # what is not read is told by name, and the program has it from its own file
-        _scheduler_of_its_own(path, scheduler)
+    left = "not read, though training state is kept under such names: 'training_args.bin', beside it"
+    assert (left in caplog.text) == (kind.strategy.startswith("deepspeed") and kind.program == "trainer")
     rows, losses = torch.arange(strategies.ROW).expand(2, strategies.ROW), []
     for _ in range(strategies.FURTHER):
         loss = model(input_ids=rows, labels=rows).loss
@@ -167,12 +172,34 @@ def test_a_plain_program_goes_on_with_its_losses(
     assert tuple(losses) == (wrote.further if kind.own else wrote.onward)
 
 
-def _scheduler_of_its_own(path: Path, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    if (path / "scheduler.pt").exists():
-        scheduler.load_state_dict(torch.load(path / "scheduler.pt", weights_only=False))
-    else:
-        with ucp.open(path) as opened:
-            scheduler.load_state_dict(opened.training_state.client_state["lr_schedulers"][0])
+@pytest.fixture(scope="module")
+def resumed(written: Written, ranks: RankPool) -> Callable[[str], dict[str, live_jobs.Resumed]]:
+    """What a target on two ranks held and saw after it had loaded each kind's checkpoint, one after the other."""
+    done: dict[str, dict[str, live_jobs.Resumed]] = {}
+
+    def resume(target: str) -> dict[str, live_jobs.Resumed]:
+        if target not in done:
+            sources = {str(kind): (kind.run, str(written(kind)[0])) for kind in KINDS}
+            job, preload = live_jobs.llama_goes_on, strategies.PRELOAD[:2]
+            done[target] = ranks.run(job, target, sources, world_size=2, preload=preload, timeout=300)[0]
+        return done[target]
+
+    return resume
+
+
+@EACH
+@pytest.mark.parametrize("target", live_jobs.TARGETS)
+def test_live_engines_go_on_with_its_losses(
+    written: Written, resumed: Callable[[str], dict[str, live_jobs.Resumed]], kind: Kind, target: str
+) -> None:
+    _, wrote = written(kind)
+    found = resumed(target)[str(kind)]
+    for name, states in wrote.truth.items():
+        held = found.truth[kind.prefix + name]
+        assert held.keys() == {*states, "step"}
+        for state, tensor in held.items():
+            assert torch.equal(tensor, states.get(state, torch.tensor(float(strategies.SAVED)))), (name, state)
+    assert found.further == pytest.approx(wrote.further if kind.own else wrote.onward, rel=1e-6)
 
 
 @EACH
@@ -253,6 +280,54 @@ def test_two_models_of_a_trainer_that_are_not_the_same(
     change(tmp_path / "checkpoint-2")
     with pytest.raises(DamagedCheckpoint, match=says):
         ucp.open(tmp_path / "checkpoint-2")
+
+
+# The loss of these files nothing tells: the first say nothing of a run; not every run has a scheduler; weights are
+# there twice under FSDP's full form, and a second time beside DeepSpeed's.
+NOTHING = {"generation_config.json", "zero_to_fp32.py", "zero_to_torch.py", "training_args.bin", "latest"}
+SPARE = {
+    "accelerate-sharded": {"scheduler.bin"},
+    "accelerate-full": {"scheduler.bin", "random_states_1.pkl"},
+    "trainer-fsdp1-full": {"config.json", "model.safetensors", "pytorch_model_fsdp.bin"},
+    "trainer-fsdp2-full": {"config.json", "model.safetensors", "pytorch_model_fsdp.bin"},
+    "trainer-deepspeed2": {"config.json", "model.safetensors"},
+    "trainer-deepspeed3": {"config.json"},
+}
+NOT_READ = {"trainer-deepspeed2": {"config.json", "model.safetensors"}, "trainer-deepspeed3": {"config.json"}}
+
+
+@EACH
+def test_no_loss_goes_unsaid(written: Written, kind: Kind) -> None:
+    path, name = written(kind)[0], f"{kind.program}-{kind.strategy}"
+    assert harm.unnoticed(path, harm.remove) - NOTHING == SPARE.get(name, set())
+    assert harm.unnoticed(path, harm.truncate) - NOTHING == NOT_READ.get(name, set())
+    assert issubclass(harm.of_half(path)[0], UcpError)
+
+
+@EACH
+def test_a_key_too_many_is_kept_and_its_class_named(written: Written, kind: Kind) -> None:
+    path, _ = written(kind)
+    for says in harm.with_surplus(path, {}).values():
+        assert "tests.formats.harm.Own" in says
+        assert "--skip-unknown-objects" in says
+    assert set(harm.with_surplus(path, {"skip_unknown_objects": True}).values()) == {"kept"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "untold"),
+    [
+        ("ddp", {"model.safetensors"}),
+        ("fsdp1-full", set()),
+        ("fsdp2-sharded", {f"pytorch_model_fsdp_0/__{rank}_0.distcp" for rank in (0, 1)}),
+        ("deepspeed3", set()),
+    ],
+)
+def test_files_of_another_step_are_told(written: Written, strategy: str, untold: set[str]) -> None:
+    """But for weights and generators, which tell no step."""
+    path, _ = written(next(kind for kind in KINDS if (kind.program, kind.strategy) == ("trainer", strategy)))
+    found = harm.unnoticed(path, harm.of_another(path, path.with_name("checkpoint-4")))
+    same = {"rng_state_0.pth", "rng_state_1.pth", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"}
+    assert found - same == untold
 
 
 class Stopper:

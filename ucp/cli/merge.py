@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-approximate", action="store_true", help=source.ALLOW_APPROXIMATE)
     parser.add_argument("--spec", metavar="SPEC", help="how tensor parallelism cuts the sources: a name or a file")
     parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
+    source.add_reading(parser)
     run.add_sizes(parser)
 
 
@@ -102,7 +103,8 @@ def command(args: argparse.Namespace) -> int:
     metrics = {} if args.metric is None else _metrics(args.metric)
     options = ("weights", "normalize", "t", "scale", "density", "seed", "elect", "beta", "window", "stride", "penalty")
     given: dict[str, Any] = {name: value for name in options if (value := getattr(args, name)) is not None}
-    given |= {name: value for name in _target_options() if (value := getattr(args, name, None)) is not None}
+    taken = [*_target_options(), *source.reading(args)]
+    given |= {name: value for name in taken if (value := getattr(args, name, None)) is not None}
     with ProgressBar(args.quiet or not team.leads or args.plan, "merging") as bar:
         report = merge(
             args.sources,

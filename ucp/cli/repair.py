@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (random)")
     parser.add_argument("--spec", metavar="SPEC", help="how tensor parallelism cuts it: a name or a file")
+    source.add_reading(parser)
     parser.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
     parser.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
@@ -65,6 +66,7 @@ def command(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             dry_run=args.dry_run,
             progress=bar,
+            **source.reading(args),
         )
     out = Output(args)
     if out.report(SCHEMA, report):

@@ -40,9 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:
     )
     parser.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     parser.add_argument("--trust-paths", action="store_true", help=TRUST_PATHS)
+    add_reading(parser)
+    run.add_sizes(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The formats' options for reading a checkpoint."""
     for option in _reading().values():
         run.add_option(parser, option)
-    run.add_sizes(parser)
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_reading` that were given."""
+    return {name: found for name in _reading() if (found := getattr(args, name, None)) is not None}
 
 
 def _reading() -> dict[str, Option]:
@@ -78,5 +88,5 @@ def open_checkpoint(args: argparse.Namespace, path: str, tag: str | None = None)
         sizes=run.sizes(args.set),
         trust_paths=args.trust_paths,
         allow_approximate=True,  # what looks at a checkpoint shows that, and loads nothing
-        options={name: found for name in _reading() if (found := getattr(args, name, None)) is not None},
+        options=reading(args),
     )

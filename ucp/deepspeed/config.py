@@ -131,6 +131,8 @@ class LoadSection(_Section):
       file (`ucp.spec.changes`).
     - memory: how much host memory a load may take on each rank beyond what is live, such as "256MiB".
     - lr_scheduler: 'keep' the checkpoint's, or 'reset' to the program's own.
+    - reading: options of reading the checkpoint's format, such as skip_unknown_objects, model_key, optimizer_key. In a
+      config the key is ``options``.
     - override: hyperparameters that all param groups have after a load, whatever the checkpoint says.
     """
 
@@ -144,6 +146,9 @@ class LoadSection(_Section):
     memory: Annotated[str | int, PlainValidator(_load_memory)] = limits.LOAD_MEMORY_BYTES
     lr_scheduler: Annotated[str, _one_of("keep", "reset", text="one of keep, reset")] = "keep"
     changes: Annotated[dict[str, Any] | str | None, _no_null("string_type")] = None
+    reading: Annotated[dict[str, Any], Field(description="options by name")] = Field(
+        default_factory=dict, alias="options"
+    )
     override: Annotated[dict[str, Any], Field(description="hyperparameters by name")] = Field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:

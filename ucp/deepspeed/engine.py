@@ -416,6 +416,7 @@ def _open(
             trust_paths=config.load.trust_paths,
             allow_approximate=config.load.allow_approximate,
             param_names=names,
+            options=config.load.reading,
         ) as checkpoint:
             catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
             if config.spec is not None:

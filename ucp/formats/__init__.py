@@ -149,7 +149,20 @@ def read(known: Format, path: Path, files: Files, request: ReadRequest) -> Catal
     from ucp.formats.shared.malformed import malformed
 
     with malformed(path, f"as a checkpoint of the format '{known.name}' it"):
-        return known.read(path, files, request)
+        catalog = known.read(path, files, request)
+        for other, folder in completing(path, known):
+            catalog = other.complete(catalog, folder, request)
+        return catalog
+
+
+def completing(path: Path, known: Format) -> list[tuple[Format, FolderNames | None]]:
+    """The formats whose programs may have kept more of a checkpoint of this format, each with the folder around it if
+    that has something of theirs."""
+    others = [other for other in built_in() if known.name in other.completes]
+    if not others:
+        return []
+    folder = look(path.parent)
+    return [(other, folder if other.keeps_beside(folder) else None) for other in others]
 
 
 def named(name: str) -> Format | None:

@@ -131,6 +131,7 @@ class Format(ABC):
     of weights alone does not.
     parts: names of the formats whose files are parts of this one's checkpoints. If several formats know a folder, one
     that has the others as parts reads it, and what is no part is told.
+    completes: names of the formats of which this one's program may keep more of a run than their files have.
     read_options: options for reading it.
     targets: the kinds of checkpoints that it writes.
     """
@@ -139,6 +140,7 @@ class Format(ABC):
     sign: str
     resumable: bool = True
     parts: tuple[str, ...] = ()
+    completes: tuple[str, ...] = ()
     read_options: tuple[Option, ...] = ()
     targets: tuple[WriteTarget, ...] = ()
 
@@ -154,6 +156,30 @@ class Format(ABC):
         Raises DamagedCheckpoint for missing, truncated or contradicting files, Unsupported (by name) for what can't be
         read exactly, UnsafePickle, SpecError and Mismatch if the spec does not fit.
         """
+
+    def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """These options for reading a checkpoint, checked. Raises BadArgument for one that the format does not take, or
+        a value of another kind."""
+        takes = {option.name: option for option in self.read_options}
+        unknown = next((name for name in options if name not in takes), None)
+        if unknown is not None:
+            hint = f"; it takes {', '.join(takes)}" if takes else ""
+            raise BadArgument(f"reading a checkpoint of the format '{self.name}' takes no option '{unknown}'{hint}")
+        return {name: takes[name].checked(value) for name, value in options.items()}
+
+    def keeps_beside(self, folder: FolderNames) -> bool:
+        """Whether a run's further state lies in this folder, beside that of a checkpoint of a format in `completes`.
+        Then `knows` says by which names."""
+        return False
+
+    def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        """A checkpoint of a format in `completes`, with what this format's program keeps besides.
+
+        beside: the folder that the checkpoint's own lies in, if `keeps_beside` says so; else None.
+
+        Raises DamagedCheckpoint where the two are of different steps, or a part is missing, UnsafePickle.
+        """
+        return catalog
 
     def step(self, path: Path) -> int | None:
         """The training step of the checkpoint in this folder, if a small file says it; None if only opening would tell.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ucp import formats
 from ucp.catalog import Catalog
 from ucp.formats.base import Format
 from ucp.storage import locations
@@ -38,13 +39,17 @@ def unread(path: Path, known: Format, catalog: Catalog) -> tuple[str, ...]:
     return tuple(found)
 
 
-def around(path: Path) -> tuple[str, ...]:
-    """Names beside the checkpoint's folder under which frameworks keep training state of the same checkpoint."""
+def around(path: Path, format_name: str) -> tuple[str, ...]:
+    """Names beside the checkpoint's folder under which frameworks keep training state of the same checkpoint, and that
+    were not read with it."""
     own_kind = is_part(path.name)
+    known = formats.named(format_name)
+    read = [] if known is None else [other for other, folder in formats.completing(path, known) if folder is not None]
     return tuple(
         name
         for name in _names(path.parent)
         if name != path.name
+        and not any(other.knows(name) for other in read)
         and not name.startswith("global_step")
         and (_NAMED.fullmatch(name) or (own_kind and is_part(name)))
     )

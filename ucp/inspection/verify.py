@@ -217,7 +217,7 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
         notes.add("approximate", "", checkpoint.approximate_sentence(catalog.approximate), fault=False)
     for text, fault in state_findings(catalog):
         notes.add("training-state", "", text, fault)
-    for left, place in ((opened.unread, "in it"), (beside.around(opened.path), "beside it")):
+    for left, place in ((opened.unread, "in it"), (beside.around(opened.path, opened.format), "beside it")):
         if left:
             notes.add("unread", "", beside.sentence(left, place), fault=False)
     if quick:

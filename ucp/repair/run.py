@@ -108,7 +108,7 @@ def repair(
     spec
         As for `ucp.open`.
     settings
-        The other fields of `RepairSettings`, and those of `Running`.
+        The other fields of `RepairSettings`, those of `Running`, and options of reading, as `ucp.open` has them.
 
     Raises
     ------
@@ -120,11 +120,11 @@ def repair(
         If nothing tells what was lost.
     """
     started = time.monotonic()
-    how, running = _divided(method, settings)
+    how, running, reading = _divided(method, settings)
     destination = str(locate(dest))
     choice = choose(spec, None, None)
     with Files() as files:
-        path, remains = _remains(damaged, tag, files, choice)
+        path, remains = _remains(damaged, tag, files, choice, reading)
         outlook = outlook_of(remains, how)
         for warning in outlook.warnings:
             log.warning("%s: %s", path, warning)
@@ -147,15 +147,16 @@ def repair(
     )
 
 
-def _divided(method: str, settings: Mapping[str, Any]) -> tuple[RepairSettings, Running]:
-    """The settings for the filling, and those of the run. Raises BadArgument."""
+def _divided(method: str, settings: Mapping[str, Any]) -> tuple[RepairSettings, Running, dict[str, Any]]:
+    """The settings for the filling, those of the run, and those for reading. Raises BadArgument."""
     own, taken = ({field.name for field in fields(kind)} for kind in (RepairSettings, Running))
-    unknown = sorted(settings.keys() - own - taken)
+    reading = {name: settings[name] for name in settings.keys() - own - taken if formats.is_read_option(name)}
+    unknown = sorted(settings.keys() - own - taken - reading.keys())
     if unknown:
         raise BadArgument(f"a repair takes no option '{unknown[0]}'")
     how = RepairSettings(method, **{name: settings[name] for name in own & settings.keys()})
     how.check()
-    return how, Running(**{name: settings[name] for name in taken & settings.keys()})
+    return how, Running(**{name: settings[name] for name in taken & settings.keys()}), reading
 
 
 def outlook(damaged: str | os.PathLike[str], tag: str | int | None = None) -> Outlook:
@@ -180,17 +181,22 @@ def outlook(damaged: str | os.PathLike[str], tag: str | int | None = None) -> Ou
 
 
 def _remains(
-    damaged: str | os.PathLike[str], tag: str | int | None, files: Files, choice: Choice
+    damaged: str | os.PathLike[str],
+    tag: str | int | None,
+    files: Files,
+    choice: Choice,
+    reading: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Remains]:
     path = run_folder.resolve(locate(damaged), tag)
     known = formats.find(path)
     if known is None:
         raise formats.explain_unknown(path)
-    found = known.remains(path, files, ReadRequest(choice))
+    request = ReadRequest(choice, options=known.checked(reading or {}))
+    found = known.remains(path, files, request)
     if found is not None:
         return path, found
     try:
-        formats.read(known, path, files, ReadRequest(choice))
+        formats.read(known, path, files, request)
     except (DamagedCheckpoint, NotACheckpoint) as error:
         raise DamagedCheckpoint(f"{error}; nothing tells what was lost, so it can't be repaired") from error
     raise BadArgument(f"{path}: lost no file, so there is nothing to repair; open it as it is")

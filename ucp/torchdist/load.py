@@ -158,6 +158,6 @@ def open_for(
     names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
-    if left := beside.around(checkpoint.path):
+    if left := beside.around(checkpoint.path, checkpoint.format):
         log.warning("%s: %s", checkpoint.path, beside.sentence(left, "beside it"))
     return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, opening)

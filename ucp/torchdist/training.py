@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint.state_dict as api
 from ucp import limits
 from ucp.catalog import Catalog, TrainingState
 from ucp.errors import Mismatch
-from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.formats.shared.roles import MODEL, PARAM, VALUES
 from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
@@ -153,7 +154,8 @@ class TrainingReport:
     step, samples
         How many steps the run had taken, and how many samples it had consumed. None if the checkpoint does not say.
     extra
-        What was given to the save as extra. For a checkpoint from DeepSpeed it is the client state.
+        What was given to the save as extra. For a checkpoint from DeepSpeed it is the client state; for one of DCP's
+        the values that are of neither model nor optimizer, by their flat names.
     tensors
         What was restored, what stayed as it was, and what of the checkpoint was not asked for.
     clip_grad
@@ -216,7 +218,8 @@ def load_training(
     if live.optimizer is not optimizer:
         state_dict, made = state_dict_of(model, (), blank=True)
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
-    unread = tuple(allow_unused) if listed(live.optimizer) else ("*:*", *allow_unused)
+    beside = beside_the_model(catalog)
+    unread = (*allow_unused, *map(glob.escape, beside), *(() if listed(live.optimizer) else ("*:*",)))
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
     how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
 
@@ -226,7 +229,7 @@ def load_training(
 
     report = _filled(fill, (state_dict, made), lambda: state_dict_of(model, live.optimizer))
     tell(report, metrics)
-    return _report(where, catalog.training_state, report, optimizer)
+    return _report(where, catalog, report, optimizer)
 
 
 def _filled(
@@ -243,9 +246,19 @@ def _filled(
         return fill(*real(), False)
 
 
-def _report(where: str, state: TrainingState, report: LoadReport, optimizer: Optimizers) -> TrainingReport:
+def _report(where: str, catalog: Catalog, report: LoadReport, optimizer: Optimizers) -> TrainingReport:
+    state = catalog.training_state
     clip = _clipping(where, state, optimizer)
-    return TrainingReport(state.global_steps, state.global_samples, state.client_state, report, clip)
+    extra = state.client_state or beside_the_model(catalog)
+    return TrainingReport(state.global_steps, state.global_samples, extra, report, clip)
+
+
+def beside_the_model(catalog: Catalog) -> dict[str, Any]:
+    """A state dict's values that are of no optimizer, such as torchtitan's ``train_state``, by their flat names."""
+    values: Mapping[str, Any] = catalog.training_state.extra.get(VALUES, {})
+    roots = {key.partition("param_groups.")[0] for key in values if "param_groups." in key}
+    ours = tuple(f"{root}{part}." for root in roots for part in ("param_groups", "state"))
+    return {key: value for key, value in values.items() if not key.startswith(ours)}
 
 
 def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float | None:

@@ -2,7 +2,8 @@
 
 The names are from accelerate ``checkpointing.py: save_accelerator_state`` and ``utils/fsdp_utils.py``. Without FSDP,
 and with its FULL_STATE_DICT, model and optimizers are files. With SHARDED_STATE_DICT each is a folder by
-torch.distributed, or one file for each rank. Under DeepSpeed the model's folder is DeepSpeed's own, and found as such.
+torch.distributed, or one file for each rank. Under DeepSpeed the model's folder is DeepSpeed's own, and found as such;
+what ``save_state`` keeps beside it is read with it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Accelerate(Format):
     name = NAME
     sign = "Accelerate's 'random_states_0.pkl' or 'pytorch_model_fsdp_0'"
     parts = ("huggingface", "dcp")
+    completes = ("deepspeed",)
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -55,6 +57,14 @@ class Accelerate(Format):
         from ucp.formats.accelerate import reader
 
         return reader.read(path, files, request)
+
+    def keeps_beside(self, folder: FolderNames) -> bool:
+        return folder.any_name(STATES)
+
+    def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        from ucp.formats.accelerate import reader
+
+        return catalog if beside is None else reader.complete(catalog, beside, request)
 
     def knows(self, name: str) -> bool:
         return _READ.fullmatch(name) is not None

@@ -24,7 +24,7 @@ from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.formats.shared.state_dicts import Entries
-from ucp.formats.shared.unknown_objects import load_file
+from ucp.formats.shared.unknown_objects import UnknownObjects, load_file
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
@@ -67,8 +67,8 @@ class Parts:
     copies: list[LogicalTensor] = field(default_factory=list)
 
     @property
-    def trust(self) -> bool:
-        return bool(self.request.options.get("trust_client_state"))
+    def unknown(self) -> UnknownObjects:
+        return UnknownObjects.of(self.request.options)
 
     def load(self, name: str) -> Any:
         """What a torch.save file in the folder holds."""
@@ -108,8 +108,7 @@ def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
 
     Raises DamagedCheckpoint, and UnsafePickle for such an object.
     """
-    skip, trust = (bool(request.options.get(name)) for name in ("skip_unknown_objects", "trust_client_state"))
-    found = load_file(path, trust=trust, skip=skip, dtensors=dtensors).graph
+    found = load_file(path, UnknownObjects.of(request.options), dtensors=dtensors).graph
     graphs.check(str(path), found)
     return found
 
@@ -196,7 +195,7 @@ def _add_model(parts: Parts, names: Sequence[str]) -> None:
         graph = parts.load(fsdp[0][0])
         add_module(parts, graph, fsdp[0][0])
     else:
-        add_entries(folder / fsdp[0][0], parts.entries, parts.trust)
+        add_entries(folder / fsdp[0][0], parts.entries, parts.unknown)
 
 
 def _add_weights(parts: Parts) -> None:
@@ -253,7 +252,7 @@ def add_module(parts: Parts, graph: Any, where: str) -> None:
 def _add_optimizer(parts: Parts, name: str, number: int, sharded: bool) -> None:
     root = OPTIMIZER if not number else f"{OPTIMIZER}_{number}"
     if sharded:
-        add_entries(parts.folder / name, parts.entries, parts.trust, under=(root,) if number else ())
+        add_entries(parts.folder / name, parts.entries, parts.unknown, under=(root,) if number else ())
     else:
         add_optimizer(parts, parts.load(name), name, root)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.accelerate import NAME, STATES, parts
-from ucp.formats.nouns import ReadRequest
+from ucp.formats.nouns import FolderNames, ReadRequest
 from ucp.formats.shared.malformed import malformed
 from ucp.storage import locations
 from ucp.storage.files import Files
@@ -33,16 +33,30 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     names = locations.names(folder)
     found = parts.read(folder, files, request, names)
     catalog = found.catalog(NAME, "accelerate of unknown version")
-    schedulers = [found.load(name) for name in names if _SCHEDULER.fullmatch(name)]
-    if schedulers and not (catalog.training_state.param_groups or found.unnamed):
+    if any(map(_SCHEDULER.fullmatch, names)) and not (catalog.training_state.param_groups or found.unnamed):
         raise DamagedCheckpoint(f"{folder}: has an lr scheduler's state and no optimizer's; a part is missing")
+    return _with_the_run(catalog, folder, names, found.load)
+
+
+def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Catalog:
+    """DeepSpeed's checkpoint, with what ``save_state`` keeps of the run beside its folder. DeepSpeed's own scheduler
+    stays, where it has one.
+
+    Raises DamagedCheckpoint, UnsafePickle.
+    """
+    return _with_the_run(catalog, beside.path, beside.names, lambda name: parts.load(beside.path / name, request))
+
+
+def _with_the_run(catalog: Catalog, folder: Path, names: Sequence[str], load: Callable[[str], Any]) -> Catalog:
+    """The catalog with schedulers, generators of all ranks, and as client state the program's own objects."""
+    schedulers = [load(name) for name in names if _SCHEDULER.fullmatch(name)]
     kept = {
-        next(filter(None, match.groups())): found.load(name)
-        for name in names
-        if (match := _KEPT.fullmatch(name)) is not None
+        next(filter(None, match.groups())): load(name) for name in names if (match := _KEPT.fullmatch(name)) is not None
     }
-    states = by_rank(folder, STATES, names, found, catalog.layout.dp)
     state = catalog.training_state
+    states = by_rank(folder, STATES, names, load, catalog.layout.world_size)
+    if state.lr_scheduler is not None:
+        schedulers.insert(0, state.lr_scheduler)
     for index, more in enumerate(schedulers[1:], start=1):
         kept[f"scheduler_{index}"] = more
     if states:
@@ -55,14 +69,16 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         training_state=replace(
             state,
             lr_scheduler=schedulers[0] if schedulers else None,
-            dp_world_size=len(states) or None,
+            dp_world_size=state.dp_world_size or len(states) or None,
             client_state={**state.client_state, **kept},
             extra={**state.extra, **({"ranks": [{"rng": own} for own in generators]} if states else {})},
         ),
     )
 
 
-def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found: parts.Parts, least: int) -> list[Any]:
+def by_rank(
+    folder: Path, pattern: re.Pattern[str], names: Sequence[str], load: Callable[[str], Any], least: int
+) -> list[Any]:
     """What every rank's file of this kind holds, if there are any.
 
     least: so many ranks have certainly saved. Raises DamagedCheckpoint if a rank's file is missing.
@@ -73,7 +89,7 @@ def by_rank(folder: Path, pattern: re.Pattern[str], names: Sequence[str], found:
     if missing is not None:
         shown = ranks[max(ranks)]
         raise DamagedCheckpoint(f"{folder}: has '{shown}' and no such file of rank {missing}; a part is missing")
-    return [found.load(ranks[rank]) for rank in sorted(ranks)]
+    return [load(ranks[rank]) for rank in sorted(ranks)]
 
 
 def others(states: Sequence[Mapping[str, Any]], known: Sequence[str]) -> dict[str, Any]:

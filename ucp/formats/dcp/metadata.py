@@ -117,7 +117,8 @@ def _record(path: str, key: str, info: Standin) -> Record:
     if info.state.get("transform_descriptors"):
         raise Unsupported(
             f"{path}: '{key}' was transformed as it was written ({', '.join(map(str, info.transform_descriptors))}); "
-            "only records as torch.save writes them can be read"
+            "only records as torch.save writes them can be read; load it by torch's dcp.load, which undoes that, and "
+            "save it without _extensions"
         )
     name, start, length = info.relative_path, info.offset, info.length
     if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/"):

@@ -19,6 +19,7 @@ from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
 from ucp.formats.shared.two_saves import far_apart, uneven_steps
+from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.storage import locations
@@ -34,19 +35,19 @@ _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 def read(
     path: Path,
     files: Files,
-    trust_client_state: bool = False,
+    unknown: UnknownObjects = REFUSED,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Catalog:
     """The folder's catalog.
 
-    trust_client_state: unpickle objects of any class, which runs their code.
+    unknown: what becomes of objects of unknown classes.
     param_names: the names in each param group, in order, if the saved optimizer only numbers its parameters.
 
     Raises DamagedCheckpoint if files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
     into = Entries(Builder(files))
-    add_entries(folder, into, trust_client_state)
+    add_entries(folder, into, unknown)
     notes = name_numbers(into, param_names) if param_names is not None else []
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
@@ -56,7 +57,7 @@ def read(
     return replace(catalog, unchecked=(*catalog.unchecked, *told))
 
 
-def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, under: tuple[str, ...] = ()) -> None:
+def add_entries(folder: Path, into: Entries, unknown: UnknownObjects = REFUSED, under: tuple[str, ...] = ()) -> None:
     """Enter what a DCP folder holds. Entries of another folder may be there already. under: keys before its own.
 
     Raises what `read` raises, Unsupported for FSDP1's flat parameters, and DamagedCheckpoint if both folders have an
@@ -65,7 +66,7 @@ def add_entries(folder: Path, into: Entries, trust_client_state: bool = False, u
     found = metadata.load(folder)
     flat.refuse(folder, found.tensors)
     with Records(folder, into.builder) as records:
-        objects = {key: records.load(key, record, trust_client_state) for key, record in found.objects.items()}
+        objects = {key: records.load(key, record, unknown) for key, record in found.objects.items()}
         tensors = tensors_of(found.tensors, records)
     names = (*found.tensors, *found.objects)
     place = {name: k for k, name in enumerate(found.paths)}  # in the order in which they were saved, if that is known

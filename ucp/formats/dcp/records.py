@@ -16,6 +16,7 @@ from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.formats.dcp import metadata
 from ucp.formats.shared.builder import Builder
+from ucp.formats.shared.unknown_objects import UnknownObjects, load_section
 from ucp.geometry import Blocks, Shape, numel
 from ucp.storage import graphs, locations
 from ucp.storage.crc32 import StoredCrc32
@@ -65,11 +66,14 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def load(self, key: str, record: metadata.Record, trust: bool | None = None) -> Any:
-        """What `torch.save` wrote in this record."""
+    def load(self, key: str, record: metadata.Record, unknown: UnknownObjects | None = None) -> Any:
+        """What `torch.save` wrote in this record. unknown: for client state; None for tensors, which need no class."""
         stream, path = self._stream(key, record)
         try:
-            found = reader.load_section(stream, path, record.start, record.length, trust=trust)
+            if unknown is None:
+                found = reader.load_section(stream, path, record.start, record.length, trust=None)
+            else:
+                found = load_section(stream, path, record.start, record.length, unknown)
             graphs.check(path, found)
             return found
         except UnsafePickle as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import TRUST_CLIENT_STATE
+from ucp.formats.shared.options import SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ class DeepSpeedUniversal(Format):
     name = NAME
     sign = f"DeepSpeed's universal one '{FOLDER}/{COMMON}'"
     parts = ("deepspeed",)
-    read_options = (TRUST_CLIENT_STATE,)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS)
 
     def detect(self, folder: FolderNames) -> bool:
         from ucp.storage import locations
@@ -37,8 +37,9 @@ class DeepSpeedUniversal(Format):
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.deepspeed_universal import reader
+        from ucp.formats.shared.unknown_objects import UnknownObjects
 
-        return reader.read(path, files, bool(request.options.get("trust_client_state")))
+        return reader.read(path, files, UnknownObjects.of(request.options))
 
     def tag(self, path: Path) -> str | None:
         return path.name

@@ -15,6 +15,7 @@ from ucp.formats.deepspeed.read.names import MODEL
 from ucp.formats.deepspeed.read.optimizer_files import options_of
 from ucp.formats.deepspeed_universal import COMMON, FOLDER, NAME
 from ucp.formats.shared.builder import Builder, Scalar
+from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects, load_file
 from ucp.geometry import Shape, numel, row_major
 from ucp.parallel.mesh import Layout
 from ucp.storage import graphs, locations
@@ -43,13 +44,13 @@ class _Model:
     rest: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
 
 
-def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
-    """The folder's catalog. trust_client_state: unpickle classes outside the allow-list, which runs their code.
+def read(path: Path, files: Files, unknown: UnknownObjects = REFUSED) -> Catalog:
+    """The folder's catalog. unknown: what becomes of objects of unknown classes in the model files.
 
     Raises DamagedCheckpoint where files are missing or contradict each other, Unsupported, UnsafePickle.
     """
     folder = locations.locate(path)
-    model = _models(folder, trust_client_state)
+    model = _models(folder, unknown)
     common = _load(folder / FOLDER / COMMON)
     builder = Builder(files)
     shared = {**tied_by_storage(model.files[0].module), **model.files[0].shared}
@@ -85,15 +86,15 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
     return catalog
 
 
-def _load(path: Path, trust: bool | None = None) -> Mapping[str, Any]:
-    found = reader.load(path, trust=trust)
+def _load(path: Path, unknown: UnknownObjects | None = None) -> Mapping[str, Any]:
+    found = reader.load(path, trust=None) if unknown is None else load_file(path, unknown).graph
     graphs.check(str(path), found)
     if not isinstance(found, Mapping):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__}, not what DeepSpeed writes there")
     return found
 
 
-def _models(folder: Path, trust: bool) -> _Model:
+def _models(folder: Path, unknown: UnknownObjects) -> _Model:
     """The whole model's files if there are any, else rank 0's files of stage 3."""
     names = [name for name in locations.names(folder) if MODEL.fullmatch(name)]
     whole = sorted(name for name in names if name.startswith("mp_rank_"))
@@ -102,7 +103,7 @@ def _models(folder: Path, trust: bool) -> _Model:
         raise DamagedCheckpoint(
             f"{folder}: has no model file 'mp_rank_00_model_states.pt', by which parameters are grouped"
         )
-    files = [ModelFile(folder / name, _load(folder / name, trust)) for name in chosen]
+    files = [ModelFile(folder / name, _load(folder / name, unknown)) for name in chosen]
     groups: list[dict[str, Shape]] = [{} for _ in files[0].param_shapes]
     for file in files:
         if len(file.param_shapes) != len(groups):

@@ -1,7 +1,8 @@
 """Lightning's folders of FSDP: torch.distributed's shards, with loops, callbacks and schedulers in ``meta.pt``.
 
 Its single files are `ucp.formats.torch_file`'s; its folders of DeepSpeed have DeepSpeed's tag ``checkpoint`` in them,
-and are found by their ``latest``. Names: lightning ``strategies/fsdp.py`` and ``model_parallel.py``.
+and are found by their ``latest``; the scheduler is among DeepSpeed's client state there. Names: lightning
+``strategies/fsdp.py`` and ``model_parallel.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Lightning(Format):
     name = NAME
     sign = f"Lightning's '{META}' beside '.metadata'"
     parts = ("dcp",)
+    completes = ("deepspeed",)
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -35,6 +37,11 @@ class Lightning(Format):
         from ucp.formats.lightning import reader
 
         return reader.read(path, files, request)
+
+    def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        from ucp.formats.lightning import reader
+
+        return reader.complete(catalog)
 
     def knows(self, name: str) -> bool:
         from ucp.formats.dcp import FORMAT as SHARDS

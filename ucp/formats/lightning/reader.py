@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
@@ -14,8 +15,11 @@ from ucp.formats.lightning import META, NAME
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.state_dicts import Entries
+from ucp.formats.shared.unknown_objects import UnknownObjects
 from ucp.storage import locations
 from ucp.storage.files import Files
+
+VERSION = "pytorch-lightning_version"
 
 
 def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
@@ -25,12 +29,11 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     if not isinstance(meta, Mapping):
         raise DamagedCheckpoint(f"{folder / META}: holds a {type(meta).__name__}, not Lightning's state of a run")
     into = Entries(Builder(files))
-    add_entries(folder, into, bool(request.options.get("trust_client_state")))
-    version = meta.get("pytorch-lightning_version", "of unknown version")
+    add_entries(folder, into, UnknownObjects.of(request.options))
+    version = meta.get(VERSION, "of unknown version")
     catalog = into.catalog(NAME, f"lightning {version}", layout_of(into))
     catalog.check()
-    schedulers = meta.get("lr_schedulers")
-    single = schedulers[0] if isinstance(schedulers, list) and len(schedulers) == 1 else None
+    single = _scheduler(meta)
     step = meta.get("global_step")
     kept = {str(key): value for key, value in meta.items() if key != "lr_schedulers" or single is None}
     state = catalog.training_state
@@ -43,3 +46,18 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
             client_state={**state.client_state, **kept},
         ),
     )
+
+
+def complete(catalog: Catalog) -> Catalog:
+    """DeepSpeed's checkpoint, with Lightning's scheduler out of the client state as its own. It stays there, too, since
+    Lightning looks for it there."""
+    state = catalog.training_state
+    if state.lr_scheduler is not None or VERSION not in state.client_state:
+        return catalog
+    return replace(catalog, training_state=replace(state, lr_scheduler=_scheduler(state.client_state)))
+
+
+def _scheduler(kept: Mapping[str, Any]) -> Any:
+    """The state of the only lr scheduler; None if there is none, or several."""
+    found = kept.get("lr_schedulers")
+    return found[0] if isinstance(found, list) and len(found) == 1 else None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import FLAG, TEXT, Format, Option, WriteTarget
-from ucp.formats.shared.options import TRUST_CLIENT_STATE
+from ucp.formats.shared.options import SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ class Megatron(Format):
     name = NAME
     sign = f"one of Megatron-Core '{CONFIG}' beside '.metadata'"
     parts = ("dcp",)
-    read_options = (TRUST_CLIENT_STATE,)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS)
     targets = (MegatronTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -77,13 +77,15 @@ class Megatron(Format):
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.megatron.read import torch_dist
+        from ucp.formats.shared.unknown_objects import UnknownObjects
         from ucp.storage import locations
 
+        unknown = UnknownObjects.of(request.options)
         if any(map(_RANK_FOLDER.fullmatch, locations.names(path))) and not locations.is_file(path / CONFIG):
             from ucp.formats.megatron.read import rank_folders
 
-            return rank_folders.read(path, files, **request.options)
-        return torch_dist.read(path, files, request.choice, **request.options)
+            return rank_folders.read(path, files, unknown)
+        return torch_dist.read(path, files, request.choice, unknown)
 
     def step(self, path: Path) -> int | None:
         found = _ITERATION.fullmatch(path.name)

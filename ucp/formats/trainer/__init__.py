@@ -1,7 +1,8 @@
 """Hugging Face Trainer's ``checkpoint-N``: a model, its optimizer, scheduler, generators and ``trainer_state.json``.
 
 Names: transformers ``trainer.py: _save_checkpoint``. The model is a model folder's, or what Accelerate writes under
-FSDP. Under DeepSpeed the file ``latest`` names DeepSpeed's own folder in it, which is taken then.
+FSDP. Under DeepSpeed the file ``latest`` names DeepSpeed's own folder in it, which is taken then, with what the Trainer
+keeps beside it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Trainer(Format):
     name = NAME
     sign = f"a Trainer's '{STATE}' beside a model"
     parts = ("huggingface", "accelerate", "dcp")
+    completes = ("deepspeed",)
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -42,6 +44,14 @@ class Trainer(Format):
         from ucp.formats.trainer import reader
 
         return reader.read(path, files, request)
+
+    def keeps_beside(self, folder: FolderNames) -> bool:
+        return folder.has_file(STATE)
+
+    def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        from ucp.formats.trainer import reader
+
+        return catalog if beside is None else reader.complete(catalog, beside, request)
 
     def step(self, path: Path) -> int | None:
         from ucp.errors import UcpError

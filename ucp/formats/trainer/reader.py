@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.accelerate import parts
 from ucp.formats.accelerate.reader import by_rank, generators, others
-from ucp.formats.nouns import ReadRequest
+from ucp.formats.nouns import FolderNames, ReadRequest
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.trainer import NAME, STATE
+from ucp.printable import logger
 from ucp.storage import configs, locations
 from ucp.storage.files import Files
+
+log = logger(__name__)
 
 SCHEDULER, SCALER, GENERATORS = "scheduler.pt", "scaler.pt", "rng_state.pth"
 _GENERATORS = re.compile(r"rng_state_(\d+)\.pth")
@@ -39,43 +42,72 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     """
     folder = locations.locate(path)
     names = locations.names(folder)
-    progress = state_of(folder)
     found = parts.read(folder, files, request, names)
     catalog = found.catalog(NAME, "transformers' Trainer")
     scheduler = found.load(SCHEDULER) if SCHEDULER in names else None
     if scheduler is not None and not (catalog.training_state.param_groups or found.unnamed):
         raise DamagedCheckpoint(f"{folder}: has '{SCHEDULER}' and no optimizer; a part is missing")
-    _check_steps(folder, progress, scheduler, catalog)
+    return _with_the_run(catalog, folder, names, found.load, scheduler)
+
+
+def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Catalog:
+    """DeepSpeed's checkpoint, with what the Trainer keeps of the run beside its folder. DeepSpeed's own scheduler and
+    generators stay, where it has some.
+
+    Raises DamagedCheckpoint, UnsafePickle.
+    """
+    folder = beside.path
+
+    def load(name: str) -> Any:
+        return parts.load(folder / name, request)
+
+    scheduler = load(SCHEDULER) if SCHEDULER in beside.names else None
+    steps, said = catalog.training_state.global_steps, step_of(state_of(folder))
+    if steps is not None and said is not None and steps != said:
+        raise DamagedCheckpoint(
+            f"{folder}: DeepSpeed's files are of step {steps}, and '{STATE}' of step {said}; parts of two steps are "
+            "mixed"
+        )
+    return _with_the_run(catalog, folder, beside.names, load, scheduler)
+
+
+def _with_the_run(
+    catalog: Catalog, folder: Path, names: Sequence[str], load: Callable[[str], Any], scheduler: Any
+) -> Catalog:
+    """The catalog with its scheduler, the Trainer's own state and the generators of all ranks."""
+    progress, state = state_of(folder), catalog.training_state
+    doubts = tuple(_doubts(folder, progress, scheduler, catalog))
+    for doubt in doubts:
+        log.warning("%s: %s", folder, doubt)
     kept: dict[str, Any] = {"trainer_state": progress}
     if SCALER in names:
-        kept["scaler"] = found.load(SCALER)
+        kept["scaler"] = load(SCALER)
     # Of a single rank the file has no number.
-    several = max(catalog.layout.dp, 2)
-    states = by_rank(folder, _GENERATORS, names, found, several)
+    states = by_rank(folder, _GENERATORS, names, load, max(catalog.layout.world_size, 2))
     if not states and GENERATORS in names:
-        states = [found.load(GENERATORS)]
+        states = [load(GENERATORS)]
     with malformed(folder, "the states of its random number generators"):
         ranks = [
             {"rng": generators(own["cpu"], own["numpy"], own["python"], own.get("cuda"), rank)}
             for rank, own in enumerate(states)
         ]
         kept.update(others(states, ("cpu", "numpy", "python", "cuda")))
-    state = catalog.training_state
     return replace(
         catalog,
+        unchecked=(*catalog.unchecked, *doubts),
         training_state=replace(
             state,
-            lr_scheduler=scheduler,
+            lr_scheduler=scheduler if state.lr_scheduler is None else state.lr_scheduler,
             global_steps=step_of(progress),
-            dp_world_size=len(ranks) or None,
+            dp_world_size=state.dp_world_size or len(ranks) or None,
             client_state={**state.client_state, **kept},
-            extra={**state.extra, **({"ranks": ranks} if ranks else {})},
+            extra={**({"ranks": ranks} if ranks else {}), **state.extra},
         ),
     )
 
 
-def _check_steps(folder: Path, progress: Mapping[str, Any], scheduler: Any, catalog: Catalog) -> None:
-    """Raise DamagedCheckpoint where the files can't be of one step.
+def _doubts(folder: Path, progress: Mapping[str, Any], scheduler: Any, catalog: Catalog) -> Iterator[str]:
+    """What speaks against the files' being all, and of one step. Raises DamagedCheckpoint where they can't be of one.
 
     Scheduler and optimizer both count the steps that were taken. The Trainer also counts those that were skipped
     because of an overflow.
@@ -98,3 +130,12 @@ def _check_steps(folder: Path, progress: Mapping[str, Any], scheduler: Any, cata
             f"{folder}: the optimizer is of step {taken}, and '{SCHEDULER}' of step {scheduled}; parts of two steps "
             "are mixed"
         )
+    if taken is not None and taken < step:
+        yield (
+            f"the optimizer has taken {taken} steps, and '{STATE}' counts {step}: the others were skipped for "
+            "overflows, or parts of two steps are mixed"
+        )
+    state = catalog.training_state
+    trained = state.param_groups or any(name.startswith(parts.OPTIMIZER) for name in state.client_state)
+    if trained and scheduler is None and state.lr_scheduler is None:
+        yield f"has an optimizer and no '{SCHEDULER}', which the Trainer writes with it; a part is missing"

@@ -96,7 +96,13 @@ def load_file(
 
 
 def load_section(
-    stream: BinaryIO, path: str | os.PathLike[str], start: int, length: int, *, trust: bool | None = False
+    stream: BinaryIO,
+    path: str | os.PathLike[str],
+    start: int,
+    length: int,
+    *,
+    trust: bool | None = False,
+    skipped: Skipped | None = None,
 ) -> Any:
     """Like `load`, for a zip archive by `torch.save` in the bytes `[start, start + length)` of another file.
 
@@ -109,7 +115,7 @@ def load_section(
         raise DamagedCheckpoint(
             f"the file is truncated: bytes {start} to {start + length} are wanted, and it has {size}", file=name
         )
-    return _load_zip(Section(stream, start, length), name, length, trust, start).graph
+    return _load_zip(Section(stream, start, length), name, length, trust, start, skipped=skipped).graph
 
 
 class _Storages:

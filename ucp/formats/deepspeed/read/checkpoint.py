@@ -72,7 +72,7 @@ def read(
     spec does not fit.
     """
     with stems.noting() as unchecked, malformed(path, "what its files hold"):
-        found = scan(path)
+        found = scan(path, skip_unknown_objects)
         opened = {folder.mp: open_models(folder, trust_client_state, skip_unknown_objects) for folder in found}
         catalog = read_stages(path, files, found, opened, choice, param_names, compare)
     sentences = unchecked.sentences()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.names import EXPERT, EXPERT_OPTIM, MODEL, OPTIM
-from ucp.formats.shared.unknown_objects import load_file
+from ucp.formats.shared.unknown_objects import UnknownObjects, load_file
 from ucp.storage import graphs, locations
-from ucp.storage.torch_pt import reader
 
 # checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
 _UNIVERSAL = "zero"
@@ -48,6 +47,9 @@ OWN_KEYS = frozenset(
     ]
 )
 
+# _save_zero_checkpoint; older releases have more of the model file's.
+OPTIMIZER_KEYS = OWN_KEYS | {"optimizer_state_dict", "folding"}
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -57,6 +59,7 @@ class Folder:
     model: one file at stages 0 to 2 (key 0), one per rank at stage 3.
     experts: files with the weights of one expert each, by layer and the expert's number in it.
     expert_optim: stage 0's optimizer files, by expert-parallel rank.
+    skip: leave objects of unknown classes out, as they were asked to be, of optimizer files, too.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class Folder:
     bf16: bool
     experts: Mapping[tuple[int, int], Path] = field(default_factory=dict)
     expert_optim: Mapping[int, Path] = field(default_factory=dict)
+    skip: bool = False
 
     @property
     def partitioned_model(self) -> bool:
@@ -83,8 +87,8 @@ class Folder:
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{{}}_mp_rank_{self.mp:02d}_optim_states.pt"
 
 
-def scan(path: Path) -> list[Folder]:
-    """Find the files, those of model-parallel rank 0 first.
+def scan(path: Path, skip: bool = False) -> list[Folder]:
+    """Find the files, those of model-parallel rank 0 first. skip: as in `Folder`.
 
     Raises Unsupported for what is not understood, DamagedCheckpoint for a folder without a model file, with files of
     both stage 3 and other stages, or without the files of some model-parallel rank.
@@ -104,7 +108,7 @@ def scan(path: Path) -> list[Folder]:
             f"{path}: there are files of model-parallel rank {ranks[-1]}, but no model file of rank {lost} "
             f"('*mp_rank_{lost:02d}_model_states.pt'); the checkpoint is incomplete"
         )
-    return [found.folder(path, mp) for mp in ranks]
+    return [replace(found.folder(path, mp), skip=skip) for mp in ranks]
 
 
 @dataclass
@@ -189,10 +193,7 @@ def load(path: Path, trust: bool | None, skip: bool = False) -> dict[str, Any]:
     Raises what reading a torch file raises. If the file was written under another file's name, that is noted
     (`stems`).
     """
-    if trust is None:
-        file = reader.load_file(path, trust=trust)
-    else:
-        file = load_file(path, trust=trust, skip=skip)
+    file = load_file(path, UnknownObjects(trust, skip))
     stems.check(path, file)
     found = file.graph
     if not isinstance(found, dict):

@@ -13,9 +13,9 @@ from typing import Any
 
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, swap_files, swapped
+from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, stems, swap_files, swapped
 from ucp.formats.deepspeed.read.experts import ExpertFiles
-from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
+from ucp.formats.deepspeed.read.folder import OPTIMIZER_KEYS, Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.nouns import ModuleOrder
@@ -50,7 +50,10 @@ def open_models(folder: Folder, trust: bool, skip: bool = False) -> dict[int, Mo
     """
     if 0 not in folder.model:
         raise DamagedCheckpoint(f"{folder.path}: rank 0's model file '{folder.model_pattern.format(0)}' is missing")
-    return {r: ModelFile(p, load(p, trust, skip)) for r, p in folder.model.items()}
+    found = {r: ModelFile(p, load(p, trust, skip)) for r, p in folder.model.items()}
+    for model in found.values():
+        stems.note_surplus(model.path, sorted(model.client_state.keys() - found[0].client_state.keys(), key=str))
+    return found
 
 
 def read_part(
@@ -142,7 +145,9 @@ def _optimizer_states(
 ) -> dict[int, tuple[Path, Mapping[str, Any]]]:
     """Each rank's optimizer file and the state dict in it, all of one save."""
     check_ranks("optimizer", folder.optim, cuts, folder.path, folder.optim_pattern, models[0].path)
-    whole = {r: load(folder.optim[r], trust=None) for r in range(cuts)}
+    whole = {r: load(folder.optim[r], trust=None, skip=folder.skip) for r in range(cuts)}
+    for r, raw in whole.items():
+        stems.note_surplus(folder.optim[r], [key for key in raw if key not in OPTIMIZER_KEYS])
     by_path = {folder.optim[r]: raw for r, raw in whole.items()}
     same_save.check_optimizers(by_path, {m.path: m.raw for m in models.values()})
     return {r: (folder.optim[r], _optimizer_state(folder.optim[r], raw)) for r, raw in whole.items()}

@@ -9,15 +9,16 @@ temporary name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
 from ucp.formats.deepspeed.read.names import is_ours
-from ucp.printable import logger
+from ucp.printable import logger, short
 from ucp.storage.torch_pt.reader import TorchFile
 
 log = logger(__name__)
@@ -30,11 +31,13 @@ class Unchecked:
     renamed: files that are another rank's, each with a sentence on that.
     names: files that could not be checked by their stem.
     bytes: files that could not be checked by CRC-32.
+    surplus: keys that are neither DeepSpeed's nor client state of rank 0, with the first file that has them.
     """
 
     renamed: dict[Path, str] = field(default_factory=dict)
     names: dict[Path, None] = field(default_factory=dict)
     bytes: dict[Path, None] = field(default_factory=dict)
+    surplus: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def sentences(self) -> tuple[str, ...]:
         """What to tell, at most one line for each check."""
@@ -49,7 +52,19 @@ class Unchecked:
                 f"{_counted(self.bytes)} no CRC-32s, so flipped bits in it can't be seen (torch's older format, or "
                 "torch.serialization.set_crc32_options(False))"
             )
+        for keys, path in self.surplus.items():
+            shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            out.append(
+                f"not read, being no keys of DeepSpeed's, and not in rank 0's model file: {shown} of '{path.name}'"
+            )
         return tuple(out)
+
+
+def note_surplus(path: Path, keys: Sequence[Any]) -> None:
+    """Note keys of a file that nothing reads."""
+    noted = _open.get()
+    if noted is not None and keys:
+        noted.surplus.setdefault(tuple(map(short, keys)), path)
 
 
 def _counted(files: dict[Path, None]) -> str:

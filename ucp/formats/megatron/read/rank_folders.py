@@ -23,13 +23,13 @@ from ucp.formats.megatron.read.rank_places import PlacedPart, RankPlace, is_gate
 from ucp.formats.megatron.read.rank_states import OwnTensor, optimizer_states
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
+from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects, load_file
 from ucp.geometry import Shape, concat
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger, short
 from ucp.storage import locations
 from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
-from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
 log = logger(__name__)
@@ -58,11 +58,11 @@ class RankFolder:
         return {name: tuple(v.shape) for chunk in self.chunks for name, v in chunk.items() if isinstance(v, TensorRef)}
 
 
-def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
+def read(path: Path, files: Files, unknown: UnknownObjects = REFUSED) -> Catalog:
     """The folder's catalog. Raises DamagedCheckpoint where ranks are missing or contradict each other, Unsupported by
     name for what can't be read exactly."""
     folder = locations.locate(path)
-    ranks = _folders(folder, trust_client_state)
+    ranks = _folders(folder, unknown)
     _check_step(folder, ranks)
     layout = _layout(folder, ranks)
     builder = Builder(files)
@@ -70,7 +70,7 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
     for rank in ranks:
         own = list(_own(folder, rank, ranks, layout, found))
         with malformed(rank.path):
-            distributed = _distributed(rank, trust_client_state)
+            distributed = _distributed(rank, unknown)
             for tensor in optimizer_states(rank.file, rank.graph.get("optimizer"), distributed, own, builder):
                 found.add(tensor.placed, tensor.state, tensor.ref, tensor.start)
     catalog, mastered = _catalog(folder, ranks, layout, found)
@@ -82,7 +82,7 @@ def read(path: Path, files: Files, trust_client_state: bool = False) -> Catalog:
 # --- the ranks' folders ----------------------------------------------------------------------------------------------
 
 
-def _folders(folder: Path, trust: bool) -> list[RankFolder]:
+def _folders(folder: Path, unknown: UnknownObjects) -> list[RankFolder]:
     """The ranks' folders in order, none missing."""
     named = sorted((m, name) for name in locations.names(folder) if (m := _numbers(name)) is not None)
     widths = {len(numbers) for numbers, _ in named}
@@ -93,7 +93,7 @@ def _folders(folder: Path, trust: bool) -> list[RankFolder]:
         path = folder / name
         if not locations.is_file(path / MODEL):
             raise DamagedCheckpoint(f"{path}: has no '{MODEL}', which every model-parallel rank writes")
-        graph = reader.load(path / MODEL, trust=trust)
+        graph = load_file(path / MODEL, unknown).graph
         if not isinstance(graph, Mapping):
             raise DamagedCheckpoint(f"{path / MODEL}: holds a {type(graph).__name__} where Megatron writes a dict")
         with malformed(path / MODEL):
@@ -188,10 +188,10 @@ def _layout(folder: Path, ranks: list[RankFolder]) -> Layout:
     return Layout(dp=dp, tp=counts["tp"], pp=counts["pp"], ep=ep, zero=int(sharded))
 
 
-def _distributed(rank: RankFolder, trust: bool) -> Any:
+def _distributed(rank: RankFolder, unknown: UnknownObjects) -> Any:
     """What the distributed optimizer wrote; None without one."""
     if locations.is_file(rank.path / OPTIMIZER):
-        return reader.load(rank.path / OPTIMIZER, trust=trust)
+        return load_file(rank.path / OPTIMIZER, unknown).graph
     own = rank.graph.get("optimizer")
     first = own[0] if isinstance(own, (list, tuple)) and own else own
     inner = first.get("optimizer") if isinstance(first, Mapping) else None

@@ -19,12 +19,12 @@ from ucp.formats.megatron.read import agree, buckets, common, flattened, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
+from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects, load_file
 from ucp.printable import logger, short
 from ucp.spec.select import Choice
 from ucp.storage import locations
 from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
-from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
 log = logger(__name__)
@@ -33,7 +33,7 @@ _COMMON_KEY = "common_state"
 _BUFFERS = re.compile(r".*\.(expert_bias|local_tokens_per_expert|inv_freq)")
 
 
-def read(path: Path, files: Files, choice: Choice, trust_client_state: bool = False) -> Catalog:
+def read(path: Path, files: Files, choice: Choice, unknown: UnknownObjects = REFUSED) -> Catalog:
     """The folder's catalog.
 
     Raises DamagedCheckpoint where files are missing, truncated or contradict each other, UnsafePickle, and Unsupported
@@ -41,7 +41,7 @@ def read(path: Path, files: Files, choice: Choice, trust_client_state: bool = Fa
     """
     folder = locations.locate(path)
     _check_backend(folder)
-    return _read(folder, files, choice, trust_client_state)
+    return _read(folder, files, choice, unknown)
 
 
 def _check_backend(folder: Path) -> None:
@@ -71,13 +71,13 @@ class _FolderParts:
     tensors: Mapping[tuple[str, str], LogicalTensor]
 
 
-def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
+def _read(folder: Path, files: Files, choice: Choice, unknown: UnknownObjects) -> Catalog:
     meta = metadata.load(folder)
     builder = Builder(files)
     with Records(folder, builder) as records:
-        objects = {key: records.load(key, record, trust) for key, record in meta.objects.items()}
+        objects = {key: records.load(key, record, unknown) for key, record in meta.objects.items()}
         stored = flattened.as_they_were(tensors_of(meta.tensors, records), meta.others)
-    said, objects = _common(folder, objects, trust)
+    said, objects = _common(folder, objects, unknown)
     said = {key: _numbers(value, builder) if key == "optimizer" else value for key, value in said.items()}
     where = layout.of(folder, said, objects, stored, [file.path for file in builder.sources])
     tensors = _by_parameter({key: tensor for key, tensor in stored.items() if not buckets.is_bucket(key)})
@@ -103,11 +103,11 @@ def _read(folder: Path, files: Files, choice: Choice, trust: bool) -> Catalog:
     return buckets.chosen(folder, fitting)
 
 
-def _common(folder: Path, objects: Mapping[str, Any], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _common(folder: Path, objects: Mapping[str, Any], unknown: UnknownObjects) -> tuple[dict[str, Any], dict[str, Any]]:
     """What all ranks have in common, and the objects of single ranks that hold anything."""
     path = folder / COMMON
     if locations.is_file(path):
-        found = reader.load(path, trust=trust)
+        found = load_file(path, unknown).graph
     else:
         found = next((_single(o) for key, o in objects.items() if key.startswith(f"{_COMMON_KEY}/")), None)
         if found is None:
