@@ -66,7 +66,7 @@ def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Cat
     if steps is not None and said is not None and steps != said:
         raise DamagedCheckpoint(
             f"{folder}: DeepSpeed's files are of step {steps}, and '{STATE}' of step {said}; parts of two steps are "
-            "mixed"
+            "mixed: move DeepSpeed's folder elsewhere to have it by itself"
         )
     return _with_the_run(catalog, folder, beside.names, load, scheduler)
 
