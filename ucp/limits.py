@@ -54,6 +54,9 @@ DIGEST_BATCH_BYTES = 16 * MIB
 RECORD_STEP_BYTES = 4 * MIB
 # A load reads what it lacks of a record, to compare the CRC-32, if that is at most this part of the record (padding).
 RECORD_MISSING_PART = 1 / 32
+# How many pickles are kept to copy what came of them, if other files have the same ones, and how long each may be.
+TWINS_COUNT = 64
+TWIN_BYTES = 1 * MIB
 # The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB
 
@@ -175,6 +178,8 @@ LOAD_WINDOW_BYTES = 7 * MIB
 LOAD_FILLING_THREADS_COUNT = 8
 # Windows beside one for each thread: so many may be on their way to the device while the threads fill others.
 LOAD_WINDOWS_AHEAD_COUNT = 4
+# Windows that one thread fills in a row.
+LOAD_WINDOWS_ROW_COUNT = 4
 # Tensors on a device begin at such multiples in a window that holds several of them.
 WINDOW_ALIGNMENT_BYTES = 64
 # The size of the pieces in which several threads touch the memory that tensors get.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
@@ -23,6 +23,7 @@ from ucp.storage.torch_pt.archive import SMALL_RECORDS, Section, ZipEntries
 from ucp.storage.torch_pt.named import StorageClass, StorageRef
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.skipped import Skipped, without
+from ucp.storage.torch_pt.twins import TWINS, Twin
 from ucp.storage.torch_pt.values import TensorRef
 
 __all__ = ["TensorRef", "TorchFile", "load", "load_file", "load_section"]
@@ -41,11 +42,13 @@ class TorchFile:
     stem: the name that the file had when it was written, without its extension; torch makes it the archive's root
     folder. "archive" if torch wrote to a stream and knew no name. None in the older format, which keeps no name.
     has_crcs: whether its records have CRC-32s to compare with. The pickle and the small records were compared already.
+    passed: names that a caller has given to what it found true of the graph. Files with the same pickle share them.
     """
 
     graph: Any
     stem: str | None
     has_crcs: bool
+    passed: set[str] = field(default_factory=set, compare=False)
 
 
 def load(
@@ -167,6 +170,13 @@ class _ZipStorages(_Storages):
     def __init__(self, archive: ZipEntries) -> None:
         super().__init__(archive.path)
         self._archive = archive
+        self.asked: dict[Any, None] = {}  # in the pickle's order
+
+    def plain(self, saved: Any) -> StorageRef:
+        """`get`, for an archive's description of a storage."""
+        found = self.get(saved, 5)
+        self.asked[saved] = None
+        return found
 
     def place_of(self, key: str, storage_class: StorageClass, numel: int) -> tuple[int, StoredCrc32 | None]:
         start, stop = self._archive.range(f"data/{key}")
@@ -200,11 +210,17 @@ def _load_zip(
         if name in archive:
             archive.read(name)
     data = archive.read("data.pkl")
-    graph = Unpickler(
-        io.BytesIO(data), path, len(data), lambda saved: storages.get(saved, 5), trust, skipped, dtensors
-    ).load()
-    graph = without(graph, skipped) if skipped else graph
-    return TorchFile(graph, archive.root, archive.has_crcs)
+    known = None if trust else TWINS.get(data, dtensors)
+    if known is not None:
+        return TorchFile(known.copy(storages.plain), archive.root, archive.has_crcs, known.passed)
+    graph = Unpickler(io.BytesIO(data), path, len(data), storages.plain, trust, skipped, dtensors).load()
+    if skipped:
+        return TorchFile(without(graph, skipped), archive.root, archive.has_crcs)
+    twin = None if trust else Twin.of(graph, list(storages.asked), list(storages.found.values()))
+    if twin is None:
+        return TorchFile(graph, archive.root, archive.has_crcs)
+    TWINS.put(data, dtensors, twin)
+    return TorchFile(graph, archive.root, archive.has_crcs, twin.passed)
 
 
 # --- the older stream ------------------------------------------------------------------------------------------------

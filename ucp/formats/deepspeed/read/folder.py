@@ -16,6 +16,8 @@ from ucp.storage import graphs, locations
 
 # checkpoint/ds_to_universal.py: the parameters, each in a folder of its own.
 _UNIVERSAL = "zero"
+# What is noted of files' graphs that may be walked through.
+_WALKED = "deepspeed: checked, to be walked through"
 
 # runtime/engine.py: _common_checkpoint_state and _save_checkpoint. Everything else in the file is the caller's.
 OWN_KEYS = frozenset(
@@ -199,8 +201,10 @@ def load(path: Path, trust: bool | None, skip: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedCheckpoint(f"{path}: holds a {type(found).__name__} where DeepSpeed writes a dict")
     # The caller's own state is passed on as it is. Everything else is compared and walked through.
-    gone_through = {key: found[key] for key in found if "module" not in found or key in OWN_KEYS}
-    graphs.check(str(path), found, gone_through)
+    if _WALKED not in file.passed:
+        gone_through = {key: found[key] for key in found if "module" not in found or key in OWN_KEYS}
+        graphs.check(str(path), found, gone_through)
+        file.passed.add(_WALKED)
     return found
 
 
