@@ -178,8 +178,6 @@ LOAD_WINDOW_BYTES = 7 * MIB
 LOAD_FILLING_THREADS_COUNT = 8
 # Windows beside one for each thread: so many may be on their way to the device while the threads fill others.
 LOAD_WINDOWS_AHEAD_COUNT = 4
-# Windows that one thread fills in a row.
-LOAD_WINDOWS_ROW_COUNT = 4
 # Tensors on a device begin at such multiples in a window that holds several of them.
 WINDOW_ALIGNMENT_BYTES = 64
 # The size of the pieces in which several threads touch the memory that tensors get.

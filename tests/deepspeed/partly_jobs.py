@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +85,10 @@ def fall(case: Case, folder: str, tag: str, way: str, windows: bool, spoil: str 
         load(number)
     refused = {name: _said(engine, name) for name in ("forward", "backward", "step", "save_checkpoint")}
     refused["snapshot"] = _said(engine.ucp, "snapshot")
+    refused["module"] = _said(engine, "module")
+    refused["state_dict"] = _said(engine.module, "state_dict")
     load(None)
+    engine.module.state_dict()
     truth = gather(engine)
     continue_training(engine, case, 3, 1)
     return Fallen(tuple(texts), refused, truth, engine.ucp.last_load.strategy, True)
@@ -93,7 +98,42 @@ def _said(owner: Any, name: str) -> str:
     from ucp.errors import PartlyLoaded
 
     try:
-        getattr(owner, name)("anything")
+        getattr(owner, name)(*([] if name == "state_dict" else ["anything"]))
     except PartlyLoaded as error:
         return str(error)
     return ""
+
+
+def perish(case: Case, folder: str, tag: str, way: str, at: int) -> tuple[str, float, str]:
+    """Rank 1 is killed before its so many'th read of the second phase. Returns what the other says, after how many
+    seconds, and what its engine says then."""
+    from ucp.deepspeed.live import LiveEngine
+    from ucp.errors import PartlyLoaded
+    from ucp.loading import load as loading
+    from ucp.loading import strategy
+    from ucp.storage.files import Files
+
+    strategy.choose = lambda every: way
+    loading.reading_threads = lambda: 1
+    engine = build_target(case, None, 1)
+    state: dict[str, Any] = {"begun": False, "reads": 0}
+    read, begin = Files.read_parts, LiveEngine.begin
+
+    def read_parts(self: Any, path: Any, offset: int, parts: Any) -> None:
+        if state["begun"] and torch.distributed.get_rank() == 1:
+            if state["reads"] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            state["reads"] += 1
+        read(self, path, offset, parts)
+
+    def begins(self: Any) -> None:
+        begin(self)
+        state["begun"] = True
+
+    Files.read_parts, LiveEngine.begin = read_parts, begins  # type: ignore[method-assign]
+    began = time.monotonic()
+    try:
+        engine.load_checkpoint(folder, tag)
+    except PartlyLoaded as error:
+        return str(error), time.monotonic() - began, _said(engine, "step")
+    return "", time.monotonic() - began, ""

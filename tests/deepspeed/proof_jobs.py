@@ -36,12 +36,17 @@ class Proved:
     text: str
     unproved: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None) -> Proved:
-    """Load, with rank 1's memory spoilt once everything is in place."""
+def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None, tight: bool = False) -> Proved:
+    """Load, with rank 1's memory spoilt once everything is in place. tight: with no memory to hold what is rounded."""
+    from ucp import limits
     from ucp.deepspeed.live import LiveEngine
     from ucp.errors import UcpError
+
+    if tight:
+        limits.LOAD_ROUNDED_PART = 0
 
     engine = build_target(case, {"load": {"prove": "full"}})
     apply = LiveEngine.apply
@@ -59,7 +64,7 @@ def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None) ->
     finally:
         LiveEngine.apply = apply  # type: ignore[method-assign]
     report = engine.ucp.last_load
-    return Proved("", str(report), tuple(report.proof.unproved), report.plan.rounded)
+    return Proved("", str(report), tuple(report.proof.unproved), report.plan.rounded, report.warnings)
 
 
 def _piece(weight: Any) -> torch.Tensor:

@@ -41,3 +41,20 @@ def test_a_failure_at_every_read(ranks: RankPool, sources: Sources, target: Case
         assert one.trained
     assert differences(known(run.truth), known(found[0].truth)) == []
     assert {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_rank_that_dies_between_reads(ranks: RankPool, sources: Sources, at: int) -> None:
+    """The other rank does not wait for the group's timeout."""
+    run = sources.get(SOURCE)
+    before = {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()}
+    outcome = ranks.attempt(
+        partly_jobs.perish, THREE, run.folder, run.tag, VERIFY_THEN_READ, at, world_size=THREE.dp, grace=60.0
+    )
+    assert [(f.rank, f.kind) for f in outcome.failures] == [(1, "died")]
+    text, seconds, refused = outcome.values[0]
+    assert "the load failed when it had begun to change the engine: " in text
+    assert text.endswith("load a checkpoint again (load_checkpoint), or make the engine anew (initialize)")
+    assert seconds < 60
+    assert refused.startswith("engine.step() is refused: ")
+    assert {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()} == before

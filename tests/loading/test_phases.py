@@ -235,6 +235,60 @@ def test_what_is_not_asked_for_is_not_checked(saved: Path, take: Callable[[str],
     assert report.bytes_read <= 2 << 20
 
 
+def training(folder: Path | None = None) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, which has states only if it has trained. folder: train, and save there."""
+    torch.manual_seed(0 if folder is not None else 1)
+    model = torch.nn.Linear(1500, 1500, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if folder is not None:
+        model(torch.ones(1, 1500)).sum().backward()
+        optimizer.step()
+        ucp.save_training(folder, model=model, optimizer=optimizer)
+    return model, optimizer
+
+
+def test_new_states_are_read_once(tmp_path: Path, take: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that the optimizer does not have yet are brought while they are verified; weights are read twice."""
+    model, optimizer = training(tmp_path / "saved")
+    other, fresh = training()
+    take(VERIFY_THEN_READ)
+    counts: list[int] = []
+    read = Files.read_parts
+
+    def read_parts(self: Files, path: Any, offset: int, parts: Any) -> None:
+        counts.append(sum(map(len, parts)))
+        read(self, path, offset, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "read_parts", read_parts)
+        told = ucp.load_training(tmp_path / "saved", model=other, optimizer=fresh, rng=False, prove=False)
+    weights = 4 * 1500**2
+    assert told.tensors.strategy == VERIFY_THEN_READ
+    assert 4 * weights <= sum(counts) < 4 * weights + (6 << 20)  # with chunks that are wanted in part
+    assert told.tensors.unverified_bytes == 0
+    assert torch.equal(other.weight, model.weight)
+    for name, value in optimizer.state[model.weight].items():
+        assert torch.equal(fresh.state[other.weight][name], value)
+
+
+def test_a_fault_in_new_states_changes_nothing(tmp_path: Path, take: Callable[[str], None]) -> None:
+    training(tmp_path / "saved")
+    with ucp.open(tmp_path / "saved") as checkpoint:
+        tensor = checkpoint.catalog.tensors["weight", "exp_avg_sq"]
+        path = Path(checkpoint.catalog.files[int(tensor.blocks.buffers[0])].path)
+        at = int(tensor.bases[0]) + 4 * 1500 * 700
+    with open(path, "r+b") as stream:
+        stream.seek(at)
+        stream.write(b"damage")
+    other, fresh = training()
+    before = other.weight.detach().clone()
+    take(VERIFY_THEN_READ)
+    with pytest.raises(DigestMismatch):
+        ucp.load_training(tmp_path / "saved", model=other, optimizer=fresh, rng=False)
+    assert torch.equal(other.weight, before)
+    assert not fresh.state
+
+
 def test_memory_has_a_least_value(saved: Path) -> None:
     with pytest.raises(BadArgument, match="a load's memory of 1000 bytes is too little; at least 67108864 are needed"):
         ucp.load(blank(values()), saved, memory=1000)

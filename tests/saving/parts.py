@@ -73,7 +73,7 @@ class FakeTarget:
     named: Mapping[str, Any] | None = None
     keeps_memory: bool = True
 
-    def room(self, key: int, state: str) -> torch.Tensor | None:
+    def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
         return None
 
     def current(self, key: int, state: str) -> torch.Tensor | None:

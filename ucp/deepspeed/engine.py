@@ -350,7 +350,7 @@ def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
     if engine.ucp.config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)
     if ranks.rank() == 0:
-        for text in (*report.plan.notes, *_weights_notes(report), *overridden):
+        for text in (*report.warnings, *_weights_notes(report), *overridden):
             log.warning("%s", text)
         tell(log, str(report))
 

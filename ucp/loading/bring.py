@@ -16,6 +16,7 @@ import torch
 from ucp import limits
 from ucp.geometry import extents
 from ucp.job.stopwatch import Stopwatch
+from ucp.loading.host_memory import Memory
 from ucp.loading.match import Entry
 from ucp.loading.read import RankReads, watched
 from ucp.loading.target import LoadedTensors
@@ -84,7 +85,7 @@ class Brought(LoadedTensors):
 
 
 def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: int, watch: Stopwatch) -> Brought:
-    """Read everything to where it lives.
+    """Read everything to where it lives: into the share's rooms, or where the target says.
 
     threads: that read. memory: bytes of host memory that may be taken beyond what is live.
     """
@@ -92,7 +93,9 @@ def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: 
     for copy in share.copies:
         by_buffer.setdefault(copy.buffer, []).append(copy)
     with watch.part("memory"):
-        homes = {entry: share.target.home(*entry, share.length(entry)) for entry in share.wants}
+        homes = {entry: share.rooms.get(entry) for entry in share.wants}
+        homes |= {e: share.target.home(*e, share.length(e)) for e, room in homes.items() if room is None}
+        Memory().ready([room for room in share.rooms.values() if is_on_host(room)])
     rounding = _Rounding(share, homes, memory)
     there: dict[Entry, torch.Tensor] = {}
     later: dict[Entry, list[Copy]] = {}

@@ -111,6 +111,19 @@ class LoadReport:
         """What the checkpoint has and the load did not use, since the caller allowed it."""
         return self.plan.unused
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to warn of after the load."""
+        odd = () if self.proof is None else self.proof.rounded
+        if not odd:
+            return self.plan.notes
+        text = (
+            f"the proof has not seen {counted(len(odd), 'tensor')} ('{odd[0]}'{', …' if len(odd) > 1 else ''}): they "
+            "are kept in fewer bits than in the checkpoint, and holding what was read of them would take more than a "
+            "quarter of the load's memory; give it more ('memory') to have them proved"
+        )
+        return (*self.plan.notes, text)
+
     def __str__(self) -> str:
         text = (
             f"restored {counted(self.tensors, 'tensor')} ({bytes_text(self.nbytes)} on this rank) from {self.source} "
@@ -176,12 +189,12 @@ def load(
         sharing = None
         if read_once and not alone and ranks.world_size() > 1:
             sharing = watch.timed("exchange", lambda: _sharing(how, what, files, read_once))
-        share = agreed(lambda: watch.timed("plan", lambda: RankReads.of(live, what, sharing)))
-        ready = _checked(how, share, files)
+        new, rest = agreed(lambda: watch.timed("plan", lambda: RankReads.in_two(live, what, sharing, watch)))
+        ready = _checked(how, new, rest, files)
         if ready.held is not None:
             _exchange(how, sharing, ready.held)
         with _changing(how):
-            brought = _brought(how, share, ready, files)
+            brought = _brought(how, rest, ready, files)
             if ready.held is None:
                 _exchange(how, sharing, brought.there)
             loaded = Loaded(brought, what.scalars, what.options, what.sources, state, what.named)
@@ -189,7 +202,7 @@ def load(
             _together(how, "apply", lambda: _applied(how, loaded))
         bytes_read = files.bytes_read
     proved = watch.timed("prove", lambda: _proved(catalog, live, what, brought.as_read, proving))
-    nbytes = share.nbytes, bytes_read - ready.bytes_checked
+    nbytes = new.nbytes + rest.nbytes, bytes_read - ready.bytes_checked
     return replace(_report(how, what, ready, nbytes, sharing is not None, proved), changes=changes)
 
 
@@ -211,50 +224,66 @@ class _How:
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """What is known once nothing but I/O can go wrong. strategy: one of `strategy.STRATEGIES`. reader: for bringing.
-    marks: the files as they were. bytes_checked: how many were read for that. held: what was read already."""
+    marks: the files as they were. new: what is in its place already, where nobody has seen it. bytes_checked: how many
+    bytes were read that will be read again. held: what was read of the rest already."""
 
     strategy: str
     reader: Reader
     marks: checking.FileMarks
+    new: Brought
     bytes_checked: int = 0
     held: Mapping[Entry, torch.Tensor] | None = None
 
 
-def _checked(how: _How, share: RankReads, files: Files) -> _Ready:
-    """The first phase: nothing is changed that anyone has seen. Collective, unless alone."""
-    reader, before = Reader(how.catalog, files, how.verify), files.bytes_read
+def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready:
+    """The first phase: nothing is changed that anyone has seen. Collective, unless alone.
+
+    new: what goes to where nobody has seen anything, so that it is brought at once.
+    """
+    looking, reader = Reader(how.catalog, files, how.verify), Reader(how.catalog, files, how.verify)
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
-        wanted = checking.used(share.copies)
-        compared = checking.comparable(reader, wanted)
-        found = strategy.facts(reader, wanted, compared, share.held, how.memory, limits.ranks_here())
-        marks = checking.FileMarks.of(reader, files, wanted)
-        return compared, strategy.with_costs(found, reader, compared, how.threads), marks
+        wanted, every = checking.used(rest.copies), checking.used([*new.copies, *rest.copies])
+        compared = checking.comparable(looking, wanted, every)
+        found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
+        marks = checking.FileMarks.of(looking, files, every)
+        return compared, strategy.with_costs(found, looking, compared, how.threads), marks
 
+    before = files.bytes_read
     compared, facts, marks = how.agreed(lambda: how.watch.timed("plan", look))
     chosen = strategy.agreed(facts, how.alone)
-    if chosen == strategy.HOLD:
-        checked, reader = files.bytes_read - before, Reader(how.catalog, files, how.verify)
-        held = how.agreed(lambda: how.watch.timed("read", lambda: hold(share, reader, files, how.threads)))
-        return _Ready(chosen, reader, marks, checked, held)
+    held: Mapping[Entry, torch.Tensor] | None = None
 
     def check() -> None:
         if chosen == strategy.VERIFY_THEN_READ:
-            checking.compare(reader, compared, how.threads)
+            checking.compare(looking, compared, how.threads)
         marks.check(files)
 
-    how.agreed(lambda: how.watch.timed("check", check))
-    return _Ready(chosen, Reader(how.catalog, files, how.verify), marks, files.bytes_read - before)
+    def read() -> Brought:
+        nonlocal held
+        if chosen == strategy.HOLD:
+            held = hold(rest, reader, files, how.threads)
+        brought = bring(new, reader, files, how.threads, how.memory, how.watch)
+        marks.check(files)
+        return brought
+
+    if chosen != strategy.HOLD:
+        how.agreed(lambda: how.watch.timed("check", check))
+    checked = files.bytes_read - before
+    brought = how.agreed(lambda: how.watch.timed("read", read))
+    return _Ready(chosen, reader, marks, brought, checked, held)
 
 
-def _brought(how: _How, share: RankReads, ready: _Ready, files: Files) -> Brought:
+def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought:
     """Begin to change what is live. The second phase's reading, unless everything is held. Collective, unless alone."""
 
     def work() -> Brought:
         how.live.begin()
+        there = ready.new.there
         if ready.held is not None:
-            return Brought(ready.held)
-        return bring(share, ready.reader, files, how.threads, how.memory, how.watch)
+            return Brought({**there, **ready.held})
+        brought = bring(rest, ready.reader, files, how.threads, how.memory, how.watch)
+        return replace(brought, there={**there, **brought.there})
 
     return _together(how, "apply" if ready.held is not None else "read", work)
 

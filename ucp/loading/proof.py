@@ -48,6 +48,7 @@ CHOICES = (True, False, ALWAYS, FULL)
 SAMPLED_FROM = 32 << 20
 """Bytes in a rank's host memory from which on they are sampled: fewer take no time."""
 SHOWN = 8
+_ROUNDED = ", rounded"
 
 WEIGHTS, MASTERS = "weights", "masters"
 """In the place of a state: weights that are rounded, and what they are rounded from."""
@@ -71,6 +72,11 @@ class Proof:
     def complete(self) -> bool:
         """Whether everything that was loaded is proved."""
         return not self.unproved
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """What was not proved since it is kept rounded, and what was read for it is no longer there."""
+        return tuple(name for name, why in self.unproved.items() if why.endswith(_ROUNDED))
 
     def __str__(self) -> str:
         text = f"proved: {counted(self.tensors, 'tensor')}, {bytes_text(self.nbytes)} live equal to {self.of}'s"
@@ -211,7 +217,7 @@ def _held(
             elif (read := brought.get((key, state, dtype))) is not None and dtype == tensor.dtype:
                 yield _LiveCopy(tensor, LiveElements(read, tensor.shape, want.blocks), turn, rounded=memory)
             else:
-                unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}, rounded"
+                unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}{_ROUNDED}"
 
 
 def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair], choice: bool | str) -> Sample | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from ucp import limits
 from ucp.job import ranks
+from ucp.job.stopwatch import Stopwatch
 from ucp.loading import exchange
 from ucp.loading.host_memory import Memory
 from ucp.loading.match import Entry, LoadPlan
@@ -27,8 +28,9 @@ class RankReads:
     """What this rank reads. Each entry of a plan is one buffer, and buffers are numbered in the plan's order.
 
     wants: by entry, as the plan has them. shared: entries of which this rank reads only a part, together with others.
-    copies: what is read, into the entries' buffers. nbytes: all that the plan wants, in bytes. to_read: what this rank
-    reads of it. kept_in: entries whose parameters are only read in part.
+    copies: what is read, into the entries' buffers. nbytes: all that is wanted for them, in bytes. to_read: what this
+    rank reads of it. kept_in: entries whose parameters are only read in part. rooms: where entries live that nobody has
+    seen yet.
     """
 
     target: Target
@@ -38,19 +40,47 @@ class RankReads:
     nbytes: int
     to_read: int
     kept_in: Collection[Entry] = ()
+    rooms: Mapping[Entry, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, target: Target, what: LoadPlan, sharing: exchange.Sharing | None) -> RankReads:
         """What ranks share is read in equal parts. Raises what `ucp.transfer.gather.plan` raises."""
         parts = exchange.shared_parts(what, sharing) if sharing is not None else {}
+        return cls._of(target, what, what.wants, parts, {})
+
+    @classmethod
+    def in_two(
+        cls, target: Target, what: LoadPlan, sharing: exchange.Sharing | None, watch: Stopwatch
+    ) -> tuple[RankReads, RankReads]:
+        """What is read to where nobody has seen anything yet, and the rest: as `of`."""
+        parts = exchange.shared_parts(what, sharing) if sharing is not None else {}
+        slots = {slot.key: slot for slot in target.slots}
+        rooms = {}
+        with watch.part("memory"):
+            for entry in what.wants.keys() - parts.keys():
+                room = target.room(*entry, slots[entry[0]].placement(entry[1]).length)
+                if room is not None:
+                    rooms[entry] = room
+        new = {entry: wants for entry, wants in what.wants.items() if entry in rooms}
+        rest = {entry: wants for entry, wants in what.wants.items() if entry not in rooms}
+        return cls._of(target, what, new, {}, rooms), cls._of(target, what, rest, parts, {})
+
+    @classmethod
+    def _of(
+        cls,
+        target: Target,
+        what: LoadPlan,
+        entries: Mapping[Entry, Sequence[Want]],
+        parts: Mapping[Entry, Sequence[Want]],
+        rooms: Mapping[Entry, torch.Tensor],
+    ) -> RankReads:
         wants = [
             replace(want, blocks=want.blocks.in_buffer(k), base=0)
-            for k, (entry, found) in enumerate(what.wants.items())
+            for k, (entry, found) in enumerate(entries.items())
             for want in parts.get(entry, found)
         ]
-        total = exchange.nbytes(what, frozenset(what.wants))
-        to_read = sum(map(exchange.nbytes_of, wants))
-        return cls(target, what.wants, frozenset(parts), plan(wants), total, to_read, what.kept_in)
+        total, to_read = exchange.nbytes(what, frozenset(entries)), sum(map(exchange.nbytes_of, wants))
+        return cls(target, entries, frozenset(parts), plan(wants), total, to_read, what.kept_in, rooms)
 
     def size(self, entry: Entry) -> int:
         """Bytes of an entry's buffer."""
@@ -71,7 +101,7 @@ class RankReads:
     @property
     def held(self) -> int:
         """Bytes of fresh host memory that `hold` takes."""
-        return sum(self.size(entry) for entry in self.wants if self.target.room(*entry[:2]) is None)
+        return sum(map(self.size, self.wants))
 
 
 def hold(share: RankReads, reader: Reader, files: Files, threads: int) -> dict[Entry, torch.Tensor]:
@@ -91,21 +121,15 @@ def watched(files: Files, share: RankReads) -> AbstractContextManager[None]:
 
 
 def _memory(share: RankReads) -> dict[Entry, torch.Tensor]:
-    """A flat tensor for each entry, in the plan's order. It is the slot's own memory if that may be read into."""
+    """A flat tensor for each entry, in the plan's order."""
     memory = Memory()
     tensors: dict[Entry, torch.Tensor] = {}
     fresh: dict[Entry, int] = {}
-    straight: list[torch.Tensor] = []
     for entry in share.wants:
-        room = share.target.room(*entry[:2])
-        if room is not None:
-            straight.append(room)
-            tensors[entry] = room
-        elif (kept := _present(share, entry)) is not None:
+        if (kept := _present(share, entry)) is not None:
             tensors[entry] = kept
         else:
             fresh[entry] = share.size(entry)
-    memory.ready(straight)
     for entry in tensors.keys() & share.shared:
         tensors[entry].zero_()
     made = map(memory.take, fresh.values()) if share.target.keeps_memory else memory.take_all(list(fresh.values()))

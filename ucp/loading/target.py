@@ -204,9 +204,10 @@ class Target(Protocol):
         """Whether `put` may put the loaded tensors themselves in place, so that each needs memory of its own."""
         ...
 
-    def room(self, key: int, state: str) -> torch.Tensor | None:
-        """The slot's own dense host memory, flat, if nobody has seen its contents yet. It is read into directly. None
-        if the slot may not be changed before all ranks have agreed."""
+    def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        """Where the values will live, as `home`, if nobody has seen what is there, or there is no such state yet. So it
+        is filled before `begin`, and if the ranks do not agree nothing has changed. None if the slot may not be changed
+        before they have."""
         ...
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:

@@ -172,7 +172,7 @@ class ShardedTarget:
     def layout(self) -> Layout:
         return parts.layout(self.taken)
 
-    def room(self, key: int, state: str) -> torch.Tensor | None:
+    def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
         return None
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:

@@ -141,7 +141,7 @@ def _put_back(loaded: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
 def tell(report: LoadReport, metrics: bool) -> None:
     """The line after every load, and its record. Collective."""
     if ranks.rank() == 0:
-        for note in report.plan.notes:
+        for note in report.warnings:
             log.warning("%s: %s", report.path, note)
         log.info("%s", report)
     if metrics:

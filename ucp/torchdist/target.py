@@ -326,11 +326,8 @@ class StateDictTarget:
     def _local(self, key: int, state: str) -> torch.Tensor:
         return local_tensor(self._entries[self._key(key, state)].value)
 
-    def room(self, key: int, state: str) -> torch.Tensor | None:
-        if self._key(key, state) not in self._unseen:
-            return None
-        local = self._local(key, state)
-        return local.reshape(-1) if local.device.type == "cpu" and local.is_contiguous() else None
+    def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        return self.home(key, state, dtype, length) if self._key(key, state) in self._unseen else None
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
         local = self._local(key, state).detach()

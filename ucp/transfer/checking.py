@@ -6,6 +6,7 @@ into one small buffer of each thread that is used again and again.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,10 +55,23 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def comparable(reader: Reader, ranges: Ranges) -> dict[int, list[tuple[int, int]]]:
-    """What of these ranges can be compared with digests or CRC-32s."""
-    found = {file: reader.comparable(file, held) for file, held in ranges.items()}
+def comparable(reader: Reader, ranges: Ranges, every: Ranges | None = None) -> dict[int, list[tuple[int, int]]]:
+    """What of these ranges can be compared with digests or CRC-32s. every: with what else will be read. A record that
+    is read whole by both together is compared whole."""
+    found = {}
+    for file, held in ranges.items():
+        if reader.has_digests(file) or every is None:
+            found[file] = reader.comparable(file, held)
+        else:
+            records = reader.comparable(file, every[file])
+            found[file] = [(low, high) for low, high in records if _meets(held, low, high)]
     return {file: held for file, held in found.items() if held}
+
+
+def _meets(ranges: Sequence[tuple[int, int]], low: int, high: int) -> bool:
+    """Whether one of the ranges, which are in order, has a byte of [low, high)."""
+    first = bisect_right(ranges, low, key=lambda one: one[1])
+    return first < len(ranges) and ranges[first][0] < high
 
 
 def nbytes(ranges: Ranges) -> int:

@@ -61,6 +61,10 @@ class Reader:
         """Where a file of the catalog lies; None for one that is computed when it is read."""
         return None if file in self._computed else self._paths[file]
 
+    def has_digests(self, file: int) -> bool:
+        """Whether the file has digests of its chunks."""
+        return file in self._digests
+
     def comparable(self, file: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """What can be compared of these byte ranges of a file, which are in order and disjoint: the whole chunks that
         they touch, or the records that they cover."""

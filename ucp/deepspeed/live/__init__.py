@@ -10,7 +10,7 @@ import torch
 
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live import partly
-from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, home_of, host_copy
+from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, home_of, host_copy, new_home
 from ucp.deepspeed.live.experts import LiveExperts
 from ucp.deepspeed.live.parallel import PlacedSlots, layout_of, place_slots
 from ucp.deepspeed.live.source import make_source, nbytes_to_save
@@ -111,16 +111,23 @@ class LiveEngine:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
 
-    def room(self, key: int, state: str) -> torch.Tensor | None:
-        """None, since the masters and states that the engine has are in use."""
-        return None
+    def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
+        """New memory for a state that the optimizer has not made yet. What it has is in use."""
+        if state == "param" or not self._is_in_memory(key):
+            return None
+        weights, states = self.live(key)
+        return new_home(weights, dtype, length) if home_of(states.get(state), weights, dtype, length) is None else None
+
+    def _is_in_memory(self, key: int) -> bool:
+        return key in self._held or self._optimizer is None or self._optimizer.is_in_memory(key)
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
-        if key not in self._held and self._optimizer is not None and not self._optimizer.is_in_memory(key):
+        if not self._is_in_memory(key):
             return None
         weights, states = self.live(key)
         if state != "param":
-            return home_of(states.get(state), weights, dtype, length)
+            found = home_of(states.get(state), weights, dtype, length)
+            return new_home(weights, dtype, length) if found is None else found
         return weights.detach().view(-1) if weights.is_contiguous() and weights.numel() == length else None
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:

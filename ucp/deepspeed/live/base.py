@@ -150,13 +150,17 @@ def state_shape(param: torch.Tensor, length: int) -> torch.Size:
     return param.shape if length == param.numel() else torch.Size((length,))
 
 
-def home_of(found: Any, param: torch.Tensor, dtype: str, length: int) -> torch.Tensor:
-    """A state's memory, flat, to be filled in place. If there is none that could be filled so, it is new memory on the
-    parameter's device, which becomes the state."""
+def home_of(found: Any, param: torch.Tensor, dtype: str, length: int) -> torch.Tensor | None:
+    """A state's memory, flat, to be filled in place. None if there is none that could be filled so."""
     fits = isinstance(found, torch.Tensor) and found.shape == state_shape(param, length)
     if fits and found.is_contiguous() and from_torch(found.dtype) == dtype:
         flat: torch.Tensor = found.detach().view(-1)
         return flat
+    return None
+
+
+def new_home(param: torch.Tensor, dtype: str, length: int) -> torch.Tensor:
+    """New memory on the parameter's device, flat and zero, which becomes the state."""
     if param.device.type == "cpu":
         return Memory().take(length * itemsize(dtype)).view(to_torch(dtype))
     return torch.zeros(length, dtype=to_torch(dtype), device=param.device)

@@ -2,12 +2,13 @@
 
 From the instant at which a load begins to change an engine until the load has succeeded, whatever computes with the
 weights, changes them or writes them raises PartlyLoaded. So a program that goes on after an error cannot train on a
-mixture. Methods of this engine are replaced, as attributes of the engine. No class and no other engine is changed.
+mixture. Methods of this engine are replaced, as attributes of the engine, and its modules get hooks, so that
+``engine.module(...)`` and ``engine.module.state_dict()`` refuse, too. No class and no other engine is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -27,6 +28,7 @@ REFUSED = (
 ANEW = "load a checkpoint again (load_checkpoint), or make the engine anew (initialize)"
 UNDER_WAY = f"a load has begun to change the engine and has not finished; {ANEW}"
 _KEPT = "_ucp_methods_before_a_load"
+_HOOKS = "_ucp_hooks_of_a_load"
 _WHY = "_ucp_why_refused"
 
 
@@ -39,11 +41,26 @@ def refuse(engine: Any, why: str = UNDER_WAY) -> None:
     own[_KEPT] = {name: own.get(name) for name in REFUSED if hasattr(engine, name)}
     for name in own[_KEPT]:
         own[name] = MethodType(_refusal(name), engine)
+    own[_HOOKS] = list(_hooks(engine))
+
+
+def _hooks(engine: Any) -> Iterator[Any]:
+    def forward(module: Any, args: Any) -> None:
+        raise _refused(engine, "engine.module()")
+
+    def state_dict(module: Any, prefix: str, keep_vars: bool) -> None:
+        raise _refused(engine, "engine.module.state_dict()")
+
+    for module in engine.module.modules():
+        yield module.register_forward_pre_hook(forward, prepend=True)
+    yield engine.module.register_state_dict_pre_hook(state_dict)
 
 
 def allow(engine: Any) -> None:
     """Give the engine its methods back: a load has succeeded."""
     own = vars(engine)
+    for hook in own.pop(_HOOKS, ()):
+        hook.remove()
     for name, before in own.pop(_KEPT, {}).items():
         if before is None:
             del own[name]
