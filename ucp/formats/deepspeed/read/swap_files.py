@@ -56,6 +56,8 @@ def bring_back(
     flats, base = state_dict.get(masters), state_dict.get("optimizer_state_dict")
     if not isinstance(flats, (list, tuple)) or not isinstance(base, Mapping) or len(flats) != len(groups):
         return state_dict
+    if not any(map(_is_empty, flats)):  # as almost always, so that nothing is computed
+        return state_dict
     states = base.get("state")
     sizes = [sum(ceil_size(numel(shape), dp) for shape in shapes.values()) for shapes in groups]
     swapped = [s for s, size in enumerate(sizes) if size and _is_empty(flats[s])]
