@@ -215,6 +215,11 @@ COPY_ELEMENTS_COUNT = 16
 STAGE0_SAMPLE_COUNT = 64
 # The largest file beside a Hugging Face model that is carried along: tokenizers are smaller, weights larger.
 CARRIED_FILE_BYTES = 256 * MIB
+# The largest files that are read at once; larger ones are refused unread. Of any metadata; such as `latest`; a spec, a
+# recipe, or what was changed on purpose.
+WHOLE_FILE_BYTES = 4 * GIB
+POINTER_BYTES = 64 * KIB
+SPEC_BYTES = 16 * MIB
 # How much of a tensor is compared at a time to recognise a family's weights.
 COMPARED_BYTES = 32 * MIB
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -235,16 +236,14 @@ def _pointer(folder: Path) -> tuple[Path, str] | None:
 def _text(pointer: Path) -> str | None:
     """A small file's text, without byte-order mark and surrounding white space; None if there is no such file."""
     try:
-        raw = locations.read(pointer)
-    except (FileNotFoundError, NotADirectoryError):
-        if not locations.is_remote(pointer) and os.path.islink(pointer):
-            raise NotACheckpoint(f"{pointer}: is a link to nothing; {WAY_ON}") from None
-        return None
+        raw = locations.read(pointer, limits.POINTER_BYTES)
     except OSError as error:
+        nothing = isinstance(error, (FileNotFoundError, NotADirectoryError)) or error.errno == errno.ELOOP
+        if nothing and not os.path.islink(pointer):
+            return None
         raise NotACheckpoint(f"{pointer}: cannot be read: {error.strerror or error}; {WAY_ON}") from error
-    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
     try:
-        return raw.decode(encoding).strip()
+        return raw.decode(next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")).strip()
     except UnicodeDecodeError as error:
         raise NotACheckpoint(f"{pointer}: cannot be read: {error}; {WAY_ON}") from error
 

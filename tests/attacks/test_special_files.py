@@ -14,6 +14,8 @@ from tests.attacks import formats
 from tests.attacks.arena import fight
 from ucp.inspection.listing import listing
 from ucp.inspection.verify import verify
+from ucp.merging import language
+from ucp.spec import changes
 from ucp.storage import locations, metrics
 from ucp.storage.files import Files
 
@@ -108,3 +110,50 @@ def test_a_pipe_for_the_timings(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / metrics.NAME)
     assert metrics.read_metrics(tmp_path) == []
     metrics.append(tmp_path, {"what": "save"})
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def link_in_a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+IN_WORDS = {
+    pipe: "a pipe",
+    link_to_pipe: "a pipe",
+    device: "a device",
+    bound_socket: "a socket",
+    link_to_nothing: "a link to nothing",
+    link_in_a_circle: "a link that leads in a circle",
+}
+
+
+@pytest.mark.parametrize(("kind", "words"), IN_WORDS.items())
+def test_what_is_no_file_is_told_in_words(tmp_path: Path, kind: Callable[[Path], None], words: str) -> None:
+    """As a checkpoint's path, as the file that names one, and as a spec, a recipe or a file of changes: none of them is
+    waited for, and a device without an end is not read."""
+    kind(tmp_path / "x")
+    for look in (ucp.open, listing, verify, lambda path: ucp.convert(path, tmp_path / "out")):
+        with pytest.raises(ucp.errors.NotACheckpoint, match=f"x: is {words}"):
+            look(tmp_path / "x")
+    run = formats.make("consolidated", tmp_path)
+    kind(run.parent / "latest")
+    with pytest.raises(ucp.errors.NotACheckpoint, match=f"latest: .*{words}"):
+        ucp.open(run.parent)
+    with pytest.raises(ucp.errors.BadArgument, match=words):
+        ucp.open(run, spec=tmp_path / "x")
+    with pytest.raises(ucp.errors.BadArgument, match=words):
+        changes.read(tmp_path / "x")
+    with pytest.raises(OSError, match=words):
+        language.load(tmp_path / "x")
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    run = formats.make("consolidated", tmp_path)
+    for path, nbytes in ((run.parent / "latest", 1 << 17), (run / "ucp.json", 1 << 40)):
+        with open(path, "ab") as stream:
+            stream.truncate(nbytes)
+        with pytest.raises(ucp.errors.UcpError, match=f"it has {nbytes} bytes, and at most"):
+            ucp.open(path.parent)

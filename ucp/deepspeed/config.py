@@ -378,7 +378,7 @@ def with_config(arguments: dict[str, Any], config: Mapping[str, Any]) -> None:
 
 def _text(source: str | os.PathLike[str]) -> Any:
     try:
-        if os.path.exists(source):
+        if os.path.isfile(source):
             with open(source, encoding="utf-8") as f:
                 return hjson.load(f)
         return hjson.loads(base64.urlsafe_b64decode(os.fspath(source)).decode("utf-8"))

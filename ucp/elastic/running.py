@@ -14,7 +14,7 @@ from typing import Any
 from ucp import limits
 from ucp.errors import DestinationError, ProcessLost, SaveFailed, UcpError
 from ucp.printable import logger
-from ucp.storage import atomic, metrics
+from ucp.storage import atomic, locations, metrics
 from ucp.storage.kept import places
 
 log = logger(__name__)
@@ -82,7 +82,7 @@ def _warn_of_stale_store() -> None:
 def drained(folder: Path) -> list[str]:
     """The nodes that the next restart leaves out."""
     try:
-        found = json.loads((folder / DRAIN).read_text(encoding="utf-8"))
+        found = json.loads(locations.read(folder / DRAIN))
     except (OSError, ValueError):
         return []
     return [str(name) for name in found] if isinstance(found, list) else []

@@ -258,9 +258,13 @@ def explain_unknown(path: Path) -> NotACheckpoint:
     from ucp.storage import locations
 
     known = ", ".join(one.sign for one in every())
+    kind = "a file" if locations.is_remote(path) else locations.kind(path)
     if not locations.exists(path):
-        return NotACheckpoint(f"{path}: there is no such file or folder")
+        linked = kind.startswith("a link")
+        return NotACheckpoint(f"{path}: {'is ' + kind if linked else 'there is no such file or folder'}")
     if not locations.is_folder(path):
+        if kind != "a file":
+            return NotACheckpoint(f"{path}: is {kind}; a checkpoint is a folder, or a regular file")
         return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder, or a file of these names ({known})")
     try:
         names = locations.names(path)

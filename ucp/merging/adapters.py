@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ucp.errors import BadArgument, Mismatch, NotACheckpoint, Unsupported
-from ucp.storage import configs
+from ucp.storage import configs, locations
 from ucp.storage.atomic import staged
 from ucp.storage.numbers import FLOATS, Numbers, as_bytes, as_numbers, common_dtype
 from ucp.storage.safetensors import plan_file, read_header
@@ -145,7 +145,7 @@ class _Adapter:
             raise Mismatch(f"{folder / CONFIG}: needs a rank 'r' and a 'lora_alpha', found {config.get('r')!r}")
         header = read_header(folder / WEIGHTS)
         tensors, found = {}, []
-        with open(folder / WEIGHTS, "rb") as stream:
+        with locations.opened(folder / WEIGHTS) as stream:
             for name, ref in header.tensors.items():
                 if ref.dtype not in FLOATS:
                     raise Unsupported(f"{folder / WEIGHTS}: '{name}' is {ref.dtype}; adapters are merged as floats")

@@ -24,6 +24,7 @@ from ucp.checkpoint import Checkpoint
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch
 from ucp.merging import weights
+from ucp.storage import locations
 
 Objective = Callable[[Any], float]
 """Lower is better. Called with the model, or, where none is given, with the merged tensors by name."""
@@ -198,7 +199,7 @@ class _Evaluations:
 def _lines(path: Path) -> list[tuple[tuple[float, ...], float]]:
     """A log's evaluations. If its last line was cut short, the line is removed from the file."""
     out, whole = [], []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for text in locations.read(path).decode("utf-8").splitlines(keepends=True):
         try:
             said = json.loads(text)
             out.append((tuple(map(float, said["coefficients"])), float(said["objective"])))

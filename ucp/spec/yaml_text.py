@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
+from ucp import limits
 from ucp.errors import Position, SpecError
 from ucp.spec.positions import SpecText, suggestion
+from ucp.storage import locations
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A file's text. Raises SpecError if it is not UTF-8, or OSError."""
-    with open(path, encoding="utf-8") as stream:
-        try:
-            return stream.read()
-        except UnicodeDecodeError as error:
-            raise SpecError(
-                f"not UTF-8 text ({error.reason} at byte {error.start})", Position(os.fspath(path), 1, 1)
-            ) from None
+    raw = locations.read(Path(path), limits.SPEC_BYTES)
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"not UTF-8 text ({error.reason} at byte {error.start})", Position(os.fspath(path), 1, 1)
+        ) from None
 
 
 def compose(text: str, file: str) -> yaml.Node | None:

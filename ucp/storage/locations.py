@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from ucp import limits
@@ -135,23 +135,55 @@ def newest_ns(folder: str | os.PathLike[str]) -> int:
     return max((stat(place / name).mtime_ns for name in names(folder) if is_file(place / name)), default=0)
 
 
+def kind(path: str | os.PathLike[str]) -> str:
+    """What lies at a local path, in words: "a file", "a folder", "a pipe", …; nothing is opened."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if os.path.islink(path):
+            return "a link that leads in a circle" if error.errno == errno.ELOOP else "a link to nothing"
+        return "nothing" if isinstance(error, FileNotFoundError) else f"unknown ({error.strerror or error})"
+    return next((text for is_so, text in _KINDS if is_so(mode)), "no regular file")
+
+
+_KINDS = (
+    (S_ISREG, "a file"),
+    (S_ISDIR, "a folder"),
+    (S_ISFIFO, "a pipe"),
+    (S_ISSOCK, "a socket"),
+    (S_ISCHR, "a device"),
+    (S_ISBLK, "a device"),
+)
+
+
 def open_file(path: str | os.PathLike[str]) -> int:
     """A descriptor of a local regular file, to read from. Raises OSError.
 
     A pipe or a device under a checkpoint's name could make a reader wait for ever, or do what a device does. So the
     file is opened without waiting and checked by its descriptor, and nobody can put another in its place meanwhile.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise _irregular(path) from error
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
+            raise type(error)(error.errno, f"it is {kind(path)}", os.fspath(path)) from error
+        raise
     try:
         mode = os.fstat(fd).st_mode
         if S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, and no regular file", os.fspath(path))
+            raise _irregular(path)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _irregular(path: str | os.PathLike[str]) -> OSError:
+    return OSError(errno.EINVAL, f"it is {kind(path)}, and no regular file", os.fspath(path))
 
 
 @contextmanager
@@ -167,11 +199,15 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read(path: str | os.PathLike[str]) -> bytes:
-    """A whole, small file. Raises OSError."""
+def read(path: str | os.PathLike[str], at_most: int = limits.WHOLE_FILE_BYTES) -> bytes:
+    """A whole, small file. Raises OSError, also for one of more bytes than ``at_most``."""
     if not is_remote(path):
         with open(open_file(path), "rb") as stream:
-            return stream.read()
+            nbytes = os.fstat(stream.fileno()).st_size
+            if nbytes > at_most:
+                text = f"it has {nbytes} bytes, and at most {at_most} are expected of it"
+                raise OSError(errno.EFBIG, text, os.fspath(path))
+            return stream.read(nbytes)
     fs, name = _filesystem(path)
     return bytes(attempted(path, lambda: fs.cat_file(name)))
 
