@@ -113,10 +113,10 @@ def forked_writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Non
     from ucp.saving import writer
     from ucp.torchdist import save
 
-    for name in ("Pipe", "_start"):
+    for name in ("Pipe", "start_process"):
         monkeypatch.setattr(writer, name, getattr(writer, name))
     save_jobs.fork_writers()
-    renew = save._saver().dismiss
+    renew = save.background_saver().dismiss
     renew()
     yield renew
     renew()

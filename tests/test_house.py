@@ -6,6 +6,7 @@ The exceptions only shrink: one that is no longer needed fails, too.
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,9 @@ FLOORS = {
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[frozenset[str]] = set()
 SAME_CLASSES: set[str] = set()
+
+# Private names of ours that DeepSpeed, torch or others have, too, and which tests use as theirs.
+FOREIGN = {"_config", "_metadata", "_tensor"}
 
 LINES_OF_A_FILE = 450
 LINES_OF_A_FUNCTION = 60
@@ -83,7 +87,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
 def test_every_room_has_a_floor() -> None:
@@ -135,6 +139,44 @@ def test_no_private_name_of_another_module() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in here:
                 found.append(f"{module}: {ast.unparse(node)}")
+    assert found == []
+
+
+def privates() -> set[str]:
+    """Every name with a leading underscore that the package gives to something of its own."""
+    nodes = [node for tree in MODULES.values() for node in ast.walk(tree)]
+    named = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    held = {
+        n.attr
+        for n in nodes
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) in ("self", "cls")
+    }
+    return {name for name in named | stored | held if is_private(name)}
+
+
+def test_tests_and_scripts_use_no_private_name() -> None:
+    """Nor of each other: neither imported, nor reached, nor patched, nor in a program that a test starts."""
+    known = privates() - FOREIGN
+    found = []
+    for path in sorted((*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        here = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("ucp", "tests", "scripts"):
+                here |= {alias.asname or alias.name for alias in node.names}
+                found += [f"{path.name}: import {alias.name}" for alias in node.names if is_private(alias.name)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr):
+                owner = ast.unparse(node.value)
+                if owner in here or (owner not in ("self", "cls") and node.attr in known):
+                    found.append(f"{path.name}:{node.lineno}: {owner}.{node.attr}")
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("attr", "patch.object")):
+                names = {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+                found += [f"{path.name}:{node.lineno}: {name} by its text" for name in sorted(names & known)]
+            elif isinstance(node, ast.Constant) and "from ucp" in str(node.value):
+                names = known & set(re.findall(r"\.(_[a-z]\w*)", str(node.value)))
+                found += [f"{path.name}:{node.lineno}: {name} in a program" for name in sorted(names)]
     assert found == []
 
 

@@ -37,5 +37,5 @@ def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("quota", "found"), [(math.inf, 3), (2.5, 3), (1.5, 2), (0.2, 1)])
 def test_processors(monkeypatch: pytest.MonkeyPatch, quota: float, found: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
-    monkeypatch.setattr(limits, "_quota", lambda: quota)
+    monkeypatch.setattr(limits, "processor_quota", lambda: quota)
     assert limits.processors() == found

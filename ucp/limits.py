@@ -324,7 +324,7 @@ def check_json(path: str, raw: bytes) -> None:
 def processors() -> int:
     """How many processors this process may use: those that it may run on, limited by its control group's quota."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(here, _quota())))
+    return max(1, math.ceil(min(here, processor_quota())))
 
 
 def ranks_here() -> int:
@@ -341,7 +341,7 @@ def digesting_threads() -> int:
 
 
 @functools.cache
-def _quota() -> float:
+def processor_quota() -> float:
     """The processor time that this process's control groups allow, in processors."""
     from pathlib import Path  # late: the commands' --help needs none of it
 

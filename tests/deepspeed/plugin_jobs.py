@@ -371,7 +371,7 @@ def load_to_compute(case: Case, folder: str, tag: str, persistent: int) -> tuple
     """An engine without an optimizer: its weights after a load, a loss, the client state and the summary."""
     import ucp.deepspeed
     from tests.engines import models
-    from tests.engines.truth import _module_weights
+    from tests.engines.truth import module_weights
 
     config = make_config(case) | ENABLED
     del config["optimizer"]
@@ -384,7 +384,7 @@ def load_to_compute(case: Case, folder: str, tag: str, persistent: int) -> tuple
         loss = models.loss(case.model, engine, *models.batch(case.model, 7, rank, world_size))
     torch.distributed.all_reduce(loss)
     buffers = {n: b.detach().clone() for n, b in engine.module.named_buffers()}
-    return {**_module_weights(engine), **buffers}, loss.item() / world_size, found, str(engine.ucp.last_load)
+    return {**module_weights(engine), **buffers}, loss.item() / world_size, found, str(engine.ucp.last_load)
 
 
 def reference_loss(case: Case, weights: Mapping[str, Any]) -> float:

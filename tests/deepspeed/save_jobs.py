@@ -7,7 +7,7 @@ import os
 import random
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,13 +193,13 @@ def save_lazily(case: Case, folder: str) -> Lazily:
 
     from ucp.saving.staging import Copying
 
-    copy = Copying._copy
+    arriving = Copying.arriving
 
-    def slowly(*args: Any) -> None:
+    def slowly(*args: Any) -> Iterator[int]:
         time.sleep(SLOW)
-        copy(*args)
+        yield from arriving(*args)
 
-    Copying._copy = slowly  # type: ignore[method-assign]
+    Copying.arriving = slowly  # type: ignore[method-assign]
     engine = build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
     continue_training(engine, case, 0, 2)
     waits: list[bool] = []

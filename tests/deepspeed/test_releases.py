@@ -146,7 +146,7 @@ def test_an_engine_that_is_not_bound_says_so_once(
     def initialize(config: Any = None, args: Any = None, config_params: Any = None) -> tuple[Any, ...]:
         return engine, None, None, None
 
-    monkeypatch.setattr(ucp.deepspeed, "_initialize", initialize)
+    monkeypatch.setattr(ucp.deepspeed, "stock_initialize", initialize)
     assert getattr(ucp.deepspeed, name)(config=config)[0] is engine
     assert [message for message in caplog.messages if '"ucp": {"enabled": true}' in message] == (
         [ucp.deepspeed.NOT_ENABLED] if warns else []

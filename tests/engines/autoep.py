@@ -97,12 +97,12 @@ def gather(engine: Any) -> Truth | None:
     pieces = []
     for slot in slots:
         shift = stacks[slot.name][0] * stacks[slot.name][1].numel() if slot.name in stacks else 0
-        pieces += [replace(piece, start=piece.start + shift) for piece in truth._pieces(slot)]
+        pieces += [replace(piece, start=piece.start + shift) for piece in truth.pieces_of(slot)]
     scalars = {
-        slot.name: {k: truth._plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
+        slot.name: {k: truth.plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
         for slot in slots
     }
-    module = truth._module_weights(engine)
+    module = truth.module_weights(engine)
     parts = {name: (stacks[name][0], module.pop(name)) for name in stacks}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.gather_object((pieces, scalars, module, parts), everyone if dist.get_rank() == 0 else None)
@@ -113,21 +113,21 @@ def gather(engine: Any) -> Truth | None:
         by_rank = {rank: part for _, _, _, held in everyone for rank, part in [held[name]]}
         weights[name] = torch.cat([by_rank[rank] for rank in sorted(by_rank)])
     frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
-    params = truth._assemble(
+    params = truth.assembled(
         _once([p for found in everyone for p in found[0]]), {n: t.shape for n, t in weights.items()}
     )
-    truth._check_rounding(params, weights)
-    groups = truth._groups(engine)
+    truth.check_rounding(params, weights)
+    groups = truth.groups_of(engine)
     return Truth(
         params=params,
-        scalars=truth._agree([found[1] for found in everyone]),
+        scalars=truth.agreed([found[1] for found in everyone]),
         frozen={name: weights[name] for name in sorted(frozen)},
-        buffers=truth._buffers(engine.module),
+        buffers=truth.buffers_of(engine.module),
         module=weights,
         aliases={},
         groups=tuple({**group, "names": sorted(group["names"])} for group in groups),
         counters={key: int(getattr(engine, key)) for key in ("global_steps", "global_samples", "skipped_steps")},
-        loss_scaler=truth._loss_scaler(engine),
+        loss_scaler=truth.loss_scaler_of(engine),
         lr_scheduler=None,
     )
 
@@ -144,12 +144,12 @@ def _stacks(module: nn.Module) -> Iterator[tuple[str, tuple[int, torch.Size]]]:
                 yield f"{prefix}.experts.{name}", (dist.get_rank(group=layer.ep_group), shape)
 
 
-def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth._Slot]:
+def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot]:
     import torch.distributed as dist
 
     optimizer = engine.optimizer
     if type(optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
-        yield from truth._slots_of_stages_1_and_2(optimizer, names)
+        yield from truth.slots_of_stages_1_and_2(optimizer, names)
         return
     for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         states = optimizer.optimizer.state.get(flat, {})
@@ -157,7 +157,7 @@ def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth._Sl
         for param in params:
             share = param.partition_numel()
             start = dist.get_rank(group=param.ds_process_group) * share
-            yield truth._Slot(names[param], start, flat, offset, max(min(share, param.ds_numel - start), 0), states)
+            yield truth.Slot(names[param], start, flat, offset, max(min(share, param.ds_numel - start), 0), states)
             offset += share
 
 

@@ -104,14 +104,14 @@ def gather(engine: Any) -> Truth | None:
     renamed = global_names(engine.module)
     names = {p: renamed.get(n, n) for n, p in engine.module.named_parameters()}
     slots = list(_slots(engine, names))
-    pieces = [piece for slot in slots for piece in truth._pieces(slot)]
+    pieces = [piece for slot in slots for piece in truth.pieces_of(slot)]
     scalars: dict[str, dict[str, Any]] = {}
     for slot in slots:
         scalars.setdefault(slot.name, {}).update(
-            {k: truth._plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
+            {k: truth.plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
         )
-    module = {renamed.get(n, n): truth._plain(p.data) for n, p in engine.module.named_parameters()}
-    buffers = {renamed.get(n, n): t for n, t in truth._buffers(engine.module).items()}
+    module = {renamed.get(n, n): truth.plain(p.data) for n, p in engine.module.named_parameters()}
+    buffers = {renamed.get(n, n): t for n, t in truth.buffers_of(engine.module).items()}
     frozen = {renamed.get(n, n) for n, p in engine.module.named_parameters() if not p.requires_grad}
     groups = _groups(engine, names)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -121,16 +121,16 @@ def gather(engine: Any) -> Truth | None:
         return None
     weights = _joined([found[2] for found in everyone])
     not_trained = set().union(*(found[4] for found in everyone))
-    params = truth._assemble(
+    params = truth.assembled(
         _first_of_equal([p for found in everyone for p in found[0]]), {n: t.shape for n, t in weights.items()}
     )
     if params.keys() != weights.keys() - not_trained:
         raise ValueError(f"no rank has masters of {sorted(weights.keys() - not_trained - params.keys())}")
-    truth._check_rounding(params, weights)
+    truth.check_rounding(params, weights)
     first_groups = everyone[0][5]
     return Truth(
         params=params,
-        scalars=truth._agree([found[1] for found in everyone]),
+        scalars=truth.agreed([found[1] for found in everyone]),
         frozen={name: weights[name] for name in sorted(not_trained)},
         buffers=_joined([found[3] for found in everyone]),
         module=weights,
@@ -140,29 +140,29 @@ def gather(engine: Any) -> Truth | None:
             for i, group in enumerate(first_groups)
         ),
         counters={key: int(getattr(engine, key)) for key in ("global_steps", "global_samples", "skipped_steps")},
-        loss_scaler=truth._loss_scaler(engine),
-        lr_scheduler=None if engine.lr_scheduler is None else truth._plain(engine.lr_scheduler.state_dict()),
+        loss_scaler=truth.loss_scaler_of(engine),
+        lr_scheduler=None if engine.lr_scheduler is None else truth.plain(engine.lr_scheduler.state_dict()),
     )
 
 
-def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth._Slot]:
+def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot]:
     """What this rank holds; at stage 0 everything whole, as others hold it too."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer":
-        yield from truth._slots_of_stages_1_and_2(optimizer, names)
+        yield from truth.slots_of_stages_1_and_2(optimizer, names)
     elif kind == "BF16_Optimizer":
-        yield from truth._slots_of_bf16_optimizer(optimizer, names)
+        yield from truth.slots_of_bf16_optimizer(optimizer, names)
     elif kind == "FP16_UnfusedOptimizer":
         for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for param, master in zip(params, masters, strict=True):
                 states = optimizer.optimizer.state.get(master, {})
-                yield truth._Slot(names[param], 0, master, 0, master.numel(), states, replica=True)
+                yield truth.Slot(names[param], 0, master, 0, master.numel(), states, replica=True)
     else:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 states = optimizer.state.get(param, {})
-                yield truth._Slot(names[param], 0, param, 0, param.numel(), states, replica=True)
+                yield truth.Slot(names[param], 0, param, 0, param.numel(), states, replica=True)
 
 
 def _groups(engine: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def _groups(engine: Any, names: Mapping[nn.Parameter, str]) -> list[dict[str, An
     listed = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
     listed = listed or getattr(optimizer, "fp16_groups", None) or [g["params"] for g in optimizer.param_groups]
     return [
-        {"names": [names[p] for p in params], **{k: truth._plain(v) for k, v in group.items() if k != "params"}}
+        {"names": [names[p] for p in params], **{k: truth.plain(v) for k, v in group.items() if k != "params"}}
         for params, group in zip(listed, optimizer.param_groups, strict=True)
     ]
 

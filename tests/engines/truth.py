@@ -47,7 +47,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class _Slot:
+class Slot:
     """Where a rank's elements of a parameter lie: ``length`` elements from ``offset`` of ``flat``."""
 
     name: str
@@ -83,14 +83,14 @@ def gather(engine: Any, group: Any = None) -> Truth | None:
     import torch.distributed as dist
 
     module = engine.module
-    weights = _module_weights(engine)
+    weights = module_weights(engine)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     slots = list(_slots(engine, group))
-    pieces = [piece for slot in slots for piece in _pieces(slot)]
+    pieces = [piece for slot in slots for piece in pieces_of(slot)]
     scalars: dict[str, dict[str, Any]] = {}
     for slot in slots:
         found = {
-            state: _plain(value)
+            state: plain(value)
             for state, value in slot.states.items()
             if not (isinstance(value, Tensor) and value.dim() > 0)
         }
@@ -103,58 +103,58 @@ def gather(engine: Any, group: Any = None) -> Truth | None:
         return None
     if len({weights_print for _, _, weights_print in everyone}) != 1:
         raise ValueError("the module's weights differ from rank to rank")
-    params = _assemble([piece for rank_pieces, _, _ in everyone for piece in rank_pieces], shapes)
+    params = assembled([piece for rank_pieces, _, _ in everyone for piece in rank_pieces], shapes)
     trained = {n for n, p in module.named_parameters() if p.requires_grad and weights[n].numel()}
     if params.keys() != trained:
         raise ValueError(f"no rank has masters of {sorted(trained - params.keys())}")
-    _check_rounding(params, weights)
+    check_rounding(params, weights)
     return Truth(
         params=params,
-        scalars=_agree([rank_scalars for _, rank_scalars, _ in everyone]),
+        scalars=agreed([rank_scalars for _, rank_scalars, _ in everyone]),
         frozen={name: weights[name] for name, p in module.named_parameters() if not p.requires_grad},
-        buffers=_buffers(module),
+        buffers=buffers_of(module),
         module=weights,
         aliases=aliases_of(module),
-        groups=_groups(engine),
+        groups=groups_of(engine),
         counters={key: int(getattr(engine, key)) for key in ("global_steps", "global_samples", "skipped_steps")},
-        loss_scaler=_loss_scaler(engine),
-        lr_scheduler=None if engine.lr_scheduler is None else _plain(engine.lr_scheduler.state_dict()),
+        loss_scaler=loss_scaler_of(engine),
+        lr_scheduler=None if engine.lr_scheduler is None else plain(engine.lr_scheduler.state_dict()),
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(plain(item) for item in value)
     return value
 
 
-def _module_weights(engine: Any) -> dict[str, Tensor]:
+def module_weights(engine: Any) -> dict[str, Tensor]:
     parameters = dict(engine.module.named_parameters())
     if engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(parameters.values())):
-            return {name: _plain(parameter.data) for name, parameter in parameters.items()}
-    return {name: _plain(parameter.data) for name, parameter in parameters.items()}
+            return {name: plain(parameter.data) for name, parameter in parameters.items()}
+    return {name: plain(parameter.data) for name, parameter in parameters.items()}
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     persistent = set(module.state_dict(keep_vars=True))
-    return {name: _plain(buffer) for name, buffer in module.named_buffers() if name in persistent}
+    return {name: plain(buffer) for name, buffer in module.named_buffers() if name in persistent}
 
 
-def _slots(engine: Any, group: Any) -> Iterator[_Slot]:
+def _slots(engine: Any, group: Any) -> Iterator[Slot]:
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     names = names_of(engine.module)
     if kind == "DeepSpeedZeroOptimizer":
-        yield from _slots_of_stages_1_and_2(optimizer, names)
+        yield from slots_of_stages_1_and_2(optimizer, names)
     elif kind == "BF16_Optimizer":
-        yield from _slots_of_bf16_optimizer(optimizer, names)
+        yield from slots_of_bf16_optimizer(optimizer, names)
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
         yield from _slots_of_stage_3(optimizer, names)
     elif kind not in ("FP16_UnfusedOptimizer", "FP16_Optimizer") and not isinstance(optimizer, torch.optim.Optimizer):
@@ -163,18 +163,18 @@ def _slots(engine: Any, group: Any) -> Iterator[_Slot]:
         if kind == "FP16_UnfusedOptimizer":
             for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 for param, master in zip(params, masters, strict=True):
-                    yield _Slot(names[param], 0, master, 0, master.numel(), optimizer.optimizer.state.get(master, {}))
+                    yield Slot(names[param], 0, master, 0, master.numel(), optimizer.optimizer.state.get(master, {}))
         elif kind == "FP16_Optimizer":
             for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
                 states = optimizer.optimizer.state.get(flat, {})
                 offset = 0
                 for param in params:
-                    yield _Slot(names[param], 0, flat, offset, param.numel(), states)
+                    yield Slot(names[param], 0, flat, offset, param.numel(), states)
                     offset += param.numel()
         else:
             for group in optimizer.param_groups:
                 for param in group["params"]:
-                    yield _Slot(names[param], 0, param, 0, param.numel(), optimizer.state.get(param, {}))
+                    yield Slot(names[param], 0, param, 0, param.numel(), optimizer.state.get(param, {}))
 
 
 def _is_first_rank(group: Any) -> bool:
@@ -185,17 +185,17 @@ def _is_first_rank(group: Any) -> bool:
 
 def _slots_of_flat(
     params: list[nn.Parameter], offsets: list[int], partition: Tensor, rank: int, states: Any, names: Any
-) -> Iterator[_Slot]:
+) -> Iterator[Slot]:
     """Slots of a flat buffer that is cut into equal partitions, of which ``partition`` is the rank's."""
     size = partition.numel()
     for param, offset in zip(params, offsets, strict=True):
         low = max(offset, rank * size)
         high = min(offset + param.numel(), (rank + 1) * size)
         if low < high:
-            yield _Slot(names[param], low - offset, partition, low - rank * size, high - low, states)
+            yield Slot(names[param], low - offset, partition, low - rank * size, high - low, states)
 
 
-def _slots_of_stages_1_and_2(optimizer: Any, names: Any) -> Iterator[_Slot]:
+def slots_of_stages_1_and_2(optimizer: Any, names: Any) -> Iterator[Slot]:
     import torch.distributed as dist
 
     for index, partition in enumerate(optimizer.single_partition_of_fp32_groups):
@@ -206,7 +206,7 @@ def _slots_of_stages_1_and_2(optimizer: Any, names: Any) -> Iterator[_Slot]:
             whole = states.pop("momentum_buffer")
             offset = 0
             for param in optimizer.params_in_partition[index]:
-                yield _Slot(names[param], 0, whole, offset, param.numel(), {}, "momentum_buffer", replica=True)
+                yield Slot(names[param], 0, whole, offset, param.numel(), {}, "momentum_buffer", replica=True)
                 offset += param.numel()
             if offset != whole.numel():
                 raise ValueError(f"Muon's buffer of group {index} has {whole.numel()} elements instead of {offset}")
@@ -227,7 +227,7 @@ def _offsets(optimizer: Any, index: int) -> list[int]:
     return [(p.data_ptr() - flat.data_ptr()) // width for p in optimizer.round_robin_bit16_groups[index]]
 
 
-def _slots_of_bf16_optimizer(optimizer: Any, names: Any) -> Iterator[_Slot]:
+def slots_of_bf16_optimizer(optimizer: Any, names: Any) -> Iterator[Slot]:
     import torch.distributed as dist
 
     for index, partition in enumerate(optimizer.fp32_groups_flat_partition):
@@ -240,7 +240,7 @@ def _slots_of_bf16_optimizer(optimizer: Any, names: Any) -> Iterator[_Slot]:
         yield from _slots_of_flat(params, offsets, partition, rank, states, names)
 
 
-def _slots_of_stage_3(optimizer: Any, names: Any) -> Iterator[_Slot]:
+def _slots_of_stage_3(optimizer: Any, names: Any) -> Iterator[Slot]:
     import torch.distributed as dist
 
     rank = dist.get_rank(group=optimizer.dp_process_group)
@@ -252,13 +252,13 @@ def _slots_of_stage_3(optimizer: Any, names: Any) -> Iterator[_Slot]:
             start = rank * share
             length = min(share, param.ds_numel - start)
             # A rank whose share is all padding still has a slot: its scalars must agree with the others'.
-            yield _Slot(names[param], start, flat, offset, max(length, 0), states)
+            yield Slot(names[param], start, flat, offset, max(length, 0), states)
             offset += share
         if offset != flat.numel():
             raise ValueError(f"the shares of a stage-3 subgroup are {offset} elements, its buffer {flat.numel()}")
 
 
-def _pieces(slot: _Slot) -> Iterator[Piece]:
+def pieces_of(slot: Slot) -> Iterator[Piece]:
     if slot.length == 0:
         return
     flats = {slot.only or PARAM: slot.flat}
@@ -272,7 +272,7 @@ def _pieces(slot: _Slot) -> Iterator[Piece]:
         yield Piece(slot.name, state, slot.start, values.cpu().clone(), slot.replica)
 
 
-def _assemble(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, Tensor]]:
+def assembled(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, Tensor]]:
     """Join the pieces of every (parameter, state), which must cover it exactly once."""
     grouped: dict[tuple[str, str], list[Piece]] = {}
     for piece in pieces:
@@ -297,7 +297,7 @@ def _assemble(pieces: list[Piece], shapes: Mapping[str, torch.Size]) -> dict[str
     return params
 
 
-def _agree(by_rank: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def agreed(by_rank: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The scalars of every parameter, which must be equal on all ranks that hold a part of it."""
     merged: dict[str, dict[str, Any]] = {}
     for rank, scalars in enumerate(by_rank):
@@ -308,7 +308,7 @@ def _agree(by_rank: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     return merged
 
 
-def _check_rounding(params: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor]) -> None:
+def check_rounding(params: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor]) -> None:
     for name, states in params.items():
         rounded = states[PARAM].to(weights[name].dtype)
         if not same(rounded, weights[name]):
@@ -316,7 +316,7 @@ def _check_rounding(params: Mapping[str, Mapping[str, Tensor]], weights: Mapping
             raise ValueError(f"{name}: {wrong} of {rounded.numel()} rounded masters differ from the module's weights")
 
 
-def _groups(engine: Any) -> tuple[dict[str, Any], ...]:
+def groups_of(engine: Any) -> tuple[dict[str, Any], ...]:
     optimizer = engine.optimizer
     names = names_of(engine.module)
     kind = type(optimizer).__name__
@@ -334,12 +334,12 @@ def _groups(engine: Any) -> tuple[dict[str, Any], ...]:
     else:
         by_group = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     return tuple(
-        {"names": members_of, **{key: _plain(value) for key, value in group.items() if key != "params"}}
+        {"names": members_of, **{key: plain(value) for key, value in group.items() if key != "params"}}
         for members_of, group in zip(by_group, optimizer.param_groups, strict=True)
     )
 
 
-def _loss_scaler(engine: Any) -> dict[str, Any] | None:
+def loss_scaler_of(engine: Any) -> dict[str, Any] | None:
     scaler = getattr(engine.optimizer, "loss_scale_config", None)
     if scaler is None:
         scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -348,7 +348,7 @@ def _loss_scaler(engine: Any) -> dict[str, Any] | None:
         return {name: getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name)}
     if scaler is None:
         return None
-    return {"class": type(scaler).__name__, **{key: _plain(value) for key, value in vars(scaler).items()}}
+    return {"class": type(scaler).__name__, **{key: plain(value) for key, value in vars(scaler).items()}}
 
 
 def same(a: Any, b: Any) -> bool:

@@ -68,7 +68,7 @@ def test_native_checkpoints_of_the_same_run() -> None:
 def test_a_changed_element(
     tmp_path: Path, made: raw.Raw, consolidated: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream.batches, "__defaults__", (limit,))
+    monkeypatch.setattr(limits, "STREAM_BATCH_BYTES", limit)
     old = made.truth["layer.0.weight", "exp_avg"].reshape(-1)
     write(made, "layer.0.weight", "exp_avg", 77, np.float32(old[77] + 1).tobytes())
     write(made, "layer.0.weight", "exp_avg", 130, np.float32(old[130] - 4).tobytes())

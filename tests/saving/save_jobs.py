@@ -259,7 +259,7 @@ def fork_writers(change: Callable[[], None] = lambda: None) -> None:
                 os._exit(9)
         return Forked(pid)
 
-    writer.Pipe, writer._start = pipe, start  # type: ignore[assignment]
+    writer.Pipe, writer.start_process = pipe, start  # type: ignore[assignment]
 
 
 def _in_child(work: Callable[[], None], errors: int) -> None:

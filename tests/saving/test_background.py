@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ucp.errors import DestinationError, SaveFailed, Unsupported
 from ucp.saving import commit, writer
 from ucp.saving.background import Saver, finish_all
 from ucp.saving.retention import Keep
+from ucp.saving.staging import Copying
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The copying, and all after it, begins when it is set."""
     event = threading.Event()
-    follow = Saver._follow
+    arriving = Copying.arriving
 
-    def later(*args: Any) -> int:
+    def later(*args: Any) -> Iterator[int]:
         assert event.wait(30)
-        return follow(*args)
+        yield from arriving(*args)
 
-    monkeypatch.setattr(Saver, "_follow", later)
+    monkeypatch.setattr(Copying, "arriving", later)
     return event
 
 
@@ -188,7 +190,10 @@ def test_a_writer_that_cannot_be_started_is_told_at_once(tmp_path: Path, monkeyp
 
 
 def test_a_writer_without_its_program_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_PROGRAM", "raise SystemExit(7)")
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\nexit 7\n")
+    interpreter.chmod(0o700)
+    monkeypatch.setattr(writer, "get_executable", lambda: str(interpreter))
     saver = Saver()
     saver.save(state(1)[1], tmp_path, "now")
     with pytest.raises(SaveFailed, match="ended with code 7"):
@@ -227,9 +232,10 @@ import torch
 from pathlib import Path
 from tests.saving import save_jobs as jobs
 from ucp.saving.background import Saver
+from ucp.saving.staging import Copying
 folder, what = Path(sys.argv[1]), sys.argv[2]
-follow = Saver._follow
-Saver._follow = lambda *args: (time.sleep(0.5), follow(*args))[1]
+arriving = Copying.arriving
+Copying.arriving = lambda *args: (time.sleep(0.5), arriving(*args))[1]
 saver = Saver()
 saver.save(jobs.source(jobs.values(4, small=True), 0, 1, 4), folder, "now")
 if what == "fail":
@@ -257,8 +263,10 @@ def test_only_the_first_rank_says_that_it_waits(caplog: pytest.LogCaptureFixture
     class Pending(Saver):
         pending = "runs/step7"  # type: ignore[assignment]
 
-    first, other = Pending(), Pending()
-    other._first = False
+    class Other(Pending):
+        loudness = logging.DEBUG  # type: ignore[assignment]
+
+    first, other = Pending(), Other()
     with caplog.at_level(logging.INFO):
         finish_all()
     assert caplog.messages == ["waiting for the save of runs/step7 before leaving"]

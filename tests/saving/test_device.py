@@ -15,6 +15,7 @@ from ucp.saving import commit
 from ucp.saving.background import Saver
 from ucp.saving.save import write_share
 from ucp.saving.source import Source
+from ucp.saving.staging import Pool
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,7 +38,8 @@ def test_straight_to_files(tmp_path: Path, seed: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("memory", [1, 16 << 30], ids=["in turns", "whole"])
 def test_in_the_background(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)
-    saver = Saver(memory=memory)
+    pool = Pool(memory)
+    saver = Saver(pool=pool)
     for seed in range(4):
         values = jobs.values(seed)
         made = on_device(jobs.source(values, 0, 1, seed))
@@ -50,8 +52,8 @@ def test_in_the_background(tmp_path: Path, memory: int, monkeypatch: pytest.Monk
             holding.tensor.zero_()
         saver.wait()
         assert jobs.digest_of(tmp_path) == jobs.digest(values)
-    assert saver._pool.bytes is not None
-    assert saver._pool.bytes.is_pinned()
+    assert pool.bytes is not None
+    assert pool.bytes.is_pinned()
 
 
 def test_what_lies_on_both_is_saved(tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ from ucp.saving.staging import Copying, Pool
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing is copied before it is set."""
     event = threading.Event()
-    copy = Copying._copy
+    arriving = Copying.arriving
 
-    def later(*args: Any) -> None:
+    def later(*args: Any) -> Iterator[int]:
         assert event.wait(30)
-        copy(*args)
+        yield from arriving(*args)
 
-    monkeypatch.setattr(Copying, "_copy", later)
+    monkeypatch.setattr(Copying, "arriving", later)
     yield event
     event.set()
 
@@ -127,16 +127,17 @@ def test_a_share_larger_than_the_pool_holds_the_update_longer(tmp_path: Path, mo
 
 
 def test_the_pool_is_reused_and_allocated_when_asked(tmp_path: Path) -> None:
-    saver = Saver(memory=64 << 20)
+    pool = Pool(64 << 20)
+    saver = Saver(pool=pool)
     saver.reserve(40 << 20, pinned=False)
     assert saver.memory == 48 << 20
-    memory = saver._pool.bytes
+    memory = pool.bytes
     for seed in range(2):
         values, made = state(seed)
         saver.save(made, tmp_path, "now")
         saver.wait()
         assert jobs.digest_of(tmp_path) == jobs.digest(values)
-    assert saver._pool.bytes is memory
+    assert pool.bytes is memory
     saver.reserve(1 << 40, pinned=False)
     assert saver.memory == 64 << 20
 
@@ -154,10 +155,10 @@ def test_what_the_pool_may_take_can_be_changed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_copy_that_fails_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any) -> Iterator[int]:
         raise RuntimeError("no such memory")
 
-    monkeypatch.setattr(Copying, "_copy", fail)
+    monkeypatch.setattr(Copying, "arriving", fail)
     saver = Saver()
     saver.save(state(1)[1], tmp_path, "now")
     saver.hold()

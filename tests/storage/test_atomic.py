@@ -12,6 +12,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,18 +236,18 @@ def test_death_between_two_renames_is_repaired(tmp_path: Path) -> None:
 def test_everything_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dest = tmp_path / "ckpt"
     events: list[str] = []
-    real_fsync, real_publish = os.fsync, atomic._publish
+    real_fsync, real_rename = os.fsync, disk.rename_with
 
     def fsync(fd: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
         real_fsync(fd)
 
-    def publish(*args: object) -> None:
+    def rename(*args: Any) -> bool:
         events.append("renamed")
-        real_publish(*args)  # type: ignore[arg-type]
+        return real_rename(*args)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(atomic, "_publish", publish)
+    monkeypatch.setattr(disk, "rename_with", rename)
     with staged(dest, needed_bytes=0) as temporary:
         fill(temporary, "x")
     before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]

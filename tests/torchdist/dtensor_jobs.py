@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import ucp.dcp
 from tests.engines.fsdp import FURTHER, STEPS, Live, Mesh, State
 from tests.engines.truth import same
 from ucp import limits
+from ucp.torchdist.save import background_saver
 
 warnings.filterwarnings("ignore")
 
@@ -97,6 +99,7 @@ def save_async(state: dict[str, Any], path: str) -> None:
     for value in _tensors(state):
         value.zero_()  # what is saved is what was there
     pending.result()
+    assert background_saver().loudness == (logging.WARNING if dist.get_rank() == 0 else logging.DEBUG)
 
 
 def save_dcp(state: dict[str, Any], path: str) -> None:

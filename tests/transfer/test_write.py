@@ -175,7 +175,7 @@ def test_a_budget_is_kept() -> None:
 
 
 def test_as_many_threads_as_processors_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_quota", lambda: math.inf)  # of this machine's control groups
+    monkeypatch.setattr(limits, "processor_quota", lambda: math.inf)  # of this machine's control groups
     for processors, threads in ((1, 1), (3, 3), (128, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: set(range(count)))
         assert budget(None, None) == (threads, limits.CONVERT_WINDOW_BYTES)

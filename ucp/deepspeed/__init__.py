@@ -37,12 +37,12 @@ NOT_ENABLED = (
 )
 
 # DeepSpeed's own, kept before `ucp.deepspeed.auto` may replace it.
-_initialize = deepspeed.initialize
+stock_initialize = deepspeed.initialize
 
 
 def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     """Call ``deepspeed.initialize``, and bind the engine if its config says so."""
-    bound = inspect.signature(_initialize).bind_partial(*args, **kwargs)
+    bound = inspect.signature(stock_initialize).bind_partial(*args, **kwargs)
     given = bound.arguments
     found = find(given.get("args"), given.get("config"), given.get("config_params"))
     early = parse(found)
@@ -54,7 +54,7 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
         if fitting is not found:
             with_config(given, fitting)
             args, kwargs = bound.args, bound.kwargs
-    result = _initialize(*args, **kwargs)
+    result = stock_initialize(*args, **kwargs)
     config = parse(result[0]._config._param_dict, save_async=save_async)
     if config.enabled:
         check_version(config.allow_untested_version)
@@ -64,7 +64,7 @@ def _bound(args: Any, kwargs: Any, *, save_async: bool) -> Any:
     return result
 
 
-@functools.wraps(_initialize)
+@functools.wraps(stock_initialize)
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """As ``deepspeed.initialize``, but bind the engine if its config says ``"ucp": {"enabled": true}``.
 
@@ -83,7 +83,7 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     return _bound(args, kwargs, save_async=True)
 
 
-@functools.wraps(_initialize)
+@functools.wraps(stock_initialize)
 def initialize_for_others(*args: Any, **kwargs: Any) -> Any:
     """As `initialize`, but saves are synchronous unless the config says ``"save": {"async": true}``. Programs that do
     not know of this plugin delete the older checkpoint right after a save."""

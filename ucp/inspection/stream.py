@@ -28,8 +28,12 @@ class Stretch:
     last: int
 
 
-def batches(tensors: Sequence[LogicalTensor], limit: int = limits.STREAM_BATCH_BYTES) -> Iterator[list[Stretch]]:
-    """All elements of all tensors in order, as batches of at most ``limit`` bytes (and at least one element)."""
+def batches(tensors: Sequence[LogicalTensor], limit: int | None = None) -> Iterator[list[Stretch]]:
+    """All elements of all tensors in order, as batches of at most ``limit`` bytes (and at least one element).
+
+    limit: `limits.STREAM_BATCH_BYTES` unless it is given.
+    """
+    limit = limits.STREAM_BATCH_BYTES if limit is None else limit
     batch: list[Stretch] = []
     held = 0
     for index, tensor in enumerate(tensors):

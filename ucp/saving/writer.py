@@ -147,7 +147,7 @@ class WriterProcess:
     def __init__(self, memory: int) -> None:
         self._pipe, theirs = Pipe()
         try:
-            self._process = _start(theirs, memory)
+            self._process = start_process(theirs, memory)
         except OSError as error:
             self._pipe.close()
             raise SaveFailed(
@@ -189,7 +189,7 @@ class WriterProcess:
         return WriterLost(f"the process that writes (number {self.pid}) {how}, and the save that was under way with it")
 
 
-def _start(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
+def start_process(theirs: Connection, memory: int) -> subprocess.Popen[bytes]:
     """Start a fresh interpreter. A fork would not be safe in a process that uses a device or has threads."""
     numbers = (theirs.fileno(), memory)
     command = [get_executable(), "-c", _PROGRAM, *map(str, (*numbers, os.getpid())), *sys.path]

@@ -134,7 +134,7 @@ class PendingSave:
     def hold(self) -> None:
         """Return once the tensors may be changed. Only a lazy save needs it."""
         if self._report is None and _pending.get(self.path) is self:
-            _saver().hold()
+            background_saver().hold()
 
     def done(self) -> bool:
         """Whether it has finished successfully."""
@@ -155,7 +155,7 @@ class PendingSave:
             What went wrong with the save.
         """
         if self._report is None:
-            _saver().wait()
+            background_saver().wait()
         if self._report is None:
             raise SaveFailed(f"{self.path}: was not saved; the error was raised before")
         return self._report
@@ -165,7 +165,7 @@ _background: Saver | None = None
 _pending: dict[str, PendingSave] = {}
 
 
-def _saver() -> Saver:
+def background_saver() -> Saver:
     global _background
     if _background is None:
         _background = Saver(_finished)
@@ -185,7 +185,7 @@ def write_in_background(
 ) -> PendingSave:
     """As `write`, but copy now (or at ``hold``, if lazy) and write later. Collective."""
     folder, name = split_path(path)
-    saver = _saver()
+    saver = background_saver()
     ranks.all_or_none(saver.wait)
     saver.limit(memory)
     recorded = (ranks.rank(), ranks.world_size()) if metrics else None
