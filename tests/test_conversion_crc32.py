@@ -47,7 +47,7 @@ def convert(source: Path, dest: Path, target: str) -> ucp.ConversionReport:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("which", ["z1", "z3"])
+@pytest.mark.parametrize("which", ["z1", pytest.param("z3", marks=pytest.mark.slow)])
 def test_one_flipped_bit_of_any_tensor(tmp_path: Path, which: str, target: str) -> None:
     source = tmp_path / "saved"
     shutil.copytree(OLDER[which], source)

@@ -156,7 +156,8 @@ def test_a_full_disk_is_named_and_continued_from(source: Path, tmp_path: Path) -
     assert raw.tree(tmp_path / "dest") == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_cleanly(tmp_path: Path, number: int) -> None:
     made = raw.make(tmp_path / "raw", shapes={"w": (16000, 2000)}, states=("param", "exp_avg", "exp_avg_sq"))
     source = raw.virtual_checkpoint(tmp_path / "source", made)

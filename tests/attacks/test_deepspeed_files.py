@@ -23,7 +23,7 @@ from tests.attacks.arena import Verdict, fight
 from tests.formats.deepspeed.read.test_damaged import OLDER, TAG
 
 MUTATIONS = 200
-QUICK = 60
+QUICK = 20
 PARTS = [range(QUICK), pytest.param(range(QUICK, MUTATIONS), marks=pytest.mark.slow)]
 SEED = int(os.environ.get("UCP_SEED", "") or fuzz.SEED)
 

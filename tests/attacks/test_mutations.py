@@ -11,7 +11,7 @@ import pytest
 
 from tests.attacks import formats, fuzz
 
-QUICK = 5
+QUICK = 3
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)

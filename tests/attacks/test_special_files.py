@@ -45,7 +45,7 @@ def bound_socket(path: Path) -> None:
             os.chdir(here)
 
 
-KINDS = [pipe, link_to_pipe, device, bound_socket]
+KINDS = [pipe, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (link_to_pipe, device, bound_socket))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

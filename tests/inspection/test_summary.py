@@ -14,7 +14,8 @@ from tests.formats import raw
 from tests.inspection.conftest import OLDER
 from ucp.catalog import Catalog, SourceFile, TrainingState
 from ucp.errors import BadArgument
-from ucp.inspection.display import age_text, count_text, seconds_text
+from ucp.geometry import box, concat, flat_ranges, whole
+from ucp.inspection.display import age_text, count_text, cut_text, seconds_text
 from ucp.inspection.owners import FileOwners, file_owners
 from ucp.inspection.summary import families, fragments, matching, summarise, tree
 from ucp.parallel.mesh import Layout
@@ -83,6 +84,24 @@ def test_layers_of_the_same_shapes_are_one_line(tmp_path: Path) -> None:
     rows = {name: n for name, _, n in found}
     assert rows["layers.{0-11}.up"] == rows["layers.{0-11}.down"] == 12
     assert rows["norm.0"] == 1
+
+
+def test_cuts_in_words() -> None:
+    rows = concat([box((0, 0), (2, 3)), box((2, 0), (2, 3), buffer=1)], 2)
+    ranks = ["rank 0", "rank 1"]
+    assert cut_text((4, 3), rows, ranks) == "2 parts of dimension 0, over 2 ranks"
+    assert cut_text((4, 3), rows, ["a.bin", "rank 1"]) == "2 parts of dimension 0, over 2 files"
+    assert cut_text((4, 3), rows, ["a.bin"]) == "2 parts of dimension 0, in one file"
+    assert cut_text((4, 3), flat_ranges((4, 3), [0, 5], [5, 12], [0, 0], [0, 1]), ranks) == "flat ranges over 2 ranks"
+    assert cut_text((4, 3), whole((4, 3)), ranks[:1]) == "whole"
+
+
+def test_what_training_wrote_is_from_nowhere_else(tmp_path: Path) -> None:
+    ucp.save({"model": {"w": torch.ones(3)}}, tmp_path / "saved")
+    ucp.convert(tmp_path / "saved", tmp_path / "converted")
+    with ucp.open(tmp_path / "saved") as saved, ucp.open(tmp_path / "converted") as converted:
+        assert ", from" not in saved.catalog.writer
+        assert converted.catalog.writer == f"{saved.catalog.writer}, from a checkpoint of {saved.catalog.writer}"
 
 
 def test_a_glob_that_matches_nothing() -> None:

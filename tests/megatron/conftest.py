@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("megatron.core")
-
 from tests.engines.megatron.fixtures import truths, written
+from tests.optional import skip_without
+
+skip_without("megatron.core")
 
 __all__ = ["truths", "written"]

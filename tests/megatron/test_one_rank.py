@@ -11,9 +11,10 @@ import torch
 
 import ucp
 import ucp.megatron
+from tests.optional import skip_without
 from ucp.errors import BadArgument, DamagedCheckpoint, Mismatch, SaveFailed, Unsupported
 
-mapping = pytest.importorskip("megatron.core.dist_checkpointing.mapping")
+skip_without("megatron.core")
 pytestmark = pytest.mark.slow
 
 EMBEDDING, LAYERS = "embedding.word_embeddings.weight", "decoder.layers.mlp.linear_fc2.weight"
@@ -21,11 +22,15 @@ GROUPS = [{"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_deco
 
 
 def _sharded(key: str, tensor: torch.Tensor, *offsets: tuple[int, int, int], **more: Any) -> Any:
+    from megatron.core.dist_checkpointing import mapping
+
     return mapping.ShardedTensor.from_rank_offsets(key, tensor, *offsets, **more)
 
 
 def _state(rows: int, seed: int, masters: bool = True) -> dict[str, Any]:
     """A run with an embedding of this many rows and two stacked layers, its optimizer's states beside them."""
+    from megatron.core.dist_checkpointing import mapping
+
     made = torch.Generator().manual_seed(seed)
     master = torch.randn(rows, 4, generator=made)
     weight = master.bfloat16()

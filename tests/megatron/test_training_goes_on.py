@@ -12,11 +12,12 @@ from tests.engines.megatron import families
 from tests.engines.megatron.cases import Case
 from tests.engines.megatron.launch import launch
 from tests.megatron import deepspeed_jobs
+from tests.optional import skip_without
 
 if TYPE_CHECKING:
     from tests.engines.pool import RankPool
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 pytestmark = pytest.mark.slow
 
 FAMILY = "llama"

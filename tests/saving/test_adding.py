@@ -38,8 +38,8 @@ def test_saves_record_the_digest_of_every_whole_tensor(tmp_path: Path, world: in
         assert digest.sample.every == EVERY
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize("window", [1 << 20, (1 << 20) + 24, 999])
+@pytest.mark.parametrize("threads", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("window", [1 << 20, *(pytest.param(n, marks=pytest.mark.slow) for n in ((1 << 20) + 24, 999))])
 def test_windows_may_cut_anywhere(window: int, threads: int) -> None:
     """As they are written one after the other, and where they stay and are digested by several threads."""
     rng = np.random.default_rng(window)

@@ -51,7 +51,9 @@ def test_copies_that_differ_and_parts_that_lack_are_seen(rng: np.random.Generato
             merge(tree, case.sizes, cutting, shards[:chosen] + shards[chosen + 1 :], "w")
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 3, "ep": 2}], ids=["tp2", "tp3-ep2"])
+@pytest.mark.parametrize(
+    "mesh", [{"tp": 2}, pytest.param({"tp": 3, "ep": 2}, marks=pytest.mark.slow)], ids=["tp2", "tp3-ep2"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_familys_shards_show_their_cuts(name: str, mesh: dict[str, int]) -> None:
     """All parameters cut by numpy as AutoTP deals out heads; shapes and copies alone lead back to the wholes."""

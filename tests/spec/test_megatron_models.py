@@ -11,9 +11,10 @@ import ucp
 from tests.engines.megatron import families
 from tests.engines.megatron.cases import Case
 from tests.engines.megatron.launch import launch
+from tests.optional import skip_without
 from ucp.storage import safetensors
 
-pytest.importorskip("megatron.core")
+skip_without("megatron.core")
 pytestmark = pytest.mark.slow
 
 

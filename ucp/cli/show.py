@@ -33,7 +33,7 @@ TRAINING = {
 }
 LEGEND = (
     "  param: the weight in the highest precision there is, such as ZeRO's fp32 master; the others: the optimizer's "
-    "states; cut: how ranks or files divide it ('flat ranges over 4': ZeRO's partitions)"
+    "states; cut: how ranks or files divide it ('flat ranges over 4 ranks': ZeRO's partitions)"
 )
 EXAMPLES = """\
   ucp inspect runs/llama                              everything, layers of the same shapes as one line
@@ -95,7 +95,7 @@ def _overview(out: Output, found: Summary) -> None:
         f"{state} ({bytes_text(entry['bytes'])}, {'/'.join(entry['dtypes'])})" for state, entry in found.states.items()
     )
     sizes = [h.bytes for h in found.holders]
-    who = "rank" if all(h.name.startswith("rank") for h in found.holders) else "file"
+    who = display.holder_word(h.name for h in found.holders)
     spread = f"{counted(len(sizes), who)}, {bytes_text(min(sizes, default=0))} to "
     spread += f"{bytes_text(max(sizes, default=0))} each"
     if len(sizes) == 1:

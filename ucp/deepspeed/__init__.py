@@ -100,10 +100,8 @@ def attach(engine: Any) -> Any:
 
     Raises
     ------
-    Unsupported
-        For a DeepSpeed version or an engine that is not supported, by name.
-    BadArgument
-        For a ``"ucp"`` section that is wrong.
+    Unsupported, BadArgument
+        As for `initialize`.
     """
     config = parse(engine._config._param_dict)
     check_version(config.allow_untested_version)

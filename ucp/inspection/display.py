@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ucp.geometry import Blocks, Shape, numel, row_major
+from ucp.units import counted
 
 
 def count_text(count: int) -> str:
@@ -49,21 +51,30 @@ def span_text(first: int, end: int) -> str:
     return f"{first} to {end - 1}"
 
 
-def cut_text(shape: Shape, blocks: Blocks, holders: int) -> str:
-    """How a tensor is cut into fragments, seen from the fragments alone. holders: how many ranks or files hold some."""
+def cut_text(shape: Shape, blocks: Blocks, holders: Sequence[str]) -> str:
+    """How a tensor is cut into fragments, seen from the fragments alone: ``2 parts of dimension 0, over 2 ranks``.
+
+    holders: the ranks or files that hold some.
+    """
     n = len(blocks)
     if numel(shape) == 0:
         return "empty"
     if n <= 1:
         return "whole"
-    over = f"over {holders}" if holders > 1 else "in one file"
+    word = holder_word(holders)
+    over = f"over {counted(len(holders), word)}" if len(holders) > 1 else f"in one {word}"
     size = np.array(shape, np.int64)
     cut = [k for k in range(len(shape)) if np.any(blocks.sizes[:, k] != size[k])]
     if len(cut) == 1:
         k = cut[0]
         pieces = len(np.unique(blocks.offsets[:, k]))
-        return f"dimension {k} in {pieces} {over}"
+        return f"{counted(pieces, 'part')} of dimension {k}, {over}"
     first = blocks.offsets @ np.array(row_major(shape), np.int64)
     order = np.argsort(first)
     dense = np.all(first[order][1:] == (first + blocks.counts)[order][:-1])
     return f"{'flat ranges' if dense else f'{n} boxes'} {over}"
+
+
+def holder_word(holders: Iterable[str]) -> str:
+    """What the holders of fragments are, by their names: ``rank`` if all of them are ranks, else ``file``."""
+    return "rank" if all(name.startswith("rank") for name in holders) else "file"

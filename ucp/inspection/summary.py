@@ -107,7 +107,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
     copies: dict[tuple[str, str], int] = {}
     for copy in catalog.copies:
         copies[copy.name, copy.state] = copies.get((copy.name, copy.state), 0) + len(copy.blocks)
-    parameters = tuple(_parameter(catalog, info, who.of_file, copies) for info in catalog.parameters.values())
+    parameters = tuple(_parameter(catalog, info, who, copies) for info in catalog.parameters.values())
     states: dict[str, dict[str, Any]] = {}
     for tensor in catalog.tensors.values():
         entry = states.setdefault(tensor.state, {"tensors": 0, "bytes": 0, "dtypes": {}})
@@ -169,15 +169,14 @@ def held_bytes(catalog: Catalog) -> np.ndarray:
 
 
 def _parameter(
-    catalog: Catalog, info: ParameterInfo, owners: np.ndarray, copies: Mapping[tuple[str, str], int]
+    catalog: Catalog, info: ParameterInfo, who: FileOwners, copies: Mapping[tuple[str, str], int]
 ) -> ParameterSummary:
     tensors = {state: catalog.tensors[info.name, state] for state in info.states}
     shown = tensors.get("param") or next(iter(tensors.values()), None)
-    cut = (
-        ""
-        if shown is None
-        else display.cut_text(info.shape, shown.blocks, len(np.unique(owners[shown.blocks.buffers])))
-    )
+    cut = ""
+    if shown is not None:
+        holders = [who.names[k] for k in np.unique(who.of_file[shown.blocks.buffers])]
+        cut = display.cut_text(info.shape, shown.blocks, holders)
     again = {state: copies.get((info.name, state), 0) for state in info.states}
     if again.get("param"):
         cut += f", {again['param']} more copies"

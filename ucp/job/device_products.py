@@ -21,7 +21,7 @@ from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW
 from ucp.logical.runs import mixed
 
 # How many rows are multiplied at once (24 MiB), and of how many the products are kept (6 MiB).
-_ROWS_AT_ONCE, _ROWS_KEPT = 24 << 10, 96 << 10
+ROWS_AT_ONCE, ROWS_KEPT = 24 << 10, 96 << 10
 # At least so many rows are multiplied: products of fewer are refused for bytes.
 _LEAST_ROWS = 32
 # How many row keys are kept on a device (16 MiB).
@@ -38,22 +38,22 @@ class ByteProducts:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._bytes = torch.empty((_ROWS_AT_ONCE, COLUMNS), dtype=torch.int32, device=device)
-        self._found = torch.empty((_ROWS_KEPT + _LEAST_ROWS, LANES * _BYTE_DIGITS), dtype=torch.int32, device=device)
+        self._bytes = torch.empty((ROWS_AT_ONCE, COLUMNS), dtype=torch.int32, device=device)
+        self._found = torch.empty((ROWS_KEPT + _LEAST_ROWS, LANES * _BYTE_DIGITS), dtype=torch.int32, device=device)
         self._waiting = 0  # rows that are not yet multiplied
         self._done = 0
 
     @property
     def room(self) -> int:
         """How many rows can still be taken."""
-        return _ROWS_KEPT - self._done - self._waiting
+        return ROWS_KEPT - self._done - self._waiting
 
     def take(self, words: torch.Tensor) -> int:
         """Take the first of these rows. Returns how many."""
-        count = min(len(words), self.room, _ROWS_AT_ONCE - self._waiting)
+        count = min(len(words), self.room, ROWS_AT_ONCE - self._waiting)
         torch.bitwise_xor(words[:count], _SIGNED, out=self._bytes[self._waiting : self._waiting + count])
         self._waiting += count
-        if self._waiting == _ROWS_AT_ONCE:
+        if self._waiting == ROWS_AT_ONCE:
             self._multiply()
         return count
 
@@ -79,13 +79,13 @@ class DoubleProducts:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._doubles = torch.empty((_ROWS_AT_ONCE // 2, COLUMNS), dtype=torch.float64, device=device)
-        self._exact = torch.empty((_ROWS_KEPT, LANES * DIGITS), dtype=torch.float64, device=device)
+        self._doubles = torch.empty((ROWS_AT_ONCE // 2, COLUMNS), dtype=torch.float64, device=device)
+        self._exact = torch.empty((ROWS_KEPT, LANES * DIGITS), dtype=torch.float64, device=device)
         self._done = 0
 
     @property
     def room(self) -> int:
-        return _ROWS_KEPT - self._done
+        return ROWS_KEPT - self._done
 
     def take(self, words: torch.Tensor) -> int:
         count = min(len(words), self.room, len(self._doubles))

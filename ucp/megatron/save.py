@@ -27,10 +27,7 @@ def save_checkpoint(
     timeout: float = limits.SAVE_TIMEOUT_SECONDS,
     metrics: bool = False,
 ) -> SaveReport:
-    """Save a sharded state dict as the checkpoint ``path``. Collective over all ranks.
-
-    A checkpoint at ``path`` is replaced in one rename once the new one is whole. Until then, and after any failure, it
-    stays as it was.
+    """Save a sharded state dict as the checkpoint ``path``, as `ucp.save` does. Collective over all ranks.
 
     Parameters
     ----------
@@ -38,12 +35,8 @@ def save_checkpoint(
         As ``megatron.core.dist_checkpointing.save`` takes it: ShardedTensors, ShardedObjects, ShardedTensorFactories
         and plain values, such as {"model": model.sharded_state_dict(), "optimizer": optimizer.sharded_state_dict(...),
         "iteration": 1000}. The optimizer's is made with metadata={"distrib_optim_sharding_type": "fully_reshardable"}.
-    path
-        The checkpoint's folder.
-    timeout
-        How many seconds the first rank waits for the others.
-    metrics
-        Add every rank's timings to ``ucp-metrics.jsonl`` beside the checkpoint.
+    path, timeout, metrics
+        As for `ucp.save`.
 
     Returns
     -------
@@ -53,10 +46,8 @@ def save_checkpoint(
     ------
     BadArgument, Unsupported
         The state dict is none, or holds something, which the message names, that cannot be kept exactly.
-    DestinationError
-        The folder cannot be written.
-    SaveFailed
-        A rank failed, the ranks contradict each other, or weights are not their masters, rounded.
+    DestinationError, SaveFailed
+        As for `ucp.save`. SaveFailed also if weights are not their masters, rounded.
 
     Every rank raises the same error.
     """

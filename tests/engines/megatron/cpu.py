@@ -35,8 +35,19 @@ def _legacy(dtype: torch.dtype) -> type:
     return Legacy
 
 
+def without_compiler() -> None:
+    """Megatron compiles small functions. Its import takes three times as long with torch's compiler, and each rank
+    would compile them anew. Call it before Megatron is imported."""
+
+    def plain(function: Any = None, **_: Any) -> Any:
+        return plain if function is None else function
+
+    torch.compile = plain  # type: ignore[assignment]
+
+
 def stand_in() -> None:
     """Let everything that asks for a GPU have the processor."""
+    without_compiler()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: "cpu"
     cuda.is_initialized = lambda: False

@@ -200,7 +200,7 @@ DEEP = b")" + b"\x85" * 200_000
 SHARED = b"K\x01" + b"2\x86" * 5_000  # a tuple of itself twice, over and over: small to write, endless to hash
 
 
-@pytest.mark.parametrize("key", [DEEP, SHARED])
+@pytest.mark.parametrize("key", [pytest.param(DEEP, marks=pytest.mark.slow), SHARED])
 @pytest.mark.parametrize(
     ("start", "end"),
     [

@@ -176,9 +176,10 @@ def decode(
         for info in parameters
     }
     source = fields.mapping("source")
+    made_from = "" if source.get("format") == "training" else f", from a checkpoint of {source.get('writer')}"
     catalog = Catalog(
         format="universal",
-        writer=f"{fields.text('writer')}, from {source.get('writer')}",
+        writer=fields.text("writer") + made_from,
         layout=_decode_layout(fields),
         files=files,
         parameters=named,
