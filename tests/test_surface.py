@@ -120,6 +120,31 @@ COMMANDS = {
 }
 
 
+def public(where: str) -> Any:
+    """What stands at ``module:name``."""
+    module, _, name = where.partition(":")
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_docstrings_have_one_style(name: str) -> None:
+    """Every parameter under its own heading, and what is returned and raised; no ``name: what it is`` in a line."""
+    call = public(name)
+    text = inspect.getdoc(call) or ""
+    code = (call.__init__ if inspect.isclass(call) else call).__code__  # `convert` has a signature of its settings
+    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    asked = [parameter for parameter in code.co_varnames[:count] if parameter != "self"]
+    headings = {word for line in re.findall(r"^[\w*, ]+$", text, re.M) for word in re.split(r", ", line)}
+    assert set(asked) <= headings, set(asked) - headings
+    assert not re.findall(r"^[a-z_]+(?:, [a-z_]+)*: ", text, re.M)
+    if asked:
+        assert re.search(r"^Parameters\n-+$", text, re.M)
+        assert re.search(r"\b[Rr]eturns?\b", text) or inspect.isclass(call)
+
+
 def test_the_package() -> None:
     assert set(ucp.__all__) >= {
         *(name.partition(":")[2] for name in CALLS if name.startswith("ucp:") and "." not in name),
@@ -147,11 +172,7 @@ def described(function: Any) -> tuple[list[str], set[str]]:
 
 
 def check_call(where: str, wanted: str) -> None:
-    module, _, name = where.partition(":")
-    found: Any = import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    ordered, named = described(found)
+    ordered, named = described(public(where))
     positional, _, by_name = wanted.partition("*" if "* " in wanted else "\0")
     assert ordered[: len(positional.split())] == positional.split()
     assert all(extra.endswith("=") for extra in ordered[len(positional.split()) :])

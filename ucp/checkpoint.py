@@ -279,6 +279,10 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     allow_approximate
         Open a checkpoint with layers that `ucp.repair` has filled in, and log a line about it.
 
+    Returns
+    -------
+    Checkpoint
+
     Raises
     ------
     NotACheckpoint, ApproximateCheckpoint
@@ -288,12 +292,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     SpecError, Mismatch, Unsupported, UnsafePickle
         If the spec does not fit, and where the format's reader raises them.
     """
-    asked = _Asked(
-        choose(spec, model_config, sizes),
-        verify,
-        {"trust_client_state": trust_client_state, "trust_paths": trust_paths, "param_names": param_names},
-        options or {},
-    )
+    some = {"trust_client_state": trust_client_state, "trust_paths": trust_paths, "param_names": param_names}
+    asked = _Asked(choose(spec, model_config, sizes), verify, some, options or {})
     return _exact(_open(path, tag, asked, verify), allow_approximate)
 
 

@@ -131,39 +131,63 @@ def convert(
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> ConversionReport:
-    """Convert a checkpoint of any supported format; returns what was done.
+    """Convert a checkpoint of any supported format.
 
     Parameters
     ----------
-    source, spec: as for `ucp.open`.
-    dest: a folder that does not exist yet. For DeepSpeed's formats the checkpoint is ``dest/<tag>``, and
-        ``dest/latest`` (``dest/latest_universal``) names it. A URL is written in one go, by this process alone.
-    to: 'universal', 'deepspeed', 'deepspeed-universal', 'dcp', 'huggingface' (weights alone, as a model folder), or
-        the name of a format that an installed package adds.
-    layout: for 'deepspeed', which needs it: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a Layout.
-    changes: what of the model to change on the way, as a mapping or a file (`ucp.spec.changes`).
-    options: any of the settings as a mapping.
-    settings: for reading the source, the run and the target.
-        - as for `ucp.open`: tag, model_config, sizes, trust_client_state, trust_paths, param_names, allow_approximate.
-        - of the run: the fields of `Running` (workers, max_memory, overwrite, resume, dry_run, team, progress).
-        - virtual ('universal'): write a manifest that points into the source, which has to stay where it is.
-        - digests (virtual): also read the source for digests of its files and tensors. Other forms always have them.
-        - ds_config ('deepspeed'): a DeepSpeed config (a path or a mapping) for what the layout leaves open. The
-          default is the one that the source has recorded.
-        - dtype ('huggingface'): of floating-point weights, such as 'bf16'. The default is the source's most precise.
-        - max_shard_size ('huggingface'): the bytes of a file before another is begun (5 GB).
-        - like ('huggingface'): a model folder whose config, tokenizer and generation files are carried over (the
-          default: the source, if it is one). With an adapter_config.json and no config.json: a PEFT adapter's folder.
+    source, spec
+        As for `ucp.open`.
+    dest
+        A folder that does not exist yet. For DeepSpeed's formats the checkpoint is ``dest/<tag>``, and ``dest/latest``
+        (``dest/latest_universal``) names it. A URL is written in one go, by this process alone.
+    to
+        'universal', 'deepspeed', 'deepspeed-universal', 'dcp', 'huggingface' (weights alone, as a model folder),
+        'megatron', or the name of a format that an installed package adds.
+    layout
+        For 'deepspeed' and 'megatron', which need it: the ranks and ZeRO stage to write for, as ``dp=4,zero=3`` or a
+        Layout.
+    changes
+        What of the model to change on the way, as a mapping or a file (`ucp.spec.changes`).
+    options
+        Any of the settings, as a mapping.
+    settings
+        Of reading: as for `ucp.open` (tag, model_config, sizes, trust_client_state, trust_paths, param_names,
+        allow_approximate). Of the run: the fields of `Running` (workers, max_memory in bytes, overwrite, resume,
+        dry_run, team, progress). Of the target: its own options (``virtual``, ``digests``, ``ds_config``, ``dtype``,
+        ``max_shard_size`` in bytes, ``like``, ...), which ``ucp convert --help`` explains.
+
+    Returns
+    -------
+    ConversionReport
+        What was written, and how long it took.
 
     Raises
     ------
-    BadArgument (also for a setting that nothing takes), DestinationError, and what `ucp.open` and reading raise. After
-    any error the destination is as it was before.
+    BadArgument
+        An argument is wrong, or a setting is one that nothing takes.
+    DestinationError
+        The destination is there already, or cannot be written.
+    UcpError
+        What `ucp.open` and reading raise.
+
+    After any error the destination is as it was before.
     """
+    return _converted(source, dest, to, layout, spec, changes, _merged(settings, options))
+
+
+def _converted(
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    to: str,
+    layout: str | Layout | None,
+    spec: str | os.PathLike[str] | None,
+    changes: str | os.PathLike[str] | Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> ConversionReport:
     started = time.monotonic()
     target = formats.target(to)
     layout = parse_layout(layout) if isinstance(layout, str) else layout
-    opening, running, own = divide_settings(target, _merged(settings, options))
+    opening, running, own = divide_settings(target, settings)
     check_layout(target, layout)
     budget(running.workers, running.max_memory)
     destination = str(locate(dest))

@@ -90,7 +90,7 @@ def test_this_release_has_what_its_engines_need(stage: int) -> None:
     releases.require_package({"zero_optimization": {"stage": stage}})
 
 
-@pytest.mark.parametrize("kind", ["_ENGINE", "STAGE3"])
+@pytest.mark.parametrize("kind", ["ENGINE_CLASS", "STAGE3"])
 def test_an_untested_release_that_lacks_something_is_refused_before_an_engine_is_made(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -98,11 +98,11 @@ def test_an_untested_release_that_lacks_something_is_refused_before_an_engine_is
     asked = getattr(releases, kind)
     wanting = replace(asked, uses=(*asked.uses, "no_such_buffer"))
     monkeypatch.setattr(releases, "installed", lambda: "0.13.0")
-    if kind == "_ENGINE":
-        monkeypatch.setattr(releases, "_ENGINE", wanting)
+    if kind == "ENGINE_CLASS":
+        monkeypatch.setattr(releases, "ENGINE_CLASS", wanting)
     else:
-        monkeypatch.setattr(releases, "_BY_STAGE", {3: (wanting,)})
-    monkeypatch.setattr(ucp.deepspeed, "_initialize", never)
+        monkeypatch.setattr(releases, "CLASSES_OF_STAGE", {3: (wanting,)})
+    monkeypatch.setattr(ucp.deepspeed, "stock_initialize", never)
     config = {"zero_optimization": {"stage": 3}, "ucp": {"enabled": True, "allow_untested_version": True}}
     with pytest.raises(Unsupported, match=rf"DeepSpeed 0\.13\.0 lacks 'no_such_buffer' of its {asked.name}"):
         ucp.deepspeed.initialize(model=None, config=config)
@@ -110,7 +110,7 @@ def test_an_untested_release_that_lacks_something_is_refused_before_an_engine_is
 
 def test_a_release_without_a_stage_is_refused_by_the_stages_name(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = releases.EngineClass("deepspeed.runtime.zero.no_such", "Stage3")
-    monkeypatch.setattr(releases, "_BY_STAGE", {3: (gone,)})
+    monkeypatch.setattr(releases, "CLASSES_OF_STAGE", {3: (gone,)})
     with pytest.raises(Unsupported, match=r"lacks 'Stage3' in 'deepspeed\.runtime\.zero\.no_such'"):
         releases.require_package({"zero_optimization": {"stage": 3}})
 

@@ -18,20 +18,27 @@ def affine_map(source: Checkpoint | str | os.PathLike[str], state: str = "param"
 
     Parameters
     ----------
-    source: an open checkpoint, or the path of one; of any format and layout, flat buffers of ZeRO's included.
-    state: the state, such as ``exp_avg``; parameters without it are left out.
+    source
+        An open checkpoint, or the path of one. It may have any format and layout, ZeRO's flat buffers included.
+    state
+        The state, such as ``exp_avg``. Parameters without it are left out.
 
     Returns
     -------
-    ``{"version": 1, "params": {pattern: map}}``, as under ``affine_map`` of DeepSpeed's ``universal_checkpoint_info``.
-    ``ParamAffineMap.from_dict`` reads each map. Its "ranks" are the fragments, one box each. Beside them stands, under
-    ``holders``, where a fragment's elements lie: ``file``, ``dtype``, the byte ``offset`` of the first one, and the
-    ``strides``, in elements, of a view with the fragment's shape.
+    dict
+        ``{"version": 1, "params": {pattern: map}}``, as under ``affine_map`` of DeepSpeed's
+        ``universal_checkpoint_info``. ``ParamAffineMap.from_dict`` reads each map. Its "ranks" are the fragments, one
+        box each. Beside them, ``holders`` says where a fragment's elements lie: ``file``, ``dtype``, the byte
+        ``offset`` of the first one, and the ``strides``, in elements, of a view with the fragment's shape.
 
     Raises
     ------
-    BadArgument if no parameter has the state, Unsupported for tensors that are computed and lie in no file; and what
-    `ucp.open` raises.
+    BadArgument
+        No parameter has the state.
+    Unsupported
+        A tensor is computed and lies in no file.
+    UcpError
+        What `ucp.open` raises.
     """
     if not isinstance(source, Checkpoint):
         with checkpoint.open(Path(source) if isinstance(source, os.PathLike) else source) as opened:

@@ -115,19 +115,21 @@ def diff(
     quick: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
-    """Compare two open checkpoints; tied parameters are found under any of their names.
+    """Compare two open checkpoints and return the `Difference`. Tied parameters are found under any of their names.
 
     Parameters
     ----------
+    a, b
+        The open checkpoints.
     params, states
         Globs of the parameters and names of the states that count; all without.
     absolute, relative
         Elements count as equal within ``absolute + relative * max(|a|, |b|)``. Without, bits count (values, where the
         element types differ).
-    types
-        Another element type is a difference.
-    values
-        Read the tensors, in pieces of a few megabytes.
+    types, training_state
+        Another element type is a difference; compare the training state.
+    values, progress
+        Read the tensors, in pieces of a few megabytes, and call progress with (bytes done, bytes in all).
     quick
         Compare logical digests instead where the element types are the same, and read only what has none recorded.
 

@@ -59,6 +59,15 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
 
     A folder of weights alone may have a run's checkpoints in it. Only metadata is read.
 
+    Parameters
+    ----------
+    folder
+        A path or a URL.
+
+    Returns
+    -------
+    Listing
+
     Raises
     ------
     NotACheckpoint

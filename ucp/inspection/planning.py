@@ -93,6 +93,10 @@ def plan(
 
     Parameters
     ----------
+    checkpoint
+        An open checkpoint.
+    layout
+        How many ranks of each kind resume, and their ZeRO stage.
     to
         The target of `ucp.convert` whose framework resumes; default: DeepSpeed's.
     spec, model_config, sizes
@@ -106,6 +110,11 @@ def plan(
         the recorded one); ``"pipeline"`` in it as for ``ucp.convert`` (default: layers divided by their parameters, as
         PipelineModule does), AutoEP, AutoTP.
 
+    Returns
+    -------
+    ResumePlan
+        What each rank reads, in bytes, from how many files, and its host memory.
+
     Raises
     ------
     UcpError
@@ -117,9 +126,20 @@ def plan(
     division = target.divide(checkpoint.catalog, layout, choice, own)
     if division is None:
         raise Unsupported(f"how '{target.name}' divides a model over ranks is not known, so no resume can be planned")
+    bandwidths = (rank_bandwidth, storage_bandwidth)
+    return _planned(checkpoint, layout, division, bandwidths, ranks_per_node)
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    division: Division,
+    bandwidths: tuple[float | None, float | None],
+    ranks_per_node: int,
+) -> ResumePlan:
     moves = _moves(checkpoint.catalog, division, layout.world_size)
     by_rank = moves.bytes.sum(axis=0).astype(np.int64)
-    seconds, bound_by = _time(by_rank, rank_bandwidth, storage_bandwidth)
+    seconds, bound_by = _time(by_rank, *bandwidths)
     return ResumePlan(
         path=str(checkpoint.path),
         source_layout=str(checkpoint.layout),

@@ -100,7 +100,18 @@ class Summary:
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
-    """Everything that `inspect` shows. Reads no tensor."""
+    """Everything that `inspect` shows. Reads no tensor.
+
+    Parameters
+    ----------
+    checkpoint
+        An open checkpoint.
+
+    Returns
+    -------
+    Summary
+        Sizes are in bytes, and shapes those of the whole tensors.
+    """
     catalog = checkpoint.catalog
     who = file_owners(catalog)
     held = held_bytes(catalog)

@@ -130,6 +130,11 @@ def verify(
     progress
         Called with (bytes done, bytes in all).
 
+    Returns
+    -------
+    Verdict
+        Whether it is whole, and every finding.
+
     Raises
     ------
     NotACheckpoint

@@ -205,7 +205,7 @@ def load_training(
         Patterns of parameters' names, of ``name:state`` for optimizer states (``*:*`` for weights alone), or of flat
         names ("optim.*").
 
-    Raises as `load` does.
+    Returns a `TrainingReport`, and raises as `load` does.
     """
     watch, live = Stopwatch(), TrainingParts(model, optimizer, lr_scheduler, dataloader, rng=rng)
     # What states the checkpoint's optimizers had is not known yet. States that are made quickly are tried first.

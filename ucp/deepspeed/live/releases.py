@@ -143,9 +143,9 @@ ENGINE = (
     "zero_optimization_stage",
 )
 
-_ENGINE = EngineClass("deepspeed.runtime.engine", "DeepSpeedEngine", ENGINE)
+ENGINE_CLASS = EngineClass("deepspeed.runtime.engine", "DeepSpeedEngine", ENGINE)
 # What engines of a ZeRO stage are always made of; at stage 0 that depends on more than the stage.
-_BY_STAGE = {1: (STAGE12,), 2: (STAGE12,), 3: (STAGE3, OFFLOAD)}
+CLASSES_OF_STAGE = {1: (STAGE12,), 2: (STAGE12,), 3: (STAGE3, OFFLOAD)}
 
 
 def installed() -> str:
@@ -164,7 +164,7 @@ def require_package(config: Mapping[str, Any]) -> None:
     is refused on every rank before DeepSpeed starts to build operators or to wait for other ranks."""
     zero = config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    for kind in (_ENGINE, *_BY_STAGE.get(stage, ())):
+    for kind in (ENGINE_CLASS, *CLASSES_OF_STAGE.get(stage, ())):
         code, found = _code_of(kind)
         for name in kind.uses:
             if not hasattr(found, name) and not re.search(rf"\b{name}\b", code):

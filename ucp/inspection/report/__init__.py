@@ -60,12 +60,16 @@ def write_report(
 
     Parameters
     ----------
-    path, tag, spec, model_config, sizes, trust_paths, quick, finite
+    path, tag, spec, model_config, sizes, trust_paths, quick, finite, progress
         As for `verify`.
     output
         The page's file.
     layout, options
         Plan a resume on this layout, with options as for `plan`.
+
+    Returns
+    -------
+    WrittenReport
 
     Raises
     ------
