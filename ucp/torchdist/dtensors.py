@@ -6,23 +6,32 @@ The arithmetic is `ucp.parallel.placements`'.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, Shape, empty, numel, whole
 from ucp.parallel.mesh import Layout
 from ucp.parallel.placements import MeshCut, Ranges, product, ranges_of
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
+    """Whether this is a DTensor. Where nobody has imported them there are none, and importing them takes seconds."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's memory, detached: the shard of a DTensor, or the tensor itself if it is none."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor.detach()
     if torch.is_grad_enabled():
         with torch.no_grad():  # five times as fast, since no autograd function is applied
@@ -36,7 +45,7 @@ def blocks_of(name: str, tensor: torch.Tensor) -> Blocks:
     Raises Unsupported for unknown placements, and if a shard has another shape than they say.
     """
     shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return _whole(shape)
     mesh = mesh_shape(tensor.device_mesh)
     coordinate = tensor.device_mesh.get_coordinate()
@@ -84,12 +93,12 @@ _holders: WeakKeyDictionary[DeviceMesh, dict[tuple[bool, ...], tuple[int, ...]]]
 def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
     """The global ranks that hold the same elements of a tensor as this one, ascending. For a tensor that is no DTensor
     these are all ranks; () if this rank holds none of it. world: the number of all ranks."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tuple(range(world))
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return ()
-    cut = tuple(not isinstance(placement, Replicate) for placement in tensor.placements)
+    cut = tuple(not placement.is_replicate() for placement in tensor.placements)
     known = _holders.setdefault(tensor.device_mesh, {})
     if cut not in known:
         place = tuple(index if cuts else slice(None) for index, cuts in zip(coordinate, cut, strict=True))
@@ -105,13 +114,13 @@ def layout_of(values: Iterable[Any], world: int) -> Layout:
     """
     tp, sharded = 1, False
     for tensor in values:
-        if not isinstance(tensor, DTensor):
+        if not is_dtensor(tensor):
             continue
         names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
         for name, size, placement in zip(names, mesh_shape(tensor.device_mesh), tensor.placements, strict=True):
             if name == "tp":
                 tp = max(tp, size)
-            elif isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard":
+            elif _is_shard(placement):
                 sharded = True
     return Layout(dp=max(world // tp, 1), tp=tp if world % tp == 0 else 1, zero=3 if sharded else 0)
 
@@ -132,12 +141,17 @@ def _held(shape: Shape, cuts: tuple[MeshCut | None, ...], mesh: Shape, coordinat
 
 
 def _of_placement(name: str, placement: Any, ndim: int) -> MeshCut | None:
-    if isinstance(placement, Replicate):
+    if placement.is_replicate():
         return None
-    strided = type(placement).__name__ == "_StridedShard"
-    if not (strided or isinstance(placement, Shard)):
+    if not _is_shard(placement):
         raise Unsupported(
             f"'{name}' is placed as {placement!r}, whose values are not those of the whole tensor; redistribute it to "
             "Shard or Replicate first"
         )
+    strided = type(placement).__name__ == "_StridedShard"
     return MeshCut(int(placement.dim) % max(ndim, 1), int(placement.split_factor) if strided else 1)
+
+
+def _is_shard(placement: Any) -> bool:
+    """In some releases of torch a _StridedShard is a Shard, in others it is not."""
+    return type(placement).__name__ == "_StridedShard" or bool(placement.is_shard())

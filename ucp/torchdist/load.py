@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch.distributed.checkpoint.stateful import Stateful
-
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
@@ -33,7 +31,7 @@ from ucp.loading.match import Wish
 from ucp.loading.spec_names import under_spec
 from ucp.printable import logger
 from ucp.torchdist.changes import DECLARE, Given, as_changed
-from ucp.torchdist.state_dicts import flatten, unwrap
+from ucp.torchdist.state_dicts import flatten, is_stateful, unwrap
 from ucp.torchdist.target import StateDictTarget, StateDictWords
 
 log = logger(__name__)
@@ -132,7 +130,7 @@ def _fill(
 def _put_back(loaded: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
     """Give the state dict its loaded values, and Stateful objects theirs."""
     for key, value in state_dict.items():
-        if isinstance(value, Stateful):
+        if is_stateful(value):
             value.load_state_dict(loaded[key])
         else:
             state_dict[key] = loaded[key]

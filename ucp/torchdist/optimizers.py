@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict as api
-from torch.distributed.tensor import DTensor
 
 from ucp.errors import Unsupported
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.loading.name_match import bare
-from ucp.torchdist.dtensors import local_tensor
+from ucp.torchdist.dtensors import is_dtensor, local_tensor
 from ucp.torchdist.state_dicts import is_in_parts, parts_of
 
 OPTIMIZER = "optim"
@@ -282,7 +281,7 @@ def _standing_in(group: Mapping[str, Any], standins: Mapping[torch.Tensor, torch
 def _grown(param: torch.Tensor, states: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter's states, made after its stand-in's. Raises ValueError if those do not show them."""
     shape = _LENGTHS[: param.ndim]
-    if param.ndim > len(_LENGTHS) or (not shape and isinstance(param, DTensor)):
+    if param.ndim > len(_LENGTHS) or (not shape and is_dtensor(param)):
         raise ValueError(f"{param.ndim} dimensions")
     out: dict[str, Any] = {}
     for key, value in states.items():

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.distributed.tensor import DTensor
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import SaveFailed
@@ -26,7 +25,7 @@ from ucp.parallel.mesh import Layout
 from ucp.saving.source import Holding, Source
 from ucp.storage import plain
 from ucp.storage.dtypes import from_torch
-from ucp.torchdist.dtensors import blocks_of, layout_of, local_tensor
+from ucp.torchdist.dtensors import blocks_of, is_dtensor, layout_of, local_tensor
 from ucp.torchdist.state_dicts import flatten, storage_key
 
 Key = tuple[str, str]
@@ -135,7 +134,7 @@ def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], com
             dtype=from_torch(tensor.dtype),
             kind=kinds.get(what[0]) or roles.kind(what[0], floating),
             region=_digest(blocks.offsets.tobytes() + b"/" + blocks.sizes.tobytes()) if len(blocks) else b"",
-            content=_content(tensor) if compare and not isinstance(tensor, DTensor) else None,
+            content=_content(tensor) if compare and not is_dtensor(tensor) else None,
             memory="" if memory is None else memories.setdefault(memory, what[0]),
             trained=what[0] in roles.trained,
             outside=what == (key, PARAM) and what[0] not in roles.trained,

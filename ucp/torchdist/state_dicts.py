@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.roles import StateEntry
 from ucp.geometry import row_major
 from ucp.storage.dtypes import from_torch, to_safetensors
-from ucp.torchdist.dtensors import local_tensor
+from ucp.torchdist.dtensors import is_dtensor, local_tensor
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether this has the methods that torch.distributed.checkpoint.stateful.Stateful asks for. Importing that takes
+    seconds, which a program without DTensors has no use for."""
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping):
         raise BadArgument(f"a state dict is a mapping of names to values, found {type(state_dict).__name__}")
     return {
-        key: value.state_dict() if isinstance(value, Stateful) else value
+        key: value.state_dict() if is_stateful(value) else value
         for key, value in sorted(state_dict.items(), key=lambda item: str(item[0]))
     }
 
@@ -74,7 +78,7 @@ def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     local: Any = local_tensor(tensor)
     parts = {name: getattr(local, name) for name in local.__tensor_flatten__()[0]}
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return parts
     mesh, placements = tensor.device_mesh, tensor.placements
     cut = [mesh.size(k) for k, placement in enumerate(placements) if not placement.is_replicate()]
@@ -84,6 +88,8 @@ def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
             f"{tuple(placements)} into unequal rows, so blocks of one layout are not those of another: "
             "use a number of ranks that divides the rows"
         )
+    from torch.distributed.tensor import DTensor
+
     out = {}
     for name, part in parts.items():
         if name == "qmap":
@@ -156,7 +162,7 @@ def storage_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     local = local_tensor(tensor)
     if not tensor.numel():
         return None
-    placed = (tuple(map(repr, tensor.placements)),) if isinstance(tensor, DTensor) else ()
+    placed = (tuple(map(repr, tensor.placements)),) if is_dtensor(tensor) else ()
     shape = tuple(tensor.shape)
     # The storage rather than its address, so that ranks with an empty shard can tell, too.
     storage = local.untyped_storage()._cdata, local.storage_offset(), local.dtype
