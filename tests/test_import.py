@@ -43,7 +43,7 @@ def test_a_format_is_imported_when_it_is_read(tmp_path: Path) -> None:
 
 def test_a_program_without_dtensors_imports_none(tmp_path: Path) -> None:
     """torch takes three seconds to import them, which the first load of a small program would pay for."""
-    code = f"import sys, torch, ucp; state = {{'w': torch.ones(3), 'layer': torch.nn.Linear(2, 2), 'step': 7}};"
+    code = "import sys, torch, ucp; state = {'w': torch.ones(3), 'layer': torch.nn.Linear(2, 2), 'step': 7};"
     code += f"ucp.save(state, {str(tmp_path / 'there')!r}); ucp.load(state, {str(tmp_path / 'there')!r});"
     heavy = ["torch.distributed.tensor", "torch.distributed.checkpoint", "sympy"]
     done = python(f"{code} sys.exit(' '.join(set({heavy!r}) & set(sys.modules)) or 0)")
