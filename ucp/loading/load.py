@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, PartlyLoaded, described
+from ucp.garbage import no_collections
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
@@ -144,6 +145,7 @@ class LoadReport:
         return f"{text} ({self.path})" if self.path else text
 
 
+@no_collections()  # objects are made, and no garbage
 def load(
     catalog: Catalog,
     target: Target | Callable[[], Target],
@@ -243,7 +245,8 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     looking, reader = Reader(how.catalog, files, how.verify), Reader(how.catalog, files, how.verify)
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
-        wanted, every = checking.used(rest.copies), checking.used([*new.copies, *rest.copies])
+        wanted = checking.used(rest.copies)
+        every = checking.used([*new.copies, *rest.copies]) if new.copies else wanted
         compared = checking.comparable(looking, wanted, every)
         found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(looking, files, every)

@@ -12,6 +12,9 @@ somewhere:
   too large to hold, and files are read from a slow place twice otherwise. Damage is then found when part of the state
   has changed already, and the state may not be trained on until another load succeeds.
 
+This is about what is live. Memory that nobody has seen, as of states that the optimizer has not made yet, is filled in
+the first phase whatever the way, and verified as it is filled.
+
 All ranks take the same way. It is chosen by what the slowest of them says.
 """
 

@@ -34,7 +34,13 @@ def used(copies: Iterable[Copy]) -> dict[int, list[tuple[int, int]]]:
     return {file: _joined(ranges) for file, ranges in sorted(found.items())}
 
 
-def _ranges_of(copy: Copy) -> Iterator[tuple[int, int]]:
+def _ranges_of(copy: Copy) -> Iterable[tuple[int, int]]:
+    span = copy.span
+    # Shorter ones have no such gap; most are one row.
+    return _rows_of(copy) if len(copy.sizes) > 1 and span >= CHUNK else ((copy.at, copy.at + span),)
+
+
+def _rows_of(copy: Copy) -> Iterator[tuple[int, int]]:
     axis = next((k for k, n in enumerate(copy.sizes) if n > 1), None)
     if axis is not None:
         gap = copy.steps[axis] * itemsize(copy.source_dtype) - copy.narrow(axis, 0, 1).span
