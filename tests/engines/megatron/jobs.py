@@ -29,6 +29,13 @@ def save(job: dict[str, Any]) -> None:
         ucp.megatron.save_checkpoint(made.state(), job["ours"])
 
 
+def save_fsdp(job: dict[str, Any]) -> None:
+    """A run under Megatron-FSDP saves itself."""
+    from tests.engines.megatron import fsdp  # it changes torch's meshes for the whole process
+
+    fsdp.save(job)
+
+
 def truths(job: dict[str, Any]) -> None:
     """Every tensor of some folders by Megatron's own loader, each as a file of torch's. load: file -> folder."""
     for file, folder in job["load"].items():

@@ -142,7 +142,7 @@ class Run:
         """Give the weights their values."""
         with torch.no_grad():
             for part, _ in self.local():
-                part.data.copy_(_hashed("weight", part))
+                part.data.copy_(hashed("weight", part))
         self.optimizer.reload_model_params()
 
     def train_step(self, ids: torch.Tensor, labels: torch.Tensor) -> float:
@@ -170,7 +170,7 @@ class Run:
                 at = (part.data.data_ptr() - owner.data_ptr()) // part.data.element_size()
                 view = grad.as_strided(part.data.shape, part.data.stride(), grad.storage_offset() + at)
                 # Experts' gradients are averaged over fewer ranks than the others, by the same number.
-                view.copy_(_hashed(f"grad {number}", part) * (self.case.ep if ".experts." in part.key else 1))
+                view.copy_(hashed(f"grad {number}", part) * (self.case.ep if ".experts." in part.key else 1))
         self.wrapped.finish_grad_sync()
         ok, *_ = self.optimizer.step()
         assert ok
@@ -198,7 +198,7 @@ def _parts(value: Any) -> Iterator[ShardedTensor]:
             yield from _parts(item)
 
 
-def _hashed(what: str, part: ShardedTensor) -> torch.Tensor:
+def hashed(what: str, part: ShardedTensor) -> torch.Tensor:
     lead = part.prepend_axis_num
     sizes = (*[1] * lead, *part.local_shape)
     found = cases.values(what, part.key, part.global_offset, sizes, part.global_shape)
@@ -255,6 +255,12 @@ def config_of(case: Case) -> TransformerConfig:
 
 def made(case: Case) -> Run:
     """The model and its optimizer, on every rank of the world. The process group is there already."""
+    model, config = bare(case)
+    return with_optimizer(case, config, model)
+
+
+def bare(case: Case) -> tuple[GPTModel, TransformerConfig]:
+    """The model, and how it is set up."""
     ps.initialize_model_parallel(case.tp, case.pp, expert_model_parallel_size=case.ep, create_gloo_process_groups=True)
     model_parallel_cuda_manual_seed(1)
     config = config_of(case)
@@ -271,7 +277,7 @@ def made(case: Case) -> Run:
         share_embeddings_and_output_weights=False,
         position_embedding_type="learned_absolute" if case.kind == "gpt" else "rope",
     )
-    return with_optimizer(case, config, model)
+    return model, config
 
 
 def with_optimizer(case: Case, config: TransformerConfig, model: Any) -> Run:

@@ -48,7 +48,7 @@ def of(
 ) -> RunLayout:
     """The layout. Raises DamagedCheckpoint where what is said contradicts the chunks, or the folder's name the
     iteration."""
-    _check_iteration(folder, common)
+    check_iteration(folder, common)
     args = arguments(common)
     tp, pp, ep = (
         _count(args, key)
@@ -119,7 +119,8 @@ def check_layers(folder: Path, common: Mapping[str, Any], names: Iterable[str]) 
         )
 
 
-def _check_iteration(folder: Path, common: Mapping[str, Any]) -> None:
+def check_iteration(folder: Path, common: Mapping[str, Any]) -> None:
+    """Raise DamagedCheckpoint if the folder's name says another iteration."""
     named, said = _ITERATION.fullmatch(folder.name), common.get("iteration")
     if named is not None and isinstance(said, int) and said != int(named[1]):
         raise DamagedCheckpoint(
