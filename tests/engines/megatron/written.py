@@ -20,11 +20,19 @@ WRITTEN: Mapping[str, Case] = {
     "gpt tp4": Case(tp=4, kind="gpt"),
 }
 
+# Runs under Megatron-FSDP, with what is sharded. What they hold is made by hash of each element's place.
+UNDER_FSDP: Mapping[str, tuple[Case, str]] = {
+    "llama tp2 fsdp": (Case(dp=2, tp=2, bf16=True), "optim_grads_params"),
+    "moe ep2 fsdp": (Case(dp=2, ep=2, kind="moe", bf16=True), "optim_grads"),
+    "gpt fsdp": (Case(dp=2, kind="gpt"), "optim"),
+}
+
 
 def folder(kept: Path) -> Path:
     """A folder with those of `WRITTEN` in it: ``NAME``, ``NAME.pt`` with Megatron's own reading; ``NAME ours``
     as `ucp.megatron.save_checkpoint` saved the same run, ``NAME ranks`` in Megatron's older layout; where there is a
-    distributed optimizer ``NAME buckets``. kept: the session's folder for what is made once."""
+    distributed optimizer ``NAME buckets``; and those of `UNDER_FSDP`. kept: the session's folder for what is made
+    once."""
     return Path(Kept(kept).get("megatron", write))
 
 
@@ -44,6 +52,8 @@ def write(path: str | Path) -> str:
                 "ranks": str(path / f"{name} ranks"),
             }
         )
+    for name, (case, sharding) in UNDER_FSDP.items():
+        jobs.append({"do": "save_fsdp", "case": vars(case), "sharding": sharding, "save": str(path / name)})
     load = {str(path / f"{name}.pt"): str(path / name / "iter_0000002") for name in WRITTEN}
     jobs.append({"do": "truths", "case": vars(Case()), "load": load})
     launch(jobs, path)

@@ -64,6 +64,18 @@ class MegatronTarget(WriteTarget):
         return WritePlan(source, tuple(torch_dist.placed(files, tag)), tag=tag, layout=layout)
 
 
+def _is_fsdp(folder: Path) -> bool:
+    """Whether DCP's metadata have entries that only Megatron's training program makes under Megatron-FSDP: the param
+    groups by parameter, or a model without an optimizer."""
+    from ucp.storage import locations
+
+    try:
+        raw = locations.read(folder / ".metadata")
+    except OSError:
+        return False
+    return b"param_to_group_meta" in raw or (b"checkpoint_version" in raw and b"optimizer." not in raw)
+
+
 class Megatron(Format):
     name = NAME
     sign = f"one of Megatron-Core '{CONFIG}' beside '.metadata'"
@@ -72,8 +84,11 @@ class Megatron(Format):
     targets = (MegatronTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:
-        """Two of the three files that tell it: what is missing then is said when it is read."""
-        return folder.any_name(_RANK_FOLDER) or sum(folder.has_file(name) for name in _PARTS) > 1
+        """Two of the three files that tell it: what is missing then is said when it is read. Megatron-FSDP writes the
+        metadata alone."""
+        if folder.any_name(_RANK_FOLDER) or sum(folder.has_file(name) for name in _PARTS) > 1:
+            return True
+        return folder.has_file(".metadata") and _is_fsdp(folder.path)
 
     def read(self, path: Path, files: Files, request: ReadRequest) -> Catalog:
         from ucp.formats.megatron.read import torch_dist
@@ -85,6 +100,10 @@ class Megatron(Format):
             from ucp.formats.megatron.read import rank_folders
 
             return rank_folders.read(path, files, unknown)
+        if not any(locations.is_file(path / name) for name in (CONFIG, COMMON)):
+            from ucp.formats.megatron.read import fsdp_dtensor
+
+            return fsdp_dtensor.read(locations.locate(path), files, unknown)
         return torch_dist.read(path, files, request.choice, unknown)
 
     def step(self, path: Path) -> int | None:

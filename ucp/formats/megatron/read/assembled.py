@@ -21,6 +21,8 @@ log = logger(__name__)
 
 BUFFERS = re.compile(r".*\.(expert_bias|local_tokens_per_expert|inv_freq)")
 """Tensors of modules that no optimizer updates."""
+# A gate or an up projection saved by itself (megatron/core/transformer/mlp.py, fsdp_dtensor_checkpoint.py).
+_HALF = re.compile(r".+\.(?:weight|bias)\d*_[wv]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ def by_parameter(stored: Mapping[str, LogicalTensor]) -> dict[tuple[str, str], L
         for key, tensor in bare.items():
             if key in taken:
                 continue
+            if _HALF.fullmatch(key):
+                raise DamagedCheckpoint(
+                    f"'{key}' is one half of a gated layer, and its other half is not there; entries are missing"
+                )
             for one in unstacked(tensor, keys.stack(key), state):
                 if (one.name, state) in out:
                     raise DamagedCheckpoint(f"'{one.name}' ({state}) is there under several keys, such as '{key}'")
