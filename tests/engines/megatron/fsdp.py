@@ -58,6 +58,7 @@ def save(job: dict[str, Any]) -> None:
             num_layers=cases.LAYERS,
             num_experts=cases.EXPERTS if case.kind == "moe" else None,
             ckpt_format="fsdp_dtensor",
+            data_parallel_sharding_strategy=job["sharding"],
         ),
         "checkpoint_version": 3.0,
         "iteration": run.STEPS,

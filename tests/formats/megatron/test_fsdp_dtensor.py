@@ -43,6 +43,8 @@ def test_every_element(written: Path, tmp_path: Path, name: str) -> None:
     for path in (written / name, tmp_path / "there"):
         with ucp.open(path) as checkpoint:
             assert checkpoint.format == "megatron"
+            if path != written / name:  # its chunks are rows: a line of the metadata says what it was written for
+                assert checkpoint.layout == Layout(dp=2, tp=2, zero=1)
             tensors = checkpoint.catalog.tensors
             assert len(tensors) == 3 * len(checkpoint.parameters) > 80
             for key, tensor in tensors.items():
@@ -85,7 +87,9 @@ FC1 = "decoder.layers.1.mlp.experts.linear_fc1.weight"
 def test_experts_of_a_grouped_layer(tmp_path: Path) -> None:
     """Transformer Engine's: a weight of each expert, saved in gate and up."""
     parts = {f"{FC1}{e}_{half}": torch.full((2, 3), 10.0 * e + (half == "v")) for e in (0, 11) for half in "wv"}
-    with ucp.open(saved(tmp_path / "iter_0000002", parts)) as checkpoint:
+    run = {"tensor_model_parallel_size": 2, "world_size": 8, "data_parallel_sharding_strategy": "optim"}
+    with ucp.open(saved(tmp_path / "iter_0000002", parts, **run)) as checkpoint:
+        assert checkpoint.layout == Layout(dp=4, tp=2, zero=1)
         names = [f"decoder.layers.1.mlp.experts.local_experts.{e}.linear_fc1.weight" for e in (0, 11)]
         assert list(checkpoint.parameters) == names
         assert checkpoint.read(names[1])[:, 0].tolist() == [110.0, 110.0, 111.0, 111.0]
@@ -128,3 +132,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_half_of_a_gated_layer_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match="one half of a gated layer, and its other half is not there"):
         ucp.open(saved(tmp_path / "iter_0000002", {f"{FC1}0_w": torch.ones(2, 3)}))
+
+
+def test_what_a_folder_was_written_for_is_known(tmp_path: Path) -> None:
+    """Chunks that we write do not show it; arguments that say otherwise are of another run."""
+    args = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "world_size": 1}
+    weights = {f"decoder.layers.{k}.mlp.linear_fc2.weight": torch.ones(4, 4) for k in range(2)}
+    source = saved(tmp_path / "source", weights, **args)
+    folders = []
+    for k, text in enumerate(("tp=2,pp=2", "tp=4,pp=2", "tp=2,pp=1")):
+        ucp.convert(source, tmp_path / str(k), to="megatron", layout=text)
+        folders.append(tmp_path / str(k) / "iter_0000002")
+    with ucp.open(folders[0]) as checkpoint:
+        assert (checkpoint.layout.tp, checkpoint.layout.pp) == (2, 2)
+    for other, said in ((1, "say 4 tensor-parallel ranks.* cut for 2"), (2, "say 1 pipeline stages.* cut for 2")):
+        (folders[0] / "common.pt").write_bytes((folders[other] / "common.pt").read_bytes())
+        with pytest.raises(DamagedCheckpoint, match=said):
+            ucp.open(folders[0])

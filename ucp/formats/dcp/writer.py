@@ -167,8 +167,9 @@ class RecordWriter:
         data = self._files[-1]
         return WrittenRecord(data.name, data.append(record), record.size, chunk)
 
-    def finish(self) -> list[TargetFile]:
-        raw = written_metadata.pickled(self._tensors, self._objects, self._paths if self._recorded else None)
+    def finish(self, **others: Any) -> list[TargetFile]:
+        """The files, the metadata last. others: further attributes of it."""
+        raw = written_metadata.pickled(self._tensors, self._objects, self._paths if self._recorded else None, others)
         files = [
             TargetFile(data.name, data.size, tuple(data.literals), tuple(data.wants), tuple(data.crc32_entries))
             for data in self._files

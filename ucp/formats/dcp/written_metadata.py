@@ -40,8 +40,10 @@ def pickled(
     tensors: Mapping[str, WrittenTensor],
     objects: Mapping[str, WrittenRecord],
     paths: Mapping[str, tuple[Any, ...]] | None,
+    others: Mapping[str, Any],
 ) -> bytes:
     """The file's bytes. tensors, objects: the entries, by their flat names. paths: the keys that led to each of them.
+    others: further attributes, which torch takes no notice of.
 
     Raises ValueError for a tensor's record without a chunk.
     """
@@ -69,6 +71,7 @@ def pickled(
         storage_data=places,
         storage_meta=_made("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[]),
         version="1.0.0",  # torch 2.6 has no such attribute, and takes it from a file all the same
+        **others,
     )
     return to_pickle(found)
 

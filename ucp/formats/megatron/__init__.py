@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "megatron"
 CONFIG, COMMON, INTEGRITY = "metadata.json", "common.pt", "integrity.json"
+WRITTEN_FOR = "ucp_written_for"
+"""An attribute of the metadata that we write, whose chunks do not show the layout: {"tp": …, "pp": …, …}."""
 _PARTS = (".metadata", CONFIG, COMMON)
 
 _DATA = re.compile(r"__(\d+)_\d+\.distcp")

@@ -45,32 +45,32 @@ def of(
     objects: Mapping[str, Any],
     stored: Mapping[str, LogicalTensor],
     paths: Sequence[str],
+    written_for: Any = None,
 ) -> RunLayout:
-    """The layout. Raises DamagedCheckpoint where what is said contradicts the chunks, or the folder's name the
-    iteration."""
+    """The layout. written_for: which one we wrote the folder for, if we did (`WRITTEN_FOR`).
+
+    Raises DamagedCheckpoint where what is said contradicts the chunks, or the folder's name the iteration.
+    """
     check_iteration(folder, common)
     args = arguments(common)
     tp, pp, ep = (
         _count(args, key)
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     )
-    cut = _cuts(stored)
-    shown = _rng(objects)
-    if tp is not None and cut is not None and tp != cut:
-        raise DamagedCheckpoint(
-            f"{folder}: its arguments say {tp} tensor-parallel ranks, and its tensors are cut for {cut}; files of two "
-            "runs are mixed"
-        )
-    if shown is not None and ((tp or shown[1]) != shown[1] or (pp or shown[0]) != shown[0]):
-        raise DamagedCheckpoint(
-            f"{folder}: its arguments say {tp} tensor- and {pp} pipeline-parallel ranks, and there are random "
-            f"generators of {shown[1]} and {shown[0]}; files of two runs are mixed"
-        )
+    cut, shown, ours = _cuts(stored), _rng(objects), {}
+    if isinstance(written_for, Mapping):
+        # Our chunks are rows, and random generators stay those of the run that had them.
+        ours = {key: _count(written_for, key) for key in ("tp", "pp", "ep", "dp")}
+        cut, shown = ours["tp"], None
+    _check_agree(folder, (tp, pp), (cut, ours.get("pp")), shown)
+    tp, pp, ep = tp or ours.get("tp"), pp or ours.get("pp"), ep or ours.get("ep")
     groups = {int(m[1]) for key in stored if (m := re.search(r"optimizer\.distributed\.dp_group_idx_(\d+)\.", key))}
     tp = tp or (shown[1] if shown else None) or cut or 1
     pp = pp or (shown[0] if shown else None) or (_dense_groups(stored) // tp if groups else None)
     ranks = [int(match[1]) for path in paths if (match := _RANK.fullmatch(os.path.basename(path)))]
     world = _count(args, "world_size")
+    if world is None and tp and pp and ours.get("dp"):
+        world = tp * pp * (ours["dp"] or 1)
     holders = _Holders(
         _ranks("layers", stored, paths), _ranks("experts", stored, paths), world or max(ranks, default=0) + 1, tp
     )
@@ -96,6 +96,28 @@ def of(
         {key: value for key, value in others.items() if value is not None},
         holders.stage_of_layers(pp),
     )
+
+
+def _check_agree(
+    folder: Path,
+    said: tuple[int | None, int | None],
+    cut: tuple[int | None, int | None],
+    shown: tuple[int, int] | None,
+) -> None:
+    """Raise DamagedCheckpoint if (tp, pp) of the arguments are not those that the tensors are cut for, or of which
+    there are random generators, (pp, tp)."""
+    for one, other, word in zip(said, cut, ("tensor-parallel ranks", "pipeline stages"), strict=True):
+        if one is not None and other is not None and one != other:
+            raise DamagedCheckpoint(
+                f"{folder}: its arguments say {one} {word}, and its tensors are cut for {other}; files of two runs are "
+                "mixed"
+            )
+    tp, pp = said
+    if shown is not None and ((tp or shown[1]) != shown[1] or (pp or shown[0]) != shown[0]):
+        raise DamagedCheckpoint(
+            f"{folder}: its arguments say {tp} tensor- and {pp} pipeline-parallel ranks, and there are random "
+            f"generators of {shown[1]} and {shown[0]}; files of two runs are mixed"
+        )
 
 
 def _check_stages(folder: Path, pp: int, holders: _Holders) -> None:

@@ -13,7 +13,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.dcp import METADATA, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
-from ucp.formats.megatron import COMMON, CONFIG, keys
+from ucp.formats.megatron import COMMON, CONFIG, WRITTEN_FOR, keys
 from ucp.formats.megatron.read import agree, buckets, flattened, layout
 from ucp.formats.megatron.read.assembled import BUFFERS, FolderParts, by_parameter, catalog_of
 from ucp.formats.shared.builder import Builder
@@ -67,7 +67,9 @@ def _read(folder: Path, files: Files, choice: Choice, unknown: UnknownObjects) -
         stored = flattened.as_they_were(tensors_of(meta.tensors, records), meta.others)
     said, objects = _common(folder, objects, unknown)
     said = {key: _numbers(value, builder) if key == "optimizer" else value for key, value in said.items()}
-    where = layout.of(folder, said, objects, stored, [file.path for file in builder.sources])
+    where = layout.of(
+        folder, said, objects, stored, [file.path for file in builder.sources], meta.others.get(WRITTEN_FOR)
+    )
     tensors = by_parameter({key: tensor for key, tensor in stored.items() if not buckets.is_bucket(key)})
     layout.check_layers(folder, said, (name for name, _ in tensors))
     weights = [tensor for (_, state), tensor in tensors.items() if state == keys.WEIGHT]

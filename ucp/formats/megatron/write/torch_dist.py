@@ -15,7 +15,7 @@ from typing import Any
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.dcp.writer import RecordWriter, WrittenRecord
-from ucp.formats.megatron import COMMON, CONFIG
+from ucp.formats.megatron import COMMON, CONFIG, WRITTEN_FOR
 from ucp.formats.megatron.read.common import EXTRA
 from ucp.formats.megatron.write import common
 from ucp.formats.shared.torch_files import FileBuilder
@@ -78,7 +78,7 @@ def plan(
     ).encode()
     return [
         FileBuilder(COMMON, catalog).finish(said),
-        *writer.finish(),
+        *writer.finish(**{WRITTEN_FOR: {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "dp": layout.dp}}),
         TargetFile(CONFIG, len(text), ((0, text),), ()),
     ]
 
