@@ -1,15 +1,17 @@
 """The table of what has run with which releases: kept in ``tests/releases.json``, shown in ``tests/README.md``.
 
-``python -m tests.engines.record RESULTS.xml`` (pytest's junit file) adds the run that wrote it and shows the table
-anew; `./scripts/test --deepspeed … --record` does that. Runs with the same packages are one row: what ran last counts.
+``python -m tests.engines.record RESULTS.xml ...`` (pytest's junit files, of the parts of one run) adds the run that
+wrote them and shows the table anew; `./scripts/test --deepspeed … --record` does that. Runs with the same packages are
+one row: what ran last counts. What a release fails at by itself (`tests.engines.releases.FAULTS`) is listed below it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -45,10 +47,15 @@ def area_of(module: str) -> str:
     return ""
 
 
-def counted(results: Path) -> dict[str, dict[str, int]]:
+def _cases(results: Iterable[Path]) -> Iterator[ElementTree.Element]:
+    for path in results:
+        yield from ElementTree.parse(path).getroot().iter("testcase")
+
+
+def counted(*results: Path) -> dict[str, dict[str, int]]:
     """Area -> how many tests passed, failed and skipped."""
     out: dict[str, dict[str, int]] = {}
-    for case in ElementTree.parse(results).getroot().iter("testcase"):
+    for case in _cases(results):
         area = area_of(case.get("classname", ""))
         if not area:
             continue
@@ -59,11 +66,32 @@ def counted(results: Path) -> dict[str, dict[str, int]]:
     return out
 
 
-def add(rows: list[dict[str, Any]], packages: Mapping[str, str], areas: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows with this run in them."""
+def faults(*results: Path) -> dict[str, dict[str, int]]:
+    """Area -> what the release fails at by itself -> how many tests that kept from running."""
+    out: dict[str, dict[str, int]] = {}
+    for case in _cases(results):
+        skipped, area = case.find("skipped"), area_of(case.get("classname", ""))
+        message = "" if skipped is None else skipped.get("message", "")
+        if area and message.startswith("DeepSpeed "):
+            meaning = message.partition(": ")[2]
+            found = out.setdefault(area, {})
+            found[meaning] = found.get(meaning, 0) + 1
+    return out
+
+
+def add(
+    rows: list[dict[str, Any]],
+    packages: Mapping[str, str],
+    areas: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """The rows with this run in them. found: `faults` of the run."""
     own = next((row for row in rows if row["packages"] == dict(packages)), None)
     others = [row for row in rows if row is not own]
-    merged = {"packages": dict(packages), "areas": {**(own["areas"] if own else {}), **areas}}
+    merged: dict[str, Any] = {"packages": dict(packages), "areas": {**(own["areas"] if own else {}), **areas}}
+    kept = {area: known for area, known in (own or {}).get("faults", {}).items() if area not in areas}
+    if said := {**kept, **found}:
+        merged["faults"] = said
     return sorted([*others, merged], key=_order)
 
 
@@ -82,7 +110,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         name = ", ".join([packages["deepspeed"], *others])
         lines.append(f"| {name} | {packages['torch']} | {' | '.join(_cell(row['areas'].get(c)) for c in columns)} |")
     rest = ", ".join(f"{n} {v}" for n, v in usual.items() if v)
-    return "\n".join([*lines, "", f"With {rest}, unless a row says otherwise.", ""])
+    lines += ["", f"With {rest}, unless a row says otherwise.", ""]
+    for row in rows:
+        told: dict[str, int] = {}
+        for known in row.get("faults", {}).values():
+            for meaning, count in known.items():
+                told[meaning] = told.get(meaning, 0) + count
+        if told:
+            parts = "; ".join(f"{meaning} ({count} –)" for meaning, count in told.items())
+            lines.append(f"- {row['packages']['deepspeed']} with torch {row['packages']['torch']}: {parts}")
+    return "\n".join([*lines, ""] if lines[-1] else lines)
 
 
 def _most(values: Any) -> str:
@@ -111,12 +148,12 @@ def load() -> list[dict[str, Any]]:
     return rows
 
 
-def main(results: Path) -> None:
+def main(*results: Path) -> None:
     packages = {name: installed(name) for name in PACKAGES}
-    rows = add(load(), {n: v for n, v in packages.items() if v}, counted(results))
+    rows = add(load(), {n: v for n, v in packages.items() if v}, counted(*results), faults(*results))
     RECORD.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     README.write_text(shown(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -26,6 +26,8 @@ FAULTS = {
     r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
     r"^start out of range": "its hpZ takes no parameters with fewer elements than ranks",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
+    r"has no 'param_shapes', which say what ZeRO's": "saves experts without the names of what ZeRO's files hold",
+    r"FloatTensor\(float\(v\)\)\.detach": "its BF16_Optimizer does not step with experts on the CPU",
     r"has no AutoTP for training": "has no AutoTP for training",
     r"compatibility between 'autotp' and 'zero_stage = 3' has not been validated": "has no AutoTP at stage 3",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",

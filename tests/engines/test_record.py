@@ -49,3 +49,19 @@ def test_counts_are_pytests(tmp_path: Path) -> None:
 def test_nothing_is_excused_on_the_pinned_releases() -> None:
     if releases.is_pinned():
         assert releases.fault(["attempting to reduce an unsupported grad type: torch.float16"]) == ""
+
+
+def test_what_a_release_fails_at_is_named_below_the_table(tmp_path: Path) -> None:
+    parts = []
+    for number, fault in enumerate(["has no AutoTP", "has no AutoTP", "has no Muon"]):
+        parts.append(tmp_path / f"{number}.xml")
+        message = f'<skipped message="DeepSpeed 0.15.4: {fault}"/>'
+        parts[-1].write_text(f'<x><testcase classname="tests.deepspeed.test_tp">{message}</testcase></x>')
+    assert record.counted(*parts)["TP"] == {"passed": 0, "failed": 0, "skipped": 3}
+    found = record.faults(*parts)
+    assert found == {"TP": {"has no AutoTP": 2, "has no Muon": 1}}
+    packages = {"deepspeed": "0.15.4", "torch": "2.13.0"}
+    rows = record.add([], packages, record.counted(*parts), found)
+    assert "- 0.15.4 with torch 2.13.0: has no AutoTP (2 –); has no Muon (1 –)\n" in record.table(rows)
+    again = record.add(rows, packages, {"TP": {"passed": 3, "failed": 0, "skipped": 0}})
+    assert "faults" not in again[0]

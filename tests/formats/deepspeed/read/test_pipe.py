@@ -106,7 +106,7 @@ def test_releases_that_do_not_write_the_degrees(
     folder = copied(pipes, pipe, tmp_path)
     for file in folder.glob("mp_rank_*"):
         raw = torch.load(file, weights_only=False)
-        del raw["checkpoint_parallel_dimensions"]
+        raw.pop("checkpoint_parallel_dimensions", None)  # which this release itself may not write
         torch.save(raw, file)
     with ucp.open(folder, spec if pipe.tp > 1 else None) as checkpoint:
         assert (checkpoint.layout.tp, checkpoint.layout.pp) == (pipe.tp, pipe.pp)
