@@ -54,8 +54,9 @@ def is_pinned(package: str = "deepspeed") -> bool:
 
 def environment() -> dict[str, str]:
     """What ranks need besides. DeepSpeed before 0.16.2 loads its own files with torch.load's default, which since torch
-    2.6 refuses them; this is for stock loads, that ours are compared with."""
-    return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    2.6 refuses them; this is for stock loads, that ours are compared with. DeepSpeed 0.15 asks the command numactl on a
+    CPU unless it is told how many ranks there are."""
+    return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "LOCAL_SIZE": "1"}
 
 
 def mend() -> None:
