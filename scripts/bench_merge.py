@@ -23,6 +23,8 @@ options = MergeOptions(copy_tokenizer=False, lazy_unpickle=False, quiet=True)
 run_merge(MergeConfiguration.model_validate(config), out, options)
 """
 
+PLAIN = Path(__file__).with_name("merge_plain.py")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the Llama (default: 1024)")
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "ours, one written as it is": lambda: bench_tools.timed(
             [sys.executable, "-m", "ucp.cli.convert", sources[1], out, "--quiet", "--no-resume"]
         ),
+        "numpy alone, the same arithmetic": lambda: bench_tools.timed([sys.executable, PLAIN, *sources, out]),
         "cp: both folders read, one written": lambda: _copy(folders, out),
         "ours, folders": lambda: bench_tools.timed([*ours, *folders, out, *weights, "--to", "huggingface"]),
     }
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bench_tools.remove(out)
     names = list(works)
     rows = [
-        bench_tools.row(name, found, seconds[names[0 if k < 3 else 3]], **{"processor s": processor[name]})
+        bench_tools.row(name, found, seconds[names[0 if k < 4 else 4]], **{"processor s": processor[name]})
         for k, (name, found) in enumerate(seconds.items())
     ]
     size = bench_tools.nbytes(sources[0]) / 1e9, bench_tools.nbytes(folders[0]) / 1e9
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "notes": [
             "whole commands; cp: `cat` of one, `cp -r` and sync of the other; ratio: to that, least to least",
+            "numpy alone: both read, combined and written, with no digest at all",
             "as it is: one checkpoint read, verified, digested and written, by the same writer, without arithmetic",
         ],
         "seconds": seconds,

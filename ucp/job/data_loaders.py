@@ -10,8 +10,11 @@ ranks. So the meaning of a state is not guessed from its being equal. It is know
   that is k * n / m each, if this is a whole number of steps. Otherwise they continue at the next whole step, and a log
   line says what is left out.
 
-Everything else is refused on another number of ranks: iterable data sets, states of workers and of data sets, other
-samplers, other loaders.
+- Hugging Face's iterable data sets, by themselves or in a ``StatefulDataLoader``, where all ranks share one stream
+  (`ucp.job.iterable_sets`).
+
+Everything else is refused on another number of ranks: other iterable data sets, states of workers and of data sets,
+other samplers, other loaders.
 """
 
 from __future__ import annotations
@@ -19,18 +22,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ucp.errors import Mismatch
+from ucp.job import iterable_sets
 from ucp.job.data_order import GlobalOrder
+from ucp.job.iterable_sets import StreamOf
 from ucp.storage import plain
+
+P = TypeVar("P")
 
 STATE = "dataloader"
 PLACE = "dataloader_place"
-"""What a rank keeps of its data loader: the state, and where it stood when that was taken."""
+STREAM = "dataloader_stream"
+"""What a rank keeps of its data loader: the state, where it stood when that was taken, and which part of an iterable
+data set it reads."""
 
 WAYS_ON = (
     "draw the samples by ucp.job.data_order.GlobalOrder, which goes on with any number of ranks, or pass "
@@ -64,8 +73,12 @@ def kept_of(loader: Any) -> dict[str, Any]:
     """What a rank saves of its data loader; nothing if it has none."""
     if loader is None:
         return {}
-    place = _place(loader)
-    return {STATE: loader.state_dict(), **({} if place is None else {PLACE: asdict(place)})}
+    place, stream = _place(loader), iterable_sets.stream_of(loader)
+    return {
+        STATE: loader.state_dict(),
+        **({} if place is None else {PLACE: asdict(place)}),
+        **({} if stream is None else {STREAM: asdict(stream)}),
+    }
 
 
 def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: int) -> Restored:
@@ -74,8 +87,10 @@ def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: 
     Raises Mismatch, which begins with what the checkpoint has, if no state fits these ranks.
     """
     kept = [own for own in saved if STATE in own]
-    live, old = _place(loader), [_place_kept(own) for own in kept]
+    live, old = _place(loader), [_place_kept(own, PLACE, SamplesOf) for own in kept]
+    stream, streams = iterable_sets.stream_of(loader), [_place_kept(own, STREAM, StreamOf) for own in kept]
     changed = live is not None and any(place is not None and place.replicas != live.replicas for place in old)
+    changed = changed or (stream is not None and any(one is not None and one != stream for one in streams))
     if len(kept) == world and not changed:
         return Restored(kept[rank][STATE])
     if not kept:
@@ -88,6 +103,12 @@ def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: 
         return Restored(same[STATE]) if same is not None else _moved(kept, old, live, loader)
     if _is_stateful_loader(loader) and isinstance(loader.sampler, GlobalOrder):
         return _global_position(kept, loader)
+    if stream is not None:
+        states = [plain.encode(own[STATE]) for own in kept]
+        fault = iterable_sets.fault(streams, stream, states)
+        if fault is None:
+            return Restored(kept[0][STATE], "the data loader goes on where all ranks were in one iterable data set")
+        raise Mismatch(f"{_counted(kept, world)}, and {fault}; {WAYS_ON}")
     raise Mismatch(f"{_counted(kept, world)}, and {_unknown(loader)} of {world}; {WAYS_ON}")
 
 
@@ -131,12 +152,12 @@ def _place(loader: Any) -> SamplesOf | None:
     )
 
 
-def _place_kept(own: Mapping[str, Any]) -> SamplesOf | None:
-    found = own.get(PLACE)
+def _place_kept(own: Mapping[str, Any], key: str, kind: type[P]) -> P | None:
+    found = own.get(key)
     try:
-        return None if found is None else SamplesOf(**found)
+        return None if found is None else kind(**found)
     except TypeError as error:
-        raise Mismatch(f"its '{PLACE}' is not understood: {error}; {WAYS_ON}") from None
+        raise Mismatch(f"its '{key}' is not understood: {error}; {WAYS_ON}") from None
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,9 @@ class MergedTensor:
     def _numbers(self, given: Input, raw: Bytes, first: int, out: Numbers) -> Numbers:
         """The elements from ``first`` on, of which these are the bytes, in ``out``."""
         numbers = as_numbers(raw, given.tensor.dtype, out)
-        # A finite sum of squares shows that all are finite. If they are too large for it, each one is checked.
-        if self.finite and not math.isfinite(np.dot(numbers, numbers)) and not np.isfinite(numbers).all():
+        # A finite sum shows that all are finite; where it is too large, each one is looked at. No product of vectors:
+        # for one this long BLAS starts threads, which spin, and wait for each other where others work.
+        if self.finite and not math.isfinite(np.add.reduce(numbers)) and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise Mismatch(
                 f"'{self.name}' ({self.state}) of '{given.name}' is {numbers[at - first]:g} at element {at}; a merge "
