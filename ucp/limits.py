@@ -54,9 +54,10 @@ DIGEST_BATCH_BYTES = 16 * MIB
 RECORD_STEP_BYTES = 4 * MIB
 # A load reads what it lacks of a record, to compare the CRC-32, if that is at most this part of the record (padding).
 RECORD_MISSING_PART = 1 / 32
-# How many pickles are kept to copy what came of them, if other files have the same ones, and how long each may be.
-TWINS_COUNT = 64
-TWIN_BYTES = 1 * MIB
+# Pickles are kept to copy what came of them, if other files have the same ones: how long one may be together with what
+# came of it, and all of them.
+TWIN_BYTES = 2 * MIB
+TWINS_BYTES = 16 * MIB
 # The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB
 

@@ -189,11 +189,13 @@ def test_few_and_short_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = twins.Twin.of({"a": 1}, [], [])
     assert twin is not None
     known = twins.Twins()
-    monkeypatch.setattr(limits, "TWINS_COUNT", 2)
+    monkeypatch.setattr(limits, "TWINS_BYTES", 2 * (1 + len(twin.raw)))
     for k in range(3):
         known.put(bytes([k]), False, twin)
     assert [known.get(bytes([k]), False) is not None for k in range(3)] == [False, True, True]
-    monkeypatch.setattr(limits, "TWIN_BYTES", 3)
+    known.put(bytes([2]), False, twin)
+    assert known.get(bytes([1]), False) is twin
+    monkeypatch.setattr(limits, "TWIN_BYTES", len(twin.raw) + 3)
     known.put(b"long", False, twin)
     assert known.get(b"long", False) is None
 

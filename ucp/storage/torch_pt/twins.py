@@ -114,6 +114,7 @@ class Twins:
 
     def __init__(self) -> None:
         self._known: collections.OrderedDict[tuple[bytes, bool], Twin] = collections.OrderedDict()
+        self._held_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, data: bytes, dtensors: bool) -> Twin | None:
@@ -126,12 +127,17 @@ class Twins:
 
     def put(self, data: bytes, dtensors: bool, twin: Twin) -> None:
         """Keep it until so many others have come. Long ones are not kept."""
-        if len(data) > limits.TWIN_BYTES or len(twin.raw) > limits.TWIN_BYTES:
+        count = len(data) + len(twin.raw)
+        if count > limits.TWIN_BYTES:
             return
         with self._lock:
+            if (data, dtensors) in self._known:  # another thread was faster
+                return
             self._known[data, dtensors] = twin
-            while len(self._known) > limits.TWINS_COUNT:
-                self._known.popitem(last=False)
+            self._held_bytes += count
+            while self._held_bytes > limits.TWINS_BYTES:
+                (old, _), gone = self._known.popitem(last=False)
+                self._held_bytes -= len(old) + len(gone.raw)
 
 
 TWINS = Twins()
