@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = item.get_closest_marker("slow")
         seconds[item.path] += 0 if slow is None else slow.kwargs.get("seconds", 1)
     items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay together and in their order
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end; collections of garbage need not look at it each time, nor
+    need forks copy the pages that it lies in."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.formats import lightning_parts
+
 
 def trainer(folder: str) -> None:
     """Hugging Face's Trainer: ``checkpoint-2``, a model folder with the training state beside the weights.
@@ -115,15 +117,8 @@ def lightning(folder: str) -> None:
         def train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4)
 
-    run = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=ModelParallelStrategy(process_group_backend="gloo"),
-        max_steps=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-    )
+    strategy = ModelParallelStrategy(process_group_backend="gloo")
+    run = lightning_parts.trainer(devices=1, strategy=strategy, max_steps=2)
     run.fit(Module())
     run.save_checkpoint(folder)
     lightning_file(folder)
@@ -148,21 +143,13 @@ def lightning_file(folder: str) -> None:
             return loss
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+            return lightning_parts.optimizers(self.parameters())
 
         def train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.arange(32.0).reshape(4, 8) / 32, batch_size=4)
 
     def fit(epochs: int, module: pl.LightningModule, path: str | None = None) -> pl.Trainer:
-        run = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=epochs,
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-        )
+        run = lightning_parts.trainer(devices=1, max_epochs=epochs)
         run.fit(module, ckpt_path=path)
         return run
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.engines import truth
+from tests.formats import lightning_parts
 
 SAVED, FURTHER, ROW = 2, 3, 8
 PRELOAD = (
@@ -267,8 +268,7 @@ def lightning(folder: str, kind: str) -> Wrote:
             return loss
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+            return lightning_parts.optimizers(self.parameters())
 
         def train_dataloader(self) -> Any:
             rows: Any = torch.arange(ROW).expand(4, ROW).clone()
@@ -280,16 +280,7 @@ def lightning(folder: str, kind: str) -> Wrote:
             form: Any = kind
             policy = ModuleWrapPolicy({LlamaDecoderLayer})
             strategy = Sharded(auto_wrap_policy=policy, state_dict_type=form, process_group_backend="gloo")
-        run = pl.Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy=strategy,
-            max_epochs=epochs,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
+        run = lightning_parts.trainer(devices=2, strategy=strategy, max_epochs=epochs)
         run.fit(Module(), ckpt_path=path)
         return run
 
