@@ -36,6 +36,20 @@ def save_fsdp(job: dict[str, Any]) -> None:
     fsdp.save(job)
 
 
+def save_mixers(job: dict[str, Any]) -> None:
+    """Mamba's mixers are saved."""
+    from tests.engines.megatron import mixers
+
+    mixers.save(job)
+
+
+def load_mixers(job: dict[str, Any]) -> None:
+    """Mamba's mixers are loaded, and compared."""
+    from tests.engines.megatron import mixers
+
+    mixers.load(job)
+
+
 def truths(job: dict[str, Any]) -> None:
     """Every tensor of some folders by Megatron's own loader, each as a file of torch's. load: file -> folder."""
     for file, folder in job["load"].items():

@@ -133,7 +133,7 @@ class Run:
         apply_factories(found)
         starts = {p.data_ptr(): p for p in self.model.parameters()}
         ordered = sorted(starts)
-        for part in _parts(found):
+        for part in parts(found):
             at = part.data.data_ptr()
             owner = starts[max(start for start in ordered if start <= at)]
             yield part, owner
@@ -187,15 +187,15 @@ _SET = DistributedOptimizer._set_main_param_and_optimizer_states
 DistributedOptimizer._set_main_param_and_optimizer_states = _setting_without_step
 
 
-def _parts(value: Any) -> Iterator[ShardedTensor]:
+def parts(value: Any) -> Iterator[ShardedTensor]:
     if isinstance(value, ShardedTensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _parts(item)
+            yield from parts(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _parts(item)
+            yield from parts(item)
 
 
 def hashed(what: str, part: ShardedTensor) -> torch.Tensor:

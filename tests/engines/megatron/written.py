@@ -31,7 +31,8 @@ UNDER_FSDP: Mapping[str, tuple[Case, str]] = {
 def folder(kept: Path) -> Path:
     """A folder with those of `WRITTEN` in it: ``NAME``, ``NAME.pt`` with Megatron's own reading; ``NAME ours``
     as `ucp.megatron.save_checkpoint` saved the same run, ``NAME ranks`` in Megatron's older layout; where there is a
-    distributed optimizer ``NAME buckets``; and those of `UNDER_FSDP`. kept: the session's folder for what is made
+    distributed optimizer ``NAME buckets``; those of `UNDER_FSDP`; ``mixers tp2``,
+    Mamba's alone. kept: the session's folder for what is made
     once."""
     return Path(Kept(kept).get("megatron", write))
 
@@ -54,6 +55,7 @@ def write(path: str | Path) -> str:
         )
     for name, (case, sharding) in UNDER_FSDP.items():
         jobs.append({"do": "save_fsdp", "case": vars(case), "sharding": sharding, "save": str(path / name)})
+    jobs.append({"do": "save_mixers", "case": vars(Case(tp=2)), "save": str(path / "mixers tp2")})
     load = {str(path / f"{name}.pt"): str(path / name / "iter_0000002") for name in WRITTEN}
     jobs.append({"do": "truths", "case": vars(Case()), "load": load})
     launch(jobs, path)

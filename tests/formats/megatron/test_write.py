@@ -40,6 +40,9 @@ def loaded(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "save": str(folder / f"{name} again"),
             }
         )
+    ucp.convert(written / "mixers tp2", folder / "mixers", to="megatron", layout="tp=4")
+    mixers = str(folder / "mixers" / "iter_0000002")
+    jobs.append({"do": "load_mixers", "case": vars(Case()), "load": mixers})  # it compares every element
     load = {str(folder / f"{name}.pt"): str(folder / f"{name} again" / "iter_0000002") for name in LOADED}
     launch([*jobs, {"do": "truths", "case": vars(Case()), "load": load}], folder)
     return folder

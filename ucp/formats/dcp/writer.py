@@ -132,12 +132,23 @@ class RecordWriter:
         self.add_written(path, tensor.dtype, tensor.shape, placed)
         return placed
 
-    def records(self, tensor: LogicalTensor, dtype: str, at: Shape = (), rounded: bool = False) -> list[WrittenRecord]:
-        """Add the records of a tensor, or of one that is at ``at`` along the first axes of a larger tensor."""
+    def records(
+        self,
+        tensor: LogicalTensor,
+        dtype: str,
+        at: Shape = (),
+        rounded: bool = False,
+        rows: tuple[int, int] | None = None,
+    ) -> list[WrittenRecord]:
+        """Add the records of a tensor, or of one that is at ``at`` along the first axes of a larger tensor. rows: the
+        first, and how many of them, if it is not all of the tensor."""
         placed, ones = [], (1,) * len(at)
-        for offsets, sizes in _chunks(tensor.shape, itemsize(dtype)):
+        first, count = rows or (0, 0)
+        shape = (count, *tensor.shape[1:]) if rows else tensor.shape
+        for offsets, sizes in _chunks(shape, itemsize(dtype)):
             builder = FileBuilder("", self._catalog)
-            pieces = [PlaceholderPiece(tensor, box(offsets, sizes), rounded)] if numel(sizes) else []
+            wanted = (offsets[0] + first, *offsets[1:]) if rows else offsets
+            pieces = [PlaceholderPiece(tensor, box(wanted, sizes), rounded)] if numel(sizes) else []
             record = builder.finish(builder.tensor((*ones, *sizes), dtype, pieces))
             placed.append(self._append(record, ((*at, *offsets), (*ones, *sizes))))
         return placed

@@ -17,7 +17,8 @@ from ucp.errors import BadArgument, Unsupported
 from ucp.formats.dcp.writer import RecordWriter, WrittenRecord
 from ucp.formats.megatron import COMMON, CONFIG, WRITTEN_FOR
 from ucp.formats.megatron.read.common import EXTRA
-from ucp.formats.megatron.write import common
+from ucp.formats.megatron.write import common, mixers
+from ucp.formats.megatron.write.mixers import RowsPart
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
@@ -27,7 +28,7 @@ from ucp.transfer.targets import TargetFile
 _LAYER = re.compile(r"(.*?(?:^|\.)layers)\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+)\.local_experts\.(\d+)\.(.+)")
 # Modules that keep a state of their own beside their tensors: Transformer Engine's linear layers, and Megatron's like.
-_WITH_STATE = re.compile(r"(.+\.(?:linear_[a-z0-9_]+))\.weight")
+_WITH_STATE = re.compile(r"(.+\.(?:linear_[a-z0-9_]+|mixer\.(?:in|out)_proj))\.weight")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -55,7 +56,7 @@ def plan(
     for name, info in infos.items():
         if "param" not in info.states:
             raise Unsupported(f"'{name}' has optimizer states and no weight, which Megatron needs")
-    stacked = not per_layer and _alike(infos)
+    stacked = not per_layer and not any(map(mixers.is_mixer, infos)) and _alike(infos)
     entries = {name: entry(name, infos, stacked) for name in infos}
     writer = RecordWriter(catalog, paths=False)
     trained = {name for name, info in infos.items() if set(info.states) - {"param"} and info.kind == "parameter"}
@@ -125,12 +126,21 @@ def _alike(infos: Mapping[str, ParameterInfo]) -> bool:
 
 @dataclass(frozen=True)
 class _Placed:
-    """One parameter's tensor in a key. rounded: it is a copy of its master in a narrower type."""
+    """One parameter's tensor in a key, or some rows of it. rounded: it is a copy of its master in a narrower type."""
 
     tensor: LogicalTensor
     dtype: str
     entry: KeyPlace
     rounded: bool = False
+    part: RowsPart = mixers.WHOLE[0]
+
+    @property
+    def shape(self) -> Shape:
+        return self.tensor.shape if self.part.count is None else (self.part.count, *self.tensor.shape[1:])
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        return None if self.part.count is None else (self.part.first, self.part.count)
 
 
 def _by_key(
@@ -144,19 +154,24 @@ def _by_key(
     """All tensors of the folder by their keys."""
     out: dict[str, list[_Placed]] = {}
     kept = catalog.training_state.extra.get(EXTRA, {}).get("weights")
+
+    def add(key: str, placed: _Placed) -> None:
+        for part in mixers.parts(placed.tensor.name, infos):
+            out.setdefault(f"{key}{part.ending}", []).append(replace(placed, part=part))
+
     for name, place in entries.items():
         for state in infos[name].states:
             tensor = catalog.tensors[name, state]
             if state != "param":
-                out.setdefault(f"optimizer.state.{state}.{place.key}", []).append(_Placed(tensor, tensor.dtype, place))
+                add(f"optimizer.state.{state}.{place.key}", _Placed(tensor, tensor.dtype, place))
                 continue
             low = tensor.dtype
             if name in trained:
                 low = _weight_dtype(catalog, tensor, DTYPES.get(dtype or ""), kept)
                 if not plain or low != tensor.dtype:
                     master = f"optimizer.state.{'fp32_param' if plain else 'param'}.{place.key}"
-                    out.setdefault(master, []).append(_Placed(tensor, tensor.dtype, place))
-            out.setdefault(place.key, []).append(_Placed(tensor, low, place, rounded=low != tensor.dtype))
+                    add(master, _Placed(tensor, tensor.dtype, place))
+            add(place.key, _Placed(tensor, low, place, rounded=low != tensor.dtype))
     return out
 
 
@@ -177,12 +192,12 @@ def _weight_dtype(catalog: Catalog, master: LogicalTensor, asked: str | None, ke
 def _write(writer: RecordWriter, key: str, several: list[_Placed]) -> None:
     """Raises Unsupported for parameters of one key that have several types."""
     first = several[0]
-    if len({(p.dtype, p.tensor.shape, p.entry.counts) for p in several}) > 1:
+    if len({(p.dtype, p.shape, p.entry.counts) for p in several}) > 1:
         raise Unsupported(f"'{key}' would be stacked of tensors of several types or shapes; write it with --per-layer")
     records: list[WrittenRecord] = []
     for placed in sorted(several, key=lambda p: p.entry.at):
-        records += writer.records(placed.tensor, placed.dtype, placed.entry.at, placed.rounded)
-    writer.add_written((key,), first.dtype, (*first.entry.counts, *first.tensor.shape), records)
+        records += writer.records(placed.tensor, placed.dtype, placed.entry.at, placed.rounded, placed.rows)
+    writer.add_written((key,), first.dtype, (*first.entry.counts, *first.shape), records)
 
 
 def _objects(catalog: Catalog, entries: Mapping[str, KeyPlace]) -> dict[str, Any]:
