@@ -12,8 +12,9 @@ import ucp
 from tests.deepspeed.agree import IMPLEMENTATION
 from tests.engines.fsdp import STEPS, State
 from tests.engines.pool import RankPool
-from tests.formats import live_jobs, odd_programs
+from tests.formats import harm, live_jobs, odd_programs
 from tests.formats.foreign_jobs import Run
+from ucp.errors import UcpError
 
 pytestmark = pytest.mark.slow(seconds=40)
 
@@ -61,6 +62,37 @@ def test_it_is_read_whole(saved: Saved, kind: str) -> None:
         assert opened.training_state.lr_scheduler["last_epoch"] == STEPS
     assert Path(path).exists()
     assert run.state.params
+
+
+# The loss of these files nothing tells: not every run has a scheduler; in its full form Accelerate says no number of
+# ranks; torch_checkpointing's files of ranks are read without metadata, too; DeepSpeed's model file has its buffers.
+SPARE = {
+    "accelerate-dcp": {"scheduler.bin"},
+    "accelerate-ranks": {"scheduler.bin"},
+    "accelerate-full": {"scheduler.bin", "random_states_1.pkl"},
+    "torch-checkpointing": {"metadata.pkl"},
+    "deepspeed-universal": {"zero/running/fp32.pt", "zero/seen/fp32.pt"},
+}
+NOT_READ = {"deepspeed-universal": {"zero/running/fp32.pt", "zero/seen/fp32.pt"}}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_loss_goes_unsaid(saved: Saved, kind: str) -> None:
+    path = Path(saved[kind][0])
+    assert harm.unnoticed(path, harm.remove) == SPARE.get(kind, set())
+    assert harm.unnoticed(path, harm.truncate) == NOT_READ.get(kind, set())
+    assert issubclass(harm.of_half(path)[0], UcpError)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_key_too_many_is_kept_or_named(saved: Saved, kind: str) -> None:
+    path = Path(saved[kind][0])
+    plain = {file: says for file, says in harm.with_surplus(path, {}).items() if "/zero/" not in file}
+    assert all("tests.formats.harm.Own" in says for says in plain.values())
+    assert all("--skip-unknown-objects" in says for says in plain.values())
+    for file, says in harm.with_surplus(path, {"skip_unknown_objects": True}).items():
+        if file in plain:
+            assert says == "kept" or harm.SURPLUS in says, says
 
 
 @pytest.mark.parametrize("kind", FORMATS)

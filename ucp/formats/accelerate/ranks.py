@@ -19,6 +19,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Blocks, Shape, concat
 from ucp.parallel.placements import MeshCut, product, ranges_of
+from ucp.printable import short
 from ucp.storage.torch_pt.allowlist import DTENSOR
 from ucp.storage.torch_pt.values import Standin, TensorRef
 
@@ -45,8 +46,10 @@ def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> An
     if isinstance(first, Mapping):
         for graph, path in zip(graphs, paths, strict=True):
             if not isinstance(graph, Mapping) or graph.keys() != first.keys():
+                odd = sorted(map(short, graph.keys() ^ first.keys())) if isinstance(graph, Mapping) else [short(graph)]
                 raise DamagedCheckpoint(
-                    f"{path}: has other entries than '{paths[0].name}'; files of two runs are mixed"
+                    f"{path}: has other entries than '{paths[0].name}' ({', '.join(odd[:3])}); files of two runs are "
+                    "mixed"
                 )
         return {key: joined([graph[key] for graph in graphs], paths, builder) for key in first}
     if isinstance(first, list):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from ucp.formats.deepspeed.read.names import MODEL
 from ucp.formats.deepspeed.read.optimizer_files import options_of
 from ucp.formats.deepspeed_universal import COMMON, FOLDER, NAME
 from ucp.formats.shared.builder import Builder, Scalar
+from ucp.formats.shared.two_saves import far_apart, uneven_steps
 from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects, load_file
 from ucp.geometry import Shape, numel, row_major
 from ucp.parallel.mesh import Layout
+from ucp.printable import logger
 from ucp.storage import graphs, locations
 from ucp.storage.crc32 import in_order
 from ucp.storage.files import Files
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
+
+log = logger(__name__)
 
 WEIGHT, STEP = "fp32", "step"
 # What a parameter's file says of how its parts were put together; the tensor is whole in any case.
@@ -61,11 +65,14 @@ def read(path: Path, files: Files, unknown: UnknownObjects = REFUSED) -> Catalog
         aliases.setdefault(owner, []).append(alias)
     steps = _common_steps(common, len(model.groups), builder)
     for index, group in enumerate(model.groups):
+        held: dict[str, set[str]] = {}
         for name, shape in group.items():
             tensors, scalars = _parameter(folder, name, shape if model.whole else None, builder)
+            held[name] = {tensor.state for tensor in tensors} | scalars.keys()
             if STEP not in scalars and index in steps:
                 scalars[STEP] = steps[index]
             builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+        _check_states(folder, held)
     for name, (kind, ref) in model.rest.items():
         if name not in builder.parameters and name not in {a for owned in aliases.values() for a in owned}:
             builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
@@ -83,7 +90,23 @@ def read(path: Path, files: Files, unknown: UnknownObjects = REFUSED) -> Catalog
         crc_records=in_order(builder.records),
     )
     catalog.check()
-    return catalog
+    notes = tuple(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None)
+    for note in notes:
+        log.warning("%s: %s", folder, note)
+    return replace(catalog, unchecked=notes)
+
+
+def _check_states(folder: Path, held: Mapping[str, Collection[str]]) -> None:
+    """Raise DamagedCheckpoint where a parameter lacks a state that another of its param group has: an optimizer has the
+    same for all of a group."""
+    owner = {state: name for name, states in held.items() for state in states}
+    for name, states in held.items():
+        missing = sorted(owner.keys() - states)
+        if missing:
+            raise DamagedCheckpoint(
+                f"{folder / FOLDER / name}: has no '{missing[0]}.pt', which '{owner[missing[0]]}' of the same "
+                "param group has; a part is missing"
+            )
 
 
 def _load(path: Path, unknown: UnknownObjects | None = None) -> Mapping[str, Any]:
