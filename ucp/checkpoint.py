@@ -244,7 +244,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     sizes: Mapping[str, int] | None = None,
     trust_client_state: bool = False,
     trust_paths: bool = False,
-    param_names: Sequence[Sequence[str]] | None = None,
+    param_names: Sequence[Sequence[str]] | str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     allow_approximate: bool = False,
@@ -271,7 +271,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     trust_paths
         For virtual checkpoints: follow them to files outside the folder that they name as their source.
     param_names
-        For DeepSpeed stage 0, whose files do not name the optimizer's parameters: those of each param group, in order.
+        The names of each param group's parameters, in order, or a JSON file with them, where the optimizer only numbers
+        them: in a single file, in DCP, under DeepSpeed's stage 0.
     options
         Further options of a format from another package, by name.
     verify

@@ -22,7 +22,9 @@ import ucp
 from tests.engines.pool import RankPool
 from tests.formats import harm, live_jobs, strategies
 from tests.formats.live_jobs import LlamaRun
+from ucp.cli import main as commands
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle
+from ucp.inspection.listing import listing
 from ucp.inspection.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -280,6 +282,21 @@ def test_two_models_of_a_trainer_that_are_not_the_same(
     change(tmp_path / "checkpoint-2")
     with pytest.raises(DamagedCheckpoint, match=says):
         ucp.open(tmp_path / "checkpoint-2")
+
+
+def test_their_parent_lists_them(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = next(path for path, _ in map(written, KINDS)).parents[1]
+    found = {entry.tag: entry for entry in listing(folder).checkpoints}
+    for kind in KINDS:
+        path, _ = written(kind)
+        (entry,) = (found[tag] for tag in found if (folder / tag) == path or (folder / tag).parent == path)
+        assert (entry.format, entry.step, entry.whole) == (kind.format, kind.step, True)
+        assert entry.bytes > 10_000
+    trainers = [entry for entry in found.values() if entry.tag.startswith("trainer-fsdp2-full/")]
+    assert sorted(entry.step or 0 for entry in trainers) == [2, 4, 5]
+    assert commands.main(["ls", str(folder / "trainer-fsdp2-full")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines if line.rstrip().endswith("newest")] == ["checkpoint-5"]
 
 
 # The loss of these files nothing tells: the first say nothing of a run; not every run has a scheduler; weights are

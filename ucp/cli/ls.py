@@ -27,6 +27,7 @@ def command(args: argparse.Namespace) -> int:
     found = listing(args.folder)
     if out.result(found.as_json):
         return run.DONE
+    several = len(found.checkpoints) > 1
     rows = [
         (
             entry.tag,
@@ -36,7 +37,7 @@ def command(args: argparse.Namespace) -> int:
             display.age_text(entry.written),
             bytes_text(entry.bytes),
             {True: "whole", False: "damaged", None: "not understood"}[entry.whole],
-            "latest" if entry.latest else "",
+            "latest" if entry.latest else "newest" if several and entry.path == found.taken else "",
         )
         for entry in found.checkpoints
     ]

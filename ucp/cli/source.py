@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp import formats
 from ucp.cli import run
-from ucp.formats.base import FLAG, TEXT, Option
+from ucp.formats.base import FLAG, NAMES, TEXT, Option
 
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def _reading() -> dict[str, Option]:
     return {
         name: option
         for name, option in options.items()
-        if option.kind in (FLAG, TEXT) and name not in ("trust_paths", "trust_client_state", "allow_approximate")
+        if option.kind in (FLAG, TEXT, NAMES) and name not in ("trust_paths", "trust_client_state", "allow_approximate")
     }
 
 

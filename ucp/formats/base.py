@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 
-FLAG, TEXT, SIZE, PATH, CONFIG, OBJECT = "flag", "text", "size", "path", "config", "object"
-"""The kinds of options: True or False; a text; bytes; a path; a JSON file's path or its content; any Python object."""
+FLAG, TEXT, SIZE, PATH, CONFIG, NAMES, OBJECT = "flag", "text", "size", "path", "config", "names", "object"
+"""The kinds of options: True or False; a text; bytes; a path; a JSON file's path or its content; lists of names, or the
+path of a JSON file with them; any Python object."""
 
 _WANTED = {
     FLAG: "True or False",
@@ -80,6 +81,10 @@ class Option(NamedTuple):  # no dataclass: importing that module takes longer th
             fits = isinstance(value, int) and not isinstance(value, bool)
         elif self.kind == PATH:
             fits = isinstance(value, (str, os.PathLike))
+        elif self.kind == NAMES:
+            from ucp.storage import configs
+
+            return configs.names_of_groups(value, self.name, BadArgument)
         elif self.kind == CONFIG:
             fits = isinstance(value, (str, os.PathLike, Mapping))
         else:

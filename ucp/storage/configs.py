@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,29 @@ def read(path: str | os.PathLike[str], error: type[UcpError] = DamagedCheckpoint
 def given(config: str | os.PathLike[str] | Mapping[str, Any] | None, error: type[UcpError]) -> Mapping[str, Any] | None:
     """The config itself, or what its file holds; None for None. Raises as `read` does."""
     return config if config is None or isinstance(config, Mapping) else read(config, error)
+
+
+def names_of_groups(value: Any, what: str, error: type[UcpError]) -> list[Sequence[str]]:
+    """Lists of names, one for each param group: as they are given, or from the JSON file at this path.
+
+    Raises ``error`` for a file that can't be read, and for anything else than lists of texts.
+    """
+    found, name = value, what
+    if isinstance(value, (str, os.PathLike)):
+        name = f"{what}: {value}"
+        try:
+            raw = locations.read(value)
+            limits.check_json(str(value), raw)
+            found = json.loads(raw)
+        except OSError as reason:
+            raise error(f"{name}: cannot be read: {reason.strerror or reason}") from reason
+        except (ValueError, RecursionError) as reason:
+            raise error(f"{name}: is not valid JSON: {reason}") from reason
+    if not isinstance(found, (list, tuple)) or not all(
+        isinstance(group, (list, tuple)) and all(isinstance(one, str) for one in group) for group in found
+    ):
+        raise error(f'{name}: holds no list of lists of names, one for each param group, such as [["w"], ["b"]]')
+    return list(found)
 
 
 def of_model(*folders: Path, error: type[UcpError] = DamagedCheckpoint) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,54 @@ def test_keys_say_what_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with ucp.open(tmp_path / "out") as opened:
         assert torch.equal(opened.read("0.weight"), other["0.weight"])
         assert "exp_avg" in opened.parameters["0.weight"].states
+
+
+def test_names_of_numbered_groups_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers of one shape in two param groups, of which no order tells which is in which."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = [["1.weight", "0.bias"], ["0.weight", "1.bias"]]
+    own = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [own[name] for name in group]} for group in groups])
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    path, names, out = tmp_path / "run.pt", tmp_path / "groups.json", tmp_path / "out"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    with ucp.open(path) as opened:
+        assert "exp_avg" not in opened.parameters["0.weight"].states
+    names.write_text(json.dumps(groups))
+    assert commands.main(["inspect", str(path), "--param-names", str(names)]) == 0
+    assert convert_command.main([str(path), str(out), "--param-names", str(names)]) == 0
+    merged = ["merge", str(path), str(path), str(tmp_path / "merged"), "--optimizer", "from=1"]
+    assert commands.main([*merged, "--param-names", str(names)]) == 0
+    for place in (out, tmp_path / "merged"):
+        with ucp.open(place) as opened:
+            for name, parameter in own.items():
+                assert torch.equal(opened.read(name, "exp_avg"), optimizer.state[parameter]["exp_avg"])
+    for text, says in (("{}", "holds no list of lists of names"), ("[[1]]", "such as"), ("[", "is not valid JSON")):
+        names.write_text(text)
+        assert commands.main(["inspect", str(path), "--param-names", str(names)]) == 2
+        assert says in capsys.readouterr().err
+    names.unlink()
+    assert commands.main(["inspect", str(path), "--param-names", str(names)]) == 2
+    assert "groups.json: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_merges_and_repairs_take_the_options_of_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = trained()
+    one, other = model.state_dict(), {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    path = tmp_path / "run.pt"
+    torch.save({"model": one, "net": other, "args": Unknown({"lr": 0.1})}, path)
+    command = ["merge", str(path), str(path), str(tmp_path / "out")]
+    assert commands.main(command) == 2
+    assert "--skip-unknown-objects" in capsys.readouterr().err
+    assert commands.main([*command, "--skip-unknown-objects"]) == 2
+    assert "--model-key model" in capsys.readouterr().err
+    assert commands.main([*command, "--skip-unknown-objects", "--model-key", "net"]) == 0
+    with ucp.open(tmp_path / "out") as opened:
+        assert torch.equal(opened.read("0.weight"), other["0.weight"])
+    keys = ["--skip-unknown-objects", "--model-key", "net"]
+    assert commands.main(["repair", str(path), str(tmp_path / "fixed"), *keys]) == 2
+    assert "lost no file" in capsys.readouterr().err
 
 
 class Unknown(dict[str, Any]):

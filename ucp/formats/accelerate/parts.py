@@ -280,7 +280,7 @@ def add_optimizer(parts: Parts, graph: Any, where: str, root: str = OPTIMIZER, k
         parts.notes.append(
             f"the optimizer of '{where}' is kept as client state and resumes by no name, since it numbers its "
             f"parameters and nothing tells which they are ({reason}); load it into the run's own model and optimizer, "
-            "or give param_names"
+            "or give param_names (--param-names FILE)"
         )
         return
     parts.entries.add_tree((root,), found)

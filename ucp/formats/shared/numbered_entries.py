@@ -39,7 +39,7 @@ def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> list[str]:
         except Unnamed as reason:
             notes.append(
                 f"the optimizer '{root.rstrip('.')}' numbers its parameters, and nothing tells which they are, since "
-                f"{reason}; give param_names, each group's parameters in the order that it had"
+                f"{reason}; give param_names (--param-names FILE), each group's parameters in the order that it had"
             )
             continue
         if names is not None and len(names) == sum(map(len, ordered)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ucp.formats.base import FLAG, OBJECT, Option
+from ucp.formats.base import FLAG, NAMES, Option
 
 TRUST_PATHS = Option("trust_paths", FLAG, "follow a virtual SOURCE to files outside the folder it names", default=False)
 """Read files that a virtual checkpoint points at wherever they lie."""
@@ -19,6 +19,9 @@ SKIP_UNKNOWN_OBJECTS = Option(
 """Neither refuse nor run classes outside the allow-list."""
 
 PARAM_NAMES = Option(
-    "param_names", OBJECT, "each param group's parameters in order, where the optimizer only numbers them"
+    "param_names",
+    NAMES,
+    "JSON: a list of names for each param group, in its order, where the optimizer only numbers them",
+    "FILE",
 )
 """What a checkpoint leaves open that knows an optimizer's parameters by numbers."""
