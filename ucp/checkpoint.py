@@ -271,8 +271,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     trust_paths
         For virtual checkpoints: follow them to files outside the folder that they name as their source.
     param_names
-        The names of each param group's parameters, in order, or a JSON file with them, where the optimizer only numbers
-        them: in a single file, in DCP, under DeepSpeed's stage 0.
+        Each param group's names, in order, or a JSON file with them, where the optimizer has numbers alone.
     options
         Further options of a format from another package, by name.
     verify

@@ -16,7 +16,8 @@ import torch.distributed.checkpoint.state_dict as api
 from ucp import limits
 from ucp.catalog import Catalog, TrainingState
 from ucp.errors import Mismatch
-from ucp.formats.shared.roles import MODEL, PARAM, VALUES
+from ucp.formats.shared.roles import MODEL, PARAM
+from ucp.formats.shared.training_state import values_beside
 from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
@@ -218,7 +219,7 @@ def load_training(
     if live.optimizer is not optimizer:
         state_dict, made = state_dict_of(model, (), blank=True)
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
-    beside = beside_the_model(catalog)
+    beside = values_beside(catalog.training_state)
     unread = (*allow_unused, *map(glob.escape, beside), *(() if listed(live.optimizer) else ("*:*",)))
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
     how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
@@ -249,16 +250,8 @@ def _filled(
 def _report(where: str, catalog: Catalog, report: LoadReport, optimizer: Optimizers) -> TrainingReport:
     state = catalog.training_state
     clip = _clipping(where, state, optimizer)
-    extra = state.client_state or beside_the_model(catalog)
+    extra = state.client_state or values_beside(state)
     return TrainingReport(state.global_steps, state.global_samples, extra, report, clip)
-
-
-def beside_the_model(catalog: Catalog) -> dict[str, Any]:
-    """A state dict's values that are of no optimizer, such as torchtitan's ``train_state``, by their flat names."""
-    values: Mapping[str, Any] = catalog.training_state.extra.get(VALUES, {})
-    roots = {key.partition("param_groups.")[0] for key in values if "param_groups." in key}
-    ours = tuple(f"{root}{part}." for root in roots for part in ("param_groups", "state"))
-    return {key: value for key, value in values.items() if not key.startswith(ours)}
 
 
 def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float | None:

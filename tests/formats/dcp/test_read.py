@@ -361,3 +361,21 @@ def test_signs_of_two_saves_are_told(tmp_path: Path, caplog: pytest.LogCaptureFi
         (steps,) = opened.catalog.unchecked
     assert re.search(r"parameters of one param group have taken \d+ and \d+ steps \('.*'\); if none was frozen", steps)
     assert steps in caplog.text
+
+
+def test_values_beside_the_model_become_client_state(folder: Path, tmp_path: Path) -> None:
+    """Under DeepSpeed there is no other place for them; they were lost."""
+    ucp.convert(folder / "nested", tmp_path / "native", "deepspeed", "dp=2,zero=1", ds_config={})
+    with ucp.open(tmp_path / "native") as checkpoint:
+        assert checkpoint.training_state.client_state == {"epoch": 3, "data.files": ["a", "b"]}
+
+
+def test_what_lies_beside_the_model_is_no_weight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = states.trained()
+    dcp.save({"model": model.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=tmp_path / "numbers")
+    with ucp.open(tmp_path / "numbers") as checkpoint:
+        assert "'optim' numbers its parameters, so its states keep their numbers" in checkpoint.catalog.unchecked[0]
+    ucp.convert(tmp_path / "numbers", tmp_path / "weights", "huggingface")
+    assert "tensors that lie beside the model, such as 'optim.state.0.exp_avg', are left out" in caplog.text
+    with ucp.open(tmp_path / "weights") as checkpoint:
+        assert checkpoint.parameters.keys() == model.state_dict().keys()

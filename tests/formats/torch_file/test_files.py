@@ -191,6 +191,18 @@ def test_names_of_numbered_groups_from_a_file(tmp_path: Path, capsys: pytest.Cap
     assert "groups.json: cannot be read: No such file" in capsys.readouterr().err
 
 
+def test_client_state_under_deepspeeds_own_keys_is_refused_there(tmp_path: Path) -> None:
+    """It took the place of what the engine loads."""
+    model, optimizer = trained()
+    path = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "buffer_names": "mine"}, path)
+    with pytest.raises(Unsupported, match="has the key 'buffer_names', under which DeepSpeed's model file"):
+        ucp.convert(path, tmp_path / "native", "deepspeed", "dp=2,zero=1", ds_config={})
+    ucp.convert(path, tmp_path / "out")
+    with ucp.open(tmp_path / "out") as opened:
+        assert opened.training_state.client_state["buffer_names"] == "mine"
+
+
 def test_merges_and_repairs_take_the_options_of_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = trained()
     one, other = model.state_dict(), {name: tensor + 1 for name, tensor in model.state_dict().items()}

@@ -48,7 +48,7 @@ def read(
     folder = locations.locate(path)
     into = Entries(Builder(files))
     add_entries(folder, into, unknown)
-    notes = name_numbers(into, param_names) if param_names is not None else []
+    notes = name_numbers(into, param_names)
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
     told = (*notes, *(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None))

@@ -20,6 +20,7 @@ from ucp.formats.huggingface.from_config import FRAMEWORK, with_prefix
 from ucp.formats.huggingface.like import ADAPTER_CONFIG, carried, config_of
 from ucp.formats.shared import shards
 from ucp.formats.shared.renaming import best_names, rename
+from ucp.formats.shared.roles import OUTSIDE
 from ucp.printable import logger
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import shape_of
@@ -96,6 +97,15 @@ def _bound(choice: Choice, config: Mapping[str, Any] | None) -> Bound | None:
 
 def _weights(catalog: Catalog) -> Catalog:
     """The weights alone, their names without what wrappers put into them."""
+    outside = set(catalog.training_state.extra.get(OUTSIDE, ()))
+    if outside & catalog.parameters.keys() and not catalog.parameters.keys() <= outside:
+        log.warning(
+            "%d tensors that lie beside the model, such as '%s', are left out: they are no weights of it",
+            len(outside & catalog.parameters.keys()),
+            min(outside & catalog.parameters.keys()),
+        )
+        within = {name: info for name, info in catalog.parameters.items() if name not in outside}
+        catalog = replace(catalog, parameters=within)
     kept = [info for info in catalog.parameters.values() if info.kind != "padding"]
     if len(kept) < len(catalog.parameters):
         log.warning(

@@ -18,11 +18,12 @@ from ucp.geometry import numel
 _MEMBERS = re.compile(rf"((?:.+\.)?){GROUPS}\.(\d+)\.{MEMBERS}")
 
 
-def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> list[str]:
+def name_numbers(found: Entries, given: Sequence[Sequence[str]] | None) -> list[str]:
     """Name the numbers of every optimizer whose groups are as many and as large as the given ones, if all states have
     the shapes of the parameters that they would get. Other optimizers are left alone.
 
-    The entries are in the order in which they were saved. Returns what to tell of optimizers whose order is open.
+    The entries are in the order in which they were saved. Returns what to tell of optimizers whose order is open, and
+    of all if nothing is given.
     """
     groups: dict[str, dict[int, list[int]]] = {}
     for key, entry in found.entries.items():
@@ -31,6 +32,13 @@ def name_numbers(found: Entries, given: Sequence[Sequence[str]]) -> list[str]:
             groups.setdefault(match[1], {})[int(match[2])] = entry.value
     notes = []
     for root, numbered in groups.items():
+        if given is None:
+            notes.append(
+                f"the optimizer '{root.rstrip('.')}' numbers its parameters, so its states keep their numbers, and "
+                "load only into one that is numbered alike; give param_names (--param-names FILE), each group's "
+                "parameters in the order that it had"
+            )
+            continue
         ordered = [numbered[index] for index in sorted(numbered)]
         known = {name for names in given for name in names}
         module = [name for key in found.tensors if (name := key.removeprefix(f"{MODEL}.")) in known]

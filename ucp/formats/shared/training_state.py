@@ -9,6 +9,7 @@ from typing import Any
 
 from ucp.catalog import Catalog, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint
+from ucp.formats.shared.roles import VALUES
 from ucp.storage import locations, plain
 from ucp.storage.crc32 import in_order
 from ucp.storage.torch_pt.values import TensorRef
@@ -82,3 +83,11 @@ def with_sources_of_state(catalog: Catalog) -> Catalog:
     met = Tensors()
     encode(catalog.training_state, met)
     return with_sources(catalog, met)
+
+
+def values_beside(state: TrainingState) -> dict[str, Any]:
+    """A state dict's values that are of no optimizer, such as torchtitan's ``train_state``, by their flat names."""
+    values: Mapping[str, Any] = state.extra.get(VALUES, {})
+    roots = {key.partition("param_groups.")[0] for key in values if "param_groups." in key}
+    ours = tuple(f"{root}{part}." for root in roots for part in ("param_groups", "state"))
+    return {key: value for key, value in values.items() if not key.startswith(ours)}

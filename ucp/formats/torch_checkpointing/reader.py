@@ -61,8 +61,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         if any(own != held[0] for own in held[1:]):
             different[item] = held
     flat.refuse(folder, into.tensors)
-    given = request.options.get("param_names")
-    notes = name_numbers(into, given) if given is not None else []
+    notes = name_numbers(into, request.options.get("param_names"))
     world = len(next(iter(items.values())))
     cut = any(len(tensor.blocks) > 1 for tensor in into.tensors.values())
     catalog = into.catalog(NAME, "torch_checkpointing", Layout(dp=world, zero=3) if cut else Layout(dp=world))

@@ -12,14 +12,17 @@ from types import MappingProxyType
 from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
+from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write.config import VERSION, EngineConfig
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import PARAM, Flat
 from ucp.formats.shared.samples import autotp_size
 from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
+from ucp.formats.shared.training_state import values_beside
 from ucp.geometry import numel
 from ucp.parallel import zero
 from ucp.parallel.mesh import Layout
+from ucp.printable import short
 from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.storage.torch_pt.values import Size
 from ucp.transfer.targets import TargetFile
@@ -111,9 +114,13 @@ def model_state(
     frozen_param_fragments: Any,
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """A model file's content, in the order in which the engine writes it (``_common_checkpoint_state``)."""
+    """A model file's content, in the order in which the engine writes it (``_common_checkpoint_state``). Values that
+    a state dict had beside the model are client state.
+
+    Raises Unsupported for client state under a key of the engine's own.
+    """
     state = catalog.training_state
-    return {
+    own = {
         "module": module,
         "buffer_names": [info.name for info in catalog.parameters.values() if info.kind == "buffer"],
         "optimizer": optimizer,
@@ -133,8 +140,15 @@ def model_state(
         "ds_config": dict(config.raw),
         "ds_version": VERSION,
         **extra,
-        **state.client_state,
     }
+    taken = next((key for key in state.client_state if key in own), None)
+    if taken is not None:
+        raise Unsupported(
+            f"the client state has the key {short(taken)}, under which DeepSpeed's model file has something of its "
+            "own; rename it in the source"
+        )
+    beside = {key: value for key, value in values_beside(state).items() if key not in own}
+    return {**own, **beside, **state.client_state}
 
 
 def whole_module(
