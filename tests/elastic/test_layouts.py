@@ -54,3 +54,44 @@ def test_what_is_not_elastic_stays() -> None:
     assert adapted(deepspeed, 5) is deepspeed
     with pytest.raises(BadArgument, match='needs "train_batch_size"'):
         fitted({"ucp": {"elastic": {}}}, 2)
+
+
+# What DeepSpeed 0.18.9's compute_elastic_config gives for (largest, sizes, version, larger first, ranks).
+THEIRS = [
+    ((13, [1, 2, 3], 0.1, True, 4), (12, 3, 1)),
+    ((13, [1, 2, 3], 0.1, True, 3), (12, 2, 2)),
+    ((2000, [2, 4, 6], 0.1, True, 8), (1680, 6, 35)),
+    ((2000, [2, 4, 6], 0.1, False, 8), (1680, 6, 35)),
+    ((100, [5, 7], 0.2, True, 9), (90, 5, 2)),
+    ((100, [5, 7], 0.2, False, 9), (63, 7, 1)),
+]
+
+
+def section(largest: int, sizes: list[int], version: float, larger: bool, **more: Any) -> dict[str, Any]:
+    said = {"max_train_batch_size": largest, "micro_batch_sizes": sizes, "version": version, **more}
+    return {"elasticity": {"enabled": True, "prefer_larger_batch": larger, **said}, "ucp": {"enabled": True}}
+
+
+@pytest.mark.parametrize(("given", "wanted"), THEIRS)
+def test_deepspeeds_section_is_obeyed(given: tuple[int, list[int], float, bool, int], wanted: tuple[int, ...]) -> None:
+    *said, world = given
+    asked = section(*said)  # type: ignore[arg-type]
+    found = fitted(asked, world)
+    assert found is not None
+    assert (found.batch, found.micro, found.accumulation) == wanted
+    made = adapted(asked, world)
+    assert "elasticity" not in made
+    assert made["train_batch_size"] == wanted[0]
+
+
+def test_what_deepspeeds_section_does_not_allow_is_refused() -> None:
+    with pytest.raises(BadArgument, match=r"^5 ranks are none of those .* batch of 12: 1, 2, 3, 4, 6, 12$"):
+        fitted(section(13, [1, 2, 3], 0.1, True), 5)
+    with pytest.raises(BadArgument, match=r'the config has "train_batch_size" as well; .* "ignore_non_elastic'):
+        fitted({**section(13, [1], 0.1, True), "train_batch_size": 4}, 2)
+    with pytest.raises(BadArgument, match=r"whole numbers above 0, found \[0\]"):
+        fitted(section(13, [0], 0.1, True), 2)
+    with pytest.raises(BadArgument, match="micro-batch 14 is larger than a batch of 13"):
+        fitted(section(13, [14], 0.1, True), 2)
+    with pytest.raises(BadArgument, match=r"without model parallelism is understood, found 0\.3"):
+        fitted(section(13, [1], 0.3, True), 2)

@@ -116,10 +116,12 @@ def whole_run(
     seconds: float | None,
     bf16: bool,
     until: int | None = None,
+    section: Mapping[str, Any] | None = None,
 ) -> None:
     """A run of a program that is the same on any number of ranks: to its end, or until it is killed.
 
     until: the step that it ends at without a kill. It then has no memory, and goes on from what it saves there.
+    section: DeepSpeed's ``elasticity``, which then decides on the batches.
     """
     import ucp.deepspeed
 
@@ -140,6 +142,9 @@ def whole_run(
             "elastic": {"layouts": layouts, "micro": [1, 2, 3], "rng": "per_sample", "seed": 11},
         },
     }
+    if section is not None:
+        del config["train_batch_size"]
+        config["elasticity"] = section
     model = Dropping()
     engine, *_ = ucp.deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
     engine.load_checkpoint(folder)

@@ -58,7 +58,15 @@ def _lost(folder: str) -> list[int]:
     return out
 
 
-def run(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random, bf16: bool) -> dict[str, Any]:
+def run(
+    pool: RankPool,
+    folder: str,
+    keepers: str,
+    count: int,
+    luck: random.Random,
+    bf16: bool,
+    section: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """A whole run, killed at random steps and started again on 3, 2, 4, 1, 3 ... ranks, beside one that is not."""
     steps = 8 + 4 * count
     plain = f"{folder}-plain"
@@ -67,9 +75,10 @@ def run(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Rand
     worlds = [4, 3, 2, 4, 1]
     for k in range(count):
         world = worlds[k % 5]
-        arguments = (folder, keepers, FOUR[:world], steps, luck.uniform(0.1, 1.2), bf16)
+        arguments = (folder, keepers, FOUR[:world], steps, luck.uniform(0.1, 1.2), bf16, None, section)
         pool.attempt(stories.whole_run, *arguments, world_size=world, grace=0.5)
-    pool.run(stories.whole_run, folder, keepers, FOUR[:3], steps, None, bf16, world_size=3, timeout=300)
+    last = (folder, keepers, FOUR[:3], steps, None, bf16, None, section)
+    pool.run(stories.whole_run, *last, world_size=3, timeout=300)
     ours, theirs = stories.history(folder), stories.history(plain)
     numbers = sorted(int(n) for held in ours.values() for n in held["bits"])
     control = _unkilled(pool, folder, keepers, steps, bf16)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ucp.elastic import section
 from ucp.errors import BadArgument
 from ucp.parallel.mesh import parse_layout
 
@@ -51,20 +52,24 @@ def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
     """What the config's ``"ucp": {"elastic": {...}}`` says for this many ranks. None if it has no such section.
 
     Its ``layouts`` are texts such as "dp=2,zero=3", and the one with this many ranks is taken. Without them any number
-    of ranks is allowed, and the ZeRO stage stays. Its ``micro`` has the sizes that a micro-batch may have. The config's
+    of ranks is allowed, and the ZeRO stage stays. DeepSpeed's own ``elasticity``, if enabled, decides on the batches
+    (`ucp.elastic.section`). Its ``micro`` has the sizes that a micro-batch may have. The config's
     own size is tried first.
 
     Raises BadArgument, with the numbers of ranks that are possible, if the global batch cannot be kept.
     """
     said = (config.get("ucp") or {}).get("elastic")
-    if said is None:
-        return None
-    if (config.get("elasticity") or {}).get("enabled"):
-        return None  # DeepSpeed itself chooses batches then, and refuses what does not fit
+    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
+    theirs = section.section_of(config) if (config.get("ucp") or {}).get("enabled") else None
+    if theirs is not None:
+        _, micro, accumulation = section.batches_of(config, theirs, world)
+        stages = _stages((said or {}).get("layouts"), stage) or {}
+        return Fitted(world, stages.get(world, stage), micro, accumulation)
+    if said is None or (config.get(section.KEY) or {}).get("enabled"):
+        return None  # DeepSpeed refuses the other section by itself
     batch = config.get("train_batch_size")
     if not isinstance(batch, int):
         raise BadArgument('"ucp": {"elastic"} keeps the global batch, so the config needs "train_batch_size"')
-    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
     found = _stages(said.get("layouts"), stage)
     sizes = _micro(config, said)
     stage = stage if found is None else found.get(world, -1)
@@ -93,6 +98,7 @@ def adapted(config: Mapping[str, Any], world: int) -> Mapping[str, Any]:
     if what is None:
         return config
     out = copy.deepcopy(dict(config))
+    out.pop(section.KEY, None)  # obeyed, and unknown to DeepSpeed from 0.19 on
     out["train_batch_size"] = what.places
     out["train_micro_batch_size_per_gpu"] = what.micro
     out["gradient_accumulation_steps"] = what.accumulation
