@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pickle
+import pkgutil
 import selectors
 import signal
 import socket
@@ -181,6 +183,8 @@ def run_job(job: dict[str, Any]) -> dict[int, tuple[Any, ...]]:
                 importlib.import_module(name)
         except Exception:  # noqa: BLE001 - a module of the tests may raise anything
             traceback.print_exc()
+    # A rank's collections of garbage would look at everything that is imported, and so copy the pages that it lies in.
+    gc.freeze()
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     children: dict[int, int] = {}
     report_fds: dict[int, int] = {}
@@ -246,11 +250,23 @@ def warm_up() -> None:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     importlib.import_module("tests.engines.releases").mend()
+    import_ours()
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     # DeepSpeed probes its native operators (compiler runs included) when it first joins a process group: once, here.
     # The one it would then build and use serves inference only; building it takes minutes of the first test's time.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_ours() -> None:
+    """All of the package that ranks may use: much of it is imported late, and that would be in each rank anew."""
+    import ucp
+
+    for module in pkgutil.walk_packages(ucp.__path__, "ucp."):
+        alters_deepspeed = module.name == "ucp.deepspeed.auto"
+        if not (alters_deepspeed or module.name.startswith(("ucp.cli", "ucp.megatron")) or "__main__" in module.name):
+            with contextlib.suppress(ImportError):  # of what is not installed; whoever uses it is told
+                importlib.import_module(module.name)
 
 
 def main(request_fd: int, response_fd: int) -> None:

@@ -7,6 +7,7 @@ every rank is a fork of that process, which takes seconds less than starting the
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ def main(path: str) -> int:
     cpu.stand_in()
     from tests.engines.megatron import run  # noqa: F401 (the import that takes long)
 
+    gc.freeze()  # as for the ranks of `tests.engines.zygote`
     with open(path) as file:
         jobs = json.load(file)
     done = [_ran(job) for job in jobs]
