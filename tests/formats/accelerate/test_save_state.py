@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,10 +100,14 @@ def test_half_of_the_parts_is_refused(
         ),
         (
             lambda path: shutil.copy(path / "optimizer_0_rank0.bin", path / "optimizer_0_rank1.bin"),
-            "hole|not covered|incomplete",
+            "was written as 'optimizer_0_rank0.bin', as its archive says",
         ),
         (
-            lambda path: shutil.copy(path / "pytorch_model_fsdp_0_rank0.bin", path / "optimizer_0_rank1.bin"),
+            lambda path: rewrite(path / "optimizer_0_rank0.bin", path / "optimizer_0_rank1.bin"),
+            "hole|not covered|incomplete|of the same elements",
+        ),
+        (
+            lambda path: rewrite(path / "pytorch_model_fsdp_0_rank0.bin", path / "optimizer_0_rank1.bin"),
             "other entries than 'optimizer_0_rank0.bin'",
         ),
     ],
@@ -126,6 +131,20 @@ def test_a_mesh_of_two_dimensions(ranks: RankPool, tmp_path: Path) -> None:
     run = ranks.run(foreign_jobs.accelerate_saves, str(tmp_path), Mesh(dp=2, tp=2), ("ranks",), world_size=4)[0]
     resumed = ranks.run(foreign_jobs.resume, str(tmp_path / "ranks"), Mesh(dp=3), world_size=3)[0]
     assert differences(run.state, resumed.state) == []
+    # What both ranks of tensor parallelism hold is another step's on one of them.
+    file = tmp_path / "ranks/pytorch_model_fsdp_0_rank1.bin"
+    rewrite(file, file, lambda raw: bytes([raw[0] ^ 1]) + raw[1:])
+    with pytest.raises(DamagedCheckpoint, match=r"rank1.bin: '\S+' is not what 'pytorch_model_fsdp_0_rank0.bin' has"):
+        ucp.open(tmp_path / "ranks")
+
+
+def rewrite(source: Path, to: Path, change: Callable[[bytes], bytes] = bytes) -> None:
+    """The archive under another name, as torch would write it there, with right CRC-32s and changed tensors."""
+    with zipfile.ZipFile(source) as file:
+        records = [(name.partition("/")[2], file.read(name)) for name in file.namelist()]
+    with zipfile.ZipFile(to, "w") as file:
+        for name, raw in records:
+            file.writestr(f"{to.stem}/{name}", change(raw) if name.startswith("data/") and raw else raw)
 
 
 def test_one_process(foreign: Path) -> None:

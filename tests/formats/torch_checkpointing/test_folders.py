@@ -82,6 +82,12 @@ def layout(path: str, kind: str) -> dict[str, Any]:
     return {"model": {"nested_path_to_metadata": {}, "rank_to_layout_info": {0: own, 1: None}}}
 
 
+def swap(one: Path, other: Path) -> None:
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("harm", "error", "message"),
     [
@@ -89,6 +95,8 @@ def layout(path: str, kind: str) -> dict[str, Any]:
         (lambda f: (f / "step_0.pt").unlink(), DamagedCheckpoint, "'step_0.pt' is missing"),
         (lambda f: shutil.copy(f / "step_0.pt", f / "step_2.pt"), DamagedCheckpoint, "of another save"),
         (lambda f: torch.save({"v": torch.ones(3)}, f / "model_1.pt"), DamagedCheckpoint, "other entries"),
+        (lambda f: swap(f / "step_0.pt", f / "step_1.pt"), DamagedCheckpoint, "'step_1.pt', as its archive says"),
+        (lambda f: shutil.copy(f / "model_0.pt", f / "model_1.pt"), DamagedCheckpoint, "as its archive says"),
         (lambda f: (f / "metadata.pkl").unlink(), Unsupported, "not, say, of two epochs"),
         (change(world_size="two"), DamagedCheckpoint, "not torch_checkpointing's metadata"),
         (change(world_size=1 << 40), DamagedCheckpoint, "not torch_checkpointing's metadata"),
@@ -109,6 +117,17 @@ def test_what_does_not_fit_together_is_refused(
     harm(folder)
     with pytest.raises(error, match=message):
         ucp.open(folder)
+
+
+def test_ranks_that_have_different_values_of_a_whole_tensor(tmp_path: Path) -> None:
+    folder = made(tmp_path / "step-5")
+    with ucp.open(folder) as opened:
+        assert opened.catalog.unchecked == ()
+    torch.save({"w": torch.tensor([1.0, 1.0, 2.0])}, folder / "model_1.pt")
+    with ucp.open(folder) as opened:
+        assert opened.catalog.unchecked == (
+            "ranks have different values of 1 whole tensors ('model.w'); rank 0's are read",
+        )
 
 
 def test_a_folder_of_them_is_listed(tmp_path: Path) -> None:

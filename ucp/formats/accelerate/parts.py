@@ -13,7 +13,7 @@ from typing import Any
 
 from ucp.catalog import ByteSource, Catalog, LogicalTensor, ParameterInfo
 from ucp.errors import DamagedCheckpoint, Mismatch, Unsupported
-from ucp.formats.accelerate.ranks import joined
+from ucp.formats.accelerate.ranks import differ_sentence, joined
 from ucp.formats.dcp.reader import add_entries, layout_of
 from ucp.formats.huggingface.folder import KINDS
 from ucp.formats.huggingface.module_order import module_order
@@ -103,14 +103,32 @@ class Parts:
         return replace(info, aliases=self.aliases.get(info.name, ()), kind="buffer" if is_buffer else info.kind)
 
 
-def load(path: Path, request: ReadRequest, *, dtensors: bool = False) -> Any:
+def load(path: Path, request: ReadRequest, *, dtensors: bool = False, alone: bool = False) -> Any:
     """What a torch.save file holds. If the request says so, objects of unknown classes are left out.
 
-    Raises DamagedCheckpoint, and UnsafePickle for such an object.
+    alone: the file is all there is, so that it may have any name.
+
+    Raises DamagedCheckpoint, also for a file that was written as another number's, and UnsafePickle for an object of an
+    unknown class.
     """
-    found = load_file(path, UnknownObjects.of(request.options), dtensors=dtensors).graph
-    graphs.check(str(path), found)
-    return found
+    found = load_file(path, UnknownObjects.of(request.options), dtensors=dtensors)
+    if not alone and found.stem is not None:
+        _check_number(path, found.stem)
+    graphs.check(str(path), found.graph)
+    return found.graph
+
+
+def _check_number(path: Path, stem: str) -> None:
+    """torch keeps in the archive under which name it was written. If that differs from the file's own in nothing but a
+    number, the files of two ranks, or of two optimizers, were swapped."""
+    if stem != path.stem and _NUMBER.sub("#", stem) == _NUMBER.sub("#", path.stem):
+        raise DamagedCheckpoint(
+            f"{path}: was written as '{stem}{path.suffix}', as its archive says; the files of two ranks were swapped "
+            "or renamed: give each the name that it was written under"
+        )
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 def read(folder: Path, files: Files, request: ReadRequest, names: Sequence[str]) -> Parts:
@@ -163,7 +181,12 @@ def _of_ranks(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
 
 def _joined(parts: Parts, paths: Sequence[Path]) -> Any:
     """The state dict that all ranks' files make together."""
-    return joined([load(path, parts.request, dtensors=True) for path in paths], paths, parts.entries.builder)
+    unequal: list[str] = []
+    found = [load(path, parts.request, dtensors=True) for path in paths]
+    whole = joined(found, paths, parts.entries.builder, unequal)
+    if unequal:
+        parts.notes.append(differ_sentence(unequal))
+    return whole
 
 
 def _add_model(parts: Parts, names: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 Accelerate writes these for FSDP2 if planning by torch.distributed.checkpoint takes too long, and can only read them
 back on the same ranks. Its placements and the rank's place in the mesh say which part of the tensor a rank has, as for
-a live DTensor. If several ranks hold the same elements, they are not compared, and the first of them is read.
+a live DTensor. If several ranks hold the same elements, the first of them are read. They are compared by the CRC-32s
+of their records, which costs nothing, and by their bytes where these differ or the records hold more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.shared.builder import Builder
@@ -32,17 +34,23 @@ class _FromRanks:
     dtype: str
     blocks: list[Blocks] = field(default_factory=list)
     bases: list[Any] = field(default_factory=list)
-    seen: set[tuple[int, ...]] = field(default_factory=set)
+    seen: dict[tuple[int, ...], TensorRef] = field(default_factory=dict)
 
 
-def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> Any:
+def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, different: list[str], name: str = "") -> Any:
     """The state dict that the ranks hold together: the first rank's, with whole DTensors (each a LogicalTensor).
+
+    different: gets the names of whole tensors, as buffers, of which ranks have different values.
 
     Raises DamagedCheckpoint if the ranks' files don't belong together, Unsupported for unknown placements.
     """
     first = graphs[0]
     if isinstance(first, Standin) and (first.class_module, first.class_name) == DTENSOR:
-        return _tensor(graphs, paths, builder)
+        return _tensor(graphs, paths, builder, name)
+    if isinstance(first, TensorRef):
+        if not all(isinstance(graph, TensorRef) and _equal(first, graph, builder) for graph in graphs[1:]):
+            different.append(name)
+        return first
     if isinstance(first, Mapping):
         for graph, path in zip(graphs, paths, strict=True):
             if not isinstance(graph, Mapping) or graph.keys() != first.keys():
@@ -51,15 +59,58 @@ def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> An
                     f"{path}: has other entries than '{paths[0].name}' ({', '.join(odd[:3])}); files of two runs are "
                     "mixed"
                 )
-        return {key: joined([graph[key] for graph in graphs], paths, builder) for key in first}
+        return {
+            key: joined([graph[key] for graph in graphs], paths, builder, different, f"{name}.{key}".lstrip("."))
+            for key in first
+        }
     if isinstance(first, list):
         if any(not isinstance(graph, list) or len(graph) != len(first) for graph in graphs):
             raise DamagedCheckpoint(f"{paths[0].parent}: lists in the ranks' files are of different lengths")
-        return [joined([graph[index] for graph in graphs], paths, builder) for index in range(len(first))]
+        return [
+            joined([graph[index] for graph in graphs], paths, builder, different, f"{name}.{index}")
+            for index in range(len(first))
+        ]
     return first
 
 
-def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> LogicalTensor:
+def differ_sentence(names: Sequence[str]) -> str:
+    """What to tell of whole tensors of which ranks have different values."""
+    some = ", ".join(map(repr, names[:4])) + (", …" if names[4:] else "")
+    return f"ranks have different values of {len(names)} whole tensors ({some}); rank 0's are read"
+
+
+def _equal(one: TensorRef, other: TensorRef, builder: Builder) -> bool:
+    """Whether two tensors have the same values, as far as can be told: those with gaps are not compared by bytes."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    told = [_of_record(ref, builder) for ref in (one, other)]
+    if told[0] is not None and told[0] == told[1] and one.strides == other.strides:
+        return True
+    if not (one.is_contiguous and other.is_contiguous):
+        return True
+    for at in range(0, one.nbytes, limits.RECORD_STEP_BYTES):
+        raw = [bytearray(min(limits.RECORD_STEP_BYTES, one.nbytes - at)) for _ in range(2)]
+        for ref, buffer in zip((one, other), raw, strict=True):
+            builder.files.read_into(ref.file, ref.offset + at, buffer)
+        if raw[0] != raw[1]:
+            return False
+    return True
+
+
+def _of_record(ref: TensorRef, builder: Builder) -> tuple[int, int, int] | None:
+    """Where in its record a tensor lies, with the record's length and its CRC-32, as the file has it."""
+    record = ref.record
+    if record is None:
+        return None
+    crc = record.crc
+    if crc is None:
+        raw = bytearray(4)
+        builder.files.read_into(ref.file, record.at, raw)
+        crc = int.from_bytes(raw, "little")
+    return ref.offset - record.start, record.stop - record.start, crc
+
+
+def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, name: str) -> LogicalTensor:
     whole: _FromRanks | None = None
     for graph, path in zip(graphs, paths, strict=True):
         local, spec = graph.state["_local_tensor"], graph.state["_spec"]
@@ -67,8 +118,8 @@ def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> L
         if whole is None:
             whole = _FromRanks(shape, dtype)
         if not isinstance(local, TensorRef) or (shape, dtype, local.dtype) != (whole.shape, whole.dtype, whole.dtype):
-            raise DamagedCheckpoint(f"{path}: a tensor has another shape or type than in '{paths[0].name}'")
-        _add(whole, local, spec, path, builder, len(graphs))
+            raise DamagedCheckpoint(f"{path}: '{name}' has another shape or type than in '{paths[0].name}'")
+        _add(whole, local, spec, path, builder, len(graphs), name)
     if whole is None:
         raise DamagedCheckpoint("no rank's file has the tensor")
     return LogicalTensor(
@@ -76,7 +127,9 @@ def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder) -> L
     )
 
 
-def _add(whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder: Builder, ranks: int) -> None:
+def _add(
+    whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder: Builder, ranks: int, name: str
+) -> None:
     mesh, place = _mesh(spec.mesh), tuple(int(n) for n in spec.mesh.state["_coordinate_on_dim"])
     cuts = [_cut(path, placement, len(whole.shape), ranks) for placement in spec.placements]
     if (
@@ -86,9 +139,14 @@ def _add(whole: _FromRanks, local: TensorRef, spec: Standin, path: Path, builder
     ):
         raise DamagedCheckpoint(f"{path}: a rank at {list(place)} is not in a mesh of {list(mesh)}")
     mine = tuple(n for n, cut in zip(place, cuts, strict=True) if cut is not None)
-    if mine in whole.seen:
-        return  # another rank holds the same
-    whole.seen.add(mine)
+    if mine in whole.seen:  # another rank holds the same
+        if not _equal(whole.seen[mine], local, builder):
+            raise DamagedCheckpoint(
+                f"{path}: '{name}' is not what '{Path(whole.seen[mine].file).name}' has of the same elements; files of "
+                "two saves are mixed"
+            )
+        return
+    whole.seen[mine] = local
     ranges = ranges_of(whole.shape, cuts, mesh, place)
     sizes = tuple(sum(count for _, count in along) for along in ranges)
     if sizes != local.shape and (0 not in sizes or local.numel):

@@ -11,7 +11,7 @@ from typing import Any
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.accelerate.parts import load
-from ucp.formats.accelerate.ranks import joined
+from ucp.formats.accelerate.ranks import differ_sentence, joined
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
@@ -46,10 +46,11 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     into = Entries(Builder(files))
     kept: dict[str, Any] = {}
     different: dict[str, list[Any]] = {}
+    unequal: list[str] = []
     for item, paths in items.items():
         held = [load(own, request, dtensors=True) for own in paths]
         if not all(map(_plain, held)):
-            whole = joined(held, paths, into.builder)
+            whole = joined(held, paths, into.builder, unequal, item)
             if len(held) > 1 and not told and not _cut(whole):
                 raise Unsupported(
                     f"{folder}: '{paths[0].name}' and '{paths[1].name}' hold whole tensors, and no '{METADATA}' says "
@@ -69,6 +70,8 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     notes += [text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None]
     if different:
         notes.append(f"ranks have different values of {', '.join(map(repr, different))}; rank 0's are the item's")
+    if unequal:
+        notes.append(differ_sentence(unequal))
     for note in notes:
         log.warning("%s: %s", folder, note)
     state = catalog.training_state

@@ -48,7 +48,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     reading it does.
     """
     path = locations.locate(path)
-    graph = load(path, request)
+    graph = load(path, request, alone=True)
     roles = _roles(path, graph, request.options)
     parts = Parts(path.parent, request, Entries(Builder(files)))
     flat.refuse(path, [*roles.module, *(str(name) for _, found in roles.optimizers for name in found["state"])])
