@@ -7,6 +7,7 @@ other packages come through the entry-point group ``ucp.formats``. They are look
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from itertools import islice
@@ -147,12 +148,17 @@ def read(known: Format, path: Path, files: Files, request: ReadRequest) -> Catal
     """The catalog of a checkpoint of this format. Raises what `Format.read` raises. Whatever else the reader raises on
     what is in the folder becomes a DamagedCheckpoint."""
     from ucp.formats.shared.malformed import malformed
+    from ucp.formats.shared.two_saves import other_step
 
     with malformed(path, f"as a checkpoint of the format '{known.name}' it"):
         catalog = known.read(path, files, request)
         for other, folder in completing(path, known):
             catalog = other.complete(catalog, folder, request)
+    note = other_step(path, catalog)
+    if note is None:
         return catalog
+    log.warning("%s: %s", path, note)
+    return replace(catalog, unchecked=(*catalog.unchecked, note))
 
 
 def completing(path: Path, known: Format) -> list[tuple[Format, FolderNames | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,3 +37,18 @@ def uneven_steps(catalog: Catalog) -> str | None:
                 "none was frozen or went unused for a while, files of two saves are mixed"
             )
     return None
+
+
+_STEP_IN_NAME = re.compile(r"(?:global_step|checkpoint-)(\d{1,18})(?:_universal)?", re.IGNORECASE)
+"""Names that programs make of the step: DeepSpeed's and our own tags, the Trainer's folders."""
+
+
+def other_step(path: Path, catalog: Catalog) -> str | None:
+    """A sentence on a folder that is named after another step than the one that its files are of; else None."""
+    named, steps = _STEP_IN_NAME.fullmatch(path.name), catalog.training_state.global_steps
+    if named is None or steps is None or int(named[1]) == steps:
+        return None
+    return (
+        f"its files are of step {steps}, and it is named after step {int(named[1])}; if it was not renamed on purpose, "
+        "it is another checkpoint in that one's place"
+    )
