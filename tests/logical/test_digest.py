@@ -17,6 +17,7 @@ from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical import digest as logical
 from ucp.logical import runs as running
 from ucp.logical.digest import Digest, digest_bytes, digest_sampling, row_keys, table, total
+from ucp.logical.record import EVERY
 from ucp.logical.runs import Runs, Sample, mixed, runs_of
 
 WIDTHS = [1, 2, 4, 8, 16]
@@ -309,6 +310,31 @@ def test_a_sample_is_the_digest_of_the_blocks_that_it_picks() -> None:
     assert Sample(1, 32).picks(len(raw)).tolist() != Sample(2, 32).picks(len(raw)).tolist()
     assert Sample(1, 32).picks(running.SAMPLE_BLOCK).tolist() == [0]
     assert Sample(1, 32).picks(0).tolist() == []
+
+
+def test_a_sample_finds_faults_as_often_as_it_says() -> None:
+    """A fault in any block but the first, over many checkpoints' seeds; and a fault in every block of a run of them."""
+    found = np.array([Sample(seed, EVERY).takes(np.arange(640)) for seed in range(2000)])
+    assert found[:, 0].all()
+    assert abs(found[:, 1:].mean() * EVERY - 1) < 0.02
+    assert abs(found[:, 100].mean() * EVERY - 1) < 0.5
+    assert found[:, 1 : 1 + 2 * EVERY].any(axis=1).all()
+    values = torch.zeros(640 * running.SAMPLE_BLOCK // 4, dtype=torch.int32)
+    sample = Sample(11, EVERY)
+    live = LiveElements(values, tuple(values.shape), whole(tuple(values.shape)))
+    picks = sample.picks(values.nbytes)
+    assert sample.seen(values.nbytes) == len(picks) * running.SAMPLE_BLOCK
+    assert [sample.seen(n) for n in (0, 1, 70_000)] == [
+        0,
+        1,
+        70_000 if sample.picks(70_000).tolist() == [0, 1] else 65_536,
+    ]
+    (before,) = digests([live], sample=sample)
+    for block in (int(picks[3]), int(picks[3]) + 1):
+        values[block * running.SAMPLE_BLOCK // 4 + 77] = 1
+        (after,) = digests([live], sample=sample)
+        assert (after != before) == (block in picks.tolist())
+        values.zero_()
 
 
 # --- live tensors ----------------------------------------------------------------------------------------------------

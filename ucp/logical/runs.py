@@ -201,6 +201,11 @@ class Sample:
         found = found[found < count]
         return np.unique(np.concatenate([np.zeros(min(count, 1), np.int64), found]))
 
+    def seen(self, nbytes: int) -> int:
+        """How many bytes of a row of so many are looked at."""
+        starts = _starts(self, -(-nbytes // SAMPLE_BLOCK))
+        return len(starts) * SAMPLE_BLOCK - max(0, starts[-1] + SAMPLE_BLOCK - nbytes) if starts else 0
+
     def takes(self, blocks: Ints) -> np.typing.NDArray[np.bool_]:
         """Which of these blocks are looked at, by their numbers."""
         first = int(blocks.min()) // self.every if len(blocks) else 0
