@@ -31,7 +31,7 @@ def _engine(stage: int, device: str = "cpu") -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "zero_optimization": {"stage": stage},
-        "ucp": {"enabled": True, "save": {"background": False}, "load": {"memory": MEMORY}},
+        "ucp": {"enabled": True, "save": {"async": False}, "load": {"memory": MEMORY}},
     }
     return ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
