@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,10 @@ import ucp
 from tests.formats import raw
 from tests.formats.foreign_programs import made_by
 from tests.inspection.conftest import OLDER
+from ucp import formats
 from ucp.cli import convert as convert_command
 from ucp.inspection.verify import verify
+from ucp.storage import locations
 
 
 def unread(path: Path, caplog: pytest.LogCaptureFixture) -> str:
@@ -62,6 +65,29 @@ def test_a_trainers_state_beside_a_tag(tmp_path: Path, caplog: pytest.LogCapture
     names = "'rng_state_0.pth', 'scheduler.pt', 'trainer_state.json', beside it"
     assert record.getMessage().endswith(names)
     assert [f.text.endswith(names) for f in verify(ours.parent).findings if f.kind == "unread"] == [True]
+
+
+def test_a_folder_around_that_cannot_be_listed_keeps_nothing_from_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bucket of which a user may read one prefix alone."""
+    path = OLDER / "0.19.8-z1-bf16/global_step3"
+    names, is_file = locations.names, locations.is_file
+
+    def refused(folder: Path) -> bool:
+        return Path(folder) == path.parent
+
+    def names_here(folder: Path) -> Any:
+        if refused(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return names(folder)
+
+    def is_file_here(file: Path) -> bool:
+        if refused(Path(file).parent):
+            raise PermissionError(13, "Permission denied", str(file))
+        return is_file(file)
+
+    monkeypatch.setattr(locations, "names", names_here)
+    monkeypatch.setattr(locations, "is_file", is_file_here)
+    assert [folder for _, folder in formats.completing(path, formats.built_in()[1])] == [None] * 3
 
 
 @pytest.mark.parametrize("form", ["consolidated", "fragmented", "virtual"])

@@ -168,7 +168,7 @@ def completing(path: Path, known: Format) -> list[tuple[Format, FolderNames | No
     if not others:
         return []
     folder = look(path.parent)
-    return [(other, folder if other.keeps_beside(folder) else None) for other in others]
+    return [(other, folder if folder.listed and other.keeps_beside(folder) else None) for other in others]
 
 
 def named(name: str) -> Format | None:
