@@ -10,7 +10,7 @@ import pytest
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.megatron import keys
-from ucp.formats.megatron.read import flattened, layout
+from ucp.formats.megatron.read import buckets, flattened, layout
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.geometry import Blocks, numel, whole
 
@@ -134,3 +134,12 @@ def test_stages_are_those_of_the_ranks_that_wrote(ranks: tuple[int, ...], pp: in
     found = layout.of(Path("x"), {}, {}, stored, paths).layout
     assert (found.pp, found.tp) == (pp, 1)
     assert found.dp == dp
+
+
+def test_virtual_stages_are_rows_of_layers() -> None:
+    """Of a rank that has the layers 2, 3, 6 and 7, and the end of the model."""
+    names = [f"decoder.layers.{k}.mlp.linear_fc2.weight" for k in (2, 3, 6, 7)] + ["output_layer.weight"]
+    assert list(buckets.virtual_stages(names, 2).values()) == [0, 0, 1, 1, 1]
+    assert list(buckets.virtual_stages(["embedding.word_embeddings.weight", *names], 1).values()) == [0] * 6
+    with pytest.raises(Exception, match="3 buffers of one type, and 2 rows of layers"):
+        buckets.virtual_stages(names, 3)

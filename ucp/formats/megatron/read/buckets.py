@@ -14,6 +14,7 @@ none fits, or if two fit that differ, the checkpoint is refused.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -187,8 +188,13 @@ def _by_order(
     for (chain, group), several in buffers.items():
         names = [n for n in order if not experts_apart or (chain > 0) == (".experts." in n)]
         own = _own_of_group(names, weights, where, group, expert=chain > 0)
+        alike = Counter(buckets[0].dtype for buckets in several.values())
+        before: Counter[str] = Counter()
         for buckets in several.values():
-            mine = [(n, o) for n, o in own if weights[n].dtype == buckets[0].dtype]
+            kind = buckets[0].dtype
+            chunks = virtual_stages([name for name, _ in own], alike[kind])
+            mine = [(n, o) for n, o in own if weights[n].dtype == kind and chunks[n] == before[kind]]
+            before[kind] += 1
             for name, outer, tensors in _walk(mine, weights, buckets):
                 first = held.setdefault((name, outer.offsets.tobytes()), True)
                 held[name, outer.offsets.tobytes()] = False
@@ -198,6 +204,18 @@ def _by_order(
                     else:
                         copies.append(tensor)
     return {key: _together(several) for key, several in parts.items()}, copies
+
+
+def virtual_stages(names: Sequence[str], count: int) -> Mapping[str, int]:
+    """Which of a rank's virtual stages each parameter is in; each has a buffer of its own. A stage's layers follow one
+    another, and between two of a rank's lie those of the other ranks. Raises _NoFit where they can't be told apart."""
+    layers = sorted({layer for name in names if (layer := keys.layer(name)) is not None})
+    apart = np.cumsum([0, *(np.diff(layers) > 1)]).tolist() if count > 1 else [0] * len(layers)
+    if layers and max(apart) + 1 != count:
+        raise _NoFit(f"a rank has {count} buffers of one type, and {max(apart) + 1} rows of layers that follow another")
+    stage = dict(zip(layers, apart, strict=False))
+    ends = {name: count - 1 if name.startswith(_LAST) else 0 for name in names}
+    return {name: ends[name] if (layer := keys.layer(name)) is None else stage[layer] for name in names}
 
 
 def _own_of_group(
