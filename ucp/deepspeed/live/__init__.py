@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ucp.catalog import TrainingState
+from ucp.catalog import Catalog, TrainingState
 from ucp.deepspeed.live import partly
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, home_of, host_copy, new_home
 from ucp.deepspeed.live.experts import LiveExperts
@@ -48,7 +48,7 @@ class LiveEngine:
         self.engine = engine
         self._load_lr_scheduler = load_lr_scheduler
         self._optimizer = _adapter(engine)
-        keys = iter(range(1 << 62))
+        keys = self._numbers = iter(range(1 << 62))
         self._held: dict[int, HeldTensor] = {}
         slots = [] if self._optimizer is None else self._optimizer.make_slots(keys)
         trained = {m.name for s in slots for m in s.members}
@@ -67,6 +67,16 @@ class LiveEngine:
         is cut.
         """
         self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice)
+
+    def make_room(self, catalog: Catalog, states: bool) -> None:
+        """Take the checkpoint's states of other shapes than their parameters', which an optimizer that has not stepped
+        has not made yet. states: whether any states are to be loaded; if not, not even those that there are."""
+        if not isinstance(self._optimizer, Stage0) or self._placed is not None:
+            return
+        if states:
+            self._slots = (*self._slots, *self._optimizer.slots_to_come(catalog, self._numbers))
+        else:
+            self._slots = tuple(slot for slot in self._slots if not self._optimizer.is_apart(slot.key))
 
     def _own_groups(self) -> Sequence[Group]:
         groups = () if self._optimizer is None else self._optimizer.groups()
@@ -167,6 +177,8 @@ class LiveEngine:
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Raise before anything is changed if the rest of the training state does not fit this engine."""
+        if isinstance(self._optimizer, Stage3):
+            self._optimizer.check_room()
         check_state(self.engine, training_state, sources, len(self.groups), self._load_lr_scheduler)
 
     @torch.no_grad()

@@ -95,6 +95,11 @@ class Stage3:
         """Partition every parameter that is gathered now, so that there are only pieces and no other copies."""
         self._zero.checkpoint_event_prologue()
 
+    def check_room(self) -> None:
+        """Raise DestinationError if states that are to be loaded have no room on the disk they are offloaded to."""
+        groups = self.groups()
+        swapped.check_room(self._zero, lambda s: groups[self._zero.sub_group_to_group_id[s]].expects or ())
+
     def put(self, loaded: Loaded) -> None:
         for s, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
             if swapped.is_swapped(self._zero, s):

@@ -8,14 +8,18 @@ rounded into the model's weights and put back, as in a step. So at most one subg
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from ucp.deepspeed.live.base import scalar_like
-from ucp.errors import Unsupported
+from ucp.errors import DestinationError, Unsupported
 from ucp.loading.target import Loaded
+
+_ROUNDED_UP_BYTES = 1 << 20
+"""At most so much longer is a swap file than what is in it: a block of the asynchronous writes."""
 
 
 def is_swapped(zero: Any, s: int) -> bool:
@@ -45,6 +49,26 @@ def _mapped(swapper: Any, name: str, count: int, dtype: torch.dtype) -> torch.Te
         return torch.from_file(path, shared=False, size=count, dtype=dtype)
     except RuntimeError as error:
         raise Unsupported(f"{path}: DeepSpeed's swap file cannot be mapped: {error}") from error
+
+
+def check_room(zero: Any, kept: Callable[[int], Collection[str]]) -> None:
+    """Raise DestinationError if the swap folder has no room for the states of subgroups that have none yet. What is
+    there already is written over. kept: the states that the optimizer keeps for a subgroup.
+
+    A node's ranks are taken to share one disk, and to need alike.
+    """
+    needed, folder = 0, ""
+    for s in range(len(zero.fp32_partitioned_groups_flat)):
+        if is_swapped(zero, s):
+            flat, folder = zero.fp32_partitioned_groups_flat[s], str(zero.optimizer_swapper.swap_folder)
+            new = [k for k in kept(s) if not os.path.exists(os.path.join(folder, f"{k}-{flat.ds_id}.tensor.swp"))]
+            needed += len(new) * (length(zero, s) * flat.element_size() + _ROUNDED_UP_BYTES)
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed and (free := shutil.disk_usage(folder).free) < needed:
+        raise DestinationError(
+            f"{folder}: the optimizer's states that are loaded into swap files need about {needed} bytes there, and "
+            f"{free} are free; make room, or give offload_optimizer.nvme_path another disk; nothing was changed"
+        )
 
 
 def put(zero: Any, s: int, key: int, loaded: Loaded) -> None:
