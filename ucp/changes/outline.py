@@ -9,7 +9,7 @@ from functools import cached_property
 from ucp.catalog import bare
 from ucp.geometry import Shape
 from ucp.job import ranks
-from ucp.loading.target import Slot, Target
+from ucp.loading.target import Slot, Target, kept_for
 
 PARAM = "param"
 
@@ -33,9 +33,11 @@ class LiveParameter:
 
 @dataclass(frozen=True)
 class Outline:
-    """The live model's parameters by name, from all ranks."""
+    """The live model's parameters by name, from all ranks. quantises: whether the live optimizer quantises float32
+    states once they are there; False if it has the checkpoint's own blocks, None if that is not known."""
 
     parameters: Mapping[str, LiveParameter] = field(default_factory=dict)
+    quantises: bool | None = None
 
     @property
     def names(self) -> Collection[str]:
@@ -70,10 +72,10 @@ def _kept(target: Target, slot: Slot) -> tuple[Mapping[str, str] | None, frozens
     if slot.asked is not None:
         states = {s: slot.states.get(s, slot.dtype) for s in slot.asked.states - {PARAM}}
         return states, frozenset(slot.asked.values)
-    group = None if slot.group is None else target.groups[slot.group]
-    if group is None or group.expects is None:
+    tensors, values = kept_for(slot, target.groups)
+    if tensors is None:
         return None, frozenset()
-    return {s: slot.states.get(s, slot.dtype) for s in group.expects}, group.values or frozenset()
+    return {s: slot.states.get(s, slot.dtype) for s in tensors}, values or frozenset()
 
 
 def of_all_ranks(outline: Outline) -> Outline:

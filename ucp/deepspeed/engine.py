@@ -295,10 +295,12 @@ def load_checkpoint(
         _tell_of_nothing(load_dir)
         return None, None
     path, catalog = found
+    optimizer = load_optimizer_states and target.trains
+    target.make_room(catalog, optimizer and not load_module_only)
     changed = _as_changed(catalog, config, target, config_of(engine.module))
     wish = Wish(
         weights_only=load_module_only,
-        optimizer=load_optimizer_states and target.trains,
+        optimizer=optimizer,
         strict=load_module_strict,
         allow_missing=config.load.allow_missing,
         allow_unused=config.load.allow_unused,

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
+from ucp.formats.shared.apart import states_apart
 from ucp.geometry import restrict, whole
 from ucp.loading.name_match import match
 from ucp.loading.options import holds, match_named, match_options
 from ucp.loading.refusals import PARAM, VALUE, Findings, Item, allowed, values_text
-from ucp.loading.target import Member, Slot, Target
+from ucp.loading.target import Member, Slot, Target, kept_for
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.exact import EXACT
 from ucp.transfer.gather import Want
@@ -282,9 +283,8 @@ def _expected(sides: _Sides, slot: Slot, brought: set[str]) -> set[str]:
     """The states that the slot takes."""
     if slot.asked is not None:
         return set(slot.asked.states) - {PARAM}
-    group = sides.target.groups[slot.group] if slot.group is not None else None
-    if group is not None and group.expects is not None:
-        return set(group.expects)
+    if (tensors := kept_for(slot, sides.target.groups)[0]) is not None:
+        return set(tensors)
     sides.found.notes.append(f"the optimizer's states are not known beforehand; it is given {sorted(brought)}")
     return brought
 
@@ -315,7 +315,7 @@ def _values_taken(sides: _Sides, slot: Slot) -> frozenset[str] | None:
     """Names of the values that the slot takes; None if unknown."""
     if slot.asked is not None:
         return frozenset(slot.asked.values)
-    return sides.target.groups[slot.group].values if slot.group is not None else None
+    return kept_for(slot, sides.target.groups)[1]
 
 
 def _values_lacking(
@@ -386,8 +386,9 @@ def _unused(sides: _Sides) -> None:
     }
     owners = _owners(sides)
     wish = sides.wish
+    states = {} if wish.states else states_apart(sides.catalog.parameters, sides.catalog.parameters)
     for info in sides.catalog.parameters.values():
-        if info.name in used:
+        if info.name in used or info.name in states:
             continue
         may = sides.may_leave(info.name)
         if info.name in owners and wish.strict and not may:

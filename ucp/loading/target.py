@@ -76,6 +76,8 @@ class Slot:
     optimizer states that exist now -> dtype (a fresh optimizer has none yet). placed: where states lie that are
     arranged in another way than the weights. holders: the global ranks that hold the same slot with the same values; ()
     for this rank alone. asked: what is to be loaded; None for the weights and what the optimizer of its group keeps.
+    keeps: names of the tensors of its shape and of the single values that the optimizer keeps for this slot, if not the
+    same as for all of its group.
     """
 
     key: int
@@ -88,6 +90,7 @@ class Slot:
     placed: Mapping[str, Placement] = field(default_factory=dict)
     holders: tuple[int, ...] = ()
     asked: Asked | None = None
+    keeps: tuple[frozenset[str], frozenset[str]] | None = None
 
     def placement(self, state: str) -> Placement:
         """Where a state of this slot lies: as ``placed`` says, or else as the weights do."""
@@ -125,6 +128,13 @@ class Group:
     expects: frozenset[str] | None
     values: frozenset[str] | None = None
     takes: frozenset[str] | None = frozenset(("initial_lr",))
+
+
+def kept_for(slot: Slot, groups: Sequence[Group]) -> tuple[frozenset[str] | None, frozenset[str] | None]:
+    """The names of the tensors and of the single values that the optimizer keeps for a slot. None if unknown."""
+    if slot.keeps is not None:
+        return slot.keeps
+    return (None, None) if slot.group is None else (groups[slot.group].expects, groups[slot.group].values)
 
 
 class LoadedTensors(Mapping[tuple[int, str], "torch.Tensor"]):

@@ -13,6 +13,7 @@ from ucp.deepspeed.live import generators, releases
 from ucp.deepspeed.live.state import samples_per_step, samples_seen
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of
+from ucp.formats.shared.apart import is_plain
 from ucp.geometry import empty
 from ucp.job import ranks
 from ucp.loading.target import Group, Slot
@@ -102,7 +103,7 @@ def _scalars(live: EngineFacts, slot: Slot) -> dict[str, Any]:
             continue
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
-        if not isinstance(value, (bool, int, float)):
+        if not is_plain(value):
             found = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise Unsupported(
                 f"optimizer state '{name}' of '{slot.members[0].name}' has {found}, neither the parameters' shape nor "

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from ucp.catalog import Catalog, LogicalTensor
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
-from ucp.deepspeed.live.expects import live_group
+from ucp.deepspeed.live.expects import Expected, expected, live_group, of_few_elements
+from ucp.formats.shared.apart import entries, name_apart, put_entry, states_apart
 from ucp.geometry import whole
 from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import flat_offsets
-from ucp.storage.dtypes import from_torch
+from ucp.storage.dtypes import from_torch, to_torch
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,24 @@ class _Unit:
     params: tuple[torch.nn.Parameter, ...]
 
 
+@dataclass(frozen=True)
+class _Apart:
+    """A state of another shape than its parameter's: a tensor by itself. state: its flat name."""
+
+    unit: _Unit
+    state: str
+    tensor: torch.Tensor
+
+
 def _lies_as(value: Any, master: torch.Tensor) -> bool:
     """Whether a state has its master's shape. The same number of elements is not enough, since they may belong anywhere
     (Prodigy's)."""
     return isinstance(value, torch.Tensor) and value.shape == master.shape
+
+
+def _is_apart(value: torch.Tensor, master: torch.Tensor) -> bool:
+    """Whether a state is a tensor of another shape, and no single value."""
+    return value.dim() > 0 and value.shape != master.shape
 
 
 class Stage0:
@@ -46,6 +62,9 @@ class Stage0:
         self._units = list(self._find())
         self._steps = self._common_steps()
         self._keys: list[int] = []
+        self._apart: dict[int, _Apart] = {}
+        self._told: dict[tuple[int, tuple[int, ...]], Expected] = {}  # by group and a shape of a few elements
+        self._may_be_apart = engine.mp_world_size == 1 and not engine.has_moe_layers
 
     def _find(self) -> Iterator[_Unit]:
         if releases.FUSED.has(self._wrapper):
@@ -76,6 +95,8 @@ class Stage0:
     def make_slots(self, keys: Iterator[int]) -> list[Slot]:
         slots = []
         for unit in self._units:
+            self._expected(unit)
+        for unit in self._units:
             offsets, _ = flat_offsets([p.numel() for p in unit.params])
             members = tuple(
                 Member(self._names[p], tuple(p.shape), whole(tuple(p.shape), at))
@@ -87,8 +108,71 @@ class Stage0:
             states = state_dtypes({k: v for k, v in state.items() if _lies_as(v, unit.master)}, size)
             dtype = from_torch(unit.master.dtype)
             slots.append(
-                Slot(self._keys[-1], "parameter", size, dtype, members, unit.group, states, holders=everyone())
+                Slot(
+                    self._keys[-1],
+                    "parameter",
+                    size,
+                    dtype,
+                    members,
+                    unit.group,
+                    states,
+                    holders=everyone(),
+                    keeps=self._keeps(unit),
+                )
             )
+        for unit in self._units:
+            for name, value in self._apart_in(unit).items():
+                slots.append(self._slot_apart(next(keys), _Apart(unit, name, value)))
+        return slots
+
+    def _keeps(self, unit: _Unit) -> tuple[frozenset[str], frozenset[str]] | None:
+        """What is kept for a parameter whose shape decides it, as matrices have factors and vectors have none."""
+        told = self._expected(unit)
+        if not told.apart and not self._has_factors(unit.group):
+            return None
+        return None if told.tensors is None or told.values is None else (told.tensors, told.values)
+
+    def _has_factors(self, group: int) -> bool:
+        """Whether any parameter of the group has states of other shapes, so that its parameters keep different ones."""
+        return any(told.apart for (g, _), told in self._told.items() if g == group)
+
+    def _expected(self, unit: _Unit) -> Expected:
+        key = (unit.group, of_few_elements(unit.master.shape))
+        if key not in self._told:
+            self._told[key] = expected(self._inner, self._inner.param_groups[unit.group], key[1])
+        return self._told[key]
+
+    def _apart_in(self, unit: _Unit) -> dict[str, torch.Tensor]:
+        """The states of a parameter that are of other shapes, by flat name."""
+        if len(unit.params) > 1 or not self._may_be_apart:
+            return {}
+        state = self._inner.state.get(unit.master, {})
+        found = {k: v for k, v in entries(state) if isinstance(v, torch.Tensor) and v.dim()}
+        return {k: v for k, v in found.items() if k not in state or _is_apart(v, unit.master)}
+
+    def _slot_apart(self, key: int, one: _Apart) -> Slot:
+        self._apart[key] = one
+        shape = tuple(one.tensor.shape)
+        member = Member(name_apart(self._names[one.unit.params[0]], one.state), shape, whole(shape))
+        return Slot(key, "buffer", one.tensor.numel(), from_torch(one.tensor.dtype), (member,), holders=everyone())
+
+    def slots_to_come(self, catalog: Catalog, keys: Iterator[int]) -> list[Slot]:
+        """Slots for the states of other shapes that an optimizer which has not stepped is yet to make, as the
+        checkpoint has them. One that the optimizer will have, and the checkpoint not, gets a slot without elements."""
+        if not self._may_be_apart or catalog.training_state.global_steps == 0:
+            return []
+        known: dict[str, dict[str, LogicalTensor]] = {}
+        for name, (owner, state) in states_apart(catalog.parameters, catalog.parameters).items():
+            known.setdefault(owner, {})[state] = catalog.tensors[name, "param"]
+        slots = []
+        for unit in self._units:
+            if len(unit.params) > 1 or self._inner.state.get(unit.master):
+                continue
+            names, has = self._expected(unit).apart, known.get(self._names[unit.params[0]], {})
+            for state in has if names is None else sorted(names):
+                shape, dtype = (has[state].shape, to_torch(has[state].dtype)) if state in has else ((0,), None)
+                blank = torch.zeros(shape, dtype=dtype, device=unit.master.device)
+                slots.append(self._slot_apart(next(keys), _Apart(unit, state, blank)))
         return slots
 
     def groups(self) -> list[Group]:
@@ -98,11 +182,19 @@ class Stage0:
         return [live_group(n, self._inner, options) for n, options in zip(names, self._inner.param_groups, strict=True)]
 
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        if key in self._apart:
+            return self._apart[key].tensor, {}
         unit = self._units[self._keys.index(key)]
         state = self._inner.state.get(unit.master, {})
+        if apart := {name.partition(".")[0] for name in self._apart_in(unit)}:
+            state = {k: v for k, v in state.items() if k not in apart}
         if "step" in state and unit.group in self._steps:
             state = {**state, "step": self._steps[unit.group]}
         return unit.master, state
+
+    def is_apart(self, key: int) -> bool:
+        """Whether a slot is a state of another shape than its parameter's."""
+        return key in self._apart
 
     def is_in_memory(self, key: int) -> bool:
         return True
@@ -124,6 +216,10 @@ class Stage0:
             if (key, "param") in loaded.tensors:
                 loaded.tensors.fill(key, "param", unit.master.data)
             put_states(self._inner, unit.master, key, loaded, self._inner.param_groups[unit.group])
+        for key, one in self._apart.items():
+            if (key, "param") in loaded.tensors:
+                loaded.tensors.fill(key, "param", one.tensor.data)
+                put_entry(self._inner.state[one.unit.master], one.state, one.tensor)
 
     def finish(self) -> None:
         """Round the masters into the model."""

@@ -24,6 +24,7 @@ from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.deepspeed.read.scaled import undo_scales
 from ucp.formats.nouns import ModelFacts
+from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.malformed import malformed
@@ -111,11 +112,12 @@ def read_stages(
     parts: dict[Coordinate, LocalModel] = {}
     for folder in found:
         stage, slice_ = order.index(folder.mp // tp), folder.mp % tp
-        experts = find_experts(folder, models[folder.mp][0], len(found))
+        experts = find_experts(folder, models[folder.mp][0], tp)
         for rank, held in experts.parts(folder, models[folder.mp]).items():
             builder = Builder(files, paths, sources, records)
             parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
     parts = first_copies(parts)
+    _refuse_apart(parts)
     same = {part.model.path: part for part in parts.values()}
     for key in ("global_steps", "global_samples", "dp_world_size", "mp_world_size"):
         same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
@@ -141,6 +143,18 @@ def read_stages(
     if compare:
         check_copies(catalog, files, _DRIFTED)
     return undo_scales(catalog, placements, files)
+
+
+def _refuse_apart(parts: Mapping[Coordinate, LocalModel]) -> None:
+    """Raise Unsupported for a model in parts with states of other shapes than their parameter's. What part of the whole
+    such a state is, or whether parts differ in it, shapes do not tell."""
+    for part in parts.values() if len(parts) > 1 else ():
+        for name, (owner, state) in states_apart(part.parameters, part.parameters).items():
+            raise Unsupported(
+                f"{part.model.path}: optimizer state '{state}' of '{owner}' has shape "
+                f"{list(part.parameters[name].shape)}, neither the parameter's shape nor a single value; checkpoints "
+                "of this optimizer cannot be resharded where tensor, pipeline or expert parallelism cuts the model"
+            )
 
 
 def _check_count(model: ModelFile, tp: int, pp: int, count: int) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from ucp.formats.deepspeed.experts import expert_of
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of, split_state
 from ucp.formats.nouns import by_module
+from ucp.formats.shared.apart import belongs_to, entries, is_plain, name_apart
 from ucp.formats.shared.builder import Builder, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
@@ -42,13 +43,20 @@ from ucp.storage.torch_pt.values import TensorRef
 
 @dataclass(frozen=True)
 class _UnnamedParameter:
-    """One parameter of the optimizer, not yet named. shape: None if nothing tells it."""
+    """One parameter of the optimizer, not yet named. shape: None if nothing tells it. apart: states by flat name that
+    are of other shapes than the parameter, whatever that is."""
 
     group: int
     shape: Shape | None
     master: TensorRef | None
     states: Mapping[str, TensorRef]
     scalars: Mapping[str, Scalar]
+    apart: Mapping[str, TensorRef] = field(default_factory=dict)
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether its states do not show its shape."""
+        return bool(self.apart) or (self.shape is None and bool(self.states))
 
 
 def read(
@@ -88,11 +96,16 @@ def read(
     for name, slot in named:
         members[slot.group].append(name)
         tensors = [builder.whole(name, "param", slot.master or trainable[name])]
-        tensors += [builder.whole(name, state, ref) for state, ref in slot.states.items()]
+        alike = {state: ref for state, ref in slot.states.items() if ref.shape == tensors[0].shape}
+        tensors += [builder.whole(name, state, ref) for state, ref in alike.items()]
         scalars = {**divided[slot.group][1], **slot.scalars}
         if "step" in scalars and slot.group in common:
             scalars["step"] = common[slot.group]
         builder.add(name, "parameter", tensors, scalars, aliases.get(name, ()))
+        for state, ref in {**slot.states, **slot.apart}.items():
+            if state not in alike:
+                by_itself = name_apart(name, state)
+                builder.add(by_itself, "buffer", [builder.whole(by_itself, "param", ref)])
     return [ParamGroup(tuple(m), options) for m, (options, _) in zip(members, divided, strict=True)]
 
 
@@ -129,14 +142,18 @@ def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters
             shape = master.shape if master is not None else None
             tensors: dict[str, TensorRef] = {}
             scalars: dict[str, Scalar] = {}
-            for key, value in state.items():
+            apart: dict[str, TensorRef] = {}
+            for key, value in entries(state):
                 if value is None:
                     continue
-                if isinstance(value, TensorRef) and value.shape == () and (shape or key == "step"):
+                listed = key not in state
+                if isinstance(value, TensorRef) and value.shape == () and not listed and (shape or key == "step"):
                     scalars[key] = builder.scalar(value)
-                elif isinstance(value, TensorRef) and (shape is None or value.shape == shape):
+                elif isinstance(value, TensorRef) and not listed and (shape is None or value.shape == shape):
                     tensors[key] = value
-                elif isinstance(value, (bool, int, float)):
+                elif isinstance(value, TensorRef) and value.shape:
+                    apart[key] = value
+                elif is_plain(value) and not listed:
                     scalars[key] = value
                 else:
                     found = f"shape {list(value.shape)}" if isinstance(value, TensorRef) else type(value).__name__
@@ -145,13 +162,14 @@ def _slots(builder: Builder, model: ModelFile, inner: Mapping[str, Any], masters
                         f"parameter's shape {list(shape or ())} nor a single value; checkpoints of this optimizer "
                         "cannot be resharded"
                     )
-            shapes = {t.shape for t in tensors.values()}
-            if shape is None and len(shapes) > 1:
-                raise Unsupported(
-                    f"{model.path}: optimizer states {sorted(tensors)} of parameter {number} have different shapes "
-                    f"{sorted(map(list, shapes))}; checkpoints of this optimizer cannot be resharded"
-                )
-            slots.append(_UnnamedParameter(g, shape or next(iter(shapes), None), master, tensors, scalars))
+            if shape is None and (apart or any(ref.shape for ref in tensors.values())):
+                # The parameter has dimensions, so what has none is a single value.
+                scalars.update({key: builder.scalar(ref) for key, ref in tensors.items() if not ref.shape})
+                tensors = {key: ref for key, ref in tensors.items() if ref.shape}
+            shapes = {ref.shape for ref in tensors.values()}
+            if len(shapes) > 1:
+                shapes = set()  # some are of the parameter's shape, perhaps
+            slots.append(_UnnamedParameter(g, shape or next(iter(shapes), None), master, tensors, scalars, apart))
     return slots
 
 
@@ -168,6 +186,8 @@ def _name(
         pairs = list(zip((n for g in names for n in g), slots, strict=True))
         if all(_fits(builder, slot, every[name]) for name, slot in pairs):
             return pairs
+    if any(s.is_odd and s.master is None for s in slots):
+        return _in_order(model, slots, pools, names, counts)
     if all(s.shape is None for s in slots):  # no states at all: only the groups are to be told
         if len(set(map(id, pools))) == len(pools) and counts == [len(pool) for pool in pools]:
             return list(zip((name for pool in pools for name in pool), slots, strict=True))
@@ -185,6 +205,31 @@ def _name(
     pairs = [(found[i], slot) for i, slot in enumerate(slots)]
     _check_order(model, pairs, list(every))
     return pairs
+
+
+def _in_order(
+    model: ModelFile,
+    slots: Sequence[_UnnamedParameter],
+    pools: Sequence[Mapping[str, TensorRef]],
+    names: Sequence[Sequence[str]] | None,
+    counts: Sequence[int],
+) -> list[tuple[str, _UnnamedParameter]]:
+    """Names of parameters whose states do not show their shapes: by the groups' names, or by the module's order where
+    the optimizer has all of it in one group."""
+    every = {name: ref for pool in pools for name, ref in pool.items()}
+    known = [n for g in names for n in g] if names is not None and [len(g) for g in names] == list(counts) else []
+    whole = list(every) if len(counts) == 1 and counts[0] == len(every) else []
+    for order in (known, whole):
+        if order and all(_may_be(slot, every[name].shape) for name, slot in zip(order, slots, strict=True)):
+            return list(zip(order, slots, strict=True))
+    raise _undecided(model, list(every))
+
+
+def _may_be(slot: _UnnamedParameter, weight: Shape) -> bool:
+    """Whether the states of a slot may be those of such a weight, by their axes."""
+    return all(
+        ref.shape == weight or belongs_to(ref.shape, weight) for ref in (*slot.states.values(), *slot.apart.values())
+    )
 
 
 def _check_order(model: ModelFile, pairs: Sequence[tuple[str, _UnnamedParameter]], module: Sequence[str]) -> None:

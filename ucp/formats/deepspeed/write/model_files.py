@@ -16,6 +16,7 @@ from ucp.errors import Unsupported
 from ucp.formats.deepspeed.write.config import VERSION, EngineConfig
 from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import PARAM, Flat
+from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.samples import autotp_size
 from ucp.formats.shared.torch_files import FileBuilder, PlaceholderPiece
 from ucp.formats.shared.training_state import values_beside
@@ -120,9 +121,10 @@ def model_state(
     Raises Unsupported for client state under a key of the engine's own.
     """
     state = catalog.training_state
+    apart = states_apart(catalog.parameters, catalog.parameters)
     own = {
         "module": module,
-        "buffer_names": [info.name for info in catalog.parameters.values() if info.kind == "buffer"],
+        "buffer_names": [n for n, info in catalog.parameters.items() if info.kind == "buffer" and n not in apart],
         "optimizer": optimizer,
         "param_shapes": param_shapes,
         "frozen_param_shapes": frozen_param_shapes,
@@ -159,8 +161,9 @@ def whole_module(
     Names of tied parameters share one tensor. left_out: whether a name has no place there, as experts have none.
     """
     module: OrderedDict[str, Placeholder] = OrderedDict()
+    apart = states_apart(file.catalog.parameters, file.catalog.parameters)
     for info in file.catalog.parameters.values():
-        if left_out(info.name):
+        if left_out(info.name) or info.name in apart:
             continue
         module.update(dict.fromkeys((info.name, *info.aliases), weight(file, config, info)))
     return module

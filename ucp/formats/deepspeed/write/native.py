@@ -21,6 +21,7 @@ from ucp.formats.deepspeed.write.groups import check_groups, flats
 from ucp.formats.deepspeed.write.model_files import ModelRank, model_file, model_files, weight
 from ucp.formats.deepspeed.write.optimizer_files import optimizer_file
 from ucp.formats.deepspeed.write.stage0_files import stage0_file, stage0_optimizer
+from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.renaming import best_names
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
@@ -49,6 +50,7 @@ def plan(
     catalog = tp_slices.without_padding(source)
     state = catalog.training_state
     check_groups(catalog)
+    _check_apart(catalog, layout)
     config = engine_config(ds_config, state.config, layout.zero, layout.tp)
     if state.clip_grad is not None and state.clip_grad != config.clip_grad:
         log.warning(
@@ -89,6 +91,17 @@ def plan(
             share = pipeline.share(own, stages, stage)
             files += _share_files(ModelRank(stage * layout.tp + rank, share, in_layers=True), config, layout)
     return files
+
+
+def _check_apart(catalog: Catalog, layout: Layout) -> None:
+    """Raise Unsupported for states of other shapes than their parameter's where the layout cuts parameters."""
+    for name, (owner, state) in states_apart(catalog.parameters, catalog.parameters).items():
+        if layout.zero or layout.tp * layout.pp * layout.ep > 1:
+            raise Unsupported(
+                f"optimizer state '{state}' of '{owner}' has shape {list(catalog.parameters[name].shape)}, and layout "
+                f"'{layout}' cuts parameters and their states, which it cannot follow; choose zero=0 without tensor, "
+                "pipeline or expert parallelism"
+            )
 
 
 def _share_files(share: ModelRank, config: EngineConfig, layout: Layout) -> list[TargetFile]:

@@ -11,6 +11,7 @@ from typing import Any
 from ucp.formats.deepspeed.write.config import EngineConfig, loss_scale_keys
 from ucp.formats.deepspeed.write.groups import PARAM, Flat, flats, group_options, partition, scalar_values
 from ucp.formats.deepspeed.write.model_files import ModelRank, model_name, model_state, whole_module
+from ucp.formats.shared.apart import put_entry, states_apart
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.transfer.targets import TargetFile
@@ -72,12 +73,17 @@ def _inner_state(file: FileBuilder, config: EngineConfig, groups: Sequence[Mappi
     state: dict[int, dict[str, Any]] = {}
     numbered: list[dict[str, Any]] = []
     number = 0
+    apart: dict[str, dict[str, str]] = {}
+    for by_itself, (owner, key) in states_apart(catalog.parameters, catalog.parameters).items():
+        apart.setdefault(owner, {})[by_itself] = key
     for options, group in zip(groups, catalog.training_state.param_groups, strict=True):
         first = number
         for name in group.names:
             info = catalog.parameters[name]
             values = scalar_values(config, info.scalars)
             values.update({s: file.whole(catalog.tensors[name, s]) for s in info.states if s != PARAM})
+            for by_itself, key in apart.get(name, {}).items():
+                put_entry(values, key, file.whole(catalog.tensors[by_itself, PARAM]))
             if values:
                 state[number] = values
             number += 1

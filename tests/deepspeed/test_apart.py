@@ -1,0 +1,87 @@
+"""Optimizers whose states have other shapes than the weights: at stage 0 whole, in flat buffers by the buffers' shape.
+
+Adafactor keeps a row and a column for a matrix, Shampoo keeps square matrices. SOAP takes a minute here, and has them
+in lists: `tests.formats.deepspeed.read.test_apart`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ucp
+from tests.deepspeed import apart_jobs as jobs
+from tests.engines.pool import RankPool
+from ucp.errors import Unsupported
+
+pytestmark = pytest.mark.slow
+
+APART = ("Adafactor", "transformers' Adafactor", "Shampoo")
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert two[key].shape == value.shape, key
+        assert torch.equal(two[key], value), key
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in APART), ("CAME", "bf16"), ("Muon", "bf16")])
+def test_stage_0(ranks: RankPool, tmp_path: Path, name: str, dtype: str) -> None:
+    """Two ranks' checkpoints into one rank that has not stepped: ours, DeepSpeed's own, and one that is converted."""
+    truth, losses = ranks.run(jobs.saved, name, 0, dtype, str(tmp_path), world_size=2)[0]
+    with ucp.open(tmp_path / "ours") as checkpoint:
+        assert (name == "Muon") != any(known.startswith("optim.state.") for known in checkpoint.parameters)
+    # Products of matrices may differ in their last bits with where the matrices lie in memory.
+    close = 0.0 if name in ("Adafactor", "Muon") else 1e-7
+    for place in ("ours", "theirs"):
+        found, further = ranks.run(jobs.resumed, name, 0, dtype, str(tmp_path / place), world_size=1)[0]
+        assert isinstance(found, dict), found
+        equal(found, truth)
+        assert further == pytest.approx(losses, abs=5e-5 if dtype == "fp32" else 4e-3)
+    found, further = ranks.run(jobs.resumed, name, 0, dtype, str(tmp_path / "ours"), world_size=2)[0]
+    equal(found, truth)
+    assert further == pytest.approx(losses, abs=close)
+    ucp.convert(tmp_path / "ours", tmp_path / "made", to="deepspeed", layout="dp=2,zero=0")
+    found, further = ranks.run(jobs.resumed, name, 0, dtype, str(tmp_path / "made"), True, world_size=2)[0]
+    equal(found, truth)
+    assert further == pytest.approx(losses, abs=close)
+    if name == "Muon":
+        return
+    with pytest.raises(Unsupported, match=r"has shape \[.*choose zero=0 without tensor, pipeline"):
+        ucp.convert(tmp_path / "ours", tmp_path / "no", to="deepspeed", layout="dp=2,zero=1")
+    if dtype == "fp32":
+        found, _ = ranks.run(jobs.plain, name, str(tmp_path / "ours"), str(tmp_path / "plain"), world_size=1)[0]
+        equal(found, truth)
+        found, again = ranks.run(jobs.resumed, name, 0, dtype, str(tmp_path / "plain"), world_size=1)[0]
+        equal(found, truth)
+        assert again == pytest.approx(losses, abs=5e-5)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16")])
+def test_adafactor_in_flat_buffers(ranks: RankPool, tmp_path: Path, stage: int, dtype: str) -> None:
+    """Its buffers are vectors, for which it keeps one state of their shape: cut over any ranks. In other stages it
+    steps otherwise, so only the state is compared, by the engines' proofs."""
+    _, losses = ranks.run(jobs.saved, "Adafactor", stage, dtype, str(tmp_path), world_size=2)[0]
+    for place in ("ours", "theirs"):
+        _, further = ranks.run(jobs.resumed, "Adafactor", stage, dtype, str(tmp_path / place), world_size=2)[0]
+        assert further == losses
+        _, further = ranks.run(jobs.resumed, "Adafactor", 3 - stage, dtype, str(tmp_path / place), world_size=1)[0]
+        assert len(further) == 3
+
+
+def test_another_optimizer_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(jobs.saved, "Adafactor", 0, "fp32", str(tmp_path), world_size=1)
+    said, untouched = ranks.run(jobs.resumed, "AdamW", 0, "fp32", str(tmp_path / "ours"), world_size=1)[0]
+    assert untouched
+    assert "would stay unused" in said
+    assert "optim.state.0.weight.row_var" in said
+    said, untouched = ranks.run(jobs.resumed, "Adafactor", 1, "fp32", str(tmp_path / "ours"), world_size=1)[0]
+    assert untouched
+    assert said.startswith("Mismatch")
+    ranks.run(jobs.saved, "AdamW", 0, "fp32", str(tmp_path / "adamw"), world_size=1)
+    said, untouched = ranks.run(jobs.resumed, "Adafactor", 0, "fp32", str(tmp_path / "adamw" / "ours"), world_size=1)[0]
+    assert untouched
+    assert "optim.state.0.weight.row_var" in said
