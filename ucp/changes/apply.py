@@ -1,5 +1,6 @@
-"""Declared changes made to a catalog: states, adapters, names, removed, element types, sizes, frozen, unfrozen, added,
-in this order. A change that the checkpoint already has is none, so a program may declare it for all its restarts."""
+"""Declared changes made to a catalog: states, workers, adapters, names, removed, element types, sizes, frozen,
+unfrozen, added, in this order. A change that the checkpoint already has is none, so one declaration serves all
+restarts."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ucp.changes.build import Build, few
 from ucp.changes.outline import LiveParameter, Outline
 from ucp.changes.quantised import dequantised
 from ucp.changes.resize import NewRows, resized
+from ucp.changes.workers import rearranged
 from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.renaming import rename
@@ -23,7 +25,7 @@ from ucp.merging.computed import Input, MergedTensor
 from ucp.merging.operations import Copied
 from ucp.run_folder import nearest
 from ucp.spec.bound import bind
-from ucp.spec.changes import ADDED, MERGED, MODEL, SPLIT, ZEROS, Changes
+from ucp.spec.changes import ADDED, DEQUANTISED, MERGED, MODEL, REQUANTISED, SPLIT, ZEROS, Changes
 from ucp.storage.numbers import FLOATS
 from ucp.transfer.exact import EXACT
 
@@ -62,8 +64,15 @@ def applied(
     build = Build(catalog)
     steps = _Steps(build, changes, outline or Outline(), outline is not None)
     before = [*_names(catalog), *steps.outline.names]
-    if changes.states is not None:
+    if changes.states == REQUANTISED and steps.outline.quantises is None:
+        raise BadArgument(
+            f"{changes.file}: states: '{REQUANTISED}' is for load_training with an optimizer that quantises its "
+            f"states; '{DEQUANTISED}' gives float32 states to one that does not"
+        )
+    if changes.states == DEQUANTISED or steps.outline.quantises:
         build.lines += dequantised(build)
+    if changes.workers is not None:
+        build.lines += rearranged(build, *changes.workers)
     steps.adapters()
     if changes.names is not None:
         _rename(build, changes, config)

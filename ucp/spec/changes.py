@@ -27,11 +27,12 @@ MODEL = "model"
 """The framework's name, in the place of a spec's, under which the changed model's names are kept."""
 
 ADDED, MERGED, SPLIT = "added", "merged", "split"
-DEQUANTISED = "dequantised"
+DEQUANTISED, REQUANTISED = "dequantised", "requantised"
+KEPT, AVERAGED, COPIED, RESET = "kept", "averaged", "copied", "reset"
 ZEROS = "zeros"
 _OF_NAMES = ("sizes", "defaults", "parameters", "names")
 _LISTS = ("unfrozen", "frozen", "added", "removed")
-_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "new_rows", *_LISTS, "dtype", "states", "adapters")
+_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "new_rows", *_LISTS, "dtype", "states", "workers", "adapters")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Changes:
     unfrozen, frozen, added, removed: patterns of parameters.
     dtype: pattern of names, or of ``name:state`` -> the element type.
     adapters: 'added', 'merged' or 'split'; None if nothing is said of adapters.
-    states: 'dequantised' for states of 8 bits in float32; None if nothing is said of them.
+    states: 'dequantised' for states of few bits in float32, 'requantised' for a live optimizer that quantises them
+        again, in its own blocks; None if nothing is said of them.
+    workers: how another number of workers of local SGD gets what they have ('kept', 'averaged', 'copied' or 'reset'),
+        and that number; None if nothing is said of them.
     scale: for 'merged': what the product of an adapter's two matrices is multiplied by (alpha / r).
     """
 
@@ -61,6 +65,7 @@ class Changes:
     removed: tuple[str, ...] = ()
     dtype: tuple[tuple[str, str], ...] = ()
     states: str | None = None
+    workers: tuple[str, int] | None = None
     adapters: str | None = None
     scale: float = 1.0
 
@@ -112,6 +117,7 @@ class _Reader(YamlReader):
             **{section: self._patterns(parts[section], section) for section in _LISTS if section in parts},
             dtype=self._dtypes(parts["dtype"]) if "dtype" in parts else (),
             states=self._states(parts["states"]) if "states" in parts else None,
+            workers=self._workers(parts["workers"]) if "workers" in parts else None,
             adapters=adapters,
             scale=scale,
         )
@@ -159,9 +165,19 @@ class _Reader(YamlReader):
 
     def _states(self, node: yaml.Node) -> str:
         text = self.text(node, "states")
-        if text.text != DEQUANTISED:
-            raise text.refuse((0, len(text.text)), f"states can be '{DEQUANTISED}'")
+        if text.text not in (DEQUANTISED, REQUANTISED):
+            raise text.refuse((0, len(text.text)), f"states can be '{DEQUANTISED}' or '{REQUANTISED}'")
         return text.text
+
+    def _workers(self, node: yaml.Node) -> tuple[str, int]:
+        kinds = (KEPT, AVERAGED, COPIED, RESET)
+        entries = list(self.entries(node, "workers:", kinds)) if isinstance(node, yaml.MappingNode) else []
+        if len(entries) != 1:
+            raise self.refuse(node, f"workers: is one of {', '.join(kinds)}, with their new number: {{{AVERAGED}: 4}}")
+        text = self.text(entries[0].value, entries[0].key.text)
+        if not (text.text.isascii() and text.text.isdigit() and 0 < len(text.text) <= 6 and int(text.text)):
+            raise text.refuse((0, len(text.text)), "is a number of workers")
+        return entries[0].key.text, int(text.text)
 
     def _adapters(self, node: yaml.Node) -> tuple[str, float]:
         if isinstance(node, yaml.MappingNode):

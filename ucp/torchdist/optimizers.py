@@ -87,11 +87,16 @@ def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]
     fresh = [o for o in listed(optimizer) if not has_stepped(o)]
     gradients = {p: p.grad for o in fresh for group in o.param_groups for p in group["params"]}
     before = {o: (dict(o.state), [_options(group) for group in o.param_groups], _counters(o)) for o in fresh}
+    hooks = {o: (o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in fresh}
     for param in gradients:
         param.grad = None
     try:
         for o in fresh:
             o.state.clear()  # of empty entries: with those torch would think that the states are there
+            o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = (
+                OrderedDict(),
+                OrderedDict(),
+            )  # no step of theirs
             if blank:
                 o.state.update(blank_states(o) or {})  # and then torch does not make them
             for group in o.param_groups:
@@ -102,6 +107,7 @@ def _untouched(optimizer: Optimizers, made: Made, blank: bool) -> Iterator[None]
         for param, gradient in gradients.items():
             param.grad = gradient
         for o in fresh:
+            o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks = hooks[o]
             made[o] = dict(o.state)
             states, groups, counters = before[o]
             vars(o).update(counters)
