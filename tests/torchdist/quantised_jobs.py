@@ -80,3 +80,20 @@ def dequantised(folder: str, world: int) -> tuple[dict[str, torch.Tensor], tuple
     found = whole(model, optimizer)
     train(model, optimizer, range(3, 4))
     return found, report.tensors.changes
+
+
+def requantised(kind: str, folder: str, world: int) -> tuple[list[Any], tuple[str, ...], list[float]]:
+    """Each rank's quantised states beside torchao's own quantisation of the same rows of what the checkpoint says."""
+    import ucp
+
+    model, optimizer = build(kind, 2, world)
+    changes = {"states": "requantised"}
+    report = ucp.load_training(folder, model=model, optimizer=optimizer, rng=False, changes=changes)
+    pairs: list[Any] = []
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            for state in ("exp_avg", "exp_avg_sq"):
+                own = optimizer.state[p][state].to_local()
+                pairs.append((name, state, own.dequantize() if hasattr(own, "codes") else own, hasattr(own, "codes")))
+    pairs = [(name, state, own.detach().clone(), quantised) for name, state, own, quantised in pairs]
+    return pairs, report.tensors.changes, train(model, optimizer, range(3, 6))

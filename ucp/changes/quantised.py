@@ -1,9 +1,10 @@
-"""Optimizer states of 8 bits as the float32 values that they stand for, for an optimizer that keeps them so.
+"""Optimizer states of few bits as the float32 values that they stand for, for an optimizer that keeps them so.
 
 bitsandbytes keeps for a parameter the codes ``state1`` and ``state2``, maps ``qmap1`` and ``qmap2`` of 256 values, and
 ``absmax1`` and ``absmax2``, one for each block of 256 elements in the tensor's flat order; torchao keeps ``codes``,
 ``qmap`` and ``scale`` in place of each state. In both a code stands for ``qmap[code] * absmax``, which is computed in
-float32 as the libraries do, so nothing is lost. Small tensors are float32 already.
+float32 as the libraries do, so nothing is lost. torchao's codes of 4 bits lie two in a byte, the first in the upper
+half; its codes of Fp8 are numbers themselves, and have no map. Small tensors are float32 already.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ _WRAPPER = r"(?:\.__bnb_optimizer_quant_state__)?"  # what its state dicts put a
 _OF_BITSANDBYTES = re.compile(rf"(?P<root>.*?state\.)(?P<name>.+?){_WRAPPER}\.(?P<state>state[12])")
 _OF_TORCHAO = re.compile(r"(?P<root>.*?state\.)(?P<name>.+)\.(?P<state>[^.]+)\.codes")
 _PIECE_ELEMENTS = 1 << 20
+_FP8 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
 class _QuantisedState:
-    """A quantised state: whose it is, what it is called, and the names of the tensors that it is kept as."""
+    """A quantised state: whose it is, what it is called, and the names of the tensors that it is kept as. Fp8 has no
+    qmap."""
 
     name: str
     state: str
@@ -47,7 +50,7 @@ class _QuantisedState:
 def dequantised(build: Build) -> list[str]:
     """Give parameters float32 states in place of quantised ones. Returns what was changed.
 
-    Raises Unsupported for states of other than 8 bits, and of optimizers that are not Adam's.
+    Raises Unsupported for states of other kinds, and of optimizers that are not Adam's.
     """
     known = build.catalog.parameters
     found = [one for name in known if (one := _quantised(name)) is not None and one.name in known]
@@ -85,23 +88,36 @@ def _state(build: Build, one: _QuantisedState) -> LogicalTensor:
     codes, qmap, absmax = (build.catalog.tensors.get((n, PARAM)) for n in (one.codes, one.qmap, one.absmax))
     if codes is not None and qmap is None and (codes.dtype, codes.shape) == ("float32", shape):
         return replace(codes, name=one.name, state=one.state)  # too small to be quantised
-    if codes is None or qmap is None or absmax is None:
-        raise Unsupported(
-            f"'{one.codes}' lacks its map or its scales, so it is not of 8 bits, and what it stands for is not known"
-        )
-    count, scales = numel(codes.shape), numel(absmax.shape)
+    if codes is None or absmax is None or (qmap is None and codes.dtype != _FP8):
+        raise Unsupported(f"'{one.codes}' lacks its map or its scales, so what it stands for is not known")
+    width = 2 if qmap is not None and qmap.shape == (16,) else 1
+    count, scales = numel(codes.shape) * width, numel(absmax.shape)
     block = one.block or count // max(scales, 1)
-    if codes.dtype != "uint8" or qmap.shape != (256,) or codes.shape != shape:
+    fits = codes.shape == (shape if width == 1 else (numel(shape) // 2,)) and count == numel(shape)
+    if (qmap is not None and (codes.dtype != "uint8" or qmap.shape not in ((256,), (16,)))) or not fits:
         raise Unsupported(
-            f"'{one.codes}' is {codes.dtype} {list(codes.shape)} with a map of {list(qmap.shape)}; states of 8 bits in "
-            "their parameter's shape are dequantised, others are not"
+            f"'{one.codes}' is {codes.dtype} {list(codes.shape)} with a map of {list(qmap.shape if qmap else ())}; "
+            "states of 8 and 4 bits and of Fp8 in their parameter's shape are dequantised, others are not"
         )
-    if not block or scales != -(-count // block) or {qmap.dtype, absmax.dtype} != {"float32"}:
+    if (
+        not block
+        or scales != -(-count // block)
+        or {absmax.dtype, "float32" if qmap is None else qmap.dtype} != {"float32"}
+    ):
         raise DamagedCheckpoint(
             f"'{one.codes}' has {count} elements in blocks of {block}, and {scales} scales; they do not belong together"
         )
-    source = Dequantised(build.reader(), codes, qmap, absmax, block)
-    return build.computed(one.name, one.state, codes.shape, "float32", source, f"dequantised {one.codes}")
+    source = Dequantised(build.reader(), codes, qmap, absmax, block, width)
+    return build.computed(one.name, one.state, shape, "float32", source, f"dequantised {one.codes}")
+
+
+def _fp8() -> NDArray[np.float32]:
+    """What each code of Fp8 (e4m3fn: a sign, 4 bits of exponent, 3 of fraction) stands for."""
+    codes = np.arange(256)
+    exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8
+    size = np.where(exponent == 0, np.ldexp(fraction, -6), np.ldexp(1 + fraction, exponent - 7))
+    size[(codes & 127) == 127] = np.nan
+    return np.where(codes >> 7, -size, size).astype(np.float32)
 
 
 def _check_adam(states: dict[str, set[str]]) -> None:
@@ -114,13 +130,15 @@ def _check_adam(states: dict[str, set[str]]) -> None:
 
 @dataclass
 class Dequantised:
-    """The bytes of a dequantised state (a `ucp.catalog.ByteSource`). Thread-safe."""
+    """The bytes of a dequantised state (a `ucp.catalog.ByteSource`). Thread-safe. qmap: None for codes of Fp8. width:
+    codes in a byte."""
 
     reader: Reader
     codes: LogicalTensor
-    qmap: LogicalTensor
+    qmap: LogicalTensor | None
     absmax: LogicalTensor
     block: int
+    width: int = 1
     _lock: Any = field(default_factory=Lock)
     _tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
@@ -140,12 +158,22 @@ class Dequantised:
     def _elements(self, first: int, last: int) -> NDArray[np.float32]:
         with self._lock:
             if self._tables is None:
-                qmap, absmax = (self._read(t, 0, numel(t.shape)).view(np.float32) for t in (self.qmap, self.absmax))
-                self._tables = qmap, absmax
+                qmap = _fp8() if self.qmap is None else self._all(self.qmap)
+                self._tables = qmap, self._all(self.absmax)
             qmap, absmax = self._tables
-        codes = self._read(self.codes, first, last)
+        codes = self._codes(first, last)
         found: NDArray[np.float32] = qmap[codes] * absmax[np.arange(first, last) // self.block]
         return found
+
+    def _codes(self, first: int, last: int) -> Bytes:
+        if self.width == 1:
+            return self._read(self.codes, first, last)
+        packed = self._read(self.codes, first // 2, -(-last // 2))
+        codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+        return codes[first % 2 :][: last - first]
+
+    def _all(self, tensor: LogicalTensor) -> NDArray[np.float32]:
+        return self._read(tensor, 0, numel(tensor.shape)).view(np.float32)
 
     def _read(self, tensor: LogicalTensor, first: int, last: int) -> Bytes:
         width = 1 if tensor is self.codes else 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ucp.changes import Changed, LiveParameter, Outline, applied
 from ucp.formats.shared.roles import PARAM, StateEntry, assign
 from ucp.geometry import Shape
 from ucp.job import ranks
-from ucp.spec.changes import read
+from ucp.spec.changes import REQUANTISED, read
 from ucp.spec.select import choose
 from ucp.storage.dtypes import from_torch
 
@@ -25,14 +26,25 @@ DECLARE = "changes=%s"
 
 
 def as_changed(
-    catalog: Catalog, changes: Given, entries: Callable[[], Mapping[str, StateEntry]], opening: Mapping[str, Any]
+    catalog: Catalog,
+    changes: Given,
+    entries: Callable[[], Mapping[str, StateEntry]],
+    opening: Mapping[str, Any],
+    quantises: bool | None = None,
 ) -> Changed:
     """The checkpoint as the model has it now, by the changes that are declared. All ranks call it, or none.
-    entries: gives those of the state dict, and may refuse them."""
+    entries: gives those of the state dict, and may refuse them. quantises: as for `Outline`."""
     if changes is None:
         return Changed(catalog)
     config = choose(None, opening.get("model_config")).config
-    return ranks.all_or_none(lambda: applied(catalog, read(changes), _outline(entries()), config))
+    return ranks.all_or_none(
+        lambda: applied(catalog, read(changes), replace(_outline(entries()), quantises=quantises), config)
+    )
+
+
+def are_requantised(changes: Given) -> bool:
+    """Whether optimizer states are to be quantised again by the live optimizer."""
+    return changes is not None and read(changes).states == REQUANTISED
 
 
 def _outline(entries: Mapping[str, StateEntry]) -> Outline:

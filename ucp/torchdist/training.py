@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,14 +23,14 @@ from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
-from ucp.loading.name_match import bare, match
-from ucp.loading.options import OWN_OPTIONS, stays_at
+from ucp.loading.name_match import bare
+from ucp.loading.options import stays_at
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
 from ucp.saving.save import SaveReport
 from ucp.saving.source import Source
-from ucp.torchdist.changes import DECLARE, Given, as_changed
+from ucp.torchdist.changes import DECLARE, Given, are_requantised, as_changed
 from ucp.torchdist.dtensors import local_tensor
 from ucp.torchdist.load import open_for, tell
 from ucp.torchdist.optimizers import (
@@ -46,7 +45,9 @@ from ucp.torchdist.optimizers import (
     tensors_now,
     to_save,
 )
+from ucp.torchdist.requantise import Requantised
 from ucp.torchdist.save import PendingSave, write, write_in_background
+from ucp.torchdist.saved_options import with_saved_options
 from ucp.torchdist.source import make_source
 from ucp.torchdist.state_dicts import flatten
 from ucp.torchdist.target import StateDictTarget, StateDictWords
@@ -203,34 +204,44 @@ def load_training(
     model, optimizer, lr_scheduler, dataloader, rng
         As for `save_training`.
     allow_missing, allow_unused
-        Patterns of parameters' names, of ``name:state`` for optimizer states (``*:*`` for weights alone), or of flat
-        names ("optim.*").
+        Patterns of names, of ``name:state`` for optimizer states (``*:*``: weights alone), or flat names ("optim.*").
 
     Returns a `TrainingReport`, and raises as `load` does.
     """
     watch, live = Stopwatch(), TrainingParts(model, optimizer, lr_scheduler, dataloader, rng=rng)
-    # What states the checkpoint's optimizers had is not known yet. States that are made quickly are tried first.
-    state_dict, made = state_dict_of(model, optimizer, blank=True)
+    asked = Requantised() if are_requantised(changes) else None
+    state_dict, made = _states_of(model, asked, optimizer, True)
     opening.setdefault("model_config", config_of(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
-    changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening)
+    quantised = asked.if_needed(catalog) if asked else None
+    changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening, asked.needed if asked else None)
     catalog = changed.catalog
     live = ranks.all_or_none(lambda: _to_restore(where, catalog, live, allow_missing))
     if live.optimizer is not optimizer:
         state_dict, made = state_dict_of(model, (), blank=True)
     position = ranks.all_or_none(lambda: _check(where, catalog.training_state, live))
-    beside = values_beside(catalog.training_state)
-    unread = (*allow_unused, *map(glob.escape, beside), *(() if listed(live.optimizer) else ("*:*",)))
+    weights = () if listed(live.optimizer) else ("*:*",)
+    unread = (*allow_unused, *map(glob.escape, values_beside(catalog.training_state)), *weights)
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=unread, grown=changed.grown)
     how: dict[str, Any] = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
 
     def fill(state_dict: dict[str, Any], made: Made, blank: bool) -> LoadReport:
-        target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank)
+        target = partial(TrainingTarget, live, position, where, catalog, state_dict, made, blank, quantised)
         return load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **how)
 
-    report = _filled(fill, (state_dict, made), lambda: state_dict_of(model, live.optimizer))
-    tell(report, metrics)
+    report = _filled(fill, (state_dict, made), lambda: _states_of(model, quantised, live.optimizer, False))
+    tell(report := report if quantised is None else quantised.told(report), metrics)
     return _report(where, catalog, report, optimizer)
+
+
+def _states_of(
+    model: torch.nn.Module, quantised: Requantised | None, optimizer: Optimizers, blank: bool
+) -> tuple[dict[str, Any], Made]:
+    """As `state_dict_of`, with float32 tensors for states that are to be quantised again."""
+    out = state_dict_of(model, optimizer, blank=blank)
+    if quantised is not None and listed(optimizer):
+        quantised.take(out[0])
+    return out
 
 
 def _filled(
@@ -270,7 +281,8 @@ def _clipping(where: str, state: TrainingState, optimizer: Optimizers) -> float 
 class TrainingTarget(StateDictTarget):
     """A model, its optimizers and the other state that a run continues with, on one rank.
 
-    position: the data loader's state. state_dict, made, blank: those of `state_dict_of`.
+    position: the data loader's state. state_dict, made, blank: those of `state_dict_of`. quantised: states of it that
+    the optimizer quantises again.
     """
 
     def __init__(
@@ -282,14 +294,16 @@ class TrainingTarget(StateDictTarget):
         state_dict: dict[str, Any],
         made: Made,
         blank: bool,
+        quantised: Requantised | None = None,
     ) -> None:
+        self._quantised = quantised
         self._live, self._position, self._where = live, position, where
         self._state_dict, self._made = state_dict, made
         self._now: Mapping[tuple[str, str], Any] | None = None
         self._stepped = any(info.scalars or set(info.states) - {PARAM} for info in catalog.parameters.values())
         if listed(live.optimizer) and not self._stepped:
             state_dict[OPTIMIZER]["state"].clear()
-        self._more = _with_saved_options(state_dict, catalog) if listed(live.optimizer) else ()
+        self._more = with_saved_options(state_dict, catalog) if listed(live.optimizer) else ()
         unseen = {
             f"{OPTIMIZER}.state.{name}.{key}"
             for name in names_without_states(state_dict, live.optimizer)
@@ -311,7 +325,8 @@ class TrainingTarget(StateDictTarget):
         if self._now is None:
             self._now = tensors_now(self._live.model, self._live.optimizer, self._state_dict)
         name = self.slots[key].members[0].name
-        found = self._now.get((name, state))
+        plain = None if self._quantised is None else self._quantised.plain(name, state)
+        found = self._now.get((name, state)) if plain is None else plain
         if found is None and name.startswith(f"{OPTIMIZER}.state."):
             found = state_by_flat_name(self._now, name.removeprefix(f"{OPTIMIZER}.state."))
         return local_tensor(found) if isinstance(found, torch.Tensor) else None
@@ -321,6 +336,8 @@ class TrainingTarget(StateDictTarget):
         self._now = None
         self.put_values(self._state_dict)
         live = self._live
+        if self._quantised is not None:
+            self._quantised.give()
         api.set_model_state_dict(live.model, self._state_dict[MODEL])
         if listed(live.optimizer):
             states = self._state_dict[OPTIMIZER]
@@ -346,29 +363,6 @@ class TrainingTarget(StateDictTarget):
             for name in names_without_states(self._state_dict, self._live.optimizer)
             if not any(f"{OPTIMIZER}.state.{name}.{key}" in brought for key in states.get(name, ()))
         }
-
-
-def _with_saved_options(state_dict: dict[str, Any], catalog: Catalog) -> Sequence[Collection[str]]:
-    """Add to each param group the options that only the checkpoint's groups of its parameters have, such as what an
-    optimizer keeps there only from a real step on. torch's own load_state_dict takes them, too. Returns the options
-    added, by group.
-
-    Options of DeepSpeed's optimizers are left out, since they may mean nothing to one of torch's.
-    """
-    groups = state_dict[OPTIMIZER]["param_groups"]
-    added: list[set[str]] = [set() for _ in groups]
-    if catalog.training_state.config:
-        return added
-    saved = {name: group.options or {} for group in catalog.training_state.param_groups for name in group.names}
-    names = match(catalog, [name for group in groups for name in group["params"]], copies=True)
-    for group, more in zip(groups, added, strict=True):
-        for name in group["params"]:
-            for option, value in saved.get(names.get(name, ""), {}).items():
-                head, nested, _ = option.partition(".")  # a dot: an entry of a list or mapping, which the plan refuses
-                if head not in OWN_OPTIONS and (head not in group or group[head] == {}):
-                    group[head] = None if nested else copy.deepcopy(value)
-                    more.add(head)
-    return added
 
 
 def _kinds(model: torch.nn.Module, optimizer: Optimizers) -> dict[str, str]:
