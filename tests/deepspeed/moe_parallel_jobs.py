@@ -41,7 +41,7 @@ class Mixture(nn.Module):
         return hidden + self.moe(hidden)[0]
 
 
-def pipeline(initialize: str, extra: dict[str, Any]) -> Any:
+def pipeline(initialize: str, extra: dict[str, Any], stage: int = 1) -> Any:
     """Two stages of two ranks, each with experts."""
     from deepspeed.pipe import PipelineModule
 
@@ -52,7 +52,7 @@ def pipeline(initialize: str, extra: dict[str, Any]) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
     }
     return resolve(initialize)(model=model, model_parameters=list(model.parameters()), config=config | extra)[0]
@@ -61,6 +61,18 @@ def pipeline(initialize: str, extra: dict[str, Any]) -> Any:
 def step_of_pipeline(engine: Any) -> None:
     shape = (2, 3, moe_models.HIDDEN)
     engine.train_batch(iter([(torch.randn(shape), torch.randn(shape)) for _ in range(2)]))
+
+
+def in_stages(folder: str, stage: int) -> dict[str, dict[str, Tensor]]:
+    """Stock DeepSpeed's pipeline, trained and saved; what all its ranks hold, on the first rank."""
+    from tests.engines import moe
+
+    engine = pipeline(STOCK, {}, stage)
+    torch.manual_seed(dist.get_rank())
+    step_of_pipeline(engine)
+    truth = moe.gather(engine)
+    engine.save_checkpoint(folder)
+    return {} if truth is None else dict(truth.params)
 
 
 def folded(initialize: str, extra: dict[str, Any]) -> Any:

@@ -184,18 +184,19 @@ def _pattern(name: str) -> tuple[str, ...]:
     return (expert.layer, expert.rest) if expert else (name,)
 
 
-def find_experts(folder: Folder, model: ModelFile, parts: int) -> ExpertFiles:
-    """The experts of a model-parallel rank's files. parts: the number of such ranks. Most checkpoints have no experts.
+def find_experts(folder: Folder, model: ModelFile, tp: int) -> ExpertFiles:
+    """The experts of a model-parallel rank's files. tp: the number of tensor-parallel ranks. Most checkpoints have no
+    experts. A pipeline's stages have files of their own, which count their layers from 0.
 
     Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms and for experts under tensor
-    or pipeline parallelism.
+    parallelism.
     """
     totals = model.raw.get("num_experts")
     stacks = _stacks(model, len(folder.model) + len(folder.optim) + len(folder.expert_optim) + len(folder.experts))
     if totals is None and not folder.experts:
         return ExpertFiles(folder.path)
-    if parts > 1:
-        raise Unsupported(f"{folder.path}: has experts under tensor or pipeline parallelism, which is not supported")
+    if tp > 1:
+        raise Unsupported(f"{folder.path}: has experts under tensor parallelism, which is not supported")
     if not isinstance(totals, (list, tuple)):
         raise Unsupported(
             f"{model.path}: 'num_experts' is {short(totals)}, no list; experts of such old files cannot be read"

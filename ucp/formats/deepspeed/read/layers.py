@@ -65,15 +65,21 @@ def with_modules(
     """The model files, by model-parallel and data-parallel rank, with a pipeline's state dicts from its layer files.
 
     Every stage gets what it trains and its buffers. The first stage also gets what no stage names (frozen parameters).
-    Other checkpoints come back as they are.
+    Other checkpoints come back as they are, and so do stages with experts, whose model files are whole.
 
     param_names: as for `ucp.formats.deepspeed.read`.
     without: layers whose files are ignored.
 
     Raises DamagedCheckpoint for missing files, Unsupported if nothing tells which layers are tied.
     """
-    if all(files[0].raw.get("module", {}) is not None for files in models.values()):
+    whole = {mp: files for mp, files in models.items() if files[0].raw.get("module", {}) is not None}
+    if len(whole) == len(models):
         return models
+    if whole:
+        raise Unsupported(
+            f"{path}: some of its pipeline's stages have experts, whose model files are whole, and others none, which "
+            "have layer files; such checkpoints are not put together"
+        )
     layers = layer_files(path, without)
     if not layers:
         raise DamagedCheckpoint(f"{path}: has a pipeline's model files, but no layer files ('layer_*-model_states.pt')")

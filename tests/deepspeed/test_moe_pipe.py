@@ -1,0 +1,36 @@
+"""Experts in the stages of a pipeline: DeepSpeed's own files of all stages, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ucp
+from tests.deepspeed import moe_parallel_jobs as jobs
+from tests.engines.pool import RankPool
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [1, 0])
+def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    """Two stages of two ranks. Each stage counts its layers of experts from 0, and has an optimizer's files of its
+    own."""
+    truth = ranks.run(jobs.in_stages, str(tmp_path / "stock"), stage, world_size=4)[0]
+    assert len([name for name in truth if "deepspeed_experts" in name]) >= 16
+    ucp.convert(tmp_path / "stock", tmp_path / "universal")
+    for folder in ("stock", "universal"):
+        with ucp.open(tmp_path / folder) as checkpoint:
+            assert (checkpoint.layout.pp, checkpoint.layout.ep) == (2, 2)
+            held = {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"}
+            assert held == truth.keys()
+            for name, states in truth.items():
+                assert checkpoint.parameters[name].states.keys() == states.keys()
+                for state, value in states.items():
+                    assert torch.equal(checkpoint.read(name, state), value), (name, state)
+    (file,) = tmp_path.glob("stock/*/layer_0_expert_3_mp_rank_01_model_states.pt")
+    file.unlink()
+    with pytest.raises(ucp.UcpError, match=r"layer_0_expert_3_mp_rank_01_model_states.pt' is missing"):
+        ucp.open(tmp_path / "stock")
