@@ -86,6 +86,22 @@ def test_everything_read_is_what_the_ranks_held(made: MoeSources, source: AutoCa
         assert checkpoint.parameters["model.layers.1.mlp.experts.w2"].shape == (autoep.EXPERTS, 16, 24)
 
 
+@pytest.mark.parametrize("family", autoep.FAMILIES)
+def test_other_families(made: MoeSources, family: str) -> None:
+    """Shared experts, a layer without experts, routers with groups or a bias; stage 3 both ways."""
+    source, target = AutoCase(FOUR.but(dp=2), 2, family=family), AutoCase(FOUR.but(stage=3, dp=2), 1, family=family)
+    for one, other in ((source, target), (target.but(seed=3), source.but(seed=5))):
+        run = made.get(one, False)
+        how: Any = {"ucp": {"enabled": True}}
+        loaded: Run = made.pool.run(
+            autoep.resume, other.but(seed=7), run.folder, run.tag, INITIALIZE, how, world_size=2, preload=PRELOAD
+        )[0]
+        assert differences(known(run.truth), known(loaded.truth)) == []
+        assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE["fp32"])
+        with ucp.open(run.folder) as checkpoint:
+            check_tensors(checkpoint, known(run.truth))
+
+
 PLAIN = AutoCase(FOUR.but(stage=3, dp=2), ep=0)
 
 

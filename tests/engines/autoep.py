@@ -25,19 +25,21 @@ EXPERTS = 4
 
 @dataclass(frozen=True)
 class AutoCase:
-    """A case of model "llama" (its batches, its loss) whose model is a Mixtral with its experts over ``ep`` ranks; 0:
-    without AutoEP."""
+    """A case of model "llama" (its batches, its loss) whose model is of this family with its experts over ``ep`` ranks;
+    0: without AutoEP."""
 
     case: Case
     ep: int = 1
     frozen: bool = False  # one of each layer's stacks is not trained
+    family: str = "mixtral"
 
     def but(self, **changes: Any) -> AutoCase:
         return replace(self, case=self.case.but(**changes))
 
     @property
     def label(self) -> str:
-        return f"{self.case.label}-autoep{self.ep}" + "-frozen" * self.frozen
+        family = "" if self.family == "mixtral" else f"-{self.family}"
+        return f"{self.case.label}-autoep{self.ep}" + "-frozen" * self.frozen + family
 
 
 def mixtral(seed: int) -> nn.Module:
@@ -59,6 +61,41 @@ def mixtral(seed: int) -> nn.Module:
     return MixtralForCausalLM(config)
 
 
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": LLAMA_VOCABULARY,
+    "max_position_embeddings": 32,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "attn_implementation": "eager",
+}
+_HEADS = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
+_DEEPSEEK = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "v_head_dim": 4, **_HEADS}
+# Families with shared experts, or with a layer without experts: their class, and sizes of their own.
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": EXPERTS, "shared_expert_intermediate_size": 12}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": EXPERTS, "head_dim": 4}),
+    "deepseek_v2": ("DeepseekV2", {**_DEEPSEEK, "topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "deepseek_v3": ("DeepseekV3", {**_DEEPSEEK, "n_group": 2, "topk_group": 1}),
+}
+
+
+def of_family(family: str, seed: int) -> nn.Module:
+    if family == "mixtral":
+        return mixtral(seed)
+    import transformers
+
+    kind, sizes = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **sizes})
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return model
+
+
 def accept_defaults() -> None:
     """AutoEP asks transformers' registry of recorded outputs with a default, which this release does not take."""
     from transformers.utils import output_capturing
@@ -71,12 +108,13 @@ def section(case: AutoCase) -> dict[str, Any]:
     """The config's section that switches AutoEP on."""
     if not case.ep:
         return {"enabled": False}
-    return {"enabled": True, "autoep_size": case.ep, "preset_model": "mixtral", "use_grouped_mm": False}
+    preset = "qwen3_moe" if case.family == "qwen2_moe" else case.family
+    return {"enabled": True, "autoep_size": case.ep, "preset_model": preset, "use_grouped_mm": False}
 
 
 def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra: Any = None) -> Any:
     accept_defaults()
-    model: Any = mixtral(case.case.seed)
+    model: Any = of_family(case.family, case.case.seed)
     model.set_experts_implementation("eager")  # torch's grouped product takes no such small ones
     if case.frozen:
         for name, parameter in model.named_parameters():
