@@ -195,7 +195,12 @@ def test_client_state_under_deepspeeds_own_keys_is_refused_there(tmp_path: Path)
     """It took the place of what the engine loads."""
     model, optimizer = trained()
     path = tmp_path / "run.pt"
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "buffer_names": "mine"}, path)
+    body = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "global_steps": 2}
+    torch.save(body, path)
+    ucp.convert(path, tmp_path / "same", "deepspeed", "dp=2,zero=1", ds_config={})
+    with ucp.open(tmp_path / "same") as opened:
+        assert opened.training_state.global_steps == 2
+    torch.save({**body, "buffer_names": "mine"}, path)
     with pytest.raises(Unsupported, match="has the key 'buffer_names', under which DeepSpeed's model file"):
         ucp.convert(path, tmp_path / "native", "deepspeed", "dp=2,zero=1", ds_config={})
     ucp.convert(path, tmp_path / "out")

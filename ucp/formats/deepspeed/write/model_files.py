@@ -143,14 +143,20 @@ def model_state(
         "ds_version": VERSION,
         **extra,
     }
-    taken = next((key for key in state.client_state if key in own), None)
+    plain = (bool, int, float, str, type(None))
+    client = {
+        key: value
+        for key, value in state.client_state.items()
+        if not (key in own and isinstance(value, plain) and isinstance(own[key], plain) and value == own[key])
+    }
+    taken = next((key for key in client if key in own), None)
     if taken is not None:
         raise Unsupported(
             f"the client state has the key {short(taken)}, under which DeepSpeed's model file has something of its "
             "own; rename it in the source"
         )
     beside = {key: value for key, value in values_beside(state).items() if key not in own}
-    return {**own, **beside, **state.client_state}
+    return {**own, **beside, **client}
 
 
 def whole_module(
