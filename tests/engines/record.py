@@ -107,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         packages = row["packages"]
         others = [f"{n} {packages.get(n, 'absent')}" for n in PACKAGES[2:] if packages.get(n, "") != usual[n]]
-        others = others if any(n in packages for n in PACKAGES[2:]) else ["without those below"]
+        others = ["without those below"] if others and not any(n in packages for n in PACKAGES[2:]) else others
         name = ", ".join([packages["deepspeed"], *others])
         lines.append(f"| {name} | {packages['torch']} | {' | '.join(_cell(row['areas'].get(c)) for c in columns)} |")
     rest = ", ".join(f"{n} {v}" for n, v in usual.items() if v)
