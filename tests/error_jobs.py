@@ -19,9 +19,9 @@ def _seen(work: Callable[[], object]) -> Seen:
         work()
     except SpecError as error:
         at = error.position
-        return type(error).__name__, str(error), [] if at is None else [at.file, at.line, at.column], error.picture
+        return type(error).__name__, error.whole, [] if at is None else [at.file, at.line, at.column], error.picture
     except Exception as error:  # noqa: BLE001 - the test compares it
-        return type(error).__name__, str(error), [], ""
+        return type(error).__name__, error.whole, [], ""
     return "", "", [], ""
 
 

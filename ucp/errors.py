@@ -30,6 +30,8 @@ class UcpError(Exception):
         super().__init__(message if file is None else f"{file}: {message}")
         self.message = message
         self.file = file
+        self.whole = str(self)
+        """All of the text, also where ``str`` is cut short because another rank of the job says all of it."""
 
     def __str__(self) -> str:
         return line(super().__str__())

@@ -71,7 +71,7 @@ def gone_on(
     try:
         engine.load_checkpoint(folder, tag)
     except UcpError as error:
-        return Gone(before, gather(engine), str(error), (), False, ())
+        return Gone(before, gather(engine), error.whole, (), False, ())
     after, report = gather(engine), engine.ucp.last_load
     losses = tuple(continue_training(engine, case, steps, 3))
     if save:

@@ -98,7 +98,7 @@ def attempts(
         try:
             engine.load_checkpoint(attempt.folder, attempt.tag, **attempt.options)
         except UcpError as error:
-            kind, text = type(error).__name__, str(error)
+            kind, text = type(error).__name__, error.whole
         after = gather(engine)
         changed = [] if before is None or after is None else compare(before, after)
         if outside != rng_and_counters(engine):
@@ -160,7 +160,7 @@ def version(found: str, allow: bool) -> str:
     try:
         engine = build_target(Case(dp=1), {"allow_untested_version": allow})
     except Unsupported as error:
-        return str(error)
+        return error.whole
     return "" if hasattr(engine, "ucp") else "not bound"
 
 
@@ -174,7 +174,7 @@ def lacking(owner: str, name: str, allow: bool) -> str:
     try:
         engine = build_target(Case(dp=2), {"allow_untested_version": allow})
     except Unsupported as error:
-        return str(error)
+        return error.whole
     return "" if hasattr(engine, "ucp") else "not bound"
 
 
@@ -187,7 +187,7 @@ def bad_section(section: Any) -> str:
     try:
         ucp.deepspeed.initialize(model=nn.Linear(2, 2), config=make_config(Case(dp=1)) | {"ucp": section})
     except BadArgument as error:
-        return str(error)
+        return error.whole
     return ""
 
 
@@ -206,7 +206,7 @@ def mid_accumulation(case: Case, folder: str, tag: str) -> tuple[str, str, str]:
             try:
                 engine.load_checkpoint(folder, tag)
             except UcpError as error:
-                kind, text = type(error).__name__, str(error)
+                kind, text = type(error).__name__, error.whole
     engine.load_checkpoint(folder, tag)
     return kind, text, "loaded"
 
@@ -226,7 +226,7 @@ def unsupported(case: Case, zero: dict[str, Any], folder: str, tag: str) -> tupl
         after = gather(engine)
         assert before is not None
         assert after is not None
-        return type(error).__name__, str(error), tuple(compare(before, after))
+        return type(error).__name__, error.whole, tuple(compare(before, after))
     return "", "", ()
 
 
@@ -234,7 +234,7 @@ def _refusal(work: Callable[[], Any], kind: type[Exception]) -> tuple[str, str]:
     try:
         work()
     except kind as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, error.whole
     return "", ""
 
 

@@ -31,7 +31,7 @@ def resumed(name: str, stage: int, folder: str) -> dict[str, tuple[list[float], 
                 ucp.convert(ours, source, to="deepspeed", layout=f"dp=1,zero={stage}")
             engine.load_checkpoint(source)
         except UcpError as error:
-            out[way] = [], str(error)
+            out[way] = [], error.whole
         else:
             out[way] = _train(engine, FURTHER), ""
     return out

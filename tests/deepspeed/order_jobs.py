@@ -40,7 +40,7 @@ def resumed(stage: int, dtype: str, folder: str) -> dict[str, tuple[list[float],
         try:
             engine.load_checkpoint(f"{folder}/{saved}", "t")
         except UcpError as error:
-            out[what] = [], str(error)
+            out[what] = [], error.whole
         else:
             out[what] = _train(engine, range(3, 6)), ""
     return out

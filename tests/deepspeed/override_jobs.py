@@ -43,5 +43,5 @@ def resume(folder: str) -> tuple[list[Any], list[str]]:
         try:
             engine(load, scheduled).load_checkpoint(folder)
         except UcpError as error:
-            refused.append(str(error))
+            refused.append(error.whole)
     return found, refused

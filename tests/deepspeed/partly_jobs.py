@@ -72,7 +72,7 @@ def fall(case: Case, folder: str, tag: str, way: str, windows: bool, spoil: str 
         try:
             engine.load_checkpoint(folder, tag)
         except PartlyLoaded as error:
-            texts.append(str(error))
+            texts.append(error.whole)
         state["begun"] = False
 
     engine.ucp.config = engine.ucp.config.model_copy(
@@ -100,7 +100,7 @@ def _said(owner: Any, name: str) -> str:
     try:
         getattr(owner, name)(*([] if name == "state_dict" else ["anything"]))
     except PartlyLoaded as error:
-        return str(error)
+        return error.whole
     return ""
 
 
@@ -135,5 +135,5 @@ def perish(case: Case, folder: str, tag: str, way: str, at: int) -> tuple[str, f
     try:
         engine.load_checkpoint(folder, tag)
     except PartlyLoaded as error:
-        return str(error), time.monotonic() - began, _said(engine, "step")
+        return error.whole, time.monotonic() - began, _said(engine, "step")
     return "", time.monotonic() - began, ""

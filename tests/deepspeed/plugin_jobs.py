@@ -248,7 +248,7 @@ def load_client_state(case: Case, folder: str, trust: bool) -> tuple[str, str, A
     except UcpError as error:
         after = gather(engine)
         changed = before is not None and after is not None and before.params.keys() != after.params.keys()
-        return type(error).__name__, str(error), changed
+        return type(error).__name__, error.whole, changed
     return "", "", found
 
 

@@ -60,7 +60,7 @@ def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None, ti
     try:
         engine.load_checkpoint(folder, "tag")
     except UcpError as error:
-        return Proved(type(error).__name__, str(error))
+        return Proved(type(error).__name__, error.whole)
     finally:
         LiveEngine.apply = apply  # type: ignore[method-assign]
     report = engine.ucp.last_load

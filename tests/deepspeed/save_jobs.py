@@ -142,7 +142,7 @@ def refused_saves(case: Case, folder: str, good: str) -> list[tuple[str, str]]:
         try:
             engine.save_checkpoint(**attempt)
         except Exception as error:  # noqa: BLE001 - it is what the test is about
-            found.append((type(error).__name__, str(error)))
+            found.append((type(error).__name__, error.whole))
         else:
             found.append(("", ""))
     engine.save_checkpoint(good)
@@ -266,7 +266,7 @@ def failure_in_background(case: Case, folder: str, failing: int) -> list[tuple[s
     try:
         engine.save_checkpoint(folder, "again")
     except Exception as error:  # noqa: BLE001 - it is what the test is about
-        told.append((type(error).__name__, str(error)))
+        told.append((type(error).__name__, error.whole))
     if dist.get_rank() == failing:
         engine.ucp.saver.dismiss()
         fork_writers()

@@ -128,7 +128,12 @@ def run_rank(job: dict[str, Any], rank: int, listener: socket.socket) -> tuple[A
         return ("value", pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
     except BaseException as error:  # noqa: BLE001 - a rank reports whatever stopped it, SystemExit included
         kind = type(error)
-        return ("raised", f"{kind.__module__}.{kind.__qualname__}", str(error), traceback.format_exc())
+        return (
+            "raised",
+            f"{kind.__module__}.{kind.__qualname__}",
+            getattr(error, "whole", str(error)),
+            traceback.format_exc(),
+        )
 
 
 def child_main(job: dict[str, Any], rank: int, listener: socket.socket, report_fd: int) -> None:

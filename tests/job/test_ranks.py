@@ -40,6 +40,7 @@ def test_a_long_error_is_said_by_one_rank_and_pointed_at_by_the_others() -> None
     assert len(str(found)) < 270
     assert isinstance(found, SpecError)
     assert (found.position, found.picture) == (Position("my.yaml", 3, 7), "picture")
+    assert found.whole == f"rank 2: my.yaml:3:7: {text}"
     again = pointer(rebuilt(noted(Mismatch("short")), "rank 0: "), 0)  # type: ignore[arg-type]
     assert (type(again), str(again)) == (Mismatch, "rank 0: short")
 

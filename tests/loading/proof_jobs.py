@@ -78,7 +78,7 @@ def load(layout: str, path: str, spoil: Callable[[dict[str, torch.Tensor]], None
     try:
         report = ucp.load(state, path, prove=proof.FULL)
     except UcpError as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, error.whole
     finally:
         StateDictTarget.apply = apply  # type: ignore[method-assign]
     return str(report.proof), None if report.proof is None else report.proof.tensors

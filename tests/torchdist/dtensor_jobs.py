@@ -339,5 +339,5 @@ def _refused(work: Callable[[], Any]) -> str:
     try:
         work()
     except ucp.UcpError as error:
-        return str(error)
+        return error.whole
     raise ValueError("this was not refused")

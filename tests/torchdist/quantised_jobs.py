@@ -65,7 +65,7 @@ def resumed(kind: str, folder: str, world: int, outputs: int = 64) -> tuple[Any,
     try:
         ucp.load_training(folder, model=model, optimizer=optimizer, rng=False)
     except UcpError as error:
-        return str(error), []
+        return error.whole, []
     return whole(model, optimizer), train(model, optimizer, range(3, 6))
 
 

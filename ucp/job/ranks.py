@@ -79,13 +79,15 @@ def _raise_after(first: int, note: Mapping[str, Any], error: Exception | None) -
 def pointer(error: UcpError, rank: int) -> UcpError:
     """The same error as another rank than ``rank``, which says all of it, raises it: cut short if it is long, so that
     a job's many ranks do not each print a screen of text."""
-    text, start = str(error), f"rank {rank}: "
-    text = text.removeprefix(start)
-    if len(text) > limits.REFUSAL_ON_ALL_RANKS_CHARACTERS:
-        kept = text[: limits.REFUSAL_POINTER_CHARACTERS].rpartition(" ")[0].rstrip(",;: ")
+    whole, start = str(error), f"rank {rank}: "
+    whole = whole.removeprefix(start)
+    text = whole
+    if len(whole) > limits.REFUSAL_ON_ALL_RANKS_CHARACTERS:
+        kept = whole[: limits.REFUSAL_POINTER_CHARACTERS].rpartition(" ")[0].rstrip(",;: ")
         text = f"{kept} … (rank {rank}'s message has all of it)"
     found = type(error)(start + text)
     found.restore(error.details())
+    found.whole = start + whole
     return found
 
 
