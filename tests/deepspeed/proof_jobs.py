@@ -36,17 +36,12 @@ class Proved:
     text: str
     unproved: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
-def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None, tight: bool = False) -> Proved:
-    """Load, with rank 1's memory spoilt once everything is in place. tight: with no memory to hold what is rounded."""
-    from ucp import limits
+def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None) -> Proved:
+    """Load, with rank 1's memory spoilt once everything is in place."""
     from ucp.deepspeed.live import LiveEngine
     from ucp.errors import UcpError
-
-    if tight:
-        limits.LOAD_ROUNDED_PART = 0
 
     engine = build_target(case, {"load": {"prove": "full"}})
     apply = LiveEngine.apply
@@ -64,7 +59,7 @@ def load(case: Case, folder: str, spoil: Callable[[Any], None] | None = None, ti
     finally:
         LiveEngine.apply = apply  # type: ignore[method-assign]
     report = engine.ucp.last_load
-    return Proved("", str(report), tuple(report.proof.unproved), report.plan.rounded, report.warnings)
+    return Proved("", str(report), tuple(report.proof.unproved), report.plan.rounded)
 
 
 def _piece(weight: Any) -> torch.Tensor:

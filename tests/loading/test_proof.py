@@ -17,7 +17,9 @@ from ucp.errors import BadArgument, ProofFailed
 from ucp.inspection.digests import digests_of
 from ucp.job.float_types import converted
 from ucp.loading import proof
+from ucp.loading.bring import Brought
 from ucp.logical.digest import Digest
+from ucp.torchdist.target import StateDictTarget
 
 LAYOUTS = [("plain", 1), ("rows", 2), ("rows", 3), ("columns", 4), ("replicas", 2), ("hybrid", 4), ("both", 4)]
 FAULTS = {
@@ -49,6 +51,19 @@ def test_a_load_says_what_it_has_proved(saved: Path, caplog: pytest.LogCaptureFi
     assert any("proved: 5 tensors" in record.getMessage() for record in caplog.records)
     assert "prove" in report.seconds
     assert ucp.load(state, saved, prove=False).proof is None
+
+
+def test_what_is_rounded_and_no_longer_held_is_warned_of(
+    saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = StateDictTarget.memory
+    monkeypatch.setattr(StateDictTarget, "memory", lambda *args: memory(*args).to(torch.bfloat16))
+    monkeypatch.setattr(Brought, "as_read", {})
+    report = ucp.load({"model": {"w": torch.zeros_like(jobs.values()["w"])}}, saved)
+    assert report.proof is not None
+    assert report.proof.rounded == ("w:param",)
+    assert "the proof has not seen 1 tensor ('w:param'): they are kept in fewer bits" in report.warnings[-1]
+    assert any(r.levelname == "WARNING" and report.warnings[-1] in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
