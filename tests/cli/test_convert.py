@@ -116,7 +116,7 @@ def test_help_is_quick_and_complete() -> None:
 
 def test_the_entry_point_is_the_command() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'ucp-convert = "ucp.cli.convert:main"' in text
+    assert 'ucp-convert = "universal_checkpoint.cli.convert:main"' in text
     assert callable(command.main)
 
 

@@ -192,6 +192,6 @@ def test_the_module_form_and_its_help() -> None:
 
 def test_the_catalogue_and_the_command_are_installed_with_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'ucp-spec = "ucp.cli.spec:main"' in text
+    assert 'ucp-spec = "universal_checkpoint.cli.spec:main"' in text
     assert '"specs/*.yaml"' in text
     assert shipped.FOLDER.resolve() == (ROOT / "specs").resolve() or "site-packages" in str(shipped.FOLDER)

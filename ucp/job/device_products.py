@@ -9,7 +9,6 @@ or that gives another result in the test that is made once, has the second.
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +18,7 @@ from ucp.geometry import Ints
 from ucp.logical import digest
 from ucp.logical.digest import COLUMNS, DIGIT_BITS, DIGITS, LANES, ROW
 from ucp.logical.runs import mixed
+from ucp.printable import logger
 
 # How many rows are multiplied at once (24 MiB), and of how many the products are kept (6 MiB).
 ROWS_AT_ONCE, ROWS_KEPT = 24 << 10, 96 << 10
@@ -30,7 +30,7 @@ _KEPT = 1 << 20
 _SIGNED = 0x00808080
 _BYTE_DIGITS = 8
 
-_logger = logging.getLogger(__name__)
+_logger = logger(__name__)
 
 
 class ByteProducts:

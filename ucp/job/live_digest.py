@@ -6,7 +6,6 @@ by plain torch operations (`ucp.job.device_digest`). Both are equal bit for bit.
 
 from __future__ import annotations
 
-import logging
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from ucp.job.float_types import converted
 from ucp.logical.batch import Batch
 from ucp.logical.digest import ROW, Digest, digest_bytes
 from ucp.logical.runs import Run, Runs, Sample, few_runs, runs_of, within_buffer
+from ucp.printable import logger
 from ucp.storage.dtypes import itemsize, to_torch
 
 # How many bytes of a tensor one thread takes at once.
@@ -34,7 +34,7 @@ _TOGETHER = 2 << 20
 # So many bytes of what is digested together are worth one thread more: threads wait for each other meanwhile.
 _WORTH_A_THREAD = 128 << 20
 
-_logger = logging.getLogger(__name__)
+_logger = logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
