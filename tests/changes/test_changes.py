@@ -314,7 +314,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "adapters": ({"adapters": "joined"}, SpecError, "merged with their scale"),
     "no way": ({"adapters": {}}, SpecError, "says nothing"),
     "a way for states": ({"states": "shrunk"}, SpecError, "can be 'dequantised' or 'requantised'"),
-    "a way for other states": ({"states": "requantised"}, BadArgument, "is for load_training with an optimizer"),
     "a scale": ({"adapters": {"merged": "big"}}, SpecError, "alpha / r"),
     "sizes for nothing": ({"sizes": {"a": 1}}, SpecError, "there are none"),
     "another version": ({"changes": 2}, SpecError, "this program reads 1"),
