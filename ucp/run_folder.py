@@ -184,7 +184,7 @@ def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
         if one is not None:
             inner = below(entry, 1) if one.path != entry else []  # a run's folder has more than its file names
             found += inner if one.path in [other.path for other in inner] else [one, *inner]
-        linked = not locations.is_remote(entry) and os.path.islink(entry)
+        linked = locations.is_link(entry)
         if depth > 1 and not linked and (one is None or not one.format.resumable):
             found += below(entry, depth - 1)
     return found
@@ -239,7 +239,7 @@ def _text(pointer: Path) -> str | None:
         raw = locations.read(pointer, limits.POINTER_BYTES)
     except OSError as error:
         nothing = isinstance(error, (FileNotFoundError, NotADirectoryError)) or error.errno == errno.ELOOP
-        if nothing and not os.path.islink(pointer):
+        if nothing and not locations.is_link(pointer):
             return None
         raise NotACheckpoint(f"{pointer}: cannot be read: {error.strerror or error}; {WAY_ON}") from error
     try:

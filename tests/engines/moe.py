@@ -274,5 +274,5 @@ def refuse(case: MoeCase, folder: str, tag: str | None, ranks_of_sequences: int 
     except UcpError as error:
         after = gather(engine)
         changed = [] if before is None or after is None else truth.compare(before, after)
-        return type(error).__name__, error.whole, changed
+        return type(error).__name__, error.whole.removeprefix("rank 0: "), changed
     return "", "", []

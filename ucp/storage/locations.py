@@ -135,6 +135,11 @@ def newest_ns(folder: str | os.PathLike[str]) -> int:
     return max((stat(place / name).mtime_ns for name in names(folder) if is_file(place / name)), default=0)
 
 
+def is_link(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a symbolic link, to something or to nothing. Behind a URL there are none."""
+    return not is_remote(path) and os.path.islink(path)
+
+
 def kind(path: str | os.PathLike[str]) -> str:
     """What lies at a local path, in words: "a file", "a folder", "a pipe", …; nothing is opened."""
     try:

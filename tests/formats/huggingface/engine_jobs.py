@@ -71,7 +71,7 @@ def load(model: str, case: Case, folder: str) -> tuple[Truth | None, torch.Tenso
         engine.load_checkpoint(folder)
         raise RuntimeError("a folder without an optimizer was taken for a whole checkpoint")
     except Mismatch as error:
-        if "optimizer state" not in str(error):
+        if "optimizer's states" not in error.whole:
             raise
     path, _ = engine.load_checkpoint(folder, load_module_only=True)
     if path is None:
