@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,21 @@ from ucp.errors import DestinationError, SaveFailed, Unsupported
 from ucp.saving import commit, writer
 from ucp.saving.background import Saver, finish_all
 from ucp.saving.retention import Keep
-from ucp.saving.staging import Copying
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The copying, and all after it, begins when it is set."""
+    """The writing, and all after it, begins when it is set."""
     event = threading.Event()
-    arriving = Copying.arriving
+    send = writer.WriterProcess.send
 
-    def later(*args: Any) -> Iterator[int]:
+    def later(*args: Any) -> None:
         assert event.wait(30)
-        yield from arriving(*args)
+        send(*args)
 
-    monkeypatch.setattr(Copying, "arriving", later)
+    monkeypatch.setattr(writer.WriterProcess, "send", later)
     return event
 
 
