@@ -45,6 +45,8 @@ CHUNKS_FETCHED_COUNT = 32
 READ_PARTS_COUNT = 128
 # What one more thread has to read before it is worth starting.
 BYTES_PER_READER = 4 * MIB
+# What one more process of a command has to read before it is worth starting.
+BYTES_PER_PROCESS = 512 * MIB
 # Threads of one gathering or conversion: more gain nothing on one disk or one network card.
 THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.

@@ -305,6 +305,29 @@ def test_quantised_and_tied_otherwise(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_shares_its_work_with_processes_of_its_own(three: list[Path], tmp_path: Path, fails: bool) -> None:
+    merge(three, tmp_path / "alone", "ties", base=three[0], density=0.4)
+    command = [sys.executable, "-m", "ucp.cli.main", "merge", *three, tmp_path / "shared", "--method", "ties"]
+    command += ["--base", tmp_path / "nothing" if fails else three[0], "--density", "0.4", "--processes", "3"]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if fails:
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "shared").exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_two_processes_share_a_merge(three: list[Path], tmp_path: Path) -> None:
     merge(three, tmp_path / "alone", "ties", base=three[0], density=0.4)
     command = [sys.executable, "-m", "ucp.cli.main", "merge", *three, tmp_path / "shared"]

@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # argparse itself would point at the help of all commands.
         one = run.Parser(prog=f"{PROGRAM} {args.command}")
         one.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.given = given
     program = f"{PROGRAM} {args.command}"
     run.start_logging(program, args.quiet, args.debug)
     return run.guarded(program, lambda: int(COMMANDS[args.command].command(args)), args.debug)

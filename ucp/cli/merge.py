@@ -7,11 +7,12 @@ import os
 from typing import Any
 
 from ucp import formats
-from ucp.cli import run, source
+from ucp.cli import processes, run, source
 from ucp.cli.output import Output
 from ucp.errors import BadArgument
 from ucp.formats.base import Option
 from ucp.progress import ProgressBar
+from ucp.transfer.team import Team
 
 HELP = "combine several checkpoints of one model, of any formats and layouts, into one"
 EXAMPLES = """\
@@ -48,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in _target_options().values():
         run.add_option(parser, option)
     parser.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
-    parser.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers")
+    parser.add_argument(
+        "--processes",
+        type=run.count,
+        metavar="N",
+        help="that share the work here (default: processors, at most 8, if it is large and nothing limits it)",
+    )
+    parser.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of each process's buffers")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     parser.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and write nothing")
@@ -96,10 +103,20 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     if args.adapter_merge is not None:
         return _adapters(args)
-    from ucp.merging.combine import merge
-    from ucp.transfer.team import from_environment
+    limited = args.plan or args.workers is not None or args.max_memory is not None
+    asked = None if args.plan else args.processes
+    number = processes.count(asked, () if limited else args.sources, os.environ)
+    given = list(args.given)
+    if number > 1 and args.workers is None:
+        args.workers = processes.threads(number)
+        given += ["--workers", str(args.workers)]
+    with processes.shared(given, number) as team:
+        return _combine(args, team)
 
-    team = from_environment(os.environ)
+
+def _combine(args: argparse.Namespace, team: Team) -> int:
+    from ucp.merging.combine import merge
+
     metrics = {} if args.metric is None else _metrics(args.metric)
     options = ("weights", "normalize", "t", "scale", "density", "seed", "elect", "beta", "window", "stride", "penalty")
     given: dict[str, Any] = {name: value for name in options if (value := getattr(args, name)) is not None}
