@@ -47,6 +47,8 @@ READ_PARTS_COUNT = 128
 BYTES_PER_READER = 4 * MIB
 # What one more process of a command has to read before it is worth starting.
 BYTES_PER_PROCESS = 512 * MIB
+# How long it may take to end once the work is done, before it is ended.
+PROCESS_END_SECONDS = 10.0
 # Threads of one gathering or conversion: more gain nothing on one disk or one network card.
 THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.

@@ -54,3 +54,10 @@ def test_another_number_than_the_launcher_s_is_refused() -> None:
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "processors", lambda: 8)
     assert [processes.threads(n) for n in (1, 2, 8, 16)] == [9, 5, 2, 2]
+
+
+def test_one_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is done by then, so that it is no error."""
+    monkeypatch.setattr(limits, "PROCESS_END_SECONDS", 0.0)
+    with processes.shared(["--version"], 2) as team:
+        assert (team.process, team.processes) == (0, 2)

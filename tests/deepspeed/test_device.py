@@ -7,8 +7,6 @@ UCP_DEVICE_WRITES: where to leave checkpoints for ``device_jobs.py resume``.
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,11 @@ from tests.engines.configs import Case
 from tests.engines.resume import continue_training
 from tests.engines.truth import Truth, compare, gather
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("one_gpu"),
+]
 
 BASE = PLAIN.but(dp=1, optimizer="fused_adam")
 BF16 = [
@@ -36,21 +38,6 @@ BF16 = [
 FP16 = [BASE.but(stage=stage, dtype="fp16") for stage in (0, 1, 3)]
 FP32 = [BASE.but(stage=stage, dtype="fp32") for stage in (0, 2, 3)]
 TORCH = [BASE.but(stage=stage, optimizer="adamw") for stage in (0, 1, 3)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    import deepspeed
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.cuda.set_device(0)
-    deepspeed.init_distributed("nccl")
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def known(engine: Any) -> Truth:

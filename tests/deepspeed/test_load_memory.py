@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,21 +32,6 @@ def test_host_memory_beyond_what_is_live(ranks: RankPool, saved: str, way: str) 
         assert 2 * WEIGHTS <= took.states < 2 * WEIGHTS + MIB
         assert took.peak - took.states <= jobs.MEMORY, took
         assert took.left - took.states <= jobs.MEMORY, took
-
-
-@pytest.fixture(scope="module")
-def one_gpu() -> Iterator[None]:
-    import deepspeed
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.cuda.set_device(0)
-    deepspeed.init_distributed("nccl")
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_gpu")

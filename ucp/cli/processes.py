@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ucp import limits
 from ucp.errors import BadArgument
@@ -18,7 +18,6 @@ from ucp.transfer.team import Team, from_environment
 
 # As the command's entry point does, so that another package called ucp is no hindrance.
 _PROGRAM = "import sys; from universal_checkpoint.cli.main import main; sys.exit(main())"
-_GONE_SECONDS = 10.0
 
 
 def count(asked: int | None, sources: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -71,7 +70,8 @@ def shared(arguments: Sequence[str], processes: int) -> Iterator[Team]:
     try:
         yield Team(0, processes)
         for other in others:
-            other.wait(_GONE_SECONDS)
+            with suppress(subprocess.TimeoutExpired):  # its share is in the checkpoint
+                other.wait(limits.PROCESS_END_SECONDS)
     finally:
         for other in others:
             if other.poll() is None:

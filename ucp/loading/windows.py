@@ -100,7 +100,7 @@ def _phase(place: Place) -> int:
 class _Passing:
     """Threads fill the windows, in their order, and this one sends them to the device.
 
-    After an error no further window is begun. Only one thread speaks to the device: more of them wait for one another.
+    After an error no further window is begun. One thread alone sends: several would wait for one another.
     """
 
     def __init__(self, reader: Reader, ring: _Ring, windows: Sequence[_Window]) -> None:
