@@ -19,12 +19,15 @@ from ucp.catalog import SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, PartlyLoaded
 from ucp.geometry import whole
 from ucp.job.stopwatch import Stopwatch
-from ucp.loading import bring, strategy
+from ucp.loading import bring, proof, strategy
 from ucp.loading import load as loading
 from ucp.loading.match import LoadPlan
 from ucp.loading.read import RankReads
-from ucp.loading.strategy import HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING
+from ucp.loading.strategy import HOLD, STRATEGIES, VERIFY_READ_PROVE, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING
 from ucp.loading.target import Member, Slot
+from ucp.logical.digest import Digest
+from ucp.logical.record import Recorded
+from ucp.logical.runs import Sample
 from ucp.storage.files import Files
 from ucp.torchdist.target import StateDictTarget
 from ucp.transfer.gather import Want
@@ -66,12 +69,12 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have loads take this way. 'windows': the second one, with everything passing through small windows, as on its way
-    to a device."""
+    """Have loads take this way. 'windows': verify, then read, with everything passing through small windows, as on its
+    way to a device; what is proved instead goes so, too."""
 
     def taken(way: str) -> None:
         monkeypatch.setattr(strategy, "choose", lambda every: VERIFY_THEN_READ if way == "windows" else way)
-        if way == "windows":
+        if way in ("windows", VERIFY_READ_PROVE):
             monkeypatch.setattr(bring, "is_on_host", lambda flat: False)
             monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", 40_000)
 
@@ -100,7 +103,7 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     return seen
 
 
-WAYS = (HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING, "windows")
+WAYS = (*STRATEGIES, "windows")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -121,7 +124,7 @@ def test_every_way_brings_the_same(saved: Path, take: Callable[[str], None], way
     assert report.unverified_bytes == 0
 
 
-@pytest.mark.parametrize("way", [VERIFY_THEN_READ, "windows"])
+@pytest.mark.parametrize("way", [VERIFY_THEN_READ, VERIFY_READ_PROVE, "windows"])
 def test_a_failure_at_every_read_of_the_second_phase(
     saved: Path, take: Callable[[str], None], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +133,7 @@ def test_a_failure_at_every_read_of_the_second_phase(
     truth, before = values(), files(saved)
     with monkeypatch.context() as patch:
         reads = failing_at(patch, -1)
-        ucp.load(blank(truth), saved, prove=False)
+        ucp.load(blank(truth), saved, prove=way == VERIFY_READ_PROVE)
     assert len(reads) > 1
     for number in range(len(reads)):
         state = blank(truth)
@@ -168,7 +171,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("way", [VERIFY_THEN_READ, "windows"])
+@pytest.mark.parametrize("way", [VERIFY_THEN_READ, VERIFY_READ_PROVE, "windows"])
 @pytest.mark.parametrize("spoil", [cut, touch, change, remove])
 def test_a_file_that_changes_between_the_phases(
     saved: Path,
@@ -187,6 +190,58 @@ def test_a_file_that_changes_between_the_phases(
     monkeypatch.setattr(StateDictTarget, "begin", begins)
     with pytest.raises(PartlyLoaded, match=r"truncated|was changed while it was loaded|is damaged|cannot be read"):
         ucp.load(blank(values()), saved)
+
+
+@pytest.mark.parametrize("seen", ["all", "a sample", "nothing"])
+def test_what_no_proof_sees_is_compared_after_all(
+    saved: Path, take: Callable[[str], None], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are not compared a second time only because the proof sees them."""
+    take(VERIFY_READ_PROVE)
+    begin, compare = StateDictTarget.begin, loading.checking.compare
+    compared: list[Any] = []
+
+    def begins(self: StateDictTarget) -> None:
+        begin(self)
+        change(data_file(saved))
+
+    def compares(*args: Any) -> None:
+        compared.append(args)
+        compare(*args)
+
+    if seen == "nothing":
+        monkeypatch.setattr(proof, "prove", lambda *args, **named: None)
+    elif seen == "a sample":
+        monkeypatch.setattr(proof, "SAMPLED_FROM", 0)
+    monkeypatch.setattr(loading.checking, "compare", compares)
+    report = ucp.load(blank(values()), saved)
+    assert report.proof is None or report.proof.complete
+    assert len(compared) == (1 if seen == "all" else 2)
+    monkeypatch.setattr(StateDictTarget, "begin", begins)
+    with pytest.raises(PartlyLoaded, match="is damaged"):
+        ucp.load(blank(values()), saved)
+
+
+@dataclass(frozen=True)
+class Somewhere(FakeTarget):
+    """A target whose memory is on this device."""
+
+    device: str = "meta"
+
+    def memory(self, key: int, state: str) -> torch.Tensor | None:
+        return torch.empty(100, device=self.device)
+
+
+def test_what_a_proof_sees() -> None:
+    tensor = catalog({"w": Saved((100,), states=())}).tensors["w", "param"]
+    digested = dataclasses.replace(tensor, digest=Recorded(Digest(), Digest(), Sample(0, 1)))
+    entry = 0, "param", "float32"
+    wants = {entry: [Want(digested, whole((100,)), "float32")]}
+    assert proof.sees_all(Somewhere([], []), wants)
+    assert not proof.sees_all(Somewhere([], []), {})
+    assert not proof.sees_all(Somewhere([], []), {entry: [Want(tensor, whole((100,)), "float32")]})
+    assert not proof.sees_all(Somewhere([], [], device="cpu"), wants)
+    assert not proof.sees_all(FakeTarget([], []), wants)
 
 
 @pytest.mark.parametrize("spoil", [cut, touch, remove])
@@ -297,7 +352,7 @@ def test_memory_has_a_least_value(saved: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("way", [HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING])
+@pytest.mark.parametrize("way", STRATEGIES)
 @pytest.mark.parametrize("window", [40_000, limits.LOAD_WINDOW_BYTES])
 def test_every_way_brings_the_same_to_a_device(
     saved: Path, take: Callable[[str], None], way: str, window: int, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from ucp import limits
-from ucp.loading.strategy import HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING, ReadFacts, choose
+from ucp.loading.strategy import (
+    HOLD,
+    VERIFY_READ_PROVE,
+    VERIFY_THEN_READ,
+    VERIFY_WHILE_BRINGING,
+    ReadFacts,
+    choose,
+)
 from ucp.storage import page_cache
 
 GIB = 1 << 30
@@ -39,6 +46,10 @@ FITS = replace(WARM, held=GIB // 2)
         ([replace(COLD, available=None)], VERIFY_THEN_READ),
         ([WARM, COLD], VERIFY_THEN_READ),
         ([COLD, replace(COLD, available=GIB)], VERIFY_WHILE_BRINGING),
+        ([replace(WARM, proved=True)], VERIFY_READ_PROVE),
+        ([replace(COLD, proved=True)], VERIFY_READ_PROVE),
+        ([replace(WARM, proved=True), WARM], VERIFY_THEN_READ),
+        ([replace(SMALL, proved=True)], HOLD),
     ],
 )
 def test_the_choice(every: list[ReadFacts], way: str) -> None:

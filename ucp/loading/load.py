@@ -6,7 +6,7 @@ when). Nothing that anyone has seen is changed so far, and if a rank finds somet
 
 Then bring: read again, straight to where the values live. Now only an I/O error, a file that was changed meanwhile or a
 death can stop the load. Then every rank raises the same PartlyLoaded. Bytes that several ranks want may be read by only
-one of them (`ucp.loading.exchange`).
+one of them (`ucp.loading.exchange`). Last, prove: what is live now has the checkpoint's logical digests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ucp import limits
 from ucp.catalog import Catalog
-from ucp.errors import BadArgument, PartlyLoaded, described
+from ucp.errors import BadArgument, PartlyLoaded, ProofFailed, described
 from ucp.garbage import no_collections
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
@@ -184,8 +184,8 @@ def load(
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
-    how = _How(live, catalog, path, verify, workers, memory, alone, agreed, watch)
-    proving = _Proving(prove, how.threads, alone, prepared() if prove is not False else None)
+    how = _How(live, catalog, path, verify, workers, memory, alone, prove, agreed, watch)
+    proving = prepared() if prove is not False else None
     with Files() as files:
         tied.check(Reader(catalog, files, verify), what.tied, live.words, watch, alone)
         sharing = None
@@ -203,7 +203,7 @@ def load(
             _together(how, "apply", lambda: _put(how, loaded, ready, files))
             _together(how, "apply", lambda: _applied(how, loaded))
         bytes_read = files.bytes_read
-    proved = watch.timed("prove", lambda: _proved(catalog, live, what, brought.as_read, proving))
+    proved = _seen(how, ready, lambda: watch.timed("prove", lambda: _proved(how, what, brought.as_read, proving)))
     nbytes = new.nbytes + rest.nbytes, bytes_read - ready.bytes_checked
     return replace(_report(how, what, ready, nbytes, sharing is not None, proved), changes=changes)
 
@@ -219,6 +219,7 @@ class _How:
     threads: int
     memory: int
     alone: bool
+    prove: bool | str
     agreed: Callable[[Callable[[], Any]], Any]
     watch: Stopwatch
 
@@ -226,12 +227,14 @@ class _How:
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """What is known once nothing but I/O can go wrong. strategy: one of `strategy.STRATEGIES`. reader: for bringing.
-    marks: the files as they were. new: what is in its place already, where nobody has seen it. bytes_checked: how many
-    bytes were read that will be read again. held: what was read of the rest already."""
+    marks: the files as they were. compared: what of them was compared with digests. new: what is in its place already,
+    where nobody has seen it. bytes_checked: how many bytes were read that will be read again. held: what was read of
+    the rest already."""
 
     strategy: str
     reader: Reader
     marks: checking.FileMarks
+    compared: checking.Ranges
     new: Brought
     bytes_checked: int = 0
     held: Mapping[Entry, torch.Tensor] | None = None
@@ -250,6 +253,8 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         compared = checking.comparable(looking, wanted, every)
         found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(looking, files, every)
+        if how.verify and not how.alone and how.prove is not False:
+            found = replace(found, proved=proof.sees_all(how.live, rest.wants))
         return compared, strategy.with_costs(found, looking, compared, how.threads), marks
 
     before = files.bytes_read
@@ -258,7 +263,7 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     held: Mapping[Entry, torch.Tensor] | None = None
 
     def check() -> None:
-        if chosen == strategy.VERIFY_THEN_READ:
+        if chosen in (strategy.VERIFY_THEN_READ, strategy.VERIFY_READ_PROVE):
             checking.compare(looking, compared, how.threads)
         marks.check(files)
 
@@ -274,7 +279,9 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         how.agreed(lambda: how.watch.timed("check", check))
     checked = files.bytes_read - before
     brought = how.agreed(lambda: how.watch.timed("read", read))
-    return _Ready(chosen, reader, marks, brought, checked, held)
+    if chosen == strategy.VERIFY_READ_PROVE:
+        reader = reader.again()
+    return _Ready(chosen, reader, marks, compared, brought, checked, held)
 
 
 def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought:
@@ -306,6 +313,24 @@ def _put(how: _How, loaded: Loaded, ready: _Ready, files: Files) -> None:
 def _applied(how: _How, loaded: Loaded) -> None:
     with how.watch.part("round"):
         how.live.apply(loaded)
+
+
+def _seen(how: _How, ready: _Ready, prove: Callable[[], Proof | None]) -> Proof | None:
+    """The proof. If it fails or has not seen everything, what was read without being compared is compared after all, so
+    that a file that was changed meanwhile is named. Collective, unless alone."""
+    failed, proved = None, None
+    try:
+        proved = prove()
+    except ProofFailed as error:
+        failed = error
+    whole = proved is not None and proved.complete and proved.sample is None
+    if ready.strategy == strategy.VERIFY_READ_PROVE and not whole:
+        with _changing(how), Files() as files:
+            looking = Reader(how.catalog, files)
+            _together(how, "check", lambda: checking.compare(looking, ready.compared, how.threads))
+    if failed is not None:
+        raise failed
+    return proved
 
 
 def _together(how: _How, stage: str, work: Callable[[], T]) -> T:
@@ -371,25 +396,15 @@ def _report(
     )
 
 
-@dataclass(frozen=True)
-class _Proving:
-    """How a load is proved: arguments of `load`, and what makes the device ready for it."""
-
-    choice: bool | str
-    threads: int
-    alone: bool
-    making_ready: Thread | None
-
-
 def _proved(
-    catalog: Catalog, target: Target, what: LoadPlan, brought: Mapping[Entry, torch.Tensor], how: _Proving
+    how: _How, what: LoadPlan, brought: Mapping[Entry, torch.Tensor], making_ready: Thread | None
 ) -> Proof | None:
-    if how.making_ready is not None:
-        how.making_ready.join()
+    if making_ready is not None:
+        making_ready.join()
     with Files() as files, ranks.alone() if how.alone else nullcontext():
-        reader = Reader(catalog, files)
+        reader = Reader(how.catalog, files)
         return proof.prove(
-            catalog, target, what, reader, how.choice, brought=brought, threads=how.threads, alone=how.alone
+            how.catalog, how.live, what, reader, how.prove, brought=brought, threads=how.threads, alone=how.alone
         )
 
 

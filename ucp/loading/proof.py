@@ -34,6 +34,7 @@ from ucp.logical.runs import SAMPLE_BLOCK, Sample
 from ucp.storage.dtypes import from_torch, itemsize
 from ucp.transfer.digesting import digest_files
 from ucp.transfer.exact import EXACT
+from ucp.transfer.gather import Want
 from ucp.transfer.reader import Reader
 from ucp.units import bytes_text, counted
 
@@ -127,6 +128,21 @@ class _Pair:
     @property
     def name(self) -> str:
         return self.weights.name
+
+
+def sees_all(target: Target, entries: Mapping[Entry, Sequence[Want]]) -> bool:
+    """Whether a proof will look at every element of these, as far as this rank knows before they are brought: they lie
+    on devices, but for a few, and the checkpoint has digests of all."""
+    on_host = on_device = 0
+    for (key, state, _), wants in entries.items():
+        memory = target.memory(key, state)
+        if memory is None or any(want.tensor.digest is None for want in wants):
+            return False
+        if memory.device.type == "cpu":
+            on_host += memory.nbytes
+        else:
+            on_device += memory.nbytes
+    return on_host < SAMPLED_FROM and on_device > 0
 
 
 def prove(

@@ -1,6 +1,6 @@
 """In which order a load reads, verifies and changes what is live: the choice, and what it rests on.
 
-A load promises to change nothing unless all of it can be brought. There are three ways to keep that, and each is best
+A load promises to change nothing unless all of it can be brought. There are four ways to keep that, and each is best
 somewhere:
 
 - `HOLD`: read and verify everything into fresh host memory, then put it in place. Everything is read once, but the
@@ -8,6 +8,8 @@ somewhere:
 - `VERIFY_THEN_READ`: first compare every byte that will be used with its digest, in a few small windows, and keep
   nothing. Then read again, straight to where the bytes live. Best where the page cache has the files, or keeps them
   from the first time.
+- `VERIFY_READ_PROVE`: the same, but bytes are not compared with their digests a second time. The proof afterwards
+  finds what changed in between. Where everything goes to a device, since there the proof sees every element.
 - `VERIFY_WHILE_BRINGING`: read once, straight to where the bytes live, and verify on the way. Only where the share is
   too large to hold, and files are read from a slow place twice otherwise. Damage is then found when part of the state
   has changed already, and the state may not be trained on until another load succeeds.
@@ -36,7 +38,8 @@ from ucp.transfer.reader import Reader
 HOLD = "hold the share"
 VERIFY_THEN_READ = "verify, then read"
 VERIFY_WHILE_BRINGING = "verify while bringing"
-STRATEGIES = (HOLD, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING)
+VERIFY_READ_PROVE = "verify, read, then prove"
+STRATEGIES = (HOLD, VERIFY_THEN_READ, VERIFY_READ_PROVE, VERIFY_WHILE_BRINGING)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ReadFacts:
     files that it will read. compared: how many of those (and of what lies around them) can be verified. cached: how
     many of the wanted bytes are in the page cache. available: memory that the system could give, in bytes; None if
     unknown. local: how many ranks share this machine. hold_costs, again_costs: seconds for each byte of fresh memory,
-    and for each byte that is read once more; 0 if not measured.
+    and for each byte that is read once more; 0 if not measured. proved: whether a proof will see all of it, since it
+    goes to a device.
     """
 
     held: int
@@ -59,6 +63,7 @@ class ReadFacts:
     local: int
     hold_costs: float = 0.0
     again_costs: float = 0.0
+    proved: bool = False
 
     @property
     def is_warm(self) -> bool:
@@ -120,15 +125,16 @@ def _first_bytes(ranges: Ranges, count: int) -> Iterator[tuple[int, list[tuple[i
 def choose(every: Sequence[ReadFacts]) -> str:
     """The way that all ranks take, by the facts of each."""
     fits = all(one.held <= one.bound for one in every)
+    twice = VERIFY_READ_PROVE if all(one.proved for one in every) else VERIFY_THEN_READ
     if fits and all(one.held <= limits.HELD_ANYWAY_BYTES for one in every):
         return HOLD
     if all(one.is_warm for one in every):
         quicker = all(0 < one.hold_costs < one.again_costs for one in every)
-        return HOLD if fits and quicker else VERIFY_THEN_READ
+        return HOLD if fits and quicker else twice
     if fits:
         return HOLD
     if all(one.compared == 0 or one.keeps_pages for one in every):
-        return VERIFY_THEN_READ
+        return twice
     return VERIFY_WHILE_BRINGING
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 
@@ -23,34 +25,55 @@ Bytes = NDArray[np.uint8]
 Cache = OrderedDict[tuple[int, int], Bytes]
 
 
+@dataclass(eq=False)
+class _Tally:
+    """Of a reader and those made from it: seconds that checking took, bytes of chunks that are verified, and bytes that
+    were compared with nothing."""
+
+    seconds: float = 0.0
+    digested: int = 0
+    unchecked: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+
 class Reader:
     """Byte ranges of a catalog's files, verified against its digests if it has them, else against the CRC-32s of
     torch's records if these are read whole. Thread-safe.
 
-    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. digest_seconds: the time that checking digests and
-    CRC-32s has taken so far, in all threads together.
+    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`.
     """
 
     def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
-        self.digest_seconds = 0.0
-        self._digested = self._unchecked = 0
-        self._lock = Lock()
+        self._counts = _Tally()
+        self._again = False
         self._paths = [f.path for f in catalog.files]
         self._files = files
         self._computed = dict(catalog.computed)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
         self.records = RecordChecks(catalog.crc_records if verify else {}, self._paths, files, keeps_pieces)
 
+    def again(self) -> Reader:
+        """A reader of bytes that were compared with their digests before. It reads them without comparing them once
+        more, and counts them as verified, together with this one's."""
+        out = copy(self)
+        out._again = True
+        return out
+
+    @property
+    def digest_seconds(self) -> float:
+        """The time that checking digests and CRC-32s has taken so far, in all threads together."""
+        return self._counts.seconds
+
     @property
     def verified_bytes(self) -> int:
         """Bytes that were compared with a digest or a CRC-32: whole chunks, each time they are read, and whole
         records."""
-        return self._digested + self.records.verified_bytes
+        return self._counts.digested + self.records.verified_bytes
 
     @property
     def unverified_bytes(self) -> int:
         """Bytes that were read and compared with nothing: there is no digest, or the record was not read whole."""
-        return self._unchecked + self.records.unverified_bytes
+        return self._counts.unchecked + self.records.unverified_bytes
 
     @property
     def verifies(self) -> bool:
@@ -101,6 +124,10 @@ class Reader:
                 f"{path}: bytes up to {stop} are wanted, but digests cover {digests.size}; the manifest and the file "
                 "do not belong together"
             )
+        if self._again and len(parts) <= limits.READ_PARTS_COUNT:
+            self._files.read_parts(path, offset, [part.data for part in parts])
+            self._count(0.0, digested=stop - at)
+            return
         rest = deque(parts)
         most = limits.CHUNKS_FETCHED_COUNT if is_remote(path) else limits.CHUNKS_AT_ONCE_COUNT
         while at < stop:
@@ -180,10 +207,11 @@ class Reader:
         self._count(perf_counter() - began, digested=nbytes)
 
     def _count(self, seconds: float, digested: int = 0, unchecked: int = 0) -> None:
-        with self._lock:
-            self.digest_seconds += seconds
-            self._digested += digested
-            self._unchecked += unchecked
+        counts = self._counts
+        with counts.lock:
+            counts.seconds += seconds
+            counts.digested += digested
+            counts.unchecked += unchecked
 
 
 def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
