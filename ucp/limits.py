@@ -153,8 +153,10 @@ KEEPER_LINES_COUNT = 20
 REFUSAL_HEAD_START_SECONDS = 2.0
 # What a report shows of a run, at most.
 TIMELINE_RECORDS_COUNT = 2000
-# Threads that digest a snapshot at most, when it is taken and when it is looked through.
-SNAPSHOT_THREADS_MAX_COUNT = 16
+# Processes that digest a rank's snapshot at most: 3 GB/s each, of the 40 or so that a device sends.
+DIGESTERS_MAX_COUNT = 16
+# Threads that look a snapshot through at most.
+SCRUBBING_THREADS_MAX_COUNT = 16
 # How long the first rank waits for the others' part in a snapshot: a snapshot that takes longer protects nobody.
 SNAPSHOT_TIMEOUT_SECONDS = 60.0
 
@@ -340,9 +342,9 @@ def ranks_here() -> int:
         return 1
 
 
-def digesting_threads() -> int:
-    """Threads that digest a rank's snapshot: its part of the processors but one, which the rank itself uses."""
-    return max(min(processors() // ranks_here() - 1, SNAPSHOT_THREADS_MAX_COUNT), 1)
+def digesters() -> int:
+    """Processes that digest a rank's snapshot: its part of the processors but one, which the rank itself uses."""
+    return max(min(processors() // ranks_here() - 1, DIGESTERS_MAX_COUNT), 1)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.engines.configs import Case
@@ -22,19 +24,28 @@ from ucp.storage.kept import places
 FOUR = ("a", "b", "c", "d")
 
 
-def kills(pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random) -> dict[str, Any]:
-    """All ranks killed, again and again; each resume is what the live buffers were, at most one step before the end."""
+def kills(
+    pool: RankPool, folder: str, keepers: str, count: int, luck: random.Random, until: float = math.inf
+) -> dict[str, Any]:
+    """All ranks killed, again and again; each resume is what the live buffers were, at most one step before the end.
+
+    until: by the monotonic clock, when to leave off. The next call goes on with the same folder and keepers.
+    """
     case = Case(stage=1, dp=4)
     most = 4 * count + 6
-    wanted = pool.run(stories.reference, case, most, world_size=4, timeout=580)[0]
-    for _ in range(count):
+    known = Path(folder, f"reference-{most}.json")
+    if not known.exists():
+        known.write_text(json.dumps(pool.run(stories.reference, case, most, world_size=4, timeout=580)[0]))
+    wanted = json.loads(known.read_text())
+    while len(stories.told(folder, "kills")) < count and time.monotonic() < until:
         seconds = luck.uniform(0.05, 3.0)
         pool.attempt(stories.until_killed, case, folder, keepers, FOUR, seconds, most, world_size=4, grace=0.5)
+        stories.tell(folder, "kills", {"after": seconds})
     resumed, steps = stories.told(folder, "resumed"), stories.told(folder, "steps")
     wrong = [r["step"] for r in resumed if r["step"] and r["digest"] != wanted[r["step"] - 1]]
     lost = _lost(folder)
     return {
-        "kills": count,
+        "kills": len(stories.told(folder, "kills")),
         "resumes": len(resumed),
         "from memory": sum(r["step"] > 0 for r in resumed),
         "not bit-equal": wrong,
@@ -123,24 +134,29 @@ def main() -> int:
     parser.add_argument("story", choices=("kills", "run", "run-bf16"))
     parser.add_argument("--count", type=int, default=20, help="kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="of 'kills': go on with what is there; what it lacks of --count is left there")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of 'kills': leave off after so long")
     args = parser.parse_args()
-    folder = tempfile.mkdtemp(prefix="survive-")
-    keepers = tempfile.mkdtemp(prefix="ucpk-", dir="/tmp")
+    folder = args.folder or tempfile.mkdtemp(prefix="survive-")
+    keepers = f"{folder}/k" if args.folder else tempfile.mkdtemp(prefix="ucpk-", dir="/tmp")
+    os.makedirs(keepers, exist_ok=True)
     os.environ[places.FOLDER] = keepers
     began = time.monotonic()
+    told: dict[str, Any] = {}
     try:
         with RankPool() as pool:
             luck = random.Random(args.seed)
             if args.story == "kills":
-                told = kills(pool, folder, keepers, args.count, luck)
+                told = kills(pool, folder, keepers, args.count, luck, began + args.seconds)
             else:
                 told = run(pool, folder, keepers, args.count, luck, args.story == "run-bf16")
     finally:
-        for note in places.notes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(note.pid, signal.SIGKILL)
-        for place in (folder, f"{folder}-plain", f"{folder}-control", keepers):
-            shutil.rmtree(place, ignore_errors=True)
+        if not args.folder or told.get("kills") == args.count:
+            for note in places.notes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(note.pid, signal.SIGKILL)
+            for place in (folder, f"{folder}-plain", f"{folder}-control", keepers):
+                shutil.rmtree(place, ignore_errors=True)
     print(json.dumps({"story": args.story, **told, "seconds": round(time.monotonic() - began, 1)}))
     return 0 if not told.get("not bit-equal") else 1
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import ucp
 from tests.engines.pool import RankPool
 from tests.memory import jobs
+from ucp import limits
 from ucp.cli.main import main
 from ucp.torchdist.memory import MemorySnapshots
 
@@ -67,4 +71,40 @@ def test_training_does_not_wait_for_a_snapshot_that_is_under_way(tmp_path: Path,
     memory.wait()
     with ucp.open(memory.tier.location) as checkpoint:
         assert checkpoint.training_state.global_steps == 5
+    memory.tier.end()
+
+
+def test_several_processes_digest_what_one_would(
+    tmp_path: Path, keepers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(limits, "digesters", lambda: 3)
+    monkeypatch.setattr(limits, "SAVE_WINDOW_BYTES", 1 << 20)
+    model = torch.nn.Linear(1200, 900)
+    memory = MemorySnapshots(tmp_path / "run", redundancy=0)
+
+    def kept(step: int) -> dict[str, Any]:
+        memory.snapshot(step, model=model)
+        memory.wait()
+        with ucp.open(memory.tier.location) as checkpoint:
+            assert checkpoint.training_state.global_steps == step
+            return {key: tensor.digest for key, tensor in checkpoint.catalog.tensors.items()}
+
+    found = kept(1)
+    live = ucp.digest(model.state_dict())
+    assert {key: digest.whole for key, digest in found.items()} == {(t.name, t.state): t.digest for t in live.tensors}
+    assert main(["verify", memory.tier.location]) == 0
+    with torch.no_grad():
+        model.weight += 1
+    writer = psutil.Process(memory.tier.saver.writer)
+    crew = writer.children()
+    assert len(crew) == 3
+    crew[1].kill()
+    while crew[1].status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    memory.snapshot(2, model=model)
+    memory.wait()
+    assert "a process that digests a snapshot has ended" in capsys.readouterr().err
+    assert kept(3) != found
+    assert main(["verify", memory.tier.location]) == 0
+    assert writer.children() == []  # this process digests by itself now
     memory.tier.end()

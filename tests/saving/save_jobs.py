@@ -247,14 +247,14 @@ def fork_writers(change: Callable[[], None] = lambda: None) -> None:
         ends[:] = multiprocessing.Pipe()
         return ends[0], ends[1]
 
-    def start(theirs: Connection, memory: int) -> Forked:
+    def start(theirs: Connection, memory: int, digesters: int) -> Forked:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             try:
                 ends[0].close()  # that the training process has closed it is to be seen
                 change()
-                writer.main(theirs.fileno(), memory, parent)
+                writer.main(theirs.fileno(), memory, parent, digesters)
             finally:
                 os._exit(9)
         return Forked(pid)

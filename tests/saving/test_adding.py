@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.logical.record import EVERY
 from ucp.logical.runs import Sample
 from ucp.parallel.mesh import Layout
+from ucp.saving import crew
 from ucp.saving.adding import Adding
 from ucp.storage.digests import digest_chunks
+from ucp.storage.kept.files import Lease
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -38,10 +42,10 @@ def test_saves_record_the_digest_of_every_whole_tensor(tmp_path: Path, world: in
         assert digest.sample.every == EVERY
 
 
-@pytest.mark.parametrize("threads", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("digesters", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("window", [1 << 20, *(pytest.param(n, marks=pytest.mark.slow) for n in ((1 << 20) + 24, 999))])
-def test_windows_may_cut_anywhere(window: int, threads: int) -> None:
-    """As they are written one after the other, and where they stay and are digested by several threads."""
+def test_windows_may_cut_anywhere(window: int, digesters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written one after the other, and where they stay and are digested by one process or by several."""
     rng = np.random.default_rng(window)
     values = {
         "flat": rng.standard_normal((300, 700)).astype(np.float32),
@@ -65,8 +69,20 @@ def test_windows_may_cut_anywhere(window: int, threads: int) -> None:
     adding = Adding(catalog, sample)
     view = memoryview(buffer)
     windows = [(at, view[at : at + window]) for at in range(0, len(buffer), window)]
-    if threads:
-        assert adding.all_of(iter(windows), threads) == b"".join(digest_chunks(part) for _, part in windows)
+    table = b"".join(digest_chunks(part) for _, part in windows)
+    if digesters == 1:
+        assert adding.all_of(iter(windows)) == table
+    elif digesters:
+        lent = mmap.mmap(-1, len(view))
+        lent[:] = view
+        monkeypatch.setattr(crew, "of_run", lambda run: SimpleNamespace(leased=lambda lease: lent))
+        processes = crew.Crew(digesters)
+        lease = Lease("run", 0, 0, 0, len(view))
+        assert adding.by(processes, lease, iter(windows)) == table
+        with pytest.raises(ZeroDivisionError):  # what comes next is of another snapshot
+            adding.by(processes, lease, ((at, part[: 1 // (len(view) - at - len(part))]) for at, part in windows))
+        assert Adding(catalog, sample).by(processes, lease, iter(windows)) == table
+        processes.end()
     else:
         assert list(adding.along(iter(windows), Stopwatch())) == windows
     found = adding.catalog().tensors

@@ -10,16 +10,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ucp
 from tests.saving import save_jobs as jobs
 from ucp.errors import DestinationError, SaveFailed, Unsupported
 from ucp.saving import commit, writer
 from ucp.saving.background import Saver, finish_all
+from ucp.saving.late import LateNumbers
 from ucp.saving.retention import Keep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +45,22 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def state(seed: int) -> tuple[dict[tuple[str, str], torch.Tensor], jobs.Source]:
     values = jobs.values(seed, small=True)
     return values, jobs.source(values, 0, 1, seed)
+
+
+def test_numbers_that_come_late_are_those_of_the_save(tmp_path: Path, gate: threading.Event) -> None:
+    _, made = state(1)
+    names = sorted(made.parameters)[:2]
+    steps = {(names[0], "step"): torch.tensor(3.0), (names[1], "step"): torch.tensor([7], dtype=torch.int64)}
+    saver = Saver()
+    saver.save(replace(made, late=LateNumbers(steps)), tmp_path, "now")
+    for step in steps.values():
+        step += 1
+    gate.set()
+    saver.wait()
+    with ucp.open(tmp_path) as checkpoint:
+        found = [checkpoint.parameters[name].scalars["step"] for name in names]
+    assert found == [3.0, 7]
+    assert list(map(type, found)) == [float, int]
 
 
 def test_what_changes_after_the_save_is_not_in_it(tmp_path: Path, gate: threading.Event) -> None:
@@ -227,6 +246,8 @@ def test_the_writer_goes_with_its_saver(tmp_path: Path) -> None:
 PROGRAM = """
 import os, sys, time
 import torch
+
+import ucp
 from pathlib import Path
 from tests.saving import save_jobs as jobs
 from ucp.saving.background import Saver

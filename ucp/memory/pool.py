@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ucp import limits
 from ucp.errors import SaveFailed
 from ucp.saving.staging import Pool, pin
 from ucp.storage.kept.files import KeptFiles
@@ -19,6 +20,7 @@ class LentPool(Pool):
     def __init__(self, files: KeptFiles, rank: int) -> None:
         super().__init__()
         self._kept, self._rank = files, rank
+        self.digesters = limits.digesters()
         self._seen: dict[int, torch.Tensor] = {}
         self._pins: dict[int, weakref.finalize[Any, Any]] = {}
 

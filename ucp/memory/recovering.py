@@ -139,7 +139,7 @@ def _differing(view: memoryview, wanted: ChunkDigests) -> list[int]:
     """The chunks that are not what they should be. Nobody trains while a recovery waits for this, so that it takes all
     processors there are."""
     steps = range(0, len(view), limits.DIGEST_BATCH_BYTES)
-    with ThreadPoolExecutor(min(limits.processors(), limits.SNAPSHOT_THREADS_MAX_COUNT), "ucp-scrub") as pool:
+    with ThreadPoolExecutor(min(limits.processors(), limits.SCRUBBING_THREADS_MAX_COUNT), "ucp-scrub") as pool:
         tables = pool.map(lambda at: digest_chunks(view[at : at + limits.DIGEST_BATCH_BYTES]), steps)
         found = ChunkDigests(wanted.size, b"".join(tables))
     return [k for k in range(-(-wanted.size // CHUNK)) if found[k] != wanted[k]] if found != wanted else []

@@ -17,8 +17,10 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.logical.digest import Digest
 from ucp.logical.record import Entry, PassingTensors, Recorded
 from ucp.logical.runs import Sample
+from ucp.saving.crew import Crew
 from ucp.storage.digests import digest_chunks
 from ucp.storage.dtypes import itemsize
+from ucp.storage.kept.files import Lease
 
 
 class Adding:
@@ -47,24 +49,21 @@ class Adding:
                     for k, part in work.result():
                         self._found[k] += part
 
-    def all_of(self, windows: Iterable[tuple[int, memoryview]], threads: int) -> bytes:
-        """Digest windows that stay where they are, several at once, each as soon as it comes.
-
-        Returns the digests of their chunks, in the order of the windows. Raises what the windows raise.
-        """
-
-        def work(at: int, window: memoryview) -> tuple[bytes, list[tuple[int, Recorded]]]:
-            return digest_chunks(window), self._passing.of(at, window)
-
-        with ThreadPoolExecutor(threads, "ucp-digest") as pool:
-            found = [pool.submit(work, at, window) for at, window in windows]
-            tables = []
-            for done in found:
-                table, parts = done.result()
-                tables.append(table)
-                for k, part in parts:
-                    self._found[k] += part
+    def all_of(self, windows: Iterable[tuple[int, memoryview]]) -> bytes:
+        """Digest windows that stay where they are. Returns the digests of their chunks, in the order of the windows."""
+        tables = []
+        for at, window in windows:
+            tables.append(digest_chunks(window))
+            for k, part in self._passing.of(at, window):
+                self._found[k] += part
         return b"".join(tables)
+
+    def by(self, crew: Crew, lease: Lease, windows: Iterable[tuple[int, memoryview]]) -> bytes:
+        """As `all_of`, by other processes, each window as soon as it comes. Raises what `Crew.digest` raises."""
+        table, parts = crew.digest(self._passing, lease, windows)
+        for k, part in parts:
+            self._found[k] += part
+        return table
 
     def catalog(self) -> Catalog:
         """The share's catalog, with the digests of what has passed."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.printable import logger
 from ucp.saving import commit
+from ucp.saving.late import LateNumbers
 from ucp.saving.retention import Keep
 from ucp.saving.save import SaveReport, prepare
 from ucp.saving.share import AUTO
@@ -143,12 +145,19 @@ class Saver:
         pool = self._pool
         here = dict(os.environ)
         rank, lease = ranks.rank(), copying.lease
-        job = WriteJob(session, rank, share, pool.nbytes, pool.window, timeout, here, lease, self._cache)
+        late = source.late
+        job = WriteJob(
+            session, rank, share, pool.nbytes, pool.window, timeout, here, lease, self._cache, late is not None
+        )
+        # By this thread, while a device is still at work: another one would take Python's lock when training goes on.
+        packed = pickle.dumps(job)
         # Not before the ranks have agreed, since what they send each other by a device would wait behind gigabytes.
         copying.ask()
         self._path, self._copying = str(session.destination), copying
         self._first = job.rank == 0
-        self._thread = threading.Thread(target=self._finish, args=(job, copying, watch), name="ucp-save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._finish, args=(job, packed, copying, late, watch), name="ucp-save", daemon=True
+        )
         _watch_termination()
         self._thread.start()
         return True
@@ -177,7 +186,7 @@ class Saver:
         if self._writer is not None and not self._writer.is_alive():
             self.dismiss()  # what became of its save has been raised already
         if self._writer is None:
-            self._writer = WriterProcess(self._pool.file)
+            self._writer = WriterProcess(self._pool.file, self._pool.digesters)
             # The writer ends when the saver is deleted. When the program ends, so does the pipe.
             self._end = weakref.finalize(self, self._writer.end)
             self._end.atexit = False
@@ -188,9 +197,11 @@ class Saver:
             self._end()
             self._writer = None
 
-    def _finish(self, job: WriteJob, copying: Copying, watch: Stopwatch) -> None:
+    def _finish(
+        self, job: WriteJob, packed: bytes, copying: Copying, late: LateNumbers | None, watch: Stopwatch
+    ) -> None:
         try:
-            nbytes = self._follow(job, copying, watch)
+            nbytes = self._follow(job, packed, copying, late, watch)
         except BaseException as error:  # noqa: BLE001 - kept for the program's own thread
             self._error = error
             log.error("the save of %s failed; it is raised at the next save, wait() or exit: %s", self._path, error)
@@ -206,19 +217,24 @@ class Saver:
         if job.rank == 0:
             log.info("%s", report)
 
-    def _follow(self, job: WriteJob, copying: Copying, watch: Stopwatch) -> int:
+    def _follow(
+        self, job: WriteJob, packed: bytes, copying: Copying, late: LateNumbers | None, watch: Stopwatch
+    ) -> int:
         """Copy, and tell the writer, until it is done. On the first rank, returns how many bytes all files have."""
         writer = self._writer
         if writer is None:
             raise SaveFailed(f"{self._path}: was not saved: there is no process that writes")
         broken: Exception | None = None
         try:
-            writer.send(job)
+            writer.send_packed(packed)
             written: int | None = 0
             while True:
                 try:
                     if written is not None and broken is None:
                         with watch.of("copy"):
+                            if late is not None:
+                                writer.send(("numbers", job.session.save, late.read()))
+                                late = None
                             for end in copying.arriving(written):
                                 writer.send(("filled", job.session.save, end))
                 except WriterLost:

@@ -202,7 +202,8 @@ class RemoteSession(Session):
         _remove_remote(locate(self.temporary))
 
     def discard_tensors(self) -> None:
-        for name in locations.names(self.temporary):
+        # Nothing may have been written yet, and then there is no folder.
+        for name in locations.names(self.temporary) if locations.exists(self.temporary) else []:
             if name.endswith(".safetensors"):
                 locations.remove(self.path(name))
 

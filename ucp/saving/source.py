@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ucp.catalog import ParameterInfo, TrainingState
 from ucp.geometry import Blocks, Shape
 from ucp.parallel.mesh import Layout
+from ucp.saving.late import LateNumbers
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ class Source:
 
     parameters: all parameters of the model, the same on every rank. holdings: every tensor of every parameter; one
     without blocks if this rank has none of its elements. training_state: the first rank's is saved. own: plain values
-    that only this rank knows, such as its RNG's state.
+    that only this rank knows, such as its RNG's state. late: numbers of parameters that ``parameters`` lacks, since a
+    device may not have computed them yet; only a save in the background takes such a source.
     """
 
     layout: Layout
@@ -48,3 +50,4 @@ class Source:
     holdings: Sequence[Holding]
     training_state: TrainingState
     own: Mapping[str, Any] = field(default_factory=dict)
+    late: LateNumbers | None = None

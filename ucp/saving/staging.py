@@ -44,10 +44,11 @@ class Pool:
 
     limit: how many bytes it takes at most, but at least one window. file: the descriptor of its memory. bytes: the
     memory, as a flat tensor of bytes. It begins at a page, so that it can be written past the page cache. lease: set if
-    the memory is a keeper's, which then holds all of the file.
+    the memory is a keeper's, which then holds all of the file. digesters: how many processes are to digest it there.
     """
 
     lease: Lease | None = None
+    digesters = 1
 
     def __init__(self, limit: int = limits.STAGING_BYTES) -> None:
         self.window = limits.SAVE_WINDOW_BYTES

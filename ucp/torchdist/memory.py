@@ -60,7 +60,7 @@ class MemorySnapshots:
         """
         if not self.tier.is_due():
             return False
-        source = training_source(TrainingParts(step=step, **state))
+        source = training_source(TrainingParts(step=step, **state), late=True)
         held = sum(int(h.blocks.counts.sum()) * itemsize(h.dtype) // len(h.holders) for h in source.holdings)
         self.tier.attach(self._folder, held)
         return self.tier.snapshot(source, f"step{step}")

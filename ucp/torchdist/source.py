@@ -22,6 +22,7 @@ from ucp.formats.shared.roles import OUTSIDE, PARAM, VALUES, Roles, StateEntry, 
 from ucp.geometry import Blocks, Shape, empty
 from ucp.job import ranks
 from ucp.parallel.mesh import Layout
+from ucp.saving.late import LateNumbers
 from ucp.saving.source import Holding, Source
 from ucp.storage import plain
 from ucp.storage.dtypes import from_torch
@@ -69,6 +70,7 @@ class _Local:
     entry_of: dict[Key, str]
     groups: list[ParamGroup]
     values: dict[str, Any]
+    late: LateNumbers | None = None
 
 
 def make_source(
@@ -76,15 +78,19 @@ def make_source(
     kinds: Mapping[str, str] | None = None,
     training_state: TrainingState | None = None,
     own: Mapping[str, Any] | None = None,
+    late: bool = False,
 ) -> Source:
     """What this rank saves of a state dict without Stateful objects (`state_dicts.unwrap`). Collective.
 
-    kinds: the kinds of the model's tensors by name, if they are known. training_state, own: what else to save.
+    kinds: the kinds of the model's tensors by name, if they are known. training_state, own: what else to save. late: a
+    save in the background is to read the numbers that parameters have in tensors (`Source.late`). Several ranks compare
+    them now.
 
     Raises on every rank: Unsupported for what cannot be kept, SaveFailed if the ranks contradict each other.
     """
     several = ranks.world_size() > 1
-    local = ranks.all_or_none(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size()))
+    late = late and not several
+    local = ranks.all_or_none(lambda: _take_apart(flatten(state_dict), kinds or {}, several, ranks.world_size(), late))
     facts = _exchange(local.facts)
     me = ranks.rank()
     return ranks.all_or_none(lambda: _join(local, facts, me, training_state or TrainingState(), dict(own or {})))
@@ -116,8 +122,10 @@ def _exchange(facts: _RankFacts) -> list[_RankFacts]:
 
 
 @torch.no_grad()  # once for all tensors, not for each
-def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], compare: bool, world: int) -> _Local:
-    """compare: add digests of tensors that are not sharded, for the other ranks."""
+def _take_apart(
+    entries: Mapping[str, StateEntry], kinds: Mapping[str, str], compare: bool, world: int, late: bool = False
+) -> _Local:
+    """compare: add digests of tensors that are not sharded, for the other ranks. late: as for `make_source`."""
     roles = assign(entries)
     layout = layout_of([entry.value for entry in entries.values()], world)
     local = _Local(_RankFacts({}, {}, [], {}, layout, roles.outside), {}, {}, {}, [], {})
@@ -139,19 +147,21 @@ def _take_apart(entries: Mapping[str, StateEntry], kinds: Mapping[str, str], com
             trained=what[0] in roles.trained,
             outside=what == (key, PARAM) and what[0] not in roles.trained,
         )
-    for key, (name, scalar) in roles.scalars.items():
-        local.facts.scalars.setdefault(name, {})[scalar] = plain_value(entries[key].value)
+    found = {what: entries[key].value for key, what in roles.scalars.items()}
+    tensors = {what: local_tensor(value) for what, value in found.items() if isinstance(value, torch.Tensor)}
+    numbers = LateNumbers(tensors)  # of a device all together, and not one by one
+    known = {} if late else numbers.read()
+    for (name, scalar), value in found.items():
+        if (name, scalar) not in tensors:
+            local.facts.scalars.setdefault(name, {})[scalar] = value
+        elif not late:
+            local.facts.scalars.setdefault(name, {})[scalar] = known[name, scalar]
     local.groups.extend(_groups(roles, entries))
     local.facts.groups.extend((group.names, _content(group.options)) for group in local.groups)
     for key in roles.values:
         local.values[key] = entries[key].value
         local.facts.values[key] = _content(entries[key].value, key)
-    return local
-
-
-def plain_value(value: Any) -> Any:
-    """The number in a single-element tensor, or any other value as it is."""
-    return local_tensor(value).item() if isinstance(value, torch.Tensor) else value
+    return replace(local, late=numbers) if late and tensors else local
 
 
 def _groups(roles: Roles, entries: Mapping[str, StateEntry]) -> list[ParamGroup]:
@@ -232,7 +242,7 @@ def _join(
         dp_world_size=facts[0].layout.dp,
         extra={**training_state.extra, VALUES: shared, OUTSIDE: sorted(outside)},
     )
-    return Source(facts[0].layout, parameters, holdings, saved, {**own, VALUES: mine} if mine else own)
+    return Source(facts[0].layout, parameters, holdings, saved, {**own, VALUES: mine} if mine else own, local.late)
 
 
 def _agreed(entry: str, by_rank: Mapping[int, _TensorFacts]) -> _TensorFacts:

@@ -106,7 +106,8 @@ def save_training(
     Unsupported, DestinationError, SaveFailed
         As for `save`, or as for `async_save` in the background.
     """
-    source = training_source(TrainingParts(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra))
+    parts = TrainingParts(model, optimizer, lr_scheduler, dataloader, step, samples, rng, extra)
+    source = training_source(parts, late=background)
     if background:
         return write_in_background(source, path, memory=memory, timeout=timeout, metrics=metrics)
     return write(source, path, timeout, metrics)
@@ -135,8 +136,8 @@ class TrainingParts:
         )
 
 
-def training_source(of: TrainingParts) -> Source:
-    """What `save_training` saves of this rank. Collective."""
+def training_source(of: TrainingParts, late: bool = False) -> Source:
+    """What `save_training` saves of this rank. Collective. late: as for `make_source`."""
     state_dict, _ = state_dict_of(of.model, of.optimizer, blank=True)
     to_save(state_dict, of.optimizer)
     return make_source(
@@ -144,6 +145,7 @@ def training_source(of: TrainingParts) -> Source:
         _kinds(of.model, of.optimizer),
         of.progress(),
         {**({"rng": generators.capture()} if of.rng else {}), **data_loaders.kept_of(of.dataloader)},
+        late,
     )
 
 
