@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: 256)")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step (default: 8)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each turn, with and without (default: 4)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each kind (default: 3)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: by autocast, states in fp32")
     parser.add_argument("--restarts", type=int, default=3, help="restarts by torchrun of each kind (default: 3)")
     parser.add_argument("--policy", choices=["wait", "skip"], default="wait", help="where one snapshot meets the next")
 
@@ -88,6 +91,7 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     import ucp.torchdist.training as training
     from ucp.memory import control
+    from ucp.saving.save import SaveReport
     from ucp.torchdist.memory import MemorySnapshots
 
     torch.manual_seed(0)
@@ -100,18 +104,23 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         vocab_size=args.vocabulary,
     )
     model = LlamaForCausalLM(config).to(args.device)
+    halved = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device == "cuda")
     tokens = torch.randint(args.vocabulary, (args.batch, args.length), device=args.device)
-    memory = MemorySnapshots(folder, redundancy=0, policy=args.policy)
+    reports: list[SaveReport] = []
+    memory = MemorySnapshots(folder, reports.append, redundancy=0, policy=args.policy)
     parameters = sum(p.numel() for p in model.parameters())
     done = 0
 
-    def steps(snapshots: bool) -> float:
+    def steps(snapshots: bool) -> tuple[float, float]:
+        """The median step, and the processor seconds of one, of all processes."""
         nonlocal done
-        times = []
+        times, worked = [], _processor_seconds()
         for _ in range(args.steps):
             began = time.perf_counter()
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            with halved:
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
             memory.hold()
             optimizer.step()
             optimizer.zero_grad()
@@ -123,16 +132,19 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             times.append(time.perf_counter() - began)
         memory.hold()
         memory.wait()
-        return statistics.median(times)
+        return statistics.median(times), (_processor_seconds() - worked) / args.steps
 
     steps(False)
     steps(True)
-    pairs = [(steps(False), steps(True)) for _ in range(3)]
-    plain, snapped = (min(pair[k] for pair in pairs) for k in (0, 1))
+    pairs = [(steps(False), steps(True)) for _ in range(args.turns)]
+    (plain, plain_worked), (snapped, worked) = (
+        tuple(min(one) for one in zip(*(pair[k] for pair in pairs), strict=True)) for k in (0, 1)
+    )
+    copied = _copy_seconds(args.device, reports[-1].written)
     held = control.statuses(str(folder))[0]
     size = held["generations"][0]["bytes"]
     began = time.perf_counter()
-    memory.load_training(model=model, optimizer=optimizer)
+    told = memory.load_training(model=model, optimizer=optimizer)
     from_memory = time.perf_counter() - began
     training.save_training(folder / "disk", model=model, optimizer=optimizer, step=done)
     for path in (folder / "disk").iterdir():
@@ -142,21 +154,69 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     began = time.perf_counter()
     training.load_training(folder / "disk", model=model, optimizer=optimizer)
     from_disk = time.perf_counter() - began
+    last = reports[-1]
     return [
-        {"what": f"step, {parameters / 1e6:.0f}M parameters, {args.device}", "seconds": round(plain, 3), "ratio": 1.0},
+        {
+            "what": f"step, {parameters / 1e6:.0f}M parameters, {args.device}, {args.dtype}",
+            "seconds": round(plain, 3),
+            "ratio": 1.0,
+            "processor s": round(plain_worked, 2),
+        },
         {
             "what": f"step, snapshot every step ({args.policy}: {memory.tier.skipped} left out)",
             "seconds": round(snapped, 3),
             "ratio": round(snapped / plain, 3),
+            "processor s": round(worked, 2),
         },
+        {"what": "plain copy of a snapshot's bytes", "seconds": round(copied, 3), "GB": round(last.written / 1e9, 3)},
+        {"what": f"snapshot, from call to commit: {_stages(last.seconds)}", "seconds": round(last.wall, 3)},
         {"what": "load from a cold disk", "seconds": round(from_disk, 3), "ratio": 1.0},
-        {"what": "load from memory", "seconds": round(from_memory, 3), "ratio": round(from_memory / from_disk, 3)},
+        {
+            "what": f"load from memory: {_stages(told.tensors.seconds)}",
+            "seconds": round(from_memory, 3),
+            "ratio": round(from_memory / from_disk, 3),
+        },
         {
             "what": "kept memory, of 2 S",
             "GB": round(held["bytes"] / 1e9, 3),
             "ratio": round(held["bytes"] / 2 / size, 4),
         },
     ]
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {taken:.2f}" for stage, taken in seconds.items())
+
+
+def _processor_seconds() -> float:
+    """Of this process, those that it has started, and all keepers."""
+    import psutil
+
+    from ucp.storage.kept import places
+
+    own = psutil.Process()
+    found = [own, *own.children(recursive=True), *(psutil.Process(note.pid) for note in places.notes())]
+    return sum(sum(one.cpu_times()[:2]) for one in found)
+
+
+def _copy_seconds(device: str, nbytes: int) -> float:
+    """A plain copy of so many bytes into memory that is there, pinned for a device; the least of three."""
+    import torch
+
+    window = min(nbytes, 256 << 20)
+    source = torch.ones(window, dtype=torch.uint8, device=device)
+    target = torch.ones(window if device == "cuda" else nbytes, dtype=torch.uint8, pin_memory=device == "cuda")
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for at in range(0, nbytes, window):
+            count = min(window, nbytes - at)
+            place = 0 if device == "cuda" else at
+            target[place : place + count].copy_(source[:count], non_blocking=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def _coding() -> list[dict[str, Any]]:

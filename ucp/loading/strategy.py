@@ -84,11 +84,12 @@ def facts(reader: Reader, wanted: Ranges, compared: Ranges, held: int, bound: in
         path = reader.path(file)
         if path is None:
             continue
-        total += sum(high - low for low, high in ranges)
-        if is_remote(path):
+        here = sum(high - low for low, high in ranges)
+        total += here
+        if reader.is_far(file):
             remote = True
         else:
-            cached += cached_bytes(path, ranges)
+            cached += here if is_remote(path) else cached_bytes(path, ranges)  # or in the memory of a keeper
     # What comes over a network is in no page cache, so that it never stays for the second reading.
     available = 0 if remote else available_bytes()
     return ReadFacts(held, bound, total, nbytes(compared), cached, available, local)

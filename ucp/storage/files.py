@@ -33,6 +33,7 @@ class Files:
         self.bytes_read = 0
         self._keep_open = keep_open
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._far: dict[str, bool] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:
@@ -56,6 +57,17 @@ class Files:
         """When the file was last changed, in nanoseconds. Raises `DamagedCheckpoint` if it is missing."""
         return self._stat(path).mtime_ns
 
+    def is_far(self, path: str | os.PathLike[str]) -> bool:
+        """As `locations.is_far`, asked once for each file. Raises `DamagedCheckpoint` if it cannot be told."""
+        name = str(path)
+        far = self._far.get(name)
+        if far is None:
+            try:
+                far = self._far[name] = locations.is_far(name)
+            except OSError as error:
+                raise _unreadable(name, error) from error
+        return far
+
     def read_into(self, path: str | os.PathLike[str], offset: int, buffer: Any) -> None:
         """Fill a writable contiguous buffer with the file's bytes from `offset` (bytes) on.
 
@@ -69,7 +81,7 @@ class Files:
         views = [view.cast("B") for part in parts if (view := memoryview(part)).nbytes]
         if not views:
             return
-        if locations.is_remote(name):
+        if self.is_far(name):
             self._fetch(name, offset, views, sum(map(len, views)))
         else:
             self._read(name, offset, views)

@@ -41,6 +41,21 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def is_far(path: str | os.PathLike[str]) -> bool:
+    """Whether its bytes have to be fetched: it is a URL, and does not lie in the memory of a keeper on this machine.
+
+    Raises OSError if that cannot be told.
+    """
+    if not str(path).startswith(SCHEME):
+        return is_remote(path)
+    fs, name = _filesystem(path)
+    found = fs.descriptor(name) if hasattr(fs, "descriptor") else None
+    if found is None:
+        return True
+    os.close(found)
+    return False
+
+
 def can_be_path(text: str) -> bool:
     """Whether the system can take this text as a path at all: no NUL, and nothing that it cannot encode."""
     try:
@@ -162,11 +177,17 @@ _KINDS = (
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
-    """A descriptor of a local regular file, to read from. Raises OSError.
+    """A descriptor of a local regular file, or of one that is not `is_far`, to read from. Raises OSError.
 
     A pipe or a device under a checkpoint's name could make a reader wait for ever, or do what a device does. So the
     file is opened without waiting and checked by its descriptor, and nobody can put another in its place meanwhile.
     """
+    if is_remote(path):
+        fs, name = _filesystem(path)
+        held: int | None = fs.descriptor(name)
+        if held is None:
+            raise FileNotFoundError(errno.ENOENT, "no keeper on this machine holds it any more", str(path))
+        return held
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -12,6 +12,7 @@ memory.snapshot(step, model=model, optimizer=optimizer)
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ucp.job import ranks
@@ -19,6 +20,7 @@ from ucp.memory import recovery
 from ucp.memory.options import Options
 from ucp.memory.tier import Tier
 from ucp.run_folder import LATEST, is_checkpoint
+from ucp.saving.save import SaveReport
 from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 from ucp.storage.locations import locate
@@ -32,13 +34,17 @@ class MemorySnapshots:
     ----------
     folder
         The folder that the run saves to and loads from. The run is named after it.
+    done
+        Called, in the background, with the report of every finished snapshot.
     options
         Fields of `ucp.memory.options.Options`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], done: Callable[[SaveReport], None] | None = None, **options: Any
+    ) -> None:
         self._folder = folder
-        self.tier = Tier(Options(**options))
+        self.tier = Tier(Options(**options), done)
 
     def snapshot(self, step: int, **state: Any) -> bool:
         """Have the keepers take the state as it is now. Collective.

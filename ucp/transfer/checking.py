@@ -18,7 +18,6 @@ from ucp.errors import DamagedCheckpoint, UcpError
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
-from ucp.storage.locations import is_remote
 from ucp.transfer.gather import Copy
 from ucp.transfer.reader import Reader
 
@@ -103,9 +102,7 @@ def compare(reader: Reader, ranges: Ranges, threads: int) -> None:
 def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
     """The ranges in pieces for one read each: (file, first byte, bytes)."""
     for file, held in ranges.items():
-        path = reader.path(file)
-        remote = path is not None and is_remote(path)
-        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if remote else limits.CHUNKS_COMPARED_COUNT)
+        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if reader.is_far(file) else limits.CHUNKS_COMPARED_COUNT)
         for low, high in held:
             for at in range(low, high, size):
                 yield file, at, min(size, high - at)

@@ -17,7 +17,6 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.storage.digests import CHUNK, ChunkDigests, covering, verify_chunks, verify_parts
 from ucp.storage.files import Files
-from ucp.storage.locations import is_remote
 from ucp.transfer.checksums import RecordChecks
 
 Bytes = NDArray[np.uint8]
@@ -84,6 +83,10 @@ class Reader:
         """Where a file of the catalog lies; None for one that is computed when it is read."""
         return None if file in self._computed else self._paths[file]
 
+    def is_far(self, file: int) -> bool:
+        """Whether the bytes of a file have to be fetched from another machine."""
+        return file not in self._computed and self._files.is_far(self._paths[file])
+
     def has_digests(self, file: int) -> bool:
         """Whether the file has digests of its chunks."""
         return file in self._digests
@@ -129,7 +132,7 @@ class Reader:
             self._count(0.0, digested=stop - at)
             return
         rest = deque(parts)
-        most = limits.CHUNKS_FETCHED_COUNT if is_remote(path) else limits.CHUNKS_AT_ONCE_COUNT
+        most = limits.CHUNKS_FETCHED_COUNT if self._files.is_far(path) else limits.CHUNKS_AT_ONCE_COUNT
         while at < stop:
             index, within = divmod(at, CHUNK)
             end = min((index + 1) * CHUNK, stop)
@@ -156,7 +159,7 @@ class Reader:
         """Bytes of a file without digests, which may lie in records with CRC-32s."""
         checked = self.records.covers(file)
         for part in parts:
-            step = limits.RECORD_STEP_BYTES if checked and not is_remote(path) else len(part)
+            step = limits.RECORD_STEP_BYTES if checked and not self._files.is_far(path) else len(part)
             for at in range(0, len(part), step or 1):
                 piece = part[at : at + step]
                 self._files.read_into(path, offset + at, piece.data)

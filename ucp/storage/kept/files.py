@@ -145,6 +145,12 @@ class KeptFiles:
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def descriptor(self, path: str) -> int | None:
+        """A descriptor of the file's memory, to read from, if a keeper here holds it; None if it is small or elsewhere.
+        It stays good if the keeper ends."""
+        file: int | None = self._ask("file", path=path).file
+        return file
+
     def _mapped(self, path: str) -> memoryview | None:
         """The file's memory if a keeper here holds it; None if it is small or elsewhere."""
         answer = self._ask("file", path=path)
