@@ -16,7 +16,7 @@ from tests import startup
 from tests.engines.zygote import ENVIRONMENT
 from tests.memory.conftest import keepers
 from tests.memory.nodes import wait_for
-from ucp.elastic.running import FRESH_STORES, drain, drained, run
+from ucp.elastic.running import FRESH_STORES, REFUSED, drain, drained, run
 from ucp.storage.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -78,6 +78,46 @@ def test_a_refusal_is_not_tried_again(tmp_path: Path, keepers: Path) -> None:
     assert code != 0
     assert len([one for one in told if "start" in one]) == 1
     assert [one["event"] for one in read_metrics(tmp_path)] == ["started", "refused"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {
+            "train_batch_size": 7,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+        },  # AssertionError
+        {},  # DeepSpeedConfigError: no batch at all
+        {"train_batch_size": 1, "zero_optimization": {"stage": 7}},  # pydantic's
+        {"train_batch_size": 1, "fp16": {"enabled": True}, "bf16": {"enabled": True}},
+    ],
+)
+def test_what_deepspeed_finds_wrong_in_its_configuration_is_not_tried_again(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: DeepSpeedConfig(wrong))
+    assert ended.value.code == REFUSED
+
+
+def test_other_errors_in_deepspeed_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    def broken(self: Any, config: Any) -> None:
+        raise OSError("the file system hangs")
+
+    monkeypatch.setattr(DeepSpeedConfig, "_initialize_params", broken)
+    with pytest.raises(OSError, match="hangs"):
+        run(lambda: DeepSpeedConfig({"train_batch_size": 1}))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")))
 
 
 def test_a_drained_node_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ucp import limits
-from ucp.errors import DestinationError, ProcessLost, SaveFailed, UcpError
+from ucp.errors import DestinationError, ProcessLost, SaveFailed, UcpError, described
 from ucp.printable import logger
 from ucp.storage import atomic, locations, metrics
 from ucp.storage.kept import places
@@ -35,8 +36,9 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
     """Run a training program as torchrun's worker.
 
     If the library refuses something (a checkpoint that does not fit, a number of ranks that cannot keep the global
-    batch), the agent ends too, since another try would end in the same way. After any other failure the agent starts
-    again on the nodes that are left. folder: the run's. Its events are kept there, and the hosts to be left out.
+    batch), or DeepSpeed its configuration, the agent ends too, since another try would end in the same way. After any
+    other failure the agent starts again on the nodes that are left. folder: the run's. Its events are kept there, and
+    the hosts to be left out.
     """
     place = None if folder is None else Path(folder)
     if place is not None and places.node() in drained(place):
@@ -49,12 +51,12 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
     _warn_of_stale_store()
     try:
         main()
-    except UcpError as error:
-        if isinstance(error, _PASSING):
+    except Exception as error:
+        if not _would_come_again(error):
             raise
-        log.error("%s", error)
+        log.error("%s", described(error))
         if place is not None:
-            _event(place, "refused", text=str(error))
+            _event(place, "refused", text=described(error))
         if os.environ.get("RANK", "0") != "0":
             time.sleep(limits.REFUSAL_HEAD_START_SECONDS)
         _end_agent()
@@ -65,6 +67,27 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         if error.code not in (None, 0):
             sys.last_value = error  # so that the keepers know that it did not end well
         raise
+
+
+def _would_come_again(error: Exception) -> bool:
+    """Whether another try would end in the same way: the library refuses something, or DeepSpeed its configuration.
+
+    DeepSpeed's own errors have no class in common (DeepSpeedConfigError, ElasticityError, pydantic's, AssertionError,
+    ValueError), so what counts is where one was raised.
+    """
+    if isinstance(error, UcpError):
+        return not isinstance(error, _PASSING)
+    return not isinstance(error, OSError) and any(
+        _reads_configuration(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _reads_configuration(module: str, function: str) -> bool:
+    """Whether this function of DeepSpeed reads or checks a configuration."""
+    return module.startswith(("deepspeed.runtime.config", "deepspeed.elasticity")) or (
+        module.startswith("deepspeed.") and "sanity_check" in function
+    )
 
 
 def _warn_of_stale_store() -> None:
