@@ -17,7 +17,7 @@ from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical import digest as logical
 from ucp.logical import runs as running
 from ucp.logical.digest import Digest, digest_bytes, digest_sampling, row_keys, table, total
-from ucp.logical.record import EVERY
+from ucp.logical.record import EVERY, drawn
 from ucp.logical.runs import Runs, Sample, mixed, runs_of
 
 WIDTHS = [1, 2, 4, 8, 16]
@@ -149,13 +149,14 @@ def test_one_pass_has_the_digest_of_all_and_of_a_sample(size, count) -> None:
     order = rng.permutation(count)
     places = np.cumsum(gaps + size)[order] - size
     runs = Runs(np.arange(count) * size, places, np.full(count, size))
-    for every in (1, 3, 32):
-        sample = Sample(7, every)
-        found = digest_sampling(raw, runs, sample)
+    nbytes = int(places.max()) + size
+    for every, first in itertools.product((1, 3, 32), (True, False)):
+        sample = Sample(7, every, first)
+        found = digest_sampling(raw, runs, sample, nbytes)
         assert found[0] == digest_bytes(raw, runs)
-        assert found[1] == digest_bytes(raw, sample.of(runs, int(places.max()) + size))
-        blocks = np.arange(int(places.max()) // running.SAMPLE_BLOCK + 1)
-        assert np.array_equal(np.flatnonzero(sample.takes(blocks)), sample.picks((len(blocks)) * running.SAMPLE_BLOCK))
+        assert found[1] == digest_bytes(raw, sample.of(runs, nbytes))
+        blocks = np.arange((nbytes - 1) // running.SAMPLE_BLOCK + 1)
+        assert np.array_equal(np.flatnonzero(sample.takes(blocks, nbytes)), sample.picks(nbytes))
 
 
 @given(p.with_empty, p.generators, st.integers(0, 5))
@@ -287,13 +288,15 @@ def test_a_sample_is_the_digest_of_the_blocks_that_it_picks() -> None:
     rng = np.random.default_rng(2)
     raw = random_bytes(rng, 100 * running.SAMPLE_BLOCK + 1234)
     shape = (len(raw),)
-    for every in (1, 3, 32):
-        sample = Sample(12345, every)
+    for every, first in itertools.product((1, 3, 32), (True, False)):
+        sample = Sample(12345, every, first)
         picks = sample.picks(len(raw)).tolist()
-        assert picks[0] == 0
+        assert picks[0] == 0 or not first
         assert len(set(picks)) == len(picks)
         for group in range(101 // every):  # of every so many one
             assert any(group * every <= k < (group + 1) * every for k in picks)
+        if not first:
+            assert [k // every for k in picks] == list(range(-(-101 // every)))
         cut = np.zeros_like(raw)
         for k in picks:
             cut[k * running.SAMPLE_BLOCK : (k + 1) * running.SAMPLE_BLOCK] = raw[
@@ -312,9 +315,25 @@ def test_a_sample_is_the_digest_of_the_blocks_that_it_picks() -> None:
     assert Sample(1, 32).picks(0).tolist() == []
 
 
+def test_a_sample_without_first_blocks_has_one_of_each_tensor_wherever_it_begins() -> None:
+    """Else the ranks that hold the first rows would have most of the work."""
+    for count in (1, 2, 5, EVERY - 1, EVERY, EVERY + 1, 3 * EVERY + 7):
+        nbytes = count * running.SAMPLE_BLOCK - 3
+        picks = np.array([drawn(seed).picks(nbytes) for seed in range(3000)])
+        assert picks.shape[1] == -(-count // EVERY)
+        assert (picks // EVERY == np.arange(picks.shape[1])).all()
+        last = picks[:, -1] % EVERY
+        alone = (count - 1) % EVERY + 1
+        assert last.max() == alone - 1
+        assert abs(last.mean() - (alone - 1) / 2) < alone / 40
+    assert drawn(1).picks(0).tolist() == []
+    assert drawn(5).seen(70_000) in (65_536, 70_000 - 65_536)
+
+
 def test_a_sample_finds_faults_as_often_as_it_says() -> None:
     """A fault in any block but the first, over many checkpoints' seeds; and a fault in every block of a run of them."""
-    found = np.array([Sample(seed, EVERY).takes(np.arange(640)) for seed in range(2000)])
+    nbytes = 640 * running.SAMPLE_BLOCK
+    found = np.array([Sample(seed, EVERY).takes(np.arange(640), nbytes) for seed in range(2000)])
     assert found[:, 0].all()
     assert abs(found[:, 1:].mean() * EVERY - 1) < 0.02
     assert abs(found[:, 100].mean() * EVERY - 1) < 0.5

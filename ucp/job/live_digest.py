@@ -14,16 +14,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.job.device_digest import LONG, DeviceSums
+from ucp.job.device_kernel import KernelSums, launch_of
 from ucp.job.float_types import converted
 from ucp.logical.batch import Batch
 from ucp.logical.digest import ROW, Digest, digest_bytes
-from ucp.logical.runs import Run, Runs, Sample, few_runs, runs_of, within_buffer
+from ucp.logical.runs import FEW, Run, Runs, Sample, few_runs, runs_of, within_buffer
 from ucp.printable import logger
 from ucp.storage.dtypes import itemsize, to_torch
 
@@ -89,10 +91,11 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
     return out
 
 
-def _windows(live: LiveElements, sample: Sample | None, most: int) -> Iterator[tuple[torch.Tensor, Runs]]:
+def _windows(
+    live: LiveElements, listed: list[Run] | None, sample: Sample | None, most: int
+) -> Iterator[tuple[torch.Tensor, Runs]]:
     """The tensor's memory in pieces of bytes, and the runs in each. A piece has at most about ``most`` bytes, since it
-    may be converted, or copied from a device."""
-    listed = _listed(live, sample)
+    may be converted, or copied from a device. listed: its runs, as `_Lists` has them."""
     if listed is not None:
         for source, place, size in listed:
             for at in range(0, size, most):
@@ -139,13 +142,40 @@ def _is_converted(live: LiveElements) -> bool:
     return live.dtype is not None or live.one_nan
 
 
-def _listed(live: LiveElements, sample: Sample | None) -> list[Run] | None:
-    """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the bytes
-    that are digested: where elements are converted first, those after that."""
-    if not live.tensor.is_contiguous():
-        return None
-    found = few_runs(live.shape, live.blocks, live.width)
-    return found if found is None or sample is None else sample.cut(found, numel(live.shape) * live.width)
+class _Lists:
+    """The runs of tensors that have few. Layers have tensors alike, and finding their runs takes longer than digesting
+    a few KiB: they are found once, counted from each one's first block."""
+
+    def __init__(self, sample: Sample | None) -> None:
+        self._sample = sample
+        self._known: dict[tuple[Any, ...], list[Run] | None] = {}
+
+    def of(self, live: LiveElements) -> list[Run] | None:
+        """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the
+        bytes that are digested: where elements are converted first, those after that."""
+        if not live.tensor.is_contiguous() or len(live.blocks) > FEW:
+            return None
+        blocks, width = live.blocks, live.width
+        if not len(blocks):
+            return []
+        first = int(blocks.starts[0])
+        steps = blocks.starts if len(blocks) == 1 and first == 0 else blocks.starts - first
+        columns = (
+            (blocks.offsets, blocks.sizes, blocks.strides)
+            if len(blocks) == 1
+            else (blocks.offsets, blocks.sizes, blocks.strides, steps)
+        )
+        key = (live.shape, width, *(column.tobytes() for column in columns))
+        if key in self._known:
+            found = self._known[key]
+        else:
+            found = few_runs(live.shape, replace(blocks, starts=steps), width)
+            if found is not None and self._sample is not None:
+                found = self._sample.cut(found, numel(live.shape) * width)
+            self._known[key] = found
+        if found is None or first == 0:
+            return found
+        return [(source + first * width, place, size) for source, place, size in found]
 
 
 _Few = tuple[int, list[Run]]
@@ -156,8 +186,9 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     """Digest tensors with little to read together, and the others in pieces."""
     few: list[_Few] = []
     large = []
+    lists = _Lists(sample)
     for k, live in enumerate(lives):
-        listed = _listed(live, sample)
+        listed = lists.of(live)
         if listed is None or (sample is None and sum(size for _, _, size in listed) >= _TOGETHER):
             large.append(k)
         elif listed:
@@ -168,7 +199,7 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
         work = partial(_together, lives)
         for k, found in chain.from_iterable(pool.map(work, shares) if pool is not None else map(work, shares)):
             out[k] = found
-    for k, found in zip(large, _piecewise([lives[k] for k in large], sample, threads), strict=True):
+    for k, found in zip(large, _piecewise([lives[k] for k in large], lists, sample, threads), strict=True):
         out[k] = found
     return out
 
@@ -186,19 +217,21 @@ def _together(lives: Sequence[LiveElements], few: list[_Few]) -> list[tuple[int,
     for n, (k, listed) in enumerate(few):
         live = lives[k]
         if live.dtype is None and not live.one_nan:
-            batch.add(n, live.tensor.detach().reshape(-1).view(torch.uint8).numpy(), listed)
+            batch.add(n, live.tensor.reshape(-1).view(torch.uint8).numpy(), listed)
             continue
         for source, place, size in listed:
             batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
     return list(zip([k for k, _ in few], batch.finish(), strict=True))
 
 
-def _piecewise(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
+def _piecewise(lives: Sequence[LiveElements], lists: _Lists, sample: Sample | None, threads: int) -> list[Digest]:
     def work(job: tuple[int, torch.Tensor, Runs]) -> tuple[int, Digest]:
         k, raw, runs = job
         return k, digest_bytes(raw.cpu().numpy(), runs)
 
-    jobs = ((k, raw, runs) for k, live in enumerate(lives) for raw, runs in _windows(live, sample, PIECE))
+    jobs = (
+        (k, raw, runs) for k, live in enumerate(lives) for raw, runs in _windows(live, lists.of(live), sample, PIECE)
+    )
     out = [Digest()] * len(lives)
     if threads <= 1 or sum(live.nbytes for live in lives) < PIECE:
         for k, found in map(work, jobs):
@@ -230,13 +263,19 @@ def _batched(
 def on_device(
     lives: Sequence[LiveElements], sample: Sample | None = None, *, by_bytes: bool | None = None
 ) -> list[Digest]:
-    """As `digests`, of tensors of one device, by torch's operations; works for those in host memory, too. by_bytes: the
-    way to multiply, as `ucp.job.device_digest` tells; None for the device's fastest."""
-    sums = DeviceSums(lives[0].tensor.device, len(lives), by_bytes=by_bytes)
+    """As `digests`, of tensors of one device: by the kernel of `ucp.job.device_kernel`, or by torch's operations, which
+    work in host memory, too. by_bytes: by torch's, and in this way, as `ucp.job.device_products` tells; None for the
+    device's fastest."""
+    device = lives[0].tensor.device
+    launch = launch_of(device) if by_bytes is None else None
+    sums = (
+        DeviceSums(device, len(lives), by_bytes=by_bytes) if launch is None else KernelSums(device, len(lives), launch)
+    )
+    lists = _Lists(sample)
     for k, live in enumerate(lives):
-        listed = _listed(live, sample)
+        listed = lists.of(live)
         if listed is None or live.dtype is not None or live.one_nan:
-            for raw, runs in _windows(live, sample, PIECE):
+            for raw, runs in _windows(live, listed, sample, PIECE):
                 sums.add(k, raw, runs)
         elif listed:
             raw = live.tensor.detach().reshape(-1).view(torch.uint8)

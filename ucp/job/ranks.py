@@ -54,15 +54,29 @@ def all_or_none(work: Callable[[], T]) -> T:
     Collective: every rank has to call it at the same place, and ``work`` itself must not communicate.
     """
     result, error = _attempt(work)
-    if _many():
-        found: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if error is None else noted(error))
-        first, note = next(((rank, note) for rank, note in enumerate(found) if note is not None), (0, None))
-        if note is not None and first != dist.get_rank():
-            _raise_after(first, note, error)
+    _together(None, error)
+    return result  # type: ignore[return-value]
+
+
+def every(work: Callable[[], T]) -> list[T]:
+    """As `all_or_none`, and what each rank found, in the order of the ranks: plain data."""
+    return _together(*_attempt(work))
+
+
+def _together(value: T | None, error: Exception | None) -> list[T]:
+    """The values of all ranks, if none has an error. Collective."""
+    if not _many():
+        if error is not None:
+            raise error
+        return [value]  # type: ignore[list-item]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (value, None if error is None else noted(error)))
+    first, note = next(((rank, note) for rank, (_, note) in enumerate(found) if note is not None), (0, None))
+    if note is not None and first != dist.get_rank():
+        _raise_after(first, note, error)
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return [value for value, _ in found]
 
 
 def _raise_after(first: int, note: Mapping[str, Any], error: Exception | None) -> NoReturn:
@@ -126,6 +140,8 @@ def distinct(value: T) -> tuple[list[T], list[int]]:
     raw = pickle.dumps(value)
     small = len(raw) <= _SMALL_BYTES
     marks: list[Any] = gather((small, raw if small else hashlib.sha256(raw).digest()))
+    if all(mark == marks[0] for mark in marks):  # the usual case, in which nobody need send anything
+        return [value], [0] * len(marks)
     firsts = {mark: marks.index(mark) for mark in marks}
     sent: list[Any] = [raw if small else None for small, raw in marks]
     if not all(small for small, _ in marks):

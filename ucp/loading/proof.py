@@ -7,14 +7,15 @@ in place, whatever else was checked. If the model computes with rounded copies o
 masters. Frozen weights and buffers that are kept rounded are compared with what was read for them.
 
 In a device's memory everything is digested. In host memory this takes about as long as reading, so blocks of 64 KiB are
-sampled: the first of each tensor, and one of every 64, drawn by the checkpoint's own seed. The text says what share of
-the bytes that was.
+sampled: one of every 64 of each tensor, and at least one, drawn by the checkpoint's own seed. The text says what share
+of the bytes that was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -29,7 +30,7 @@ from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
 from ucp.loading.match import Entry, LoadPlan
 from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
-from ucp.logical.record import EVERY
+from ucp.logical.record import drawn
 from ucp.logical.runs import SAMPLE_BLOCK, Sample
 from ucp.storage.dtypes import from_torch, itemsize
 from ucp.transfer.digesting import digest_files
@@ -86,8 +87,9 @@ class Proof:
         if self.weights:
             text += f", {self.weights} rounded weights to their masters"
         if self.sample is not None:
+            rest = ", and each tensor's first" if self.sample.first else " of each tensor"
             text += (
-                f" (a sample: one of {self.sample.every} blocks of {SAMPLE_BLOCK >> 10} KiB, and each tensor's first),"
+                f" (a sample: one of {self.sample.every} blocks of {SAMPLE_BLOCK >> 10} KiB{rest}),"
                 f" {100 * self.seen / max(self.nbytes, 1):.1f} % of the bytes"
             )
         if self.unproved:
@@ -180,15 +182,18 @@ def _prove(
     alone: bool,
 ) -> Proof:
     unproved: dict[str, str] = {}
-    held, pairs = ranks.all_or_none(
-        lambda: _held_and_pairs(target, what, choice == ALWAYS, brought, unproved),
-    )
-    sample = _sample(catalog, held, pairs, choice)
-    sums = _live_sums(held, sample, threads)
-    sums.update(_pair_sums(pairs, sample, threads))
+    held: list[_LiveCopy] = []
+    pairs: list[_Pair] = []
+
+    def found() -> bool:
+        _find(held, pairs, target, what, choice == ALWAYS, brought, unproved)
+        return choice != FULL and _is_much(held, pairs)
+
+    sample = _sample(catalog) if any(ranks.every(found)) else None
+    sums = _sums(held, pairs, sample, threads)
     if odd := {key for key in sums if key[1] == WEIGHTS and not _agree(sums, key)}:
         again = [pair for pair in pairs if (pair.name, WEIGHTS, pair.which) in odd]
-        sums.update(_pair_sums(again, sample, threads, one_nan=True))
+        sums.update(_sums([], again, sample, threads, one_nan=True))
     wanted = _wanted(held, sums, catalog, reader, sample, threads)
     of = f"step {catalog.training_state.global_steps}"
     if catalog.training_state.global_steps is None:
@@ -200,18 +205,23 @@ def _prove(
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
-def _held_and_pairs(
-    target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
-) -> tuple[list[_LiveCopy], list[_Pair]]:
+def _find(
+    held: list[_LiveCopy],
+    pairs: list[_Pair],
+    target: Target,
+    what: LoadPlan,
+    always: bool,
+    brought: Mapping[Entry, torch.Tensor],
+    unproved: dict[str, str],
+) -> None:
     """What was brought to this rank, and the pairs of rounded weights with what they are rounded from."""
-    held = list(_held(target, what, always, brought, unproved))
-    pairs = [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
+    held += _held(target, what, always, brought, unproved)
+    pairs += [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
     for copy in held:
         if copy.rounded is not None:
             live, name = copy.live, copy.tensor.name
             weights = Weights(name, (), live.shape, live.tensor, live.blocks, copy.rounded, live.blocks)
             pairs.append(_Pair(f"copy {copy.turn}", weights))
-    return held, pairs
 
 
 def _held(
@@ -239,50 +249,60 @@ def _held(
                 unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}{_ROUNDED}"
 
 
-def _sample(catalog: Catalog, held: Sequence[_LiveCopy], pairs: Sequence[_Pair], choice: bool | str) -> Sample | None:
-    """What to compare: everything (None), or a sample if any rank has much in host memory. Collective."""
-    here = sum(h.live.nbytes for h in held if h.live.tensor.device.type == "cpu")
-    here += sum(p.weights.live.nbytes for p in pairs if p.weights.live.device.type == "cpu")
-    much = choice != FULL and here >= SAMPLED_FROM
-    said, _ = ranks.distinct(much)
-    if not any(said):
-        return None
+def _is_much(held: Sequence[_LiveCopy], pairs: Sequence[_Pair]) -> bool:
+    """Whether this rank has so much in host memory that it is to be sampled."""
+    here = 0
+    for live in chain((h.live for h in held), (_ends(pair)[0] for pair in pairs)):
+        here += live.nbytes if live.tensor.device.type == "cpu" else 0
+        if here >= SAMPLED_FROM:
+            return True
+    return here >= SAMPLED_FROM
+
+
+def _sample(catalog: Catalog) -> Sample:
+    """What to compare where that is not everything: the sample that is recorded, if it is one."""
     # Most tensors share one object: few are compared by their values.
     recorded = {id(t.digest.sample): t.digest.sample for t in catalog.tensors.values() if t.digest is not None}
     if len(set(recorded.values())) == 1:
         return recorded.popitem()[1]
-    return Sample(xxhash.xxh3_64_intdigest(repr(sorted(catalog.tensors)).encode("utf-8", "surrogatepass")), EVERY)
+    return drawn(xxhash.xxh3_64_intdigest(repr(sorted(catalog.tensors)).encode("utf-8", "surrogatepass")))
 
 
-def _live_sums(held: Sequence[_LiveCopy], sample: Sample | None, threads: int) -> dict[Key, SumOverRanks]:
-    """What all ranks hold, by tensor. Collective."""
+def _ends(pair: _Pair) -> tuple[LiveElements, LiveElements]:
+    """Weights as they are, and as their masters give them."""
+    w = pair.weights
+    masters = LiveElements(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True)
+    return LiveElements(w.live, w.shape, w.live_blocks), masters
+
+
+def _sums(
+    held: Sequence[_LiveCopy],
+    pairs: Sequence[_Pair],
+    sample: Sample | None,
+    threads: int,
+    *,
+    one_nan: bool = False,
+) -> dict[Key, SumOverRanks]:
+    """What all ranks hold: of what was brought, and of weights twice, as they are and as their masters give them.
+    one_nan: treat all NaNs of weights as equal. Collective, all at once: ranks wait for one another each time."""
+    ends = [
+        (key, replace(live, one_nan=one_nan))
+        for pair in pairs
+        for key, live in zip(
+            ((pair.name, WEIGHTS, pair.which), (pair.name, MASTERS, pair.which)), _ends(pair), strict=True
+        )
+    ]
+    turned = [k for k, h in enumerate(held) if h.live.dtype is not None]
     lives = [h.live for h in held]
-    turned = [k for k, live in enumerate(lives) if live.dtype is not None]
-    lives += [replace(lives[k], dtype=None) for k in turned]
-    lives += [replace(lives[k], back=True) for k in turned]
+    lives += [replace(held[k].live, dtype=None) for k in turned]
+    lives += [replace(held[k].live, back=True) for k in turned]
+    lives += [live for _, live in ends]
     found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
     exact = {k: found[len(held) + n] == found[len(held) + len(turned) + n] for n, k in enumerate(turned)}
     parts: dict[Key, list[Part]] = {}
     for k, h in enumerate(held):
         _add(parts, h.key, h.live, found[k], flawed=not exact.get(k, True))
-    return add_up(parts)
-
-
-def _pair_sums(
-    pairs: Sequence[_Pair], sample: Sample | None, threads: int, *, one_nan: bool = False
-) -> dict[Key, SumOverRanks]:
-    """What all ranks hold of weights, twice: as they are, and as their masters give them. one_nan: treat all NaNs as
-    equal. Collective."""
-    lives: list[tuple[Key, LiveElements]] = []
-    for pair in pairs:
-        w = pair.weights
-        masters = LiveElements(w.master, w.shape, w.master_blocks, from_torch(w.live.dtype), rounded=True)
-        weights = LiveElements(w.live, w.shape, w.live_blocks)
-        lives += [((w.name, WEIGHTS, pair.which), weights), ((w.name, MASTERS, pair.which), masters)]
-    lives = [(key, replace(live, one_nan=one_nan)) for key, live in lives]
-    found = ranks.all_or_none(lambda: digests([live for _, live in lives], sample=sample, threads=threads))
-    parts: dict[Key, list[Part]] = {}
-    for (key, live), digest in zip(lives, found, strict=True):
+    for (key, live), digest in zip(ends, found[len(held) + 2 * len(turned) :], strict=True):
         _add(parts, key, live, digest)
     return add_up(parts)
 

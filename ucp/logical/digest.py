@@ -147,12 +147,13 @@ _keys = np.zeros((LANES, 0), np.int64)
 
 
 class _RowSums:
-    """The sums so far: of all bytes, and of those that a sample picks."""
+    """The sums so far: of all bytes, and of those that a sample picks. nbytes: of the whole tensor."""
 
-    def __init__(self, sample: Sample | None) -> None:
+    def __init__(self, sample: Sample | None, nbytes: int) -> None:
         self.whole = [0] * LANES
         self.sampled = [0] * LANES
         self._sample = sample
+        self._nbytes = nbytes
 
     def add(self, words: NDArray[np.int32], rows: int | NDArray[np.int64], column: int = 0) -> None:
         """Add at most `_TOGETHER` rows of words, or parts of rows that all begin at the same column.
@@ -169,12 +170,13 @@ class _RowSums:
         if self._sample is None:
             return
         if not isinstance(rows, int):
-            picked = np.flatnonzero(self._sample.takes(rows // _BLOCK_ROWS))
+            picked = np.flatnonzero(self._sample.takes(rows // _BLOCK_ROWS, self._nbytes))
             if len(picked):
                 _weigh(self.sampled, exact[picked], keys[:, picked])
             return
         first = rows // _BLOCK_ROWS
-        taken = np.flatnonzero(self._sample.takes(np.arange(first, (rows + count - 1) // _BLOCK_ROWS + 1)))
+        blocks = np.arange(first, (rows + count - 1) // _BLOCK_ROWS + 1)
+        taken = np.flatnonzero(self._sample.takes(blocks, self._nbytes))
         for block in (taken + first).tolist():
             low, high = max(block * _BLOCK_ROWS - rows, 0), min((block + 1) * _BLOCK_ROWS - rows, count)
             _weigh(self.sampled, exact[low:high], keys[:, low:high])
@@ -182,7 +184,7 @@ class _RowSums:
     def items(self, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.int64]) -> None:
         """Add words one by one, each with its row and column."""
         keys = keys_at(rows)
-        picked = None if self._sample is None else self._sample.takes(rows // _BLOCK_ROWS)
+        picked = None if self._sample is None else self._sample.takes(rows // _BLOCK_ROWS, self._nbytes)
         for lane in range(LANES):
             products = keys[lane] * table()[lane, columns] * values
             self.whole[lane] += int(products.sum())
@@ -220,13 +222,14 @@ def digest_bytes(buffer: Any, runs: Runs) -> Digest:
 
     Extra memory: about 4 MiB for each thread, whatever the buffer's size, and as much again that all threads share.
     """
-    return digest_sampling(buffer, runs, None)[0]
+    return digest_sampling(buffer, runs, None, 0)[0]
 
 
-def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None) -> tuple[Digest, Digest]:
-    """As `digest_bytes`, and also the digest of the bytes that a sample picks, in the same pass."""
+def digest_sampling(buffer: Any, runs: Runs, sample: Sample | None, nbytes: int) -> tuple[Digest, Digest]:
+    """As `digest_bytes`, and also the digest of the bytes that a sample picks, in the same pass. nbytes: of the whole
+    tensor."""
     flat = np.frombuffer(buffer, np.uint8) if not isinstance(buffer, np.ndarray) else buffer.view(np.uint8).reshape(-1)
-    sums = _RowSums(sample)
+    sums = _RowSums(sample, nbytes)
     ends: list[tuple[int, int, int]] = []
     if len(runs) <= _FEW:
         for source, place, size in zip(runs.sources.tolist(), runs.places.tolist(), runs.sizes.tolist(), strict=True):

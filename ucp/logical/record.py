@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ucp.geometry import Blocks, Ints, Shape, extents
+from ucp.geometry import Blocks, Ints, Shape, extents, numel
 from ucp.logical.digest import Digest, digest_sampling, total
 from ucp.logical.runs import LIMIT, Runs, Sample, runs_of, within_buffer
 
 EVERY = 64
 """Of how many blocks of 64 KiB a sample takes one, and small tensors whole: so many that in host memory the proof takes
 less than a twentieth of a load. Checkpoints say of their digests what it was (32 once)."""
+
+
+def drawn(seed: int) -> Sample:
+    """The sample that is recorded from now on. seed: 64 bits."""
+    return Sample(seed, EVERY, first=False)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ class PassingTensors:
         first, last = self._extents()
         out = []
         for k in np.flatnonzero((first < offset + len(flat)) & (last > offset)).tolist():
+            nbytes = numel(self.entries[k].shape) * self.entries[k].width
             found = [
-                digest_sampling(flat, within_buffer(every, offset, offset + len(flat)), self.sample)
+                digest_sampling(flat, within_buffer(every, offset, offset + len(flat)), self.sample, nbytes)
                 for every in self._runs(k)
             ]
             out.append((k, Recorded(total(w for w, _ in found), total(s for _, s in found), self.sample)))

@@ -19,7 +19,8 @@ from ucp.geometry import Blocks, Copies, Ints, Shape, collapse, row_major, runs
 LIMIT = 1 << 18
 """Runs that are listed at once."""
 
-_FEW = 8  # blocks that are looked at one by one
+FEW = 8
+"""Blocks that are looked at one by one."""
 
 SAMPLE_BLOCK = 64 << 10
 """Bytes of a block of a tensor's row: what a sample takes or leaves."""
@@ -74,7 +75,7 @@ def few_runs(shape: Shape, blocks: Blocks, width: int, bases: Ints | None = None
     None if there are more blocks, or if one of them is not such a range. A plan for copies finds the same, but takes
     ten times as long.
     """
-    if len(blocks) > _FEW:
+    if len(blocks) > FEW:
         return None
     whole = _strides(tuple(shape))
     if len(blocks) == 1 and blocks.sizes[0].tolist() == list(shape):
@@ -186,18 +187,23 @@ def within_buffer(found: Runs, first: int, last: int) -> Runs:
 class Sample:
     """Which blocks of `SAMPLE_BLOCK` bytes of a tensor's row are looked at.
 
-    They are the first block, and one of each group of ``every`` blocks in a row, drawn by ``seed``. So small tensors
-    are looked at whole, and another seed looks at other blocks.
+    They are one of each group of ``every`` blocks in a row, drawn by ``seed`` from those that there are. So small
+    tensors are looked at whole, and another seed looks at other blocks. first: as older checkpoints have it: each
+    tensor's first block besides, and of a last group that is not full at times none. All first blocks lie on one rank
+    if weights are cut along their first dimension, so that the others waited for it.
     """
 
     seed: int
     every: int
+    first: bool = True
 
     def picks(self, nbytes: int) -> Ints:
         """The blocks of a row of so many bytes that are looked at, ascending."""
         count = -(-nbytes // SAMPLE_BLOCK)
         groups = np.arange(-(-count // self.every))
-        found = groups * self.every + self._drawn(groups)
+        found = groups * self.every + self._drawn(groups, count)
+        if not self.first:
+            return found
         found = found[found < count]
         return np.unique(np.concatenate([np.zeros(min(count, 1), np.int64), found]))
 
@@ -206,16 +212,18 @@ class Sample:
         starts = _starts(self, -(-nbytes // SAMPLE_BLOCK))
         return len(starts) * SAMPLE_BLOCK - max(0, starts[-1] + SAMPLE_BLOCK - nbytes) if starts else 0
 
-    def takes(self, blocks: Ints) -> np.typing.NDArray[np.bool_]:
-        """Which of these blocks are looked at, by their numbers."""
+    def takes(self, blocks: Ints, nbytes: int) -> np.typing.NDArray[np.bool_]:
+        """Which of these blocks of a row of so many bytes are looked at, by their numbers."""
+        count = -(-nbytes // SAMPLE_BLOCK)
         first = int(blocks.min()) // self.every if len(blocks) else 0
         last = int(blocks.max()) // self.every if len(blocks) else -1
         if last - first < 8:  # neighbours, the usual case
-            drawn = self._drawn(np.arange(first, last + 1))
+            drawn = self._drawn(np.arange(first, last + 1), count)
             picked = drawn[blocks // self.every - first]
         else:
-            picked = self._drawn(blocks // self.every)
-        return np.asarray((blocks % self.every == picked) | (blocks == 0))
+            picked = self._drawn(blocks // self.every, count)
+        taken = np.asarray(blocks % self.every == picked)
+        return taken | (blocks == 0) if self.first else taken
 
     def cut(self, found: Iterable[Run], nbytes: int) -> list[Run]:
         """As `of`, for a few runs."""
@@ -231,10 +239,13 @@ class Sample:
                 k += 1
         return out
 
-    def _drawn(self, groups: Ints) -> Ints:
-        """The place of the block that is drawn in each group."""
-        numbers = groups.astype(np.uint64) + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF)
-        return (mixed(numbers) % np.uint64(self.every)).astype(np.int64)
+    def _drawn(self, groups: Ints, count: int) -> Ints:
+        """The place of the block that is drawn in each group. count: how many blocks there are."""
+        numbers = mixed(groups.astype(np.uint64) + np.uint64(self.seed & 0xFFFF_FFFF_FFFF_FFFF))
+        if self.first:
+            return (numbers % np.uint64(self.every)).astype(np.int64)
+        there = np.clip(count - groups * self.every, 1, self.every)
+        return (numbers % there.astype(np.uint64)).astype(np.int64)
 
     def of(self, found: Runs, nbytes: int) -> Runs:
         """The parts of the runs that are looked at. nbytes: of the whole tensor."""

@@ -41,8 +41,7 @@ from ucp.errors import SaveFailed, noted, rebuilt
 from ucp.formats.universal import fragmented
 from ucp.formats.universal.fragmented import Identity
 from ucp.job.stopwatch import Stopwatch
-from ucp.logical.record import EVERY
-from ucp.logical.runs import Sample
+from ucp.logical.record import drawn
 from ucp.printable import logger
 from ucp.saving import commit
 from ucp.saving.adding import Adding
@@ -112,7 +111,7 @@ def write(
     windows, cache: of the tensors' file, as for `write_windows`. lease: the memory in which they lie, if that becomes
     the file. crew: who digests them then, if not this process alone.
     """
-    adding = Adding(share.catalog, Sample(int(session.save, 16), EVERY))
+    adding = Adding(share.catalog, drawn(int(session.save, 16)))
     path = session.path(share.name)
     if lease is not None:  # the windows stay, so several are digested at once
         with watch.of("digest"):

@@ -16,8 +16,7 @@ import xxhash
 from ucp import limits
 from ucp.catalog import Catalog, SourceFile
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
-from ucp.logical.record import EVERY
-from ucp.logical.runs import Sample
+from ucp.logical.record import drawn
 from ucp.printable import logger
 from ucp.storage import disk, locations, names
 from ucp.storage.atomic import check_destination
@@ -122,7 +121,7 @@ def _collecting(plan: WritePlan, identity: str) -> Collecting | None:
     """What digests tensors while they are written: all, or those that the source has digests of; None if none."""
     if not plan.records and all(tensor.digest is None for tensor in plan.source.tensors.values()):
         return None
-    sample = Sample(int(identity[:16], 16), EVERY)
+    sample = drawn(int(identity[:16], 16))
     return Collecting(plan.files, sample, lambda want: plan.records or want.tensor.digest is not None)
 
 

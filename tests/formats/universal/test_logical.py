@@ -32,6 +32,16 @@ def test_they_come_back() -> None:
     assert found == [recorded(1), None, recorded(4)]
 
 
+def test_the_sample_of_older_checkpoints_is_told_from_that_of_newer_ones() -> None:
+    """Both have the same digests of a whole tensor, and a reader that knows the older alone takes none from a newer."""
+    for first, scheme in ((True, "rows-256x2"), (False, "rows-256x2-spread")):
+        digest = recorded(1, Sample(7, 64, first))
+        body = logical.encode([tensor("a", digest)])
+        assert body[logical.NAME]["scheme"] == scheme
+        assert logical.decode("ucp.json", body, 1) == [digest]
+    assert logical.decode("ucp.json", {logical.NAME: {"scheme": ["rows-256x2"]}}, 1) == [None]
+
+
 def test_without_any_there_is_no_entry_and_older_manifests_have_none() -> None:
     assert logical.encode([tensor("a", None)]) == {}
     assert logical.decode("ucp.json", {}, 2) == [None, None]

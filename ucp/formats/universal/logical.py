@@ -1,10 +1,11 @@
 """The manifest's ``logical_digests``: of every tensor's elements and their places, whatever the layout.
 
-    {"scheme": "rows-256x2", "seed": 7, "every": 32, "whole": [...], "sampled": [...]}
+    {"scheme": "rows-256x2-spread", "seed": 7, "every": 64, "whole": [...], "sampled": [...]}
 
 ``whole`` and ``sampled`` are columns of the tensors: 32 hexadecimal digits (the two lanes of `ucp.logical.digest`, 64
 bits each), null for a tensor that has none. ``sampled`` is of the blocks that ``seed`` and ``every`` pick
-(`ucp.logical.runs.Sample`). Digests of a scheme that a reader doesn't know are as good as none.
+(`ucp.logical.runs.Sample`). Older checkpoints have the scheme ``rows-256x2``: the same digests, another sample, which
+has each tensor's first block. Digests of a scheme that a reader doesn't know are as good as none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ucp.logical.runs import Sample
 
 NAME = "logical_digests"
 
+_SCHEMES = {SCHEME: True, f"{SCHEME}-spread": False}
+"""By their names: whether the sample has each tensor's first block."""
+
 
 def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     """The manifest's entry if any of the tensors has a digest; otherwise it is empty."""
@@ -29,7 +33,7 @@ def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     known = [t.digest if t.digest is not None and t.digest.sample == sample else None for t in tensors]
     return {
         NAME: {
-            "scheme": SCHEME,
+            "scheme": next(name for name, first in _SCHEMES.items() if first == sample.first),
             "seed": sample.seed,
             "every": sample.every,
             "whole": [None if digest is None else str(digest.whole) for digest in known],
@@ -45,12 +49,13 @@ def decode(path: str, body: Mapping[str, Any], count: int) -> list[Recorded | No
         return [None] * count
     if not isinstance(found, dict):
         raise DamagedCheckpoint(f"{path}: '{NAME}' is not an object; the manifest is damaged")
-    if found.get("scheme") != SCHEME:
+    scheme = found.get("scheme")
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
         return [None] * count
     seed, every = found.get("seed"), found.get("every")
     if type(seed) is not int or not 0 <= seed < 1 << 64 or type(every) is not int or not 1 <= every < 1 << 31:
         raise DamagedCheckpoint(f"{path}: '{NAME}' has the sample {seed!r}, {every!r}; the manifest is damaged")
-    sample = Sample(seed, every)
+    sample = Sample(seed, every, _SCHEMES[scheme])
     columns = [_column(path, found, name, count) for name in ("whole", "sampled")]
     return [
         None if whole is None or sampled is None else Recorded(whole, sampled, sample)

@@ -22,8 +22,7 @@ from ucp.catalog import Catalog, SourceFile
 from ucp.errors import Unsupported
 from ucp.formats.shared.training_state import Tensors, encode, with_sources
 from ucp.formats.universal import manifest, schema, training
-from ucp.logical.record import EVERY, Recorded
-from ucp.logical.runs import Sample
+from ucp.logical.record import Recorded, drawn
 from ucp.storage import locations
 from ucp.storage.digests import ChunkDigests, digest_file
 from ucp.storage.files import Files
@@ -167,7 +166,7 @@ def _logical_of(
     sample = (
         recorded.pop()
         if recorded
-        else Sample(xxhash.xxh3_64_intdigest(repr(catalog.files).encode("utf-8", "surrogatepass")), EVERY)
+        else drawn(xxhash.xxh3_64_intdigest(repr(catalog.files).encode("utf-8", "surrogatepass")))
     )
     threads = budget(workers, None)[0]
     with Files() as files:
