@@ -65,16 +65,29 @@ def mend() -> None:
     DeepSpeed 0.18 flattens the weights of stages 1 and 2 on the device without ``.detach()`` (0.17 did it on the host,
     0.19 detaches), so the flat buffer belongs to autograd, and torch since 2.13 refuses the all-gather into views of
     it: steps go under torch.no_grad, as a program with these two would do it. AutoTP of 0.16 and 0.17 takes the current
-    device's number for its name, which is none on the CPU.
+    device's number for its name, which is none on the CPU. Stage 3 before 0.19 waits for the last of several gathers
+    alone, and over gloo others are still under way then, so that ranks now and then train on weights that have not
+    come: each parameter is gathered by itself.
     """
     if is_pinned():
         return
     import torch
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     DeepSpeedZeroOptimizer.step = torch.no_grad()(DeepSpeedZeroOptimizer.step)
     type(get_accelerator()).current_device = lambda self: "cpu"
+    gather = Init._all_gather
+
+    def gather_each(self: Any, params: list[Any], async_op: bool = False, hierarchy: Any = None) -> Any:
+        if async_op or any(hasattr(param.ds_tensor, "ds_quant_scale") for param in params):
+            return gather(self, params, async_op, hierarchy)
+        for param in params:
+            gather(self, [param], async_op, hierarchy)
+        return None
+
+    Init._all_gather = gather_each
 
 
 def saved_beside(module: Any) -> dict[str, Any]:
