@@ -178,6 +178,31 @@ def lacking(owner: str, name: str, allow: bool) -> str:
     return "" if hasattr(engine, "ucp") else "not bound"
 
 
+def gathers_left_behind() -> bool:
+    """Whether the end of a load waits for gathers that are under way when DeepSpeed's own gather returns."""
+    import torch.distributed as dist
+
+    from ucp.deepspeed.live.stage3 import Stage3
+
+    engine = build_target(Case(stage=3, dp=2))
+    left = []
+    whole = engine.optimizer.checkpoint_event_epilogue
+
+    def leave() -> None:
+        whole()
+        group = engine.optimizer.persistent_parameters[0].ds_process_group
+        for _ in range(50):
+            piece = torch.ones(1 << 19)
+            out = torch.empty(2 * piece.numel())
+            left.append(dist.all_gather_into_tensor(out, piece, group, async_op=True))
+
+    engine.optimizer.checkpoint_event_epilogue = leave
+    stage = Stage3(engine)
+    stage.begin()
+    stage.finish()
+    return len(left) == 50 and all(work.is_completed() for work in left)
+
+
 def bad_section(section: Any) -> str:
     """What ``initialize`` says of this "ucp" section."""
     import ucp.deepspeed

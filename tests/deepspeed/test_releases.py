@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import ucp.deepspeed
 from tests.deepspeed import jobs
 from tests.engines.pool import RankPool
 from ucp.deepspeed.live import releases
-from ucp.deepspeed.supported import TESTED_VERSIONS, check_version
+from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_gathers
 from ucp.errors import Unsupported
 
 ROOM = Path(releases.__file__).parents[1]
@@ -113,6 +114,30 @@ def test_a_release_without_a_stage_is_refused_by_the_stages_name(monkeypatch: py
     monkeypatch.setattr(releases, "CLASSES_OF_STAGE", {3: (gone,)})
     with pytest.raises(Unsupported, match=r"lacks 'Stage3' in 'deepspeed\.runtime\.zero\.no_such'"):
         releases.require_package({"zero_optimization": {"stage": 3}})
+
+
+def waits_for_the_last(self: Any, launch_handles: Any) -> None:
+    launch_handles[-1].wait()
+
+
+def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = SimpleNamespace(zero_optimization_partition_weights=lambda: True, device=torch.device("cpu"))
+    init = releases.PARTITIONS.load().Init
+    monkeypatch.setattr(init, "_allgather_params_coalesced", waits_for_the_last)
+    warn_of_gathers(engine)
+    assert "compute with weights that have not arrived yet" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(init, "_allgather_params_coalesced", never)
+    warn_of_gathers(engine)
+    assert not caplog.messages
+
+
+@pytest.mark.slow
+def test_a_load_ends_when_all_that_stage_3_gathers_is_there(ranks: RankPool) -> None:
+    """Gathers that nobody has waited for, as releases before 0.19 leave them behind."""
+    assert all(ranks.run(jobs.gathers_left_behind, world_size=2))
 
 
 def never(args: Any = None, config: Any = None, config_params: Any = None, model: Any = None) -> Any:

@@ -21,7 +21,7 @@ from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, times_
 from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
-from ucp.deepspeed.supported import check_engine, check_features
+from ucp.deepspeed.supported import check_engine, check_features, warn_of_gathers
 from ucp.elastic.layouts import Fitted
 from ucp.errors import BadArgument, NotACheckpoint, PartlyLoaded, ProofFailed, Unsupported
 from ucp.formats.nouns import ModuleOrder
@@ -214,6 +214,7 @@ def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
+    warn_of_gathers(engine)
     engine.ucp = EngineUcp(engine, config, fitted)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save.format == "universal":

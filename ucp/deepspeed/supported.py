@@ -7,6 +7,7 @@ from typing import Any
 
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import untied_parameters
+from ucp.deepspeed.live.state import warn
 from ucp.errors import Mismatch, Unsupported
 from ucp.tested import TESTED
 
@@ -38,6 +39,17 @@ def check_engine(engine: Any) -> None:
         raise Mismatch(
             f"load_checkpoint was called in the middle of gradient accumulation ({engine.micro_steps % steps} of "
             f"{steps} micro-steps done); call it right after a step; nothing was changed"
+        )
+
+
+def warn_of_gathers(engine: Any) -> None:
+    """Warn if this release's own stage 3 may compute with weights that have not arrived."""
+    partitions = engine.zero_optimization_partition_weights()
+    if partitions and engine.device.type == "cpu" and not releases.waits_for_every_gather():
+        warn(
+            f"DeepSpeed {releases.installed()} waits for the last of stage 3's gathers alone, and on a CPU (gloo) they "
+            "end in any order: now and then its steps compute with weights that have not arrived yet, and ranks differ "
+            "without a word. Loads and saves wait for all. Releases since 0.19 do so in training, too"
         )
 
 

@@ -109,6 +109,16 @@ def drop_secondary_copies(params: Iterable[Any]) -> None:
             param.ds_secondary_tensor = None
 
 
+def wait_for_gathers(params: Iterable[Any]) -> None:
+    """Wait until what stage 3 gathers of these parameters is there. Collective.
+
+    Before 0.19 DeepSpeed waits for the last of several gathers alone, and gloo finishes them in any order. Gloo's
+    barrier waits for all that its group has begun. Elsewhere gathers of a group end in their order.
+    """
+    for group in dict.fromkeys(p.ds_process_group for p in params if p.data.device.type == "cpu"):
+        torch.distributed.barrier(group)
+
+
 def held_slot(key: int, kind: str, name: str, held: HeldTensor) -> Slot:
     member = Member(name, held.shape, held.blocks)
     return Slot(key, kind, held.tensor.numel(), from_torch(held.tensor.dtype), (member,), holders=held.holders)

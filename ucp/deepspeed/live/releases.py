@@ -72,6 +72,7 @@ STAGE3 = EngineClass(
         "sub_group_to_group_id",
         "checkpoint_event_prologue",
         "checkpoint_event_epilogue",
+        "persistent_parameters",
         "_reassign_or_swap_out_partitioned_parameters",
         "_swappable_optimizer_subgroup",
     ),
@@ -108,6 +109,7 @@ EXPERT_GROUPS = EngineModule(
 GENERATORS = EngineModule("deepspeed.runtime.activation_checkpointing.checkpointing", ("get_cuda_rng_tracker",))
 GRADIENTS = EngineModule("deepspeed.utils", ("safe_get_full_grad",))
 ACCELERATOR = EngineModule("deepspeed.accelerator", ("get_accelerator",))
+PARTITIONS = EngineModule("deepspeed.runtime.zero.partition_parameters", ("Init",))
 
 # What is read, set or called on every engine.
 ENGINE = (
@@ -237,6 +239,13 @@ def offsets_in_flat(zero: Any, group: int) -> Sequence[int]:
         if param.numel() and param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
             raise lacks("'round_robin_bit16_offsets' of its DeepSpeedZeroOptimizer, and its weights lie otherwise")
     return offsets
+
+
+def waits_for_every_gather() -> bool:
+    """Whether stage 3 waits for all when it gathers several parameters (since 0.19), and not for the last one alone.
+    Gloo finishes gathers in any order, so that on a CPU the others may still be under way then."""
+    gather = getattr(PARTITIONS.load().Init, "_allgather_params_coalesced", None)
+    return gather is None or "launch_handles[-1].wait()" not in inspect.getsource(gather)
 
 
 def loss_scale(optimizer: Any) -> Any | None:

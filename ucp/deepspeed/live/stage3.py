@@ -16,6 +16,7 @@ from ucp.deepspeed.live.base import (
     put_states,
     set_group_options,
     state_dtypes,
+    wait_for_gathers,
 )
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
@@ -117,6 +118,7 @@ class Stage3:
                 self._zero._reassign_or_swap_out_partitioned_parameters(s)
         drop_secondary_copies(self._names)
         self._zero.checkpoint_event_epilogue()
+        wait_for_gathers(self._zero.persistent_parameters)
 
     def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
         for g, values in options.items():

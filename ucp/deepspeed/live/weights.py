@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ucp.deepspeed.live import releases
-from ucp.deepspeed.live.base import drop_secondary_copies
+from ucp.deepspeed.live.base import drop_secondary_copies, wait_for_gathers
 from ucp.loading.target import Group, Loaded, Slot, Weights
 
 
@@ -51,6 +51,7 @@ class WeightsOnly:
         persistent = self._offload.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
+            wait_for_gathers(persistent)
 
     def set_options(self, options: Mapping[int, Mapping[str, Any]]) -> None:
         pass
