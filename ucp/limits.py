@@ -49,6 +49,10 @@ BYTES_PER_READER = 4 * MIB
 BYTES_PER_PROCESS = 512 * MIB
 # How long it may take to end once the work is done, before it is ended.
 PROCESS_END_SECONDS = 10.0
+# What it says of its end at most: less than a pipe holds.
+PROCESS_LAST_WORDS_BYTES = 4096
+# How often processes of one command give a sign of life, in place of `TEAM_BEAT_SECONDS`: they share a machine.
+OWN_TEAM_BEAT_SECONDS = 0.1
 # Threads of one gathering or conversion: more gain nothing on one disk or one network card.
 THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.

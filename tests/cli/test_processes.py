@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ucp import limits
+from ucp.catalog import Catalog, TrainingState
 from ucp.cli import processes
-from ucp.errors import BadArgument
+from ucp.errors import BadArgument, DamagedCheckpoint, ProcessLost
+from ucp.parallel.mesh import Layout
+from ucp.storage.files import Files
+from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
+from ucp.transfer.reader import Reader
+from ucp.transfer.targets import TargetFile
+from ucp.transfer.team import Team
+from ucp.transfer.team_write import Writing, write_following, write_leading
 
 
 @pytest.fixture
@@ -61,3 +74,94 @@ def test_one_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(limits, "PROCESS_END_SECONDS", 0.0)
     with processes.shared(["--version"], 2) as team:
         assert (team.process, team.processes) == (0, 2)
+
+
+def writing(folder: Path) -> Writing:
+    """Work that needs no source: one file of literals."""
+    catalog = Catalog("none", str(folder), Layout(), (), {}, {}, TrainingState())
+    file = TargetFile("file", 8, ((0, b"12345678"),), ())
+    return Writing(Reader(catalog, Files()), (file,), "0" * 32, lambda: None)
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    for name in (CHECKPOINT, JOURNAL, TEAM):
+        (tmp_path / "part" / name).mkdir(parents=True)
+    return tmp_path / "part"
+
+
+def killed(team: Team) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def failing(team: Team) -> int:
+    raise DamagedCheckpoint("model.bin: the bytes went bad\nand so on")
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (killed, "process 1 of this command was ended by signal 9 before"),
+        (failing, "process 1 of this command ended with exit code 3 .*: model.bin: the bytes went bad"),
+        (lambda team: 2, "process 1 of this command ended with exit code 2 "),
+    ],
+)
+def test_one_that_dies_before_it_joins_is_noticed_at_once(
+    monkeypatch: pytest.MonkeyPatch, part: Path, job: Callable[[Team], int], message: str
+) -> None:
+    monkeypatch.setattr(processes, "may_fork", lambda: True)
+    began = time.monotonic()
+    with pytest.raises(ProcessLost, match=message), processes.shared([], 2, job) as team:
+        write_leading(writing(part), part, team)
+    assert time.monotonic() - began < 20  # of `limits.TEAM_JOIN_SECONDS`
+
+
+def test_so_is_one_that_was_started_anew(part: Path) -> None:
+    with pytest.raises(ProcessLost, match="exit code 2 before"), processes.shared(["merge", "--nonsense"], 2) as team:
+        write_leading(writing(part), part, team)
+
+
+def test_copies_share_the_work(monkeypatch: pytest.MonkeyPatch, part: Path) -> None:
+    monkeypatch.setattr(processes, "may_fork", lambda: True)
+
+    def follow(team: Team) -> int:
+        write_following(writing(part), part, team)
+        return 0
+
+    with processes.shared([], 3, follow) as team:
+        write_leading(writing(part), part, team)
+    assert (part / CHECKPOINT / "file").read_bytes() == b"12345678"
+
+
+def test_a_copy_whose_parent_is_gone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, part: Path) -> None:
+    monkeypatch.setattr(processes, "may_fork", lambda: True)
+    parent = os.getppid
+
+    def orphaned(team: Team) -> int:
+        os.getppid = lambda: 1
+        try:
+            write_following(writing(part), part, team)
+        finally:
+            os.getppid = parent
+        return 0
+
+    def wait() -> None:
+        with processes.shared([], 2, orphaned) as team:
+            while True:
+                team.watch()
+                time.sleep(0.01)
+
+    with pytest.raises(ProcessLost, match="the process that started this one is gone"):
+        wait()
+
+
+def test_no_copy_of_a_process_with_other_threads_or_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert processes.may_fork() == (sys.platform == "linux")
+    monkeypatch.setitem(sys.modules, "torch", processes)
+    assert not processes.may_fork()
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    assert not processes.may_fork()

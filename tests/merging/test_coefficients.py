@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ucp
 from ucp.errors import BadArgument, Mismatch
@@ -65,6 +68,34 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(tmp_path: Path
     assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     with pytest.raises(BadArgument, match="evaluation 7 is of other coefficients"):
         search(sources, valley, 90, seed=5, log=tmp_path / "cut.jsonl")
+
+
+def test_an_evaluation_reads_no_file_and_adds_each_difference_once(tmp_path: Path) -> None:
+    sources = [saved(tmp_path / f"{k}", k) for k in range(3)]
+    counts: list[Counter[str]] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[-1][operation.__name__] += 1
+            return operation(*args, **(kwargs or {}))
+
+    def objective(weights: Any) -> float:
+        for source in sources:
+            shutil.rmtree(source, ignore_errors=True)
+        with _disable_current_modes():
+            value = valley(weights)
+        counts.append(Counter())
+        return value
+
+    counts.append(Counter())
+    with Counting():
+        found = search(sources, objective, 25, log=tmp_path / "log.jsonl")
+    assert found.evaluations == 25
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # Since the evaluation before, for each of the two tensors: the sources with a coefficient, and a copy.
+    for line, done in zip(lines[1:], counts[1:], strict=False):
+        added = sum(coefficient != 0 for coefficient in line["coefficients"][1:])
+        assert done == {"add.Tensor": 2 * added, "copy_.default": 2}
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lora(folder / f"lora{k}", 3 + k)
     for name, value in (("nan", float("nan")), ("inf", float("-inf"))):
         damaged(folder / name, "model.norm.weight", value)
+    for name, value in (("large", 1e38), ("half", 65504.0)):
+        damaged(folder / name, "model.norm.weight", value)
     for name, is_tied in (("tied", True), ("apart", False)):
         model = torch.nn.ModuleDict({"embed": torch.nn.Linear(4, 4, False), "head": torch.nn.Linear(4, 4, False)})
         if is_tied:
@@ -61,6 +63,9 @@ REFUSED = [
     ("/0 /1 OUT --weights 1,-1", ["sum to 0", "normalis"]),
     ("/0 /nan OUT", ["'model.norm.weight'", "nan", "element 7", "allow_nonfinite"]),
     ("/0 /inf OUT", ["'model.norm.weight'", "-inf", "element 7"]),
+    ("/0 /nan OUT --method ties --base /1 --density 0.1", ["'model.norm.weight'", "/nan'", "nan", "element 7"]),
+    ("/large /large OUT --weights 5,5 --no-normalize", ["would be inf", "element 7", "float32", "allow_nonfinite"]),
+    ("/half /half OUT --weights 1,1 --no-normalize --dtype fp16", ["would be inf", "element 7", "float16", "dtype"]),
     ("/0 /1 OUT --weights 2,-1 --optimizer average", ["exp_avg_sq", "negative"]),
     ("/0 /later OUT --optimizer average", ["step", "3", "4", "step max"]),
     ("/0 /1 /2 OUT --method slerp --t 0.5", ["slerp", "between 2", "found 3"]),

@@ -119,6 +119,27 @@ def test_formula(which: str, seed: int) -> None:
         assert np.array_equal(applied(operation, x, cut), found)
 
 
+@pytest.mark.parametrize("which", FORMULAS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_spreads_where_an_operation_says_so(which: str, value: float) -> None:
+    """Then a merge looks at its result alone. The survey is of finite tensors: it looks at sources itself."""
+    method, sources, options, _ = FORMULAS[which]
+    operation = operations(method, sources, options)(None)
+    x = drawn(0)
+    whole = Whole("w:param", SIZE, tuple("abcd"))
+    found = operation.survey(whole, lambda wanted: iter([(0, [x[k] for k in wanted])]))
+    hidden = False
+    for number, source in enumerate(operation.sources):
+        for at in range(0, SIZE, 97):
+            parts = [x[k].copy() for k in operation.sources]
+            parts[number][at] = value
+            with np.errstate(invalid="ignore"):
+                seen = not np.isfinite(operation.combine(whole, found, 0, parts)[at])
+            assert seen or not operation.spreads, source
+            hidden |= not seen
+    assert operation.spreads or hidden or math.isinf(value)  # or its sources need not be looked at
+
+
 def test_slerp_of_parallel_tensors_is_lerp() -> None:
     a = drawn(3)[0]
     found = applied(operations("slerp", Sources((0, 1)), MethodOptions(t=(0.25,)))(None), [a, 2 * a], SIZE)

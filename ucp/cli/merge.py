@@ -110,7 +110,9 @@ def command(args: argparse.Namespace) -> int:
     if number > 1 and args.workers is None:
         args.workers = processes.threads(number)
         given += ["--workers", str(args.workers)]
-    with processes.shared(given, number) as team:
+    if number > 1:
+        import ucp.merging.combine  # noqa: F401  # once, for copies of this process, too
+    with processes.shared(given, number, lambda team: _combine(args, team)) as team:
         return _combine(args, team)
 
 

@@ -23,7 +23,7 @@ from ucp.geometry import dense_strides, flat_ranges, numel
 from ucp.merging.operations import Combination, Whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
-from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers
+from ucp.storage.numbers import Bytes, Numbers, are_finite, as_bytes, as_numbers
 from ucp.transfer.gather import Want, gather
 from ucp.transfer.reader import Cache, Reader
 
@@ -73,7 +73,7 @@ class MergedTensor:
     """The bytes of one merged tensor (a `ucp.catalog.ByteSource`). Thread-safe.
 
     inputs: one for every source, by its number; None for a source that the operation does not read. finite: refuse NaN
-    and infinity in what is read.
+    and infinity in what is read and in what comes of it.
     """
 
     name: str
@@ -102,8 +102,27 @@ class MergedTensor:
         out = _Scatter(parts, skip=offset - first * width)
         whole = self._whole()
         found = self._survey(whole)
-        for at, numbers in self._stream(self.operation.sources, first, last, by_chunks=True):
-            out.take(self.operation.combine(whole, found, at, numbers), self.dtype)
+        operation = self.operation
+        for at, numbers in self._stream(
+            operation.sources, first, last, by_chunks=True, looked_at=self.finite and not operation.spreads
+        ):
+            count = len(numbers[0])
+            made = out.take(operation.combine(whole, found, at, numbers), self.dtype)
+            if self.finite and not are_finite(made, self.dtype):
+                self._refuse(at, at + count, made)
+
+    def _refuse(self, first: int, last: int, made: Bytes) -> None:
+        """Raise Mismatch for the first of these elements that is not finite in a source, or else in the result, whose
+        bytes are given."""
+        for _ in self._stream(self.operation.sources, first, last, by_chunks=False, looked_at=True):
+            pass
+        numbers = as_numbers(made, self.dtype)
+        at = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise Mismatch(
+            f"'{self.name}' ({self.state}) would be {numbers[at]:g} at element {first + at}, beyond what {self.dtype} "
+            "holds, though all sources are finite there: take a wider type (dtype) or other weights, or allow it with "
+            "allow_nonfinite"
+        )
 
     def _whole(self) -> Whole:
         # Sources are named by their numbers, so that draws are the same wherever the checkpoints lie.
@@ -118,13 +137,14 @@ class MergedTensor:
 
     def _all(self, sources: Sequence[int]) -> Iterator[tuple[int, list[Numbers]]]:
         # In blocks that hang on no file's chunks, since sums are made of the sums of blocks.
-        return self._stream(sources, 0, numel(self.shape), by_chunks=False)
+        return self._stream(sources, 0, numel(self.shape), by_chunks=False, looked_at=self.finite)
 
     def _stream(
-        self, sources: Sequence[int], first: int, last: int, by_chunks: bool
+        self, sources: Sequence[int], first: int, last: int, by_chunks: bool, looked_at: bool
     ) -> Iterator[tuple[int, list[Numbers]]]:
         """The elements ``[first, last)`` of these sources, block by block. Reads are longer than a block. The numbers
-        are valid until the next block, and may be overwritten. by_chunks: as for `_pieces`."""
+        are valid until the next block, and may be overwritten. by_chunks: as for `_pieces`. looked_at: raise Mismatch
+        for NaN and infinity."""
         given = [self._input(k) for k in sources]
         widths = [itemsize(each.tensor.dtype) for each in given]
         rooms = [_spare.blocks.pop() if _spare.blocks else np.empty(_BLOCK_ELEMENTS) for _ in given]
@@ -135,23 +155,23 @@ class MergedTensor:
                     numbers = []
                     for each, width, bytes_, room in zip(given, widths, raw, rooms, strict=True):
                         part = bytes_[(at - begin) * width : (stop - begin) * width]
-                        numbers.append(self._numbers(each, part, at, room[: stop - at]))
+                        numbers.append(as_numbers(part, each.tensor.dtype, room[: stop - at]))
+                        if looked_at:
+                            self._check(each, numbers[-1], at)
                     yield at, numbers
         finally:
             _spare.blocks += rooms
 
-    def _numbers(self, given: Input, raw: Bytes, first: int, out: Numbers) -> Numbers:
-        """The elements from ``first`` on, of which these are the bytes, in ``out``."""
-        numbers = as_numbers(raw, given.tensor.dtype, out)
+    def _check(self, given: Input, numbers: Numbers, first: int) -> None:
+        """Raise Mismatch unless a source's elements from ``first`` on are finite."""
         # A finite sum shows that all are finite; where it is too large, each one is looked at. No product of vectors:
         # for one this long BLAS starts threads, which spin, and wait for each other where others work.
-        if self.finite and not math.isfinite(np.add.reduce(numbers)) and not np.isfinite(numbers).all():
+        if not math.isfinite(np.add.reduce(numbers)) and not np.isfinite(numbers).all():
             at = first + int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise Mismatch(
                 f"'{self.name}' ({self.state}) of '{given.name}' is {numbers[at - first]:g} at element {at}; a merge "
                 "of it would be, too: leave that checkpoint out, or allow it with allow_nonfinite"
             )
-        return numbers
 
     def _input(self, source: int) -> Input:
         given = self.inputs[source]
@@ -245,21 +265,22 @@ class _Scatter:
         self._skip = skip
         self._part = self._at = 0
 
-    def take(self, values: Numbers, dtype: str) -> None:
-        """Write these elements, rounded to an element type."""
+    def take(self, values: Numbers, dtype: str) -> Bytes:
+        """Write these elements, rounded to an element type. Returns their bytes."""
         nbytes = len(values) * itemsize(dtype)
         if not self._skip and self._part < len(self._parts) and len(self._parts[self._part]) - self._at >= nbytes:
-            as_bytes(values, dtype, self._parts[self._part][self._at : self._at + nbytes])
+            made = as_bytes(values, dtype, self._parts[self._part][self._at : self._at + nbytes])
             self._moved(nbytes)
-            return
-        raw = as_bytes(values, dtype)
-        raw, self._skip = raw[self._skip :], max(self._skip - len(raw), 0)
+            return made
+        made = as_bytes(values, dtype)
+        raw, self._skip = made[self._skip :], max(self._skip - len(made), 0)
         while len(raw) and self._part < len(self._parts):
             room = self._parts[self._part][self._at :]
             count = min(len(room), len(raw))
             room[:count] = raw[:count]
             raw = raw[count:]
             self._moved(count)
+        return made
 
     def _moved(self, count: int) -> None:
         self._at += count

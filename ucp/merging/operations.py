@@ -48,6 +48,12 @@ class Combination(Protocol):
         """The sources that are read, in the order in which `combine` gets them."""
         ...
 
+    @property
+    def spreads(self) -> bool:
+        """Whether NaN or infinity in any of these sources makes the same element of the result NaN or infinite. If so,
+        it is enough to look at the result."""
+        ...
+
     def survey(self, whole: Whole, parts: Parts) -> Any:
         """What `combine` has to know about the whole tensor; None for most operations."""
         ...
@@ -68,6 +74,10 @@ class Copied:
     def sources(self) -> tuple[int, ...]:
         return (self.source,)
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def survey(self, whole: Whole, parts: Parts) -> None:
         return None
 
@@ -86,6 +96,10 @@ class Linear:
     @property
     def sources(self) -> tuple[int, ...]:
         return tuple(k for k, weight in self.terms if weight)
+
+    @property
+    def spreads(self) -> bool:
+        return True
 
     def survey(self, whole: Whole, parts: Parts) -> None:
         return None
@@ -123,6 +137,10 @@ class Lerp:
     def sources(self) -> tuple[int, ...]:
         return self.base, self.other
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def survey(self, whole: Whole, parts: Parts) -> None:
         return None
 
@@ -145,6 +163,10 @@ class Slerp:
     @property
     def sources(self) -> tuple[int, ...]:
         return self.a, self.b
+
+    @property
+    def spreads(self) -> bool:
+        return True
 
     def survey(self, whole: Whole, parts: Parts) -> tuple[float, float]:
         """The two factors."""
@@ -174,6 +196,10 @@ class Redrawn:
     @property
     def sources(self) -> tuple[int, ...]:
         return (self.source,)
+
+    @property
+    def spreads(self) -> bool:
+        return False
 
     def survey(self, whole: Whole, parts: Parts) -> tuple[float, float, int]:
         """The mean, the standard deviation, and the key of the draws."""
@@ -248,6 +274,10 @@ class Differences:
     @property
     def sources(self) -> tuple[int, ...]:
         return (self.base, *(k for k, _ in self.terms), *self.masks)
+
+    @property
+    def spreads(self) -> bool:
+        return self.selector is None and not self.elected
 
     def survey(self, whole: Whole, parts: Parts) -> Mapping[int, Any]:
         if self.selector is None:

@@ -43,6 +43,15 @@ def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
     raise Unsupported(f"{dtype} is no floating type that numbers are rounded to; use one of {', '.join(FLOATS)}")
 
 
+def are_finite(raw: Bytes, dtype: str) -> bool:
+    """Whether no element of a floating type is NaN or infinite."""
+    if not len(raw):
+        return True
+    if itemsize(dtype) == 2:  # numpy has no quick arithmetic for these: their exponents are looked at
+        return int(np.bitwise_and(raw.view("<u2"), 0x7FFF).max()) < (0x7F80 if dtype == "bfloat16" else 0x7C00)
+    return bool(np.isfinite(raw.view(numpy_dtype(dtype))).all())
+
+
 def _bfloat16(values: Numbers) -> NDArray[np.uint16]:
     """Round by way of float32, to odd there. Rounding to nearest twice would round some ties the wrong way."""
     single = values.astype(np.float32)

@@ -51,6 +51,8 @@ class Team:
     join: seconds to wait for all to begin.
     lost: seconds without a sign of life until a process counts as lost.
     beat: seconds between signs of life.
+    watch: called now and then; raises ProcessLost if one of the others is known to have died. Who has started them
+    knows that at once, and who has not waits for signs of life.
     """
 
     process: int = 0
@@ -58,6 +60,7 @@ class Team:
     join: float = limits.TEAM_JOIN_SECONDS
     lost: float = limits.TEAM_LOST_SECONDS
     beat: float = limits.TEAM_BEAT_SECONDS
+    watch: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -98,7 +101,7 @@ class Attempt:
                 f"process {self.team.process} stops: process 0 has given up, or another conversion has begun"
             )
         now = time.monotonic()
-        if not self.team.leads or now - self._looked < self.team.beat:
+        if now - self._looked < self.team.beat:
             return
         self._looked = now
         for process, where in self.members.items():
@@ -110,6 +113,7 @@ class Attempt:
             size = _size(self.sign(process))
             if size != self._seen.get(process, (-1, 0.0))[0]:
                 self._seen[process] = (size, now)
+        self.team.watch()
 
     def await_all(self, finished: Callable[[int], bool]) -> None:
         """Return once ``finished`` is true for every other process. Raises ProcessLost."""
@@ -161,6 +165,7 @@ def lead(team: Team, folder: Path, identity: str) -> Attempt:
             places[process] = _place(path)
         if set(range(1, team.processes)) <= set(nonces):
             break
+        team.watch()
         if time.monotonic() > deadline:
             missing = sorted(set(range(1, team.processes)) - set(nonces))
             raise ProcessLost(
@@ -202,6 +207,7 @@ def _await_attempt(team: Team, folder: Path, nonce: str, identity: str) -> str:
                 begun = _read_attempt(folder)
                 if nonce in begun.get("members", {}).get(str(team.process), ()):
                     return str(begun["attempt"])
+                team.watch()
                 time.sleep(team.beat / 5)
             if time.monotonic() > deadline:
                 raise ProcessLost(
