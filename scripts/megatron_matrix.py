@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,31 @@ def truths(kept: Path) -> dict[tuple[str, bool], Truth]:
     return {key: by_name(file) for key, file in files.items()}
 
 
+def _ahead(
+    batches: list[list[tuple[Case, bool]]], end: float
+) -> Iterator[tuple[list[tuple[Case, bool]], Path, dict[str, Path] | None]]:
+    """Each batch with the folder it lies in and its sources, None where its runs failed. While one is compared,
+    Megatron writes the next."""
+
+    def make(batch: list[tuple[Case, bool]], folder: Path) -> dict[str, Path] | None:
+        try:
+            return written(batch, folder)
+        except Exception:  # noqa: BLE001 (told; the rest goes on)
+            traceback.print_exc()
+            return None
+
+    with ThreadPoolExecutor(1) as pool:
+        coming: tuple[list[tuple[Case, bool]], Path, Future[dict[str, Path] | None]] | None = None
+        for batch in [*batches, None]:
+            more = batch is not None and time.monotonic() < end
+            made = Path(tempfile.mkdtemp()) if more else None
+            following = None if made is None or batch is None else (batch, made, pool.submit(make, batch, made))
+            if coming is not None:
+                yield coming[0], coming[1], coming[2].result()
+                shutil.rmtree(coming[1], ignore_errors=True)
+            coming = following
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -171,22 +197,19 @@ def main() -> int:
     random.Random(18).shuffle(runs)
     left = [one for run in runs for one in run if name_of(*one) not in done]
     known = truths(given.results.with_suffix(".truths"))
-    while left and time.monotonic() < end:
-        now, left = left[:AT_ONCE], left[AT_ONCE:]
-        with tempfile.TemporaryDirectory() as made:
-            try:
-                sources = written(now, Path(made))
-            except Exception:  # noqa: BLE001 (told; the rest goes on)
-                traceback.print_exc()
-                continue
-            for case, buckets in now:
-                failed = check(sources[name_of(case, buckets)], case, known[case.kind, case.bf16], Path(made))
-                line = {"source": name_of(case, buckets), "failed": failed}
-                lines.append(line)
-                with given.results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+    batches = [left[at : at + AT_ONCE] for at in range(0, len(left), AT_ONCE)]
+    for now, made, sources in _ahead(batches, end):
+        if sources is None:
+            continue
+        for case, buckets in now:
+            failed = check(sources[name_of(case, buckets)], case, known[case.kind, case.bf16], made)
+            line = {"source": name_of(case, buckets), "failed": failed}
+            lines.append(line)
+            with given.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
     bad = [line for line in lines if line["failed"]]
-    print(f"{len(lines)} sources, {len(lines) - len(bad)} equal at every stage, {len(left)} left")
+    remaining = len(left) + len(done) - len(lines)
+    print(f"{len(lines)} sources, {len(lines) - len(bad)} equal at every stage, {remaining} left")
     for why, count in Counter(f"{k}: {v}" for line in bad for k, v in line["failed"].items()).most_common(20):
         print(f"{count} × {why[:300]}")
     return int(bool(bad))

@@ -11,7 +11,7 @@ import torch
 import ucp
 from tests.engines.megatron.cases import Case
 from tests.engines.megatron.launch import by_name, launch
-from tests.engines.megatron.written import WRITTEN
+from tests.engines.megatron.written import SCALES, WRITTEN
 from tests.engines.truth import same
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,15 @@ def resumed(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for name, (_, case) in LOADED.items():
         source = folder / name if name.endswith("deepspeed") else written / name
-        jobs.append({"do": "resume", "case": vars(case), "load": str(source), "save": str(folder / f"{name} again")})
+        jobs.append(
+            {
+                "do": "resume",
+                "case": vars(case),
+                "load": str(source),
+                "save": str(folder / f"{name} again"),
+                "scales": name.startswith(SCALES),  # which the job compares, module by module
+            }
+        )
     load = {str(folder / f"{name}.pt"): str(folder / f"{name} again" / "iter_0000002") for name in LOADED}
     launch([*jobs, {"do": "truths", "case": vars(Case()), "load": load}], folder)
     return folder

@@ -11,8 +11,9 @@ import torch
 
 import ucp
 import ucp.megatron
+from tests.engines.megatron import transformer_engine
 from tests.optional import skip_without
-from ucp.errors import BadArgument, DamagedCheckpoint, Mismatch, SaveFailed, Unsupported
+from ucp.errors import BadArgument, DamagedCheckpoint, Mismatch, SaveFailed, UnsafePickle, Unsupported
 
 skip_without("megatron.core")
 pytestmark = pytest.mark.slow
@@ -57,6 +58,20 @@ def _state(rows: int, seed: int, masters: bool = True) -> dict[str, Any]:
 def _tensor(state: dict[str, Any], name: str | None = None) -> torch.Tensor:
     found = state["model"]["e"] if name is None else state["optimizer"]["param_state"][0][name]
     return found.data.clone()
+
+
+def test_a_module_is_given_no_class_that_it_would_run(tmp_path: Path) -> None:
+    """Transformer Engine's modules unpickle what they get, whatever it names."""
+    saved, live = _state(6, 1), _state(6, 2)
+    state = transformer_engine.pickled({"recipe": transformer_engine.CustomRecipe(print)})
+    saved["model"]["extra"].data = state
+    ucp.megatron.save_checkpoint(saved, tmp_path / "x")
+    before = _tensor(live, "param")
+    with pytest.raises(UnsafePickle, match=r"linear_fc2._extra_state.*CustomRecipe.*trust_client_state=True"):
+        ucp.megatron.load_checkpoint(live, tmp_path / "x")
+    assert torch.equal(_tensor(live, "param"), before)
+    found, _ = ucp.megatron.load_checkpoint(live, tmp_path / "x", trust_client_state=True)
+    assert torch.equal(found["model"]["extra"], state)
 
 
 def test_there_and_back(tmp_path: Path) -> None:

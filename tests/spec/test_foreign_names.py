@@ -192,7 +192,7 @@ def test_llama_in_megatrons_layout() -> None:
     np.testing.assert_array_equal(made(found, dict(zip(sources, (gate, up), strict=True))), expected)
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_neox", "llama"])
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_neox", "llama", "nemotron_h"])
 def test_the_catalogues_names_are_those_that_transformers_writes(model: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = MODELS[model].make("cpu")
@@ -247,6 +247,24 @@ def test_lines_about_some_numbers_only() -> None:
         bound_of("  w: h", '    "l.a": {from: w, below: {i: kv}}')
     with pytest.raises(SpecError, match="below: 'layers' is no size of this spec"):
         bound_of('  "l.{i}.norm": h', '    "l.{i}.a": {from: "l.{i}.norm", below: {i: layers}}')
+
+
+def test_lines_about_what_is_there_beside_them() -> None:
+    """Two names of one parameter, chosen by what else its layer has."""
+    bound = bound_of(
+        '  "l.{i}.norm": h\n  "l.{i}.q": h\n  "l.{i}.up": h',
+        '    "l.{i}.a": {from: "l.{i}.norm", beside: "l.{i}.q"}\n'
+        '    "l.{i}.b": {from: "l.{i}.norm", beside: "l.{i}.up"}',
+    )
+    theirs = {"l.0.norm": "l.0.a", "l.1.norm": "l.1.b"}
+    assert moves(bound, "other", [*theirs, "l.0.q", "l.1.up", "l.2.norm"], to_framework=True).plain == theirs
+    assert moves(bound, "other", theirs.values(), to_framework=False).plain == {v: k for k, v in theirs.items()}
+    with pytest.raises(SpecError, match=r"'l\.3\.norm' matches .* as well, equally specific"):
+        moves(bound, "other", ["l.3.norm", "l.3.q", "l.3.up"], to_framework=True)
+    with pytest.raises(SpecError, match="nothing captures 'j'"):
+        bound_of('  "l.{i}.norm": h', '    "l.{i}.a": {from: "l.{i}.norm", beside: "l.{j}.q"}')
+    with pytest.raises(SpecError, match="'beside:' is for 'from:'"):
+        bound_of('  "l.{i}.norm": h', '    "l.{i}.norm": {to: "l.{i}.a", beside: "l.{i}.q"}')
 
 
 def test_parts_that_are_missing_or_too_many_are_refused() -> None:

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
-from ucp.formats.megatron.read.common import EXTRA, groups, optimizers
+from ucp.formats.megatron.read.common import groups, optimizers
 from ucp.formats.megatron.write.common import state as common_state
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
@@ -27,7 +28,7 @@ from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
 from ucp.loading.spec_names import in_names_of
-from ucp.megatron import parts
+from ucp.megatron import objects, parts
 from ucp.megatron.parts import Taken, take_apart
 from ucp.megatron.source import Told, tell
 from ucp.megatron.target import ShardedTarget
@@ -48,6 +49,7 @@ def load_checkpoint(
     read_once: bool | str = ADAPTIVE,
     metrics: bool = False,
     prove: bool | str = True,
+    memory: int = limits.LOAD_MEMORY_BYTES,
     **opening: Any,
 ) -> tuple[dict[str, Any], LoadReport]:
     """Fill a sharded state dict from a checkpoint of any supported format and layout. Collective.
@@ -69,8 +71,8 @@ def load_checkpoint(
     vocab_size
         How many rows of the embedding and the output layer are real, in rows. Further ones in the checkpoint are
         padding, and are dropped where this run pads to another number. Rows that only this run has stay as they are.
-    verify, read_once, metrics, prove
-        As for `ucp.load`.
+    verify, read_once, metrics, prove, memory
+        As for `ucp.load`. memory: in bytes.
 
     Returns
     -------
@@ -87,7 +89,7 @@ def load_checkpoint(
         The state dict is none, or holds parts whose place is not said.
     """
     wish = Wish(allow_missing=tuple(allow_missing), allow_unused=tuple(allow_unused))
-    how = {"verify": verify, "read_once": read_once, "prove": prove}
+    how = {"verify": verify, "read_once": read_once, "prove": prove, "memory": memory}
     state_dict, report = _filled(sharded_state_dict, path, opening, vocab_size, wish, how)
     say(report, metrics)
     return state_dict, report
@@ -125,6 +127,8 @@ def _opened(path: str | os.PathLike[str], told: Told, opening: Mapping[str, Any]
     with open_checkpoint(path, **opening) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
         folder = Path(checkpoint.path)
+    if not opening.get("trust_client_state"):
+        objects.check(folder, catalog)
     if not told.states.keys() & catalog.parameters.keys():
         choice = choose(opening.get("spec"), opening.get("model_config"), opening.get("sizes"))
         catalog = in_names_of(catalog, told.states, choice.bound(configs.of_model(folder)))
@@ -162,15 +166,15 @@ def _merged(taken: Taken, common: dict[str, Any], catalog: Catalog) -> tuple[dic
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 
-    objects = catalog.training_state.extra.get(EXTRA, {}).get("objects", {})
+    saved = objects.SavedObjects.of(catalog)
     kept: list[str] = []
 
     def value(item: Any) -> Any:
         if isinstance(item, ShardedTensor):
             return item.data
-        if item.unique_key not in objects and item.data is not None:
+        if item.unique_key not in saved and item.data is not None:
             kept.append(item.unique_key)
-        return objects.get(item.unique_key, item.data)
+        return saved.get(item.unique_key, item.data)
 
     for key, mine in taken.common.items():
         if key not in common and key != "optimizer":

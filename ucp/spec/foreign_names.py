@@ -85,8 +85,9 @@ def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework:
     plain: dict[str, str] = {}
     split: dict[str, Assembled] = {}
     groups: dict[str, _JoinedParameters] = {}
+    present = frozenset(names)
     for name in names:
-        line = _line(bound, framework, name, to_framework)
+        line = _line(bound, framework, name, to_framework, present)
         if line is None:
             continue
         renaming, side, captures = line
@@ -102,15 +103,15 @@ def moves(bound: Bound, framework: str, names: Collection[str], *, to_framework:
             group.names.append(name)
     joined = {name: _assembled(bound, group.renaming, group.captures, name) for name, group in groups.items()}
     for name, made in joined.items():
-        parts, present = [part.source for part in made.parts], set(groups[name].names)
-        missing = [part for part in parts if part not in present]
+        parts, there = [part.source for part in made.parts], set(groups[name].names)
+        missing = [part for part in parts if part not in there]
         if missing:
             raise DamagedCheckpoint(
                 f"'{name}' is made of {len(parts)} parameters by {bound.spec.file}, and {len(missing)} of them are not "
                 f"there, such as '{missing[0]}'; files are missing, or the config is another model's"
             )
-        if len(present) > len(parts):
-            stray = min(present - set(parts))
+        if len(there) > len(parts):
+            stray = min(there - set(parts))
             raise groups[name].renaming.pattern.refuse(f"'{stray}' is none of the {len(parts)} that make '{name}'")
     return Moves(plain, split, joined)
 
@@ -132,15 +133,21 @@ def assemble(bound: Bound, framework: str, name: str) -> Assembled | None:
 
 
 def _line(
-    bound: Bound, framework: str, name: str, to_framework: bool
+    bound: Bound, framework: str, name: str, to_framework: bool, present: frozenset[str] = frozenset()
 ) -> tuple[Renaming, Pattern | Template, dict[str, int]] | None:
-    """The most specific line about a name, the side of it that matches, and the numbers there."""
+    """The most specific line about a name, the side of it that matches, and the numbers there.
+
+    present: with ``to_framework``, all of the spec's own names, for lines that are about parameters beside others.
+    """
     matches: list[tuple[Renaming, Pattern | Template, dict[str, int]]] = []
     for renaming in bound.spec.names.get(framework, ()):
         # With 'from' the larger parameter is the framework's, with 'to' the spec's own.
         sides = (renaming.pattern,) if renaming.apart == to_framework else renaming.sources
         found = [(renaming, side, c) for side in sides if (c := side.match(name)) is not None]
-        matches += [one for one in found if _is_meant(bound, renaming, one[2])]
+        found = [one for one in found if _is_meant(bound, renaming, one[2])]
+        if to_framework and renaming.beside is not None:
+            found = [one for one in found if renaming.beside.fill(one[2]) in present]
+        matches += found
     if not matches:
         return None
     best = max(side.rank for _, side, _ in matches)

@@ -23,7 +23,7 @@ from ucp.spec.positions import suggestion
 from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1
-_RENAMING = ("from", "to", "as", "stack", "below", "from_on")
+_RENAMING = ("from", "to", "as", "stack", "below", "from_on", "beside")
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
 _CONSTANTS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "str"))
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -70,6 +70,7 @@ class Renaming:
     expression: what ``as`` says: how the sources lie in the parameter; with ``apart``, what each of the sources is.
     stack: capture of the sources -> the axis that it counts.
     below, from_on: capture -> a size: the line is only about numbers below it, or only about those from it on.
+    beside: the line is only about numbers that the spec's own parameter of this name is there with.
     """
 
     pattern: Pattern
@@ -79,6 +80,7 @@ class Renaming:
     apart: bool = False
     below: Mapping[str, str] = field(default_factory=dict)
     from_on: Mapping[str, str] = field(default_factory=dict)
+    beside: Template | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -266,12 +268,17 @@ class _SpecReader(YamlReader):
                 raise self.refuse(entry.value, f"{what} has no {{{capture}}} whose numbers could be chosen")
         for source in sources:
             _known_captures(source, (*pattern.captures, *stack))
+        beside = patterns.template(self.text(more["beside"], "beside")) if "beside" in more else None
+        if beside is not None:
+            if side == "to":
+                raise self.refuse(entry.value, f"{what} is of the spec's own side, and 'beside:' is for 'from:'")
+            _known_captures(beside, pattern.captures)
         if side == "from" and "as" not in more and (len(sources) != 1 or stack):
             raise self.refuse(
                 entry.value, f"{what} is made of several parameters and has no 'as:', which says how they lie in it"
             )
         expression = grammar.parse(self.text(more["as"], "as")) if "as" in more else None
-        return Renaming(pattern, sources, expression, stack, side == "to", below, from_on)
+        return Renaming(pattern, sources, expression, stack, side == "to", below, from_on, beside)
 
     def counted(self, more: Mapping[str, Any], key: str) -> dict[str, str]:
         """What lies under a key such as 'stack:': captures, each with the name of a size."""

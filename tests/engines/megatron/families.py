@@ -59,6 +59,37 @@ _GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 _SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
 
+_HYBRID = {
+    "hidden_size": 32,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 4,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+    "vocab_size": 64,
+    "time_step_min": 1e-20,  # Megatron has no least step
+    "max_position_embeddings": 32,
+}
+_HYBRID_MEGATRON = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+    "mamba_state_dim": 4,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """config: what transformers' config class is given. megatron: what Megatron's is given besides."""
@@ -85,10 +116,13 @@ FAMILIES: Mapping[str, Family] = {
         {**_SIZES, **_LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
         {**_LATENT_MEGATRON, **_GROUPS, **_SIGMOID},
     ),
+    "nemotron_h": Family(_HYBRID, _HYBRID_MEGATRON),
 }
 
 
 EXPERTS = ("mixtral", "qwen3_moe")
+# Layers of several kinds, by the letters that Megatron has for them.
+HYBRID = {"nemotron_h": "M-*M-"}
 LATENT = ("deepseek_v2", "deepseek_v3")
 # What Megatron's own classes call a norm of latent attention -> what Transformer Engine's do, which are trained.
 _LATENT_NORMS = {

@@ -15,8 +15,9 @@ from tests.engines.megatron.cases import Case
 
 def save(job: dict[str, Any]) -> None:
     """Two steps from values by hash, and a save; ``also``: another save, with another content; ``ranks``: one in
-    the older layout; ``ours``: one of ours."""
+    the older layout; ``ours``: one of ours; ``scales``: with FP8's scales."""
     made = run.made(Case(**job["case"]))
+    made.scales = job.get("scales", False)
     made.fill()
     for number in range(run.STEPS):
         made.step(number)
@@ -63,6 +64,7 @@ def load(job: dict[str, Any]) -> None:
     made.step(9)  # without Transformer Engine, Megatron's optimizer says its state only when it has one
     found = made.load(job["load"], **job.get("content", {}))
     assert found["iteration"] == run.STEPS
+    made.check_scales(found["model"], job.get("scales", False))
     made.save(job["save"])
 
 
@@ -73,6 +75,7 @@ def resume(job: dict[str, Any]) -> None:
     found, report = ucp.megatron.load_checkpoint(made.state(loading=True), job["load"], **job.get("opening", {}))
     assert found["iteration"] == run.STEPS
     assert report.proof is None or report.proof.complete
+    made.check_scales(found["model"], job.get("scales", False))
     made.fill_from(found)
     made.save(job["save"])
 
@@ -121,11 +124,12 @@ def logits(job: dict[str, Any]) -> None:
     live: name -> transformers' folder, which `ucp.megatron.load_checkpoint` takes as it is."""
     out = {}
     for name, folder in job["load"].items():
-        model = families.megatron_model(name, run.inference_model)
+        pattern = families.HYBRID.get(name)
+        model = families.megatron_model(name, run.inference_model) if pattern is None else _hybrid(name, pattern)
         for key, load in ((name, _by_megatron(folder)), (f"{name} live", _by_us(job["live"][name]))):
             state = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
             for part in state["model"].values():
-                part.key = families.by_transformer_engine(name, part.key)
+                part.key = _by_transformer_engine(name, part.key)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float("nan"))
@@ -135,6 +139,22 @@ def logits(job: dict[str, Any]) -> None:
             with torch.no_grad():
                 out[key] = model(ids, torch.arange(16)[None].expand(2, 16), mask)
     torch.save(out, job["save"])
+
+
+def _hybrid(name: str, pattern: str) -> Any:
+    """A model with mixers, which are only imported where there is one."""
+    from tests.engines.megatron import hybrid
+
+    run.groups_of_one_rank()
+    return hybrid.model(pattern, dict(families.FAMILIES[name].megatron))
+
+
+def _by_transformer_engine(name: str, key: str) -> str:
+    if name not in families.HYBRID:
+        return families.by_transformer_engine(name, key)
+    from tests.engines.megatron import hybrid
+
+    return hybrid.by_transformer_engine(families.HYBRID[name], key)
 
 
 def _by_megatron(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -31,8 +31,9 @@ class Norm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype))
 
 
-def _mixers() -> Any:
-    """Megatron's module, with stand-ins for the kernels that it imports."""
+def module(**kernels_that_run: Any) -> Any:
+    """Megatron's module, with stand-ins for the kernels that it imports, which have tensors and do nothing but for
+    those that are given."""
     contexts, kernels = "megatron.core.inference.contexts.attention_context.triton", "mamba_ssm.ops.triton"
     for name, what in (
         (f"{contexts}.tensor_ops", ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge")),
@@ -40,16 +41,16 @@ def _mixers() -> Any:
         (f"{kernels}.layernorm_gated", ("RMSNorm",)),
         (f"{kernels}.ssd_combined", ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")),
     ):
-        module = ModuleType(name)
+        made = ModuleType(name)
         for one in what:
-            setattr(module, one, Norm)
-        sys.modules[name] = module
+            setattr(made, one, kernels_that_run.get(one, Norm))
+        sys.modules[name] = made
     return importlib.import_module("megatron.core.ssm.mamba_mixer")
 
 
 def made(case: Case) -> dict[str, Any]:
     """A fresh sharded state dict of two layers' mixers."""
-    mixer = _mixers()
+    mixer = module()
     ps.initialize_model_parallel(case.tp, create_gloo_process_groups=True)
     model_parallel_cuda_manual_seed(1)
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]

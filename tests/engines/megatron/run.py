@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from tests.engines.megatron import cases
+from tests.engines.megatron import cases, transformer_engine
 from tests.engines.megatron.cases import Case
 
 STEPS = 2
@@ -34,6 +34,7 @@ class Run:
     model: Any  # the bare GPTModel
     wrapped: Any
     optimizer: Any
+    scales: bool = False  # whether its modules save what Transformer Engine's have for FP8
 
     @property
     def content(self) -> dict[str, Any]:
@@ -49,6 +50,8 @@ class Run:
         """The sharded state dict of a whole run, as Megatron's training program makes it."""
         metadata = {**self.content, **content}
         model = self.model.sharded_state_dict(metadata=metadata)
+        for key, name in self.module_states().items() if self.scales and not loading else ():
+            model[key].data = transformer_engine.state(name)
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
@@ -56,6 +59,23 @@ class Run:
             "checkpoint_version": 3.0,
             "opt_param_scheduler": {"max_lr": 1e-3, "lr_warmup_steps": 2, "num_steps": 16, "lr_decay_style": "linear"},
         }
+
+    def module_states(self) -> dict[str, str]:
+        """Keys of this rank's state dict for what its modules keep by themselves -> the whole model's names."""
+        out = {}
+        for name, module in self.model.named_modules():
+            if type(module).get_extra_state is torch.nn.Module.get_extra_state:
+                continue
+            if name.startswith("decoder.layers."):
+                _, _, own, rest = name.split(".", 3)
+                whole = f"decoder.layers.{self.model.decoder.layers[int(own)].layer_number - 1}.{rest}"
+                out[f"{name}._extra_state"] = f"{whole}._extra_state"
+        return out
+
+    def check_scales(self, loaded: dict[str, Any], there: bool) -> None:
+        """Every module was given its own state, as it was saved; none where there are none."""
+        for key, name in self.module_states().items():
+            assert transformer_engine.holds(loaded[key], name) if there else loaded[key] is None, key
 
     def save(self, folder: str, **content: Any) -> None:
         path = os.path.join(folder, f"iter_{STEPS:07d}")
@@ -96,11 +116,14 @@ class Run:
                 "num_experts": cases.EXPERTS if self.case.kind == "moe" else None,
                 "untie_embeddings_and_output_weights": True,
             }
+            model = self.model.state_dict_for_save_checkpoint()
+            if self.scales:
+                model |= {key: transformer_engine.state(name) for key, name in self.module_states().items()}
             state = {
                 "args": argparse.Namespace(**args),
                 "checkpoint_version": 3.0,
                 "iteration": STEPS,
-                "model": self.model.state_dict_for_save_checkpoint(),
+                "model": model,
                 "optimizer": self.optimizer.state_dict(),
                 "opt_param_scheduler": {"max_lr": 1e-3, "lr_warmup_steps": 2, "num_steps": 16},
             }
@@ -312,11 +335,15 @@ def trained_model(case: Case, config: dict[str, Any], position_embedding_type: s
     return with_optimizer(case, model.config, model.train())
 
 
-def inference_model(config: dict[str, Any], position_embedding_type: str, share_embeddings: bool) -> GPTModel:
-    """A model for its logits. config: of TransformerConfig; by itself one on one rank in full precision."""
+def groups_of_one_rank() -> None:
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(create_gloo_process_groups=True)
         model_parallel_cuda_manual_seed(1)
+
+
+def inference_model(config: dict[str, Any], position_embedding_type: str, share_embeddings: bool) -> GPTModel:
+    """A model for its logits. config: of TransformerConfig; by itself one on one rank in full precision."""
+    groups_of_one_rank()
     latent = "kv_lora_rank" in config
     found = (MLATransformerConfig if latent else TransformerConfig)(
         **config,

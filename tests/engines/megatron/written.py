@@ -20,6 +20,9 @@ WRITTEN: Mapping[str, Case] = {
     "gpt tp4": Case(tp=4, kind="gpt"),
 }
 
+# Of these the modules have states of Transformer Engine's form.
+SCALES = "llama tp2 pp2"
+
 # Runs under Megatron-FSDP, with what is sharded. What they hold is made by hash of each element's place.
 UNDER_FSDP: Mapping[str, tuple[Case, str]] = {
     "llama tp2 fsdp": (Case(dp=2, tp=2, bf16=True), "optim_grads_params"),
@@ -51,6 +54,7 @@ def write(path: str | Path) -> str:
                 "also": also,
                 "ours": str(path / f"{name} ours"),
                 "ranks": str(path / f"{name} ranks"),
+                "scales": name == SCALES,
             }
         )
     for name, (case, sharding) in UNDER_FSDP.items():

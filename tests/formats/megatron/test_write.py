@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import ucp
+from tests.engines.megatron import transformer_engine
 from tests.engines.megatron.cases import Case
 from tests.engines.megatron.launch import by_name, launch
-from tests.engines.megatron.written import WRITTEN
+from tests.engines.megatron.written import SCALES, WRITTEN
 from tests.engines.truth import same
+from ucp.formats.megatron import FORMAT
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +40,7 @@ def loaded(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "case": vars(case),
                 "load": str(folder / name / "iter_0000002"),
                 "save": str(folder / f"{name} again"),
+                "scales": name == SCALES,  # which the job compares, module by module
             }
         )
     ucp.convert(written / "mixers tp2", folder / "mixers", to="megatron", layout="tp=4")
@@ -72,6 +75,42 @@ def test_the_way_back(written: Path, loaded: Path, name: str) -> None:
         assert [group.names for group in ours.param_groups] == [group.names for group in theirs.param_groups]
         if "plain_optimizer" not in LOADED[name][1]:  # which has no masters of full-precision weights
             assert ours.extra["megatron"]["weights"] == theirs.extra["megatron"]["weights"]
+
+
+def test_scales_lie_where_their_layers_do(written: Path, loaded: Path, tmp_path: Path) -> None:
+    """From stacked layers to layers with keys of their own and back: each module's own, and no other object."""
+    ucp.convert(written / SCALES, tmp_path / "apart", to="megatron", layout="pp=2", per_layer=True)
+    ucp.convert(tmp_path / "apart", tmp_path / "stacked", to="megatron", layout="tp=4")
+    forms = {
+        "apart": "decoder.layers.{}.{}._extra_state/shard_0_1",
+        "stacked": "decoder.layers.{1}._extra_state/shard_{0}_4",
+    }
+    modules = [
+        f"{m}.linear_{n}" for m, ns in (("self_attention", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))) for n in ns
+    ]
+    for folder, form in forms.items():
+        with ucp.open(tmp_path / folder) as checkpoint:
+            objects = checkpoint.training_state.extra["megatron"]["objects"]
+            keys = {
+                form.format(layer, m): f"decoder.layers.{layer}.{m}._extra_state" for layer in range(4) for m in modules
+            }
+            assert objects.keys() == keys.keys()
+            for key, name in keys.items():
+                assert transformer_engine.holds(objects[key], name), key
+            (fp8,) = (text for title, text in FORMAT.facts(checkpoint.catalog).items() if title == "fp8")
+            assert fp8.count("maxima of 8 steps: 8 modules") == 2
+            assert "DelayedScaling (HYBRID)" in fp8
+
+
+def test_scales_of_the_older_layout(written: Path) -> None:
+    """Two tensor-parallel ranks have pickled the same in other bytes; that is told apart from other scales."""
+    with ucp.open(written / f"{SCALES} ranks") as checkpoint:
+        objects = checkpoint.training_state.extra["megatron"]["objects"]
+        names = {key: key.removesuffix("/shard_0_1") for key in objects if "_extra_state" in key}
+        assert len(names) == 16
+        assert all(transformer_engine.holds(objects[key], name) for key, name in names.items())
+        assert not any("_extra_state" in name for name in checkpoint.parameters)
+        assert checkpoint.catalog.unchecked == ()
 
 
 def test_which_runs_are_meant() -> None:

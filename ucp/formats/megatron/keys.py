@@ -19,6 +19,9 @@ from dataclasses import dataclass
 WEIGHT = "weight"
 """The state of a key that has none: the module's own tensor, which a master may stand for."""
 
+MODULE_STATE = "._extra_state"
+"""What follows a module's name in the key of the state that it keeps by itself."""
+
 # Other names of the same state: without the distributed optimizer masters are called so.
 _STATES = {"fp32_param": "param"}
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
@@ -119,6 +122,17 @@ def object_key(key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
         return None
     place, count = (tuple(map(int, part.split("."))) for part in (found[2], found[3]))
     return (found[1], place, count) if len(place) == len(count) else None
+
+
+def module_state(key: str) -> str | None:
+    """Whose state an object is, with `MODULE_STATE`, under the name that one rank's whole model has for the module:
+    ``decoder.layers.3.mlp.linear_fc2._extra_state``, whatever the file's stacking. None for another object."""
+    found = object_key(key)
+    if found is None or not found[0].endswith(MODULE_STATE):
+        return None
+    name, place, _ = found
+    several = stack(name)
+    return several.name(*place) if several.axes == () or len(several.axes) == len(place) else None
 
 
 def order(names: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ucp.storage.torch_pt.skipped import Skipped, without
 from ucp.storage.torch_pt.twins import TWINS, Twin
 from ucp.storage.torch_pt.values import TensorRef
 
-__all__ = ["TensorRef", "TorchFile", "load", "load_file", "load_section"]
+__all__ = ["TensorRef", "TorchFile", "load", "load_bytes", "load_file", "load_section"]
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
@@ -81,20 +81,32 @@ def load_file(
     name = str(path)
     try:
         with locations.opened(path) as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            start = stream.read(32)
-            stream.seek(0)
-            if size == 0:
-                raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
-            if start.startswith(b"PK"):
-                return _load_zip(stream, name, size, trust, skipped=skipped, dtensors=dtensors)
-            if _MAGIC_PICKLE in start:
-                return TorchFile(_load_legacy(stream, name, size, trust, skipped, dtensors), None, False)
+            return _load_stream(stream, name, trust, skipped, dtensors)
     except FileNotFoundError as error:
         raise DamagedCheckpoint("there is no such file", file=name) from error
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read: {error.strerror or error}", file=name) from error
+
+
+def load_bytes(raw: bytes, name: str, *, skipped: Skipped | None = None) -> Any:
+    """The object graph of what `torch.save` wrote to a stream in memory. name: what errors call these bytes.
+
+    The offsets of its `TensorRef`s count from the first of them. skipped, and what is raised: as for `load_file`.
+    """
+    return _load_stream(io.BytesIO(raw), name, None, skipped, False).graph
+
+
+def _load_stream(stream: BinaryIO, name: str, trust: bool | None, skipped: Skipped | None, dtensors: bool) -> TorchFile:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    start = stream.read(32)
+    stream.seek(0)
+    if size == 0:
+        raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
+    if start.startswith(b"PK"):
+        return _load_zip(stream, name, size, trust, skipped=skipped, dtensors=dtensors)
+    if _MAGIC_PICKLE in start:
+        return TorchFile(_load_legacy(stream, name, size, trust, skipped, dtensors), None, False)
     raise DamagedCheckpoint(f"not a file that torch.save wrote ({size} bytes, it begins with {start[:8]!r})", file=name)
 
 

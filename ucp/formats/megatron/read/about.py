@@ -38,6 +38,8 @@ def facts(catalog: Catalog) -> Mapping[str, str]:
         out["optimizer sharding"] = line(str(run["optimizer_sharding"]))
     elif any(set(info.states) - {"param"} for info in catalog.parameters.values()):
         out["optimizer sharding"] = "none"
+    if run.get("fp8") is not None:
+        out["fp8"] = line(str(run["fp8"]))
     model = [f"{key}={short(args[key])}" for key in _MODEL if args.get(key) is not None]
     if model:
         out["model"] = " ".join(model)

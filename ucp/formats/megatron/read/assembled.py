@@ -11,7 +11,7 @@ from typing import Any
 from ucp.catalog import Catalog, LogicalTensor, ParamGroup
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.megatron import NAME, keys
-from ucp.formats.megatron.read import common, layout
+from ucp.formats.megatron.read import common, layout, module_states
 from ucp.formats.megatron.read.unstack import joined, unstacked
 from ucp.formats.shared.builder import Builder
 from ucp.printable import logger
@@ -105,11 +105,12 @@ def catalog_of(
         said["param_groups"] = [group.options for group in saved]
     if low := {weight.dtype for weight in weights}:
         said["weights"] = low.pop() if len(low) == 1 else {weight.name: weight.dtype for weight in weights}
-    unchecked = (unnamed,) if unnamed else ()
+    beside = {key: value for key, value in found.objects.items() if ".distributed.dp_group_idx_" not in key}
+    fp8, odd = module_states.told(beside, builder.files)
+    unchecked = (*((unnamed,) if unnamed else ()), *odd)
     for sentence in unchecked:
         log.warning("%s: %s", folder, sentence)
-    beside = {key: value for key, value in found.objects.items() if ".distributed.dp_group_idx_" not in key}
-    said[common.RUN] = dict(where.others)
+    said[common.RUN] = {**where.others, **({"fp8": fp8} if fp8 else {})}
     catalog = Catalog(
         format=NAME,
         writer="megatron-core",

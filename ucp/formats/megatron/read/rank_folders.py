@@ -18,8 +18,17 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.megatron import NAME, keys
-from ucp.formats.megatron.read import agree, common
-from ucp.formats.megatron.read.rank_places import PlacedPart, RankPlace, is_gated, local_experts, norms, places
+from ucp.formats.megatron.read import agree, common, module_states
+from ucp.formats.megatron.read.module_states import RanksStates
+from ucp.formats.megatron.read.rank_places import (
+    PlacedPart,
+    RankPlace,
+    is_gated,
+    local_experts,
+    norms,
+    places,
+    state_name,
+)
 from ucp.formats.megatron.read.rank_states import OwnTensor, optimizer_states
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -214,6 +223,9 @@ class _Found:
     copies: list[LogicalTensor] = field(default_factory=list)
     seen: set[tuple[str, str, bytes]] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.states = RanksStates(self.builder.files)
+
     def add(self, placed: PlacedPart, state: str, ref: TensorRef, start: int = 0) -> None:
         """start: element of ``ref``, a flat buffer, from which the rank's tensor lies there row-major."""
         blocks = placed.blocks.in_buffer(self.builder.file(ref), start)
@@ -251,6 +263,9 @@ def _own(folder: Path, rank: RankFolder, ranks: list[RankFolder], layout: Layout
     for number, chunk in enumerate(rank.chunks):
         place = RankPlace(rank.tp, layout.tp, rank.ep, firsts[number], experts, gated, norms(chunk))
         for name, value in chunk.items():
+            if name.endswith(keys.MODULE_STATE):
+                found.states.add(name, state_name(name, place), value)
+                continue
             if not isinstance(value, TensorRef):
                 continue
             if not value.is_contiguous:
@@ -306,8 +321,10 @@ def _catalog(
         builder.add(name, kind, [states[s] for s in sorted(states, key=lambda s: (s != "param", s))], scalars)
     ndims = {name: len(by_name[name][keys.WEIGHT].shape) for name in keys.order(trained)}
     groups, unnamed = common.named(saved, ndims) if saved else ((), "")
-    if unnamed:
-        log.warning("%s: %s", folder, unnamed)
+    fp8, odd = module_states.told(found.states.objects, builder.files)
+    unchecked = (*((unnamed,) if unnamed else ()), *found.states.apart(), *odd)
+    for sentence in unchecked:
+        log.warning("%s: %s", folder, sentence)
     rest = {k: v for k, v in said.items() if not re.fullmatch(r"model\d*|rng_state", str(k))}
     if low := {weight.dtype for weight in mastered}:
         rest["weights"] = low.pop() if len(low) == 1 else {weight.name: weight.dtype for weight in mastered}
@@ -315,6 +332,8 @@ def _catalog(
     counts = {"cp": args.get("context_parallel_size"), "vp": len(ranks[0].chunks) if len(ranks[0].chunks) > 1 else None}
     sharding = "distrib_optim.pt" if layout.zero else "none"
     rest[common.RUN] = {**{k: v for k, v in counts.items() if v is not None}, "optimizer_sharding": sharding}
+    if fp8:
+        rest[common.RUN]["fp8"] = fp8
     objects = {
         f"rng_state/shard_{r.pp}.{r.tp}_{layout.pp}.{layout.tp}": r.graph["rng_state"]
         for r in ranks
@@ -327,10 +346,10 @@ def _catalog(
         files=tuple(builder.sources),
         parameters=builder.parameters,
         tensors=builder.tensors,
-        training_state=common.training_state(rest, objects, groups, layout.dp),
+        training_state=common.training_state(rest, {**objects, **found.states.objects}, groups, layout.dp),
         crc_records=in_order(builder.records),
         copies=tuple(_copies(found, by_name)),
-        unchecked=(unnamed,) if unnamed else (),
+        unchecked=unchecked,
     )
     return catalog, mastered
 

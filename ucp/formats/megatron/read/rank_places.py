@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ _WHOLE = re.compile(
 _LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d+)\.(.+)")
 _SEQUENTIAL = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(.+)")
 _GROUPED = re.compile(r"(.+\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
+_GROUPED_STATE = re.compile(r".+\.experts\.(?:linear_fc[12]\.)?_extra_state")
 _STACKED = re.compile(r"(.+\.experts)\.weight([12])")
 
 
@@ -90,6 +91,17 @@ def logical_name(name: str, rank: RankPlace) -> str:
         if rest.startswith(own):
             rest = fused + rest.removeprefix(own)
     return f"{found[1]}.{layer + rank.first_layer}.{rest}"
+
+
+def state_name(name: str, rank: RankPlace) -> str | None:
+    """The whole model's name of the state that a module keeps by itself; None for that of several experts in one."""
+    if _GROUPED_STATE.fullmatch(name):
+        return None
+    name = logical_name(name, replace(rank, norms={}))
+    found = _SEQUENTIAL.fullmatch(name)
+    if found is None:
+        return name
+    return f"{found[1]}.local_experts.{int(found[2]) + rank.ep * rank.experts}.{found[3]}"
 
 
 def local_experts(shapes: Mapping[str, Shape], given: int | None) -> int:

@@ -7,8 +7,7 @@ experts. A chunk is rows of one parameter, so that a rank of any layout reads li
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,28 +16,17 @@ from ucp.errors import BadArgument, Unsupported
 from ucp.formats.dcp.writer import RecordWriter, WrittenRecord
 from ucp.formats.megatron import COMMON, CONFIG, WRITTEN_FOR
 from ucp.formats.megatron.read.common import EXTRA
-from ucp.formats.megatron.write import common, mixers
+from ucp.formats.megatron.write import common, mixers, places
 from ucp.formats.megatron.write.mixers import RowsPart
+from ucp.formats.megatron.write.objects import objects
+from ucp.formats.megatron.write.places import KeyPlace
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.targets import TargetFile
 
-_LAYER = re.compile(r"(.*?(?:^|\.)layers)\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"(.+)\.local_experts\.(\d+)\.(.+)")
-# Modules that keep a state of their own beside their tensors: Transformer Engine's linear layers, and Megatron's like.
-_WITH_STATE = re.compile(r"(.+\.(?:linear_[a-z0-9_]+|mixer\.(?:in|out)_proj))\.weight")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class KeyPlace:
-    """A parameter's place: a key, and where it lies along that tensor's first axes. counts: the sizes of these axes."""
-
-    key: str
-    at: Shape
-    counts: Shape
 
 
 def plan(
@@ -56,15 +44,15 @@ def plan(
     for name, info in infos.items():
         if "param" not in info.states:
             raise Unsupported(f"'{name}' has optimizer states and no weight, which Megatron needs")
-    stacked = not per_layer and not any(map(mixers.is_mixer, infos)) and _alike(infos)
-    entries = {name: entry(name, infos, stacked) for name in infos}
+    stacked = not per_layer and not any(map(mixers.is_mixer, infos)) and places.alike(infos)
+    entries = {name: places.entry(name, infos, stacked) for name in infos}
     writer = RecordWriter(catalog, paths=False)
     trained = {name for name, info in infos.items() if set(info.states) - {"param"} and info.kind == "parameter"}
     by_key = _by_key(catalog, infos, entries, trained, dtype, plain)
     masters = any(key.startswith("optimizer.state.fp32_param.") for key in by_key)
     for key, tensors in by_key.items():
         _write(writer, key, tensors)
-    for key, value in _objects(catalog, entries).items():
+    for key, value in objects(catalog, entries, stacked).items():
         writer.add_object((key,), [value])
     ndims = {name: len(infos[name].shape) for name in infos if name in trained}
     kind = common.DISTRIBUTED if not plain else common.MASTERS if masters else common.FULL
@@ -82,46 +70,6 @@ def plan(
         *writer.finish(**{WRITTEN_FOR: {"tp": layout.tp, "pp": layout.pp, "ep": layout.ep, "dp": layout.dp}}),
         TargetFile(CONFIG, len(text), ((0, text),), ()),
     ]
-
-
-def entry(name: str, infos: Mapping[str, ParameterInfo], stacked: bool) -> KeyPlace:
-    """Where a parameter lies in a folder."""
-    at: list[int] = []
-    counts: list[int] = []
-    key = name
-    layer = _LAYER.fullmatch(name)
-    if layer is not None and stacked:
-        at.append(int(layer[2]))
-        counts.append(_layers(layer[1], infos))
-        key = f"{layer[1]}.{layer[3]}"
-    expert = _EXPERT.fullmatch(key)
-    if expert is not None:
-        at.append(int(expert[2]))
-        counts.append(_experts(name, infos))
-        key = f"{expert[1]}.experts.{expert[3]}"
-    return KeyPlace(key, tuple(at), tuple(counts))
-
-
-def _layers(block: str, infos: Mapping[str, ParameterInfo]) -> int:
-    return 1 + max(int(m[2]) for n in infos if (m := _LAYER.fullmatch(n)) is not None and m[1] == block)
-
-
-def _experts(name: str, infos: Mapping[str, ParameterInfo]) -> int:
-    pattern = re.compile(re.sub(r"local_experts\\\.\d+", r"local_experts\\.(\\d+)", re.escape(name)))
-    return 1 + max(int(m[1]) for n in infos if (m := pattern.fullmatch(n)) is not None)
-
-
-def _alike(infos: Mapping[str, ParameterInfo]) -> bool:
-    """Whether every block's layers have the same parameters, of the same shapes and states."""
-    blocks: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, info in infos.items():
-        m = _LAYER.fullmatch(name)
-        if m is not None:
-            blocks.setdefault(m[1], {}).setdefault(int(m[2]), {})[m[3]] = (info.shape, dict(info.states))
-    return all(
-        sorted(layers) == list(range(len(layers))) and all(layer == layers[0] for layer in layers.values())
-        for layers in blocks.values()
-    )
 
 
 @dataclass(frozen=True)
@@ -198,26 +146,6 @@ def _write(writer: RecordWriter, key: str, several: list[_Placed]) -> None:
     for placed in sorted(several, key=lambda p: p.entry.at):
         records += writer.records(placed.tensor, placed.dtype, placed.entry.at, placed.rounded, placed.rows)
     writer.add_written((key,), first.dtype, (*first.entry.counts, *first.shape), records)
-
-
-def _objects(catalog: Catalog, entries: Mapping[str, KeyPlace]) -> dict[str, Any]:
-    """The objects beside the tensors: those that the source had, and none of each module that asks for one."""
-    kept = dict(catalog.training_state.extra.get(EXTRA, {}).get("objects", {}))
-    out = {key: value for key, value in kept.items() if "_extra_state/" in key or key.startswith("rng_state/")}
-    for place in entries.values():
-        for key in _extra_states(place):
-            out.setdefault(key, None)
-    return out
-
-
-def _extra_states(place: KeyPlace) -> Iterator[str]:
-    found = _WITH_STATE.fullmatch(place.key)
-    if found is None:
-        return
-    at, counts = (
-        ".".join(map(str, numbers or default)) for numbers, default in ((place.at, (0,)), (place.counts, (1,)))
-    )
-    yield f"{found[1]}._extra_state/shard_{at}_{counts}"
 
 
 def placed(files: list[TargetFile], tag: str) -> list[TargetFile]:
