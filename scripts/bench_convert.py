@@ -15,6 +15,9 @@ from typing import Any
 import bench_data
 import bench_tools
 
+PLAIN = "a plain writer of the same bytes"
+_PLAIN = Path(__file__).with_name("copy_plain.py")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_data.add_arguments(parser)
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else ours(name, origin, *flags.get(name, ()))
         for name, origin in sources.items()
     }
+    sources[PLAIN] = source
+    works[PLAIN] = lambda: bench_tools.timed([sys.executable, _PLAIN, source, out])
     for setting in filter(None, args.ds_workers.split(";")):
         extract, merge = setting.split(",")
         name = f"ds_to_universal, {extract} extract and {merge} merge workers"
@@ -125,7 +130,11 @@ def _run_megatron(args: argparse.Namespace) -> dict[str, Any]:
         os.sync()
         bench_data.prepare(args, source)
 
-    works = {copy: lambda: bench_tools.copy_and_sync(source, out), **{name: ours(name) for name in flags}}
+    works = {
+        copy: lambda: bench_tools.copy_and_sync(source, out),
+        PLAIN: lambda: bench_tools.timed([sys.executable, _PLAIN, source, out]),
+        **{name: ours(name) for name in flags},
+    }
     seconds, processor = bench_tools.interleaved(works, args.repeats, before)
     bench_tools.remove(out)
     rows = []

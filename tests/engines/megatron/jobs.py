@@ -15,7 +15,7 @@ from tests.engines.megatron.cases import Case
 
 def save(job: dict[str, Any]) -> None:
     """Two steps from values by hash, and a save; ``also``: another save, with another content; ``ranks``: one in
-    the older layout; ``ours``: one of ours; ``scales``: with FP8's scales."""
+    the older layout; ``ours``: one of ours; ``common_object``: one without common.pt; ``scales``: with FP8's scales."""
     made = run.made(Case(**job["case"]))
     made.scales = job.get("scales", False)
     made.fill()
@@ -24,6 +24,8 @@ def save(job: dict[str, Any]) -> None:
     made.save(job["save"])
     for folder, content in job.get("also", {}).items():
         made.save(folder, **content)
+    if "common_object" in job:
+        made.save_with_common_object(job["common_object"], job["save"])
     if "ranks" in job:
         made.save_rank_folders(job["ranks"])
     if "ours" in job:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -87,6 +87,23 @@ class Run:
             with open(os.path.join(folder, "latest_checkpointed_iteration.txt"), "w") as file:
                 file.write(str(STEPS))
         dist.barrier()
+
+    def save_with_common_object(self, folder: str, like: str) -> None:
+        """As newer releases: what all ranks have in common is an object of the folder's, and there is no common.pt.
+
+        like: a folder that this run has saved.
+        """
+        name = f"iter_{STEPS:07d}"
+        common = torch.load(os.path.join(like, name, "common.pt"), weights_only=False)
+        replica = (0, 0, dist.get_rank())
+        state = {**self.state(), "common_state": ShardedObject("common_state", common, (1,), (0,), replica)}
+        path = os.path.join(folder, name)
+        if dist.get_rank() == 0:
+            os.makedirs(path)
+        dist.barrier()
+        dist_checkpointing.save(state, path, content_metadata=self.content)
+        if dist.get_rank() == 0:
+            os.remove(os.path.join(path, "common.pt"))
 
     def save_rank_folders(self, folder: str) -> None:
         """As Megatron's training program saves without dist_checkpointing (megatron/training/checkpointing.py)."""

@@ -23,6 +23,9 @@ WRITTEN: Mapping[str, Case] = {
 # Of these the modules have states of Transformer Engine's form.
 SCALES = "llama tp2 pp2"
 
+# The last of them, saved as newer releases do it.
+COMMON_OBJECT = f"{list(WRITTEN)[-1]} common object"
+
 # Runs under Megatron-FSDP, with what is sharded. What they hold is made by hash of each element's place.
 UNDER_FSDP: Mapping[str, tuple[Case, str]] = {
     "llama tp2 fsdp": (Case(dp=2, tp=2, bf16=True), "optim_grads_params"),
@@ -57,6 +60,7 @@ def write(path: str | Path) -> str:
                 "scales": name == SCALES,
             }
         )
+    jobs[-1]["common_object"] = str(path / COMMON_OBJECT)
     for name, (case, sharding) in UNDER_FSDP.items():
         jobs.append({"do": "save_fsdp", "case": vars(case), "sharding": sharding, "save": str(path / name)})
     jobs.append({"do": "save_mixers", "case": vars(Case(tp=2)), "save": str(path / "mixers tp2")})

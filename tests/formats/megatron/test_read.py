@@ -17,7 +17,7 @@ import torch
 
 import ucp
 from tests.engines.megatron import cases
-from tests.engines.megatron.written import WRITTEN
+from tests.engines.megatron.written import COMMON_OBJECT, WRITTEN
 from tests.engines.truth import same
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.inspection.verify import verify
@@ -99,6 +99,18 @@ def test_the_training_state(written: Path) -> None:
         assert all("norm" in name for name in norms.names)
         assert {n for group in (plain, norms, experts) for n in group.names} == set(checkpoint.parameters)
         assert state.extra["megatron"]["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+
+
+def test_the_common_state_is_an_object(written: Path) -> None:
+    """As newer releases of Megatron-Core have it: there is no common.pt, and all else is the same."""
+    name = COMMON_OBJECT.removesuffix(" common object")
+    assert not (written / COMMON_OBJECT / "iter_0000002" / "common.pt").exists()
+    with ucp.open(written / COMMON_OBJECT / "iter_0000002") as found, ucp.open(written / name) as wanted:
+        assert found.training_state == wanted.training_state
+        assert found.parameters == wanted.parameters
+        assert found.catalog.layout == wanted.catalog.layout
+        for key in wanted.catalog.tensors:
+            assert same(found.read(*key), wanted.read(*key)), key
 
 
 def test_verify(written: Path) -> None:
