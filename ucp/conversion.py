@@ -38,7 +38,7 @@ log = logger(__name__)
 class ConversionReport:
     """What a conversion did, or would do (``dry_run``).
 
-    In a team, each process reports what it knows itself.
+    In a team that a launcher made, each process reports what it knows itself.
 
     Attributes
     ----------

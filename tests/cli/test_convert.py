@@ -60,6 +60,26 @@ def source(tmp_path: Path) -> Path:
     return raw.virtual_checkpoint(tmp_path / "source", raw.make(tmp_path / "raw"))
 
 
+@pytest.mark.slow
+def test_processes_of_its_own_write_and_count_what_one_does(tmp_path: Path) -> None:
+    made = raw.make(tmp_path / "raw", shapes={"w": (6000, 1000), "b": (3,)}, states=("param", "exp_avg"), dp=3)
+    ucp.convert(raw.virtual_checkpoint(tmp_path / "source", made), tmp_path / "universal")
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
+    native = ("--to", "deepspeed", "--layout", "dp=2,zero=1", "--ds-config", config)
+    reports = []
+    for count in (1, 3):
+        done = call(tmp_path / "universal", tmp_path / f"{count}", "--json", "--processes", count, *native)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+        del reports[-1]["destination"], reports[-1]["seconds"]
+    assert reports[0] == reports[1]
+    assert reports[0]["verified_bytes"] > 0
+    assert raw.tree(tmp_path / "1") == raw.tree(tmp_path / "3")
+    refused = call(tmp_path / "nothing", tmp_path / "4", "--processes", 3)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
 def test_a_conversion(source: Path, tmp_path: Path) -> None:
     done = call(source, tmp_path / "dest")
     assert (done.returncode, done.stderr) == (0, "")

@@ -56,12 +56,15 @@ def test_count(
     wanted: int,
 ) -> None:
     monkeypatch.setattr(limits, "processors", lambda: 4)
-    assert processes.count(asked, [each.format(large=large) for each in sources], environment) == wanted
+    given = [each.format(large=large) for each in sources]
+    assert processes.count(asked, given, "out", environment) == wanted
+    if asked is None:
+        assert processes.count(asked, given, "s3://bucket/out", environment) == 1
 
 
 def test_another_number_than_the_launcher_s_is_refused() -> None:
     with pytest.raises(BadArgument, match="a launcher has started 2 processes already"):
-        processes.count(3, (), {"RANK": "0", "WORLD_SIZE": "2"})
+        processes.count(3, (), "out", {"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ucp import formats, printable
-from ucp.cli import run, source
+from ucp.cli import processes, run, source
 from ucp.formats.base import Format
 from ucp.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from ucp.parallel.mesh import Layout
+    from ucp.transfer.team import Team
 
 PROGRAM = "ucp-convert"
 SCHEMA = "ucp.convert/1"
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model-config", metavar="FILE", help="the model's config.json, for the spec's sizes")
     run.add_sizes(p)
     p.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
+    processes.add_argument(p)
     p.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of buffers (default: 43MiB a thread)")
     source.add_tag(p)
     takers: dict[str, list[str]] = {}
@@ -91,22 +96,40 @@ def _targets(known: Sequence[Format]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    args = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(given)
     run.start_logging(PROGRAM, args.quiet, args.debug)
-    return run.guarded(PROGRAM, lambda: _convert(args), args.debug)
+    return run.guarded(PROGRAM, lambda: _shared(args, given), args.debug)
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _shared(args: argparse.Namespace, given: list[str]) -> int:
+    """Convert, with processes of its own where that is worth while."""
     # Imported late: numpy and torch take longer than telling that an argument is wrong.
     from ucp.parallel.mesh import parse_layout
 
     layout = None if args.layout is None else parse_layout(args.layout)
     options = _options(args)
-    from ucp.conversion import convert
-    from ucp.transfer.team import from_environment
+    import ucp.conversion  # noqa: F401  # before the fork, so once
 
-    team = from_environment(os.environ)
+    nothing = args.dry_run or options.get("virtual", False)  # is copied
+    limited = nothing or args.workers is not None or args.max_memory is not None
+    asked = None if nothing else args.processes
+    number = processes.count(asked, () if limited else (_source(args),), args.dest, os.environ)
+    if number > 1 and args.workers is None:
+        args.workers = processes.threads(number)
+        given = [*given, "--workers", str(args.workers)]
+    with processes.shared(["convert", *given], number, lambda team: _convert(args, layout, options, team)) as team:
+        return _convert(args, layout, options, team)
+
+
+def _source(args: argparse.Namespace) -> str:
+    return args.source if args.tag is None else f"{args.source}@{args.tag}"
+
+
+def _convert(args: argparse.Namespace, layout: Layout | None, options: Mapping[str, Any], team: Team) -> int:
     import signal
+
+    from ucp.conversion import convert
 
     # A launcher ends the processes that are left when one has died; that is an interruption like any other.
     signal.signal(signal.SIGTERM, _interrupt)

@@ -49,12 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in _target_options().values():
         run.add_option(parser, option)
     parser.add_argument("--workers", type=run.count, metavar="N", help="threads (default: processors, at most 8)")
-    parser.add_argument(
-        "--processes",
-        type=run.count,
-        metavar="N",
-        help="that share the work here (default: processors, at most 8, if it is large and nothing limits it)",
-    )
+    processes.add_argument(parser)
     parser.add_argument("--max-memory", type=run.size, metavar="SIZE", help="limit of each process's buffers")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     parser.add_argument("--no-resume", action="store_true", help="begin anew, and leave nothing to continue from")
@@ -105,7 +100,7 @@ def command(args: argparse.Namespace) -> int:
         return _adapters(args)
     limited = args.plan or args.workers is not None or args.max_memory is not None
     asked = None if args.plan else args.processes
-    number = processes.count(asked, () if limited else args.sources, os.environ)
+    number = processes.count(asked, () if limited else args.sources, args.dest, os.environ)
     given = list(args.given)
     if number > 1 and args.workers is None:
         args.workers = processes.threads(number)

@@ -6,6 +6,7 @@ each took 4.8 s for a merge that took one process with three threads 6.5 s.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import signal
@@ -18,16 +19,28 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, Protocol
 
 from ucp import limits
+from ucp.cli import run
 from ucp.errors import BadArgument, ProcessLost, described
+from ucp.storage.locations import is_remote
 from ucp.transfer.team import Team, from_environment
 
 # As the command's entry point does, so that another package called ucp is no hindrance.
 _PROGRAM = "import sys; from universal_checkpoint.cli.main import main; sys.exit(main())"
 
 
-def count(asked: int | None, sources: Sequence[str], environment: Mapping[str, str]) -> int:
-    """How many processes share the work. asked: by the user; otherwise one for each processor, if the sources are local
-    and large. Raises BadArgument if a launcher has made a team of another size."""
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option ``--processes``."""
+    parser.add_argument(
+        "--processes",
+        type=run.count,
+        metavar="N",
+        help="that share the work here (default: processors, at most 8, if it is large and nothing limits it)",
+    )
+
+
+def count(asked: int | None, sources: Sequence[str], dest: str, environment: Mapping[str, str]) -> int:
+    """How many processes share the work. asked: by the user; otherwise one for each processor, if the sources are large
+    and all is local. Raises BadArgument if a launcher has made a team of another size."""
     launched = from_environment(environment).processes
     if launched > 1:
         if asked not in (None, launched):
@@ -35,19 +48,25 @@ def count(asked: int | None, sources: Sequence[str], environment: Mapping[str, s
         return 1
     if asked is not None:
         return asked
-    size = sum(map(_nbytes, sources))
+    size = 0 if is_remote(dest) else sum(map(_nbytes, sources))
     return max(min(limits.processors(), limits.THREADS_MAX_COUNT, size // limits.BYTES_PER_PROCESS), 1)
 
 
 def _nbytes(source: str) -> int:
-    """Bytes of the files of a local folder, or of ``folder@tag``; 0 for anything else."""
+    """About how many bytes are read of a local folder, or of ``folder@tag``: its files, or those of the largest of the
+    folders in it, such as a run's checkpoints. 0 for anything else."""
     folder, _, tag = source.rpartition("@")
     for path in (source, os.path.join(folder, tag)):
         try:
-            return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+            inner = [entry.path for entry in os.scandir(path) if entry.is_dir()]
+            return max(map(_files_nbytes, (path, *inner)))
         except (OSError, ValueError):
             continue
     return 0
+
+
+def _files_nbytes(path: str) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
 
 
 def threads(processes: int) -> int:
@@ -73,7 +92,7 @@ def shared(arguments: Sequence[str], processes: int, job: Callable[[Team], int] 
             others.append(
                 _started(arguments, k, processes) if job is None or not may_fork() else _Copy(job, k, processes)
             )
-        yield Team(0, processes, beat=limits.OWN_TEAM_BEAT_SECONDS, watch=lambda: _check(others))
+        yield Team(0, processes, beat=limits.OWN_TEAM_BEAT_SECONDS, gathers=True, watch=lambda: _check(others))
         for other in others:
             with suppress(subprocess.TimeoutExpired):  # its share is in the checkpoint
                 other.wait(limits.PROCESS_END_SECONDS)

@@ -25,7 +25,7 @@ from ucp.storage.files import Files
 from ucp.storage.locations import is_remote
 from ucp.storage.partial import CHECKPOINT, growing, held_bytes, part_folder
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.reader import Reader
+from ucp.transfer.reader import Counts, Reader
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.team import Team
 from ucp.transfer.team_write import Writing, noted_bytes, write_following, write_leading
@@ -87,6 +87,7 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
     identity = identify(plan)
     _check(destination, plan, identity if running.resume else None, team, running.overwrite)
     finished: dict[str, bytes] = {}
+    others = Counts()
     with Files() as files:
         reader = Reader(plan.source, files, keeps_pieces=True)
         writing = Writing(
@@ -104,16 +105,18 @@ def carry_out(plan: WritePlan, destination: str, running: Running) -> Written:
         elif is_remote(destination):
             finished = _upload(writing, destination, plan)
         elif team.leads:
-            finished = _write_whole(writing, destination, plan, team, running)
+            finished, others = _write_whole(writing, destination, plan, team, running)
         else:
             write_following(writing, part_folder(destination), team)
         read = files.bytes_read
+    if not team.gathers:
+        others = Counts()
     return Written(
         len(plan.files) + len(finished),
         plan.nbytes + sum(map(len, finished.values())),
-        read,
-        reader.verified_bytes,
-        reader.unverified_bytes,
+        read + others.read,
+        reader.verified_bytes + others.digested,
+        reader.unverified_bytes + others.unchecked,
     )
 
 
@@ -195,19 +198,22 @@ def _manifest_bound(catalog: Catalog, written: int) -> int:
     return chunk_count(digested) * 12 + blocks * 64 + len(catalog.tensors) * 400
 
 
-def _write_whole(writing: Writing, destination: str, plan: WritePlan, team: Team, running: Running) -> dict[str, bytes]:
-    """Process 0: write the destination together with the others, the small files last."""
+def _write_whole(
+    writing: Writing, destination: str, plan: WritePlan, team: Team, running: Running
+) -> tuple[dict[str, bytes], Counts]:
+    """Process 0: write the destination together with the others, the small files last. Returns these, and what the
+    others have read."""
     with growing(destination, writing.identity, replace=running.overwrite, resume=running.resume) as part:
         if there := noted_bytes(part):
             log.warning(
                 "continuing in '%s': about %s of %s were written", part, bytes_text(there), bytes_text(plan.nbytes)
             )
-        digests = write_leading(writing, part, team)
+        digests, others = write_leading(writing, part, team)
         finished = _finished(plan, writing, digests)
         for name, raw in finished.items():
             _write(Path(names.below(part / CHECKPOINT, name)), raw)
         writing.check_source()
-    return finished
+    return finished, others
 
 
 def _write(path: Path, raw: bytes) -> None:

@@ -21,6 +21,7 @@ from ucp.storage.crc32 import combine_all
 from ucp.storage.digests import CHUNK, WIDTH, ChunkDigests, chunk_count, digest_chunks
 from ucp.storage.writeback import write_at
 from ucp.transfer.checksums import RecordPiece
+from ucp.transfer.reader import Counts
 from ucp.transfer.targets import TargetFile
 
 
@@ -46,7 +47,7 @@ class Piece:
 _HEAD = struct.Struct("<IQQIII")  # file, start, size, bytes of digests, number of CRCs, bytes of logical digests' parts
 _CRC = struct.Struct("<IQQI")
 _FINISHED = 0xFFFFFFFF
-_END = _HEAD.pack(_FINISHED, 0, 0, 0, 0, 0)
+_COUNTS = struct.Struct("<QQQ")  # of a finished process: as `Counts` has them
 _RECORDS = 0xFFFFFFFE  # in a file's place: what follows are CRC-32s of the source
 _SEAL = 8  # bytes of xxh3_64 after each record, so that a torn one is recognised
 
@@ -73,9 +74,11 @@ class Journal:
             head = _HEAD.pack(_RECORDS, 0, 0, 0, len(pieces), 0)
             self._append(head + b"".join(_CRC.pack(*piece) for piece in pieces))
 
-    def finish(self) -> None:
-        """Note that this process has written its share and flushed it. Raises DestinationError."""
-        self._append(_END)
+    def finish(self, counts: Counts) -> None:
+        """Note that this process has written its share and flushed it, and what it has read. Raises
+        DestinationError."""
+        said = _COUNTS.pack(counts.read, counts.digested, counts.unchecked)
+        self._append(_HEAD.pack(_FINISHED, 0, 0, 0, 0, len(said)) + said)
         try:
             disk.flush(self._fd)
         except OSError as error:
@@ -105,6 +108,12 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[list[Piece], bool]:
 def read_record_pieces(path: str | os.PathLike[str]) -> list[RecordPiece]:
     """What a process has noted of the source's records."""
     return [crc for piece in _journal_records(path) if piece.file == _RECORDS for crc in piece.crcs]
+
+
+def read_counts(path: str | os.PathLike[str]) -> Counts:
+    """What a process that has finished has read; nothing for another one."""
+    said = [piece.logical for piece in _journal_records(path) if piece.file == _FINISHED]
+    return Counts(*_COUNTS.unpack(said[0])) if said and len(said[0]) == _COUNTS.size else Counts()
 
 
 def _journal_records(path: str | os.PathLike[str]) -> Iterator[Piece]:

@@ -35,6 +35,19 @@ class _Tally:
     lock: Lock = field(default_factory=Lock)
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Bytes that a process has read, compared with digests of chunks, and compared with nothing. What was compared with
+    CRC-32s is left out: who completes a record counts it."""
+
+    read: int = 0
+    digested: int = 0
+    unchecked: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.read + other.read, self.digested + other.digested, self.unchecked + other.unchecked)
+
+
 class Reader:
     """Byte ranges of a catalog's files, verified against its digests if it has them, else against the CRC-32s of
     torch's records if these are read whole. Thread-safe.
@@ -62,6 +75,10 @@ class Reader:
     def digest_seconds(self) -> float:
         """The time that checking digests and CRC-32s has taken so far, in all threads together."""
         return self._counts.seconds
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self._files.bytes_read, self._counts.digested, self._counts.unchecked)
 
     @property
     def verified_bytes(self) -> int:

@@ -51,6 +51,7 @@ class Team:
     join: seconds to wait for all to begin.
     lost: seconds without a sign of life until a process counts as lost.
     beat: seconds between signs of life.
+    gathers: process 0 reports what all have read, and not each for itself: they are one command to its user.
     watch: called now and then; raises ProcessLost if one of the others is known to have died. Who has started them
     knows that at once, and who has not waits for signs of life.
     """
@@ -60,6 +61,7 @@ class Team:
     join: float = limits.TEAM_JOIN_SECONDS
     lost: float = limits.TEAM_LOST_SECONDS
     beat: float = limits.TEAM_BEAT_SECONDS
+    gathers: bool = False
     watch: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     @property

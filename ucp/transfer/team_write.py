@@ -10,8 +10,17 @@ from threading import Lock
 from ucp.storage.digests import CHUNK, ChunkDigests
 from ucp.storage.partial import CHECKPOINT, JOURNAL, TEAM
 from ucp.transfer.collecting import Collecting
-from ucp.transfer.pieces import Journal, Piece, create_files, known_chunks, read_journal, read_record_pieces, seal_files
-from ucp.transfer.reader import Reader
+from ucp.transfer.pieces import (
+    Journal,
+    Piece,
+    create_files,
+    known_chunks,
+    read_counts,
+    read_journal,
+    read_record_pieces,
+    seal_files,
+)
+from ucp.transfer.reader import Counts, Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.team import Attempt, Team, joined, lead
 from ucp.transfer.windows import shares
@@ -38,8 +47,9 @@ def noted_bytes(part: Path) -> int:
     return len(known_chunks(_earlier(part, ""))) * CHUNK
 
 
-def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDigests]:
-    """Process 0: have all files written into a folder of `ucp.storage.partial`. Returns their digests by name.
+def write_leading(writing: Writing, part: Path, team: Team) -> tuple[dict[str, ChunkDigests], Counts]:
+    """Process 0: have all files written into a folder of `ucp.storage.partial`. Returns their digests by name, and what
+    the other processes have read.
 
     Records of the source that were read in part are read to the end, and each is compared with its CRC-32.
 
@@ -54,17 +64,18 @@ def write_leading(writing: Writing, part: Path, team: Team) -> dict[str, ChunkDi
         return path.exists() and read_journal(path)[1]
 
     attempt.await_all(finished)
-    records = writing.reader.records
+    records, others = writing.reader.records, Counts()
     for process in attempt.members:
         journal = _journal(part, attempt, process)
         pieces += read_journal(journal)[0]
+        others += read_counts(journal)
         records.add_known(read_record_pieces(journal))
     # Only now: other processes read other parts of the same records.
     records.finish()
     if writing.collecting is not None:
         for piece in pieces:
             writing.collecting.add(piece.file, piece.logical)
-    return seal_files(part / CHECKPOINT, writing.files, pieces)
+    return seal_files(part / CHECKPOINT, writing.files, pieces), others
 
 
 def write_following(writing: Writing, part: Path, team: Team) -> None:
@@ -108,7 +119,7 @@ def _write(writing: Writing, part: Path, attempt: Attempt) -> list[Piece]:
         )
         writing.check_source()
         journal.add_record_pieces(records.take_pieces())
-        journal.finish()
+        journal.finish(writing.reader.counts)
         return pieces
     finally:
         journal.close()
