@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import ucp
-from tests.attacks import foreign
+from tests.attacks import foreign, ours
 from tests.formats import raw
 from tests.formats.dcp import states
 from ucp.catalog import ParamGroup, TrainingState
@@ -27,6 +27,8 @@ from ucp.formats.universal import manifest
 FOREIGN = tuple(foreign.MAKERS)
 OLDER = Path(__file__).parents[1] / "formats/deepspeed/older"
 FORMATS = ("zero0", "zero1", "zero3", "dcp", "huggingface", "bin", "fragmented", "consolidated", "virtual", *FOREIGN)
+PLACED = tuple(ours.MAKERS)
+"""Those whose bytes say where they were made."""
 _OLDER = {"zero0": "0.14.4-z0-bf16", "zero1": "0.14.4-z1-bf16", "zero3": "0.14.4-z3-fp32"}
 CONFIG = {"model_type": "llama", "hidden_size": 7, "vocab_size": 13, "architectures": ["Nobody"]}
 
@@ -40,6 +42,8 @@ def make(name: str, folder: Path) -> Path:
         (run / "made_with.json").unlink()
     elif name in FOREIGN:
         foreign.MAKERS[name](run)
+    elif name in PLACED:
+        ours.MAKERS[name](run)
     elif name == "dcp":
         import torch.distributed.checkpoint as dcp
 

@@ -10,9 +10,10 @@ import fnmatch
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ucp
 from tests.attacks import configs, formats, mutate
@@ -26,13 +27,16 @@ SEED = 20261129
 @dataclass(frozen=True)
 class Target:
     """files: a pattern for names. exact: what is read has to be the truth. converted: by a conversion, which reads and
-    checks everything, and not by reading each tensor."""
+    checks everything, and not by reading each tensor. how: arguments of that conversion, or of opening. few: fewer
+    mutations of it are enough in CI, for they go through what other targets go through, too."""
 
     format: str
     files: str
     mutation: mutate.Mutation
     exact: bool
     converted: bool = False
+    how: Mapping[str, Any] = field(default_factory=dict)
+    few: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -69,7 +73,21 @@ TARGETS: dict[str, Target] = {
     "torch_checkpointing, a rank's pickle": Target("ranks", "*.pt", mutate.of_pickle, False),
     "latest": Target("consolidated", "latest", mutate.of_bytes, True),
     "DeepSpeed's latest": Target("zero1", "latest", mutate.of_bytes, True),
+    "merged, any file": Target("merged", "*", mutate.of_bytes, True, few=True),
+    "merged, manifest framed anew": Target("merged", "ucp.json", mutate.of_manifest, False, few=True),
+    "virtual of a merge, manifest framed anew": Target(
+        "virtual of a merge", "ucp.json", mutate.of_manifest, False, few=True
+    ),
+    "repaired, manifest framed anew": Target(
+        "repaired", "ucp.json", mutate.of_manifest, False, how={"allow_approximate": True}, few=True
+    ),
+    "local SGD, manifest framed anew": Target(
+        "workers", "ucp.json", mutate.of_manifest, False, True, {"changes": {"workers": {"averaged": 2}}}, few=True
+    ),
     "spec": Target("spec", "*", mutate.of_text, False),
+    "merge file": Target("merge file", "*", mutate.of_text, False),
+    "changes": Target("changes", "*", mutate.of_json, False, few=True),
+    "names of parameters": Target("names", "*", mutate.of_json, False, few=True),
     'the "ucp" section of a config': Target("section", "*", mutate.of_json, False),
     "DeepSpeed config": Target("config", "*", mutate.of_json, False),
 }
@@ -93,15 +111,11 @@ class Outcome:
 def attack(name: str, seed: int, numbers: range, place: Path) -> Iterator[Outcome]:
     """Try the mutations of these numbers on a target."""
     target = TARGETS[name]
+    truth = None
     if target.format == "spec":
         attacks = [_spec(seed, number) for number in numbers]
-        truth = None
-    elif target.format == "section":
-        attacks = [configs.section(seed, number) for number in numbers]
-        truth = None
-    elif target.format == "config":
-        attacks = [configs.deepspeed(seed, number, place) for number in numbers]
-        truth = None
+    elif target.format in configs.MAKERS:
+        attacks = [configs.MAKERS[target.format](seed, number, place) for number in numbers]
     else:
         run = formats.make(target.format, place)
         truth = repr(_truth(run, target, place))
@@ -142,9 +156,9 @@ def _mutation(run: Path, name: str, seed: int, number: int, place: Path) -> Call
 
 def _truth(run: Path, target: Target, place: Path) -> object:
     if not target.converted:
-        return dict(formats.everything(run))
+        return dict(formats.everything(run, **target.how))
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        ucp.convert(run, f"{folder}/out")
+        ucp.convert(run, f"{folder}/out", **target.how)
         return dict(formats.everything(Path(folder, "out")))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,3 +170,22 @@ def test_no_copy_of_a_process_with_other_threads_or_torch(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(threading, "active_count", lambda: 2)
     assert not processes.may_fork()
+
+
+def test_nothing_that_lies_in_the_working_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a checkpoint that somebody else wrote, and Python looks there first for what a program imports."""
+    for name in ("universal_checkpoint", "ucp", "argparse", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise SystemExit(7)\n")
+    started = []
+    real = subprocess.Popen
+
+    def noted(*given: Any, **named: Any) -> Any:
+        started.append(real(*given, **named))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    with processes.shared(["merge", "--help"], 2):
+        assert started[0].wait(60) == 0
+    assert not (tmp_path / "run").exists()

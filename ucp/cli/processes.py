@@ -24,8 +24,15 @@ from ucp.errors import BadArgument, ProcessLost, described
 from ucp.storage.locations import is_remote
 from ucp.transfer.team import Team, from_environment
 
-# As the command's entry point does, so that another package called ucp is no hindrance.
-_PROGRAM = "import sys; from universal_checkpoint.cli.main import main; sys.exit(main())"
+# As the command's entry point does, so that another package called ucp is no hindrance. The search path is the
+# command's own: Python would begin it with the working folder, which may be a checkpoint that somebody else wrote.
+_PROGRAM = """
+import sys
+count = int(sys.argv[1])
+sys.path[:], sys.argv[1:] = sys.argv[2 : 2 + count], sys.argv[2 + count :]
+from universal_checkpoint.cli.main import main
+sys.exit(main())
+"""
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +126,7 @@ def may_fork() -> bool:
 
 def _started(arguments: Sequence[str], process: int, processes: int) -> _Other:
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *arguments],
+        [sys.executable, "-c", _PROGRAM, str(len(sys.path)), *sys.path, *arguments],
         env={**os.environ, "RANK": str(process), "WORLD_SIZE": str(processes)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

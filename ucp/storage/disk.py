@@ -68,8 +68,9 @@ def rename_with(source: str | os.PathLike[str], target: str | os.PathLike[str], 
 
 
 def open_to_write(path: str | os.PathLike[str], flags: int = os.O_WRONLY | os.O_CREAT | os.O_EXCL) -> int:
-    """A descriptor, by default of a new file. If there is a pipe of that name, this does not wait for its reader."""
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    """A descriptor, by default of a new file. If there is a pipe of that name, this does not wait for its reader; a
+    link of that name is not followed, for it may lead to somebody's file."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
 
 
 def resize(fd: int, size: int) -> None:

@@ -7,6 +7,9 @@ It is called ``.ucp-part-out`` beside a destination ``out``, one for each destin
 - ``team/``: files of the processes that share the work;
 - ``identity``: the digest of everything that decides the bytes; with another one, the work begins anew;
 - ``lock``: only the process that holds it may change the rest.
+
+It may lie beside a checkpoint that somebody else wrote, and be somebody else's, too. So no link in it is followed: it
+would lead out of the destination, and what is there would be overwritten or removed.
 """
 
 from __future__ import annotations
@@ -90,6 +93,11 @@ def _make(part: Path) -> list[Path]:
         raise DestinationError(
             f"{_destination(part)}: cannot be made, since '{part}' cannot: {error.strerror or error}"
         ) from error
+    if part.is_symlink():
+        raise DestinationError(
+            f"{_destination(part)}: is made in '{part}', which is a link to '{os.readlink(part)}'; look at it, and "
+            "remove it"
+        )
     return made
 
 
@@ -128,7 +136,7 @@ def _locked(part: Path) -> Iterator[None]:
 def _prepare(part: Path, identity: str, resume: bool) -> None:
     """Clear what cannot be continued, and make the folders."""
     try:
-        if not resume or _read(part / _IDENTITY) != identity:
+        if not resume or _read(part / _IDENTITY) != identity or _has_links(part):
             for entry in part.iterdir():
                 if entry.name == _LOCK:
                     continue
@@ -142,6 +150,15 @@ def _prepare(part: Path, identity: str, resume: bool) -> None:
         write_atomic(part / _IDENTITY, identity.encode())
     except OSError as error:
         raise DestinationError(f"{part}: cannot be used: {error.strerror or error}") from error
+
+
+def _has_links(part: Path) -> bool:
+    """Whether there are links in the folder. No conversion makes any."""
+    return any(
+        os.path.islink(os.path.join(folder, name))
+        for folder, folders, files in os.walk(part)
+        for name in (*folders, *files)
+    )
 
 
 def _publish(part: Path, dest: str | os.PathLike[str], replace: bool) -> None:

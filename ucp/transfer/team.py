@@ -272,7 +272,8 @@ def _grow(path: Path, text: str) -> None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe of that name would wait for a reader
+    # A pipe of that name would wait for a reader, and a link would lead elsewhere.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
 
 
 def _tell(path: Path, text: str) -> None:
