@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections import Counter, OrderedDict, deque
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -220,16 +221,29 @@ def mix(x: int) -> int:
     return z ^ z >> 31
 
 
+@lru_cache(512)
+def column_key(c: int, lane: int) -> int:
+    parts = [mix(0x6C6F676963616C31 + 8 * c + 4 * lane + k) >> 49 for k in range(4)]
+    return sum((part - 2**14) * 2 ** (15 * k) for k, part in enumerate(parts))
+
+
 def logical_digest(raw: bytes) -> str:
-    words = np.frombuffer(raw + bytes(-len(raw) % 4), "<i4").tolist()
+    words = np.frombuffer(raw + bytes(-len(raw) % 4), "<i4")
     lanes = [0, 0]
-    for number, word in enumerate(words):
+    for number in np.flatnonzero(words).tolist():
         r, c = divmod(number, 256)
         for lane in (0, 1):
-            parts = [mix(0x6C6F676963616C31 + 8 * c + 4 * lane + k) >> 49 for k in range(4)]
-            column = sum((part - 2**14) * 2 ** (15 * k) for k, part in enumerate(parts))
-            lanes[lane] += (mix(0x5563704469676573 + 2 * r + lane) | 1) * column * word
+            lanes[lane] += (mix(0x5563704469676573 + 2 * r + lane) | 1) * column_key(c, lane) * int(words[number])
     return "".join(f"{lane % 2**64:016x}" for lane in lanes)
+
+
+def sampled(raw: bytes, seed: int, every: int) -> bytes:
+    blocks = -(-len(raw) // 65536)
+    picked = [g + mix((seed + g // every) % 2**64) % min(every, blocks - g) for g in range(0, blocks, every)]
+    out = bytearray(len(raw))
+    for block in picked:
+        out[block * 65536 : (block + 1) * 65536] = raw[block * 65536 : (block + 1) * 65536]
+    return bytes(out)
 
 
 def test_logical_digests(tmp_path: Path) -> None:
@@ -238,11 +252,22 @@ def test_logical_digests(tmp_path: Path) -> None:
     import ucp
 
     torch.manual_seed(0)
-    ucp.save({"model": {"w": torch.randn(30, 17), "b": torch.randn(7, dtype=torch.bfloat16)}}, tmp_path / "saved")
+    large = torch.zeros(75 * 8192)  # 37 and a half blocks, and then 75
+    large[::61] = torch.randn(len(large[::61]))
+    small = {
+        "w": torch.randn(30, 17),
+        "b": torch.randn(7, dtype=torch.bfloat16),
+        "large": large.double(),
+        "wide": large,
+    }
+    ucp.save({"model": small}, tmp_path / "saved")
     found = Stranger(tmp_path / "saved")
     kept = found.body["logical_digests"]
-    assert kept["scheme"] == "rows-256x2"
-    assert kept["whole"] == [logical_digest(tensor.tobytes()) for tensor in found.tensors.values()]
+    assert kept["scheme"] == "rows-256x2-spread"
+    raw = [tensor.tobytes() for tensor in found.tensors.values()]
+    assert kept["whole"] == [logical_digest(each) for each in raw]
+    assert kept["sampled"] == [logical_digest(sampled(each, kept["seed"], kept["every"])) for each in raw]
+    assert 0 < sum(one != other for one, other in zip(kept["whole"], kept["sampled"], strict=True)) == 2
 
 
 @pytest.mark.parametrize("name", ["consolidated", "dtensors"])
