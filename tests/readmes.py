@@ -50,10 +50,10 @@ READMES = (
 ELSEWHERE = ("specs/README.md",)
 PROGRAMS = {"ucp": "ucp.cli.main", "ucp-convert": "ucp.cli.convert", "ucp-spec": "ucp.cli.spec"}
 KINDS = {
-    "bash": ("", "scripts", "install", "cluster", "ranks", "tutorial"),
+    "bash": ("", "scripts", "install", "cluster", "ranks", "tutorial", "recipe"),
     "python": ("", "deepspeed", "tutorial"),
     "json": ("",),
-    "yaml": ("",),
+    "yaml": ("", "recipe"),
     "toml": ("",),
     "text": ("",),
 }
