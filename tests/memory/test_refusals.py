@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ucp import limits
-from ucp.errors import BadArgument, DamagedCheckpoint, SaveFailed
+from ucp.cli.main import main
+from ucp.errors import BadArgument, DamagedCheckpoint, SaveFailed, UcpError
 from ucp.memory import blocks, recovery, start
 from ucp.memory.groups import divided
 from ucp.memory.options import Options, nbytes
@@ -20,6 +24,7 @@ from ucp.memory.pool import LentPool
 from ucp.memory.tier import Tier
 from ucp.storage.kept import client, places
 from ucp.storage.kept.wire import receive, send
+from ucp.torchdist.memory import MemorySnapshots
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(keepers: Path) -> None:
@@ -34,6 +39,46 @@ def test_a_note_that_is_a_link_or_no_note_is_left_out(keepers: Path) -> None:
     (keepers / "a-b.json").write_text("{}")
     (keepers / "a-c.json").symlink_to("/etc/passwd")
     assert places.notes() == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_socket_of_another_user_is_not_trusted(keepers: Path) -> None:
+    path = str(keepers / "s")
+    with socket.socket(socket.AF_UNIX) as listening:
+        pid = os.fork()
+        if pid == 0:  # whoever listens is who the peer is
+            os.chmod(keepers, 0o777)
+            os.setuid(65534)
+            listening.bind(path)
+            listening.listen()
+            time.sleep(60)
+            os._exit(0)
+        try:
+            while not os.path.exists(path):
+                time.sleep(0.01)
+            time.sleep(0.05)
+            with pytest.raises(client.KeeperGone, match="the socket is another user's"):
+                client.of_note(places.Note("run", "a", "a", pid, "localhost", 1, "1" * 32, path)).ask("ping")
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            keepers.chmod(0o700)
+
+
+@pytest.mark.slow
+def test_another_model_is_refused_by_name_and_stays_as_it_is(tmp_path: Path, keepers: Path) -> None:
+    memory = MemorySnapshots(tmp_path / "run", redundancy=0)
+    memory.snapshot(3, model=torch.nn.Linear(4, 5))
+    memory.wait()
+    other = torch.nn.Linear(4, 6)
+    before = other.weight.detach().clone()
+    with pytest.raises(UcpError, match=r"weight.*\[5, 4\].*\[6, 4\]|weight.*\[6, 4\].*\[5, 4\]"):
+        memory.load_training(model=other)
+    assert torch.equal(other.weight, before)
+    report = memory.load_training(model=torch.nn.Linear(4, 5))
+    assert report is not None
+    assert report.step == 3
+    memory.tier.end()
 
 
 @pytest.mark.slow
@@ -53,6 +98,14 @@ def test_a_keeper_of_another_run_of_that_name(keepers: Path) -> None:
     far = client.of_address("run", "a", note.host, note.port, "3" * 32)
     with pytest.raises(client.KeeperGone, match="the run or its token is another one"):
         far.ask("ping")
+
+
+def test_a_run_that_no_keeper_holds_is_said(keepers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keeper", "status"]) == 0
+    assert "there is no keeper on this machine" in capsys.readouterr().err
+    for action in ("status", "drop"):
+        assert main(["keeper", action, "other"]) == 2
+        assert "no keeper on this machine holds 'other'" in capsys.readouterr().err
 
 
 def test_the_limit_is_told_with_the_bytes_that_are_needed(keepers: Path) -> None:

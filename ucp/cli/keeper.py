@@ -58,7 +58,12 @@ def _status(args: argparse.Namespace, out: Output) -> int:
     from ucp.memory import control
 
     found = control.statuses(args.run)
+    if not found and args.run is not None:
+        raise control.absent(args.run)
     if out.result(lambda: {"schema": "ucp.keeper.status/1", "keepers": found}):
+        return run.DONE
+    if not found:
+        run.say("ucp keeper: there is no keeper on this machine")
         return run.DONE
     rows = []
     for one in found:

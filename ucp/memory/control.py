@@ -43,12 +43,17 @@ def statuses(run: str | None = None) -> list[Mapping[str, Any]]:
     return found
 
 
+def absent(run: str) -> BadArgument:
+    """The error that says that no keeper here has a run."""
+    return BadArgument(f"no keeper on this machine holds '{run_name(run)}'")
+
+
 def drop(run: str) -> list[str]:
     """End this machine's keepers of a run, with what they hold. Returns their nodes. Raises BadArgument if there are
     none."""
     notes = places.notes(run_name(run))
     if not notes:
-        raise BadArgument(f"no keeper on this machine holds '{run_name(run)}'")
+        raise absent(run)
     for note in notes:
         client = of_note(note)
         try:
