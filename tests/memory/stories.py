@@ -117,6 +117,7 @@ def whole_run(
     bf16: bool,
     until: int | None = None,
     section: Mapping[str, Any] | None = None,
+    lr: float = 1e-2,
 ) -> None:
     """A run of a program that is the same on any number of ranks: to its end, or until it is killed.
 
@@ -131,7 +132,7 @@ def whole_run(
     layouts = ["dp=4,zero=1", "dp=3,zero=1", "dp=2,zero=3", "dp=1,zero=0" if not bf16 else "dp=1,zero=1"]
     config = {
         "train_batch_size": BATCH,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "torch_adam": True}},
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": bf16},
         "zero_force_ds_cpu_optimizer": False,

@@ -77,22 +77,24 @@ def run(
     luck: random.Random,
     bf16: bool,
     section: Mapping[str, Any] | None = None,
+    lr: float = 1e-2,
 ) -> dict[str, Any]:
     """A whole run, killed at random steps and started again on 3, 2, 4, 1, 3 ... ranks, beside one that is not."""
     steps = 8 + 4 * count
     plain = f"{folder}-plain"
     os.mkdir(plain)
-    pool.run(stories.whole_run, plain, keepers, FOUR, steps, None, bf16, world_size=4, timeout=300)
+    rest = (None, section, lr)
+    pool.run(stories.whole_run, plain, keepers, FOUR, steps, None, bf16, None, None, lr, world_size=4, timeout=300)
     worlds = [4, 3, 2, 4, 1]
     for k in range(count):
         world = worlds[k % 5]
-        arguments = (folder, keepers, FOUR[:world], steps, luck.uniform(0.1, 1.2), bf16, None, section)
+        arguments = (folder, keepers, FOUR[:world], steps, luck.uniform(0.1, 1.2), bf16, *rest)
         pool.attempt(stories.whole_run, *arguments, world_size=world, grace=0.5)
-    last = (folder, keepers, FOUR[:3], steps, None, bf16, None, section)
+    last = (folder, keepers, FOUR[:3], steps, None, bf16, *rest)
     pool.run(stories.whole_run, *last, world_size=3, timeout=300)
     ours, theirs = stories.history(folder), stories.history(plain)
     numbers = sorted(int(n) for held in ours.values() for n in held["bits"])
-    control = _unkilled(pool, folder, keepers, steps, bf16)
+    control = _unkilled(pool, folder, keepers, steps, bf16, lr)
     return {
         "kills": count,
         "bf16": bf16,
@@ -106,13 +108,15 @@ def run(
     }
 
 
-def _unkilled(pool: RankPool, folder: str, keepers: str, steps: int, bf16: bool) -> dict[int, dict[str, Any]]:
+def _unkilled(
+    pool: RankPool, folder: str, keepers: str, steps: int, bf16: bool, lr: float
+) -> dict[int, dict[str, Any]]:
     """The history of a run that nothing kills, which changes its number of ranks where the other run did, by saving to
     disk and loading from there. So what differs from it is what kills and memory have changed."""
     control = f"{folder}-control"
     os.mkdir(control)
     for world, until in stories.schedule(folder):
-        arguments = (control, keepers, FOUR[:world], steps, None, bf16, until)
+        arguments = (control, keepers, FOUR[:world], steps, None, bf16, until, None, lr)
         pool.run(stories.whole_run, *arguments, world_size=world, timeout=300)
     return stories.history(control)
 
@@ -133,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="survive", description=__doc__)
     parser.add_argument("story", choices=("kills", "run", "run-bf16"))
     parser.add_argument("--count", type=int, default=20, help="kills")
+    parser.add_argument("--lr", type=float, default=1e-2, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="of 'kills': go on with what is there; what it lacks of --count is left there")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of 'kills': leave off after so long")
@@ -149,7 +154,7 @@ def main() -> int:
             if args.story == "kills":
                 told = kills(pool, folder, keepers, args.count, luck, began + args.seconds)
             else:
-                told = run(pool, folder, keepers, args.count, luck, args.story == "run-bf16")
+                told = run(pool, folder, keepers, args.count, luck, args.story == "run-bf16", None, args.lr)
     finally:
         if not args.folder or told.get("kills") == args.count:
             for note in places.notes():
