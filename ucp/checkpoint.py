@@ -245,6 +245,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     trust_client_state: bool = False,
     trust_paths: bool = False,
     param_names: Sequence[Sequence[str]] | str | os.PathLike[str] | None = None,
+    param_shapes: Mapping[str, Sequence[int]] | str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     allow_approximate: bool = False,
@@ -272,6 +273,9 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         For virtual checkpoints: follow them to files outside the folder that they name as their source.
     param_names
         Each param group's names, in order, or a JSON file with them, where the optimizer has numbers alone.
+    param_shapes
+        The shapes of the module's parameters by name, in its order, or a JSON file with them, where FSDP1 saved flat
+        parameters (LOCAL_STATE_DICT).
     options
         Further options of a format from another package, by name.
     verify
@@ -292,7 +296,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     SpecError, Mismatch, Unsupported, UnsafePickle
         If the spec does not fit, and where the format's reader raises them.
     """
-    some = {"trust_client_state": trust_client_state, "trust_paths": trust_paths, "param_names": param_names}
+    some: dict[str, Any] = {"trust_client_state": trust_client_state, "trust_paths": trust_paths}
+    some.update(param_names=param_names, param_shapes=param_shapes)
     asked = _Asked(choose(spec, model_config, sizes), verify, some, options or {})
     return _exact(_open(path, tag, asked, verify), allow_approximate)
 

@@ -17,7 +17,10 @@ from ucp.parallel.mesh import Layout
 from ucp.transfer.destination import Running
 
 # The settings that `ucp.open` takes. The others are fields of Running and the target's options.
-OPENING = ("tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names", "allow_approximate")
+OPENING = (
+    "tag", "model_config", "sizes", "trust_client_state", "trust_paths", "param_names", "param_shapes",
+    "allow_approximate",
+)  # fmt: skip
 RUNNING = tuple(field.name for field in fields(Running))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucp import formats
 from ucp.cli import run
-from ucp.formats.base import FLAG, NAMES, TEXT, Option
+from ucp.formats.base import FLAG, NAMES, SHAPES, TEXT, Option
 
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
@@ -58,10 +58,11 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 def _reading() -> dict[str, Option]:
     """The reading options of the built-in formats, except those that every command has itself or that none can give."""
     options = {option.name: option for known in formats.built_in() for option in known.read_options}
+    elsewhere = ("trust_paths", "trust_client_state", "allow_approximate")
     return {
         name: option
         for name, option in options.items()
-        if option.kind in (FLAG, TEXT, NAMES) and name not in ("trust_paths", "trust_client_state", "allow_approximate")
+        if option.kind in (FLAG, TEXT, NAMES, SHAPES) and name not in elsewhere
     }
 
 

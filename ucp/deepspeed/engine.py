@@ -31,7 +31,7 @@ from ucp.job.timings import record_load, record_save
 from ucp.loading.load import LoadReport, load
 from ucp.loading.match import Wish
 from ucp.loading.read import reading_threads
-from ucp.loading.spec_names import config_of, in_names_of
+from ucp.loading.spec_names import config_of, in_names_of, shapes_of
 from ucp.logical.listing import Digests
 from ucp.printable import logger
 from ucp.progress import tell
@@ -283,15 +283,14 @@ def load_checkpoint(
     scheduler = load_lr_scheduler_states and not load_module_only and kept
     target = ranks.all_or_none(lambda: watch.timed("plan", lambda: LiveEngine(engine, load_lr_scheduler=scheduler)))
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
-    module = [name for name, _ in engine.module.named_parameters()]
-    local = [ModuleOrder.of_group(g.names, module) for g in target.groups]
+    shapes = shapes_of(engine.module)
+    local = [ModuleOrder.of_group(g.names, shapes) for g in target.groups]
     watch.timed("plan", lambda: target.place(config.choice()))
     # A pipeline stage's names are those of the whole model, so the names of all stages can be given, which say more.
     names = [g.names for g in target.groups] if target.layout.pp > 1 else local
     live = {*(m.name for s in target.slots for m in s.members), *target.elsewhere}
-    found = ranks.from_first(
-        lambda: watch.timed("open", lambda: _open(place, tag, config, names, live, config_of(engine.module)))
-    )
+    asked = (place, tag, config, names, live, shapes, config_of(engine.module))
+    found = ranks.from_first(lambda: watch.timed("open", lambda: _open(*asked)))
     if found is None:
         _tell_of_nothing(load_dir)
         return None, None
@@ -401,12 +400,13 @@ def _open(
     config: Config,
     names: Sequence[Sequence[str]],
     live: Collection[str],
+    shapes: Mapping[str, Sequence[int]],
     model: Mapping[str, Any] | None,
 ) -> tuple[str, Catalog] | None:
     """The checkpoint's folder and its catalog, whose training state has real tensors. None if there is no checkpoint.
 
-    names: rank 0's own names in each param group. live: all names of the model. The spec says what the checkpoint calls
-    them.
+    names: rank 0's own in each param group. live: all names of the model, which the spec changes into the checkpoint's.
+    shapes: of its parameters.
     """
     try:
         with open_checkpoint(
@@ -419,6 +419,7 @@ def _open(
             trust_paths=config.load.trust_paths,
             allow_approximate=config.load.allow_approximate,
             param_names=names,
+            param_shapes=shapes,
             options=config.load.reading,
         ) as checkpoint:
             catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from ucp.storage.files import Files
     from ucp.transfer.targets import WritePlan
 
-FLAG, TEXT, SIZE, PATH, CONFIG, NAMES, OBJECT = "flag", "text", "size", "path", "config", "names", "object"
-"""The kinds of options: True or False; a text; bytes; a path; a JSON file's path or its content; lists of names, or the
-path of a JSON file with them; any Python object."""
+FLAG, TEXT, SIZE, PATH, CONFIG, OBJECT = "flag", "text", "size", "path", "config", "object"
+NAMES, SHAPES = "names", "shapes"
+"""The kinds of options: True or False; a text; bytes; a path; a JSON file's path or its content; any Python object;
+lists of names, and a mapping of names to shapes, each of them also as the path of a JSON file."""
 
 _WANTED = {
     FLAG: "True or False",
@@ -85,6 +86,10 @@ class Option(NamedTuple):  # no dataclass: importing that module takes longer th
             from ucp.storage import configs
 
             return configs.names_of_groups(value, self.name, BadArgument)
+        elif self.kind == SHAPES:
+            from ucp.storage import configs
+
+            return configs.shapes_by_name(value, self.name, BadArgument)
         elif self.kind == CONFIG:
             fits = isinstance(value, (str, os.PathLike, Mapping))
         else:

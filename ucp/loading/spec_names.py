@@ -36,3 +36,9 @@ def config_of(model: Any) -> Mapping[str, Any] | None:
     config: Any = getattr(model, "config", None)
     found = config.to_dict() if hasattr(config, "to_dict") else config
     return found if isinstance(found, Mapping) else None
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's parameters by name, in its order: of the whole tensors, where a DTensor or ZeRO stage 3
+    has cut them."""
+    return {name: tuple(getattr(own, "ds_shape", own.shape)) for name, own in model.named_parameters()}

@@ -25,7 +25,7 @@ from ucp.loading.load import load as load_target
 from ucp.loading.match import Wish
 from ucp.loading.name_match import bare
 from ucp.loading.options import stays_at
-from ucp.loading.spec_names import config_of
+from ucp.loading.spec_names import config_of, shapes_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger
 from ucp.saving.save import SaveReport
@@ -214,6 +214,7 @@ def load_training(
     asked = Requantised() if are_requantised(changes) else None
     state_dict, made = _states_of(model, asked, optimizer, True)
     opening.setdefault("model_config", config_of(model))
+    opening.setdefault("param_shapes", _whole_shapes(model))
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     quantised = asked.if_needed(catalog) if asked else None
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening, asked.needed if asked else None)
@@ -234,6 +235,12 @@ def load_training(
     report = _filled(fill, (state_dict, made), lambda: _states_of(model, quantised, live.optimizer, False))
     tell(report := report if quantised is None else quantised.told(report), metrics)
     return _report(where, catalog, report, optimizer)
+
+
+def _whole_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the module's parameters. None under FSDP1, which has cut or flattened them."""
+    found = {bare(name): shape for name, shape in shapes_of(model).items()}
+    return None if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in found) else found
 
 
 def _states_of(

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +37,7 @@ class Accelerate(Format):
     sign = "Accelerate's 'random_states_0.pkl' or 'pytorch_model_fsdp_0'"
     parts = ("huggingface", "dcp")
     completes = ("deepspeed",)
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether it has Accelerate's files, with the model in a form that is not another program's folder."""

@@ -19,11 +19,12 @@ from ucp.formats.huggingface.folder import KINDS
 from ucp.formats.huggingface.module_order import module_order
 from ucp.formats.huggingface.reader import read as read_weights
 from ucp.formats.nouns import ReadRequest
-from ucp.formats.shared import numbered
+from ucp.formats.shared import flat, numbered
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.roles import MODEL, PARAM
 from ucp.formats.shared.state_dicts import Entries
+from ucp.formats.shared.unflatten import unflatten
 from ucp.formats.shared.unknown_objects import UnknownObjects, load_file
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
@@ -53,6 +54,7 @@ class Parts:
     notes: what could not be checked.
     computed: as `Catalog.computed` has it, for weights that are quantised.
     copies: weights that are held a second time.
+    units: what the files tell of FSDP1's flat parameters, by unit.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)
     computed: dict[int, ByteSource] = field(default_factory=dict)
     copies: list[LogicalTensor] = field(default_factory=list)
+    units: dict[str, Sequence[flat.Member]] = field(default_factory=dict)
 
     @property
     def unknown(self) -> UnknownObjects:
@@ -76,6 +79,7 @@ class Parts:
 
     def catalog(self, format_name: str, writer: str) -> Catalog:
         """The parts as one catalog. Its training state is still only that of the optimizers."""
+        self.notes += unflatten(self.entries, self.folder, self.request.options.get("param_shapes"), self.units)
         layout = layout_of(self.entries)
         layout = replace(layout, dp=max(layout.dp, self.ranks))
         found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())

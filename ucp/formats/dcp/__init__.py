@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format, WriteTarget
-from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ class DcpTarget(WriteTarget):
 class Dcp(Format):
     name = NAME
     sign = f"one of torch.distributed '{METADATA}'"
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
     targets = (DcpTarget(),)
 
     def detect(self, folder: FolderNames) -> bool:
@@ -57,7 +57,8 @@ class Dcp(Format):
         from ucp.formats.dcp import reader
         from ucp.formats.shared.unknown_objects import UnknownObjects
 
-        return reader.read(path, files, UnknownObjects.of(request.options), request.options.get("param_names"))
+        names, shapes = request.options.get("param_names"), request.options.get("param_shapes")
+        return reader.read(path, files, UnknownObjects.of(request.options), names, shapes)
 
     def file_owners(self, names: Sequence[str]) -> Mapping[str, str]:
         return {name: f"rank {int(found[1])}" for name in names if (found := _DATA.fullmatch(name))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from ucp.errors import DamagedCheckpoint
 from ucp.formats.dcp import NAME, metadata
 from ucp.formats.dcp.records import Records
 from ucp.formats.dcp.records import tensors as tensors_of
-from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
 from ucp.formats.shared.two_saves import far_apart, uneven_steps
+from ucp.formats.shared.unflatten import unflatten
 from ucp.formats.shared.unknown_objects import REFUSED, UnknownObjects
+from ucp.geometry import Shape
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.storage import locations
@@ -37,18 +38,20 @@ def read(
     files: Files,
     unknown: UnknownObjects = REFUSED,
     param_names: Sequence[Sequence[str]] | None = None,
+    param_shapes: Mapping[str, Shape] | None = None,
 ) -> Catalog:
     """The folder's catalog.
 
     unknown: what becomes of objects of unknown classes.
     param_names: the names in each param group, in order, if the saved optimizer only numbers its parameters.
+    param_shapes: of the module's parameters, in its order, for what FSDP1 has saved flat.
 
     Raises DamagedCheckpoint if files are missing, truncated or contradict the metadata, UnsafePickle, Unsupported.
     """
     folder = locations.locate(path)
     into = Entries(Builder(files))
     add_entries(folder, into, unknown)
-    notes = name_numbers(into, param_names)
+    notes = [*unflatten(into, folder, param_shapes), *name_numbers(into, param_names)]
     catalog = into.catalog(NAME, WRITER, layout_of(into))
     catalog.check()
     told = (*notes, *(text for text in (far_apart(catalog.on_disk), uneven_steps(catalog)) if text is not None))
@@ -60,11 +63,9 @@ def read(
 def add_entries(folder: Path, into: Entries, unknown: UnknownObjects = REFUSED, under: tuple[str, ...] = ()) -> None:
     """Enter what a DCP folder holds. Entries of another folder may be there already. under: keys before its own.
 
-    Raises what `read` raises, Unsupported for FSDP1's flat parameters, and DamagedCheckpoint if both folders have an
-    entry of the same name.
+    Raises what `read` raises, and DamagedCheckpoint if both folders have an entry of the same name.
     """
     found = metadata.load(folder)
-    flat.refuse(folder, found.tensors)
     with Records(folder, into.builder) as records:
         objects = {key: records.load(key, record, unknown) for key, record in found.objects.items()}
         tensors = tensors_of(found.tensors, records)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ class Lightning(Format):
     sign = f"Lightning's '{META}' beside '.metadata'"
     parts = ("dcp",)
     completes = ("deepspeed",)
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:
         return folder.has_file(META) and folder.has_file(".metadata")

@@ -15,9 +15,13 @@ from ucp.formats.lightning import META, NAME
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.state_dicts import Entries
+from ucp.formats.shared.unflatten import unflatten
 from ucp.formats.shared.unknown_objects import UnknownObjects
+from ucp.printable import logger
 from ucp.storage import locations
 from ucp.storage.files import Files
+
+log = logger(__name__)
 
 VERSION = "pytorch-lightning_version"
 
@@ -30,15 +34,19 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         raise DamagedCheckpoint(f"{folder / META}: holds a {type(meta).__name__}, not Lightning's state of a run")
     into = Entries(Builder(files))
     add_entries(folder, into, UnknownObjects.of(request.options))
+    notes = unflatten(into, folder, request.options.get("param_shapes"))
     version = meta.get(VERSION, "of unknown version")
     catalog = into.catalog(NAME, f"lightning {version}", layout_of(into))
     catalog.check()
+    for note in notes:
+        log.warning("%s: %s", folder, note)
     single = _scheduler(meta)
     step = meta.get("global_step")
     kept = {str(key): value for key, value in meta.items() if key != "lr_schedulers" or single is None}
     state = catalog.training_state
     return replace(
         catalog,
+        unchecked=(*catalog.unchecked, *notes),
         training_state=replace(
             state,
             lr_scheduler=single,

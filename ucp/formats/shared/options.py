@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ucp.formats.base import FLAG, NAMES, Option
+from ucp.formats.base import FLAG, NAMES, SHAPES, Option
 
 TRUST_PATHS = Option("trust_paths", FLAG, "follow a virtual SOURCE to files outside the folder it names", default=False)
 """Read files that a virtual checkpoint points at wherever they lie."""
@@ -25,3 +25,11 @@ PARAM_NAMES = Option(
     "FILE",
 )
 """What a checkpoint leaves open that knows an optimizer's parameters by numbers."""
+
+PARAM_SHAPES = Option(
+    "param_shapes",
+    SHAPES,
+    "JSON: the shape of each of the module's parameters by name, in its order, for what FSDP1 saved flat",
+    "FILE",
+)
+"""What a checkpoint leaves open that has FSDP1's flat parameters."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ FILE = re.compile(r"(\w(?:.*\w)?)_(\d+)\.pt")
 class TorchCheckpointing(Format):
     name = NAME
     sign = f"one of torch_checkpointing 'model_0.pt' or '{METADATA}'"
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether each rank has a file of an item: of the model, or of any where metadata say that it is one."""

@@ -13,11 +13,11 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.accelerate.parts import load
 from ucp.formats.accelerate.ranks import differ_sentence, joined
 from ucp.formats.nouns import ReadRequest
-from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered_entries import name_numbers
 from ucp.formats.shared.state_dicts import Entries
 from ucp.formats.shared.two_saves import far_apart, uneven_steps
+from ucp.formats.shared.unflatten import unflatten
 from ucp.formats.torch_checkpointing import FILE, METADATA, NAME
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
@@ -61,8 +61,8 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
         kept[item] = held[0]
         if any(own != held[0] for own in held[1:]):
             different[item] = held
-    flat.refuse(folder, into.tensors)
-    notes = name_numbers(into, request.options.get("param_names"))
+    notes = unflatten(into, folder, request.options.get("param_shapes"))
+    notes += name_numbers(into, request.options.get("param_names"))
     world = len(next(iter(items.values())))
     cut = any(len(tensor.blocks) > 1 for tensor in into.tensors.values())
     catalog = into.catalog(NAME, "torch_checkpointing", Layout(dp=world, zero=3) if cut else Layout(dp=world))

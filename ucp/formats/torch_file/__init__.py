@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import TEXT, Format, Option
-from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,7 @@ OPTIMIZER_KEY = Option("optimizer_key", TEXT, "where a file's optimizer is, if t
 class SavedFile(Format):
     name = NAME
     sign = "one file of torch.save's, '*.pt', '*.pth', '*.bin' or '*.ckpt'"
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, MODEL_KEY, OPTIMIZER_KEY, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, MODEL_KEY, OPTIMIZER_KEY, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:
         return folder.is_file and _NAMES.fullmatch(folder.path.name) is not None

@@ -15,7 +15,6 @@ from ucp.catalog import Catalog
 from ucp.errors import BadArgument, NotACheckpoint
 from ucp.formats.accelerate.parts import OPTIMIZER, Parts, add_module, add_optimizer, load
 from ucp.formats.nouns import ReadRequest
-from ucp.formats.shared import flat
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.numbered import is_optimizer
 from ucp.formats.shared.state_dicts import Entries
@@ -51,7 +50,6 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     graph = load(path, request, alone=True)
     roles = _roles(path, graph, request.options)
     parts = Parts(path.parent, request, Entries(Builder(files)))
-    flat.refuse(path, [*roles.module, *(str(name) for _, found in roles.optimizers for name in found["state"])])
     add_module(parts, _unwrapped(roles.module, graph), path.name)
     for index, (key, optimizer) in enumerate(roles.optimizers):
         root = OPTIMIZER if not index else f"{OPTIMIZER}_{index}"

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ucp.formats.base import Format
-from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.formats.shared.options import PARAM_NAMES, PARAM_SHAPES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ class Trainer(Format):
     sign = f"a Trainer's '{STATE}' beside a model"
     parts = ("huggingface", "accelerate", "dcp")
     completes = ("deepspeed",)
-    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES)
+    read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:
         """Whether the Trainer's state is in it, and no pointer to another program's checkpoint."""
