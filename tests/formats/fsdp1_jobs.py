@@ -88,6 +88,9 @@ def saves(folder: str, kind: str) -> Wrote:
         if kind != "last":  # of which FSDP1 itself refuses to name the states
             states = Sharded.optim_state_dict(model, optimizer)
             dcp.save({"model": local, "optimizer": states}, checkpoint_id=f"{folder}/named")
+    with Sharded.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+        if kind != "last":
+            _of_rank({"model": model.state_dict(), "optimizer": states, "seed": dist.get_rank()}, f"{folder}/sharded")
     losses = train(model, optimizer, FURTHER)
     return Wrote(truth, tuple(losses))
 

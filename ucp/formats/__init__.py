@@ -42,6 +42,7 @@ BUILT_IN = (
     "ucp.formats.torch_file",
     "ucp.formats.deepspeed_universal",
     "ucp.formats.torch_checkpointing",
+    "ucp.formats.torch_ranks",
 )
 GROUP = "ucp.formats"
 """The entry-point group of other packages' formats."""

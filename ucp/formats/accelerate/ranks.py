@@ -22,7 +22,7 @@ from ucp.formats.shared.builder import Builder
 from ucp.geometry import Blocks, Shape, concat
 from ucp.parallel.placements import MeshCut, product, ranges_of
 from ucp.printable import short
-from ucp.storage.torch_pt.allowlist import DTENSOR
+from ucp.storage.torch_pt.shared_out import DTENSOR, SHARDED
 from ucp.storage.torch_pt.values import Standin, TensorRef
 
 
@@ -47,6 +47,8 @@ def joined(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, diffe
     first = graphs[0]
     if isinstance(first, Standin) and (first.class_module, first.class_name) == DTENSOR:
         return _tensor(graphs, paths, builder, name)
+    if isinstance(first, Standin) and (first.class_module, first.class_name) == SHARDED:
+        return _sharded(graphs, paths, builder, name)
     if isinstance(first, TensorRef):
         if not all(isinstance(graph, TensorRef) and _equal(first, graph, builder) for graph in graphs[1:]):
             different.append(name)
@@ -125,6 +127,39 @@ def _tensor(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, name
     return LogicalTensor(
         "", "", whole.shape, whole.dtype, concat(whole.blocks, len(whole.shape)), np.concatenate(whole.bases)
     )
+
+
+def _sharded(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, name: str) -> LogicalTensor:
+    """A ShardedTensor, by the boxes that each of the ranks says it has."""
+    size = tuple(int(n) for n in graphs[0].state["_metadata"].size)
+    found: dict[tuple[int, ...], TensorRef] = {}
+    for graph, path in zip(graphs, paths, strict=True):
+        if tuple(graph.state["_metadata"].size) != size:
+            raise DamagedCheckpoint(f"{path}: '{name}' has another shape than in '{paths[0].name}'")
+        for shard in graph.state["_local_shards"]:
+            at, local = tuple(int(n) for n in shard.metadata.shard_offsets), shard.tensor
+            if local.shape != tuple(shard.metadata.shard_sizes) or len(at) != len(size):
+                raise DamagedCheckpoint(
+                    f"{path}: a shard of '{name}' is {list(local.shape)}, which is not what it says"
+                )
+            if not _equal(found.setdefault(at, local), local, builder):
+                raise DamagedCheckpoint(
+                    f"{path}: '{name}' is not what '{Path(found[at].file).name}' has of the same elements; files of "
+                    "two saves are mixed"
+                )
+    held = {at: ref for at, ref in found.items() if ref.numel}
+    if len({ref.dtype for ref in found.values()}) != 1:
+        raise DamagedCheckpoint(f"{paths[0].parent}: '{name}' has another element type on different ranks")
+    grid = (len(held), len(size))
+    blocks = Blocks(
+        np.array(list(held), np.int64).reshape(grid),
+        np.array([ref.shape for ref in held.values()], np.int64).reshape(grid),
+        np.zeros(len(held), np.int64),
+        np.array([ref.strides for ref in held.values()], np.int64).reshape(grid),
+        np.array([builder.file(ref) for ref in held.values()], np.int64),
+    )
+    dtype = next(iter(found.values())).dtype
+    return LogicalTensor("", "", size, dtype, blocks, np.array([ref.offset for ref in held.values()], np.int64))
 
 
 def _add(

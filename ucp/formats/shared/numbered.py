@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ucp.catalog import bare
+from ucp.catalog import LogicalTensor, bare
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.nouns import by_module
 from ucp.geometry import Shape, numel
@@ -156,7 +156,8 @@ def _order(model: ModelTensors) -> Sequence[str] | None:
 
 def _shape(state: Mapping[str, Any]) -> Shape | None:
     """A parameter's shape, as its states have it; None if no state tells it. Step counts are single values."""
-    found = {value.shape for key, value in state.items() if isinstance(value, TensorRef) and key != "step"}
+    tensors = (TensorRef, LogicalTensor)
+    found = {value.shape for key, value in state.items() if isinstance(value, tensors) and key != "step"}
     several = {shape for shape in found if numel(shape) != 1} or found
     return next(iter(several)) if len(several) == 1 else None
 

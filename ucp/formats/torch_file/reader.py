@@ -21,6 +21,7 @@ from ucp.formats.shared.state_dicts import Entries
 from ucp.formats.torch_file import NAME
 from ucp.storage import locations
 from ucp.storage.files import Files
+from ucp.storage.torch_pt.shared_out import is_part
 from ucp.storage.torch_pt.values import TensorRef
 
 # Programs' usual keys, the surest first.
@@ -48,17 +49,18 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     """
     path = locations.locate(path)
     graph = load(path, request, alone=True)
-    roles = _roles(path, graph, request.options)
+    roles = find_roles(path, graph, request.options)
     parts = Parts(path.parent, request, Entries(Builder(files)))
-    add_module(parts, _unwrapped(roles.module, graph), path.name)
+    add_module(parts, unwrapped(roles.module, graph), path.name)
     for index, (key, optimizer) in enumerate(roles.optimizers):
         root = OPTIMIZER if not index else f"{OPTIMIZER}_{index}"
         add_optimizer(parts, optimizer, path.name, root, kept_as=key)
     catalog = parts.catalog(NAME, _writer(graph))
-    return catalog if roles.model is None else _with_the_rest(catalog, graph, roles)
+    return catalog if roles.model is None else with_the_rest(catalog, graph, roles)
 
 
-def _roles(path: Path, graph: Any, options: Mapping[str, Any]) -> FileRoles:
+def find_roles(path: Path, graph: Any, options: Mapping[str, Any]) -> FileRoles:
+    """What the entries of a file are. Raises NotACheckpoint and BadArgument."""
     if not isinstance(graph, Mapping):
         raise NotACheckpoint(f"{path}: holds a {type(graph).__name__}, and no mapping with a model in it")
     model_key, optimizer_key = options.get("model_key"), options.get("optimizer_key")
@@ -75,7 +77,7 @@ def _is_module(value: Any) -> bool:
     """Whether it is what a module's ``state_dict()`` returns: names and tensors, and modules' extra states."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
         return False
-    others = [name for name, item in value.items() if not isinstance(item, TensorRef)]
+    others = [name for name, item in value.items() if not isinstance(item, TensorRef) and not is_part(item)]
     return len(others) < len(value) and all(name.endswith("_extra_state") for name in others)
 
 
@@ -126,7 +128,7 @@ def _at(path: Path, graph: Mapping[Any, Any], key: str, flag: str, fits: Callabl
     return key, value
 
 
-def _unwrapped(module: Mapping[str, Any], graph: Mapping[Any, Any]) -> dict[str, Any]:
+def unwrapped(module: Mapping[str, Any], graph: Mapping[Any, Any]) -> dict[str, Any]:
     """The state dict without what DistributedDataParallel and torch.compile put before or into all names. A Lightning
     module may have a part that is called so."""
     out = {name.replace("_orig_mod.", ""): value for name, value in module.items()}
@@ -135,7 +137,7 @@ def _unwrapped(module: Mapping[str, Any], graph: Mapping[Any, Any]) -> dict[str,
     return out if len(out) == len(module) else dict(module)
 
 
-def _with_the_rest(catalog: Catalog, graph: Mapping[Any, Any], roles: FileRoles) -> Catalog:
+def with_the_rest(catalog: Catalog, graph: Mapping[Any, Any], roles: FileRoles) -> Catalog:
     """Scheduler and step as what they are; everything else as client state."""
     used = {str(roles.model).partition(".")[0]} if roles.model not in graph else {roles.model}
     used |= {key if key in graph else key.partition(".")[0] for key, _ in roles.optimizers}

@@ -21,7 +21,7 @@ from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.geometry import span
 from ucp.printable import short
 from ucp.storage import dtypes
-from ucp.storage.torch_pt import numpy_calls
+from ucp.storage.torch_pt import numpy_calls, shared_out
 from ucp.storage.torch_pt.named import Global, StorageClass, StorageRef
 from ucp.storage.torch_pt.standins import STANDINS, member
 from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, Standin, TensorRef
@@ -37,9 +37,6 @@ _TENSOR_CLASSES = {
     ("torch.nn.parameter", "Buffer"),
 }
 
-# Tensors shared out over several ranks; a pickle holds one rank's part. They are read if a format asks for them.
-DTENSOR = ("torch.distributed.tensor", "DTensor")
-_DTENSOR_CLASSES = {DTENSOR, ("torch.distributed._tensor.api", "DTensor"), ("torch.distributed.tensor._api", "DTensor")}
 _WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
 
 # Tensors whose bytes are not plain strided elements. They are refused with a reason, not as "not on the allow-list".
@@ -69,7 +66,7 @@ def find(module: str, name: str) -> Any | None:
     if module in ("torch._utils", "torch._tensor") and name in _REFUSED_TENSORS:
         raise Unsupported(f"it holds {_REFUSED_TENSORS[name]} ({module}.{name}), which is not supported")
     key = (module, name)
-    if key in _CALLS or key in STANDINS or key in _TENSOR_CLASSES or key in _VALUE_CLASSES or key in _DTENSOR_CLASSES:
+    if key in _CALLS or key in STANDINS or key in _TENSOR_CLASSES or key in _VALUE_CLASSES or key in shared_out.CLASSES:
         return Global(module, name)
     return None
 
@@ -216,7 +213,7 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = N
 
 def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) -> TensorRef | Standin:
     if type(function) is Global and (function.module, function.name) == _WRAPPER:
-        return _rebuild_wrapper(tensor_class, state)
+        return shared_out.rebuilt(tensor_class, state, _attributes)
     # A plain tensor that carries Python attributes, as ZeRO-3's do; the attributes are dropped.
     if type(tensor_class) is not Global or (tensor_class.module, tensor_class.name) not in _TENSOR_CLASSES:
         raise TypeError(f"a tensor of class {short(tensor_class)}")
@@ -226,15 +223,8 @@ def _rebuild_from_type(function: Any, tensor_class: Any, args: Any, state: Any) 
     return ref
 
 
-def _rebuild_wrapper(tensor_class: Any, state: Any) -> Standin:
-    key = (tensor_class.module, tensor_class.name) if type(tensor_class) is Global else ("", "")
-    if key not in _DTENSOR_CLASSES:
-        raise Unsupported("it holds a tensor subclass (torch._utils._rebuild_wrapper_subclass), which is not supported")
-    return Standin(*DTENSOR, (), _attributes(state))
-
-
 def _refuse_wrapper(*args: Any) -> Any:
-    raise Unsupported("it holds a tensor subclass (torch._utils._rebuild_wrapper_subclass), which is not supported")
+    raise Unsupported(shared_out.REFUSED)
 
 
 _TENSOR_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -404,8 +394,9 @@ FACTORIES: dict[tuple[str, str], Any] = {
 GETATTR = Global("builtins", "getattr")
 
 
-def _member(owner: Any, name: Any) -> Standin:
-    found = member(owner.module, owner.name, name) if type(owner) is Global else None
+def _member(owner: Any, name: Any) -> Standin | Global:
+    key = (owner.module, owner.name, name) if type(owner) is Global and isinstance(name, str) else ("", "", "")
+    found = shared_out.INNER.get(key) or member(*key)
     if found is None:
         raise UnsafePickle(
             f"its pickle asks for {short(name)} of {owner}, which is no member of a known enumeration; nothing was run"

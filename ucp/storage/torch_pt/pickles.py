@@ -21,9 +21,10 @@ import numpy as np
 from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle, Unsupported
 from ucp.storage.torch_pt import allowlist
-from ucp.storage.torch_pt.allowlist import DTENSOR, GETATTR
+from ucp.storage.torch_pt.allowlist import GETATTR
 from ucp.storage.torch_pt.named import Global, StorageClass
 from ucp.storage.torch_pt.opcodes import ITEM_BYTES, OPCODES, STOP, Machine
+from ucp.storage.torch_pt.shared_out import is_part
 from ucp.storage.torch_pt.skipped import Skipped
 from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
@@ -47,7 +48,7 @@ class Unpickler(Machine):
     pickle's author wished. None if no caller can ask for that: the refusal then does not suggest it.
     skipped: if given, such globals are neither imported nor refused. They are added to it, and their objects become
     `Standin`s.
-    dtensors: take one rank's DTensors, as `Standin`s.
+    dtensors: take one rank's DTensors and ShardedTensors, as `Standin`s.
     """
 
     def __init__(
@@ -147,8 +148,11 @@ class Unpickler(Machine):
             if kwargs:
                 raise TypeError(f"{target} takes no keyword arguments")
             made = allowlist.call(target, args)
-            if type(made) is Standin and (made.class_module, made.class_name) == DTENSOR and not self._dtensors:
-                raise Unsupported("it holds a tensor subclass (a DTensor of one rank), which is not supported here")
+            if is_part(made) and not self._dtensors:
+                raise Unsupported(
+                    f"it holds one rank's part of a tensor (a {made.class_name}); give the path of the folder that all "
+                    "ranks' files are in"
+                )
             weight = _weight(made)
             self.spent += _CALL_BYTES + weight
             if weight > _CALL_BYTES:

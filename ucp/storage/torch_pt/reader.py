@@ -71,7 +71,7 @@ def load_file(
     chose. None if the caller cannot ask for that.
     skipped: if given, an object of such a class becomes a plain mapping of its attributes, and the class (module, name)
     is added to it.
-    dtensors: read one rank's DTensors as `Standin`s with the attributes ``_local_tensor`` and ``_spec``. They are
+    dtensors: read one rank's DTensors as `Standin`s, and ShardedTensors, too (`shared_out`). They are
     refused otherwise.
 
     Raises `DamagedCheckpoint` if the file is missing, empty, truncated or not a torch file, `UnsafePickle` for a class

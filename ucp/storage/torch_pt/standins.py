@@ -44,6 +44,22 @@ STANDINS = frozenset(
             for name in names
         ),
         ("torch.distributed.device_mesh", "DeviceMesh"),
+        # What a ShardedTensor says of its shards, and FSDP1 of those of its flat parameters.
+        *(
+            (f"torch.distributed._shard.{module}", name)
+            for module, name in (
+                ("metadata", "ShardMetadata"),
+                ("sharded_tensor.api", "ShardedTensor.ProcessGroupState"),
+                ("sharded_tensor.metadata", "ShardedTensorMetadata"),
+                ("sharded_tensor.metadata", "TensorProperties"),
+                ("sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+                ("sharded_tensor.shard", "Shard"),
+                ("sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"),
+                ("sharding_spec.api", "EnumerableShardingSpec"),
+            )
+        ),
+        ("torch.distributed.remote_device", "_remote_device"),
+        ("torch.distributed.fsdp._flat_param", "FlatParamShardMetadata"),
         ("torch.distributed._mesh_layout", "_MeshLayout"),
         ("torch.distributed._mesh_layout", "_FlatLayout"),
         # Plans, which `Metadata.all_local_plans` keeps; Megatron-Core has it in its checkpoints.
@@ -102,6 +118,11 @@ MEMBERS: dict[tuple[str, str], dict[str, Any]] = {
         "bf16": DtypeName("bfloat16"),
     },
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): {
+        "TORCH_CONTIGUOUS_FORMAT": 0,
+        "TORCH_CHANNELS_LAST": 1,
+        "TORCH_PRESERVE_FORMAT": 2,
+    },
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): {
         "TORCH_CONTIGUOUS_FORMAT": 0,
         "TORCH_CHANNELS_LAST": 1,
         "TORCH_PRESERVE_FORMAT": 2,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.engines.pool import RankPool
 from tests.formats import fsdp1_jobs
 from tests.formats.fsdp1_jobs import Wrote
 from ucp.cli import main as commands
-from ucp.errors import Mismatch, UcpError, Unsupported
+from ucp.errors import DamagedCheckpoint, Mismatch, UcpError, Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +121,85 @@ def test_states_of_which_one_ranks_part_is_there_are_left_out(
     model = fsdp1_jobs.Net()
     with pytest.raises(UcpError, match="it has weights alone, and an optimizer would stay as it is"):
         ucp.load_training(folder / "lost", model=model, optimizer=torch.optim.AdamW(model.parameters()), rng=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_files_are_read_by_the_shards_metadata_in_them(saved: Saved, kind: str, tmp_path: Path) -> None:
+    """By names, shapes and strides, in which a filter in channels_last lies as in memory."""
+    folder, wrote = saved[kind]
+    holds(folder / "told", wrote.truth, states=True)
+    with ucp.open(folder / "told") as opened:
+        assert (opened.format, opened.layout.dp, opened.training_state.global_steps) == ("torch-ranks", 3, 2)
+        assert opened.catalog.unchecked == ()
+    ucp.convert(folder / "told", tmp_path / "out", "dcp")
+    holds(tmp_path / "out", wrote.truth, states=True)
+
+
+@pytest.mark.parametrize("kind", ["flat", "orig"])
+def test_ranks_files_without_metadata_are_read_as_the_caller_tells(saved: Saved, kind: str) -> None:
+    folder, wrote = saved[kind]
+    with pytest.raises(Unsupported, match=r"_flat_param' is FSDP1's flat parameter.*--param-shapes FILE"):
+        ucp.open(folder / "bare")
+    holds(folder / "bare", wrote.truth, states=True, param_shapes=fsdp1_jobs.shapes())
+    model = fsdp1_jobs.Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=7.0)
+    ucp.load_training(folder / "bare", model=model, optimizer=optimizer, rng=False)
+    losses = fsdp1_jobs.train(model, optimizer, fsdp1_jobs.FURTHER)
+    assert losses == pytest.approx(wrote.further, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flat", "orig"])
+def test_sharded_tensors_in_ranks_files(saved: Saved, kind: str) -> None:
+    """FSDP1's SHARDED_STATE_DICT, whose tied weights are two tensors; of what ranks have differently, all is kept."""
+    folder, wrote = saved[kind]
+    holds(folder / "sharded", wrote.truth, states=True)
+    with ucp.open(folder / "sharded") as opened:
+        assert opened.training_state.client_state == {"seed": 0, "of_ranks": {"seed": [0, 1, 2]}}
+    with pytest.raises(
+        Unsupported, match=r"holds one rank's part of a tensor \(a ShardedTensor\); give the path of the"
+    ):
+        ucp.open(folder / "sharded" / "run_rank1.pt")
+
+
+def _of_another_run(folder: Path) -> None:
+    found = torch.load(folder / "run_rank1.pt", weights_only=False)
+    found["optimizer"]["param_groups"][0]["params"].reverse()
+    torch.save(found, folder / "run_rank1.pt")
+
+
+def _of_another_step(folder: Path) -> None:
+    found = torch.load(folder / "run_rank1.pt", weights_only=False)
+    for state in found["optimizer"]["state"].values():
+        state["step"] += 1
+    torch.save(found, folder / "run_rank1.pt")
+
+
+def _other_offsets(folder: Path) -> None:
+    found = torch.load(folder / "run_rank1.pt", weights_only=False)
+    one = found["shard_metadata"][""]
+    found["shard_metadata"][""] = one._replace(param_offsets=tuple((a + 1, b + 1) for a, b in one.param_offsets))
+    torch.save(found, folder / "run_rank1.pt")
+
+
+HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no rank 1": (lambda path: (path / "run_rank1.pt").unlink(), "not that of rank 1; a rank's part is missing"),
+    "no rank 2": (lambda path: (path / "run_rank2.pt").unlink(), "elements are missing"),
+    "swapped": (
+        lambda path: shutil.copy(path / "run_rank1.pt", path / "run_rank2.pt"),
+        "was written as 'run_rank1.pt'",
+    ),
+    "two saves": (lambda path: shutil.copy(path / "run_rank1.pt", path / "b_rank0.pt"), "of several checkpoints"),
+    "another run": (_of_another_run, "has other groups than 'run_rank0.pt'; files of two runs are mixed"),
+    "another step": (_of_another_step, "ranks have different values of '0.step'; two steps are mixed"),
+    "other offsets": (_other_offsets, "none of the vector's chunks has these"),
+    "cut": (lambda path: (path / "run_rank1.pt").write_bytes((path / "run_rank0.pt").read_bytes()[:900]), "truncated"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_ranks_files_that_do_not_belong_together(saved: Saved, harm: str, tmp_path: Path) -> None:
+    change, says = HARM[harm]
+    shutil.copytree(saved["flat"][0] / "told", tmp_path / "copy")
+    change(tmp_path / "copy")
+    with pytest.raises((DamagedCheckpoint, Unsupported), match=says):
+        ucp.open(tmp_path / "copy")
