@@ -225,7 +225,7 @@ class Checkpoint:
         index = next((k for k, file in enumerate(self.catalog.files) if file.path == ref.file), None)
         start, stop = ref.span
         raw = np.empty(stop - start, np.uint8)
-        record = ref.record if self._verify else None
+        record = ref.record if self._verify and index not in self.catalog.computed else None
         if record is not None and (record.start, record.stop) == (start, stop):
             raw[:] = np.frombuffer(read_record(self._files, ref.file, record), np.uint8)
         elif index is None:

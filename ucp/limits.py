@@ -93,6 +93,11 @@ DCP_CHUNK_BYTES = 128 * MIB
 DCP_FILE_BYTES = 4 * GIB
 # So many bytes before a DCP record's elements are worth comparing with those of another record.
 DCP_PREAMBLE_BYTES = 4 * KIB
+# What a compressed DCP record may hold beside its tensor's elements (torch's archive takes about 2 KiB), how much is
+# decompressed at once, and how much of what was decompressed is kept, if that is more than one record.
+ZSTD_SPARE_BYTES = 1 * MIB
+ZSTD_STEP_BYTES = 4 * MIB
+ZSTD_KEPT_BYTES = 256 * MIB
 # Room beside a local zip header: torch pads a record's beginning to 64 bytes, in the header's extra field.
 ZIP_EXTRA_BYTES = 128
 

@@ -70,10 +70,14 @@ def checked_files(folder: Path, catalog: Catalog) -> tuple[list[str], list[str]]
 
 
 def _has_crcs(stream: BinaryIO) -> bool:
-    """Whether this is an archive whose entries have CRC-32s (or several in a row, of which the last one decides). torch
-    writes zeros if it was told not to compute them. True for a damaged archive, which is looked at later."""
-    section, _ = _last(stream, stream.seek(0, os.SEEK_END))
-    if not zipfile.is_zipfile(section):
+    """Whether this is an archive whose entries have CRC-32s (or several in a row, of which the last one decides), up to
+    the file's end. torch writes zeros if it was told not to compute them. True for a damaged archive, which is looked
+    at later."""
+    end = stream.seek(0, os.SEEK_END)
+    section, _ = _last(stream, end)
+    stream.seek(max(0, end - _END))
+    # zipfile finds one with other data after it, too (DCP's in safetensors), which its CRC-32s say nothing of.
+    if not stream.read(4).startswith(b"PK\5\6") or not zipfile.is_zipfile(section):
         return False
     try:
         with zipfile.ZipFile(section) as archive:

@@ -46,8 +46,8 @@ class FilePlan:
     size: int
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header. No data is read.
+def read_header(path: str | os.PathLike[str], start: int = 0) -> Header:
+    """Read and check the header. No data is read. start: where it begins, if other data are before it.
 
     Raises `DamagedCheckpoint` for a file that is missing, truncated, longer than its header says or contradicts the
     format, and `Unsupported` for element types that are not known here.
@@ -56,9 +56,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         with locations.opened(path) as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
+            stream.seek(start)
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
+            if size - start < 8 or length > size - start - 8:
                 raise DamagedCheckpoint(
                     f"{name}: not a safetensors file, or truncated: a header of {length} bytes in a file of {size}"
                 )
@@ -67,7 +67,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             text = stream.read(length)
     except OSError as error:
         raise DamagedCheckpoint(f"{name}: cannot be read: {error.strerror or error}") from error
-    data_start = 8 + length
+    data_start = start + 8 + length
     fields = _parse(name, text)
     metadata = fields.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import planner
-from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -213,14 +212,6 @@ def test_an_object_of_an_unknown_class_can_be_skipped(tmp_path: Path, caplog: py
     assert "Custom are left out, but for the tensors and plain data in them" in caplog.text
     assert commands.main(["inspect", str(tmp_path / "own")]) == 2
     assert commands.main(["inspect", str(tmp_path / "own"), "--skip-unknown-objects"]) == 0
-
-
-def test_compressed_records_are_refused_by_name(tmp_path: Path) -> None:
-    """By torch's extension, which it calls experimental: no element of a compressed archive has bytes of its own."""
-    writer = FileSystemWriter(tmp_path / "zstd", _extensions=[ZStandard()])
-    dcp.save({"w": torch.ones(9), "step": 3}, storage_writer=writer)
-    with pytest.raises(Unsupported, match=r"stream\.zstd/1.*by torch's dcp\.load.*without _extensions"):
-        ucp.open(tmp_path / "zstd")
 
 
 def test_the_plans_that_metadata_may_keep(folder: Path, tmp_path: Path) -> None:

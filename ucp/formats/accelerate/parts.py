@@ -90,7 +90,7 @@ class Parts:
             parameters=parameters,
             training_state=state,
             unchecked=tuple(self.notes),
-            computed=self.computed,
+            computed={**found.computed, **self.computed},
             copies=tuple(self.copies),
         )
         found.check()

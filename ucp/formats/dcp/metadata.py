@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,17 @@ from ucp.storage import graphs, locations
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.values import DtypeName, Standin
 
+_ZSTD = re.compile(r"stream\.zstd/1(\..*)?")
+
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes of a file, relative to the checkpoint's folder, that `torch.save` wrote."""
+    """Bytes of a file, relative to the checkpoint's folder, that `torch.save` wrote. zstd: compressed by it."""
 
     file: str
     start: int
     length: int
+    zstd: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,20 @@ def _interpret(path: str, found: Any) -> Metadata:
 
 
 def _record(path: str, key: str, info: Standin) -> Record:
-    if info.state.get("transform_descriptors"):
+    transforms = info.state.get("transform_descriptors") or []
+    zstd = len(transforms) == 1 and isinstance(transforms[0], str) and _ZSTD.fullmatch(transforms[0]) is not None
+    if transforms and not zstd:
         raise Unsupported(
             f"{path}: '{key}' was transformed as it was written ({', '.join(map(str, info.transform_descriptors))}); "
-            "only records as torch.save writes them can be read; load it by torch's dcp.load, which undoes that, and "
-            "save it without _extensions"
+            "only records as torch.save writes them, or compressed by torch's own ZStandard, can be read; load it by "
+            "torch's dcp.load, which undoes that, and save it without _extensions"
         )
     name, start, length = info.relative_path, info.offset, info.length
     if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/"):
         raise DamagedCheckpoint(f"{path}: '{key}' lies in {short(name)}, which is not a file of this folder")
     if type(start) is not int or type(length) is not int or start < 0 or length < 0:
         raise DamagedCheckpoint(f"{path}: '{key}' has the impossible byte range {short(start)}, {short(length)}")
-    return Record(name, start, length)
+    return Record(name, start, length, zstd)
 
 
 def _find(path: str, records: Mapping[tuple[str, Shape | None], Record], key: str, offset: Shape | None) -> Record:

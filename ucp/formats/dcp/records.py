@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,11 +16,14 @@ from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.formats.dcp import metadata
+from ucp.formats.dcp.compressed import CompressedRecord, Kept
+from ucp.formats.huggingface.sharded import OFFSETS, places
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.unknown_objects import UnknownObjects, load_section
 from ucp.geometry import Blocks, Shape, numel
-from ucp.storage import graphs, locations
+from ucp.storage import graphs, locations, safetensors, zstd
 from ucp.storage.crc32 import StoredCrc32
+from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -58,6 +62,8 @@ class Records:
         self._size = 0  # of the open file, in bytes
         self._closing = ExitStack()
         self._known: dict[tuple[Any, ...], _KnownRecord] = {}
+        self._headers: dict[tuple[str, int], safetensors.Header] = {}
+        self._kept = Kept()
         self.crcs = builder.records
 
     def __enter__(self) -> Records:
@@ -70,10 +76,14 @@ class Records:
         """What `torch.save` wrote in this record. unknown: for client state; None for tensors, which need no class."""
         stream, path = self._stream(key, record)
         try:
+            start, length = record.start, record.length
+            if record.zstd:
+                stream, path = self._decompressed(stream, path, record)
+                start, length = 0, stream.seek(0, os.SEEK_END)
             if unknown is None:
-                found = reader.load_section(stream, path, record.start, record.length, trust=None)
+                found = reader.load_section(stream, path, start, length, trust=None)
             else:
-                found = load_section(stream, path, record.start, record.length, unknown)
+                found = load_section(stream, path, start, length, unknown)
             graphs.check(path, found)
             return found
         except UnsafePickle as error:
@@ -98,6 +108,8 @@ class Records:
         kind = (record.length, dtype, chunk.sizes)
         known = self._known.get(kind)
         stream, path = self._stream(key, record)
+        if record.zstd:
+            return self._compressed(key, dtype, chunk)
         if record.start + record.length > self._size:
             raise DamagedCheckpoint(
                 f"{path}: the file is truncated: '{key}' lies in bytes {record.start} to "
@@ -107,18 +119,59 @@ class Records:
             # Its own CRC-32 is at the same place as the other's, after the elements. It is read when they are.
             crc = None if known.crc is None else replace(_moved(known.crc, record.start), crc=None)
             return _ElementsAt(self._index, record.start + known.at, known.strides, crc)
-        ref = self.load(key, record)
-        if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
-            found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
-            raise DamagedCheckpoint(
-                f"'{key}': its chunk at {list(chunk.offsets)} should be {dtype} {list(chunk.sizes)} and is {found}; "
-                "the files do not belong together"
-            )
+        if _is_safetensors(stream, record.start):
+            ref = _checked(key, dtype, chunk, self._in_safetensors(key, path, chunk))
+            return _ElementsAt(self._index, ref.offset, ref.strides, None)
+        ref = _checked(key, dtype, chunk, self.load(key, record))
         at = ref.offset - record.start
         if at <= limits.DCP_PREAMBLE_BYTES:
             crc = None if ref.record is None else _moved(ref.record, -record.start)
             self._known[kind] = _KnownRecord(_bytes(stream, record.start, at), at, ref.strides, crc)
         return _ElementsAt(self._index, ref.offset, ref.strides, ref.record)
+
+    def _in_safetensors(self, key: str, path: str, chunk: metadata.Chunk) -> TensorRef | None:
+        """A tensor of ``serialization_format=SAFETENSORS``: the metadata says where the file's part in that format
+        begins, the same for all its tensors."""
+        start = chunk.record.start
+        if (path, start) not in self._headers:
+            self._headers[path, start] = safetensors.read_header(path, start)
+        header = self._headers[path, start]
+        said = places(Path(path), header.metadata).get(key)
+        if said is not None and said.get(OFFSETS) != list(chunk.offsets):
+            raise DamagedCheckpoint(
+                f"{path}: has the part of '{key}' at {said.get(OFFSETS)}, and the metadata one at "
+                f"{list(chunk.offsets)}, too; torch's writer keeps one part of each tensor in a file of this kind"
+            )
+        return header.tensors.get(key)
+
+    def _decompressed(self, stream: BinaryIO, path: str, record: metadata.Record) -> tuple[BinaryIO, str]:
+        """A compressed object's record as a file, and as what the catalog knows it."""
+        raw, most = _bytes(stream, record.start, record.length), limits.metadata_bytes(record.length)
+        whole, label = zstd.read(path, raw, most), f"{path}#{record.start}"
+        source = CompressedRecord(self._builder.files, path, record.start, record.length, most, None, self._kept)
+        self._builder.computed_file(label, source, len(whole))
+        return io.BytesIO(whole), label
+
+    def _compressed(self, key: str, dtype: str, chunk: metadata.Chunk) -> _ElementsAt:
+        """The same as `tensor` for a compressed record, of which as much is decompressed as tells where its elements
+        lie. It becomes a "file" of its own."""
+        record, (stream, path) = chunk.record, self._stream(key, chunk.record)
+        if record.start + record.length > self._size:
+            raise DamagedCheckpoint(f"{path}: the file is truncated: '{key}' lies beyond its {self._size} bytes")
+        raw, kind = _bytes(stream, record.start, record.length), ("zstd", dtype, chunk.sizes)
+        nbytes = numel(chunk.sizes) * itemsize(dtype)
+        most = nbytes + limits.ZSTD_SPARE_BYTES
+        known = self._known.get(kind)
+        if known is None or zstd.begin(path, raw, known.at) != known.before:
+            whole = zstd.read(path, raw, most)
+            label = f"{path}#{record.start}"
+            ref = _checked(key, dtype, chunk, reader.load_section(io.BytesIO(whole), label, 0, len(whole), trust=None))
+            crc = None if ref.record is None else replace(ref.record, crc=None)
+            known = _KnownRecord(whole[: ref.offset], ref.offset, ref.strides, crc)
+            self._known[kind] = known
+        source = CompressedRecord(self._builder.files, path, record.start, record.length, most, known.crc, self._kept)
+        index = self._builder.computed_file(f"{path}#{record.start}", source, known.at + nbytes)
+        return _ElementsAt(index, known.at, known.strides, None)
 
     def _stream(self, key: str, record: metadata.Record) -> tuple[BinaryIO, str]:
         if self._open is None or self._open[0] != record.file:
@@ -138,9 +191,20 @@ class Records:
         return stream, path
 
 
-def _is_safetensors(stream: BinaryIO) -> bool:
-    """Whether the file begins as a safetensors file does: the length of its header, and a JSON object."""
-    begin = _bytes(stream, 0, 9)
+def _checked(key: str, dtype: str, chunk: metadata.Chunk, ref: Any) -> TensorRef:
+    """The chunk's tensor. Raises DamagedCheckpoint for anything else than the metadata say."""
+    if not isinstance(ref, TensorRef) or (ref.dtype, ref.shape) != (dtype, chunk.sizes):
+        found = f"{ref.dtype} {list(ref.shape)}" if isinstance(ref, TensorRef) else type(ref).__name__
+        raise DamagedCheckpoint(
+            f"'{key}': its chunk at {list(chunk.offsets)} should be {dtype} {list(chunk.sizes)} and is {found}; "
+            "the files do not belong together"
+        )
+    return ref
+
+
+def _is_safetensors(stream: BinaryIO, start: int = 0) -> bool:
+    """Whether a file in safetensors' format begins there: the length of its header, and a JSON object."""
+    begin = _bytes(stream, start, 9)
     return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < 1 << 32
 
 

@@ -24,7 +24,7 @@ from ucp.storage import locations, safetensors
 from ucp.storage.torch_pt.values import TensorRef
 
 SHARD = re.compile(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
-_INFO, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+_INFO, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 Part = tuple[tuple[int, ...], TensorRef]
 
@@ -43,9 +43,9 @@ def parts(folder: Path) -> dict[str, list[Part]]:
     for m in found:
         path = folder / m[0]
         header = safetensors.read_header(path)
-        said = _offsets(path, header.metadata)
+        said = places(path, header.metadata)
         for name, ref in header.tensors.items():
-            place = (said.get(name) or {}).get(_OFFSETS)
+            place = (said.get(name) or {}).get(OFFSETS)
             if (
                 not isinstance(place, list)
                 or len(place) != len(ref.shape)
@@ -58,7 +58,8 @@ def parts(folder: Path) -> dict[str, list[Part]]:
     return out
 
 
-def _offsets(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+def places(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What torch's writer says of each tensor's place in a file. Raises DamagedCheckpoint for a file that does not."""
     try:
         found = json.loads(metadata.get(_INFO, "null"))
     except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp import limits
-from ucp.catalog import LogicalTensor, ParameterInfo, SourceFile
+from ucp.catalog import ByteSource, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
 from ucp.spec.placement import Placed
@@ -27,12 +27,13 @@ Scalar = int | float | bool
 @dataclass
 class Builder:
     """The files, parameters and tensors found so far. paths, sources and records (those of `Catalog.crc_records`, by
-    their first bytes) are shared by the parts of one checkpoint."""
+    their first bytes) are shared by the parts of one checkpoint. computed: as `Catalog.computed` has it."""
 
     files: Files
     paths: dict[str, int] = field(default_factory=dict)
     sources: list[SourceFile] = field(default_factory=list)
     records: dict[int, dict[int, StoredCrc32]] = field(default_factory=dict)
+    computed: dict[int, ByteSource] = field(default_factory=dict)
     parameters: dict[str, ParameterInfo] = field(default_factory=dict)
     tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
 
@@ -50,6 +51,19 @@ class Builder:
             self.paths[path] = len(self.sources)
             self.sources.append(SourceFile(path, stat.size, stat.mtime_ns))
         return self.paths[path]
+
+    def computed_file(self, label: str, source: ByteSource, size: int) -> int:
+        """The index of a new "file" whose bytes come from elsewhere."""
+        self.sources.append(SourceFile(label, size, 0))
+        self.computed[len(self.sources) - 1] = source
+        return len(self.sources) - 1
+
+    def read_into(self, index: int, at: int, buffer: bytearray) -> None:
+        """Fill a buffer with a file's bytes from ``at`` on, wherever they come from."""
+        if index in self.computed:
+            self.computed[index].read_into(at, [np.frombuffer(buffer, np.uint8)])
+        else:
+            self.files.read_into(self.sources[index].path, at, buffer)
 
     def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:
         """A tensor that lies in one piece in one file."""

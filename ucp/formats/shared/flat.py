@@ -151,7 +151,7 @@ def check_padding(path: Path, key: str, vector: LogicalTensor, members: Sequence
             lo, hi = max(first, int(begins[k])), min(last, int(begins[k] + blocks.sizes[k, 0]))
             at = int(vector.bases[k]) + int(blocks.starts[k] + lo - begins[k]) * itemsize(vector.dtype)
             raw = bytearray((hi - lo) * itemsize(vector.dtype))
-            builder.files.read_into(builder.sources[int(blocks.buffers[k])].path, at, raw)
+            builder.read_into(int(blocks.buffers[k]), at, raw)
             found = np.frombuffer(raw, numpy_dtype(vector.dtype))
             values = found if is_numpy_native(vector.dtype) else widen(found, vector.dtype, "float64")
             if not (values == _PADDING).all():

@@ -98,6 +98,7 @@ def _catalog(state_dict: Entries, format_name: str, writer: str, layout: Layout)
         tensors=tensors,
         training_state=_training_state(roles, entries, param_groups(roles, options, repr), value),
         crc_records=in_order(builder.records),
+        computed=dict(builder.computed),
     )
 
 
@@ -142,6 +143,6 @@ def _item(tensor: LogicalTensor, builder: Builder) -> Any:
         raw = bytearray(read_record(builder.files, path, record))
     else:
         raw = bytearray(size)
-        builder.files.read_into(path, at, raw)
+        builder.read_into(file, at, raw)
     number = np.frombuffer(raw, numpy_dtype(tensor.dtype))
     return (number if is_numpy_native(tensor.dtype) else widen(number, tensor.dtype, "float64")).item()
