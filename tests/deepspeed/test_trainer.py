@@ -69,6 +69,9 @@ def test_the_trainer(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -
     story(launch if adapter else start, "trainer", tmp_path, "checkpoint-", *adapter)
     (kept,) = (tmp_path / "run").glob("checkpoint-*")  # save_total_limit=1
     assert kept.name == "checkpoint-6"
+    with ucp.open(kept) as opened:
+        assert (opened.format, opened.unread) == ("universal", ())
+        assert opened.training_state.client_state["trainer_state"]["global_step"] == 6
     if adapter:
         has_adapters_only(kept, "global_step6")
         assert (kept / "adapter_model.safetensors").exists()
@@ -94,6 +97,9 @@ def test_the_trainer_with_snapshots_in_memory(launch: Launch, tmp_path: Path, ke
 def test_accelerate(launch: Launch, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     pytest.importorskip("accelerate")
     assert story(launch, "accelerated", tmp_path, "step_", *adapter).tag == "pytorch_model"
+    with ucp.open(tmp_path / "run/step_4") as opened:
+        assert opened.format == "universal"
+        assert "step" in opened.training_state.client_state  # of Accelerate's own random_states
     if adapter:
         has_adapters_only(tmp_path / "run/step_4", "pytorch_model")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import ucp
 from tests.formats import raw
@@ -14,6 +19,7 @@ from tests.formats.foreign_programs import made_by
 from tests.inspection.conftest import OLDER
 from ucp import formats
 from ucp.cli import convert as convert_command
+from ucp.errors import DamagedCheckpoint
 from ucp.inspection.verify import verify
 from ucp.storage import locations
 
@@ -53,18 +59,37 @@ def test_accelerates_folders_of_parts(foreign: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_trainers_state_beside_a_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """DeepSpeed's tag in a Trainer's folder: the Trainer reads the rest itself, so a conversion says it, not a load."""
-    ours = raw.write_consolidated(tmp_path / "checkpoint-7/global_step7", raw.make(tmp_path / "raw").catalog)
-    for name in ("trainer_state.json", "rng_state_0.pth", "scheduler.pt", "zero_to_fp32.py", "config.json"):
-        (ours.parent / name).write_bytes(b"")
-    (ours.parent / "latest").write_text("global_step7")
-    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(ours.parent):
+    """One of ours in a Trainer's folder is read with what the Trainer keeps beside it. What is left, the Trainer reads
+    itself, so a conversion says it, not a load."""
+    made = raw.make(tmp_path / "raw").catalog
+    ours = raw.write_consolidated(tmp_path / "checkpoint-7/global_step7", made)
+    step, around = made.training_state.global_steps, ours.parent
+    (around / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_metric": 0.5}))
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    for rank in range(made.layout.world_size):
+        torch.save(states, around / f"rng_state_{rank}.pth")
+    torch.save({"last_epoch": step, "_step_count": (step or 0) + 1}, around / "scheduler.pt")
+    for name in ("training_args.bin", "zero_to_fp32.py", "config.json"):
+        (around / name).write_bytes(b"")
+    (around / "latest").write_text("global_step7")
+    with caplog.at_level(logging.WARNING, "ucp"), ucp.open(around) as opened:
         assert not caplog.records
-    ucp.convert(ours.parent, tmp_path / "out")
+        state = opened.training_state
+        assert state.client_state["trainer_state"]["best_metric"] == 0.5
+        assert state.lr_scheduler == made.training_state.lr_scheduler or state.lr_scheduler["last_epoch"] == step
+        assert len(state.extra["ranks"]) >= made.layout.world_size
+    ucp.convert(around, tmp_path / "out")
     (record,) = caplog.records
-    names = "'rng_state_0.pth', 'scheduler.pt', 'trainer_state.json', beside it"
-    assert record.getMessage().endswith(names)
-    assert [f.text.endswith(names) for f in verify(ours.parent).findings if f.kind == "unread"] == [True]
+    assert record.getMessage().endswith(": 'training_args.bin', beside it")
+    assert [f.text.endswith("'training_args.bin', beside it") for f in verify(around).findings if f.kind == "unread"]
+    # What was converted from it has the Trainer's state, whatever lies around it then.
+    shutil.copytree(tmp_path / "out", around.with_name("checkpoint-9") / "global_step7")
+    (around.with_name("checkpoint-9") / "trainer_state.json").write_text('{"global_step": 9}')
+    with ucp.open(around.with_name("checkpoint-9") / "global_step7") as opened:
+        assert opened.training_state.client_state["trainer_state"]["best_metric"] == 0.5
+    (around / "trainer_state.json").write_text(json.dumps({"global_step": (step or 0) + 1}))
+    with pytest.raises(DamagedCheckpoint, match=r"and 'trainer_state.json' of step \d+; parts of two steps are mixed"):
+        ucp.open(around)
 
 
 def test_a_folder_around_that_cannot_be_listed_keeps_nothing_from_being_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class Accelerate(Format):
     name = NAME
     sign = "Accelerate's 'random_states_0.pkl' or 'pytorch_model_fsdp_0'"
     parts = ("huggingface", "dcp")
-    completes = ("deepspeed",)
+    completes = ("deepspeed", "universal")
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:

@@ -39,12 +39,14 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
 
 
 def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Catalog:
-    """DeepSpeed's checkpoint, with what ``save_state`` keeps of the run beside its folder. DeepSpeed's own scheduler
-    stays, where it has one.
+    """DeepSpeed's checkpoint, or one of ours in its place, with what ``save_state`` keeps of the run beside its folder.
+    Its own scheduler and generators stay, where it has some. One that was converted from such a state has all of that.
 
     Raises DamagedCheckpoint, UnsafePickle.
     """
-    return _with_the_run(catalog, beside.path, beside.names, lambda name: parts.load(beside.path / name, request))
+    found = _with_the_run(catalog, beside.path, beside.names, lambda name: parts.load(beside.path / name, request))
+    before, after = catalog.training_state, found.training_state
+    return catalog if "ranks" in before.extra and after.client_state.keys() == before.client_state.keys() else found
 
 
 def _with_the_run(catalog: Catalog, folder: Path, names: Sequence[str], load: Callable[[str], Any]) -> Catalog:
@@ -71,7 +73,7 @@ def _with_the_run(catalog: Catalog, folder: Path, names: Sequence[str], load: Ca
             lr_scheduler=schedulers[0] if schedulers else None,
             dp_world_size=state.dp_world_size or len(states) or None,
             client_state={**state.client_state, **kept},
-            extra={**state.extra, **({"ranks": [{"rng": own} for own in generators]} if states else {})},
+            extra={**({"ranks": [{"rng": own} for own in generators]} if states else {}), **state.extra},
         ),
     )
 

@@ -27,7 +27,7 @@ class Lightning(Format):
     name = NAME
     sign = f"Lightning's '{META}' beside '.metadata'"
     parts = ("dcp",)
-    completes = ("deepspeed",)
+    completes = ("deepspeed", "universal")
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:

@@ -33,7 +33,7 @@ class Trainer(Format):
     name = NAME
     sign = f"a Trainer's '{STATE}' beside a model"
     parts = ("huggingface", "accelerate", "dcp")
-    completes = ("deepspeed",)
+    completes = ("deepspeed", "universal")
     read_options = (TRUST_CLIENT_STATE, SKIP_UNKNOWN_OBJECTS, PARAM_NAMES, PARAM_SHAPES)
 
     def detect(self, folder: FolderNames) -> bool:

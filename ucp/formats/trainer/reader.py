@@ -21,6 +21,7 @@ from ucp.storage.files import Files
 
 log = logger(__name__)
 
+KEPT = "trainer_state"
 SCHEDULER, SCALER, GENERATORS = "scheduler.pt", "scaler.pt", "rng_state.pth"
 _GENERATORS = re.compile(r"rng_state_(\d+)\.pth")
 
@@ -51,12 +52,14 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
 
 
 def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Catalog:
-    """DeepSpeed's checkpoint, with what the Trainer keeps of the run beside its folder. DeepSpeed's own scheduler and
-    generators stay, where it has some.
+    """DeepSpeed's checkpoint, or one of ours in its place, with what the Trainer keeps of the run beside its folder.
+    Its own scheduler and generators stay, where it has some. One that was converted from a Trainer's has all of that.
 
     Raises DamagedCheckpoint, UnsafePickle.
     """
     folder = beside.path
+    if KEPT in catalog.training_state.client_state:
+        return catalog
 
     def load(name: str) -> Any:
         return parts.load(folder / name, request)
@@ -65,8 +68,8 @@ def complete(catalog: Catalog, beside: FolderNames, request: ReadRequest) -> Cat
     steps, said = catalog.training_state.global_steps, step_of(state_of(folder))
     if steps is not None and said is not None and steps != said:
         raise DamagedCheckpoint(
-            f"{folder}: DeepSpeed's files are of step {steps}, and '{STATE}' of step {said}; parts of two steps are "
-            "mixed: move DeepSpeed's folder elsewhere to have it by itself"
+            f"{folder}: the checkpoint in it is of step {steps}, and '{STATE}' of step {said}; parts of two steps are "
+            "mixed: move the checkpoint's folder elsewhere to have it by itself"
         )
     return _with_the_run(catalog, folder, beside.names, load, scheduler)
 
@@ -79,7 +82,7 @@ def _with_the_run(
     doubts = tuple(_doubts(folder, progress, scheduler, catalog))
     for doubt in doubts:
         log.warning("%s: %s", folder, doubt)
-    kept: dict[str, Any] = {"trainer_state": progress}
+    kept: dict[str, Any] = {KEPT: progress}
     if SCALER in names:
         kept["scaler"] = load(SCALER)
     # Of a single rank the file has no number.
