@@ -147,6 +147,12 @@ def _sharded(graphs: Sequence[Any], paths: Sequence[Path], builder: Builder, nam
                     f"{path}: '{name}' is not what '{Path(found[at].file).name}' has of the same elements; files of "
                     "two saves are mixed"
                 )
+    for shard in graphs[0].state["_metadata"].shards_metadata:
+        if tuple(shard.shard_offsets) not in found and 0 not in shard.shard_sizes:
+            raise DamagedCheckpoint(
+                f"{paths[0].parent}: no file has the part of '{name}' at {list(shard.shard_offsets)}, which rank "
+                f"{shard.placement.state.get('_rank')} had; a rank's part is missing"
+            )
     held = {at: ref for at, ref in found.items() if ref.numel}
     if len({ref.dtype for ref in found.values()}) != 1:
         raise DamagedCheckpoint(f"{paths[0].parent}: '{name}' has another element type on different ranks")

@@ -52,7 +52,8 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     parts.units = units_of(graphs, paths, parts.entries)
     _add_optimizers(parts, roles, paths, unequal)
     parts.notes += unflatten(parts.entries, folder, request.options.get("param_shapes"), parts.units)
-    unequal = [name for name in unequal if name not in parts.entries.tensors or name in _left(parts, module)]
+    left = _left(parts, module)
+    unequal = [name for name in unequal if not name.startswith(f"{MODEL}.") or name in left]
     if unequal:
         parts.notes.append(differ_sentence(unequal))
     catalog = parts.catalog(NAME, "torch.save")
