@@ -250,14 +250,14 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     verify: bool = True,
     allow_approximate: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint, or one of a folder of checkpoints. Only metadata is read.
+    """Open a checkpoint, or one of a folder of checkpoints, as a `Checkpoint`. Only metadata is read.
 
     Parameters
     ----------
     path
-        The folder of a checkpoint, or of several as DeepSpeed writes it, by path or URL (``s3://...``). In a folder of
-        several, the file ``latest`` names the one to open; without it the newest is opened, with a logged line
-        (`ucp.run_folder` has the rules). A damaged checkpoint is an error, and so is a ``latest`` that names none.
+        The folder of a checkpoint, or of several, by path or URL (``s3://...``). Of several, the file ``latest`` names
+        the one to open; without it the newest is opened, with a logged line (`ucp.run_folder` has the rules). A damaged
+        checkpoint is an error, and so is a ``latest`` that names none.
     spec
         How tensor parallelism cuts the model: the name of a shipped spec, or a file. By default the checkpoint's own
         description is used, or else the shipped spec for the model's type. If neither decides, opening fails.
@@ -271,21 +271,15 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         For DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
     trust_paths
         For virtual checkpoints: follow them to files outside the folder that they name as their source.
-    param_names
-        Each param group's names, in order, or a JSON file with them, where the optimizer has numbers alone.
-    param_shapes
-        The shapes of the module's parameters by name, in its order, or a JSON file with them, where FSDP1 saved flat
-        parameters (LOCAL_STATE_DICT).
+    param_names, param_shapes
+        Each param group's names, in order, where the optimizer has numbers alone; the shapes of all parameters by name,
+        in the module's order, where FSDP1 saved them flat (LOCAL_STATE_DICT). Each may be a JSON file.
     options
         Further options of a format from another package, by name.
     verify
         While reading, check the digests that there are, and compare a few elements of what is stored twice.
     allow_approximate
         Open a checkpoint with layers that `ucp.repair` has filled in, and log a line about it.
-
-    Returns
-    -------
-    Checkpoint
 
     Raises
     ------
@@ -296,8 +290,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     SpecError, Mismatch, Unsupported, UnsafePickle
         If the spec does not fit, and where the format's reader raises them.
     """
-    some: dict[str, Any] = {"trust_client_state": trust_client_state, "trust_paths": trust_paths}
-    some.update(param_names=param_names, param_shapes=param_shapes)
+    known = dict[str, Any](param_names=param_names, param_shapes=param_shapes)
+    some = {"trust_client_state": trust_client_state, "trust_paths": trust_paths, **known}
     asked = _Asked(choose(spec, model_config, sizes), verify, some, options or {})
     return _exact(_open(path, tag, asked, verify), allow_approximate)
 

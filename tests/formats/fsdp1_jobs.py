@@ -123,20 +123,21 @@ def _truth(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
     whole: dict[str, dict[str, Tensor]] = {}
     for path, unit in _units(model).items():
         flat, start = unit._handle.flat_param, 0
+        said = vars(flat)
         path = path.replace("_fsdp_wrapped_module", "").strip(".").replace("..", ".")
         mine = {"param": [flat.detach()]}
-        if flat._params is None:
+        if said["_params"] is None:
             mine.update({key: [value] for key, value in optimizer.state[flat].items()})
         else:
-            for own in flat._params:
+            for own in said["_params"]:
                 for key, value in optimizer.state.get(own, {}).items():
                     mine.setdefault(key, []).append(value)
         vectors = {key: _gathered(torch.cat([t.reshape(-1) for t in found])) for key, found in mine.items()}
-        padded = flat._params is not None
-        numels = flat._numels_with_padding
-        names = iter(zip(flat._fqns, flat._shapes, flat._strides, strict=True))
+        padded = said["_params"] is not None
+        numels = said["_numels_with_padding"]
+        names = iter(zip(said["_fqns"], said["_shapes"], said["_strides"], strict=True))
         at = 0  # in the states, which have no padding under use_orig_params
-        for numel, padding in zip(numels, flat._is_padding_mask, strict=True):
+        for numel, padding in zip(numels, said["_is_padding_mask"], strict=True):
             if not padding:
                 name, shape, strides = next(names)
                 name = f"{path}.{name}".strip(".")

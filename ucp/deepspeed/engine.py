@@ -405,8 +405,7 @@ def _open(
 ) -> tuple[str, Catalog] | None:
     """The checkpoint's folder and its catalog, whose training state has real tensors. None if there is no checkpoint.
 
-    names: rank 0's own in each param group. live: all names of the model, which the spec changes into the checkpoint's.
-    shapes: of its parameters.
+    names: rank 0's own in each group. live: all names of the model, for a spec. shapes: of rank 0's parameters.
     """
     try:
         with open_checkpoint(

@@ -213,8 +213,7 @@ def load_training(
     watch, live = Stopwatch(), TrainingParts(model, optimizer, lr_scheduler, dataloader, rng=rng)
     asked = Requantised() if are_requantised(changes) else None
     state_dict, made = _states_of(model, asked, optimizer, True)
-    opening.setdefault("model_config", config_of(model))
-    opening.setdefault("param_shapes", _whole_shapes(model))
+    opening = {"model_config": config_of(model), "param_shapes": _whole_shapes(model), **opening}
     where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
     quantised = asked.if_needed(catalog) if asked else None
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening, asked.needed if asked else None)

@@ -67,7 +67,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)
     computed: dict[int, ByteSource] = field(default_factory=dict)
     copies: list[LogicalTensor] = field(default_factory=list)
-    units: dict[str, Sequence[flat.Member]] = field(default_factory=dict)
+    units: dict[str, Sequence[flat.FlatMember]] = field(default_factory=dict)
 
     @property
     def unknown(self) -> UnknownObjects:
@@ -79,7 +79,8 @@ class Parts:
 
     def catalog(self, format_name: str, writer: str) -> Catalog:
         """The parts as one catalog. Its training state is still only that of the optimizers."""
-        self.notes += unflatten(self.entries, self.folder, self.request.options.get("param_shapes"), self.units)
+        shapes = self.request.options.get("param_shapes")
+        self.notes += unflatten(self.entries, self.folder, shapes, self.units, f"{MODEL}.")
         layout = layout_of(self.entries)
         layout = replace(layout, dp=max(layout.dp, self.ranks))
         found = self.entries.catalog(format_name, writer, layout if layout.zero else Layout())

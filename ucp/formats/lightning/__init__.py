@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "lightning"
 META = "meta.pt"
+VERSION = "pytorch-lightning_version"
 
 
 class Lightning(Format):
@@ -39,6 +40,8 @@ class Lightning(Format):
         return reader.read(path, files, request)
 
     def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        if VERSION not in catalog.training_state.client_state:
+            return catalog
         from ucp.formats.lightning import reader
 
         return reader.complete(catalog)

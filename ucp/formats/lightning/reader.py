@@ -11,7 +11,7 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.accelerate.parts import load
 from ucp.formats.dcp.reader import add_entries, layout_of
-from ucp.formats.lightning import META, NAME
+from ucp.formats.lightning import META, NAME, VERSION
 from ucp.formats.nouns import ReadRequest
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.state_dicts import Entries
@@ -22,8 +22,6 @@ from ucp.storage import locations
 from ucp.storage.files import Files
 
 log = logger(__name__)
-
-VERSION = "pytorch-lightning_version"
 
 
 def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
@@ -60,7 +58,7 @@ def complete(catalog: Catalog) -> Catalog:
     """DeepSpeed's checkpoint, with Lightning's scheduler out of the client state as its own. It stays there, too, since
     Lightning looks for it there."""
     state = catalog.training_state
-    if state.lr_scheduler is not None or VERSION not in state.client_state:
+    if state.lr_scheduler is not None:
         return catalog
     return replace(catalog, training_state=replace(state, lr_scheduler=_scheduler(state.client_state)))
 

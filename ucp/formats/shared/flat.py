@@ -31,7 +31,7 @@ _GAPS_READ = 8  # of each vector
 
 
 @dataclass(frozen=True)
-class Member:
+class FlatMember:
     """A parameter in a flat vector. strides: None if it is row-major."""
 
     name: str
@@ -65,7 +65,7 @@ def refuse(path: Path | str, names: Iterable[str]) -> None:
         )
 
 
-def starts_of(members: Sequence[Member], vector: LogicalTensor) -> list[int] | None:
+def starts_of(members: Sequence[FlatMember], vector: LogicalTensor) -> list[int] | None:
     """Where in the vector each parameter begins; None if together they don't fill it.
 
     Aligned ones fill it up to what makes its length a multiple of the number of ranks, all of which have a part of it
@@ -91,8 +91,8 @@ def chunks_of(vector: LogicalTensor) -> list[tuple[int, int]]:
 
 
 def lifted(
-    path: Path, key: str, vector: LogicalTensor, members: Sequence[Member]
-) -> Iterator[tuple[Member, LogicalTensor]]:
+    path: Path, key: str, vector: LogicalTensor, members: Sequence[FlatMember]
+) -> Iterator[tuple[FlatMember, LogicalTensor]]:
     """Every parameter, out of its vector. Raises DamagedCheckpoint if they don't fill it."""
     starts = starts_of(members, vector)
     if starts is None:
@@ -101,7 +101,7 @@ def lifted(
         yield member, taken(path, vector, start, member)
 
 
-def taken(path: Path, vector: LogicalTensor, start: int, member: Member) -> LogicalTensor:
+def taken(path: Path, vector: LogicalTensor, start: int, member: FlatMember) -> LogicalTensor:
     """The parameter that begins at this element of the vector. Raises Unsupported for one with gaps in memory."""
     blocks, count, ndim = vector.blocks, numel(member.shape), len(member.shape)
     order = _memory_order(member, path)
@@ -126,7 +126,7 @@ def taken(path: Path, vector: LogicalTensor, start: int, member: Member) -> Logi
     return LogicalTensor(member.name, "", tuple(member.shape), vector.dtype, concat(parts, ndim), base)
 
 
-def _memory_order(member: Member, path: Path) -> list[int]:
+def _memory_order(member: FlatMember, path: Path) -> list[int]:
     """The parameter's axes from the slowest to the fastest. FSDP1 flattens one that is not row-major (such as
     channels_last) as its memory is."""
     axes, strides = list(range(len(member.shape))), member.strides
@@ -139,7 +139,7 @@ def _memory_order(member: Member, path: Path) -> list[int]:
     return order
 
 
-def check_padding(path: Path, key: str, vector: LogicalTensor, members: Sequence[Member], builder: Builder) -> None:
+def check_padding(path: Path, key: str, vector: LogicalTensor, members: Sequence[FlatMember], builder: Builder) -> None:
     """Raise Mismatch where some of what lies between the parameters is not FSDP1's padding: then their shapes or their
     order are others. At most a few places are read."""
     starts = starts_of(members, vector) or []

@@ -16,7 +16,7 @@ from typing import Any
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Mismatch, Unsupported
 from ucp.formats.shared import flat
-from ucp.formats.shared.flat import Member, unit_of
+from ucp.formats.shared.flat import FlatMember, unit_of
 from ucp.formats.shared.numbered import GROUPS, MEMBERS, STATE
 from ucp.formats.shared.roles import StateEntry
 from ucp.formats.shared.state_dicts import Entries
@@ -27,16 +27,18 @@ def unflatten(
     into: Entries,
     path: Path,
     shapes: Mapping[str, Shape] | None = None,
-    units: Mapping[str, Sequence[Member]] | None = None,
+    units: Mapping[str, Sequence[FlatMember]] | None = None,
+    unsaid: str = "",
 ) -> list[str]:
     """Put the parameters, and their optimizer states, in the place of all flat vectors among the entries.
 
     shapes: of the module's parameters, in its order, if the caller tells. units: what the files tell, by unit.
+    unsaid: how entries' names begin that no file has so.
 
     Returns what to tell of it. Raises Unsupported for a flat vector of which nothing tells what is in it, Mismatch
     where the caller's shapes don't fit it, DamagedCheckpoint where the files' own don't.
     """
-    model = _Model.of(into, path)
+    model = _FlatModel.of(into, path, unsaid)
     if model is None:
         return []
     members = _members(into, model, shapes, units or {})
@@ -67,17 +69,18 @@ def unflatten(
 
 
 @dataclass(frozen=True)
-class _Model:
+class _FlatModel:
     """The model with flat vectors. root: the keys that lead to it. vectors: entry -> unit. own: the shapes of the
-    model's other tensors by name."""
+    model's other tensors by name. unsaid: how entries' names begin that messages leave out."""
 
     path: Path
     root: tuple[Any, ...]
     vectors: Mapping[str, str]
     own: Mapping[str, Shape]
+    unsaid: str = ""
 
     @classmethod
-    def of(cls, into: Entries, path: Path) -> _Model | None:
+    def of(cls, into: Entries, path: Path, unsaid: str) -> _FlatModel | None:
         """The model among the entries, None without flat vectors. Raises Unsupported for several."""
         vectors = {
             key: unit
@@ -95,7 +98,7 @@ class _Model:
             for key, entry in into.entries.items()
             if entry.path[:-1] == root and key not in vectors and entry.shape is not None
         }
-        return cls(path, root, vectors, own)
+        return cls(path, root, vectors, own, unsaid)
 
     def unit(self, name: str) -> str | None:
         """The innermost unit that a parameter is in."""
@@ -111,15 +114,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _members(
-    into: Entries, model: _Model, shapes: Mapping[str, Shape] | None, units: Mapping[str, Sequence[Member]]
-) -> dict[str, Sequence[Member]]:
+    into: Entries, model: _FlatModel, shapes: Mapping[str, Shape] | None, units: Mapping[str, Sequence[FlatMember]]
+) -> dict[str, Sequence[FlatMember]]:
     """What is in the vector of each unit."""
-    found: dict[str, Sequence[Member]] = {}
-    by_unit: dict[str, list[Member]] = {unit: [] for unit in model.vectors.values()}
+    found: dict[str, Sequence[FlatMember]] = {}
+    by_unit: dict[str, list[FlatMember]] = {unit: [] for unit in model.vectors.values()}
     for name, shape in (_shapes_of_states(into, model) if shapes is None else shapes).items():
         unit = model.unit(name)
         if unit is not None:
-            by_unit[unit].append(Member(name, shape))
+            by_unit[unit].append(FlatMember(name, shape))
     for key, unit in model.vectors.items():
         told, vector = units.get(unit) if shapes is None else None, into.tensors[key]
         mine = by_unit[unit] if told is None else told
@@ -127,7 +130,7 @@ def _members(
         ways = [mine, [member for member in mine if member.name not in model.own]]
         fitting = next((way for way in ways if flat.starts_of(way, vector) is not None), None)
         if fitting is None and told is None and shapes is None:
-            flat.refuse(model.path, [key])
+            flat.refuse(model.path, [key.removeprefix(model.unsaid)])
         if fitting is None:
             listed = ", ".join(f"'{m.name}' {list(m.shape)}" for m in mine[:3]) + (", …" if mine[3:] else "")
             raise (DamagedCheckpoint if shapes is None else Mismatch)(
@@ -140,7 +143,7 @@ def _members(
     return found
 
 
-def _shapes_of_states(into: Entries, model: _Model) -> dict[str, Shape]:
+def _shapes_of_states(into: Entries, model: _FlatModel) -> dict[str, Shape]:
     """The shapes of an optimizer's states that have the parameters' names, in the module's order: that of the model's
     own entries, if it has all of them, else that in which FSDP has unflattened them."""
     shapes: dict[str, Shape] = {}
@@ -155,7 +158,7 @@ def _shapes_of_states(into: Entries, model: _Model) -> dict[str, Shape]:
     return shapes
 
 
-def _parts(into: Entries, model: _Model, members: Mapping[str, Sequence[Member]]) -> set[str]:
+def _parts(into: Entries, model: _FlatModel, members: Mapping[str, Sequence[FlatMember]]) -> set[str]:
     """Names in the model of one rank's parts of what vectors have: of their parameters, and of such as are tied to
     them. Raises Mismatch where a part is not as long as a rank's share of its parameter."""
     shares: dict[str, dict[str, set[int]]] = {}
@@ -186,7 +189,7 @@ def _parts(into: Entries, model: _Model, members: Mapping[str, Sequence[Member]]
     return gone
 
 
-def _unflatten_states(into: Entries, path: Path, members: Mapping[str, Sequence[Member]]) -> None:
+def _unflatten_states(into: Entries, path: Path, members: Mapping[str, Sequence[FlatMember]]) -> None:
     """The same for the states that an optimizer keeps of flat vectors. Single values are each parameter's."""
     entries, tensors = dict[str, StateEntry](), dict[str, LogicalTensor]()
     for key, entry in into.entries.items():
@@ -198,7 +201,7 @@ def _unflatten_states(into: Entries, path: Path, members: Mapping[str, Sequence[
             if held is not None:
                 tensors[key] = held
             continue
-        found: Iterable[tuple[Member, LogicalTensor | None]] = [(member, held) for member in members[unit]]
+        found: Iterable[tuple[FlatMember, LogicalTensor | None]] = [(member, held) for member in members[unit]]
         if held is not None and numel(held.shape) != 1:
             found = flat.lifted(path, key, held, members[unit])
         for member, tensor in found:
@@ -232,7 +235,7 @@ def _is_number(key: object) -> bool:
     return isinstance(key, int) or (isinstance(key, str) and key.isdecimal())
 
 
-def _assumed(units: Iterable[Sequence[Member]]) -> list[str]:
+def _assumed(units: Iterable[Sequence[FlatMember]]) -> list[str]:
     """What to tell of parameters that may have lain in memory in channels_last, which shapes alone don't say."""
     doubtful = [member.name for unit in units for member in unit if member.strides is None and len(member.shape) >= 4]
     if not doubtful:
@@ -243,7 +246,7 @@ def _assumed(units: Iterable[Sequence[Member]]) -> list[str]:
     ]
 
 
-def _regrouped(entry: StateEntry, members: Mapping[str, Sequence[Member]]) -> StateEntry:
+def _regrouped(entry: StateEntry, members: Mapping[str, Sequence[FlatMember]]) -> StateEntry:
     """A param group's list of parameters, with the parameters in the place of flat vectors."""
     if not (isinstance(entry.value, list) and entry.path[-1] == MEMBERS and GROUPS in entry.path):
         return entry

@@ -18,7 +18,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.accelerate.parts import Parts, model_shapes
 from ucp.formats.shared import flat, numbered
 from ucp.formats.shared.builder import Builder
-from ucp.formats.shared.flat import Member
+from ucp.formats.shared.flat import FlatMember
 from ucp.formats.shared.numbered import GROUPS, MEMBERS, STATE
 from ucp.formats.shared.roles import MODEL
 from ucp.formats.shared.state_dicts import Entries
@@ -76,7 +76,7 @@ def whole_states(ranks: Sequence[Mapping[str, Any]], paths: Sequence[Path], part
     return found
 
 
-def _wanted(parts: Parts, count: int, world: int, path: Path) -> dict[str, tuple[int, Member]]:
+def _wanted(parts: Parts, count: int, world: int, path: Path) -> dict[str, tuple[int, FlatMember]]:
     """What the numbers may be, in the module's order: name -> the length of all ranks' parts, and what is in them."""
     entries, prefix = parts.entries, f"{MODEL}."
     vectors = {
@@ -86,18 +86,18 @@ def _wanted(parts: Parts, count: int, world: int, path: Path) -> dict[str, tuple
     }
     shapes = parts.request.options.get("param_shapes")
     members = {m.name: m for found in (parts.units if shapes is None else {}).values() for m in found}
-    members.update({name: Member(name, tuple(shape)) for name, shape in (shapes or {}).items()})
+    members.update({name: FlatMember(name, tuple(shape)) for name, shape in (shapes or {}).items()})
     plain = [name for name in model_shapes(parts) if name not in vectors]
     by_number = bool(members) and members.keys() <= set(plain)  # use_orig_params: the model has all names, too
     if vectors and count == len(vectors) and not by_number:
         return {
-            name: (max(b - a for a, b in flat.chunks_of(vector)) * world, Member(name, vector.shape))
+            name: (max(b - a for a, b in flat.chunks_of(vector)) * world, FlatMember(name, vector.shape))
             for name, vector in vectors.items()
         }
     if vectors and not members:
         flat.refuse(path, vectors)
     if not members:
-        members = {name: Member(name, shape) for name, shape in model_shapes(parts).items()}
+        members = {name: FlatMember(name, shape) for name, shape in model_shapes(parts).items()}
     order = [name for name in plain if name in members]
     return {name: (numel(members[name].shape), members[name]) for name in dict.fromkeys([*order, *members])}
 

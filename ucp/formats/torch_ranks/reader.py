@@ -51,7 +51,7 @@ def read(path: Path, files: Files, request: ReadRequest) -> Catalog:
     add_module(parts, unwrapped(module, graphs[0]), paths[0].name)
     parts.units = units_of(graphs, paths, parts.entries)
     _add_optimizers(parts, roles, paths, unequal)
-    parts.notes += unflatten(parts.entries, folder, request.options.get("param_shapes"), parts.units)
+    parts.notes += unflatten(parts.entries, folder, request.options.get("param_shapes"), parts.units, f"{MODEL}.")
     left = _left(parts, module)
     unequal = [name for name in unequal if not name.startswith(f"{MODEL}.") or name in left]
     if unequal:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.shared.flat import Member, chunks_of, starts_of, unit_of, unwrapped
+from ucp.formats.shared.flat import FlatMember, chunks_of, starts_of, unit_of, unwrapped
 from ucp.formats.shared.numbered import STATE
 from ucp.formats.shared.state_dicts import Entries
 from ucp.geometry import numel
@@ -34,7 +34,7 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, Mapping) and {"param_names", "param_shapes", "param_offsets"} <= value.keys()
 
 
-def units_of(graphs: Sequence[Any], paths: Sequence[Path], entries: Entries) -> dict[str, Sequence[Member]]:
+def units_of(graphs: Sequence[Any], paths: Sequence[Path], entries: Entries) -> dict[str, Sequence[FlatMember]]:
     """The parameters of each unit that the files tell, in the order of its vector.
 
     Raises DamagedCheckpoint where ranks contradict each other, or a vector among the entries.
@@ -45,7 +45,9 @@ def units_of(graphs: Sequence[Any], paths: Sequence[Path], entries: Entries) -> 
             if is_metadata(value):
                 for name, one in ({"": value} if _is_one(value) else value).items():
                     told.setdefault(_unit(str(name)), []).append(_fields(one, path))
-    found: dict[str, Sequence[Member]] = {unit: _merged(unit, ranks, paths[0].parent) for unit, ranks in told.items()}
+    found: dict[str, Sequence[FlatMember]] = {
+        unit: _merged(unit, ranks, paths[0].parent) for unit, ranks in told.items()
+    }
     for key, entry in entries.entries.items():
         unit = unit_of(str(entry.path[-1])) if STATE not in entry.path else None
         if unit is not None and unit in told:
@@ -74,19 +76,19 @@ def _fields(one: Any, path: Path) -> dict[str, Any]:
     return {"names": names, "shapes": shapes, "offsets": offsets, "strides": strides}
 
 
-def _merged(unit: str, ranks: Sequence[Mapping[str, Any]], folder: Path) -> list[Member]:
-    members: dict[str, Member] = {}
+def _merged(unit: str, ranks: Sequence[Mapping[str, Any]], folder: Path) -> list[FlatMember]:
+    members: dict[str, FlatMember] = {}
     for own in ranks:
         for name, shape, strides in zip(own["names"], own["shapes"], own["strides"], strict=True):
             whole = f"{unit}{unwrapped(str(name))}"
-            member = Member(whole, tuple(shape), None if strides is None else tuple(strides))
+            member = FlatMember(whole, tuple(shape), None if strides is None else tuple(strides))
             if members.setdefault(whole, member) != member:
                 raise DamagedCheckpoint(f"{folder}: ranks have other shapes of '{whole}'; files of two runs are mixed")
     return list(members.values())
 
 
 def _check(
-    paths: Sequence[Path], key: str, entries: Entries, members: Sequence[Member], ranks: Sequence[Mapping[str, Any]]
+    paths: Sequence[Path], key: str, entries: Entries, members: Sequence[FlatMember], ranks: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raise DamagedCheckpoint where a rank's elements of a parameter are not those that the vector's chunks mean."""
     vector = entries.tensors[key]
