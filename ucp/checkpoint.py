@@ -250,7 +250,7 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     verify: bool = True,
     allow_approximate: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint, or one of a folder of checkpoints, as a `Checkpoint`. Only metadata is read.
+    """Open a checkpoint, or one of a folder of checkpoints. Only metadata is read.
 
     Parameters
     ----------
@@ -262,15 +262,13 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
         How tensor parallelism cuts the model: the name of a shipped spec, or a file. By default the checkpoint's own
         description is used, or else the shipped spec for the model's type. If neither decides, opening fails.
     tag
-        Which checkpoint of a folder to open, whatever ``latest`` says. 'newest' opens the newest whole one, and logs a
-        line about those that it passes over.
+        Which checkpoint of a folder to open, whatever ``latest`` says; 'newest' is the newest whole one.
     model_config, sizes
         The sizes that the spec needs. model_config is the model's config.json: a mapping, a file or its folder. By
         default it is what the checkpoint has recorded or has beside it. sizes are by name, and override the config.
-    trust_client_state
-        For DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code.
-    trust_paths
-        For virtual checkpoints: follow them to files outside the folder that they name as their source.
+    trust_client_state, trust_paths
+        For DeepSpeed's formats and DCP: unpickle classes outside the allow-list, which runs their code. For virtual
+        checkpoints: follow them to files outside the folder that they name as their source.
     param_names, param_shapes
         Each param group's names, in order, where the optimizer has numbers alone; the shapes of all parameters by name,
         in the module's order, where FSDP1 saved them flat (LOCAL_STATE_DICT). Each may be a JSON file.
@@ -281,6 +279,10 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     allow_approximate
         Open a checkpoint with layers that `ucp.repair` has filled in, and log a line about it.
 
+    Returns
+    -------
+    Checkpoint
+
     Raises
     ------
     NotACheckpoint, ApproximateCheckpoint
@@ -290,9 +292,8 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     SpecError, Mismatch, Unsupported, UnsafePickle
         If the spec does not fit, and where the format's reader raises them.
     """
-    known = dict[str, Any](param_names=param_names, param_shapes=param_shapes)
-    some = {"trust_client_state": trust_client_state, "trust_paths": trust_paths, **known}
-    asked = _Asked(choose(spec, model_config, sizes), verify, some, options or {})
+    some = dict[str, Any](trust_client_state=trust_client_state, trust_paths=trust_paths, param_names=param_names)
+    asked = _Asked(choose(spec, model_config, sizes), verify, {**some, "param_shapes": param_shapes}, options or {})
     return _exact(_open(path, tag, asked, verify), allow_approximate)
 
 

@@ -62,9 +62,11 @@ class Accelerate(Format):
         return folder.any_name(STATES)
 
     def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        if beside is None:
+            return catalog
         from ucp.formats.accelerate import reader
 
-        return catalog if beside is None else reader.complete(catalog, beside, request)
+        return reader.complete(catalog, beside, request)
 
     def knows(self, name: str) -> bool:
         return _READ.fullmatch(name) is not None

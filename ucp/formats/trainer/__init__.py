@@ -49,9 +49,11 @@ class Trainer(Format):
         return folder.has_file(STATE)
 
     def complete(self, catalog: Catalog, beside: FolderNames | None, request: ReadRequest) -> Catalog:
+        if beside is None:
+            return catalog
         from ucp.formats.trainer import reader
 
-        return catalog if beside is None else reader.complete(catalog, beside, request)
+        return reader.complete(catalog, beside, request)
 
     def step(self, path: Path) -> int | None:
         from ucp.errors import UcpError
