@@ -61,13 +61,25 @@ def trainer(folder: str) -> None:
 def accelerate(folder: str) -> None:
     """Accelerate on one process: ``save_state``."""
     from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
 
-    accelerator = Accelerator(cpu=True)
+    class Progress:
+        """An object of the program's own, of which plain data are saved."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": 0.5, "seen": torch.arange(3)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise NotImplementedError
+
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
     model: Any = nn.Linear(8, 8)
     optimizer: Any = torch.optim.AdamW(model.parameters())
     scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    accelerator.backward(model(torch.randn(4, 8)).sum())
+    loader: Any = torch.utils.data.DataLoader(torch.randn(12, 8), batch_size=4, shuffle=True)
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    accelerator.register_for_checkpointing(Progress())
+    accelerator.backward(model(next(iter(loader))).sum())
     optimizer.step()
     scheduler.step()
     accelerator.save_state(folder)

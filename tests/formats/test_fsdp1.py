@@ -159,7 +159,7 @@ def test_sharded_tensors_in_ranks_files(saved: Saved, kind: str) -> None:
     with ucp.open(folder / "sharded") as opened:
         assert opened.training_state.client_state == {"seed": 0, "of_ranks": {"seed": [0, 1, 2]}}
     with pytest.raises(
-        Unsupported, match=r"holds one rank's part of a tensor \(a ShardedTensor\); give the path of the"
+        Unsupported, match=r"holds a part of a tensor \(a ShardedTensor of one rank\); give the path of the folder"
     ):
         ucp.open(folder / "sharded" / "run_rank1.pt")
 

@@ -15,7 +15,7 @@ from tests.engines.fsdp import Mesh, differences
 from tests.engines.pool import RankPool
 from tests.formats import foreign_jobs
 from tests.formats.foreign_programs import made_by
-from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.inspection.difference import diff
 from ucp.inspection.verify import verify
 
@@ -156,3 +156,22 @@ def test_one_process(foreign: Path) -> None:
         assert [group.names for group in opened.training_state.param_groups] == [("weight", "bias")]
         assert torch.equal(opened.read("weight", "exp_avg"), saved["state"][0]["exp_avg"])
         assert torch.equal(opened.read("bias", "exp_avg_sq"), saved["state"][1]["exp_avg_sq"])
+        kept = opened.training_state.client_state
+        assert kept["custom_checkpoint_0"]["best"] == 0.5
+        assert torch.equal(kept["custom_checkpoint_0"]["seen"], torch.arange(3))
+        assert kept["dl_state_dict"]["_num_yielded"] == 1
+
+
+def test_a_sampler_is_an_object_of_accelerates(foreign: Path, tmp_path: Path) -> None:
+    """It is pickled as it is, so it is named, and left out where that is asked."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    shutil.copytree(made_by("accelerate", foreign), tmp_path / "state")
+    torch.save(
+        SeedableRandomSampler(range(8), data_seed=3, generator=torch.Generator()), tmp_path / "state/sampler.bin"
+    )
+    with pytest.raises(UnsafePickle, match=r"SeedableRandomSampler.*--skip-unknown-objects"):
+        ucp.open(tmp_path / "state")
+    with ucp.open(tmp_path / "state", options={"skip_unknown_objects": True}) as opened:
+        assert opened.training_state.client_state["sampler"]["initial_seed"] == 3
+        assert opened.unread == ()

@@ -150,8 +150,8 @@ class Unpickler(Machine):
             made = allowlist.call(target, args)
             if is_part(made) and not self._dtensors:
                 raise Unsupported(
-                    f"it holds one rank's part of a tensor (a {made.class_name}); give the path of the folder that all "
-                    "ranks' files are in"
+                    f"it holds a part of a tensor (a {made.class_name} of one rank); give the path of the folder that "
+                    "all ranks' files are in"
                 )
             weight = _weight(made)
             self.spent += _CALL_BYTES + weight
