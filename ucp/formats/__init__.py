@@ -272,7 +272,11 @@ def explain_unknown(path: Path) -> NotACheckpoint:
     if not locations.is_folder(path):
         if kind != "a file":
             return NotACheckpoint(f"{path}: is {kind}; a checkpoint is a folder, or a regular file")
-        return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder, or a file of these names ({known})")
+        around = find(path.parent)
+        inside = "" if around is None else f" the folder that it is in is a checkpoint ('{around.name}');"
+        return NotACheckpoint(
+            f"{path}: is a file;{inside} a checkpoint is a folder, or a file of these names ({known})"
+        )
     try:
         names = locations.names(path)
     except OSError as error:

@@ -91,6 +91,8 @@ def listing(folder: str | os.PathLike[str]) -> Listing:
     if not found and not unfinished:
         raise formats.explain_unknown(where)
     entries = [entry for one in found if (entry := _entry(one, parent)) is not None]
+    if alone is not None and not entries and not unfinished:
+        checkpoint.open(alone.path, allow_approximate=True).close()  # says what else the file is
     return Listing(
         str(where),
         _latest(parent),

@@ -153,6 +153,8 @@ def verify(
     except RemovedMeanwhile:
         raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
+        if isinstance(error, NotACheckpoint) and locations.is_file(where):
+            raise  # some file of torch.save's, which nothing says is damaged
         return _unopened(where, known, error, quick)
     with opened:
         return verify_open(opened, quick=quick, finite=finite, against=against, progress=progress)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import ucp
@@ -280,6 +281,19 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(NotACheckpoint, match="is a file; a checkpoint is a folder, or a file"):
         ucp.open(tmp_path / "notes.txt")
+
+
+def test_a_file_that_is_a_part_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A listing of it was empty, and a check called it damaged."""
+    _, optimizer = trained()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    for command in ("ls", "verify", "inspect"):
+        assert commands.main([command, str(tmp_path / "optimizer.pt")]) == 2
+        assert "holds an optimizer's state alone" in capsys.readouterr().err
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("*.distcp")
+    assert commands.main(["ls", str(file)]) == 2
+    assert "is a file; the folder that it is in is a checkpoint ('dcp')" in capsys.readouterr().err
 
 
 def test_flat_parameters_are_refused_by_name(tmp_path: Path) -> None:
