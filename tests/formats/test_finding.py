@@ -29,7 +29,9 @@ def test_a_conversion_looks_at_its_source_once(tmp_path: Path, monkeypatch: pyte
     look = formats.look
     monkeypatch.setattr(formats, "look", lambda path: (seen.append(path), look(path))[1])
     ucp.convert(tmp_path / "source", tmp_path / "dest")
-    assert seen == [tmp_path / "source"]
+    around = tmp_path  # a framework may have left something there (`Format.completes`)
+    assert [path for path in seen if path != around] == [tmp_path / "source"]
+    assert seen.count(around) <= 2
 
 
 def test_a_folder_that_cannot_be_listed_is_asked_for_names_that_tell(
