@@ -150,11 +150,10 @@ def verify(
     try:
         # Digests and copies are compared below, all of them.
         opened = checkpoint.open(where, **choice, verify=False, allow_approximate=True)
-    except RemovedMeanwhile:
-        raise
     except (DamagedCheckpoint, NotACheckpoint) as error:
-        if isinstance(error, NotACheckpoint) and locations.is_file(where):
-            raise  # some file of torch.save's, which nothing says is damaged
+        other = isinstance(error, NotACheckpoint) and locations.is_file(where)  # a file that nothing says is damaged
+        if other or isinstance(error, RemovedMeanwhile):
+            raise
         return _unopened(where, known, error, quick)
     with opened:
         return verify_open(opened, quick=quick, finite=finite, against=against, progress=progress)
