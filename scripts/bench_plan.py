@@ -22,7 +22,7 @@ from typing import Any
 import bench_tools
 import numpy as np
 
-from ucp.geometry import Blocks, Copies, collapse, compose, concat, flat_ranges, intersect, numel
+from ucp.geometry import Blocks, Copies, collapse, compose, concat, flat_ranges, intersect, intersect_grouped, numel
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.parallel.zero import ceil_partition, ceil_size, flat_offsets, flat_partition, partition_size
 from ucp.spec import shipped
@@ -198,6 +198,25 @@ def copies_of(source: Blocks, target: Blocks) -> Copies:
     return found
 
 
+def _copies_together(sources: Sequence[Blocks], targets: Sequence[Blocks]) -> int:
+    """How many copies bring all parameters, planned together as a load does it. Raises RuntimeError unless they bring
+    every element that is wanted, once."""
+    count = 0
+    for ndim in sorted({each.ndim for each in targets}):
+        alike = [k for k, each in enumerate(targets) if each.ndim == ndim]
+        numbers = np.arange(len(alike))
+        source, target = (concat((side[k] for k in alike), ndim) for side in (sources, targets))
+        source_of, target_of = (np.repeat(numbers, [len(side[k]) for k in alike]) for side in (sources, targets))
+        found = collapse(intersect_grouped(source, source_of, target, target_of))
+        brought, wanted = np.zeros(len(alike), np.int64), np.zeros(len(alike), np.int64)
+        np.add.at(brought, target_of[found.target], found.counts)
+        np.add.at(wanted, target_of, target.counts)
+        if not np.array_equal(brought, wanted):
+            raise RuntimeError(f"{wanted.sum()} elements are wanted and {brought.sum()} found")
+        count += len(found)
+    return count
+
+
 def plan_job(whole: Model, source: Layout, target: Layout) -> dict[str, Any]:
     """Plan all ranks of the target together; returns counts."""
     began = time.perf_counter(), time.process_time()
@@ -226,13 +245,11 @@ def plan_rank(whole: Model, source: Layout, target: Layout, rank: int) -> dict[s
     catalog = [here.blocks(name, expression, layer, copies=False) for name, expression, layer in whole.parameters]
     dp, tp = divmod(rank, target.tp)
     began = time.perf_counter(), time.process_time()
-    plan = [
-        copies_of(held, there.of_rank(name, expression, dp, tp))
-        for held, (name, expression, _) in zip(catalog, whole.parameters, strict=True)
-    ]
+    wants = [there.of_rank(name, expression, dp, tp) for name, expression, _ in whole.parameters]
+    copies = _copies_together(catalog, wants)
     return {
         "source fragments": sum(map(len, catalog)),
-        "copies": sum(map(len, plan)),
+        "copies": copies,
         "seconds": time.perf_counter() - began[0],
         "processor": time.process_time() - began[1],
     }

@@ -110,6 +110,7 @@ def canonical(name: str) -> str:
     return short
 
 
+@cache
 def itemsize(name: str) -> int:
     """Width of one element in bytes. Raises `Unsupported` for an unknown type."""
     return _row(name).itemsize
