@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,21 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = {f.name: f for f in doctor.examine(tmp_path)}
     assert found["compiled optimizers"].found == "no"
     assert "ninja" in found["compiled optimizers"].remark
+
+
+def test_a_build_that_was_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch itself waits for: its own lock, of a process that is gone."""
+    from torch.utils.file_baton import FileBaton
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert "being compiled" not in {f.name for f in doctor.examine(tmp_path)}
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    lock = tmp_path / "deepspeed_shm_comm/lock"
+    assert FileBaton(str(lock)).try_acquire()
+    os.utime(lock, (0, time.time() - 600))
+    found = {f.name: f for f in doctor.examine(tmp_path)}["being compiled"]
+    assert found.found == "deepspeed_shm_comm"
+    assert found.remark == f"since 10 minutes; if no compiler runs, DeepSpeed waits for ever: delete '{lock}'"
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from ucp.errors import BadArgument
 from ucp.tested import TESTED
@@ -32,7 +34,7 @@ def examine(folder: str | os.PathLike[str]) -> list[Fact]:
     place = os.fspath(folder)
     if not os.path.isdir(place):
         raise BadArgument(f"{place}: is no folder; name one that checkpoints are or will be in")
-    return [*_versions(), *_accelerator(), _compiler(), *_storage(place)]
+    return [*_versions(), *_accelerator(), _compiler(), *_builds(), *_storage(place)]
 
 
 def _versions() -> Iterator[Fact]:
@@ -73,6 +75,25 @@ def _compiler() -> Fact:
     if missing:
         return Fact("compiled optimizers", "no", f"{' and '.join(missing)} not found: FusedAdam, CPUAdam need them")
     return Fact("compiled optimizers", "yes", f"{', '.join(found)} found")
+
+
+def _builds() -> Iterator[Fact]:
+    """Compilations that are under way, or were killed: torch then leaves a lock behind, and whoever wants the same
+    extension waits for it without a word, DeepSpeed already where an engine is made."""
+    for lock in sorted(_builds_folder().glob("**/lock")):
+        try:
+            minutes = max(0, int(time.time() - lock.lstat().st_mtime) // 60)
+        except OSError:
+            continue  # it has just ended
+        remark = f"since {minutes} minutes; if no compiler runs, DeepSpeed waits for ever: delete '{lock}'"
+        yield Fact("being compiled", lock.parent.name, remark)
+
+
+def _builds_folder() -> Path:
+    """Where torch compiles extensions."""
+    if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
 
 
 def _storage(place: str) -> Iterator[Fact]:
