@@ -2,7 +2,8 @@
 
 ``python -m tests.engines.record RESULTS.xml ...`` (pytest's junit files, of the parts of one run) adds the run that
 wrote them and shows the table anew; `./scripts/test --deepspeed … --record` does that. Runs with the same packages are
-one row: what ran last counts. What a release fails at by itself (`tests.engines.releases.FAULTS`) is listed below it.
+one row: what ran last of a test function counts, so that a long column may run in parts. What a release fails at by
+itself (`tests.engines.releases.FAULTS`) is listed below it.
 """
 
 from __future__ import annotations
@@ -52,31 +53,53 @@ def _cases(results: Iterable[Path]) -> Iterator[ElementTree.Element]:
         yield from ElementTree.parse(path).getroot().iter("testcase")
 
 
-def counted(*results: Path) -> dict[str, dict[str, int]]:
-    """Area -> how many tests passed, failed and skipped."""
+def by_test(*results: Path) -> dict[str, dict[str, int]]:
+    """Of each test that has a column, by "module::function": how many of its cases passed, failed and skipped, and of
+    the skipped how many for each fault of the release, by its meaning."""
     out: dict[str, dict[str, int]] = {}
     for case in _cases(results):
-        area = area_of(case.get("classname", ""))
-        if not area:
-            continue
-        bad = case.find("failure") is not None or case.find("error") is not None
-        kind = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
-        found = out.setdefault(area, {"passed": 0, "failed": 0, "skipped": 0})
-        found[kind] += 1
+        module = case.get("classname", "")
+        if area_of(module):
+            found = out.setdefault(f"{module}::{case.get('name', '').partition('[')[0]}", {})
+            for kind in (_outcome(case), _fault(case)):
+                if kind:
+                    found[kind] = found.get(kind, 0) + 1
     return out
+
+
+def in_areas(tests: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """What `by_test` counted, by area: outcomes, and the release's faults."""
+    areas: dict[str, dict[str, int]] = {}
+    known: dict[str, dict[str, int]] = {}
+    for test, kinds in tests.items():
+        area = area_of(test.partition("::")[0])
+        outcomes = areas.setdefault(area, {"passed": 0, "failed": 0, "skipped": 0})
+        for kind, count in kinds.items():
+            into = outcomes if kind in outcomes else known.setdefault(area, {})
+            into[kind] = into.get(kind, 0) + count
+    return areas, known
+
+
+def _outcome(case: ElementTree.Element) -> str:
+    bad = case.find("failure") is not None or case.find("error") is not None
+    return "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+
+
+def _fault(case: ElementTree.Element) -> str:
+    """What the release fails at by itself, because of which this test was skipped."""
+    skipped = case.find("skipped")
+    message = "" if skipped is None else skipped.get("message", "")
+    return message.partition(": ")[2] if message.startswith("DeepSpeed ") else ""
+
+
+def counted(*results: Path) -> dict[str, dict[str, int]]:
+    """Area -> how many tests passed, failed and skipped."""
+    return in_areas(by_test(*results))[0]
 
 
 def faults(*results: Path) -> dict[str, dict[str, int]]:
     """Area -> what the release fails at by itself -> how many tests that kept from running."""
-    out: dict[str, dict[str, int]] = {}
-    for case in _cases(results):
-        skipped, area = case.find("skipped"), area_of(case.get("classname", ""))
-        message = "" if skipped is None else skipped.get("message", "")
-        if area and message.startswith("DeepSpeed "):
-            meaning = message.partition(": ")[2]
-            found = out.setdefault(area, {})
-            found[meaning] = found.get(meaning, 0) + 1
-    return out
+    return in_areas(by_test(*results))[1]
 
 
 def add(
@@ -84,14 +107,17 @@ def add(
     packages: Mapping[str, str],
     areas: Mapping[str, Any],
     found: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    tests: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """The rows with this run in them. found: `faults` of the run."""
+    """The rows with this run in them. found: `faults` of the run; tests: `by_test` of all that the row counts so."""
     own = next((row for row in rows if row["packages"] == dict(packages)), None)
     others = [row for row in rows if row is not own]
     merged: dict[str, Any] = {"packages": dict(packages), "areas": {**(own["areas"] if own else {}), **areas}}
     kept = {area: known for area, known in (own or {}).get("faults", {}).items() if area not in areas}
     if said := {**kept, **found}:
         merged["faults"] = said
+    if tests:
+        merged["tests"] = dict(tests)
     return sorted([*others, merged], key=_order)
 
 
@@ -149,9 +175,21 @@ def load() -> list[dict[str, Any]]:
     return rows
 
 
+def of_these(rows: list[dict[str, Any]], packages: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """`by_test` of what the row of these packages has counted by test so far."""
+    own = next((row for row in rows if row["packages"] == dict(packages)), {})
+    return dict(own.get("tests", {}))
+
+
+def record(rows: list[dict[str, Any]], packages: Mapping[str, str], *results: Path) -> list[dict[str, Any]]:
+    """The rows with what these results say in them."""
+    tests = dict(sorted({**of_these(rows, packages), **by_test(*results)}.items()))
+    return add(rows, packages, *in_areas(tests), tests)
+
+
 def main(*results: Path) -> None:
-    packages = {name: installed(name) for name in PACKAGES}
-    rows = add(load(), {n: v for n, v in packages.items() if v}, counted(*results), faults(*results))
+    found = {name: installed(name) for name in PACKAGES}
+    rows = record(load(), {n: v for n, v in found.items() if v}, *results)
     RECORD.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     README.write_text(shown(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.engines import record, releases
 from ucp.deepspeed.supported import TESTED_VERSIONS
@@ -65,3 +66,25 @@ def test_what_a_release_fails_at_is_named_below_the_table(tmp_path: Path) -> Non
     assert "- 0.15.4 with torch 2.13.0: has no AutoTP (2 –); has no Muon (1 –)\n" in record.table(rows)
     again = record.add(rows, packages, {"TP": {"passed": 3, "failed": 0, "skipped": 0}})
     assert "faults" not in again[0]
+
+
+def test_a_column_may_run_in_parts(tmp_path: Path) -> None:
+    """A part that ran again counts as it ran last; the other parts stay."""
+    packages = {"deepspeed": "0.15.4", "torch": "2.13.0"}
+    skipped = '<skipped message="DeepSpeed 0.15.4: has no AutoTP"/>'
+    runs = [
+        [("test_tp", "test_a[1]", ""), ("test_tp", "test_a[2]", "<failure/>"), ("test_tp", "test_b", skipped)],
+        [("test_pipe", "test_c", "")],
+        [("test_tp", "test_a[1]", ""), ("test_tp", "test_a[2]", "")],
+    ]
+    rows: list[dict[str, Any]] = [{"packages": packages, "areas": {"PP": {"passed": 9}, "smoke": {"passed": 2}}}]
+    for number, cases in enumerate(runs):
+        path = tmp_path / f"{number}.xml"
+        told = [f'<testcase classname="tests.deepspeed.{m}" name="{n}">{x}</testcase>' for m, n, x in cases]
+        path.write_text(f"<x>{''.join(told)}</x>")
+        rows = record.record(rows, packages, path)
+    (row,) = rows
+    assert row["areas"]["TP"] == {"passed": 2, "failed": 0, "skipped": 1}
+    assert row["areas"]["PP"] == {"passed": 1, "failed": 0, "skipped": 0}
+    assert row["areas"]["smoke"] == {"passed": 2}
+    assert row["faults"] == {"TP": {"has no AutoTP": 1}}
