@@ -25,6 +25,7 @@ FAULTS = {
     r"tensor_list\[0\], 'use_muon', False": "ranks that hold nothing of a param group fail",
     r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
     r"^start out of range": "its hpZ takes no parameters with fewer elements than ranks",
+    r"momentum_buffer: two ranks hold it whole, and differ$": "ranks of its Muon keep other momenta of one parameter",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
     r"has no 'param_shapes', which say what ZeRO's": "saves experts without the names of what ZeRO's files hold",
     r"FloatTensor\(float\(v\)\)\.detach": "its BF16_Optimizer does not step with experts on the CPU",
@@ -67,12 +68,15 @@ def mend() -> None:
     it: steps go under torch.no_grad, as a program with these two would do it. AutoTP of 0.16 and 0.17 takes the current
     device's number for its name, which is none on the CPU. Stage 3 before 0.19 waits for the last of several gathers
     alone, and over gloo others are still under way then, so that ranks now and then train on weights that have not
-    come: each parameter is gathered by itself.
+    come: each parameter is gathered by itself. Pipelines of 0.18 divide the gradients of every stage but the last by
+    the number of micro steps once more, so that each number of stages trains something else; 0.19 leaves them.
     """
     if is_pinned():
         return
     import torch
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -88,6 +92,11 @@ def mend() -> None:
         return None
 
     Init._all_gather = gather_each
+    divide = getattr(DeepSpeedEngine, "_backward_prologue_per_tensor", None)
+    if divide is not None and "_backward_prologue_per_tensor" not in vars(PipelineEngine):
+        PipelineEngine._backward_prologue_per_tensor = lambda self, grad: (
+            divide(self, grad) if self.is_last_stage() else grad
+        )
 
 
 def saved_beside(module: Any) -> dict[str, Any]:
