@@ -20,12 +20,6 @@ from tests.engines import models
 from tests.engines.configs import OPTIMIZERS, Case, parameter_groups
 from tests.engines.runs import FURTHER, STEPS
 
-# FSDP2 of torch 2.6 calls these of a stream, and that release's own stand-in for a CPU's has them not, so that it does
-# not step there. Later ones have them, and they do nothing.
-for _missing in ("record_event", "wait_event"):
-    if not hasattr(torch.cpu.Stream, _missing):
-        setattr(torch.cpu.Stream, _missing, lambda self, event=None: None)
-
 
 @dataclass(frozen=True)
 class Mesh:
