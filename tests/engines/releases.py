@@ -69,7 +69,8 @@ def mend() -> None:
     device's number for its name, which is none on the CPU. Stage 3 before 0.19 waits for the last of several gathers
     alone, and over gloo others are still under way then, so that ranks now and then train on weights that have not
     come: each parameter is gathered by itself. Pipelines of 0.18 divide the gradients of every stage but the last by
-    the number of micro steps once more, so that each number of stages trains something else; 0.19 leaves them.
+    the number of micro steps once more, so that each number of stages trains something else; 0.19 leaves them. Before
+    0.18 pipelines divide none, and train on sums where a plain module trains on means; here they do as 0.19's.
     """
     if is_pinned():
         return
@@ -92,11 +93,25 @@ def mend() -> None:
         return None
 
     Init._all_gather = gather_each
-    divide = getattr(DeepSpeedEngine, "_backward_prologue_per_tensor", None)
-    if divide is not None and "_backward_prologue_per_tensor" not in vars(PipelineEngine):
-        PipelineEngine._backward_prologue_per_tensor = lambda self, grad: (
-            divide(self, grad) if self.is_last_stage() else grad
-        )
+    _divide_gradients_once(DeepSpeedEngine, PipelineEngine)
+
+
+def _divide_gradients_once(engine: Any, pipeline: Any) -> None:
+    divide = getattr(engine, "_backward_prologue_per_tensor", None)
+    if divide is None:
+        backward = engine.backward
+
+        def backward_of_mean(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+            mean = loss / self.gradient_accumulation_steps() if isinstance(self, pipeline) else loss
+            return backward(self, mean, *args, **kwargs)
+
+        engine.backward = backward_of_mean
+    elif "_backward_prologue_per_tensor" not in vars(pipeline):
+
+        def divide_in_last_stage(self: Any, grad: Any) -> Any:
+            return divide(self, grad) if self.is_last_stage() else grad
+
+        pipeline._backward_prologue_per_tensor = divide_in_last_stage
 
 
 def saved_beside(module: Any) -> dict[str, Any]:
