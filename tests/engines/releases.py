@@ -26,6 +26,9 @@ FAULTS = {
     r"Output 0 of Split is a view and is being modified inplace": "stages 1 and 2 don't step with this torch",
     r"^start out of range": "its hpZ takes no parameters with fewer elements than ranks",
     r"momentum_buffer: two ranks hold it whole, and differ$": "ranks of its Muon keep other momenta of one parameter",
+    r"(\d+) of \1 optimizer files are missing": "saves no optimizer files of its BF16_Optimizer",
+    r"super_offload\n\s+Extra inputs are not permitted": "has no SuperOffload",
+    r"zenflow\n\s+Extra inputs are not permitted": "has no ZenFlow",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
     r"has no 'param_shapes', which say what ZeRO's": "saves experts without the names of what ZeRO's files hold",
     r"FloatTensor\(float\(v\)\)\.detach": "its BF16_Optimizer does not step with experts on the CPU",
@@ -112,6 +115,14 @@ def _divide_gradients_once(engine: Any, pipeline: Any) -> None:
             return divide(self, grad) if self.is_last_stage() else grad
 
         pipeline._backward_prologue_per_tensor = divide_in_last_stage
+
+
+def knows(option: str) -> bool:
+    """Whether the installed DeepSpeed's code has this key of its config; what it does not know it may ignore."""
+    import deepspeed
+
+    code = Path(deepspeed.__file__).parent / "runtime"
+    return any(option in path.read_text(encoding="utf-8") for path in code.glob("*.py"))
 
 
 def saved_beside(module: Any) -> dict[str, Any]:
