@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.engines import pipe_runs, pipe_truth
 from tests.engines.build import build_engine
 from tests.engines.configs import Case
 from tests.engines.resume import continue_training
@@ -55,6 +56,20 @@ def train(
     if killed:
         os.kill(os.getpid(), signal.SIGKILL)
     return truth
+
+
+def train_parallel(
+    pipe: pipe_runs.PipeCase, folder: str, keepers: str, nodes: Sequence[str], steps: int
+) -> tuple[str | None, Truth | None]:
+    """Under any kind of parallelism: resume from memory if there is any, train so many steps; path and truth."""
+    at_home(keepers, nodes)
+    engine = pipe_runs.build_engine(pipe, {"memory": ON})
+    path, _ = engine.load_checkpoint(folder)
+    pipe_runs.continue_training(engine, pipe, engine.global_steps, steps)
+    truth = pipe_truth.gather(engine)
+    engine.ucp.wait()
+    dist.barrier()
+    return path, truth
 
 
 def lose_keeper(case: Case, folder: str, keepers: str, nodes: Sequence[str]) -> tuple[Truth | None, int]:

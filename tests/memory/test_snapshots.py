@@ -11,6 +11,7 @@ import pytest
 
 import ucp
 from tests.engines.configs import Case
+from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.truth import compare
 from tests.memory import jobs
@@ -40,15 +41,29 @@ def test_what_was_killed_resumes_from_memory_on_any_ranks(ranks: RankPool, tmp_p
         assert compare(found, truth) == []
 
 
+def test_from_memory_under_another_kind_of_parallelism(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
+    folder, case = str(tmp_path / "run"), Case(stage=1, dp=1, accumulation=2)
+    trained, tensors = PipeCase(pp=0, case=case.but(dp=2)), PipeCase(pp=1, tp=2, case=case)
+    _, truth = ranks.run(jobs.train_parallel, trained, folder, str(keepers), ("a", "a"), 2, world_size=2)[0]
+    for target in (tensors, PipeCase(pp=2, case=case)):
+        path, found = ranks.run(jobs.train_parallel, target, folder, str(keepers), ("a", "a"), 0, world_size=2)[0]
+        assert path == f"memory://{folder}/global_step2"
+        assert compare(found, truth) == []
+
+
 def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
-    """And where the program ends normally, no keeper and no socket is left."""
+    """And where the program ends normally, no keeper and no socket is left. Every second snapshot is on disk, too."""
     case, folder = Case(stage=2, dp=2), str(tmp_path / "run")
-    nodes, memory = ("a", "b"), {}
-    whole = ranks.run(jobs.train, case, str(tmp_path / "w"), str(keepers), nodes, 4, memory, end=True, world_size=2)[0]
+    nodes, memory = ("a", "b"), {"persist_every": 2}
+    whole = ranks.run(jobs.train, case, str(tmp_path / "w"), str(keepers), nodes, 4, {}, end=True, world_size=2)[0]
     outcome = ranks.attempt(jobs.train, case, folder, str(keepers), nodes, 2, memory, killed=True, world_size=2)
     assert [failure.kind for failure in outcome.failures] == ["died", "died"]
     truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 2, memory, end=True, world_size=2)[0]
     assert compare(truth, whole) == []
+    assert sorted(path.name for path in (tmp_path / "run").glob("global_step*")) == ["global_step2", "global_step4"]
+    with ucp.open(folder) as checkpoint:
+        assert checkpoint.training_state.global_steps == 4
+        assert checkpoint.verify() > 0
     deadline = time.monotonic() + 10
     while list(keepers.glob("*-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -61,6 +76,10 @@ def test_a_node_lost_with_its_ranks_and_its_keeper(ranks: RankPool, tmp_path: Pa
     memory = {"redundancy": 1}
     truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 2, memory, world_size=4)[0]
     wait_for(lambda: all(one["generations"][0]["protected"] for one in control.statuses()))
+    # On each node two generations of S bytes, and the parity of the newest one.
+    held = control.statuses()
+    kept = sum(one["bytes"] for one in held) / held[0]["generations"][0]["bytes"]
+    assert 2 + 1 / 3 <= kept <= 1.03 * (2 + 1 / 3)
     os.kill(next(note.pid for note in places.notes() if note.node == "a"), signal.SIGKILL)
     target = case.but(stage=3, dp=3)
     path, steps, found = ranks.run(

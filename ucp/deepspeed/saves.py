@@ -48,7 +48,8 @@ def save_checkpoint(
         client_state = {**client_state, NORMS: norms}
     live = ranks.all_or_none(lambda: _live(engine))
     live.place(config.choice())
-    source = ranks.all_or_none(lambda: live.source(client_state, frozen=not exclude_frozen_parameters))
+    frozen, late = not exclude_frozen_parameters, engine.ucp.saver is not None
+    source = ranks.all_or_none(lambda: live.source(client_state, frozen=frozen, late=late))
     if engine.ucp.memory is not None:
         engine.ucp.memory.name_after(save_dir)
     keep = None if config.save.keep_last is None else Keep(config.save.keep_last, config.save.keep_every)

@@ -96,7 +96,7 @@ class Snapshots:
         engine = self._engine
         live = ranks.all_or_none(lambda: LiveEngine(engine))
         live.place(self._config.choice())
-        source = ranks.all_or_none(lambda: live.source(client_state))
+        source = ranks.all_or_none(lambda: live.source(client_state, late=True))
         hold_updates(engine, engine.ucp.hold)
         let_forward_go(engine, engine.ucp.is_copying)
         begun = self.tier.snapshot(source, f"global_step{engine.global_steps}")

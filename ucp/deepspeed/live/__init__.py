@@ -169,11 +169,12 @@ class LiveEngine:
         """Whether any of the slots lies on a device."""
         return any(self.live(slot.key)[0].is_cuda for slot in self._slots)
 
-    def source(self, client_state: Mapping[str, Any], *, frozen: bool = True) -> Source:
-        """The part of the engine's state that this rank saves. frozen: include parameters that are not trained."""
+    def source(self, client_state: Mapping[str, Any], *, frozen: bool = True, late: bool = False) -> Source:
+        """The part of the engine's state that this rank saves. frozen: include parameters that are not trained. late:
+        as for `make_source`."""
         placed = self._placed
         slots = self._slots if placed is None else placed.to_save(self._slots)
-        return make_source(self, slots, client_state, frozen)
+        return make_source(self, slots, client_state, frozen, late)
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Raise before anything is changed if the rest of the training state does not fit this engine."""

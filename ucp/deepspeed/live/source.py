@@ -19,6 +19,7 @@ from ucp.job import ranks
 from ucp.loading.target import Group, Slot
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
+from ucp.saving.late import LateNumbers
 from ucp.saving.source import Holding, Source
 from ucp.storage.dtypes import itemsize
 
@@ -42,8 +43,11 @@ class EngineFacts(Protocol):
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]: ...
 
 
-def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[str, Any], frozen: bool) -> Source:
-    """What this rank saves. Raises Unsupported for optimizer state that has no place in the parameters."""
+def make_source(
+    live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[str, Any], frozen: bool, late: bool = False
+) -> Source:
+    """What this rank saves. late: a save in the background is to read the numbers that the optimizer has in tensors
+    (`Source.late`). Raises Unsupported for optimizer state that has no place in the parameters."""
     rank = ranks.rank()
     aliases = _aliases(live.engine.module)
     groups = live.groups
@@ -51,10 +55,16 @@ def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[
     divided = [divide_step(options_of(group.options), g in counting) for g, group in enumerate(groups)]
     parameters: dict[str, ParameterInfo] = {}
     holdings: list[Holding] = []
+    numbers: dict[tuple[str, str], torch.Tensor] = {}
     for slot in slots:
         if slot.kind == "frozen" and not frozen:
             continue
         scalars = _scalars(live, slot)
+        if late:
+            own_numbers = {name: value for name, value in scalars.items() if isinstance(value, torch.Tensor)}
+            scalars = {name: value for name, value in scalars.items() if name not in own_numbers}
+            numbers |= {(m.name, name): value for m in slot.members for name, value in own_numbers.items()}
+        scalars = {name: _plain(value) for name, value in scalars.items()}
         if slot.group is not None and slot.states and slot.group < len(divided):
             scalars = {**{k: _plain(v) for k, v in divided[slot.group][1].items()}, **scalars}
         for member in slot.members:
@@ -63,10 +73,12 @@ def make_source(live: EngineFacts, slots: Sequence[Slot], client_state: Mapping[
             parameters[member.name] = ParameterInfo(member.name, member.shape, {}, kind, scalars, names)
         holdings += _holdings(live, slot, rank)
     own: dict[str, Any] = {"rng": generators.capture(live.engine)}
+    later = LateNumbers(numbers) if numbers else None
     if rank == 0:
         kept = tuple(ParamGroup(g.names, options) for g, (options, _) in zip(groups, divided, strict=True))
-        return Source(live.layout, parameters, holdings, _training_state(live, kept, client_state), own)
-    return Source(live.layout, parameters, holdings, TrainingState(), {**own, "client_state": dict(client_state)})
+        return Source(live.layout, parameters, holdings, _training_state(live, kept, client_state), own, later)
+    own["client_state"] = dict(client_state)
+    return Source(live.layout, parameters, holdings, TrainingState(), own, later)
 
 
 def nbytes_to_save(slots: Sequence[Slot], groups: Sequence[Group]) -> int:
@@ -96,14 +108,12 @@ def _holdings(live: EngineFacts, slot: Slot, rank: int) -> Iterator[Holding]:
 
 
 def _scalars(live: EngineFacts, slot: Slot) -> dict[str, Any]:
-    """The values that an optimizer keeps once for a slot, such as 'step'."""
+    """The values that an optimizer keeps once for a slot, such as 'step': plain ones, and tensors of one element."""
     out: dict[str, Any] = {}
     for name, value in live.live(slot.key)[1].items():
         if name in slot.states or value is None:
             continue
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if not is_plain(value):
+        if not (isinstance(value, torch.Tensor) and value.numel() == 1) and not is_plain(value):
             found = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise Unsupported(
                 f"optimizer state '{name}' of '{slot.members[0].name}' has {found}, neither the parameters' shape nor "
