@@ -88,3 +88,12 @@ def test_a_column_may_run_in_parts(tmp_path: Path) -> None:
     assert row["areas"]["PP"] == {"passed": 1, "failed": 0, "skipped": 0}
     assert row["areas"]["smoke"] == {"passed": 2}
     assert row["faults"] == {"TP": {"has no AutoTP": 1}}
+
+
+def test_a_case_that_ran_again_counts_as_it_ran_last(tmp_path: Path) -> None:
+    told = '<x><testcase classname="tests.deepspeed.test_tp" name="test_a[{}]">{}</testcase></x>'
+    files = [("1", "<failure/>"), ("2", ""), ("1", "")]
+    for number, case in enumerate(files):
+        (tmp_path / f"{number}.xml").write_text(told.format(*case))
+    found = record.counted(*(tmp_path / f"{number}.xml" for number in range(3)))
+    assert found == {"TP": {"passed": 2, "failed": 0, "skipped": 0}}
