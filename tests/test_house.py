@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +48,9 @@ SAME_CLASSES: set[str] = set()
 
 # Private names of ours that DeepSpeed, torch or others have, too, and which tests use as theirs.
 FOREIGN = {"_config", "_metadata", "_tensor"}
+
+TOP_LEVEL = {".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"}
+TOP_LEVEL |= {"scripts", "specs", "tests", "ucp", "universal_checkpoint"}
 
 LINES_OF_A_FILE = 450
 LINES_OF_A_FUNCTION = 60
@@ -217,3 +223,10 @@ def test_no_class_has_the_name_of_another_rooms() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].add(".".join(module.split(".")[: 3 if room(module) == "ucp.formats" else 2]))
     assert {name for name, rooms in places.items() if len(rooms) > 1} == SAME_CLASSES
+
+
+def test_nothing_stands_at_the_top_without_a_reason() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a clone")
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert {name.split("/")[0] for name in kept if name} == TOP_LEVEL
