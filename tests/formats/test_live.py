@@ -12,7 +12,7 @@ import ucp
 from tests.deepspeed.agree import IMPLEMENTATION
 from tests.engines.fsdp import STEPS, State
 from tests.engines.pool import RankPool
-from tests.formats import harm, live_jobs, odd_programs
+from tests.formats import harm, live_jobs, odd_programs, ways_on
 from tests.formats.foreign_jobs import Run
 from ucp.errors import UcpError
 
@@ -30,6 +30,8 @@ FORMATS = {
     "file": "torch-file",
     "deepspeed-universal": "deepspeed-universal",
 }
+# Whose optimizers number their parameters, and leave open which these are.
+NUMBERED = {"dcp-numbers", "file"}
 Saved = dict[str, tuple[str, Run]]
 
 
@@ -62,6 +64,13 @@ def test_it_is_read_whole(saved: Saved, kind: str) -> None:
         assert opened.training_state.lr_scheduler["last_epoch"] == STEPS
     assert Path(path).exists()
     assert run.state.params
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_it_is_converted(saved: Saved, kind: str, tmp_path: Path) -> None:
+    path, run = saved[kind]
+    names = {"param_names": [list(group["names"]) for group in run.state.groups]} if kind in NUMBERED else {}
+    ways_on.is_converted(Path(path), run.state.params, tmp_path, **names)
 
 
 # The loss of these files nothing tells: not every run has a scheduler; in its full form Accelerate says no number of
