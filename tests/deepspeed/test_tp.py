@@ -30,6 +30,7 @@ IDLE = TpCase(kv_heads=3, tp=4, case=Case(stage=1, dp=1))  # one rank has no hea
 TIED = TpCase(case=Case(stage=2, dp=2, tied=True))
 GPT = TpCase("megatron")
 ULYSSES = TpCase("megatron", tp=1, sp=2, case=Case(stage=1, dp=2))
+SLICED = TpCase("megatron", sp=2, case=Case(stage=1, dp=1))
 SILENT = TpCase("megatron", tp=4, info=False, case=Case(stage=2, dp=1, dtype="bf16", groups=2))
 
 
@@ -77,6 +78,10 @@ PAIRS = [
     Pair(ULYSSES.but(stage=3, dp=1), ULYSSES.but(sp=1), losses=""),
     Pair(ULYSSES, GPT),
     Pair(GPT, ULYSSES),
+    # both together, over four ranks
+    Pair(SLICED, SLICED, "equal"),
+    Pair(SLICED, GPT.but(tp=1, stage=3, dp=3)),
+    Pair(ULYSSES, SLICED),
 ]
 
 
@@ -114,6 +119,7 @@ SAVES = [
     Pair(SILENT, SILENT.but(tp=2, stage=3, dp=2)),
     Pair(GPT.but(tp=1, stage=3), GPT.but(tp=4, stage=1, dp=1)),
     Pair(ULYSSES, ULYSSES.but(sp=1, stage=3)),
+    Pair(SLICED, SLICED.but(stage=2)),
 ]
 
 

@@ -78,3 +78,35 @@ class SequenceMesh:
 
     def get_sequence_data_parallel_world_size(self) -> int:
         return dist.get_world_size(self._both)
+
+
+class SlicedSequences(SequenceMesh):
+    """The same over slices of tensor parallelism: neighbours are slices, groups of these share a sequence."""
+
+    def __init__(self, tp: int, size: int) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+
+        def own(lists: list[list[int]]) -> Any:
+            groups = [dist.new_group(ranks) for ranks in lists]
+            return next(group for group, ranks in zip(groups, lists, strict=True) if rank in ranks)
+
+        def of_slice(first: int, count: int, step: int) -> list[int]:
+            return list(range(first, first + count * step, step))
+
+        self.tp_group = own([of_slice(first, tp, 1) for first in range(0, world, tp)])
+        self._sequence = own([of_slice(first + k, size, tp) for first in range(0, world, tp * size) for k in range(tp)])
+        self._data = own([list(range(k, world, tp * size)) for k in range(tp * size)])
+        self._both = own([list(range(k, world, tp)) for k in range(tp)])
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.tp_group)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tp_group)
+
+    def get_model_parallel_group(self) -> Any:
+        return self.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group

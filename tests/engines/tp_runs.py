@@ -52,7 +52,7 @@ class TpCase:
 def make_mesh(tp: TpCase) -> Any:
     """The engine's ``mpu``, None where it needs none."""
     if tp.sp > 1:
-        return sequences.mesh(tp.sp)
+        return sequences.mesh(tp.sp) if tp.tp == 1 else sequences.SlicedSequences(tp.tp, tp.sp)
     return tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
 
 
