@@ -9,11 +9,12 @@ from hypothesis import given
 from tests.property import HOLE, cut, generators, ids, law, partitions
 from tests.spec import naive
 from tests.spec.naive import expression
-from ucp.errors import Mismatch, SpecError
+from ucp.errors import Mismatch, SpecError, Unsupported
 from ucp.geometry import Blocks, compose, concat, coverage_fault, restrict, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound, bind
 from ucp.spec.evaluate import Cutting, shard
+from ucp.spec.factored import kept_axes
 from ucp.spec.language import loads
 from ucp.spec.placement import held_first, place, uncut
 
@@ -91,6 +92,64 @@ def test_uneven_heads_padding_and_copies() -> None:
         assert held_once(placements, name) is None
     masks = held_first(placements)
     assert [masks[at, "norm.weight"][0].tolist() for at in PARTS] == [[True], [False]]
+
+
+FACTORS = {
+    "q.row": ("q.weight", "row_var"),
+    "q.col": ("q.weight", "col_var"),
+    "q.short": ("q.weight", "other"),
+    "embed.row": ("embed.weight", "exp_avg_sq_row"),
+    "norm.box": ("norm.weight", "matrix"),
+}
+
+
+def with_factors(**more: tuple[int, ...]) -> dict[Coordinate, dict[str, tuple[int, ...]]]:
+    """The parts, with states that have some of their parameters' axes."""
+    states = {"q.col": (1, 4), "embed.row": (4,), "norm.box": (4, 4), **more}
+    return {
+        at: {**held, **states, "q.row": (held["q.weight"][0], 1), "q.short": (held["q.weight"][0],)}
+        for at, held in PARTS.items()
+    }
+
+
+def test_states_of_some_of_the_axes() -> None:
+    """Cut along the axes that they have, padded as those are, and held in common along the others."""
+    found = place(bound(), with_factors(), Layout(dp=1, tp=2), ["seen"], FACTORS)
+    for name in ("q.row", "q.col", "q.short", "embed.row", "embed.row[padding]", "norm.box"):
+        assert held_once(found, name) is None, name
+    assert [found[at, "q.row"][0].shape for at in PARTS] == [(6, 1)] * 2
+    assert [found[at, "q.row"][0].blocks.offsets.tolist() for at in PARTS] == [[[0, 0]], [[4, 0]]]
+    assert [found[at, "q.short"][0].shape for at in PARTS] == [(6,)] * 2
+    assert [found[at, "q.col"][0].shape for at in PARTS] == [(1, 4)] * 2
+    assert [(p.shape, p.padding) for p in found[Coordinate(1), "embed.row"]] == [((5,), False), ((3,), True)]
+
+
+def test_states_as_a_spec_says() -> None:
+    line = '"(heads/tp width) hidden"'
+    text = SPEC.replace(line, f"{{axes: {line}, states: %s}}")
+    said = "{other: hidden, col_var: 'average(1 hidden, tp)'}"
+    parts = with_factors(**{"q.short": (4,)})
+    parts = {at: {**held, "q.short": (4,)} for at, held in parts.items()}
+    found = place(bind(loads(text % said, "tiny.yaml"), {"vocab_size": 5}), parts, Layout(tp=2), ["seen"], FACTORS)
+    assert [found[at, "q.short"][0].blocks.offsets.tolist() for at in PARTS] == [[[0]]] * 2
+    assert [found[at, "q.col"][0].average for at in PARTS] == [True] * 2
+    with pytest.raises(SpecError, match=r"tiny\.yaml:\d+:\d+: 'vocab' is no axis of the parameter, '\(heads"):
+        loads(text % "{other: vocab}", "tiny.yaml")
+    with pytest.raises(SpecError, match=r"has 'else', so 'states' could be of either; write two lines"):
+        loads(text % "{other: hidden}, when: config.a, else: hidden", "tiny.yaml")
+
+
+def test_states_whose_axes_are_open_or_none_of_the_parameters() -> None:
+    square = {at: {"q.weight": (4, 4), "q.short": (4,), "q.row": (4, 1)} for at in (Coordinate(0), Coordinate(1))}
+    sizes = bind(loads(SPEC.replace("heads: 3", "heads: 4"), "tiny.yaml"), {"vocab_size": 5})
+    text = r"'other' of 'q\.weight' \(\[4\]\) may be '\(heads/tp width\)' or 'hidden'; say which"
+    with pytest.raises(SpecError, match=text):
+        place(sizes, square, Layout(tp=2), [], FACTORS)
+    for name, column in (("exp_avg_sq_row", 0), ("exp_avg_sq_col", 1)):
+        assert kept_axes(name, [(4, 4)], [(4,)]) == [(column,)]
+    boxes = {at: {**held, "q.box": (3, 3)} for at, held in PARTS.items()}
+    with pytest.raises(Unsupported, match=r"'matrix' of 'q\.weight' has shape \[3, 3\], whose axes are not those"):
+        place(bound(), boxes, Layout(tp=2), ["seen"], {"q.box": ("q.weight", "matrix")})
 
 
 def held_once(placements: object, name: str) -> str | None:

@@ -185,7 +185,7 @@ class EngineUcp:
             If ranks hold different values of what should be the same.
         """
         live = ranks.all_or_none(lambda: LiveEngine(self._engine))
-        live.place(self.config.choice())
+        live.place(self.config.choice(), to_save=True)
         return digest_source(ranks.all_or_none(lambda: live.source({})), threads=reading_threads())
 
     @property

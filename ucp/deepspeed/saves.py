@@ -47,7 +47,7 @@ def save_checkpoint(
     if norms := engine.ucp.gradient_norms():
         client_state = {**client_state, NORMS: norms}
     live = ranks.all_or_none(lambda: _live(engine))
-    live.place(config.choice())
+    live.place(config.choice(), to_save=True)
     frozen, late = not exclude_frozen_parameters, engine.ucp.saver is not None
     source = ranks.all_or_none(lambda: live.source(client_state, frozen=frozen, late=late))
     if engine.ucp.memory is not None:

@@ -95,7 +95,7 @@ class Snapshots:
             return False
         engine = self._engine
         live = ranks.all_or_none(lambda: LiveEngine(engine))
-        live.place(self._config.choice())
+        live.place(self._config.choice(), to_save=True)
         source = ranks.all_or_none(lambda: live.source(client_state, late=True))
         hold_updates(engine, engine.ucp.hold)
         let_forward_go(engine, engine.ucp.is_copying)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ucp.errors import BadArgument, SpecError
@@ -17,12 +17,14 @@ from ucp.spec.positions import suggestion
 
 @dataclass(frozen=True)
 class Active:
-    """A line of the spec that counts for this model, with the expression that its condition chose."""
+    """A line of the spec that counts for this model, with the expression that its condition chose. states: those that
+    have only some of the parameter's axes, with their expressions."""
 
     pattern: Pattern
     expression: Expression
     optional: bool
     layout: bool
+    states: Mapping[str, Expression] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Found:
 
     captures: the numbers in the name.
     tied_to: the parameter that owns the tensor, if the name is tied to one.
+    states: what the line says of states that have only some of the parameter's axes.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Found:
     expression: Expression
     captures: Mapping[str, int]
     tied_to: str | None
+    states: Mapping[str, Expression] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Bound:
                 raise active.expression.refuse(
                     axis, f"'{name}' needs '{axis.name}', and {self.absent[axis.name].message}"
                 )
-        return Found(name, active.pattern, active.expression, captures, self.owner(name))
+        return Found(name, active.pattern, active.expression, captures, self.owner(name), active.states)
 
 
 def bind(
@@ -132,7 +136,7 @@ def _active(lines: tuple[Line, ...], values: _Values, layout: bool) -> list[Acti
         if line.when is not None and not values.holds(line.when):
             chosen = line.otherwise
         if chosen is not None:
-            out.append(Active(line.pattern, chosen, line.optional, layout))
+            out.append(Active(line.pattern, chosen, line.optional, layout, line.states))
     return out
 
 

@@ -23,6 +23,7 @@ from ucp.spec.positions import suggestion
 from ucp.spec.yaml_text import YamlEntry, YamlReader, compose, read_text
 
 VERSION = 1
+_LINE = ("axes", "states", "when", "else", "optional")
 _RENAMING = ("from", "to", "as", "stack", "below", "from_on", "beside")
 _SECTIONS = ("ucp", "model", "about", "defaults", "sizes", "parameters", "tied", "names", "layouts")
 _CONSTANTS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "str"))
@@ -35,6 +36,7 @@ class Line:
 
     otherwise: the expression if ``when`` does not hold. Without it, the line does not count in that case.
     optional: the model may have no such parameter.
+    states: the optimizer's states that have only some of the parameter's axes.
     """
 
     pattern: Pattern
@@ -42,6 +44,12 @@ class Line:
     when: Formula | None = None
     otherwise: Expression | None = None
     optional: bool = False
+    states: Mapping[str, Expression] = field(default_factory=dict)
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """All that the line says."""
+        return (self.expression, *((self.otherwise,) if self.otherwise else ()), *self.states.values())
 
 
 @dataclass(frozen=True)
@@ -213,18 +221,37 @@ class _SpecReader(YamlReader):
         if not isinstance(entry.value, yaml.MappingNode):
             return Line(pattern, grammar.parse(self.text(entry.value, "an expression")))
         what = f"'{entry.key.text}'"
-        more = {e.key.text: e.value for e in self.entries(entry.value, what, ("axes", "when", "else", "optional"))}
+        more = {e.key.text: e.value for e in self.entries(entry.value, what, _LINE)}
         if "axes" not in more:
             raise self.refuse(entry.value, f"{what} has no 'axes:', the expression of its dimensions")
         if "else" in more and "when" not in more:
             raise self.refuse(more["else"], f"'else' of {what} needs a 'when'")
+        if "else" in more and "states" in more:
+            raise self.refuse(more["states"], f"{what} has 'else', so 'states' could be of either; write two lines")
+        axes = grammar.parse(self.text(more["axes"], "axes"))
         return Line(
             pattern,
-            grammar.parse(self.text(more["axes"], "axes")),
+            axes,
             self.condition(more["when"]) if "when" in more else None,
             grammar.parse(self.text(more["else"], "else")) if "else" in more else None,
             self.boolean(more["optional"], "optional") if "optional" in more else False,
+            {e.key.text: self.state(e, axes) for e in self.entries(more["states"], f"states of {what}")}
+            if "states" in more
+            else {},
         )
+
+    def state(self, entry: YamlEntry, axes: Expression) -> Expression:
+        """What a state of a parameter with these axes is made of."""
+        found = grammar.parse(self.text(entry.value, f"the state '{entry.key.text}'"))
+        known = [axis.name for axis in grammar.names(axes)]
+        for axis in grammar.names(found):
+            if axis.name not in known:
+                raise found.refuse(
+                    axis,
+                    f"'{axis.name}' is no axis of the parameter, '{axes}'{suggestion(axis.name, known)}; a state has "
+                    "some of its parameter's axes, or 1",
+                )
+        return found
 
     def tie(self, entry: YamlEntry) -> Tie:
         pattern = patterns.parse(entry.key)
@@ -310,7 +337,7 @@ def _check(spec: Spec) -> None:
         _refuse_equals(group)
     every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
     for line in every:
-        for expression in (line.expression, *([line.otherwise] if line.otherwise else []), *line.pattern.cuts):
+        for expression in (*line.expressions, *line.pattern.cuts):
             _known_names(expression, sizes)
         _condition(line.when, sizes)
     for tie in spec.ties:
@@ -390,8 +417,7 @@ def unused_sizes(spec: Spec) -> tuple[str, ...]:
     every = [*spec.lines, *(line for lines in spec.layouts.values() for line in lines)]
     used = {cut.name for line in every for e in line.pattern.cuts for cut in grammar.names(e)}
     for line in every:
-        for expression in (line.expression, line.otherwise):
-            used |= {a.name for a in grammar.names(expression)} if expression else set()
+        used |= {a.name for expression in line.expressions for a in grammar.names(expression)}
     conditions = [*(line.when for line in every), *(tie.when for tie in spec.ties)]
     formulas = [*spec.sizes.values(), *(c for c in conditions if c)]
     used |= {r.name for formula in formulas for r in formula.references()}

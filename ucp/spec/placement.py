@@ -9,7 +9,7 @@ logical tensor of its own (kind 'padding'). So a target of the same width gets i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,7 @@ from ucp.geometry import Blocks, Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import Cutting, shape_of, shard
+from ucp.spec.factored import state_expression
 from ucp.spec.grammar import Expression, Padded, names
 from ucp.spec.solve import Observed, solve_cuts
 
@@ -46,6 +47,10 @@ class Placed:
     summed: bool = False
 
 
+# Names of tensors that are states of others -> (that parameter, the state's name).
+Factors = Mapping[str, tuple[str, str]]
+NO_FACTORS: Factors = {}
+
 # Local names and shapes of every part of the model, and where each of these tensors lies.
 Parts = Mapping[Coordinate, Mapping[str, Shape]]
 Placements = Mapping[tuple[Coordinate, str], tuple[Placed, ...]]
@@ -69,10 +74,13 @@ def _whole(shape: Shape) -> Blocks:
     return whole(shape)
 
 
-def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = ()) -> Placements:
+def place(
+    bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = (), factors: Factors = NO_FACTORS
+) -> Placements:
     """Where all local tensors lie by a spec. Its cuts are solved from the shapes on all ranks.
 
     buffers: names that need no line in the spec. Without one they are replicated.
+    factors: local tensors that are states of others, with some of their axes.
 
     With one tensor-parallel rank nothing is cut, and the spec only tells what is padding.
 
@@ -82,11 +90,16 @@ def place(bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] =
     shards: dict[str, list[tuple[Mapping[str, int], Shape]]] = {}
     for at, held in parts.items():
         for name, shape in held.items():
-            if name not in expressions:
+            if name not in expressions and name not in factors:
                 found = _padded(bound, name) if layout.tp == 1 else expression_of(bound, name, shape, name in buffers)
                 expressions[name] = found
             shards.setdefault(name, []).append((at._asdict(), shape))
-    observed = {name: Observed(name, found, shards[name]) for name, found in expressions.items() if found is not None}
+    for name, (owner, state) in factors.items():
+        base = expressions.get(owner)
+        both = [(held[owner], held[name]) for held in parts.values() if owner in held and name in held]
+        if both and base is not None:
+            expressions[name] = factor_expression(bound, owner, state, base, both)
+    observed = {name: Observed(name, e, shards[name]) for name, e in expressions.items() if e is not None}
     cuttings = solve_cuts(list(observed.values()), bound.sizes, {"tp": layout.tp})
     out: dict[tuple[Coordinate, str], tuple[Placed, ...]] = {}
     for at, held in parts.items():
@@ -149,6 +162,18 @@ def expression_of(bound: Bound, name: str, shape: Shape, optional: bool) -> Expr
             Position(bound.spec.file, 1, 1),
         )
     return found.expression
+
+
+def factor_expression(
+    bound: Bound, owner: str, state: str, base: Expression, both: Sequence[tuple[Shape, Shape]]
+) -> Expression | None:
+    """What a state is made of that has some of its parameter's axes, by the spec or by the shapes of both on each rank.
+
+    base: the parameter's own expression. None and errors as for `state_expression`.
+    """
+    found = bound.find(owner)
+    said = found.states if found is not None and found.expression is base else {}
+    return state_expression(owner, state, base, said, [w for w, _ in both], [s for _, s in both])
 
 
 def _padding(bound: Bound, name: str, expression: Expression, cutting: Cutting, at: Coordinate) -> tuple[Placed, ...]:

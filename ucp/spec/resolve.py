@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from ucp.errors import Unsupported
 from ucp.geometry import whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.spec.bound import bind
-from ucp.spec.placement import Parts, Placed, Placements, place, uncut
+from ucp.spec.placement import NO_FACTORS, Factors, Parts, Placed, Placements, place, uncut
 from ucp.spec.select import Choice
 
 
@@ -25,6 +26,7 @@ def find_placements(
     buffers: Collection[str],
     section: str,
     captures: Sequence[tuple[str, str]] = (),
+    factors: Factors = NO_FACTORS,
 ) -> Placements | None:
     """Where every local tensor lies; None if tensor parallelism cuts the model and nothing says how.
 
@@ -44,9 +46,9 @@ def find_placements(
         if not padded and not (info and info.get("vocabulary_parameter_patterns")):
             return {**uncut(parts), **(_pieced(info, parts) if info else {})}
     if info is not None:
-        return _said(choice, info, parts, layout, buffers, captures)
+        return _said(choice, info, parts, layout, buffers, captures, factors)
     bound = choice.bound(_config(choice, recorded), section)
-    return None if bound is None else place(bound, parts, layout, buffers)
+    return None if bound is None else place(bound, parts, layout, buffers, factors)
 
 
 def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
@@ -81,16 +83,25 @@ def _said(
     layout: Layout,
     buffers: Collection[str],
     captures: Sequence[tuple[str, str]],
+    factors: Factors,
 ) -> Placements:
     """What the model says of itself: by axes, and by an affine map's pieces where no axes say it."""
     from ucp.spec.infer import infer  # only models that describe themselves need it
 
-    own = _pieced(info, parts)
+    weights = {at: {name: shape for name, shape in held.items() if name not in factors} for at, held in parts.items()}
+    own = _pieced(info, weights)
     rest = {at: {name: shape for name, shape in held.items() if (at, name) not in own} for at, held in parts.items()}
+    for owner, state in factors.values():
+        if any(owner == name for _, name in own):
+            raise Unsupported(
+                f"optimizer state '{state}' of '{owner}' is of another shape, and the affine map cuts that parameter "
+                "into boxes that no axes say; checkpoints of this optimizer cannot be resharded there"
+            )
     if not any(rest.values()):
         return own
-    bound = bind(infer(info, rest, layout, buffers, captures), choice.config or {}, choice.settings)
-    return {**place(bound, rest, layout, buffers), **own}
+    told = {at: {name: shape for name, shape in held.items() if name in weights[at]} for at, held in rest.items()}
+    bound = bind(infer(info, told, layout, buffers, captures), choice.config or {}, choice.settings)
+    return {**place(bound, rest, layout, buffers, factors), **own}
 
 
 def _pieced(info: Mapping[str, Any], parts: Parts) -> Placements:

@@ -10,6 +10,7 @@ import torch
 
 from ucp.catalog import Catalog, TrainingState
 from ucp.deepspeed.live import partly
+from ucp.deepspeed.live.alike import check_alike
 from ucp.deepspeed.live.base import HeldTensor, Optimizer, held_slot, home_of, host_copy, new_home
 from ucp.deepspeed.live.experts import LiveExperts
 from ucp.deepspeed.live.parallel import PlacedSlots, layout_of, place_slots
@@ -20,6 +21,7 @@ from ucp.deepspeed.live.stage12 import Stage12
 from ucp.deepspeed.live.state import check_state, restore_state, warn_of_scheduler
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
+from ucp.job import ranks
 from ucp.loading.refusals import Words
 from ucp.loading.target import Group, Loaded, Slot, Weights
 from ucp.parallel.mesh import Layout
@@ -59,24 +61,39 @@ class LiveEngine:
         self._experts = LiveExperts(engine)
         self._slots = tuple(self._experts.lift(slot) for slot in slots)
         self._placed: PlacedSlots | None = None
+        self._choice = Choice()
 
-    def place(self, choice: Choice) -> None:
+    def place(self, choice: Choice, *, to_save: bool = False) -> None:
         """Lift the slots into the whole model's tensors, if tensor or pipeline parallelism cuts it. Collective.
 
+        to_save: compare what ranks hold in common and the optimizer does not keep alike.
+
         Raises on every rank: SpecError and Mismatch if the spec does not fit, Unsupported if nothing says how the model
-        is cut.
+        is cut, or if ranks' states differ that a save takes from one of them.
         """
+        self._choice = choice
         self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice)
+        optimizer = self._optimizer
+        if to_save and self._placed is not None and isinstance(optimizer, Stage0):
+            self._placed.refuse_averages()
+            apart = [(slot, self.live(slot.key)[0]) for slot in self.slots if optimizer.is_apart(slot.key)]
+            check_alike(apart, self._placed.names_of_all)
 
     def make_room(self, catalog: Catalog, states: bool) -> None:
         """Take the checkpoint's states of other shapes than their parameters', which an optimizer that has not stepped
-        has not made yet. states: whether any states are to be loaded; if not, not even those that there are."""
-        if not isinstance(self._optimizer, Stage0) or self._placed is not None:
+        has not made yet. states: whether any states are to be loaded; if not, not even those that there are.
+        Collective. Raises as `place`."""
+        if not isinstance(self._optimizer, Stage0):
             return
         if states:
-            self._slots = (*self._slots, *self._optimizer.slots_to_come(catalog, self._numbers))
+            whole = {} if self._placed is None else self._placed.whole
+            optimizer = self._optimizer
+            to_come = ranks.all_or_none(lambda: optimizer.slots_to_come(catalog, self._numbers, whole))
+            self._slots = (*self._slots, *to_come)
         else:
             self._slots = tuple(slot for slot in self._slots if not self._optimizer.is_apart(slot.key))
+        if self._placed is not None:
+            self.place(self._choice)
 
     def _own_groups(self) -> Sequence[Group]:
         groups = () if self._optimizer is None else self._optimizer.groups()

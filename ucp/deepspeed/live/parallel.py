@@ -16,6 +16,7 @@ from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.experts import CAPTURES
+from ucp.formats.shared.apart import states_apart
 from ucp.geometry import Blocks, Shape, compose, numel
 from ucp.job import ranks
 from ucp.loading.spec_names import config_of
@@ -39,7 +40,8 @@ class PlacedSlots:
     """Where this rank's local tensors lie in the whole model's.
 
     slots: everything that this rank holds, for loading. elsewhere: as in `Target`. groups: the names in each param
-    group, from all parts of the model.
+    group, from all parts of the model. whole: this rank's local names -> the whole tensors' shapes. names_of_all: of
+    all tensors of the model.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class PlacedSlots:
             for placed in placements[table.at, name]
         }
         self.groups = _all_groups(tables, placements)
+        self.whole = {local: places[0].shape for (at, local), places in placements.items() if at == self._at}
+        self.names_of_all = tuple(kinds)
         self.elsewhere = {name: kind for name, kind in kinds.items() if name not in own}
 
     def names(self, local: Sequence[str]) -> tuple[str, ...]:
@@ -74,13 +78,17 @@ class PlacedSlots:
 
         Raises Unsupported for a parameter that the spec says to average, since no rank holds the average.
         """
+        self.refuse_averages()
+        return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
+
+    def refuse_averages(self) -> None:
+        """Raise Unsupported if the spec says to average a parameter or a state."""
         averaged = [placed.name for places in self._placements.values() for placed in places if placed.average]
         if averaged:
             raise Unsupported(
                 f"'{averaged[0]}' is the average of its copies by the spec, and ranks save only what they hold; "
                 'nothing was saved; "ucp": {"save": {"format": "deepspeed"}} keeps every copy'
             )
-        return [self._lifted(slot, first_only=True) for slot in slots if not self._is_void(slot)]
 
     def _is_void(self, slot: Slot) -> bool:
         """Whether this part holds nothing of what others hold. DeepSpeed takes empty shards out of the optimizer."""
@@ -95,7 +103,8 @@ class PlacedSlots:
             for whole in self._placements[self._at, local.name]:
                 members.append(Member(whole.name, whole.shape, weights.blocks[at], whole.padding))
                 at += 1
-        holders = slot.holders and self._holders[slot.members[0].name]
+        here = self._holders[slot.members[0].name]
+        holders = tuple(r for r in slot.holders if r in here)
         return replace(slot, members=tuple(members), placed=placed, holders=holders)
 
     def _placement(self, slot: Slot, placement: Placement, first_only: bool) -> Placement:
@@ -157,14 +166,16 @@ def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], cho
 
 def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choice: Choice) -> Placements:
     parts: dict[Coordinate, dict[str, Shape]] = {}
+    factors: dict[str, tuple[str, str]] = {}
     buffers: set[str] = set()
     for table in tables:
         parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
+        factors |= states_apart(table.tensors, table.tensors)
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
     section = "autotp" if releases.tensor_parallel_size(engine) > 1 else "megatron"
     config = partial(config_of, engine.module)
-    found = find_placements(choice, info, config, parts, layout, buffers, section, CAPTURES)
+    found = find_placements(choice, info, config, parts, layout, buffers, section, CAPTURES, factors)
     if found is None:
         raise Unsupported(
             f"tensor parallelism cuts this model ({type(engine.module).__name__}), and nothing says how; name a "

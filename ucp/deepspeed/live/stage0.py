@@ -12,10 +12,12 @@ from ucp.catalog import Catalog, LogicalTensor
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.base import everyone, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import Expected, expected, live_group, of_few_elements
+from ucp.errors import Unsupported
 from ucp.formats.shared.apart import entries, name_apart, put_entry, states_apart
-from ucp.geometry import whole
+from ucp.geometry import Shape, whole
 from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import flat_offsets
+from ucp.spec.factored import kept_axes
 from ucp.storage.dtypes import from_torch, to_torch
 
 
@@ -64,7 +66,7 @@ class Stage0:
         self._keys: list[int] = []
         self._apart: dict[int, _Apart] = {}
         self._told: dict[tuple[int, tuple[int, ...]], Expected] = {}  # by group and a shape of a few elements
-        self._may_be_apart = engine.mp_world_size == 1 and not engine.has_moe_layers
+        self._may_be_apart = not engine.has_moe_layers
 
     def _find(self) -> Iterator[_Unit]:
         if releases.FUSED.has(self._wrapper):
@@ -156,13 +158,17 @@ class Stage0:
         member = Member(name_apart(self._names[one.unit.params[0]], one.state), shape, whole(shape))
         return Slot(key, "buffer", one.tensor.numel(), from_torch(one.tensor.dtype), (member,), holders=everyone())
 
-    def slots_to_come(self, catalog: Catalog, keys: Iterator[int]) -> list[Slot]:
+    def slots_to_come(self, catalog: Catalog, keys: Iterator[int], whole_shapes: Mapping[str, Shape]) -> list[Slot]:
         """Slots for the states of other shapes that an optimizer which has not stepped is yet to make, as the
-        checkpoint has them. One that the optimizer will have, and the checkpoint not, gets a slot without elements."""
+        checkpoint has them. One that the optimizer will have, and the checkpoint not, gets a slot without elements.
+
+        whole_shapes: of the parameters that are cut, by name. Raises Unsupported for a state of which it is open how it
+        is cut with its parameter."""
         if not self._may_be_apart or catalog.training_state.global_steps == 0:
             return []
         known: dict[str, dict[str, LogicalTensor]] = {}
-        for name, (owner, state) in states_apart(catalog.parameters, catalog.parameters).items():
+        named = [name for name, info in catalog.parameters.items() if info.kind != "padding"]
+        for name, (owner, state) in states_apart(named, catalog.parameters).items():
             known.setdefault(owner, {})[state] = catalog.tensors[name, "param"]
         slots = []
         for unit in self._units:
@@ -170,10 +176,28 @@ class Stage0:
                 continue
             names, has = self._expected(unit).apart, known.get(self._names[unit.params[0]], {})
             for state in has if names is None else sorted(names):
-                shape, dtype = (has[state].shape, to_torch(has[state].dtype)) if state in has else ((0,), None)
+                shape: Shape = (0,)
+                dtype = None
+                if state in has:
+                    shape, dtype = self._cut_as(unit, has[state], state, whole_shapes), to_torch(has[state].dtype)
                 blank = torch.zeros(shape, dtype=dtype, device=unit.master.device)
                 slots.append(self._slot_apart(next(keys), _Apart(unit, state, blank)))
         return slots
+
+    def _cut_as(self, unit: _Unit, state: LogicalTensor, name: str, whole_shapes: Mapping[str, Shape]) -> Shape:
+        """What this rank will have of a state of another shape than its parameter's."""
+        owner, local = self._names[unit.params[0]], tuple(unit.params[0].shape)
+        full = whole_shapes.get(owner, local)
+        if full == local:
+            return state.shape
+        shapes = {tuple(1 if k is None else local[k] for k in kept) for kept in kept_axes(name, [full], [state.shape])}
+        if len(shapes) != 1:
+            raise Unsupported(
+                f"optimizer state '{name}' of '{owner}' has shape {list(state.shape)} in the checkpoint; its axes are "
+                f"not those of the parameter ({list(full)}), or it is open which of them, and this rank has "
+                f"{list(local)} of that; let the optimizer step once before the load, so that its own state shows it"
+            )
+        return next(iter(shapes))
 
     def groups(self) -> list[Group]:
         names: list[list[str]] = [[] for _ in self._inner.param_groups]

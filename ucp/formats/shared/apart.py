@@ -13,10 +13,19 @@ from ucp.geometry import Shape
 
 _ROOT = "optim.state."
 
+# Values that an optimizer computes from the weights in every step before it uses them (transformers' Adafactor), so
+# that ranks which have other parts of a weight may have other ones, and the first rank's is as good as any.
+COMPUTED_ANEW = frozenset(("RMS",))
+
 
 def name_apart(parameter: str, state: str) -> str:
     """The name of a state that is a tensor by itself."""
     return f"{_ROOT}{parameter}.{state}"
+
+
+def is_apart(name: str) -> bool:
+    """Whether the name is that of a state that is a tensor by itself."""
+    return name.startswith(_ROOT)
 
 
 def states_apart(names: Iterable[str], parameters: Collection[str]) -> dict[str, tuple[str, str]]:

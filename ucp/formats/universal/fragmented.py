@@ -18,6 +18,7 @@ import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, TrainingState
 from ucp.errors import DamagedCheckpoint, SaveFailed
+from ucp.formats.shared.apart import COMPUTED_ANEW
 from ucp.formats.shared.training_state import Tensors, encode
 from ucp.formats.universal import manifest, schema
 from ucp.geometry import concat, empty
@@ -167,7 +168,7 @@ def _scalars(name: str, shares: Sequence[Catalog]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         for key, value in share.parameters[name].scalars.items() if name in share.parameters else ():
-            if plain.encode(out.setdefault(key, value)) != plain.encode(value):
+            if plain.encode(out.setdefault(key, value)) != plain.encode(value) and key not in COMPUTED_ANEW:
                 raise SaveFailed(
                     f"'{name}' has {key} {value!r} on rank {rank} and {out[key]!r} on an earlier one; nothing was saved"
                 )

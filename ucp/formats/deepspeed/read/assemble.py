@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint
 from ucp.formats.deepspeed.experts import ordered
 from ucp.formats.deepspeed.read.mp_rank import LocalModel
+from ucp.formats.shared.apart import COMPUTED_ANEW, is_apart
 from ucp.geometry import Blocks, compose, concat, numel
 from ucp.parallel.mesh import Coordinate
 from ucp.spec.placement import Placed, Placements, held_first
@@ -73,7 +75,7 @@ def assemble(
 
 
 def _info(local: ParameterInfo, placed: Placed) -> ParameterInfo:
-    kind = "padding" if placed.padding and local.kind != "buffer" else local.kind
+    kind = "padding" if placed.padding and (local.kind != "buffer" or is_apart(local.name)) else local.kind
     aliases = () if placed.padding else local.aliases
     return replace(local, name=placed.name, shape=placed.shape, kind=kind, aliases=aliases)
 
@@ -83,7 +85,7 @@ def _joined(known: ParameterInfo, other: ParameterInfo, part: LocalModel) -> Par
     for what, a, b in (
         ("kind", known.kind, other.kind),
         ("shape", list(known.shape), list(other.shape)),
-        ("optimizer values", dict(known.scalars), dict(other.scalars)),
+        ("optimizer values", _kept(known.scalars), _kept(other.scalars)),
         ("states", sorted(known.states), sorted(other.states)),
     ):
         if a != b:
@@ -92,6 +94,10 @@ def _joined(known: ParameterInfo, other: ParameterInfo, part: LocalModel) -> Par
                 "files of two runs are mixed"
             )
     return replace(known, aliases=tuple(dict.fromkeys((*known.aliases, *other.aliases))))
+
+
+def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in COMPUTED_ANEW}
 
 
 def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> TrainingState:

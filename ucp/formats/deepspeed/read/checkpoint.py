@@ -45,6 +45,11 @@ _DRIFTED = (
     "by the spec or the checkpoint ranks hold it in common, and their copies have drifted apart or it is cut otherwise"
 )
 
+_OF_OWN_PART = (
+    "each tensor-parallel rank keeps this state of its own part of the parameter, and they differ; a spec may say to "
+    'average them, {{axes: "...", states: {{{}: "average(..., tp)"}}}}, which is inexact'
+)
+
 # No spec is given, so the checkpoint itself is asked.
 ASK = Choice()
 
@@ -141,19 +146,20 @@ def read_stages(
     catalog = take_averages(catalog, parts, placements, files)
     catalog.check()
     if compare:
-        check_copies(catalog, files, _DRIFTED)
+        own = {name: _OF_OWN_PART.format(state) for name, (_, state) in states_apart(parameters, parameters).items()}
+        check_copies(catalog, files, _DRIFTED, own)
     return undo_scales(catalog, placements, files)
 
 
 def _refuse_apart(parts: Mapping[Coordinate, LocalModel]) -> None:
-    """Raise Unsupported for a model in parts with states of other shapes than their parameter's. What part of the whole
-    such a state is, or whether parts differ in it, shapes do not tell."""
-    for part in parts.values() if len(parts) > 1 else ():
+    """Raise Unsupported for a model of experts with states of other shapes than their parameter's. What part of the
+    whole such a state is, or whether parts differ in it, shapes do not tell."""
+    for part in parts.values() if any(part.ep > 1 for part in parts.values()) else ():
         for name, (owner, state) in states_apart(part.parameters, part.parameters).items():
             raise Unsupported(
                 f"{part.model.path}: optimizer state '{state}' of '{owner}' has shape "
                 f"{list(part.parameters[name].shape)}, neither the parameter's shape nor a single value; checkpoints "
-                "of this optimizer cannot be resharded where tensor, pipeline or expert parallelism cuts the model"
+                "of this optimizer cannot be resharded where expert parallelism cuts the model"
             )
 
 
@@ -192,9 +198,12 @@ def model_facts(path: Path) -> ModelFacts:
 def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
+    factors = {n: of for part in parts.values() for n, of in states_apart(part.parameters, part.parameters).items()}
     info = model.raw.get("universal_checkpoint_info")
     section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
-    found = find_placements(choice, info, lambda: recorded_config(model), shapes, layout, buffers, section, CAPTURES)
+    found = find_placements(
+        choice, info, lambda: recorded_config(model), shapes, layout, buffers, section, CAPTURES, factors
+    )
     if found is None:
         raise _unknown_cuts(model, shapes)
     return found

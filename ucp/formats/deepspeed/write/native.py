@@ -96,11 +96,11 @@ def plan(
 def _check_apart(catalog: Catalog, layout: Layout) -> None:
     """Raise Unsupported for states of other shapes than their parameter's where the layout cuts parameters."""
     for name, (owner, state) in states_apart(catalog.parameters, catalog.parameters).items():
-        if layout.zero or layout.tp * layout.pp * layout.ep > 1:
+        if layout.zero or layout.pp * layout.ep > 1:
             raise Unsupported(
                 f"optimizer state '{state}' of '{owner}' has shape {list(catalog.parameters[name].shape)}, and layout "
-                f"'{layout}' cuts parameters and their states, which it cannot follow; choose zero=0 without tensor, "
-                "pipeline or expert parallelism"
+                f"'{layout}' cuts parameters and their states, which it cannot follow; choose zero=0 without pipeline "
+                "or expert parallelism"
             )
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from ucp.catalog import Catalog, LogicalTensor
 from ucp.errors import Mismatch, Unsupported
 from ucp.formats.deepspeed.write.config import EngineConfig
+from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.renaming import best_names
 from ucp.geometry import Blocks, concat, numel, restrict
 from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.grammar import Expression, Padded, names
-from ucp.spec.placement import expression_of, padding_name
+from ucp.spec.placement import expression_of, factor_expression, padding_name
 from ucp.spec.select import Choice
 
 
@@ -63,8 +64,9 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
     catalog = best_names(catalog, bound, lambda name: bound.find(name) is not None)
     whole = without_padding(catalog)
     parameters, tensors = dict(whole.parameters), dict(whole.tensors)
+    factors = states_apart(parameters, parameters)
     for name, info in whole.parameters.items():
-        expression = expression_of(bound, name, info.shape, info.kind == "buffer")
+        expression = _expression(bound, whole, name, factors.get(name))
         if expression is None:
             continue
         if shape_of(expression, bound.sizes) != info.shape:
@@ -92,6 +94,16 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
     )
     training_state = replace(training_state, param_groups=tuple(groups))
     return replace(whole, parameters=parameters, tensors=kept, training_state=training_state)
+
+
+def _expression(bound: Bound, catalog: Catalog, name: str, of: tuple[str, str] | None) -> Expression | None:
+    """What the spec says of a tensor. of: the parameter whose state it is, with some of its axes, and the state."""
+    info = catalog.parameters[name]
+    if of is None:
+        return expression_of(bound, name, info.shape, info.kind == "buffer")
+    owner = catalog.parameters[of[0]]
+    base = expression_of(bound, owner.name, owner.shape, True)
+    return None if base is None else factor_expression(bound, *of, base, [(owner.shape, info.shape)])
 
 
 def padded_widths(catalog: Catalog, expression: Expression, name: str) -> Mapping[str, int]:
