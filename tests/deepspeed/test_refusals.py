@@ -255,7 +255,6 @@ def test_in_the_middle_of_accumulation(ranks: RankPool, sources: Sources) -> Non
         (2, {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}, r"NVMe offload \(offload_optimizer"),
         (2, {"offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}, r"NVMe offload \(offload_param"),
         (3, {"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights"),
-        (3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio below 1"),
         (3, {"offload_optimizer": {"device": "cpu", "super_offload": True}}, "SuperOffload"),
         (2, {"zenflow": {"topk_ratio": 0.1}}, "ZenFlow"),
     ],

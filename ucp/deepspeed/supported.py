@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ucp.deepspeed.live import releases
+from ucp.deepspeed.live.parallel import layout_of
 from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.deepspeed.live.state import warn
 from ucp.errors import Mismatch, Unsupported
@@ -63,8 +64,8 @@ def check_features(engine: Any, consequence: str) -> None:
 def _unsupported(engine: Any) -> Iterator[str]:
     config = engine._config
     zero = config.zero_config
-    if engine.has_moe_layers and (engine.mp_world_size > 1 or engine.sequence_parallel_size > 1):
-        yield "mixture-of-experts layers together with tensor, pipeline or sequence parallelism"
+    if engine.has_moe_layers and (layout_of(engine).tp > 1 or engine.sequence_parallel_size > 1):
+        yield "mixture-of-experts layers together with tensor or sequence parallelism"
     for name in untied_parameters(engine.module):
         yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
     partitions = engine.zero_optimization_partition_weights()
@@ -80,11 +81,8 @@ def _unsupported(engine: Any) -> Iterator[str]:
             yield f"NVMe offload ({name}.device) below stage 3"
         if device == "nvme" and name == "offload_param" and _freezes(engine.module):
             yield "NVMe offload of a model with frozen parameters (offload_param.device)"
-        if name == "offload_optimizer" and offload is not None and device == "cpu":
-            if getattr(offload, "ratio", 1.0) < 1.0:
-                yield "partial optimizer offload (offload_optimizer.ratio below 1)"
-            if getattr(offload, "super_offload", False):
-                yield "SuperOffload (offload_optimizer.super_offload)"
+        if name == "offload_optimizer" and device == "cpu" and getattr(offload, "super_offload", False):
+            yield "SuperOffload (offload_optimizer.super_offload)"
     if getattr(zero, "zenflow", None) is not None:
         yield "ZenFlow (zero_optimization.zenflow)"
     if getattr(engine.optimizer, "save_muon_momentum_buffer_in_memory", False):

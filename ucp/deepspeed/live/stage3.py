@@ -74,7 +74,16 @@ class Stage3:
     def _subgroup(self, s: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         if swapped.is_swapped(self._zero, s):
             return swapped.view(self._zero, s)
-        return self._flats[s], self._inner.state.get(self._flats[s], {})
+        return self._flats[s], self._stepping(s).state.get(self._flats[s], {})
+
+    def _stepping(self, s: int) -> torch.optim.Optimizer:
+        """The optimizer that steps a subgroup. Under partial offload (``offload_optimizer.ratio``) a second one steps
+        those that stay on the device, and has their states; Muon's stay with the first."""
+        second: torch.optim.Optimizer | None = getattr(self._zero, "backup_optimizer", None)
+        by_muon = getattr(self._zero, "use_muon", False) and self._zero.sub_groups_using_muon[s]
+        if second is None or by_muon or self._zero.subgroup_to_device[s] == "cpu":
+            return self._inner
+        return second
 
     def is_in_memory(self, key: int) -> bool:
         return not swapped.is_swapped(self._zero, self._keys.index(key))
@@ -109,7 +118,7 @@ class Stage3:
             group = self._inner.param_groups[self._zero.sub_group_to_group_id[s]]
             if (key, "param") in loaded.tensors:
                 put_masters(flat, key, loaded)
-            put_states(self._inner, flat, key, loaded, group)
+            put_states(self._stepping(s), flat, key, loaded, group)
 
     def finish(self) -> None:
         """Round the masters into the model's pieces, and gather the parameters again that stay whole on every rank."""
