@@ -31,24 +31,26 @@ FOLDED = {"tensor_parallel": {"autotp_size": 2, "partition_config": SLICES}, "tr
 class Mixture(nn.Module):
     """A layer of experts of which two ranks have two each."""
 
-    def __init__(self) -> None:
+    def __init__(self, ep: int = 2) -> None:
         from deepspeed.moe.layer import MoE
 
         super().__init__()
-        self.moe = MoE(moe_models.HIDDEN, moe_models.Expert(False), num_experts=4, ep_size=2, drop_tokens=False)
+        self.moe = MoE(moe_models.HIDDEN, moe_models.Expert(False), num_experts=4, ep_size=ep, drop_tokens=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.moe(hidden)[0]
 
 
-def pipeline(initialize: str, extra: dict[str, Any], stage: int = 1) -> Any:
+def pipeline(
+    initialize: str, extra: dict[str, Any], stage: int = 1, stages: int = 2, ep: int = 2, seed: int = 0
+) -> Any:
     """Two stages of two ranks, each with experts."""
     from deepspeed.pipe import PipelineModule
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     size = moe_models.HIDDEN
-    layers = [nn.Linear(size, size), Mixture(), nn.Linear(size, size), Mixture()]
-    model = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+    layers = [nn.Linear(size, size), Mixture(ep), nn.Linear(size, size), Mixture(ep)]
+    model = PipelineModule(layers, num_stages=stages, loss_fn=nn.functional.mse_loss, partition_method="uniform")
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
@@ -58,13 +60,32 @@ def pipeline(initialize: str, extra: dict[str, Any], stage: int = 1) -> Any:
     return resolve(initialize)(model=model, model_parameters=list(model.parameters()), config=config | extra)[0]
 
 
-def step_of_pipeline(engine: Any) -> None:
+def step_of_pipeline(engine: Any) -> float:
     shape = (2, 3, moe_models.HIDDEN)
-    engine.train_batch(iter([(torch.randn(shape), torch.randn(shape)) for _ in range(2)]))
+    loss = engine.train_batch(iter([(torch.randn(shape), torch.randn(shape)) for _ in range(2)]))
+    return float(loss)
 
 
-def in_stages(folder: str, stage: int) -> dict[str, dict[str, Tensor]]:
-    """Stock DeepSpeed's pipeline, trained and saved; what all its ranks hold, on the first rank."""
+def further_steps(engine: Any) -> list[float]:
+    torch.manual_seed(100 + dist.get_rank())
+    return [step_of_pipeline(engine) for _ in range(3)]
+
+
+def live_in_stages(source: str, folder: str, stage: int, stages: int, ep: int) -> Any:
+    """This project's engine of a pipeline with experts: loads, saves, and takes three steps."""
+    from tests.engines import moe
+
+    section = {"enabled": True, "load": {"prove": "always"}, "save": {"async": False}}
+    engine = pipeline(OURS, {"ucp": section}, stage, stages, ep, seed=7)
+    engine.load_checkpoint(source)
+    complete = engine.ucp.last_load.proof.complete
+    truth = moe.gather(engine)
+    engine.save_checkpoint(folder)
+    return (None if truth is None else dict(truth.params)), complete, further_steps(engine)
+
+
+def in_stages(folder: str, stage: int) -> Any:
+    """Stock DeepSpeed's pipeline, trained and saved; what all its ranks hold, on the first rank, and further losses."""
     from tests.engines import moe
 
     engine = pipeline(STOCK, {}, stage)
@@ -72,7 +93,7 @@ def in_stages(folder: str, stage: int) -> dict[str, dict[str, Tensor]]:
     step_of_pipeline(engine)
     truth = moe.gather(engine)
     engine.save_checkpoint(folder)
-    return {} if truth is None else dict(truth.params)
+    return ({} if truth is None else dict(truth.params)), further_steps(engine)
 
 
 def folded(initialize: str, extra: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Experts in the stages of a pipeline: DeepSpeed's own files of all stages, put together."""
+"""Experts in the stages of a pipeline: DeepSpeed's own files of all stages, put together, and live."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: int) -> None:
     """Two stages of two ranks. Each stage counts its layers of experts from 0, and has an optimizer's files of its
     own."""
-    truth = ranks.run(jobs.in_stages, str(tmp_path / "stock"), stage, world_size=4)[0]
+    truth, losses = ranks.run(jobs.in_stages, str(tmp_path / "stock"), stage, world_size=4)[0]
     assert len([name for name in truth if "deepspeed_experts" in name]) >= 16
     ucp.convert(tmp_path / "stock", tmp_path / "universal")
     for folder in ("stock", "universal"):
@@ -30,6 +30,21 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
                 assert checkpoint.parameters[name].states.keys() == states.keys()
                 for state, value in states.items():
                     assert torch.equal(checkpoint.read(name, state), value), (name, state)
+    targets = [("stock", stage, 2, 2), ("universal", 1 - stage, 2, 2), ("again", stage, 1, 4), ("less", 1, 2, 1)]
+    for k, (source, zero, stages, ep) in enumerate(targets):
+        saved = ("again", "", "less", "")[k] or f"last{k}"
+        found, complete, further = ranks.run(
+            jobs.live_in_stages, str(tmp_path / source), str(tmp_path / saved), zero, stages, ep, world_size=4
+        )[0]
+        assert complete
+        assert found.keys() == truth.keys()
+        for name, states in truth.items():
+            assert all(torch.equal(found[name][state], value) for state, value in states.items()), (name, source)
+        with ucp.open(tmp_path / saved) as checkpoint:
+            for name, states in truth.items():
+                assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), (name, saved)
+        if source == "stock":
+            assert further == losses
     (file,) = tmp_path.glob("stock/*/layer_0_expert_3_mp_rank_01_model_states.pt")
     file.unlink()
     with pytest.raises(ucp.UcpError, match=r"layer_0_expert_3_mp_rank_01_model_states.pt' is missing"):
