@@ -13,7 +13,7 @@ import pytest
 import ucp
 from tests.deepspeed import parallel_pairs
 from tests.deepspeed.parallel_pairs import Pair, load
-from tests.engines import parallel_runs, pipe_models, pipe_runs
+from tests.engines import parallel_runs, pipe_models, pipe_runs, releases
 from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelRun, ParallelSources
 from tests.engines.pipe_runs import PipeCase
@@ -198,3 +198,31 @@ def test_a_tied_module_with_weights_of_its_own_is_refused(ranks: RankPool) -> No
     for failure in outcome.failures:
         assert failure.type_name == "ucp.errors.Unsupported"
         assert "'tied_modules.embed.shift'" in failure.message
+
+
+# DualPipeV: two virtual stages a rank, one from either end; it takes four micro-batches for two ranks.
+FOUR = TRAINED.but(accumulation=4)
+DUAL = PipeCase(pp=2, dual=True, case=FOUR)
+VIRTUAL = [
+    Pair(DUAL, DUAL, "equal"),
+    Pair(DUAL, PipeCase(pp=2, case=FOUR.but(dp=2))),
+    Pair(DUAL, replace(PLAIN, case=FOUR.but(stage=3, dp=2))),
+    Pair(PipeCase(pp=4, case=FOUR), DUAL),
+]
+
+
+@pytest.mark.skipif(not releases.is_pinned(), reason="DeepSpeed has DualPipeV since 0.19")
+@pytest.mark.parametrize("pair", VIRTUAL, ids=lambda pair: pair.label)
+def test_virtual_stages(ranks: RankPool, pipes: ParallelSources, spec: str, pair: Pair) -> None:
+    """From DeepSpeed's own files, and from what this project's engine saves of the same."""
+    for saving in (None, {"save": {"async": False}}):
+        run = pipes.get(pair.source, saving)
+        check(pair, run, load(ranks, pair.target, run.folder, section(spec, pair.source, pair.target), 0))
+
+
+@pytest.mark.skipif(not releases.is_pinned(), reason="what the pinned DeepSpeed does")
+def test_deepspeeds_pipelines_take_no_sequence_parallelism(ranks: RankPool) -> None:
+    """Its groups are told by an ``mpu``, which a pipeline brings itself. So there is no run with all four kinds."""
+    outcome = ranks.attempt(pipe_runs.with_sequences, PipeCase(pp=2), world_size=4)
+    assert all("mpu must be None with pipeline parallelism" in failure.message for failure in outcome.failures)
+    assert outcome.all_raised

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines import models, pipe_models
+from tests.engines import models, pipe_models, sequences
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.pipe_truth import gather
 from tests.engines.runs import CLIENT_STATE
@@ -27,6 +27,7 @@ class PipeCase:
     method: DeepSpeed's partition_method. head_module: the head is the tied module itself, not a function of it.
     topology: with tp=1, use the topology that has an axis for tensor parallelism, too (its files are named otherwise).
     blocks: how many there are.
+    dual: DualPipeV's, of whose stages each rank has two, one from either end.
     shift: the tied module has a parameter that is not tied; declared: the model says that the first copy counts.
     """
 
@@ -39,6 +40,7 @@ class PipeCase:
     topology: bool = False
     shift: bool = False
     declared: bool = True
+    dual: bool = False
     blocks: int = pipe_models.BLOCKS
     case: Case = field(default_factory=lambda: Case(stage=1, dp=1, accumulation=2))
 
@@ -55,7 +57,7 @@ class PipeCase:
         parts = [f"pp{self.pp}" if self.pp else "plain"]
         parts += [f"tp{self.tp}"] if self.tp > 1 else []
         parts += [self.method] if self.method != "uniform" else []
-        parts += [n for n in ("head_module", "topology", "shift") if getattr(self, n)]
+        parts += [n for n in ("head_module", "topology", "shift", "dual") if getattr(self, n)]
         return "-".join([*parts, self.case.but(accumulation=1).label])
 
 
@@ -83,6 +85,8 @@ def build_model(pipe: PipeCase) -> nn.Module:
         group=group,
         blocks=pipe.blocks,
     )
+    if pipe.dual:
+        from deepspeed.pipe import DualPipeVModule as PipelineModule
     model = PipelineModule(specs, loss_fn=pipe_models.loss, partition_method=pipe.method, **kind)
     if pipe.shift and pipe.declared:
         patterns = [r"tied_modules\.embed\.shift$"]
@@ -100,6 +104,14 @@ def build_engine(pipe: PipeCase, section: dict[str, Any] | None = None) -> Any:
         model=model, config=config, model_parameters=groups[0]["params"] if len(groups) == 1 else groups
     )
     return engine
+
+
+def with_sequences(pipe: PipeCase) -> None:
+    """Stock DeepSpeed's pipeline over ranks of which two share a sequence."""
+    import deepspeed
+
+    mesh = sequences.mesh(2)
+    deepspeed.initialize(model=build_model(pipe), config=make_config(pipe.case), mpu=mesh)
 
 
 def _batches(case: Case, step: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
