@@ -1,0 +1,126 @@
+"""A changed model under tensor and pipeline parallelism, adapters at ZeRO-3: what stays is the source's, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ucp
+from tests.deepspeed.changed_parallel_jobs import ROWS, Went, goes_on
+from tests.engines.configs import Case
+from tests.engines.parallel_runs import ParallelRun, ParallelSources, rig_of
+from tests.engines.pipe_models import pipeline_name
+from tests.engines.pipe_runs import PipeCase
+from tests.engines.pool import RankPool
+from tests.engines.tp_runs import TpCase
+from tests.engines.truth import known
+
+pytestmark = pytest.mark.slow(seconds=30)
+
+OLD = 29
+LLAMA = TpCase(case=Case(stage=1, dp=1, frozen=True))
+CHANGES: dict[str, Any] = {
+    "resized": ["model.embed_tokens.weight", "lm_head.weight"],
+    "unfrozen": ["*.k_proj.weight"],
+    "frozen": ["*norm.weight"],
+}
+PLAIN = PipeCase(pp=0, case=Case(stage=1, dp=2, accumulation=2))
+OF_A_BLOCK = (*(f"{m}.{p}" for m in ("norm", "gate_up", "down") for p in ("weight", "bias")), "mean", "gain")
+# The pipeline's names for the plain module's parameters, by declaration alone.
+NAMES = {
+    "tied_modules.embed.weight": "embed.weight",
+    **{f"{{n}}.{name}": f"blocks.{{n-2}}.{name}" for name in OF_A_BLOCK},
+    "6.weight": "norm.weight",
+    "6.bias": "norm.bias",
+}
+
+
+def run_on(ranks: RankPool, case: Any, folder: str | Path, changes: Any, **more: Any) -> Went:
+    found: Went = ranks.run(
+        goes_on,
+        case.but(seed=5),
+        str(folder),
+        changes,
+        **more,
+        world_size=case.world_size,
+        preload=rig_of(case).PRELOAD,
+    )[0]
+    return found
+
+
+def check(went: Went, run: ParallelRun, resized: set[str], renamed: Any = lambda name: name) -> None:
+    """Rows that were there, with their states; new ones as the model made them, with states of zero."""
+    before, after, truth = known(went.before), known(went.after), known(run.truth)
+    assert went.complete, went.text
+    assert len(went.losses) == 3
+    sources = {renamed(name): tensors for name, tensors in truth.params.items()}
+    for name, tensors in after.params.items():
+        source = sources.get(name) or {"param": truth.frozen[name]}
+        for state, tensor in tensors.items():
+            rows = OLD if name in resized else len(tensor)
+            expected = source.get(state, torch.zeros_like(tensor[:rows]))
+            assert torch.equal(tensor[:rows], expected), (name, state)
+            rest = tensor[rows:]
+            assert torch.equal(rest, before.params[name]["param"][rows:]) if state == "param" else not rest.any()
+    for name, tensor in after.frozen.items():
+        known_there = truth.params[name]["param"] if name in truth.params else truth.frozen[name]
+        assert torch.equal(tensor, known_there), name
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (LLAMA.but(tp=1, dp=2), LLAMA.but(frozen=False)),
+        (LLAMA, LLAMA.but(stage=3, frozen=False)),
+        (LLAMA, LLAMA.but(tp=1, stage=3, dp=2, frozen=False)),
+    ],
+    ids=["ZeRO-1 into TP", "TP into TP, stage 3", "TP into ZeRO-3"],
+)
+def test_under_tensor_parallelism(ranks: RankPool, sliced: ParallelSources, source: TpCase, target: TpCase) -> None:
+    run = sliced.get(source)
+    went = run_on(ranks, target, run.folder, CHANGES)
+    assert len(went.changes) >= 4, went.text
+    assert {len(t["param"]) for n, t in known(went.after).params.items() if n in CHANGES["resized"]} == {ROWS}
+    check(went, run, set(CHANGES["resized"]))
+    refused = run_on(ranks, target, run.folder, None)
+    assert '"resized": ["' in refused.text
+    assert '"unfrozen"' in refused.text
+
+
+def test_renamed_and_grown_into_a_pipeline(ranks: RankPool, pipes: ParallelSources) -> None:
+    run = pipes.get(PLAIN)
+    changes = {"names": NAMES, "resized": ["tied_modules.embed.weight"]}
+    went = run_on(ranks, PipeCase(pp=2, case=PLAIN.case.but(dp=1)), run.folder, changes)
+    assert len(went.changes) >= 2, went.text
+    check(went, run, {"tied_modules.embed.weight"}, pipeline_name)
+
+
+def test_adapters_at_stage_3(ranks: RankPool, sliced: ParallelSources, tmp_path: Path) -> None:
+    """Onto a base run; into its weights, and off again."""
+    base, case = sliced.get(LLAMA.but(tp=1, dp=2)), LLAMA.but(tp=1, stage=3, dp=2, frozen=False)
+    went = run_on(ranks, case, base.folder, {"adapters": "added"}, lora=True, save=str(tmp_path / "lora"))
+    assert went.complete, went.text
+    truth, after, before = known(base.truth), known(went.after), known(went.before)
+    weights = {name: t["param"] for name, t in truth.params.items()} | dict(truth.frozen)
+    below = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in after.frozen.items()}
+    assert below.keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in below.items())
+    assert after.params
+    assert all(torch.equal(t["param"], before.params[name]["param"]) for name, t in after.params.items())
+    with ucp.open(tmp_path / "lora") as checkpoint:
+        lora = {name: checkpoint.read(name) for name in checkpoint.parameters}
+    split = run_on(ranks, case, tmp_path / "lora", {"adapters": "split", "unfrozen": ["*"]})
+    merged = run_on(ranks, case, tmp_path / "lora", {"adapters": {"merged": 3.0}, "unfrozen": ["*"]})
+    for found, scale in ((split, 0.0), (merged, 3.0)):
+        assert found.complete, found.text
+        for name, tensors in known(found.after).params.items():
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            expected = weights[name]
+            if f"{layer}.lora_A.default.weight" in lora:
+                a, b = (lora[f"{layer}.lora_{which}.default.weight"].double() for which in "AB")
+                expected = (expected.double() + scale * (b @ a)).float()
+            assert torch.allclose(tensors["param"], expected, rtol=0, atol=0 if scale == 0 else 1e-7), name
+            assert not any(t.any() for s, t in tensors.items() if s != "param")
