@@ -29,14 +29,10 @@ class Run:
     def worker(self) -> int:
         return int(self.mesh.get_local_rank("worker"))
 
-    def parts(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "mesh": self.mesh,
-            "outer": self.outer,
-            "copies": self.copies,
-        }
+    def parts(self) -> Any:
+        from ucp.torchdist.local_sgd import LocalRun
+
+        return LocalRun(self.model, self.optimizer, self.mesh, self.outer, self.copies)
 
 
 class Manager:
@@ -97,9 +93,9 @@ def build(seed: int, workers: int, kind: str = "plain") -> Run:
         outer = [torch.optim.SGD(f.parameters(), lr=0.7, momentum=0.9, nesterov=True) for f in fragments]
         manager = Manager(mesh.get_group("worker"))
         diloco = DiLoCo(manager, fragments, optimizer, outer, 2 * INNER, pin_memory=False)  # type: ignore[arg-type]
-        found, copies = of_diloco(diloco, model)
+        found = of_diloco(diloco, model, optimizer, mesh)
         diloco.__enter__()
-        return Run(model, optimizer, mesh, found, copies, diloco)
+        return Run(model, optimizer, mesh, list(found.outer), dict(found.copies or {}), diloco)
     outer = [torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)]
     copies = {name: _local(p).clone() for name, p in model.named_parameters()}
     return Run(model, optimizer, mesh, outer, copies)
@@ -169,7 +165,7 @@ def saved(folder: str, workers: int, kind: str) -> tuple[int, dict[str, torch.Te
     run = build(1, workers, kind)
     steps = 2 * INNER if kind == "torchft" else 2 * INNER + 1  # torchft keeps how many steps there were since a sync
     train(run, range(steps))
-    save_local_sgd(folder, step=steps, **run.parts())
+    save_local_sgd(folder, run.parts(), step=steps)
     return run.worker, held(run), train(run, range(steps, steps + 4))
 
 
@@ -182,7 +178,7 @@ def refused(folder: str, workers: int, kind: str) -> list[str]:
     before = held(run)
     for choice in (None, "kept"):
         try:
-            load_local_sgd(folder, workers=choice, **run.parts())
+            load_local_sgd(folder, run.parts(), workers=choice)
         except Mismatch as error:
             said.append(str(error))
     assert all(torch.equal(value, before[key]) for key, value in held(run).items())
@@ -194,6 +190,6 @@ def resumed(folder: str, workers: int, kind: str, choice: str | None = None) -> 
     from ucp.torchdist.local_sgd import load_local_sgd
 
     run = build(2, workers, kind)
-    step, report = load_local_sgd(folder, workers=choice, **run.parts())
+    step, report = load_local_sgd(folder, run.parts(), workers=choice)
     assert report.proof is not None
     return run.worker, held(run), train(run, range(step, step + 4)), report.changes

@@ -1,9 +1,9 @@
 """Runs of local SGD (DiLoCo and its like): workers that train apart, and an outer optimizer that steps for all of them.
 
     mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("worker", "shard"))
-    save_local_sgd("runs/step-500", model=model, optimizer=inner, mesh=mesh, outer=[outer], copies=copies)
-    load_local_sgd("runs/step-500", model=model, optimizer=inner, mesh=mesh, outer=[outer], copies=copies,
-                   workers="averaged")
+    run = LocalRun(model, inner, mesh, outer=[outer], copies=copies)
+    save_local_sgd("runs/step-500", run, step=500)
+    step, report = load_local_sgd("runs/step-500", run, workers="averaged")
 
 The global copy and the outer optimizer's state are kept under the parameters' own names, so that other programs resume
 from them as from any run. What each worker has of its own (weights, buffers, states of the inner optimizer) is kept
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,22 +39,12 @@ _KEY = WORKERS.removesuffix(".")
 _CHOICES = (KEPT, AVERAGED, COPIED, RESET)
 
 
-def save_local_sgd(
-    path: str | os.PathLike[str],
-    *,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mesh: DeviceMesh,
-    outer: Sequence[torch.optim.Optimizer] = (),
-    copies: Mapping[str, torch.Tensor] | None = None,
-    step: int = 0,
-) -> SaveReport:
-    """Save a run of local SGD as the checkpoint ``path``. Collective over all ranks of all workers.
+@dataclass(frozen=True, eq=False)
+class LocalRun:
+    """What a run of local SGD consists of on this rank.
 
     Parameters
     ----------
-    path
-        The checkpoint's folder.
     model, optimizer
         This worker's model, plain or of FSDP2, and its inner optimizer.
     mesh
@@ -62,6 +53,24 @@ def save_local_sgd(
         The outer optimizers (one, or one for each fragment of the model); none for plain averaging of weights.
     copies
         The global copy: parameter's name -> this rank's part of it. None where the algorithm keeps none.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    mesh: DeviceMesh
+    outer: Sequence[torch.optim.Optimizer] = ()
+    copies: Mapping[str, torch.Tensor] | None = None
+
+
+def save_local_sgd(path: str | os.PathLike[str], run: LocalRun, *, step: int = 0) -> SaveReport:
+    """Save a run of local SGD as the checkpoint ``path``. Collective over all ranks of all workers.
+
+    Parameters
+    ----------
+    path
+        The checkpoint's folder.
+    run
+        What this rank has of it.
     step
         Steps done so far.
 
@@ -76,29 +85,22 @@ def save_local_sgd(
     Unsupported, DestinationError, SaveFailed
         As for `ucp.save`.
     """
-    state, inner, _ = _state(model, optimizer, mesh, outer, copies)
+    state, inner, _ = _state(run)
     fresh = {OPTIMIZER: {"state": state[_KEY]["state"], "param_groups": inner["param_groups"]}}
-    to_save(fresh, optimizer)
-    if outer:
-        to_save(state, outer)
+    to_save(fresh, run.optimizer)
+    if run.outer:
+        to_save(state, run.outer)
     return save({**state, "step": step}, path)
 
 
 def load_local_sgd(
-    path: str | os.PathLike[str],
-    *,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mesh: DeviceMesh,
-    outer: Sequence[torch.optim.Optimizer] = (),
-    copies: Mapping[str, torch.Tensor] | None = None,
-    workers: str | None = None,
+    path: str | os.PathLike[str], run: LocalRun, *, workers: str | None = None
 ) -> tuple[int, LoadReport]:
     """Fill a run of local SGD from a checkpoint of `save_local_sgd`. Collective over all ranks of all workers.
 
     Parameters
     ----------
-    path, model, optimizer, mesh, outer, copies
+    path, run
         As for `save_local_sgd`. Within a worker, the model may be cut over other ranks than it was.
     workers
         What another number of workers begins with: 'kept' (the first ones keep what they had, for fewer workers),
@@ -119,25 +121,25 @@ def load_local_sgd(
     """
     if workers is not None and workers not in _CHOICES:
         raise BadArgument(f"workers='{workers}' is not known; choose one of {', '.join(_CHOICES)}")
-    count, had = mesh.size(0), ranks.from_first(lambda: _workers_in(path))
+    count, had = run.mesh.size(0), ranks.from_first(lambda: _workers_in(path))
     if had != count and workers is None:
         raise Mismatch(
             f"{os.fspath(path)}: nothing was loaded: {had} workers saved and {count} resume; say what they begin with: "
             f"workers={', '.join(map(repr, _CHOICES))}"
         )
-    state, inner, made = _state(model, optimizer, mesh, outer, copies)
+    state, inner, made = _state(run)
     state["step"] = 0
     changes = None if had == count else {"workers": {str(workers): count}}
     report = load(state, path, changes=changes)
-    _take(model, optimizer, state, inner, made[0])
-    if outer:
+    _take(run, state, inner, made[0])
+    if run.outer:
         unwrapped = {name: _inside(states) for name, states in state[OPTIMIZER]["state"].items()}
-        set_states(model, outer, {**state[OPTIMIZER], "state": unwrapped}, made[1])
+        set_states(run.model, run.outer, {**state[OPTIMIZER], "state": unwrapped}, made[1])
     return int(state["step"]), report
 
 
-def of_diloco(diloco: Any, model: torch.nn.Module) -> tuple[list[torch.optim.Optimizer], dict[str, torch.Tensor]]:
-    """The outer optimizers and the global copy of torchft's DiLoCo (0.2), as `save_local_sgd` takes them.
+def of_diloco(diloco: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> LocalRun:
+    """A run of torchft's DiLoCo (0.2), with its outer optimizers and its global copy.
 
     Save and load right after a sync: how many inner steps were done since is torchft's own. Raises Unsupported for an
     object that has no such fragments, or fragments with parameters that the model does not have.
@@ -155,7 +157,7 @@ def of_diloco(diloco: Any, model: torch.nn.Module) -> tuple[list[torch.optim.Opt
             f"this {type(diloco).__name__} has not the fragments of torchft 0.2's DiLoCo over this model ({error}); "
             "give outer= and copies= yourself"
         ) from None
-    return list(outer.values()), copies
+    return LocalRun(model, optimizer, mesh, list(outer.values()), copies)
 
 
 def _workers_in(path: str | os.PathLike[str]) -> int:
@@ -167,16 +169,11 @@ def _workers_in(path: str | os.PathLike[str]) -> int:
     return int(next(iter(rows))[0])
 
 
-def _state(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mesh: DeviceMesh,
-    outer: Sequence[torch.optim.Optimizer],
-    copies: Mapping[str, torch.Tensor] | None,
-) -> tuple[dict[str, Any], dict[str, Any], tuple[Made, Made]]:
+def _state(run: LocalRun) -> tuple[dict[str, Any], dict[str, Any], tuple[Made, Made]]:
     """The run as a state dict over views of its own memory, the inner optimizer's own state dict, and what was made for
     optimizers that have not stepped."""
-    own, made = state_dict_of(model, optimizer, blank=True)
+    model, mesh = run.model, run.mesh
+    own, made = state_dict_of(model, run.optimizer, blank=True)
     inner = _copied(own[OPTIMIZER])
     state: dict[str, Any] = {
         _KEY: {
@@ -189,12 +186,12 @@ def _state(
         }
     }
     of_outer: Made = {}
-    if copies is not None:
+    if run.copies is not None:
         params = dict(model.named_parameters())
-        _check_copies(params, copies)
-        state[MODEL] = {name: _global(copy, params[name], mesh) for name, copy in copies.items()}
-    if outer:
-        own, of_outer = state_dict_of(model, outer, blank=True)
+        _check_copies(params, run.copies)
+        state[MODEL] = {name: _global(copy, params[name], mesh) for name, copy in run.copies.items()}
+    if run.outer:
+        own, of_outer = state_dict_of(model, run.outer, blank=True)
         theirs = _copied(own[OPTIMIZER])
         for states in theirs["state"].values():
             for key, value in states.items():
@@ -261,13 +258,7 @@ def _dtensor(local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any], s
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
 
 
-def _take(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    inner: dict[str, Any],
-    made: Made,
-) -> None:
+def _take(run: LocalRun, state: Mapping[str, Any], inner: dict[str, Any], made: Made) -> None:
     """Give the inner optimizer what was loaded. The tensors are its own already, or those that were made for it."""
     rows = state[_KEY]
     for name, states in inner["state"].items():
@@ -276,7 +267,7 @@ def _take(
                 states[key] = type(value)(local_tensor(rows["state"][name][key]).item())
     for group, options in zip(inner["param_groups"], rows["options"], strict=True):
         group.update(options)
-    set_states(model, optimizer, inner, made)
+    set_states(run.model, run.optimizer, inner, made)
 
 
 def _inside(states: Mapping[str, Any]) -> dict[str, Any]:
