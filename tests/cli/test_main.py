@@ -241,7 +241,10 @@ def test_slips(capsys: pytest.CaptureFixture[str], source: Path) -> None:
         (("report", source.parent, "--tag", "step8"), "no checkpoint with the tag 'step8'; did you mean 'step7'?"),
         (("diff", source, source, "--param", "x*"), "no parameter of either checkpoint matches 'x*'; there are 'embed"),
         (("diff", source, source, "--state", "exp"), "neither checkpoint has a state 'exp'; there are 'exp_avg'"),
-        (("ls", source / "ucp.json"), "ucp.json: is a file; a checkpoint is a folder"),
+        (
+            ("ls", source / "ucp.json"),
+            "ucp.json: is a file; the folder that it is in is a checkpoint ('universal'); a checkpoint is a folder",
+        ),
         (("plan", source, "--layout", "dp=2,pp=2,zero=1"), "is no name of a pipeline's"),
         (("plan", source, "--layout", "dp=2,zero=1", "--ds-config", "no.json"), "no.json: there is no such file"),
     ):

@@ -66,7 +66,7 @@ def test_the_same_layout_reads_its_own_files(tmp_path: Path) -> None:
     made = raw.make(tmp_path / "raw", dp=4, stage=1)
     with ucp.open(raw.virtual_checkpoint(tmp_path / "v", made)) as checkpoint:
         found = plan(checkpoint, Layout(dp=4, zero=1))
-    own = found.moved[[found.sources.index(f"rank{r}.bin") for r in range(4)]]
+    own = found.moved[[found.sources.index(f"rank {r}") for r in range(4)]]
     assert np.count_nonzero(own - np.diag(np.diag(own))) == 0
     assert all(rank.files == 2 for rank in found.ranks)
 

@@ -79,11 +79,11 @@ class Stage3:
     def _stepping(self, s: int) -> torch.optim.Optimizer:
         """The optimizer that steps a subgroup. Under partial offload (``offload_optimizer.ratio``) a second one steps
         those that stay on the device, and has their states; Muon's stay with the first."""
-        second: torch.optim.Optimizer | None = getattr(self._zero, "backup_optimizer", None)
-        by_muon = getattr(self._zero, "use_muon", False) and self._zero.sub_groups_using_muon[s]
-        if second is None or by_muon or self._zero.subgroup_to_device[s] == "cpu":
+        own = vars(self._zero)  # a release without a second optimizer has none of these
+        second: torch.optim.Optimizer | None = own.get("backup_optimizer")
+        if second is None or (own.get("use_muon") and own["sub_groups_using_muon"][s]):
             return self._inner
-        return second
+        return self._inner if own["subgroup_to_device"][s] == "cpu" else second
 
     def is_in_memory(self, key: int) -> bool:
         return not swapped.is_swapped(self._zero, self._keys.index(key))
