@@ -59,11 +59,11 @@ def train(
 
 
 def train_parallel(
-    pipe: pipe_runs.PipeCase, folder: str, keepers: str, nodes: Sequence[str], steps: int
+    pipe: pipe_runs.PipeCase, folder: str, keepers: str, nodes: Sequence[str], spec: str, steps: int
 ) -> tuple[str | None, Truth | None]:
     """Under any kind of parallelism: resume from memory if there is any, train so many steps; path and truth."""
     at_home(keepers, nodes)
-    engine = pipe_runs.build_engine(pipe, {"memory": ON})
+    engine = pipe_runs.build_engine(pipe, {"memory": ON, "spec": spec})
     path, _ = engine.load_checkpoint(folder)
     pipe_runs.continue_training(engine, pipe, engine.global_steps, steps)
     truth = pipe_truth.gather(engine)

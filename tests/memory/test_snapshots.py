@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import ucp
+from tests.deepspeed.test_pipe import piped
+from tests.engines import pipe_models
 from tests.engines.configs import Case
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
@@ -43,12 +45,15 @@ def test_what_was_killed_resumes_from_memory_on_any_ranks(ranks: RankPool, tmp_p
 
 def test_from_memory_under_another_kind_of_parallelism(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
     folder, case = str(tmp_path / "run"), Case(stage=1, dp=1, accumulation=2)
+    spec = tmp_path / "pipe.yaml"
+    spec.write_text(pipe_models.SPEC)
+    given = folder, str(keepers), ("a", "a"), str(spec)
     trained, tensors = PipeCase(pp=0, case=case.but(dp=2)), PipeCase(pp=1, tp=2, case=case)
-    _, truth = ranks.run(jobs.train_parallel, trained, folder, str(keepers), ("a", "a"), 2, world_size=2)[0]
+    _, truth = ranks.run(jobs.train_parallel, trained, *given, 2, world_size=2)[0]
     for target in (tensors, PipeCase(pp=2, case=case)):
-        path, found = ranks.run(jobs.train_parallel, target, folder, str(keepers), ("a", "a"), 0, world_size=2)[0]
+        path, found = ranks.run(jobs.train_parallel, target, *given, 0, world_size=2)[0]
         assert path == f"memory://{folder}/global_step2"
-        assert compare(found, truth) == []
+        assert compare(piped(found, target), piped(truth, trained)) == []
 
 
 def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:

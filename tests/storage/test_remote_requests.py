@@ -88,7 +88,7 @@ def test_requests_that_fail_are_made_again(bucket: str, source: Path, proxy: Pro
         if one in failed or (len(proxy.requests) % 4 and "partNumber=2" not in request.target):
             return None
         failed.add(one)
-        choice = (UNAVAILABLE, DROPPED, CUT if request.method == "GET" else DROPPED)[len(failed) % 3]
+        choice = min((UNAVAILABLE, DROPPED, CUT)[: 3 if request.method == "GET" else 2], key=lambda way: ways[way])
         ways[choice] += 1
         return choice
 
