@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The writing, and all after it, begins when it is set."""
     event = threading.Event()
-    send = writer.WriterProcess.send
 
-    def later(*args: Any) -> None:
-        assert event.wait(30)
-        send(*args)
+    def later(send: Callable[..., None]) -> Callable[..., None]:
+        def sends(*args: Any) -> None:
+            assert event.wait(30)
+            send(*args)
 
-    monkeypatch.setattr(writer.WriterProcess, "send", later)
+        return sends
+
+    for name in ("send", "send_packed"):
+        monkeypatch.setattr(writer.WriterProcess, name, later(getattr(writer.WriterProcess, name)))
     return event
 
 
