@@ -6,7 +6,6 @@ Also ``python -m ucp.cli.convert``. Nothing heavy is imported before the argumen
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -112,12 +111,7 @@ def _shared(args: argparse.Namespace, given: list[str]) -> int:
     import ucp.conversion  # noqa: F401  # before the fork, so once
 
     nothing = args.dry_run or options.get("virtual", False)  # is copied
-    limited = nothing or args.workers is not None or args.max_memory is not None
-    asked = None if nothing else args.processes
-    number = processes.count(asked, () if limited else (_source(args),), args.dest, os.environ)
-    if number > 1 and args.workers is None:
-        args.workers = processes.threads(number)
-        given = [*given, "--workers", str(args.workers)]
+    number, given = processes.share_out(args, given, (_source(args),), nothing)
     with processes.shared(["convert", *given], number, lambda team: _convert(args, layout, options, team)) as team:
         return _convert(args, layout, options, team)
 

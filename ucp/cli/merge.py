@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from ucp import formats
@@ -98,13 +97,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     if args.adapter_merge is not None:
         return _adapters(args)
-    limited = args.plan or args.workers is not None or args.max_memory is not None
-    asked = None if args.plan else args.processes
-    number = processes.count(asked, () if limited else args.sources, args.dest, os.environ)
-    given = list(args.given)
-    if number > 1 and args.workers is None:
-        args.workers = processes.threads(number)
-        given += ["--workers", str(args.workers)]
+    number, given = processes.share_out(args, args.given, args.sources, args.plan)
     if number > 1:
         import ucp.merging.combine  # noqa: F401  # once, for copies of this process, too
     with processes.shared(given, number, lambda team: _combine(args, team)) as team:

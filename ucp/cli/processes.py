@@ -45,6 +45,23 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def share_out(
+    args: argparse.Namespace, given: Sequence[str], sources: Sequence[str], nothing: bool
+) -> tuple[int, list[str]]:
+    """How many processes share a command's work, and the arguments that the others are started with. Each is given
+    its number of threads, unless the user has.
+
+    args, given: what was parsed, and from what. sources: what is read. nothing: whether nothing is to be shared.
+    Raises BadArgument as `count` does.
+    """
+    limited = nothing or args.workers is not None or args.max_memory is not None
+    number = count(None if nothing else args.processes, () if limited else sources, args.dest, os.environ)
+    if number == 1 or args.workers is not None:
+        return number, list(given)
+    args.workers = threads(number)
+    return number, [*given, "--workers", str(args.workers)]
+
+
 def count(asked: int | None, sources: Sequence[str], dest: str, environment: Mapping[str, str]) -> int:
     """How many processes share the work. asked: by the user; otherwise one for each processor, if the sources are large
     and all is local. Raises BadArgument if a launcher has made a team of another size."""

@@ -140,11 +140,13 @@ def sees_all(target: Target, entries: Mapping[Entry, Sequence[Want]]) -> bool:
         memory = target.memory(key, state)
         if memory is None or any(want.tensor.digest is None for want in wants):
             return False
-        if memory.device.type == "cpu":
-            on_host += memory.nbytes
-        else:
+        if memory.device.type != "cpu":
             on_device += memory.nbytes
-    return on_host < SAMPLED_FROM and on_device > 0
+            continue
+        on_host += memory.nbytes
+        if on_host >= SAMPLED_FROM:
+            return False
+    return on_device > 0
 
 
 def prove(

@@ -56,7 +56,7 @@ class Reader:
     """
 
     def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
-        self._counts = _Tally()
+        self._tally = _Tally()
         self._again = False
         self._paths = [f.path for f in catalog.files]
         self._files = files
@@ -74,22 +74,22 @@ class Reader:
     @property
     def digest_seconds(self) -> float:
         """The time that checking digests and CRC-32s has taken so far, in all threads together."""
-        return self._counts.seconds
+        return self._tally.seconds
 
     @property
     def counts(self) -> Counts:
-        return Counts(self._files.bytes_read, self._counts.digested, self._counts.unchecked)
+        return Counts(self._files.bytes_read, self._tally.digested, self._tally.unchecked)
 
     @property
     def verified_bytes(self) -> int:
         """Bytes that were compared with a digest or a CRC-32: whole chunks, each time they are read, and whole
         records."""
-        return self._counts.digested + self.records.verified_bytes
+        return self._tally.digested + self.records.verified_bytes
 
     @property
     def unverified_bytes(self) -> int:
         """Bytes that were read and compared with nothing: there is no digest, or the record was not read whole."""
-        return self._counts.unchecked + self.records.unverified_bytes
+        return self._tally.unchecked + self.records.unverified_bytes
 
     @property
     def verifies(self) -> bool:
@@ -227,11 +227,11 @@ class Reader:
         self._count(perf_counter() - began, digested=nbytes)
 
     def _count(self, seconds: float, digested: int = 0, unchecked: int = 0) -> None:
-        counts = self._counts
-        with counts.lock:
-            counts.seconds += seconds
-            counts.digested += digested
-            counts.unchecked += unchecked
+        tally = self._tally
+        with tally.lock:
+            tally.seconds += seconds
+            tally.digested += digested
+            tally.unchecked += unchecked
 
 
 def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
