@@ -14,6 +14,7 @@ from typing import Any
 
 import ucp
 from tests.attacks import formats, mutate
+from tests.merging.test_language import FILE as merge_text
 from ucp.deepspeed import config as plugin
 from ucp.merging import language
 from ucp.spec import changes as declared
@@ -65,16 +66,6 @@ CHANGES: dict[str, Any] = {
     "adapters": {"merged": 2.0},
 }
 NAMES: list[list[str]] = [["0.weight", "1.weight"], ["0.bias", "2.weight", "2.bias"]]
-MERGE = """\
-merge: 1
-sources: {a: runs/x@step100, b: runs/y, base: runs/z}
-parameters:
-  "model.layers.{i}.*": "lerp(a, b, t=i/31)"
-  "model.layers.{i}.mlp.*": "slerp(a, b, t=1 - i/4)"
-  "lm_head.*": "a"
-  "model.norm.weight": "ties(base, 0.5*a + b/4, density=0.4)"
-  "*": "0.7*a + 0.3*b"
-"""
 
 
 def section(seed: int, number: int, place: Path) -> Callable[[], str]:
@@ -143,12 +134,8 @@ def merge_file(seed: int, number: int, place: Path) -> Callable[[], str]:
     """Read a mutated merge file, and what it says for some parameters."""
 
     def do() -> str:
-        rng, raw = random.Random(f"{seed}/merge/{number}"), MERGE.encode()
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            raw = mutate.of_text(rng, raw)
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
+        text = mutate.several_of_text(random.Random(f"{seed}/merge/{number}"), merge_text.encode())
+        if text is None:
             return "no text"
         recipe = language.loads(text, "merge.yaml")
         for name in ("model.layers.3.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight", "x"):

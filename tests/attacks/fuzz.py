@@ -166,12 +166,8 @@ def _spec(seed: int, number: int) -> Callable[[], str]:
     def do() -> str:
         rng = random.Random(f"{seed}/spec/{number}")
         path = rng.choice(sorted(shipped.FOLDER.rglob("*.yaml")))
-        raw = path.read_bytes()
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            raw = mutate.of_text(rng, raw)
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
+        text = mutate.several_of_text(rng, path.read_bytes())
+        if text is None:
             return "no text"
         language.loads(text, "spec.yaml")
         return "read"

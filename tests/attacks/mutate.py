@@ -110,6 +110,16 @@ def _places(value: Any) -> Any:
             yield from _places(value[index])
 
 
+def several_of_text(rng: random.Random, raw: bytes) -> str | None:
+    """A text after one to three of these; None where it is no longer one."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        raw = of_text(rng, raw)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
 def of_text(rng: random.Random, raw: bytes) -> bytes:
     """Words and lines of a text dropped, doubled, exchanged, or some bytes changed."""
     if rng.random() < 0.4:

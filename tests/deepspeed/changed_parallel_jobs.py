@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tests.deepspeed.change_jobs import Gone
 from tests.engines import parallel_runs, pipe_models, tp_models, tp_runs
 from tests.engines.runs import STEPS
-from tests.engines.truth import Truth
 
 ROWS = 36  # of the vocabulary, in place of 29
 
 
-@dataclass(frozen=True)
-class Went:
-    """What came of it, on rank 0. before, after: truths. text: the report's, or the refusal's."""
-
-    before: Truth | None
-    after: Truth | None
-    text: str
-    changes: tuple[str, ...]
-    complete: bool
-    losses: tuple[float, ...]
-
-
-def goes_on(case: Any, folder: str, changes: Mapping[str, Any] | None, lora: bool = False, save: str = "") -> Went:
+def goes_on(case: Any, folder: str, changes: Mapping[str, Any] | None, lora: bool = False, save: str = "") -> Gone:
     """Load into a model of more rows, other frozen parameters and with ``lora`` adapters, and take three steps."""
     from ucp.errors import UcpError
 
@@ -56,10 +43,10 @@ def goes_on(case: Any, folder: str, changes: Mapping[str, Any] | None, lora: boo
     try:
         engine.load_checkpoint(folder)
     except UcpError as error:
-        return Went(before, rig.gather(engine), error.whole, (), False, ())
+        return Gone(before, rig.gather(engine), error.whole, (), False, ())
     report, after = engine.ucp.last_load, rig.gather(engine)
     losses = tuple(rig.continue_training(engine, case, STEPS, 3))
     if save:
         engine.save_checkpoint(save)
     complete = report.proof is not None and report.proof.complete
-    return Went(before, after, str(report), report.changes, complete, losses)
+    return Gone(before, after, str(report), report.changes, complete, losses)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ucp
-from tests.deepspeed.changed_parallel_jobs import ROWS, Went, goes_on
+from tests.deepspeed.change_jobs import Gone
+from tests.deepspeed.changed_parallel_jobs import ROWS, goes_on
 from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelRun, ParallelSources, rig_of
 from tests.engines.pipe_models import pipeline_name
@@ -38,8 +39,8 @@ NAMES = {
 }
 
 
-def run_on(ranks: RankPool, case: Any, folder: str | Path, changes: Any, **more: Any) -> Went:
-    found: Went = ranks.run(
+def run_on(ranks: RankPool, case: Any, folder: str | Path, changes: Any, **more: Any) -> Gone:
+    found: Gone = ranks.run(
         goes_on,
         case.but(seed=5),
         str(folder),
@@ -51,7 +52,7 @@ def run_on(ranks: RankPool, case: Any, folder: str | Path, changes: Any, **more:
     return found
 
 
-def check(went: Went, run: ParallelRun, resized: set[str], renamed: Any = lambda name: name) -> None:
+def check(went: Gone, run: ParallelRun, resized: set[str], renamed: Any = lambda name: name) -> None:
     """Rows that were there, with their states; new ones as the model made them, with states of zero."""
     before, after, truth = known(went.before), known(went.after), known(run.truth)
     assert went.complete, went.text

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.engines.tp_models import Slices
+
 
 def mesh(size: int) -> Any:
     """Groups of ``size`` ranks in a row share each sequence. Once per process."""
@@ -80,7 +82,7 @@ class SequenceMesh:
         return dist.get_world_size(self._both)
 
 
-class SlicedSequences(SequenceMesh):
+class SlicedSequences(Slices, SequenceMesh):
     """The same over slices of tensor parallelism: neighbours are slices, groups of these share a sequence."""
 
     def __init__(self, tp: int, size: int) -> None:
@@ -97,16 +99,3 @@ class SlicedSequences(SequenceMesh):
         self._sequence = own([of_slice(first + k, size, tp) for first in range(0, world, tp * size) for k in range(tp)])
         self._data = own([list(range(k, world, tp * size)) for k in range(tp * size)])
         self._both = own([list(range(k, world, tp)) for k in range(tp)])
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.tp_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.tp_group)
-
-    def get_model_parallel_group(self) -> Any:
-        return self.tp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group

@@ -48,7 +48,26 @@ INFO = {
 }
 
 
-class Mesh:
+class Slices:
+    """The part of an ``mpu`` that tells of tensor parallelism, under both names that DeepSpeed asks by."""
+
+    tp_group: Any
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.tp_group)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tp_group)
+
+    def get_model_parallel_group(self) -> Any:
+        return self.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+class Mesh(Slices):
     """An ``mpu``, as Megatron's: tensor-parallel ranks are neighbours."""
 
     def __init__(self, tp: int) -> None:
@@ -62,15 +81,6 @@ class Mesh:
             if rank % tp == first:
                 self.dp_group = group
 
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.tp_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.tp_group)
-
-    def get_model_parallel_group(self) -> Any:
-        return self.tp_group
-
     def get_data_parallel_rank(self) -> int:
         return dist.get_rank(self.dp_group)
 
@@ -79,10 +89,6 @@ class Mesh:
 
     def get_data_parallel_group(self) -> Any:
         return self.dp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
 
 
 class _Join(torch.autograd.Function):

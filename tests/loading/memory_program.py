@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +36,43 @@ def anonymous() -> int:
     return 0
 
 
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """Bytes that anonymous memory grew by at the most while this was entered: the list's only element, at the end."""
+    before = most = anonymous()
+    growth: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.002):
+            most = max(most, anonymous())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield growth
+    finally:
+        over.set()
+        watching.join()
+        growth.append(most - before)
+
+
 def main() -> None:
     folder, reader, memory = sys.argv[1], sys.argv[2], int(sys.argv[3])
     live = state(7.0)
     small = {"model": {"odd": live["model"]["odd"]}}
     ucp.load(small, folder)  # imports what a load imports
-    before = peak = anonymous()
-    over = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not over.wait(0.002):
-            peak = max(peak, anonymous())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    if reader == "load":
-        report = ucp.load(live, folder, memory=memory)
-    else:
-        storage = ucp.dcp.StorageReader(folder, memory=memory)
-        dcp.load(live, storage_reader=storage)
-        assert storage.last_load is not None
-        report = storage.last_load
-    over.set()
-    watching.join()
+    with peak() as growth:
+        if reader == "load":
+            report = ucp.load(live, folder, memory=memory)
+        else:
+            storage = ucp.dcp.StorageReader(folder, memory=memory)
+            dcp.load(live, storage_reader=storage)
+            assert storage.last_load is not None
+            report = storage.last_load
     right = all(bool((value == 3.0).all()) for value in live["model"].values())
-    print(f"{peak - before} {right} {report.strategy}")
+    print(f"{growth[0]} {right} {report.strategy}")
 
 
 if __name__ == "__main__":

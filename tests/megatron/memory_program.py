@@ -6,12 +6,11 @@ python -m tests.megatron.memory_program FOLDER save|load MEMORY
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 import torch
 
-from tests.loading.memory_program import anonymous
+from tests.loading.memory_program import peak
 
 ROWS, WIDTH, LAYERS = 10_000, 512, 4
 """5M elements a tensor, 10 MB of weights and 20 MB of each state; four of these, and one of two parts."""
@@ -53,26 +52,15 @@ def main() -> None:
     small = {"model": {"0": live["model"]["half 0"], "1": live["model"]["half 1"]}, "iteration": 3}
     ucp.megatron.save_checkpoint(small, f"{folder}-small-{do}")  # imports what a save and a load import
     ucp.megatron.load_checkpoint(small, f"{folder}-small-{do}")
-    before = peak = anonymous()
-    over = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not over.wait(0.002):
-            peak = max(peak, anonymous())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    if do == "save":
-        ucp.megatron.save_checkpoint(live, folder)
-        found, how = live, "written"
-    else:
-        found, report = ucp.megatron.load_checkpoint(live, folder, memory=memory)
-        how = report.strategy
-    over.set()
-    watching.join()
+    with peak() as growth:
+        if do == "save":
+            ucp.megatron.save_checkpoint(live, folder)
+            found, how = live, "written"
+        else:
+            found, report = ucp.megatron.load_checkpoint(live, folder, memory=memory)
+            how = report.strategy
     right = all(bool((value == 3.0).all()) for value in tensors(found))
-    print(f"{peak - before} {right} {how}")
+    print(f"{growth[0]} {right} {how}")
 
 
 if __name__ == "__main__":
