@@ -7,12 +7,13 @@ folders: masters in place of the weights that are rounded from them, and the com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ucp import limits
 from ucp.catalog import ParameterInfo
 from ucp.errors import SaveFailed
 from ucp.formats.megatron import keys
@@ -23,6 +24,9 @@ from ucp.job import ranks
 from ucp.megatron import parts
 from ucp.megatron.parts import Held, Key, Taken
 from ucp.saving.source import Holding, Source
+
+BYTES_COMPARED = 8
+"""Scratch for each element that is compared: a rounded copy and what four comparisons say."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,9 @@ def _check_master(held: Mapping[Key, Held], name: str) -> None:
     weight, master = held.get((name, keys.WEIGHT)), held.get((name, PARAM))
     if weight is None or master is None or weight.regions != master.regions:
         return
-    for low, high in zip(weight.parts, master.parts, strict=True):
-        rounded = high.view.to(low.view.dtype)
-        same = (rounded == low.view) | ((rounded != rounded) & (low.view != low.view))
+    for low, high in _together(weight, master):
+        rounded = high.to(low.dtype)
+        same = (rounded == low) | ((rounded != rounded) & (low != low))
         if not bool(same.all()):
             raise SaveFailed(
                 f"'{name}': the model's weights are not the optimizer's masters, rounded, and a checkpoint keeps the "
@@ -185,3 +189,17 @@ def _numbers(value: Any) -> Any:
     if type(value) is list:
         return [_numbers(item) for item in value]
     return value
+
+
+def _together(one: Held, other: Held) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What two tensors of the same boxes hold at the same places, a little at a time: a comparison makes copies."""
+    left = [(a.view, b.view) for a, b in zip(one.parts, other.parts, strict=True)]
+    most = limits.SCRATCH_BYTES // BYTES_COMPARED
+    while left:
+        a, b = left.pop()
+        if a.numel() <= most:
+            yield a, b
+            continue
+        dim = next(k for k, size in enumerate(a.shape) if size > 1)
+        step = max(1, most * a.shape[dim] // a.numel())
+        left.extend(zip(a.split(step, dim), b.split(step, dim), strict=True))
