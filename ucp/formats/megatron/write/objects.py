@@ -13,7 +13,7 @@ from typing import Any
 from ucp.catalog import Catalog
 from ucp.formats.megatron import keys
 from ucp.formats.megatron.read.common import EXTRA
-from ucp.formats.megatron.write.places import KeyPlace, entry
+from ucp.formats.megatron.write.places import KeyPlace, Stacks
 
 # Modules that keep a state of their own beside their tensors: Transformer Engine's linear layers, and Megatron's like.
 _WITH_STATE = re.compile(r"(.+\.(?:linear_[a-z0-9_]+|mixer\.(?:in|out)_proj))\.weight")
@@ -30,10 +30,12 @@ def objects(catalog: Catalog, places: Mapping[str, KeyPlace], stacked: bool) -> 
     """
     kept = dict(catalog.training_state.extra.get(EXTRA, {}).get("objects", {}))
     out = {key: value for key, value in kept.items() if key.startswith("rng_state/")}
+    stacks, blocks = Stacks(places), keys.layer_counts(places).keys()
     for key, value in kept.items():
         name = keys.module_state(key)
         if name is not None:
-            out[_key(_place(name, places, stacked))] = value
+            known = stacked and keys.layer_counts([name]).keys() <= blocks
+            out[_key(_place(name, places, stacks, known))] = value
     asked = [key for place in places.values() for key in _asked(place)]
     if _HYBRID in places:
         asked.append(_key(KeyPlace(f"output_layer{keys.MODULE_STATE}", (), ())))
@@ -42,13 +44,10 @@ def objects(catalog: Catalog, places: Mapping[str, KeyPlace], stacked: bool) -> 
     return out
 
 
-def _place(name: str, places: Mapping[str, KeyPlace], stacked: bool) -> KeyPlace:
+def _place(name: str, places: Mapping[str, KeyPlace], stacks: Stacks, stacked: bool) -> KeyPlace:
     """Where a module's state lies: where its weight does, or as what else its layer has."""
     beside = f"{name.removesuffix(keys.MODULE_STATE)}.weight"
-    found = places.get(beside)
-    if found is None:
-        block = keys.layer_counts([name]).keys() <= keys.layer_counts(places).keys()
-        found = entry(beside, [*places, beside], stacked and block)
+    found = places.get(beside) or stacks.entry(beside, stacked)
     return KeyPlace(found.key.removesuffix(".weight") + keys.MODULE_STATE, found.at, found.counts)
 
 

@@ -23,31 +23,34 @@ class KeyPlace:
     counts: Shape
 
 
-def entry(name: str, names: Iterable[str], stacked: bool) -> KeyPlace:
-    """Where a parameter lies in a folder. names: of all parameters. stacked: whether layers share keys."""
-    at: list[int] = []
-    counts: list[int] = []
-    key = name
-    layer = _LAYER.fullmatch(name)
-    if layer is not None and stacked:
-        at.append(int(layer[2]))
-        counts.append(_layers(layer[1], names))
-        key = f"{layer[1]}.{layer[3]}"
-    expert = _EXPERT.fullmatch(key)
-    if expert is not None:
-        at.append(int(expert[2]))
-        counts.append(_experts(name, names))
-        key = f"{expert[1]}.experts.{expert[3]}"
-    return KeyPlace(key, tuple(at), tuple(counts))
+class Stacks:
+    """How many layers and experts there are where a folder stacks them, of the names of all parameters."""
 
+    def __init__(self, names: Iterable[str]) -> None:
+        self._layers: dict[str, int] = {}
+        self._experts: dict[tuple[str, str], int] = {}
+        for name in names:
+            if (m := _LAYER.fullmatch(name)) is not None:
+                self._layers[m[1]] = max(self._layers.get(m[1], 0), int(m[2]) + 1)
+            if (m := _EXPERT.fullmatch(name)) is not None:
+                self._experts[m[1], m[3]] = max(self._experts.get((m[1], m[3]), 0), int(m[2]) + 1)
 
-def _layers(block: str, names: Iterable[str]) -> int:
-    return 1 + max(int(m[2]) for n in names if (m := _LAYER.fullmatch(n)) is not None and m[1] == block)
-
-
-def _experts(name: str, names: Iterable[str]) -> int:
-    pattern = re.compile(re.sub(r"local_experts\\\.\d+", r"local_experts\\.(\\d+)", re.escape(name)))
-    return 1 + max(int(m[1]) for n in names if (m := pattern.fullmatch(n)) is not None)
+    def entry(self, name: str, stacked: bool) -> KeyPlace:
+        """Where a tensor lies in a folder, a parameter or one beside them. stacked: whether layers share keys."""
+        at: list[int] = []
+        counts: list[int] = []
+        key = name
+        layer = _LAYER.fullmatch(name)
+        if layer is not None and stacked:
+            at.append(int(layer[2]))
+            counts.append(max(self._layers.get(layer[1], 0), int(layer[2]) + 1))
+            key = f"{layer[1]}.{layer[3]}"
+        expert = _EXPERT.fullmatch(name)
+        if expert is not None:
+            at.append(int(expert[2]))
+            counts.append(max(self._experts.get((expert[1], expert[3]), 0), int(expert[2]) + 1))
+            key = _EXPERT.sub(r"\1.experts.\3", key)
+        return KeyPlace(key, tuple(at), tuple(counts))
 
 
 def alike(infos: Mapping[str, ParameterInfo]) -> bool:

@@ -45,7 +45,8 @@ def plan(
         if "param" not in info.states:
             raise Unsupported(f"'{name}' has optimizer states and no weight, which Megatron needs")
     stacked = not per_layer and not any(map(mixers.is_mixer, infos)) and places.alike(infos)
-    entries = {name: places.entry(name, infos, stacked) for name in infos}
+    stacks = places.Stacks(infos)
+    entries = {name: stacks.entry(name, stacked) for name in infos}
     writer = RecordWriter(catalog, paths=False)
     trained = {name for name, info in infos.items() if set(info.states) - {"param"} and info.kind == "parameter"}
     by_key = _by_key(catalog, infos, entries, trained, dtype, plain)
