@@ -13,7 +13,8 @@ import torch
 from tests.saving.parts import ADAM, FakeTarget, Saved, catalog, group, slot, target
 from ucp.catalog import Catalog, ParamGroup
 from ucp.errors import Mismatch
-from ucp.loading.match import LoadPlan, Wish, plan
+from ucp.loading.match import plan
+from ucp.loading.nouns import LoadPlan, Wish
 
 SHAPE = (2, 3)
 

@@ -21,7 +21,7 @@ from ucp.geometry import whole
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading import bring, proof, strategy
 from ucp.loading import load as loading
-from ucp.loading.match import LoadPlan
+from ucp.loading.nouns import LoadPlan
 from ucp.loading.read import RankReads
 from ucp.loading.strategy import HOLD, STRATEGIES, VERIFY_READ_PROVE, VERIFY_THEN_READ, VERIFY_WHILE_BRINGING
 from ucp.loading.target import Member, Slot

@@ -16,7 +16,8 @@ from ucp import limits
 from ucp.catalog import ParamGroup
 from ucp.errors import BadArgument, Mismatch
 from ucp.loading.load import LoadReport, load
-from ucp.loading.match import Wish, plan
+from ucp.loading.match import plan
+from ucp.loading.nouns import Wish
 from ucp.loading.refusals import Findings, Item
 from ucp.loading.target import Target
 from ucp.torchdist.state_dicts import flatten

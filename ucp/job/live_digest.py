@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.job.device_digest import LONG, DeviceSums
@@ -149,6 +150,8 @@ class _Lists:
     def __init__(self, sample: Sample | None) -> None:
         self._sample = sample
         self._known: dict[tuple[Any, ...], list[Run] | None] = {}
+        # The same, by the blocks themselves, which tensors that are cut alike may share. They are kept while this is.
+        self._of_blocks: dict[tuple[int, Shape, int], tuple[Blocks, list[Run] | None]] = {}
 
     def of(self, live: LiveElements) -> list[Run] | None:
         """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the
@@ -156,6 +159,13 @@ class _Lists:
         if not live.tensor.is_contiguous() or len(live.blocks) > FEW:
             return None
         blocks, width = live.blocks, live.width
+        same = id(blocks), live.shape, width
+        known = self._of_blocks.get(same)
+        if known is None:
+            known = self._of_blocks[same] = blocks, self._find(live, blocks, width)
+        return known[1]
+
+    def _find(self, live: LiveElements, blocks: Blocks, width: int) -> list[Run] | None:
         if not len(blocks):
             return []
         first = int(blocks.starts[0])
@@ -189,7 +199,7 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     lists = _Lists(sample)
     for k, live in enumerate(lives):
         listed = lists.of(live)
-        if listed is None or (sample is None and sum(size for _, _, size in listed) >= _TOGETHER):
+        if listed is None or (sample is None and _nbytes(listed) >= _TOGETHER):
             large.append(k)
         elif listed:
             few.append((k, listed))
@@ -204,9 +214,13 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     return out
 
 
+def _nbytes(listed: list[Run]) -> int:
+    return listed[0][2] if len(listed) == 1 else sum(size for _, _, size in listed)
+
+
 def _shares(few: list[_Few], threads: int) -> list[list[_Few]]:
     """The tensors in as many shares as threads are worth it, with about as many bytes in each."""
-    ends = list(accumulate(sum(size for _, _, size in listed) for _, listed in few))
+    ends = list(accumulate(_nbytes(listed) for _, listed in few))
     count = min(threads, ends[-1] // _WORTH_A_THREAD + 1) if few else 0
     cuts = [bisect_left(ends, ends[-1] * k // count) for k in range(1, count)]
     return [few[low:high] for low, high in pairwise([0, *cuts, len(few)])] if few else []
@@ -217,11 +231,17 @@ def _together(lives: Sequence[LiveElements], few: list[_Few]) -> list[tuple[int,
     for n, (k, listed) in enumerate(few):
         live = lives[k]
         if live.dtype is None and not live.one_nan:
-            batch.add(n, live.tensor.reshape(-1).view(torch.uint8).numpy(), listed)
+            batch.add(n, _flat_bytes(live.tensor), listed)
             continue
         for source, place, size in listed:
             batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
     return list(zip([k for k, _ in few], batch.finish(), strict=True))
+
+
+def _flat_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+    out: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return out
 
 
 def _piecewise(lives: Sequence[LiveElements], lists: _Lists, sample: Sample | None, threads: int) -> list[Digest]:

@@ -17,7 +17,7 @@ from ucp import limits
 from ucp.geometry import extents
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.host_memory import Memory
-from ucp.loading.match import Entry
+from ucp.loading.nouns import Entry
 from ucp.loading.read import RankReads, watched
 from ucp.loading.target import LoadedTensors
 from ucp.loading.windows import Place, through_windows
@@ -70,6 +70,9 @@ class Brought(LoadedTensors):
         entry = self.entries[key, state]
         found = self.there.get(entry)
         if found is not None and found.data_ptr() == live.data_ptr() and found.device == live.device:
+            return
+        if found is not None:
+            live.detach().copy_(found.view(live.shape))
             return
         straight = live.device.type == "cpu" and live.is_contiguous() and from_torch(live.dtype) == entry[2]
         if found is None and straight and self.share is not None and live.numel() == self.share.length(entry):

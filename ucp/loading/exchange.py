@@ -21,7 +21,7 @@ from ucp import limits
 from ucp.errors import BadArgument, Unsupported
 from ucp.geometry import Blocks, extents, take_elements
 from ucp.job import ranks
-from ucp.loading.match import Entry, LoadPlan
+from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
 from ucp.storage.dtypes import itemsize
 from ucp.transfer.gather import Want
@@ -247,4 +247,4 @@ def _everyones(value: float) -> list[float]:
 
 def nbytes_of(want: Want) -> int:
     """How many bytes of the checkpoint this wants."""
-    return int(want.blocks.counts.sum()) * itemsize(want.tensor.dtype)
+    return want.blocks.elements * itemsize(want.tensor.dtype)

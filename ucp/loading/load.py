@@ -27,7 +27,8 @@ from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
 from ucp.loading import exchange, proof, strategy, tied
 from ucp.loading.bring import Brought, bring
-from ucp.loading.match import Entry, LoadPlan, Wish, plan
+from ucp.loading.match import plan
+from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
 from ucp.loading.target import Loaded, Target
@@ -59,9 +60,9 @@ class LoadReport:
     source, target
         The checkpoint's format and layout, and the layout of this run.
     seconds
-        Stage -> seconds on this rank: open (on the first rank), plan, check (what is read before anything is changed),
-        read, exchange (of what is read once, and measuring whether that is worth it), apply, prove, and wait (for the
-        other ranks).
+        Stage -> seconds on this rank: open (the checkpoint on the first rank), plan, check (what is read before
+        anything is changed), read, exchange (of what is read once, and measuring whether that is worth it), apply,
+        prove, and wait (for the other ranks).
     plan
         What the load did in detail.
     read_once

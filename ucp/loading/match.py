@@ -14,64 +14,15 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.formats.shared.apart import states_apart
 from ucp.geometry import restrict, whole
 from ucp.loading.name_match import match
+from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.options import holds, match_named, match_options
 from ucp.loading.refusals import PARAM, VALUE, Findings, Item, allowed, values_text
-from ucp.loading.target import Member, Slot, Target, kept_for
+from ucp.loading.target import Asked, Member, Slot, Target, kept_for
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.exact import EXACT
 from ucp.transfer.gather import Want
 
-Entry = tuple[int, str, str]
-"""Slot key, state, element type to read: of one tensor that a load brings."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the caller of a load asked for.
-
-    allow_missing, allow_unused: glob patterns of names, or of ``name:state`` for optimizer states. What is missing
-    stays as it is. strict: refuse missing and unused parameters and buffers. partial: what the target does not ask for
-    may stay unread. grown: names of the checkpoint's parameters of whose weights it has only the first rows, or none,
-    as is declared (`ucp.changes`); the others stay as they are.
-    """
-
-    weights_only: bool = False
-    optimizer: bool = True
-    strict: bool = True
-    allow_missing: tuple[str, ...] = ()
-    allow_unused: tuple[str, ...] = ()
-    partial: bool = False
-    grown: frozenset[str] = frozenset()
-
-    @property
-    def states(self) -> bool:
-        """Whether optimizer states and hyperparameters are restored."""
-        return self.optimizer and not self.weights_only
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Everything that a load will do on this rank.
-
-    wants: entry -> what to gather. scalars: slots whose optimizer state will be set -> its single values. options:
-    param group -> hyperparameters. sources: param group -> index of the checkpoint's group. left, unused: what stays as
-    it is and what is not read, since the caller allows it (names, and ``name:state``). rounded: frozen weights and
-    buffers that the live model keeps in fewer bits. notes: what to log. tied: pairs of the checkpoint's tensors that
-    are one parameter here, and so have to be equal; the second one is read. named: name -> value. kept_in: entries of
-    which some elements are not read and stay as they are.
-    """
-
-    wants: Mapping[Entry, list[Want]]
-    scalars: Mapping[int, Mapping[str, Any]]
-    options: Mapping[int, Mapping[str, Any]]
-    sources: Mapping[int, int]
-    left: tuple[str, ...]
-    unused: tuple[str, ...]
-    rounded: tuple[str, ...]
-    notes: tuple[str, ...]
-    tied: tuple[tuple[LogicalTensor, LogicalTensor], ...] = ()
-    named: Mapping[str, Any] = field(default_factory=dict)
-    kept_in: frozenset[Entry] = frozenset()
+_WEIGHTS = frozenset((PARAM,))
 
 
 @dataclass(frozen=True)
@@ -142,8 +93,10 @@ def _asked(target: Target) -> dict[str, frozenset[str]]:
     out: dict[str, frozenset[str]] = {}
     for slot in target.slots:
         if slot.asked is not None:
+            asked = slot.asked.states.union(slot.asked.values) if slot.asked.values else slot.asked.states
             for member in slot.members:
-                out[member.name] = out.get(member.name, frozenset()).union(slot.asked.states, slot.asked.values)
+                before = out.get(member.name)
+                out[member.name] = asked if before is None else before | asked
     return out
 
 
@@ -164,15 +117,18 @@ def _without_other_padding(sides: _Sides) -> None:
 
 def _weights(sides: _Sides, slot: Slot) -> None:
     for member in slot.members:
-        item = Item(slot.kind, member.name, member.shape)
         source = sides.names.get(member.name)
+        tensor = None if source is None else sides.catalog.tensors.get((source, PARAM))
+        if tensor is not None and _is_alike(slot, member, tensor):
+            sides.wants.setdefault((slot.key, PARAM, slot.dtype), []).append(Want(tensor, member.blocks, slot.dtype))
+            continue
+        item = Item(slot.kind, member.name, member.shape)
         if source is None:
             may = member.padding or not sides.wish.strict or sides.may_miss(member.name, PARAM)
             sides.found.lacks(item, may and not _is_blank(slot, PARAM))
             if not may:
                 sides.found.changed("added", member.name)
             continue
-        tensor = sides.catalog.tensors.get((source, PARAM))
         if tensor is None:
             note = " (the checkpoint has its optimizer state but no weight)"
             sides.found.lacks(replace(item, note=note), source in sides.wish.grown)
@@ -186,6 +142,11 @@ def _weights(sides: _Sides, slot: Slot) -> None:
             if grows:
                 sides.kept_in.add((slot.key, PARAM, dtype))
             sides.wants.setdefault((slot.key, PARAM, dtype), []).append(want)
+
+
+def _is_alike(slot: Slot, member: Member, tensor: LogicalTensor) -> bool:
+    """Whether the checkpoint's weight has the shape and the element type of the one here, as nearly all have."""
+    return tensor.shape == member.shape and tensor.dtype == slot.dtype and PARAM not in slot.placed
 
 
 def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> str | None:
@@ -218,6 +179,8 @@ def _states(sides: _Sides, slot: Slot) -> None:
     """Compare the optimizer states of one slot. All its members have the same states, and one value of 'step'."""
     members = [(m, sides.catalog.parameters[sides.names[m.name]]) for m in slot.members if m.name in sides.names]
     if slot.asked is not None:
+        if _only_weights(slot.asked, slot, members):
+            return
         _lacking_all(sides, slot)
     if not members:
         return
@@ -243,6 +206,16 @@ def _states(sides: _Sides, slot: Slot) -> None:
         sides.scalars[slot.key] = values
     if brought & expects or (values and slot.asked is None):
         _want_states(sides, slot, members, sorted(expects))
+
+
+def _only_weights(asked: Asked, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]]) -> bool:
+    """Whether weights are all that a slot asks for, and all that the checkpoint has for it."""
+    return (
+        asked.states <= _WEIGHTS
+        and not asked.values
+        and len(members) == len(slot.members)
+        and all(info.states.keys() <= _WEIGHTS and not info.scalars for _, info in members)
+    )
 
 
 def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:

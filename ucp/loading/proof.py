@@ -27,7 +27,7 @@ from ucp.geometry import numel
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
 from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
-from ucp.loading.match import Entry, LoadPlan
+from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
 from ucp.logical.record import drawn
@@ -302,17 +302,17 @@ def _sums(
     found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
     exact = {k: found[len(held) + n] == found[len(held) + len(turned) + n] for n, k in enumerate(turned)}
     parts: dict[Key, list[Part]] = {}
-    for k, h in enumerate(held):
-        _add(parts, h.key, h.live, found[k], flawed=not exact.get(k, True))
-    for (key, live), digest in zip(ends, found[len(held) + 2 * len(turned) :], strict=True):
-        _add(parts, key, live, digest)
+    # By the blocks themselves, which tensors that are cut alike may share: elements, region.
+    known: dict[int, tuple[int, int]] = {}
+    of_held = ((h.key, h.live, found[k], not exact.get(k, True)) for k, h in enumerate(held))
+    of_ends = zip(ends, found[len(held) + 2 * len(turned) :], strict=True)
+    for key, live, digest, flawed in chain(of_held, ((*end, digest, False) for end, digest in of_ends)):
+        blocks = live.blocks
+        if len(blocks):
+            if id(blocks) not in known:
+                known[id(blocks)] = live.elements, region_of(blocks)
+            parts.setdefault(key, []).append(Part(digest, *known[id(blocks)], flawed))
     return add_up(parts)
-
-
-def _add(parts: dict[Key, list[Part]], key: Key, live: LiveElements, digest: Digest, *, flawed: bool = False) -> None:
-    if len(live.blocks):
-        part = Part(digest, live.elements, region_of(live.blocks), flawed)
-        parts.setdefault(key, []).append(part)
 
 
 def _agree(sums: Mapping[Key, SumOverRanks], key: Key) -> bool:

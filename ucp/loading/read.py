@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading import exchange
 from ucp.loading.host_memory import Memory
-from ucp.loading.match import Entry, LoadPlan
+from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
 from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
@@ -58,7 +58,7 @@ class RankReads:
         rooms = {}
         with watch.part("memory"):
             for entry in what.wants.keys() - parts.keys():
-                room = target.room(*entry, slots[entry[0]].placement(entry[1]).length)
+                room = target.room(*entry, slots[entry[0]].length_of(entry[1]))
                 if room is not None:
                     rooms[entry] = room
         new = {entry: wants for entry, wants in what.wants.items() if entry in rooms}
@@ -74,13 +74,12 @@ class RankReads:
         parts: Mapping[Entry, Sequence[Want]],
         rooms: Mapping[Entry, torch.Tensor],
     ) -> RankReads:
-        wants = [
-            replace(want, blocks=want.blocks.in_buffer(k), base=0)
-            for k, (entry, found) in enumerate(entries.items())
-            for want in parts.get(entry, found)
-        ]
-        total, to_read = exchange.nbytes(what, frozenset(entries)), sum(map(exchange.nbytes_of, wants))
-        return cls(target, entries, frozenset(parts), plan(wants), total, to_read, what.kept_in, rooms)
+        read = {entry: parts.get(entry, found) for entry, found in entries.items()}
+        wants = [want for found in read.values() for want in found]
+        copies = plan(wants, [k for k, found in enumerate(read.values()) for _ in found])
+        to_read = sum(map(exchange.nbytes_of, wants))
+        total = exchange.nbytes(what, frozenset(entries)) if parts else to_read
+        return cls(target, entries, frozenset(parts), copies, total, to_read, what.kept_in, rooms)
 
     def size(self, entry: Entry) -> int:
         """Bytes of an entry's buffer."""
@@ -88,7 +87,7 @@ class RankReads:
 
     def length(self, entry: Entry) -> int:
         """Elements of an entry's buffer."""
-        return self.slots[entry[0]].placement(entry[1]).length
+        return self.slots[entry[0]].length_of(entry[1])
 
     @cached_property
     def slots(self) -> Mapping[int, Slot]:

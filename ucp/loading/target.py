@@ -92,6 +92,11 @@ class Slot:
     asked: Asked | None = None
     keeps: tuple[frozenset[str], frozenset[str]] | None = None
 
+    def length_of(self, state: str) -> int:
+        """How many elements a state has here."""
+        placed = self.placed.get(state)
+        return self.length if placed is None else placed.length
+
     def placement(self, state: str) -> Placement:
         """Where a state of this slot lies: as ``placed`` says, or else as the weights do."""
         return self.placed.get(state) or Placement(

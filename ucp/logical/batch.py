@@ -30,6 +30,12 @@ class Batch:
     def add(self, index: int, flat: Bytes, runs: Iterable[Run]) -> None:
         """Add bytes of one of the tensors. runs: where they belong."""
         for source, place, size in runs:
+            if place % ROW == size % ROW == 0 and self._used * ROW + size <= len(self._flat):  # nothing to fill up
+                low, rows = self._used * ROW, size // ROW
+                self._flat[low : low + size] = flat[source : source + size]
+                self._used += rows
+                self._parts.append((index, place // ROW, rows))
+                continue
             at, stop = source, source + size
             while at < stop:
                 if self._used == _ROWS:

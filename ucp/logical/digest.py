@@ -32,7 +32,7 @@ two 64-bit products for each row of 1 KiB. Nothing here needs torch; `ucp.job.li
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -52,6 +52,7 @@ ROW = 4 * COLUMNS  # bytes
 LANES, DIGITS, DIGIT_BITS = 2, 4, 15
 
 _MASK = (1 << 64) - 1
+_HEXADECIMAL = "0123456789abcdef"
 KEY_SEED, _TABLE_SEED = 0x5563_7044_6967_6573, 0x6C6F_6769_6361_6C31
 
 # Rows of one product of matrices: so small that BLAS does it in the calling thread, while it is in the cache.
@@ -92,9 +93,17 @@ class Digest:
     @classmethod
     def parse(cls, text: str) -> Digest:
         """The inverse of ``str``. Raises ValueError."""
-        if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
-            raise ValueError(f"{text[:40]!r} is no logical digest: 32 hexadecimal digits are one")
-        return cls(int(text[:16], 16), int(text[16:], 16))
+        return cls.parse_all([text])[0]
+
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list[Digest]:
+        """The inverse of ``str``, of many at once. Raises ValueError for the first that is no digest."""
+        joined = "".join(texts)
+        if set(map(len, texts)) - {32} or joined.strip(_HEXADECIMAL):
+            wrong = next(text for text in texts if len(text) != 32 or text.strip(_HEXADECIMAL))
+            raise ValueError(f"{wrong[:40]!r} is no logical digest: 32 hexadecimal digits are one")
+        numbers = np.frombuffer(bytes.fromhex(joined), ">u8").tolist()
+        return list(map(cls, numbers[::2], numbers[1::2]))
 
 
 def total(parts: Iterable[Digest]) -> Digest:

@@ -26,7 +26,7 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
-from ucp.loading.match import Wish
+from ucp.loading.nouns import Wish
 from ucp.loading.spec_names import in_names_of
 from ucp.megatron import objects, parts
 from ucp.megatron.parts import Taken, take_apart

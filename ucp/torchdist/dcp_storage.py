@@ -39,8 +39,8 @@ from ucp.formats.dcp import writer
 from ucp.formats.shared.roles import PARAM, VALUES, StateEntry
 from ucp.job import ranks
 from ucp.loading.load import LoadReport, load
-from ucp.loading.match import Wish
 from ucp.loading.name_match import bare
+from ucp.loading.nouns import Wish
 from ucp.loading.spec_names import config_of, under_spec
 from ucp.printable import logger
 from ucp.saving import commit

@@ -31,6 +31,8 @@ def is_dtensor(value: Any) -> TypeGuard[DTensor]:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's memory, detached: the shard of a DTensor, or the tensor itself if it is none."""
+    if type(tensor) is torch.Tensor and not tensor.requires_grad:
+        return tensor  # most of a state dict's are, and detaching each takes longer than all that is asked of it
     if not is_dtensor(tensor):
         return tensor.detach()
     if torch.is_grad_enabled():
@@ -94,7 +96,7 @@ def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
     """The global ranks that hold the same elements of a tensor as this one, ascending. For a tensor that is no DTensor
     these are all ranks; () if this rank holds none of it. world: the number of all ranks."""
     if not is_dtensor(tensor):
-        return tuple(range(world))
+        return _all_ranks(world)
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return ()
@@ -104,6 +106,11 @@ def holders_of(tensor: torch.Tensor, world: int) -> tuple[int, ...]:
         place = tuple(index if cuts else slice(None) for index, cuts in zip(coordinate, cut, strict=True))
         known[cut] = tuple(sorted(tensor.device_mesh.mesh[place].reshape(-1).tolist()))
     return known[cut]
+
+
+@functools.lru_cache(16)
+def _all_ranks(world: int) -> tuple[int, ...]:
+    return tuple(range(world))
 
 
 def layout_of(values: Iterable[Any], world: int) -> Layout:

@@ -20,14 +20,14 @@ from ucp.catalog import Catalog
 from ucp.checkpoint import open as open_checkpoint
 from ucp.formats import beside
 from ucp.formats.nouns import ModuleOrder
-from ucp.formats.shared.roles import PARAM, assign
+from ucp.formats.shared.roles import PARAM, Roles, StateEntry, assign
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load
 from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
-from ucp.loading.match import Wish
+from ucp.loading.nouns import Wish
 from ucp.loading.spec_names import under_spec
 from ucp.printable import logger
 from ucp.torchdist.changes import DECLARE, Given, as_changed
@@ -109,15 +109,15 @@ def _fill(
 ) -> LoadReport:
     state_dict = unwrap(given)
     watch = Stopwatch()
-    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
-    values = flatten(state_dict)
+    values, roles = ranks.all_or_none(lambda: watch.timed("open", lambda: entries_of(state_dict)))
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, roles, opening)))
     changed = as_changed(catalog, changes, lambda: values, opening)
     catalog = changed.catalog
     wish = Wish(allow_missing=tuple(allow_missing), partial=True, grown=changed.grown)
     made: list[StateDictTarget] = []
 
     def target() -> StateDictTarget:
-        made.append(StateDictTarget(where, values, catalog, words=StateDictWords(declare=DECLARE)))
+        made.append(StateDictTarget(where, values, catalog, roles=roles, words=StateDictWords(declare=DECLARE)))
         return made[0]
 
     report = load_target(catalog, target, wish, path=where, watch=watch, changes=changed.lines, **options)
@@ -146,12 +146,15 @@ def tell(report: LoadReport, metrics: bool) -> None:
         record_load(report.path, report.bytes_read, report.seconds, report.overlapping)
 
 
-def open_for(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
-) -> tuple[str, Catalog]:
-    """The checkpoint's folder and its catalog, whose training state has real tensors. If a spec says what the state
-    dict's names are in the checkpoint, the catalog has the state dict's names."""
-    roles = assign(flatten(state_dict), complete=False)
+def entries_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, StateEntry], Roles]:
+    """A state dict's entries, and what each of them is. Raises what `flatten` and `assign` raise."""
+    entries = flatten(state_dict)
+    return entries, assign(entries, complete=False)
+
+
+def open_for(path: str | os.PathLike[str], roles: Roles, opening: Mapping[str, Any]) -> tuple[str, Catalog]:
+    """The checkpoint's folder and its catalog, whose training state has real tensors. If a spec says what the names
+    of a state dict with these roles are in the checkpoint, the catalog has the state dict's names."""
     module = [name for name, state in roles.tensors.values() if state == PARAM]
     names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]
     with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ def _enter(out: dict[str, StateEntry], path: tuple[Any, ...], value: Any) -> Non
 def is_in_parts(tensor: torch.Tensor) -> bool:
     """Whether it is one of torchao's quantised optimizer states, a tensor subclass that is made of plain tensors."""
     kind = type(local_tensor(tensor))
+    if kind is torch.Tensor:
+        return False
     return kind.__module__.startswith("torchao.optim.") and hasattr(kind, "__tensor_flatten__")
 
 
@@ -104,7 +107,10 @@ def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves((*path, key), item)
+            if isinstance(item, torch.Tensor):
+                yield (*path, key), item
+            else:
+                yield from _leaves((*path, key), item)
     elif isinstance(value, (list, tuple)) and any(map(_is_inner, value)):
         for index, item in enumerate(value):
             yield from _leaves((*path, index), item)
@@ -135,9 +141,15 @@ def check_tensor(key: str, tensor: torch.Tensor) -> None:
     if what is not None:
         raise Unsupported(f"'{key}' is {what}; checkpoints hold plain tensors and DTensors of them")
     try:
-        to_safetensors(from_torch(local.dtype))
+        _check_dtype(local.dtype)
     except Unsupported as error:
         raise Unsupported(f"'{key}': {error}") from error
+
+
+@lru_cache(64)
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Raise Unsupported for an element type that no file keeps."""
+    to_safetensors(from_torch(dtype))
 
 
 def put(state_dict: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:

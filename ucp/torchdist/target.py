@@ -7,7 +7,7 @@ parameter is stored under its flat name, and a rank's own values are stored besi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -143,6 +143,7 @@ class StateDictTarget:
         catalog: Catalog,
         *,
         only: Collection[str] | None = None,
+        roles: Roles | None = None,
         unseen: Collection[str] = (),
         blank: bool = False,
         words: StateDictWords | None = None,
@@ -150,9 +151,9 @@ class StateDictTarget:
         """Ask for the entries, as `state_dicts.flatten` gives them. Does not communicate.
 
         path, catalog: the checkpoint's. The tensors of its training state are real ones. only: flat names of what is
-        asked for; None for all. unseen: flat names of tensors that are thrown away if the load fails, so that they are
-        read into directly. blank: the elements of unseen tensors mean nothing yet, so none may stay as it is. words:
-        the words of refusals, without the names.
+        asked for; None for all. roles: the entries', if they are known. unseen: flat names of tensors that are thrown
+        away if the load fails, so that they are read into directly. blank: the elements of unseen tensors mean nothing
+        yet, so none may stay as it is. words: the words of refusals, without the names.
 
         Raises Unsupported for unknown kinds of shards, and for two entries that see the same memory in two ways.
         """
@@ -166,7 +167,7 @@ class StateDictTarget:
         self.filled: set[str] = set()
         self.values: dict[str, Any] = {}
         self.named: dict[str, Any] = {}
-        roles = assign(entries, complete=False)
+        roles = assign(entries, complete=False) if roles is None else roles
         asked = self._take(roles, entries.keys() if only is None else only)
         self.tied: Mapping[str, str] = self._untie(asked, roles)
         self.groups: Sequence[Group] = self._groups(roles, entries.keys() if only is None else only)
@@ -236,6 +237,8 @@ class StateDictTarget:
     def _untie(self, asked: dict[str, _OfName], roles: Roles) -> dict[str, str]:
         """Remove all names but one of tensors that are one memory. Returns removed name -> name that stays. A name that
         the checkpoint has is preferred."""
+        if self._lie_apart(asked):
+            return {}
         same: dict[Any, list[str]] = {}
         views: dict[tuple[int, int], Any] = {}
         for name, found in asked.items():
@@ -262,6 +265,12 @@ class StateDictTarget:
                         del asked[name]
         return out
 
+    def _lie_apart(self, asked: Mapping[str, _OfName]) -> bool:
+        """Whether no two of the weights begin at one address. Those without memory here can't tell."""
+        weights = [key for found in asked.values() if (key := found.tensors.get(PARAM)) is not None]
+        begins = {local_tensor(self._entries[key].value).data_ptr() for key in weights}
+        return 0 not in begins and len(begins) == len(weights)
+
     def _groups(self, roles: Roles, only: Collection[str]) -> list[Group]:
         options: dict[str, dict[str, Any]] = {group: {} for group in roles.groups}
         order = {group: index for index, group in enumerate(roles.groups)}
@@ -273,13 +282,15 @@ class StateDictTarget:
         return [Group(names, options[group], None, takes=frozenset()) for group, names in roles.groups.items()]
 
     def _slot(self, key: int, name: str, asked: _OfName) -> Slot:
-        places = dict(self._places(asked))
+        places = {state: self._place(entry) for state, entry in asked.tensors.items()}
         base = places.get(PARAM) or next(iter(places.values()), None)
         states = {state: place.dtype for state, place in places.items() if state != PARAM}
         values = {state: self._dtype(entry) for state, entry in asked.values.items()}
-        every = {**asked.tensors, **asked.values}
-        blank = frozenset(state for state, entry in every.items() if self._blank and entry in self._unseen)
-        wanted = Asked(frozenset(asked.tensors), values, blank)
+        blank = frozenset[str]()
+        if self._blank:
+            every = {**asked.tensors, **asked.values}
+            blank = frozenset(state for state, entry in every.items() if entry in self._unseen)
+        wanted = Asked(frozenset(places), values, blank)
         if base is None:
             return Slot(key, "parameter", 0, "", (Member(name, (), empty(0)),), asked=wanted)
         placed = {
@@ -292,19 +303,16 @@ class StateDictTarget:
             key, "parameter", base.length, base.dtype, (member,), None, states, placed, base.holders, asked=wanted
         )
 
-    def _places(self, asked: _OfName) -> Iterator[tuple[str, _Place]]:
-        for state, key in asked.tensors.items():
-            tensor = self._entries[key].value
-            yield (
-                state,
-                _Place(
-                    tuple(tensor.shape),
-                    local_tensor(tensor).numel(),
-                    blocks_of(key, tensor),
-                    holders_of(tensor, self._world),
-                    from_torch(tensor.dtype),
-                ),
-            )
+    def _place(self, key: str) -> _Place:
+        entry = self._entries[key]
+        tensor = entry.value
+        return _Place(
+            entry.shape or (),
+            local_tensor(tensor).numel(),
+            blocks_of(key, tensor),
+            holders_of(tensor, self._world),
+            from_torch(tensor.dtype),
+        )
 
     def _dtype(self, key: str) -> str | None:
         value = self._entries[key].value
@@ -327,10 +335,12 @@ class StateDictTarget:
         return local_tensor(self._entries[self._key(key, state)].value)
 
     def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
-        return self.home(key, state, dtype, length) if self._key(key, state) in self._unseen else None
+        if not self._unseen or self._key(key, state) not in self._unseen:
+            return None
+        return self.home(key, state, dtype, length)
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
-        local = self._local(key, state).detach()
+        local = self._local(key, state)
         return local.view(-1) if local.is_contiguous() and from_torch(local.dtype) == dtype else None
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:

@@ -22,8 +22,8 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
 from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
-from ucp.loading.match import Wish
 from ucp.loading.name_match import bare
+from ucp.loading.nouns import Wish
 from ucp.loading.options import stays_at
 from ucp.loading.spec_names import config_of, shapes_of
 from ucp.loading.target import Loaded
@@ -32,7 +32,7 @@ from ucp.saving.save import SaveReport
 from ucp.saving.source import Source
 from ucp.torchdist.changes import DECLARE, Given, are_requantised, as_changed
 from ucp.torchdist.dtensors import local_tensor
-from ucp.torchdist.load import open_for, tell
+from ucp.torchdist.load import entries_of, open_for, tell
 from ucp.torchdist.optimizers import (
     OPTIMIZER,
     Made,
@@ -214,7 +214,7 @@ def load_training(
     asked = Requantised() if are_requantised(changes) else None
     state_dict, made = _states_of(model, asked, optimizer, True)
     opening = {"model_config": config_of(model), "param_shapes": _whole_shapes(model), **opening}
-    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, state_dict, opening)))
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _opened(path, state_dict, opening)))
     quantised = asked.if_needed(catalog) if asked else None
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening, asked.needed if asked else None)
     catalog = changed.catalog
@@ -234,6 +234,12 @@ def load_training(
     report = _filled(fill, (state_dict, made), lambda: _states_of(model, quantised, live.optimizer, False))
     tell(report := report if quantised is None else quantised.told(report), metrics)
     return _report(where, catalog, report, optimizer)
+
+
+def _opened(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
+) -> tuple[str, Catalog]:
+    return open_for(path, entries_of(state_dict)[1], opening)
 
 
 def _whole_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]] | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -87,25 +88,27 @@ class Copy:
         )
 
 
-def plan(wants: Sequence[Want]) -> list[Copy]:
+def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> list[Copy]:
     """The copies that serve all wants, ordered by file and offset for sequential reading.
+
+    buffers: for each want the one buffer that it goes into, whatever its blocks say.
 
     Raises Mismatch if a conversion of element types would lose bits, DamagedCheckpoint if the source does not hold an
     element that is wanted.
     """
-    by_ndim: dict[int, list[Want]] = {}
-    for want in wants:
-        if not (want.round and (want.tensor.dtype, want.dtype) in ROUNDED):
+    by_ndim: dict[int, list[int]] = {}
+    for k, want in enumerate(wants):
+        if want.tensor.dtype != want.dtype and not (want.round and (want.tensor.dtype, want.dtype) in ROUNDED):
             check_exact(want.tensor, want.dtype)
-        by_ndim.setdefault(want.blocks.ndim, []).append(want)
+        by_ndim.setdefault(want.blocks.ndim, []).append(k)
     out: list[Copy] = []
     for ndim, alike in by_ndim.items():
-        out += _copies(alike, ndim)
-    out.sort(key=lambda c: (c.file, c.at))
+        out += _copies([wants[k] for k in alike], ndim, None if buffers is None else [buffers[k] for k in alike])
+    out.sort(key=attrgetter("file", "at"))
     return out
 
 
-def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
+def _copies(wants: Sequence[Want], ndim: int, buffers: Sequence[int] | None) -> list[Copy]:
     """The copies that serve wants of tensors with ``ndim`` dimensions, in no particular order."""
     numbers = np.arange(len(wants))
     source, target = (concat(blocks, ndim) for blocks in ((w.tensor.blocks for w in wants), (w.blocks for w in wants)))
@@ -129,7 +132,7 @@ def _copies(wants: Sequence[Want], ndim: int) -> list[Copy]:
         which.tolist(),
         source.buffers[copies.source].tolist(),
         (bases + copies.source_starts * source_sizes).tolist(),
-        target.buffers[copies.target].tolist(),
+        (target.buffers[copies.target] if buffers is None else np.array(buffers, np.int64)[which]).tolist(),
         (np.array([w.base for w in wants], np.int64)[which] + copies.target_starts * target_sizes).tolist(),
         map(tuple, copies.sizes.tolist()),
         map(tuple, copies.source_strides.tolist()),
@@ -193,14 +196,14 @@ def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], ca
 def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
     """The copies in order. Those that are plain bytes and follow one another in a file are put together."""
     current: list[Copy] = []
+    file = stop = -1  # where a copy has to begin to follow the last one, which is plain bytes
     for copy in copies:
-        if current:
-            last = current[-1]
-            follows = copy.file == last.file and copy.at == last.at + last.nbytes
-            if not (follows and _is_plain(last) and _is_plain(copy)):
-                yield current
-                current = []
+        is_plain = _is_plain(copy)
+        if current and not (is_plain and copy.file == file and copy.at == stop):
+            yield current
+            current = []
         current.append(copy)
+        file, stop = (copy.file, copy.at + copy.nbytes) if is_plain else (-1, -1)
     if current:
         yield current
 
@@ -244,7 +247,7 @@ def _outermost(copy: Copy) -> int | None:
 
 def _is_plain(copy: Copy) -> bool:
     """Whether its bytes are one run on both sides."""
-    return copy.source_dtype == copy.target_dtype and _outermost(copy) in (None, len(copy.sizes) - 1)
+    return copy.source_dtype == copy.target_dtype and prod(copy.sizes) == copy.sizes[-1]
 
 
 def _read(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache) -> None:

@@ -189,7 +189,7 @@ def _prefix(entries: Mapping[str, StateEntry], optimizers: Sequence[_OptimizerRo
     """Where the model's tensors lie; None where the state dict has no model. Raises _Open where that is open."""
     tensors = [key for key, entry in entries.items() if entry.shape is not None]
     names, counts = set(trained), Counter[str]()
-    for key in tensors:
+    for key in tensors if names else ():
         if any(_inside(key, optimizer) for optimizer in optimizers):
             continue
         at = -1

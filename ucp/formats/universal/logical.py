@@ -67,7 +67,11 @@ def _column(path: str, found: dict[str, Any], name: str, count: int) -> list[Dig
     values = found.get(name)
     if not isinstance(values, list) or len(values) != count:
         raise DamagedCheckpoint(f"{path}: '{NAME}.{name}' has not {count} entries; the manifest is damaged")
+    known = [k for k, value in enumerate(values) if value is not None]
+    out: list[Digest | None] = [None] * count
     try:
-        return [None if value is None else Digest.parse(str(value)) for value in values]
+        for k, digest in zip(known, Digest.parse_all([str(values[k]) for k in known]), strict=True):
+            out[k] = digest
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: '{NAME}.{name}': {error}; the manifest is damaged") from error
+    return out

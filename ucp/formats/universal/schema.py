@@ -21,27 +21,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
-from ucp.formats.universal import approximate, logical, training
+from ucp.formats.universal import approximate, blocks, logical, training
+from ucp.formats.universal.fields import LIMIT, Fields
 from ucp.formats.universal.manifest import VERSION
-from ucp.geometry import Blocks, Ints, Shape, dense_strides, numel
+from ucp.geometry import numel
 from ucp.parallel.mesh import Layout
 from ucp.printable import short
 from ucp.storage import locations, plain
 from ucp.storage.digests import ChunkDigests
-from ucp.storage.dtypes import itemsize
 from ucp.storage.dtypes import names as dtype_names
 
 FORMS = ("consolidated", "virtual", "fragmented")
 KINDS = ("parameter", "frozen", "buffer", "padding")
 _LAYOUT = ("dp", "tp", "pp", "ep", "zero")
-_LIMIT = 1 << 62
 
 
 def encode(
@@ -109,7 +106,7 @@ def _encode_tensors(catalog: Catalog) -> dict[str, Any]:
             "dtype": [dtypes.index(t.dtype) for t in tensors],
             "blocks": [len(t.blocks) for t in tensors],
         },
-        "blocks": _encode_blocks(tensors),
+        "blocks": blocks.encode(tensors),
         **logical.encode(tensors),
     }
 
@@ -129,23 +126,6 @@ def _encode_scalars(infos: Sequence[ParameterInfo]) -> tuple[list[int], list[Any
     return scalar_of, shared
 
 
-def _encode_blocks(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
-    file: list[int] = []
-    byte: list[int] = []
-    boxes: list[int] = []
-    strided: list[int] = []
-    strides: list[int] = []
-    for tensor in tensors:
-        b = tensor.blocks
-        odd = np.flatnonzero(np.any((b.strides != dense_strides(b.sizes)) & (b.sizes > 1), axis=1))
-        strided += (odd + len(file)).tolist()
-        strides += b.strides[odd].ravel().tolist()
-        file += b.buffers.tolist()
-        byte += (tensor.bases + b.starts * itemsize(tensor.dtype)).tolist()
-        boxes += np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
-    return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
-
-
 def decode(
     path: str,
     body: dict[str, Any],
@@ -161,20 +141,14 @@ def decode(
     Every name, index and range is checked before it is used. Raises DamagedCheckpoint where the manifest contradicts
     itself or its files, and where a file of a form that keeps its files beside the manifest lies outside its folder.
     """
-    fields = _Fields(path, body)
+    fields = Fields(path, body)
     form = fields.choice("form", FORMS)
     fields.choice("kind", ("training",))
     files = _decode_files(fields, os.path.dirname(path), form, trust_paths, absent)
     digests = _decode_digests(fields, files)
-    parameters = _decode_parameters(fields)
-    tensors = _decode_tensors(fields, parameters, len(files))
-    states: dict[str, dict[str, str]] = {info.name: {} for info in parameters}
-    for tensor in tensors.values():
-        states[tensor.name][tensor.state] = tensor.dtype
-    named = {
-        info.name: ParameterInfo(info.name, info.shape, states[info.name], info.kind, info.scalars, info.aliases)
-        for info in parameters
-    }
+    parameters, kept = _decode_parameters(fields)
+    tensors = _decode_tensors(fields, parameters, kept, len(files))
+    named = {info.name: info for info in parameters}
     source = fields.mapping("source")
     made_from = "" if source.get("format") == "training" else f", from a checkpoint of {source.get('writer')}"
     catalog = Catalog(
@@ -197,7 +171,7 @@ def decode(
 
 
 def _decode_files(
-    fields: _Fields, folder: str, form: str, trust_paths: bool, absent: Collection[str]
+    fields: Fields, folder: str, form: str, trust_paths: bool, absent: Collection[str]
 ) -> tuple[SourceFile, ...]:
     paths = fields.column("files", "path", str)
     sizes = fields.integers("files", "size", len(paths)).tolist()
@@ -236,7 +210,7 @@ def _decode_files(
     return tuple(out)
 
 
-def _inside(fields: _Fields, folder: str, name: str) -> str:
+def _inside(fields: Fields, folder: str, name: str) -> str:
     """The full path of a file that must lie in the manifest's folder, whatever links there are."""
     full = ""
     possible = locations.can_be_path(name) and not locations.is_remote(name)
@@ -249,7 +223,7 @@ def _inside(fields: _Fields, folder: str, name: str) -> str:
     return full
 
 
-def _check_pointer(fields: _Fields, folder: str, full: str) -> None:
+def _check_pointer(fields: Fields, folder: str, full: str) -> None:
     """Raise Unsupported where a virtual checkpoint, which anybody may have written, points out of the folder that it
     names as its source. One of a release that named none may point at what lies beside it."""
     named = fields.mapping("source").get("folder", os.pardir)
@@ -280,7 +254,7 @@ def _outside(folder: str, name: str) -> str:
     return os.path.normpath(os.path.join(folder, name))
 
 
-def _decode_digests(fields: _Fields, files: Sequence[SourceFile]) -> dict[int, ChunkDigests]:
+def _decode_digests(fields: Fields, files: Sequence[SourceFile]) -> dict[int, ChunkDigests]:
     texts = fields.column("files", "digests", (str, type(None)))
     if len(texts) != len(files):
         raise fields.damaged(f"'files.digests' has {len(texts)} entries for {len(files)} files")
@@ -294,7 +268,7 @@ def _decode_digests(fields: _Fields, files: Sequence[SourceFile]) -> dict[int, C
     return out
 
 
-def _decode_layout(fields: _Fields) -> Layout:
+def _decode_layout(fields: Fields) -> Layout:
     found = fields.mapping("layout")
     values: dict[str, int] = {}
     for name in _LAYOUT:
@@ -305,7 +279,8 @@ def _decode_layout(fields: _Fields) -> Layout:
     return Layout(**values)
 
 
-def _decode_parameters(fields: _Fields) -> list[ParameterInfo]:
+def _decode_parameters(fields: Fields) -> tuple[list[ParameterInfo], list[dict[str, str]]]:
+    """The parameters, and of each the mapping that its states are yet to be put into."""
     names = fields.column("parameters", "name", str)
     shapes = fields.column("parameters", "shape", list)
     kinds = fields.column("parameters", "kind", str)
@@ -325,20 +300,22 @@ def _decode_parameters(fields: _Fields) -> list[ParameterInfo]:
     if twice is not None:
         raise fields.damaged(f"parameter name '{twice}' is used twice")
     out = []
-    for name, shape, kind, scalar in zip(names, shapes, kinds, which.tolist(), strict=True):
+    states: list[dict[str, str]] = [{} for _ in names]
+    for name, shape, kind, scalar, kept in zip(names, shapes, kinds, which.tolist(), states, strict=True):
         if kind not in KINDS:
             raise fields.damaged(f"'{name}' is of kind '{kind}'; known are {', '.join(KINDS)}")
-        if any(type(n) is not int or not 0 <= n < _LIMIT for n in shape) or numel(shape) >= _LIMIT:
+        if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
             raise fields.damaged(f"'{name}' has the impossible shape {shape}")
         if not isinstance(shared[scalar], dict):
             raise fields.damaged(f"'scalars[{scalar}]' is not an object")
-        out.append(ParameterInfo(name, tuple(shape), {}, kind, shared[scalar], tuple(aliases.get(name, ()))))
-    return out
+        out.append(ParameterInfo(name, tuple(shape), kept, kind, shared[scalar], tuple(aliases.get(name, ()))))
+    return out, states
 
 
 def _decode_tensors(
-    fields: _Fields, parameters: Sequence[ParameterInfo], files: int
+    fields: Fields, parameters: Sequence[ParameterInfo], kept: Sequence[dict[str, str]], files: int
 ) -> dict[tuple[str, str], LogicalTensor]:
+    """kept: gets each parameter's states and their element types."""
     states = [str(state) for state in fields.listing("states")]
     dtypes = [str(dtype) for dtype in fields.listing("dtypes")]
     unknown = sorted(set(dtypes) - set(dtype_names()))
@@ -349,101 +326,14 @@ def _decode_tensors(
     state = fields.integers("tensors", "state", count, below=len(states))
     dtype = fields.integers("tensors", "dtype", count, below=len(dtypes))
     shapes = [parameters[p].shape for p in parameter.tolist()]
-    blocks = _decode_blocks(fields, shapes, fields.integers("tensors", "blocks", count), files)
+    placed = blocks.decode(fields, shapes, fields.integers("tensors", "blocks", count), files)
     out: dict[tuple[str, str], LogicalTensor] = {}
     digests = logical.decode(fields.path, fields.body, count)
-    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), blocks, digests, strict=True)
-    for p, s, d, (block, bases), digest in rows:
+    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), placed, digests, strict=True)
+    for p, s, d, (held, bases), digest in rows:
         key = (parameters[p].name, states[s])
         if key in out:
             raise fields.damaged(f"'{key[0]}' ({key[1]}) is described twice")
-        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], block, bases, digest)
+        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], held, bases, digest)
+        kept[p][states[s]] = dtypes[d]
     return out
-
-
-def _decode_blocks(fields: _Fields, shapes: Sequence[Shape], counts: Ints, files: int) -> Iterator[tuple[Blocks, Ints]]:
-    """Each tensor's blocks and their byte offsets."""
-    total = sum(counts.tolist())
-    file = fields.integers("blocks", "file", total, below=files)
-    byte = fields.integers("blocks", "byte", total)
-    boxes = fields.integers("blocks", "box")
-    dims = np.array([len(shape) for shape in shapes], np.int64)
-    ends = np.cumsum(counts * dims * 2)
-    if len(boxes) != (int(ends[-1]) if len(ends) else 0):
-        raise fields.damaged(f"'blocks.box' has {len(boxes)} numbers, which do not fit the tensors' shapes")
-    table = fields.mapping("blocks").get("strides")
-    strided = _Fields(fields.path, {"strides": table if isinstance(table, dict) else {}})
-    which = strided.integers("strides", "block", below=total)
-    values = strided.integers("strides", "values")
-    if np.any(np.diff(which) <= 0):
-        raise fields.damaged("'blocks.strides.block' is not in ascending order")
-    first = at = used = 0
-    for shape, count, end in zip(shapes, counts.tolist(), ends.tolist(), strict=True):
-        d = len(shape)
-        pair = boxes[at:end].reshape(count, 2, d)
-        offsets, sizes = pair[:, 0], pair[:, 1]
-        strides = dense_strides(sizes)
-        odd = which[np.searchsorted(which, first) : np.searchsorted(which, first + count)] - first
-        if len(odd):
-            if used + len(odd) * d > len(values):
-                raise fields.damaged("'blocks.strides.values' is too short")
-            strides[odd] = values[used : used + len(odd) * d].reshape(len(odd), d)
-            used += len(odd) * d
-        limit = np.array(shape, np.int64)
-        if np.any(sizes < 1) or np.any(sizes > limit) or np.any(offsets > limit - sizes):
-            raise fields.damaged(f"a block lies outside its tensor of shape {list(shape)}")
-        # In floating point first: a product of hostile numbers must not wrap around to a harmless one.
-        if np.any(np.sum((sizes - 1.0) * strides, axis=1) >= float(1 << 57)):
-            raise fields.damaged("a block's strides lead beyond any file")
-        buffers = file[first : first + count]
-        yield Blocks(offsets, sizes, np.zeros(count, np.int64), strides, buffers), byte[first : first + count]
-        first, at = first + count, end
-    if used != len(values):
-        raise fields.damaged("'blocks.strides.values' is too long")
-
-
-class _Fields:
-    """A manifest's fields, checked as they are taken."""
-
-    def __init__(self, path: str, body: Mapping[str, Any]) -> None:
-        self.path = path
-        self.body = body
-
-    def damaged(self, what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(f"{self.path}: {what}")
-
-    def _typed(self, name: str, kind: type) -> Any:
-        value = self.body.get(name)
-        if not isinstance(value, kind):
-            raise self.damaged(f"'{name}' should be a {kind.__name__} and is {type(value).__name__}")
-        return value
-
-    def text(self, name: str) -> str:
-        return self._typed(name, str)
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        return self._typed(name, dict)
-
-    def listing(self, name: str) -> list[Any]:
-        return self._typed(name, list)
-
-    def choice(self, name: str, allowed: Sequence[str]) -> str:
-        value = self.body.get(name)
-        if value not in allowed:
-            raise self.damaged(f"'{name}' is {value!r}; known are {', '.join(allowed)}")
-        return str(value)
-
-    def column(self, table: str, name: str, kind: Any) -> list[Any]:
-        values = self.mapping(table).get(name)
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise self.damaged(f"'{table}.{name}' is missing or holds something else than it should")
-        return values
-
-    def integers(self, table: str, name: str, count: int | None = None, below: int = _LIMIT) -> Ints:
-        """A column of integers from 0 to ``below``, exclusive."""
-        values = self.column(table, name, int)
-        if count is not None and len(values) != count:
-            raise self.damaged(f"'{table}.{name}' has {len(values)} entries where {count} are expected")
-        if values and (min(values) < 0 or max(values) >= below):
-            raise self.damaged(f"'{table}.{name}' holds a number outside 0 to {below - 1}")
-        return np.array(values, np.int64).reshape(len(values))

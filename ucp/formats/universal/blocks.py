@@ -1,0 +1,90 @@
+"""The manifest's ``blocks``: where every block of every tensor lies (see `ucp.formats.universal.schema`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ucp.catalog import LogicalTensor
+from ucp.formats.universal.fields import Fields
+from ucp.geometry import Blocks, Ints, Shape, dense_strides, empty
+from ucp.storage.dtypes import itemsize
+
+
+def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
+    """The manifest's columns."""
+    file: list[int] = []
+    byte: list[int] = []
+    boxes: list[int] = []
+    strided: list[int] = []
+    strides: list[int] = []
+    for tensor in tensors:
+        b = tensor.blocks
+        odd = np.flatnonzero(np.any((b.strides != dense_strides(b.sizes)) & (b.sizes > 1), axis=1))
+        strided += (odd + len(file)).tolist()
+        strides += b.strides[odd].ravel().tolist()
+        file += b.buffers.tolist()
+        byte += (tensor.bases + b.starts * itemsize(tensor.dtype)).tolist()
+        boxes += np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
+    return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
+
+
+def decode(fields: Fields, shapes: Sequence[Shape], counts: Ints, files: int) -> list[tuple[Blocks, Ints]]:
+    """Each tensor's blocks and their byte offsets. Tensors of as many dimensions are looked at together."""
+    total = sum(counts.tolist())
+    file = fields.integers("blocks", "file", total, below=files)
+    byte = fields.integers("blocks", "byte", total)
+    boxes = fields.integers("blocks", "box")
+    dims = np.array([len(shape) for shape in shapes], np.int64)
+    if len(boxes) != int(np.sum(counts * dims * 2)):
+        raise fields.damaged(f"'blocks.box' has {len(boxes)} numbers, which do not fit the tensors' shapes")
+    owners = np.repeat(np.arange(len(shapes)), counts)
+    wide = dims[owners]
+    ends = np.cumsum(2 * wide)
+    which, values, at = _decode_strides(fields, wide)
+    out: list[tuple[Blocks, Ints]] = [(empty(0), np.zeros(0, np.int64))] * len(shapes)
+    for d in np.unique(dims).tolist():
+        alike = np.flatnonzero(dims == d)
+        own = np.flatnonzero(wide == d)
+        pairs = boxes[(ends[own] - 2 * d)[:, None] + np.arange(2 * d)].reshape(len(own), 2, d)
+        offsets, sizes = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+        strides = dense_strides(sizes)
+        odd = np.flatnonzero(wide[which] == d)
+        strides[np.searchsorted(own, which[odd])] = values[at[odd][:, None] + np.arange(d)]
+        limit = np.array([shapes[k] for k in alike.tolist()], np.int64).reshape(len(alike), d)
+        _check_boxes(fields, offsets, sizes, strides, np.repeat(limit, counts[alike], axis=0))
+        columns = (offsets, sizes, np.zeros(len(own), np.int64), strides, file[own])
+        bases, last = byte[own], 0
+        for k, count in zip(alike.tolist(), counts[alike].tolist(), strict=True):
+            first, last = last, last + count
+            out[k] = Blocks(*(column[first:last] for column in columns)), bases[first:last]
+    return out
+
+
+def _decode_strides(fields: Fields, wide: Ints) -> tuple[Ints, Ints, Ints]:
+    """The blocks that do not lie densely, all their strides, and where each one's begin. wide: each block's number of
+    dimensions."""
+    table = fields.mapping("blocks").get("strides")
+    strided = Fields(fields.path, {"strides": table if isinstance(table, dict) else {}})
+    which = strided.integers("strides", "block", below=len(wide))
+    values = strided.integers("strides", "values")
+    if np.any(np.diff(which) <= 0):
+        raise fields.damaged("'blocks.strides.block' is not in ascending order")
+    ends = np.cumsum(wide[which])
+    needed = int(ends[-1]) if len(ends) else 0
+    if len(values) != needed:
+        raise fields.damaged(f"'blocks.strides.values' is too {'short' if len(values) < needed else 'long'}")
+    return which, values, ends - wide[which]
+
+
+def _check_boxes(fields: Fields, offsets: Ints, sizes: Ints, strides: Ints, limit: Ints) -> None:
+    """Raise DamagedCheckpoint for a block that is not within its tensor, or that no file could hold. limit: (n, d) the
+    shapes of the blocks' tensors."""
+    outside = np.flatnonzero(np.any((sizes < 1) | (sizes > limit) | (offsets > limit - sizes), axis=1))
+    if len(outside):
+        raise fields.damaged(f"a block lies outside its tensor of shape {limit[outside[0]].tolist()}")
+    # In floating point first: a product of hostile numbers must not wrap around to a harmless one.
+    if np.any(np.sum((sizes - 1.0) * strides, axis=1) >= float(1 << 57)):
+        raise fields.damaged("a block's strides lead beyond any file")
