@@ -50,6 +50,22 @@ def test_a_program_without_dtensors_imports_none(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_plain_load_imports_only_what_it_uses(tmp_path: Path) -> None:
+    """No language of specs, no declared changes, nothing that saves: a restart would pay for them in its first load."""
+    ucp.save({"w": torch.ones(3)}, tmp_path / "there")
+    code = f"import sys, torch, ucp; ucp.load({{'w': torch.ones(3)}}, {str(tmp_path / 'there')!r});"
+    unused = [
+        "yaml",
+        "ucp.changes.apply",
+        "ucp.spec.language",
+        "ucp.merging.computed",
+        "ucp.saving",
+        "ucp.transfer.write",
+    ]
+    done = python(f"{code} sys.exit(' '.join(set({unused!r}) & set(sys.modules)) or 0)")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("target", ["dcp", "megatron"])
 def test_writing_what_torch_reads_needs_no_torch(tmp_path: Path, target: str) -> None:
     weight = {"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(8, 4)}

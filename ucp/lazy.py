@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ucp.garbage import no_collections
+
 
 def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """The package's ``__getattr__``.
@@ -23,7 +25,8 @@ def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value = getattr(import_module(homes[name]), name)
+        with no_collections():  # one takes longer than all the modules
+            value = getattr(import_module(homes[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 

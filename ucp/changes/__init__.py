@@ -7,7 +7,28 @@ any checkpoint: loads into live engines, FSDP2 and state dicts, and conversions.
 before.
 """
 
-from ucp.changes.apply import Changed, applied
-from ucp.changes.outline import LiveParameter, Outline
+from __future__ import annotations
 
-__all__ = ["Changed", "LiveParameter", "Outline", "applied"]
+from typing import TYPE_CHECKING
+
+from ucp.lazy import names_of
+
+if TYPE_CHECKING:
+    from ucp.changes.apply import applied
+    from ucp.changes.changed import Changed
+    from ucp.changes.outline import LiveParameter, Outline, of_all_ranks, outline_of
+
+__all__ = ["Changed", "LiveParameter", "Outline", "applied", "of_all_ranks", "outline_of"]
+
+# Most loads declare no changes, and making them takes the language of specs.
+__getattr__ = names_of(
+    __name__,
+    {
+        "applied": "ucp.changes.apply",
+        "Changed": "ucp.changes.changed",
+        "LiveParameter": "ucp.changes.outline",
+        "Outline": "ucp.changes.outline",
+        "of_all_ranks": "ucp.changes.outline",
+        "outline_of": "ucp.changes.outline",
+    },
+)

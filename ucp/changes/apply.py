@@ -13,6 +13,7 @@ from typing import Any
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.changes import adapters
 from ucp.changes.build import Build, few
+from ucp.changes.changed import Changed
 from ucp.changes.outline import LiveParameter, Outline
 from ucp.changes.quantised import dequantised
 from ucp.changes.resize import NewRows, resized
@@ -28,19 +29,6 @@ from ucp.spec.bound import bind
 from ucp.spec.changes import ADDED, DEQUANTISED, MERGED, MODEL, REQUANTISED, SPLIT, ZEROS, Changes
 from ucp.storage.numbers import FLOATS
 from ucp.transfer.exact import EXACT
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A checkpoint as the changed model would have saved it.
-
-    catalog: what it has. grown: names of parameters of whose weights it has only a part, or none: the live model keeps
-    the rest. lines: what was changed, a line each.
-    """
-
-    catalog: Catalog
-    grown: frozenset[str] = frozenset()
-    lines: tuple[str, ...] = ()
 
 
 def applied(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ucp.catalog import Catalog
-from ucp.changes import Changed, applied
-from ucp.changes.outline import of_all_ranks, outline_of
+from ucp.changes.changed import Changed
 from ucp.checkpoint import open as open_checkpoint
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, partly, releases
@@ -39,7 +38,6 @@ from ucp.run_folder import LATEST, is_checkpoint
 from ucp.saving.background import Saver
 from ucp.saving.digest import digest_source
 from ucp.saving.save import SaveReport
-from ucp.spec.changes import read as read_changes
 from ucp.storage import locations
 
 log = logger(__name__)
@@ -276,11 +274,10 @@ def load_checkpoint(
     everything was put in place.
     """
     config: Config = engine.ucp.config
-    kept = config.load.lr_scheduler == "keep"
     ranks.all_or_none(engine.ucp.wait)
     watch = Stopwatch()
     ranks.all_or_none(lambda: _check(engine, custom_load_fn, config))
-    scheduler = load_lr_scheduler_states and not load_module_only and kept
+    scheduler = load_lr_scheduler_states and not load_module_only and config.load.lr_scheduler == "keep"
     target = ranks.all_or_none(lambda: watch.timed("plan", lambda: LiveEngine(engine, load_lr_scheduler=scheduler)))
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     shapes = shapes_of(engine.module)
@@ -319,8 +316,11 @@ def _as_changed(catalog: Catalog, config: Config, target: LiveEngine, model: Map
     given = config.load.changes
     if given is None:
         return Changed(catalog)
+    from ucp.changes import applied, of_all_ranks, outline_of  # late: most loads declare nothing
+    from ucp.spec.changes import read
+
     outline = of_all_ranks(outline_of(target))
-    return ranks.all_or_none(lambda: applied(catalog, read_changes(given), outline, model))
+    return ranks.all_or_none(lambda: applied(catalog, read(given), outline, model))
 
 
 def _loaded(engine: Any, *args: Any, **how: Any) -> LoadReport:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ucp.catalog import Catalog, bare
-from ucp.formats.shared.renaming import best_names
-from ucp.spec.bound import Bound
-from ucp.spec.select import choose
+
+if TYPE_CHECKING:
+    from ucp.spec.bound import Bound
 
 
 def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) -> Catalog:
@@ -19,6 +19,8 @@ def in_names_of(catalog: Catalog, live: Collection[str], bound: Bound | None) ->
     """
     if bound is None:
         return catalog
+    from ucp.formats.shared.renaming import best_names  # late, as the language of specs: most loads have no spec
+
     wanted = set(map(bare, live))
     return best_names(catalog, bound, lambda name: bare(name) in wanted)
 
@@ -27,6 +29,8 @@ def under_spec(catalog: Catalog, live: Collection[str], opening: Mapping[str, An
     """`in_names_of`, by the spec that a checkpoint was opened with. opening: as for `ucp.open`."""
     if opening.get("spec") is None:
         return catalog
+    from ucp.spec.select import choose
+
     choice = choose(opening["spec"], opening.get("model_config"), opening.get("sizes"))
     return in_names_of(catalog, live, choice.bound(None))
 

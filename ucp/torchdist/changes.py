@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ucp.catalog import Catalog
-from ucp.changes import Changed, LiveParameter, Outline, applied
+from ucp.changes.changed import Changed
 from ucp.formats.shared.roles import PARAM, StateEntry, assign
 from ucp.geometry import Shape
 from ucp.job import ranks
-from ucp.spec.changes import REQUANTISED, read
-from ucp.spec.select import choose
 from ucp.storage.dtypes import from_torch
+
+if TYPE_CHECKING:
+    from ucp.changes import Outline
 
 Given = str | os.PathLike[str] | Mapping[str, Any] | None
 """Declared changes: a mapping or a file."""
@@ -36,6 +37,11 @@ def as_changed(
     entries: gives those of the state dict, and may refuse them. quantises: as for `Outline`."""
     if changes is None:
         return Changed(catalog)
+    # Imported late, as the language of specs is: most loads declare nothing.
+    from ucp.changes import applied
+    from ucp.spec.changes import read
+    from ucp.spec.select import choose
+
     config = choose(None, opening.get("model_config")).config
     return ranks.all_or_none(
         lambda: applied(catalog, read(changes), replace(_outline(entries()), quantises=quantises), config)
@@ -44,11 +50,17 @@ def as_changed(
 
 def are_requantised(changes: Given) -> bool:
     """Whether optimizer states are to be quantised again by the live optimizer."""
-    return changes is not None and read(changes).states == REQUANTISED
+    if changes is None:
+        return False
+    from ucp.spec.changes import REQUANTISED, read
+
+    return read(changes).states == REQUANTISED
 
 
 def _outline(entries: Mapping[str, StateEntry]) -> Outline:
     """The model and its optimizers as a state dict has them."""
+    from ucp.changes import LiveParameter, Outline
+
     roles = assign(entries, complete=False)
     shapes: dict[str, Shape] = {}
     states: dict[str, dict[str, str]] = {}
