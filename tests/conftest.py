@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from scripts import gpu_builds
+from ucp.errors import UcpError
 
 if TYPE_CHECKING:
     from tests.engines.moe import MoeSources
@@ -40,6 +41,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = item.get_closest_marker("slow")
         seconds[item.path] += 0 if slow is None else slow.kwargs.get("seconds", 1)
     items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay together and in their order
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Where another release than the pinned one wrote something that this project rightly refuses, the test skips, as
+    tests of ranks do (`tests.engines.releases`)."""
+    try:
+        return (yield)
+    except UcpError as error:
+        from tests.engines import releases
+
+        if reason := releases.fault([str(error)]):
+            pytest.skip(reason)
+        raise
 
 
 def pytest_collection_finish() -> None:

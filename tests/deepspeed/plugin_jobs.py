@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import inspect
 import json
 import sys
@@ -96,7 +97,8 @@ def ways_to_configure(folder: str) -> dict[str, bool]:
     found = {}
     for way, arguments in ways.items():
         model = nn.Linear(3, 3)
-        engine, *_ = ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), **arguments)
+        own = copy.deepcopy(arguments)  # before 0.18 DeepSpeed takes keys out of the config
+        engine, *_ = ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), **own)
         found[way] = is_bound(engine)
     return found
 

@@ -15,7 +15,7 @@ import ucp.deepspeed
 from tests.deepspeed import jobs
 from tests.engines.pool import RankPool
 from ucp.deepspeed.live import releases
-from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_gathers
+from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_training
 from ucp.errors import Unsupported
 
 ROOM = Path(releases.__file__).parents[1]
@@ -123,14 +123,19 @@ def waits_for_the_last(self: Any, launch_handles: Any) -> None:
 def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = SimpleNamespace(zero_optimization_partition_weights=lambda: True, device=torch.device("cpu"))
+    engine = SimpleNamespace(
+        zero_optimization_partition_weights=lambda: True,
+        device=torch.device("cpu"),
+        gradient_accumulation_steps=lambda: 1,
+        optimizer=None,
+    )
     init = releases.PARTITIONS.load().Init
     monkeypatch.setattr(init, "_allgather_params_coalesced", waits_for_the_last)
-    warn_of_gathers(engine)
+    warn_of_training(engine)
     assert "compute with weights that have not arrived yet" in caplog.text
     caplog.clear()
     monkeypatch.setattr(init, "_allgather_params_coalesced", never)
-    warn_of_gathers(engine)
+    warn_of_training(engine)
     assert not caplog.messages
 
 

@@ -6,7 +6,8 @@ A fault is known by the message with which the release itself failed; on the pin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ FAULTS = {
     r"FloatTensor\(float\(v\)\)\.detach": "its BF16_Optimizer does not step with experts on the CPU",
     r"has no AutoTP for training": "has no AutoTP for training",
     r"compatibility between 'autotp' and 'zero_stage = 3' has not been validated": "has no AutoTP at stage 3",
+    r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
 }
 
@@ -71,9 +73,9 @@ def mend() -> None:
     it: steps go under torch.no_grad, as a program with these two would do it. AutoTP of 0.16 and 0.17 takes the current
     device's number for its name, which is none on the CPU. Stage 3 before 0.19 waits for the last of several gathers
     alone, and over gloo others are still under way then, so that ranks now and then train on weights that have not
-    come: each parameter is gathered by itself. Pipelines of 0.18 divide the gradients of every stage but the last by
-    the number of micro steps once more, so that each number of stages trains something else; 0.19 leaves them. Before
-    0.18 pipelines divide none, and train on sums where a plain module trains on means; here they do as 0.19's.
+    come: each parameter is gathered by itself. Pipelines of 0.16.0 to 0.19.2 step with other gradients than plain
+    modules (`ucp.formats.shared.gradients`), stage 2 of 0.17.6 to 0.18.2 with the last micro step's alone, and
+    BF16_Optimizer of 0.18.3 to 0.18.9 with each rank's own: here they do as 0.19.8's. `as_released` leaves them.
     """
     if is_pinned():
         return
@@ -97,24 +99,93 @@ def mend() -> None:
 
     Init._all_gather = gather_each
     _divide_gradients_once(DeepSpeedEngine, PipelineEngine)
+    _add_up_micro_steps(DeepSpeedZeroOptimizer)
+    _reduce_all(DeepSpeedEngine)
+
+
+# What `mend` has replaced of how gradients are made: where, and what was there; None: nothing.
+_REPLACED: list[tuple[Any, str, Any]] = []
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _REPLACED.append((owner, name, vars(owner).get(name)))
+    setattr(owner, name, value)
 
 
 def _divide_gradients_once(engine: Any, pipeline: Any) -> None:
-    divide = getattr(engine, "_backward_prologue_per_tensor", None)
-    if divide is None:
+    from ucp.deepspeed.live.releases import pipeline_gradients
+    from ucp.formats.shared.gradients import AGAIN, SUM
+
+    how = pipeline_gradients()
+    if how == SUM:
         backward = engine.backward
 
         def backward_of_mean(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
             mean = loss / self.gradient_accumulation_steps() if isinstance(self, pipeline) else loss
             return backward(self, mean, *args, **kwargs)
 
-        engine.backward = backward_of_mean
-    elif "_backward_prologue_per_tensor" not in vars(pipeline):
+        _replace(engine, "backward", backward_of_mean)
+    elif how == AGAIN:
+        divide = engine._backward_prologue_per_tensor
 
         def divide_in_last_stage(self: Any, grad: Any) -> Any:
             return divide(self, grad) if self.is_last_stage() else grad
 
-        pipeline._backward_prologue_per_tensor = divide_in_last_stage
+        _replace(pipeline, "_backward_prologue_per_tensor", divide_in_last_stage)
+
+
+def _add_up_micro_steps(zero: Any) -> None:
+    from ucp.deepspeed.live.releases import stage2_keeps_micro_steps
+
+    if stage2_keeps_micro_steps():
+        return
+    tensors = zero.get_all_grad_tensors
+
+    def added_up(self: Any, params: list[Any], dtype: Any) -> list[Any]:
+        new = tensors(self, params, dtype)
+        own = next(i for i, group in enumerate(self.params_in_partition) if group is params)
+        for grad, before in zip(new, self.all_grad_tensors.get(own) or (), strict=False):
+            grad.add_(before)
+        return list(new)
+
+    _replace(zero, "get_all_grad_tensors", added_up)
+
+
+def _reduce_all(engine: Any) -> None:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    from ucp.deepspeed.live.releases import bf16_optimizer_reduces_all
+
+    if bf16_optimizer_reduces_all():
+        return
+    reduce, epilogue = engine.allreduce_gradients, BF16_Optimizer.backward_epilogue
+
+    def reduce_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.optimizer, BF16_Optimizer) and not self.pipeline_parallelism:
+            epilogue(self.optimizer)
+            self.optimizer.clear_lp_grads()  # what comes after adds nothing a second time
+        return reduce(self, *args, **kwargs)
+
+    _replace(engine, "allreduce_gradients", reduce_all)
+
+
+@contextmanager
+def as_released() -> Iterator[None]:
+    """Within this, engines take the gradients that the release takes, and not those that `mend` gives them."""
+    ours = [(owner, name, vars(owner).get(name)) for owner, name, _ in _REPLACED]
+    _set_back(_REPLACED)
+    try:
+        yield
+    finally:
+        _set_back(ours)
+
+
+def _set_back(there: list[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in there:
+        if value is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
 
 
 def knows(option: str) -> bool:
@@ -123,6 +194,11 @@ def knows(option: str) -> bool:
 
     code = Path(deepspeed.__file__).parent / "runtime"
     return any(option in path.read_text(encoding="utf-8") for path in code.glob("*.py"))
+
+
+def without(what: str) -> str:
+    """The reason to skip a test, as the table of releases counts it, where this release has not got something."""
+    return f"DeepSpeed {installed('deepspeed')}: {what}"
 
 
 def saved_beside(module: Any) -> dict[str, Any]:

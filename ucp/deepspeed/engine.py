@@ -18,9 +18,10 @@ from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, partly, releases
 from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, times_counted, warn_of_clipping
 from ucp.deepspeed.norms import GradientNorms
+from ucp.deepspeed.notes import gradients_note, overridden, weights_notes
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
-from ucp.deepspeed.supported import check_engine, check_features, warn_of_gathers
+from ucp.deepspeed.supported import check_engine, check_features, warn_of_training
 from ucp.elastic.layouts import Fitted
 from ucp.errors import BadArgument, NotACheckpoint, PartlyLoaded, ProofFailed, Unsupported
 from ucp.formats.nouns import ModuleOrder
@@ -212,7 +213,7 @@ def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
     if config.save.format == "universal":
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
-    warn_of_gathers(engine)
+    warn_of_training(engine)
     engine.ucp = EngineUcp(engine, config, fitted)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save.format == "universal":
@@ -305,6 +306,8 @@ def load_checkpoint(
     )
     how = {**config.load.options(), "changes": changed.lines}
     report = _loaded(engine, changed.catalog, target, wish, path=path, watch=watch, **how)
+    if optimizer and not load_module_only:
+        report = report.noted(*gradients_note(engine, catalog))
     _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
@@ -346,26 +349,15 @@ def _tell_of(engine: Any, report: LoadReport, path: str) -> None:
     """Keep a load's report, write its timings if the config wants them, and log it on the first rank."""
     if engine.ucp.memory is not None:
         engine.ucp.memory.loaded()
-    overridden = _overridden(engine)
-    report = replace(report, changes=(*report.changes, *overridden))
+    own = overridden(engine)
+    report = replace(report, changes=(*report.changes, *own))
     engine.ucp.last_load = report
     if engine.ucp.config.metrics:
         record_load(path, report.bytes_read, report.seconds, report.overlapping)
     if ranks.rank() == 0:
-        for text in (*report.warnings, *_weights_notes(report), *overridden):
+        for text in (*report.warnings, *weights_notes(report), *own):
             log.warning("%s", text)
         tell(log, str(report))
-
-
-def _overridden(engine: Any) -> list[str]:
-    """Set the hyperparameters that the config overrides. Returns notes about that for the log."""
-    said = engine.ucp.config.load
-    for group in engine.optimizer.param_groups if said.override else ():
-        group.update(said.override)
-    notes = [
-        f"{name} is {value!r} for all param groups, by the config's override" for name, value in said.override.items()
-    ]
-    return [*notes, "the lr scheduler is the program's own, by the config"] if said.lr_scheduler == "reset" else notes
 
 
 def _client_state(catalog: Catalog) -> dict[str, Any]:
@@ -430,16 +422,6 @@ def _open(
         if tag is not None or locations.exists(place / LATEST) or is_checkpoint(place):
             raise
         return None
-
-
-def _weights_notes(report: LoadReport) -> list[str]:
-    rounded = report.plan.rounded
-    if not rounded:
-        return []
-    return [
-        f"{len(rounded)} frozen parameters or buffers are kept in fewer bits here than in the checkpoint "
-        f"('{rounded[0]}'{', …' if len(rounded) > 1 else ''}): rounded"
-    ]
 
 
 def _returned_path(path: str) -> str:

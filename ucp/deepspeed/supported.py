@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ucp.deepspeed.live import releases
+from ucp.deepspeed.live.gradients import gradients_of
 from ucp.deepspeed.live.parallel import layout_of
 from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.deepspeed.live.state import warn
 from ucp.errors import Mismatch, Unsupported
+from ucp.formats.shared.gradients import Gradients
 from ucp.tested import TESTED
 
 # Versions with whose live engines the tests have run. Files are read by their keys, whatever version wrote them.
@@ -43,14 +45,46 @@ def check_engine(engine: Any) -> None:
         )
 
 
-def warn_of_gathers(engine: Any) -> None:
-    """Warn if this release's own stage 3 may compute with weights that have not arrived."""
+def warn_of_training(engine: Any) -> None:
+    """Warn of what this release's own training computes otherwise than others do, whether this project is there or
+    not: a resume with another release, or in another layout, goes on otherwise."""
+    for text in _odd_training(engine):
+        warn(f"DeepSpeed {releases.installed()} {text}")
+
+
+def _odd_training(engine: Any) -> Iterator[str]:
     partitions = engine.zero_optimization_partition_weights()
     if partitions and engine.device.type == "cpu" and not releases.waits_for_every_gather():
-        warn(
-            f"DeepSpeed {releases.installed()} waits for the last of stage 3's gathers alone, and on a CPU (gloo) they "
+        yield (
+            "waits for the last of stage 3's gathers alone, and on a CPU (gloo) they "
             "end in any order: now and then its steps compute with weights that have not arrived yet, and ranks differ "
             "without a word. Loads and saves wait for all. Releases since 0.19 do so in training, too"
+        )
+    steps, optimizer = engine.gradient_accumulation_steps(), engine.optimizer
+    on_device = releases.STAGE12.has(optimizer) and not optimizer.cpu_offload
+    if steps > 1 and on_device and engine.zero_optimization_stage() == 2 and not releases.stage2_keeps_micro_steps():
+        yield (
+            f"keeps the gradients of the last micro step alone at stage 2: of {steps} micro steps the others' samples "
+            "train nothing, without a word. Stages 1 and 3 and offload to the host add all up, and so do releases "
+            "since 0.18.3"
+        )
+    if (
+        releases.BF16.has(optimizer)
+        and not releases.PIPELINE.has(engine)
+        and not getattr(optimizer, "immediate_grad_update", False)
+        and engine.seq_dp_world_size > 1
+        and not releases.bf16_optimizer_reduces_all()
+    ):
+        yield (
+            "does not reduce what its BF16_Optimizer has of the last micro step: each rank steps its part of the "
+            'weights with the gradients of its own samples. Set "bf16": {"immediate_grad_update": true}, or take a '
+            "release since 0.19"
+        )
+    gradients = gradients_of(engine)
+    if gradients != Gradients():
+        yield (
+            f"steps a pipeline with {gradients}, where plain modules and other releases take the mean; the learning "
+            "rate and clipping count for that"
         )
 
 

@@ -126,6 +126,10 @@ class LoadReport:
         )
         return (*self.plan.notes, text)
 
+    def noted(self, *notes: str) -> LoadReport:
+        """The same, with these to warn of as well."""
+        return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, *notes))) if notes else self
+
     def __str__(self) -> str:
         text = (
             f"restored {counted(self.tensors, 'tensor')} ({bytes_text(self.nbytes)} on this rank) from {self.source} "

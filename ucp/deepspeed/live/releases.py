@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucp.errors import Unsupported
+from ucp.formats.shared.gradients import AGAIN, MEAN, SUM
 from ucp.parallel.zero import flat_offsets
 
 
@@ -98,6 +99,8 @@ AUTOEP = EngineClass(
     ("expert_placement_descriptor", "ep_group_name", "experts"),
 )
 
+PIPELINE = EngineClass("deepspeed.runtime.pipe.engine", "PipelineEngine")
+
 _OPTIMIZERS = (STAGE12, BF16, STAGE3, OFFLOAD, FUSED, UNFUSED)
 _LAYERS = (MOE, AUTOEP)
 
@@ -175,12 +178,16 @@ def require_package(config: Mapping[str, Any]) -> None:
         part.load()
 
 
-def _code_of(kind: EngineClass) -> tuple[str, type]:
-    """The code of the modules that a class of DeepSpeed and its bases are written in, and the class."""
+def _class_of(kind: EngineClass) -> Any:
     try:
-        found = getattr(importlib.import_module(kind.module), kind.name)
+        return getattr(importlib.import_module(kind.module), kind.name)
     except (ImportError, AttributeError) as error:
         raise lacks(f"'{kind.name}' in '{kind.module}' ({error})") from error
+
+
+def _code_of(kind: EngineClass) -> tuple[str, type]:
+    """The code of the modules that a class of DeepSpeed and its bases are written in, and the class."""
+    found = _class_of(kind)
     modules = dict.fromkeys(base.__module__ for base in found.__mro__ if base.__module__.startswith("deepspeed."))
     return "\n".join(inspect.getsource(sys.modules[name]) for name in modules), found
 
@@ -246,6 +253,34 @@ def waits_for_every_gather() -> bool:
     Gloo finishes gathers in any order, so that on a CPU the others may still be under way then."""
     gather = getattr(PARTITIONS.load().Init, "_allgather_params_coalesced", None)
     return gather is None or "launch_handles[-1].wait()" not in inspect.getsource(gather)
+
+
+def pipeline_gradients() -> str:
+    """What a pipeline's step is made with: one of `ucp.formats.shared.gradients`. Every engine divides what arrives if
+    it can (since 0.18.3), and a pipeline's then has to leave that to its last stage; before, the loss was divided, for
+    some time only if backward itself reduces gradients, as a pipeline's does not."""
+    engine, pipeline = _class_of(ENGINE_CLASS), _class_of(PIPELINE)
+    if hasattr(engine, "_backward_prologue_per_tensor"):
+        return MEAN if "_backward_prologue_per_tensor" in vars(pipeline) else AGAIN
+    divides = "do_gradient_reduction and self.gradient_accumulation_steps() > 1"
+    return SUM if divides in inspect.getsource(sys.modules[ENGINE_CLASS.module]) else MEAN
+
+
+def stage2_keeps_micro_steps() -> bool:
+    """Whether stage 2 adds up the gradients of all micro steps on the device. 0.17.6 to 0.18.2 ask whether there is
+    something to add to where it is put after the last one alone, so that only the last one's are left."""
+    epilogue = getattr(_class_of(STAGE12), "independent_gradient_partition_epilogue", None)
+    code = "" if epilogue is None else inspect.getsource(epilogue)
+    return not ("self.all_grad_tensors[i] = self.get" in code and "self.averaged_gradients[i] is None" in code)
+
+
+def bf16_optimizer_reduces_all() -> bool:
+    """Whether what BF16_Optimizer has of the last micro step is reduced over ranks. 0.18.3 to 0.18.9 reduce before it
+    has taken that over, so that each rank steps its part with its own samples' gradients."""
+    epilogue = getattr(_class_of(ENGINE_CLASS), "_backward_epilogue", None)
+    if epilogue is None or not hasattr(_class_of(BF16), "backward_epilogue"):
+        return True
+    return BF16.name in inspect.getsource(epilogue)
 
 
 def loss_scale(optimizer: Any) -> Any | None:

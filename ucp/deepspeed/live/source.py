@@ -10,10 +10,12 @@ import torch
 
 from ucp.catalog import ParameterInfo, ParamGroup, TrainingState
 from ucp.deepspeed.live import generators, releases
+from ucp.deepspeed.live.gradients import gradients_of
 from ucp.deepspeed.live.state import samples_per_step, samples_seen
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of
 from ucp.formats.shared.apart import is_plain
+from ucp.formats.shared.gradients import entry
 from ucp.geometry import empty
 from ucp.job import ranks
 from ucp.loading.target import Group, Slot
@@ -139,7 +141,7 @@ def _training_state(
 ) -> TrainingState:
     engine = live.engine
     clip = getattr(engine.optimizer, "clip_grad", None)
-    extra = {}
+    extra = entry(gradients_of(engine))
     if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
         extra["data_sampler"] = engine.training_dataloader.data_sampler.state_dict()
     if engine.random_ltd_enabled():

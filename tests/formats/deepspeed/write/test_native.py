@@ -38,6 +38,7 @@ GROUPS = (("embed.weight", "layer.0.weight", "head.weight"), ("layer.0.bias", "s
 ADAMW: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True}}
+ADAMW_ALONE = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 STATES = {"param": 0, "exp_avg": 1, "exp_avg_sq": 2}
 
 
@@ -382,5 +383,24 @@ def test_states_that_differ_inside_a_flat_buffer(source: Raw) -> None:
 
 def test_another_gradient_clipping_is_said(source: Raw, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        native.plan(changed(source, clip_grad=0.25), Layout(zero=1))
+        native.plan(changed(source, clip_grad=0.25), Layout(zero=1), {**ADAMW, "gradient_clipping": 1.0})
     assert "gradient clipping was 0.25 in the source and is 1.0" in caplog.text
+
+
+def test_gradient_clipping_stays_where_the_config_does_not_say(source: Raw, tmp_path: Path) -> None:
+    """Before 0.19.3 nothing was clipped then; DeepSpeed takes what stages 1 and 2 have in their files."""
+    files = write(changed(source, clip_grad=0.0), tmp_path / "out", Layout(dp=2, zero=1), {**ADAMW, **BF16})
+    assert [state["clip_grad"] for state in optimizer_files(files, 2, "bf16_")] == [0.0, 0.0]
+
+
+def test_a_recorded_config_does_not_say_whose_adam_it_was(source: Raw, tmp_path: Path) -> None:
+    """Before 0.19 DeepSpeed takes 'torch_adam' out of the config that it saves. The count's own form is kept."""
+    for steps, kind in ((7.0, torch.Tensor), (7, int)):
+        infos = {
+            n: dataclasses.replace(info, scalars={"step": steps}) if info.scalars else info
+            for n, info in source.catalog.parameters.items()
+        }
+        catalog = dataclasses.replace(changed(source, config={**ADAMW_ALONE, **BF16}), parameters=infos)
+        files = write(catalog, tmp_path / kind.__name__, Layout(dp=2, zero=1), None)
+        state = optimizer_files(files, 2, "bf16_")[0]["base_optimizer_state"]
+        assert isinstance(state["state"][0]["step"], kind)

@@ -13,7 +13,7 @@ import ucp
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE
 from tests.deepspeed.test_pipe import piped
-from tests.engines import parallel_runs, pipe_models, pipe_runs
+from tests.engines import parallel_runs, pipe_models, pipe_runs, releases
 from tests.engines.configs import Case, make_config
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
@@ -80,6 +80,7 @@ def test_stock_pipelines_load_it(
         assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[case.dtype])
 
 
+@pytest.mark.skipif(not releases.is_pinned(), reason=releases.without("writes other keys than 0.19.8"))
 def test_files_are_deepspeeds_own(ranks: RankPool, pipes: ParallelSources, tmp_path: Path) -> None:
     """Written for the layout that it was read from, they hold what DeepSpeed's own files hold."""
     pipe = PipeCase(pp=2, head_module=True, case=OPTIONS.but(dp=2))
@@ -97,6 +98,7 @@ def test_files_are_deepspeeds_own(ranks: RankPool, pipes: ParallelSources, tmp_p
             assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], (name, key)
 
 
+@pytest.mark.skipif(not releases.is_pinned(), reason=releases.without("may load its own bf16 pipelines of stage 0"))
 def test_what_deepspeed_can_not_load_itself_is_refused(ranks: RankPool, pipes: ParallelSources, tmp_path: Path) -> None:
     """bf16 pipelines at stage 0: DeepSpeed fails at its own checkpoint; it is to be seen here once that changes."""
     pipe = PipeCase(pp=2, case=LOW.but(stage=0, dp=2))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ucp.catalog import Catalog, SourceFile
+from ucp.catalog import Catalog, SourceFile, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed import NAME
 from ucp.formats.deepspeed.experts import CAPTURES
@@ -23,10 +23,12 @@ from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_par
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import first_copies
 from ucp.formats.deepspeed.read.scaled import undo_scales
+from ucp.formats.deepspeed.writers import pipeline_gradients
 from ucp.formats.nouns import ModelFacts
 from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.copies import check_copies
+from ucp.formats.shared.gradients import entry, micro_steps_of, of_pipeline
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.two_saves import far_apart
 from ucp.geometry import Shape
@@ -139,7 +141,7 @@ def read_stages(
         files=tuple(sources),
         parameters=parameters,
         tensors=tensors,
-        training_state=state,
+        training_state=_with_gradients(state, opened[found[0].mp][0], layout),
         crc_records=in_order(records),
         copies=copies,
     )
@@ -149,6 +151,15 @@ def read_stages(
         own = {name: _OF_OWN_PART.format(state) for name, (_, state) in states_apart(parameters, parameters).items()}
         check_copies(catalog, files, _DRIFTED, own)
     return undo_scales(catalog, placements, files)
+
+
+def _with_gradients(state: TrainingState, model: ModelFile, layout: Layout) -> TrainingState:
+    """With what the moments are of, as the release that wrote this model file trains. Only a pipeline's has no
+    module."""
+    if model.raw.get("module", {}) is not None:
+        return state
+    how, steps = pipeline_gradients(model.raw.get("ds_version")), micro_steps_of(model.config, layout.dp)
+    return replace(state, extra={**state.extra, **entry(of_pipeline(how, steps, layout.pp))})
 
 
 def _refuse_apart(parts: Mapping[Coordinate, LocalModel]) -> None:

@@ -18,6 +18,7 @@ from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.folder import OPTIMIZER_KEYS, Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
+from ucp.formats.deepspeed.writers import default_clipping
 from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
@@ -244,6 +245,8 @@ def training_state(model: ModelFile, groups: list[ParamGroup], optimizer: Mappin
     if not isinstance(batch, int) and steps and samples:
         batch = samples // steps
     clip = optimizer.get("clip_grad", config.get("gradient_clipping"))  # stage 3 has it in the config alone
+    if clip is None:
+        clip = default_clipping(model.raw.get("ds_version"))
     state = TrainingState(
         param_groups=tuple(groups),
         lr_scheduler=model.raw.get("lr_scheduler"),

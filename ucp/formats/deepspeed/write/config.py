@@ -73,9 +73,10 @@ class EngineConfig:
 
 
 def engine_config(
-    given: Mapping[str, Any] | None, recorded: Mapping[str, Any], stage: int, tp: int = 1
+    given: Mapping[str, Any] | None, recorded: Mapping[str, Any], stage: int, tp: int = 1, clip: float | None = None
 ) -> EngineConfig:
-    """What follows from the config that the caller gave, else from the one that the source recorded.
+    """What follows from the config that the caller gave, else from the one that the source recorded. clip: what the
+    source's gradients are clipped to, which stays if that config does not say: defaults differ between releases.
 
     Raises BadArgument where there is neither, where the given one contradicts the stage or holds an 'auto' that
     matters; Unsupported for an engine whose checkpoints cannot be written.
@@ -106,14 +107,14 @@ def engine_config(
     if autotp > 1:
         raw["tensor_parallel"] = {**sliced, "autotp_size": tp}
     accumulation = _section(raw, "data_types").get("grad_accum_dtype")
-    optimizer, step_is_tensor, fused = _optimizer(raw, offload == "cpu")
+    optimizer, step_is_tensor, fused = _optimizer(raw, offload == "cpu", given is None)
     return EngineConfig(
         raw=raw,
         stage=stage,
         dtype=dtype,
         master_dtype=master,
         sub_group_size=_integer(zero, "sub_group_size", _SUB_GROUP_DEFAULT),
-        clip_grad=_number(raw, "gradient_clipping", _CLIP_DEFAULT),
+        clip_grad=_number(raw, "gradient_clipping", _CLIP_DEFAULT if clip is None else clip),
         round_robin=_flag(zero, "round_robin_gradients"),
         alignment=_ALIGNMENT if _flag(zero, "parameter_alignment") else 0,
         offloads_optimizer=offload == "cpu",
@@ -163,13 +164,16 @@ def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int,
         )
 
 
-def _optimizer(raw: Mapping[str, Any], on_cpu: bool) -> tuple[str, bool | None, bool | None]:
-    """(type, whether its steps are tensors, whether it is FusedAdam); None: not determined."""
+def _optimizer(raw: Mapping[str, Any], on_cpu: bool, recorded: bool) -> tuple[str, bool | None, bool | None]:
+    """(type, whether its steps are tensors, whether it is FusedAdam); None: not determined. recorded: it is the config
+    that a checkpoint has, from which DeepSpeed before 0.19 has taken the key 'torch_adam' out when it read it."""
     section = _section(raw, "optimizer")
     kind = str(section.get("type") or "").lower()
     parameters = _section(section, "params")
     if not kind:
         return "", None, None
+    if kind in ("adam", "adamw") and recorded and "torch_adam" not in parameters:
+        return kind, None, None
     if kind in ("adam", "adamw"):
         torch_adam = _flag(parameters, "torch_adam")
         return kind, torch_adam, not torch_adam and not on_cpu

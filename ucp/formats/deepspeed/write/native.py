@@ -51,7 +51,7 @@ def plan(
     state = catalog.training_state
     check_groups(catalog)
     _check_apart(catalog, layout)
-    config = engine_config(ds_config, state.config, layout.zero, layout.tp)
+    config = engine_config(ds_config, state.config, layout.zero, layout.tp, state.clip_grad)
     if state.clip_grad is not None and state.clip_grad != config.clip_grad:
         log.warning(
             "gradient clipping was %s in the source and is %s in the target's config; the checkpoint gets the latter",

@@ -53,7 +53,8 @@ def plan(catalog: Catalog) -> list[TargetFile]:
             "the source records no DeepSpeed config, which this form's element types and loss scale follow; convert it "
             "to 'deepspeed' with --ds-config first, and that to 'deepspeed-universal'"
         )
-    config = engine_config(None, catalog.training_state.config, catalog.layout.zero, catalog.layout.tp)
+    state, layout = catalog.training_state, catalog.layout
+    config = engine_config(None, state.config, layout.zero, layout.tp, state.clip_grad)
     refuse_stacks(catalog)
     experts = next((name for name in catalog.parameters if expert_of(name)), None)
     if experts:

@@ -1,0 +1,108 @@
+"""What stock engines of this release step with, measured against plain torch's gradients; the capabilities say the
+same, and engines of this project warn where it is not the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import ucp
+from tests.deepspeed import gradient_jobs
+from tests.engines import pipe_models
+from tests.engines.configs import Case
+from tests.engines.parallel_runs import ParallelSources
+from tests.engines.pipe_runs import PipeCase
+from tests.engines.pool import RankPool
+from ucp.formats.shared.gradients import KEY, MEAN, SUM, of_pipeline, recorded
+
+pytestmark = pytest.mark.slow(seconds=30)
+
+TWICE = Case(stage=1, dp=1, accumulation=2, optimizer="plain_sgd")
+PIPES = {
+    "one stage": PipeCase(pp=1, case=TWICE),
+    "two": PipeCase(pp=2, case=TWICE.but(dp=2)),
+    "three": PipeCase(pp=3, case=TWICE.but(stage=0)),
+    "bf16": PipeCase(pp=2, case=TWICE.but(dtype="bf16")),
+    "BF16_Optimizer": PipeCase(pp=2, case=TWICE.but(dtype="bf16_optimizer", dp=2)),
+}
+PLAIN = PipeCase(pp=0, case=TWICE.but(dp=2))
+BF16 = replace(PLAIN, case=PLAIN.case.but(dtype="bf16_optimizer"))
+IMMEDIATE = BF16.but(config=(("bf16", {"enabled": True, "immediate_grad_update": True}),))
+MODULES = {
+    **{f"stage {stage}": replace(PLAIN, case=PLAIN.case.but(stage=stage)) for stage in range(4)},
+    "stage 2 offloaded": replace(PLAIN, case=PLAIN.case.but(stage=2, offload=True)),
+    "BF16_Optimizer": BF16,
+    "BF16_Optimizer, immediate": IMMEDIATE,
+}
+# A block's place among four, in which of so many stages; as pipelines split evenly (8 layers, of which block 0 is 2).
+STAGE_OF_BLOCK = {1: (0, 0, 0, 0), 2: (0, 0, 1, 1), 3: (0, 1, 1, 1)}
+
+
+Measure = Callable[[PipeCase], gradient_jobs.Measured]
+
+
+@pytest.fixture(scope="module")
+def measured(ranks: RankPool) -> Measure:
+    """What is measured of a layout; modules without stages share a job, as DeepSpeed's groups let them."""
+    known: dict[str, gradient_jobs.Measured] = {}
+
+    def of(pipe: PipeCase) -> gradient_jobs.Measured:
+        if repr(pipe) not in known:
+            pipes = [pipe] if pipe.pp else list(MODULES.values())
+            found = ranks.run(gradient_jobs.first_steps, pipes, world_size=pipe.world_size)[0]
+            known.update(zip(map(repr, pipes), found, strict=True))
+        return known[repr(pipe)]
+
+    return of
+
+
+@pytest.mark.parametrize("pipe", PIPES.values(), ids=PIPES)
+def test_pipelines_step_with_what_the_capability_says(measured: Measure, pipe: PipeCase) -> None:
+    found = measured(pipe)
+    count = pipe.case.accumulation
+    for block, stage in enumerate(STAGE_OF_BLOCK[pipe.pp]):
+        later = pipe.pp - 1 - stage
+        factor = {"mean": 1.0, "sum": float(count), "divided again": count**-later}[found.pipelines]
+        assert found.steps[f"blocks.{block}.gate_up.weight"] == pytest.approx(factor, rel=0.02)
+    odd = found.pipelines == "sum" or (found.pipelines == "divided again" and pipe.pp > 1)
+    assert len(found.warnings) == odd
+    assert all("steps a pipeline with" in text for text in found.warnings)
+
+
+@pytest.mark.parametrize("pipe", MODULES.values(), ids=MODULES)
+def test_modules_step_with_the_mean_or_a_warning_says_otherwise(measured: Measure, pipe: PipeCase) -> None:
+    found = measured(pipe)
+    odd = [name for name, times in found.steps.items() if times != pytest.approx(1.0, rel=0.02)]
+    told = [text for text in found.warnings if "gathers alone" not in text]
+    assert bool(odd) == bool(told), (odd, told)
+
+
+# What wrote the checkpoint of a pipeline, and what a load says of its moments.
+WRITERS = [("0.15.4", ""), ("0.16.9", "the sum over its 2 micro steps"), ("0.18.9", "divided once more")]
+
+
+@pytest.mark.parametrize(("release", "words"), WRITERS)
+def test_moments_of_other_gradients_are_told(
+    ranks: RankPool, pipes: ParallelSources, tmp_path: Path, release: str, words: str
+) -> None:
+    """Into the plain module, and by way of a conversion. Of weights alone there is nothing to tell."""
+    saved = pipes.get(PipeCase(pp=2)).folder
+    spec, native, whole = (str(tmp_path / name) for name in ("pipe.yaml", "native", "whole"))
+    Path(spec).write_text(pipe_models.SPEC)
+    ucp.convert(gradient_jobs.written_by(release, saved, native), whole)
+    target = PipeCase(pp=0)
+    loaded, converted, weights = ranks.run(gradient_jobs.told, target, [native, whole], {"spec": spec}, world_size=1)[0]
+    assert loaded == converted
+    assert [words in text for text in loaded] == [True] * bool(words)
+    assert weights == []
+
+
+def test_saves_record_other_gradients_than_the_mean(ranks: RankPool, tmp_path: Path) -> None:
+    for how in (SUM, MEAN):
+        ranks.run(gradient_jobs.save_as, how, PipeCase(pp=2), str(tmp_path / how), world_size=2)
+        with ucp.open(tmp_path / how) as checkpoint:
+            assert recorded(checkpoint.training_state) == of_pipeline(how, 2, 2)
+            assert (KEY in checkpoint.training_state.extra) == (how != MEAN)
