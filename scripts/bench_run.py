@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib
 import json
 import os
@@ -46,6 +47,8 @@ def main() -> int:
     args = parser.parse_args()
     args.data = args.data.absolute()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # As an installer leaves a package, the peers among them: loads are in processes of their own, and import it.
+    compileall.compile_dir(str(ROOT / "ucp"), quiet=1)
     gpu_builds.plain_architectures()
     result = modules[args.work].run(args)
     result["machine"] = bench_tools.machine(args.data)

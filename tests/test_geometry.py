@@ -408,6 +408,27 @@ def test_many_tensors_at_once_are_as_one_by_one(shapes, rng, cuts) -> None:
     assert not len(source) or not coverage_holds(shapes, twice.take(order), again[order])
 
 
+@given(p.shapes, p.generators)
+@p.law(100)
+def test_ranges_that_do_not_follow_one_another_are_no_coverage(shape, rng) -> None:
+    """Even where they hold as many elements as the tensor has: one range twice, in place of another as long."""
+    n = numel(shape)
+    cuts = np.arange(0, n + 1, max(n // 4, 1))
+    cuts[-1:] = n
+    ranges = [flat_ranges(shape, [low], [high], [low]) for low, high in itertools.pairwise(cuts.tolist())]
+    order = rng.permutation(len(ranges)).tolist()
+    shuffled = concat([ranges[k] for k in order], len(shape))
+    assert n == 0 or coverage_holds([shape], shuffled, np.zeros(len(shuffled), np.int64))
+    alike = [k for k in range(1, len(ranges)) if ranges[k].elements == ranges[0].elements]
+    if n == 0 or not alike:
+        return
+    wrong = concat([ranges[0] if k == alike[-1] else ranges[k] for k in order], len(shape))
+    assert not coverage_holds([shape], wrong, np.zeros(len(wrong), np.int64))
+    assert coverage_fault(shape, wrong) is not None
+    both = concat([whole(shape), wrong], len(shape))  # beside a tensor that is whole, it is still found
+    assert not coverage_holds([shape, shape], both, np.repeat([0, 1], [1, len(wrong)]))
+
+
 # ---- collapse and runs
 
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucp.geometry.blocks import Blocks, Ints, numel
 from ucp.geometry.copies import intersect, intersect_grouped
+
+# Places in tensors of fewer elements are whole numbers of 64 bits, and so are sums of two.
+_COUNTABLE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,42 @@ def coverage_holds(shapes: Sequence[Sequence[int]], blocks: Blocks, groups: Ints
     size = np.array([[int(n) for n in shape] for shape in shapes], np.int64).reshape(len(shapes), blocks.ndim)[groups]
     if np.any((blocks.sizes < 0) | (blocks.offsets < 0) | (blocks.offsets > size - blocks.sizes)):
         return False
+    totals = [numel(shape) for shape in shapes]
+    counts = blocks.counts
     held = np.zeros(len(shapes), np.int64)
-    np.add.at(held, groups, blocks.counts)
-    if held.tolist() != [numel(shape) for shape in shapes]:
+    np.add.at(held, groups, counts)
+    if held.tolist() != totals:
         return False
-    pairs = intersect_grouped(blocks, groups, blocks, groups)
+    tiled = _are_tiled(size, totals, blocks, counts, groups)
+    if tiled.all():
+        return True
+    left = np.flatnonzero(~tiled[groups])
+    rest, of = blocks.take(left), groups[left]
+    pairs = intersect_grouped(rest, of, rest, of)
     return not np.any(pairs.counts[pairs.source < pairs.target])
+
+
+def _are_tiled(size: Ints, totals: Sequence[int], blocks: Blocks, counts: Ints, groups: Ints) -> NDArray[np.bool_]:
+    """For each tensor whether its blocks are ranges of its row-major order that follow one another from its first
+    element on, as whole tensors, rows, and flat ranges do. Then there is no need to look for overlaps.
+
+    size: (n, d) the shape that each block belongs to. totals: elements of the tensors, all of which blocks hold.
+    """
+    tiled = np.array([0 < total < _COUNTABLE for total in totals], bool)
+    within = np.flatnonzero(tiled[groups] & (counts > 0))
+    first, last, stride = (np.zeros(len(within), np.int64) for _ in range(3))
+    stride += 1
+    for k in range(blocks.ndim - 1, -1, -1):
+        first += blocks.offsets[within, k] * stride
+        last += (blocks.offsets[within, k] + blocks.sizes[within, k] - 1) * stride
+        stride *= size[within, k]
+    of = groups[within]
+    tiled[of[last + 1 - first != counts[within]]] = False
+    order = np.lexsort((first, of))
+    of, first, last = of[order], first[order], last[order]
+    begins = np.ones(len(of), bool)
+    begins[1:] = of[1:] != of[:-1]
+    before = np.zeros(len(of), np.int64)
+    before[1:] = last[:-1] + 1
+    tiled[of[first != np.where(begins, 0, before)]] = False
+    return tiled

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ucp import limits
 from ucp.catalog import ByteSource, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, Shape, box, compose, concat, empty, numel
+from ucp.geometry import Blocks, Ints, Shape, box, compose, concat, empty, numel
 from ucp.spec.placement import Placed
 from ucp.storage import locations
 from ucp.storage.crc32 import StoredCrc32
@@ -22,6 +22,24 @@ from ucp.storage.torch_pt.values import TensorRef
 from ucp.transfer.checksums import read_record
 
 Scalar = int | float | bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where the flat buffers of some ranks lie, which the tensors of a group share. refs: they themselves, kept, since
+    this is found by them. files, bases: by rank, of those that are ``known``. dtypes: of all."""
+
+    refs: Mapping[int, TensorRef]
+    dtypes: frozenset[str]
+    files: Ints
+    bases: Ints
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, refs: Mapping[int, TensorRef]) -> _Places:
+        count = max(refs) + 1
+        columns = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, bool)
+        return cls(refs, frozenset(ref.dtype for ref in refs.values()), *columns)
 
 
 @dataclass
@@ -36,6 +54,7 @@ class Builder:
     computed: dict[int, ByteSource] = field(default_factory=dict)
     parameters: dict[str, ParameterInfo] = field(default_factory=dict)
     tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
+    _places: dict[int, _Places] = field(default_factory=dict)
 
     def file(self, ref: TensorRef) -> int:
         """The index of a tensor's file, entered at first use with what the file tells of the tensor's bytes."""
@@ -77,18 +96,18 @@ class Builder:
         self, name: str, state: str, shape: Shape, blocks: Blocks, refs: Mapping[int, TensorRef]
     ) -> LogicalTensor:
         """A tensor cut over ranks: ``blocks.buffers`` are ranks, and ``refs[rank]`` is that rank's flat buffer."""
-        ranks = np.unique(blocks.buffers).tolist()
-        dtypes = {refs[r].dtype for r in refs}
-        if len(dtypes) > 1:
+        places = self._places.get(id(refs))
+        if places is None:
+            places = self._places[id(refs)] = _Places.of(refs)
+        if len(places.dtypes) > 1:
             raise DamagedCheckpoint(
-                f"{refs[min(refs)].file}: '{name}' ({state}) has element types {sorted(dtypes)} on different ranks; "
-                "files of two runs are mixed"
+                f"{refs[min(refs)].file}: '{name}' ({state}) has element types {sorted(places.dtypes)} on different "
+                "ranks; files of two runs are mixed"
             )
-        file_of, base_of = np.zeros(max(refs) + 1, np.int64), np.zeros(max(refs) + 1, np.int64)
-        for r in ranks:
-            file_of[r], base_of[r] = self.file(refs[r]), refs[r].offset
-        placed = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, file_of[blocks.buffers])
-        return LogicalTensor(name, state, shape, next(iter(dtypes)), placed, base_of[blocks.buffers])
+        for r in np.unique(blocks.buffers[~places.known[blocks.buffers]]).tolist():
+            places.files[r], places.bases[r], places.known[r] = self.file(refs[r]), refs[r].offset, True
+        held = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, places.files[blocks.buffers])
+        return LogicalTensor(name, state, shape, next(iter(places.dtypes)), held, places.bases[blocks.buffers])
 
     def add(
         self,
