@@ -13,19 +13,24 @@ import torch
 from torch import Tensor
 
 from tests.engines import models, pipe_models, pipe_runs, releases
-from tests.engines.configs import OPTIMIZERS
+from tests.engines.build import build_engine
+from tests.engines.configs import OPTIMIZERS, Case
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.truth import Truth, known
 from ucp.deepspeed.live import releases as live_releases
 from ucp.deepspeed.supported import warn_of_training
+from ucp.errors import Unsupported
+
+STEPS = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """steps: parameter -> its step over what plain SGD takes with the mean gradient of all micro batches and ranks, by
-    the plain module's names. pipelines: the capability of the release. warnings: what an engine of ours would say."""
+    """steps: for each of two steps, parameter -> its step over what plain SGD takes with the mean gradient of all micro
+    batches and ranks, by the plain module's names. pipelines: the capability of the release. warnings: what an engine
+    of ours would say."""
 
-    steps: dict[str, float]
+    steps: list[dict[str, float]]
     pipelines: str
     warnings: list[str]
 
@@ -40,29 +45,32 @@ class _Kept(logging.Handler):
 
 
 def first_steps(pipes: Sequence[PipeCase]) -> list[Measured | None]:
-    """What one step of stock DeepSpeed was in each of these layouts (rank 0)."""
-    return [first_step(pipe) for pipe in pipes]
+    """What the first steps of stock DeepSpeed are in each of these layouts (rank 0)."""
+    return [_first_steps(pipe) for pipe in pipes]
 
 
-def first_step(pipe: PipeCase) -> Measured | None:
+def _first_steps(pipe: PipeCase) -> Measured | None:
     """The release is as it comes, without what other tests mend."""
     kept = _Kept()
     logging.getLogger("ucp").addHandler(kept)
     with releases.as_released():
         engine = pipe_runs.build_engine(pipe)
-        before = pipe_runs.gather(engine)
-        pipe_runs.continue_training(engine, pipe, 0, 1)
-        after = pipe_runs.gather(engine)
+        truths = [pipe_runs.gather(engine)]
+        for step in range(STEPS):
+            pipe_runs.continue_training(engine, pipe, step, 1)
+            truths.append(pipe_runs.gather(engine))
         warn_of_training(engine)
         pipelines = live_releases.pipeline_gradients()
     logging.getLogger("ucp").removeHandler(kept)
-    if before is None or after is None:
+    if truths[0] is None:
         return None
-    wanted = _mean_gradients(pipe)
+    weights = [_weights(known(truth), pipe) for truth in truths]
     lr = OPTIMIZERS[pipe.case.optimizer][1]["lr"]
-    steps = {name: _weight(before, pipe, name) - _weight(after, pipe, name) for name in wanted}
-    times = {n: float((steps[n] * g).sum() / (g * g).sum()) / lr for n, g in wanted.items()}
-    return Measured(times, pipelines, kept.texts)
+    steps = []
+    for step, gradients in enumerate(_mean_gradients(pipe, weights)):
+        moved = {n: (weights[step][n] - weights[step + 1][n]) / lr for n in gradients}
+        steps.append({n: float((moved[n] * g).sum() / (g * g).sum()) for n, g in gradients.items()})
+    return Measured(steps, pipelines, kept.texts)
 
 
 def written_by(release: str, folder: str, into: str) -> str:
@@ -97,18 +105,37 @@ def save_as(how: str, pipe: PipeCase, folder: str) -> None:
     pipe_runs.build_engine(pipe, {"save": {"async": False}}).save_checkpoint(folder)
 
 
-def _weight(truth: Truth, pipe: PipeCase, name: str) -> Tensor:
-    return known(truth).params[pipe_models.pipeline_name(name) if pipe.pp else name]["param"].double()
+def muon(stage: int, **zero: Any) -> str:
+    """What a Muon engine of this project says where ranks would keep other momenta of one matrix; '' if it is made."""
+    live_releases.muon_has_whole_gradients = lambda: False
+    case = Case(stage=stage, dp=2, optimizer="muon", dtype="bf16", zero=tuple(zero.items()))
+    try:
+        build_engine(case, "ucp.deepspeed:initialize", {"ucp": {"enabled": True}})
+    except Unsupported as error:
+        return str(error)
+    return ""
 
 
-def _mean_gradients(pipe: PipeCase) -> dict[str, Tensor]:
+def _weights(truth: Truth, pipe: PipeCase) -> dict[str, Tensor]:
+    """By the plain module's names."""
+    names = [name for name, _ in pipe_models.Plain(0, pipe.case.frozen, pipe.blocks).named_parameters()]
+    found = {name: pipe_models.pipeline_name(name) if pipe.pp else name for name in names}
+    return {name: truth.params[own]["param"].double() for name, own in found.items() if own in truth.params}
+
+
+def _mean_gradients(pipe: PipeCase, weights: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Of each step, by plain torch, from the weights that the engine had before it."""
     case = pipe.case
-    total: dict[str, Tensor] = {}
+    total: list[dict[str, Tensor]] = [{} for _ in range(STEPS)]
     for rank in range(case.dp):
         model = pipe_models.Plain(case.seed, case.frozen, pipe.blocks)
-        for micro in range(case.accumulation):
-            model(*models.batch("odd", micro, rank, case.dp)).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                total[name] = total.get(name, 0) + parameter.grad.double() / (case.accumulation * case.dp)
+        for step in range(STEPS):
+            model.load_state_dict({n: w.float() for n, w in weights[step].items()}, strict=False)
+            model.zero_grad()
+            for micro in range(case.accumulation):
+                model(*models.batch("odd", step * case.accumulation + micro, rank, case.dp)).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    share = parameter.grad.double() / (case.accumulation * case.dp)
+                    total[step][name] = total[step].get(name, 0) + share
     return total

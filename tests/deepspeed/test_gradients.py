@@ -3,11 +3,13 @@ same, and engines of this project warn where it is not the mean."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import ucp
 from tests.deepspeed import gradient_jobs
@@ -16,6 +18,8 @@ from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
+from tests.engines.sources import Sources
+from ucp.errors import Mismatch
 from ucp.formats.shared.gradients import KEY, MEAN, SUM, of_pipeline, recorded
 
 pytestmark = pytest.mark.slow(seconds=30)
@@ -26,6 +30,7 @@ PIPES = {
     "two": PipeCase(pp=2, case=TWICE.but(dp=2)),
     "three": PipeCase(pp=3, case=TWICE.but(stage=0)),
     "bf16": PipeCase(pp=2, case=TWICE.but(dtype="bf16")),
+    "bf16 at stage 0": PipeCase(pp=2, case=TWICE.but(stage=0, dtype="bf16")),
     "BF16_Optimizer": PipeCase(pp=2, case=TWICE.but(dtype="bf16_optimizer", dp=2)),
 }
 PLAIN = PipeCase(pp=0, case=TWICE.but(dp=2))
@@ -33,6 +38,7 @@ BF16 = replace(PLAIN, case=PLAIN.case.but(dtype="bf16_optimizer"))
 IMMEDIATE = BF16.but(config=(("bf16", {"enabled": True, "immediate_grad_update": True}),))
 MODULES = {
     **{f"stage {stage}": replace(PLAIN, case=PLAIN.case.but(stage=stage)) for stage in range(4)},
+    "stage 0 in bf16": replace(PLAIN, case=PLAIN.case.but(stage=0, dtype="bf16")),
     "stage 2 offloaded": replace(PLAIN, case=PLAIN.case.but(stage=2, offload=True)),
     "BF16_Optimizer": BF16,
     "BF16_Optimizer, immediate": IMMEDIATE,
@@ -66,16 +72,18 @@ def test_pipelines_step_with_what_the_capability_says(measured: Measure, pipe: P
     for block, stage in enumerate(STAGE_OF_BLOCK[pipe.pp]):
         later = pipe.pp - 1 - stage
         factor = {"mean": 1.0, "sum": float(count), "divided again": count**-later}[found.pipelines]
-        assert found.steps[f"blocks.{block}.gate_up.weight"] == pytest.approx(factor, rel=0.02)
+        assert found.steps[0][f"blocks.{block}.gate_up.weight"] == pytest.approx(factor, rel=0.02)
     odd = found.pipelines == "sum" or (found.pipelines == "divided again" and pipe.pp > 1)
-    assert len(found.warnings) == odd
-    assert all("steps a pipeline with" in text for text in found.warnings)
+    assert sum("steps a pipeline with" in text for text in found.warnings) == odd
+    name = "blocks.3.gate_up.weight"  # the last stage's
+    adds_up = found.steps[1][name] != pytest.approx(found.steps[0][name], rel=0.1)
+    assert len(found.warnings) == odd + adds_up
 
 
 @pytest.mark.parametrize("pipe", MODULES.values(), ids=MODULES)
 def test_modules_step_with_the_mean_or_a_warning_says_otherwise(measured: Measure, pipe: PipeCase) -> None:
     found = measured(pipe)
-    odd = [name for name, times in found.steps.items() if times != pytest.approx(1.0, rel=0.02)]
+    odd = [name for step in found.steps for name, times in step.items() if times != pytest.approx(1.0, rel=0.05)]
     told = [text for text in found.warnings if "gathers alone" not in text]
     assert bool(odd) == bool(told), (odd, told)
 
@@ -106,3 +114,24 @@ def test_saves_record_other_gradients_than_the_mean(ranks: RankPool, tmp_path: P
         with ucp.open(tmp_path / how) as checkpoint:
             assert recorded(checkpoint.training_state) == of_pipeline(how, 2, 2)
             assert (KEY in checkpoint.training_state.extra) == (how != MEAN)
+
+
+def test_a_muon_whose_ranks_keep_other_momenta_of_a_matrix_is_refused(ranks: RankPool) -> None:
+    """On all ranks, though only those that have the matrix's end can see it; and not with the advice followed."""
+    for text in ranks.run(gradient_jobs.muon, 2, world_size=2):
+        assert 'Muon with "reduce_scatter"' in text
+    assert ranks.run(gradient_jobs.muon, 2, reduce_scatter=False, world_size=2) == ["", ""]
+
+
+def test_momenta_that_differ_between_ranks_are_refused(sources: Sources, tmp_path: Path) -> None:
+    """As DeepSpeed 0.17.6 to 0.19.2 leave them in the files of stages 1 and 2."""
+    run = sources.get(Case(stage=2, dp=3, optimizer="muon", dtype="bf16"))
+    shutil.copytree(run.folder, tmp_path / "run")
+    path = next((tmp_path / "run").glob("*/*zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+    saved = torch.load(path, weights_only=False)
+    for state in saved["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] *= 2
+    torch.save(saved, path)
+    with pytest.raises(Mismatch, match=r"'middle\.weight' \(momentum_buffer\) is not what"):
+        ucp.open(tmp_path / "run")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.engines import moe_models, truth
+from tests.engines import moe_models, releases, truth
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
@@ -233,6 +233,7 @@ class MoeSources:
             return found
 
         run: Run = self._runs.get((case, universal), make)
+        releases.skip_unreadable(run.folder)
         return run
 
     def copy(self, case: MoeCase, to: Path) -> Path:

@@ -21,7 +21,7 @@ from ucp.deepspeed.norms import GradientNorms
 from ucp.deepspeed.notes import gradients_note, overridden, weights_notes
 from ucp.deepspeed.saves import save_checkpoint
 from ucp.deepspeed.snapshots import Snapshots
-from ucp.deepspeed.supported import check_engine, check_features, warn_of_training
+from ucp.deepspeed.supported import check_engine, check_features, warn_of_own_saves, warn_of_training
 from ucp.elastic.layouts import Fitted
 from ucp.errors import BadArgument, NotACheckpoint, PartlyLoaded, ProofFailed, Unsupported
 from ucp.formats.nouns import ModuleOrder
@@ -214,6 +214,8 @@ def bind(engine: Any, config: Config, fitted: Fitted | None = None) -> None:
         advice = 'use "ucp": {"save": {"format": "deepspeed"}}, which saves as DeepSpeed does'
         ranks.all_or_none(lambda: check_features(engine, advice))
     warn_of_training(engine)
+    if config.save.format != "universal":
+        warn_of_own_saves(engine)
     engine.ucp = EngineUcp(engine, config, fitted)
     engine.load_checkpoint = MethodType(load_checkpoint, engine)
     if config.save.format == "universal":

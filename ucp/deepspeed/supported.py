@@ -80,11 +80,34 @@ def _odd_training(engine: Any) -> Iterator[str]:
             'weights with the gradients of its own samples. Set "bf16": {"immediate_grad_update": true}, or take a '
             "release since 0.19"
         )
+    if _is_bf16_at_stage0(engine) and not releases.zeroes_bf16_at_stage0():
+        yield (
+            "never zeroes the gradients of bf16 weights at stage 0: each step adds to those of all steps before. Take "
+            "stage 1, or a release since 0.18.6"
+        )
     gradients = gradients_of(engine)
     if gradients != Gradients():
         yield (
             f"steps a pipeline with {gradients}, where plain modules and other releases take the mean; the learning "
             "rate and clipping count for that"
+        )
+
+
+def _is_bf16_at_stage0(engine: Any) -> bool:
+    """In the wrapper that is fp16's, too; some releases take their BF16_Optimizer there."""
+    wrapped = releases.FUSED.has(engine.optimizer) or releases.UNFUSED.has(engine.optimizer)
+    return wrapped and engine.zero_optimization_stage() == 0 and bool(engine.bfloat16_enabled())
+
+
+def warn_of_own_saves(engine: Any) -> None:
+    """Warn if DeepSpeed's own checkpoints of this engine have no optimizer state, which its save says nothing of."""
+    wrapped = releases.FUSED.has(engine.optimizer) or releases.UNFUSED.has(engine.optimizer)
+    lost = wrapped and engine.zero_optimization_stage() > 0
+    if lost or (_is_bf16_at_stage0(engine) and not releases.saves_bf16_at_stage0()):
+        warn(
+            f"DeepSpeed {releases.installed()} takes a {type(engine.optimizer).__name__} for this config, and its own "
+            'checkpoints leave out what that has; "ucp": {"save": {"format": "universal"}}, which is the default, '
+            "saves all of it"
         )
 
 
@@ -121,10 +144,25 @@ def _unsupported(engine: Any) -> Iterator[str]:
         yield "ZenFlow (zero_optimization.zenflow)"
     if getattr(engine.optimizer, "save_muon_momentum_buffer_in_memory", False):
         yield "Muon's momentum outside the optimizer's state (zero_optimization.save_muon_momentum_buffer_in_memory)"
+    if _shares_muon(engine) and not releases.muon_has_whole_gradients():
+        yield (
+            f'Muon with "reduce_scatter" of DeepSpeed {releases.installed()}, whose ranks keep different momenta of a '
+            'matrix that their partitions share (set "zero_optimization": {"reduce_scatter": false}, or take a release '
+            "since 0.19.3)"
+        )
     if engine.use_node_local_storage():
         yield "node-local checkpoint storage (checkpoint.use_node_local_storage): every rank must see all files"
     if getattr(engine.optimizer, "offloaded_states", None):
         yield "states that are offloaded at this moment (offload_states); call reload_states first"
+
+
+def _shares_muon(engine: Any) -> bool:
+    """Whether a matrix that Muon steps begins before this rank's partition, and gradients are reduced in parts."""
+    zero = engine.optimizer
+    if not releases.STAGE12.has(zero) or zero.cpu_offload or not getattr(zero, "reduce_scatter", False):
+        return False
+    begins = getattr(zero, "first_offset", ())
+    return any(at > 0 and g.get("use_muon") for g, at in zip(zero.optimizer.param_groups, begins, strict=False))
 
 
 def _freezes(module: Any) -> bool:

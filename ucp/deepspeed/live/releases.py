@@ -118,6 +118,7 @@ PARTITIONS = EngineModule("deepspeed.runtime.zero.partition_parameters", ("Init"
 ENGINE = (
     "_checkpoint_tag_validation",
     "_config",
+    "bfloat16_enabled",
     "curriculum_learning_enabled",
     "device",
     "global_samples",
@@ -275,12 +276,35 @@ def stage2_keeps_micro_steps() -> bool:
 
 
 def bf16_optimizer_reduces_all() -> bool:
-    """Whether what BF16_Optimizer has of the last micro step is reduced over ranks. 0.18.3 to 0.18.9 reduce before it
+    """Whether what BF16_Optimizer has of the last micro step is reduced over ranks. 0.18.5 to 0.18.9 reduce before it
     has taken that over, so that each rank steps its part with its own samples' gradients."""
     epilogue = getattr(_class_of(ENGINE_CLASS), "_backward_epilogue", None)
     if epilogue is None or not hasattr(_class_of(BF16), "backward_epilogue"):
         return True
     return BF16.name in inspect.getsource(epilogue)
+
+
+def zeroes_bf16_at_stage0() -> bool:
+    """Whether a step in bf16 without ZeRO leaves no gradients behind. 0.17.6 to 0.18.5 leave that to BF16_Optimizer,
+    which they no longer take there, so that gradients add up from step to step."""
+    step = getattr(_class_of(ENGINE_CLASS), "_take_model_step", None)
+    code = "" if step is None else inspect.getsource(step)
+    return "if self.zero_optimization() and hasattr(self.optimizer" not in code
+
+
+def saves_bf16_at_stage0() -> bool:
+    """Whether DeepSpeed's own checkpoints have the optimizer's state in bf16 without ZeRO. 0.17.6 to 0.18.4 take the
+    names of two kinds of optimizer for one, and save the state of neither (`runtime/constants.py`)."""
+    save = getattr(_class_of(ENGINE_CLASS), "_save_checkpoint", None)
+    code = "" if save is None else inspect.getsource(save)
+    return "zero_optimizer_state = self.zero_optimization() or self.bfloat16_enabled()" not in code
+
+
+def muon_has_whole_gradients() -> bool:
+    """Whether every rank that steps a part of a matrix gets the whole matrix's gradient, which Muon needs, although
+    ``reduce_scatter`` brings each part to one rank (since 0.19.3)."""
+    reduce = getattr(_class_of(STAGE12), "average_tensor", None)
+    return reduce is None or "use_muon" in inspect.getsource(reduce)
 
 
 def loss_scale(optimizer: Any) -> Any | None:

@@ -199,6 +199,7 @@ def test_by_way_of_object_storage(to: str, bucket: str, ranks: RankPool, sources
     assert differences(run.truth, loaded.truth) == []
 
 
+@pytest.mark.skipif(not releases.is_pinned(), reason=releases.without("writes other keys than 0.19.8"))
 @pytest.mark.parametrize("by_way_of", [None, "consolidated", "virtual"])
 @pytest.mark.parametrize("case", AS_WRITTEN, ids=lambda case: case.label)
 def test_files_are_those_that_deepspeed_writes(

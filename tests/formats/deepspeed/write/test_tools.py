@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import ucp
+from tests.engines import releases
 from tests.formats.deepspeed.write.test_native import ADAMW, BF16, GROUPS, SHAPES, raw_source
 from tests.formats.raw import Raw, write_files
 from ucp.catalog import Catalog
@@ -23,6 +24,13 @@ from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def as_the_release_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own tools run here, and programs that are started from here."""
+    for name, value in releases.environment().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize("dp", [1, 3, 5])

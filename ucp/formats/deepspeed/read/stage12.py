@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ucp import limits
 from ucp.catalog import ParamGroup
-from ucp.errors import DamagedCheckpoint
+from ucp.errors import DamagedCheckpoint, Mismatch
 from ucp.formats.deepspeed.experts import ordered
 from ucp.formats.deepspeed.read import stems
 from ucp.formats.deepspeed.read.experts import ExpertFiles
@@ -32,6 +33,7 @@ from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
 from ucp.geometry import Blocks, Shape, numel, whole
 from ucp.parallel.zero import flat_offsets, flat_partition, undo_round_robin
+from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef
 
 MOMENTUM = "momentum_buffer"
@@ -118,6 +120,8 @@ def _read_group(
             held[r] = path, _state(builder, path, sd, g, lengths, momentum.lengths[r] if momentum else None)
     states, scalars = join_states(f"group {g}", held)
     by_rank: dict[str, dict[int, TensorRef]] = {"param": {r: masters[r][g] for r in optim}, **states}
+    if momentum and MOMENTUM in by_rank:
+        _check_momenta(builder, momentum, by_rank[MOMENTUM])
     for name, shape in shapes.items():
         tensors = []
         for state, refs in by_rank.items():
@@ -129,10 +133,12 @@ def _read_group(
 
 @dataclass(frozen=True)
 class _Momentum:
-    """Muon's momentum buffers: their length on each rank, and where each parameter's lies (on its first rank)."""
+    """Muon's momentum buffers: their length on each rank, where each parameter's lies (on its first rank), and from
+    which element on it lies on each of its ranks, with how many there are."""
 
     lengths: Mapping[int, int]
     blocks: Mapping[str, Blocks]
+    places: Mapping[str, tuple[Mapping[int, int], int]]
 
 
 def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> bool:
@@ -153,12 +159,38 @@ def _keeps_whole_momentum(sd: Mapping[str, Any], g: int, offloaded: bool) -> boo
 def _whole_momentum(shapes: Mapping[str, Shape], cuts: Mapping[str, Blocks], dp: int) -> _Momentum:
     lengths = dict.fromkeys(range(dp), 0)
     blocks: dict[str, Blocks] = {}
+    places: dict[str, tuple[Mapping[int, int], int]] = {}
     for name, shape in shapes.items():
+        own: dict[int, int] = {}
         for r in sorted(set(cuts[name].buffers.tolist())):
             blocks.setdefault(name, whole(shape, lengths[r], r))
+            own[r] = lengths[r]
             lengths[r] += numel(shape)
         blocks.setdefault(name, cuts[name])
-    return _Momentum(lengths, blocks)
+        places[name] = own, numel(shape)
+    return _Momentum(lengths, blocks, places)
+
+
+def _check_momenta(builder: Builder, momentum: _Momentum, refs: Mapping[int, TensorRef]) -> None:
+    """Raise Mismatch if ranks have other momenta of a matrix that their partitions share, by its first elements.
+
+    So it is with DeepSpeed 0.17.6 to 0.19.2 and its ``reduce_scatter``, which brings the gradient of each part to its
+    own rank alone: each then orthogonalises another whole matrix.
+    """
+    for name, (places, count) in momentum.places.items():
+        read = {}
+        for r, start in places.items() if len(places) > 1 else ():
+            ref, width = refs[r], itemsize(refs[r].dtype)
+            raw = bytearray(min(count, limits.COPY_ELEMENTS_COUNT) * width)
+            builder.read_into(builder.file(ref), ref.offset + start * width, raw)
+            read[r] = bytes(raw)
+        other = next((r for r in read if read[r] != read[min(read)]), None)
+        if other is not None:
+            raise Mismatch(
+                f"{refs[other].file}: '{name}' ({MOMENTUM}) is not what '{refs[min(read)].file}' has of it, so nothing "
+                "says which one a run in another layout would go on from; DeepSpeed's Muon of 0.17.6 to 0.19.2 trains "
+                'so with "reduce_scatter": true, and can itself go on in this layout; zero_to_fp32.py gives the weights'
+            )
 
 
 def _padding(path: Path, sd: Mapping[str, Any], g: int) -> int:
