@@ -24,6 +24,7 @@ WORKS = {
     "prove": "the proof after a load, its share of the load, on the host or a device",
     "merge": "two checkpoints into one, beside cp of the same bytes and mergekit on folders",
     "survive": "snapshots in memory: their cost in a step, recovery from them, what they take",
+    "many": "10,000 small tensors beside DCP and torch.load, and opening the files of 1,024 ranks",
     "plan": "planning a change of layout for 1T parameters, with no data",
 }
 

@@ -206,6 +206,8 @@ HOST_ALIGNMENT_BYTES = 64
 TIED_WINDOW_BYTES = 8 * MIB
 # The buffer that a rank exchanges through, on the device of the group's backend.
 EXCHANGE_BUFFER_BYTES = 32 * MIB
+# What all ranks of one machine together exchange through, in memory that they share. Containers often have 64 MiB.
+EXCHANGE_LOCAL_BYTES = 48 * MIB
 # If ranks want less than this in common, 'adaptive' measures nothing, and every rank reads for itself.
 EXCHANGE_WORTHWHILE_BYTES = 64 * MIB
 # How much 'adaptive' reads to measure the storage, and exchanges to measure the network.

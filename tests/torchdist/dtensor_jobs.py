@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import glob
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,6 +21,8 @@ import ucp.dcp
 from tests.engines.fsdp import FURTHER, STEPS, Live, Mesh, State
 from tests.engines.truth import same
 from ucp import limits
+from ucp.job import local_sums
+from ucp.loading.exchange import Sharing, exchange
 from ucp.torchdist.save import background_saver
 
 warnings.filterwarnings("ignore")
@@ -341,3 +345,34 @@ def _refused(work: Callable[[], Any]) -> str:
     except ucp.UcpError as error:
         return error.whole
     raise ValueError("this was not refused")
+
+
+def exchanged(folder: str) -> tuple[bool, int, list[str]]:
+    """Exchange what three ranks have read a third of each, all together and then two of them, with shared memory in
+    ``folder``. Whether this rank has everything, the most bytes that a collective has moved, and what is left there."""
+    place, most = dist.get_rank(), 0
+    reduce: Any = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *given: Any, **named: Any) -> Any:
+        nonlocal most
+        most = max(most, tensor.nbytes)
+        return reduce(tensor, *given, **named)
+
+    whole = torch.arange(100_000, dtype=torch.int32)
+    right = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_sums, "FOLDER", folder)
+        patch.setattr(limits, "EXCHANGE_LOCAL_BYTES", 1 << 16)  # many rounds
+        patch.setattr(limits, "EXCHANGE_BUFFER_BYTES", 1 << 20)
+        patch.setattr(dist, "all_reduce", counted)
+        for group in ((0, 1, 2), (0, 2)):
+            entry, flat = (0, "param", "int32"), torch.zeros_like(whole)
+            own = [len(whole) * k // len(group) for k in range(len(group) + 1)]
+            if place in group:
+                low, high = own[group.index(place)], own[group.index(place) + 1]
+                flat[low:high] = whole[low:high]
+            sharing = Sharing({group: (entry,)} if place in group else {}, (group,))
+            exchange(sharing, {entry: flat} if place in group else {})
+            right &= place not in group or bool(flat.equal(whole))
+    dist.barrier()
+    return right, most, glob.glob(f"{folder}/ucp-*")

@@ -204,3 +204,12 @@ def test_a_model_that_all_ranks_hold_is_read_once(ranks: RankPool, tmp_path: Pat
     assert all(read >= 3 * weights for _, read, _ in alone)
     assert sum(read for _, read, _ in once) <= 1.01 * 3 * weights
     assert all(read <= 1.1 * weights for _, read, _ in once)
+
+
+def test_ranks_of_one_machine_exchange_through_shared_memory(ranks: RankPool, tmp_path: Path) -> None:
+    """Where they share memory, collectives only tell that all have come; where not, all bytes go through them."""
+    shared = ranks.run(jobs.exchanged, str(tmp_path), world_size=3)
+    assert [(right, left) for right, _, left in shared] == [(True, [])] * 3
+    assert all(most <= 8 for _, most, _ in shared)
+    apart = ranks.run(jobs.exchanged, str(tmp_path / "none"), world_size=3)
+    assert all(right and most == 400_000 for right, most, _ in apart)

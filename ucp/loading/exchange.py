@@ -1,4 +1,4 @@
-"""Read once what several ranks want alike, and exchange it.
+"""Read once what several ranks want alike, and exchange it: through shared memory where ranks share a machine.
 
 Ranks that hold the same slot with the same values want the same bytes: all of a stage-0 model, frozen weights and
 buffers at stages 1 and 2, what tensor-parallel ranks have in common. If storage is slower than the network, each of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from ucp import limits
 from ucp.errors import BadArgument, Unsupported
 from ucp.geometry import Blocks, extents, take_elements
-from ucp.job import ranks
+from ucp.job import local_sums, ranks
 from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Slot, Target
 from ucp.storage.dtypes import itemsize
@@ -134,11 +135,13 @@ def is_worthwhile(
     # Ranks read different bytes at the same time here. This gives the speed of the storage for all of them together.
     count = ranks.all_or_none(lambda: read(sample, np.empty(room, np.uint8)))
     reading = (time.perf_counter() - began) / max(count, 1)
-    trial = torch.zeros(limits.EXCHANGE_TRIAL_BYTES, dtype=torch.uint8, device=_device(None))
-    for _ in range(2):  # the first time makes the connections
+    # As the groups will do it, if all ranks share a machine; otherwise over the network.
+    trial = torch.zeros(limits.EXCHANGE_TRIAL_BYTES, dtype=torch.uint8)
+    sums = _sums(tuple(range(ranks.world_size())), None, len(trial))
+    for _ in range(2):  # the first time makes the connections, and gets the memory
         began = time.perf_counter()
-        dist.all_reduce(trial)
-        if trial.is_cuda:
+        _sum([trial], sums)
+        if sums.staging.is_cuda:
             torch.cuda.synchronize()
         exchanging = (time.perf_counter() - began) / limits.EXCHANGE_TRIAL_BYTES
     slowest = max(_everyones(reading)), max(_everyones(exchanging))
@@ -175,24 +178,53 @@ def exchange(sharing: Sharing, tensors: Mapping[Entry, torch.Tensor]) -> None:
         handle = None if group == world else dist.new_group(list(group))
         if group in sharing.groups:
             flat = [tensors[entry].view(torch.uint8) for entry in sharing.groups[group]]
-            _sum(flat, handle)
+            _sum(flat, _sums(group, handle, sum(map(len, flat))))
         if handle is not None:
             dist.destroy_process_group(handle)
 
 
-def _sum(buffers: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    staging = torch.empty(
-        min(limits.EXCHANGE_BUFFER_BYTES, sum(map(len, buffers))), dtype=torch.uint8, device=_device(group)
-    )
-    for pieces in _filled(buffers, len(staging)):
+class _Sums(Protocol):
+    """Adds up bytes of all ranks of a group. staging: this rank's, to be filled before each sum."""
+
+    staging: torch.Tensor
+
+    def sum(self, nbytes: int) -> torch.Tensor:
+        """The sum of everyone's first bytes. Collective."""
+        ...
+
+
+class _GroupSums:
+    """The sums of ranks that may be anywhere, by their process group."""
+
+    def __init__(self, handle: dist.ProcessGroup | None, size: int) -> None:
+        self._handle = handle
+        self.staging = torch.empty(size, dtype=torch.uint8, device=_device(handle))
+
+    def sum(self, nbytes: int) -> torch.Tensor:
+        dist.all_reduce(self.staging[:nbytes], group=self._handle)
+        return self.staging[:nbytes]
+
+
+def _sums(group: tuple[int, ...], handle: dist.ProcessGroup | None, nbytes: int) -> _Sums:
+    """How these ranks add up so many bytes: through shared memory if they share a machine. Collective for the group."""
+    size = min(limits.EXCHANGE_BUFFER_BYTES, nbytes)
+    if len(group) > 1 and size:
+        local = local_sums.shared(group, handle, min(size, local_sums.buffer_bytes(len(group))), _device(handle))
+        if local is not None:
+            return local
+    return _GroupSums(handle, size)
+
+
+def _sum(buffers: Sequence[torch.Tensor], sums: _Sums) -> None:
+    for pieces in _filled(buffers, len(sums.staging)):
         at = 0
         for piece in pieces:
-            staging[at : at + len(piece)].copy_(piece)
+            sums.staging[at : at + len(piece)].copy_(piece)
             at += len(piece)
-        dist.all_reduce(staging[:at], group=group)
+        found = sums.sum(at)
         at = 0
         for piece in pieces:
-            piece.copy_(staging[at : at + len(piece)])
+            piece.copy_(found[at : at + len(piece)])
             at += len(piece)
 
 
