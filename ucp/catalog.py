@@ -43,7 +43,7 @@ class SourceFile:
     mtime_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LogicalTensor:
     """One state of one parameter as a whole, without shards and padding, and where its fragments lie.
 
@@ -80,7 +80,7 @@ class LogicalTensor:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParameterInfo:
     """A parameter or buffer of the model.
 

@@ -29,7 +29,7 @@ def row_major(shape: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """``n`` boxes of one d-dimensional logical tensor, and where their elements lie in flat buffers.
 

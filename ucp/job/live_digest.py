@@ -40,7 +40,7 @@ _WORTH_A_THREAD = 128 << 20
 _logger = logger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class LiveElements:
     """Elements of a logical tensor in memory, on any device.
 

@@ -27,7 +27,7 @@ _ROW = np.dtype(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """What this rank holds of a tensor. region: `region_of` its blocks. flawed: it is wrong in a way that its digest
     does not show."""
@@ -38,7 +38,7 @@ class Part:
     flawed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SumOverRanks:
     """A tensor on all ranks together. digest, elements: of what the ranks hold, with replicas counted once. differ: two
     ranks hold the same elements with different values. flawed: a rank's part is flawed. every, held: the digest and the

@@ -186,7 +186,7 @@ def uncovered(share: RankReads, entry: Entry, length: int) -> Iterator[tuple[int
     """The elements of an entry's buffer that no want covers, as ranges. All of it, if wants cover some of it with gaps
     between their rows."""
     blocks = [want.blocks for want in share.wants[entry] if len(want.blocks)]
-    if sum(int(one.counts.sum()) for one in blocks) == length:
+    if sum(one.elements for one in blocks) == length:
         return
     ends = [extents(one) for one in blocks]
     first = np.concatenate([low for low, _ in ends]) if ends else np.zeros(0)

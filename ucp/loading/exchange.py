@@ -197,11 +197,11 @@ class _GroupSums:
     """The sums of ranks that may be anywhere, by their process group."""
 
     def __init__(self, handle: dist.ProcessGroup | None, size: int) -> None:
-        self._handle = handle
+        self._members = handle
         self.staging = torch.empty(size, dtype=torch.uint8, device=_device(handle))
 
     def sum(self, nbytes: int) -> torch.Tensor:
-        dist.all_reduce(self.staging[:nbytes], group=self._handle)
+        dist.all_reduce(self.staging[:nbytes], group=self._members)
         return self.staging[:nbytes]
 
 

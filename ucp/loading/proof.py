@@ -104,7 +104,7 @@ def check_choice(prove: bool | str) -> None:
         raise BadArgument(f'prove is True, False, "{FULL}" or "{ALWAYS}"; found {prove!r}')
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _LiveCopy:
     """A tensor of the checkpoint in this rank's memory. turn: its number, if one tensor of the checkpoint fills
     several. rounded: what the program keeps, if that has fewer bits than what was read. ``live`` is what was read then.
@@ -136,9 +136,9 @@ def sees_all(target: Target, entries: Mapping[Entry, Sequence[Want]]) -> bool:
     """Whether a proof will look at every element of these, as far as this rank knows before they are brought: they lie
     on devices, but for a few, and the checkpoint has digests of all."""
     on_host = on_device = 0
-    for (key, state, _), wants in entries.items():
+    for key, state, _ in entries:
         memory = target.memory(key, state)
-        if memory is None or any(want.tensor.digest is None for want in wants):
+        if memory is None:
             return False
         if memory.device.type != "cpu":
             on_device += memory.nbytes
@@ -146,7 +146,7 @@ def sees_all(target: Target, entries: Mapping[Entry, Sequence[Want]]) -> bool:
         on_host += memory.nbytes
         if on_host >= SAMPLED_FROM:
             return False
-    return on_device > 0
+    return on_device > 0 and all(want.tensor.digest is not None for wants in entries.values() for want in wants)
 
 
 def prove(

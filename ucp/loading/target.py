@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Member:
     """A parameter (or buffer) of the model, and which part of it this rank's slot holds.
 
@@ -52,7 +52,7 @@ class Placement:
     shape: Shape | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What a slot asks for, if it says so itself instead of leaving it to its optimizer.
 
@@ -66,7 +66,7 @@ class Asked:
     blank: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One flat buffer of this rank that an optimizer treats as one tensor, or one tensor outside the optimizer.
 

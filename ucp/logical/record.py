@@ -22,7 +22,7 @@ def drawn(seed: int) -> Sample:
     return Sample(seed, EVERY, first=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """A tensor's digest, and the digest of the blocks that a sample picks. The records of disjoint parts add up."""
 

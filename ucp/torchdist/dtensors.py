@@ -71,7 +71,7 @@ def _whole(shape: Shape) -> Blocks:
 
 def _shared(blocks: Blocks) -> Blocks:
     """The blocks, made read-only, since several tensors share them."""
-    for array in vars(blocks).values():
+    for array in (blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, blocks.buffers):
         array.flags.writeable = False
     return blocks
 

@@ -396,7 +396,7 @@ class StateDictTarget:
             put(state_dict, self._entries[key].path, value)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Place:
     """A tensor of the state dict on this rank. length is in elements."""
 

@@ -29,7 +29,7 @@ from ucp.transfer.exact import check_exact, widen
 from ucp.transfer.reader import Bytes, Cache, Reader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Want:
     """Elements of one logical tensor that a target wants.
 

@@ -39,7 +39,7 @@ _GROUPS, _STATE, _MEMBERS = "param_groups.", "state.", "params"
 _PREFERRED = (f"{MODEL}.", "", "module.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StateEntry:
     """An entry of a state dict. path: the keys that lead to it. shape: a tensor's; None for any other value."""
 
