@@ -43,6 +43,7 @@ from ucp.storage.torch_pt.values import DeviceName, DtypeName, Size, TensorRef
 from ucp.transfer.checksums import RecordChecks, read_record
 from ucp.transfer.gather import Want, gather
 from ucp.transfer.reader import Reader
+from ucp.units import counted
 
 if TYPE_CHECKING:
     import torch
@@ -318,7 +319,8 @@ def approximate_sentence(approximate: Mapping[str, str]) -> str:
         ways.setdefault(how, []).append(name)
     texts = [f"{how}: '{names[0]}'" + (f" and {len(names) - 1} more" * (len(names) > 1)) for how, names in ways.items()]
     more = f"; and {len(texts) - 4} more ways" if len(texts) > 4 else ""
-    return f"{len(approximate)} parameters are approximate, not what a run had ({'; '.join(texts[:4])}{more})"
+    many = counted(len(approximate), "parameter is", "parameters are")
+    return f"{many} approximate, not what a run had ({'; '.join(texts[:4])}{more})"
 
 
 def open_apart(path: str | os.PathLike[str], tag: str | int | None = None) -> Checkpoint:

@@ -29,7 +29,7 @@ from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, Written, carry_out
 from ucp.transfer.targets import WritePlan
 from ucp.transfer.windows import budget, check_files
-from ucp.units import bytes_text, counted
+from ucp.units import bytes_text, counted, took
 
 log = logger(__name__)
 
@@ -107,7 +107,7 @@ class ConversionReport:
         return (
             f"{did} {self.destination}: {counted(self.tensors, 'tensor')} of {counted(self.parameters, 'parameter')}, "
             f"{counted(self.files, 'file')}, {bytes_text(self.bytes_written)}{checked}, "
-            f"from {self.source_format} ({self.layout}) to {target} in {self.seconds:.1f} s"
+            f"from {self.source_format} ({self.layout}) to {target}{took(self.seconds, self.dry_run)}"
         )
 
 

@@ -243,7 +243,7 @@ def test_slips(capsys: pytest.CaptureFixture[str], source: Path) -> None:
         (("diff", source, source, "--state", "exp"), "neither checkpoint has a state 'exp'; there are 'exp_avg'"),
         (
             ("ls", source / "ucp.json"),
-            "ucp.json: is a file; the folder that it is in is a checkpoint ('universal'); a checkpoint is a folder",
+            f"is a single file in the folder of a checkpoint ('universal'); give that folder, '{source}'",
         ),
         (("plan", source, "--layout", "dp=2,pp=2,zero=1"), "is no name of a pipeline's"),
         (("plan", source, "--layout", "dp=2,zero=1", "--ds-config", "no.json"), "no.json: there is no such file"),

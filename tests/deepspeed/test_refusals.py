@@ -96,7 +96,7 @@ def test_checkpoints_of_other_models_and_optimizers(ranks: RankPool, sources: So
 @pytest.mark.parametrize(
     ("change", "patterns"),
     [
-        ("wider_gain", [r"1 do not fit: parameter 'gain' \[3\] has shape \[1\] in the checkpoint"]),
+        ("wider_gain", [r"1 does not fit: parameter 'gain' \[3\] has shape \[1\] in the checkpoint"]),
         ("another_buffer", [r"1 would stay unrestored: buffer 'extra_buffer' \[2\]"]),
         ("another_parameter", [r"1 would stay unrestored: parameter 'extra' \[2, 3\]"]),
         ("no_shift", [r"1 of the checkpoint would stay unused: parameter 'shift' \[3\]"]),
@@ -286,11 +286,11 @@ def test_versions_of_deepspeed_that_have_not_been_tested(ranks: RankPool) -> Non
         ({"enable": True}, r"unknown key 'enable'; did you mean 'enabled'\?"),
         ({"load": {"allow_mising": []}}, r"unknown key 'allow_mising'; did you mean 'allow_missing'\?"),
         ({"zzz": 1}, "unknown key 'zzz'; known are enabled"),
-        ({"enabled": "yes"}, "'enabled' needs a bool, found 'yes'"),
+        ({"enabled": "yes"}, "'enabled' needs true or false, found 'yes'"),
         ({"load": []}, "'load' needs a dict"),
         ({"load": {"allow_missing": "a"}}, "'allow_missing' needs a list, found 'a'"),
         ({"load": {"allow_unused": [3]}}, r"needs a list of name patterns, found \[3\]"),
-        ({"trust_client_state": 1}, "'trust_client_state' needs a bool, found 1"),
+        ({"trust_client_state": 1}, "'trust_client_state' needs true or false, found 1"),
     ],
 )
 def test_mistakes_in_the_configuration(ranks: RankPool, section: dict[str, object], text: str) -> None:

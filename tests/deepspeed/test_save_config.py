@@ -30,7 +30,7 @@ def test_programs_that_delete_right_after_a_save_have_it_synchronous() -> None:
         ({"formt": "universal"}, r"unknown key 'formt'; did you mean 'format'\?"),
         ({"format": "pickle"}, "is one of universal, deepspeed; found 'pickle'"),
         ({"policy": "hope"}, "is one of wait, skip; found 'hope'"),
-        ({"async": 1}, "'async' needs a bool, found 1"),
+        ({"async": 1}, "'async' needs true or false, found 1"),
         ({"memory": 0}, "'?memory.* needs a number of at least 1, found 0"),
         ({"memory": "much"}, "is bytes, or a size such as \"16GiB\"; found 'much'"),
         ({"memory": "2GB/s"}, "is bytes, or a size such as \"16GiB\"; found '2GB/s'"),

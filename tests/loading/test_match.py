@@ -78,7 +78,7 @@ def test_unused_parameters_and_buffers_are_listed_with_their_shapes() -> None:
 def test_one_refusal_lists_every_kind_of_misfit() -> None:
     saved = catalog({"a": Saved((3, 2)), "b": Saved((5,)), "d": Saved()})
     text = refusal(saved, target(slot(0, {"a": SHAPE, "b": (5,), "c": SHAPE})))
-    assert "1 do not fit: parameter 'a' [2, 3] has shape [3, 2] in the checkpoint" in text
+    assert "1 does not fit: parameter 'a' [2, 3] has shape [3, 2] in the checkpoint" in text
     assert "parameter 'c' [2, 3]" in text
     assert "parameter 'd' [2, 3]" in text
 

@@ -181,7 +181,7 @@ def test_much_in_host_memory_is_sampled_and_says_so(tmp_path: Path, monkeypatch:
     assert report.proof is not None
     assert report.proof.sample is not None
     assert report.proof.tensors == 2
-    assert "(a sample: one of 64 blocks of 64 KiB of each tensor), " in str(report.proof)
+    assert "(a sample: one of 64 blocks of 65.5 kB of each tensor), " in str(report.proof)
     blocks = len(report.proof.sample.picks(large["w"].nbytes))
     assert report.proof.seen == (blocks << 16) + large["small"].nbytes
     assert f"{100 * report.proof.seen / (large['w'].nbytes + 40):.1f} % of the bytes" in str(report.proof)

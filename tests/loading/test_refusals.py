@@ -66,7 +66,7 @@ def test_what_is_unused() -> None:
 
 def test_other_shapes_and_element_types() -> None:
     of_engine, of_state_dict = both({"a": Saved((3, 2))}, {"a": (2, 3)})
-    assert "1 do not fit: parameter 'a' [2, 3] has shape [3, 2] in the checkpoint" in of_engine
+    assert "1 does not fit: parameter 'a' [2, 3] has shape [3, 2] in the checkpoint" in of_engine
     assert "'model.a' is [3, 2] in the checkpoint and [2, 3] here" in of_state_dict
     of_engine, of_state_dict = both({"a": Saved(dtype="float64")}, {"a": (2, 3)})
     lost = "is float64 in the checkpoint and float32 here, which would lose bits"
@@ -89,7 +89,31 @@ def test_groups_that_do_not_agree() -> None:
 def test_nothing_is_advised_where_no_permission_helps() -> None:
     of_engine, of_state_dict = both({"a": Saved((3, 2), states=("exp_avg",))}, {"a": (2, 3)})
     assert "allow" not in of_state_dict
-    assert "to load all the same" in of_engine  # of a state that is missing besides
+    assert "allow" not in of_engine  # nor where a state is missing besides: the shapes still differ
+
+
+def test_of_another_optimizer_at_most_five_names_are_told() -> None:
+    from ucp.deepspeed.live import WORDS
+
+    def told(missing: str, *unused: str) -> str:
+        found = Findings(WORDS)
+        for number in range(9):
+            found.missing += [Item("parameter", f"p{number}", (2,), missing)] if missing else []
+            found.unused += [Item("parameter", f"p{number}", (2,), state) for state in unused]
+        with pytest.raises(Mismatch) as refused:
+            found.refuse("dp=1", "dp=2", set(unused))
+        return str(refused.value)
+
+    momentum = told("momentum_buffer", "exp_avg", "exp_avg_sq")
+    assert len(re.findall(r"'p\d'", momentum)) <= limits.REFUSAL_ITEMS_COUNT
+    assert (
+        "18 of the checkpoint would stay unused: 'exp_avg' of 9 parameters, 'exp_avg_sq' of 9 parameters; " in momentum
+    )
+    plain = told("", "exp_avg", "exp_avg_sq")
+    assert (
+        "the checkpoint is Adam's (exp_avg, exp_avg_sq), and the optimizer here keeps none of that; load_opt" in plain
+    )
+    assert len(re.findall(r"'p\d'", plain)) <= limits.REFUSAL_ITEMS_COUNT
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def unknown(info: Mapping[str, Any] | None, shapes: Sequence[tuple[int, ...]], *
     """Why the draft is refused, and that its text says the same."""
     parts = {Coordinate(r): {"w": s} for r, s in enumerate(shapes)}
     text = draft(info, parts, Layout(tp=len(shapes)), **more)
-    assert "# 1 lines are marked unknown." in text
+    assert "# 1 line is marked unknown." in text
     with pytest.raises(SpecError, match="'w' is marked unknown") as caught:
         bind(loads(text))
     return str(caught.value)

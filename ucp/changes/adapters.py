@@ -23,6 +23,7 @@ from ucp.merging.computed import Input
 from ucp.storage.dtypes import itemsize
 from ucp.storage.numbers import Bytes, Numbers, as_bytes, as_numbers, common_dtype
 from ucp.transfer.gather import Want, gather
+from ucp.units import counted
 
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer."
@@ -56,9 +57,14 @@ def added(build: Build, outline: Outline) -> list[str]:
         if len((info := build.catalog.parameters[name]).states) > 1 and outline.parameters[name].kind != "parameter"
     ]
     freeze(build, frozen)
-    lines = [f"adapters: {len(new)} parameters are below adapters now ({few(list(new.values()))})"] if new else []
+    lines = []
+    if new:
+        now = counted(len(new), "parameter is", "parameters are")
+        lines.append(f"adapters: {now} below adapters now ({few(list(new.values()))})")
     if frozen:
-        lines.append(f"adapters: {len(frozen)} parameters are frozen now, and their optimizer states left out")
+        lines.append(
+            f"adapters: {counted(len(frozen), 'parameter is', 'parameters are')} frozen now, without optimizer states"
+        )
     return lines
 
 
@@ -81,7 +87,7 @@ def split(build: Build) -> list[str]:
         return []
     build.drop(adapters)
     _plainly_named(build)
-    return [f"adapters: {len(adapters)} parameters of adapters are left out ({few(adapters)})"]
+    return [f"adapters: {counted(len(adapters), 'parameter')} of adapters left out ({few(adapters)})"]
 
 
 def merged(build: Build, scale: float) -> list[str]:
@@ -103,7 +109,8 @@ def merged(build: Build, scale: float) -> list[str]:
     build.drop(adapters)
     _plainly_named(build)
     return [
-        f"adapters: {len(made)} weights have theirs added, W + {scale:g} B A, rounded once ({few(sorted(pairs))}); "
+        f"adapters: {counted(len(made), 'weight')} with theirs added, W + {scale:g} B A, rounded once "
+        f"({few(sorted(pairs))}); "
         "the adapters' optimizer states are left out"
     ]
 

@@ -29,6 +29,7 @@ from ucp.spec.bound import bind
 from ucp.spec.changes import ADDED, DEQUANTISED, MERGED, MODEL, REQUANTISED, SPLIT, ZEROS, Changes
 from ucp.storage.numbers import FLOATS
 from ucp.transfer.exact import EXACT
+from ucp.units import counted
 
 
 def applied(
@@ -154,7 +155,7 @@ class _Steps:
         gone = [info.name for info in self._matching(self.changes.removed) if info.name not in live]
         if gone:
             self.build.drop(gone)
-            self.build.lines.append(f"removed: {len(gone)} parameters are not used ({few(gone)})")
+            self.build.lines.append(f"removed: not used: {counted(len(gone), 'parameter')} ({few(gone)})")
 
     def dtypes(self) -> None:
         for pattern, dtype in self.changes.dtype:
@@ -188,7 +189,7 @@ class _Steps:
                 self.build.put([(info, tensors)])
         for old, count in turned.items():
             how = "rounded once" if rounds else "exactly"
-            self.build.lines.append(f"dtype: {count} tensors from {old} to {dtype}, {how}")
+            self.build.lines.append(f"dtype: {counted(count, 'tensor')} from {old} to {dtype}, {how}")
 
     def sizes(self) -> None:
         live = self._live_of()
@@ -223,7 +224,7 @@ class _Steps:
             adapters.freeze(self.build, infos)
             names = [info.name for info in infos]
             self.build.lines.append(
-                f"frozen: the optimizer states of {len(infos)} parameters are left out ({few(names)})"
+                f"frozen: the optimizer states of {counted(len(infos), 'parameter')} are left out ({few(names)})"
             )
 
     def unfrozen(self) -> None:
@@ -260,7 +261,7 @@ class _Steps:
         names = [info.name for info in infos]
         weights = "" if what == "unfrozen" else ", as the model made them"
         states = " with optimizer states of zero" if any(i.kind == "parameter" for i in infos) else ""
-        self.build.lines.append(f"{what}: {len(infos)} parameters{weights}{states} ({few(names)})")
+        self.build.lines.append(f"{what}: {counted(len(infos), 'parameter')}{weights}{states} ({few(names)})")
         steps = {value for info in infos for key, value in info.scalars.items() if key == "step" and value}
         if steps:
             self.build.lines.append(

@@ -24,6 +24,7 @@ from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import flat_ranges, numel
 from ucp.storage.numbers import Bytes
 from ucp.transfer.gather import Reader, Want, gather
+from ucp.units import counted
 
 _BLOCK = 256  # bitsandbytes' elements of a block
 _STATES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
@@ -67,9 +68,8 @@ def dequantised(build: Build) -> list[str]:
     build.drop(gone)
     if not made:
         return []
-    return [
-        f"states: those of {len(made)} parameters are float32 now, exactly ({few([info.name for info, _ in made])})"
-    ]
+    names = few([info.name for info, _ in made])
+    return [f"states: those of {counted(len(made), 'parameter')} are float32 now, exactly ({names})"]
 
 
 def _quantised(name: str) -> _QuantisedState | None:

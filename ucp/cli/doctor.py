@@ -26,5 +26,5 @@ def command(args: argparse.Namespace) -> int:
     found = examine(args.folder)
     if out.result(lambda: {"schema": "ucp.doctor/1", "findings": [asdict(finding) for finding in found]}):
         return run.DONE
-    out.table(("", "", ""), [(finding.name, finding.found, finding.remark) for finding in found])
+    out.table(("what", "found", ""), [(finding.name, finding.found, finding.remark) for finding in found])
     return run.DONE

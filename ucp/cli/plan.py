@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
-from ucp.units import bytes_text, counted
+from ucp.units import bytes_text, counted, each_text
 
 if TYPE_CHECKING:
     from ucp.inspection.planning import ResumePlan
@@ -71,14 +71,16 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
 
     spread = balance(found.ranks)
     count = min(per_node, len(found.ranks))
-    hosted = f"{count} ranks" if count > 1 else "one rank"
+    hosted = counted(count, "rank")
     facts = [
         ("from", f"{found.path} ({found.source_layout}), {bytes_text(found.stored)} of tensors"),
         ("to", f"{found.layout}, {counted(len(found.ranks), 'rank')}"),
         ("read", f"{bytes_text(found.bytes)} in all, from {counted(found.files, 'file')}"),
         (
             "by a rank",
-            f"{bytes_text(spread['smallest'])} to {bytes_text(spread['largest'])}, "
+            each_text(spread["smallest"], spread["largest"])
+            if len(set(map(bytes_text, spread.values()))) == 1
+            else f"{bytes_text(spread['smallest'])} to {bytes_text(spread['largest'])}, "
             f"{bytes_text(spread['mean'])} on average; most by rank {found.largest}",
         ),
         ("memory", f"{bytes_text(found.node_memory)} on the host of {hosted} until all have read"),
@@ -99,4 +101,4 @@ def _print(out: Output, found: ResumePlan, per_node: int) -> None:
         rows = [(f"rank {r.rank}", str(r.bytes), str(r.files), str(r.pieces)) for r in shown]
     out.table(("rank", "reads", "files", "pieces"), rows, right=(1, 2, 3))
     if len(shown) < len(found.ranks):
-        out.note(f"  and {len(found.ranks) - len(shown)} more ranks (in a pipe, or with --json, all)")
+        out.note(f"  and {counted(len(found.ranks) - len(shown), 'more rank')} (in a pipe, or with --json, all)")

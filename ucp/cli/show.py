@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ucp import limits
 from ucp.cli import run, source
 from ucp.cli.output import Output
-from ucp.units import bytes_text, counted
+from ucp.units import bytes_text, counted, each_text
 
 if TYPE_CHECKING:
     from ucp.checkpoint import Checkpoint
@@ -96,8 +96,7 @@ def _overview(out: Output, found: Summary) -> None:
     )
     sizes = [h.bytes for h in found.holders]
     who = display.holder_word(h.name for h in found.holders)
-    spread = f"{counted(len(sizes), who)}, {bytes_text(min(sizes, default=0))} to "
-    spread += f"{bytes_text(max(sizes, default=0))} each"
+    spread = f"{counted(len(sizes), who)}, {each_text(min(sizes, default=0), max(sizes, default=0))}"
     if len(sizes) == 1:
         spread = f"one {who}, {bytes_text(sizes[0])}"
     training = found.training
@@ -115,7 +114,7 @@ def _overview(out: Output, found: Summary) -> None:
             ("parameters", f"{kinds}, {display.count_text(found.elements)} elements"),
             ("states", states),
             ("size", f"{bytes_text(found.bytes)} of tensors, {bytes_text(found.file_bytes)} of files"),
-            ("held by", f"{spread}, {found.fragments} fragments"),
+            ("held by", f"{spread}, {counted(found.fragments, 'fragment')}"),
             ("digests", f"in {sum(f.digests for f in found.files)} of {counted(len(found.files), 'file')}"),
             ("param groups", str(len(training["param_groups"]))),
             ("training state", ", ".join(has) or ("none" if found.step is None else "counters only")),
@@ -175,7 +174,7 @@ def _parameters(out: Output, checkpoint: Checkpoint, kept: list[ParameterSummary
             out.title(p.name)
             facts = [("shape", display.shape_text(p.shape)), ("kind", p.kind), ("cut", p.cut)]
             facts += [("also named", ", ".join(p.aliases))] if p.aliases else []
-            facts += [(key, str(value)) for key, value in p.scalars.items()]
+            facts += [(key, display.scalar_text(value)) for key, value in p.scalars.items()]
             out.facts(facts)
         rows = []
         for state, s in p.states.items():
@@ -187,4 +186,4 @@ def _parameters(out: Output, checkpoint: Checkpoint, kept: list[ParameterSummary
         head = ("parameter", "state", "type", "box", "held by", "at byte", "of file")
         out.table(head[out.people :], [row[out.people :] for row in shown], right=(4,))
         if len(shown) < len(rows):
-            out.note(f"  and {len(rows) - len(shown)} more fragments (--json lists them)")
+            out.note(f"  and {counted(len(rows) - len(shown), 'more fragment')} (--json lists them)")

@@ -14,6 +14,7 @@ from ucp import printable
 from ucp.cli import run, source
 from ucp.errors import BadArgument
 from ucp.storage import configs
+from ucp.units import counted
 
 if TYPE_CHECKING:
     from ucp.inspection.shards import ShardReport, Shards
@@ -165,7 +166,10 @@ def _infer(args: argparse.Namespace) -> int:
     unknown = {str(line.pattern): line.why for line in loads(text, "the draft").unknown}
     _print(args, {"spec": text, "unknown": unknown}, text.splitlines())
     if unknown:
-        log.warning(f"{len(unknown)} lines are marked unknown; the spec can't be used before they are written")
+        log.warning(
+            f"{counted(len(unknown), 'line is', 'lines are')} marked unknown; "
+            "the spec can't be used before all of them are written"
+        )
     return run.DONE
 
 
@@ -178,7 +182,7 @@ def _unused_sizes(spec: Spec) -> None:
 
 def _syntax(args: argparse.Namespace, spec: Spec) -> int:
     result = {"spec": spec.file, "models": spec.models, "lines": len(spec.lines), "sizes": list(spec.sizes)}
-    text = f"{spec.file}: {len(spec.lines)} lines and {len(spec.sizes)} sizes are well formed; "
+    text = f"{spec.file}: well formed ({counted(len(spec.lines), 'line')}, {counted(len(spec.sizes), 'size')}); "
     lines = [text + "give --config or a checkpoint to check what they say"]
     lines += [f"marked unknown: {line.pattern} ({line.why})" for line in spec.unknown]
     _print(args, result, lines)
@@ -225,7 +229,7 @@ def _report(args: argparse.Namespace, bound: Bound, checked: ShardReport, trial:
         shapes = {str(list(one.shape)) for one in members}
         shape = shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
         rows.append((f"  {pattern}", f"{len(members)} ×", shape, members[0].words))
-    lines = [f"{len(report.checked)} names match {bound.spec.file}:", *_table(rows)]
+    lines = [f"{counted(len(report.checked), 'name matches', 'names match')} {bound.spec.file}:", *_table(rows)]
     if checked.merged:
         lines.append(
             f"the shards of {checked.merged} parameters merge, and cut again are what they were; "

@@ -275,7 +275,7 @@ class Config(_Section):
 
 # pydantic's error types -> what the key needs, in our words.
 _NEEDS = {
-    "bool_type": "a bool",
+    "bool_type": "true or false",
     "dict_type": "a dict",
     "float_type": "a float",
     "greater_than": "seconds above 0",

@@ -273,10 +273,12 @@ def explain_unknown(path: Path) -> NotACheckpoint:
         if kind != "a file":
             return NotACheckpoint(f"{path}: is {kind}; a checkpoint is a folder, or a regular file")
         around = find(path.parent)
-        inside = "" if around is None else f" the folder that it is in is a checkpoint ('{around.name}');"
-        return NotACheckpoint(
-            f"{path}: is a file;{inside} a checkpoint is a folder, or a file of these names ({known})"
-        )
+        if around is not None:
+            return NotACheckpoint(
+                f"{path}: is a single file in the folder of a checkpoint ('{around.name}'); give that folder, "
+                f"'{path.parent}'"
+            )
+        return NotACheckpoint(f"{path}: is a file; a checkpoint is a folder, or a file of these names ({known})")
     try:
         names = locations.names(path)
     except OSError as error:

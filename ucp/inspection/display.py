@@ -19,6 +19,11 @@ def count_text(count: int) -> str:
     return f"{count:,}"
 
 
+def scalar_text(value: object) -> str:
+    """A number that an optimizer keeps, as it is counted: ``40`` for a step of 40.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def seconds_text(seconds: float) -> str:
     """``1 h 05 min``, ``3 min 20 s``, ``1.4 s``."""
     if seconds < 60:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ucp.errors import BadArgument
 from ucp.tested import TESTED
-from ucp.units import bytes_text
+from ucp.units import bytes_text, counted
 from ucp.version import version as own_version
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "transformers", "accelerate", "pytorch-lightning", "peft", "safetensors")
@@ -85,7 +85,7 @@ def _builds() -> Iterator[Fact]:
             minutes = max(0, int(time.time() - lock.lstat().st_mtime) // 60)
         except OSError:
             continue  # it has just ended
-        remark = f"since {minutes} minutes; if no compiler runs, DeepSpeed waits for ever: delete '{lock}'"
+        remark = f"since {counted(minutes, 'minute')}; if no compiler runs, DeepSpeed waits for ever: delete '{lock}'"
         yield Fact("being compiled", lock.parent.name, remark)
 
 

@@ -19,6 +19,7 @@ from ucp.inspection import display
 from ucp.inspection.owners import FileOwners, file_owners
 from ucp.layers import Layer, layer_of, shown
 from ucp.storage.dtypes import itemsize
+from ucp.units import counted
 
 SCHEMA = "ucp.inspect/1"
 
@@ -166,8 +167,8 @@ def approximate_text(approximate: Mapping[str, str]) -> str:
         if found is not None:
             ways.setdefault(how.partition(":")[0], set()).add(found[0])
     texts = [f"layers {shown(layers)} ({way})" for way, layers in ways.items()]
-    texts += [f"{outside} parameters outside layers"] if outside else []
-    return f"{', '.join(texts)}: {len(approximate)} parameters"
+    texts += [f"{counted(outside, 'parameter')} outside layers"] if outside else []
+    return f"{', '.join(texts)}: {counted(len(approximate), 'parameter')}"
 
 
 def held_bytes(catalog: Catalog) -> np.ndarray:

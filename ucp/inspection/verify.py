@@ -34,6 +34,7 @@ from ucp.storage import locations
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.transfer.gather import Want, gather
+from ucp.units import counted
 
 SCHEMA = "ucp.verify/1"
 
@@ -261,7 +262,8 @@ def _check(opened: Checkpoint, notes: _Notes, *, quick: bool, finite: bool, prog
     notes.checked.update(digested=digested, digested_by_zip=in_zips)
     if unchecked:
         names = ", ".join(map(os.path.basename, unchecked[:3])) + (", …" if len(unchecked) > 3 else "")
-        text = f"{len(unchecked)} files have no digests, so flipped bits can't be seen: {names}"
+        have = "has" if len(unchecked) == 1 else "have"
+        text = f"{counted(len(unchecked), 'file')} {have} no digests, so flipped bits can't be seen: {names}"
         notes.add("unchecked", "", text, fault=False)
     _copies(opened, notes, advance)
     if finite:
@@ -291,8 +293,8 @@ def _against(opened: Checkpoint, wanted: str, quick: bool, notes: _Notes, progre
     lacking = [f"{t.name}:{t.state}" for t in tensors if t.digest is None]
     if quick and lacking:
         raise BadArgument(
-            f"{opened.path}: {len(lacking)} tensors ('{lacking[0]}') have no recorded digest, and nothing is read for "
-            "a quick answer; verify without it"
+            f"{opened.path}: {counted(len(lacking), 'tensor has', 'tensors have')} no recorded digest "
+            f"('{lacking[0]}'), and nothing is read for a quick answer; verify without it"
         )
     found = digests_of(opened, compute=not quick, progress=progress)
     for name in contradictions(opened, found):
@@ -391,7 +393,7 @@ def _copies(opened: Checkpoint, notes: _Notes, advance: Callable[[int], None]) -
             if not np.array_equal(ours, theirs):
                 path = opened.catalog.files[part].path
                 count, first = int((ours != theirs).sum()), _first(opened, original)
-                text = f"the copy in {path} differs in {count} bytes from what {first} holds"
+                text = f"the copy in {path} differs in {counted(count, 'byte')} from what {first} holds"
                 notes.add("copy", f"{copy.name}:{copy.state}", text)
 
 

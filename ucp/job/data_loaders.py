@@ -32,6 +32,7 @@ from ucp.job import iterable_sets
 from ucp.job.data_order import GlobalOrder
 from ucp.job.iterable_sets import StreamOf
 from ucp.storage import plain
+from ucp.units import counted
 
 P = TypeVar("P")
 
@@ -113,7 +114,7 @@ def restored(saved: Sequence[Mapping[str, Any]], loader: Any, rank: int, world: 
 
 
 def _counted(kept: Sequence[Mapping[str, Any]], world: int) -> str:
-    return f"it has the data loader's states of {len(kept)} ranks, and {world} load"
+    return f"it has the data loader's states of {counted(len(kept), 'rank')}, and {counted(world, 'loads', 'load')}"
 
 
 def _unknown(loader: Any) -> str:

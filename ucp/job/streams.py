@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ucp.errors import BadArgument
+from ucp.units import counted
 
 
 def per_sample(seed: int, step: int, sample: int, use: str = "") -> torch.Generator:
@@ -69,7 +70,7 @@ class SampleDropout(torch.nn.Module):
         """What is kept, as booleans."""
         now = _now.get()
         if now is None or len(now.samples) != shape[0]:
-            found = "no samples" if now is None else f"{len(now.samples)} samples"
+            found = "no samples" if now is None else counted(len(now.samples), "sample")
             raise BadArgument(
                 f"dropout '{self.name}' of a batch of {shape[0]} needs to know their numbers, and there are {found}; "
                 "run the model within ucp.job.streams.samples(seed, step, numbers)"

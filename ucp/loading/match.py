@@ -21,6 +21,7 @@ from ucp.loading.target import Asked, Member, Slot, Target, kept_for
 from ucp.storage.rounding import ROUNDED
 from ucp.transfer.exact import EXACT
 from ucp.transfer.gather import Want
+from ucp.units import counted
 
 _WEIGHTS = frozenset((PARAM,))
 
@@ -347,7 +348,7 @@ def _some_trained(sides: _Sides) -> None:
     if trained and not any(n in sides.names or sides.may_miss(n, PARAM) for n in trained):
         more = sides.target.words.unstrict
         sides.found.wrong.append(
-            f"none of the {len(trained)} parameters trained here ('{trained[0]}', …) is in the checkpoint"
+            f"none of the {counted(len(trained), 'parameter')} trained here ('{trained[0]}', …) is in the checkpoint"
             + (f", {more}" if more else "")
         )
 

@@ -85,11 +85,11 @@ class Proof:
     def __str__(self) -> str:
         text = f"proved: {counted(self.tensors, 'tensor')}, {bytes_text(self.nbytes)} live equal to {self.of}'s"
         if self.weights:
-            text += f", {self.weights} rounded weights to their masters"
+            text += f", {counted(self.weights, 'rounded weight')} to their masters"
         if self.sample is not None:
             rest = ", and each tensor's first" if self.sample.first else " of each tensor"
             text += (
-                f" (a sample: one of {self.sample.every} blocks of {SAMPLE_BLOCK >> 10} KiB{rest}),"
+                f" (a sample: one of {self.sample.every} blocks of {bytes_text(SAMPLE_BLOCK)}{rest}),"
                 f" {100 * self.seen / max(self.nbytes, 1):.1f} % of the bytes"
             )
         if self.unproved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import Mismatch
 from ucp.geometry import Shape
+from ucp.units import counted
 
 PARAM = "param"
 VALUE = "value"
@@ -159,6 +161,12 @@ def _by_state(items: Sequence[Item], single: Any) -> list[str]:
     return out
 
 
+def _states(items: Sequence[Item]) -> list[str]:
+    """States without their parameters' names, which say no more where the cause is said."""
+    found = Counter(item.state for item in items)
+    return [f"'{state}' of {counted(count, 'parameter')}" for state, count in found.items()]
+
+
 @dataclass
 class Findings:
     """What a comparison has found so far. missing, unused, wrong: what a refusal lists. left, spared: what stays as it
@@ -200,30 +208,36 @@ class Findings:
         """Why states are missing, if one reason explains them: the checkpoint has another optimizer's, or none at all.
         kept: the names of all states that the checkpoint has. An empty text if no such reason is known."""
         lacking = [item for item in self.missing if item.state not in (PARAM, VALUE)]
+        spare = [item for item in self.unused if item.state not in (PARAM, VALUE)]
         wanted = sorted({item.state for item in lacking} - {"step"})
-        if not wanted:
-            return ""
-        if not kept:
+        has, whose = ", ".join(sorted(kept)), _OPTIMIZERS.get(frozenset(kept))
+        said = f"the checkpoint has {has}" if whose is None else f"the checkpoint is {whose} ({has})"
+        wants = f"wants {', '.join(wanted)}"
+        if wanted and not kept:
             said = "the checkpoint has no optimizer's states"
-        elif {item.name for item in lacking} & {item.name for item in self.unused if item.state != PARAM}:
-            has, whose = ", ".join(sorted(kept)), _OPTIMIZERS.get(frozenset(kept))
-            said = f"the checkpoint has {has}" if whose is None else f"the checkpoint is {whose} ({has})"
-        else:
+        elif not wanted and kept and len(spare) == len(self.unused) and {item.state for item in spare} == set(kept):
+            wants = "keeps none of that"
+        elif not wanted or not {item.name for item in lacking} & {item.name for item in spare}:
             return ""
         alone = f"; {self.words.alone}" if self.words.alone else ""
-        return f"{said}, and the optimizer here wants {', '.join(wanted)}{alone}"
+        return f"{said}, and the optimizer here {wants}{alone}"
 
     def refuse(self, checkpoint: object, here: object, kept: Collection[str] = ()) -> None:
         """Raise Mismatch if anything does not fit. checkpoint, here: the layouts. kept: as for `cause`."""
         parts = [text] if (text := self.cause(kept)) else []
         if self.wrong:
-            parts.append(f"{len(self.wrong)} do not fit: {listed(self.wrong)}")
+            fit = "does" if len(self.wrong) == 1 else "do"
+            parts.append(f"{len(self.wrong)} {fit} not fit: {listed(self.wrong)}")
         if self.missing:
             parts.append(f"{len(self.missing)} {self.words.unrestored}: {listed(self.words.missing(self.missing))}")
         if self.unused:
-            shown = listed(self.words.unused(self.unused))
-            parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {shown}")
-        if self.missing or self.unused:
+            many = text and len(self.missing) + len(self.unused) > limits.REFUSAL_ITEMS_COUNT
+            states = [item for item in self.unused if many and item.state not in (PARAM, VALUE)]
+            others = [item for item in self.unused if item not in states]
+            told = [*self.words.unused(others), *_states(states)]
+            parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {listed(told)}")
+        # What does not fit is refused whatever names are allowed.
+        if (self.missing or self.unused) and not self.wrong:
             parts.append(self.words.advice())
         # The advice already says how to load what was added alone, or removed alone.
         if parts and self.words.declare and (len(self.changes) > 1 or self.changes.keys() - {"added", "removed"}):

@@ -26,6 +26,7 @@ from ucp.merging.metrics import recorded
 from ucp.merging.operations import Combination
 from ucp.merging.plan import MergeRules, MergeSource, merged_catalog
 from ucp.merging.vocabulary import CUT, check_choice, with_cut_vocabularies
+from ucp.merging.words import told
 from ucp.parallel.mesh import Layout, parse_layout
 from ucp.settings import check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
@@ -34,7 +35,7 @@ from ucp.storage.locations import exists, is_remote, locate
 from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import LEAST_BYTES, budget, check_files
-from ucp.units import bytes_text
+from ucp.units import bytes_text, counted, took
 from ucp.version import version
 
 RECORD = "merge.json"
@@ -87,9 +88,10 @@ class MergeReport:
         did = "would write" if self.dry_run else "wrote"
         weights = "" if self.weights is None else f" ({', '.join(f'{w:.6g}' for w in self.weights)})"
         states = "weights alone" if self.optimizer == "none" else f"optimizer states: {self.optimizer}"
+        what = f"{counted(self.parameters, 'parameter')} of {counted(len(self.sources), 'checkpoint')}"
         return (
-            f"{did} {self.destination}: {self.parameters} parameters of {len(self.sources)} checkpoints by "
-            f"{self.method}{weights}, {states}, {bytes_text(self.bytes_written)} in {self.seconds:.1f} s"
+            f"{did} {self.destination}: {what} by "
+            f"{self.method}{weights}, {states}, {bytes_text(self.bytes_written)}{took(self.seconds, self.dry_run)}"
         )
 
 
@@ -301,7 +303,7 @@ def _lines(catalog: Catalog, operation: Callable[[str], Combination]) -> dict[st
     """Description of each operation -> how many parameters it is used for."""
     out: dict[str, int] = {}
     for name in catalog.parameters:
-        text = repr(operation(name))
+        text = told(operation(name))
         out[text] = out.get(text, 0) + 1
     return out
 

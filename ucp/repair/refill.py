@@ -18,6 +18,7 @@ from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.nouns import Remains
 from ucp.layers import Layer, by_layer, layer_of, runs, shown
+from ucp.units import counted
 
 METHODS = ("checkfree", "copy-left", "copy-right", "uniform", "random")
 MOMENTS = ("zero", "average")
@@ -108,9 +109,9 @@ class Outlook:
         texts = []
         if self.fillings:
             layers = shown([filling.layer for filling in self.fillings])
-            texts.append(f"layers {layers} ({len(self.parameters)} parameters) from their neighbours")
+            texts.append(f"layers {layers} ({counted(len(self.parameters), 'parameter')}) from their neighbours")
         if self.stateless:
-            texts.append(f"the optimizer states of {len(self.stateless)} parameters")
+            texts.append(f"the optimizer states of {counted(len(self.stateless), 'parameter')}")
         return " and ".join(texts) or "nothing"
 
 

@@ -23,7 +23,7 @@ from ucp.storage.locations import is_remote, locate
 from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.reader import Reader
 from ucp.transfer.windows import check_files
-from ucp.units import bytes_text
+from ucp.units import bytes_text, counted, took
 
 log = logger(__name__)
 
@@ -76,12 +76,14 @@ class RepairReport:
         did = "would write" if self.dry_run else "wrote"
         what = []
         if self.layers:
-            what.append(f"{len(self.layers)} layers ({len(self.parameters)} parameters) by {self.method}")
+            what.append(
+                f"{counted(len(self.layers), 'layer')} ({counted(len(self.parameters), 'parameter')}) by {self.method}"
+            )
         if self.stateless:
-            what.append(f"the optimizer states of {len(self.stateless)} more parameters as zeros")
+            what.append(f"the optimizer states of {counted(len(self.stateless), 'more parameter')} as zeros")
         return (
-            f"{did} {self.destination}: filled {' and '.join(what)}, {bytes_text(self.bytes_written)} in "
-            f"{self.seconds:.1f} s; it is approximate, and loaded only with allow_approximate"
+            f"{did} {self.destination}: filled {' and '.join(what)}, {bytes_text(self.bytes_written)}"
+            f"{took(self.seconds, self.dry_run)}; it is approximate, and loaded only with allow_approximate"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ucp import printable
 from ucp.errors import Unsupported
 from ucp.spec.language import VERSION
+from ucp.units import counted
 
 # The segments of one dimension: a width for each rank if the segment is cut, one number if every rank holds it whole.
 Segments = Sequence[Sequence[int] | int]
@@ -109,7 +110,10 @@ def write(
     open_ones = [p for p, line in patterns.items() if isinstance(line, Pending)]
     out = [f"# {printable.line(line)}" for line in head]
     if open_ones:
-        out.append(f"# {len(open_ones)} lines are marked unknown. The spec can't be used before they are written.")
+        out.append(
+            f"# {counted(len(open_ones), 'line is', 'lines are')} marked unknown. "
+            "The spec can't be used before they are written."
+        )
     out += [f"ucp: {VERSION}", f"model: {_quoted(model)}"]
     out += ["", "sizes:"] if sizes else []
     out += [f"  {name}: {n}" + (f"  # {comment}" if comment else "") for name, (n, comment) in sizes.items()]

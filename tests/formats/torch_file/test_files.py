@@ -293,7 +293,8 @@ def test_a_file_that_is_a_part_is_said_to_be_one(tmp_path: Path, capsys: pytest.
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "run")
     (file,) = (tmp_path / "run").glob("*.distcp")
     assert commands.main(["ls", str(file)]) == 2
-    assert "is a file; the folder that it is in is a checkpoint ('dcp')" in capsys.readouterr().err
+    told = f"is a single file in the folder of a checkpoint ('dcp'); give that folder, '{tmp_path / 'run'}'"
+    assert told in capsys.readouterr().err
 
 
 def test_flat_parameters_are_refused_by_name(tmp_path: Path) -> None:

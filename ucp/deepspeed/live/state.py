@@ -13,6 +13,7 @@ from ucp.errors import Mismatch
 from ucp.job import ranks
 from ucp.loading.options import stays_at
 from ucp.printable import logger
+from ucp.units import counted
 
 log = logger(__name__)
 
@@ -111,9 +112,10 @@ def _restore_rng(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     if len(saved) == ranks.world_size():
         generators.restore(engine, saved[ranks.rank()]["rng"])
     elif not _are_per_sample(engine):
+        now = counted(ranks.world_size(), "resumes", "resume")
         warn(
-            f"random number generators stay as this program seeded them: {len(saved)} ranks saved theirs, and "
-            f"{ranks.world_size()} resume"
+            "random number generators stay as this program seeded them: "
+            f"{counted(len(saved), 'rank')} saved theirs, and {now}"
         )
 
 

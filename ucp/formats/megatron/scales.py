@@ -21,6 +21,7 @@ from ucp.printable import line, short
 from ucp.storage.torch_pt import inner
 from ucp.storage.torch_pt.skipped import Skipped
 from ucp.storage.torch_pt.values import Standin, TensorRef
+from ucp.units import counted
 
 # Release 1 knew one recipe, and did not save its name.
 _DELAYED = "DelayedScaling"
@@ -126,7 +127,7 @@ def summary(found: Iterable[ModuleScales]) -> str:
             notes["each rank had scales of its own (reduce_amax=False), and the file has one rank's"] = None
         if one.unread:
             notes[f"not read: {', '.join(one.unread)}"] = None
-    parts = [f"{text}: {count} modules" for text, count in counts.items()]
+    parts = [f"{text}: {counted(count, 'module')}" for text, count in counts.items()]
     return line("; ".join([*parts, *notes]))
 
 

@@ -19,6 +19,7 @@ from ucp.inspection.verify import Progress, verify
 from ucp.parallel.mesh import Layout
 from ucp.storage import locations
 from ucp.storage.metrics import read_metrics
+from ucp.units import bytes_text, counted
 
 _HERE = Path(__file__).parent
 
@@ -37,7 +38,8 @@ class WrittenReport:
 
     def __str__(self) -> str:
         state = "whole" if self.whole else "damaged: see its findings"
-        return f"wrote {self.path}: {self.parameters} parameters, {self.bytes / 1e6:.2f} MB; the checkpoint is {state}"
+        size = f"{counted(self.parameters, 'parameter')}, {bytes_text(self.bytes)}"
+        return f"wrote {self.path}: {size}; the checkpoint is {state}"
 
 
 @showing(defaults_of([formats.dividing()]))
