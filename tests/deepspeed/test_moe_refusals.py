@@ -61,6 +61,7 @@ def test_sequence_parallelism(moe_sources: MoeSources) -> None:
 MIXTRAL = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
 
 
+@pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
 @pytest.mark.parametrize("kind", ["AutoTP"])
 def test_experts_with_slices(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     """DeepSpeed trains and saves them. Live engines are refused, and their files."""

@@ -34,6 +34,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "TP": ("tests.deepspeed.test_tp", "tests.formats.deepspeed.read.test_tp"),
     "PP": ("tests.deepspeed.test_pipe", "tests.formats.deepspeed.read.test_pipe"),
     "experts": ("tests.deepspeed.test_moe_load", "tests.deepspeed.test_moe_auto"),
+    "what steps are made with": ("tests.deepspeed.test_gradients",),
     "native files": ("tests.formats.deepspeed.write",),
     "programs": ("tests.deepspeed.test_trainer",),
     "FSDP2, DCP": ("tests.torchdist", "tests.formats.dcp"),

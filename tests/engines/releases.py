@@ -37,6 +37,10 @@ FAULTS = {
     r"FloatTensor\(float\(v\)\)\.detach": "its BF16_Optimizer does not step with experts on the CPU",
     r"has no AutoTP for training": "has no AutoTP for training",
     r"compatibility between 'autotp' and 'zero_stage = 3' has not been validated": "has no AutoTP at stage 3",
+    r"allgather: invalid tensor size[\s\S]*_apply_distributed_muon_update": "its Muon does not step at stage 3",
+    r"1 validation error for TPTrainingConfig": "its AutoTP knows fewer keys",
+    r"'FP16_UnfusedOptimizer' object has no attribute 'dp_process_group'": "does not load its own bf16 wrapper",
+    r"^the source has no optimizer param groups": "saves no state of the optimizer that it takes for BF16_Optimizer",
     r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
 }

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from ucp.formats.deepspeed.read.replicated import cuts_said
 from ucp.formats.deepspeed.writers import default_clipping, pipeline_gradients
 from ucp.formats.shared.gradients import AGAIN, MEAN, SUM
+
+AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
+ROWS_ALONE: dict[str, Any] = {
+    "parameter_with_row_parallelism_patterns": ["o_proj"],
+    "tp_replicated_parameter_patterns": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -43,3 +52,18 @@ def test_pipeline_gradients(version: object, how: str) -> None:
 )
 def test_default_clipping(version: object, norm: float | None) -> None:
     assert default_clipping(version) == norm
+
+
+@pytest.mark.parametrize(
+    ("info", "config", "counts"),
+    [
+        (ROWS_ALONE, AUTOTP, False),  # as 0.18.9 writes it: what of the rest each rank has whole, it does not say
+        ({**ROWS_ALONE, "tp_replicated_parameter_patterns": ["norm"]}, AUTOTP, True),
+        ({**ROWS_ALONE, "affine_map": {}}, AUTOTP, True),
+        (ROWS_ALONE, {}, True),  # a Megatron-style model's own words
+        (ROWS_ALONE, {"tensor_parallel": {"autotp_size": 0}}, True),
+        (None, AUTOTP, False),
+    ],
+)
+def test_cuts_that_autotp_says_in_part_do_not_count(info: Any, config: dict[str, Any], counts: bool) -> None:
+    assert cuts_said(info, config) == (info if counts else None)

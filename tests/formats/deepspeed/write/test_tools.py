@@ -56,6 +56,8 @@ def test_converter_to_universal(tmp_path: Path, stage: int, dp: int) -> None:
     """What DeepSpeed's converter makes of a native checkpoint written here is what is written here as universal."""
     from deepspeed.checkpoint.ds_to_universal import main
 
+    if stage == 3 and not releases.is_pinned():
+        pytest.skip(releases.without("its converter takes stage 3's padding for elements"))
     raw = raw_source(tmp_path / "source")
     save(raw.catalog, tmp_path / "out", native.plan(raw.catalog, Layout(dp=dp, zero=stage)))
     save(raw.catalog, tmp_path / "ours", universal_folder.plan(raw.catalog))

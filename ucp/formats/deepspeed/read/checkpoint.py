@@ -21,7 +21,7 @@ from ucp.formats.deepspeed.read.layers import tensor_parallel_ranks, with_module
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
-from ucp.formats.deepspeed.read.replicated import first_copies
+from ucp.formats.deepspeed.read.replicated import cuts_said, first_copies
 from ucp.formats.deepspeed.read.scaled import undo_scales
 from ucp.formats.deepspeed.writers import pipeline_gradients
 from ucp.formats.nouns import ModelFacts
@@ -210,7 +210,7 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     factors = {n: of for part in parts.values() for n, of in states_apart(part.parameters, part.parameters).items()}
-    info = model.raw.get("universal_checkpoint_info")
+    info = cuts_said(model.raw.get("universal_checkpoint_info"), model.config)
     section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
     found = find_placements(
         choice, info, lambda: recorded_config(model), shapes, layout, buffers, section, CAPTURES, factors
