@@ -95,6 +95,15 @@ def sources(ranks: RankPool, kept: Path) -> Sources:
 
 
 @pytest.fixture(scope="session")
+def auto_sources(ranks: RankPool, kept: Path) -> MoeSources:
+    """The same of models under AutoEP."""
+    from tests.engines import autoep
+    from tests.engines.moe import MoeSources
+
+    return MoeSources(ranks, _inside(kept, "autoep"), autoep.train, lambda case, ours: autoep.PRELOAD)
+
+
+@pytest.fixture(scope="session")
 def moe_sources(ranks: RankPool, kept: Path) -> MoeSources:
     """The same of models with experts."""
     from tests.engines.moe import MoeSources

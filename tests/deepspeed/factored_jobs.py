@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from tests.deepspeed.apart_jobs import held, optimizer_of
-from tests.engines import models, tp_models
+from tests.engines import models, pipe_runs, tp_models
+from tests.engines.configs import Case, make_config
 
 STEPS, FURTHER = range(2), range(2, 5)
 
@@ -67,17 +68,28 @@ def train(running: Any, steps: range, common: bool) -> list[float]:
     return losses
 
 
-def saved(name: str, common: bool, spec: str | None, save: str, folder: str) -> Any:
-    """States of this rank, and losses of three further steps; or the refusal."""
+def saved(name: str, common: bool, spec: str | None, save: str, folder: str, theirs: str = "") -> Any:
+    """States of this rank, and losses of three further steps; or the refusal. theirs: where DeepSpeed itself saves
+    then, and the refusal comes last."""
     from ucp.errors import UcpError
 
-    running = engine(name, 1, spec, save)
+    running, said = engine(name, 1, spec, save), ""
     train(running, STEPS, common)
+    state = {"args": dict(tp_models.ARGS)}
     try:
-        running.save_checkpoint(folder, "t", client_state={"args": dict(tp_models.ARGS)})
+        running.save_checkpoint(folder, "t", client_state=state)
     except UcpError as error:
-        return f"{type(error).__name__}: {error}"
-    return held(running), train(running, FURTHER, common)
+        said = f"{type(error).__name__}: {error}"
+        if not theirs:
+            return said
+        type(running).save_checkpoint(running, theirs, "t", client_state=state)
+    found = held(running), train(running, FURTHER, common)
+    return (*found, said) if theirs else found
+
+
+def saved_and_resumed(name: str, folder: str) -> Any:
+    """`saved`, and `resumed` by another engine of the same ranks."""
+    return saved(name, True, None, "universal", folder), resumed(name, True, None, "universal", folder)
 
 
 def resumed(name: str, common: bool, spec: str | None, save: str, folder: str, again: str = "") -> Any:
@@ -93,3 +105,29 @@ def resumed(name: str, common: bool, spec: str | None, save: str, folder: str, a
     if again:
         fresh.save_checkpoint(again, "t", client_state={"args": dict(tp_models.ARGS)})
     return held(fresh), train(fresh, FURTHER, common)
+
+
+def in_stages(name: str, seed: int, source: str = "", ours: str = "", theirs: str = "") -> Any:
+    """A pipeline of these ranks at stage 0 trains, or goes on from a checkpoint; states of this rank, and the losses of
+    three further steps; or the refusal. ours, theirs: where it is saved, in our format and in DeepSpeed's."""
+    import ucp.deepspeed
+    from ucp.errors import UcpError
+
+    pipe = pipe_runs.PipeCase(pp=dist.get_world_size(), case=Case(stage=0, dp=1, accumulation=2, seed=seed))
+    module = pipe_runs.build_model(pipe)
+    section = {"enabled": True, "save": {"async": False}, "load": {"prove": "always"}}
+    config = {k: v for k, v in make_config(pipe.case).items() if k != "optimizer"} | {"ucp": section}
+    running = ucp.deepspeed.initialize(model=module, optimizer=optimizer_of(name, module), config=config)[0]
+    try:
+        if source:
+            running.load_checkpoint(source)
+            assert running.ucp.last_load.proof.complete
+        else:
+            pipe_runs.continue_training(running, pipe, 0, len(STEPS))
+    except UcpError as error:
+        return f"{type(error).__name__}: {error}"
+    if ours:
+        running.save_checkpoint(ours, "t")
+    if theirs:
+        type(running).save_checkpoint(running, theirs, "t")
+    return held(running), pipe_runs.continue_training(running, pipe, len(STEPS), len(FURTHER))

@@ -1,7 +1,8 @@
 """Ranks whose optimizer lies on an NVMe disk, as a program of its own: DeepSpeed's operator is linked with libaio.
 
 ``torchrun nvme_jobs.py FOLDER`` trains, saves with DeepSpeed and with this project, loads into engines of other kinds
-and prints a line of JSON for each load: what differs, and the loss of the next step.
+and prints a line of JSON for each load: what differs, and the loss of the next step. With ``memory`` as a second
+argument one rank prints what each save and load takes of anonymous memory at the most.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+import ucp
 import ucp.deepspeed
+from tests.loading.memory_program import peak
 
 STATES = ("exp_avg", "exp_avg_sq")
 SMALL, LARGE = 700_000, 10**9
@@ -114,7 +117,91 @@ def main(folder: str) -> None:
     plain.load_checkpoint(f"{folder}/ours")
     plain.save_checkpoint(f"{folder}/plain")
     compare("stage 3 to NVMe", engine(folder, "states", 6, size=SMALL, groups=2), f"{folder}/plain", wanted, then)
+    if dist.get_rank() == 0:
+        ucp.convert(f"{folder}/native", f"{folder}/universal")
+    dist.barrier()
+    again = engine(folder, "", 7, stage=2, groups=2)
+    compare("native, as universal, to stage 2", again, f"{folder}/universal", wanted, then)
+    compare("universal to NVMe", engine(folder, "states", 8, size=SMALL, groups=2), f"{folder}/universal", wanted, then)
+    fsdp(f"{folder}/native", wanted)
+
+
+def fsdp(folder: str, wanted: dict[str, torch.Tensor]) -> None:
+    """FSDP2 on the same ranks, in the masters' element type."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    fully_shard(model)
+    groups: list[list[torch.nn.Parameter]] = [[], []]
+    for name, param in model.named_parameters():
+        groups[int(name.split(".")[1]) % 2].append(param)
+    optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=1e-3)
+    ucp.load_training(folder, model=model, optimizer=optimizer, rng=False)
+    found: dict[str, torch.Tensor] = {}
+    for name, param in model.named_parameters():
+        found[f"{name} param"] = param.full_tensor()  # type: ignore[operator]
+        found.update({f"{name} {key}": optimizer.state[param][key].full_tensor() for key in STATES})
+    wrong = [name for name in wanted if not torch.equal(wanted[name], found[name].detach())]
+    steps = {float(state["step"]) for state in optimizer.state.values()}
+    result = {"what": "native to FSDP2", "count": len(found), "wrong": wrong, "steps": sorted(steps)}
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps({**result, "loss": 0.0, "then": 0.0}), flush=True)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+WIDTH, LAYERS, OF_SUBGROUP = 1536, 12, 2
+SUBGROUP = 3 * 4 * OF_SUBGROUP * WIDTH**2
+"""Bytes of a subgroup's masters and states. There are six."""
+MEMORY = 64 << 20
+
+
+def large(folder: str, seed: int, offloaded: bool = True) -> Any:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    zero: dict[str, Any] = {"stage": 3, "sub_group_size": OF_SUBGROUP * WIDTH**2}
+    disk = {"device": "nvme", "nvme_path": f"{folder}/nvme{seed}", "pin_memory": False, "buffer_count": 4}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero | ({"offload_optimizer": disk} if offloaded else {}),
+        "bf16": {"enabled": True},
+        "aio": {"block_size": 1 << 20, "queue_depth": 8, "single_submit": False, "overlap_events": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "ucp": {"enabled": True, "load": {"memory": MEMORY}},
+    }
+    return ucp.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def step(live: Any) -> None:
+    live.backward(live(torch.ones(1, WIDTH, dtype=torch.bfloat16)).float().pow(2).mean())
+    live.step()
+
+
+def measure(folder: str) -> None:
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    source = large(folder, 1)
+    step(source)
+    type(source).save_checkpoint(source, f"{folder}/native")
+    took = {"staged": source.ucp.saver.memory}
+    with peak() as growth:
+        source.save_checkpoint(f"{folder}/ours")
+        source.ucp.wait()
+    took["save"] = growth[0]
+    for name, trained in (("ours", False), ("native", False), ("native", True)):
+        target = large(folder, 2 + len(took))
+        if trained:
+            step(target)
+        with peak() as growth:
+            target.load_checkpoint(f"{folder}/{name}")
+        took[f"{name} into {'used' if trained else 'new'}"] = growth[0]
+    plain = large(folder, 9, offloaded=False)
+    step(plain)
+    with peak() as growth:
+        plain.load_checkpoint(f"{folder}/native")
+    took["native into stage 3 in memory"] = growth[0]
+    print("RESULT " + json.dumps(took), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    measure(sys.argv[1]) if sys.argv[2:] == ["memory"] else main(sys.argv[1])

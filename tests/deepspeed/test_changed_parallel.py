@@ -1,7 +1,9 @@
-"""A changed model under tensor and pipeline parallelism, adapters at ZeRO-3: what stays is the source's, to the bit."""
+"""A changed model under tensor, pipeline and expert parallelism, adapters at ZeRO-3: what stays is the source's, to
+the bit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ import torch
 
 import ucp
 from tests.deepspeed.change_jobs import Gone
-from tests.deepspeed.changed_parallel_jobs import ROWS, goes_on
+from tests.deepspeed.changed_parallel_jobs import GROWN, ROWS, goes_on, with_experts
+from tests.engines import releases
+from tests.engines.autoep import AutoCase
 from tests.engines.configs import Case
+from tests.engines.models import LLAMA_VOCABULARY
+from tests.engines.moe import MoeSources
 from tests.engines.parallel_runs import ParallelRun, ParallelSources, rig_of
 from tests.engines.pipe_models import pipeline_name
 from tests.engines.pipe_runs import PipeCase
-from tests.engines.pool import RankPool
+from tests.engines.pool import RankError, RankPool
+from tests.engines.runs import Run
 from tests.engines.tp_runs import TpCase
 from tests.engines.truth import known
 
@@ -52,7 +59,9 @@ def run_on(ranks: RankPool, case: Any, folder: str | Path, changes: Any, **more:
     return found
 
 
-def check(went: Gone, run: ParallelRun, resized: set[str], renamed: Any = lambda name: name) -> None:
+def check(
+    went: Gone, run: ParallelRun | Run, resized: set[str], renamed: Any = lambda name: name, old: int = OLD
+) -> None:
     """Rows that were there, with their states; new ones as the model made them, with states of zero."""
     before, after, truth = known(went.before), known(went.after), known(run.truth)
     assert went.complete, went.text
@@ -61,7 +70,7 @@ def check(went: Gone, run: ParallelRun, resized: set[str], renamed: Any = lambda
     for name, tensors in after.params.items():
         source = sources.get(name) or {"param": truth.frozen[name]}
         for state, tensor in tensors.items():
-            rows = OLD if name in resized else len(tensor)
+            rows = old if name in resized else len(tensor)
             expected = source.get(state, torch.zeros_like(tensor[:rows]))
             assert torch.equal(tensor[:rows], expected), (name, state)
             rest = tensor[rows:]
@@ -104,13 +113,9 @@ def test_adapters_at_stage_3(ranks: RankPool, sliced: ParallelSources, tmp_path:
     base, case = sliced.get(LLAMA.but(tp=1, dp=2)), LLAMA.but(tp=1, stage=3, dp=2, frozen=False)
     went = run_on(ranks, case, base.folder, {"adapters": "added"}, lora=True, save=str(tmp_path / "lora"))
     assert went.complete, went.text
-    truth, after, before = known(base.truth), known(went.after), known(went.before)
+    truth = known(base.truth)
     weights = {name: t["param"] for name, t in truth.params.items()} | dict(truth.frozen)
-    below = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in after.frozen.items()}
-    assert below.keys() == weights.keys()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in below.items())
-    assert after.params
-    assert all(torch.equal(t["param"], before.params[name]["param"]) for name, t in after.params.items())
+    check_adapted(went, weights)
     with ucp.open(tmp_path / "lora") as checkpoint:
         lora = {name: checkpoint.read(name) for name in checkpoint.parameters}
     split = run_on(ranks, case, tmp_path / "lora", {"adapters": "split", "unfrozen": ["*"]})
@@ -125,3 +130,75 @@ def test_adapters_at_stage_3(ranks: RankPool, sliced: ParallelSources, tmp_path:
                 expected = (expected.double() + scale * (b @ a)).float()
             assert torch.allclose(tensors["param"], expected, rtol=0, atol=0 if scale == 0 else 1e-7), name
             assert not any(t.any() for s, t in tensors.items() if s != "param")
+
+
+TWO = Case(stage=1, dp=2, model="llama")
+MIXTRAL = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
+EXPERTS = "model.layers.{i}.mlp"
+# AutoEP's stacks from and to the stacks of transformers, whose first two are one.
+FUSED = {
+    "sizes": {"experts": 4, "ffn": 24, "hidden": 16},
+    "parameters": {
+        f"{EXPERTS}.experts.w1": "experts ffn hidden",
+        f"{EXPERTS}.experts.w3": "experts ffn hidden",
+        f"{EXPERTS}.experts.w2": "experts hidden ffn",
+    },
+    "names": {
+        f"{EXPERTS}.experts.gate_up_proj": {
+            "from": [f"{EXPERTS}.experts.w1", f"{EXPERTS}.experts.w3"],
+            "as": "experts (ffn | ffn) hidden",
+        },
+        f"{EXPERTS}.experts.down_proj": f"{EXPERTS}.experts.w2",
+        f"{EXPERTS}.gate.weight": f"{EXPERTS}.router.gate.weight",
+    },
+}
+
+
+def load_experts(ranks: RankPool, case: AutoCase, run: Run, changes: Any, how: str = "") -> Gone:
+    args = case.but(seed=5), run.folder, changes, how
+    found: Gone = ranks.run(with_experts, *args, world_size=case.world_size, preload=MIXTRAL)[0]
+    return found
+
+
+@pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
+def test_with_expert_parallelism(ranks: RankPool, auto_sources: MoeSources) -> None:
+    """Grown and frozen parameters, on another number of expert-parallel ranks."""
+    run = auto_sources.get(AutoCase(TWO, ep=2))
+    changes = {"resized": ["model.embed_tokens.weight", "lm_head.weight"], "frozen": ["*norm.weight"]}
+    target = AutoCase(TWO.but(stage=3), ep=1)
+    went = load_experts(ranks, target, run, changes, "grown")
+    assert len(went.changes) >= 3, went.text
+    assert len(known(went.after).params["lm_head.weight"]["param"]) == GROWN
+    check(went, run, set(changes["resized"]), old=LLAMA_VOCABULARY)
+    assert '"resized": ["' in load_experts(ranks, target, run, None, "grown").text
+
+
+@pytest.mark.skipif(not releases.is_pinned(), reason="what the pinned DeepSpeed does")
+def test_autoep_finds_no_experts_below_adapters(ranks: RankPool, auto_sources: MoeSources) -> None:
+    """So there is no engine of both."""
+    run = auto_sources.get(AutoCase(TWO, ep=2))
+    with pytest.raises(RankError, match="AutoEP: no MoE layers detected"):
+        load_experts(ranks, AutoCase(TWO, ep=1), run, {"adapters": "added"}, "lora")
+
+
+def check_adapted(went: Gone, weights: Mapping[str, torch.Tensor]) -> None:
+    """The base has the source's weights, and is frozen; the adapters are as the model made them."""
+    after, before = known(went.after), known(went.before)
+    below = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in after.frozen.items()}
+    assert below.keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in below.items())
+    assert after.params
+    assert all(torch.equal(t["param"], before.params[name]["param"]) for name, t in after.params.items())
+
+
+@pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
+def test_experts_fused_and_split(ranks: RankPool, auto_sources: MoeSources) -> None:
+    """AutoEP's three stacks into transformers' two, renamed, by declaration alone; the next losses are the source's."""
+    run = auto_sources.get(AutoCase(TWO, ep=2))
+    went = load_experts(ranks, AutoCase(TWO.but(stage=3), ep=0), run, FUSED)
+    assert went.complete, went.text
+    assert went.losses == pytest.approx(run.further[:3], abs=5e-5)
+    truth, after = known(run.truth).params, known(went.after).params
+    for layer in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+        for state, found in after[f"{layer}.gate_up_proj"].items():
+            assert torch.equal(found, torch.cat([truth[f"{layer}.w1"][state], truth[f"{layer}.w3"][state]], dim=1))

@@ -85,12 +85,12 @@ def whole(ranks_held: list[dict[str, torch.Tensor]], checkpoint: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_of_the_whole(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Where ranks keep them alike they are cut and put together exactly, and nobody has to say how."""
-    found = ranks.run(jobs.saved, name, True, None, "universal", str(tmp_path / "two"), world_size=2)
+    both = ranks.run(jobs.saved_and_resumed, name, str(tmp_path / "two"), world_size=2)
+    found, again = [one for one, _ in both], [other for _, other in both]
     assert not isinstance(found[0], str), found
     losses = found[0][1]
     with ucp.open(tmp_path / "two") as checkpoint:
         whole([held for held, _ in found], checkpoint)
-    again = ranks.run(jobs.resumed, name, True, None, "universal", str(tmp_path / "two"), world_size=2)
     assert not isinstance(again[0], str), again
     for (held, further), (truth, _) in zip(again, found, strict=True):
         assert held.keys() == truth.keys()
@@ -130,18 +130,38 @@ def test_factors_of_the_whole(ranks: RankPool, tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_of_a_ranks_own_part(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Each rank's optimizer knows its own part alone: refused, or averaged by a spec, from DeepSpeed's own files."""
-    said = ranks.run(jobs.saved, name, False, None, "universal", str(tmp_path / "no"), world_size=2)
-    assert all("each tensor-parallel rank keeps it of its own part" in one for one in said), said
+    found = ranks.run(
+        jobs.saved, name, False, None, "universal", str(tmp_path / "no"), str(tmp_path / "two"), world_size=2
+    )
+    assert all("each tensor-parallel rank keeps it of its own part" in said for *_, said in found), found
     assert not (tmp_path / "no" / "t").exists()
-    found = ranks.run(jobs.saved, name, False, None, "deepspeed", str(tmp_path / "two"), world_size=2)
     with pytest.raises(Mismatch, match=r"keeps this state of its own part of the parameter, and they differ"):
         ucp.open(tmp_path / "two")
     spec = averaging(tmp_path, name)
     with ucp.open(tmp_path / "two", spec=spec) as checkpoint:
-        whole([held for held, _ in found], checkpoint)
+        whole([held for held, *_ in found], checkpoint)
     _, further = ranks.run(
         jobs.resumed, name, False, spec, "deepspeed", str(tmp_path / "two"), str(tmp_path / "one"), world_size=1
     )[0]
     assert further[0] == pytest.approx(found[0][1][0], abs=1e-5)
     with ucp.open(tmp_path / "one", spec=spec) as checkpoint:
-        whole([held for held, _ in found], checkpoint)
+        whole([held for held, *_ in found], checkpoint)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_in_stages(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """Two stages of a pipeline at ZeRO-0, from our files, into the same and into one stage. DeepSpeed's own files name
+    no parameters there, and factors do not tell them by their shapes."""
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    stages = ranks.run(jobs.in_stages, name, 1, "", ours, theirs, world_size=2)
+    truth = {key: value for held, _ in stages for key, value in held.items()}
+    assert any("row" in key for key in truth)
+    for said in ranks.run(jobs.in_stages, name, 2, theirs, world_size=2):
+        assert "a pipeline without ZeRO does not name its stages' parameters" in said
+    for count in (2, 1):
+        found = ranks.run(jobs.in_stages, name, 2, ours, world_size=count)
+        assert not isinstance(found[0], str), found
+        again = {key: value for held, _ in found for key, value in held.items()}
+        assert again.keys() == truth.keys()
+        assert all(torch.equal(again[key], truth[key]) for key in truth)
+        assert found[0][1] == (stages[0][1] if count == 2 else pytest.approx(stages[0][1], abs=1e-5))

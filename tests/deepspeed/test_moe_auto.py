@@ -15,7 +15,6 @@ from tests.engines import autoep
 from tests.engines.autoep import AutoCase
 from tests.engines.configs import Case, make_config
 from tests.engines.moe import INITIALIZE, MoeSources
-from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.truth import compare, known
 from tests.formats.deepspeed.read.test_matrix import check_regions, check_tensors
@@ -27,22 +26,34 @@ PRELOAD = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
 FOUR = Case(stage=1, dp=4, model="llama")
 EP2 = AutoCase(FOUR, ep=2)
 STAGE3 = AutoCase(FOUR.but(stage=3), ep=2)
+TWO = FOUR.but(dp=2)
+FROZEN = AutoCase(TWO, ep=2, frozen=True)
+# Slices of tensor parallelism, too: two ranks, or four of which two have the same data.
+FOLDED = AutoCase(FOUR.but(dp=1, stage=3), ep=2, tp=2)
+FOLDED_4 = AutoCase(TWO, ep=2, tp=2)
+FOLDED_WIDE = AutoCase(TWO.but(stage=2), ep=4, tp=2)
 # (source, whether it is saved by this project, targets)
 PAIRS: list[tuple[AutoCase, bool, AutoCase]] = [
     (EP2, False, EP2),
     (EP2, False, AutoCase(FOUR.but(stage=3), ep=4)),
     (STAGE3, False, STAGE3),
     (STAGE3, False, AutoCase(FOUR.but(stage=2, dp=2), ep=1)),
-    (AutoCase(FOUR, ep=2, frozen=True), False, AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
+    (FROZEN, False, AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
     (AutoCase(FOUR.but(stage=3, dp=2, dtype="bf16"), ep=2), False, AutoCase(FOUR.but(dtype="bf16"), ep=4)),
     (STAGE3, True, AutoCase(FOUR, ep=4)),
     (AutoCase(FOUR.but(dp=2), ep=2), True, AutoCase(FOUR.but(stage=3), ep=2)),
+    # with tensor parallelism: experts over all ranks, those of several slices, too
+    (FOLDED, False, FOLDED),
+    (FOLDED, True, FOLDED_4),
+    (FOLDED_4, False, AutoCase(TWO.but(stage=3), ep=1)),
+    (FOLDED_WIDE, False, FOLDED),
+    (STAGE3, True, FOLDED),
 ]
 
 
-@pytest.fixture(scope="module")
-def made(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> MoeSources:
-    return MoeSources(ranks, tmp_path_factory.mktemp("autoep"), autoep.train, lambda case, ours: PRELOAD)
+@pytest.fixture
+def made(auto_sources: MoeSources) -> MoeSources:
+    return auto_sources
 
 
 def label(value: Any) -> str:
@@ -60,7 +71,8 @@ def test_loads_exactly(made: MoeSources, source: AutoCase, universal: bool, targ
         INITIALIZE,
         {"ucp": {"enabled": True}},
         trained=2,
-        world_size=target.case.dp,
+        last=source == target,
+        world_size=target.world_size,
         preload=PRELOAD,
     )[0]
     assert differences(known(run.truth), known(loaded.truth)) == []
@@ -94,7 +106,16 @@ def test_other_families(made: MoeSources, family: str) -> None:
         run = made.get(one, False)
         how: Any = {"ucp": {"enabled": True}}
         loaded: Run = made.pool.run(
-            autoep.resume, other.but(seed=7), run.folder, run.tag, INITIALIZE, how, world_size=2, preload=PRELOAD
+            autoep.resume,
+            other.but(seed=7),
+            run.folder,
+            run.tag,
+            INITIALIZE,
+            how,
+            0,
+            False,
+            world_size=2,
+            preload=PRELOAD,
         )[0]
         assert differences(known(run.truth), known(loaded.truth)) == []
         assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE["fp32"])
@@ -124,7 +145,8 @@ def crossing(made: MoeSources, source: AutoCase, target: AutoCase) -> None:
         run.tag,
         INITIALIZE,
         {"ucp": {"enabled": True, "spec": "mixtral"}},
-        world_size=target.case.dp,
+        last=False,
+        world_size=target.world_size,
         preload=PRELOAD,
     )[0]
     assert loaded.further == pytest.approx(run.further, rel=0, abs=CLOSE[target.case.dtype])
@@ -144,12 +166,31 @@ WRITTEN = [
     (EP2, STAGE3),
     (STAGE3, AutoCase(FOUR.but(stage=2, dp=2), ep=1)),
     (STAGE3, AutoCase(FOUR.but(stage=3, sub_group_size=900, dtype="bf16"), ep=4)),
-    (AutoCase(FOUR, ep=2, frozen=True), AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
+    (FROZEN, AutoCase(FOUR.but(stage=2), ep=4, frozen=True)),
+    (EP2, FOLDED_4),
+    (FOLDED, FOLDED_4.but(stage=3)),
 ]
+# Where a source does not say it of so many ranks: how tensor parallelism cuts the attention, and nothing else.
+SLICES = """\
+ucp: 1
+model: slices
+sizes: {hidden: 16, kv_heads: 2, q_per_kv: 2, head_dim: 4, vocab: 101, experts: 4}
+parameters:
+  model.embed_tokens.weight: vocab hidden
+  lm_head.weight: vocab hidden
+  model.layers.{i}.self_attn.q_proj.weight: "(kv_heads/tp q_per_kv head_dim) hidden"
+  model.layers.{i}.self_attn.k_proj.weight: "(kv_heads/tp head_dim) hidden"
+  model.layers.{i}.self_attn.v_proj.weight: "(kv_heads/tp head_dim) hidden"
+  model.layers.{i}.self_attn.o_proj.weight: "hidden (kv_heads/tp q_per_kv head_dim)"
+  model.layers.{i}.mlp.router.gate.weight: experts hidden
+  model.layers.{i}.*norm.weight: hidden
+  model.norm.weight: hidden
+"""
 
 
 def config(case: AutoCase) -> dict[str, Any]:
-    return make_config(case.case) | {"expert_parallel": autoep.section(case)}
+    sliced = {"tensor_parallel": {"autotp_size": case.tp, "partition_config": autoep.SLICES}} if case.tp > 1 else {}
+    return make_config(case.case) | {"expert_parallel": autoep.section(case)} | sliced
 
 
 @pytest.mark.parametrize(("source", "target"), WRITTEN, ids=label)
@@ -157,15 +198,18 @@ def test_stock_deepspeed_loads_what_is_written(
     made: MoeSources, tmp_path: Path, source: AutoCase, target: AutoCase
 ) -> None:
     run = made.get(source, False)
-    layout = f"dp={target.case.dp},ep={target.ep},zero={target.case.stage}"
-    ucp.convert(run.folder, tmp_path / "out", to="deepspeed", layout=layout, ds_config=config(target))
+    layout = f"dp={target.case.dp},tp={target.tp},ep={target.ep},zero={target.case.stage}"
+    (tmp_path / "slices.yaml").write_text(SLICES)
+    spec = tmp_path / "slices.yaml" if target.tp > 1 else None
+    ucp.convert(run.folder, tmp_path / "out", to="deepspeed", layout=layout, ds_config=config(target), spec=spec)
     loaded: Run = made.pool.run(
         autoep.resume,
         target.but(seed=5),
         str(tmp_path / "out"),
         None,
         "deepspeed:initialize",
-        world_size=target.case.dp,
+        last=False,
+        world_size=target.world_size,
         preload=PRELOAD,
     )[0]
     assert differences(known(run.truth), known(loaded.truth)) == []

@@ -85,7 +85,7 @@ PAIRS = [
 ]
 
 
-def load(sources: MoeSources, target: MoeCase, run: Run, trained: int) -> Run:
+def load(sources: MoeSources, target: MoeCase, run: Run, trained: int, last: bool) -> Run:
     found: Run = sources.pool.run(
         moe.resume,
         target.but(seed=5),
@@ -94,6 +94,7 @@ def load(sources: MoeSources, target: MoeCase, run: Run, trained: int) -> Run:
         moe.INITIALIZE,
         {"ucp": {"enabled": True}},
         trained,
+        last,
         world_size=target.case.dp,
         preload=moe.preload(target, ours=True),
     )[0]
@@ -103,7 +104,7 @@ def load(sources: MoeSources, target: MoeCase, run: Run, trained: int) -> Run:
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.label)
 def test_loads_exactly(moe_sources: MoeSources, pair: Pair) -> None:
     run = moe_sources.get(pair.source, pair.universal)
-    loaded = load(moe_sources, pair.target, run, pair.trained)
+    loaded = load(moe_sources, pair.target, run, pair.trained, pair.source == pair.target)
     assert differences(known(run.truth), known(loaded.truth)) == []
     assert len(loaded.further) >= 3
     if pair.source == pair.target:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,17 +21,19 @@ from tests.engines.pool import ROOT
 
 pytestmark = pytest.mark.slow
 
-CASES = 6
+CASES = 9
+SUBGROUP, MEMORY = 3 * 4 * 2 * 1536**2, 64 << 20  # as in `nvme_jobs`, which imports DeepSpeed
 
 
-def test_what_lies_on_a_disk_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
+def results(tmp_path: Path, ranks: int, *more: str) -> list[Any]:
+    """What `nvme_jobs` prints on so many ranks."""
     if not operators.has_async_io():
         pytest.skip("DeepSpeed's async_io is not built: python -m tests.engines.operators AsyncIOBuilder")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = Path(__file__).with_name("nvme_jobs.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -39,13 +42,25 @@ def test_what_lies_on_a_disk_is_saved_and_loaded_exactly(tmp_path: Path) -> None
         "TORCH_EXTENSIONS_DIR": str(operators.folder()),
     }
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
+        [*launch, str(script), str(tmp_path), *more], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = [json.loads(line[len("RESULT ") :]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return [json.loads(line[len("RESULT ") :]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def test_what_lies_on_a_disk_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
+    found = results(tmp_path, 2)
     assert len(found) == CASES
     for case in found:
         assert case["count"] == 36, case
         assert case["wrong"] == [], case
         assert case["steps"] == [3.0], case
         assert case["loss"] == pytest.approx(case["then"], abs=0 if "NVMe" in case["what"] else 4e-3), case
+
+
+def test_one_subgroup_in_host_memory_at_a_time(tmp_path: Path) -> None:
+    """Six subgroups of 57 MB. A load may take 64 MiB; a save beside training has copies of one subgroup."""
+    (took,) = results(tmp_path, 1, "memory")
+    assert took.pop("staged") <= SUBGROUP
+    for what, peak in took.items():
+        assert peak <= MEMORY + SUBGROUP, (what, took)

@@ -21,6 +21,7 @@ from tests.engines.truth import Truth
 from tests.engines.zygote import resolve
 
 EXPERTS = 4
+PRELOAD = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class AutoCase:
     ep: int = 1
     frozen: bool = False  # one of each layer's stacks is not trained
     family: str = "mixtral"
+    tp: int = (
+        1  # slices of the attention; the experts are spread over all ranks, and the case's dp counts those of data
+    )
 
     def but(self, **changes: Any) -> AutoCase:
         return replace(self, case=self.case.but(**changes))
@@ -39,7 +43,12 @@ class AutoCase:
     @property
     def label(self) -> str:
         family = "" if self.family == "mixtral" else f"-{self.family}"
-        return f"{self.case.label}-autoep{self.ep}" + "-frozen" * self.frozen + family
+        tp = f"-tp{self.tp}" if self.tp > 1 else ""
+        return f"{self.case.label}-autoep{self.ep}{tp}" + "-frozen" * self.frozen + family
+
+    @property
+    def world_size(self) -> int:
+        return self.case.dp * self.tp
 
 
 def mixtral(seed: int) -> nn.Module:
@@ -112,6 +121,16 @@ def section(case: AutoCase) -> dict[str, Any]:
     return {"enabled": True, "autoep_size": case.ep, "preset_model": preset, "use_grouped_mm": False}
 
 
+# transformers' own plan for Mixtral has styles that AutoTP does not know, so the attention alone is cut.
+SLICES = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*self_attn.[qkv]_proj.weight$"], "partition_type": "column"},
+        {"patterns": [r".*self_attn.o_proj.weight$"], "partition_type": "row"},
+    ],
+}
+
+
 def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra: Any = None) -> Any:
     accept_defaults()
     model: Any = of_family(case.family, case.case.seed)
@@ -120,6 +139,8 @@ def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith("experts.down_proj"))
     config = make_config(case.case) | {"expert_parallel": section(case)} | dict(extra or {})
+    if case.tp > 1:
+        config["tensor_parallel"] = {"autotp_size": case.tp, "partition_config": SLICES}
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = resolve(initialize)(model=model, config=config, model_parameters=parameters)
     return engine
@@ -146,14 +167,26 @@ def gather(engine: Any) -> Truth | None:
     dist.gather_object((pieces, scalars, module, parts), everyone if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
         return None
-    weights = dict(everyone[0][2])
+    tp = max(engine.autotp_size(), 1)
+    weights, params = {}, {}
     for name in stacks:
         by_rank = {rank: part for _, _, _, held in everyone for rank, part in [held[name]]}
         weights[name] = torch.cat([by_rank[rank] for rank in sorted(by_rank)])
+    spread = [p for found in everyone for p in found[0] if p.name in stacks]
+    params = truth.assembled(_once(spread), {n: t.shape for n, t in weights.items()})
+    lanes = [everyone[lane::tp] for lane in range(tp)]
+    shards = [
+        truth.assembled(
+            _once([p for found in lane for p in found[0] if p.name not in stacks]),
+            {n: t.shape for n, t in lane[0][2].items()},
+        )
+        for lane in lanes
+    ]
+    for name in everyone[0][2]:
+        weights[name] = _whole(name, [lane[0][2][name] for lane in lanes])
+        states = {state: _whole(name, [s[name][state] for s in shards]) for state in shards[0].get(name, {})}
+        params |= {name: states} if states else {}
     frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
-    params = truth.assembled(
-        _once([p for found in everyone for p in found[0]]), {n: t.shape for n, t in weights.items()}
-    )
     truth.check_rounding(params, weights)
     groups = truth.groups_of(engine)
     return Truth(
@@ -164,10 +197,23 @@ def gather(engine: Any) -> Truth | None:
         module=weights,
         aliases={},
         groups=tuple({**group, "names": sorted(group["names"])} for group in groups),
-        counters={key: int(getattr(engine, key)) for key in ("global_steps", "global_samples", "skipped_steps")},
+        counters={
+            "global_steps": int(engine.global_steps),
+            "global_samples": int(engine.global_samples) // tp,  # DeepSpeed counts each once for every slice
+            "skipped_steps": int(engine.skipped_steps),
+        },
         loss_scaler=truth.loss_scaler_of(engine),
         lr_scheduler=None,
     )
+
+
+def _whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
+    """The slices of tensor parallelism as one; what is not cut must be the same on all."""
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+        return torch.cat(shards, dim=1 if "o_proj" in name else 0) if len(shards) > 1 else shards[0]
+    if not all(truth.same(shards[0], shard) for shard in shards):
+        raise ValueError(f"{name}: tensor-parallel ranks hold other values of it")
+    return shards[0]
 
 
 def _stacks(module: nn.Module) -> Iterator[tuple[str, tuple[int, torch.Size]]]:
@@ -207,23 +253,32 @@ def _once(pieces: list[truth.Piece]) -> list[truth.Piece]:
 def train(case: AutoCase, folder: str, initialize: str = "deepspeed:initialize", extra: Any = None) -> Run:
     """Train, save, train on. For ranks."""
     engine = build_engine(case, initialize, extra)
-    losses = continue_training(engine, case.case, 0, STEPS)
+    losses = continue_training(engine, case.case, 0, STEPS, case.tp)
     tag = f"global_step{STEPS}"
     at_save = gather(engine)
     engine.save_checkpoint(folder, tag, client_state=dict(CLIENT_STATE))
     if extra:
         engine.ucp.wait()
-    after = continue_training(engine, case.case, STEPS, FURTHER + 1)
+    after = continue_training(engine, case.case, STEPS, FURTHER + 1, case.tp)
     return Run(case.case, folder, tag, STEPS, tuple(losses), tuple(after), at_save, gather(engine))
 
 
-def resume(case: AutoCase, folder: str, tag: str | None, initialize: str, extra: Any = None, trained: int = 0) -> Run:
-    """Load into an engine that may have trained on other data, then train on. For ranks."""
+def resume(
+    case: AutoCase,
+    folder: str,
+    tag: str | None,
+    initialize: str,
+    extra: Any = None,
+    trained: int = 0,
+    last: bool = True,
+) -> Run:
+    """Load into an engine that may have trained on other data, then train on. last: gather the truth after that, too.
+    For ranks."""
     engine = build_engine(case, initialize, extra)
-    continue_training(engine, case.case, 50, trained)
+    continue_training(engine, case.case, 50, trained, case.tp)
     path, _ = engine.load_checkpoint(folder, tag)
     if path is None:
         raise FileNotFoundError(f"nothing was loaded from {folder}")
     loaded = gather(engine)
-    after = continue_training(engine, case.case, STEPS, FURTHER + 1)
-    return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine))
+    after = continue_training(engine, case.case, STEPS, FURTHER + 1, case.tp)
+    return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine) if last else None)

@@ -228,7 +228,7 @@ class MoeSources:
 
         def make(folder: str) -> Run:
             how: tuple[Any, ...] = (INITIALIZE, SECTION) if universal else ()
-            world, modules = case.case.dp, self._modules(case, universal)
+            world, modules = getattr(case, "world_size", case.case.dp), self._modules(case, universal)
             found: Run = self.pool.run(self._job, case, folder, *how, world_size=world, preload=modules)[0]
             return found
 
@@ -248,8 +248,17 @@ def preload(case: MoeCase, ours: bool) -> tuple[str, ...]:
     return (*preload_for(case.case), *(("ucp.deepspeed",) if ours else ()))
 
 
-def resume(case: MoeCase, folder: str, tag: str | None, initialize: str, extra: Any = None, trained: int = 0) -> Run:
-    """Load into an engine that may have trained on other data, then train on. For ranks."""
+def resume(
+    case: MoeCase,
+    folder: str,
+    tag: str | None,
+    initialize: str,
+    extra: Any = None,
+    trained: int = 0,
+    last: bool = True,
+) -> Run:
+    """Load into an engine that may have trained on other data, then train on. last: gather the truth after that, too.
+    For ranks."""
     engine = build_engine(case, initialize, extra)
     continue_training(engine, case.case, 50, trained)
     path, found = engine.load_checkpoint(folder, tag)
@@ -260,7 +269,7 @@ def resume(case: MoeCase, folder: str, tag: str | None, initialize: str, extra: 
             raise ValueError(f"client state {key!r}: {found.get(key)!r} instead of {value!r}")
     loaded = gather(engine)
     after = continue_training(engine, case.case, STEPS, FURTHER + 1)
-    return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine))
+    return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine) if last else None)
 
 
 def refuse(case: MoeCase, folder: str, tag: str | None, ranks_of_sequences: int = 1) -> tuple[str, str, list[str]]:

@@ -13,11 +13,13 @@ from tests.engines.runs import CLIENT_STATE, FURTHER, Run
 from tests.engines.truth import gather
 
 
-def continue_training(engine: Any, case: Case, from_step: int, steps: int) -> list[float]:
-    """Run ``steps`` optimizer steps; the losses, averaged over all ranks (the same numbers on each). Collective."""
+def continue_training(engine: Any, case: Case, from_step: int, steps: int, tp: int = 1) -> list[float]:
+    """Run ``steps`` optimizer steps; the losses, averaged over all ranks (the same numbers on each). Collective.
+
+    tp: so many neighbouring ranks get the same batches."""
     import torch.distributed as dist
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank() // tp, dist.get_world_size() // tp
     losses = []
     for step in range(from_step, from_step + steps):
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -29,7 +31,7 @@ def continue_training(engine: Any, case: Case, from_step: int, steps: int) -> li
             engine.step()
             total += loss.detach().double()
         dist.all_reduce(total)
-        losses.append(total.item() / (world_size * case.accumulation))
+        losses.append(total.item() / (dist.get_world_size() * case.accumulation))
     return losses
 
 

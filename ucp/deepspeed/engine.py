@@ -68,9 +68,9 @@ class EngineUcp:
         self.last_save: SaveReport | None = None
         self.saver: Saver | None = None
         if config.save.format == "universal" and config.save.background:
-            save = config.save
-            self.saver = Saver(self.saved, memory=save.memory, policy=save.policy, cache=save.cache)
-            live = LiveEngine(engine)
+            save, live = config.save, LiveEngine(engine)
+            memory = save.memory if "memory" in save.model_fields_set else live.staging(save.memory)
+            self.saver = Saver(self.saved, memory=memory, policy=save.policy, cache=save.cache)
             self.saver.reserve(live.nbytes_to_save, pinned=live.on_device)
 
         self._norms = None if config.save.gradient_norms is None else GradientNorms(engine, config.save.gradient_norms)

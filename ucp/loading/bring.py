@@ -54,11 +54,17 @@ class Brought(LoadedTensors):
         if entry in self.there or self.share is None:
             return self.there[entry]
         current = self.share.target.current(*key) if self.share.is_partial(entry) else None
-        if current is None:
-            current = torch.zeros(self.share.length(entry), dtype=to_torch(entry[2]))
+        if current is None:  # memory that goes back to the system when it is let go, which torch's may not
+            current = Memory().take(self.share.size(entry)).view(to_torch(entry[2]))
         out = current.to(to_torch(entry[2]))
         self._read(entry, out)
         return out
+
+    def own(self, key: int, state: str) -> torch.Tensor:
+        found = self[key, state]
+        if self.entries[key, state] not in self.there:
+            return found
+        return Memory().take(found.nbytes).view(found.dtype).copy_(found)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self.entries)

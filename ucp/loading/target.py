@@ -149,6 +149,10 @@ class LoadedTensors(Mapping[tuple[int, str], "torch.Tensor"]):
     def fill(self, key: int, state: str, live: torch.Tensor) -> None:
         """Give live memory of any shape the values that were loaded for it, unless it has them already."""
 
+    @abstractmethod
+    def own(self, key: int, state: str) -> torch.Tensor:
+        """The values in host memory of their own, which the caller keeps. As an item, it is a flat tensor."""
+
     def states(self, key: int) -> list[str]:
         """The optimizer states that are brought for a slot."""
         return [state for (slot, state) in self if slot == key and state != "param"]

@@ -119,8 +119,12 @@ def place(
     return out
 
 
-def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]]:
+def held_first(
+    placements: Placements, apart: Collection[str] = ()
+) -> dict[tuple[Coordinate, str], tuple[NDArray[np.bool_], ...]]:
     """For every local tensor and each of its places, which of the boxes no earlier coordinate holds.
+
+    apart: names of which every rank holds only parts of its own, whatever its placement says.
 
     What several parts hold in common is read from the first of them, and written by it. Coordinates are ordered by
     stage, then by tensor-parallel rank, then by expert-parallel rank.
@@ -132,7 +136,7 @@ def held_first(placements: Placements) -> dict[tuple[Coordinate, str], tuple[NDA
         for placed in placements[key]:
             known, blocks = seen.setdefault(placed.name, set()), placed.blocks
             boxes = [tuple(row) for row in np.concatenate([blocks.offsets, blocks.sizes], axis=1).tolist()]
-            masks.append(np.array([box not in known for box in boxes], bool))
+            masks.append(np.array([key[1] in apart or box not in known for box in boxes], bool))
             known.update(boxes)
         out[key] = tuple(masks)
     return out

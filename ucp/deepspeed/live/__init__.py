@@ -72,7 +72,8 @@ class LiveEngine:
         is cut, or if ranks' states differ that a save takes from one of them.
         """
         self._choice = choice
-        self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice)
+        experts = self._experts.in_slots(self._slots)
+        self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice, experts)
         optimizer = self._optimizer
         if to_save and self._placed is not None and isinstance(optimizer, Stage0):
             self._placed.refuse_averages()
@@ -180,6 +181,12 @@ class LiveEngine:
     def nbytes_to_save(self) -> int:
         """About how many bytes this rank writes when it saves, with the states that its optimizer has yet to make."""
         return nbytes_to_save(self._slots, self.groups)
+
+    def staging(self, most: int) -> int:
+        """How many bytes of host memory a save's copies take if nobody says it: at most so many, and where states lie
+        on a disk, no more than those of the largest subgroup."""
+        away = [nbytes_to_save([s], self.groups) for s in self._slots if not self._is_in_memory(s.key)]
+        return min(most, max(away)) if away else most
 
     @property
     def on_device(self) -> bool:

@@ -2,7 +2,8 @@
 
 Every rank knows which experts it holds and how many there are, so nothing is exchanged. A slot lists the experts of all
 ranks, so that all ranks come to the same decisions; other ranks' experts have no elements in it. The rules are in
-`ucp.formats.deepspeed.experts`.
+`ucp.formats.deepspeed.experts`. Beside tensor parallelism (AutoEP with AutoTP) experts are spread over all ranks, also
+over those that share a slice of the data, and are not cut otherwise.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class LiveExperts:
         members, weights = lifted["param"]
         own = tuple(replace(m, blocks=b) for m, b in zip(members, weights.blocks, strict=True))
         return replace(slot, members=own, placed={state: lifted[state][1] for state in slot.placed})
+
+    def in_slots(self, slots: Sequence[Slot]) -> frozenset[str]:
+        """The names of the experts' tensors in lifted slots. Tensor parallelism does not cut these."""
+        return frozenset(m.name for slot in slots for m in slot.members if self._group_of(m.name))
 
     def names(self, group: Group) -> Group:
         """A param group with the experts of all ranks, in the order of a rank that holds them all."""

@@ -7,7 +7,7 @@ padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
 from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.formats.shared.apart import states_apart
-from ucp.geometry import Blocks, Shape, compose, numel
+from ucp.geometry import Blocks, Shape, compose, numel, whole
 from ucp.job import ranks
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Group, Member, Placement, Slot
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.placement import Placements, held_first
+from ucp.spec.placement import Placed, Placements, held_first
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 
@@ -45,13 +45,22 @@ class PlacedSlots:
     """
 
     def __init__(
-        self, slots: Sequence[Slot], tables: Sequence[RankTensors], of_rank: Sequence[int], placements: Placements
+        self,
+        slots: Sequence[Slot],
+        tables: Sequence[RankTensors],
+        of_rank: Sequence[int],
+        placements: Placements,
+        experts: Collection[str],
     ) -> None:
         self._at = tables[of_rank[ranks.rank()]].at
         self._placements = placements
-        self._first = held_first(placements)
+        self._first = held_first(placements, apart=experts)
         self._holders = {
-            name: tuple(r for r, t in enumerate(of_rank) if tables[t].at == self._at and name in tables[t].tensors)
+            name: tuple(
+                r
+                for r, t in enumerate(of_rank)
+                if (tables[t].at == self._at or name in experts) and name in tables[t].tensors
+            )
             for name in tables[of_rank[ranks.rank()]].tensors
         }
         self._held = {n for t in tables for n, (shape, _) in t.tensors.items() if numel(shape)}
@@ -100,8 +109,8 @@ class PlacedSlots:
         members = []
         at = 0
         for local in slot.members:
-            for whole in self._placements[self._at, local.name]:
-                members.append(Member(whole.name, whole.shape, weights.blocks[at], whole.padding))
+            for place in self._placements[self._at, local.name]:
+                members.append(Member(place.name, place.shape, weights.blocks[at], place.padding))
                 at += 1
         here = self._holders[slot.members[0].name]
         holders = tuple(r for r in slot.holders if r in here)
@@ -112,9 +121,9 @@ class PlacedSlots:
         holders: list[tuple[int, ...]] = []
         for local, own, held_by in zip(slot.members, placement.blocks, placement.holders, strict=True):
             key = (self._at, local.name)
-            for whole, first in zip(self._placements[key], self._first[key], strict=True):
-                outer = whole.blocks.take(first) if first_only else whole.blocks
-                blocks.append(compose(own, outer, local.shape, whole.shape)[0])
+            for place, first in zip(self._placements[key], self._first[key], strict=True):
+                outer = place.blocks.take(first) if first_only else place.blocks
+                blocks.append(compose(own, outer, local.shape, place.shape)[0])
                 holders.append(tuple(r for r in held_by if r in self._holders[local.name]))
         return Placement(placement.length, tuple(blocks), tuple(holders))
 
@@ -144,8 +153,12 @@ def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[
     return tuple(tuple(group) for group in names)
 
 
-def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice) -> PlacedSlots | None:
+def place_slots(
+    engine: Any, slots: Sequence[Slot], groups: Sequence[Group], choice: Choice, experts: Collection[str] = ()
+) -> PlacedSlots | None:
     """Lift the slots of every rank. None if the model is neither cut nor padded. Collective.
+
+    experts: the names of their tensors, which the slots have as parts of the whole model's already.
 
     Raises on every rank: SpecError and Mismatch if the spec does not fit, Unsupported if there is none.
     """
@@ -157,19 +170,31 @@ def place_slots(engine: Any, slots: Sequence[Slot], groups: Sequence[Group], cho
         tuple(g.names for g in groups),
     )
     if layout.tp * layout.pp == 1:
-        alike = ranks.all_or_none(lambda: _placements(engine, [own], layout, choice))
+        alike = ranks.all_or_none(lambda: _placements(engine, [own], layout, choice, experts))
         if all(len(places) == 1 for places in alike.values()):
             return None
     tables, of_rank = ranks.distinct(own)
-    return ranks.all_or_none(lambda: PlacedSlots(slots, tables, of_rank, _placements(engine, tables, layout, choice)))
+    return ranks.all_or_none(
+        lambda: PlacedSlots(slots, tables, of_rank, _placements(engine, tables, layout, choice, experts), experts)
+    )
 
 
-def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choice: Choice) -> Placements:
+def _placements(
+    engine: Any, tables: Sequence[RankTensors], layout: Layout, choice: Choice, experts: Collection[str]
+) -> Placements:
     parts: dict[Coordinate, dict[str, Shape]] = {}
     factors: dict[str, tuple[str, str]] = {}
     buffers: set[str] = set()
+    not_cut = experts if layout.tp > 1 else ()
+    whole_already: dict[tuple[Coordinate, str], tuple[Placed, ...]] = {}
     for table in tables:
-        parts.setdefault(table.at, {}).update({name: shape for name, (shape, _) in table.tensors.items()})
+        cut = {name: shape for name, (shape, _) in table.tensors.items() if name not in not_cut}
+        parts.setdefault(table.at, {}).update(cut)
+        whole_already |= {
+            (table.at, name): (Placed(name, shape, whole(shape)),)
+            for name, (shape, _) in table.tensors.items()
+            if name not in cut
+        }
         factors |= states_apart(table.tensors, table.tensors)
         buffers |= {name for name, (_, kind) in table.tensors.items() if kind == "buffer"}
     info = declared_info(engine.module)
@@ -186,4 +211,4 @@ def _placements(engine: Any, tables: Sequence[RankTensors], layout: Layout, choi
             f"this model keeps '{placed.name}' multiplied by {placed.scale:g} (its affine map's scale); such "
             "checkpoints are read, but no such engine is filled or saved"
         )
-    return found
+    return {**found, **whole_already}

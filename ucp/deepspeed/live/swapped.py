@@ -104,6 +104,6 @@ def _put_states(zero: Any, s: int, key: int, loaded: Loaded) -> None:
         if name in state:
             loaded.tensors.fill(key, name, state[name].data)
         else:
-            state[name] = loaded.tensors[key, name].clone()
+            state[name] = loaded.tensors.own(key, name)
     for name, value in loaded.scalars[key].items():
         state[name] = scalar_like(state.get(name), inner, flat, group, value)

@@ -77,6 +77,8 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
     plain = tp_slices.without_padding(catalog)
     if layout.ep > 1 or counts(plain.parameters):
         spread = experts.spread(plain, layout, config)
+        if spread is not None and layout.tp > 1:
+            raise Unsupported(f"layout '{layout}': experts beside tensor parallelism cannot be planned yet")
         if spread is not None:
             return ModelParts(tuple(_with_experts(plain, spread)), None)
     if layout.tp * layout.pp == 1:

@@ -9,7 +9,8 @@ same on all ranks. In the whole model an expert has its number among all experts
 rank * (experts of a rank) + the number on the rank (``runtime/engine.py: _save_moe_checkpoint``).
 
 AutoEP (``module_inject/auto_ep_layer.py``) stacks a rank's experts. Their tensors ``w1``, ``w2``, ``w3`` are parts of
-the whole model's tensors along the first axis: those of the experts that the layer's placement gives to the rank.
+the whole model's tensors along the first axis: those of the experts that the layer's placement gives to the rank. It
+may give ranks different numbers of experts, in any order, and one expert to several of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ucp.geometry import Shape, box, concat, numel, whole
 from ucp.spec.placement import Placed
@@ -78,6 +82,18 @@ class Experts:
     def has(self, name: str) -> bool:
         """Whether ranks hold different tensors under this local name."""
         return name in self.stacks or expert_of(name) is not None
+
+    def shape(self, name: str, shape: Shape, rank: int) -> Shape:
+        """The shape of a rank's tensor of this local name, given that of some rank."""
+        return (len(self.stacks[name][rank]), *shape[1:]) if name in self.stacks else shape
+
+    def is_first(self, name: str, rank: int) -> NDArray[np.bool_] | None:
+        """Which rows of a rank's tensor no earlier rank has; None for all."""
+        stack = self.stacks.get(name, ())
+        earlier = {expert for held in stack[:rank] for expert in held}
+        if not earlier.intersection(stack[rank] if stack else ()):
+            return None
+        return np.array([expert not in earlier for expert in stack[rank]], bool)
 
     def name(self, name: str, rank: int) -> str:
         """What a rank's tensor of this local name is called in the whole model."""

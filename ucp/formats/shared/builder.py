@@ -45,7 +45,7 @@ class _Places:
 @dataclass
 class Builder:
     """The files, parameters and tensors found so far. paths, sources and records (those of `Catalog.crc_records`, by
-    their first bytes) are shared by the parts of one checkpoint. computed: as `Catalog.computed` has it."""
+    their first bytes) are shared by the parts of one checkpoint. computed, copies: as `Catalog` has them."""
 
     files: Files
     paths: dict[str, int] = field(default_factory=dict)
@@ -55,6 +55,7 @@ class Builder:
     parameters: dict[str, ParameterInfo] = field(default_factory=dict)
     tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
     _places: dict[int, _Places] = field(default_factory=dict)
+    copies: list[LogicalTensor] = field(default_factory=list)
 
     def file(self, ref: TensorRef) -> int:
         """The index of a tensor's file, entered at first use with what the file tells of the tensor's bytes."""
@@ -131,12 +132,16 @@ class Builder:
         tensors: Sequence[LogicalTensor],
         scalars: Mapping[str, Scalar],
         aliases: Sequence[str] = (),
+        first: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Enter a rank's tensors as their part of the whole model's; raises DamagedCheckpoint where parts differ."""
+        """Enter a rank's tensors as their part of the whole model's. first: which of the placed boxes are not only
+        copies of what was entered before; None for all. Raises DamagedCheckpoint where parts differ."""
         lifted = []
         for tensor in tensors:
-            blocks, index = compose(tensor.blocks, placed.blocks, tensor.shape, placed.shape)
-            found = LogicalTensor(placed.name, tensor.state, placed.shape, tensor.dtype, blocks, tensor.bases[index])
+            found = _lifted(tensor, placed, placed.blocks if first is None else placed.blocks.take(first))
+            if first is not None:
+                self.copies.append(_lifted(tensor, placed, placed.blocks.take(~first)))
+            blocks = found.blocks
             known = self.tensors.get((placed.name, tensor.state))
             if known is not None:
                 if known.dtype != tensor.dtype or self.parameters[placed.name].scalars != scalars:
@@ -168,3 +173,9 @@ class Builder:
         if ref.dtype == "bfloat16":
             return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
         return raw.view(numpy_dtype(ref.dtype))[0].item()
+
+
+def _lifted(tensor: LogicalTensor, placed: Placed, outer: Blocks) -> LogicalTensor:
+    """A rank's tensor as the part of the whole model's that these boxes are."""
+    blocks, index = compose(tensor.blocks, outer, tensor.shape, placed.shape)
+    return LogicalTensor(placed.name, tensor.state, placed.shape, tensor.dtype, blocks, tensor.bases[index])

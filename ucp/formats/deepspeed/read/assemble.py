@@ -71,6 +71,7 @@ def assemble(
                         pieces.append((blocks, tensor.bases[index]))
     tensors = {key: found.tensor(key[1], found.first) for key, found in gathered.items()}
     copies = tuple(found.tensor(key[1], found.again) for key, found in gathered.items() if found.again)
+    copies += tuple(copy for part in parts.values() for copy in part.copies)
     return parameters, tensors, copies, _state(parts, placements)
 
 

@@ -15,11 +15,11 @@ from ucp.formats.deepspeed.experts import CAPTURES
 from ucp.formats.deepspeed.read import same_save, stems
 from ucp.formats.deepspeed.read.assemble import assemble
 from ucp.formats.deepspeed.read.averages import take_averages
-from ucp.formats.deepspeed.read.experts import find_experts
+from ucp.formats.deepspeed.read.experts import ExpertFiles, find_experts
 from ucp.formats.deepspeed.read.folder import Folder, scan
 from ucp.formats.deepspeed.read.layers import tensor_parallel_ranks, with_modules
 from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.formats.deepspeed.read.mp_rank import LocalModel, open_models, read_part
+from ucp.formats.deepspeed.read.mp_rank import LocalModel, of_all_ranks, open_models, read_part
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
 from ucp.formats.deepspeed.read.replicated import cuts_said, first_copies
 from ucp.formats.deepspeed.read.scaled import undo_scales
@@ -31,10 +31,10 @@ from ucp.formats.shared.copies import check_copies
 from ucp.formats.shared.gradients import entry, micro_steps_of, of_pipeline
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.two_saves import far_apart
-from ucp.geometry import Shape
+from ucp.geometry import Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.printable import logger
-from ucp.spec.placement import Placements
+from ucp.spec.placement import Placed, Placements
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs
@@ -119,7 +119,7 @@ def read_stages(
     parts: dict[Coordinate, LocalModel] = {}
     for folder in found:
         stage, slice_ = order.index(folder.mp // tp), folder.mp % tp
-        experts = find_experts(folder, models[folder.mp][0], tp)
+        experts = _experts(found, models, folder, tp)
         for rank, held in experts.parts(folder, models[folder.mp]).items():
             builder = Builder(files, paths, sources, records)
             parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
@@ -160,6 +160,18 @@ def _with_gradients(state: TrainingState, model: ModelFile, layout: Layout) -> T
         return state
     how, steps = pipeline_gradients(model.raw.get("ds_version")), micro_steps_of(model.config, layout.dp)
     return replace(state, extra={**state.extra, **entry(of_pipeline(how, steps, layout.pp))})
+
+
+def _experts(
+    found: Sequence[Folder], models: Mapping[int, Mapping[int, ModelFile]], folder: Folder, tp: int
+) -> ExpertFiles:
+    """The experts that are read with a model-parallel rank's files."""
+    beside = [one for one in found if one.mp // tp == folder.mp // tp]
+    slice_ = folder.mp % tp
+    experts = find_experts(beside, models[folder.mp][0], slice_)
+    if tp > 1 and experts.experts.stacks and not slice_ and folder.optim:
+        return replace(experts, optim=of_all_ranks(beside, models))
+    return experts
 
 
 def _refuse_apart(parts: Mapping[Coordinate, LocalModel]) -> None:
@@ -208,6 +220,12 @@ def model_facts(path: Path) -> ModelFacts:
 
 def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: Layout, choice: Choice) -> Placements:
     shapes = {at: {name: info.shape for name, info in part.parameters.items()} for at, part in parts.items()}
+    experts = {}
+    if layout.tp > 1 and not choice.apart:  # which does not cut experts
+        experts = {
+            (at, n): shape for at, held in shapes.items() for n, shape in held.items() if parts[at].experts.has(n)
+        }
+        shapes = {at: {n: s for n, s in held.items() if (at, n) not in experts} for at, held in shapes.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     factors = {n: of for part in parts.values() for n, of in states_apart(part.parameters, part.parameters).items()}
     info = cuts_said(model.raw.get("universal_checkpoint_info"), model.config)
@@ -217,7 +235,7 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
     )
     if found is None:
         raise _unknown_cuts(model, shapes)
-    return found
+    return {**found, **{(at, name): (Placed(name, shape, whole(shape)),) for (at, name), shape in experts.items()}}
 
 
 def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:

@@ -15,6 +15,10 @@ is special about experts in the files:
   rank (of the largest such group), with that rank's experts and, again, everything else.
 - AutoEP's layers are listed in ``ds_autoep_layers``. Its experts' files have ``{prefix}.w1.{number}`` and so on, one
   row of the stack each. At stage 3 it has no such files.
+- Together with AutoTP ("folding", ``module_inject/auto_ep_folding.py``) experts are spread over all ranks in their
+  global order, and tensor parallelism does not cut them. So each tensor-parallel rank's files have some of the
+  experts, and those that share an expert's flat buffer may be of several such ranks. An expert's own file has the name
+  of one of them, and is read only where the expert is not trained.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
-from ucp.formats.deepspeed.read.folder import Folder, check_ranks, load
+from ucp.formats.deepspeed.read.folder import FOLDING, Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.shared.builder import Builder
 from ucp.geometry import Shape, box, concat
@@ -51,6 +55,8 @@ class ExpertFiles:
     data_first: as for `data_ranks`.
     optim_ranks: how many expert-parallel ranks have optimizer files of their own (stage 0).
     aliases: other names that AutoEP's routers have, which are in no file.
+    optim: the optimizer files of all ranks by their global numbers, if experts are spread over tensor-parallel ranks.
+    elsewhere: the experts are read together with another tensor-parallel rank's files.
     """
 
     path: Path
@@ -61,6 +67,8 @@ class ExpertFiles:
     data_first: bool = False
     optim_ranks: int = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
+    optim: Mapping[int, OptimFile] | None = None
+    elsewhere: bool = False
 
     @property
     def ep(self) -> int:
@@ -85,6 +93,9 @@ class ExpertFiles:
         local = [name for name in shapes if self.experts.has(name)]
         if not local:
             return [dict(optim)]
+        if self.elsewhere:
+            return []
+        optim = optim if self.optim is None else self.optim
         path = optim[0][0]
         if len(local) < len(shapes):
             other = next(name for name in shapes if name not in local)
@@ -94,7 +105,7 @@ class ExpertFiles:
         wrong = [name for name in local if not ep or dp % count or not self._held_over(name, ep)]
         if wrong:
             raise DamagedCheckpoint(
-                f"{path}: group {group} was cut into {count} partitions by {dp} data-parallel ranks, which does not "
+                f"{path}: group {group} was cut into {count} partitions by {dp} ranks, which does not "
                 f"fit the experts of '{wrong[0]}' in the model file; files of two runs are mixed"
             )
         return [{i: optim[r] for i, r in enumerate(data_ranks(rank, dp, ep, self.data_first))} for rank in range(ep)]
@@ -184,47 +195,89 @@ def _pattern(name: str) -> tuple[str, ...]:
     return (expert.layer, expert.rest) if expert else (name,)
 
 
-def find_experts(folder: Folder, model: ModelFile, tp: int) -> ExpertFiles:
-    """The experts of a model-parallel rank's files. tp: the number of tensor-parallel ranks. Most checkpoints have no
-    experts. A pipeline's stages have files of their own, which count their layers from 0.
+def find_experts(folders: Sequence[Folder], model: ModelFile, slice_: int = 0) -> ExpertFiles:
+    """The experts of a stage: of the files of all its tensor-parallel ranks. Most checkpoints have no experts. A
+    pipeline's stages have files of their own, which count their layers from 0.
 
-    Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms and for experts under tensor
-    parallelism.
+    model: the model file of one of the ranks. slice_: its number; all experts are read with the first one's.
+
+    Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms, and under tensor parallelism
+    for experts of DeepSpeed's own layers.
     """
+    folder = folders[slice_]
+    files = {key: path for one in reversed(folders) for key, path in one.experts.items()}
     totals = model.raw.get("num_experts")
-    stacks = _stacks(model, len(folder.model) + len(folder.optim) + len(folder.expert_optim) + len(folder.experts))
-    if totals is None and not folder.experts:
+    count = sum(len(f.model) + len(f.optim) + len(f.expert_optim) for f in folders)
+    stacks = _stacks(model, count + len(files))
+    if totals is None and not files:
         return ExpertFiles(folder.path)
-    if tp > 1:
-        raise Unsupported(f"{folder.path}: has experts under tensor parallelism, which is not supported")
+    if len(folders) > 1:
+        _check_folded(folder, model, stacks)
     if not isinstance(totals, (list, tuple)):
         raise Unsupported(
             f"{model.path}: 'num_experts' is {short(totals)}, no list; experts of such old files cannot be read"
         )
-    partitioned = folder.partitioned_model
+    extra = [path for (layer, n), path in files.items() if layer >= len(totals) or n >= int(totals[layer])]
+    if extra:
+        raise DamagedCheckpoint(
+            f"{extra[0]}: '{model.path.name}' says that there are {list(totals)} experts; files of two runs are mixed"
+        )
     tensors: dict[str, TensorRef] = {}
     rows: dict[str, dict[int, TensorRef]] = {}
-    for layer, total in enumerate(totals):
-        for number in range(0 if partitioned else int(total)):
-            path = folder.experts.get((layer, number))
+    unneeded = _trained_layers(model, stacks) if len(folders) > 1 else frozenset()
+    for layer, total in enumerate(() if slice_ or folder.partitioned_model else totals):
+        for number in range(int(total)):
+            path = files.get((layer, number))
             if path is None:
                 raise DamagedCheckpoint(
                     f"{folder.path}: 'layer_{layer}_expert_{number}_mp_rank_{folder.mp:02d}_model_states.pt' is "
                     f"missing; '{model.path.name}' says that layer {layer} has {total} experts"
                 )
+            if layer in unneeded:
+                continue
             for name, ref in load(path, trust=None).items():
-                _enter(path, number, name, ref, stacks, tensors, rows)
-    extra = [path for (layer, n), path in folder.experts.items() if layer >= len(totals) or n >= int(totals[layer])]
-    if extra:
-        raise DamagedCheckpoint(
-            f"{extra[0]}: '{model.path.name}' says that there are {list(totals)} experts; files of two runs are mixed"
-        )
+                if name != FOLDING:
+                    _enter(path, number, name, ref, stacks, tensors, rows)
     shapes = [*(model.raw.get("param_shapes") or ()), model.raw.get("frozen_param_shapes") or {}]
     held = counts(str(name) for group in shapes for name in group)
     data_first = bool(model.config.get("use_data_before_expert_parallelism"))
     ranks = max(folder.expert_optim, default=-1) + 1
     experts, aliases = Experts(held, stacks), _router_aliases(model)
-    return ExpertFiles(folder.path, experts, counts(tensors), tensors, rows, data_first, ranks, aliases)
+    return ExpertFiles(
+        folder.path, experts, counts(tensors), tensors, rows, data_first, ranks, aliases, elsewhere=slice_ > 0
+    )
+
+
+def _trained_layers(model: ModelFile, stacks: Mapping[str, Any]) -> frozenset[int]:
+    """AutoEP's layers whose experts are all trained: their weights are those of the optimizer files, rounded.
+
+    Under tensor parallelism DeepSpeed 0.19.8 has every rank that holds an expert write its file, at the same time, so
+    that now and then such a file is a mixture of two.
+    """
+    trained = {str(name) for group in model.raw.get("param_shapes") or () for name in group}
+    prefixes = {int(layer["moe_layer_id"]): f"{layer['expert_key_prefix']}." for layer in _layers(model)}
+    return frozenset(
+        number
+        for number, prefix in prefixes.items()
+        if all(name in trained for name in stacks if name.startswith(prefix))
+    )
+
+
+def _check_folded(folder: Folder, model: ModelFile, stacks: Mapping[str, Any]) -> None:
+    """Raise Unsupported for experts under tensor parallelism of which no rule is known that says who holds them."""
+    if not stacks:
+        raise Unsupported(
+            f"{folder.path}: has experts of DeepSpeed's own layers under tensor parallelism, which is not supported"
+        )
+    if folder.expert_optim:
+        raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
+    said = model.raw.get(FOLDING)
+    width = said.get("etp_size", 1) if isinstance(said, Mapping) else 1
+    if width != 1:
+        raise Unsupported(
+            f"{model.path}: says that tensor parallelism cuts its experts, too (over {width} ranks), which is not "
+            "supported"
+        )
 
 
 def _enter(
@@ -294,10 +347,11 @@ def _stacks(model: ModelFile, files: int) -> dict[str, list[list[int]]]:
             stack = [list(range(rank * (count // ep), (rank + 1) * (count // ep))) for rank in range(ep)]
         else:
             stack = [[int(e) for e in r["experts"]] for r in sorted(placement["ranks"], key=lambda r: r["rank"])]
-        if sorted(e for numbers in stack for e in numbers) != list(range(count)):
-            raise Unsupported(
-                f"{model.path}: '{layer['expert_key_prefix']}' has experts {stack} of {count} on its ranks; copies of "
-                "experts are not supported"
+        found = sorted({e for numbers in stack for e in numbers})
+        if found != list(range(count)) or any(len(set(numbers)) < len(numbers) for numbers in stack):
+            raise DamagedCheckpoint(
+                f"{model.path}: says that the ranks of '{layer['expert_key_prefix']}' have the experts {stack}, which "
+                f"are not its {count}: each on one rank at least, and on none twice"
             )
         out.update({f"{layer['expert_key_prefix']}.{w}": stack for w in ("w1", "w2", "w3")})
     return out

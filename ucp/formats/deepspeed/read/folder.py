@@ -49,8 +49,11 @@ OWN_KEYS = frozenset(
     ]
 )
 
+# What files of AutoEP say of tensor parallelism beside it (``checkpoint/constants.py: FOLDING_METADATA_KEY``).
+FOLDING = "folding"
+
 # _save_zero_checkpoint; older releases have more of the model file's.
-OPTIMIZER_KEYS = OWN_KEYS | {"optimizer_state_dict", "folding"}
+OPTIMIZER_KEYS = OWN_KEYS | {"optimizer_state_dict", FOLDING}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.read.folder import OWN_KEYS
+from ucp.formats.deepspeed.read.folder import FOLDING, OWN_KEYS
 from ucp.geometry import Shape
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -76,7 +76,8 @@ class ModelFile:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.raw.items() if k not in OWN_KEYS}
+        own = OWN_KEYS if self.raw.get("num_experts") is None else OWN_KEYS | {FOLDING}
+        return {k: v for k, v in self.raw.items() if k not in own}
 
     @property
     def config(self) -> dict[str, Any]:

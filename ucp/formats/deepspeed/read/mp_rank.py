@@ -6,15 +6,16 @@ Without tensor or pipeline parallelism that is the whole checkpoint.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.deepspeed.experts import Experts
 from ucp.formats.deepspeed.read import same_run, same_save, stage0, stage3, stage12, stems, swap_files, swapped
-from ucp.formats.deepspeed.read.experts import ExpertFiles
+from ucp.formats.deepspeed.read.experts import ExpertFiles, OptimFile
 from ucp.formats.deepspeed.read.folder import OPTIMIZER_KEYS, Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile, tied_by_storage
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
@@ -32,16 +33,20 @@ class LocalModel:
 
     model: the first data-parallel rank's model file.
     ep: the number of ranks that experts are spread over.
+    experts: which tensors are of experts.
     parameters, tensors: with local names and shapes. Only experts have the whole model's names and shapes.
+    copies: of experts that several ranks have.
     """
 
     model: ModelFile
     dp: int
     ep: int
+    experts: Experts
     zero: int
     parameters: Mapping[str, ParameterInfo]
     tensors: Mapping[tuple[str, str], LogicalTensor]
     training_state: TrainingState
+    copies: Sequence[LogicalTensor] = ()
 
 
 def open_models(folder: Folder, trust: bool, skip: bool = False) -> dict[int, ModelFile]:
@@ -112,10 +117,7 @@ def _read_part(
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
         if param_names is not None:  # the caller knows all experts, this part has its rank's
-            held = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
-            param_names = [
-                g.but(own) if isinstance(g, ModuleOrder) else own for g, own in zip(param_names, held, strict=True)
-            ]
+            param_names = _of_rank(param_names, candidates, experts)
         with malformed(model.path, "'optimizer'"):
             groups = stage0.read(builder, model, candidates, aliases, param_names)
         first_state = model.raw["optimizer"]
@@ -128,7 +130,17 @@ def _read_part(
         builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
     experts.enter_frozen(builder)
     state = training_state(model, groups, first_state, dp)
-    return LocalModel(model, dp, experts.ep, stage, builder.parameters, builder.tensors, state)
+    return LocalModel(
+        model, dp, experts.ep, experts.experts, stage, builder.parameters, builder.tensors, state, builder.copies
+    )
+
+
+def _of_rank(
+    param_names: Sequence[Sequence[str]], candidates: Collection[str], experts: ExpertFiles
+) -> list[Sequence[str]]:
+    """The names of each group without those of other ranks' experts."""
+    held = [[n for n in g if n in candidates or not experts.experts.has(n)] for g in param_names]
+    return [g.but(own) if isinstance(g, ModuleOrder) else own for g, own in zip(param_names, held, strict=True)]
 
 
 def _refuse_nameless(folder: Folder, model: ModelFile) -> None:
@@ -141,9 +153,20 @@ def _refuse_nameless(folder: Folder, model: ModelFile) -> None:
         )
 
 
-def _optimizer_states(
-    folder: Folder, models: Mapping[int, ModelFile], cuts: int
-) -> dict[int, tuple[Path, Mapping[str, Any]]]:
+def of_all_ranks(folders: Sequence[Folder], models: Mapping[int, Mapping[int, ModelFile]]) -> dict[int, OptimFile]:
+    """The optimizer files of a stage's tensor-parallel ranks, by global rank: neighbours are of the same slice of the
+    data. models: by the folders' numbers."""
+    out: dict[int, OptimFile] = {}
+    for slice_, folder in enumerate(folders):
+        own = models[folder.mp]
+        with malformed(own[0].path):
+            cuts = cut_over(own[0], folder.partitioned_model)
+            found = _optimizer_states(folder, own, cuts)
+        out |= {rank * len(folders) + slice_: file for rank, file in found.items()}
+    return dict(sorted(out.items()))
+
+
+def _optimizer_states(folder: Folder, models: Mapping[int, ModelFile], cuts: int) -> dict[int, OptimFile]:
     """Each rank's optimizer file and the state dict in it, all of one save."""
     check_ranks("optimizer", folder.optim, cuts, folder.path, folder.optim_pattern, models[0].path)
     whole = {r: load(folder.optim[r], trust=None, skip=folder.skip) for r in range(cuts)}

@@ -37,11 +37,21 @@ def check_models(models: Mapping[Path, Mapping[str, Any]]) -> None:
     for key in ("global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size"):
         _same(f"'{key}'", {path: raw.get(key) for path, raw in models.items()})
     for key in ("param_shapes", "frozen_param_shapes"):
-        same_on_all_ranks(f"'{key}'", {path: raw.get(key) for path, raw in models.items()})
+        same_on_all_ranks(f"'{key}'", {path: _shapes(raw, key) for path, raw in models.items()})
     for key in _COUNTERS:
         found = {path: raw.get("lr_scheduler") for path, raw in models.items()}
         _same(f"the scheduler's '{key}'", {p: s.get(key) if isinstance(s, Mapping) else None for p, s in found.items()})
     check_writers(models)
+
+
+def _shapes(raw: Mapping[str, Any], key: str) -> Any:
+    """What a model file says of shapes. Ranks may have other numbers of AutoEP's experts, the first size of a stack."""
+    prefixes = tuple(f"{layer['expert_key_prefix']}." for layer in raw.get("ds_autoep_layers") or ())
+    found = raw.get(key)
+    if not prefixes or found is None:
+        return found
+    groups = found if isinstance(found, (list, tuple)) else [found]
+    return [{n: s[1:] if str(n).startswith(prefixes) else s for n, s in group.items()} for group in groups]
 
 
 def check_optimizers(files: Mapping[Path, Mapping[str, Any]], models: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -93,7 +93,8 @@ def _read_group(
     facts: OptimizerContext,
 ) -> None:
     """Enter the parameters of one flat buffer, which is cut over these files; rank: the expert-parallel one."""
-    dp = len(optim)
+    dp, experts = len(optim), facts.experts.experts
+    shapes = {name: experts.shape(name, shape, rank) for name, shape in shapes.items()}
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS)) for r, (p, sd) in optim.items()}
     padding = {r: _padding(path, sd, g) for r, (path, sd) in optim.items()}
     padding = _own_padding({r: masters[r][g].shape[0] for r in optim}, padding)
@@ -127,8 +128,8 @@ def _read_group(
         for state, refs in by_rank.items():
             cut = momentum.blocks[name] if momentum and state == MOMENTUM else cuts[name]
             tensors.append(builder.pieces(name, state, shape, cut, refs))
-        placed = facts.experts.experts.place(name, shape, rank)
-        builder.add_placed(placed, "parameter", tensors, scalars, aliases.get(name, ()))
+        placed, first = experts.place(name, shape, rank), experts.is_first(name, rank)
+        builder.add_placed(placed, "parameter", tensors, scalars, aliases.get(name, ()), first)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def read(
         for rank, share in enumerate(experts.shares(optim, s, shapes, _partitions(*optim[0], s))):
             _read_subgroup(builder, share, s, shapes, rank, aliases, experts, step)
     return [
-        ParamGroup(tuple(n for s in ids for n in groups[s]), of_group)
+        ParamGroup(tuple(n for s in ids for n in groups[s] if n in builder.parameters), of_group)
         for ids, (of_group, _) in zip(members, divided, strict=True)
     ]
 
@@ -121,7 +121,8 @@ def _read_subgroup(
     step: Mapping[str, Scalar],
 ) -> None:
     """Enter the parameters of one subgroup, which is cut over these files; rank: the expert-parallel one."""
-    dp = len(optim)
+    dp, spread = len(optim), experts.experts
+    shapes = {name: spread.shape(name, shape, rank) for name, shape in shapes.items()}
     masters = {r: flat_refs(p, MASTERS, sd.get(MASTERS))[s] for r, (p, sd) in optim.items()}
     size = sum(ceil_size(numel(shape), dp) for shape in shapes.values())
     for r, (path, sd) in optim.items():
@@ -144,8 +145,8 @@ def _read_subgroup(
         blocks = ceil_partition(shape, offset, dp)
         offset += ceil_size(numel(shape), dp)
         tensors = [builder.pieces(name, state, shape, blocks, refs) for state, refs in by_rank.items()]
-        placed = experts.experts.place(name, shape, rank)
-        builder.add_placed(placed, "parameter", tensors, {**step, **scalars}, aliases.get(name, ()))
+        placed, first = spread.place(name, shape, rank), spread.is_first(name, rank)
+        builder.add_placed(placed, "parameter", tensors, {**step, **scalars}, aliases.get(name, ()), first)
 
 
 def read_frozen(builder: Builder, models: Mapping[int, ModelFile], aliases: Mapping[str, list[str]]) -> None:

@@ -6,7 +6,7 @@ parts together. The lists of names are written where they say a cut, too: releas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ucp.catalog import Catalog
@@ -22,7 +22,13 @@ from ucp.spec.placement import expression_of
 Shards = Sequence[tuple[Shape, Blocks]]
 
 
-def said(source: Catalog, bound: Bound, layout: Layout, autotp: bool) -> dict[str, Any]:
+def said(
+    source: Catalog,
+    bound: Bound,
+    layout: Layout,
+    autotp: bool,
+    left_out: Callable[[str], object] = lambda name: False,
+) -> dict[str, Any]:
     """The info for a checkpoint whose ranks' parts are those of `tp_slices.sliced`; raises what that raises."""
     catalog = best_names(source, bound, lambda name: bound.find(name) is not None)
     maps: dict[str, Any] = {}
@@ -34,7 +40,7 @@ def said(source: Catalog, bound: Bound, layout: Layout, autotp: bool) -> dict[st
     }
     vocabulary: dict[str, int] = {}
     for name, info in without_padding(catalog).parameters.items():
-        expression = expression_of(bound, name, info.shape, info.kind == "buffer")
+        expression = None if left_out(name) else expression_of(bound, name, info.shape, info.kind == "buffer")
         if expression is None:
             continue
         if expression.average:

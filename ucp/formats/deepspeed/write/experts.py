@@ -3,6 +3,9 @@
 The layout is described in `ucp.formats.deepspeed.read.experts`. An expert-parallel rank has a catalog of its own, with
 its experts under their numbers on the rank, or with its part of AutoEP's stacks; the rest of the writer then knows
 nothing of the others.
+
+Beside tensor parallelism ("folding") experts are spread over all ranks in their global order, and not cut. Each file
+then says so (``checkpoint/autoep_universal.py: make_folding_metadata``), and DeepSpeed loads no other.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from ucp.parallel.mesh import Layout
 from ucp.storage.torch_pt.pickler import Placeholder
 from ucp.transfer.targets import TargetFile
 
+# What files say of experts beside tensor parallelism, and the experts' own kind.
+FOLDING, ROUTED = "folding", "routed_expert"
 # moe/utils.py: split_params_into_different_moe_groups_for_optimizer. A larger group of experts is split, in elements.
 GROUP_LIMIT = 178956971
 # runtime/engine.py: _get_non_moe_state_dict.
@@ -53,18 +58,57 @@ class Spread:
         return self.totals[layer] // self.layout.ep
 
     def data_ranks(self, rank: int) -> range:
-        """The data-parallel ranks of an expert-parallel one."""
-        return data_ranks(rank, self.layout.dp, self.layout.ep, self.data_first)
+        """The ranks that have the experts of an expert-parallel one, by their numbers among all."""
+        return data_ranks(rank, self.layout.dp * self.layout.tp, self.layout.ep, self.data_first)
+
+    def folding(self, rank: int, of_slice: int, what: str, group: str, place: tuple[int, int]) -> dict[str, Any]:
+        """What a file says of experts beside tensor parallelism; {} if there is none. rank: the expert-parallel one.
+        of_slice: the tensor-parallel one. what: the kind of file. group, place: over whom ZeRO cuts what is in it, and
+        the partition, of how many."""
+        if self.layout.tp == 1:
+            return {}
+        said = {
+            "version": 1,
+            "tp_size": self.layout.tp,
+            "tp_rank": of_slice,
+            "ep_size": self.layout.ep,
+            "ep_rank": rank,
+            "etp_size": 1,
+            "etp_rank": 0,
+            "zero_partition_group": group,
+            "zero_partition_rank": place[0],
+            "zero_partition_count": place[1],
+            "dispatch_strategy": "route_full_partition_dispatch",
+            "shared_expert_placement": "tp_sharded",
+            "family": what,
+        }
+        return {FOLDING: said}
+
+    def families(self, cut: Sequence[Any], rank: int) -> dict[str, Any]:
+        """What an optimizer file of stages 1 and 2 says of its parameters (``_autoep_zero_optimizer_param_families``);
+        ``cut``: flat buffers, rank: that of the file, among all."""
+        return {
+            name: {
+                "family": _family(name),
+                "zero_partition_group": "edp" if _family(name) == ROUTED else "dense_dp",
+                "zero_partition_rank": list(flat.ranks).index(rank),
+                "zero_partition_count": len(flat.ranks),
+            }
+            for flat in cut
+            for name in flat.names
+        }
 
     def entries(self, rank: int, data_rank: int) -> dict[str, Any]:
-        """What a model file says of the experts. rank: the expert-parallel rank of this data-parallel rank."""
+        """What a model file says of the experts. rank: the expert-parallel rank of this one."""
         out: dict[str, Any] = {"num_experts": list(self.totals.values()), "ds_autoep_layers": None}
         if not self.auto:
             return out
         layers = [self._layer(i, layer, rank, data_rank) for i, layer in enumerate(self.totals)]
         patterns = [r".*\.experts\.w[123]$"]
         info = {"universal_checkpoint_version": 0.4, "expert_parameter_patterns": patterns, "ds_autoep_layers": layers}
-        return {**out, "ds_autoep_layers": layers, "universal_checkpoint_info": info}
+        place = data_rank // self.layout.tp, self.layout.dp
+        folding = self.folding(rank, data_rank % self.layout.tp, "dense", "dense_dp", place)
+        return {**out, "ds_autoep_layers": layers, "universal_checkpoint_info": info, **folding}
 
     def _layer(self, index: int, layer: str, rank: int, data_rank: int) -> dict[str, Any]:
         ep, held, partitioned = self.layout.ep, self.held(layer), self.layout.zero == 3
@@ -87,7 +131,7 @@ class Spread:
             "ep_group_name": f"ep_size_{ep}",
             "ep_rank": rank,
             "expert_data_parallel_rank": self.data_ranks(rank).index(data_rank),
-            "expert_data_parallel_world_size": self.layout.dp // ep,
+            "expert_data_parallel_world_size": len(self.data_ranks(rank)),
             "global_expert_start": rank * held,
             "global_expert_end": (rank + 1) * held,
         }
@@ -118,8 +162,11 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
         raise Unsupported(
             f"layout '{layout}': DeepSpeed's own experts do not train at ZeRO stage 3; use zero=0, 1 or 2"
         )
-    if layout.tp * layout.pp > 1:
-        raise Unsupported(f"layout '{layout}': experts together with tensor or pipeline parallelism are not supported")
+    if layout.pp > 1 or (layout.tp > 1 and (not auto or layout.ep == 1)):
+        raise Unsupported(
+            f"layout '{layout}': experts together with tensor or pipeline parallelism are not supported, but for "
+            "AutoEP's with ep > 1 beside tensor parallelism"
+        )
     for layer, total in totals.items():
         if total % layout.ep:
             raise BadArgument(
@@ -130,6 +177,12 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
     if auto and layout.zero == 3 and frozen:
         raise Unsupported(f"layout '{layout}': DeepSpeed keeps no frozen stack of experts ('{frozen[0]}') at stage 3")
     return found
+
+
+def _family(name: str) -> str:
+    """As ``runtime/engine.py: _autoep_param_family`` has it."""
+    kinds = {".experts.": ROUTED, ".router.": "router_gate_replicated", ".shared_experts": "shared_expert"}
+    return next((family for part, family in kinds.items() if part in name), "dense")
 
 
 def _stacked(catalog: Catalog) -> dict[str, int]:
@@ -261,11 +314,15 @@ def files(
             held.setdefault((layers.index(layer), expert.number), {})[name] = info
     tensors = {**catalog.tensors, **{(name, "param"): row for name, row in rows.items()}}
     out = []
+    with_rows = replace(catalog, tensors=tensors)
     for (layer_id, number), infos in sorted(held.items()):
-        file = FileBuilder(
-            f"layer_{layer_id}_expert_{number}_mp_rank_00_model_states.pt", replace(catalog, tensors=tensors)
-        )
-        out.append(file.finish({name: weight(file, info) for name, info in infos.items()}))
+        rank = number // how.held(layers[layer_id])
+        sharing = how.data_ranks(rank)
+        for of_slice in sorted({r % how.layout.tp for r in sharing}):
+            name = f"layer_{layer_id}_expert_{number}_mp_rank_{of_slice:02d}_model_states.pt"
+            file = FileBuilder(name, with_rows)
+            weights = {name: weight(file, info) for name, info in infos.items()}
+            out.append(file.finish({**weights, **how.folding(rank, of_slice, ROUTED, "edp", (0, len(sharing)))}))
     return out
 
 

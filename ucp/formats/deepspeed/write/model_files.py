@@ -51,7 +51,16 @@ class ModelRank:
     def entries(self, data_rank: int) -> dict[str, Any]:
         """What the model file of a data-parallel rank says beside what all have."""
         cuts = {} if self.cuts is None else {"universal_checkpoint_info": self.cuts}
-        return cuts if self.spread is None else {**cuts, **self.spread.entries(self.rank, data_rank)}
+        if self.spread is None:
+            return cuts
+        found = self.spread.entries(self.rank, data_rank)
+        if self.cuts is not None:
+            found["universal_checkpoint_info"] = {**self.cuts, **found.get("universal_checkpoint_info", {})}
+        return found
+
+    def place(self, rank: int) -> int:
+        """A rank's number in the names of its files. With experts, ranks have their numbers among all."""
+        return rank if self.spread is None else rank // self.spread.layout.tp
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor is an expert's, which model files leave out."""
@@ -67,7 +76,7 @@ def model_files(share: ModelRank, config: EngineConfig, layout: Layout, cut: Seq
 
 
 def model_name(share: ModelRank, layout: Layout, rank: int) -> str:
-    prefix = f"zero_pp_rank_{rank}_" if layout.zero == 3 else ""
+    prefix = f"zero_pp_rank_{share.place(rank)}_" if layout.zero == 3 else ""
     return f"{prefix}mp_rank_{share.number:02d}_model_states.pt"
 
 
@@ -84,7 +93,9 @@ def model_file(share: ModelRank, config: EngineConfig, layout: Layout, rank: int
         shapes = OrderedDict((info.name, Size(info.shape)) for info in frozen)
         # Of a frozen expert DeepSpeed would copy the first rank's into all ranks' own: those come from their files.
         if not any(share.is_expert(info.name) for info in frozen):
-            fragments = OrderedDict((info.name, _frozen(file, module, info, layout, rank)) for info in frozen)
+            fragments = OrderedDict(
+                (info.name, _frozen(file, module, info, layout, share.place(rank))) for info in frozen
+            )
     trained = [OrderedDict((n, Size(catalog.parameters[n].shape)) for n in flat.names) for flat in cut]
     return file.finish(
         model_state(

@@ -61,6 +61,8 @@ def plan(
     config = replace(config, raw=experts.with_ep(config.raw, layout, ds_config is not None))
     spread = experts.spread(catalog, layout, config.raw)
     if spread is not None:
+        if layout.tp > 1:
+            return _folded(source, config, layout, spread, choice)
         return _with_experts(catalog, config, layout, spread)
     stages = pipeline.stages(config.raw, layout)
     if stages is not None and layout.zero == 0 and config.dtype == "bfloat16":
@@ -128,4 +130,24 @@ def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout, spread
         with_model = mine if layout.zero == 3 else [r for r in mine if r == 0]
         out += [model_file(share, config, layout, data_rank, cut) for data_rank in with_model]
         out += [optimizer_file(share, config, layout, data_rank, cut) for data_rank in mine]
+    return out
+
+
+def _folded(source: Catalog, config: EngineConfig, layout: Layout, spread: Spread, choice: Choice) -> list[TargetFile]:
+    """A model whose experts are spread over all ranks of tensor and data parallelism."""
+    out = experts.files(tp_slices.without_padding(source), spread, lambda file, info: weight(file, config, info))
+    bound = tp_slices.spec_of(choice, layout, config)
+    if bound is None:
+        return out
+    cuts = affine_info.said(source, bound, layout, config.autotp, spread.layer_of)
+    slices = [tp_slices.sliced(source, bound, layout, n, config.autotp, spread.layer_of) for n in range(layout.tp)]
+    for rank in range(layout.dp * layout.tp):
+        number, expert_rank = rank % layout.tp, rank % layout.ep
+        own = experts.of_rank(slices[number], spread, expert_rank)
+        share = ModelRank(number, own, spread=spread, rank=expert_rank, cuts=cuts)
+        alike = range(number, layout.dp * layout.tp, layout.tp)
+        cut = flats(own, config, alike, spread.data_ranks(expert_rank))
+        if layout.zero == 3 or rank < layout.tp:
+            out.append(model_file(share, config, layout, rank, cut))
+        out.append(optimizer_file(share, config, layout, rank, cut))
     return out

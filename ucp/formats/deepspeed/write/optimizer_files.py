@@ -25,13 +25,19 @@ def optimizer_file(
     share: ModelRank, config: EngineConfig, layout: Layout, rank: int, cut: Sequence[Flat]
 ) -> TargetFile:
     prefix = "bf16_" if config.dtype == "bfloat16" else ""
-    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{share.number:02d}_optim_states.pt"
+    place, folding = share.place(rank), {}
+    name = f"{prefix}zero_pp_rank_{place}_mp_rank_{share.number:02d}_optim_states.pt"
     file = FileBuilder(name, share.catalog)
     write = _stage3_state if layout.zero == 3 else _bf16_state if config.bf16_optimizer else _stage12_state
     state = write(file, config, layout, rank, cut)
     if layout.zero == 3 and share.spread is not None:
         state["ds_zero_partition_groups"] = experts.partition_groups(share.spread, cut, rank)
-    return file.finish({"optimizer_state_dict": state, "ds_config": dict(config.raw), "ds_version": VERSION})
+    if share.spread is not None:
+        said = share.spread.folding(share.rank, share.number, "zero_optimizer_state", "per_family", (place, layout.dp))
+        families = {"param_families": share.spread.families(cut, rank)} if layout.zero < 3 else {}
+        folding = {key: {**value, **families} for key, value in said.items()}
+    found = {"optimizer_state_dict": state, "ds_config": dict(config.raw), "ds_version": VERSION}
+    return file.finish({**found, **folding})
 
 
 def _stage12_state(

@@ -5,7 +5,7 @@ Only the description is cut: a slice's boxes lie where the whole tensor's lie, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -52,10 +52,18 @@ def spec_of(choice: Choice, layout: Layout, config: EngineConfig) -> Bound | Non
     return found
 
 
-def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bool) -> Catalog:
+def sliced(
+    catalog: Catalog,
+    bound: Bound,
+    layout: Layout,
+    rank: int,
+    autotp: bool,
+    left_out: Callable[[str], object] = lambda name: False,
+) -> Catalog:
     """One tensor-parallel rank's own tensors under the spec's names, padded as wide as the source's are.
 
-    autotp: DeepSpeed cuts the model, and unevenly where it has to.
+    autotp: DeepSpeed cuts the model, and unevenly where it has to. left_out: whether a name is of what no rank cuts, as
+    experts.
 
     Raises SpecError for a parameter without a line and for a cut that can't be; Mismatch where shapes contradict the
     spec.
@@ -66,7 +74,7 @@ def sliced(catalog: Catalog, bound: Bound, layout: Layout, rank: int, autotp: bo
     parameters, tensors = dict(whole.parameters), dict(whole.tensors)
     factors = states_apart(parameters, parameters)
     for name, info in whole.parameters.items():
-        expression = _expression(bound, whole, name, factors.get(name))
+        expression = None if left_out(name) else _expression(bound, whole, name, factors.get(name))
         if expression is None:
             continue
         if shape_of(expression, bound.sizes) != info.shape:
