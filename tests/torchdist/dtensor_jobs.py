@@ -347,9 +347,10 @@ def _refused(work: Callable[[], Any]) -> str:
     raise ValueError("this was not refused")
 
 
-def exchanged(folder: str) -> tuple[bool, int, list[str]]:
+def exchanged(folder: str, apart: bool = False) -> tuple[bool, int, list[str]]:
     """Exchange what three ranks have read a third of each, all together and then two of them, with shared memory in
-    ``folder``. Whether this rank has everything, the most bytes that a collective has moved, and what is left there."""
+    ``folder``. apart: the last rank does not see the others' files, as on a machine of its own. Whether this rank has
+    everything, the most bytes that a collective has moved, and what is left there."""
     place, most = dist.get_rank(), 0
     reduce: Any = dist.all_reduce
 
@@ -358,6 +359,9 @@ def exchanged(folder: str) -> tuple[bool, int, list[str]]:
         most = max(most, tensor.nbytes)
         return reduce(tensor, *given, **named)
 
+    def unseen(path: str, *given: Any) -> int:
+        raise FileNotFoundError(path)
+
     whole = torch.arange(100_000, dtype=torch.int32)
     right = True
     with pytest.MonkeyPatch.context() as patch:
@@ -365,6 +369,8 @@ def exchanged(folder: str) -> tuple[bool, int, list[str]]:
         patch.setattr(limits, "EXCHANGE_LOCAL_BYTES", 1 << 16)  # many rounds
         patch.setattr(limits, "EXCHANGE_BUFFER_BYTES", 1 << 20)
         patch.setattr(dist, "all_reduce", counted)
+        if apart and place == 2:
+            patch.setattr(local_sums.os, "open", unseen)
         for group in ((0, 1, 2), (0, 2)):
             entry, flat = (0, "param", "int32"), torch.zeros_like(whole)
             own = [len(whole) * k // len(group) for k in range(len(group) + 1)]

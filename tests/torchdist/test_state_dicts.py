@@ -211,5 +211,7 @@ def test_ranks_of_one_machine_exchange_through_shared_memory(ranks: RankPool, tm
     shared = ranks.run(jobs.exchanged, str(tmp_path), world_size=3)
     assert [(right, left) for right, _, left in shared] == [(True, [])] * 3
     assert all(most <= 8 for _, most, _ in shared)
-    apart = ranks.run(jobs.exchanged, str(tmp_path / "none"), world_size=3)
-    assert all(right and most == 400_000 for right, most, _ in apart)
+    for folder, is_apart in ((tmp_path / "none", False), (tmp_path, True)):
+        apart = ranks.run(jobs.exchanged, str(folder), is_apart, world_size=3)
+        assert [(right, left) for right, _, left in apart] == [(True, [])] * 3
+        assert all(most == 400_000 for _, most, _ in apart)
