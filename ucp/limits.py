@@ -107,8 +107,8 @@ ZIP_EXTRA_BYTES = 128
 WRITEBACK_FILE_BYTES = 32 * MIB
 # A rank's processors from which on the writer's copies into the page cache take nothing from training.
 CACHED_SAVE_PROCESSORS_COUNT = 4
-# Threads of a conversion in addition to one for each processor: so many wait for the device while the others digest.
-WAITING_WRITERS_COUNT = 1
+# Windows of a conversion in addition to one for each thread that fills them: so many wait for the device meanwhile.
+WAITING_WINDOWS_COUNT = 1
 # The size of one write. File systems with large folios allocate page cache in pieces as long as the write, which can be
 # expensive: on ext4 of Linux 6.18 in a virtual machine, writes of 8 MiB took six times the processor time of these.
 WRITE_PIECE_BYTES = 256 * KIB

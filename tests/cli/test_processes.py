@@ -71,7 +71,7 @@ def test_another_number_than_the_launcher_s_is_refused() -> None:
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "processors", lambda: 8)
-    assert [processes.threads(n) for n in (1, 2, 8, 16)] == [9, 5, 2, 2]
+    assert [processes.threads(n) for n in (1, 2, 8, 16)] == [8, 4, 1, 1]
 
 
 def test_one_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

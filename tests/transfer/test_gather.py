@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -562,6 +563,34 @@ def test_neighbours_in_a_file_that_go_to_places_apart(tmp_path: Path, count: int
         path.write_bytes(raw)
         with pytest.raises(DigestMismatch, match=rf"chunk {at // CHUNK} "):
             read(held, wants, buffers, threads=1)
+
+
+def test_what_lies_in_one_chunk_is_seen_where_it_was_verified(tmp_path: Path) -> None:
+    """Each chunk is read once for all that follows in it, the next one takes its memory, and damage is noticed."""
+    bits = random_bits(np.random.default_rng(5), (2 * CHUNK + 1000,), "uint8")
+    held, _ = simple(tmp_path, bits, "uint8", digests=True)
+    path, raw, cache = held.files[0].path, Path(held.files[0].path).read_bytes(), OrderedDict()
+    with Files() as files:
+        reader = Reader(held, files)
+
+        def seen(at: int, count: int) -> bytes | None:
+            found = reader.within_chunk(0, at, count, cache)
+            return None if found is None else found.tobytes()
+
+        first = reader.within_chunk(0, 10, 100, cache)
+        assert seen(500, CHUNK - 500) == raw[500:CHUNK]
+        assert files.bytes_read == CHUNK
+        assert seen(CHUNK, CHUNK) == raw[CHUNK : 2 * CHUNK]
+        assert first is not None
+        assert first.tobytes() == raw[CHUNK + 10 : CHUNK + 110]  # valid until then only
+        assert seen(2 * CHUNK, 1000) == raw[2 * CHUNK : 2 * CHUNK + 1000]
+        assert files.bytes_read == reader.verified_bytes == len(raw)
+        assert [seen(CHUNK - 1, 2), seen(2 * CHUNK, len(raw)), seen(0, 0)] == [None] * 3  # in two chunks, or beyond
+    damaged = bytearray(raw)
+    damaged[CHUNK + 7] ^= 1
+    Path(path).write_bytes(damaged)
+    with Files() as files, pytest.raises(DigestMismatch, match="chunk 1"):
+        Reader(held, files).within_chunk(0, CHUNK + 500_000, 4, OrderedDict())
 
 
 def test_bytes_beyond_the_digests_are_damaged(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from tests.formats.raw import write_files
 from ucp import limits
 from ucp.errors import BadArgument, DamagedCheckpoint, DestinationError
 from ucp.geometry import box, row_major, whole
-from ucp.storage.digests import CHUNK
+from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer import windows, write
@@ -100,6 +102,35 @@ def test_large_files_are_written_past_the_page_cache(tmp_path: Path, monkeypatch
     assert (tmp_path / "one.bin").read_bytes() == expected
     assert min(past)[0] == 0
     assert sum(size for _, size in past) == len(expected)
+
+
+def test_a_chunk_that_two_windows_share_is_read_once(tmp_path: Path) -> None:
+    """By the thread that fills both. Windows of a file end elsewhere than the chunks of what they are filled from."""
+    made = raw.make(tmp_path / "source", shapes={"w": (5 << 20,)}, dp=1, states=("param",))
+    digested = replace(made.catalog, chunk_digests={k: digest_file(f.path) for k, f in enumerate(made.catalog.files)})
+    tensor = digested.tensors["w", "param"]
+    target = TargetFile("w.bin", 3 + tensor.nbytes, ((0, b"odd"),), (Want(tensor, whole(tensor.shape), "float32", 3),))
+    assert target.size > 2 * limits.CONVERT_WINDOW_BYTES
+    with Files() as files:
+        reader = Reader(digested, files)
+        write_files(reader, tmp_path, [target], threads=1)
+        assert reader.verified_bytes == files.bytes_read <= tensor.nbytes + 2 * CHUNK
+    assert (tmp_path / "w.bin").read_bytes() == b"odd" + made.truth["w", "param"].tobytes()
+
+
+def test_a_failed_write_ends_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for memory, too."""
+    made = raw.make(tmp_path / "source", shapes=BIG)
+    target, _ = one_file(made)
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(write, "write_at", fails)
+    before = threading.active_count()
+    with Files() as files, pytest.raises(DestinationError, match="Input/output error"):
+        write_files(Reader(made.catalog, files), tmp_path, [target], threads=3, max_memory=3 * LEAST)
+    assert threading.active_count() == before
 
 
 def test_strided_targets_leave_zeros_between(tmp_path: Path) -> None:

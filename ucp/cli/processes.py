@@ -94,8 +94,8 @@ def _files_nbytes(path: str) -> int:
 
 
 def threads(processes: int) -> int:
-    """How many threads each of them has: its part of the processors, and one that waits for the device."""
-    return max(limits.processors() // processes, 1) + limits.WAITING_WRITERS_COUNT
+    """How many threads of each fill windows: its part of the processors."""
+    return max(limits.processors() // processes, 1)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock, local
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from ucp.geometry import dense_strides, flat_ranges, numel
 from ucp.merging.operations import Combination, Whole
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
-from ucp.storage.numbers import Bytes, Numbers, are_finite, as_bytes, as_numbers
+from ucp.storage.numbers import Bytes, Numbers, are_finite, as_numbers, round_into, rounding
 from ucp.transfer.gather import Want, gather
 from ucp.transfer.reader import Cache, Reader
 
@@ -103,13 +104,18 @@ class MergedTensor:
         whole = self._whole()
         found = self._survey(whole)
         operation = self.operation
-        for at, numbers in self._stream(
-            operation.sources, first, last, by_chunks=True, looked_at=self.finite and not operation.spreads
-        ):
-            count = len(numbers[0])
-            made = out.take(operation.combine(whole, found, at, numbers), self.dtype)
-            if self.finite and not are_finite(made, self.dtype):
-                self._refuse(at, at + count, made)
+        given = [self._input(k) for k in operation.sources]
+        looked_at = self.finite and not operation.spreads
+        for begin, end, raw in _pieces(given, first, last, by_chunks=True):
+            made = out.room((end - begin) * width)
+            with rounding():
+                for at, numbers in self._blocks(given, raw, begin, end, looked_at):
+                    values = operation.combine(whole, found, at, numbers)
+                    block = made[(at - begin) * width : (at - begin + len(values)) * width]
+                    round_into(values, self.dtype, block)
+                    if self.finite and not are_finite(block, self.dtype):
+                        self._refuse(at, at + len(values), block)
+            out.put(made)
 
     def _refuse(self, first: int, last: int, made: Bytes) -> None:
         """Raise Mismatch for the first of these elements that is not finite in a source, or else in the result, whose
@@ -146,19 +152,25 @@ class MergedTensor:
         are valid until the next block, and may be overwritten. by_chunks: as for `_pieces`. looked_at: raise Mismatch
         for NaN and infinity."""
         given = [self._input(k) for k in sources]
+        for begin, end, raw in _pieces(given, first, last, by_chunks):
+            yield from self._blocks(given, raw, begin, end, looked_at)
+
+    def _blocks(
+        self, given: Sequence[Input], raw: Sequence[Bytes], begin: int, end: int, looked_at: bool
+    ) -> Iterator[tuple[int, list[Numbers]]]:
+        """As `_stream`, of one piece, whose bytes are given."""
         widths = [itemsize(each.tensor.dtype) for each in given]
         rooms = [_spare.blocks.pop() if _spare.blocks else np.empty(_BLOCK_ELEMENTS) for _ in given]
         try:
-            for begin, end, raw in _pieces(given, first, last, by_chunks):
-                for at in range(begin, end, _BLOCK_ELEMENTS):
-                    stop = min(at + _BLOCK_ELEMENTS, end)
-                    numbers = []
-                    for each, width, bytes_, room in zip(given, widths, raw, rooms, strict=True):
-                        part = bytes_[(at - begin) * width : (stop - begin) * width]
-                        numbers.append(as_numbers(part, each.tensor.dtype, room[: stop - at]))
-                        if looked_at:
-                            self._check(each, numbers[-1], at)
-                    yield at, numbers
+            for at in range(begin, end, _BLOCK_ELEMENTS):
+                stop = min(at + _BLOCK_ELEMENTS, end)
+                numbers = []
+                for each, width, bytes_, room in zip(given, widths, raw, rooms, strict=True):
+                    part = bytes_[(at - begin) * width : (stop - begin) * width]
+                    numbers.append(as_numbers(part, each.tensor.dtype, room[: stop - at]))
+                    if looked_at:
+                        self._check(each, numbers[-1], at)
+                yield at, numbers
         finally:
             _spare.blocks += rooms
 
@@ -182,11 +194,14 @@ class MergedTensor:
 
 class _Spare(local):
     """A thread's memory for reading pieces, and for blocks of numbers. It is kept for the next tensor, since new pages
-    cost as much as reading."""
+    cost as much as reading.
+
+    chunks: verified chunks of a reader, for what is read next of the same file: mostly the rest of the last one."""
 
     def __init__(self) -> None:
         self.free: list[Bytes] = []
         self.blocks: list[Numbers] = []
+        self.chunks: WeakKeyDictionary[Reader, list[Cache]] = WeakKeyDictionary()
 
 
 _spare = _Spare()
@@ -198,36 +213,57 @@ def _pieces(given: Sequence[Input], first: int, last: int, by_chunks: bool) -> I
     Verified chunks that two pieces share are kept from one to the next. by_chunks: pieces end where chunks of the first
     source's file do, and so of all files that are laid out alike."""
     piece = _piece_elements(len(given))
-    widths = [itemsize(each.tensor.dtype) for each in given]
-    chunks: list[Cache] = [OrderedDict() for _ in given]
-    held = [_room(piece * width) for width in widths]
+    rooms = [_Room(each, piece) for each in given]
     begin = first
     end = min(first + (given[0].to_chunk(first, piece) if by_chunks else piece), last)
     try:
         while begin < last:
-            out = []
-            for each, width, raw, cache in zip(given, widths, held, chunks, strict=True):
-                out.append(raw[: (end - begin) * width])
-                _read(each, begin, end, out[-1], cache)
-            yield begin, end, out
+            yield begin, end, [room.read(begin, end) for room in rooms]
             begin, end = end, min(end + piece, last)
     finally:
-        _spare.free += held
+        for room in reversed(rooms):
+            room.leave()
 
 
-def _read(given: Input, first: int, last: int, raw: Bytes, cache: Cache) -> None:
-    """Read the elements ``[first, last)`` of a tensor into ``raw``."""
-    tensor = given.tensor
-    blocks = tensor.blocks
-    if given.lies_whole:  # needs no planning, which would take as long as the arithmetic
-        at = int(tensor.bases[0]) + (int(blocks.starts[0]) + first) * itemsize(tensor.dtype)
-        given.reader.read_into(int(blocks.buffers[0]), at, [raw], cache)
-        return
-    want = Want(tensor, flat_ranges(tensor.shape, [first], [last], [0]), tensor.dtype)
-    gather(given.reader, [want], [raw], 1, cache)
+class _Room:
+    """A thread's memory for the pieces of one tensor, at most so many elements each."""
+
+    def __init__(self, given: Input, elements: int) -> None:
+        self._given = given
+        self._width = itemsize(given.tensor.dtype)
+        self._nbytes = elements * self._width
+        self._raw: Bytes | None = None
+        kept = _spare.chunks.get(given.reader)
+        self._chunks: Cache = kept.pop() if kept else OrderedDict()
+
+    def read(self, first: int, last: int) -> Bytes:
+        """The bytes of the elements ``[first, last)``, valid until the next call."""
+        given, tensor, nbytes = self._given, self._given.tensor, (last - first) * self._width
+        if given.lies_whole:  # needs no planning, which would take as long as the arithmetic
+            file = int(tensor.blocks.buffers[0])
+            at = int(tensor.bases[0]) + (int(tensor.blocks.starts[0]) + first) * self._width
+            seen = given.reader.within_chunk(file, at, nbytes, self._chunks)
+            if seen is not None:
+                return seen
+            given.reader.read_into(file, at, [self._held(nbytes)], self._chunks)
+        else:
+            want = Want(tensor, flat_ranges(tensor.shape, [first], [last], [0]), tensor.dtype)
+            gather(given.reader, [want], [self._held(nbytes)], 1, self._chunks)
+        return self._held(nbytes)
+
+    def _held(self, nbytes: int) -> Bytes:
+        if self._raw is None:
+            self._raw = _memory(self._nbytes)
+        return self._raw[:nbytes]
+
+    def leave(self) -> None:
+        """Leave the memory to the next tensor."""
+        if self._raw is not None:
+            _spare.free.append(self._raw)
+        _spare.chunks.setdefault(self._given.reader, []).append(self._chunks)
 
 
-def _room(nbytes: int) -> Bytes:
+def _memory(nbytes: int) -> Bytes:
     """Spare memory of at least this many bytes."""
     fitting = [k for k, raw in enumerate(_spare.free) if len(raw) >= nbytes]
     if fitting:
@@ -258,31 +294,28 @@ def equal(one: Input, two: Input) -> bool:
 
 
 class _Scatter:
-    """Writes bytes that come block by block into parts. The first ``skip`` bytes are left out."""
+    """Bytes that come piece by piece go into parts. The first ``skip`` bytes are left out."""
 
     def __init__(self, parts: Sequence[Bytes], skip: int) -> None:
         self._parts = [part for part in parts if len(part)]
         self._skip = skip
         self._part = self._at = 0
 
-    def take(self, values: Numbers, dtype: str) -> Bytes:
-        """Write these elements, rounded to an element type. Returns their bytes."""
-        nbytes = len(values) * itemsize(dtype)
+    def room(self, nbytes: int) -> Bytes:
+        """Where the next piece may be made: its place, or memory to `put` it from."""
         if not self._skip and self._part < len(self._parts) and len(self._parts[self._part]) - self._at >= nbytes:
-            made = as_bytes(values, dtype, self._parts[self._part][self._at : self._at + nbytes])
-            self._moved(nbytes)
-            return made
-        made = as_bytes(values, dtype)
+            return self._parts[self._part][self._at : self._at + nbytes]
+        return np.empty(nbytes, np.uint8)
+
+    def put(self, made: Bytes) -> None:
+        """The next piece is made, in what `room` has returned."""
         raw, self._skip = made[self._skip :], max(self._skip - len(made), 0)
         while len(raw) and self._part < len(self._parts):
             room = self._parts[self._part][self._at :]
             count = min(len(room), len(raw))
-            room[:count] = raw[:count]
+            if not np.shares_memory(room[:1], raw[:1]):
+                room[:count] = raw[:count]
             raw = raw[count:]
-            self._moved(count)
-        return made
-
-    def _moved(self, count: int) -> None:
-        self._at += count
-        if self._at == len(self._parts[self._part]):
-            self._part, self._at = self._part + 1, 0
+            self._at += count
+            if self._at == len(self._parts[self._part]):
+                self._part, self._at = self._part + 1, 0

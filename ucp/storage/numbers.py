@@ -34,13 +34,23 @@ def as_bytes(values: Numbers, dtype: str, out: Bytes | None = None) -> Bytes:
 
     Raises Unsupported for a type that is not one of `FLOATS`.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        if dtype in FLOATS:
-            out = np.empty(len(values) * itemsize(dtype), np.uint8) if out is None else out
-            rounded = _bfloat16(values) if dtype == "bfloat16" else values
-            np.copyto(out.view(numpy_dtype(dtype)), rounded, casting="same_kind")
-            return out
+    if dtype in FLOATS:
+        out = np.empty(len(values) * itemsize(dtype), np.uint8) if out is None else out
+        with rounding():
+            round_into(values, dtype, out)
+        return out
     raise Unsupported(f"{dtype} is no floating type that numbers are rounded to; use one of {', '.join(FLOATS)}")
+
+
+def rounding() -> np.errstate:
+    """Within it, numbers become infinite or zero without a warning."""
+    return np.errstate(over="ignore", under="ignore")
+
+
+def round_into(values: Numbers, dtype: str, out: Bytes) -> None:
+    """As `as_bytes`, for a type of `FLOATS`, by a caller that is `rounding` for many short calls."""
+    rounded = _bfloat16(values) if dtype == "bfloat16" else values
+    np.copyto(out.view(numpy_dtype(dtype)), rounded, casting="same_kind")
 
 
 def are_finite(raw: Bytes, dtype: str) -> bool:

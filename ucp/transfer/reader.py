@@ -161,6 +161,16 @@ class Reader:
                 self._read_whole(path, digests, at, end, _taken(rest, end - at))
             at = end
 
+    def within_chunk(self, file: int, offset: int, count: int, cache: Cache) -> Bytes | None:
+        """The bytes from ``offset`` on where the chunk is in memory, if they lie in one that has a digest; else None.
+        They are valid until the cache is used again, which has no other chunk of a local file then: the next one takes
+        the same memory, while it is in the processor's cache."""
+        digests = None if file in self._computed else self._digests.get(file)
+        index, within = divmod(offset, CHUNK)
+        if digests is None or not 0 < count <= min(CHUNK, digests.size - index * CHUNK) - within:
+            return None
+        return self._chunk(file, self._paths[file], digests, index, cache, keep=1)[within : within + count]
+
     def compare(self, file: int, offset: int, buffer: Bytes) -> None:
         """Fill the buffer with bytes from ``offset`` on and verify them: what `comparable` gave, cut at chunks.
 
@@ -199,14 +209,19 @@ class Reader:
         self._check(path, digests, at // CHUNK, [raw])
         _spread(raw, parts)
 
-    def _chunk(self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache) -> Bytes:
+    def _chunk(
+        self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache, keep: int | None = None
+    ) -> Bytes:
+        """A verified chunk, in the cache. keep: of how many chunks the cache has the memory then."""
         key = (file, index)
         if key in cache:
             cache.move_to_end(key)
             return cache[key]
         size = min(CHUNK, digests.size - index * CHUNK)
         # The new chunk takes the oldest one's memory, so that the system need not clear pages for each.
-        room = cache.popitem(last=False)[1] if len(cache) >= limits.CHUNKS_KEPT_COUNT else np.empty(CHUNK, np.uint8)
+        room = np.empty(0, np.uint8)
+        while len(cache) >= (keep or limits.CHUNKS_KEPT_COUNT):
+            room = cache.popitem(last=False)[1]
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
         self._check(path, digests, index, [chunk])

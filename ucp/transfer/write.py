@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from mmap import mmap
+from queue import SimpleQueue
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,12 +21,12 @@ from ucp import limits
 from ucp.storage import disk
 from ucp.storage.crc32 import Crc32Entry, crc32, within
 from ucp.storage.digests import CHUNK, chunk_count, digest_chunks
-from ucp.storage.writeback import start_writeback, write_at, write_past_cache
+from ucp.storage.writeback import memory_to_write, start_writeback, write_at, write_past_cache
 from ucp.transfer.batches import Window, batches, copies
 from ucp.transfer.collecting import Collecting
 from ucp.transfer.gather import execute
 from ucp.transfer.pieces import Piece, failed, path_of
-from ucp.transfer.reader import Bytes, Reader
+from ucp.transfer.reader import Bytes, Cache, Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import MARGIN, budget, room_together
 
@@ -47,25 +49,24 @@ def write_share(
 ) -> list[Piece]:
     """Fill each file's bytes [first, last) of ``share``. Returns what was written. The files exist (`create_files`).
 
-    threads: default is the number of processors, at most 8, and one that waits for the device. max_memory: bytes for
-    windows and scratch; both the threads and the window shrink to respect it. known: digests of chunks that an earlier
-    attempt wrote; a window that already has them is left as it is. note: called with every piece as soon as it is
-    written, from several threads. collecting: digests windows on their way; pieces then say what they add.
+    threads: that fill windows; default is the number of processors, at most 8. Others write what is filled, and wait
+    for the device. max_memory: bytes for windows and scratch; both the threads and the window shrink to respect it.
+    known: digests of chunks that an earlier attempt wrote; a window that already has them is left as it is. note:
+    called with every piece as soon as it is written, from several threads. collecting: digests windows on their way;
+    pieces then say what they add.
     Large files are on the device when the function returns.
 
     Raises DestinationError if a file can't be written (no space, a device error), BadArgument if ``max_memory`` is too
     little for one thread, and what reading the source, ``note`` and ``progress`` raise.
     """
     workers, window = budget(threads, max_memory)
-    if threads is None and max_memory is None:
-        workers += limits.WAITING_WRITERS_COUNT
+    crew = _Crew(workers, workers + (limits.WAITING_WINDOWS_COUNT if max_memory is None else 0))
     batch_bytes = room_together(workers, window, max_memory)
     total = sum(last - first for first, last in share)
     pieces: list[Piece] = []
     done = 0
-    pool = ThreadPoolExecutor(workers, "ucp-write")
     closer = _Closer()
-    running: set[Future[list[Piece]]] = set()
+    running: set[_Batch] = set()
     outputs: dict[int, _FileInProgress] = {}
 
     def finish(everything: bool) -> None:
@@ -73,7 +74,7 @@ def write_share(
         nonlocal done, running
         while running and (everything or len(running) >= 2 * workers):
             ready, running = wait(running, return_when=FIRST_COMPLETED)
-            found = [piece for future in ready for piece in future.result()]
+            found = [piece for future in ready for piece in future.result().result()]
             pieces.extend(found)
             done += sum(piece.size for piece in found)
             if progress is not None:
@@ -85,25 +86,26 @@ def write_share(
         for batch in batches(files, share, window, batch_bytes, reader.verifies):
             for index in {part.file for part in batch} - outputs.keys():
                 outputs[index] = _FileInProgress.open(folder, index, files[index], share[index][1] - share[index][0])
-            running.add(pool.submit(_write_batch, reader, outputs.copy(), batch, known or {}, note, collecting))
+            job = _Job(reader, outputs.copy(), batch, known or {}, note, collecting)
+            running.add(crew.begin(job))
             finish(everything=False)
         finish(everything=True)
         closer.finish()
     finally:
-        _end(running, pool, closer, outputs.values())
+        _end(running, crew, closer, outputs.values())
     return pieces
 
 
 def _end(
-    running: Iterable[Future[list[Piece]]],
-    pool: ThreadPoolExecutor,
+    running: Iterable[_Batch],
+    crew: _Crew,
     closer: _Closer,
     outputs: Iterable[_FileInProgress],
 ) -> None:
     """Begin nothing more. Leave no thread running and no file open."""
     for future in running:
         future.cancel()
-    pool.shutdown(wait=True)
+    crew.stop()
     closer.stop()
     for output in outputs:
         os.close(output.fd)
@@ -152,56 +154,111 @@ def _crcs(entries: Sequence[Crc32Entry], start: int, filled: memoryview) -> tupl
     )
 
 
-_buffers = threading.local()
+_Room = list[Bytes]
+"""Buffers for the windows of a batch, which has them from when it is filled until it is written."""
+_Batch = Future[Future[list[Piece]]]
+"""Done once its windows are filled, and what that gives, once they are written."""
 
 
-def _buffer(index: int, size: int) -> Bytes:
-    """This thread's own buffer number ``index``, for a window of at most ``size`` bytes and its margins."""
-    held: list[Bytes] = _buffers.__dict__.setdefault("held", [])
-    if index == len(held):
-        held.append(np.empty(0, np.uint8))
-    if len(held[index]) < size + 2 * MARGIN:
+class _Crew:
+    """So many threads that fill windows, rooms for so many batches, and threads that write. Fewer threads that work are
+    less often in each other's way, so those that wait for the device are others."""
+
+    def __init__(self, workers: int, rooms: int) -> None:
+        self._filling, self._writing = ThreadPoolExecutor(workers, "ucp-fill"), ThreadPoolExecutor(rooms, "ucp-write")
+        self._free: SimpleQueue[_Room] = SimpleQueue()
+        for _ in range(rooms):
+            self._free.put([])
+
+    def begin(self, job: _Job) -> _Batch:
+        return self._filling.submit(self._fill, job)
+
+    def _fill(self, job: _Job) -> Future[list[Piece]]:
+        room = self._free.get()
+        try:
+            return self._writing.submit(self._write, job, room, *job.fill(room))
+        except BaseException:
+            self._free.put(room)
+            raise
+
+    def _write(
+        self, job: _Job, room: _Room, there: list[Piece], missing: list[tuple[Piece, memoryview]]
+    ) -> list[Piece]:
+        try:
+            return job.write(there, missing)
+        finally:
+            self._free.put(room)
+
+    def stop(self) -> None:
+        """End the threads, once they have done what has begun."""
+        self._filling.shutdown(wait=True)
+        self._writing.shutdown(wait=True)
+
+
+def _buffer(room: _Room, index: int, size: int) -> Bytes:
+    """A room's buffer number ``index``, for a window of at most ``size`` bytes and its margins."""
+    if index == len(room):
+        room.append(np.empty(0, np.uint8))
+    if len(room[index]) < size + 2 * MARGIN:
         whole = -(-size // CHUNK) * CHUNK
-        held[index] = np.frombuffer(mmap(-1, whole + 2 * MARGIN), np.uint8)
-    return held[index]
+        room[index] = memory_to_write(whole + 2 * MARGIN)
+    return room[index]
 
 
-def _write_batch(
-    reader: Reader,
-    outputs: Mapping[int, _FileInProgress],
-    batch: Sequence[Window],
-    known: Mapping[tuple[int, int], bytes],
-    note: Callable[[Piece], None],
-    collecting: Collecting | None,
-) -> list[Piece]:
-    """Fill, digest and write windows, except for those whose bytes are there already."""
-    pieces = []
-    missing: list[Window] = []
-    buffers: list[Bytes] = []
-    filled: list[memoryview] = []
+class _Chunks(threading.local):
+    """A filling thread's verified chunks: its next window often begins within the last one's last chunk."""
 
-    def finished(part: Window, view: memoryview, digests: bytes) -> None:
-        output = outputs[part.file]
-        pieces.append(output.piece(part.start, view, digests, collecting))
-        note(pieces[-1])
-        output.complete(part.size)
+    def __init__(self) -> None:
+        self.kept: WeakKeyDictionary[Reader, Cache] = WeakKeyDictionary()
 
-    for part in batch:
-        buffer = _buffer(len(buffers), part.size)
-        view = memoryview(buffer.data)[MARGIN : MARGIN + part.size]
-        digests = _digests_there(outputs[part.file], part.start, view, known)
-        if digests is not None:
-            finished(part, view, digests)
-            continue
-        missing.append(part)
-        buffers.append(buffer)
-        filled.append(part.work.prepare(part.start, part.size, buffer))
-    execute(reader, copies(missing), buffers)
-    for part, view in zip(missing, filled, strict=True):
-        digests = digest_chunks(view)
-        _write(outputs[part.file], part.start, view)
-        finished(part, view, digests)
-    return pieces
+
+_chunks = _Chunks()
+
+
+@dataclass
+class _Job:
+    """Windows that are filled and digested together, except for those whose bytes are there already, and written."""
+
+    reader: Reader
+    outputs: Mapping[int, _FileInProgress]
+    batch: Sequence[Window]
+    known: Mapping[tuple[int, int], bytes]
+    note: Callable[[Piece], None]
+    collecting: Collecting | None
+
+    def fill(self, room: _Room) -> tuple[list[Piece], list[tuple[Piece, memoryview]]]:
+        """The pieces that are there already, and those that are to be written, with their bytes."""
+        there: list[Piece] = []
+        missing: list[Window] = []
+        buffers: list[Bytes] = []
+        filled: list[memoryview] = []
+        for part in self.batch:
+            buffer = _buffer(room, len(buffers), part.size)
+            view = memoryview(buffer.data)[MARGIN : MARGIN + part.size]
+            digests = _digests_there(self.outputs[part.file], part.start, view, self.known)
+            if digests is not None:
+                there.append(self._piece(part, view, digests))
+                continue
+            missing.append(part)
+            buffers.append(buffer)
+            filled.append(part.work.prepare(part.start, part.size, buffer))
+        execute(self.reader, copies(missing), buffers, _chunks.kept.setdefault(self.reader, OrderedDict()))
+        return there, [
+            (self._piece(part, view, digest_chunks(view)), view) for part, view in zip(missing, filled, strict=True)
+        ]
+
+    def _piece(self, part: Window, filled: memoryview, digests: bytes) -> Piece:
+        return self.outputs[part.file].piece(part.start, filled, digests, self.collecting)
+
+    def write(self, there: list[Piece], missing: list[tuple[Piece, memoryview]]) -> list[Piece]:
+        """Write what is missing, and note all pieces."""
+        for piece, view in missing:
+            _write(self.outputs[piece.file], piece.start, view)
+        pieces = [*there, *(piece for piece, _ in missing)]
+        for piece in pieces:
+            self.note(piece)
+            self.outputs[piece.file].complete(piece.size)
+        return pieces
 
 
 def _write(output: _FileInProgress, start: int, filled: memoryview) -> None:
