@@ -21,10 +21,11 @@ def test_every_tested_version_has_run() -> None:
         assert not rows[version]["smoke"]["failed"]
 
 
-def test_the_oldest_is_what_the_script_runs() -> None:
+def test_the_oldest_and_the_newest_are_what_the_script_runs() -> None:
     script = (releases.CONSTRAINTS.parent / "test").read_text(encoding="utf-8")
-    oldest = min(TESTED_VERSIONS, key=lambda v: [int(p) for p in v.split(".")])
-    assert f"oldest_deepspeed={oldest}\n" in script
+    ordered = sorted(TESTED_VERSIONS, key=lambda v: [int(p) for p in v.split(".")])
+    assert f"oldest_deepspeed={ordered[0]}\n" in script
+    assert f"newest_deepspeed={ordered[-1]} " in script
     assert releases.pinned("deepspeed") in TESTED_VERSIONS
 
 
