@@ -15,7 +15,7 @@ import ucp.deepspeed
 from tests.deepspeed import jobs
 from tests.engines.pool import RankPool
 from ucp.deepspeed.live import releases
-from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_training
+from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_own_saves, warn_of_training
 from ucp.errors import Unsupported
 
 ROOM = Path(releases.__file__).parents[1]
@@ -137,6 +137,20 @@ def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
     monkeypatch.setattr(init, "_allgather_params_coalesced", never)
     warn_of_training(engine)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("stage", "saves", "warns"), [(1, True, True), (0, False, True), (0, True, False)])
+def test_own_saves_that_leave_the_optimizers_state_out_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stage: int, saves: bool, warns: bool
+) -> None:
+    """fp16's wrapper in bf16, as 0.17.6 takes it at stage 1, too, where no release saves what it has."""
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(), zero_optimization_stage=lambda: stage, bfloat16_enabled=lambda: True
+    )
+    monkeypatch.setattr(releases, "UNFUSED", releases.EngineClass("types", "SimpleNamespace"))
+    monkeypatch.setattr(releases, "saves_bf16_at_stage0", lambda: saves)
+    warn_of_own_saves(engine)
+    assert ["its own checkpoints leave out" in text for text in caplog.messages] == [True] * warns
 
 
 @pytest.mark.slow
