@@ -182,11 +182,13 @@ def _zero_bf16(engine: Any) -> None:
 
     if zeroes_bf16_at_stage0():
         return
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
     take = engine._take_model_step
 
     def take_and_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = take(self, *args, **kwargs)
-        if self.bfloat16_enabled() and not self.zero_optimization():
+        if isinstance(self.optimizer, FP16_UnfusedOptimizer) and self.bfloat16_enabled():
             self.optimizer.zero_grad()
         return result
 
