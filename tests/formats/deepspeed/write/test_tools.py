@@ -120,6 +120,7 @@ def test_the_script_that_deepspeed_puts_beside_is_there_and_works(
     older = Path(__file__).parents[1] / "older/0.15.4-z1-bf16"
     ucp.convert(older, tmp_path / "native", to="deepspeed", layout="dp=3,zero=3")
     script = tmp_path / "native/zero_to_fp32.py"
+    (tmp_path / "model").mkdir()  # before 0.16 the script does not make it
     command = [sys.executable, script, tmp_path / "native", tmp_path / "model", "--safe_serialization"]
     subprocess.run(command, check=True, capture_output=True)
     found, truth = load_file(tmp_path / "model/model.safetensors"), load_file(older / "truth.safetensors")
