@@ -40,6 +40,8 @@ FAULTS = {
     r"allgather: invalid tensor size[\s\S]*_apply_distributed_muon_update": "its Muon does not step at stage 3",
     r"1 validation error for TPTrainingConfig": "its AutoTP knows fewer keys",
     r"'FP16_UnfusedOptimizer' object has no attribute 'dp_process_group'": "does not load its own bf16 wrapper",
+    r"FP16_UnfusedOptimizer\.load_state_dict\(\) got an unexpected keyword": "does not load its own bf16 wrapper",
+    r"Muon optimizer is not yet compatible with ZeRO Stage 3": "has no Muon at stage 3",
     r"^the source has no optimizer param groups": "saves no state of the optimizer that it takes for BF16_Optimizer",
     r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
