@@ -233,3 +233,14 @@ def test_what_cannot_be_written(made: MoeSources, tmp_path: Path, where: str, op
 def test_not_in_deepspeeds_universal_form(made: MoeSources, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="trained with AutoEP"):
         ucp.convert(made.get(EP2, False).folder, tmp_path / "out", to="deepspeed-universal")
+
+
+def test_slices_of_experts_are_refused(made: MoeSources, tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 trains none; its files have a place to say it."""
+    folder = made.copy(FOLDED, tmp_path / "cut")
+    path = next(folder.glob("*mp_rank_00_model_states.pt"))
+    found = torch.load(path, weights_only=False)
+    found["folding"]["etp_size"] = 2
+    torch.save(found, path)
+    with pytest.raises(Unsupported, match=r"tensor parallelism cuts its experts, too \(over 2 ranks\)"):
+        ucp.open(tmp_path / "cut")

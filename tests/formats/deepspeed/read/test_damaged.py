@@ -286,3 +286,12 @@ class TestTodays:
         )
         with pytest.raises(DamagedCheckpoint, match="two runs are mixed"):
             ucp.open(run.folder, tag=run.tag)
+
+
+def test_what_zenflow_saved_is_refused(whole: Path) -> None:
+    """Its masters are not the newest weights, and not all of its states are in files."""
+    for path in (whole / TAG).glob("*model_states.pt"):
+        found = torch.load(path, weights_only=False)
+        found["ds_config"]["zero_optimization"]["zenflow"] = {"topk_ratio": 0.1}
+        torch.save(found, path)
+    assert "was saved under ZenFlow" in refusal(whole, UcpError)

@@ -311,6 +311,7 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
         ),
         (Layout(zero=3), {"zero_optimization": {"elastic_checkpoint": True}}, Unsupported, "elastic_checkpoint"),
         (Layout(zero=3), {"zero_optimization": {"mics_shard_size": 2}}, Unsupported, "mics_shard_size"),
+        (Layout(zero=2), {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, Unsupported, "asks for ZenFlow"),
         (Layout(zero=1), {"tensor_parallel": {"autotp_size": 2}}, BadArgument, "autotp_size"),
         (Layout(zero=3), {"optimizer": {"type": "Adagrad"}}, Unsupported, "Adagrad at stage 3"),
         (

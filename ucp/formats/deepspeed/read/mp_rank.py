@@ -85,6 +85,7 @@ def _read_part(
     dp = int(model.need("dp_world_size"))
     cuts = cut_over(model, folder.partitioned_model)
     _refuse_nameless(folder, model)
+    _refuse_zenflow(model)
     if folder.partitioned_model:
         check_ranks("model", folder.model, cuts, path, folder.model_pattern, model.path)
         same_save.check_models({m.path: m.raw for m in models.values()})
@@ -150,6 +151,18 @@ def _refuse_nameless(folder: Folder, model: ModelFile) -> None:
             f"{model.path}: has no 'param_shapes', which say what ZeRO's optimizer files beside it hold, as DeepSpeed "
             "0.16 and before save models with experts; load it with that DeepSpeed, and save it with a newer one or "
             "through ucp.deepspeed"
+        )
+
+
+def _refuse_zenflow(model: ModelFile) -> None:
+    """Raise Unsupported for what ZenFlow trained. Columns that it steps by a second optimizer are newer in the model's
+    weights than in the masters, and that optimizer's states are in no file (``runtime/zenflow``)."""
+    zero = model.config.get("zero_optimization")
+    if isinstance(zero, Mapping) and zero.get("zenflow") is not None:
+        raise Unsupported(
+            f"{model.path}: was saved under ZenFlow ('zero_optimization.zenflow'), whose second optimizer's states are "
+            "in no file, and the columns that it steps are older in the masters than in the model's weights; start "
+            "from the weights alone (save_16bit_model)"
         )
 
 

@@ -149,6 +149,10 @@ def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int,
             "neither moments nor steps, so none is written: convert to 'universal' and resume through "
             '"ucp": {"enabled": true}, which restores them, or use \'cpu\' or no offload'
         )
+    if zero.get("zenflow") is not None:
+        raise Unsupported(
+            "the target's config asks for ZenFlow ('zenflow'); no checkpoint has its second optimizer's states; drop it"
+        )
     if _integer(zero, "mics_shard_size", -1) > 0:
         raise Unsupported(
             f"the target's config asks for MiCS ('mics_shard_size'), which DeepSpeed {VERSION} has no longer; drop it"
