@@ -228,6 +228,8 @@ def test_stacks_of_experts(tmp_path: Path, stage: int) -> None:
     ]
     with pytest.raises(UcpError, match=r"autoep_size.*change one of them"):
         plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, ep=4), ds_config=config)
+    with pytest.raises(Unsupported, match="experts beside tensor parallelism cannot be planned yet"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, tp=2), ds_config=config)
 
 
 @pytest.mark.slow
