@@ -15,11 +15,12 @@ from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from torch.utils.data import DataLoader
 
 import ucp.deepspeed.auto  # noqa: F401 (what is tested)
-from tests.deepspeed.programs import BATCH, Options, data, die, furthest, options, say, zero
+from tests.deepspeed.programs import BATCH, Options, data, die, furthest, on_processors, options, say, zero
 from tests.deepspeed.trainer import model_of
 
 
 def main(chosen: Options) -> None:
+    on_processors()
     torch.manual_seed(0)
     model = model_of(chosen.lora)
     config = {

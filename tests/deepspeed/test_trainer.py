@@ -1,6 +1,6 @@
 """The Hugging Face Trainer, Accelerate and Lightning with ``import ucp.deepspeed.auto``: what they call, find, delete.
 
-One process: on the CPU, Accelerate takes every rank for a job of its own. `test_trainer_gpus` runs them on two GPUs.
+On ranks of the CPU, which these frameworks are told are fit for DeepSpeed. `test_trainer_gpus` runs them on two GPUs.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def launch() -> Iterator[Launch]:
 
 
 def story(launch: Launch, program: str, folder: Path, prefix: str, *options: str) -> ListedCheckpoint:
-    """Killed in step 5, and resumed at another stage; returns the checkpoint that the killed run has left."""
-    uninterrupted = launch(program, folder / "whole", 2, 6, *options)
-    first = launch(program, folder / "run", 2, 6, "--die", 5, *options)
+    """Killed in step 5 on two ranks, and resumed on one at another stage; returns the checkpoint that the killed run
+    has left."""
+    uninterrupted = launch(program, folder / "whole", 2, 6, *options, ranks=2)
+    first = launch(program, folder / "run", 2, 6, "--die", 5, *options, ranks=2)
     expected, begun = losses(uninterrupted), losses(first, killed=True)
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
     assert set(begun) >= {1, 2, 3, 4}
     assert apart(begun, expected) == 0
     (saved,) = listing(furthest(folder / "run", prefix)).checkpoints
-    assert (saved.format, saved.layout, saved.step, saved.whole) == ("universal", "dp=1,zero=2", 4, True)
+    assert (saved.format, saved.layout, saved.step, saved.whole) == ("universal", "dp=2,zero=2", 4, True)
     resumed = losses(launch(program, folder / "run", 3, 6, "--resume", *options))
     assert sorted(resumed) == [5, 6]
     assert apart(resumed, expected) < CLOSE

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -25,7 +24,8 @@ from transformers import (
 )
 
 import ucp.deepspeed.auto  # noqa: F401 (what is tested)
-from tests.deepspeed.programs import BATCH, Options, data, die, options, say, zero
+from tests.deepspeed.programs import BATCH, Options, data, die, on_processors, options, say, zero
+from tests.engines import releases
 from ucp.storage.kept import places
 
 
@@ -57,6 +57,7 @@ def model_of(lora: bool) -> nn.Module:
 
 
 def main(chosen: Options) -> None:
+    on_processors()
     set_seed(0)
     model = model_of(chosen.lora)
     config: dict[str, Any] = {
@@ -86,7 +87,6 @@ def main(chosen: Options) -> None:
         warmup_steps=4,
         bf16=chosen.bf16,
         deepspeed=config,
-        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
     )
@@ -96,4 +96,5 @@ def main(chosen: Options) -> None:
 
 
 if __name__ == "__main__":
+    releases.mend()
     main(options())
