@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -119,8 +120,13 @@ def warm(pool: RankPool, program: str, *arguments: object, ranks: int = 1) -> Ou
 
 def on_cpu(program: str) -> dict[str, str]:
     """The environment of a program's processes on the CPU, but for what their launcher says to each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     return {
         **releases.environment(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),  # the pool has a store of its own on that which it tells its ranks
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         **({"ACCELERATE_USE_DEEPSPEED": "true"} if program == "accelerated" else {}),

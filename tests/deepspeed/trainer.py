@@ -75,10 +75,13 @@ def main(chosen: Options) -> None:
         os.environ[places.FOLDER] = chosen.memory
         memory = {"enabled": True, "run": chosen.folder, "redundancy": 0}
         config["ucp"] = {"enabled": True, "memory": memory}
+    # transformers 4.46 hands DeepSpeed a loss that it has divided by the steps that are accumulated, which DeepSpeed
+    # divides again: another number of ranks is another number of them, and would train on gradients of another size.
+    samples = 4 if releases.is_pinned("transformers") else BATCH // chosen.ranks
     arguments = TrainingArguments(
         chosen.folder,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=BATCH // 4 // chosen.ranks,
+        per_device_train_batch_size=samples,
+        gradient_accumulation_steps=BATCH // samples // chosen.ranks,
         max_steps=8,
         save_steps=2,
         save_total_limit=1,
