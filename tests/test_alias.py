@@ -63,6 +63,18 @@ def test_beside_ucx_py_it_is_this_project(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_run_as_modules_beside_it(tmp_path: Path) -> None:
+    """As launchers start them: torchrun -m …; and what an issue report has says that there are two."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (rapids(tmp_path / "rapids"), ROOT)))}
+    command = [sys.executable, "-m", "universal_checkpoint.cli.convert", "--quiet", str(OLDER), str(tmp_path / "made")]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "made/ucp.json").exists()
+    command = [sys.executable, "-m", "universal_checkpoint.cli.main", "doctor"]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    assert "another 'ucp'\tucx_py_cu12-0.41.0\tRAPIDS', in " in done.stdout, done.stderr
+
+
 def test_where_theirs_is_imported_already_it_says_so(tmp_path: Path) -> None:
     theirs = rapids(tmp_path / "rapids")
     done = with_path("import ucp, universal_checkpoint", theirs, ROOT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # What ucx-py has in its package folder and this project will not: its compiled core. Both installed into one folder
 # overwrite each other file by file.
@@ -33,17 +33,23 @@ def refuse_ucx_py(path: Iterable[str] | None = None, package: str | None = None)
             "its own",
             name="ucp",
         )
+    for folder, _ in installed_ucx_py(path):
+        raise ImportError(
+            f"RAPIDS' ucx-py is installed in {folder} and also imports as 'ucp', so only one of the two can be "
+            "imported in a process; 'import universal_checkpoint as ucp' is this project all the same, where "
+            "theirs is in a folder of its own; or use an environment without it ('pip uninstall ucx-py')",
+            name="ucp",
+        )
+
+
+def installed_ucx_py(path: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Where on this path ucx-py is installed, and what each installation calls itself: ``ucx_py_cu12-0.41.0``."""
     for folder in path:
         try:
             names = os.listdir(folder or os.curdir)
         except OSError:
             continue  # a zip archive, or an entry that does not exist
-        for name in names:
+        for name in sorted(names):
             # Distributions are ucx_py, ucx_py_cu11, ucx_py_cu12, ...; folder names spell the dash as an underscore.
             if name.startswith("ucx_py") and name.endswith((".dist-info", ".egg-info")):
-                raise ImportError(
-                    f"RAPIDS' ucx-py is installed in {folder} and also imports as 'ucp', so only one of the two can be "
-                    "imported in a process; 'import universal_checkpoint as ucp' is this project all the same, where "
-                    "theirs is in a folder of its own; or use an environment without it ('pip uninstall ucx-py')",
-                    name="ucp",
-                )
+                yield folder, os.path.splitext(name)[0]

@@ -15,7 +15,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 
 _NAME = __name__
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,6 +74,13 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """It was imported by its own name already."""
         module.__spec__ = self._specs.pop(module.__name__)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What ``python -m universal_checkpoint.cli.convert`` runs, as launchers start it."""
+        name = "ucp" + fullname.removeprefix(_NAME)
+        spec = importlib.util.find_spec(name)
+        loader = None if spec is None else spec.loader
+        return loader.get_code(name) if isinstance(loader, importlib.abc.InspectLoader) else None
 
 
 sys.meta_path.insert(0, _Alias())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ucp._neighbours import installed_ucx_py
 from ucp.errors import BadArgument
 from ucp.tested import TESTED
 from ucp.units import bytes_text, counted
@@ -34,7 +36,7 @@ def examine(folder: str | os.PathLike[str]) -> list[Fact]:
     place = os.fspath(folder)
     if not os.path.isdir(place):
         raise BadArgument(f"{place}: is no folder; name one that checkpoints are or will be in")
-    return [*_versions(), *_accelerator(), _compiler(), *_builds(), *_storage(place)]
+    return [*_versions(), *_neighbours(), *_accelerator(), _compiler(), *_builds(), *_storage(place)]
 
 
 def _versions() -> Iterator[Fact]:
@@ -49,6 +51,12 @@ def _versions() -> Iterator[Fact]:
         tested = TESTED.get(package)
         ran = tested is None or found.partition("+")[0] in tested
         yield Fact(package, found, "" if tested is None else _remark(ran, tested))
+
+
+def _neighbours() -> Iterator[Fact]:
+    """Another package that imports as ``ucp``, beside which this one goes by its other name."""
+    for folder, name in installed_ucx_py(sys.path):
+        yield Fact("another 'ucp'", name, f"RAPIDS', in {folder}; 'import universal_checkpoint as ucp' is this project")
 
 
 def _remark(ran: bool, tested: tuple[str, ...]) -> str:
