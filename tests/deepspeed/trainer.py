@@ -45,6 +45,14 @@ class Watch(TrainerCallback):
             say(state.global_step, state.log_history[-1]["loss"])
 
 
+class DividesOnce(Trainer):
+    """transformers 4.46 hands DeepSpeed a loss that it has divided by the steps that are accumulated, and DeepSpeed
+    divides again: on another number of ranks, which is another number of steps, gradients would be of another size."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(*args, **kwargs)[0], None
+
+
 def model_of(lora: bool) -> nn.Module:
     """A tiny Llama; lora: frozen, with adapters."""
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -75,13 +83,10 @@ def main(chosen: Options) -> None:
         os.environ[places.FOLDER] = chosen.memory
         memory = {"enabled": True, "run": chosen.folder, "redundancy": 0}
         config["ucp"] = {"enabled": True, "memory": memory}
-    # transformers 4.46 hands DeepSpeed a loss that it has divided by the steps that are accumulated, which DeepSpeed
-    # divides again: another number of ranks is another number of them, and would train on gradients of another size.
-    samples = 4 if releases.is_pinned("transformers") else BATCH // chosen.ranks
     arguments = TrainingArguments(
         chosen.folder,
-        per_device_train_batch_size=samples,
-        gradient_accumulation_steps=BATCH // samples // chosen.ranks,
+        per_device_train_batch_size=4,  # older ones go on with what the checkpoint says
+        gradient_accumulation_steps=BATCH // 4 // chosen.ranks,
         max_steps=8,
         save_steps=2,
         save_total_limit=1,
@@ -94,7 +99,8 @@ def main(chosen: Options) -> None:
         disable_tqdm=True,
     )
     rows = [{"input_ids": row, "labels": row} for row in data()]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Watch(chosen)])
+    kind = Trainer if releases.is_pinned("transformers") else DividesOnce
+    trainer = kind(model=model, args=arguments, train_dataset=rows, callbacks=[Watch(chosen)])
     trainer.train(resume_from_checkpoint=chosen.resume)
 
 
