@@ -95,7 +95,7 @@ def test_what_was_verified_is_reported(tmp_path: Path) -> None:
     assert report.verified_bytes >= report.bytes_read // 2
     again = ucp.convert(tmp_path / "out", tmp_path / "again")
     assert (again.unverified_bytes, again.verified_bytes > 0) == (0, True)
-    assert f"(verified {bytes_text(report.verified_bytes)} of the source)" in str(report)
+    assert f"(verified {bytes_text(report.verified_bytes)} of what was read)" in str(report)
 
 
 def test_files_without_crcs_are_said_not_to_be_verified(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class ConversionReport:
         did = "would write" if self.dry_run else "wrote"
         checked = ""
         if self.verified_bytes or self.unverified_bytes:
-            checked = f" (verified {bytes_text(self.verified_bytes)} of the source"
+            checked = f" (verified {bytes_text(self.verified_bytes)} of what was read"
             if self.unverified_bytes:
                 checked += f", with nothing to verify {bytes_text(self.unverified_bytes)} by"
             checked += ")"

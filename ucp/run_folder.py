@@ -36,6 +36,7 @@ from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.printable import logger
 from ucp.storage import atomic, locations
+from ucp.units import counted
 
 T = TypeVar("T")
 
@@ -266,8 +267,8 @@ def _none_here(folder: Path) -> NotACheckpoint:
     if not deeper:
         return formats.explain_unknown(folder)
     return NotACheckpoint(
-        f"{folder}: is no checkpoint and no run's folder of them; further down {nearest('', deeper)}; give the path of "
-        f"one, such as '{folder / deeper[-1]}'"
+        f"{folder}: is no checkpoint and no run's folder of them, but {counted(len(deeper), 'checkpoint')} below can "
+        f"be opened; give the path of one, such as '{folder / deeper[-1]}'"
     )
 
 

@@ -135,7 +135,7 @@ def _mwa(count: int, options: MethodOptions) -> tuple[float, ...]:
 
 def _needed(value: float | None, name: str, method: str) -> float:
     if value is None:
-        raise BadArgument(f"the method '{method}' needs '{name}'")
+        raise BadArgument(f"the method '{method}' needs '{name}' (--{name})")
     return value
 
 
@@ -163,7 +163,7 @@ def _between(sources: Sources, options: MethodOptions, layer: float | None, meth
     if len(sources.merged) != 2:
         raise BadArgument(f"the method '{method}' is between 2 checkpoints, found {len(sources.merged)}")
     if options.t is None:
-        raise BadArgument(f"the method '{method}' needs 't', how far it goes from the first to the second")
+        raise BadArgument(f"the method '{method}' needs 't' (--t), how far it goes from the first to the second")
     return interpolated(options.t, layer)
 
 
