@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from torch import Tensor
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
 
 from tests.engines import models, pipe_models, pipe_runs, releases
 from tests.engines.build import build_engine
-from tests.engines.configs import OPTIMIZERS, Case
+from tests.engines.configs import OPTIMIZERS, Case, make_config
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.truth import Truth, known
 from ucp.deepspeed.live import releases as live_releases
@@ -71,6 +74,51 @@ def _first_steps(pipe: PipeCase) -> Measured | None:
         moved = {n: (weights[step][n] - weights[step + 1][n]) / lr for n in gradients}
         steps.append({n: float((moved[n] * g).sum() / (g * g).sum()) for n, g in gradients.items()})
     return Measured(steps, pipelines, kept.texts)
+
+
+class Returns(nn.Module):
+    """Returns a loss and what it came from, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(inputs)
+        logits = self.second(hidden)
+        return {"loss": logits.square().mean(), "logits": logits, "hidden": hidden}
+
+
+def returned(stages: Sequence[int], mended: bool) -> list[tuple[dict[str, float], list[str]]]:
+    """For each stage, parameter -> the first step of a module that returns more than its loss, over what plain SGD
+    takes with the mean gradient of two micro steps; and what an engine of ours would say."""
+    found = []
+    for stage in stages:
+        with nullcontext() if mended else releases.as_released():
+            found.append(_returned(Case(stage=stage, dp=1, accumulation=2, optimizer="plain_sgd")))
+    return found
+
+
+def _returned(case: Case) -> tuple[dict[str, float], list[str]]:
+    kept = _Kept()
+    logging.getLogger("ucp").addHandler(kept)
+    inputs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    plain, model = Returns(), Returns()
+    before = {name: weight.detach().clone() for name, weight in plain.named_parameters()}
+    engine, *_ = deepspeed.initialize(model=model, config=make_config(case), model_parameters=model.parameters())
+    warn_of_training(engine)
+    for micro in inputs:
+        (plain(micro)["loss"] / len(inputs)).backward()
+        engine.backward(engine(micro)["loss"])
+        engine.step()
+    logging.getLogger("ucp").removeHandler(kept)
+    lr, steps = OPTIMIZERS[case.optimizer][1]["lr"], {}
+    for (name, weight), own in zip(engine.module.named_parameters(), plain.parameters(), strict=True):
+        after = safe_get_full_fp32_param(weight) if case.stage else weight.detach()
+        moved = (before[name] - after) / lr
+        steps[name] = float((moved * own.grad).sum() / own.grad.square().sum())
+    return steps, kept.texts
 
 
 def written_by(release: str, folder: str, into: str) -> str:

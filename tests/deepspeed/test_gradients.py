@@ -43,6 +43,7 @@ MODULES = {
     "BF16_Optimizer": BF16,
     "BF16_Optimizer, immediate": IMMEDIATE,
 }
+STAGES = (0, 1, 2, 3)
 # A block's place among four, in which of so many stages; as pipelines split evenly (8 layers, of which block 0 is 2).
 STAGE_OF_BLOCK = {1: (0, 0, 0, 0), 2: (0, 0, 1, 1), 3: (0, 1, 1, 1)}
 
@@ -86,6 +87,20 @@ def test_modules_step_with_the_mean_or_a_warning_says_otherwise(measured: Measur
     odd = [name for step in found.steps for name, times in step.items() if times != pytest.approx(1.0, rel=0.05)]
     told = [text for text in found.warnings if "gathers alone" not in text]
     assert bool(odd) == bool(told), (odd, told)
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["as released", "as the other tests have it"])
+def test_modules_that_return_more_than_the_loss_step_with_the_mean_or_a_warning_says_otherwise(
+    ranks: RankPool, mended: bool
+) -> None:
+    found = ranks.run(gradient_jobs.returned, STAGES, mended, world_size=1)[0]
+    for stage, (steps, warnings) in zip(STAGES, found, strict=True):
+        odd = [name for name, times in steps.items() if times != pytest.approx(1.0, rel=1e-3)]
+        told = [text for text in warnings if "gathers alone" not in text]
+        if mended:
+            assert not odd, (stage, steps)
+        else:
+            assert bool(odd) == bool(told), (stage, steps, warnings)
 
 
 # What wrote the checkpoint of a pipeline, and what a load says of its moments.

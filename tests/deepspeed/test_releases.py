@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import ucp.deepspeed
 from tests.deepspeed import jobs
 from tests.engines.pool import RankPool
 from ucp.deepspeed.live import releases
+from ucp.deepspeed.live.outputs import warn_of_outputs
 from ucp.deepspeed.supported import TESTED_VERSIONS, check_version, warn_of_own_saves, warn_of_training
 from ucp.errors import Unsupported
 
@@ -137,6 +139,58 @@ def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
     monkeypatch.setattr(init, "_allgather_params_coalesced", never)
     warn_of_training(engine)
     assert not caplog.messages
+
+
+class Returns(torch.nn.Module):
+    """An engine and its module in one: what it returns is what a function makes of a hidden state."""
+
+    def __init__(self, returned: Callable[[torch.Tensor], Any], steps: int, partitions: bool) -> None:
+        super().__init__()
+        self.layer, self.returned = torch.nn.Linear(2, 2), returned
+        self.gradient_accumulation_steps = lambda: steps
+        self.zero_optimization_partition_weights = lambda: partitions
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.returned(self.layer(inputs))
+
+
+def loss_and_logits(hidden: torch.Tensor) -> Any:
+    logits = hidden.float() * 2
+    return {"loss": (logits + 1).exp().sum(), "more": [(logits,)], "step": 3}
+
+
+def twice(hidden: torch.Tensor) -> Any:
+    loss = hidden.sum()
+    return loss, loss
+
+
+def apart(hidden: torch.Tensor) -> Any:
+    return hidden.sum(), hidden.exp().sum(), loss_and_logits(hidden.detach())
+
+
+OUTPUTS = [(loss_and_logits, True), (twice, True), (apart, False), (torch.sum, False)]
+
+
+@pytest.mark.parametrize(("returned", "again"), OUTPUTS)
+def test_outputs_through_which_gradients_are_divided_again_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, returned: Callable[..., Any], again: bool
+) -> None:
+    """At the first pass that trains, once; and not where such a release divides once, nor by one that always does."""
+    monkeypatch.setattr(releases, "divides_gradients_once", lambda: False)
+    for steps, partitions in [(2, False), (1, False), (2, True)]:
+        engine = Returns(returned, steps, partitions)
+        warn_of_outputs(engine)
+        caplog.clear()
+        with torch.no_grad():
+            engine(torch.ones(2))
+        assert not caplog.messages
+        engine(torch.ones(2))
+        engine(torch.ones(2))
+        assert len(caplog.messages) == (again and steps == 2 and not partitions)
+    monkeypatch.setattr(releases, "divides_gradients_once", lambda: True)
+    engine = Returns(returned, 2, False)
+    warn_of_outputs(engine)
+    assert not engine._forward_hooks
 
 
 @pytest.mark.parametrize(("stage", "saves", "warns"), [(1, True, True), (0, False, True), (0, True, False)])

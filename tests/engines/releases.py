@@ -67,10 +67,12 @@ def is_pinned(package: str = "deepspeed") -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What ranks need besides. DeepSpeed before 0.16.2 loads its own files with torch.load's default, which since torch
-    2.6 refuses them; this is for stock loads, that ours are compared with. DeepSpeed 0.15 asks the command numactl on a
-    CPU unless it is told how many ranks there are."""
-    return {} if is_pinned() else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "LOCAL_SIZE": "1"}
+    """What ranks need besides. DeepSpeed before 0.16.2 and transformers' Trainer of two years ago load their own files
+    with torch.load's default, which since torch 2.6 refuses them; this is for stock loads, that ours are compared with.
+    DeepSpeed 0.15 asks the command numactl on a CPU unless it is told how many ranks there are."""
+    if is_pinned() and (is_pinned("transformers") or not installed("transformers")):
+        return {}
+    return {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "LOCAL_SIZE": "1"}
 
 
 def mend() -> None:
@@ -84,7 +86,8 @@ def mend() -> None:
     come: each parameter is gathered by itself. Pipelines of 0.16.0 to 0.19.2 step with other gradients than plain
     modules (`ucp.formats.shared.gradients`), stage 2 of 0.17.6 to 0.18.2 with the last micro step's alone, and
     BF16_Optimizer of 0.18.5 to 0.18.9 with each rank's own, and bf16 at stage 0 of 0.17.6 to 0.18.5 with those of all
-    steps so far: here they do as 0.19.8's. `as_released` leaves them.
+    steps so far, and modules of 0.18.3 to 0.19.5 with what each returned tensor has divided: here they do as 0.19.8's.
+    `as_released` leaves them.
     """
     if is_pinned():
         return
@@ -108,6 +111,7 @@ def mend() -> None:
 
     Init._all_gather = gather_each
     _divide_gradients_once(DeepSpeedEngine, PipelineEngine)
+    _divide_the_loss(DeepSpeedEngine, PipelineEngine)
     _add_up_micro_steps(DeepSpeedZeroOptimizer)
     _reduce_all(DeepSpeedEngine)
     _zero_bf16(DeepSpeedEngine)
@@ -142,6 +146,23 @@ def _divide_gradients_once(engine: Any, pipeline: Any) -> None:
             return divide(self, grad) if self.is_last_stage() else grad
 
         _replace(pipeline, "_backward_prologue_per_tensor", divide_in_last_stage)
+
+
+def _divide_the_loss(engine: Any, pipeline: Any) -> None:
+    from ucp.deepspeed.live.releases import divides_gradients_once
+
+    if divides_gradients_once():
+        return
+    backward = engine.backward
+
+    def backward_of_mean(
+        self: Any, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any
+    ) -> Any:
+        if scale_wrt_gas and not isinstance(self, pipeline):
+            loss, scale_wrt_gas = loss / self.gradient_accumulation_steps(), False
+        return backward(self, loss, retain_graph, scale_wrt_gas, **kwargs)
+
+    _replace(engine, "backward", backward_of_mean)
 
 
 def _add_up_micro_steps(zero: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.gradients import gradients_of
+from ucp.deepspeed.live.outputs import warn_of_outputs
 from ucp.deepspeed.live.parallel import layout_of
 from ucp.deepspeed.live.pipeline import untied_parameters
 from ucp.deepspeed.live.state import warn
@@ -50,6 +51,7 @@ def warn_of_training(engine: Any) -> None:
     not: a resume with another release, or in another layout, goes on otherwise."""
     for text in _odd_training(engine):
         warn(f"DeepSpeed {releases.installed()} {text}")
+    warn_of_outputs(engine)
 
 
 def _odd_training(engine: Any) -> Iterator[str]:

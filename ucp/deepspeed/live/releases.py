@@ -134,6 +134,7 @@ ENGINE = (
     "optimizer",
     "param_names",
     "random_ltd_enabled",
+    "register_forward_hook",
     "save_checkpoint",
     "seq_data_parallel_group",
     "seq_dp_world_size",
@@ -265,6 +266,15 @@ def pipeline_gradients() -> str:
         return MEAN if "_backward_prologue_per_tensor" in vars(pipeline) else AGAIN
     divides = "do_gradient_reduction and self.gradient_accumulation_steps() > 1"
     return SUM if divides in inspect.getsource(sys.modules[ENGINE_CLASS.module]) else MEAN
+
+
+def divides_gradients_once() -> bool:
+    """Whether what flows back to a module is divided by the micro steps once, wherever it comes from. 0.18.3 to 0.19.5
+    divide in each tensor that the module returns, and so once more if one of them was computed from another."""
+    if not hasattr(_class_of(ENGINE_CLASS), "_backward_prologue_per_tensor"):
+        return True
+    code = inspect.getsource(sys.modules[ENGINE_CLASS.module])
+    return re.search(r"^ +loss = loss / self\.gradient_accumulation_steps\(\)", code, re.MULTILINE) is not None
 
 
 def stage2_keeps_micro_steps() -> bool:
