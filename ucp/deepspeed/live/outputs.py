@@ -32,7 +32,7 @@ def warn_of_outputs(engine: Any) -> None:
                 "returns, and this module has computed one of them from another, as transformers' models compute the "
                 "loss from the logits: gradients of this run are smaller than the mean, each parameter's by another "
                 "factor, without a word. Stage 3, one micro step and a module that returns the loss alone are right, "
-                "and so are releases since 0.19.6"
+                "and so is engine.backward of releases since 0.19.6"
             )
 
     handle = engine.register_forward_hook(look)
