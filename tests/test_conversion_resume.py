@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,17 @@ def test_a_full_disk_is_named_and_continued_from(source: Path, tmp_path: Path) -
     assert raw.tree(tmp_path / "dest") == expected
 
 
+@pytest.fixture
+def heeded(number: int) -> Iterator[None]:
+    """Programs started here heed the signal: what a shell runs in the background ignores SIGINT, and so do children."""
+    before = signal.signal(number, lambda *_: None)
+    yield
+    signal.signal(number, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("heeded")
 def test_the_command_stops_cleanly(tmp_path: Path, number: int) -> None:
     made = raw.make(tmp_path / "raw", shapes={"w": (16000, 2000)}, states=("param", "exp_avg", "exp_avg_sq"))
     source = raw.virtual_checkpoint(tmp_path / "source", made)

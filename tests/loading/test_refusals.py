@@ -107,7 +107,8 @@ def test_of_another_optimizer_at_most_five_names_are_told() -> None:
     momentum = told("momentum_buffer", "exp_avg", "exp_avg_sq")
     assert len(re.findall(r"'p\d'", momentum)) <= limits.REFUSAL_ITEMS_COUNT
     assert (
-        "18 of the checkpoint would stay unused: 'exp_avg' of 9 parameters, 'exp_avg_sq' of 9 parameters; " in momentum
+        "18 of the checkpoint would stay unused: optimizer state 'exp_avg' of 9 parameters, "
+        "optimizer state 'exp_avg_sq' of 9 parameters; " in momentum
     )
     plain = told("", "exp_avg", "exp_avg_sq")
     assert (

@@ -164,7 +164,7 @@ def _by_state(items: Sequence[Item], single: Any) -> list[str]:
 def _states(items: Sequence[Item]) -> list[str]:
     """States without their parameters' names, which say no more where the cause is said."""
     found = Counter(item.state for item in items)
-    return [f"'{state}' of {counted(count, 'parameter')}" for state, count in found.items()]
+    return [f"optimizer state '{state}' of {counted(count, 'parameter')}" for state, count in found.items()]
 
 
 @dataclass
