@@ -10,6 +10,7 @@ import argparse
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bench_tools
@@ -73,8 +74,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         more = {"prove s": round(seconds, 3), "share %": round(100 * seconds / loads[-1], 2)}
         more["processor s"] = round(min(processor[1:]), 3)
         rows.append(_row(f"ucp.load, prove={prove}", loads[1:], nbytes, **more))
+    rows += _plain_reads(args, path)
     shutil.rmtree(path)
     return {**_result(args, tensors, nbytes, rows, memory, equal), "stages": stages}
+
+
+def _plain_reads(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
+    """What reading those files from the page cache takes when nothing else is done: into pinned memory for a device."""
+    import torch
+
+    rows = []
+    for threads in (8, 16):
+        pinned = torch.ones((threads, 8 << 20), dtype=torch.uint8, pin_memory=args.device != "cpu").numpy()
+        turns = []
+        for _ in range(args.repeats):
+            began = time.perf_counter()
+            nbytes = bench_tools.read_plainly(path, (0, 1), direct=False, threads=threads, buffers=list(pinned))
+            turns.append(time.perf_counter() - began)
+        rows.append(_row(f"plain reads by {threads} threads", turns, nbytes))
+    return rows
 
 
 def _result(

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import platform
+import queue
 import shutil
 import statistics
 import subprocess
@@ -134,20 +135,26 @@ def warm_cache(folder: Path) -> None:
                 pass
 
 
-def read_plainly(folder: Path, part: tuple[int, int], direct: bool, threads: int = 8) -> int:
+def read_plainly(
+    folder: Path, part: tuple[int, int], direct: bool, threads: int = 8, buffers: Sequence[Any] | None = None
+) -> int:
     """Read this rank's part (index, how many) of every file into reused buffers; how many bytes. direct: past the page
-    cache, whole blocks only."""
+    cache, whole blocks only. buffers: of 8 MiB, at least one for each thread; memory of its own without."""
     index, count = part
     block = 8 << 20
+    free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for k in range(threads):
+        free.put(mmap.mmap(-1, block) if buffers is None else buffers[k])
 
     def read(work: tuple[Path, int]) -> int:
         path, start = work
+        buffer = free.get()
         fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         try:
-            with mmap.mmap(-1, block) as buffer:
-                return os.preadv(fd, [buffer], start)
+            return os.preadv(fd, [buffer], start)
         finally:
             os.close(fd)
+            free.put(buffer)
 
     work = [(path, start) for path in files(folder) for start in range(0, path.stat().st_size, block)]
     with ThreadPoolExecutor(threads) as pool:
