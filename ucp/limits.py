@@ -174,6 +174,8 @@ SNAPSHOT_TIMEOUT_SECONDS = 60.0
 # Host memory that a load may take on each rank beyond what is live, unless the caller says so, and the least it needs.
 LOAD_MEMORY_BYTES = 512 * MIB
 LOAD_MEMORY_LEAST_BYTES = 64 * MIB
+# What a load counts for each thread that reads: scratch, chunks that are read at once, and its part of the windows.
+LOAD_THREAD_BYTES = 26 * MIB
 # The part of it that may hold, until it is proved, what is kept in fewer bits than it is read in.
 LOAD_ROUNDED_PART = 1 / 4
 # Threads of a load: copies out of the page cache gain from more threads than a disk or a network card does.
@@ -187,10 +189,10 @@ CACHE_PART = 0.7
 # How much is read, and how much memory is taken, to see whether holding a share is quicker than reading it twice.
 TRIAL_BYTES = 16 * MIB
 # What passes through host memory at a time on the way to a device: whole chunks. A thread fills one while the one
-# before is copied. With margins it is a little less than 8 MiB: torch's pinned memory comes in powers of two.
-LOAD_WINDOW_BYTES = 7 * MIB
-# Threads that fill them. More only wait for the interpreter: on an H200's 16 processors 16 threads brought 12 GB/s, 8
-# brought 15, of 42 that copies to the device reach.
+# before is copied. With margins it is a little less than 16 MiB: torch's pinned memory comes in powers of two.
+LOAD_WINDOW_BYTES = 15 * MIB
+# Threads that fill them. More only wait for the interpreter: on an H200's 16 processors 16 threads were never quicker
+# than 8.
 LOAD_FILLING_THREADS_COUNT = 8
 # Windows beside one for each thread: so many may be on their way to the device while the threads fill others.
 LOAD_WINDOWS_AHEAD_COUNT = 4

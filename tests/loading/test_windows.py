@@ -14,7 +14,7 @@ from ucp import limits
 from ucp.errors import DigestMismatch
 from ucp.geometry import whole
 from ucp.job.stopwatch import Stopwatch
-from ucp.loading.windows import Place, through_windows
+from ucp.loading.windows import Place, through_windows, window_bytes
 from ucp.storage.files import Files
 from ucp.transfer.gather import Copy, Want, plan
 from ucp.transfer.reader import Reader
@@ -59,7 +59,7 @@ def test_every_place_is_filled(
     monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", window)
     reader, copies = copies_of(path)
     lives = blank()
-    through_windows(reader, places(lives, copies), threads, Stopwatch())
+    through_windows(reader, places(lives, copies), threads, limits.LOAD_MEMORY_BYTES, Stopwatch())
     assert all(torch.equal(live, value) for live, value in zip(lives, values, strict=True))
 
 
@@ -69,7 +69,7 @@ def test_what_nothing_fills_is_kept_or_cleared(saved: tuple[Path, list[torch.Ten
     reader, copies = copies_of(path)
     copies[2], copies[7] = [], []
     lives = blank()
-    through_windows(reader, places(lives, copies, keeps), 3, Stopwatch())
+    through_windows(reader, places(lives, copies, keeps), 3, limits.LOAD_MEMORY_BYTES, Stopwatch())
     for k, (live, value) in enumerate(zip(lives, values, strict=True)):
         wanted = torch.full_like(value, 7.0 if keeps else 0.0) if k in (2, 7) else value
         assert torch.equal(live, wanted)
@@ -83,7 +83,7 @@ def test_each_chunk_of_a_large_tensor_is_read_once(
     reader, copies = copies_of(saved[0])
     lives, large = blank(), 4
     assert copies[large][0].at % (1 << 20)  # otherwise this shows nothing
-    through_windows(reader, places(lives, copies)[large : large + 1], 1, Stopwatch())
+    through_windows(reader, places(lives, copies)[large : large + 1], 1, limits.LOAD_MEMORY_BYTES, Stopwatch())
     assert lives[large].nbytes <= reader.verified_bytes <= lives[large].nbytes + (2 << 20)
 
 
@@ -101,7 +101,7 @@ def test_damage_ends_every_thread(
         file.seek(9_000_000)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(DigestMismatch, match="damaged"):
-        through_windows(reader, places(blank(), copies), threads, Stopwatch())
+        through_windows(reader, places(blank(), copies), threads, limits.LOAD_MEMORY_BYTES, Stopwatch())
 
 
 def test_a_device_that_refuses_ends_every_thread(
@@ -114,4 +114,12 @@ def test_a_device_that_refuses_ends_every_thread(
     refusing = torch.zeros(1, dtype=torch.uint8).expand(len(whole_places[4].live))
     whole_places[4] = replace(whole_places[4], live=refusing)
     with pytest.raises(RuntimeError, match="single memory location"):
-        through_windows(reader, whole_places, 4, Stopwatch())
+        through_windows(reader, whole_places, 4, limits.LOAD_MEMORY_BYTES, Stopwatch())
+
+
+@pytest.mark.parametrize(("memory", "threads", "mib"), [(64, 2, 3), (256, 9, 7), (512, 16, 15), (4096, 16, 15)])
+def test_windows_take_at_most_half_of_the_memory(memory, threads, mib):
+    found = window_bytes(memory << 20, threads)
+    assert found == mib << 20
+    count = min(threads, limits.LOAD_FILLING_THREADS_COUNT) + limits.LOAD_WINDOWS_AHEAD_COUNT
+    assert count * (found + (1 << 20)) <= memory << 19

@@ -136,7 +136,7 @@ def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: 
     copies += [copy for k, own in changed.items() if k in direct for copy in own]
     with watched(files, share):
         fill(reader, copies, buffers, threads)
-        through_windows(reader, places, threads, watch)
+        through_windows(reader, places, threads, memory, watch)
     return Brought(there, later, reader, share)
 
 

@@ -32,7 +32,6 @@ from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
 from ucp.loading.target import Loaded, Target
-from ucp.storage.digests import CHUNK
 from ucp.storage.files import Files
 from ucp.transfer import checking
 from ucp.transfer.reader import Reader
@@ -376,8 +375,7 @@ def within(memory: int, threads: int) -> int:
         raise BadArgument(
             f"a load's memory of {memory} bytes is too little; at least {limits.LOAD_MEMORY_LEAST_BYTES} are needed"
         )
-    each = limits.SCRATCH_BYTES + 2 * limits.LOAD_WINDOW_BYTES + limits.CHUNKS_AT_ONCE_COUNT * CHUNK
-    return max(min(threads, memory // each), 1)
+    return max(min(threads, memory // limits.LOAD_THREAD_BYTES), 1)
 
 
 def _report(

@@ -54,14 +54,30 @@ class _Window:
     size: int
 
 
-def through_windows(reader: Reader, places: Sequence[Place], threads: int, watch: Stopwatch) -> None:
-    """Fill the places. Raises what reading raises; then some are filled and some are not."""
+def through_windows(reader: Reader, places: Sequence[Place], threads: int, memory: int, watch: Stopwatch) -> None:
+    """Fill the places. Raises what reading raises; then some are filled and some are not.
+
+    threads: that read. memory: bytes of host memory that the load may take; windows have at most half of it.
+    """
+    size = window_bytes(memory, threads)
     by_device: defaultdict[torch.device, list[Place]] = defaultdict(list)
     for place in places:
         by_device[place.live.device].append(place)
     for device, here in by_device.items():
-        _Passing(reader, _Ring(device, watch), list(_windows(here, limits.LOAD_WINDOW_BYTES))).run(threads)
+        _Passing(reader, _Ring(device, size, watch), list(_windows(here, size))).run(threads)
     reader.records.settle()
+
+
+def window_bytes(memory: int, threads: int) -> int:
+    """The size of windows of which a load with so many bytes of memory can have enough: whole chunks, and with their
+    margins a power of two, since torch's pinned memory comes in those."""
+    count = _fillers(threads) + limits.LOAD_WINDOWS_AHEAD_COUNT
+    room = 1 << (memory // 2 // count).bit_length() - 1
+    return min(limits.LOAD_WINDOW_BYTES, max(room - CHUNK, CHUNK))
+
+
+def _fillers(threads: int) -> int:
+    return max(min(threads, limits.LOAD_FILLING_THREADS_COUNT), 1)
 
 
 def _windows(places: Sequence[Place], size: int) -> Iterator[_Window]:
@@ -114,7 +130,7 @@ class _Passing:
         self._filled: queue.SimpleQueue[tuple[_Window, torch.Tensor] | None] = queue.SimpleQueue()
 
     def run(self, threads: int) -> None:
-        workers = max(min(threads, self._count, limits.LOAD_FILLING_THREADS_COUNT), 1)
+        workers = max(min(_fillers(threads), self._count), 1)
         with ThreadPoolExecutor(workers) as pool:
             results = [pool.submit(self._fill) for _ in range(workers)]
             try:
@@ -163,11 +179,12 @@ class _Passing:
 
 
 class _Ring:
-    """The windows of host memory for one device, and its stream."""
+    """The windows of host memory for one device, of so many bytes each, and its stream."""
 
-    def __init__(self, device: torch.device, watch: Stopwatch) -> None:
+    def __init__(self, device: torch.device, size: int, watch: Stopwatch) -> None:
         self.watch = watch
         self._device = device
+        self._size = size
         self._cuda: Any = torch.cuda if device.type == "cuda" else None
         self._count = 0
         self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
@@ -187,8 +204,7 @@ class _Ring:
         if self._count == most:
             return False
         with self.watch.part("ring"):
-            size = limits.LOAD_WINDOW_BYTES + 2 * MARGIN
-            self._free.put(torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda is not None))
+            self._free.put(torch.empty(self._size + 2 * MARGIN, dtype=torch.uint8, pin_memory=self._cuda is not None))
             self._count += 1
         return True
 
