@@ -22,7 +22,7 @@ def build_engine(pipe: PipeCase, sp: int, section: dict[str, Any] | None) -> Any
         return pipe_runs.build_engine(pipe, section)
     import ucp.deepspeed
 
-    mesh = sequences.mesh(sp)
+    mesh = sequences.mesh(sp, stock=section is None)
     model = pipe_runs.build_model(pipe)
     config = make_config(pipe.case) | ({} if section is None else {"ucp": {"enabled": True, **section}})
     initialize = deepspeed.initialize if section is None else ucp.deepspeed.initialize

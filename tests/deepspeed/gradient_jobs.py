@@ -90,17 +90,18 @@ class Returns(nn.Module):
         return {"loss": logits.square().mean(), "logits": logits, "hidden": hidden}
 
 
-def returned(stages: Sequence[int], mended: bool) -> list[tuple[dict[str, float], list[str]]]:
+def returned(stages: Sequence[int], mended: bool, direct: str = "") -> list[tuple[dict[str, float], list[str]]]:
     """For each stage, parameter -> the first step of a module that returns more than its loss, over what plain SGD
-    takes with the mean gradient of two micro steps; and what an engine of ours would say."""
+    takes with the mean gradient of two micro steps; and what an engine of ours would say. direct: the program calls
+    backward of the 'loss' that the module returned, or of one that it computes from 'logits', and not the engine's."""
     found = []
     for stage in stages:
         with nullcontext() if mended else releases.as_released():
-            found.append(_returned(Case(stage=stage, dp=1, accumulation=2, optimizer="plain_sgd")))
+            found.append(_returned(Case(stage=stage, dp=1, accumulation=2, optimizer="plain_sgd"), direct))
     return found
 
 
-def _returned(case: Case) -> tuple[dict[str, float], list[str]]:
+def _returned(case: Case, direct: str) -> tuple[dict[str, float], list[str]]:
     kept = _Kept()
     logging.getLogger("ucp").addHandler(kept)
     inputs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
@@ -110,7 +111,11 @@ def _returned(case: Case) -> tuple[dict[str, float], list[str]]:
     warn_of_training(engine)
     for micro in inputs:
         (plain(micro)["loss"] / len(inputs)).backward()
-        engine.backward(engine(micro)["loss"])
+        outputs = engine(micro)
+        if direct:
+            (outputs["loss"] if direct == "loss" else outputs["logits"].square().mean()).backward()
+        else:
+            engine.backward(outputs["loss"])
         engine.step()
     logging.getLogger("ucp").removeHandler(kept)
     lr, steps = OPTIMIZERS[case.optimizer][1]["lr"], {}

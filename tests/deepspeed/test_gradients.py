@@ -13,7 +13,7 @@ import torch
 
 import ucp
 from tests.deepspeed import gradient_jobs
-from tests.engines import pipe_models
+from tests.engines import pipe_models, releases
 from tests.engines.configs import Case
 from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
@@ -101,6 +101,18 @@ def test_modules_that_return_more_than_the_loss_step_with_the_mean_or_a_warning_
             assert not odd, (stage, steps)
         else:
             assert bool(odd) == bool(told), (stage, steps, warnings)
+
+
+def test_a_programs_own_backward_steps_with_the_mean_or_a_warning_says_otherwise(ranks: RankPool) -> None:
+    """From the loss that the module returned with what it came from, or from one that the program makes of that."""
+    if not releases.knows("_backward_prologue_per_tensor"):
+        pytest.skip(releases.without("takes engine.backward alone"))
+    for direct in ("loss", "logits"):
+        found = ranks.run(gradient_jobs.returned, STAGES[1:], False, direct, world_size=1)[0]
+        for stage, (steps, warnings) in zip(STAGES[1:], found, strict=True):
+            odd = [name for name, times in steps.items() if times != pytest.approx(1.0, rel=1e-3)]
+            told = [text for text in warnings if "gathers alone" not in text]
+            assert bool(odd) == (len(told) == 1) == (stage < 3), (direct, stage, steps, warnings)
 
 
 # What wrote the checkpoint of a pipeline, and what a load says of its moments.

@@ -68,6 +68,14 @@ def test_what_is_used_of_an_engine_is_asked_for() -> None:
     assert used - own - guarded <= set(releases.ENGINE)
 
 
+def test_a_mesh_of_sequences_alone_numbers_no_parts_of_the_model() -> None:
+    """DeepSpeed 0.17's has no such number, 0.18's gives that of sequences."""
+    for mesh in (SimpleNamespace(), SimpleNamespace(get_model_parallel_rank=lambda: 1), None):
+        assert releases.model_parallel_rank(SimpleNamespace(mp_world_size=1, mpu=mesh)) == 0
+    mesh = SimpleNamespace(get_model_parallel_rank=lambda: 1)
+    assert releases.model_parallel_rank(SimpleNamespace(mp_world_size=2, mpu=mesh)) == 1
+
+
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(Unsupported, match=r"DeepSpeed .* lacks the module 'deepspeed\.no_such'"):
         releases.EngineModule("deepspeed.no_such", ()).load()
@@ -188,9 +196,38 @@ def test_outputs_through_which_gradients_are_divided_again_are_warned_of(
         engine(torch.ones(2))
         assert len(caplog.messages) == (again and steps == 2 and not partitions)
     monkeypatch.setattr(releases, "divides_gradients_once", lambda: True)
+    monkeypatch.setattr(releases, "divides_in_own_backward", lambda: False)
     engine = Returns(returned, 2, False)
     warn_of_outputs(engine)
     assert not engine._forward_hooks
+
+
+def logits_of(hidden: torch.Tensor) -> Any:
+    return {**loss_and_logits(hidden), "loss": None}
+
+
+OWN = [(loss_and_logits, "loss", True), (loss_and_logits, "more", False), (logits_of, "more", False)]
+
+
+@pytest.mark.parametrize(("returned", "key", "again"), OWN)
+def test_a_programs_own_backward_is_warned_of_where_gradients_are_divided_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, returned: Any, key: str, again: bool
+) -> None:
+    """In the backward that it happens in, once; not in the engine's, and not where gradients pass one tensor alone."""
+    monkeypatch.setattr(releases, "divides_gradients_once", lambda: True)
+    engine = Returns(returned, 2, False)
+    engine._backward_prologue_per_tensor = lambda grad: grad if own_backward else grad / 2
+    warn_of_outputs(engine)
+
+    def step() -> None:
+        found = engine(torch.ones(2))[key]
+        (found if key == "loss" else found[0][0].sum()).backward()
+
+    for own_backward in (True, False, False):
+        step()
+        assert len(caplog.messages) == (again and not own_backward)
+    assert all("own loss" in text for text in caplog.messages)
+    assert bool(engine._forward_hooks) != again
 
 
 @pytest.mark.parametrize(("stage", "saves", "warns"), [(1, True, True), (0, False, True), (0, True, False)])

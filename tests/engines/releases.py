@@ -42,6 +42,9 @@ FAULTS = {
     r"'FP16_UnfusedOptimizer' object has no attribute 'dp_process_group'": "does not load its own bf16 wrapper",
     r"FP16_UnfusedOptimizer\.load_state_dict\(\) got an unexpected keyword": "does not load its own bf16 wrapper",
     r"Muon optimizer is not yet compatible with ZeRO Stage 3": "has no Muon at stage 3",
+    r"dp=\d+,ep=\d+,zero=0\) and [^;]* do not match; the checkpoint has no optimizer's states": (
+        "saves no state of the optimizer that it takes for BF16_Optimizer"
+    ),
     r"^the source has no optimizer param groups": "saves no state of the optimizer that it takes for BF16_Optimizer",
     r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",

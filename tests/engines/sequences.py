@@ -1,4 +1,8 @@
-"""The ``mpu`` of sequence parallelism (Ulysses): DeepSpeed's own since 0.17; before it, what Megatron-DeepSpeed had."""
+"""The ``mpu`` of sequence parallelism (Ulysses): DeepSpeed's own since 0.17; before it, what Megatron-DeepSpeed had.
+
+0.17's own has no `get_model_parallel_rank`, by which DeepSpeed's save names its files, so that stock runs save with the
+other. 0.18's own names files that DeepSpeed does not find again, and that are read here.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ import torch.distributed as dist
 from tests.engines.tp_models import Slices
 
 
-def mesh(size: int) -> Any:
-    """Groups of ``size`` ranks in a row share each sequence. Once per process."""
+def mesh(size: int, stock: bool = False) -> Any:
+    """Groups of ``size`` ranks in a row share each sequence. Once per process. stock: DeepSpeed's own save is used."""
     try:
         own = importlib.import_module("deepspeed.runtime.sequence_parallel.parallel_state_sp")
     except ModuleNotFoundError:
+        return SequenceMesh(size)
+    if stock and not hasattr(own, "get_model_parallel_rank"):
         return SequenceMesh(size)
     own.initialize_sequence_parallel(size)
     return own

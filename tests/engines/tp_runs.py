@@ -49,10 +49,10 @@ class TpCase:
         return "-".join([*parts, self.case.label])
 
 
-def make_mesh(tp: TpCase) -> Any:
-    """The engine's ``mpu``, None where it needs none."""
+def make_mesh(tp: TpCase, stock: bool = False) -> Any:
+    """The engine's ``mpu``, None where it needs none. stock: as for `sequences.mesh`."""
     if tp.sp > 1:
-        return sequences.mesh(tp.sp) if tp.tp == 1 else sequences.SlicedSequences(tp.tp, tp.sp)
+        return sequences.mesh(tp.sp, stock) if tp.tp == 1 else sequences.SlicedSequences(tp.tp, tp.sp)
     return tp_models.Mesh(tp.tp) if tp.kind == "megatron" and tp.tp > 1 else None
 
 
@@ -78,7 +78,7 @@ def config_of(tp: TpCase) -> dict[str, Any]:
 
 def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
     """A fresh engine; with ``section`` (the config's "ucp") one of this project's."""
-    mesh = make_mesh(tp)
+    mesh = make_mesh(tp, stock=section is None)
     config = config_of(tp)
     if section is not None:
         config["ucp"] = {"enabled": True, **section}

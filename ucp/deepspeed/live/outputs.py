@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
@@ -12,48 +12,78 @@ from ucp.deepspeed.live.state import warn
 
 
 def warn_of_outputs(engine: Any) -> None:
-    """At the engine's first forward pass that trains, warn if the release divides gradients more than once.
+    """Warn if the release divides gradients more than once, from the engine's first forward pass that trains on.
 
-    Stage 3 returns other tensors than the module has computed with, so that each is divided once there; of pipelines
-    `ucp.deepspeed.live.gradients` tells.
+    Some releases do so in each tensor that the module returns, whichever way the program goes back; others only where
+    it calls backward of a loss itself, which is seen in that backward. Stage 3 returns other tensors than the module
+    has computed with, so that each is divided once there; of pipelines `ucp.deepspeed.live.gradients` tells.
     """
-    partitions = engine.zero_optimization_partition_weights()
-    if partitions or releases.PIPELINE.has(engine) or releases.divides_gradients_once():
+    if engine.zero_optimization_partition_weights() or releases.PIPELINE.has(engine):
         return
+    always = not releases.divides_gradients_once()
+    if not always and not releases.divides_in_own_backward():
+        return
+    places: dict[int, list[int]] = {}  # by how many tensors are returned
+    told = False
 
     def look(_: Any, __: Any, outputs: Any) -> None:
         steps = engine.gradient_accumulation_steps()
         if not is_grad_enabled() or steps == 1:
             return
-        handle.remove()
-        if divided_again(outputs):
-            warn(
-                f"DeepSpeed {releases.installed()} divides by the {steps} micro steps in each tensor that the module "
-                "returns, and this module has computed one of them from another, as transformers' models compute the "
-                "loss from the logits: gradients of this run are smaller than the mean, each parameter's by another "
-                "factor, without a word. Stage 3, one micro step and a module that returns the loss alone are right, "
-                "and so is engine.backward of releases since 0.19.6"
-            )
+        tensors = list(_tensors(outputs))
+        if len(tensors) not in places:  # looked through once: the graph of a large model takes a while
+            places[len(tensors)] = divided_again(outputs)
+        again = places[len(tensors)]
+        if always:
+            handle.remove()
+            if again:
+                warn(_text(steps, "", "and so is engine.backward of releases since 0.19.6"))
+            return
+        for place in again:
+            tensors[place].register_hook(flows)
+
+    def flows(_: Any) -> None:
+        nonlocal told
+        if not told and releases.divides_now(engine):
+            told = True
+            handle.remove()
+            where = " where a program calls backward of its own loss, as this one does,"
+            warn(_text(engine.gradient_accumulation_steps(), where, "and so is engine.backward(loss)"))
 
     handle = engine.register_forward_hook(look)
 
 
-def divided_again(outputs: Any) -> bool:
-    """Whether gradients flow through more than one of the tensors that a module has returned: one of them was computed
-    from another, or is there twice."""
+def _text(steps: int, where: str, better: str) -> str:
+    return (
+        f"DeepSpeed {releases.installed()} divides by the {steps} micro steps in each tensor that the module returns"
+        f"{where or ','} and this module has computed one of them from another, as transformers' models compute the "
+        "loss from the logits: gradients of this run are smaller than the mean, each parameter's by another factor, "
+        f"without a word. Stage 3, one micro step and a module that returns the loss alone are right, {better}"
+    )
+
+
+def divided_again(outputs: Any) -> list[int]:
+    """Places of those of the tensors that a module has returned from which gradients flow through another of them: it
+    was computed from that, or is there twice."""
     tensors = list(_tensors(outputs))
-    found = {tensor.grad_fn for tensor in tensors}
+    nodes = [tensor.grad_fn for tensor in tensors]
+    known = {node: place for place, node in enumerate(nodes)}
+    return [place for place, node in enumerate(nodes) if known[node] != place or _leads_to(node, known.keys())]
+
+
+def _leads_to(node: Any, others: Collection[Any]) -> bool:
+    """Whether a graph reaches one of these nodes behind its first."""
     seen: set[Any] = set()
-    left = [before for node in found for before, _ in node.next_functions]
+    left = [before for before, _ in node.next_functions]
     while left:
-        node = left.pop()
-        if node is None or node in seen:
+        before = left.pop()
+        if before is None or before in seen:
             continue
-        if node in found:
+        if before in others:
             return True
-        seen.add(node)
-        left += [before for before, _ in node.next_functions]
-    return len({id(tensor) for tensor in tensors}) < len(tensors)
+        seen.add(before)
+        left += [earlier for earlier, _ in before.next_functions]
+    return False
 
 
 def _tensors(outputs: Any) -> Iterator[Any]:

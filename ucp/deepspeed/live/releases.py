@@ -225,7 +225,13 @@ def tensor_parallel_size(engine: Any) -> int:
 
 
 def model_parallel_rank(engine: Any) -> int:
-    """This rank's number within tensor and pipeline parallelism, as the names of its files have it."""
+    """This rank's number within tensor and pipeline parallelism.
+
+    Where there is none of either, the mesh may be one of sequences, which 0.17 has without such a number, and 0.18 with
+    that of sequences in its place.
+    """
+    if engine.mp_world_size == 1:
+        return 0
     known = getattr(engine, "checkpoint_mp_rank", None)  # since 0.19
     if known is not None:
         return int(known)
@@ -275,6 +281,18 @@ def divides_gradients_once() -> bool:
         return True
     code = inspect.getsource(sys.modules[ENGINE_CLASS.module])
     return re.search(r"^ +loss = loss / self\.gradient_accumulation_steps\(\)", code, re.MULTILINE) is not None
+
+
+def divides_in_own_backward() -> bool:
+    """Whether gradients of a program's own ``loss.backward()`` are divided at all, which then happens in each tensor
+    that the module returns (since 0.18.3)."""
+    return hasattr(_class_of(ENGINE_CLASS), "_backward_prologue_per_tensor")
+
+
+def divides_now(engine: Any) -> bool:
+    """Whether the engine divides what flows through a returned tensor in the backward pass that calls this."""
+    divide = getattr(engine, "_backward_prologue_per_tensor", None)
+    return divide is not None and divide(1.0) != 1.0
 
 
 def stage2_keeps_micro_steps() -> bool:

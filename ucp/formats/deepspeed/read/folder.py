@@ -105,6 +105,7 @@ def scan(path: Path, skip: bool = False) -> list[Folder]:
         )
     found = sort_files(path)
     _check(path, found)
+    found = _numbered_by_sequences(found)
     models: Mapping[int, Mapping[int, Path]] = found.parts or {mp: {0: file} for mp, file in found.whole.items()}
     ranks = sorted({0, *models, *found.optim})
     lost = next((mp for mp in range(ranks[-1] + 1) if mp not in models), None)
@@ -188,6 +189,28 @@ def _check(path: Path, found: Sorted) -> None:
         raise DamagedCheckpoint(f"{path}: optimizer files with and without the prefix 'bf16_'; two runs are mixed")
     if not found.whole and not found.parts:
         raise DamagedCheckpoint(f"{path}: no '*model_states.pt' file; the model part of the checkpoint is missing")
+
+
+def _numbered_by_sequences(found: Sorted) -> Sorted:
+    """Files of sequence parallelism as those of one model-parallel rank, where their names have another.
+
+    DeepSpeed's own mesh of sequences passes for one of model parallelism, in 0.18 when files are named, too
+    (``parallel_state_sp.py: get_model_parallel_rank``): data-parallel rank 1 of two that share a sequence writes
+    ``zero_pp_rank_1_mp_rank_01_…``, which that release itself does not find again. What tells it from model parallelism
+    is that each data-parallel number is there once, and that the first model file says there was none.
+    """
+    first = found.whole.get(0) or found.parts.get(0, {}).get(0)
+    of_several = len(found.optim.keys() | found.parts.keys()) > 1 and not found.whole.keys() - {0}
+    numbers = [[dp for own in kind.values() for dp in own] for kind in (found.optim, found.parts)]
+    if first is None or not of_several or any(len(set(kind)) < len(kind) for kind in numbers):
+        return found
+    if load(first, trust=None).get("mp_world_size") != 1:
+        return found
+    return replace(found, optim=_as_one(found.optim), parts=_as_one(found.parts))
+
+
+def _as_one(files: Mapping[int, Mapping[int, Path]]) -> dict[int, dict[int, Path]]:
+    return {0: {dp: file for own in files.values() for dp, file in own.items()}} if files else {}
 
 
 def load(path: Path, trust: bool | None, skip: bool = False) -> dict[str, Any]:
