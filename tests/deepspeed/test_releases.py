@@ -126,6 +126,23 @@ def test_a_release_without_a_stage_is_refused_by_the_stages_name(monkeypatch: py
         releases.require_package({"zero_optimization": {"stage": 3}})
 
 
+ASKS = {"tensor_parallel": {"autotp_size": 2}, "expert_parallel": {"enabled": True}}
+
+
+@pytest.mark.parametrize("section", ASKS)
+def test_what_a_release_would_ignore_of_a_config_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    """0.15.4 trains whole models on all ranks where a config asks it for AutoTP, and says nothing."""
+    config = {section: ASKS[section], "ucp": {"enabled": True}}
+    releases.require_asked({"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}})
+    kind = SimpleNamespace()  # an engine's class that has neither
+    monkeypatch.setattr(releases, "_class_of", lambda _: kind)
+    monkeypatch.setattr(ucp.deepspeed, "stock_initialize", never)
+    with pytest.raises(Unsupported, match=rf"has no Auto.*, and ignores '{section}' of its config"):
+        ucp.deepspeed.initialize(model=None, config=config)
+
+
 def waits_for_the_last(self: Any, launch_handles: Any) -> None:
     launch_handles[-1].wait()
 
@@ -145,6 +162,23 @@ def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
     assert "compute with weights that have not arrived yet" in caplog.text
     caplog.clear()
     monkeypatch.setattr(init, "_allgather_params_coalesced", never)
+    warn_of_training(engine)
+    assert not caplog.messages
+
+
+def test_a_model_that_nothing_has_cut_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    engine = SimpleNamespace(
+        zero_optimization_partition_weights=lambda: False,
+        zero_optimization_stage=lambda: 1,
+        gradient_accumulation_steps=lambda: 1,
+        optimizer=None,
+        autotp_size=lambda: 2,
+        module=torch.nn.Linear(2, 2),
+    )
+    warn_of_training(engine)
+    assert "Call deepspeed.tp_model_init(model, tp_size, dtype) before the engine is made" in caplog.text
+    caplog.clear()
+    engine.module.ds_autotp_parsed = True
     warn_of_training(engine)
     assert not caplog.messages
 

@@ -38,6 +38,8 @@ FAULTS = {
     r"has no AutoTP for training": "has no AutoTP for training",
     r"compatibility between 'autotp' and 'zero_stage = 3' has not been validated": "has no AutoTP at stage 3",
     r"allgather: invalid tensor size[\s\S]*_apply_distributed_muon_update": "its Muon does not step at stage 3",
+    r"^shape '\[\d+, \d+, -1, 6\]' is invalid for input of size": "its AutoTP cuts through heads that do not divide",
+    r"Number of heads \(\d+\) must be larger than sequence parallel size": "exchanges no heads of fewer than its ranks",
     r"1 validation error for TPTrainingConfig": "its AutoTP knows fewer keys",
     r"'FP16_UnfusedOptimizer' object has no attribute 'dp_process_group'": "does not load its own bf16 wrapper",
     r"FP16_UnfusedOptimizer\.load_state_dict\(\) got an unexpected keyword": "does not load its own bf16 wrapper",
@@ -47,6 +49,7 @@ FAULTS = {
     ),
     r"^the source has no optimizer param groups": "saves no state of the optimizer that it takes for BF16_Optimizer",
     r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
+    r"^PyTorch >= 2\.6 requires DeepSpeed >= 0\.16\.0": "is refused by Lightning 2.6 itself beside this torch",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
 }
 
@@ -238,6 +241,21 @@ def _set_back(there: list[tuple[Any, str, Any]]) -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, value)
+
+
+def cut(model: Any, size: int, dtype: str) -> Any:
+    """The module, cut over so many ranks where a program of this release does that itself before it makes an engine:
+    AutoTP of 0.16 and 0.17 has `deepspeed.tp_model_init` for it, and an engine cuts nothing. Since 0.18 engines do."""
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    if not hasattr(DeepSpeedEngine, "autotp_size") or hasattr(DeepSpeedEngine, "_apply_autotp_partitioning"):
+        return model
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    weights = {"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16)
+    return deepspeed.tp_model_init(model, size, weights)
 
 
 def knows(option: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.engines import models, sequences, tp_models
+from tests.engines import models, releases, sequences, tp_models
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.runs import CLIENT_STATE, FURTHER
 from tests.engines.tp_truth import gather
@@ -84,6 +84,8 @@ def build_engine(tp: TpCase, section: dict[str, Any] | None = None) -> Any:
         config["ucp"] = {"enabled": True, **section}
     with sequences.building(mesh, config):
         model = build_model(tp, mesh)
+    if tp.kind == "autotp" and tp.tp > 1:
+        model = releases.cut(model, tp.tp, tp.case.dtype)
     groups = parameter_groups(tp.case, model)
     initialize = resolve("deepspeed:initialize" if section is None else "ucp.deepspeed:initialize")
     engine, *_ = initialize(
@@ -123,6 +125,12 @@ def continue_training(engine: Any, tp: TpCase, from_step: int, steps: int) -> li
         dist.all_reduce(total)
         losses.append(total.item() * tp.sp / (dist.get_world_size() * case.accumulation))
     return losses
+
+
+def spec_of(tp: TpCase) -> dict[str, Any]:
+    """What tells how AutoTP cuts this Llama where its files do not: the catalogue's spec, and the model's config."""
+    config = tp_models.llama(tp.case.seed, tp.kv_heads, tp.case.tied).config.to_dict()  # type: ignore[operator,union-attr]
+    return {"spec": "llama", "model_config": config}
 
 
 def client_state(tp: TpCase) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def _cat(name: str, shards: list[Tensor]) -> dict[str, Tensor]:
         return {name: torch.cat([half[0] for half in halves] + [half[1] for half in halves])}
     if name.endswith("embed_tokens.weight") and sum(map(len, shards)) == VOCABULARY:  # it is tied to a head that is cut
         return {name: torch.cat(shards)}
-    if name.endswith((*ROWS, "query_key_value.bias")):
+    is_head = name.endswith("lm_head.weight") and len(shards[0]) == VOCABULARY  # whole on each rank before 0.18
+    if name.endswith((*ROWS, "query_key_value.bias")) and not is_head:
         return {name: torch.cat(shards)}
     if name.endswith(COLUMNS):
         return {name: torch.cat(shards, dim=1)}

@@ -104,7 +104,7 @@ def attach(engine: Any) -> Any:
         As for `initialize`.
     """
     config = parse(engine._config._param_dict)
-    check_version(config.allow_untested_version)
+    check_version(config.allow_untested_version, engine._config._param_dict)
     bind(engine, config)
     return engine
 

@@ -20,11 +20,14 @@ TESTED_VERSIONS = TESTED["deepspeed"]
 
 
 def check_version(allow_untested: bool, config: Mapping[str, Any] | None = None) -> None:
-    """Raise Unsupported for a DeepSpeed version that the tests have not run with.
+    """Raise Unsupported for a DeepSpeed version that the tests have not run with, and for what any version has not got
+    that this config asks it for.
 
     If it may be tried all the same, raise Unsupported for what its package lacks for an engine of this config.
     """
     if releases.installed() in TESTED_VERSIONS:
+        if config is not None:
+            releases.require_asked(config)
         return
     if not allow_untested:
         raise Unsupported(
@@ -33,6 +36,7 @@ def check_version(allow_untested: bool, config: Mapping[str, Any] | None = None)
         )
     if config is not None:
         releases.require_package(config)
+        releases.require_asked(config)
 
 
 def check_engine(engine: Any) -> None:
@@ -86,6 +90,11 @@ def _odd_training(engine: Any) -> Iterator[str]:
         yield (
             "never zeroes the gradients of bf16 weights at stage 0: each step adds to those of all steps before. Take "
             "stage 1, or a release since 0.18.6"
+        )
+    if releases.tensor_parallel_size(engine) > 1 and not releases.cuts_module(engine):
+        yield (
+            "cuts no model by itself: every rank of tensor parallelism trains all of it. Call "
+            "deepspeed.tp_model_init(model, tp_size, dtype) before the engine is made, or take a release since 0.18"
         )
     gradients = gradients_of(engine)
     if gradients != Gradients():

@@ -151,6 +151,12 @@ ENGINE = (
 )
 
 ENGINE_CLASS = EngineClass("deepspeed.runtime.engine", "DeepSpeedEngine", ENGINE)
+# Sections of a config that a release which does not know them ignores without a word: the key and what it must be for
+# the section to ask for something, what that is, and what of the engine's class does it.
+_ASKED = (
+    ("tensor_parallel", "autotp_size", "AutoTP for training", "autotp_size"),
+    ("expert_parallel", "enabled", "AutoEP", "_configure_expert_parallel"),
+)
 # What engines of a ZeRO stage are always made of; at stage 0 that depends on more than the stage.
 CLASSES_OF_STAGE = {1: (STAGE12,), 2: (STAGE12,), 3: (STAGE3, OFFLOAD)}
 
@@ -178,6 +184,19 @@ def require_package(config: Mapping[str, Any]) -> None:
                 raise lacks(f"'{name}' of its {kind.name}")
     for part in (GENERATORS, ACCELERATOR):
         part.load()
+
+
+def require_asked(config: Mapping[str, Any]) -> None:
+    """Raise Unsupported naming the first section of this config that the installed release would ignore: its engine
+    would train another layout than the one that the config says."""
+    for section, key, what, does in _ASKED:
+        said = config.get(section)
+        value = said.get(key) if isinstance(said, Mapping) else None
+        if isinstance(value, (bool, int)) and value > (key != "enabled") and not hasattr(_class_of(ENGINE_CLASS), does):
+            raise Unsupported(
+                f"DeepSpeed {installed()} has no {what}, and ignores '{section}' of its config ('{key}' is {value!r}): "
+                "every rank would train the whole model; take a release that has it, or leave the section out"
+            )
 
 
 def _class_of(kind: EngineClass) -> Any:
@@ -222,6 +241,12 @@ def tensor_parallel_size(engine: Any) -> int:
     """Over how many ranks AutoTP cuts the model; 1 if the release has no AutoTP for training (before 0.16.4)."""
     size = getattr(engine, "autotp_size", None)
     return int(size()) if size is not None else 1
+
+
+def cuts_module(engine: Any) -> bool:
+    """Whether an engine that is asked for AutoTP has a module that is cut. Those of 0.16 and 0.17 leave that to the
+    program, which calls ``deepspeed.tp_model_init`` before."""
+    return hasattr(engine, "_apply_autotp_partitioning") or getattr(engine.module, "ds_autotp_parsed", False)
 
 
 def model_parallel_rank(engine: Any) -> int:

@@ -21,7 +21,7 @@ from ucp.formats.deepspeed.read.layers import tensor_parallel_ranks, with_module
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.mp_rank import LocalModel, of_all_ranks, open_models, read_part
 from ucp.formats.deepspeed.read.optimizer_files import same_on_all_ranks
-from ucp.formats.deepspeed.read.replicated import cuts_said, first_copies
+from ucp.formats.deepspeed.read.replicated import cuts_said, first_copies, is_autotp
 from ucp.formats.deepspeed.read.scaled import undo_scales
 from ucp.formats.deepspeed.writers import pipeline_gradients
 from ucp.formats.nouns import ModelFacts
@@ -229,7 +229,8 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     factors = {n: of for part in parts.values() for n, of in states_apart(part.parameters, part.parameters).items()}
     info = cuts_said(model.raw.get("universal_checkpoint_info"), model.config)
-    section = "autotp" if isinstance(info, Mapping) and "affine_map" in info else "megatron"
+    said = isinstance(info, Mapping) and "affine_map" in info
+    section = "autotp" if said or is_autotp(model.config) else "megatron"
     found = find_placements(
         choice, info, lambda: recorded_config(model), shapes, layout, buffers, section, CAPTURES, factors
     )

@@ -46,14 +46,18 @@ def _without(part: LocalModel, names: set[str]) -> LocalModel:
     )
 
 
+def is_autotp(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's AutoTP has cut the model, by the config that was saved with it."""
+    sliced = config.get("tensor_parallel")
+    return isinstance(sliced, Mapping) and sliced.get("autotp_size", 0) != 0
+
+
 def cuts_said(info: Any, config: Mapping[str, Any]) -> Any:
     """What a checkpoint says about how tensor parallelism cuts its model, or None if that cannot be all of it.
 
     AutoTP of 0.18 names what it cuts by rows alone. By the rule of these patterns all else is cut by columns, also
     norms and embeddings, of which every rank has all; since 0.19 it says of each parameter how it is cut.
     """
-    sliced = config.get("tensor_parallel")
-    is_autotp = isinstance(sliced, Mapping) and sliced.get("autotp_size", 0) != 0
-    if not (is_autotp and isinstance(info, Mapping)) or "affine_map" in info:
+    if not (is_autotp(config) and isinstance(info, Mapping)) or "affine_map" in info:
         return info
     return info if info.get("tp_replicated_parameter_patterns") else None
