@@ -126,6 +126,19 @@ def test_a_release_without_a_stage_is_refused_by_the_stages_name(monkeypatch: py
         releases.require_package({"zero_optimization": {"stage": 3}})
 
 
+def test_a_command_that_stage_3_asks_is_missed_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.14.5 and 0.15.4 count processors with numactl, in the first backward pass, unless LOCAL_SIZE says how many."""
+
+    def count() -> int:
+        raise FileNotFoundError(2, "No such file or directory", "numactl")
+
+    monkeypatch.setattr(releases, "accelerator", lambda: SimpleNamespace(device_count=count))
+    monkeypatch.setattr(ucp.deepspeed, "stock_initialize", never)
+    releases.require_counted_devices({"zero_optimization": {"stage": 2}})
+    with pytest.raises(Unsupported, match=r"the command 'numactl' .* LOCAL_SIZE"):
+        ucp.deepspeed.initialize(model=None, config={"zero_optimization": {"stage": 3}, "ucp": {"enabled": True}})
+
+
 ASKS = {"tensor_parallel": {"autotp_size": 2}, "expert_parallel": {"enabled": True}}
 
 

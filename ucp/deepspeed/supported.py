@@ -20,23 +20,22 @@ TESTED_VERSIONS = TESTED["deepspeed"]
 
 
 def check_version(allow_untested: bool, config: Mapping[str, Any] | None = None) -> None:
-    """Raise Unsupported for a DeepSpeed version that the tests have not run with, and for what any version has not got
-    that this config asks it for.
+    """Raise Unsupported for a DeepSpeed version that the tests have not run with, unless it may be tried all the same.
 
-    If it may be tried all the same, raise Unsupported for what its package lacks for an engine of this config.
+    If the config is given, raise Unsupported, too, for what such a version lacks for an engine of it, and for what any
+    version can't do that it asks for.
     """
-    if releases.installed() in TESTED_VERSIONS:
+    if releases.installed() not in TESTED_VERSIONS:
+        if not allow_untested:
+            raise Unsupported(
+                f"DeepSpeed {releases.installed()} has not been tested with this project (tested: "
+                f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
+            )
         if config is not None:
-            releases.require_asked(config)
-        return
-    if not allow_untested:
-        raise Unsupported(
-            f"DeepSpeed {releases.installed()} has not been tested with this project (tested: "
-            f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
-        )
+            releases.require_package(config)
     if config is not None:
-        releases.require_package(config)
         releases.require_asked(config)
+        releases.require_counted_devices(config)
 
 
 def check_engine(engine: Any) -> None:

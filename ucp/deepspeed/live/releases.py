@@ -175,9 +175,7 @@ def require_package(config: Mapping[str, Any]) -> None:
     """Raise Unsupported naming the first thing that the installed package has not got in its code and that an engine of
     this config needs. Takes a second, and neither makes an engine nor communicates, so that a release which cannot work
     is refused on every rank before DeepSpeed starts to build operators or to wait for other ranks."""
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    for kind in (ENGINE_CLASS, *CLASSES_OF_STAGE.get(stage, ())):
+    for kind in (ENGINE_CLASS, *CLASSES_OF_STAGE.get(_stage_of(config), ())):
         code, found = _code_of(kind)
         for name in kind.uses:
             if not hasattr(found, name) and not re.search(rf"\b{name}\b", code):
@@ -197,6 +195,27 @@ def require_asked(config: Mapping[str, Any]) -> None:
                 f"DeepSpeed {installed()} has no {what}, and ignores '{section}' of its config ('{key}' is {value!r}): "
                 "every rank would train the whole model; take a release that has it, or leave the section out"
             )
+
+
+def require_counted_devices(config: Mapping[str, Any]) -> None:
+    """Raise Unsupported if stage 3's first backward pass would end because a command is not installed by which this
+    release counts a machine's processors. Before 0.16 that is numactl."""
+    if _stage_of(config) < 3:
+        return
+    try:
+        accelerator().device_count()
+    except FileNotFoundError as error:
+        raise Unsupported(
+            f"DeepSpeed {installed()} counts processors with the command '{error.filename}' in stage 3's backward "
+            "pass, and it is not installed; install it, or set the environment variable LOCAL_SIZE to the "
+            "number of ranks on this machine, as DeepSpeed's launcher does"
+        ) from error
+
+
+def _stage_of(config: Mapping[str, Any]) -> int:
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    return stage if isinstance(stage, int) else 0
 
 
 def _class_of(kind: EngineClass) -> Any:
