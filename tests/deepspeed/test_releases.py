@@ -149,8 +149,8 @@ def test_what_a_release_would_ignore_of_a_config_is_refused_by_name(
     """0.15.4 trains whole models on all ranks where a config asks it for AutoTP, and says nothing."""
     config = {section: ASKS[section], "ucp": {"enabled": True}}
     releases.require_asked({"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}})
-    kind = SimpleNamespace()  # an engine's class that has neither
-    monkeypatch.setattr(releases, "_class_of", lambda _: kind)
+    neither = replace(releases.ENGINE_CLASS, module="types", name="SimpleNamespace")
+    monkeypatch.setattr(releases, "ENGINE_CLASS", neither)
     monkeypatch.setattr(ucp.deepspeed, "stock_initialize", never)
     with pytest.raises(Unsupported, match=rf"has no Auto.*, and ignores '{section}' of its config"):
         ucp.deepspeed.initialize(model=None, config=config)
