@@ -67,6 +67,4 @@ if __name__ == "__main__":
         if found := faults(told, markdown.render):
             raise SystemExit(f"{file}: its page is not what README.md says: {'; '.join(found)}")
         if links := relative_links(told):
-            print(
-                f"{file}: {len(links)} links lead into the repository, and nowhere from an index's page ({links[0]}, …)"
-            )
+            raise SystemExit(f"{file}: {len(links)} links lead nowhere from an index's page ({links[0]}, …)")

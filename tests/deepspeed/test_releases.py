@@ -186,6 +186,7 @@ def test_a_model_that_nothing_has_cut_is_warned_of(caplog: pytest.LogCaptureFixt
         gradient_accumulation_steps=lambda: 1,
         optimizer=None,
         autotp_size=lambda: 2,
+        register_forward_hook=lambda hook: None,
         module=torch.nn.Linear(2, 2),
     )
     warn_of_training(engine)
