@@ -49,7 +49,7 @@ SAME_CLASSES: set[str] = set()
 # Private names of ours that DeepSpeed, torch or others have, too, and which tests use as theirs.
 FOREIGN = {"_config", "_metadata", "_tensor"}
 
-TOP_LEVEL = {".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+TOP_LEVEL = {".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
 TOP_LEVEL |= {"scripts", "specs", "tests", "ucp", "universal_checkpoint"}
 
 LINES_OF_A_FILE = 450
