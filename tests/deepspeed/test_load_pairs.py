@@ -6,15 +6,17 @@ other weights (another seed), and in a third of the cases from training of its o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.deepspeed.agree import differences
 from tests.deepspeed.pairs import CLOSE, COMPILED, PAIRS, Pair
-from tests.engines import load_jobs, operators, resume
+from tests.engines import load_jobs, operators, releases, resume
 from tests.engines.pool import RankPool
 from tests.engines.runs import CLIENT_STATE, Run
 from tests.engines.sources import Sources, preload_for
-from tests.engines.truth import compare, known
+from tests.engines.truth import Truth, compare, known
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +35,14 @@ def load(ranks: RankPool, pair: Pair, run: Run) -> load_jobs.Resumed:
         preload=preload_for(pair.target),
     )[0]
     return found
+
+
+def before_a_step(native: Truth) -> Truth:
+    """What DeepSpeed's own load left. BF16_Optimizer of 0.15 and 0.16 brings back the 0 that FusedAdam itself puts into
+    a group in its first step and never counts up; after a step both have it."""
+    if releases.is_pinned():
+        return native
+    return replace(native, groups=tuple({k: v for k, v in g.items() if (k, v) != ("step", 0)} for g in native.groups))
 
 
 def check(ranks: RankPool, sources: Sources, pair: Pair) -> None:
@@ -56,7 +66,7 @@ def check(ranks: RankPool, sources: Sources, pair: Pair) -> None:
             world_size=pair.target.dp,
             preload=preload_for(pair.target),
         )[0]
-        assert compare(known(native.truth), known(loaded.truth)) == []
+        assert compare(before_a_step(known(native.truth)), known(loaded.truth)) == []
         assert loaded.further == native.further
         assert compare(known(native.truth_after), known(loaded.truth_after)) == []
     elif pair.losses:

@@ -23,17 +23,29 @@ RECORD = TESTS / "releases.json"
 README = TESTS / "README.md"
 BEGIN, END = "<!-- releases: written by tests/engines/record.py -->\n", "<!-- end of releases -->\n"
 
-# The table's columns, and the test modules in each.
+# The table's columns, and the test modules in each, or single tests of a module; the first that fits counts.
 AREAS: Mapping[str, tuple[str, ...]] = {
     "smoke": ("tests.deepspeed.test_smoke",),
     "other releases' files": ("tests.deepspeed.test_older",),
     "TP, PP, SP among each other": ("tests.deepspeed.test_every_layout",),
+    "compiled optimizers": (
+        "tests.deepspeed.test_compiled",
+        "tests.deepspeed.test_load_pairs::test_loads_exactly_with_deepspeeds_compiled_optimizers",
+    ),
     "layouts": ("tests.deepspeed.test_load_pairs", "tests.formats.deepspeed.read.test_matrix"),
     "saves": ("tests.deepspeed.test_save", "tests.deepspeed.test_bytes", "tests.deepspeed.test_plugin"),
     "refusals": ("tests.deepspeed.test_refusals", "tests.deepspeed.test_releases"),
     "TP": ("tests.deepspeed.test_tp", "tests.formats.deepspeed.read.test_tp"),
     "PP": ("tests.deepspeed.test_pipe", "tests.formats.deepspeed.read.test_pipe"),
     "experts": ("tests.deepspeed.test_moe_load", "tests.deepspeed.test_moe_auto"),
+    "all else": tuple(
+        f"tests.deepspeed.test_{name}"
+        for name in (
+            *("apart", "changed_parallel", "changes", "digests", "factored", "load_memory", "many_optimizers"),
+            *("moe_pipe", "moe_refusals", "order", "override", "partial", "partly", "proof", "samples"),
+            *("save_deaths", "save_remote", "zeropp"),
+        )
+    ),
     "what steps are made with": ("tests.deepspeed.test_gradients",),
     "native files": ("tests.formats.deepspeed.write",),
     "programs": ("tests.deepspeed.test_trainer",),
@@ -41,10 +53,10 @@ AREAS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def area_of(module: str) -> str:
-    """The column that a test belongs to; '' for none."""
-    for area, modules in AREAS.items():
-        if any(module == m or module.startswith(f"{m}.") for m in modules):
+def area_of(test: str) -> str:
+    """The column that a test, "module::function", belongs to; '' for none."""
+    for area, parts in AREAS.items():
+        if any(test == part or test.startswith((f"{part}.", f"{part}::")) for part in parts):
             return area
     return ""
 
@@ -63,9 +75,9 @@ def by_test(*results: Path) -> dict[str, dict[str, int]]:
     the skipped how many for each fault of the release, by its meaning."""
     out: dict[str, dict[str, int]] = {}
     for case in _cases(results):
-        module = case.get("classname", "")
-        if area_of(module):
-            found = out.setdefault(f"{module}::{case.get('name', '').partition('[')[0]}", {})
+        test = f"{case.get('classname', '')}::{case.get('name', '').partition('[')[0]}"
+        if area_of(test):
+            found = out.setdefault(test, {})
             for kind in (_outcome(case), _fault(case)):
                 if kind:
                     found[kind] = found.get(kind, 0) + 1
@@ -77,7 +89,7 @@ def in_areas(tests: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str
     areas: dict[str, dict[str, int]] = {}
     known: dict[str, dict[str, int]] = {}
     for test, kinds in tests.items():
-        area = area_of(test.partition("::")[0])
+        area = area_of(test)
         outcomes = areas.setdefault(area, {"passed": 0, "failed": 0, "skipped": 0})
         for kind, count in kinds.items():
             into = outcomes if kind in outcomes else known.setdefault(area, {})

@@ -30,6 +30,7 @@ FAULTS = {
     r"ranks keep different momenta of a matrix": "ranks of its Muon keep other momenta of one matrix",
     r"DeepSpeed's Muon of 0\.17\.6 to 0\.19\.2 trains so": "ranks of its Muon keep other momenta of one matrix",
     r"(\d+) of \1 optimizer files are missing": "saves no state of the optimizer that it takes for BF16_Optimizer",
+    r"bf16_master_weights_and_grads\n\s+Extra inputs are not permitted": "has no masters of few bits",
     r"super_offload\n\s+Extra inputs are not permitted": "has no SuperOffload",
     r"zenflow\n\s+Extra inputs are not permitted": "has no ZenFlow",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",

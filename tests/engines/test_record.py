@@ -48,6 +48,14 @@ def test_counts_are_pytests(tmp_path: Path) -> None:
     assert "| 0.16.9 | 2.13.0 | 1 ✓, 2 failed | 1 – |" in record.table([row])
 
 
+def test_a_single_test_of_a_module_may_have_a_column_of_its_own() -> None:
+    pairs = "tests.deepspeed.test_load_pairs"
+    assert record.area_of(f"{pairs}::test_loads_exactly") == "layouts"
+    assert record.area_of(f"{pairs}::test_loads_exactly_with_deepspeeds_compiled_optimizers") == "compiled optimizers"
+    assert record.area_of("tests.formats.deepspeed.write.test_tp::test_x") == "native files"
+    assert record.area_of("tests.deepspeed.test_tp_more::test_x") == ""
+
+
 def test_nothing_is_excused_on_the_pinned_releases() -> None:
     if releases.is_pinned():
         assert releases.fault(["attempting to reduce an unsupported grad type: torch.float16"]) == ""

@@ -1,0 +1,54 @@
+"""Optimizers that DeepSpeed compiles, saved and loaded both ways at stages 1 to 3, to the bit.
+
+With other releases: `python -m tests.engines.operators CPUAdamBuilder FusedAdamBuilder` builds them first, in a folder
+of their own (``TORCH_EXTENSIONS_DIR``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ucp
+from tests.deepspeed import smoke_jobs
+from tests.deepspeed.agree import differences
+from tests.engines import load_jobs, operators, resume
+from tests.engines.configs import Case
+from tests.engines.pool import RankPool
+from tests.engines.sources import Sources, preload_for
+from tests.engines.truth import compare, known
+
+pytestmark = pytest.mark.slow
+
+RANKS = {1: 2, 2: 2, 3: 3}
+KINDS = {
+    "cpu_adam": Case(optimizer="cpu_adam", offload=True, groups=2),
+    "fused_adam": Case(optimizer="fused_adam", groups=2),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3), (3, 1)], ids=["1-2-1", "2-3-2", "3-1-3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind: str, first: int, second: int) -> None:
+    """Stock DeepSpeed saves; the other stage resumes and saves in our format; the first stage goes on from that under
+    the plugin and, from converted files, under stock DeepSpeed, with the same numbers: what of its powers of betas a
+    kernel raises anew after a load, it raises alike."""
+    if not operators.are_built(kind):
+        pytest.skip("DeepSpeed's operators are not built: python -m tests.engines.operators")
+    here, there = (KINDS[kind].but(stage=stage, dp=RANKS[stage]) for stage in (first, second))
+    run = sources.get(here)
+    ours, native = str(tmp_path / "ours"), str(tmp_path / "native")
+    preload, own = preload_for(here), here.but(seed=5)
+    found = ranks.run(
+        smoke_jobs.load_and_save, there.but(seed=5), run.folder, run.tag, ours, world_size=there.dp, preload=preload
+    )[0]
+    assert differences(known(run.truth), known(found)) == []
+    back = ranks.run(load_jobs.resume, own, ours, run.tag, run.steps, world_size=here.dp, preload=preload)[0]
+    assert compare(known(run.truth), known(back.truth)) == []
+
+    ucp.convert(ours, native, to="deepspeed", layout=f"dp={here.dp},zero={first}")
+    stock = ranks.run(resume.resume, own, native, None, run.steps, world_size=here.dp, preload=preload)[0]
+    assert differences(known(run.truth), known(stock.truth)) == []
+    assert stock.further == back.further
+    assert compare(known(stock.truth_after), known(back.truth_after)) == []
