@@ -195,7 +195,7 @@ def _converted(
         catalog, lines = _changed(opened.catalog, changes, opening.get("model_config"))
         choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
         request = WriteRequest(
-            opened.path, opened.format, destination, _tag(opened), layout, choice, own, running.workers
+            opened.path, opened.format, destination, _tag(opened), layout, choice, own, running.workers, bool(lines)
         )
         plan = _planned(target, catalog, request, running)
         written = carry_out(plan, destination, running)

@@ -75,6 +75,17 @@ def live_in_stages(source: str, folder: str, stage: int, stages: int, ep: int) -
     return (None if truth is None else dict(truth.params)), complete, further_steps(engine)
 
 
+def stock_in_stages(source: str, stage: int, stages: int, ep: int) -> Any:
+    """The same by DeepSpeed alone, without saving."""
+    from tests.engines import moe
+
+    engine = pipeline(STOCK, {}, stage, stages, ep, seed=9)
+    engine.load_checkpoint(source)
+    truth = moe.gather(engine)
+    further_steps(engine)
+    return None if truth is None else dict(truth.params)
+
+
 def in_stages(folder: str, stage: int) -> Any:
     """Stock DeepSpeed's pipeline, trained and saved; what all its ranks hold, on the first rank, and further losses."""
     from tests.engines import moe

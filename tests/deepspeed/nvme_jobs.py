@@ -1,13 +1,15 @@
 """Ranks whose optimizer lies on an NVMe disk, as a program of its own: DeepSpeed's operator is linked with libaio.
 
 ``torchrun nvme_jobs.py FOLDER`` trains, saves with DeepSpeed and with this project, loads into engines of other kinds
-and prints a line of JSON for each load: what differs, and the loss of the next step. With ``memory`` as a second
-argument one rank prints what each save and load takes of anonymous memory at the most.
+and prints a line of JSON for each load: what differs, and the losses of the next steps. With the folder of a run on
+another number of ranks as a second argument, it loads what that run saved. With ``memory`` in its place one rank prints
+what each save and load takes of anonymous memory at the most.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -19,10 +21,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 import ucp
 import ucp.deepspeed
 from tests.loading.memory_program import peak
+from ucp.errors import UcpError
 
 STATES = ("exp_avg", "exp_avg_sq")
 SMALL, LARGE = 700_000, 10**9
 WIDTHS = (700, 701)
+SHARES = 2  # of each batch, which one rank has together
 
 
 class Model(torch.nn.Module):
@@ -53,29 +57,31 @@ def engine(folder: str, nvme: str, seed: int, stage: int = 3, size: int = LARGE,
     for name, param in named:
         of_group[int(name.split(".")[1]) % groups].append(param)
     config = {
-        "train_micro_batch_size_per_gpu": 2,
+        "train_micro_batch_size_per_gpu": 2 * SHARES // dist.get_world_size(),
         "zero_optimization": zero,
         "bf16": {"enabled": True},
         "aio": {"block_size": 1 << 20, "queue_depth": 8, "single_submit": False, "overlap_events": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "ucp": {"enabled": True, "save": {"async": False}},
+        "ucp": {"enabled": True, "save": {"async": False}, "load": {"prove": "always"}},
     }
     parameters = [{"params": params, "weight_decay": 0.1 / (1 + g)} for g, params in enumerate(of_group)]
     return ucp.deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
 
 
-def train(live: Any, steps: int) -> float:
-    """The last loss, the mean over the ranks."""
-    loss = torch.zeros(1)
+def train(live: Any, steps: int) -> list[float]:
+    """The losses, the mean over the ranks."""
+    ranks, losses = dist.get_world_size(), []
     for step in range(live.global_steps, live.global_steps + steps):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        x = torch.randn(2, WIDTHS[0], generator=generator).bfloat16()
+        shares = range(dist.get_rank(), SHARES, ranks)
+        generators = (torch.Generator().manual_seed(10 * step + share) for share in shares)
+        x = torch.cat([torch.randn(2, WIDTHS[0], generator=g) for g in generators]).bfloat16()
         loss = (live(x) - x).float().pow(2).mean()
         live.backward(loss)
         live.step()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return float(total)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / ranks)
+    return losses
 
 
 def truth(live: Any) -> dict[str, torch.Tensor]:
@@ -87,12 +93,14 @@ def truth(live: Any) -> dict[str, torch.Tensor]:
     return out
 
 
-def compare(what: str, live: Any, folder: str, wanted: dict[str, torch.Tensor], then: float) -> None:
+def compare(what: str, live: Any, folder: str, wanted: dict[str, torch.Tensor], then: list[float]) -> None:
     live.load_checkpoint(folder)
     found = truth(live)
     wrong = [name for name in wanted if not torch.equal(wanted[name], found[name])]
     steps = {float(state["step"]) for state in live.optimizer.optimizer.state.values()}
-    result = {"what": what, "count": len(found), "wrong": wrong, "steps": sorted(steps), "loss": train(live, 1)}
+    proved = live.ucp.last_load.proof is not None and live.ucp.last_load.proof.complete
+    result = {"what": what, "count": len(found), "wrong": wrong, "steps": sorted(steps), "proved": proved}
+    result["losses"] = train(live, 3)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps({**result, "then": then}), flush=True)
 
@@ -106,7 +114,9 @@ def main(folder: str) -> None:
     native(source, f"{folder}/native")
     source.save_checkpoint(f"{folder}/ours")
     wanted = truth(source)
-    then = train(source, 1)
+    then = train(source, 3)
+    if dist.get_rank() == 0:
+        torch.save((wanted, then), f"{folder}/truth.pt")
     wide = engine(folder, "states", 2, size=SMALL, groups=2)
     compare("native to NVMe", wide, f"{folder}/native", wanted, then)
     compare("ours to NVMe that has trained", wide, f"{folder}/ours", wanted, then)
@@ -136,7 +146,7 @@ def fsdp(folder: str, wanted: dict[str, torch.Tensor]) -> None:
     for name, param in model.named_parameters():
         groups[int(name.split(".")[1]) % 2].append(param)
     optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=1e-3)
-    ucp.load_training(folder, model=model, optimizer=optimizer, rng=False)
+    report = ucp.load_training(folder, model=model, optimizer=optimizer, rng=False, prove="always").tensors
     found: dict[str, torch.Tensor] = {}
     for name, param in model.named_parameters():
         found[f"{name} param"] = param.full_tensor()  # type: ignore[operator]
@@ -144,8 +154,44 @@ def fsdp(folder: str, wanted: dict[str, torch.Tensor]) -> None:
     wrong = [name for name in wanted if not torch.equal(wanted[name], found[name].detach())]
     steps = {float(state["step"]) for state in optimizer.state.values()}
     result = {"what": "native to FSDP2", "count": len(found), "wrong": wrong, "steps": sorted(steps)}
+    result["proved"] = report.proof is not None and report.proof.complete
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps({**result, "loss": 0.0, "then": 0.0}), flush=True)
+        print("RESULT " + json.dumps({**result, "losses": [], "then": []}), flush=True)
+
+
+def again(folder: str, earlier: str) -> None:
+    """What a run on another number of ranks saved, into NVMe on these; what comes of that is saved, too."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    wanted, then = torch.load(f"{earlier}/truth.pt")
+    for seed, form in enumerate(("native", "ours"), 1):
+        live = engine(folder, "states", seed, size=SMALL, groups=2)
+        refuse(live, f"{earlier}/{form}")
+        compare(f"{form} of other ranks to NVMe", live, f"{earlier}/{form}", wanted, then)
+        live.load_checkpoint(f"{earlier}/{form}")
+        if form == "ours":
+            live.save_checkpoint(f"{folder}/ours")
+        else:
+            type(live).save_checkpoint(live, f"{folder}/native")
+    if dist.get_rank() == 0:
+        torch.save((wanted, then), f"{folder}/truth.pt")
+
+
+def refuse(live: Any, folder: str) -> None:
+    """A load into a swap folder whose disk is said to be full."""
+    usage = shutil.disk_usage
+    masters = {name: safe_get_full_fp32_param(param).clone() for name, param in live.module.named_parameters()}
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 20)
+    try:
+        live.load_checkpoint(folder)
+        said = ""
+    except UcpError as error:
+        said = error.whole
+    shutil.disk_usage = usage
+    now = {name: safe_get_full_fp32_param(param) for name, param in live.module.named_parameters()}
+    changed = [name for name, master in masters.items() if not torch.equal(master, now[name])]
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps({"refused": said, "changed": changed}), flush=True)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -204,4 +250,9 @@ def measure(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1]) if sys.argv[2:] == ["memory"] else main(sys.argv[1])
+    if sys.argv[2:] == ["memory"]:
+        measure(sys.argv[1])
+    elif sys.argv[2:]:
+        again(sys.argv[1], sys.argv[2])
+    else:
+        main(sys.argv[1])

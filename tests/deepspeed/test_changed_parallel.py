@@ -4,6 +4,7 @@ the bit."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_with_expert_parallelism(ranks: RankPool, auto_sources: MoeSources) -> N
     assert len(known(went.after).params["lm_head.weight"]["param"]) == GROWN
     check(went, run, set(changes["resized"]), old=LLAMA_VOCABULARY)
     assert '"resized": ["' in load_experts(ranks, target, run, None, "grown").text
+
+
+@pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
+@pytest.mark.parametrize("what", ["frozen", "unfrozen"])
+def test_experts_frozen_and_unfrozen(ranks: RankPool, auto_sources: MoeSources, what: str) -> None:
+    """A stack of each layer, whose states are left out, or begin at zero."""
+    source, target = AutoCase(TWO, ep=2), AutoCase(TWO.but(stage=3), ep=1, frozen=True)
+    if what == "unfrozen":
+        source, target = replace(source, frozen=True), replace(target, frozen=False)
+    run = auto_sources.get(source)
+    went = load_experts(ranks, target, run, {what: ["*.experts.w2"]})
+    assert any(what.removeprefix("un") in line for line in went.changes), went.text
+    check(went, run, set())
+    assert len(known(went.after).frozen) == 2 * target.frozen
+    refused = load_experts(ranks, target, run, None)
+    assert f'"{what}": ["' in refused.text
 
 
 @pytest.mark.skipif(not releases.is_pinned(), reason="what the pinned DeepSpeed does")

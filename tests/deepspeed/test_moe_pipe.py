@@ -45,6 +45,15 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
                 assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), (name, saved)
         if source == "stock":
             assert further == losses
+    split = {"zero_optimization": {"stage": 1 - stage}, "pipeline": {"partition": [0, 2, 4]}}
+    with ucp.open(tmp_path / "stock") as checkpoint:
+        config = {**checkpoint.training_state.config, **split}
+    where = f"dp=2,pp=2,ep=1,zero={1 - stage}"
+    ucp.convert(tmp_path / "stock", tmp_path / "written", to="deepspeed", layout=where, ds_config=config)
+    found = ranks.run(jobs.stock_in_stages, str(tmp_path / "written"), 1 - stage, 2, 1, world_size=4)[0]
+    assert found.keys() == truth.keys()
+    for name, states in truth.items():
+        assert all(torch.equal(found[name][state], value) for state, value in states.items()), name
     (file,) = tmp_path.glob("stock/*/layer_0_expert_3_mp_rank_01_model_states.pt")
     file.unlink()
     with pytest.raises(ucp.UcpError, match=r"layer_0_expert_3_mp_rank_01_model_states.pt' is missing"):

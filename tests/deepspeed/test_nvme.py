@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,13 +50,27 @@ def results(tmp_path: Path, ranks: int, *more: str) -> list[Any]:
 
 
 def test_what_lies_on_a_disk_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
-    found = results(tmp_path, 2)
+    """On two ranks, what these saved on one, and that on two again."""
+    folders = [tmp_path / name for name in ("two", "one", "again")]
+    for folder in folders:
+        folder.mkdir()
+    found = results(folders[0], 2)
     assert len(found) == CASES
-    for case in found:
+    printed = [*results(folders[1], 1, str(folders[0])), *results(folders[2], 2, str(folders[1]))]
+    full = [line for line in printed if "refused" in line]
+    assert len(full) == 4
+    for line in full:
+        assert re.search(r"need about \d+ bytes there, and 1048576 are free.*nothing was changed", line["refused"])
+        assert line["changed"] == []
+    on_others = [line for line in printed if line not in full]
+    assert len(on_others) == 4
+    for case in (*found, *on_others):
         assert case["count"] == 36, case
         assert case["wrong"] == [], case
         assert case["steps"] == [3.0], case
-        assert case["loss"] == pytest.approx(case["then"], abs=0 if "NVMe" in case["what"] else 4e-3), case
+        assert case["proved"], case
+        same = "NVMe" in case["what"] and case not in on_others[:2]
+        assert case["losses"] == pytest.approx(case["then"], abs=0 if same else 4e-3), case
 
 
 def test_one_subgroup_in_host_memory_at_a_time(tmp_path: Path) -> None:

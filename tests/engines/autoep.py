@@ -150,34 +150,34 @@ def gather(engine: Any) -> Truth | None:
     """The truth, on rank 0; None on the others. Collective."""
     import torch.distributed as dist
 
-    stacks = dict(_stacks(engine.module))
+    placed = dict(stacks(engine.module))
     names = truth.names_of(engine.module)
     slots = list(_slots(engine, names))
     pieces = []
     for slot in slots:
-        shift = stacks[slot.name][0] * stacks[slot.name][1].numel() if slot.name in stacks else 0
+        shift = placed[slot.name][0] * placed[slot.name][1].numel() if slot.name in placed else 0
         pieces += [replace(piece, start=piece.start + shift) for piece in truth.pieces_of(slot)]
     scalars = {
         slot.name: {k: truth.plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
         for slot in slots
     }
     module = truth.module_weights(engine)
-    parts = {name: (stacks[name][0], module.pop(name)) for name in stacks}
+    parts = {name: (placed[name][0], module.pop(name)) for name in placed}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.gather_object((pieces, scalars, module, parts), everyone if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
         return None
     tp = max(engine.autotp_size(), 1)
     weights, params = {}, {}
-    for name in stacks:
+    for name in placed:
         by_rank = {rank: part for _, _, _, held in everyone for rank, part in [held[name]]}
         weights[name] = torch.cat([by_rank[rank] for rank in sorted(by_rank)])
-    spread = [p for found in everyone for p in found[0] if p.name in stacks]
+    spread = [p for found in everyone for p in found[0] if p.name in placed]
     params = truth.assembled(_once(spread), {n: t.shape for n, t in weights.items()})
     lanes = [everyone[lane::tp] for lane in range(tp)]
     shards = [
         truth.assembled(
-            _once([p for found in lane for p in found[0] if p.name not in stacks]),
+            _once([p for found in lane for p in found[0] if p.name not in placed]),
             {n: t.shape for n, t in lane[0][2].items()},
         )
         for lane in lanes
@@ -216,7 +216,7 @@ def _whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
     return shards[0]
 
 
-def _stacks(module: nn.Module) -> Iterator[tuple[str, tuple[int, torch.Size]]]:
+def stacks(module: nn.Module) -> Iterator[tuple[str, tuple[int, torch.Size]]]:
     """The stacked tensors: name -> this rank among those that share the experts, and its part's shape."""
     import torch.distributed as dist
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer

@@ -114,6 +114,7 @@ class WriteRequest:
     choice: the spec that the caller gives.
     options: the target's own options that were given, by name, checked.
     workers: threads, None for the default.
+    changed: whether the model was changed on the way, as declared.
     """
 
     source: Path
@@ -124,6 +125,7 @@ class WriteRequest:
     choice: Choice
     options: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
+    changed: bool = False
 
 
 @dataclass(frozen=True)

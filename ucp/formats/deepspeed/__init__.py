@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ucp.errors import BadArgument
 from ucp.formats.base import CONFIG, Format, Option, WriteTarget
 from ucp.formats.shared.options import PARAM_NAMES, SKIP_UNKNOWN_OBJECTS, TRUST_CLIENT_STATE
+from ucp.printable import logger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ucp.spec.select import Choice
     from ucp.storage.files import Files
     from ucp.transfer.targets import TargetFile, WritePlan
+
+log = logger(__name__)
 
 NAME = "deepspeed"
 SCRIPT = "zero_to_fp32.py"
@@ -53,6 +56,12 @@ class DeepSpeedTarget(WriteTarget):
             raise BadArgument(f"converting to '{NAME}' needs a layout to write for, such as dp=4,zero=3")
         source = with_sources_of_state(catalog)
         files = native.plan(source, request.layout, request.options.get("ds_config"), request.choice)
+        if request.changed:
+            log.warning(
+                "%s: DeepSpeed's own files know parameters by their order, which is the source's: a changed model has "
+                "to have its parameters in the same order, or DeepSpeed loads one as another",
+                request.destination,
+            )
         beside = _scripts() if request.layout.zero else []
         return _tagged(source, files, request.tag, "latest", request.layout, beside)
 

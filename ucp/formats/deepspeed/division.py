@@ -79,6 +79,10 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
         spread = experts.spread(plain, layout, config)
         if spread is not None and layout.tp > 1:
             raise Unsupported(f"layout '{layout}': experts beside tensor parallelism cannot be planned yet")
+        if spread is not None and layout.pp > 1:
+            raise Unsupported(
+                f"layout '{layout}': experts together with tensor or pipeline parallelism cannot be planned yet"
+            )
         if spread is not None:
             return ModelParts(tuple(_with_experts(plain, spread)), None)
     if layout.tp * layout.pp == 1:

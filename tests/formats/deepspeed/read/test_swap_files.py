@@ -130,3 +130,19 @@ def test_a_link_or_a_pipe_is_no_swap_file(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(UcpError):
         everything(folder)
+
+
+@pytest.mark.parametrize("name", ["../rank00/exp_avg", "/exp_avg", "exp_avg\0", "..\\exp_avg", "x" * 300])
+def test_a_state_whose_name_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    """A swap file has the name of its state, which the checkpoint says."""
+    folder = saved(tmp_path, "z3")
+    swap(folder)
+    for rank in RANKS:
+
+        def renamed(content: dict[str, Any]) -> None:
+            for state in content["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+                state[name] = state.pop("exp_avg")
+
+        rewrite(optimizer_of(folder, rank), renamed)
+    with pytest.raises(UcpError, match=r"an optimizer state's swap file .* cannot be a file's name"):
+        ucp.open(folder, tag=TAG)

@@ -19,7 +19,7 @@ from typing import Any
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.geometry import Shape, numel
 from ucp.parallel.zero import ceil_size
-from ucp.storage import locations
+from ucp.storage import locations, names
 from ucp.storage.dtypes import itemsize
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -78,10 +78,15 @@ def bring_back(
         state = states.get(s)
         if isinstance(state, Mapping):
             filled[s] = {
-                key: _ref(folder / f"{key}-{name}", value.dtype, sizes[s]) if _is_empty(value) else value
+                key: _ref(folder / _state_file(path, key, name), value.dtype, sizes[s]) if _is_empty(value) else value
                 for key, value in state.items()
             }
     return {**state_dict, masters: full, "optimizer_state_dict": {**base, "state": filled}}
+
+
+def _state_file(path: Path, state: Any, of_masters: str) -> str:
+    """The name of a state's swap file. The state's name is the checkpoint's, and may not lead elsewhere."""
+    return names.entry(f"{state}-{of_masters}", f"{path}: an optimizer state's swap file", DamagedCheckpoint)
 
 
 def _is_empty(value: Any) -> bool:
@@ -114,10 +119,10 @@ def _ids(
     place = {name: i for i, name in enumerate(order)}
     wanted: dict[int, Id] = {}
     for s in swapped:
-        names = list(groups[s])
-        if names[0] not in place or names[-1] not in place:
-            raise Unsupported(f"{folder}: '{names[0]}' or '{names[-1]}' is not among the model's parameters")
-        wanted[s] = place[names[0]], place[names[-1]]
+        own = list(groups[s])
+        if own[0] not in place or own[-1] not in place:
+            raise Unsupported(f"{folder}: '{own[0]}' or '{own[-1]}' is not among the model's parameters")
+        wanted[s] = place[own[0]], place[own[-1]]
     first = min(found, default=(0, 0))[0] - min(wanted.values())[0]
     out = {s: (a + first, b + first) for s, (a, b) in wanted.items()}
     if sorted(out.values()) != found:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, ParamGroup
 from ucp.errors import BadArgument, Unsupported
-from ucp.formats.deepspeed.experts import Experts, counts, data_ranks, expert_of
+from ucp.formats.deepspeed.experts import Experts, counts, data_ranks, expert_of, ordered
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.geometry import numel, restrict
 from ucp.parallel.mesh import Layout
@@ -142,8 +143,7 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
 
     Raises BadArgument where they cannot be spread over so many ranks, Unsupported for layouts that DeepSpeed has not.
     """
-    parallel = raw.get("expert_parallel")
-    auto = isinstance(parallel, Mapping) and bool(parallel.get("enabled"))
+    auto = _is_auto(raw)
     totals = _stacked(catalog) if auto else counts(catalog.parameters)
     if not totals:
         if any((group.options or {}).get("moe") for group in catalog.training_state.param_groups):
@@ -162,10 +162,10 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
         raise Unsupported(
             f"layout '{layout}': DeepSpeed's own experts do not train at ZeRO stage 3; use zero=0, 1 or 2"
         )
-    if layout.pp > 1 or (layout.tp > 1 and (not auto or layout.ep == 1)):
+    if layout.tp > 1 and (layout.pp > 1 or not auto or layout.ep == 1):
         raise Unsupported(
-            f"layout '{layout}': experts together with tensor or pipeline parallelism are not supported, but for "
-            "AutoEP's with ep > 1 beside tensor parallelism"
+            f"layout '{layout}': experts together with tensor parallelism are not supported, but for AutoEP's with "
+            "ep > 1 and without pipeline parallelism"
         )
     for layer, total in totals.items():
         if total % layout.ep:
@@ -177,6 +177,22 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
     if auto and layout.zero == 3 and frozen:
         raise Unsupported(f"layout '{layout}': DeepSpeed keeps no frozen stack of experts ('{frozen[0]}') at stage 3")
     return found
+
+
+def check_order(catalog: Catalog, how: Spread) -> None:
+    """Raise Unsupported where the target has its parameters in another order than the source, and files don't tell."""
+    if how.auto != _is_auto(catalog.training_state.config):
+        raise Unsupported(
+            f"the source was trained {'without' if how.auto else 'with'} AutoEP, and the target's config is "
+            f"{'with' if how.auto else 'without'}: DeepSpeed's own files know parameters by their order, which AutoEP "
+            "changes as it finds them; use --to universal, which the ucp plugin loads into either"
+        )
+
+
+def _is_auto(raw: Mapping[str, Any]) -> bool:
+    """Whether a config asks for AutoEP."""
+    parallel = raw.get("expert_parallel")
+    return isinstance(parallel, Mapping) and bool(parallel.get("enabled"))
 
 
 def _family(name: str) -> str:
@@ -209,8 +225,7 @@ def with_ep(raw: Mapping[str, Any], layout: Layout, given: bool) -> dict[str, An
 
 def refuse_stacks(catalog: Catalog) -> None:
     """Raise Unsupported for a source whose experts AutoEP stacked."""
-    parallel = catalog.training_state.config.get("expert_parallel")
-    if isinstance(parallel, Mapping) and parallel.get("enabled"):
+    if _is_auto(catalog.training_state.config):
         raise Unsupported("the source was trained with AutoEP, which has no place in this form; use --to universal")
 
 
@@ -264,7 +279,7 @@ def _is_moe(group: ParamGroup, how: Spread) -> bool:
 
 
 def _group(group: ParamGroup, names: Mapping[str, str], how: Spread) -> ParamGroup:
-    own = tuple(names[name] for name in group.names if name in names)
+    own = tuple(ordered([names[name] for name in group.names if name in names]))
     if not _is_moe(group, how) or group.options is None:
         return ParamGroup(own, group.options)
     return ParamGroup(own, {**group.options, "moe": True, "name": f"ep_size_{how.layout.ep}"})
@@ -287,10 +302,65 @@ def _check_groups(groups: Sequence[ParamGroup], how: Spread) -> None:
         seen.append(options)
 
 
+def of_stage(share: Catalog, how: Spread, stage: int) -> Spread:
+    """How a pipeline's stage spreads its own experts. share: what the stage holds.
+
+    Raises Unsupported for a stage without experts, whose files would be of another form.
+    """
+    held = {how.layer_of(name) for name in share.parameters}
+    totals = {layer: total for layer, total in how.totals.items() if layer in held}
+    if not totals:
+        raise Unsupported(
+            f"layout '{how.layout}': stage {stage} would have no experts, and others some; DeepSpeed writes the two "
+            "in different forms, which are not put together; choose another partition"
+        )
+    return replace(how, totals=totals)
+
+
+def in_stage(share: Catalog, how: Spread, source: Catalog) -> Catalog:
+    """What a pipeline's stage holds, as AutoEP has it: its routers under their second names, too, and in the source's
+    place among the parameters.
+
+    A program that gives DeepSpeed a list of parameters finds AutoEP's new ones at its end, one that gives a generator
+    finds them where the old ones were (``runtime/engine.py: _remap_param_groups_after_module_replacement``).
+
+    Raises Unsupported where the source does not tell which of the two it is.
+    """
+    if not how.auto:
+        return share
+    prefixes = tuple(f"{layer.removesuffix('experts')}router." for layer in how.totals)
+    parameters = dict(share.parameters)
+    for name, info in parameters.items():
+        if name.startswith(prefixes):
+            parameters[name] = replace(info, aliases=source.parameters[name].aliases)
+    groups = list(share.training_state.param_groups)
+    for index, group in enumerate(groups):
+        routers = [name for name in group.names if name.startswith(prefixes)]
+        if routers and _at_end(source.training_state.param_groups[index].names):
+            groups[index] = replace(group, names=(*(n for n in group.names if n not in routers), *routers))
+    state = replace(share.training_state, param_groups=tuple(groups))
+    return replace(share, parameters=parameters, training_state=state)
+
+
+def _at_end(names: Sequence[str]) -> bool:
+    """Whether routers come after all other parameters of their stage, in a pipeline's param group."""
+    layers = [int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdigit()]
+    if layers != sorted(layers):
+        return True
+    for name, after in pairwise(names):
+        if ".router." in name and ".router." not in after and name.partition(".")[0] == after.partition(".")[0]:
+            return False
+    raise Unsupported(
+        "the source's order of parameters does not tell where AutoEP's routers come in a stage's; save with "
+        '"ucp": {"save": {"format": "universal"}}, which knows parameters by name'
+    )
+
+
 def files(
-    catalog: Catalog, how: Spread, weight: Callable[[FileBuilder, ParameterInfo], Placeholder]
+    catalog: Catalog, how: Spread, weight: Callable[[FileBuilder, ParameterInfo], Placeholder], number_of: int = 0
 ) -> list[TargetFile]:
-    """Every expert's file; ``weight`` enters a parameter as the module has it. AutoEP has none at stage 3."""
+    """Every expert's file; ``weight`` enters a parameter as the module has it. AutoEP has none at stage 3. number_of:
+    the model-parallel rank in their names, without tensor parallelism."""
     held: dict[tuple[int, int], dict[str, ParameterInfo]] = {}
     layers = list(how.totals)
     rows: dict[str, LogicalTensor] = {}
@@ -319,7 +389,7 @@ def files(
         rank = number // how.held(layers[layer_id])
         sharing = how.data_ranks(rank)
         for of_slice in sorted({r % how.layout.tp for r in sharing}):
-            name = f"layer_{layer_id}_expert_{number}_mp_rank_{of_slice:02d}_model_states.pt"
+            name = f"layer_{layer_id}_expert_{number}_mp_rank_{number_of + of_slice:02d}_model_states.pt"
             file = FileBuilder(name, with_rows)
             weights = {name: weight(file, info) for name, info in infos.items()}
             out.append(file.finish({**weights, **how.folding(rank, of_slice, ROUTED, "edp", (0, len(sharing)))}))

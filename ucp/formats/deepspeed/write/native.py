@@ -20,6 +20,7 @@ from ucp.formats.deepspeed.write.experts import Spread
 from ucp.formats.deepspeed.write.groups import check_groups, flats
 from ucp.formats.deepspeed.write.model_files import ModelRank, model_file, model_files, weight
 from ucp.formats.deepspeed.write.optimizer_files import optimizer_file
+from ucp.formats.deepspeed.write.pipeline import Stages
 from ucp.formats.deepspeed.write.stage0_files import stage0_file, stage0_optimizer
 from ucp.formats.shared.apart import states_apart
 from ucp.formats.shared.renaming import best_names
@@ -61,15 +62,17 @@ def plan(
     config = replace(config, raw=experts.with_ep(config.raw, layout, ds_config is not None))
     spread = experts.spread(catalog, layout, config.raw)
     if spread is not None:
-        if layout.tp > 1:
-            return _folded(source, config, layout, spread, choice)
-        return _with_experts(catalog, config, layout, spread)
+        experts.check_order(catalog, spread)
+    if spread is not None and layout.tp > 1:
+        return _folded(source, config, layout, spread, choice)
     stages = pipeline.stages(config.raw, layout)
     if stages is not None and layout.zero == 0 and config.dtype == "bfloat16":
         raise Unsupported(
             f"layout '{layout}': DeepSpeed {VERSION} loads no checkpoint of a bf16 pipeline at ZeRO stage 0, its own "
             "included (it takes one rank's state for a list of all); choose zero=1"
         )
+    if spread is not None:
+        return _with_experts(catalog, config, layout, spread, stages)
     files: list[TargetFile] = []
     bound = tp_slices.spec_of(choice, layout, config)
     cuts = None
@@ -115,14 +118,31 @@ def _share_files(share: ModelRank, config: EngineConfig, layout: Layout) -> list
     ]
 
 
-def _with_experts(catalog: Catalog, config: EngineConfig, layout: Layout, spread: Spread) -> list[TargetFile]:
-    """A model with experts: their own files, and the rest from the view of each expert-parallel rank."""
-    out = experts.files(catalog, spread, lambda file, info: weight(file, config, info))
+def _with_experts(
+    catalog: Catalog, config: EngineConfig, layout: Layout, spread: Spread, stages: Stages | None
+) -> list[TargetFile]:
+    """A model with experts, or each stage of a pipeline with some. Stages have no layer files then."""
+    if stages is None:
+        return _spread_files(catalog, config, layout, spread, 0)
+    pipeline.check_names(catalog, stages)
+    out = []
+    for stage in range(layout.pp):
+        share = pipeline.share(catalog, stages, stage)
+        own = experts.of_stage(share, spread, stage)
+        out += _spread_files(experts.in_stage(share, own, catalog), config, layout, own, stage)
+    return out
+
+
+def _spread_files(
+    catalog: Catalog, config: EngineConfig, layout: Layout, spread: Spread, number: int
+) -> list[TargetFile]:
+    """The experts' own files, and the rest from the view of each expert-parallel rank. number: in the files' names."""
+    out = experts.files(catalog, spread, lambda file, info: weight(file, config, info), number)
     for rank in range(layout.ep):
-        share = ModelRank(0, experts.of_rank(catalog, spread, rank), spread=spread, rank=rank)
+        share = ModelRank(number, experts.of_rank(catalog, spread, rank), spread=spread, rank=rank)
         if layout.zero == 0:
             out += [stage0_file(share, config, layout)] if rank == 0 else []
-            file = FileBuilder(f"expp_rank_{rank}_mp_rank_00_optim_states.pt", share.catalog)
+            file = FileBuilder(f"expp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt", share.catalog)
             out.append(file.finish({"optimizer": stage0_optimizer(file, config)}))
             continue
         mine = spread.data_ranks(rank)

@@ -1,0 +1,176 @@
+"""Jobs that run on the ranks: a Mixtral in a pipeline's stages, with DeepSpeed's own layers of experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.engines import autoep, models, truth
+from tests.engines.autoep import AutoCase
+from tests.engines.configs import make_config
+from tests.engines.resume import continue_training
+from tests.engines.runs import FURTHER, STEPS
+from tests.engines.zygote import resolve
+
+OURS = "ucp.deepspeed:initialize"
+STOCK = "deepspeed:initialize"
+LAYERS = 2
+
+
+class Expert(nn.Module):
+    """Mixtral's, each of its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.w2(nn.functional.silu(self.w1(hidden)) * self.w3(hidden))
+        return out
+
+
+class Block(nn.Module):
+    """One of Mixtral's layers. Its experts are a layer of DeepSpeed's, or what AutoEP makes of Mixtral's."""
+
+    def __init__(self, model: Any, index: int, ep: int, auto: bool) -> None:
+        super().__init__()
+        layer = model.model.layers[index]
+        self.self_attn = layer.self_attn
+        if auto:
+            self.mlp = layer.mlp
+        else:
+            self.moe = listed(model.config, ep)
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.rotary_emb = model.model.rotary_emb
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        later = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)
+        angles = self.rotary_emb(hidden, torch.arange(length)[None])
+        found, _ = self.self_attn(self.input_layernorm(hidden), position_embeddings=angles, attention_mask=later)
+        hidden = hidden + found
+        inner = self.post_attention_layernorm(hidden)
+        out: Tensor = hidden + (self.moe(inner)[0] if hasattr(self, "moe") else self.mlp(inner))
+        return out
+
+
+def listed(config: Any, ep: int) -> nn.Module:
+    """DeepSpeed's own layer, which routes as Mixtral's does."""
+    from deepspeed.moe.layer import MoE
+
+    found: nn.Module = MoE(
+        config.hidden_size,
+        Expert(config),
+        num_experts=config.num_local_experts,
+        ep_size=ep,
+        k=2,
+        top2_2nd_expert_sampling=False,
+        drop_tokens=False,
+        min_capacity=0,
+        use_rts=False,
+    )
+    return found
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+AUTO = {"moe_layer_pattern": r"\d+\.mlp"}
+
+
+def pipeline(case: AutoCase, stages: int, auto: bool, initialize: str, section: Any) -> Any:
+    """The case's dp counts the ranks of each stage. auto: its experts are AutoEP's."""
+    from deepspeed.pipe import PipelineModule
+
+    autoep.accept_defaults()
+    whole: Any = autoep.mixtral(case.case.seed)
+    whole.set_experts_implementation("eager")
+    torch.manual_seed(case.case.seed)
+    layers = [whole.model.embed_tokens, *(Block(whole, i, case.ep, auto) for i in range(LAYERS)), whole.model.norm]
+    layers.append(whole.lm_head)
+    model = PipelineModule(layers, num_stages=stages, loss_fn=loss, partition_method="type:block")
+    model.config = whole.config
+    config = make_config(case.case) | dict(section or {})
+    if auto:
+        config["expert_parallel"] = autoep.section(case) | AUTO
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return resolve(initialize)(model=model, model_parameters=parameters, config=config)[0]
+
+
+def held(engine: Any) -> dict[str, dict[str, Tensor]] | None:
+    """Masters and states of all stages on rank 0, from the buffers of stage 1; experts that are listed have their
+    numbers among all. Collective."""
+    from tests.engines import moe
+
+    renamed = moe.global_names(engine.module)
+    names = {p: renamed.get(n, n) for n, p in engine.module.named_parameters()}
+    stacks = dict(autoep.stacks(engine.module))
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    pieces = []
+    for slot in truth.slots_of_stages_1_and_2(engine.optimizer, names):
+        place, shape = stacks.get(slot.name, (0, shapes[slot.name]))
+        pieces += [replace(piece, start=piece.start + place * shape.numel()) for piece in truth.pieces_of(slot)]
+    shapes |= {name: torch.Size([autoep.EXPERTS, *shape[1:]]) for name, (_, shape) in stacks.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object((pieces, shapes), everyone if dist.get_rank() == 0 else None)
+    if dist.get_rank() != 0:
+        return None
+    spread = [piece for found, _ in everyone for piece in found if piece.values.numel()]
+    return truth.assembled(spread, {name: shape for _, found in everyone for name, shape in found.items()})
+
+
+def train(engine: Any, case: AutoCase, first: int, steps: int) -> list[float]:
+    accumulation = case.case.accumulation
+    replica, replicas = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
+    out = []
+    for step in range(first, first + steps):
+        micro = (models.batch("llama", step * accumulation + m, replica, replicas) for m in range(accumulation))
+        out.append(float(engine.train_batch(micro)))
+    return out
+
+
+def trained(case: AutoCase, stages: int, auto: bool, folder: str) -> Any:
+    """Stock DeepSpeed's pipeline: what it holds when it is saved, and further losses."""
+    engine = pipeline(case, stages, auto, STOCK, None)
+    train(engine, case, 0, STEPS)
+    engine.save_checkpoint(folder)
+    return held(engine), train(engine, case, STEPS, FURTHER + 1)
+
+
+def into_stages(case: AutoCase, stages: int, auto: bool, folder: str, changes: Any, save: str = "") -> Any:
+    """Load, save, and take further steps."""
+    engine = pipeline(case, stages, auto, OURS, section(changes))
+    engine.load_checkpoint(folder)
+    report, found = engine.ucp.last_load, held(engine)
+    if save:
+        engine.save_checkpoint(save)
+    return found, report.proof.complete, report.changes, train(engine, case, STEPS, FURTHER + 1)
+
+
+def section(changes: Any) -> dict[str, Any]:
+    return {"ucp": {"enabled": True, "load": {"prove": "always", "changes": changes or {}}, "save": {"async": False}}}
+
+
+def out_of_stages(case: AutoCase, folder: str, changes: Any) -> Any:
+    """Into an engine without stages."""
+    engine = autoep.build_engine(case, OURS, section(changes))
+    engine.load_checkpoint(folder)
+    report, found = engine.ucp.last_load, autoep.gather(engine)
+    losses = continue_training(engine, case.case, STEPS, FURTHER + 1)
+    return None if found is None else found.params, report.proof.complete, report.changes, losses
+
+
+def stock(case: AutoCase, folder: str, stages: int) -> Any:
+    """AutoEP in stages by DeepSpeed alone."""
+    engine = pipeline(case, stages, True, STOCK, None)
+    if engine.load_checkpoint(folder)[0] is None:
+        raise FileNotFoundError(folder)
+    return held(engine), train(engine, case, STEPS, FURTHER + 1)
