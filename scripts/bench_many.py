@@ -25,8 +25,8 @@ DS_CONFIG = {
     "zero_optimization": {"stage": 3},
 }
 LAYERS = 24
-SHAPES = {"q": (64, 64), "k": (64, 64), "v": (64, 64), "o": (64, 64), "gate": (128, 64), "up": (128, 64)}
-SHAPES |= {"down": (64, 128), "norm_in": (64,), "norm_out": (64,)}
+SHAPES = {"q": (128, 128), "k": (128, 128), "v": (128, 128), "o": (128, 128), "gate": (256, 128), "up": (256, 128)}
+SHAPES |= {"down": (128, 256), "norm_in": (128,), "norm_out": (128,)}
 WAYS = {
     "small, ours": ("ours", "small"),
     "small, DCP from its own": ("dcp", "small-dcp"),

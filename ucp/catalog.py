@@ -62,6 +62,11 @@ class LogicalTensor:
     bases: Ints
     digest: Recorded | None = None
 
+    def __reduce__(self) -> tuple[type[LogicalTensor], tuple[Any, ...]]:
+        """As `Blocks.__reduce__`."""
+        given = self.name, self.state, self.shape, self.dtype, self.blocks, self.bases, self.digest
+        return LogicalTensor, given
+
     @property
     def nbytes(self) -> int:
         return numel(self.shape) * itemsize(self.dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from ucp import limits
 from ucp.loading import host_memory
-from ucp.loading.host_memory import Memory, joined
+from ucp.loading.host_memory import Memory, MemoryToCome, joined
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 1 << 20, (1 << 20) + 1, (33 << 20) + 17])
@@ -58,3 +61,39 @@ def test_several_at_once_lie_in_one_memory() -> None:
         one.fill_(k + 1)
     assert all(bool((one == k + 1).all()) for k, one in enumerate(taken))
     assert Memory().take_all([]) == []
+
+
+def test_memory_to_come_is_memory_when_it_is_taken() -> None:
+    sizes = {"a": 40 << 20, "b": (2 << 20) + 5, "small": 3}
+    coming = MemoryToCome(sizes)
+    assert coming.take("b", 7) is None  # of another size than was foreseen, so that it is let go
+    assert coming.take("b", sizes["b"]) is None
+    assert coming.take("small", 3) is None
+    taken = coming.take("a", sizes["a"])
+    assert taken is not None
+    assert (taken.dtype, len(taken)) == (torch.uint8, sizes["a"])
+    assert not taken.any()
+    taken.fill_(7)
+    assert coming.take("a", sizes["a"]) is None
+    assert bool((taken == 7).all())
+
+
+def test_memory_that_nobody_waits_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread gets one more piece at most, and ends."""
+    first, go = threading.Event(), threading.Event()
+    pieces: list[int] = []
+
+    def populate(_: Memory, __: int, count: int) -> None:
+        pieces.append(count)
+        first.set()
+        go.wait()
+
+    monkeypatch.setattr(Memory, "_populate", populate)
+    before = set(threading.enumerate())
+    coming = MemoryToCome({"a": 10 * limits.HOST_MEMORY_PIECE_BYTES, "b": 2 << 20})
+    first.wait()
+    (thread,) = set(threading.enumerate()) - before
+    del coming
+    go.set()
+    thread.join()
+    assert len(pieces) == 1

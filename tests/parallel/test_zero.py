@@ -19,6 +19,8 @@ from ucp.parallel.zero import (
     ceil_size,
     flat_offsets,
     flat_partition,
+    own_ceil_partition,
+    own_flat_partition,
     partition_size,
     round_robin,
     subgroups,
@@ -166,6 +168,21 @@ def test_a_rank_may_hold_nothing() -> None:
     assert ceil_partition((), 3, 8).starts.tolist() == [3]
     assert flat_partition((1,), 0, partition_size(1, 8)).buffers.tolist() == [0]
     assert partition_size(1, 8) == 2
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (7, 3), (2, 5, 4), (0, 3), (64,)])
+@pytest.mark.parametrize("offset", [0, 7])
+def test_one_ranks_part_is_what_the_cut_of_all_has_for_it(shape: tuple[int, ...], offset: int) -> None:
+    for dp in (1, 2, 3, 8):
+        size = partition_size(offset + numel(shape), dp)
+        for rank in range(dp):
+            for every, own in (
+                (ceil_partition(shape, offset, dp), own_ceil_partition(shape, offset, dp, rank)),
+                (flat_partition(shape, offset, size or 1), own_flat_partition(shape, offset, size or 1, rank)),
+            ):
+                here = every.take(every.buffers == rank).in_buffer(0)
+                for name in ("offsets", "sizes", "starts", "strides", "buffers"):
+                    assert np.array_equal(getattr(here, name), getattr(own, name)), (name, dp, rank)
 
 
 def test_tensors_without_elements_lie_nowhere() -> None:

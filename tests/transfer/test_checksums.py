@@ -101,6 +101,26 @@ def test_a_load_reads_what_little_is_missing_and_no_more(path: Path) -> None:
         assert files.bytes_read == 1_000
 
 
+def test_what_can_not_be_compared_is_not_digested(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a record that is to be read in part nothing is digested; it is counted, and the others are compared."""
+    digested: list[int] = []
+
+    def counted(data: memoryview) -> int:
+        digested.append(len(data))
+        return zlib.crc32(data)
+
+    monkeypatch.setattr("ucp.transfer.checksums.crc32", counted)
+    ranges = [(3, 700), (710, 5_000), (5_500, 6_000), (9_001, 60_000)]
+    with Files() as files:
+        checks = RecordChecks(records(path), [str(path)], files)
+        checks.expect({0: ranges})
+        read(checks, path, ranges)
+        read(checks, path, ranges[1:2])  # again: counted once
+        checks.settle()
+        assert sum(digested) == checks.verified_bytes == 697 + 50_999
+        assert checks.unverified_bytes == 4_290 + 500
+
+
 def test_the_crc_may_stand_in_the_file(tmp_path: Path) -> None:
     data = random.Random(3).randbytes(1000)
     path = tmp_path / "file"

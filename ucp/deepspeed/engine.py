@@ -282,6 +282,8 @@ def load_checkpoint(
     ranks.all_or_none(lambda: _check(engine, custom_load_fn, config))
     scheduler = load_lr_scheduler_states and not load_module_only and config.load.lr_scheduler == "keep"
     target = ranks.all_or_none(lambda: watch.timed("plan", lambda: LiveEngine(engine, load_lr_scheduler=scheduler)))
+    if load_optimizer_states and not load_module_only:
+        target.foresee_states()
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     shapes = shapes_of(engine.module)
     local = [ModuleOrder.of_group(g.names, shapes) for g in target.groups]

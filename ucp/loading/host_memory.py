@@ -10,8 +10,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -35,8 +38,7 @@ class Memory:
         """This many zero bytes, flat."""
         if nbytes < limits.OWN_PAGES_BYTES:
             return torch.zeros(nbytes, dtype=torch.uint8)
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        out = torch.frombuffer(memory, dtype=torch.uint8)
+        out = _mapped(nbytes)
         self.ready([out])
         return out
 
@@ -54,20 +56,19 @@ class Memory:
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
         """Get the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""
+        for _ in self.ready_by_pieces(tensors):
+            pass
+
+    def ready_by_pieces(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """`ready`, one piece at a time."""
+        size = limits.HOST_MEMORY_PIECE_BYTES
         for begin, end in joined(map(_pages, tensors)):
             if end - begin < limits.OWN_PAGES_BYTES:
                 continue
-            cuts = [
-                begin,
-                *range(
-                    (begin // limits.HOST_MEMORY_PIECE_BYTES + 1) * limits.HOST_MEMORY_PIECE_BYTES,
-                    end,
-                    limits.HOST_MEMORY_PIECE_BYTES,
-                ),
-                end,
-            ]
+            cuts = [begin, *range((begin // size + 1) * size, end, size), end]
             for low, high in itertools.pairwise(cuts):
                 self._populate(low, high - low)
+                yield
 
     def _populate(self, address: int, count: int) -> None:
         huge = min(self.cost, key=lambda kind: self.cost[kind])
@@ -77,6 +78,47 @@ class Memory:
             _madvise(address, count, HUGE)
         _madvise(address, count, POPULATE)
         self.cost[huge] = (time.perf_counter() - began) / count
+
+
+class MemoryToCome:
+    """Memory that will be needed, whose pages a thread gets while something else is done: `Memory.take` by keys.
+
+    A load works out what it does with one processor at most, and waits for the rank that opens the checkpoint. The
+    thread ends early if nobody has this object any more.
+    """
+
+    def __init__(self, sizes: Mapping[Any, int]) -> None:
+        rooms = {key: _mapped(size) for key, size in sizes.items() if size >= limits.OWN_PAGES_BYTES}
+        self._rooms = {key: (room, threading.Event()) for key, room in rooms.items()}
+        if rooms:
+            given = weakref.ref(self), list(self._rooms.values())
+            threading.Thread(target=_get_pages, args=given, name="ucp-memory", daemon=True).start()
+
+    def take(self, key: object, nbytes: int) -> torch.Tensor | None:
+        """The memory of this key, once its pages are there. It is the caller's then. None if there is none of this
+        size."""
+        room, there = self._rooms.pop(key, (None, None))
+        if room is None or there is None or len(room) != nbytes:
+            return None
+        there.wait()
+        return room
+
+
+def _get_pages(owner: weakref.ref[MemoryToCome], rooms: Sequence[tuple[torch.Tensor, threading.Event]]) -> None:
+    memory = Memory()
+    for room, there in rooms:
+        try:
+            for _ in memory.ready_by_pieces([room]):
+                if owner() is None:
+                    return
+        finally:
+            there.set()
+
+
+def _mapped(nbytes: int) -> torch.Tensor:
+    """This many zero bytes, whose pages come when they are written."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:

@@ -254,6 +254,8 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
         wanted = checking.used(rest.copies)
         every = checking.used([*new.copies, *rest.copies]) if new.copies else wanted
+        looking.records.expect(every)
+        reader.records.expect(every)
         compared = checking.comparable(looking, wanted, every)
         found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(looking, files, every)

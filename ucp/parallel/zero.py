@@ -9,6 +9,7 @@ data-parallel rank, and ``starts`` is the position in that rank's partition. Wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -72,6 +73,15 @@ def flat_partition(shape: Sequence[int], offset: int, size: int) -> Blocks:
     return flat_ranges(shape, first, last, offset + first - ranks * size, ranks)
 
 
+@lru_cache(maxsize=1 << 16)
+def own_flat_partition(shape: tuple[int, ...], offset: int, size: int, rank: int) -> Blocks:
+    """What one rank has of `flat_partition`, in one buffer. It is cached, since a run asks for the same at every save
+    and load."""
+    first = max(rank * size - offset, 0)
+    last = min((rank + 1) * size - offset, numel(shape))
+    return flat_ranges(shape, [first], [last], [offset + first - rank * size])
+
+
 def ceil_size(n: int, dp: int) -> int:
     """Stage 3: elements of every rank's piece of a parameter of n elements, padding included."""
     return -(-n // dp)
@@ -85,6 +95,20 @@ def ceil_partition(shape: Sequence[int], offset: int, dp: int) -> Blocks:
     first = np.minimum(ranks * piece, n)
     last = np.minimum((ranks + 1) * piece, n)
     return flat_ranges(shape, first, last, np.full(dp, offset), ranks)
+
+
+@lru_cache(maxsize=1 << 12)
+def _own_piece(shape: tuple[int, ...], dp: int, rank: int) -> Blocks:
+    n = numel(shape)
+    piece = ceil_size(n, dp)
+    return flat_ranges(shape, [min(rank * piece, n)], [min((rank + 1) * piece, n)], [0])
+
+
+def own_ceil_partition(shape: Sequence[int], offset: int, dp: int, rank: int) -> Blocks:
+    """What one rank has of `ceil_partition`, in one buffer. Most parameters of a model have one of a few shapes, so
+    that it is worked out once for each."""
+    piece = _own_piece(tuple(shape), dp, rank)
+    return piece.in_buffer(0, offset) if offset else piece
 
 
 def subgroups(pieces: Sequence[int], limit: int | None) -> list[list[int]]:

@@ -35,8 +35,8 @@ def used(copies: Iterable[Copy]) -> dict[int, list[tuple[int, int]]]:
 
 def _ranges_of(copy: Copy) -> Iterable[tuple[int, int]]:
     span = copy.span
-    # Shorter ones have no such gap; most are one row.
-    return _rows_of(copy) if len(copy.sizes) > 1 and span >= CHUNK else ((copy.at, copy.at + span),)
+    # Most copies have no gaps, or such that are shorter all together.
+    return _rows_of(copy) if span - copy.nbytes >= CHUNK else ((copy.at, copy.at + span),)
 
 
 def _rows_of(copy: Copy) -> Iterator[tuple[int, int]]:

@@ -33,7 +33,8 @@ class _Progress:
 
     starts, stops: of the byte ranges that have been read or are being read, disjoint and in order.
     pieces: (first byte, bytes, CRC-32) of the parts that are done. done: their bytes in all.
-    compared: all of it was read, and its CRC-32 is compared.
+    compared: all of it was read, and its CRC-32 is compared. to_compare: whether so much of it will be read that it can
+    be.
     """
 
     record: StoredCrc32
@@ -42,6 +43,7 @@ class _Progress:
     pieces: list[tuple[int, int, int]] = field(default_factory=list)
     done: int = 0
     compared: bool = False
+    to_compare: bool = True
 
     @property
     def size(self) -> int:
@@ -98,6 +100,14 @@ class RecordChecks:
         self.verified_bytes = 0
         """Bytes of records that were compared with their CRC-32."""
 
+    def expect(self, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """Say which bytes of the files will be read, in order and disjoint. Of records that this leaves in part no
+        CRC-32s are computed, since they would be compared with nothing."""
+        for file, found in self._progress.items():
+            whole = {low for low, _ in self.whole_records(file, ranges.get(file, ()))}
+            for progress in found:
+                progress.to_compare = progress.record.start in whole
+
     def covers(self, file: int) -> bool:
         """Whether the file has records with CRC-32s."""
         return file in self._progress
@@ -122,6 +132,10 @@ class RecordChecks:
                 if progress.compared:
                     continue
                 free = progress.claim(low, high)
+                if not progress.to_compare:
+                    progress.done += sum(b - a for a, b in free)
+                    self._touched[file, progress.record.start] = progress
+                    continue
             self._put(file, progress, [(a, b - a, crc32(data[a - start : b - start])) for a, b in free])
 
     def add_known(self, pieces: Iterable[RecordPiece]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from ucp.deepspeed.live.state import check_state, restore_state, warn_of_schedul
 from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.job import ranks
+from ucp.loading.host_memory import MemoryToCome
 from ucp.loading.refusals import Words
-from ucp.loading.target import Group, Loaded, Slot, Weights
+from ucp.loading.target import Group, Loaded, Slot, Weights, kept_for
 from ucp.parallel.mesh import Layout
 from ucp.saving.source import Source
 from ucp.spec.select import Choice
+from ucp.storage.dtypes import itemsize, to_torch
 
 WORDS = Words(
     "the engine",
@@ -61,6 +64,7 @@ class LiveEngine:
         self._experts = LiveExperts(engine)
         self._slots = tuple(self._experts.lift(slot) for slot in slots)
         self._placed: PlacedSlots | None = None
+        self._to_come = MemoryToCome({})
         self._choice = Choice()
 
     def place(self, choice: Choice, *, to_save: bool = False) -> None:
@@ -73,7 +77,7 @@ class LiveEngine:
         """
         self._choice = choice
         experts = self._experts.in_slots(self._slots)
-        self._placed = place_slots(self.engine, self._slots, self._own_groups(), choice, experts)
+        self._placed = place_slots(self.engine, self._slots, self._own_groups, choice, experts)
         optimizer = self._optimizer
         if to_save and self._placed is not None and isinstance(optimizer, Stage0):
             self._placed.refuse_averages()
@@ -96,6 +100,19 @@ class LiveEngine:
         if self._placed is not None:
             self.place(self._choice)
 
+    def foresee_states(self) -> None:
+        """Begin to get host memory for the states that a load will make, before it is known where they are read."""
+        sizes = {}
+        for slot in self._slots:
+            if slot.kind != "parameter" or not self._is_in_memory(slot.key):
+                continue
+            weights, states = self.live(slot.key)
+            if weights.device.type == "cpu":
+                for state in sorted((kept_for(slot, self._own_groups)[0] or frozenset()) - states.keys()):
+                    sizes[slot.key, state] = slot.length_of(state) * itemsize(slot.dtype)
+        self._to_come = MemoryToCome(sizes)
+
+    @cached_property
     def _own_groups(self) -> Sequence[Group]:
         groups = () if self._optimizer is None else self._optimizer.groups()
         return [self._experts.names(group) for group in groups]
@@ -134,7 +151,7 @@ class LiveEngine:
     @property
     def groups(self) -> Sequence[Group]:
         """The param groups. Under model parallelism they have the names from all parts of the model."""
-        groups = self._own_groups()
+        groups = self._own_groups
         if self._placed is None:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
@@ -144,7 +161,10 @@ class LiveEngine:
         if state == "param" or not self._is_in_memory(key):
             return None
         weights, states = self.live(key)
-        return new_home(weights, dtype, length) if home_of(states.get(state), weights, dtype, length) is None else None
+        if home_of(states.get(state), weights, dtype, length) is not None:
+            return None
+        foreseen = self._to_come.take((key, state), length * itemsize(dtype))
+        return new_home(weights, dtype, length) if foreseen is None else foreseen.view(to_torch(dtype))
 
     def _is_in_memory(self, key: int) -> bool:
         return key in self._held or self._optimizer is None or self._optimizer.is_in_memory(key)

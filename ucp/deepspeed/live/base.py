@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, box, empty, numel
 from ucp.loading.host_memory import Memory
 from ucp.loading.target import Group, Loaded, Member, Slot, Weights
-from ucp.parallel.zero import ceil_partition, flat_partition
+from ucp.parallel.zero import own_ceil_partition
 from ucp.storage.dtypes import from_torch, itemsize, to_torch
 
 
@@ -49,23 +47,6 @@ class Optimizer(Protocol):
 def everyone() -> tuple[int, ...]:
     """All ranks. Under data parallelism alone they all hold what is not cut."""
     return tuple(range(torch.distributed.get_world_size()))
-
-
-def on_rank(blocks: Blocks, rank: int) -> Blocks:
-    """The blocks that this data-parallel rank holds, in its one buffer."""
-    return blocks.take(np.flatnonzero(blocks.buffers == rank)).in_buffer(0)
-
-
-@lru_cache(maxsize=1 << 16)
-def own_flat_partition(shape: tuple[int, ...], offset: int, size: int, rank: int) -> Blocks:
-    """What this rank holds of `flat_partition`. It is cached, since a run asks for the same at every save and load."""
-    return on_rank(flat_partition(shape, offset, size), rank)
-
-
-@lru_cache(maxsize=1 << 16)
-def own_ceil_partition(shape: tuple[int, ...], offset: int, dp: int, rank: int) -> Blocks:
-    """What this rank holds of `ceil_partition`. It is cached, since a run asks for the same at every save and load."""
-    return on_rank(ceil_partition(shape, offset, dp), rank)
 
 
 @dataclass(frozen=True)

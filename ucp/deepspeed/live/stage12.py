@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from ucp.deepspeed.live import releases
-from ucp.deepspeed.live.base import check_groups, own_flat_partition, put_states, set_group_options, state_dtypes
+from ucp.deepspeed.live.base import check_groups, put_states, set_group_options, state_dtypes
 from ucp.deepspeed.live.expects import live_group
 from ucp.geometry import empty, numel, whole
 from ucp.loading.target import Group, Loaded, Member, Placement, Slot, Weights
-from ucp.parallel.zero import flat_offsets, flat_partition
+from ucp.parallel.zero import flat_offsets, flat_partition, own_flat_partition
 from ucp.storage.dtypes import from_torch
 
 

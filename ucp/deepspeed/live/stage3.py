@@ -11,7 +11,6 @@ from ucp.deepspeed.live import releases, swapped
 from ucp.deepspeed.live.base import (
     check_groups,
     drop_secondary_copies,
-    own_ceil_partition,
     put_masters,
     put_states,
     set_group_options,
@@ -21,7 +20,7 @@ from ucp.deepspeed.live.base import (
 from ucp.deepspeed.live.expects import live_group
 from ucp.errors import Unsupported
 from ucp.loading.target import Group, Loaded, Member, Slot, Weights
-from ucp.parallel.zero import ceil_size
+from ucp.parallel.zero import ceil_size, own_ceil_partition
 from ucp.storage.dtypes import from_torch
 
 
@@ -107,8 +106,9 @@ class Stage3:
 
     def check_room(self) -> None:
         """Raise DestinationError if states that are to be loaded have no room on the disk they are offloaded to."""
-        groups = self.groups()
-        swapped.check_room(self._zero, lambda s: groups[self._zero.sub_group_to_group_id[s]].expects or ())
+        if any(swapped.is_swapped(self._zero, s) for s in range(len(self._flats))):
+            groups = self.groups()
+            swapped.check_room(self._zero, lambda s: groups[self._zero.sub_group_to_group_id[s]].expects or ())
 
     def put(self, loaded: Loaded) -> None:
         for s, (key, flat) in enumerate(zip(self._keys, self._flats, strict=True)):
