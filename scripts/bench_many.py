@@ -1,7 +1,7 @@
 """Many small things: loading 10,000 tensors of 4 KiB, and opening what 1,024 ranks of ZeRO-3 have saved.
 
 Each load and each opening is in a process of its own, with what it imports. Processor seconds are what to compare where
-other programs run: they are of all threads. No engine is needed; the files of 1,024 ranks are a conversion's.
+other programs run: they are of all threads. No engine is needed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _row(label: str, turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_ranks(args: argparse.Namespace) -> Path:
-    """A checkpoint as that many ranks save it: two files of each. Made by a conversion, which takes minutes."""
+    """A checkpoint as that many ranks save it: two files of each."""
     folder: Path = args.data / f"many-zero3-dp{args.ranks}"
     if not folder.is_dir():
         _child("make-ranks", args.ranks, folder)
@@ -125,11 +125,36 @@ def _make_ranks(count: int, folder: Path) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    source = folder.with_name(f"{folder.name}-source")
-    bench_tools.remove(source, config := folder.with_name(f"{folder.name}.json"))
+    source, two = (folder.with_name(f"{folder.name}-{what}") for what in ("source", "two"))
+    bench_tools.remove(source, two, config := folder.with_name(f"{folder.name}.json"))
     config.write_text(json.dumps(DS_CONFIG))
     ucp.save_training(source, model=model, optimizer=optimizer)
-    ucp.convert(source, folder, to="deepspeed", layout=f"dp={count},zero=3", ds_config=str(config))
+    ucp.convert(source, two, to="deepspeed", layout="dp=2,zero=3", ds_config=str(config))
+    _spread(two, folder.with_name(f"{folder.name}.partial"), count, [p.numel() for p in model.parameters()])
+    folder.with_name(f"{folder.name}.partial").rename(folder)
+
+
+def _spread(two: Path, folder: Path, count: int, sizes: Sequence[int]) -> None:
+    """The files of two ranks of ZeRO-3 as so many ranks would write them, by ``torch.save``: names, numbers and
+    lengths are theirs, and all values are zero."""
+    import torch
+
+    bench_tools.remove(folder)
+    (step,) = two.glob("global_step*")
+    (folder / step.name).mkdir(parents=True)
+    (folder / "latest").write_text(step.name)
+    length = sum(-(-size // count) for size in sizes)
+    for path in sorted(step.glob("*zero_pp_rank_0_*.pt")):
+        saved = torch.load(path, weights_only=False)
+        if "optimizer_state_dict" in saved:
+            zero = saved["optimizer_state_dict"]
+            zero["partition_count"], zero["fp32_flat_groups"] = count, [torch.zeros(length)]
+            states = zero["optimizer_state_dict"]["state"][0]
+            states.update({name: torch.zeros(length) for name, kept in states.items() if kept.dim()})
+        else:
+            saved["dp_world_size"] = count
+        for rank in range(count):
+            torch.save(saved, folder / step.name / path.name.replace("rank_0_", f"rank_{rank}_", 1))
 
 
 def _work(by: str, count: int, path: Path) -> Callable[[], Any]:
