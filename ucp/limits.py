@@ -66,6 +66,8 @@ RECORD_MISSING_PART = 1 / 32
 # came of it, and all of them.
 TWIN_BYTES = 2 * MIB
 TWINS_BYTES = 16 * MIB
+# A torch archive of at most this size is read at once: it is names and shapes more than tensors.
+SMALL_ARCHIVE_BYTES = 256 * KIB
 # The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from ucp import limits
 from ucp.loading import host_memory
 from ucp.loading.host_memory import Memory, MemoryToCome, joined
 
@@ -83,17 +83,19 @@ def test_memory_that_nobody_waits_for_is_let_go(monkeypatch: pytest.MonkeyPatch)
     first, go = threading.Event(), threading.Event()
     pieces: list[int] = []
 
-    def populate(_: Memory, __: int, count: int) -> None:
-        pieces.append(count)
-        first.set()
-        go.wait()
+    def by_pieces(_: Memory, tensors: list[torch.Tensor]) -> Iterator[None]:
+        for tensor in tensors:
+            pieces.append(len(tensor))
+            first.set()
+            go.wait()
+            yield
 
-    monkeypatch.setattr(Memory, "_populate", populate)
+    monkeypatch.setattr(Memory, "ready_by_pieces", by_pieces)
     before = set(threading.enumerate())
-    coming = MemoryToCome({"a": 10 * limits.HOST_MEMORY_PIECE_BYTES, "b": 2 << 20})
+    coming = MemoryToCome({"a": 4 << 20, "b": 2 << 20})
     first.wait()
     (thread,) = set(threading.enumerate()) - before
     del coming
     go.set()
     thread.join()
-    assert len(pieces) == 1
+    assert pieces == [4 << 20]

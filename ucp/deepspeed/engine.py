@@ -281,9 +281,8 @@ def load_checkpoint(
     watch = Stopwatch()
     ranks.all_or_none(lambda: _check(engine, custom_load_fn, config))
     scheduler = load_lr_scheduler_states and not load_module_only and config.load.lr_scheduler == "keep"
-    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: LiveEngine(engine, load_lr_scheduler=scheduler)))
-    if load_optimizer_states and not load_module_only:
-        target.foresee_states()
+    states = load_optimizer_states and not load_module_only
+    target = ranks.all_or_none(lambda: watch.timed("plan", lambda: _target(engine, states, scheduler)))
     place, tag = (load_dir, tag) if engine.ucp.memory is None else engine.ucp.memory.source(load_dir, tag)
     shapes = shapes_of(engine.module)
     local = [ModuleOrder.of_group(g.names, shapes) for g in target.groups]
@@ -298,7 +297,7 @@ def load_checkpoint(
         return None, None
     path, catalog = found
     optimizer = load_optimizer_states and target.trains
-    target.make_room(catalog, optimizer and not load_module_only)
+    target.make_room(catalog, states and target.trains)
     changed = _as_changed(catalog, config, target, config_of(engine.module))
     wish = Wish(
         weights_only=load_module_only,
@@ -310,12 +309,19 @@ def load_checkpoint(
     )
     how = {**config.load.options(), "changes": changed.lines}
     report = _loaded(engine, changed.catalog, target, wish, path=path, watch=watch, **how)
-    if optimizer and not load_module_only:
+    if states and target.trains:
         report = report.noted(*gradients_note(engine, catalog))
     _tell_of(engine, report, path)
     if not load_module_only:
         warn_of_clipping(engine, catalog.training_state)
     return _returned_path(path), _client_state(catalog)
+
+
+def _target(engine: Any, states: bool, scheduler: bool) -> LiveEngine:
+    target = LiveEngine(engine, load_lr_scheduler=scheduler)
+    if states:
+        target.foresee_states()
+    return target
 
 
 def _as_changed(catalog: Catalog, config: Config, target: LiveEngine, model: Mapping[str, Any] | None) -> Changed:

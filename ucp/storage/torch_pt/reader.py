@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UnsafePickle, Unsupported
 from ucp.printable import short
 from ucp.storage import dtypes, locations
@@ -104,6 +105,9 @@ def _load_stream(stream: BinaryIO, name: str, trust: bool | None, skipped: Skipp
     if size == 0:
         raise DamagedCheckpoint("the file is empty (0 bytes)", file=name)
     if start.startswith(b"PK"):
+        if size <= limits.SMALL_ARCHIVE_BYTES:  # one read, where its directory and small records would take twenty
+            stream = io.BytesIO(stream.read())
+            size = len(stream.getbuffer())
         return _load_zip(stream, name, size, trust, skipped=skipped, dtensors=dtensors)
     if _MAGIC_PICKLE in start:
         return TorchFile(_load_legacy(stream, name, size, trust, skipped, dtensors), None, False)

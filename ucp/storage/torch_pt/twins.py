@@ -39,13 +39,16 @@ class _OtherKindError(Exception):
 class Twin:
     """What came of a pickle. passed: what was found true of every graph that comes of it, by the caller's names.
 
-    saved: the storages that it refers to, as it describes them, each once. raw: the graph without its tensors. refs:
-    the tensors. starts: the first bytes of their storages, by key, in the file that the graph was read from.
+    saved: the storages that it refers to, as it describes them, each once. raw: the graph without what it refers to by
+    number: its tensors and sizes, of which there are thousands, and which nobody can change. refs: those. moved: which
+    of them are tensors with elements, that lie elsewhere in another file. starts: the first bytes of their storages, by
+    key, in the file that the graph was read from.
     """
 
     saved: Sequence[Any]
     raw: bytes
-    refs: Sequence[TensorRef]
+    refs: Sequence[TensorRef | Size]
+    moved: Sequence[tuple[int, TensorRef]]
     starts: Mapping[str, int]
     passed: set[str] = field(default_factory=set)
 
@@ -58,37 +61,33 @@ class Twin:
             pickler.dump(graph)
         except (_OtherKindError, pickle.PicklingError, RecursionError, TypeError, AttributeError):
             return None
-        return cls(saved, stream.getvalue(), pickler.refs, {storage.key: storage.start for storage in storages})
+        moved = [(k, ref) for k, ref in enumerate(pickler.refs) if isinstance(ref, TensorRef) and ref.numel]
+        starts = {storage.key: storage.start for storage in storages}
+        return cls(saved, stream.getvalue(), pickler.refs, moved, starts)
 
     def copy(self, get: Callable[[Any], StorageRef]) -> Any:
         """The graph for another file. get: finds a storage of that file, and raises what is wrong with it."""
         storages = {storage.key: storage for storage in map(get, self.saved)}
-        made: list[TensorRef | None] = [None] * len(self.refs)
-
-        def tensor(number: int) -> TensorRef:
-            found = made[number]
-            if found is None:
-                ref = self.refs[number]
-                there = storages[ref.storage[0]]
-                offset = ref.offset - self.starts[there.key] + there.start
-                found = made[number] = TensorRef(
-                    there.file, offset, ref.dtype, ref.shape, ref.strides, ref.device, ref.storage, there.record
-                )
-            return found
-
+        made = list(self.refs)
+        for number, ref in self.moved:
+            there = storages[ref.storage[0]]
+            offset = ref.offset - self.starts[there.key] + there.start
+            made[number] = TensorRef(
+                there.file, offset, ref.dtype, ref.shape, ref.strides, ref.device, ref.storage, there.record
+            )
         unpickler = _Unpickler(io.BytesIO(self.raw))
-        unpickler.persistent_load = tensor  # type: ignore[method-assign]
+        unpickler.persistent_load = made.__getitem__  # type: ignore[method-assign]
         return unpickler.load()
 
 
 class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, protocol: int) -> None:
         super().__init__(stream, protocol)
-        self.refs: list[TensorRef] = []
+        self.refs: list[TensorRef | Size] = []
         self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not TensorRef:
+        if type(obj) is not TensorRef and type(obj) is not Size:
             return None
         number = self._numbers.setdefault(id(obj), len(self.refs))
         if number == len(self.refs):
