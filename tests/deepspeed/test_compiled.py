@@ -45,7 +45,7 @@ def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind:
     )[0]
     assert differences(known(run.truth), known(found)) == []
     back = ranks.run(load_jobs.resume, own, ours, run.tag, run.steps, world_size=here.dp, preload=preload)[0]
-    assert compare(known(run.truth), known(back.truth)) == []
+    assert differences(known(run.truth), known(back.truth)) == []  # FusedAdam puts a 0 into its groups, in a step
 
     ucp.convert(ours, native, to="deepspeed", layout=f"dp={here.dp},zero={first}")
     stock = ranks.run(resume.resume, own, native, None, run.steps, world_size=here.dp, preload=preload)[0]
