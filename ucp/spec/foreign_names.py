@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import numpy as np
 
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, SpecError
 from ucp.geometry import Blocks, Ints, Shape, concat
 from ucp.spec.arrange import View, carry, piece, segments
@@ -173,6 +175,11 @@ def _assembled(bound: Bound, renaming: Renaming, captures: Mapping[str, int], na
     whole = _own(bound, renaming.pattern, name) if renaming.apart else renaming.expression
     parts: list[Contribution] = []
     sizes = [_size(bound, renaming, axis) for axis in renaming.stack.values()]
+    if not 0 < (count := prod(sizes)) <= limits.EXPERTS:
+        axes = ", ".join(f"{axis} is {size}" for axis, size in zip(renaming.stack.values(), sizes, strict=True))
+        raise renaming.pattern.refuse(
+            f"'{name}' would be made of {count} parameters in a stack, since {axes}; it is from 1 to {limits.EXPERTS}"
+        )
     for index in product(*map(range, sizes)):
         fixed = dict(zip(renaming.stack.values(), index, strict=True))
         numbers = {**captures, **dict(zip(renaming.stack, index, strict=True))}
