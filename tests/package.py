@@ -28,7 +28,12 @@ import ucp
 with ucp.open("x") as checkpoint:
     reveal_type(checkpoint)
     checkpoint.read(5)
+ucp.opne("x")
 """
+# Under its other name, with which it works beside RAPIDS' package.
+ALIAS = TYPED.replace("import ucp", "import universal_checkpoint as ucp, universal_checkpoint.deepspeed")
+ALIAS += "reveal_type(universal_checkpoint.deepspeed.attach)\nuniversal_checkpoint.deepspeed.attach()\n"
+SEEN = ("ucp.checkpoint.Checkpoint", '"read" of "Checkpoint"', 'Module has no attribute "opne"')
 
 
 def check(built: Path) -> None:
@@ -54,18 +59,22 @@ def check(built: Path) -> None:
             ["ucp-spec", "check", "llama"],
         ):
             run([sys.executable, str(home / "bin" / command[0]), *command[1:]], made, environment)
-        user = Path(made, "user.py")
-        user.write_text(TYPED, encoding="utf-8")
+        types = {"user.py": (TYPED, SEEN), "other.py": (ALIAS, (*SEEN, 'Missing positional argument "engine"'))}
+        for name, (text, _) in types.items():
+            Path(made, name).write_text(text, encoding="utf-8")
         mypy = subprocess.run(
-            [sys.executable, "-m", "mypy", "--no-error-summary", str(user)],
+            [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *types],
             cwd=made,
             env={**environment, "MYPYPATH": str(home)},
             capture_output=True,
             text=True,
             check=False,
         )
-        if "ucp.checkpoint.Checkpoint" not in mypy.stdout or '"read" of "Checkpoint"' not in mypy.stdout:
-            raise SystemExit(f"{built}: a user's mypy does not see its types: {mypy.stdout}{mypy.stderr}")
+        for name, (_, seen) in types.items():
+            found = [line for line in mypy.stdout.splitlines() if line.startswith(name)]
+            missing = [part for part in seen if not any(part in line for line in found)]
+            if missing or mypy.stderr:
+                raise SystemExit(f"{built}: a user's mypy does not see its types in {name}: {mypy.stdout}{mypy.stderr}")
 
 
 def run(command: list[str], cwd: str, environment: dict[str, str] | None = None) -> str:

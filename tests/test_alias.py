@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import ucp
 
 ROOT = Path(__file__).parents[1]
 OLDER = ROOT / "tests/formats/deepspeed/older/0.14.4-z1-bf16"
@@ -92,3 +95,9 @@ def test_where_theirs_has_overwritten_ours_it_says_so(tmp_path: Path) -> None:
 def test_by_its_other_name_it_says_how(tmp_path: Path) -> None:
     done = with_path("import ucp", ROOT, rapids(tmp_path / "rapids"))
     assert "'import universal_checkpoint as ucp' is this project all the same" in done.stderr
+
+
+def test_a_type_checker_finds_every_public_name_under_the_other_one() -> None:
+    tree = ast.parse((ROOT / "universal_checkpoint/__init__.py").read_text(encoding="utf-8"))
+    told = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ucp"]
+    assert sorted(alias.asname or "" for node in told for alias in node.names) == sorted(ucp.__all__)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ucp.torchdist.save import async_save, save
     from ucp.torchdist.training import load_training, save_training
 
+    __version__: str
+
 __all__ = [
     "open",
     "convert",
@@ -78,12 +80,14 @@ _named = names_of("ucp", _HOMES)
 _neighbours.refuse_ucx_py()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from ucp.version import version
+if not TYPE_CHECKING:  # else any name would be there for a type checker, of any type
 
-        return version()
-    return _named(name)
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from ucp.version import version
+
+            return version()
+        return _named(name)
 
 
 def __dir__() -> list[str]:

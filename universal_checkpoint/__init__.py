@@ -16,6 +16,28 @@ import os
 import sys
 from collections.abc import Sequence
 from types import CodeType, ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what a type checker finds under this name; below, one module takes the other's place
+    from ucp import Checkpoint as Checkpoint
+    from ucp import ConversionReport as ConversionReport
+    from ucp import Layout as Layout
+    from ucp import MergeReport as MergeReport
+    from ucp import ParameterInfo as ParameterInfo
+    from ucp import ParamGroup as ParamGroup
+    from ucp import TrainingState as TrainingState
+    from ucp import UcpError as UcpError
+    from ucp import __version__ as __version__
+    from ucp import affine_map as affine_map
+    from ucp import async_save as async_save
+    from ucp import convert as convert
+    from ucp import digest as digest
+    from ucp import load as load
+    from ucp import load_training as load_training
+    from ucp import merge as merge
+    from ucp import open as open  # noqa: A004 (as in `ucp`)
+    from ucp import save as save
+    from ucp import save_training as save_training
 
 _NAME = __name__
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["Changed", "LiveParameter", "Outline", "applied", "of_all_ranks", "outline_of"]
 
 # Most loads declare no changes, and making them takes the language of specs.
-__getattr__ = names_of(
-    __name__,
-    {
-        "applied": "ucp.changes.apply",
-        "Changed": "ucp.changes.changed",
-        "LiveParameter": "ucp.changes.outline",
-        "Outline": "ucp.changes.outline",
-        "of_all_ranks": "ucp.changes.outline",
-        "outline_of": "ucp.changes.outline",
-    },
-)
+if not TYPE_CHECKING:  # else any name would be there for a type checker, of any type
+    __getattr__ = names_of(
+        __name__,
+        {
+            "applied": "ucp.changes.apply",
+            "Changed": "ucp.changes.changed",
+            "LiveParameter": "ucp.changes.outline",
+            "Outline": "ucp.changes.outline",
+            "of_all_ranks": "ucp.changes.outline",
+            "outline_of": "ucp.changes.outline",
+        },
+    )

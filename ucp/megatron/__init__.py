@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["save_checkpoint", "async_save_checkpoint", "load_checkpoint"]
 
-__getattr__ = names_of(
-    "ucp.megatron",
-    {
-        "save_checkpoint": "ucp.megatron.save",
-        "async_save_checkpoint": "ucp.megatron.save",
-        "load_checkpoint": "ucp.megatron.load",
-    },
-)
+if not TYPE_CHECKING:  # else any name would be there for a type checker, of any type
+    __getattr__ = names_of(
+        "ucp.megatron",
+        {
+            "save_checkpoint": "ucp.megatron.save",
+            "async_save_checkpoint": "ucp.megatron.save",
+            "load_checkpoint": "ucp.megatron.load",
+        },
+    )
 
 
 def __dir__() -> list[str]:

@@ -25,4 +25,5 @@ _HOMES = {
 }
 
 
-__getattr__ = names_of("ucp.repair", _HOMES)
+if not TYPE_CHECKING:  # else any name would be there for a type checker, of any type
+    __getattr__ = names_of("ucp.repair", _HOMES)

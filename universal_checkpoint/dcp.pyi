@@ -1,0 +1,3 @@
+"""For type checkers: at run time this is the module `ucp.dcp`."""
+
+from ucp.dcp import *
