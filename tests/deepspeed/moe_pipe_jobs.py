@@ -174,3 +174,64 @@ def stock(case: AutoCase, folder: str, stages: int) -> Any:
     if engine.load_checkpoint(folder)[0] is None:
         raise FileNotFoundError(folder)
     return held(engine), train(engine, case, STEPS, FURTHER + 1)
+
+
+def under_fsdp2(case: AutoCase, folder: str, how: Any, save: str) -> Any:
+    """Transformers' Mixtral, whole experts on every rank, cut by FSDP2: what it holds after a load, and losses."""
+    from torch.distributed.fsdp import fully_shard
+
+    import ucp
+    from tests.engines.configs import OPTIMIZERS
+
+    model: Any = autoep.mixtral(case.case.seed)
+    model.set_experts_implementation("eager")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    options = {k: v for k, v in OPTIMIZERS["adamw"][1].items() if k != "torch_adam"}
+    named = list(model.named_parameters())
+    groups = [[p for n, p in named if (".experts." in n) == experts] for experts in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": params} for params in groups], **options)
+    report = ucp.load_training(folder, model=model, optimizer=optimizer, rng=False, prove="always", **how).tensors
+    found = {
+        name: {"param": whole(p), **{s: whole(v) for s, v in optimizer.state[p].items() if v.dim()}}
+        for name, p in named
+    }
+    ucp.save_training(save, model=model, optimizer=optimizer, step=STEPS)
+    losses = []
+    for step in range(STEPS, STEPS + FURTHER + 1):
+        tokens, labels = models.batch("llama", step, dist.get_rank(), dist.get_world_size())
+        loss = models.loss("llama", model, tokens, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return found, report.proof is not None and report.proof.complete, losses
+
+
+def whole(tensor: Any) -> Tensor:
+    """All ranks' shards."""
+    out: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return out.detach().clone()
+
+
+def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes: Any = None) -> Any:
+    """AutoEP without ZeRO: what every rank holds after a load, of which each has whole tensors and its own experts."""
+    if stages:
+        engine = pipeline(case, stages, True, OURS, section(changes))
+    else:
+        engine = autoep.build_engine(case, OURS, section(changes))
+    engine.load_checkpoint(folder)
+    complete = engine.ucp.last_load.proof.complete
+    stacks = {name: place for name, (place, _) in autoep.stacks(engine.module)}
+    mine = {}
+    for name, parameter in engine.module.named_parameters():
+        states = {s: v.detach().clone() for s, v in engine.optimizer.state[parameter].items() if v.dim()}
+        mine[name] = (stacks.get(name), {"param": parameter.detach().clone(), **states})
+    engine.save_checkpoint(save)
+    losses = (
+        train(engine, case, STEPS, FURTHER + 1) if stages else continue_training(engine, case.case, STEPS, FURTHER + 1)
+    )
+    return mine, complete, losses

@@ -10,6 +10,7 @@ import torch
 
 import ucp
 from tests.deepspeed import moe_pipe_jobs as jobs
+from tests.deepspeed.test_changed_parallel import FUSED
 from tests.engines import autoep, releases
 from tests.engines.autoep import PRELOAD, AutoCase
 from tests.engines.configs import Case, make_config
@@ -158,3 +159,76 @@ def test_autoep_in_stages(ranks: RankPool, auto_sources: MoeSources, tmp_path: P
     config["pipeline"] = {"partition": [0, 3, 5]}
     with pytest.raises(ucp.UcpError, match="has no parameter on pipeline stage 1"):
         ucp.convert(tmp_path / "stock", tmp_path / "uneven", ds_config=config, **uneven)
+
+
+def test_autoep_into_fsdp2_and_back(ranks: RankPool, auto_sources: MoeSources, tmp_path: Path) -> None:
+    run = auto_sources.get(AutoCase(TWO, ep=2))
+    found, complete, losses = ranks.run(
+        jobs.under_fsdp2,
+        AutoCase(TWO.but(seed=7)),
+        run.folder,
+        {"changes": FUSED},
+        str(tmp_path),
+        world_size=2,
+        preload=PRELOAD,
+    )[0]
+    assert complete
+    assert losses == pytest.approx(run.further, rel=0, abs=CLOSE)
+    stacked = known(run.truth).params
+    for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        for state in ("param", "exp_avg", "exp_avg_sq"):
+            halves = [stacked[f"{layer}.experts.{w}"][state] for w in ("w1", "w3")]
+            assert torch.equal(found[f"{layer}.experts.gate_up_proj"][state], torch.cat(halves, dim=1))
+            assert torch.equal(found[f"{layer}.experts.down_proj"][state], stacked[f"{layer}.experts.w2"][state])
+    back = ranks.run(
+        autoep.resume,
+        AutoCase(TWO.but(stage=3, seed=9), ep=2),
+        str(tmp_path),
+        None,
+        jobs.OURS,
+        {"ucp": {"enabled": True, "spec": "mixtral"}},
+        last=False,
+        world_size=2,
+        preload=PRELOAD,
+    )[0]
+    assert known(back.truth).params.keys() == stacked.keys()
+    for name, states in stacked.items():
+        for state, value in states.items():
+            assert torch.equal(known(back.truth).params[name][state], value), (name, state)
+    assert back.further == pytest.approx(run.further, rel=0, abs=CLOSE)
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+def test_autoep_without_zero(ranks: RankPool, auto_sources: MoeSources, tmp_path: Path, stages: int) -> None:
+    """Stage 0, from stage 1 and into it again, without stages of a pipeline and with two."""
+    run = auto_sources.get(AutoCase(TWO, ep=2))
+    changes = to_stages(listed=False) if stages else None
+    world = 2 * max(stages, 1)
+    held = ranks.run(
+        jobs.at_stage_0,
+        AutoCase(TWO.but(stage=0, seed=7), ep=2),
+        run.folder,
+        str(tmp_path),
+        stages,
+        changes,
+        world_size=world,
+        preload=PRELOAD,
+    )
+    stacked = known(run.truth).params
+    for mine, complete, losses in held:
+        assert complete
+        assert losses == pytest.approx(run.further, rel=0, abs=CLOSE)
+        for name, (place, states) in mine.items():
+            n, _, rest = name.partition(".")
+            source = name if not stages else PLAIN.get(name) or f"model.layers.{int(n) - 1}.{rest}"
+            assert states.keys() == stacked[source].keys()
+            for state, value in states.items():
+                whole = stacked[source][state]
+                assert torch.equal(value, whole if place is None else whole.chunk(2)[place]), (name, state)
+    with ucp.open(tmp_path) as checkpoint:
+        total = {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"}
+        assert len(total) == len(stacked)
+        for name in total:
+            n, _, rest = name.partition(".")
+            source = name if not stages else PLAIN.get(name) or f"model.layers.{int(n) - 1}.{rest}"
+            assert all(torch.equal(checkpoint.read(name, s), value) for s, value in stacked[source].items()), name
