@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 import ucp.deepspeed
-from tests.engines import moe, pipe_runs, tp_runs
+from tests.engines import moe, pipe_runs, releases, tp_runs
 from tests.engines.models import GLOBAL_BATCH
 from tests.engines.moe import MoeCase
 from tests.engines.pipe_runs import PipeCase
@@ -63,5 +63,6 @@ def run(case: TpCase | PipeCase | MoeCase, folder: str, steps: int, load: bool, 
         continue_training(engine, case.case, 0, steps)
     else:
         module.continue_training(engine, case, 0, steps)
-    engine.save_checkpoint(folder, f"global_step{engine.global_steps}")
+    beside = releases.saved_beside(engine.module) if stock else {}
+    engine.save_checkpoint(folder, f"global_step{engine.global_steps}", client_state=beside)
     return Drawn((begun, seen()), tuple(numbers), part, tuple(warnings))

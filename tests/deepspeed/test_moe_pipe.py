@@ -9,6 +9,7 @@ import torch
 
 import ucp
 from tests.deepspeed import moe_parallel_jobs as jobs
+from tests.engines import releases
 from tests.engines.pool import RankPool
 
 pytestmark = pytest.mark.slow
@@ -20,6 +21,7 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
     own."""
     truth, losses = ranks.run(jobs.in_stages, str(tmp_path / "stock"), stage, world_size=4)[0]
     assert len([name for name in truth if "deepspeed_experts" in name]) >= 16
+    releases.skip_unreadable(str(tmp_path / "stock"))
     ucp.convert(tmp_path / "stock", tmp_path / "universal")
     for folder in ("stock", "universal"):
         with ucp.open(tmp_path / folder) as checkpoint:
