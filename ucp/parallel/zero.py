@@ -9,6 +9,7 @@ data-parallel rank, and ``starts`` is the position in that rank's partition. Wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -88,13 +89,23 @@ def ceil_size(n: int, dp: int) -> int:
 
 
 def ceil_partition(shape: Sequence[int], offset: int, dp: int) -> Blocks:
-    """Stage 3: a parameter whose piece begins at ``offset`` of every rank's subgroup partition."""
+    """Stage 3: a parameter whose piece begins at ``offset`` of every rank's subgroup partition.
+
+    Most parameters of a model have one of a few shapes. Those share the arrays of their boxes, which are worked out and
+    checked once for each shape.
+    """
+    cut = _all_pieces(tuple(shape), dp)
+    return replace(cut, starts=cut.starts + offset)
+
+
+@lru_cache(maxsize=64)
+def _all_pieces(shape: tuple[int, ...], dp: int) -> Blocks:
     n = numel(shape)
     piece = ceil_size(n, dp)
     ranks = np.arange(dp)
     first = np.minimum(ranks * piece, n)
     last = np.minimum((ranks + 1) * piece, n)
-    return flat_ranges(shape, first, last, np.full(dp, offset), ranks)
+    return flat_ranges(shape, first, last, np.zeros(dp, np.int64), ranks)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -105,8 +116,7 @@ def _own_piece(shape: tuple[int, ...], dp: int, rank: int) -> Blocks:
 
 
 def own_ceil_partition(shape: Sequence[int], offset: int, dp: int, rank: int) -> Blocks:
-    """What one rank has of `ceil_partition`, in one buffer. Most parameters of a model have one of a few shapes, so
-    that it is worked out once for each."""
+    """What one rank has of `ceil_partition`, in one buffer."""
     piece = _own_piece(tuple(shape), dp, rank)
     return piece.in_buffer(0, offset) if offset else piece
 

@@ -16,11 +16,10 @@ from ucp import limits
 from ucp.errors import DamagedCheckpoint, DigestMismatch, Unsupported
 from ucp.storage import locations
 from ucp.storage.crc32 import StoredCrc32, crc32
+from ucp.storage.torch_pt.directory import ZipEntry, entries
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_DIRECTORY_ENTRY = struct.Struct("<4s4B4H3I5H2I")
-_CRC_IN_ENTRY = 16
-_ENCRYPTED, _UTF8 = 0x1, 0x800
+_ENCRYPTED = 0x1
 # Records of a few bytes that torch writes beside the pickle. Only 'byteorder' decides anything here.
 SMALL_RECORDS = (".format_version", ".storage_alignment", "version")
 
@@ -86,24 +85,22 @@ class ZipEntries:
         self._base = base
         # Headers lie far apart, so reading ahead, as a buffered local file does, would be wasteful.
         self._stream = getattr(stream, "raw", stream)
+        self._raw = stream.getbuffer() if isinstance(stream, io.BytesIO) else None
         try:
-            with zipfile.ZipFile(stream) as archive:
-                infos = archive.infolist()
-                directory = archive.start_dir
+            found, directory = entries(stream, self._read, size)
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError, struct.error) as error:
             raise DamagedCheckpoint(
                 f"the file is truncated or damaged ({size} bytes, zip archive: {error})", file=path
             ) from error
         self._data_end = base + directory
-        self._entries = {info.filename: info for info in infos}
-        if len(self._entries) != len(infos):
+        self._entries = {entry.name: entry for entry in found}
+        if len(self._entries) != len(found):
             raise DamagedCheckpoint("two entries of its zip archive have the same name", file=path)
         pickles = [name for name in self._entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if not pickles:
             raise DamagedCheckpoint(f"a zip archive ({size} bytes), but not one that torch.save wrote", file=path)
         self._prefix = min(pickles, key=len).removesuffix("data.pkl")
-        self._crc_places = self._places_of_crcs(directory, infos)
-        self.has_crcs = any(info.CRC for info in infos)
+        self.has_crcs = any(entry.crc for entry in found)
         """Whether it was written with CRC-32s: `torch.serialization.set_crc32_options(False)` leaves zeros."""
 
     def __contains__(self, name: str) -> bool:
@@ -116,16 +113,16 @@ class ZipEntries:
 
     def range(self, name: str) -> tuple[int, int]:
         """The bytes `[start, stop)` of the file that are the record's data."""
-        info = self._entries.get(self._prefix + name)
-        if info is None:
+        entry = self._entries.get(self._prefix + name)
+        if entry is None:
             raise DamagedCheckpoint(f"its zip archive has no entry {name!r}", file=self.path)
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        if entry.method != zipfile.ZIP_STORED or entry.flags & _ENCRYPTED:
             raise Unsupported(
                 f"entry {name!r} is compressed or encrypted, so that it has no byte ranges", file=self.path
             )
-        start = self._base + info.header_offset + self._header_length(name, info)
-        stop = start + info.file_size
-        if info.compress_size != info.file_size or stop > self._data_end:
+        start = self._base + entry.at + self._header_length(name, entry)
+        stop = start + entry.size
+        if entry.stored_size != entry.size or stop > self._data_end:
             raise DamagedCheckpoint(
                 f"zip entry {name!r} should be bytes {start} to {stop}, and the archive's data end at "
                 f"{self._data_end} ({self.size} bytes in the file)",
@@ -133,20 +130,20 @@ class ZipEntries:
             )
         return start, stop
 
-    def _header_length(self, name: str, info: zipfile.ZipInfo) -> int:
+    def _header_length(self, name: str, entry: ZipEntry) -> int:
         """Bytes from a record's header to its data.
 
         No CRC covers the header, and its lengths decide where the data begins. So its name must be the directory's, and
         the fields of its extra part, which torch uses for padding, must fill that part exactly.
         """
-        wanted = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
-        raw = self._read(info.header_offset, LOCAL_HEADER.size + len(wanted) + limits.ZIP_EXTRA_BYTES)
+        wanted = entry.raw_name
+        raw = self._read(entry.at, LOCAL_HEADER.size + len(wanted) + limits.ZIP_EXTRA_BYTES)
         if len(raw) >= LOCAL_HEADER.size and raw[:4] == b"PK\x03\x04":
             fields = LOCAL_HEADER.unpack_from(raw)
             at = LOCAL_HEADER.size + len(wanted)
             end = at + fields[10]
             if end > len(raw):
-                raw = self._read(info.header_offset, end)
+                raw = self._read(entry.at, end)
             stored = fields[3] == zipfile.ZIP_STORED and fields[9] == len(wanted)
             if stored and len(raw) >= end and raw[at - len(wanted) : at] == wanted:
                 while at + 4 <= end:
@@ -157,19 +154,17 @@ class ZipEntries:
 
     def crc(self, name: str, start: int, stop: int) -> StoredCrc32 | None:
         """The CRC-32 of a record that lies in these bytes of the file; None if the archive was written without CRCs."""
-        info = self._entries[self._prefix + name]
-        if not self.has_crcs:
-            return None
-        return StoredCrc32(name, start, stop, info.CRC, self._base + self._crc_places[info.filename])
+        entry = self._entries[self._prefix + name]
+        return StoredCrc32(name, start, stop, entry.crc, self._base + entry.crc_at) if self.has_crcs else None
 
     @property
     def is_whole_file(self) -> bool:
         """Whether the archive begins where its file does. If a file is a row of archives, only the first does."""
-        return self._base == 0 and min(info.header_offset for info in self._entries.values()) == 0
+        return self._base == 0 and min(entry.at for entry in self._entries.values()) == 0
 
     def crcs(self) -> list[StoredCrc32]:
         """The CRC-32s of all records that have bytes, in the order of the file; none if it was written without CRCs."""
-        names = [name.removeprefix(self._prefix) for name, info in self._entries.items() if info.file_size]
+        names = [name.removeprefix(self._prefix) for name, entry in self._entries.items() if entry.size]
         found = [self.crc(name, *self.range(name)) for name in names if self._prefix + name in self._entries]
         return sorted((crc for crc in found if crc is not None), key=lambda crc: crc.start)
 
@@ -184,21 +179,12 @@ class ZipEntries:
             raise DigestMismatch(wanted.differs(self.path, wanted.crc, crc32(data)))
         return data
 
-    def _places_of_crcs(self, directory: int, infos: list[zipfile.ZipInfo]) -> dict[str, int]:
-        """Where in the archive each record's CRC-32 is stored: in its entry of the directory, which lists them all."""
-        raw = self._read(directory, self.size - directory)
-        out: dict[str, int] = {}
-        at = 0
-        for info in infos:  # in the directory's order; zipfile has checked the entries
-            out[info.filename] = directory + at + _CRC_IN_ENTRY
-            fields = _DIRECTORY_ENTRY.unpack_from(raw, at)
-            at += _DIRECTORY_ENTRY.size + sum(fields[12:15])
-        return out
-
     def _read(self, at: int, count: int) -> bytes:
         """Bytes of the archive; fewer if it ends before, none if a damaged directory points outside."""
         if not 0 <= at <= self.size:
             return b""
+        if self._raw is not None:
+            return bytes(self._raw[at : at + count])
         self._stream.seek(at)
         parts = []
         while count:
