@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.engines import tp_models
 from tests.engines import truth as truths
 from tests.engines.tp_models import VOCABULARY
 from tests.engines.truth import Truth, same
@@ -74,7 +75,9 @@ def _cat(name: str, shards: list[Tensor]) -> dict[str, Tensor]:
         return {name: torch.cat([half[0] for half in halves] + [half[1] for half in halves])}
     if name.endswith("embed_tokens.weight") and sum(map(len, shards)) == VOCABULARY:  # it is tied to a head that is cut
         return {name: torch.cat(shards)}
-    is_head = name.endswith("lm_head.weight") and len(shards[0]) == VOCABULARY  # whole on each rank before 0.18
+    is_head = (
+        name.endswith("lm_head.weight") and len(shards[0]) == tp_models.VOCABULARY
+    )  # whole on each rank before 0.18
     if name.endswith((*ROWS, "query_key_value.bias")) and not is_head:
         return {name: torch.cat(shards)}
     if name.endswith(COLUMNS):
