@@ -33,7 +33,7 @@ FAULTS = {
     r"bf16_master_weights_and_grads\n\s+Extra inputs are not permitted": "has no masters of few bits",
     r"has experts of DeepSpeed's own layers under tensor parallelism": "saves stages with experts as if slices",
     r"nothing says how they cut its \d+ parameters \('model\.": "does not say how its AutoTP has cut a model",
-    r"which is no multiple of \d+, so no cut of 'kv_heads' makes it": "its AutoTP cuts through heads that do not divide",
+    r"no multiple of \d+, so no cut of 'kv_heads' makes it": "its AutoTP cuts through heads that do not divide",
     r"super_offload\n\s+Extra inputs are not permitted": "has no SuperOffload",
     r"zenflow\n\s+Extra inputs are not permitted": "has no ZenFlow",
     r"^unknown parameter type": "its quantized weights don't step with torch's AdamW",
