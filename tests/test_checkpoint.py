@@ -50,6 +50,8 @@ def test_a_tag_picks(several: Path) -> None:
         assert checkpoint.path == several / "step3"
     with pytest.raises(NotACheckpoint, match=r"no checkpoint with the tag 'step33'; did you mean 'step3'"):
         ucp.open(several, tag="step33")
+    with pytest.raises(NotACheckpoint, match="there is no such file or folder"):
+        ucp.open(several / "nowhere", tag="step3")
     for tag in ("../run/step1", "", ".", ".."):
         with pytest.raises(BadArgument, match="is not the name of a folder"):
             ucp.open(several, tag=tag)

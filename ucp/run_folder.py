@@ -274,6 +274,8 @@ def _none_here(folder: Path) -> NotACheckpoint:
 
 def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
     """The error for a tag that no checkpoint in the folder has. It names the checkpoints that are there."""
+    if not locations.exists(folder):
+        return formats.explain_unknown(folder)
     names = [c.within(folder) for c in checkpoints_in(folder)]
     hint = nearest(tag, names) if names else "there is no checkpoint at all"
     return NotACheckpoint(f"{folder}: no checkpoint with the tag '{tag}'; {hint}")
@@ -282,12 +284,10 @@ def unknown_tag(folder: Path, tag: str) -> NotACheckpoint:
 def nearest(name: str, known: Iterable[str]) -> str:
     """What to tell a user who has given a name that does not exist."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(repr(n) for n in known[:3])
-    there = "is" if len(known) == 1 else "are"
-    return f"there {there} {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
+    return f"there {'is' if len(known) == 1 else 'are'} {len(known)}: {shown}{', …' if len(known) > 3 else ''}"
 
 
 def _tagged(folder: Path, tag: str | int) -> Chosen:

@@ -275,7 +275,7 @@ def test_a_plan_says_why_it_has_no_time(capsys: pytest.CaptureFixture[str], sour
     code, out, _ = call(capsys, "plan", source, "--layout", "dp=2,zero=1")
     assert (code, "time\tnot known: say how fast" in out) == (0, True)
     _, out, _ = call(capsys, "plan", source, "--layout", "dp=2,zero=1", "--storage-bandwidth", "2GB")
-    assert "time\t0.0 s, limited by the storage's bandwidth" in out
+    assert "time\tless than 0.1 s, limited by the storage's bandwidth" in out
 
 
 def test_inspect_speaks_of_ranks_and_explains_its_table(source: Path) -> None:

@@ -143,6 +143,7 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert [count_text(n) for n in (12, 1234, 7_240_000_000)] == ["12", "1,234", "7.24 billion"]
     assert [seconds_text(n) for n in (1.44, 61, 3900)] == ["1.4 s", "1 min 01 s", "1 h 05 min"]
+    assert [seconds_text(n) for n in (0, 0.04, 0.1)] == ["less than 0.1 s", "less than 0.1 s", "0.1 s"]
     assert [age_text(0, now) for now in (5, 120, 7200, 86400 * 3)] == [
         "just now",
         "2 minutes ago",

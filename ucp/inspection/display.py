@@ -25,7 +25,9 @@ def scalar_text(value: object) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """``1 h 05 min``, ``3 min 20 s``, ``1.4 s``."""
+    """``1 h 05 min``, ``3 min 20 s``, ``1.4 s``, ``less than 0.1 s``."""
+    if seconds < 0.1:
+        return "less than 0.1 s"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
