@@ -90,6 +90,10 @@ def test_where_theirs_has_overwritten_ours_it_says_so(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "universal_checkpoint", theirs / "universal_checkpoint")
     done = with_path("import universal_checkpoint", theirs)
     assert f"{theirs / 'ucp'} is another package named 'ucp'" in done.stderr
+    # Installed after ours: of our files only those are gone whose names theirs has, too.
+    shutil.copy(ROOT / "ucp/_neighbours.py", theirs / "ucp")
+    done = with_path("import universal_checkpoint", theirs)
+    assert f"{theirs / 'ucp'} is another package named 'ucp'" in done.stderr
 
 
 def test_by_its_other_name_it_says_how(tmp_path: Path) -> None:

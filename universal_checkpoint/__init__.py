@@ -54,18 +54,21 @@ def _own() -> ModuleType:
             "RAPIDS' ucx-py; import universal_checkpoint first, or in a process that does not need the other one",
             name=_NAME,
         )
+    overwritten = ImportError(
+        f"{home} is another package named 'ucp', such as RAPIDS' ucx-py, which has overwritten this project's; "
+        "install universal-checkpoint into a folder of its own (pip install --target), or an environment",
+        name=_NAME,
+    )
     if os.path.isdir(home) and not os.path.exists(os.path.join(home, "_neighbours.py")):
-        raise ImportError(
-            f"{home} is another package named 'ucp', such as RAPIDS' ucx-py, which has overwritten this project's; "
-            "install universal-checkpoint into a folder of its own (pip install --target), or an environment",
-            name=_NAME,
-        )
+        raise overwritten
     spec = importlib.machinery.PathFinder.find_spec("ucp", [_HOME]) or importlib.util.find_spec("ucp")
     if spec is None or spec.loader is None:
         raise ImportError(f"{_HOME} has no package 'ucp' beside {_NAME}", name=_NAME)
     module = sys.modules["ucp"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "_neighbours"):  # theirs came later: our files are there, but for those of their names
+            raise overwritten
     except BaseException:
         del sys.modules["ucp"]
         raise
