@@ -144,6 +144,10 @@ WRITER_NICENESS = 10
 # The most that a keeper's frame holds. Headers contain directories. Bodies contain pieces of files and whole manifests.
 KEEPER_HEADER_BYTES = 256 * MIB
 KEEPER_BODY_BYTES = 4 * GIB
+# The most that is read of somebody who has not shown yet that they know the run's token.
+KEEPER_HELLO_BYTES = 64 * KIB
+# How long a keeper that has no descriptor or thread to spare waits before it takes the next connection.
+KEEPER_BREATH_SECONDS = 0.2
 # How much of a file on another node is asked for at once.
 KEEPER_PART_BYTES = 8 * MIB
 # A keeper that cannot be reached, or does not answer, for so long is lost. An answer may have to wait for a rebuilding.

@@ -95,3 +95,34 @@ def test_what_deepspeeds_section_does_not_allow_is_refused() -> None:
         fitted(section(13, [14], 0.1, True), 2)
     with pytest.raises(BadArgument, match=r"without model parallelism is understood, found 0\.3"):
         fitted(section(13, [1], 0.3, True), 2)
+
+
+@pytest.mark.parametrize(
+    ("elastic", "more", "text"),
+    [
+        ({}, {"train_batch_size": 0}, r'"train_batch_size" is a whole number from 1 to \d+, found 0'),
+        ({}, {"train_batch_size": -4}, '"train_batch_size" .* found -4'),
+        ({}, {"train_batch_size": True}, '"train_batch_size" .* found True'),
+        ({}, {"train_batch_size": 10**18}, '"train_batch_size" .* found 10+'),
+        ({}, {"train_micro_batch_size_per_gpu": 0}, '"train_micro_batch_size_per_gpu" .* found 0'),
+        ({"micro": [2, 0]}, {}, '"micro" is a whole number from 1 .* found 0'),
+        ({"micro": 3}, {}, '"micro" needs a list, found 3'),
+        ({"min": "2"}, {}, "\"min\" .* found '2'"),
+        ({"min": 5, "micro": [1]}, {}, r'4 ranks cannot go on .*: "min" is 5; .* do: 6, 12$'),
+        ({"layouts": [4]}, {}, "an elastic layout is text .* found 4"),
+        ({"layouts": ["dp=4,zero=1", "dp=4,zero=3"]}, {}, "two elastic layouts are for 4 ranks; .* 'dp=4,zero=3'"),
+        ({"layuots": []}, {}, "\"elastic\" is an object with layouts, .* found 'layuots'"),
+        ([4], {}, r'"elastic" is an object with .* found '),
+    ],
+)
+def test_what_no_elastic_section_can_say(elastic: Any, more: dict[str, Any], text: str) -> None:
+    with pytest.raises(BadArgument, match=text):
+        fitted({**config(elastic), **more}, 4)
+
+
+def test_a_refusal_of_a_huge_batch_is_short_and_quick() -> None:
+    for uneven in (False, True):
+        given = config({"micro": [1], "uneven": uneven, "min": 8}, train_batch_size=2**31 - 1)
+        with pytest.raises(BadArgument, match=r"would do \(of those up to 128\): ") as caught:
+            fitted(given, 7)
+        assert len(str(caught.value)) < 1000

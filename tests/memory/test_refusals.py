@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from tests.memory.nodes import wait_for
 from ucp import limits
 from ucp.cli.main import main
 from ucp.errors import BadArgument, DamagedCheckpoint, SaveFailed, UcpError
-from ucp.memory import blocks, recovery, start
+from ucp.memory import blocks, control, recovery, start
 from ucp.memory.groups import divided
 from ucp.memory.options import Options, nbytes
 from ucp.memory.pool import LentPool
@@ -153,6 +159,101 @@ def test_a_keeper_that_says_nothing_is_lost_in_time(monkeypatch: pytest.MonkeyPa
 def test_sizes_that_are_none(text: object) -> None:
     with pytest.raises(BadArgument, match='"limit" needs a size'):
         nbytes(text, "limit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"redundancy": -1},
+        {"redundancy": 33},
+        {"keep": 1},
+        {"keep": 10**9},
+        {"keep": True},
+        {"group": 0},
+        {"group": "rack"},
+        {"limit": 0},
+        {"limit": "nope"},
+        {"network": -5},
+        {"network": "fast"},
+        {"policy": "nope"},
+        {"run": ""},
+        {"run": "a\0b"},
+        {"run": "a\n\x1b[31mb"},
+        {"run": "x" * 5000},
+        {"nonsense": 1},
+        {"every": 5},
+        {"persist_every": 5},
+    ],
+)
+def test_options_that_cannot_be(wrong: dict[str, Any], tmp_path: Path, keepers: Path) -> None:
+    """Before a keeper is started; by the name of the option, and without control characters."""
+    with pytest.raises(BadArgument, match="run's name" if "run" in wrong else next(iter(wrong))) as caught:
+        MemorySnapshots(tmp_path, **wrong)
+    assert str(caught.value).isprintable()
+    assert list(keepers.iterdir()) == []
+
+
+def test_options_that_can_be(tmp_path: Path) -> None:
+    said = {"limit": "16GiB", "network": "1GB/s", "group": "node", "run": "Läufe/llama 2"}
+    assert MemorySnapshots(tmp_path, **said).tier.options == Options("Läufe/llama 2", limit=2**34, network=10**9)
+    with pytest.raises(BadArgument, match="without control characters"):
+        Tier(Options()).attach(tmp_path / "a\nb", 1)
+
+
+def test_a_run_that_has_no_name(keepers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", "a\0b", "a\x1b[2Jb"):
+        assert main(["keeper", "start", name]) == 2
+        assert "a run's name is text of 1 to 4096 characters" in capsys.readouterr().err
+    assert list(keepers.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_strangers_at_a_keeper_cost_it_nothing(keepers: Path) -> None:
+    """Those who don't know the token: no memory for what they announce, and no end to listening."""
+    note, _ = start.started("run", "a")
+    process, held = psutil.Process(note.pid), []
+
+    def stranger(*raw: bytes) -> socket.socket:
+        channel = socket.create_connection((note.host, note.port))
+        for one in raw:
+            channel.sendall(one)
+        held.append(channel)
+        return channel
+
+    before = _most_kib(note.pid)
+    huge = b'{"run":"x"}'
+    for raw in (
+        struct.pack("!IQ", len(huge), 1 << 30) + huge,
+        struct.pack("!IQ", 1 << 27, 0),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ):
+        channel = stranger(raw)
+        channel.settimeout(20)
+        with suppress(ConnectionResetError):
+            while channel.recv(1 << 10):
+                pass
+    odd = json.dumps({"run": "run", "proof": "\u00e9"}).encode()
+    channel = stranger(struct.pack("!IQ", len(odd), 0) + odd)
+    receive(channel)
+    answer = receive(channel)
+    assert answer is not None
+    assert "another one here than 'run'" in answer.header["fault"]
+    assert _most_kib(note.pid) - before < 64 << 10
+    process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 8, process.num_fds() + 8))
+    for _ in range(30):
+        stranger()
+    time.sleep(0.3)
+    for channel in held:
+        channel.close()
+    wait_for(lambda: "a connection was not taken" in str(control.statuses("run")[0]["said"]))
+    far = client.of_address("run", "a", note.host, note.port, note.token)
+    assert far.ask("ping").header["pid"] == note.pid
+
+
+def _most_kib(pid: int) -> int:
+    """The most memory that a process has ever had."""
+    told = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in told if line.startswith("VmHWM")))
 
 
 def test_groups_never_hold_two_of_one_failure_domain() -> None:

@@ -10,6 +10,11 @@ from typing import Any
 from ucp.elastic import section
 from ucp.errors import BadArgument
 from ucp.parallel.mesh import parse_layout
+from ucp.printable import short
+
+_LISTED_COUNT = 128  # numbers of ranks that a refusal tries, unless there are twice as many ranks
+_BATCH_MAX_COUNT = 2**31 - 1
+_KEYS = ("layouts", "min", "micro", "batch", "uneven", "rng", "seed")
 
 
 @dataclass(frozen=True)
@@ -67,27 +72,54 @@ def fitted(config: Mapping[str, Any], world: int) -> Fitted | None:
         return Fitted(world, stages.get(world, stage), micro, accumulation)
     if said is None or (config.get(section.KEY) or {}).get("enabled"):
         return None  # DeepSpeed refuses the other section by itself
-    batch = config.get("train_batch_size")
-    if not isinstance(batch, int):
+    if config.get("train_batch_size") is None:
         raise BadArgument('"ucp": {"elastic"} keeps the global batch, so the config needs "train_batch_size"')
+    batch = _whole(config["train_batch_size"], "train_batch_size")
+    _refuse_unknown(said)
+    least = _whole(said.get("min", 1), "min")
     found = _stages(said.get("layouts"), stage)
     sizes = _micro(config, said)
     stage = stage if found is None else found.get(world, -1)
-    uneven = bool(said.get("uneven", False))
+    uneven = said.get("uneven", False) is True
     pair = _batches(batch, world, sizes, uneven)
-    if stage < 0 or pair is None or world < said.get("min", 1):
-        known = found or range(said.get("min", 1), batch + 1)
-        fit = [n for n in known if _batches(batch, n, sizes, uneven) is not None]
+    if stage < 0 or pair is None or world < least:
+        known = found or range(least, min(batch, _tried(world)) + 1)
+        fit = [n for n in known if n >= least and _batches(batch, n, sizes, uneven) is not None]
         raise BadArgument(
             f"{world} ranks cannot go on with the global batch of {batch}: "
-            f"{'no layout has as many ranks' if stage < 0 else _why(uneven)}; "
-            f"these numbers of ranks would do: {', '.join(map(str, sorted(fit))) or 'none'}"
+            f"{'no layout has as many ranks' if stage < 0 else _why(uneven, world, least)}; these numbers of ranks "
+            f"would do{'' if found or batch <= _tried(world) else f' (of those up to {_tried(world)})'}: "
+            f"{', '.join(map(str, sorted(fit))) or 'none'}"
         )
     made = Fitted(world, stage, *pair)
     return made if made.places == batch else replace(made, samples=batch)
 
 
-def _why(uneven: bool) -> str:
+def _tried(world: int) -> int:
+    """Up to which number of ranks a refusal looks for some that would do."""
+    return max(_LISTED_COUNT, min(2 * world, _LISTED_COUNT**2))
+
+
+def _refuse_unknown(said: Any) -> None:
+    for key in said if isinstance(said, Mapping) else [short(said)]:
+        if key not in _KEYS:
+            raise BadArgument(f'"elastic" is an object with {", ".join(_KEYS)}, found {short(key)}')
+    for key in ("layouts", "micro"):
+        if not isinstance(said.get(key) or (), list | tuple):
+            raise BadArgument(f'"elastic": "{key}" needs a list, found {short(said[key])}')
+    if not isinstance(said.get("uneven", False), bool):
+        raise BadArgument(f'"elastic": "uneven" needs true or false, found {short(said["uneven"])}')
+
+
+def _whole(value: object, key: str) -> int:
+    if type(value) is not int or not 1 <= value <= _BATCH_MAX_COUNT:
+        raise BadArgument(f'"{key}" is a whole number from 1 to {_BATCH_MAX_COUNT}, found {short(value)}')
+    return value
+
+
+def _why(uneven: bool, world: int, least: int) -> str:
+    if world < least:
+        return f'"min" is {least}'
     return "there is not a sample for each of them" if uneven else "no micro-batch divides it"
 
 
@@ -112,9 +144,13 @@ def _stages(layouts: Sequence[str] | None, stage: int) -> dict[int, int] | None:
         return None
     out = {}
     for text in layouts:
+        if not isinstance(text, str):
+            raise BadArgument(f'an elastic layout is text such as "dp=2,zero=3", found {short(text)}')
         layout = parse_layout(text)
         if layout.tp * layout.pp != 1:
             raise BadArgument(f"the elastic layout '{text}' has model parallelism, which the program builds itself")
+        if layout.dp in out:
+            raise BadArgument(f"two elastic layouts are for {layout.dp} ranks; the second is '{text}'")
         out[layout.dp] = layout.zero if "zero" in text else stage
     return out
 
@@ -122,8 +158,8 @@ def _stages(layouts: Sequence[str] | None, stage: int) -> dict[int, int] | None:
 def _micro(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[int]:
     """Sizes that a micro-batch may have, in order of preference. An empty list allows any size."""
     own = config.get("train_micro_batch_size_per_gpu")
-    allowed = [size for size in said.get("micro", ()) if isinstance(size, int) and size > 0]
-    first = [own] if isinstance(own, int) else []
+    allowed = [_whole(size, "micro") for size in said.get("micro") or ()]
+    first = [] if own in (None, "auto") else [_whole(own, "train_micro_batch_size_per_gpu")]
     return [*first, *(size for size in sorted(allowed, reverse=True) if size != own)] if allowed or first else []
 
 

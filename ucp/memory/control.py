@@ -9,6 +9,7 @@ from typing import Any
 
 from ucp.errors import BadArgument
 from ucp.memory import start
+from ucp.memory.options import check_run
 from ucp.memory.tier import own_address
 from ucp.storage.kept import SCHEME, places
 from ucp.storage.kept.client import of_note
@@ -19,12 +20,14 @@ def run_name(text: str) -> str:
     """A run's name from what people type: a name, with or without ``memory://``, or a folder's path."""
     name = text.removeprefix(SCHEME)
     known = {note.run for note in places.notes()}
-    return name if name in known or not os.path.exists(name) else os.path.abspath(name)
+    return name if name in known or "\0" in name or not os.path.exists(name) else os.path.abspath(name)
 
 
 def start_keeper(run: str) -> Note:
     """This node's keeper of the run, started if there is none. Raises BadArgument."""
-    return start.started(run_name(run), None, own_address())[0]
+    name = run_name(run)
+    check_run(name)
+    return start.started(name, None, own_address())[0]
 
 
 def statuses(run: str | None = None) -> list[Mapping[str, Any]]:

@@ -82,8 +82,13 @@ class Server:
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
-            channel, _ = listener.accept()
-            threading.Thread(target=self._converse, args=(channel,), daemon=True).start()
+            try:
+                channel, _ = listener.accept()
+                threading.Thread(target=self._converse, args=(channel,), daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                # No descriptor or thread to spare. Those who do not show the token are let go in a few seconds.
+                log.warning("a connection was not taken: %s", error)
+                time.sleep(limits.KEEPER_BREATH_SECONDS)
 
     def _converse(self, channel: socket.socket) -> None:
         with channel, suppress(OSError):
@@ -93,7 +98,7 @@ class Server:
             channel.settimeout(limits.KEEPER_CONNECT_SECONDS)
             nonce = secrets.token_hex(16)
             send(channel, {"nonce": nonce})
-            hello = receive(channel)
+            hello = receive(channel, limits.KEEPER_HELLO_BYTES)
             if hello is None or not self._knows(hello.header, nonce):
                 send(channel, {"fault": f"the run or its token is another one here than '{self.note.run}'"})
                 return
@@ -105,7 +110,9 @@ class Server:
 
     def _knows(self, hello: Mapping[str, Any], nonce: str) -> bool:
         proof = proof_of(self.note.token, nonce, self.note.run)
-        return hello.get("run") == self.note.run and hmac.compare_digest(str(hello.get("proof", "")), proof)
+        return hello.get("run") == self.note.run and hmac.compare_digest(
+            str(hello.get("proof", "")).encode("utf-8", "surrogatepass"), proof.encode()
+        )
 
 
 class Said(logging.Handler):

@@ -22,7 +22,7 @@ from ucp.job import ranks
 from ucp.memory import start
 from ucp.memory.coding import check
 from ucp.memory.groups import divided
-from ucp.memory.options import Options
+from ucp.memory.options import Options, check_run
 from ucp.memory.pool import LentPool
 from ucp.printable import logger
 from ucp.saving.background import Saver
@@ -67,6 +67,7 @@ class Tier:
         small.
         """
         run = ranks.from_first(lambda: self.options.run or os.path.abspath(folder))
+        check_run(run)
         if run == self.run:
             self._nbytes = nbytes or self._nbytes
             return

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ucp.errors import BadArgument
 from ucp.job import ranks
 from ucp.memory import recovery
 from ucp.memory.options import Options
@@ -37,14 +38,24 @@ class MemorySnapshots:
     done
         Called, in the background, with the report of every finished snapshot.
     options
-        Fields of `ucp.memory.options.Options`.
+        Fields of `ucp.memory.options.Options`, without those that say when. Sizes may be text, such as "16GiB".
+
+    Raises
+    ------
+    BadArgument
+        For options that there are not, or that cannot be so.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], done: Callable[[SaveReport], None] | None = None, **options: Any
     ) -> None:
         self._folder = folder
-        self.tier = Tier(Options(**options), done)
+        theirs = [key for key in ("every", "persist_every") if key in options]
+        if theirs:
+            raise BadArgument(
+                f"MemorySnapshots has no '{theirs[0]}': the program calls snapshot and save_training itself"
+            )
+        self.tier = Tier(Options.said(**options), done)
 
     def snapshot(self, step: int, **state: Any) -> bool:
         """Have the keepers take the state as it is now. Collective.

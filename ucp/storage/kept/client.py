@@ -122,10 +122,10 @@ def of_address(run: str, node: str, host: str, port: int, token: str) -> Client:
 
 def greet(channel: socket.socket, run: str, token: str) -> None:
     """Show that this side knows the run's token, without sending it. Raises OSError."""
-    hello = receive(channel)
+    hello = receive(channel, limits.KEEPER_HELLO_BYTES)
     nonce = "" if hello is None else str(hello.header.get("nonce", ""))
     send(channel, {"op": "hello", "run": run, "proof": proof_of(token, nonce, run)})
-    answer = receive(channel)
+    answer = receive(channel, limits.KEEPER_HELLO_BYTES)
     if answer is None or "fault" in answer.header:
         why = "it closed the connection" if answer is None else str(answer.header["fault"])
         raise PermissionError(errno.EPERM, why)

@@ -40,15 +40,18 @@ def send(to: socket.socket, header: Mapping[str, Any], body: Any = b"", file: in
         to.sendall(body)
 
 
-def receive(source: socket.socket) -> Frame | None:
-    """The next frame; None if the other side has closed. Raises OSError, also for data that is not a frame."""
+def receive(source: socket.socket, most: int | None = None) -> Frame | None:
+    """The next frame; None if the other side has closed. Raises OSError, also for data that is not a frame.
+
+    most: how many bytes a header may have, and no body then: for one who has not shown yet that they know the token.
+    """
     first, files = _first(source)
     if not first:
         return None
     while len(first) < _LENGTHS.size:
         first += _some(source, _LENGTHS.size - len(first))
     head, body = _LENGTHS.unpack(first)
-    if head > limits.KEEPER_HEADER_BYTES or body > limits.KEEPER_BODY_BYTES:
+    if head > (most or limits.KEEPER_HEADER_BYTES) or body > (0 if most else limits.KEEPER_BODY_BYTES):
         raise ConnectionError(f"a frame of {head} and {body} bytes is more than a keeper's frames have")
     try:
         header = json.loads(bytes(_exactly(source, head)))
