@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -40,14 +38,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["UCP_KEEPER_DIR"] = keepers
     args.data.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=args.data))
+    from ucp.memory import control
     from ucp.storage.kept import places
 
     try:
         rows = [*_training(args, folder), *_coding(), *_restarts(args, folder)]
     finally:
-        for note in places.notes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(note.pid, signal.SIGKILL)
+        for run in {note.run for note in places.notes()}:  # of what broke off
+            control.drop(run)
         for place in (folder, keepers):
             shutil.rmtree(place, ignore_errors=True)
     return {"title": "survive: snapshots in memory, one rank; restarts by torchrun, two", "rows": rows}
@@ -154,6 +152,7 @@ def _training(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     began = time.perf_counter()
     training.load_training(folder / "disk", model=model, optimizer=optimizer)
     from_disk = time.perf_counter() - began
+    memory.tier.end()  # as at the end of a program: its keeper ends
     last = reports[-1]
     return [
         {
