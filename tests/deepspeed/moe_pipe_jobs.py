@@ -217,6 +217,24 @@ def whole(tensor: Any) -> Tensor:
     return out.detach().clone()
 
 
+def without_zero(engine: Any) -> dict[str, tuple[int | None, dict[str, Tensor]]]:
+    """What a rank holds at stage 0 in fp32: whole tensors, and of stacks the part of which number."""
+    stacks = {name: place for name, (place, _) in autoep.stacks(engine.module)}
+    mine = {}
+    for name, parameter in engine.module.named_parameters():
+        states = {s: v.detach().clone() for s, v in engine.optimizer.state[parameter].items() if v.dim()}
+        mine[name] = (stacks.get(name), {"param": parameter.detach().clone(), **states})
+    return mine
+
+
+def trained_without_zero(case: AutoCase, folder: str, stages: int) -> Any:
+    """Stock DeepSpeed's pipeline under AutoEP at stage 0: what every rank holds, and further losses."""
+    engine = pipeline(case, stages, True, STOCK, None)
+    train(engine, case, 0, STEPS)
+    engine.save_checkpoint(folder)
+    return without_zero(engine), train(engine, case, STEPS, FURTHER + 1)
+
+
 def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes: Any = None) -> Any:
     """AutoEP without ZeRO: what every rank holds after a load, of which each has whole tensors and its own experts."""
     if stages:
@@ -225,11 +243,7 @@ def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes:
         engine = autoep.build_engine(case, OURS, section(changes))
     engine.load_checkpoint(folder)
     complete = engine.ucp.last_load.proof.complete
-    stacks = {name: place for name, (place, _) in autoep.stacks(engine.module)}
-    mine = {}
-    for name, parameter in engine.module.named_parameters():
-        states = {s: v.detach().clone() for s, v in engine.optimizer.state[parameter].items() if v.dim()}
-        mine[name] = (stacks.get(name), {"param": parameter.detach().clone(), **states})
+    mine = without_zero(engine)
     engine.save_checkpoint(save)
     losses = (
         train(engine, case, STEPS, FURTHER + 1) if stages else continue_training(engine, case.case, STEPS, FURTHER + 1)

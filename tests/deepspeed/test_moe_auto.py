@@ -18,7 +18,8 @@ from tests.engines.moe import INITIALIZE, MoeSources
 from tests.engines.runs import Run
 from tests.engines.truth import compare, known
 from tests.formats.deepspeed.read.test_matrix import check_regions, check_tensors
-from ucp.errors import UcpError, Unsupported
+from tests.formats.deepspeed.read.test_moe import edit
+from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,8 @@ FROZEN = AutoCase(TWO, ep=2, frozen=True)
 FOLDED = AutoCase(FOUR.but(dp=1, stage=3), ep=2, tp=2)
 FOLDED_4 = AutoCase(TWO, ep=2, tp=2)
 FOLDED_WIDE = AutoCase(TWO.but(stage=2), ep=4, tp=2)
+# Without ZeRO each expert's weights lie apart from the stacks of its states.
+STAGE0 = AutoCase(FOUR.but(stage=0), ep=2)
 # (source, whether it is saved by this project, targets)
 PAIRS: list[tuple[AutoCase, bool, AutoCase]] = [
     (EP2, False, EP2),
@@ -48,6 +51,9 @@ PAIRS: list[tuple[AutoCase, bool, AutoCase]] = [
     (FOLDED_4, False, AutoCase(TWO.but(stage=3), ep=1)),
     (FOLDED_WIDE, False, FOLDED),
     (STAGE3, True, FOLDED),
+    (STAGE0, False, STAGE0),
+    (AutoCase(TWO.but(stage=0, dtype="bf16"), ep=2), False, AutoCase(TWO.but(stage=3, dtype="bf16"), ep=1)),
+    (AutoCase(TWO.but(stage=0), ep=2, frozen=True), False, AutoCase(TWO.but(stage=2), ep=1, frozen=True)),
 ]
 
 
@@ -96,6 +102,32 @@ def test_everything_read_is_what_the_ranks_held(made: MoeSources, source: AutoCa
         router = checkpoint.parameters["model.layers.0.mlp.router.gate.weight"]
         assert router.aliases == ("model.layers.0.mlp.gate.gate.weight",)
         assert checkpoint.parameters["model.layers.1.mlp.experts.w2"].shape == (autoep.EXPERTS, 16, 24)
+
+
+def test_stacks_that_are_no_whole_ones(made: MoeSources, tmp_path: Path) -> None:
+    """At stage 0 they are put together from the experts' files."""
+
+    def cut(held: dict) -> None:
+        held["model.layers.0.mlp.experts.w1.3"] = held["model.layers.0.mlp.experts.w1.3"][1:].clone()
+
+    def lose(held: dict) -> None:
+        del held["model.layers.0.mlp.experts.w1.3"]
+
+    def claim(held: dict) -> None:
+        for layer in held["ds_autoep_layers"]:
+            layer["ep_size"], layer["expert_placement"] = 4, None
+
+    damages = (
+        ("layer_0_expert_3", cut, r"row of '.*0.mlp.experts.w1' has shape \[23, 16\].* \[24, 16\]"),
+        ("layer_0_expert_3", lose, "no file of expert 3 has its row of 'model.layers.0.mlp.experts.w1'"),
+        ("mp_rank_00", claim, "4 ranks share .* there are files of 2 expert-parallel ranks"),
+    )
+    for k, (name, change, text) in enumerate(damages):
+        folder = made.copy(STAGE0, tmp_path / str(k))
+        (file,) = folder.glob(f"{name}*_model_states.pt")
+        edit(folder, file.name, change)
+        with pytest.raises(DamagedCheckpoint, match=text):
+            ucp.open(folder)
 
 
 @pytest.mark.parametrize("family", autoep.FAMILIES)

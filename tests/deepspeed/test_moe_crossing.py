@@ -232,3 +232,27 @@ def test_autoep_without_zero(ranks: RankPool, auto_sources: MoeSources, tmp_path
             n, _, rest = name.partition(".")
             source = name if not stages else PLAIN.get(name) or f"model.layers.{int(n) - 1}.{rest}"
             assert all(torch.equal(checkpoint.read(name, s), value) for s, value in stacked[source].items()), name
+
+
+def test_deepspeeds_own_files_without_zero(ranks: RankPool, tmp_path: Path) -> None:
+    """AutoEP in stages at stage 0: its own files have each expert's weights apart from the stacks of its states."""
+    case = AutoCase(TWO.but(stage=0), ep=2)
+    trained = ranks.run(jobs.trained_without_zero, case, str(tmp_path / "stock"), 2, **FOUR)
+    names = {name for mine, _ in trained for name in mine}
+    with ucp.open(tmp_path / "stock") as checkpoint:
+        assert (checkpoint.layout.pp, checkpoint.layout.ep, checkpoint.layout.zero) == (2, 2, 0)
+        assert {n for n, info in checkpoint.parameters.items() if info.kind == "parameter"} == names
+        for mine, _ in trained:
+            for name, (place, states) in mine.items():
+                assert states.keys() == checkpoint.parameters[name].states.keys()
+                for state, value in states.items():
+                    whole = checkpoint.read(name, state)
+                    assert torch.equal(value, whole if place is None else whole.chunk(2)[place]), (name, state)
+    held = ranks.run(
+        jobs.at_stage_0, case.but(seed=7), str(tmp_path / "stock"), str(tmp_path / "ours"), 2, None, **FOUR
+    )
+    for (found, complete, losses), (mine, further) in zip(held, trained, strict=True):
+        assert complete
+        assert losses == further
+        for name, (_, states) in mine.items():
+            assert all(torch.equal(found[name][1][state], value) for state, value in states.items()), name

@@ -231,9 +231,11 @@ def stacks(module: nn.Module) -> Iterator[tuple[str, tuple[int, torch.Size]]]:
 def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot]:
     import torch.distributed as dist
 
+    from tests.engines import moe
+
     optimizer = engine.optimizer
     if type(optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
-        yield from truth.slots_of_stages_1_and_2(optimizer, names)
+        yield from moe.slots(engine, names)
         return
     for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         states = optimizer.optimizer.state.get(flat, {})

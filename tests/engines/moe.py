@@ -103,10 +103,10 @@ def gather(engine: Any) -> Truth | None:
 
     renamed = global_names(engine.module)
     names = {p: renamed.get(n, n) for n, p in engine.module.named_parameters()}
-    slots = list(_slots(engine, names))
-    pieces = [piece for slot in slots for piece in truth.pieces_of(slot)]
+    held = list(slots(engine, names))
+    pieces = [piece for slot in held for piece in truth.pieces_of(slot)]
     scalars: dict[str, dict[str, Any]] = {}
-    for slot in slots:
+    for slot in held:
         scalars.setdefault(slot.name, {}).update(
             {k: truth.plain(v) for k, v in slot.states.items() if not (torch.is_tensor(v) and v.dim() > 0)}
         )
@@ -145,7 +145,7 @@ def gather(engine: Any) -> Truth | None:
     )
 
 
-def _slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot]:
+def slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot]:
     """What this rank holds; at stage 0 everything whole, as others hold it too."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
@@ -236,7 +236,7 @@ class MoeSources:
         releases.skip_unreadable(run.folder)
         return run
 
-    def copy(self, case: MoeCase, to: Path) -> Path:
+    def copy(self, case: Any, to: Path) -> Path:
         """A copy of the run's folder of one tag, for tests that damage it."""
         run = self.get(case)
         shutil.copytree(run.folder, to)

@@ -42,6 +42,25 @@ class _Places:
         return cls(refs, frozenset(ref.dtype for ref in refs.values()), *columns)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose rows, along its first axis, lie apart, all of one shape and element type."""
+
+    refs: tuple[TensorRef, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return (len(self.refs), *self.refs[0].shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.refs[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return numel(self.shape)
+
+
 @dataclass
 class Builder:
     """The files, parameters and tensors found so far. paths, sources and records (those of `Catalog.crc_records`, by
@@ -85,13 +104,25 @@ class Builder:
         else:
             self.files.read_into(self.sources[index].path, at, buffer)
 
-    def whole(self, name: str, state: str, ref: TensorRef) -> LogicalTensor:
-        """A tensor that lies in one piece in one file."""
+    def whole(self, name: str, state: str, ref: TensorRef | Rows) -> LogicalTensor:
+        """A tensor that lies in one piece in one file, or row by row."""
+        if isinstance(ref, Rows):
+            return self._stacked(name, state, ref)
         if numel(ref.shape):
             blocks = box([0] * len(ref.shape), ref.shape, 0, ref.strides, self.file(ref))
         else:
             blocks = empty(len(ref.shape))
         return LogicalTensor(name, state, ref.shape, ref.dtype, blocks, np.full(len(blocks), ref.offset, np.int64))
+
+    def _stacked(self, name: str, state: str, rows: Rows) -> LogicalTensor:
+        rank = len(rows.shape)
+        held = rows.refs if rows.numel else ()
+        blocks = [
+            box([e, *[0] * (rank - 1)], (1, *ref.shape), 0, (0, *ref.strides), self.file(ref))
+            for e, ref in enumerate(held)
+        ]
+        bases = np.array([ref.offset for ref in held], np.int64)
+        return LogicalTensor(name, state, rows.shape, rows.dtype, concat(blocks, rank), bases)
 
     def pieces(
         self, name: str, state: str, shape: Shape, blocks: Blocks, refs: Mapping[int, TensorRef]

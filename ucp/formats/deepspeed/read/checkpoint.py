@@ -122,14 +122,12 @@ def read_stages(
         experts = _experts(found, models, folder, tp)
         for rank, held in experts.parts(folder, models[folder.mp]).items():
             builder = Builder(files, paths, sources, records)
-            parts[Coordinate(slice_, stage, rank)] = read_part(folder, held, builder, param_names, experts)
+            parts[Coordinate(slice_, stage, rank)] = read_part(
+                folder, held, builder, param_names, experts.of_rank(rank)
+            )
     parts = first_copies(parts)
     _refuse_apart(parts)
-    same = {part.model.path: part for part in parts.values()}
-    for key in ("global_steps", "global_samples", "dp_world_size", "mp_world_size"):
-        same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
-    same_save.check_writers({p: part.model.raw for p, part in same.items()})
-    zero = same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
+    zero = _same_stage(parts)
     ep = max(part.ep for part in parts.values())
     layout = Layout(dp=parts[Coordinate()].dp, tp=tp, pp=pp, ep=ep, zero=zero)
     placements = _placement(first, parts, layout, choice)
@@ -151,6 +149,15 @@ def read_stages(
         own = {name: _OF_OWN_PART.format(state) for name, (_, state) in states_apart(parameters, parameters).items()}
         check_copies(catalog, files, _DRIFTED, own)
     return undo_scales(catalog, placements, files)
+
+
+def _same_stage(parts: Mapping[Coordinate, LocalModel]) -> int:
+    """The ZeRO stage of all parts. Raises DamagedCheckpoint where they are not of one save."""
+    same = {part.model.path: part for part in parts.values()}
+    for key in ("global_steps", "global_samples", "dp_world_size", "mp_world_size"):
+        same_on_all_ranks(f"'{key}'", {p: part.model.raw.get(key) for p, part in same.items()})
+    same_save.check_writers({p: part.model.raw for p, part in same.items()})
+    return same_on_all_ranks("the ZeRO stage", {p: part.zero for p, part in same.items()})
 
 
 def _with_gradients(state: TrainingState, model: ModelFile, layout: Layout) -> TrainingState:
@@ -226,6 +233,8 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
             (at, n): shape for at, held in shapes.items() for n, shape in held.items() if parts[at].experts.has(n)
         }
         shapes = {at: {n: s for n, s in held.items() if (at, n) not in experts} for at, held in shapes.items()}
+    stacks = {} if choice.apart else _stacks_of_ranks(parts, shapes)
+    shapes = {at: {n: s for n, s in held.items() if (at, n) not in stacks} for at, held in shapes.items()}
     buffers = {n for part in parts.values() for n, info in part.parameters.items() if info.kind == "buffer"}
     factors = {n: of for part in parts.values() for n, of in states_apart(part.parameters, part.parameters).items()}
     info = cuts_said(model.raw.get("universal_checkpoint_info"), model.config)
@@ -236,7 +245,21 @@ def _placement(model: ModelFile, parts: dict[Coordinate, LocalModel], layout: La
     )
     if found is None:
         raise _unknown_cuts(model, shapes)
+    found = {**found, **stacks}
     return {**found, **{(at, name): (Placed(name, shape, whole(shape)),) for (at, name), shape in experts.items()}}
+
+
+def _stacks_of_ranks(
+    parts: Mapping[Coordinate, LocalModel], shapes: Mapping[Coordinate, Mapping[str, Shape]]
+) -> dict[tuple[Coordinate, str], tuple[Placed, ...]]:
+    """Where each expert-parallel rank's stacks lie in the model's. At stage 0 they are parts of their own."""
+    return {
+        (at, name): (part.experts.place(name, shapes[at][name], at.ep),)
+        for at, part in parts.items()
+        if part.of_expert_rank
+        for name in part.experts.stacks
+        if name in shapes[at]
+    }
 
 
 def recorded_config(model: ModelFile) -> Mapping[str, Any] | None:

@@ -28,16 +28,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ucp import limits
-from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of
 from ucp.formats.deepspeed.read.folder import FOLDING, Folder, check_ranks, load
 from ucp.formats.deepspeed.read.model_files import ModelFile
-from ucp.formats.shared.builder import Builder
-from ucp.geometry import Shape, box, concat
+from ucp.formats.shared.builder import Builder, Rows
+from ucp.geometry import Shape
 from ucp.printable import short
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -51,7 +48,7 @@ class ExpertFiles:
 
     totals: the number of experts of each of DeepSpeed's own layers.
     tensors: of experts, by the whole model's names.
-    rows: of AutoEP's stacks, by the expert's number.
+    rows: of AutoEP's stacks, by the expert's number, in the order in which they are stacked.
     data_first: as for `data_ranks`.
     optim_ranks: how many expert-parallel ranks have optimizer files of their own (stage 0).
     aliases: other names that AutoEP's routers have, which are in no file.
@@ -118,23 +115,32 @@ class ExpertFiles:
 
     def enter_frozen(self, builder: Builder) -> None:
         """Enter the stacks that are not trained, row by row, from the experts' files."""
+        for name, stack in self.stacked.items():
+            if name not in builder.parameters:
+                builder.add(name, "frozen", [builder.whole(name, "param", stack)])
+
+    @property
+    def stacked(self) -> dict[str, Rows]:
+        """AutoEP's stacks, row by row from the experts' files. Raises DamagedCheckpoint for rows that make no stack."""
+        out = {}
         for name, rows in self.rows.items():
-            if name in builder.parameters:
-                continue
-            shape = next(iter(rows.values())).shape
-            refs = sorted(rows.items())
-            blocks = [
-                box([e, *[0] * len(shape)], (1, *shape), 0, (0, *ref.strides), builder.file(ref)) for e, ref in refs
-            ]
-            tensor = LogicalTensor(
-                name,
-                "param",
-                (len(rows), *shape),
-                refs[0][1].dtype,
-                concat(blocks, len(shape) + 1),
-                np.array([ref.offset for _, ref in refs], np.int64),
-            )
-            builder.add(name, "frozen", [tensor])
+            stack = Rows(tuple(rows.values()))
+            for ref in stack.refs:
+                if (ref.shape, ref.dtype) != (stack.shape[1:], stack.dtype):
+                    raise DamagedCheckpoint(
+                        f"{ref.file}: its row of '{name}' has shape {list(ref.shape)} and element type {ref.dtype}, "
+                        f"and in another expert's file {list(stack.shape[1:])} and {stack.dtype}; files of two runs "
+                        "are mixed"
+                    )
+            out[name] = stack
+        return out
+
+    def of_rank(self, rank: int) -> ExpertFiles:
+        """The same with an expert-parallel rank's rows alone, if such ranks are read apart (stage 0)."""
+        if not self.optim_ranks or not self.rows:
+            return self
+        rows = {name: {e: held[e] for e in self.experts.stacks[name][rank]} for name, held in self.rows.items()}
+        return replace(self, rows=rows)
 
     def parts(self, folder: Folder, models: Mapping[int, ModelFile]) -> dict[int, Mapping[int, ModelFile]]:
         """The model files as if the experts' tensors were in them: all in the first one. At stage 0 there is one for
@@ -157,8 +163,7 @@ class ExpertFiles:
             "expp_rank_{}_mp_rank_00_optim_states.pt",
             model.path,
         )
-        if self.rows:
-            raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
+        self._check_stacks(ep)
         out: dict[int, Mapping[int, ModelFile]] = {}
         for rank, path in sorted(folder.expert_optim.items()):
             optimizer = load(path, trust=None).get("optimizer")
@@ -167,6 +172,20 @@ class ExpertFiles:
             found = self._with(model, mine)
             out[rank] = {0: replace(found, raw={**found.raw, "optimizer": optimizer})}
         return out
+
+    def _check_stacks(self, ep: int) -> None:
+        """Raise DamagedCheckpoint where the rows of stacks do not fit the ranks that have optimizer files."""
+        for name, stack in self.experts.stacks.items():
+            lost = sorted({e for held in stack for e in held} - self.rows.get(name, {}).keys())
+            if lost:
+                raise DamagedCheckpoint(
+                    f"{self.path}: no file of expert {lost[0]} has its row of '{name}' ('{name}.{lost[0]}')"
+                )
+            if len(stack) != ep:
+                raise DamagedCheckpoint(
+                    f"{self.path}: the model file says that {len(stack)} ranks share '{name}', and there are files of "
+                    f"{ep} expert-parallel ranks; files are missing or of two runs"
+                )
 
     def _on_rank(self, name: str, rank: int, ep: int) -> bool:
         expert = expert_of(name)
@@ -242,6 +261,7 @@ def find_experts(folders: Sequence[Folder], model: ModelFile, slice_: int = 0) -
     held = counts(str(name) for group in shapes for name in group)
     data_first = bool(model.config.get("use_data_before_expert_parallelism"))
     ranks = max(folder.expert_optim, default=-1) + 1
+    rows = {name: dict(sorted(held.items())) for name, held in rows.items()}
     experts, aliases = Experts(held, stacks), _router_aliases(model)
     return ExpertFiles(
         folder.path, experts, counts(tensors), tensors, rows, data_first, ranks, aliases, elsewhere=slice_ > 0
@@ -270,7 +290,7 @@ def _check_folded(folder: Folder, model: ModelFile, stacks: Mapping[str, Any]) -
             f"{folder.path}: has experts of DeepSpeed's own layers under tensor parallelism, which is not supported"
         )
     if folder.expert_optim:
-        raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 are not supported")
+        raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 under tensor parallelism are not supported")
     said = model.raw.get(FOLDING)
     width = said.get("etp_size", 1) if isinstance(said, Mapping) else 1
     if width != 1:

@@ -24,7 +24,7 @@ from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.builder import Builder
 from ucp.formats.shared.malformed import malformed
 from ucp.formats.shared.samples import counted_once
-from ucp.storage.torch_pt.values import Standin
+from ucp.storage.torch_pt.values import Standin, TensorRef
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LocalModel:
     experts: which tensors are of experts.
     parameters, tensors: with local names and shapes. Only experts have the whole model's names and shapes.
     copies: of experts that several ranks have.
+    of_expert_rank: AutoEP's stacks are those of one expert-parallel rank.
     """
 
     model: ModelFile
@@ -47,6 +48,7 @@ class LocalModel:
     tensors: Mapping[tuple[str, str], LogicalTensor]
     training_state: TrainingState
     copies: Sequence[LogicalTensor] = ()
+    of_expert_rank: bool = False
 
 
 def open_models(folder: Folder, trust: bool, skip: bool = False) -> dict[int, ModelFile]:
@@ -91,8 +93,7 @@ def _read_part(
         same_save.check_models({m.path: m.raw for m in models.values()})
     module, buffers = model.module, model.buffers
     shared = {**tied_by_storage({n: r for n, r in module.items() if n not in buffers}), **model.shared}
-    owners = set(_trainable_names(model))
-    shared = _toward_owners(shared, owners)
+    shared = _toward_owners(shared, set(_trainable_names(model)))
     aliases = _by_owner(shared)
     first_state: Mapping[str, Any] = {}
     stage = 0
@@ -117,23 +118,42 @@ def _read_part(
             same_run.check(builder, module)
     elif isinstance(model.raw.get("optimizer"), Mapping):
         candidates = {n: r for n, r in module.items() if n not in buffers and n not in shared}
-        if param_names is not None:  # the caller knows all experts, this part has its rank's
-            param_names = _of_rank(param_names, candidates, experts)
-        with malformed(model.path, "'optimizer'"):
-            groups = stage0.read(builder, model, candidates, aliases, param_names)
+        groups = _without_zero(builder, model, candidates, aliases, param_names, experts)
         first_state = model.raw["optimizer"]
     else:
         groups = []
-    for name, ref in module.items():
-        if name in builder.parameters or name in shared or (stage == 3 and name not in buffers):
-            continue
-        kind = "buffer" if name in buffers else "frozen"
-        builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+    rest = {n: r for n, r in module.items() if n not in shared and (stage < 3 or n in buffers)}
+    _enter_rest(builder, rest, buffers, aliases)
     experts.enter_frozen(builder)
-    state = training_state(model, groups, first_state, dp)
-    return LocalModel(
-        model, dp, experts.ep, experts.experts, stage, builder.parameters, builder.tensors, state, builder.copies
-    )
+    state, of_rank = training_state(model, groups, first_state, dp), experts.optim_ranks > 0
+    found = builder.parameters, builder.tensors, state, builder.copies, of_rank
+    return LocalModel(model, dp, experts.ep, experts.experts, stage, *found)
+
+
+def _enter_rest(
+    builder: Builder, module: Mapping[str, TensorRef], buffers: Collection[str], aliases: Mapping[str, list[str]]
+) -> None:
+    """Enter what the optimizer does not know."""
+    for name, ref in module.items():
+        if name not in builder.parameters:
+            kind = "buffer" if name in buffers else "frozen"
+            builder.add(name, kind, [builder.whole(name, "param", ref)], None, aliases.get(name, ()))
+
+
+def _without_zero(
+    builder: Builder,
+    model: ModelFile,
+    module: Mapping[str, TensorRef],
+    aliases: Mapping[str, list[str]],
+    param_names: Sequence[Sequence[str]] | None,
+    experts: ExpertFiles,
+) -> list[ParamGroup]:
+    """Enter what stage 0's optimizer updates: of these tensors of the module, and AutoEP's stacks."""
+    candidates: dict[str, stage0.Weight] = {**module, **experts.stacked}
+    if param_names is not None:  # the caller knows all experts, this part has its rank's
+        param_names = _of_rank(param_names, candidates, experts)
+    with malformed(model.path, "'optimizer'"):
+        return stage0.read(builder, model, candidates, aliases, param_names, experts)
 
 
 def _of_rank(

@@ -29,16 +29,19 @@ from numpy.typing import NDArray
 from ucp import limits
 from ucp.catalog import ParamGroup
 from ucp.errors import DamagedCheckpoint, Unsupported
-from ucp.formats.deepspeed.experts import expert_of
+from ucp.formats.deepspeed.read.experts import ExpertFiles
 from ucp.formats.deepspeed.read.model_files import ModelFile
 from ucp.formats.deepspeed.read.optimizer_files import divide_step, options_of, split_state
 from ucp.formats.nouns import by_module
 from ucp.formats.shared.apart import belongs_to, entries, is_plain, name_apart
-from ucp.formats.shared.builder import Builder, Scalar
+from ucp.formats.shared.builder import Builder, Rows, Scalar
 from ucp.geometry import Shape, numel, row_major
 from ucp.storage.dtypes import itemsize
 from ucp.storage.rounding import rounds_to
 from ucp.storage.torch_pt.values import TensorRef
+
+# A weight of the module. AutoEP's stacks lie apart, row by row.
+Weight = TensorRef | Rows
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class _UnnamedParameter:
 def read(
     builder: Builder,
     model: ModelFile,
-    trainable: Mapping[str, TensorRef],
+    trainable: Mapping[str, Weight],
     aliases: Mapping[str, list[str]],
     names: Sequence[Sequence[str]] | None,
+    experts: ExpertFiles,
 ) -> list[ParamGroup]:
     """Enter all parameters that the optimizer updates.
 
@@ -76,7 +80,7 @@ def read(
     if not isinstance(inner, Mapping) or "param_groups" not in inner:
         raise Unsupported(f"{model.path}: 'optimizer' is in a form that is not understood; it has {sorted(saved)}")
     groups = inner["param_groups"]
-    pools = _pools(trainable, groups)
+    pools = _pools(trainable, groups, experts)
     recorded = [g.get("param_names") for g in groups]
     if all(recorded):
         names = recorded
@@ -88,7 +92,9 @@ def read(
         named = _flat(builder, model, inner, saved["fp32_groups_flat"], pools, names)
     else:
         slots = _slots(builder, model, inner, saved.get("fp32_groups"))
-        named = _name(builder, model, slots, pools, names, [len(g["params"]) for g in groups])
+        counts = [len(g["params"]) for g in groups]
+        moved = _pools(_made_last(trainable, experts), groups, experts)
+        named = _name(builder, model, slots, (pools, moved), names, counts)
     members: list[list[str]] = [[] for _ in groups]
     common = _common_steps(groups, [slot for _, slot in named])
     counting = {slot.group for _, slot in named if "step" in slot.scalars}
@@ -109,13 +115,15 @@ def read(
     return [ParamGroup(tuple(m), options) for m, (options, _) in zip(members, divided, strict=True)]
 
 
-def _pools(trainable: Mapping[str, TensorRef], groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, TensorRef]]:
+def _pools(
+    trainable: Mapping[str, Weight], groups: Sequence[Mapping[str, Any]], experts: ExpertFiles
+) -> list[Mapping[str, Weight]]:
     """The candidates of each param group: experts for those that are marked as experts', all others for the rest."""
     if not any(group.get("moe") for group in groups):
         return [trainable] * len(groups)
-    kinds: dict[bool, dict[str, TensorRef]] = {False: {}, True: {}}
+    kinds: dict[bool, dict[str, Weight]] = {False: {}, True: {}}
     for name, ref in trainable.items():
-        kinds[expert_of(name) is not None][name] = ref
+        kinds[experts.experts.has(name)][name] = ref
     return [kinds[bool(group.get("moe"))] for group in groups]
 
 
@@ -177,10 +185,12 @@ def _name(
     builder: Builder,
     model: ModelFile,
     slots: list[_UnnamedParameter],
-    pools: Sequence[Mapping[str, TensorRef]],
+    orders: Sequence[Sequence[Mapping[str, Weight]]],
     names: Sequence[Sequence[str]] | None,
     counts: list[int],
 ) -> list[tuple[str, _UnnamedParameter]]:
+    """orders: the pools, with names in each order that the optimizer may have been made in; the module's is first."""
+    pools = orders[0]
     every = {name: ref for pool in pools for name, ref in pool.items()}
     if names is not None and [len(g) for g in names] == counts:
         pairs = list(zip((n for g in names for n in g), slots, strict=True))
@@ -192,6 +202,33 @@ def _name(
         if len(set(map(id, pools))) == len(pools) and counts == [len(pool) for pool in pools]:
             return list(zip((name for pool in pools for name in pool), slots, strict=True))
         raise _undecided(model, list(every))
+    found: list[list[tuple[str, _UnnamedParameter]]] = []
+    refusals: list[Unsupported] = []
+    for order in orders:
+        try:
+            found.append(_by_shapes(builder, model, slots, order))
+        except Unsupported as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    differing = [name for (name, _), *others in zip(*found, strict=True) if any(n != name for n, _ in others)]
+    if differing:
+        raise _undecided(model, differing)
+    return found[0]
+
+
+def _made_last(trainable: Mapping[str, Weight], experts: ExpertFiles) -> dict[str, Weight]:
+    """The candidates with AutoEP's routers at the end, where they are if the program gave DeepSpeed a list of
+    parameters (``runtime/engine.py: _remap_param_groups_after_module_replacement``)."""
+    prefixes = tuple({f"{name.rpartition('experts.')[0]}router." for name in experts.experts.stacks})
+    return {n: trainable[n] for last in (False, True) for n in trainable if n.startswith(prefixes) == last}
+
+
+def _by_shapes(
+    builder: Builder, model: ModelFile, slots: list[_UnnamedParameter], pools: Sequence[Mapping[str, Weight]]
+) -> list[tuple[str, _UnnamedParameter]]:
+    """Names by the slots' shapes, and by values where there are masters. Names of one shape are in the pools' order."""
+    every = {name: ref for pool in pools for name, ref in pool.items()}
     alike: dict[tuple[int, Shape | None], list[int]] = defaultdict(list)
     for i, slot in enumerate(slots):
         if slot.shape is None:
@@ -210,7 +247,7 @@ def _name(
 def _in_order(
     model: ModelFile,
     slots: Sequence[_UnnamedParameter],
-    pools: Sequence[Mapping[str, TensorRef]],
+    pools: Sequence[Mapping[str, Weight]],
     names: Sequence[Sequence[str]] | None,
     counts: Sequence[int],
 ) -> list[tuple[str, _UnnamedParameter]]:
@@ -242,7 +279,7 @@ def _check_order(model: ModelFile, pairs: Sequence[tuple[str, _UnnamedParameter]
             raise _undecided(model, [name for name, slot in pairs if slot.group == group])
 
 
-def _fits(builder: Builder, slot: _UnnamedParameter, weight: TensorRef) -> bool:
+def _fits(builder: Builder, slot: _UnnamedParameter, weight: Weight) -> bool:
     """Whether nothing speaks against a slot being this parameter."""
     return slot.shape in (None, weight.shape) and (slot.master is None or _rounds_to(builder, slot.master, weight))
 
@@ -252,7 +289,7 @@ def _match(
     model: ModelFile,
     slots: list[tuple[int, _UnnamedParameter]],
     candidates: list[str],
-    trainable: Mapping[str, TensorRef],
+    trainable: Mapping[str, Weight],
 ) -> dict[int, str]:
     """Give slots of one shape their names, in order, confirmed by values where there are masters."""
     if len(candidates) < len(slots):
@@ -292,7 +329,7 @@ def _flat(
     model: ModelFile,
     inner: Mapping[str, Any],
     masters: Sequence[TensorRef],
-    pools: Sequence[Mapping[str, TensorRef]],
+    pools: Sequence[Mapping[str, Weight]],
     names: Sequence[Sequence[str]] | None,
 ) -> list[tuple[str, _UnnamedParameter]]:
     """One flat master per group: parameters end to end, recognised one after the other by their values."""
@@ -325,7 +362,7 @@ def _flat(
     return out
 
 
-def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: TensorRef) -> bool:
+def _lies_at(builder: Builder, flat: TensorRef, at: int, weight: Weight) -> bool:
     """Whether the elements from ``at`` of a flat master round to this weight."""
     return at + weight.numel <= flat.numel and _rounds_to(builder, _slice(flat, at, weight.shape), weight)
 
@@ -336,7 +373,7 @@ def _slice(flat: TensorRef, at: int, shape: Shape) -> TensorRef:
     return replace(flat, offset=offset, shape=shape, strides=row_major(shape))
 
 
-def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
+def _rounds_to(builder: Builder, master: TensorRef, weight: Weight) -> bool:
     """Whether a sample of the master, rounded to the weight's element type, is the weight's, bit for bit."""
     if master.shape != weight.shape:
         return False
@@ -347,8 +384,12 @@ def _rounds_to(builder: Builder, master: TensorRef, weight: TensorRef) -> bool:
     )
 
 
-def _at(builder: Builder, ref: TensorRef, first: int, count: int) -> NDArray[Any]:
+def _at(builder: Builder, ref: Weight, first: int, count: int) -> NDArray[Any]:
     """``count`` elements in row-major order from number ``first`` on, whatever their order in the file."""
+    if isinstance(ref, Rows):
+        size, stop = ref.numel // len(ref.refs), first + count
+        spans = ((e * size, max(first, e * size), min(stop, (e + 1) * size)) for e in range(len(ref.refs)))
+        return np.concatenate([_at(builder, ref.refs[b // size], a - b, c - a) for b, a, c in spans if a < c])
     size = itemsize(ref.dtype)
     if ref.is_contiguous:
         return builder.bits(ref.file, ref.offset + first * size, count, ref.dtype)
