@@ -200,6 +200,16 @@ def test_options_that_can_be(tmp_path: Path) -> None:
         Tier(Options()).attach(tmp_path / "a\nb", 1)
 
 
+def test_a_run_is_known_by_what_people_type(tmp_path: Path, keepers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    places.leave(places.Note(str(tmp_path / "kept"), "a", "a", 1, "localhost", 1, "t", "s"))
+    for typed in ("kept", "runs/llama", "there"):
+        assert control.run_name(typed) == str(tmp_path / typed)
+    for name in ("llama", "memory://runs/llama"):
+        assert control.run_name(name) == name.removeprefix("memory://")
+
+
 def test_a_run_that_has_no_name(keepers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("", "a\0b", "a\x1b[2Jb"):
         assert main(["keeper", "start", name]) == 2

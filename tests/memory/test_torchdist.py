@@ -24,9 +24,15 @@ pytestmark = pytest.mark.slow
 
 
 def test_sharded_state_in_memory_resumes_unsharded(
-    ranks: RankPool, tmp_path: Path, keepers: Path, capsys: pytest.CaptureFixture[str]
+    ranks: RankPool,
+    tmp_path: Path,
+    keepers: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And the commands know the run by its folder's path as it is typed there, though nothing was written to disk."""
     folder = str(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     start, whole = ranks.run(jobs.fsdp, folder, str(keepers), 2, True, world_size=2)[0]
     assert start == 0
     start, again = ranks.run(jobs.fsdp, folder, str(keepers), 0, False, world_size=1)[0]
@@ -38,16 +44,18 @@ def test_sharded_state_in_memory_resumes_unsharded(
     assert [(one["node"], one["generations"][0]["tag"]) for one in found] == [("a", "step2"), ("b", "step2")]
     assert all(one["generations"][0]["protected"] for one in found)
     assert main(["ls", f"memory://{folder}"]) == 0
-    assert main(["keeper", "ls", folder]) == 0
+    assert not (tmp_path / "run").exists()
+    for typed in (folder, "run", "./run", "../" + tmp_path.name + "/run/", "memory://run"):
+        assert main(["keeper", "ls", typed]) == 0
     assert "step2" in capsys.readouterr().out
     assert main(["keeper", "metrics", folder]) == 0
     said = capsys.readouterr().out
     assert f'ucp_keeper_step{{run="{folder}",node="a"}} 2' in said
-    assert main(["keeper", "dump", folder, str(tmp_path / "dumped"), "--quiet"]) == 0
+    assert main(["keeper", "dump", "run", str(tmp_path / "dumped"), "--quiet"]) == 0
     assert main(["diff", f"memory://{folder}", str(tmp_path / "dumped")]) == 0
     with ucp.open(tmp_path / "dumped") as checkpoint:
         assert torch.equal(checkpoint.read("0.weight"), whole["0.weight"])
-    assert main(["keeper", "drop", folder]) == 0
+    assert main(["keeper", "drop", "run"]) == 0
     assert list(keepers.glob("*-*")) == []
 
 

@@ -17,10 +17,18 @@ from ucp.storage.kept.places import Note
 
 
 def run_name(text: str) -> str:
-    """A run's name from what people type: a name, with or without ``memory://``, or a folder's path."""
+    """A run's name from what people type: a name, with or without ``memory://``, or a folder's path.
+
+    The folder need not be there, since a run may never have written to disk. Text that no keeper knows is a path if
+    something is there or it has a slash; with ``memory://`` it is a name.
+    """
     name = text.removeprefix(SCHEME)
     known = {note.run for note in places.notes()}
-    return name if name in known or "\0" in name or not os.path.exists(name) else os.path.abspath(name)
+    if name in known or "\0" in name or not name:
+        return name
+    path = os.path.abspath(name)
+    is_path = os.path.exists(name) or ("/" in name and not text.startswith(SCHEME))
+    return path if path in known or is_path else name
 
 
 def start_keeper(run: str) -> Note:
