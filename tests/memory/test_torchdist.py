@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from tests.engines.pool import RankPool
 from tests.memory import jobs
 from ucp import limits
 from ucp.cli.main import main
+from ucp.memory.options import Options
+from ucp.memory.tier import Tier
+from ucp.storage.kept import places
+from ucp.storage.kept.client import of_note
 from ucp.torchdist.memory import MemorySnapshots
 
 pytestmark = pytest.mark.slow
@@ -80,6 +85,32 @@ def test_training_does_not_wait_for_a_snapshot_that_is_under_way(tmp_path: Path,
     with ucp.open(memory.tier.location) as checkpoint:
         assert checkpoint.training_state.global_steps == 5
     memory.tier.end()
+
+
+def test_two_programs_of_one_run_are_told(tmp_path: Path, keepers: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second one, while the first is alive; not after its death, also while nobody has asked for its exit code."""
+    tiers = [attached(tmp_path / "run")]
+    text = "another program that is alive keeps the same run"
+    assert text not in caplog.text
+    other = subprocess.Popen(["sleep", "60"])
+    of_note(places.notes()[0]).ask("come", pid=other.pid)
+    tiers.append(attached(tmp_path / "run"))
+    assert f"{text} on node '{places.node()}' (processes {other.pid});" in caplog.text
+    caplog.clear()
+    other.kill()
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    tiers.append(attached(tmp_path / "run"))
+    assert text not in caplog.text
+    other.wait()
+    for tier in tiers:
+        tier.end()
+
+
+def attached(folder: Path) -> Tier:
+    tier = Tier(Options(redundancy=0))
+    tier.attach(folder, 0)
+    return tier
 
 
 def test_several_processes_digest_what_one_would(

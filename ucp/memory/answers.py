@@ -67,7 +67,7 @@ class Answers:
     def is_attended(self) -> bool:
         """Whether any trainer that has registered is alive."""
         with self._lock:
-            self._trainers = {pid for pid in self._trainers if os.path.exists(f"/proc/{pid}")}
+            self._trainers = {pid for pid in self._trainers if _is_alive(pid)}
             return bool(self._trainers)
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -180,10 +180,12 @@ class Answers:
         return Frame({"name": f"{os.getpid()}.{memory}"}, file=self.shelf.leased(memory, lease).fd)
 
     def on_come(self, pid: int, **_: Any) -> dict[str, Any]:
-        """Register a trainer's process."""
+        """Register a trainer's process. The answer also has those that are alive."""
         with self._lock:
             self._trainers.add(pid)
-        return {"host": self._note.host, "port": self._note.port, "node": self._note.node, "domain": self._note.domain}
+        self.is_attended()
+        found = {"host": self._note.host, "port": self._note.port, "node": self._note.node, "domain": self._note.domain}
+        return {**found, "trainers": sorted(self._trainers)}
 
     def on_go(self, pid: int, **_: Any) -> None:
         """A trainer's process has ended normally. This keeper ends with the last of them."""
@@ -297,3 +299,12 @@ class Answers:
                     for one in self.shelf.committed()
                 ],
             }
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended while nobody has asked for its exit code."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            return stream.read().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return False

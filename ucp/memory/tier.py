@@ -98,7 +98,8 @@ class Tier:
         of_run(run).forget()
         own = self._own = of_note(note)
         here = ranks.all_or_none(lambda: own.ask("come", pid=os.getpid()).header)
-        members = {name: dict(one) for name, one in zip(names, ranks.gather(dict(here)), strict=True)}
+        here = self._alone(run, dict(here))
+        members = {name: dict(one) for name, one in zip(names, ranks.gather(here), strict=True)}
         ranks.all_or_none(lambda: check(self.options.redundancy))
         groups, alone = divided([(m["node"], m["domain"]) for m in members.values()], self.options)
         if alone and self.options.redundancy and ranks.rank() == 0:
@@ -112,6 +113,21 @@ class Tier:
             "network": self.options.network,
         }
         ranks.all_or_none(lambda: own.ask("job", job=job) if first else None)
+
+    def _alone(self, run: str, here: dict[str, Any]) -> dict[str, Any]:
+        """What this node's keeper says of itself, and a warning if another program that is alive keeps the same run."""
+        ours = {pid for node, pid in ranks.gather((places.node(), os.getpid())) if node == places.node()}
+        others = sorted(set(here.pop("trainers")) - ours)
+        if others and min(ours) == os.getpid():
+            log.warning(
+                "memory of '%s': another program that is alive keeps the same run on node '%s' (processes %s); each "
+                "resumes from the other's snapshots and replaces them, so end one of them, or give one another name "
+                'with "memory": {"run": ...}',
+                run,
+                places.node(),
+                ", ".join(map(str, others[:8])),
+            )
+        return here
 
     def _check_limit(self, run: str, nodes: list[tuple[str, int]]) -> None:
         """Refuse at the start if the snapshots would not fit."""
