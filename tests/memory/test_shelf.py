@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
+from ucp.memory.answers import Answers
+from ucp.memory.peers import Peers
 from ucp.memory.recovering import scrub
 from ucp.memory.shelf import Shelf
 from ucp.storage.digests import ChunkDigests, digest_chunks
 from ucp.storage.kept.files import KeptPath
+from ucp.storage.kept.places import Note
+from ucp.storage.kept.wire import Frame
 
 SAVES = ("0" * 16, "1" * 16, "2" * 16)
 
@@ -69,3 +74,16 @@ def test_paths_are_joined_and_taken_apart() -> None:
     assert str(place) == "memory:///runs/a/step1/x/ucp.json"
     assert (place.name, place.suffix, str(place.parent)) == ("ucp.json", ".json", "memory:///runs/a/step1/x")
     assert KeptPath("/runs/a", "step1") in place.parents
+
+
+def test_a_clock_that_is_set_back_makes_no_old_generation_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Note("run", "a", "a", 1, "localhost", 1, "t", "s")
+    keeper = Answers(Shelf("a"), Peers("run", "a", "t"), note, lambda: None)
+    for step, clock in ((1, 2000), (2, 1000), (3, 500), (4, 3000)):
+        monkeypatch.setattr(time, "time_ns", lambda clock=clock: clock)
+        held = filled(keeper.shelf, step)
+        body = f'"{SAVES[step % 3]}/rank-0"'.encode()
+        assert "fault" not in keeper.to(Frame({"op": "put", "path": f"step{step}/ucp.json"}, body), False).header
+        assert [one.tag for one in keeper.shelf.committed()][:2] == [f"step{k}" for k in (step, step - 1) if k]
+        assert keeper.shelf.memory(held)
+    assert keeper.shelf.committed()[0].when == 3000

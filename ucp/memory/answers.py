@@ -109,7 +109,7 @@ class Answers:
 
     def on_put(self, path: str, body: Any, far: bool, when: int | None = None, **_: Any) -> None:
         """Store a small file, which goes to all keepers."""
-        when = when or time.time_ns()
+        when = when or self.shelf.now()
         self.shelf.put(path, bytes(body), when)
         if not far:
             self.peers.tell("put", body, path=path, when=when)

@@ -207,6 +207,10 @@ class Shelf:
                 self.generations[tag] = Generation(tag, save, when, protected=frozenset(self._early.pop(save, ())))
             self.small[path] = Small(body, when)
 
+    def now(self) -> int:
+        """The time, in nanoseconds since the epoch, and later than all commits, whatever the clock was set to."""
+        return max([time.time_ns(), *(one.when + 1 for one in self.committed())])
+
     def is_current(self, entry: KeptFile) -> bool:
         """Whether the file belongs to a committed generation."""
         found = self.generations.get(entry.tag)
