@@ -33,14 +33,20 @@ class Mixture(nn.Module):
 
 
 def pipeline(
-    initialize: str, extra: dict[str, Any], stage: int = 1, stages: int = 2, ep: int = 2, seed: int = 0
+    initialize: str,
+    extra: dict[str, Any],
+    stage: int = 1,
+    stages: int = 2,
+    ep: int = 2,
+    seed: int = 0,
+    last: bool = False,
 ) -> Any:
-    """Two stages of two ranks, each with experts."""
+    """Two stages of two ranks, each with experts. last: only the last one has some."""
     from deepspeed.pipe import PipelineModule
 
     torch.manual_seed(seed)
     size = moe_models.HIDDEN
-    layers = [nn.Linear(size, size), Mixture(ep), nn.Linear(size, size), Mixture(ep)]
+    layers = [nn.Linear(size, size), nn.Linear(size, size) if last else Mixture(ep), nn.Linear(size, size), Mixture(ep)]
     model = PipelineModule(layers, num_stages=stages, loss_fn=nn.functional.mse_loss, partition_method="uniform")
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -62,12 +68,12 @@ def further_steps(engine: Any) -> list[float]:
     return [step_of_pipeline(engine) for _ in range(3)]
 
 
-def live_in_stages(source: str, folder: str, stage: int, stages: int, ep: int) -> Any:
+def live_in_stages(source: str, folder: str, stage: int, stages: int, ep: int, last: bool = False) -> Any:
     """This project's engine of a pipeline with experts: loads, saves, and takes three steps."""
     from tests.engines import moe
 
     section = {"enabled": True, "load": {"prove": "always"}, "save": {"async": False}}
-    engine = pipeline(OURS, {"ucp": section}, stage, stages, ep, seed=7)
+    engine = pipeline(OURS, {"ucp": section}, stage, stages, ep, 7, last)
     engine.load_checkpoint(source)
     complete = engine.ucp.last_load.proof.complete
     truth = moe.gather(engine)
@@ -86,11 +92,11 @@ def stock_in_stages(source: str, stage: int, stages: int, ep: int) -> Any:
     return None if truth is None else dict(truth.params)
 
 
-def in_stages(folder: str, stage: int) -> Any:
+def in_stages(folder: str, stage: int, last: bool = False) -> Any:
     """Stock DeepSpeed's pipeline, trained and saved; what all its ranks hold, on the first rank, and further losses."""
     from tests.engines import moe
 
-    engine = pipeline(STOCK, {}, stage)
+    engine = pipeline(STOCK, {}, stage, last=last)
     torch.manual_seed(dist.get_rank())
     step_of_pipeline(engine)
     truth = moe.gather(engine)

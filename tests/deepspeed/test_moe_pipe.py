@@ -10,7 +10,7 @@ import torch
 import ucp
 from tests.deepspeed import moe_parallel_jobs as jobs
 from tests.engines import releases
-from tests.engines.pool import RankPool
+from tests.engines.pool import RankError, RankPool
 
 pytestmark = pytest.mark.slow
 
@@ -59,4 +59,30 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
     (file,) = tmp_path.glob("stock/*/layer_0_expert_3_mp_rank_01_model_states.pt")
     file.unlink()
     with pytest.raises(ucp.UcpError, match=r"layer_0_expert_3_mp_rank_01_model_states.pt' is missing"):
+        ucp.open(tmp_path / "stock")
+
+
+def test_only_the_last_stage_has_experts(ranks: RankPool, tmp_path: Path) -> None:
+    """One stage's model file is whole, the other's is in layer files. DeepSpeed trains this at stage 0 only: with ZeRO
+    its ranks wait for each other at the gradients' norm."""
+    truth, _ = ranks.run(jobs.in_stages, str(tmp_path / "stock"), 0, True, world_size=4)[0]
+    with ucp.open(tmp_path / "stock") as checkpoint:
+        assert (checkpoint.layout.pp, checkpoint.layout.ep) == (2, 2)
+        assert {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"} == truth.keys()
+        for name, states in truth.items():
+            assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), name
+        dense, experts = checkpoint.training_state.param_groups
+        assert {"0.weight", "2.weight"} < set(dense.names)
+        assert all("deepspeed_experts" in name for name in experts.names)
+    source, save = str(tmp_path / "stock"), str(tmp_path / "ours")
+    found, complete, _ = ranks.run(jobs.live_in_stages, source, save, 0, 1, 4, True, world_size=4)[0]
+    assert complete
+    assert found.keys() == truth.keys()
+    for name, states in truth.items():
+        assert all(torch.equal(found[name][state], value) for state, value in states.items()), name
+    with pytest.raises(RankError, match="2 param groups on tp rank 0 of pipeline stage 1 and 1 on"):
+        ranks.run(jobs.live_in_stages, source, save, 0, 2, 2, True, world_size=4)
+    (file,) = tmp_path.glob("stock/*/layer_01-model_states.pt")
+    file.unlink()
+    with pytest.raises(ucp.UcpError, match="no splits of its 1 layers make"):
         ucp.open(tmp_path / "stock")

@@ -6,7 +6,7 @@ elements of each are compared at once, since copies that have drifted apart are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,20 +104,34 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
 def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> TrainingState:
     """The first part's training state, with the param groups of all parts."""
     first = parts[min(parts)].training_state
-    names: list[dict[str, None]] = [{} for _ in first.param_groups]
+    every = max((parts[at].training_state.param_groups for at in sorted(parts)), key=len)
+    names: list[dict[str, None]] = [{} for _ in every]
     for at, part in parts.items():
         groups = part.training_state.param_groups
-        if len(groups) != len(names):
+        places = _places(groups, every)
+        if places is None:
             raise DamagedCheckpoint(
-                f"{part.model.path}: has {len(groups)} param groups, and {len(names)} on the first model-parallel "
+                f"{part.model.path}: has {len(groups)} param groups, and {len(names)} on another model-parallel "
                 "rank; files of two runs are mixed"
             )
-        for g, (group, other) in enumerate(zip(groups, first.param_groups, strict=True)):
-            _check_options(part, g, group, other)
-        for group, into in zip(groups, names, strict=True):
-            into.update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
-    joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, first.param_groups, strict=True))
+        for g, group in zip(places, groups, strict=True):
+            _check_options(part, g, group, every[g])
+            names[g].update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
+    joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, every, strict=True))
     return replace(first, param_groups=tuple(joined))
+
+
+def _places(groups: Sequence[ParamGroup], every: Sequence[ParamGroup]) -> list[int] | None:
+    """Which of all groups a part's are; None if they don't fit. A pipeline's stage without experts has no groups of
+    them."""
+    others = [g for g, group in enumerate(every) if not _is_of_experts(group)]
+    if len(groups) == len(others) and not any(map(_is_of_experts, groups)):
+        return others
+    return list(range(len(every))) if len(groups) == len(every) else None
+
+
+def _is_of_experts(group: ParamGroup) -> bool:
+    return bool((group.options or {}).get("moe"))
 
 
 def _check_options(part: LocalModel, g: int, group: ParamGroup, first: ParamGroup) -> None:

@@ -75,11 +75,6 @@ def with_modules(
     whole = {mp: files for mp, files in models.items() if files[0].raw.get("module", {}) is not None}
     if len(whole) == len(models):
         return models
-    if whole:
-        raise Unsupported(
-            f"{path}: some of its pipeline's stages have experts, whose model files are whole, and others none, which "
-            "have layer files; such checkpoints are not put together"
-        )
     layers = layer_files(path, without)
     if not layers:
         raise DamagedCheckpoint(f"{path}: has a pipeline's model files, but no layer files ('layer_*-model_states.pt')")
@@ -89,9 +84,12 @@ def with_modules(
             f"{path}: has layer files of {count} tensor-parallel ranks, but model files of {len(models)} ranks, which "
             "is no multiple; files are missing or of two runs"
         )
-    out: dict[int, Mapping[int, ModelFile]] = {}
+    if whole and count > 1:
+        raise Unsupported(f"{path}: has experts in a pipeline with tensor parallelism, which is not supported")
+    out: dict[int, Mapping[int, ModelFile]] = dict(whole)
     for rank, files in layers.items():
-        stages = [_Stage.of(folder, models[folder.mp][0]) for folder in found if folder.mp % count == rank]
+        own = [folder for folder in found if folder.mp % count == rank and folder.mp not in whole]
+        stages = [_Stage.of(folder, models[folder.mp][0]) for folder in own]
         for stage, completed in _completed(path, files, stages, param_names):
             out[stage.mp] = {0: replace(stage.model, raw={**stage.model.raw, **completed})}
     return {mp: out[mp] for mp in models}
