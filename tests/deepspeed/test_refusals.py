@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,26 +158,44 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
+def middle_of_a_record(path: Path, k: int) -> int:
+    """A byte in the middle of the k-th of the longest records."""
+    with zipfile.ZipFile(path) as archive:
+        info = sorted(archive.infolist(), key=lambda one: -one.file_size)[k]
+    header = path.read_bytes()[info.header_offset :]
+    name, more = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return info.header_offset + 30 + name + more + info.file_size // 2
+
+
 @pytest.mark.parametrize(
-    "target", [Case(stage=3, dp=3), Case(stage=0, dp=2, dtype="bf16")], ids=lambda case: case.label
+    "target",
+    [Case(stage=3, dp=3), Case(stage=0, dp=2, dtype="bf16"), Case(stage=1, dp=3, dtype="bf16")],
+    ids=lambda case: case.label,
 )
 def test_damaged_checkpoints(ranks: RankPool, sources: Sources, target: Case, tmp_path: Path) -> None:
     run = sources.copy(PLAIN, tmp_path / "truncated")
     part = Path(run.folder) / run.tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    middles = [middle_of_a_record(part, k) for k in range(3)]
     part.write_bytes(part.read_bytes()[:-3000])
     good = sources.get(PLAIN)
     ucp.convert(good.folder, tmp_path / "flipped")
     states = next(p for p in (tmp_path / "flipped").rglob("*exp_avg_sq*.safetensors"))
     damage(states, states.stat().st_size // 2)
+    records = [sources.copy(PLAIN, tmp_path / f"record-{k}") for k in range(3)]  # masters and states, a bit in each
+    for middle, damaged in zip(middles, records, strict=True):
+        damage(Path(damaged.folder) / damaged.tag / part.name, middle)
     tries = [
+        *(Attempt(damaged.folder, damaged.tag) for damaged in records),
         Attempt(run.folder, run.tag),
         Attempt(str(tmp_path / "flipped")),
         Attempt(good.folder, good.tag),
     ]
     found = ranks.run(jobs.attempts, target, tries, world_size=target.dp)
-    check(found, 0, "DamagedCheckpoint", [re.escape(part.name)])
-    check(found, 1, "DigestMismatch", [re.escape(states.name)])
-    assert [r[2].kind for r in found] == [""] * target.dp
+    for k in range(len(records)):  # no rank reads the whole of one at stages 1 and 3
+        check(found, k, "DigestMismatch", [re.escape(part.name), "CRC-32"])
+    check(found, -3, "DamagedCheckpoint", [re.escape(part.name)])
+    check(found, -2, "DigestMismatch", [re.escape(states.name)])
+    assert [r[-1].kind for r in found] == [""] * target.dp
 
 
 @pytest.mark.parametrize(

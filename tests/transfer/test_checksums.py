@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,68 @@ def test_threads_that_read_the_same(path: Path) -> None:
         list(pool.map(work, range(8)))
         checks.finish()
         assert checks.verified_bytes == sum(b - a for a, b in PLACES)
+
+
+@given(
+    cuts=st.lists(st.integers(0, SIZE), min_size=1, max_size=5),
+    more=st.lists(reads(), min_size=3, max_size=3),
+    at=st.integers(0, SIZE - 1),
+    bit=st.integers(0, 7),
+)
+@settings(deadline=None, max_examples=100)
+def test_readers_that_tell_one_another(
+    path: Path, cuts: list[int], more: list[list[tuple[int, int]]], at: int, bit: int
+) -> None:
+    """Three share the file between them, and read some of it twice: what all have read is compared by each."""
+    known = records(path)
+    edges = sorted({0, *cuts, SIZE})
+    shares = [list(pairwise(edges))[k::3] for k in range(3)]
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(data)
+    for place, hit in ((path, None), (damaged, next(((a, b) for a, b in PLACES if a <= at < b), None))):
+        with Files() as files:
+            readers = [RecordChecks(known, [str(place)], files) for _ in shares]
+            found = set()
+            for reader, own, again in zip(readers, shares, more, strict=True):
+                for ranges in (own, again):
+                    try:
+                        read(reader, place, ranges)
+                    except DigestMismatch:
+                        found.add("alone")
+            pieces = {0: [piece[1:] for reader in readers for piece in reader.parts(1 << 20)]}
+            unverified = [reader.unverified_bytes for reader in readers]
+            for reader in readers:
+                try:
+                    reader.compare_together(pieces)
+                except DigestMismatch:
+                    found.add("together")
+            if hit is None:
+                assert not found
+                assert all(
+                    reader.unverified_bytes <= before for reader, before in zip(readers, unverified, strict=True)
+                )
+            elif "alone" not in found:
+                assert found == {"together"} or any(reader.unverified_bytes for reader in readers)
+
+
+def test_parts_that_touch_are_told_and_compared(path: Path) -> None:
+    """Two halves; halves that overlap, whose CRC-32s say nothing of the whole; a gap of more than padding."""
+    known, (low, high) = records(path), PLACES[3]
+    middle = (low + high) // 2
+    with Files() as files:
+        for shares, verified in (
+            (([(low, middle)], [(middle, high)]), True),
+            (([(low, middle + 100)], [(middle, high)]), False),
+            (([(low, middle - 5_000)], [(middle, high)]), False),
+        ):
+            readers = [RecordChecks(known, [str(path)], files) for _ in shares]
+            for reader, ranges in zip(readers, shares, strict=True):
+                read(reader, path, ranges)
+            told = [piece for reader in readers for piece in reader.parts(8)]
+            assert len(told) == 2
+            for reader, ranges in zip(readers, shares, strict=True):
+                reader.compare_together({0: [piece[1:] for piece in told]})
+                nbytes = sum(b - a for a, b in ranges)
+                assert (reader.verified_bytes, reader.unverified_bytes) == ((nbytes, 0) if verified else (0, nbytes))

@@ -25,7 +25,7 @@ from ucp.garbage import no_collections
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading import exchange, proof, strategy, tied
+from ucp.loading import exchange, proof, records, strategy, tied
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import plan
 from ucp.loading.nouns import Entry, LoadPlan, Wish
@@ -75,7 +75,7 @@ class LoadReport:
         The checkpoint's.
     verified_bytes
         How many of the bytes that this rank read were compared with the checkpoint's digests, or with CRC-32s of
-        records that it read whole.
+        records that the ranks together read whole.
     unverified_bytes
         How many were not compared, since there is neither of these, or the record was read only in part.
     proof
@@ -169,12 +169,12 @@ def load(
 
     target: what is to be filled, or a function that makes it without communicating. If that fails on one rank, all
     refuse. path: the checkpoint's, for the report. verify: check the chunks that are read against the checkpoint's
-    digests, if it has them, and records of torch files that this rank reads whole against their CRC-32s. read_once:
-    have one rank read each byte that several want, and exchange it; 'adaptive' does so where it is measured to be
-    faster. watch: the stopwatch of a load that began earlier, with opening. alone: do not communicate. Something else
-    makes the ranks agree (torch.distributed.checkpoint), and tensors that others hold parts of are not proved. prove:
-    afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`). changes: for
-    the report. memory: how many bytes of host memory this rank may take beyond what is live.
+    digests, if it has them, and records of torch files that the ranks read whole, together, against their CRC-32s.
+    read_once: have one rank read each byte that several want, and exchange it; 'adaptive' does so where it is measured
+    to be faster. watch: the stopwatch of a load that began earlier, with opening. alone: do not communicate. Something
+    else makes the ranks agree (torch.distributed.checkpoint), and tensors that others hold parts of are not proved.
+    prove: afterwards compare what is live with the checkpoint's logical digests (`ucp.loading.proof.CHOICES`). changes:
+    for the report. memory: how many bytes of host memory this rank may take beyond what is live.
 
     Raises, with nothing changed: Mismatch if anything would stay unrestored or unused against the wish,
     DamagedCheckpoint if files are damaged, BadArgument for an unknown ``read_once`` or ``prove``, Unsupported if the
@@ -250,13 +250,15 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     new: what goes to where nobody has seen anything, so that it is brought at once.
     """
     looking, reader = Reader(how.catalog, files, how.verify), Reader(how.catalog, files, how.verify)
+    together = records.is_shared(how.alone, how.verify)
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
         wanted = checking.used(rest.copies)
         every = checking.used([*new.copies, *rest.copies]) if new.copies else wanted
-        looking.records.expect(every)
-        reader.records.expect(every)
-        compared = checking.comparable(looking, wanted, every)
+        if not together:
+            looking.records.expect(every)
+            reader.records.expect(every)
+        compared = checking.comparable(looking, wanted, every, together)
         found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(looking, files, every)
         if how.verify and not how.alone and how.prove is not False:
@@ -285,6 +287,8 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         how.agreed(lambda: how.watch.timed("check", check))
     checked = files.bytes_read - before
     brought = how.agreed(lambda: how.watch.timed("read", read))
+    if together and chosen != strategy.VERIFY_WHILE_BRINGING:
+        how.watch.timed("check", lambda: records.compare_together(how.agreed, looking, reader))
     if chosen == strategy.VERIFY_READ_PROVE:
         reader = reader.again()
     return _Ready(chosen, reader, marks, compared, brought, checked, held)
@@ -301,7 +305,10 @@ def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought
         brought = bring(rest, ready.reader, files, how.threads, how.memory, how.watch)
         return replace(brought, there={**there, **brought.there})
 
-    return _together(how, "apply" if ready.held is not None else "read", work)
+    brought = _together(how, "apply" if ready.held is not None else "read", work)
+    if ready.strategy == strategy.VERIFY_WHILE_BRINGING and records.is_shared(how.alone, how.verify):
+        records.compare_together(partial(_together, how, "check"), ready.reader)
+    return brought
 
 
 def _exchange(how: _How, sharing: exchange.Sharing | None, tensors: Mapping[Entry, torch.Tensor]) -> None:

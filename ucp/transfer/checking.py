@@ -60,16 +60,19 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def comparable(reader: Reader, ranges: Ranges, every: Ranges | None = None) -> dict[int, list[tuple[int, int]]]:
+def comparable(
+    reader: Reader, ranges: Ranges, every: Ranges | None = None, together: bool = False
+) -> dict[int, list[tuple[int, int]]]:
     """What of these ranges can be compared with digests or CRC-32s. every: with what else will be read. A record that
-    is read whole by both together is compared whole."""
+    is read whole by both together is compared whole. together: other ranks read the rest of records, so that parts of
+    them count."""
     found = {}
     for file, held in ranges.items():
         if reader.has_digests(file) or every is None:
             found[file] = reader.comparable(file, held)
         else:
-            records = reader.comparable(file, every[file])
-            found[file] = [(low, high) for low, high in records if _meets(held, low, high)]
+            records = [(low, high) for low, high in reader.comparable(file, every[file]) if _meets(held, low, high)]
+            found[file] = _joined([*records, *held]) if together and reader.records.covers(file) else records
     return {file: held for file, held in found.items() if held}
 
 

@@ -4,11 +4,12 @@ A record of a torch file (a tensor's storage) has one CRC-32 for all its bytes. 
 once. Each part's CRC is computed where it is read, once for every byte. The parts of a record are combined when they
 cover it, so a record that is read whole is compared at once. What is missing of other records is read later. In a
 conversion, which must not pass on damage as valid, `finish` reads all of it. In a load, `settle` reads it if it is
-little (padding that nobody wants).
+little (padding that nobody wants), and ranks tell one another what they have read (`compare_together`).
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from ucp import limits
 from ucp.errors import DigestMismatch
-from ucp.storage.crc32 import StoredCrc32, combine_all, crc32
+from ucp.storage.crc32 import StoredCrc32, combine, combine_all, crc32
 from ucp.storage.files import Files
 
 RecordPiece = tuple[int, int, int, int]
@@ -33,8 +34,8 @@ class _Progress:
 
     starts, stops: of the byte ranges that have been read or are being read, disjoint and in order.
     pieces: (first byte, bytes, CRC-32) of the parts that are done. done: their bytes in all.
-    compared: all of it was read, and its CRC-32 is compared. to_compare: whether so much of it will be read that it can
-    be.
+    compared: all of it was read, and its CRC-32 is compared. together: so it is, but others have read parts of it.
+    to_compare: whether so much of it will be read that it can be.
     """
 
     record: StoredCrc32
@@ -43,6 +44,7 @@ class _Progress:
     pieces: list[tuple[int, int, int]] = field(default_factory=list)
     done: int = 0
     compared: bool = False
+    together: bool = False
     to_compare: bool = True
 
     @property
@@ -180,6 +182,63 @@ class RecordChecks:
             out, self._new = self._new, []
             return out
 
+    def parts(self, most: int) -> list[RecordPiece]:
+        """What was read of records that are not compared yet: parts without gaps, at most so many, the longest ones."""
+        with self._lock:
+            held = [(file, sorted(progress.pieces)) for (file, _), progress in self._touched.items()]
+        out = [(file, *part) for file, pieces in held for part in _joined(pieces)]
+        return heapq.nlargest(most, out, key=lambda piece: piece[2]) if len(out) > most else out
+
+    def compare_together(self, pieces: Mapping[int, Sequence[tuple[int, int, int]]]) -> None:
+        """Compare the records that were read in part with the help of what others have read of them.
+
+        pieces: of all, this one's own too: file -> (first byte, bytes, CRC-32). What nobody has read is read, if it is
+        as little as for `settle`; else the record stays as it is. Raises what reading raises, and DigestMismatch.
+        """
+        with self._lock:
+            touched = list(self._touched.items())
+        starts = {file: sorted(found, key=lambda piece: (piece[0], -piece[1])) for file, found in pieces.items()}
+        for (file, start), progress in touched:
+            chain = _chain(starts.get(file, ()), start, progress.record.stop)
+            missing = progress.size - sum(size for _, size, _ in chain)
+            if missing > progress.size * limits.RECORD_MISSING_PART:
+                continue
+            found = combine_all((crc, size) for _, size, crc in self._filled(file, progress, chain))
+            _check(self._files, self._paths[file], progress.record, found)
+            progress.together = True
+            with self._lock:
+                self._compared(file, progress, progress.done)
+
+    def trust(self, other: RecordChecks) -> None:
+        """Take as compared what another reader of the same files has compared together with other ranks. What it could
+        not compare is not compared here either."""
+        for file, found in self._progress.items():
+            for progress, theirs in zip(found, other._progress[file], strict=True):
+                if theirs.together and not progress.compared:
+                    with self._lock:
+                        self._compared(file, progress, theirs.done)
+                progress.to_compare = theirs.compared
+
+    def _compared(self, file: int, progress: _Progress, nbytes: int) -> None:
+        progress.compared = True
+        progress.pieces.clear()
+        self._touched.pop((file, progress.record.start), None)
+        self._unsettled.pop((file, progress.record.start), None)
+        self.verified_bytes += nbytes
+
+    def _filled(
+        self, file: int, progress: _Progress, chain: Iterable[tuple[int, int, int]]
+    ) -> Iterator[tuple[int, int, int]]:
+        """The pieces from one end of the record to the other; what lies between them is read."""
+        at = progress.record.start
+        for start, size, crc in (*chain, (progress.record.stop, 0, 0)):
+            for low in range(at, start, limits.RECORD_STEP_BYTES):
+                buffer: NDArray[np.uint8] = np.empty(min(limits.RECORD_STEP_BYTES, start - low), np.uint8)
+                self._files.read_into(self._paths[file], low, buffer.data)
+                yield low, len(buffer), crc32(buffer)
+            yield start, size, crc
+            at = start + size
+
     def settle(self) -> None:
         """Read what is missing of records that lack only little. Raises what reading raises, and DigestMismatch."""
         with self._lock:
@@ -237,16 +296,38 @@ class RecordChecks:
                 return
             if progress.compared:
                 return
-            progress.compared = True
-            self._touched.pop(key, None)
-            self.verified_bytes += progress.size
-        self._compare(self._paths[file], progress)
-        progress.pieces.clear()
+            pieces = sorted(progress.pieces)
+            self._compared(file, progress, progress.size)
+        _check(self._files, self._paths[file], progress.record, combine_all((crc, size) for _, size, crc in pieces))
 
-    def _compare(self, path: str, progress: _Progress) -> None:
-        record = progress.record
-        found = combine_all((crc, size) for _, size, crc in sorted(progress.pieces))
-        _check(self._files, path, record, found)
+
+def _joined(pieces: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """The pieces, which are in order and disjoint, with those that touch as one."""
+    start = size = crc = 0
+    for at, more, found in pieces:
+        if size and at == start + size:
+            size, crc = size + more, combine(crc, found, more)
+            continue
+        if size:
+            yield start, size, crc
+        start, size, crc = at, more, found
+    if size:
+        yield start, size, crc
+
+
+def _chain(pieces: Sequence[tuple[int, int, int]], low: int, high: int) -> list[tuple[int, int, int]]:
+    """Of pieces in order, the longest first of those that begin at the same byte: such that lie in [low, high) one
+    behind the other, as long as can be from each on."""
+    out = []
+    at = low
+    for k in range(bisect_left(pieces, low, key=lambda piece: piece[0]), len(pieces)):
+        start, size, _ = pieces[k]
+        if start >= high:
+            break
+        if start >= at and start + size <= high:
+            out.append(pieces[k])
+            at = start + size
+    return out
 
 
 def read_record(files: Files, path: str, record: StoredCrc32) -> bytes:
