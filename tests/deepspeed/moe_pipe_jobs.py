@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.engines import autoep, models, truth
 from tests.engines.autoep import AutoCase
-from tests.engines.configs import make_config
+from tests.engines.configs import Case, make_config
 from tests.engines.resume import continue_training
 from tests.engines.runs import FURTHER, STEPS
 from tests.engines.zygote import resolve
@@ -249,3 +249,25 @@ def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes:
         train(engine, case, STEPS, FURTHER + 1) if stages else continue_training(engine, case.case, STEPS, FURTHER + 1)
     )
     return mine, complete, losses
+
+
+def folded_in_stages(case: AutoCase) -> None:
+    """AutoEP with AutoTP in a pipeline's two stages, by stock DeepSpeed."""
+    pipeline(case, 2, True, STOCK, {"tensor_parallel": {"autotp_size": 2, "partition_config": autoep.SLICES}})
+
+
+def listed_in_slices() -> str:
+    """DeepSpeed's own layers in two stages of two tensor-parallel ranks: what this project says of the engine."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    from tests.deepspeed.moe_parallel_jobs import Mixture
+    from ucp.errors import UcpError
+
+    model = PipelineModule([Mixture(1), Mixture(1)], topology=PipeModelDataParallelTopology(2, 2, 1), loss_fn=loss)
+    config = make_config(Case(stage=1)) | {"ucp": {"enabled": True}}
+    try:
+        resolve(OURS)(model=model, model_parameters=list(model.parameters()), config=config)
+    except UcpError as error:
+        return str(error)
+    return ""

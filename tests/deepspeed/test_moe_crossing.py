@@ -15,7 +15,7 @@ from tests.engines import autoep, releases
 from tests.engines.autoep import PRELOAD, AutoCase
 from tests.engines.configs import Case, make_config
 from tests.engines.moe import MoeSources
-from tests.engines.pool import RankPool
+from tests.engines.pool import RankError, RankPool
 from tests.engines.truth import known
 
 pytestmark = [
@@ -256,3 +256,11 @@ def test_deepspeeds_own_files_without_zero(ranks: RankPool, tmp_path: Path) -> N
         assert losses == further
         for name, (_, states) in mine.items():
             assert all(torch.equal(found[name][1][state], value) for state, value in states.items()), name
+
+
+def test_stages_and_slices_together(ranks: RankPool) -> None:
+    """DeepSpeed itself has no AutoEP with both, and its own layers with both are refused by name."""
+    with pytest.raises(RankError, match="folding currently supports pp_size=1 only"):
+        ranks.run(jobs.folded_in_stages, AutoCase(TWO.but(dp=1), ep=2), **FOUR)
+    said = ranks.run(jobs.listed_in_slices, **FOUR)
+    assert all("own mixture-of-experts layers together with tensor parallelism" in text for text in said)
