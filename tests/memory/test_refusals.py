@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+import ucp
 from tests.memory.nodes import wait_for
 from ucp import limits
 from ucp.cli.main import main
@@ -28,6 +29,7 @@ from ucp.memory.groups import divided
 from ucp.memory.options import Options, nbytes
 from ucp.memory.pool import LentPool
 from ucp.memory.tier import Tier
+from ucp.storage import disk
 from ucp.storage.kept import client, places
 from ucp.storage.kept.wire import receive, send
 from ucp.torchdist.memory import MemorySnapshots
@@ -286,6 +288,29 @@ def test_what_a_fall_to_disk_costs_is_said(caplog: pytest.LogCaptureFixture) -> 
     why = "generation 812: it needs 2 lost nodes (b, d); redundancy is 1"
     recovery.warn_of(tier, (why,), "global_step800", "on disk")
     assert caplog.messages == [f"memory of 'r': {why}; continuing from step 800 on disk, which costs 12 steps"]
+
+
+def test_a_save_that_took_long_is_not_newer_than_a_later_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 goes to disk in the background, and its last file is written when step 4 is in memory already."""
+    tier = Tier(Options(run="r"))
+    tier.run = "r"
+    write, seen = disk.write_new, []
+
+    def slow(path: Path, data: bytes) -> None:
+        seen.append(time.time_ns())
+        time.sleep(0.02)
+        write(path, data)
+
+    before = time.time_ns()
+    monkeypatch.setattr(disk, "write_new", slow)
+    model = torch.nn.Linear(2, 2)
+    ucp.save_training(tmp_path / "global_step3", model=model, optimizer=torch.optim.AdamW(model.parameters()), step=3)
+    (tmp_path / "latest").write_text("global_step3")
+    for when, expected in ((seen[-1], ("memory://r", "global_step4")), (before, (str(tmp_path), None))):
+        monkeypatch.setattr(tier, "recover", lambda at=when: {"tag": "global_step4", "when": at, "refused": []})
+        assert recovery.source(tier, tmp_path) == expected
 
 
 def test_a_trainer_goes_on_where_its_own_state_is(

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from ucp.errors import DamagedCheckpoint
+from ucp.formats.universal import manifest
 from ucp.job import ranks
 from ucp.memory.tier import Tier
 from ucp.printable import logger
@@ -82,13 +83,15 @@ def warn_of(tier: Tier, refused: tuple[str, ...], tag: str | None, where: str) -
 
 
 def _latest(folder: str | os.PathLike[str]) -> tuple[str, int] | None:
-    """The checkpoint that the folder's 'latest' names, and when it was written. None if there is none."""
+    """The checkpoint that the folder's 'latest' names, and when its state was taken, which is the time of our own
+    manifest; of other checkpoints it is not known, but when they were written. None if there is none."""
     place = locate(folder)
     name = latest_name(place)
     if name is None:
         return None
     try:
-        return name, locations.newest_ns(place / name)
+        own = place / name / manifest.NAME
+        return name, locations.stat(own).mtime_ns if locations.is_file(own) else locations.newest_ns(place / name)
     except OSError:
         return None
 

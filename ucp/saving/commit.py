@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Session:
 
     folder: the absolute path of the folder with the tags. temporary: the folder that is filled. save: the save's own
     number. world: how many ranks take part. inode: the temporary folder's. keep: which other checkpoints stay once this
-    one is committed; None for all.
+    one is committed; None for all. began: when the state was taken, in nanoseconds since the epoch.
     """
 
     folder: str
@@ -57,6 +57,7 @@ class Session:
     latest: bool
     inode: int
     keep: Keep | None = None
+    began: int = field(default_factory=time.time_ns)
 
     @property
     def destination(self) -> Path:
@@ -99,6 +100,8 @@ class Session:
         """
         try:
             disk.write_new(self.path(manifest.NAME), body)
+            # So that a checkpoint that took long to write does not look newer than what was taken meanwhile.
+            os.utime(self.path(manifest.NAME), ns=(self.began, self.began))
             disk.remove_tree(self.path(_RECEIPTS))
             nbytes = sum(entry.stat().st_size for entry in os.scandir(self.temporary))
         except OSError as error:
