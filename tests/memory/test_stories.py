@@ -18,7 +18,9 @@ def test_ranks_killed_at_random_instants_lose_at_most_a_step(ranks: RankPool, tm
     told = survive_main.kills(ranks, str(tmp_path), str(keepers), 2, random.Random(5))
     assert told["not bit-equal"] == []
     assert told["steps lost at most"] <= 1
-    assert told["resumes"] == 2
+    assert told["resumes"] == told["kills"] >= 2
+    assert told["from memory"] > 0
+    assert survive_main.holds(told)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
