@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_a_flipped_byte_in_parity_is_found_and_made_anew(keepers: Path) -> None:
     nodes.start(("a", "b", "c"))
     assert nodes.recover()["rebuilt"] == ["a"]
     check(nodes, files, "c")
+
+
+def test_parity_takes_no_more_of_the_network_than_it_may(keepers: Path) -> None:
+    """Of three nodes with 3 MB each, every one takes two halves for its parity."""
+    began = time.monotonic()
+    Nodes(("a", "b", "c"), network=3_000_000).save(1)
+    assert time.monotonic() - began >= 0.95
 
 
 def test_both_nodes_of_a_pair_are_lost(keepers: Path) -> None:

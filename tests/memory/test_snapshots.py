@@ -76,22 +76,35 @@ def test_killed_with_its_snapshots_goes_on_from_the_last_step(ranks: RankPool, t
 
 
 def test_a_node_lost_with_its_ranks_and_its_keeper(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
-    """Four nodes with one parity: what is left resumes on three ranks, with the bits of all four."""
+    """Four nodes with one parity: what is left resumes on three ranks, with the bits of all four. Of those three two
+    more are lost, so that the last one goes on from the older step that is on disk."""
     case, folder, nodes = Case(stage=1, dp=4), str(tmp_path / "run"), ("a", "b", "c", "d")
-    memory = {"redundancy": 1}
-    truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 2, memory, world_size=4)[0]
+    memory = {"redundancy": 1, "persist_every": 2}
+    truth = ranks.run(jobs.train, case, folder, str(keepers), nodes, 3, memory, world_size=4)[0]
     wait_for(lambda: all(one["generations"][0]["protected"] for one in control.statuses()))
     # On each node two generations of S bytes, and the parity of the newest one.
     held = control.statuses()
     kept = sum(one["bytes"] for one in held) / held[0]["generations"][0]["bytes"]
     assert 2 + 1 / 3 <= kept <= 1.03 * (2 + 1 / 3)
-    os.kill(next(note.pid for note in places.notes() if note.node == "a"), signal.SIGKILL)
+    lose("a")
     target = case.but(stage=3, dp=3)
     path, steps, found = ranks.run(
         jobs.resume, target, folder, str(keepers), ("b", "c", "d"), {**memory, "every": 0}, world_size=3
     )[0]
-    assert (path, steps) == (f"memory://{folder}/global_step2", 2)
+    assert (path, steps) == (f"memory://{folder}/global_step3", 3)
     assert compare(found, truth) == []
+    lose("b", "c")
+    path, steps, _ = ranks.run(
+        jobs.resume, case.but(dp=1), folder, str(keepers), ("d",), {**memory, "every": 0}, world_size=1
+    )[0]
+    assert (path, steps) == (f"{folder}/global_step2", 2)
+
+
+def lose(*nodes: str) -> None:
+    """These nodes' keepers."""
+    for note in places.notes():
+        if note.node in nodes:
+            os.kill(note.pid, signal.SIGKILL)
 
 
 def test_training_goes_on_when_a_keeper_dies(ranks: RankPool, tmp_path: Path, keepers: Path) -> None:
