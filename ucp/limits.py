@@ -169,6 +169,8 @@ KEEPER_LINES_COUNT = 20
 # How long the other ranks wait, so that the first rank reports a refusal before one of them ends their agent, and with
 # it all ranks.
 REFUSAL_HEAD_START_SECONDS = 2.0
+# How often a rank looks whether a node that was to be left out has left.
+LEFT_NODE_WATCH_SECONDS = 1.0
 # What a report shows of a run, at most.
 TIMELINE_RECORDS_COUNT = 2000
 # Processes that digest a rank's snapshot at most: 3 GB/s each, of the 40 or so that a device sends.

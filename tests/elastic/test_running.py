@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,44 @@ def test_a_drained_node_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     code, told = torchrun(tmp_path, "memory-never", 1)
     assert (code != 0, told) == (True, [])
     assert drain(tmp_path, "bad", back=True) == []
+
+
+def test_the_other_nodes_go_on_without_a_drained_one(tmp_path: Path, keepers: Path) -> None:
+    """Two agents, each a node: the ranks of the one that stays would wait for those of the one that has left. Rounds
+    wait so long for more nodes that the second agent is always in the first."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    quick = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=2"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1:2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    ]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={quick}", "--max-restarts=3"]
+    command += ["--monitor-interval=0.1", "-m", "ucp.elastic", "--folder", str(tmp_path)]
+    command += [str(ROOT / "tests/elastic/program.py"), str(tmp_path), "memory-drain"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": startup.search_path([ROOT]), FRESH_STORES: "1"}
+    agents = {}
+    try:
+        for node in ("good", "bad"):
+            agents[node] = subprocess.Popen(command, env={**environment, "UCP_NODE": node}, start_new_session=True)
+            wait_for(lambda: is_listening(port), 30)  # by the first one's agent
+        assert agents["good"].wait(120) == 0
+        assert agents["bad"].wait(30) != 0
+    finally:
+        for agent in agents.values():
+            with suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert [(one["resumed"], one["world"]) for one in told if "resumed" in one] == [(0, 2), (3, 1)]
+    assert told[-1]["step"] == 6
+    events = [one for one in read_metrics(tmp_path) if one.get("what") == "event"]
+    assert {(one["event"], one["node"]) for one in events} >= {("drained", "bad"), ("restarted", "good")}
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,9 +25,12 @@ REFUSED = 65  # the exit code of an error that another try would repeat (EX_DATA
 DRAINED = 75  # the exit code of a node that is to be left out (EX_TEMPFAIL)
 
 DRAIN = "ucp-drain.json"
+LEFT = "ucp-left.json"
 
 FRESH_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The variable by which torchrun's agent makes a store for every round."""
+
+_CLOCKS_APART = 60.0  # seconds between two nodes' clocks
 
 # Errors that may not happen again the next time: a lost process, a full disk, a rank that died.
 _PASSING = (SaveFailed, ProcessLost, DestinationError)
@@ -44,10 +48,13 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
     if place is not None and places.node() in drained(place):
         _event(place, "drained")
         log.warning("node '%s' is to be left out; its agent ends", places.node())
+        left = {"node": places.node(), "world": os.environ.get("WORLD_SIZE"), "at": time.time()}
+        atomic.write_atomic(place / LEFT, json.dumps(left).encode())
         _end_agent()
         sys.exit(DRAINED)
     if place is not None:
         _event(place, "started", since_process=_age())
+        threading.Thread(target=_start_again_without, args=(place, time.time() - _age()), daemon=True).start()
     _warn_of_stale_store()
     try:
         main()
@@ -67,6 +74,28 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         if error.code not in (None, 0):
             sys.last_value = error  # so that the keepers know that it did not end well
         raise
+
+
+def _start_again_without(place: Path, born: float) -> None:
+    """End this rank once a node that was to be left out has left its round: this rank would wait for that node's, and
+    the agent does not notice. Then the agent makes a round of those that are left. born: of this process."""
+    while True:
+        left = _left(place)
+        # The nodes' clocks may differ. A later round has other ranks.
+        if left is not None and left["world"] == os.environ.get("WORLD_SIZE") and left["at"] > born - _CLOCKS_APART:
+            log.warning("node '%s' has left; starting again without it", left["node"])
+            _event(place, "restarted", without=left["node"])
+            os._exit(DRAINED)
+        time.sleep(limits.LEFT_NODE_WATCH_SECONDS)
+
+
+def _left(place: Path) -> dict[str, Any] | None:
+    """The last node that has left: its name, the number of ranks of its round, and when."""
+    try:
+        raw = json.loads((place / LEFT).read_bytes())
+        return {"node": str(raw["node"]), "world": raw["world"], "at": float(raw["at"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # nobody has, or it is being written on a file system that shows half of a file
 
 
 def _would_come_again(error: Exception) -> bool:
@@ -119,7 +148,8 @@ def drain(folder: Path, node: str, *, back: bool = False) -> list[str]:
 
 
 def _event(folder: Path, name: str, **more: Any) -> None:
-    if os.environ.get("RANK", "0") != "0" and name != "drained":
+    # One rank tells what the job does, and one of each node what the node does.
+    if os.environ.get("LOCAL_RANK" if name in ("drained", "restarted") else "RANK", "0") != "0":
         return
     metrics.append(
         folder,
