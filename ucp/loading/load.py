@@ -250,7 +250,7 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     new: what goes to where nobody has seen anything, so that it is brought at once.
     """
     looking, reader = Reader(how.catalog, files, how.verify), Reader(how.catalog, files, how.verify)
-    together = records.is_shared(how.alone, how.verify)
+    together = records.are_shared(how.catalog, how.alone, how.verify)
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
         wanted = checking.used(rest.copies)
@@ -306,7 +306,7 @@ def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought
         return replace(brought, there={**there, **brought.there})
 
     brought = _together(how, "apply" if ready.held is not None else "read", work)
-    if ready.strategy == strategy.VERIFY_WHILE_BRINGING and records.is_shared(how.alone, how.verify):
+    if ready.strategy == strategy.VERIFY_WHILE_BRINGING and records.are_shared(how.catalog, how.alone, how.verify):
         records.compare_together(partial(_together, how, "check"), ready.reader)
     return brought
 

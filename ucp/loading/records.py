@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp import limits
+from ucp.catalog import Catalog
 from ucp.job import ranks
 from ucp.transfer.reader import Reader
 
 
-def is_shared(alone: bool, verify: bool) -> bool:
-    """Whether this load's ranks compare records together."""
-    return verify and not alone and ranks.world_size() > 1
+def are_shared(catalog: Catalog, alone: bool, verify: bool) -> bool:
+    """Whether this load's ranks compare records together. The same on all ranks, as the catalog is."""
+    return verify and not alone and bool(catalog.crc_records) and ranks.world_size() > 1
 
 
 def compare_together(agreed: Callable[[Callable[[], None]], object], *readers: Reader) -> None:
