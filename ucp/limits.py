@@ -68,8 +68,8 @@ TWIN_BYTES = 2 * MIB
 TWINS_BYTES = 16 * MIB
 # A torch archive of at most this size is read at once: it is names and shapes more than tensors.
 SMALL_ARCHIVE_BYTES = 256 * KIB
-# So many parts of records the ranks of a job tell one another of, all together, with 32 bytes each: those of a record
-# that is in more of them are not compared.
+# The most parts of records that all ranks of a job together tell one another of, each in 32 bytes. Records whose parts
+# are left out are not compared.
 RECORD_PIECES_COUNT = 1 << 18
 # The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB

@@ -66,9 +66,12 @@ class Answers:
 
     def is_attended(self) -> bool:
         """Whether any trainer that has registered is alive."""
+        return bool(self._living())
+
+    def _living(self) -> list[int]:
         with self._lock:
             self._trainers = {pid for pid in self._trainers if _is_alive(pid)}
-            return bool(self._trainers)
+            return sorted(self._trainers)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -183,9 +186,8 @@ class Answers:
         """Register a trainer's process. The answer also has those that are alive."""
         with self._lock:
             self._trainers.add(pid)
-        self.is_attended()
         found = {"host": self._note.host, "port": self._note.port, "node": self._note.node, "domain": self._note.domain}
-        return {**found, "trainers": sorted(self._trainers)}
+        return {**found, "trainers": self._living()}
 
     def on_go(self, pid: int, **_: Any) -> None:
         """A trainer's process has ended normally. This keeper ends with the last of them."""

@@ -232,10 +232,8 @@ class RecordChecks:
         """The pieces from one end of the record to the other; what lies between them is read."""
         at = progress.record.start
         for start, size, crc in (*chain, (progress.record.stop, 0, 0)):
-            for low in range(at, start, limits.RECORD_STEP_BYTES):
-                buffer: NDArray[np.uint8] = np.empty(min(limits.RECORD_STEP_BYTES, start - low), np.uint8)
-                self._files.read_into(self._paths[file], low, buffer.data)
-                yield low, len(buffer), crc32(buffer)
+            for low, data in self._read(file, at, start):
+                yield low, len(data), crc32(data)
             yield start, size, crc
             at = start + size
 
@@ -271,10 +269,15 @@ class RecordChecks:
 
     def _complete(self, file: int, missing: Iterable[tuple[int, int]]) -> None:
         for low, high in missing:
-            for at in range(low, high, limits.RECORD_STEP_BYTES):
-                buffer: NDArray[np.uint8] = np.empty(min(limits.RECORD_STEP_BYTES, high - at), np.uint8)
-                self._files.read_into(self._paths[file], at, buffer.data)
-                self.add(file, at, buffer)
+            for at, data in self._read(file, low, high):
+                self.add(file, at, data)
+
+    def _read(self, file: int, low: int, high: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The bytes [low, high) of a file, a step at a time, each with its first byte's number."""
+        for at in range(low, high, limits.RECORD_STEP_BYTES):
+            buffer: NDArray[np.uint8] = np.empty(min(limits.RECORD_STEP_BYTES, high - at), np.uint8)
+            self._files.read_into(self._paths[file], at, buffer.data)
+            yield at, buffer
 
     def _within(self, file: int, start: int, stop: int) -> list[_Progress]:
         """The records that these bytes are part of."""
