@@ -106,12 +106,14 @@ class MemoryToCome:
 
 def _get_pages(owner: weakref.ref[MemoryToCome], rooms: Sequence[tuple[torch.Tensor, threading.Event]]) -> None:
     memory = Memory()
-    for room, there in rooms:
-        try:
+    try:
+        for room, there in rooms:
             for _ in memory.ready_by_pieces([room]):
                 if owner() is None:
                     return
-        finally:
+            there.set()
+    finally:
+        for _, there in rooms:  # whatever went wrong, nobody waits for this thread
             there.set()
 
 
