@@ -30,7 +30,9 @@ LEFT = "ucp-left.json"
 FRESH_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The variable by which torchrun's agent makes a store for every round."""
 
-_CLOCKS_APART = 60.0  # seconds between two nodes' clocks
+# Seconds that two nodes' clocks may differ. The next round, which may have as many ranks again, begins later than this:
+# torch finds after 15 s that a node is gone.
+_CLOCKS_APART = 10.0
 
 # Errors that may not happen again the next time: a lost process, a full disk, a rank that died.
 _PASSING = (SaveFailed, ProcessLost, DestinationError)
@@ -48,8 +50,7 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
     if place is not None and places.node() in drained(place):
         _event(place, "drained")
         log.warning("node '%s' is to be left out; its agent ends", places.node())
-        left = {"node": places.node(), "world": os.environ.get("WORLD_SIZE"), "at": time.time()}
-        atomic.write_atomic(place / LEFT, json.dumps(left).encode())
+        _leave_word(place)
         _end_agent()
         sys.exit(DRAINED)
     if place is not None:
@@ -74,6 +75,15 @@ def run(main: Callable[[], Any], *, folder: str | os.PathLike[str] | None = None
         if error.code not in (None, 0):
             sys.last_value = error  # so that the keepers know that it did not end well
         raise
+
+
+def _leave_word(place: Path) -> None:
+    """Tell the other nodes' ranks that this node has left."""
+    left = {"node": places.node(), "world": os.environ.get("WORLD_SIZE"), "at": time.time()}
+    try:
+        atomic.write_atomic(place / LEFT, json.dumps(left).encode())
+    except DestinationError as error:
+        log.warning("the other nodes are not told, and may wait for this one: %s", error)
 
 
 def _start_again_without(place: Path, born: float) -> None:
