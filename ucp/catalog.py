@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, Ints, Shape, concat, coverage_fault, coverage_holds, extents, numel
+from ucp.geometry import Blocks, Ints, Shape, coverage_fault, coverage_holds, extents, joined, numel
 from ucp.logical.record import Recorded
 from ucp.parallel.mesh import Layout
 from ucp.printable import short
@@ -73,7 +73,9 @@ class LogicalTensor:
 
     def byte_ranges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(n,) each block's first byte in its file, and the byte after its last, gaps included."""
-        return _byte_ranges(self.blocks, self.bases, itemsize(self.dtype))
+        first, ends = extents(self.blocks)
+        width = itemsize(self.dtype)
+        return self.bases + first * width, self.bases + ends * width
 
     def check_coverage(self) -> None:
         """Raise DamagedCheckpoint unless the fragments hold every element exactly once."""
@@ -293,31 +295,23 @@ def _is_unicode(name: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _byte_ranges(b: Blocks, bases: Ints, width: int | Ints) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Like `LogicalTensor.byte_ranges`. width: bytes of an element, one number for all blocks or one for each."""
-    first, ends = extents(b)
-    return bases + first * width, bases + ends * width
-
-
-def _together(tensors: Sequence[LogicalTensor], ndim: int) -> tuple[Blocks, Ints]:
-    """All blocks of these tensors, and the number of the tensor that each belongs to."""
-    blocks = concat((t.blocks for t in tensors), ndim)
-    return blocks, np.repeat(np.arange(len(tensors)), [len(t.blocks) for t in tensors])
-
-
 def _all_whole(tensors: Sequence[LogicalTensor], ndim: int, sizes: NDArray[np.float64]) -> bool:
     """Whether these tensors of ``ndim`` dimensions are covered exactly once, by ranges within the files.
 
-    This is what `check_coverage` and `check_ranges` ask of each tensor. Asking it of all at once takes a tenth of the
-    time.
+    This is what `check_coverage` and `check_ranges` ask of each tensor. Asking it of all at once, and once of all that
+    share their blocks, takes a hundredth of the time.
     """
-    # The states of a parameter are cut alike, and so are parameters of one shape: they share the arrays of their boxes.
-    alike = {(t.shape, id(t.blocks.offsets), id(t.blocks.sizes)): t for t in tensors}
-    if not coverage_holds([t.shape for t in alike.values()], *_together(list(alike.values()), ndim)):
+    different = {(t.shape, id(t.blocks)): t for t in tensors}.values()
+    # The states of a parameter are cut alike, wherever they lie: they share the arrays of their boxes.
+    alike = {(t.shape, id(t.blocks.offsets), id(t.blocks.sizes)): t for t in different}
+    cut = joined([t.blocks for t in alike.values()], ndim)
+    if not coverage_holds([t.shape for t in alike.values()], cut.blocks.take(cut.rows), cut.owners):
         return False
-    blocks, group = _together(tensors, ndim)
+    held = joined([t.blocks for t in tensors], ndim)
+    blocks = held.blocks
     if np.any((blocks.buffers < 0) | (blocks.buffers >= len(sizes))):
         return False
-    widths = np.array([itemsize(t.dtype) for t in tensors], np.int64)[group]
-    first, ends = _byte_ranges(blocks, np.concatenate([t.bases for t in tensors]), widths)
-    return not np.any((first < 0) | (ends > sizes[blocks.buffers]))
+    widths = np.array([itemsize(t.dtype) for t in tensors], np.int64)[held.owners]
+    bases = np.concatenate([t.bases for t in tensors])
+    first, ends = (bases + found[held.rows] * widths for found in extents(blocks))
+    return not np.any((first < 0) | (ends > sizes[blocks.buffers[held.rows]]))

@@ -28,6 +28,7 @@ from __future__ import annotations
 from ucp.geometry.blocks import (
     Blocks,
     Ints,
+    Joined,
     Shape,
     box,
     concat,
@@ -35,6 +36,7 @@ from ucp.geometry.blocks import (
     empty,
     extents,
     flat_ranges,
+    joined,
     numel,
     packed,
     region,
@@ -50,6 +52,7 @@ from ucp.geometry.shards import compose, restrict
 __all__ = [
     "Blocks",
     "Ints",
+    "Joined",
     "Shape",
     "box",
     "concat",
@@ -57,6 +60,7 @@ __all__ = [
     "empty",
     "extents",
     "flat_ranges",
+    "joined",
     "numel",
     "packed",
     "region",

@@ -102,6 +102,34 @@ def concat(parts: Iterable[Blocks], ndim: int) -> Blocks:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The blocks of many tensors, in which what several of them share is listed once.
+
+    blocks: the distinct ones. rows: (n,) for every block of every tensor, in order, which of those it is. owners: (n,)
+    the number of its tensor, ascending.
+    """
+
+    blocks: Blocks
+    rows: Ints
+    owners: Ints
+
+
+def joined(many: Sequence[Blocks], ndim: int) -> Joined:
+    """The blocks of tensors with ``ndim`` dimensions. Tensors that are cut alike and lie alike may have one object."""
+    ids = list(map(id, many))
+    distinct = dict(zip(ids, many, strict=True))
+    numbers = {found: k for k, found in enumerate(distinct)}
+    which = np.array(list(map(numbers.__getitem__, ids)), np.int64)
+    counts = np.array([len(blocks) for blocks in distinct.values()], np.int64)
+    if not len(which):
+        return Joined(empty(ndim), which, which)
+    firsts, each = np.cumsum(counts) - counts, counts[which]
+    owners = np.repeat(np.arange(len(which)), each)
+    rows = np.arange(len(owners)) + (firsts[which] - (np.cumsum(each) - each))[owners]
+    return Joined(concat(distinct.values(), ndim), rows, owners)
+
+
 def box(
     offsets: Sequence[int],
     sizes: Sequence[int],

@@ -35,7 +35,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,17 +73,16 @@ _KEPT = 1 << 18
 _BLOCK_ROWS = SAMPLE_BLOCK // ROW
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """The two sums of some of a tensor's bytes. The digests of disjoint parts add up (``+``) to the digest of all."""
 
     first: int = 0
     second: int = 0
 
-    def __add__(self, other: Digest) -> Digest:
+    def __add__(self, other: Digest) -> Digest:  # type: ignore[override]
         return Digest((self.first + other.first) & _MASK, (self.second + other.second) & _MASK)
 
-    def __mul__(self, times: int) -> Digest:
+    def __mul__(self, times: int) -> Digest:  # type: ignore[override]
         """The digest of the same elements, held so many times."""
         return Digest(self.first * times & _MASK, self.second * times & _MASK)
 

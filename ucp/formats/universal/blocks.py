@@ -55,12 +55,32 @@ def decode(fields: Fields, shapes: Sequence[Shape], counts: Ints, files: int) ->
         strides[np.searchsorted(own, which[odd])] = values[at[odd][:, None] + np.arange(d)]
         limit = np.array([shapes[k] for k in alike.tolist()], np.int64).reshape(len(alike), d)
         _check_boxes(fields, offsets, sizes, strides, np.repeat(limit, counts[alike], axis=0))
-        columns = (offsets, sizes, np.zeros(len(own), np.int64), strides, file[own])
+        shared = _Shared(offsets, sizes, strides, file[own])
         bases, last = byte[own], 0
         for k, count in zip(alike.tolist(), counts[alike].tolist(), strict=True):
             first, last = last, last + count
-            out[k] = Blocks(*(column[first:last] for column in columns)), bases[first:last]
+            out[k] = shared.of(first, last), bases[first:last]
     return out
+
+
+class _Shared:
+    """Blocks of many tensors of as many dimensions, by the rows that they have in these columns. Tensors that are cut
+    alike, in the same files, get the same object: what is worked out for one is then known of all."""
+
+    def __init__(self, offsets: Ints, sizes: Ints, strides: Ints, file: Ints) -> None:
+        self._columns = offsets, sizes, np.zeros(len(file), np.int64), strides, file
+        for column in self._columns:
+            column.flags.writeable = False
+        rows = np.concatenate([offsets, sizes, strides, file[:, None]], axis=1)
+        self._raw, self._width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        self._known: dict[bytes, Blocks] = {}
+
+    def of(self, first: int, last: int) -> Blocks:
+        key = self._raw[first * self._width : last * self._width]
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Blocks(*(column[first:last] for column in self._columns))
+        return found
 
 
 def _decode_strides(fields: Fields, wide: Ints) -> tuple[Ints, Ints, Ints]:

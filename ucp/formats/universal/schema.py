@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
@@ -29,7 +30,7 @@ from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.formats.universal import approximate, blocks, logical, training
 from ucp.formats.universal.fields import LIMIT, Fields
 from ucp.formats.universal.manifest import VERSION
-from ucp.geometry import numel
+from ucp.geometry import Shape, numel
 from ucp.parallel.mesh import Layout
 from ucp.printable import short
 from ucp.storage import locations, plain
@@ -299,17 +300,35 @@ def _decode_parameters(fields: Fields) -> tuple[list[ParameterInfo], list[dict[s
     twice = next((name for name, times in used.items() if times > 1), None)
     if twice is not None:
         raise fields.damaged(f"parameter name '{twice}' is used twice")
-    out = []
+    unknown = set(kinds).difference(KINDS)
+    if unknown:
+        name, kind = next(pair for pair in zip(names, kinds, strict=True) if pair[1] in unknown)
+        raise fields.damaged(f"'{name}' is of kind '{kind}'; known are {', '.join(KINDS)}")
+    odd = next((scalar for scalar in set(which.tolist()) if not isinstance(shared[scalar], dict)), None)
+    if odd is not None:
+        raise fields.damaged(f"'scalars[{odd}]' is not an object")
     states: list[dict[str, str]] = [{} for _ in names]
-    for name, shape, kind, scalar, kept in zip(names, shapes, kinds, which.tolist(), states, strict=True):
-        if kind not in KINDS:
-            raise fields.damaged(f"'{name}' is of kind '{kind}'; known are {', '.join(KINDS)}")
-        if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
-            raise fields.damaged(f"'{name}' has the impossible shape {shape}")
-        if not isinstance(shared[scalar], dict):
-            raise fields.damaged(f"'scalars[{scalar}]' is not an object")
-        out.append(ParameterInfo(name, tuple(shape), kept, kind, shared[scalar], tuple(aliases.get(name, ()))))
+    columns = zip(names, _decode_shapes(fields, names, shapes), states, kinds, which.tolist(), strict=True)
+    out = [
+        ParameterInfo(name, shape, kept, kind, shared[scalar], tuple(aliases.get(name, ())))
+        for name, shape, kept, kind, scalar in columns
+    ]
     return out, states
+
+
+def _decode_shapes(fields: Fields, names: Sequence[str], shapes: Sequence[list[Any]]) -> list[Shape]:
+    """The shapes; equal ones are one object."""
+    whole = set(map(type, chain.from_iterable(shapes))) <= {int}
+    known: dict[Shape, Shape] = {}
+    out = []
+    for name, found in zip(names, shapes, strict=True):
+        shape = tuple(found)
+        if not whole or shape not in known:
+            if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
+                raise fields.damaged(f"'{name}' has the impossible shape {found}")
+            known[shape] = shape
+        out.append(known[shape])
+    return out
 
 
 def _decode_tensors(
@@ -331,9 +350,12 @@ def _decode_tensors(
     digests = logical.decode(fields.path, fields.body, count)
     rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), placed, digests, strict=True)
     for p, s, d, (held, bases), digest in rows:
-        key = (parameters[p].name, states[s])
-        if key in out:
-            raise fields.damaged(f"'{key[0]}' ({key[1]}) is described twice")
-        out[key] = LogicalTensor(*key, parameters[p].shape, dtypes[d], held, bases, digest)
-        kept[p][states[s]] = dtypes[d]
+        info, key, kind = parameters[p], states[s], dtypes[d]
+        name = info.name
+        out[name, key] = LogicalTensor(name, key, info.shape, kind, held, bases, digest)
+        kept[p][key] = kind
+    if len(out) < count:
+        times = Counter(zip(parameter.tolist(), state.tolist(), strict=True))
+        p, s = next(pair for pair, count in times.items() if count > 1)
+        raise fields.damaged(f"'{parameters[p].name}' ({states[s]}) is described twice")
     return out
