@@ -16,7 +16,8 @@ from ucp.geometry import whole
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.windows import Place, through_windows, window_bytes
 from ucp.storage.files import Files
-from ucp.transfer.gather import Copy, Want, plan
+from ucp.transfer.copies import Copy
+from ucp.transfer.gather import Want, plan
 from ucp.transfer.reader import Reader
 
 SHAPES = [(1200, 1000), (3, 5, 7), (2_000_003,), (1,), (17, 150_000), *[(100 + k,) for k in range(40)]]

@@ -29,7 +29,8 @@ from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.files import Files
 from ucp.storage.writeback import ALIGNMENT
 from ucp.transfer import windows, write
-from ucp.transfer.gather import Copy, Want
+from ucp.transfer.copies import Copy
+from ucp.transfer.gather import Want
 from ucp.transfer.reader import Reader
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import budget, check_files

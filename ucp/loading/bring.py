@@ -24,7 +24,8 @@ from ucp.loading.windows import Place, through_windows
 from ucp.storage.dtypes import from_torch, itemsize, to_torch
 from ucp.storage.files import Files
 from ucp.storage.rounding import ROUNDED
-from ucp.transfer.gather import Copy, fill
+from ucp.transfer.copies import Copy
+from ucp.transfer.gather import fill
 from ucp.transfer.reader import Bytes, Reader
 
 

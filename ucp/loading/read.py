@@ -19,7 +19,8 @@ from ucp.loading.target import Slot, Target
 from ucp.progress import watching
 from ucp.storage.dtypes import itemsize, to_torch
 from ucp.storage.files import Files
-from ucp.transfer.gather import Copy, Want, fill, gather, plan
+from ucp.transfer.copies import CopyTable
+from ucp.transfer.gather import Want, fill, gather, plan
 from ucp.transfer.reader import Bytes, Reader
 
 
@@ -36,7 +37,7 @@ class RankReads:
     target: Target
     wants: Mapping[Entry, Sequence[Want]]
     shared: frozenset[Entry]
-    copies: Sequence[Copy]
+    copies: CopyTable
     nbytes: int
     to_read: int
     kept_in: Collection[Entry] = ()

@@ -22,7 +22,8 @@ import torch
 from ucp import limits
 from ucp.job.stopwatch import Stopwatch
 from ucp.storage.digests import CHUNK
-from ucp.transfer.gather import Copy, execute
+from ucp.transfer.copies import Copy
+from ucp.transfer.gather import execute
 from ucp.transfer.reader import Cache, Reader
 from ucp.transfer.windows import MARGIN, Work, cut_at_windows
 

@@ -14,7 +14,7 @@ from ucp import limits
 from ucp.geometry import numel
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
-from ucp.transfer.gather import Copy
+from ucp.transfer.copies import Copy
 from ucp.transfer.targets import TargetFile
 from ucp.transfer.windows import Work, windows
 

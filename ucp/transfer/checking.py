@@ -15,10 +15,11 @@ import numpy as np
 
 from ucp import limits
 from ucp.errors import DamagedCheckpoint, UcpError
+from ucp.geometry import Ints
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
-from ucp.transfer.gather import Copy
+from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.reader import Reader
 
 Ranges = Mapping[int, Sequence[tuple[int, int]]]
@@ -27,10 +28,33 @@ Ranges = Mapping[int, Sequence[tuple[int, int]]]
 
 def used(copies: Iterable[Copy]) -> dict[int, list[tuple[int, int]]]:
     """The byte ranges that the copies use. Gaps of less than a chunk between the rows of a copy are counted in."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for copy in copies:
-        found.setdefault(copy.file, []).extend(_ranges_of(copy))
-    return {file: _joined(ranges) for file, ranges in sorted(found.items())}
+    table = CopyTable.of(copies)
+    # Most copies have no gaps, or such that are shorter all together.
+    dense = table.spans - table.nbytes < CHUNK
+    rows = [(copy.file, low, high) for copy in table[~dense] for low, high in _ranges_of(copy)]
+    apart = np.array(rows, np.int64).reshape(-1, 3).T
+    file, low, high = table.file[dense], table.at[dense], (table.at + table.spans)[dense]
+    return _joined_in_files(*(np.concatenate(pair) for pair in zip((file, low, high), apart, strict=True)))
+
+
+def _joined_in_files(file: Ints, low: Ints, high: Ints) -> dict[int, list[tuple[int, int]]]:
+    """File -> the ranges in it, in order and disjoint."""
+    kept = np.flatnonzero(high > low)
+    order = kept[np.lexsort((low[kept], file[kept]))]
+    out: dict[int, list[tuple[int, int]]] = {int(one): [] for one in np.unique(file)}
+    file, low, high = file[order], low[order], high[order]
+    begins = np.concatenate([np.ones(1, bool), file[1:] != file[:-1]])[: len(file)]
+    begins[1:] |= low[1:] > high[:-1]
+    # Where a range ends after those that follow it, a beginning may still lie within an earlier one: joined below.
+    firsts = np.flatnonzero(begins)
+    ends = np.maximum.reduceat(high, firsts) if len(firsts) else high
+    for one, first, last in zip(file[firsts].tolist(), low[firsts].tolist(), ends.tolist(), strict=True):
+        held = out[one]
+        if held and first <= held[-1][1]:
+            held[-1] = held[-1][0], max(last, held[-1][1])
+        else:
+            held.append((first, last))
+    return out
 
 
 def _ranges_of(copy: Copy) -> Iterable[tuple[int, int]]:

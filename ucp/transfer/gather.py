@@ -12,8 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
-from operator import attrgetter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from numpy.typing import NDArray
 from ucp import limits
 from ucp.catalog import LogicalTensor
 from ucp.errors import DamagedCheckpoint
-from ucp.geometry import Blocks, collapse, concat, intersect_grouped, span
+from ucp.geometry import Blocks, Ints, collapse, concat, intersect_grouped
 from ucp.storage.dtypes import itemsize, numpy_dtype
 from ucp.storage.rounding import ROUNDED, round_to
+from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.exact import check_exact, widen
 from ucp.transfer.reader import Bytes, Cache, Reader
 
@@ -46,49 +46,7 @@ class Want:
     round: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One strided copy, in elements of the source's dtype on the source side and of the target's on the other.
-
-    The last dimension is contiguous on both sides; the others follow the file, widest step first.
-    """
-
-    file: int
-    at: int  # byte offset of the first element in the file
-    buffer: int
-    to: int  # byte offset of the first element in the buffer
-    sizes: tuple[int, ...]
-    steps: tuple[int, ...]
-    target_steps: tuple[int, ...]
-    source_dtype: str
-    target_dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read from the file, without the gaps."""
-        return prod(self.sizes) * itemsize(self.source_dtype)
-
-    @property
-    def span(self) -> int:
-        """Bytes of the file from the first element to the end of the last, gaps included."""
-        return span(self.sizes, self.steps) * itemsize(self.source_dtype)
-
-    def narrow(self, axis: int, first: int, count: int) -> Copy:
-        """The part with ``count`` indices of one dimension, from ``first`` on."""
-        return Copy(
-            self.file,
-            self.at + first * self.steps[axis] * itemsize(self.source_dtype),
-            self.buffer,
-            self.to + first * self.target_steps[axis] * itemsize(self.target_dtype),
-            (*self.sizes[:axis], count, *self.sizes[axis + 1 :]),
-            self.steps,
-            self.target_steps,
-            self.source_dtype,
-            self.target_dtype,
-        )
-
-
-def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> list[Copy]:
+def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> CopyTable:
     """The copies that serve all wants, ordered by file and offset for sequential reading.
 
     buffers: for each want the one buffer that it goes into, whatever its blocks say.
@@ -96,53 +54,93 @@ def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> list[Co
     Raises Mismatch if a conversion of element types would lose bits, DamagedCheckpoint if the source does not hold an
     element that is wanted.
     """
+    kinds: dict[tuple[int, int, str, str, bool], int] = {}
+    of = [
+        kinds.setdefault(
+            (id(want.tensor.blocks), id(want.blocks), want.tensor.dtype, want.dtype, want.round), len(kinds)
+        )
+        for want in wants
+    ]
+    which = np.array(of, np.int64)
+    firsts = np.unique(which, return_index=True)[1].tolist()
     by_ndim: dict[int, list[int]] = {}
-    for k, want in enumerate(wants):
+    for kind, want in enumerate(wants[k] for k in firsts):
         if want.tensor.dtype != want.dtype and not (want.round and (want.tensor.dtype, want.dtype) in ROUNDED):
             check_exact(want.tensor, want.dtype)
-        by_ndim.setdefault(want.blocks.ndim, []).append(k)
-    out: list[Copy] = []
+        by_ndim.setdefault(want.blocks.ndim, []).append(kind)
+    into = None if buffers is None else np.array(buffers, np.int64)
+    tables = []
     for ndim, alike in by_ndim.items():
-        out += _copies([wants[k] for k in alike], ndim, None if buffers is None else [buffers[k] for k in alike])
-    out.sort(key=attrgetter("file", "at"))
-    return out
-
-
-def _copies(wants: Sequence[Want], ndim: int, buffers: Sequence[int] | None) -> list[Copy]:
-    """The copies that serve wants of tensors with ``ndim`` dimensions, in no particular order."""
-    numbers = np.arange(len(wants))
-    source, target = (concat(blocks, ndim) for blocks in ((w.tensor.blocks for w in wants), (w.blocks for w in wants)))
-    source_of = np.repeat(numbers, [len(w.tensor.blocks) for w in wants])
-    target_of = np.repeat(numbers, [len(w.blocks) for w in wants])
-    copies = collapse(intersect_grouped(source, source_of, target, target_of))
-    which = source_of[copies.source]
-    found, wanted = np.zeros(len(wants), np.int64), np.zeros(len(wants), np.int64)
-    np.add.at(found, which, copies.counts)
-    np.add.at(wanted, target_of, target.counts)
-    for k in np.flatnonzero(found != wanted)[:1].tolist():
-        tensor = wants[k].tensor
-        raise DamagedCheckpoint(
-            f"'{tensor.name}' ({tensor.state}): {wanted[k]} elements are wanted, but the checkpoint's fragments hold "
-            f"{found[k]} of them"
+        number = np.full(len(kinds), -1)
+        number[alike] = np.arange(len(alike))
+        own = np.flatnonzero(number[which] >= 0) if len(by_ndim) > 1 else np.arange(len(wants))
+        some = wants if len(by_ndim) == 1 else [wants[k] for k in own.tolist()]
+        tables.append(
+            _copies(
+                [wants[firsts[k]] for k in alike], ndim, some, number[which[own]], into if into is None else into[own]
+            )
         )
-    source_sizes = np.array([itemsize(w.tensor.dtype) for w in wants], np.int64)[which]
-    target_sizes = np.array([itemsize(w.dtype) for w in wants], np.int64)[which]
-    bases = np.concatenate([w.tensor.bases for w in wants])[copies.source]
-    columns = zip(
-        which.tolist(),
-        source.buffers[copies.source].tolist(),
-        (bases + copies.source_starts * source_sizes).tolist(),
-        (target.buffers[copies.target] if buffers is None else np.array(buffers, np.int64)[which]).tolist(),
-        (np.array([w.base for w in wants], np.int64)[which] + copies.target_starts * target_sizes).tolist(),
-        map(tuple, copies.sizes.tolist()),
-        map(tuple, copies.source_strides.tolist()),
-        map(tuple, copies.target_strides.tolist()),
-        strict=True,
+    return CopyTable.joined(tables).in_order()
+
+
+def _copies(kinds: Sequence[Want], ndim: int, wants: Sequence[Want], which: Ints, buffers: Ints | None) -> CopyTable:
+    """The copies that serve wants of tensors with ``ndim`` dimensions, in no particular order.
+
+    kinds: one want of each kind: those whose tensors are cut alike, and which want the same of them. which: (n,) the
+    kind of each want. What copies there are is worked out once for each kind.
+    """
+    numbers = np.arange(len(kinds))
+    source, target = (concat(blocks, ndim) for blocks in ((w.tensor.blocks for w in kinds), (w.blocks for w in kinds)))
+    held = np.array([len(w.tensor.blocks) for w in kinds], np.int64)
+    source_of, target_of = np.repeat(numbers, held), np.repeat(numbers, [len(w.blocks) for w in kinds])
+    copies = collapse(intersect_grouped(source, source_of, target, target_of))
+    of = source_of[copies.source]
+    _check_all_found(of, copies.counts, target_of, target.counts, wants, which)
+    # Row by row of a want's kind: which want, and which copy of its kind.
+    order, count = np.argsort(of, kind="stable"), np.bincount(of, minlength=len(kinds))
+    each = count[which]
+    want = np.repeat(np.arange(len(wants)), each)
+    first = np.cumsum(count) - count
+    row = order[np.arange(len(want)) + (first[which] - (np.cumsum(each) - each))[want]]
+    source_sizes = np.array([itemsize(w.tensor.dtype) for w in kinds], np.int64)
+    target_sizes = np.array([itemsize(w.dtype) for w in kinds], np.int64)
+    bases = np.concatenate([w.tensor.bases for w in wants])
+    begins = np.cumsum(held[which]) - held[which] - (np.cumsum(held) - held)[which]
+    from_block, to_block = copies.source[row], copies.target[row]
+    base = np.array([w.base for w in wants], np.int64)
+    return CopyTable(
+        tuple(
+            Copy(0, 0, 0, 0, sizes, steps, target_steps, kinds[k].tensor.dtype, kinds[k].dtype)
+            for k, sizes, steps, target_steps in zip(
+                of.tolist(),
+                map(tuple, copies.sizes.tolist()),
+                map(tuple, copies.source_strides.tolist()),
+                map(tuple, copies.target_strides.tolist()),
+                strict=True,
+            )
+        ),
+        row,
+        source.buffers[from_block],
+        bases[begins[want] + from_block] + (copies.source_starts * source_sizes[of])[row],
+        target.buffers[to_block] if buffers is None else buffers[want],
+        base[want] + (copies.target_starts * target_sizes[of])[row],
     )
-    return [
-        Copy(file, at, buffer, to, sizes, steps, target_steps, wants[k].tensor.dtype, wants[k].dtype)
-        for k, file, at, buffer, to, sizes, steps, target_steps in columns
-    ]
+
+
+def _check_all_found(
+    of: Ints, counts: Ints, target_of: Ints, wanted_counts: Ints, wants: Sequence[Want], which: Ints
+) -> None:
+    """Raise DamagedCheckpoint for the first want of a kind whose copies bring fewer elements than are wanted."""
+    kinds = int(which.max(initial=-1)) + 1
+    found, wanted = np.zeros(kinds, np.int64), np.zeros(kinds, np.int64)
+    np.add.at(found, of, counts)
+    np.add.at(wanted, target_of, wanted_counts)
+    for k in np.flatnonzero((found != wanted)[which])[:1].tolist():
+        tensor, kind = wants[k].tensor, which[k]
+        raise DamagedCheckpoint(
+            f"'{tensor.name}' ({tensor.state}): {wanted[kind]} elements are wanted, but the checkpoint's fragments "
+            f"hold {found[kind]} of them"
+        )
 
 
 def gather(
@@ -170,13 +168,14 @@ def fill(
     cache: Cache | None = None,
 ) -> int:
     """`gather`, for copies that are planned already."""
-    total = sum(c.nbytes for c in copies)
+    table = CopyTable.of(copies)
+    total = int(table.nbytes.sum())
     workers = min(threads or min(limits.processors(), limits.THREADS_MAX_COUNT), 1 + total // limits.BYTES_PER_READER)
     if workers <= 1:
-        execute(reader, copies, buffers, cache)
+        execute(reader, table, buffers, cache)
     else:
         with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(execute, reader, part, buffers) for part in _split(copies, total, workers)]:
+            for done in [pool.submit(execute, reader, part, buffers) for part in _split(table, total, workers)]:
                 done.result()
     reader.records.settle()
     return total
@@ -186,42 +185,42 @@ def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], ca
     """Do these copies in this order, in the calling thread. In addition to the buffers they take about
     `limits.SCRATCH_BYTES` of memory. cache: chunks of the last copies before these."""
     cache = OrderedDict() if cache is None else cache
-    for together in _neighbours(copies):
-        if len(together) > 1:
-            _read(reader, together, buffers, cache)
+    table = CopyTable.of(copies)
+    nbytes, is_plain = table.nbytes, table.is_plain
+    # Plain bytes that follow one another in a file are read together, and as one part where they go to one place.
+    follows = np.zeros(len(table) + 1, bool)
+    follows[1:-1] = is_plain[1:] & is_plain[:-1] & (table.file[1:] == table.file[:-1])
+    follows[1:-1] &= table.at[1:] == (table.at + nbytes)[:-1]
+    joins = follows.copy()
+    joins[1:-1] &= (table.buffer[1:] == table.buffer[:-1]) & (table.to[1:] == (table.to + nbytes)[:-1])
+    begins, parts = np.flatnonzero(~follows), np.flatnonzero(~joins)
+    ends = np.cumsum(nbytes)
+    lengths = np.diff(np.concatenate([np.zeros(1, np.int64), ends])[parts])
+    firsts = np.searchsorted(parts, begins)
+    found = list(zip(table.buffer[parts[:-1]].tolist(), table.to[parts[:-1]].tolist(), lengths.tolist(), strict=True))
+    for first, low, high in zip(begins.tolist(), firsts.tolist(), firsts[1:].tolist(), strict=False):
+        if is_plain[first]:
+            into = [buffers[buffer][to : to + length] for buffer, to, length in found[low:high]]
+            reader.read_into(int(table.file[first]), int(table.at[first]), into, cache)
         else:
-            _serve(reader, together[0], buffers, cache)
+            _serve(reader, table[first], buffers, cache)
 
 
-def _neighbours(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    """The copies in order. Those that are plain bytes and follow one another in a file are put together."""
-    current: list[Copy] = []
-    file = stop = -1  # where a copy has to begin to follow the last one, which is plain bytes
-    for copy in copies:
-        is_plain = _is_plain(copy)
-        if current and not (is_plain and copy.file == file and copy.at == stop):
-            yield current
-            current = []
-        current.append(copy)
-        file, stop = (copy.file, copy.at + copy.nbytes) if is_plain else (-1, -1)
-    if current:
-        yield current
-
-
-def _split(copies: Sequence[Copy], total: int, parts: int) -> Iterator[list[Copy]]:
+def _split(table: CopyTable, total: int, parts: int) -> Iterator[CopyTable]:
     """Groups of consecutive copies with about equal bytes. A huge contiguous copy is cut, so all threads have work."""
     limit = max(total // parts, 1)
-    current: list[Copy] = []
-    held = 0
-    for copy in copies:
-        for piece in _cut(copy, limit):
-            if held and held + piece.nbytes > limit + limit // 8:
-                yield current
-                current, held = [], 0
-            current.append(piece)
-            held += piece.nbytes
-    if current:
-        yield current
+    if (huge := np.flatnonzero(table.nbytes > limit)).size:
+        cuts = sorted({0, len(table), *huge.tolist(), *(huge + 1).tolist()})
+        large = set(huge.tolist())
+        pieces = (CopyTable.of(_cut(table[k], limit)) if k in large else table[k:end] for k, end in pairwise(cuts))
+        table = CopyTable.joined(pieces)
+    ends = np.cumsum(table.nbytes)
+    first = 0
+    while first < len(table):
+        before = int(ends[first - 1]) if first else 0
+        last = max(int(np.searchsorted(ends, before + limit + limit // 8, "right")), first + 1)
+        yield table[first:last]
+        first = last
 
 
 def _cut(copy: Copy, limit: int) -> Iterator[Copy]:
@@ -245,20 +244,9 @@ def _outermost(copy: Copy) -> int | None:
     return next((k for k, n in enumerate(copy.sizes) if n > 1), None)
 
 
-def _is_plain(copy: Copy) -> bool:
-    """Whether its bytes are one run on both sides."""
-    return copy.source_dtype == copy.target_dtype and prod(copy.sizes) == copy.sizes[-1]
-
-
-def _read(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache) -> None:
-    """Do plain copies that follow one another in a file."""
-    parts = [buffers[copy.buffer][copy.to : copy.to + copy.nbytes] for copy in copies]
-    reader.read_into(copies[0].file, copies[0].at, parts, cache)
-
-
 def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
-    if _is_plain(copy):
-        _read(reader, [copy], buffers, cache)
+    if copy.is_plain:
+        reader.read_into(copy.file, copy.at, [buffers[copy.buffer][copy.to : copy.to + copy.nbytes]], cache)
         return
     axis = _outermost(copy)
     if axis is None or axis == len(copy.sizes) - 1:  # one contiguous run of another type

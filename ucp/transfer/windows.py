@@ -20,7 +20,8 @@ from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
 from ucp.storage.writeback import ALIGNMENT
-from ucp.transfer.gather import Copy, execute, plan
+from ucp.transfer.copies import Copy
+from ucp.transfer.gather import execute, plan
 from ucp.transfer.reader import Bytes, Reader
 from ucp.transfer.targets import TargetFile
 
