@@ -34,7 +34,7 @@ FLOORS = {
         "ucp.tested",
         "ucp.units",
         "ucp.progress",
-        "ucp.garbage",
+        "ucp.interpreter",
         "ucp.installed",
         "ucp.version",
         "ucp._neighbours",

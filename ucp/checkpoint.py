@@ -28,8 +28,8 @@ from ucp.errors import ApproximateCheckpoint, BadArgument, NotACheckpoint, Unkno
 from ucp.formats import beside
 from ucp.formats.base import Format
 from ucp.formats.nouns import ReadRequest
-from ucp.garbage import no_collections
 from ucp.geometry import box, numel, region
+from ucp.interpreter import no_collections
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.run_folder import nearest

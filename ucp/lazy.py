@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ucp.garbage import no_collections
+from ucp.interpreter import no_collections
 
 
 def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ucp import limits
 from ucp.catalog import Catalog
 from ucp.errors import BadArgument, PartlyLoaded, ProofFailed, described
-from ucp.garbage import no_collections
+from ucp.interpreter import no_collections, quick_turns
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
@@ -150,6 +150,7 @@ class LoadReport:
 
 
 @no_collections()  # objects are made, and no garbage
+@quick_turns()
 def load(
     catalog: Catalog,
     target: Target | Callable[[], Target],
@@ -189,7 +190,7 @@ def load(
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
     how = _How(live, catalog, path, verify, workers, memory, alone, prove, agreed, watch)
-    proving = prepared() if prove is not False else None
+    proving = prepared() if proof.is_wanted(catalog, prove) else None
     with Files() as files:
         tied.check(Reader(catalog, files, verify), what.tied, live.words, watch, alone)
         sharing = None

@@ -22,8 +22,8 @@ import xxhash
 
 from ucp.catalog import LogicalTensor
 from ucp.errors import BadArgument, ProofFailed
-from ucp.garbage import no_collections
 from ucp.geometry import numel
+from ucp.interpreter import no_collections
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
 from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
@@ -104,6 +104,11 @@ def check_choice(prove: bool | str) -> None:
         raise BadArgument(f'prove is True, False, "{FULL}" or "{ALWAYS}"; found {prove!r}')
 
 
+def is_wanted(catalog: Catalog, choice: bool | str) -> bool:
+    """Whether `prove` has anything to do: there are digests, or the choice is to make them from the files."""
+    return choice is not False and (choice == ALWAYS or any(t.digest is not None for t in catalog.tensors.values()))
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _LiveCopy:
     """A tensor of the checkpoint in this rank's memory. turn: its number, if one tensor of the checkpoint fills
@@ -167,7 +172,7 @@ def prove(
 
     Raises ProofFailed on every rank, with the first tensors that differ, and what reading raises if files are read.
     """
-    if choice is False or (choice != ALWAYS and all(t.digest is None for t in catalog.tensors.values())):
+    if not is_wanted(catalog, choice):
         return None
     with no_collections():
         return _prove(catalog, target, what, reader, choice, brought or {}, threads, alone)
