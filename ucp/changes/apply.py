@@ -19,13 +19,13 @@ from ucp.changes.quantised import dequantised
 from ucp.changes.resize import NewRows, resized
 from ucp.changes.workers import rearranged
 from ucp.checkpoint import open as open_checkpoint
-from ucp.errors import BadArgument, Unsupported
+from ucp.errors import BadArgument, UcpError, Unsupported
 from ucp.formats.shared.renaming import rename
 from ucp.loading.name_match import match
 from ucp.merging.computed import Input, MergedTensor
 from ucp.merging.operations import Copied
 from ucp.run_folder import nearest
-from ucp.spec.bound import bind
+from ucp.spec.bound import Bound, bind
 from ucp.spec.changes import ADDED, DEQUANTISED, MERGED, MODEL, REQUANTISED, SPLIT, ZEROS, Changes
 from ucp.storage.numbers import FLOATS
 from ucp.transfer.exact import EXACT
@@ -64,8 +64,8 @@ def applied(
         build.lines += rearranged(build, *changes.workers)
     steps.adapters()
     if changes.names is not None:
-        _rename(build, changes, config)
-    _check_patterns(changes, {*before, *_names(build.catalog)})
+        _rename(build, changes, config, steps.live)
+    _check_patterns(changes, {*before, *_names(build.catalog)}, steps.live)
     steps.removed()
     steps.dtypes()
     steps.sizes()
@@ -79,19 +79,43 @@ def _names(catalog: Catalog) -> list[str]:
     return [name for info in catalog.parameters.values() for name in (info.name, *info.aliases)]
 
 
-def _rename(build: Build, changes: Changes, config: Mapping[str, Any] | None) -> None:
+def _rename(build: Build, changes: Changes, config: Mapping[str, Any] | None, live: bool) -> None:
     if changes.names is None:
         return
-    held = set(build.catalog.parameters)
-    build.catalog = rename(build.catalog, bind(changes.names, config), MODEL, to_framework=True, keep=True)
+    held, bound = set(build.catalog.parameters), bind(changes.names, config)
+    build.catalog = rename(build.catalog, bound, MODEL, to_framework=True, keep=True)
+    if live and (moved := _moved_again(build.catalog, bound)):
+        raise BadArgument(
+            f"{changes.file}: names: '{moved}' has what another parameter, or another order, had under names that stay "
+            "the same. A load of what is saved next would change it once more, for nothing tells that from this "
+            "checkpoint: change it once, by ucp convert --changes, and load what that writes without this declaration"
+        )
     gone, new = sorted(held - set(build.catalog.parameters)), sorted(set(build.catalog.parameters) - held)
     if new:
         build.lines.append(f"names: {few(gone)} became {few(new)}")
 
 
-def _check_patterns(changes: Changes, names: Collection[str]) -> None:
-    """Raise BadArgument for a pattern that is about nothing."""
+def _moved_again(catalog: Catalog, bound: Bound) -> str | None:
+    """A parameter that renaming a renamed catalog once more would give other elements, with all names as they are.
+    Where that changes names, or fails, a load says so."""
+    try:
+        again = rename(catalog, bound, MODEL, to_framework=True, keep=True)
+    except UcpError:
+        return None
+    if again.parameters.keys() != catalog.parameters.keys():
+        return None
+    return next(
+        (name for (name, state), one in catalog.tensors.items() if again.tensors[name, state].blocks is not one.blocks),
+        None,
+    )
+
+
+def _check_patterns(changes: Changes, names: Collection[str], live: bool) -> None:
+    """Raise BadArgument for a pattern that is about nothing. What was removed is in no later checkpoint of a live
+    model, and what of a checkpoint a live model has no place for is refused anyway."""
     for section, pattern in changes.patterns:
+        if live and section == "removed":
+            continue
         alone = pattern.rpartition(":")[0] if section == "dtype" and ":" in pattern else pattern
         if not any(fnmatchcase(name, alone) for name in names):
             raise BadArgument(
@@ -158,22 +182,15 @@ class _Steps:
             self.build.lines.append(f"removed: not used: {counted(len(gone), 'parameter')} ({few(gone)})")
 
     def dtypes(self) -> None:
-        for pattern, dtype in self.changes.dtype:
-            self._dtype(pattern, dtype)
-
-    def _dtype(self, pattern: str, dtype: str) -> None:
-        reader, turned, rounds = self.build.reader(), Counter[str](), False
-        for info in list(self.build.catalog.parameters.values()):
+        reader, turned, rounded = self.build.reader(), Counter[tuple[str, str]](), set[str]()
+        for info, patterns in self._patterns_of():
             tensors = []
             for tensor in self.build.tensors_of(info):
-                names = (info.name, f"{info.name}:{tensor.state}")
-                if (
-                    tensor.dtype in FLOATS
-                    and tensor.dtype != dtype
-                    and any(fnmatchcase(name, pattern) for name in names)
-                ):
-                    rounds |= (tensor.dtype, dtype) not in EXACT
-                    turned[tensor.dtype] += 1
+                dtype = self._dtype(patterns, info.name, tensor.state)
+                if dtype is not None and dtype != tensor.dtype and tensor.dtype in FLOATS:
+                    if (tensor.dtype, dtype) not in EXACT:
+                        rounded.add(dtype)
+                    turned[tensor.dtype, dtype] += 1
                     source = MergedTensor(
                         tensor.name,
                         tensor.state,
@@ -187,17 +204,58 @@ class _Steps:
                 tensors.append(tensor)
             if any(tensor.dtype != info.states.get(tensor.state) for tensor in tensors):
                 self.build.put([(info, tensors)])
-        for old, count in turned.items():
-            how = "rounded once" if rounds else "exactly"
+        for (old, dtype), count in turned.items():
+            how = "rounded once" if dtype in rounded else "exactly"
             self.build.lines.append(f"dtype: {counted(count, 'tensor')} from {old} to {dtype}, {how}")
+
+    def _patterns_of(self) -> list[tuple[ParameterInfo, list[tuple[str, str]]]]:
+        """Parameters with the patterns under dtype: that are about them. Buffers are no masters: a pattern that is
+        about parameters leaves them as they are."""
+
+        def about(info: ParameterInfo, pattern: str) -> bool:
+            names = (info.name, *(f"{info.name}:{state}" for state in info.states if ":" in pattern))
+            return any(fnmatchcase(name, pattern) for name in names)
+
+        infos = list(self.build.catalog.parameters.values())
+        out: list[tuple[ParameterInfo, list[tuple[str, str]]]] = []
+        taken: set[str] = set()
+        for info in sorted(infos, key=lambda info: info.kind == "buffer"):
+            found = [(p, dtype) for p, dtype in self.changes.dtype if about(info, p)]
+            if info.kind == "buffer":
+                found = [(p, dtype) for p, dtype in found if p not in taken]
+            else:
+                taken.update(p for p, _ in found)
+            if found:
+                out.append((info, found))
+        return out
+
+    def _dtype(self, patterns: Sequence[tuple[str, str]], name: str, state: str) -> str | None:
+        """The element type that is declared for a tensor: by patterns with a state, else by those without."""
+        with_state = [(p, dtype) for p, dtype in patterns if ":" in p and fnmatchcase(f"{name}:{state}", p)]
+        chosen = with_state or [(p, dtype) for p, dtype in patterns if fnmatchcase(name, p)]
+        for other, second in chosen[1:]:
+            one, first = chosen[0]
+            if first != second:
+                raise BadArgument(
+                    f"{self.changes.file}: dtype: '{one}' says {first} and '{other}' says {second} of "
+                    f"'{name}:{state}'; one of them has to leave it out"
+                )
+        return chosen[0][1] if chosen else None
 
     def sizes(self) -> None:
         live = self._live_of()
         rows: NewRows | None = None
+        said: dict[str, tuple[str, tuple[int, ...] | None]] = {}
         for pattern, shape in self.changes.resized:
             for info in self._matching((pattern,)):
                 there = live.get(info.name)
                 wanted = there.shape if shape is None and there is not None else shape
+                other, before = said.setdefault(info.name, (pattern, wanted))
+                if before != wanted:
+                    raise BadArgument(
+                        f"{self.changes.file}: resized: '{other}' says {list(before or ())} and '{pattern}' says "
+                        f"{list(wanted or ())} of '{info.name}'; it has one shape"
+                    )
                 if wanted is None:
                     self._needs_model(f"resized: '{pattern}' without a shape")
                 elif wanted != info.shape:
