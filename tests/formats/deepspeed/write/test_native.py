@@ -309,6 +309,18 @@ def test_tensors_in_the_client_state_are_copied(tmp_path: Path) -> None:
             Unsupported,
             "offloads the optimizer to NVMe",
         ),
+        (
+            Layout(zero=3),
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            Unsupported,
+            "leaves the second optimizer.* without moments",
+        ),
+        (
+            Layout(zero=3),
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            Unsupported,
+            "asks for SuperOffload",
+        ),
         (Layout(zero=3), {"zero_optimization": {"elastic_checkpoint": True}}, Unsupported, "elastic_checkpoint"),
         (Layout(zero=3), {"zero_optimization": {"mics_shard_size": 2}}, Unsupported, "mics_shard_size"),
         (Layout(zero=2), {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, Unsupported, "asks for ZenFlow"),

@@ -149,6 +149,18 @@ def _refuse_engines(raw: Mapping[str, Any], zero: Mapping[str, Any], stage: int,
             "neither moments nor steps, so none is written: convert to 'universal' and resume through "
             '"ucp": {"enabled": true}, which restores them, or use \'cpu\' or no offload'
         )
+    offloaded = _section(zero, "offload_optimizer")
+    if offload == "cpu" and _flag(offloaded, "super_offload"):
+        raise Unsupported(
+            "the target's config asks for SuperOffload ('super_offload'), which is not supported; drop it"
+        )
+    if offload == "cpu" and stage == 3 and offloaded.get("ratio", 1.0) != 1.0:
+        raise Unsupported(
+            f"the target's config offloads a part of the optimizer ('ratio' is {offloaded['ratio']}); DeepSpeed's own "
+            "load leaves the second optimizer, which steps the rest on the device, without moments, so none is "
+            'written: convert to \'universal\' and resume through "ucp": {"enabled": true}, which restores them, or '
+            "drop 'ratio'"
+        )
     if zero.get("zenflow") is not None:
         raise Unsupported(
             "the target's config asks for ZenFlow ('zenflow'); no checkpoint has its second optimizer's states; drop it"
