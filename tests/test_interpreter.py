@@ -13,7 +13,7 @@ from ucp.interpreter import no_collections, quick_turns
 
 def test_threads_take_turns_sooner_for_a_while() -> None:
     before = sys.getswitchinterval()
-    with pytest.raises(KeyError), quick_turns():
+    with pytest.raises(KeyError), quick_turns():  # noqa: PT012
         assert sys.getswitchinterval() == pytest.approx(limits.SWITCH_SECONDS, abs=2e-6)
         raise KeyError
     assert sys.getswitchinterval() == before
