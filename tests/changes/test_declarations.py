@@ -117,3 +117,11 @@ def test_a_new_name_and_what_was_removed_serve_all_restarts(run: Run, tmp_path: 
     report = ucp.load_training(tmp_path / "again", model=again, optimizer=adam(again), changes=changes)
     assert report.tensors.changes == ()
     assert torch.equal(again.tail.weight, run.had["head.weight"]["param"])
+
+
+def test_weights_that_are_kept_in_more_bits_are_not_rounded_at_each_restart(run: Run) -> None:
+    """A model in float32 beside a declaration of bfloat16, as masters beside a config's bf16."""
+    changes = {"dtype": {"*": "bfloat16"}, "removed": ["ramp"]}
+    with pytest.raises(BadArgument, match=r"would be rounded to bfloat16, and here it is float32"):
+        resumed(run, made(5), changes)
+    resumed(run, made(5).bfloat16(), changes)

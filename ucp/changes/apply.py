@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
 from ucp.changes import adapters
-from ucp.changes.build import Build, few
+from ucp.changes.build import PARAM, Build, few
 from ucp.changes.changed import Changed
 from ucp.changes.outline import LiveParameter, Outline
 from ucp.changes.quantised import dequantised
@@ -104,10 +106,11 @@ def _moved_again(catalog: Catalog, bound: Bound) -> str | None:
         return None
     if again.parameters.keys() != catalog.parameters.keys():
         return None
-    return next(
-        (name for (name, state), one in catalog.tensors.items() if again.tensors[name, state].blocks is not one.blocks),
-        None,
-    )
+    for (name, state), one in catalog.tensors.items():
+        other = again.tensors[name, state]
+        if other.blocks is not one.blocks or not np.array_equal(other.bases, one.bases):
+            return name
+    return None
 
 
 def _check_patterns(changes: Changes, names: Collection[str], live: bool) -> None:
@@ -183,6 +186,7 @@ class _Steps:
 
     def dtypes(self) -> None:
         reader, turned, rounded = self.build.reader(), Counter[tuple[str, str]](), set[str]()
+        live = self._live_of() if self.changes.dtype else {}
         for info, patterns in self._patterns_of():
             tensors = []
             for tensor in self.build.tensors_of(info):
@@ -190,6 +194,8 @@ class _Steps:
                 if dtype is not None and dtype != tensor.dtype and tensor.dtype in FLOATS:
                     if (tensor.dtype, dtype) not in EXACT:
                         rounded.add(dtype)
+                        if tensor.state == PARAM and info.name in live:
+                            self._check_rounded(live[info.name], dtype)
                     turned[tensor.dtype, dtype] += 1
                     source = MergedTensor(
                         tensor.name,
@@ -207,6 +213,15 @@ class _Steps:
         for (old, dtype), count in turned.items():
             how = "rounded once" if dtype in rounded else "exactly"
             self.build.lines.append(f"dtype: {counted(count, 'tensor')} from {old} to {dtype}, {how}")
+
+    def _check_rounded(self, there: LiveParameter, dtype: str) -> None:
+        """Raise BadArgument if weights would be rounded for a live model that keeps them in more bits."""
+        if there.dtype is not None and there.dtype != dtype and (dtype, there.dtype) in EXACT:
+            raise BadArgument(
+                f"{self.changes.file}: dtype: '{there.name}' would be rounded to {dtype}, and here it is "
+                f"{there.dtype}, so that each further restart would round it again; declare element types for what is "
+                "kept in them, or round once, by ucp convert --changes"
+            )
 
     def _patterns_of(self) -> list[tuple[ParameterInfo, list[tuple[str, str]]]]:
         """Parameters with the patterns under dtype: that are about them. Buffers are no masters: a pattern that is

@@ -20,7 +20,7 @@ class LiveParameter:
 
     kind: as in slots. states: optimizer states of its shape -> element type; None if the optimizer does not tell.
     values: names of single values that the optimizer keeps for it. together: names of parameters that share one buffer
-    of the optimizer with it, and so its single values.
+    of the optimizer with it, and so its single values. dtype: of the most precise weights held; None if not known.
     """
 
     name: str
@@ -29,6 +29,7 @@ class LiveParameter:
     states: Mapping[str, str] | None = None
     values: frozenset[str] = frozenset()
     together: tuple[str, ...] = ()
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def outline_of(target: Target) -> Outline:
         members = [member for member in slot.members if not member.padding]
         together = tuple(m.name for m in members) if len(members) > 1 else ()
         for member in members:
-            out[member.name] = LiveParameter(member.name, member.shape, slot.kind, states, values, together)
+            out[member.name] = LiveParameter(member.name, member.shape, slot.kind, states, values, together, slot.dtype)
     return Outline(out)
 
 

@@ -63,11 +63,13 @@ def _outline(entries: Mapping[str, StateEntry]) -> Outline:
 
     roles = assign(entries, complete=False)
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, str] = {}
     states: dict[str, dict[str, str]] = {}
     values: dict[str, set[str]] = {}
     for key, (name, state) in roles.tensors.items():
         if state == PARAM:
             shapes[name] = tuple(entries[key].value.shape)
+            dtypes[name] = from_torch(entries[key].value.dtype)
     for key, (name, state) in (*roles.tensors.items(), *roles.scalars.items()):
         value = entries[key].value
         if state != PARAM and isinstance(value, torch.Tensor) and tuple(value.shape) == shapes.get(name):
@@ -82,6 +84,7 @@ def _outline(entries: Mapping[str, StateEntry]) -> Outline:
                 "parameter" if name in roles.trained else "frozen",
                 states.get(name, {}),
                 frozenset(values.get(name, ())),
+                dtype=dtypes[name],
             )
             for name, shape in shapes.items()
         }
