@@ -33,7 +33,7 @@ from ucp.interpreter import no_collections
 from ucp.parallel.mesh import Layout
 from ucp.printable import logger
 from ucp.run_folder import nearest
-from ucp.spec.select import Choice, choose
+from ucp.spec.select import Choice, choose, choose_before
 from ucp.storage import locations
 from ucp.storage.digests import verify_range
 from ucp.storage.dtypes import to_torch
@@ -296,6 +296,22 @@ def open(  # noqa: A001 (`ucp.open` is the public name)
     some = dict[str, Any](trust_client_state=trust_client_state, trust_paths=trust_paths, param_names=param_names)
     asked = _Asked(choose(spec, model_config, sizes), verify, {**some, "param_shapes": param_shapes}, options or {})
     return _exact(_open(path, tag, asked, verify), allow_approximate)
+
+
+def open_before(
+    changes: str | os.PathLike[str] | Mapping[str, Any] | None,
+    live: Mapping[str, Any] | None,
+    path: str | os.PathLike[str],
+    spec: str | os.PathLike[str] | None = None,
+    tag: str | int | None = None,
+    **opening: Any,
+) -> Checkpoint:
+    """Open a checkpoint for a live model, which may have been changed since. Arguments and errors as for `open`, and
+    those of `ucp.spec.select.choose_before`."""
+    model_config, sizes, options = (opening.pop(name, None) for name in ("model_config", "sizes", "options"))
+    verify, allow_approximate = opening.pop("verify", True), opening.pop("allow_approximate", False)
+    choice = choose_before(choose(spec, model_config, sizes), changes, live)
+    return _exact(_open(path, tag, _Asked(choice, verify, opening, options or {}), verify), allow_approximate)
 
 
 def _exact(opened: Checkpoint, allow_approximate: bool) -> Checkpoint:

@@ -191,7 +191,7 @@ def _converted(
     check_layout(target, layout)
     budget(running.workers, running.max_memory)
     destination = str(locate(dest))
-    with checkpoint.open(source, spec, **opening) as opened:
+    with checkpoint.open_before(changes, None, source, spec, **opening) as opened:
         catalog, lines = _changed(opened.catalog, changes, opening.get("model_config"))
         choice = choose(spec, opening.get("model_config"), opening.get("sizes"))
         request = WriteRequest(

@@ -3,6 +3,7 @@ the bit."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import ucp
 from tests.deepspeed.change_jobs import Gone
@@ -24,8 +26,9 @@ from tests.engines.pipe_models import pipeline_name
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankError, RankPool
 from tests.engines.runs import Run
-from tests.engines.tp_runs import TpCase
+from tests.engines.tp_runs import TpCase, config_of, spec_of
 from tests.engines.truth import known
+from ucp.errors import Mismatch
 
 pytestmark = pytest.mark.slow(seconds=30)
 
@@ -99,6 +102,39 @@ def test_under_tensor_parallelism(ranks: RankPool, sliced: ParallelSources, sour
     refused = run_on(ranks, target, run.folder, None)
     assert '"resized": ["' in refused.text
     assert '"unfrozen"' in refused.text
+
+
+def test_files_that_do_not_say_their_cuts(sliced: ParallelSources, tmp_path: Path) -> None:
+    """AutoTP's files of releases before 0.19: the spec's sizes are the checkpoint's, and the config is the model's."""
+    run = sliced.get(LLAMA)
+    folder, truth, grown = tmp_path / "run", known(run.truth), {**spec_of(LLAMA)["model_config"], "vocab_size": ROWS}
+    shutil.copytree(run.folder, folder)
+    for path in (folder / run.tag).glob("*model_states.pt"):
+        found = torch.load(path, weights_only=False)
+        found.pop("universal_checkpoint_info", None)
+        torch.save(found, path)
+    resized = {name: [ROWS, len(truth.params[name]["param"][0])] for name in CHANGES["resized"]}
+    changes: dict[str, Any] = {"resized": resized, "new_rows": "zeros"}
+    ucp.convert(folder, tmp_path / "grown", changes=changes, model_config=grown)
+    target = {"to": "deepspeed", "layout": "tp=2,zero=1", "spec": "llama", "ds_config": config_of(LLAMA)}
+    ucp.convert(folder, tmp_path / "native", changes=changes, model_config=grown, **target)
+    for written in ("grown", "native"):
+        with ucp.open(tmp_path / written, model_config=grown) as checkpoint:
+            for name, tensors in truth.params.items():
+                for state, tensor in tensors.items():
+                    read = checkpoint.read(name, state)
+                    assert torch.equal(read[: len(tensor)], tensor), (name, state)
+                    assert len(read) == (ROWS if name in resized else len(tensor))
+                    assert not read[len(tensor) :].any()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**grown))
+    before = model.lm_head.weight.detach().clone()
+    with pytest.raises(Mismatch, match=r"model.embed_tokens.weight' is \[29, 24\] .*changes={.resized."):
+        ucp.load_training(folder, model=model)
+    ucp.load_training(folder, model=model, changes={"resized": CHANGES["resized"]}, allow_unused=["*:*"])
+    for name, parameter in model.named_parameters():
+        tensor = truth.params[name]["param"] if name in truth.params else truth.frozen[name]
+        assert torch.equal(parameter[: len(tensor)], tensor), name
+    assert torch.equal(model.lm_head.weight[OLD:], before[OLD:])
 
 
 def test_renamed_and_grown_into_a_pipeline(ranks: RankPool, pipes: ParallelSources) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ucp.catalog import Catalog
 from ucp.changes.changed import Changed
-from ucp.checkpoint import open as open_checkpoint
+from ucp.checkpoint import open_before
 from ucp.deepspeed.config import Config
 from ucp.deepspeed.live import LiveEngine, partly, releases
 from ucp.deepspeed.live.state import data_rank, data_world, samples_seen, times_counted, warn_of_clipping
@@ -410,11 +410,12 @@ def _open(
     names: rank 0's own in each group. live: all names of the model, for a spec. shapes: of rank 0's parameters.
     """
     try:
-        with open_checkpoint(
+        with open_before(
+            config.load.changes,
+            model,
             load_dir,
             config.spec,
             tag,
-            model_config=model,
             sizes=config.sizes,
             trust_client_state=config.trust_client_state,
             trust_paths=config.load.trust_paths,

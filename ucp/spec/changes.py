@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -18,6 +18,7 @@ import yaml
 from ucp import limits
 from ucp.errors import BadArgument, Position, SpecError, Unsupported
 from ucp.spec.language import Spec, names_alone
+from ucp.spec.select import Choice
 from ucp.spec.yaml_text import YamlReader, compose, read_text
 from ucp.storage.dtypes import canonical
 from ucp.storage.numbers import FLOATS
@@ -32,7 +33,8 @@ KEPT, AVERAGED, COPIED, RESET = "kept", "averaged", "copied", "reset"
 ZEROS = "zeros"
 _OF_NAMES = ("sizes", "defaults", "parameters", "names")
 _LISTS = ("unfrozen", "frozen", "added", "removed")
-_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "new_rows", *_LISTS, "dtype", "states", "workers", "adapters")
+_OF_VALUES = ("dtype", "states", "workers", "adapters")
+_SECTIONS = ("changes", "about", *_OF_NAMES, "resized", "old_sizes", "new_rows", *_LISTS, *_OF_VALUES)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Changes:
     file: where it is said, for refusals.
     names: the changed model's names, as the framework `MODEL` of a spec; None if none change.
     resized: pattern -> the new shape; None for the live model's.
+    old_sizes: a spec's sizes, or ``config.`` keys, of the checkpoint, where the model's config has other ones now.
     new_rows: where the weights of new rows come from: 'zeros', a checkpoint's path, or None for the live model.
     unfrozen, frozen, added, removed: patterns of parameters.
     dtype: pattern of names, or of ``name:state`` -> the element type.
@@ -58,6 +61,7 @@ class Changes:
     file: str
     names: Spec | None = None
     resized: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+    old_sizes: Mapping[str, int] = field(default_factory=dict)
     new_rows: str | None = None
     unfrozen: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
@@ -95,6 +99,13 @@ def read(given: str | os.PathLike[str] | Mapping[str, Any]) -> Changes:
     return _Reader(os.fspath(given)).changes(text, True)
 
 
+def before(choice: Choice, changes: Changes, live: Mapping[str, Any] | None) -> Choice:
+    """What is said of the spec of a checkpoint that has not been changed yet, as these declare it. live: the changed
+    model's config, which counts where nothing else tells the checkpoint's."""
+    resized = tuple(pattern for pattern, _ in changes.resized)
+    return replace(choice, live=live, old=changes.old_sizes, resized=resized, declared=True)
+
+
 class _Reader(YamlReader):
     def changes(self, text: str, numbered: bool) -> Changes:
         if len(text) > limits.CHANGES_CHARACTERS:
@@ -113,6 +124,7 @@ class _Reader(YamlReader):
             self.file,
             names,
             self._resized(parts["resized"]) if "resized" in parts else (),
+            self._old_sizes(parts["old_sizes"]) if "old_sizes" in parts else {},
             self.text(parts["new_rows"], "new_rows").text if "new_rows" in parts else None,
             **{section: self._patterns(parts[section], section) for section in _LISTS if section in parts},
             dtype=self._dtypes(parts["dtype"]) if "dtype" in parts else (),
@@ -142,6 +154,15 @@ class _Reader(YamlReader):
         if not isinstance(node, yaml.MappingNode):
             return tuple((pattern, None) for pattern in self._patterns(node, "resized"))
         return tuple((entry.key.text, self._shape(entry.value)) for entry in self.entries(node, "resized:"))
+
+    def _old_sizes(self, node: yaml.Node) -> dict[str, int]:
+        return {entry.key.text: self._size(entry.value) for entry in self.entries(node, "old_sizes:")}
+
+    def _size(self, node: yaml.Node) -> int:
+        text = self.text(node, "a size")
+        if not (text.text.isascii() and text.text.isdigit() and len(text.text) <= 12 and int(text.text)):
+            raise text.refuse((0, len(text.text)), "a size is a whole number from 1, such as 32000")
+        return int(text.text)
 
     def _shape(self, node: yaml.Node) -> tuple[int, ...]:
         nodes = node.value if isinstance(node, yaml.SequenceNode) else []

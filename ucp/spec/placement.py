@@ -75,12 +75,18 @@ def _whole(shape: Shape) -> Blocks:
 
 
 def place(
-    bound: Bound, parts: Parts, layout: Layout, buffers: Collection[str] = (), factors: Factors = NO_FACTORS
+    bound: Bound,
+    parts: Parts,
+    layout: Layout,
+    buffers: Collection[str] = (),
+    factors: Factors = NO_FACTORS,
+    unpadded: Collection[str] = (),
 ) -> Placements:
     """Where all local tensors lie by a spec. Its cuts are solved from the shapes on all ranks.
 
     buffers: names that need no line in the spec. Without one they are replicated.
     factors: local tensors that are states of others, with some of their axes.
+    unpadded: axes that are padded by the spec, and are known to have no padding where ranks cut them.
 
     With one tensor-parallel rank nothing is cut, and the spec only tells what is padding.
 
@@ -100,7 +106,7 @@ def place(
         if both and base is not None:
             expressions[name] = factor_expression(bound, owner, state, base, both)
     observed = {name: Observed(name, e, shards[name]) for name, e in expressions.items() if e is not None}
-    cuttings = solve_cuts(list(observed.values()), bound.sizes, {"tp": layout.tp})
+    cuttings = solve_cuts(list(observed.values()), bound.sizes, {"tp": layout.tp}, unpadded=unpadded)
     out: dict[tuple[Coordinate, str], tuple[Placed, ...]] = {}
     for at, held in parts.items():
         for name, shape in held.items():

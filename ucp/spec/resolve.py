@@ -7,14 +7,20 @@ for the model's type.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ucp.errors import Unsupported
 from ucp.geometry import whole
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.bound import bind
+from ucp.spec.bound import Bound, bind
+from ucp.spec.grammar import Padded, names
+from ucp.spec.outgrown import outgrown
 from ucp.spec.placement import NO_FACTORS, Factors, Parts, Placed, Placements, place, uncut
 from ucp.spec.select import Choice
+
+AUTOTP = "autotp"
+"""The section of cuts that DeepSpeed makes itself, which pads nothing."""
 
 
 def find_placements(
@@ -42,17 +48,33 @@ def find_placements(
     info = info if isinstance(info, Mapping) and choice.spec is None else None
     if layout.tp == 1:
         # Nothing is cut, and only padding is looked up in the spec.
-        padded = choice.spec is not None and (choice.settings or _config(choice, recorded) is not None)
+        sized = choice.settings or choice.old
+        padded = choice.spec is not None and (sized or _config(choice, recorded) is not None)
         if not padded and not (info and info.get("vocabulary_parameter_patterns")):
             return {**uncut(parts), **(_pieced(info, parts) if info else {})}
     if info is not None:
         return _said(choice, info, parts, layout, buffers, captures, factors)
-    bound = choice.bound(_config(choice, recorded), section)
-    return None if bound is None else place(bound, parts, layout, buffers, factors)
+    config = _config(choice, recorded)
+    bound = choice.bound(config, section)
+    if bound is None:
+        return None
+    padless = section == AUTOTP
+    if choice.resized and (found := outgrown(bound, parts, layout, choice, padless)):
+        bound = replace(choice, old={**choice.old, **found}).bound(config, section) or bound
+    return place(bound, parts, layout, buffers, factors, _unpadded(bound, choice) if padless else ())
 
 
 def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
-    return choice.config if choice.config is not None else recorded()
+    return choice.config if choice.config is not None else choice.config_of(recorded())
+
+
+def _unpadded(bound: Bound, choice: Choice) -> set[str]:
+    """The axes that have no padding where nothing is padded: AutoTP cuts what a model has, and its config says how much
+    that is. Sizes that are given by hand may say less, and the rest is padding then."""
+    if any(name.startswith("config.") for name in choice.settings):
+        return set()
+    axes = {axis.name for line in bound.lines for axis in names(line.expression) if isinstance(axis, Padded)}
+    return axes - choice.settings.keys()
 
 
 def apart(parts: Parts) -> Placements:

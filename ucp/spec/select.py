@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ucp.errors import BadArgument
@@ -24,12 +24,26 @@ class Choice:
     config: the model's config.json as a mapping, if it is known.
     settings: sizes that go before the config.
     apart: put nothing together.
+
+    Of a checkpoint for a live model, which may have been changed since (`ucp.spec.changes.before`):
+    live: the live model's config, which counts where neither the caller nor the checkpoint has one.
+    old: sizes of the checkpoint, which go before all else where the spec is one of the catalogue or a file.
+    resized: patterns of parameters that may have other sizes now, whose old ones the shapes tell (`ucp.spec.outgrown`).
+    declared: whether that they have is declared, so that it is asked for what shapes leave open.
     """
 
     spec: Spec | None = None
     config: Mapping[str, Any] | None = None
     settings: Mapping[str, int] = field(default_factory=dict)
     apart: bool = False
+    live: Mapping[str, Any] | None = None
+    old: Mapping[str, int] = field(default_factory=dict)
+    resized: tuple[str, ...] = ()
+    declared: bool = False
+
+    def config_of(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The model's config: the caller's, else this one that the checkpoint has, else the changed model's."""
+        return next((c for c in (self.config, recorded, self.live) if c is not None), None)
 
     def bound(self, recorded: Mapping[str, Any] | None, layout: str | None = None) -> Bound | None:
         """The spec joined with the sizes; None if nothing tells which spec it is.
@@ -37,7 +51,7 @@ class Choice:
         recorded: the model's config as the checkpoint has it, used if the caller gives none.
         layout: the section under ``layouts:`` that counts.
         """
-        config = self.config if self.config is not None else recorded
+        config = self.config_of(recorded)
         spec = self.spec
         if spec is None and config is not None and config.get("model_type"):
             from ucp.spec import shipped
@@ -47,7 +61,7 @@ class Choice:
             return None
         from ucp.spec.bound import bind
 
-        return bind(spec, config, self.settings, layout)
+        return bind(spec, config, {**self.settings, **self.old}, layout)
 
 
 def choose(
@@ -64,6 +78,24 @@ def choose(
     from ucp.spec import shipped
 
     return Choice(shipped.find(spec), _config(config), settings or {})
+
+
+def choose_before(
+    choice: Choice, changes: str | os.PathLike[str] | Mapping[str, Any] | None, live: Mapping[str, Any] | None
+) -> Choice:
+    """What is said of the spec for a checkpoint that a live model resumes from, which may have been changed since.
+
+    changes: what of it is declared (`ucp.spec.changes`). live: the live model's config. Where changes are declared it
+    counts where neither the caller nor the checkpoint has one; else before the checkpoint's. Sizes that it has and the
+    checkpoint's shapes do not are taken from these (`ucp.spec.outgrown`). Raises what reading the changes raises.
+    """
+    if changes is not None:
+        from ucp.spec.changes import before, read  # late, as the language of specs: most programs declare nothing
+
+        return before(choice, read(changes), live)
+    if live is None:
+        return choice
+    return replace(choice, config=live if choice.config is None else choice.config, resized=("*",))
 
 
 def _config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ wide as the whole tensor is a replica. What the shapes leave open is refused, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ucp.geometry import Shape, numel
@@ -43,20 +43,30 @@ def solve_cuts(
     mesh: Mesh,
     known: Widths | None = None,
     padded: Mapping[str, int] | None = None,
+    unpadded: Collection[str] = (),
 ) -> dict[str, Cutting]:
     """The cutting of every parameter by its name, such that every shard has the shape that was observed.
 
     known: cuts that are known from elsewhere, by their spelling.
     padded: widths of padded axes that are known.
+    unpadded: axes of which equal shards are no parts of a wider table with padding.
 
     Raises SpecError if shapes contradict the expression, the sizes or another parameter, or if they leave a cut open.
     The error names the parameter and the rank.
     """
-    return _Solver(sizes, mesh, known or {}, padded or {}).solve(observed)
+    return _Solver(sizes, mesh, known or {}, padded or {}, unpadded).solve(observed)
 
 
 class _Solver:
-    def __init__(self, sizes: Mapping[str, int], mesh: Mesh, known: Widths, padded: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        mesh: Mesh,
+        known: Widths,
+        padded: Mapping[str, int],
+        unpadded: Collection[str],
+    ) -> None:
+        self.unpadded = unpadded
         self.sizes = sizes
         self.mesh = mesh
         self.fixed = {key: _Fixed(widths, "the widths given") for key, widths in known.items()}
@@ -224,6 +234,12 @@ class _Solver:
                     cut,
                     f"every rank holds {widths[0]} of '{o.name}' where '{cut.axis.name}' is {n}: that may be copies "
                     f"with padding, or a cut of {total}; give the width with its padding",
+                )
+            if m > 1 and total > n and len(set(widths)) == 1 and cut.axis.name in self.unpadded:
+                raise o.expression.refuse(
+                    cut,
+                    f"every rank holds {widths[0]} of '{o.name}' where '{cut.axis.name}' is {n}: nothing pads it to "
+                    f"{total}, and copies of another size would look so; say it by hand (sizes) if {n} is true",
                 )
             self.pad(o, cut.axis, total, {})
         elif m > 1 and n and all(w == n for w in widths):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ucp import limits
 from ucp.catalog import Catalog
-from ucp.checkpoint import open as open_checkpoint
+from ucp.checkpoint import open_before
 from ucp.formats import beside
 from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.roles import PARAM, Roles, StateEntry, assign
@@ -110,7 +110,7 @@ def _fill(
     state_dict = unwrap(given)
     watch = Stopwatch()
     values, roles = ranks.all_or_none(lambda: watch.timed("open", lambda: entries_of(state_dict)))
-    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, roles, opening)))
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: open_for(path, roles, opening, changes)))
     changed = as_changed(catalog, changes, lambda: values, opening)
     catalog = changed.catalog
     wish = Wish(allow_missing=tuple(allow_missing), partial=True, grown=changed.grown)
@@ -152,13 +152,21 @@ def entries_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, StateEntry], Ro
     return entries, assign(entries, complete=False)
 
 
-def open_for(path: str | os.PathLike[str], roles: Roles, opening: Mapping[str, Any]) -> tuple[str, Catalog]:
+def open_for(
+    path: str | os.PathLike[str],
+    roles: Roles,
+    opening: Mapping[str, Any],
+    changes: Given,
+    live: Mapping[str, Any] | None = None,
+) -> tuple[str, Catalog]:
     """The checkpoint's folder and its catalog, whose training state has real tensors. If a spec says what the names
-    of a state dict with these roles are in the checkpoint, the catalog has the state dict's names."""
+    of a state dict with these roles are in the checkpoint, the catalog has the state dict's names. live: the model's
+    own config, as for `ucp.spec.select.choose_before`."""
     module = [name for name, state in roles.tensors.values() if state == PARAM]
     names = [ModuleOrder.of_group(group, module) for group in roles.groups.values()]
-    with open_checkpoint(path, **{"param_names": names or None, **opening}) as checkpoint:
+    with open_before(changes, live, path, **{"param_names": names or None, **opening}) as checkpoint:
         catalog = replace(checkpoint.catalog, training_state=checkpoint.training_state)
     if left := beside.around(checkpoint.path, checkpoint.format):
         log.warning("%s: %s", checkpoint.path, beside.sentence(left, "beside it"))
-    return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, opening)
+    known = {"model_config": live, **opening}
+    return str(checkpoint.path), under_spec(catalog, {name for name, _ in roles.tensors.values()}, known)

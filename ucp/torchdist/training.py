@@ -195,9 +195,8 @@ def load_training(
     """Restore a whole training state of any supported format and layout, or refuse. Collective.
 
     Everything that was saved of the model and the optimizers has to be used, and all that they have has to be there,
-    unless allow_missing and allow_unused say otherwise. The states of a data loader and of random number generators are
-    each rank's own. If another number of ranks loads, the loader's state is moved or refused (`ucp.job.data_loaders`),
-    and the generators stay as the program seeded them, with a warning.
+    unless allow_missing and allow_unused say otherwise. States of data loaders and random number generators are each
+    rank's own: another number of ranks moves or refuses a loader's (`ucp.job.data_loaders`), and keeps its generators.
 
     Parameters
     ----------
@@ -213,8 +212,9 @@ def load_training(
     watch, live = Stopwatch(), TrainingParts(model, optimizer, lr_scheduler, dataloader, rng=rng)
     asked = Requantised() if are_requantised(changes) else None
     state_dict, made = _states_of(model, asked, optimizer, True)
-    opening = {"model_config": config_of(model), "param_shapes": _whole_shapes(model), **opening}
-    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _opened(path, state_dict, opening)))
+    asking = path, state_dict, {"param_shapes": _whole_shapes(model), **opening}, changes, config_of(model)
+    where, catalog = ranks.from_first(lambda: watch.timed("open", lambda: _opened(*asking)))
+    opening.setdefault("model_config", asking[-1])
     quantised = asked.if_needed(catalog) if asked else None
     changed = as_changed(catalog, changes, lambda: flatten(state_dict), opening, asked.needed if asked else None)
     catalog = changed.catalog
@@ -237,9 +237,13 @@ def load_training(
 
 
 def _opened(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Any], opening: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Any],
+    opening: Mapping[str, Any],
+    changes: Given,
+    config: Mapping[str, Any] | None,
 ) -> tuple[str, Catalog]:
-    return open_for(path, entries_of(state_dict)[1], opening)
+    return open_for(path, entries_of(state_dict)[1], opening, changes, config)
 
 
 def _whole_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]] | None:
