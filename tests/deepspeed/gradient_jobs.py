@@ -20,6 +20,7 @@ from tests.engines.build import build_engine
 from tests.engines.configs import OPTIMIZERS, Case, make_config
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.truth import Truth, known
+from ucp import deepspeed as ours
 from ucp.deepspeed.live import releases as live_releases
 from ucp.deepspeed.supported import warn_of_training
 from ucp.errors import Unsupported
@@ -124,6 +125,35 @@ def _returned(case: Case, direct: str) -> tuple[dict[str, float], list[str]]:
         moved = (before[name] - after) / lr
         steps[name] = float((moved * own.grad).sum() / own.grad.square().sum())
     return steps, kept.texts
+
+
+def own_backward(direct: bool, folder: str) -> tuple[list[str], list[str]]:
+    """An engine of ours trains a module that returns more than its loss, and saves. What an engine that has not trained
+    is told of the gradients when it loads that, and then one that has trained in the same way. direct: the program
+    calls the loss's own backward."""
+    told = []
+    for _ in range(2):
+        model = Returns()
+        config = {
+            **make_config(Case(stage=1, dp=1, accumulation=2)),
+            "ucp": {"enabled": True, "save": {"async": False}},
+        }
+        engine, *_ = ours.initialize(model=model, config=config, model_parameters=model.parameters())
+        for trained in range(2):
+            if trained:
+                _train(engine, direct)
+            if Path(folder, "latest").exists():
+                engine.load_checkpoint(folder)
+                told.append([text for text in engine.ucp.last_load.warnings if "gradients" in text])
+        engine.save_checkpoint(folder)
+    return told[0], told[1]
+
+
+def _train(engine: Any, direct: bool) -> None:
+    for micro in torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)):
+        loss = engine(micro)["loss"]
+        loss.backward() if direct else engine.backward(loss)
+        engine.step()
 
 
 def written_by(release: str, folder: str, into: str) -> str:

@@ -19,8 +19,9 @@ from tests.engines.parallel_runs import ParallelSources
 from tests.engines.pipe_runs import PipeCase
 from tests.engines.pool import RankPool
 from tests.engines.sources import Sources
+from ucp.deepspeed.live.releases import divides_gradients_once
 from ucp.errors import Mismatch
-from ucp.formats.shared.gradients import KEY, MEAN, SUM, of_pipeline, recorded
+from ucp.formats.shared.gradients import KEY, MEAN, OUTPUTS, SUM, Gradients, of_pipeline, recorded
 
 pytestmark = pytest.mark.slow(seconds=30)
 
@@ -113,6 +114,20 @@ def test_a_programs_own_backward_steps_with_the_mean_or_a_warning_says_otherwise
             odd = [name for name, times in steps.items() if times != pytest.approx(1.0, rel=1e-3)]
             told = [text for text in warnings if "gathers alone" not in text]
             assert bool(odd) == (len(told) == 1) == (stage < 3), (direct, stage, steps, warnings)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["its own backward", "the engine's"])
+def test_a_programs_own_backward_is_noted_in_its_checkpoints(ranks: RankPool, tmp_path: Path, direct: bool) -> None:
+    """A load into an engine that has not trained is told, as the engine was that did; in one that trains alike there is
+    nothing to tell."""
+    if not releases.knows("_backward_prologue_per_tensor"):
+        pytest.skip(releases.without("takes engine.backward alone"))
+    odd = direct or not divides_gradients_once()
+    fresh, alike = ranks.run(gradient_jobs.own_backward, direct, str(tmp_path), world_size=1)[0]
+    assert ["divided once more in tensors that the module returned" in text for text in fresh] == [True] * odd
+    assert alike == []
+    with ucp.open(tmp_path) as checkpoint:
+        assert recorded(checkpoint.training_state) == (Gradients(OUTPUTS, 2) if odd else Gradients())
 
 
 # What wrote the checkpoint of a pipeline, and what a load says of its moments.

@@ -10,6 +10,14 @@ from torch import Tensor, is_grad_enabled
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.state import warn
 
+# An attribute of engines of which it was seen that their gradients are divided in what their module returns.
+_SEEN = "ucp_divides_outputs"
+
+
+def are_divided(engine: Any) -> bool:
+    """Whether gradients of this engine were seen to be divided more than once, of which it was warned then."""
+    return bool(getattr(engine, _SEEN, False))
+
 
 def warn_of_outputs(engine: Any) -> None:
     """Warn if the release divides gradients more than once, from the engine's first forward pass that trains on.
@@ -37,6 +45,7 @@ def warn_of_outputs(engine: Any) -> None:
         if always:
             handle.remove()
             if again:
+                setattr(engine, _SEEN, True)
                 warn(_text(steps, "", "and so is engine.backward of releases since 0.19.6"))
             return
         for place in again:
@@ -46,6 +55,7 @@ def warn_of_outputs(engine: Any) -> None:
         nonlocal told
         if not told and releases.divides_now(engine):
             told = True
+            setattr(engine, _SEEN, True)
             handle.remove()
             where = " where a program calls backward of its own loss, as this one does,"
             warn(_text(engine.gradient_accumulation_steps(), where, "and so is engine.backward(loss)"))

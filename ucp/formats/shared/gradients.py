@@ -1,7 +1,9 @@
 """Which gradients an optimizer's states are of, where that is not their mean over the micro steps of a step.
 
-Plain modules step with the mean. DeepSpeed's pipelines have not always done so, as measured with stock releases
-(``tests/deepspeed/test_gradients.py``) and read in DeepSpeed's own history:
+Plain modules step with the mean, but where DeepSpeed divides in each tensor that the module returns, and one of them
+was computed from another: 0.18.3 to 0.19.5, and later releases where a program calls backward of its own loss.
+DeepSpeed's pipelines have not always done so, as measured with stock releases (``tests/deepspeed/test_gradients.py``)
+and read in DeepSpeed's own history:
 
 - before 0.16.0 the mean: the last stage divides its loss (``runtime/engine.py: backward``);
 - 0.16.0 to 0.18.2 the sum: the loss is divided only if backward reduces gradients, which pipelines do by themselves;
@@ -20,20 +22,26 @@ from typing import Any
 
 from ucp.catalog import TrainingState
 
-MEAN, SUM, AGAIN = "mean", "sum", "divided again"
+MEAN, SUM, AGAIN, OUTPUTS = "mean", "sum", "divided again", "divided in outputs"
 
 KEY = "gradients"
 """Where `TrainingState.extra` has them, if they are no mean."""
 
-_RELEASES = {SUM: "0.16.0 to 0.18.2", AGAIN: "0.18.3 to 0.19.2"}
+_WHERE = {
+    SUM: "DeepSpeed's pipelines of 0.16.0 to 0.18.2 take no mean",
+    AGAIN: "DeepSpeed's pipelines of 0.18.3 to 0.19.2 take no mean",
+    OUTPUTS: "DeepSpeed of 0.18.3 to 0.19.5 divides so, and since then where a program calls backward of its own loss; "
+    "if this one does, too, it goes on alike",
+}
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What one step's gradients are.
 
-    how: 'mean' over its micro steps; 'sum'; or 'divided again': the mean, divided by their number once more for each
-    stage of the pipeline that comes after a parameter's own.
+    how: 'mean' over its micro steps; 'sum'; 'divided again': the mean, divided by their number once more for each stage
+    of the pipeline that comes after a parameter's own; or 'divided in outputs': once more for each tensor that the
+    module has returned, where another was computed from it.
     micro_steps, stages: how many there are; 1 where they do not count. micro_steps is 0 if it is not known.
     """
 
@@ -47,6 +55,8 @@ class Gradients:
         count = self.micro_steps or "an unknown number of"
         if self.how == SUM:
             return f"the sum over its {count} micro steps"
+        if self.how == OUTPUTS:
+            return f"the mean over its {count} micro steps, divided once more in tensors that the module returned"
         return f"the mean over its {count} micro steps, divided once more by each later one of {self.stages} stages"
 
 
@@ -75,7 +85,7 @@ def recorded(state: TrainingState) -> Gradients:
     """What this state's moments are of; the mean if it does not say."""
     said = state.extra.get(KEY)
     how = said.get("how") if isinstance(said, Mapping) else None
-    if not isinstance(said, Mapping) or how not in (SUM, AGAIN):
+    if not isinstance(said, Mapping) or how not in _WHERE:
         return Gradients()
     return Gradients(how, _count(said.get("micro_steps")), _count(said.get("stages")) or 1)
 
@@ -87,7 +97,7 @@ def note(saved: Gradients, live: Gradients) -> str:
     odd = saved if saved.how != MEAN else live
     return (
         f"the checkpoint's optimizer states are of gradients that are {saved}, and gradients here are {live} "
-        f"(DeepSpeed's pipelines of {_RELEASES[odd.how]} take no mean): the states are restored exactly, but steps "
+        f"({_WHERE[odd.how]}): the states are restored exactly, but steps "
         "from here on differ in size from the saved run's; Adam follows in some steps, SGD needs another learning rate"
     )
 
