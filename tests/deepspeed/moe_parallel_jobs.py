@@ -51,6 +51,7 @@ def pipeline(
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
+        "steps_per_print": 10**6,
         "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
     }

@@ -32,6 +32,8 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in APART), ("CAME", "bf16"), ("Muon", "bf16")])
 def test_stage_0(ranks: RankPool, tmp_path: Path, name: str, dtype: str) -> None:
     """Two ranks' checkpoints into one rank that has not stepped: ours, DeepSpeed's own, and one that is converted."""
+    if dtype == "bf16" and not releases.knows("DDP_BFLOAT16"):
+        pytest.skip(releases.without("its stage 0 in bf16 is its BF16_Optimizer, and loads the files of ZeRO-1"))
     truth, losses = ranks.run(jobs.saved, name, 0, dtype, str(tmp_path), world_size=2)[0]
     with ucp.open(tmp_path / "ours") as checkpoint:
         assert (name == "Muon") != any(known.startswith("optim.state.") for known in checkpoint.parameters)

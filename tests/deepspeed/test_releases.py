@@ -263,6 +263,7 @@ def test_a_programs_own_backward_is_warned_of_where_gradients_are_divided_again(
 ) -> None:
     """In the backward that it happens in, once; not in the engine's, and not where gradients pass one tensor alone."""
     monkeypatch.setattr(releases, "divides_gradients_once", lambda: True)
+    monkeypatch.setattr(releases, "divides_in_own_backward", lambda: True)
     engine = Returns(returned, 2, False)
     engine._backward_prologue_per_tensor = lambda grad: grad if own_backward else grad / 2
     warn_of_outputs(engine)
