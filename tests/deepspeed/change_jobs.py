@@ -107,3 +107,40 @@ def fsdp_goes_on(case: Case, folder: str, tag: str | None, changes: Any) -> tupl
         folder, tag=tag, model=model, optimizer=optimizer, rng=False, changes=changes, prove="always"
     )
     return before, whole(), (report.tensors.changes, str(report.tensors.proof))
+
+
+class FusedMLP(nn.Module):
+    """Llama's, with its first two projections as one."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(mlp.hidden_size, 2 * mlp.intermediate_size, bias=False)
+        self.down_proj, self.act_fn = mlp.down_proj, mlp.act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        down: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+        return down
+
+
+def llama_goes_on(case: Case, folder: str, steps: int, changes: Any, rows: int, fused: bool) -> Any:
+    """Load into a Llama of so many rows, with frozen norms and fused projections or not, and train on: with this
+    project and declared changes, or by stock DeepSpeed where there are none."""
+    from tests.engines import load_jobs, resume
+
+    original = build.build_model
+
+    def build_and_change(case: Case) -> nn.Module:
+        model: Any = original(case)
+        torch.manual_seed(77)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        for layer in model.model.layers if fused else ():
+            layer.mlp = FusedMLP(layer.mlp)
+        model.model.norm.requires_grad_(False)
+        return model
+
+    build.build_model = build_and_change
+    if changes is None:
+        return resume.resume(case, folder, None, steps)
+    section = {"load": {"prove": "always", "changes": changes}}
+    return load_jobs.resume(case, folder, None, steps, section=section)

@@ -1,27 +1,15 @@
-"""Ranks whose optimizer lies on an NVMe disk, as a program of its own: DeepSpeed's operator is linked with libaio.
-
-``torchrun nvme_jobs.py FOLDER`` trains, saves with DeepSpeed and with this project, loads into engines of other kinds
-and prints a line of JSON for each load: what differs, and the losses of the next steps. With the folder of a run on
-another number of ranks as a second argument, it loads what that run saved. With ``memory`` in its place one rank prints
-what each save and load takes of anonymous memory at the most.
-"""
+"""Jobs for the ranks: engines whose optimizer lies on an NVMe disk (ZeRO-Infinity), with real swap files."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-import ucp
-import ucp.deepspeed
+from tests.engines import async_io, operators
 from tests.loading.memory_program import peak
-from ucp.errors import UcpError
 
 STATES = ("exp_avg", "exp_avg_sq")
 SMALL, LARGE = 700_000, 10**9
@@ -42,20 +30,19 @@ class Model(torch.nn.Module):
         return x
 
 
-def engine(folder: str, nvme: str, seed: int, stage: int = 3, size: int = LARGE, groups: int = 1) -> Any:
+def engine(folder: str, nvme: str, seed: int, stage: int = 3, size: int = LARGE, groups: int = 2) -> Any:
     """nvme: what is offloaded: '' nothing, 'states', 'all' parameters, too."""
+    import ucp.deepspeed
+
     torch.manual_seed(seed)
     model = Model()
     zero: dict[str, Any] = {"stage": stage, "sub_group_size": size}
     disk = {"device": "nvme", "nvme_path": f"{folder}/nvme{seed}", "pin_memory": False}
     if nvme:
+        async_io.use(operators.folder())
         zero["offload_optimizer"] = {**disk, "buffer_count": 4}
     if nvme == "all":
         zero["offload_param"] = {**disk, "buffer_count": 20, "buffer_size": 600_000}
-    named = list(model.named_parameters())
-    of_group: list[list[torch.nn.Parameter]] = [[] for _ in range(groups)]
-    for name, param in named:
-        of_group[int(name.split(".")[1]) % groups].append(param)
     config = {
         "train_micro_batch_size_per_gpu": 2 * SHARES // dist.get_world_size(),
         "zero_optimization": zero,
@@ -64,8 +51,15 @@ def engine(folder: str, nvme: str, seed: int, stage: int = 3, size: int = LARGE,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "ucp": {"enabled": True, "save": {"async": False}, "load": {"prove": "always"}},
     }
-    parameters = [{"params": params, "weight_decay": 0.1 / (1 + g)} for g, params in enumerate(of_group)]
+    parameters = [{"params": params, "weight_decay": 0.1 / (1 + g)} for g, params in enumerate(by_group(model, groups))]
     return ucp.deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+
+
+def by_group(model: torch.nn.Module, groups: int) -> list[list[torch.nn.Parameter]]:
+    of_group: list[list[torch.nn.Parameter]] = [[] for _ in range(groups)]
+    for name, param in model.named_parameters():
+        of_group[int(name.split(".")[1]) % groups].append(param)
+    return of_group
 
 
 def train(live: Any, steps: int) -> list[float]:
@@ -86,6 +80,8 @@ def train(live: Any, steps: int) -> list[float]:
 
 def truth(live: Any) -> dict[str, torch.Tensor]:
     """The live engine's own buffers, by DeepSpeed's own functions."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
     out = {}
     for name, param in live.module.named_parameters():
         out[f"{name} param"] = safe_get_full_fp32_param(param).clone()
@@ -93,105 +89,86 @@ def truth(live: Any) -> dict[str, torch.Tensor]:
     return out
 
 
-def compare(what: str, live: Any, folder: str, wanted: dict[str, torch.Tensor], then: list[float]) -> None:
-    live.load_checkpoint(folder)
-    found = truth(live)
-    wrong = [name for name in wanted if not torch.equal(wanted[name], found[name])]
-    steps = {float(state["step"]) for state in live.optimizer.optimizer.state.values()}
-    proved = live.ucp.last_load.proof is not None and live.ucp.last_load.proof.complete
-    result = {"what": what, "count": len(found), "wrong": wrong, "steps": sorted(steps), "proved": proved}
-    result["losses"] = train(live, 3)
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps({**result, "then": then}), flush=True)
-
-
-def main(folder: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes, and not needed
-    deepspeed.init_distributed("gloo")
-    source = engine(folder, "states", 1, size=SMALL, groups=2)
+def save(folder: str) -> list[float]:
+    """Train, and save with DeepSpeed and with this project; the next losses."""
+    source = engine(folder, "states", 1, size=SMALL)
     train(source, 3)
-    native = type(source).save_checkpoint
-    native(source, f"{folder}/native")
+    type(source).save_checkpoint(source, f"{folder}/native")
     source.save_checkpoint(f"{folder}/ours")
     wanted = truth(source)
     then = train(source, 3)
     if dist.get_rank() == 0:
-        torch.save((wanted, then), f"{folder}/truth.pt")
-    wide = engine(folder, "states", 2, size=SMALL, groups=2)
-    compare("native to NVMe", wide, f"{folder}/native", wanted, then)
-    compare("ours to NVMe that has trained", wide, f"{folder}/ours", wanted, then)
-    compare("native to parameters on NVMe", engine(folder, "all", 3, groups=2), f"{folder}/native", wanted, then)
-    compare("ours to stage 1", engine(folder, "", 4, stage=1, groups=2), f"{folder}/ours", wanted, then)
-    plain = engine(folder, "", 5, groups=2)
-    compare("native to stage 3", plain, f"{folder}/native", wanted, then)
-    plain.load_checkpoint(f"{folder}/ours")
-    plain.save_checkpoint(f"{folder}/plain")
-    compare("stage 3 to NVMe", engine(folder, "states", 6, size=SMALL, groups=2), f"{folder}/plain", wanted, then)
-    if dist.get_rank() == 0:
-        ucp.convert(f"{folder}/native", f"{folder}/universal")
+        torch.save(wanted, f"{folder}/truth.pt")
     dist.barrier()
-    again = engine(folder, "", 7, stage=2, groups=2)
-    compare("native, as universal, to stage 2", again, f"{folder}/universal", wanted, then)
-    compare("universal to NVMe", engine(folder, "states", 8, size=SMALL, groups=2), f"{folder}/universal", wanted, then)
-    fsdp(f"{folder}/native", wanted)
+    return then
 
 
-def fsdp(folder: str, wanted: dict[str, torch.Tensor]) -> None:
-    """FSDP2 on the same ranks, in the masters' element type."""
+def load(earlier: str, form: str, folder: str, target: dict[str, Any], trained: int = 0, keep: str = "") -> Any:
+    """Load what a run saved into another engine, and train on.
+
+    earlier: the run's folder. form: which checkpoint in it. trained: steps that the engine has done already. keep: how
+    it is saved after the load: 'native' or 'ours'; '' for not.
+
+    Returns how many tensors were compared, which of them differ, the step counts, whether all was proved, and the next
+    losses.
+    """
+    live = engine(folder, **target)
+    train(live, trained)
+    live.load_checkpoint(f"{earlier}/{form}")
+    found, wanted = truth(live), torch.load(f"{earlier}/truth.pt")
+    if keep == "native":
+        type(live).save_checkpoint(live, f"{folder}/native")
+    elif keep:
+        live.save_checkpoint(f"{folder}/{keep}")
+    steps = {float(state["step"]) for state in live.optimizer.optimizer.state.values()}
+    proof = live.ucp.last_load.proof
+    wrong = [name for name in wanted if not torch.equal(wanted[name], found[name])]
+    return len(found), wrong, steps, proof is not None and proof.complete, train(live, 3)
+
+
+def fsdp(folder: str, form: str) -> Any:
+    """FSDP2 on the same ranks, in the masters' element type; as `load` returns, without losses."""
     from torch.distributed.fsdp import fully_shard
+
+    import ucp
 
     model = Model()
     fully_shard(model)
-    groups: list[list[torch.nn.Parameter]] = [[], []]
-    for name, param in model.named_parameters():
-        groups[int(name.split(".")[1]) % 2].append(param)
-    optimizer = torch.optim.AdamW([{"params": params} for params in groups], lr=1e-3)
-    report = ucp.load_training(folder, model=model, optimizer=optimizer, rng=False, prove="always").tensors
+    optimizer = torch.optim.AdamW([{"params": params} for params in by_group(model, 2)], lr=1e-3)
+    proof = ucp.load_training(
+        f"{folder}/{form}", model=model, optimizer=optimizer, rng=False, prove="always"
+    ).tensors.proof
+    wanted: dict[str, torch.Tensor] = torch.load(f"{folder}/truth.pt")
     found: dict[str, torch.Tensor] = {}
     for name, param in model.named_parameters():
         found[f"{name} param"] = param.full_tensor()  # type: ignore[operator]
         found.update({f"{name} {key}": optimizer.state[param][key].full_tensor() for key in STATES})
     wrong = [name for name in wanted if not torch.equal(wanted[name], found[name].detach())]
     steps = {float(state["step"]) for state in optimizer.state.values()}
-    result = {"what": "native to FSDP2", "count": len(found), "wrong": wrong, "steps": sorted(steps)}
-    result["proved"] = report.proof is not None and report.proof.complete
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps({**result, "losses": [], "then": []}), flush=True)
+    return len(found), wrong, steps, proof is not None and proof.complete
 
 
-def again(folder: str, earlier: str) -> None:
-    """What a run on another number of ranks saved, into NVMe on these; what comes of that is saved, too."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
-    wanted, then = torch.load(f"{earlier}/truth.pt")
-    for seed, form in enumerate(("native", "ours"), 1):
-        live = engine(folder, "states", seed, size=SMALL, groups=2)
-        refuse(live, f"{earlier}/{form}")
-        compare(f"{form} of other ranks to NVMe", live, f"{earlier}/{form}", wanted, then)
-        live.load_checkpoint(f"{earlier}/{form}")
-        if form == "ours":
-            live.save_checkpoint(f"{folder}/ours")
-        else:
-            type(live).save_checkpoint(live, f"{folder}/native")
-    if dist.get_rank() == 0:
-        torch.save((wanted, then), f"{folder}/truth.pt")
+def refused(earlier: str, form: str, folder: str) -> tuple[str, list[str]]:
+    """What a load says whose swap folder's disk is said to be full, and which masters it changed."""
+    from ucp.errors import UcpError
 
-
-def refuse(live: Any, folder: str) -> None:
-    """A load into a swap folder whose disk is said to be full."""
+    live = engine(folder, "states", 1, size=SMALL)
     usage = shutil.disk_usage
-    masters = {name: safe_get_full_fp32_param(param).clone() for name, param in live.module.named_parameters()}
+    masters = masters_of(live)
     shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 20)
     try:
-        live.load_checkpoint(folder)
+        live.load_checkpoint(f"{earlier}/{form}")
         said = ""
     except UcpError as error:
         said = error.whole
-    shutil.disk_usage = usage
-    now = {name: safe_get_full_fp32_param(param) for name, param in live.module.named_parameters()}
-    changed = [name for name, master in masters.items() if not torch.equal(master, now[name])]
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps({"refused": said, "changed": changed}), flush=True)
+    now = masters_of(live)
+    return said, [name for name, master in masters.items() if not torch.equal(master, now[name])]
+
+
+def masters_of(live: Any) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(param).clone() for name, param in live.module.named_parameters()}
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -202,14 +179,16 @@ SUBGROUP = 3 * 4 * OF_SUBGROUP * WIDTH**2
 MEMORY = 64 << 20
 
 
-def large(folder: str, seed: int, offloaded: bool = True) -> Any:
+def large(folder: str, seed: int) -> Any:
+    import ucp.deepspeed
+
+    async_io.use(operators.folder())
     torch.manual_seed(seed)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-    zero: dict[str, Any] = {"stage": 3, "sub_group_size": OF_SUBGROUP * WIDTH**2}
     disk = {"device": "nvme", "nvme_path": f"{folder}/nvme{seed}", "pin_memory": False, "buffer_count": 4}
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero | ({"offload_optimizer": disk} if offloaded else {}),
+        "zero_optimization": {"stage": 3, "sub_group_size": OF_SUBGROUP * WIDTH**2, "offload_optimizer": disk},
         "bf16": {"enabled": True},
         "aio": {"block_size": 1 << 20, "queue_depth": 8, "single_submit": False, "overlap_events": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -223,9 +202,8 @@ def step(live: Any) -> None:
     live.step()
 
 
-def measure(folder: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+def measure(folder: str) -> dict[str, int]:
+    """What a save and loads take of anonymous memory at the most, and what the saver's copies may take, in bytes."""
     source = large(folder, 1)
     step(source)
     type(source).save_checkpoint(source, f"{folder}/native")
@@ -234,25 +212,11 @@ def measure(folder: str) -> None:
         source.save_checkpoint(f"{folder}/ours")
         source.ucp.wait()
     took["save"] = growth[0]
-    for name, trained in (("ours", False), ("native", False), ("native", True)):
+    for name, trained in (("ours", False), ("native", True)):
         target = large(folder, 2 + len(took))
         if trained:
             step(target)
         with peak() as growth:
             target.load_checkpoint(f"{folder}/{name}")
         took[f"{name} into {'used' if trained else 'new'}"] = growth[0]
-    plain = large(folder, 9, offloaded=False)
-    step(plain)
-    with peak() as growth:
-        plain.load_checkpoint(f"{folder}/native")
-    took["native into stage 3 in memory"] = growth[0]
-    print("RESULT " + json.dumps(took), flush=True)
-
-
-if __name__ == "__main__":
-    if sys.argv[2:] == ["memory"]:
-        measure(sys.argv[1])
-    elif sys.argv[2:]:
-        again(sys.argv[1], sys.argv[2])
-    else:
-        main(sys.argv[1])
+    return took

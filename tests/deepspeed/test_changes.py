@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import ucp
 from tests.deepspeed import change_jobs
+from tests.deepspeed.agree import differences
 from tests.deepspeed.change_jobs import CHANGES, Gone
-from tests.engines.configs import Case
-from tests.engines.models import VOCABULARY
+from tests.engines.configs import Case, make_config
+from tests.engines.models import LLAMA_VOCABULARY, VOCABULARY
 from tests.engines.pool import RankPool
 from tests.engines.runs import Run
 from tests.engines.sources import Sources
@@ -120,3 +123,62 @@ def test_fsdp2_goes_on_with_a_changed_model(ranks: RankPool, source: Run) -> Non
             assert torch.equal(tensor, truth.params[name][state]), key
         elif state == "step":
             assert tensor == truth.scalars[name]["step"]
+
+
+LLAMA = Case(stage=1, dp=2, model="llama")
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+MLP = "model.layers.{i}.mlp"
+
+
+def resized(rows: int) -> dict[str, object]:
+    return {"resized": {name: [rows, 64] for name in ROWS}, "new_rows": "zeros", "frozen": ["model.norm.weight"]}
+
+
+FUSED = {
+    "sizes": {"gate": 112, "up": 112, "hidden": 64},
+    "parameters": {f"{MLP}.gate_proj.weight": "gate hidden", f"{MLP}.up_proj.weight": "up hidden"},
+    "names": {
+        f"{MLP}.gate_up_proj.weight": {
+            "from": [f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"],
+            "as": "(gate | up) hidden",
+        }
+    },
+    **resized(LLAMA_VOCABULARY + 3),
+}
+APART = {
+    "sizes": FUSED["sizes"],
+    "parameters": {f"{MLP}.gate_up_proj.weight": "(gate | up) hidden"},
+    "names": {f"{MLP}.gate_up_proj.weight": {"to": [f"{MLP}.gate_proj.weight", f"{MLP}.up_proj.weight"]}},
+    **resized(LLAMA_VOCABULARY),
+}
+
+
+def test_fused_grown_and_frozen_for_stock_deepspeed(ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
+    """A conversion with changes, loaded by stock DeepSpeed; the source, loaded live with the same changes; and what was
+    converted, live in the first model again at stage 3."""
+    run, fused = sources.get(LLAMA), LLAMA.but(seed=4)
+    ucp.convert(run.folder, tmp_path / "out", "deepspeed", "dp=2,zero=1", changes=FUSED, ds_config=make_config(fused))
+    rows = LLAMA_VOCABULARY + 3
+
+    def goes_on(case: Case, folder: object, changes: object, rows: int, fused: bool) -> Any:
+        arguments = (case, str(folder), run.steps, changes, rows, fused)
+        return ranks.run(change_jobs.llama_goes_on, *arguments, world_size=case.dp)[0]
+
+    stock = goes_on(fused, tmp_path / "out", None, rows, True)
+    ours = goes_on(fused, run.folder, FUSED, rows, True)
+    back = goes_on(fused.but(stage=3), tmp_path / "out", APART, LLAMA_VOCABULARY, False)
+    had, loaded = known(run.truth).params, known(stock.truth)
+    for name, tensors in loaded.params.items():
+        for state, tensor in tensors.items():
+            if "gate_up" in name:
+                parts = [had[name.replace("gate_up", part)][state] for part in ("gate", "up")]
+                assert torch.equal(tensor, torch.cat(parts)), (name, state)
+            else:
+                assert torch.equal(tensor[: len(had[name][state])], had[name][state]), (name, state)
+                assert not tensor[len(had[name][state]) :].any()
+    assert torch.equal(loaded.frozen["model.norm.weight"], had["model.norm.weight"]["param"])
+    assert differences(loaded, known(ours.truth)) == []
+    assert stock.further == ours.further
+    for name, tensors in known(back.truth).params.items():
+        assert all(torch.equal(tensor, had[name][state]) for state, tensor in tensors.items()), name
+    assert back.further == pytest.approx(run.further, abs=2e-2)  # its norm is trained no longer
