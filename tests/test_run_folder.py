@@ -340,10 +340,31 @@ def test_a_listing_of_any_parent(nested: Path, tmp_path: Path, capsys: pytest.Ca
     assert commands.main(["ls", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert "trainer/checkpoint-2/global_step2" in shown.out
-    with pytest.raises(
-        NotACheckpoint, match=r"but 5 checkpoints below can be opened; give the path of one, such as .*/step3'"
-    ):
+    assert "latest" not in shown.out  # each of a Trainer's has a file of its own, which tells nothing apart
+    with pytest.raises(NotACheckpoint, match=r"below it are 5 checkpoints; give the path of one, such as .*/step3'"):
         ucp.open(tmp_path)
+
+
+def test_a_listing_of_a_trainers_folder_marks_the_one_that_is_taken(
+    nested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.main(["ls", str(nested)]) == 0
+    marks = [line.split("\t")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert marks == ["", "newest"]
+    assert commands.main(["ls", str(nested / "checkpoint-1")]) == 0
+    assert capsys.readouterr().out.endswith("\tlatest\n")
+
+
+@pytest.mark.parametrize("where", ["env/pyvenv.cfg", "conda/conda-meta/history", "target/site-packages/x.dist-info/M"])
+def test_installed_packages_are_not_looked_through(run: Path, tmp_path: Path, where: str) -> None:
+    """DeepSpeed brings a script ``bin/deepspeed.pt``, setuptools ``distutils-precedence.pth``."""
+    mark = tmp_path / where
+    packages = tmp_path / where.partition("/")[0] / ("bin" if "site" not in where else "site-packages")
+    for folder in (mark.parent, packages):
+        folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    (packages / "deepspeed.pt").write_text("#!/usr/bin/python")
+    assert [e.tag for e in listing(tmp_path).checkpoints] == ["run/step1", "run/step2", "run/step3"]
 
 
 def test_a_listing_from_one_level_too_high_has_them_all(run: Path, tmp_path: Path) -> None:

@@ -61,6 +61,10 @@ NEWEST = "newest"
 """The tag that stands for the newest whole checkpoint."""
 WAY_ON = f"say which with a tag; tag='{NEWEST}' (--{NEWEST}) takes the newest whole one"
 
+# Folders of installed packages by their own names, and what lies in the folder of a virtual or conda's environment.
+_INSTALLED = frozenset(("site-packages", "dist-packages", "node_modules"))
+_ENVIRONMENT = frozenset(("pyvenv.cfg", "conda-meta"))
+
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -169,11 +173,13 @@ def _files(entries: Sequence[Path]) -> list[Chosen]:
 
 def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
     """All checkpoints below the folder, those of weights alone included, down to ``depth`` levels. What lies inside a
-    checkpoint to resume from is not listed."""
+    checkpoint to resume from is not listed, nor installed packages, which bring files such as ``*.pth``."""
     found: list[Chosen] = []
     try:
         names = locations.names(folder)
     except OSError:
+        return found
+    if folder.name in _INSTALLED or not _ENVIRONMENT.isdisjoint(names):
         return found
     own = formats.find(folder)
     files = [] if own is not None else [folder / name for name in names if not name.startswith(".")]
@@ -267,8 +273,8 @@ def _none_here(folder: Path) -> NotACheckpoint:
     if not deeper:
         return formats.explain_unknown(folder)
     return NotACheckpoint(
-        f"{folder}: is no checkpoint and no run's folder of them, but {counted(len(deeper), 'checkpoint')} below can "
-        f"be opened; give the path of one, such as '{folder / deeper[-1]}'"
+        f"{folder}: is no checkpoint and no run's folder of them; below it {'is' if len(deeper) == 1 else 'are'} "
+        f"{counted(len(deeper), 'checkpoint')}; give the path of one, such as '{folder / deeper[-1]}'"
     )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ucp.cli import run
 from ucp.cli.output import Output
 from ucp.units import bytes_text
+
+if TYPE_CHECKING:
+    from ucp.inspection.listing import ListedCheckpoint, Listing
 
 HELP = "list the checkpoints in a folder: step, age, size, whole or not, and which one 'latest' means"
 EXAMPLES = """\
@@ -27,7 +31,6 @@ def command(args: argparse.Namespace) -> int:
     found = listing(args.folder)
     if out.result(found.as_json):
         return run.DONE
-    several = len(found.checkpoints) > 1
     rows = [
         (
             entry.tag,
@@ -37,7 +40,7 @@ def command(args: argparse.Namespace) -> int:
             display.age_text(entry.written),
             bytes_text(entry.bytes),
             {True: "whole", False: "damaged", None: "not understood"}[entry.whole],
-            "latest" if entry.latest else "newest" if several and entry.path == found.taken else "",
+            _mark(found, entry),
         )
         for entry in found.checkpoints
     ]
@@ -50,3 +53,13 @@ def command(args: argparse.Namespace) -> int:
     for name in found.unfinished:
         run.say(f"ucp ls: {name} is what a save or a conversion under way has written, or left when it died")
     return run.DONE
+
+
+def _mark(found: Listing, entry: ListedCheckpoint) -> str:
+    """Whether it is the latest or newest. A file ``latest`` beside one checkpoint, as each of a Trainer's has, says
+    nothing."""
+    run, slash, _ = entry.tag.rpartition("/")
+    beside = [one for one in found.checkpoints if one.tag.rpartition("/")[0] == run]
+    if entry.latest and (not slash or len(beside) > 1 or len(found.checkpoints) == 1):
+        return "latest"
+    return "newest" if len(found.checkpoints) > 1 and entry.path == found.taken else ""

@@ -284,4 +284,4 @@ def explain_unknown(path: Path) -> NotACheckpoint:
     except OSError as error:
         return NotACheckpoint(f"{path}: the folder cannot be listed: {error.strerror or error}")
     found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
-    return NotACheckpoint(f"{path}: no checkpoint was recognised here ({known}); the folder holds {found}")
+    return NotACheckpoint(f"{path}: no checkpoint was recognised here; the folder holds {found}; looked for: {known}")

@@ -64,8 +64,10 @@ def parse_layout(text: str) -> Layout:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, number = (side.strip() for side in part.partition("=")[::2])
         if name not in _FIELDS:
-            meant = _MEANT.get(name.lower())
-            hint = f"use {', '.join(_FIELDS)}" if meant is None else f"did you mean '{meant}={number}'?"
+            joined = None if number else re.fullmatch(r"([a-z_]+?)([0-9]+)", name.lower())  # such as zero3
+            said, value = (name.lower(), number) if joined is None else joined.groups()
+            meant = said if said in _FIELDS else _MEANT.get(said)
+            hint = f"use {', '.join(_FIELDS)}" if meant is None else f"did you mean '{meant}={value}'?"
             raise BadArgument(f"layout '{text}': unknown name '{name}'; {hint}")
         if name in values:
             raise BadArgument(f"layout '{text}': '{name}' is given twice")
