@@ -11,7 +11,7 @@ one of them (`ucp.loading.exchange`). Last, prove: what is live now has the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from ucp.loading import exchange, proof, records, strategy, tied
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import plan
 from ucp.loading.nouns import Entry, LoadPlan, Wish
+from ucp.loading.patterns import unmatched
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
 from ucp.loading.target import Loaded, Target
@@ -139,14 +140,19 @@ class LoadReport:
         if self.unverified_bytes:
             text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
         if self.left:
-            text += f"; left as they were: {len(self.left)} ({', '.join(self.left[:4])}, …)"
+            text += f"; left as they were: {_few(self.left)}"
         if self.unused:
-            text += f"; not used: {len(self.unused)} ({', '.join(self.unused[:4])}, …)"
+            text += f"; not used: {_few(self.unused)}"
         if self.changes:
             text += f"; changed as declared: {'; '.join(self.changes)}"
         if self.proof is not None:
             text += f"; {self.proof}"
         return f"{text} ({self.path})" if self.path else text
+
+
+def _few(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
 
 @no_collections()  # objects are made, and no garbage
@@ -189,6 +195,7 @@ def load(
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
     live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
+    what = replace(what, notes=(*what.notes, *unmatched(catalog, live, wish, is_changed=bool(changes))))
     how = _How(live, catalog, path, verify, workers, memory, alone, prove, agreed, watch)
     proving = prepared() if proof.is_wanted(catalog, prove) else None
     with Files() as files:

@@ -85,7 +85,8 @@ class Proof:
     def __str__(self) -> str:
         text = f"proved: {counted(self.tensors, 'tensor')}, {bytes_text(self.nbytes)} live equal to {self.of}'s"
         if self.weights:
-            text += f", {counted(self.weights, 'rounded weight')} to their masters"
+            masters = "its master" if self.weights == 1 else "their masters"
+            text += f", {counted(self.weights, 'weight')} of the model to {masters}"
         if self.sample is not None:
             rest = ", and each tensor's first" if self.sample.first else " of each tensor"
             text += (

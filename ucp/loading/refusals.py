@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,8 +66,8 @@ class Words:
             f"and new ones and is not to be trained on or saved; {self.anew}"
         )
 
-    def advice(self) -> str:
-        """How a refusal ends."""
+    def advice(self, missing: Sequence[str], unused: Sequence[str]) -> str:
+        """How a refusal ends. missing, unused: patterns that would allow what it lists (`patterns`)."""
         return f"to load all the same, name them in {self.allow}"
 
     def label(self, name: str, state: str) -> str:
@@ -147,6 +148,23 @@ _OPTIMIZERS = {
 def named(name: str, state: str) -> str:
     """A weight, a state (``name:state``) or a value, in one word."""
     return name if state in (PARAM, VALUE) else f"{name}:{state}"
+
+
+def patterns(items: Sequence[Item]) -> list[str]:
+    """What a caller would say to allow just these: names, and states of several parameters together (``*:state``)."""
+    found = Counter(item.state for item in items)
+    alike = {state for state, count in found.items() if count > 1 and state not in (PARAM, VALUE)}
+    return list(dict.fromkeys(f"*:{i.state}" if i.state in alike else literal(named(i.name, i.state)) for i in items))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of these as a list that a caller would write, and an ellipsis for more."""
+    return f"[{', '.join([*map(json.dumps, names[:3]), *(['...'] if len(names) > 3 else [])])}]"
+
+
+def literal(name: str) -> str:
+    """The pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _by_state(items: Sequence[Item], single: Any) -> list[str]:
@@ -238,7 +256,7 @@ class Findings:
             parts.append(f"{len(self.unused)} of the checkpoint would stay unused: {listed(told)}")
         # What does not fit is refused whatever names are allowed.
         if (self.missing or self.unused) and not self.wrong:
-            parts.append(self.words.advice())
+            parts.append(self.words.advice(patterns(self.missing), patterns(self.unused)))
         # The advice already says how to load what was added alone, or removed alone.
         if parts and self.words.declare and (len(self.changes) > 1 or self.changes.keys() - {"added", "removed"}):
             parts.append(f"if the model was changed on purpose, declare it: {self.words.declare % self._declaration()}")

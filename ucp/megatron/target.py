@@ -16,7 +16,7 @@ from ucp.catalog import Catalog, TrainingState
 from ucp.formats.megatron import keys
 from ucp.formats.shared.roles import PARAM
 from ucp.geometry import Blocks, Shape, empty
-from ucp.loading.refusals import Item, Words
+from ucp.loading.refusals import Item, Words, few
 from ucp.loading.target import Asked, Group, Loaded, Member, Placement, Slot, Weights
 from ucp.megatron import parts
 from ucp.megatron.parts import Held, HeldPart, Key, Taken
@@ -31,6 +31,10 @@ class ShardedWords(Words):
     allow: str = "allow_missing=[...] or allow_unused=[...]"
 
     unrestored = "are not in the checkpoint"
+
+    def advice(self, missing: Sequence[str], unused: Sequence[str]) -> str:
+        said = {"allow_missing": missing, "allow_unused": unused}
+        return f"to load all the same: {', '.join(f'{key}={few(names)}' for key, names in said.items() if names)}"
 
     def other_shape(self, item: Item, found: Shape) -> str:
         text = super().other_shape(item, found)

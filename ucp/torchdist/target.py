@@ -57,7 +57,7 @@ class StateDictWords(Words):
     def opening(self, checkpoint: object, here: object) -> str:
         return f"{self.path}: {self.begins}, since what is asked for is not what the checkpoint has"
 
-    def advice(self) -> str:
+    def advice(self, missing: Sequence[str], unused: Sequence[str]) -> str:
         return self.allow
 
     def label(self, name: str, state: str) -> str:

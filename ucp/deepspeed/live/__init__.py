@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,14 +24,23 @@ from ucp.deepspeed.live.weights import WeightsOnly
 from ucp.errors import Unsupported
 from ucp.job import ranks
 from ucp.loading.host_memory import MemoryToCome
-from ucp.loading.refusals import Words
+from ucp.loading.refusals import Words, few
 from ucp.loading.target import Group, Loaded, Slot, Weights, kept_for
 from ucp.parallel.mesh import Layout
 from ucp.saving.source import Source
 from ucp.spec.select import Choice
 from ucp.storage.dtypes import itemsize, to_torch
 
-WORDS = Words(
+
+@dataclass(frozen=True)
+class EngineWords(Words):
+    def advice(self, missing: Sequence[str], unused: Sequence[str]) -> str:
+        said = {"allow_missing": missing, "allow_unused": unused}
+        parts = [f'"{key}": {few(names)}' for key, names in said.items() if names]
+        return f'to load all the same: "ucp": {{"load": {{{", ".join(parts)}}}}}'
+
+
+WORDS = EngineWords(
     "the engine",
     '"ucp": {"load": {"allow_missing": [...], "allow_unused": [...]}}',
     "not even load_module_strict=False resumes from that (load_module_only=True takes the weights that are)",
