@@ -11,7 +11,7 @@ one of them (`ucp.loading.exchange`). Last, prove: what is live now has the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.patterns import unmatched
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
+from ucp.loading.refusals import listed
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer import checking
@@ -116,8 +117,7 @@ class LoadReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What to warn of after the load."""
-        odd = () if self.proof is None else self.proof.rounded
-        if not odd:
+        if not (odd := () if self.proof is None else self.proof.rounded):
             return self.plan.notes
         text = (
             f"the proof has not seen {counted(len(odd), 'tensor')} ('{odd[0]}'{', …' if len(odd) > 1 else ''}): they "
@@ -140,19 +140,14 @@ class LoadReport:
         if self.unverified_bytes:
             text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
         if self.left:
-            text += f"; left as they were: {_few(self.left)}"
+            text += f"; left as they were: {len(self.left)} ({listed(self.left)})"
         if self.unused:
-            text += f"; not used: {_few(self.unused)}"
+            text += f"; not used: {len(self.unused)} ({listed(self.unused)})"
         if self.changes:
             text += f"; changed as declared: {'; '.join(self.changes)}"
         if self.proof is not None:
             text += f"; {self.proof}"
         return f"{text} ({self.path})" if self.path else text
-
-
-def _few(names: Sequence[str]) -> str:
-    """How many there are, and the first of them."""
-    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
 
 @no_collections()  # objects are made, and no garbage

@@ -173,9 +173,10 @@ def _by_state(items: Sequence[Item], single: Any) -> list[str]:
     for item in items:
         if item.state != PARAM and not item.note:
             by_state.setdefault(item.state, []).append(f"'{item.name}' {list(item.shape)}")
+    shown = max(1, min(3, limits.REFUSAL_ITEMS_COUNT // max(1, len(by_state))))
     for state, names in by_state.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        out.append(f"optimizer state '{state}' of {', '.join(names[:3])}{more}")
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        out.append(f"optimizer state '{state}' of {', '.join(names[:shown])}{more}")
     return out
 
 
