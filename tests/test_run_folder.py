@@ -341,7 +341,7 @@ def test_a_listing_of_any_parent(nested: Path, tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr()
     assert "trainer/checkpoint-2/global_step2" in shown.out
     assert "latest" not in shown.out  # each of a Trainer's has a file of its own, which tells nothing apart
-    with pytest.raises(NotACheckpoint, match=r"below it are 5 checkpoints; give the path of one, such as .*/step3'"):
+    with pytest.raises(NotACheckpoint, match=r"5 checkpoints below it; give the path of one, such as .*/step3'"):
         ucp.open(tmp_path)
 
 

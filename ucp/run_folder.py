@@ -61,10 +61,6 @@ NEWEST = "newest"
 """The tag that stands for the newest whole checkpoint."""
 WAY_ON = f"say which with a tag; tag='{NEWEST}' (--{NEWEST}) takes the newest whole one"
 
-# Folders of installed packages by their own names, and what lies in the folder of a virtual or conda's environment.
-_INSTALLED = frozenset(("site-packages", "dist-packages", "node_modules"))
-_ENVIRONMENT = frozenset(("pyvenv.cfg", "conda-meta"))
-
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -179,12 +175,10 @@ def below(folder: Path, depth: int = limits.LISTED_DEPTH_COUNT) -> list[Chosen]:
         names = locations.names(folder)
     except OSError:
         return found
-    if folder.name in _INSTALLED or not _ENVIRONMENT.isdisjoint(names):
-        return found
-    own = formats.find(folder)
-    files = [] if own is not None else [folder / name for name in names if not name.startswith(".")]
+    names = [] if beside.is_installed(folder.name, names) else [name for name in names if not name.startswith(".")]
+    files = [] if formats.find(folder) is not None else [folder / name for name in names]
     found += _files([entry for entry in files if not locations.is_folder(entry)])
-    for entry in [folder / name for name in names if not name.startswith(".") and name != LATEST]:
+    for entry in [folder / name for name in names if name != LATEST]:
         if not locations.is_folder(entry):
             continue
         one = _at(entry)
@@ -273,8 +267,8 @@ def _none_here(folder: Path) -> NotACheckpoint:
     if not deeper:
         return formats.explain_unknown(folder)
     return NotACheckpoint(
-        f"{folder}: is no checkpoint and no run's folder of them; below it {'is' if len(deeper) == 1 else 'are'} "
-        f"{counted(len(deeper), 'checkpoint')}; give the path of one, such as '{folder / deeper[-1]}'"
+        f"{folder}: is no checkpoint and no run's folder of them; {counted(len(deeper), 'checkpoint')} below it; "
+        f"give the path of one, such as '{folder / deeper[-1]}'"
     )
 
 

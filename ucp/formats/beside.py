@@ -8,6 +8,7 @@ file of its loops. Such files are named whenever a checkpoint is opened, so that
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ucp import formats
@@ -25,6 +26,9 @@ _NAMED = re.compile(
     r"|pytorch_model_fsdp(_\d+)?(_rank\d+)?(\.bin)?|dist_optimizer|global_step\d+"
 )
 _PART = re.compile(r"(pytorch_model_fsdp|optimizer|model|optim|dist_optimizer)(_\d+)?")
+# Folders of installed packages by their own names, and what lies in the folder of a virtual or conda's environment.
+_INSTALLED = frozenset(("site-packages", "dist-packages", "node_modules"))
+_ENVIRONMENT = frozenset(("pyvenv.cfg", "conda-meta"))
 
 
 def unread(path: Path, known: Format, catalog: Catalog) -> tuple[str, ...]:
@@ -64,6 +68,11 @@ def is_part(name: str) -> bool:
     """Whether frameworks use this name for a folder that holds a part of a checkpoint: Accelerate's FSDP plugin, and
     programs that follow torch's examples."""
     return _PART.fullmatch(name) is not None
+
+
+def is_installed(name: str, inside: Collection[str]) -> bool:
+    """Whether a folder of this name, with these in it, has installed packages, which bring files such as ``*.pth``."""
+    return name in _INSTALLED or not _ENVIRONMENT.isdisjoint(inside)
 
 
 def sentence(names: tuple[str, ...], where: str) -> str:
