@@ -1,12 +1,12 @@
 """Put a checkpoint of any layout into a live training process, all of it or nothing.
 
 All ranks agree on each step before the next. First compare and plan. Then check: every byte that will be used is
-compared with its digest, and nothing of it is kept (or all of it is held in host memory: `ucp.loading.strategy` says
-when). Nothing that anyone has seen is changed so far, and if a rank finds something wrong, all ranks refuse.
+compared with its digest, and nothing is kept (or all is held in host memory: `ucp.loading.strategy`). Nothing that
+anyone has seen is changed so far, and if a rank finds something wrong, all ranks refuse.
 
 Then bring: read again, straight to where the values live. Now only an I/O error, a file that was changed meanwhile or a
-death can stop the load. Then every rank raises the same PartlyLoaded. Bytes that several ranks want may be read by only
-one of them (`ucp.loading.exchange`). Last, prove: what is live now has the checkpoint's logical digests.
+death can stop the load; then every rank raises the same PartlyLoaded. One rank may read what several want
+(`ucp.loading.exchange`). Last, prove: what is live now has the checkpoint's logical digests.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from ucp.interpreter import no_collections, quick_turns
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading import exchange, proof, records, strategy, tied
+from ucp.loading import exchange, proof, records, refusals, strategy, tied
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import plan
 from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.patterns import unmatched
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
-from ucp.loading.refusals import listed
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer import checking
@@ -119,12 +118,12 @@ class LoadReport:
         """What to warn of after the load."""
         if not (odd := () if self.proof is None else self.proof.rounded):
             return self.plan.notes
-        text = (
+        return (
+            *self.plan.notes,
             f"the proof has not seen {counted(len(odd), 'tensor')} ('{odd[0]}'{', …' if len(odd) > 1 else ''}): they "
             "are kept in fewer bits than in the checkpoint, and holding what was read of them would take more than a "
-            "quarter of the load's memory; give it more ('memory') to have them proved"
+            "quarter of the load's memory; give it more ('memory') to have them proved",
         )
-        return (*self.plan.notes, text)
 
     def noted(self, *notes: str) -> LoadReport:
         """The same, with these to warn of as well."""
@@ -140,9 +139,9 @@ class LoadReport:
         if self.unverified_bytes:
             text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
         if self.left:
-            text += f"; left as they were: {len(self.left)} ({listed(self.left)})"
+            text += f"; left as they were: {len(self.left)} ({refusals.listed(self.left)})"
         if self.unused:
-            text += f"; not used: {len(self.unused)} ({listed(self.unused)})"
+            text += f"; not used: {len(self.unused)} ({refusals.listed(self.unused)})"
         if self.changes:
             text += f"; changed as declared: {'; '.join(self.changes)}"
         if self.proof is not None:
@@ -189,8 +188,7 @@ def load(
     watch = watch or Stopwatch()
     agreed: Callable[[Callable[[], T]], T] = _by_itself if alone else ranks.all_or_none
     state = None if wish.weights_only else catalog.training_state
-    live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish)))
-    what = replace(what, notes=(*what.notes, *unmatched(catalog, live, wish, is_changed=bool(changes))))
+    live, what = agreed(lambda: watch.timed("plan", lambda: _checked_plan(catalog, target, wish, changes)))
     how = _How(live, catalog, path, verify, workers, memory, alone, prove, agreed, watch)
     proving = prepared() if proof.is_wanted(catalog, prove) else None
     with Files() as files:
@@ -427,12 +425,14 @@ def _by_itself(work: Callable[[], T]) -> T:
     return work()
 
 
-def _checked_plan(catalog: Catalog, target: Target | Callable[[], Target], wish: Wish) -> tuple[Target, LoadPlan]:
+def _checked_plan(
+    catalog: Catalog, target: Target | Callable[[], Target], wish: Wish, changes: tuple[str, ...]
+) -> tuple[Target, LoadPlan]:
     made = target() if callable(target) else target
     what = plan(catalog, made, wish)
     if not wish.weights_only:
         made.check(catalog.training_state, what.sources)
-    return made, what
+    return made, replace(what, notes=(*what.notes, *unmatched(catalog, made, wish, is_changed=bool(changes))))
 
 
 def _sharing(how: _How, what: LoadPlan, files: Files, read_once: bool | str) -> exchange.Sharing | None:
