@@ -55,6 +55,7 @@ FAULTS = {
     r"'dict' object has no attribute 'view'": "its stage 3 loads universal folders of stage 3 alone",
     r"^PyTorch >= 2\.6 requires DeepSpeed >= 0\.16\.0": "is refused by Lightning 2.6 itself beside this torch",
     r"No module named 'deepspeed\.module_inject\.auto_ep_layer'": "has no AutoEP",
+    r"has no AutoEP, and ignores 'expert_parallel' of its config": "has no AutoEP",
 }
 
 
