@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +89,21 @@ def test_a_missing_part_is_named() -> None:
 def test_nothing_is_an_instance_of_a_class_that_a_release_lacks() -> None:
     assert not releases.EngineClass("deepspeed.no_such", "Optimizer").has(object())
     assert not releases.EngineClass("deepspeed", "NoSuch").has(object())
+
+
+@pytest.mark.parametrize("raised", ["ImportError(\"cannot import name 'log'\")", "ValueError('needs\\nanother')"])
+def test_a_release_that_does_not_import_is_told_from_one_that_is_not_there(tmp_path: Path, raised: str) -> None:
+    """0.13.5 asks torch for what 2.13 has no longer, or for Intel's extension of it."""
+    package = tmp_path / "deepspeed"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise {raised}")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-c", "import ucp.deepspeed"]
+    text = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True).stderr
+    last = text.strip().splitlines()[-1]
+    assert "does not import beside torch" in last
+    assert raised.partition("(")[0] in last
+    assert all(version in last for version in TESTED_VERSIONS)
 
 
 def test_a_refusal_names_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,12 @@ import inspect
 import os
 from typing import Any
 
+from ucp.tested import does_not_import
+
 try:
     import deepspeed
-except ModuleNotFoundError as error:  # pragma: no cover - depends on the environment
-    if error.name != "deepspeed":
-        raise
-    raise ImportError(
-        "ucp.deepspeed needs DeepSpeed, which is not installed: pip install 'universal-checkpoint[deepspeed]'"
-    ) from error
+except (ImportError, AttributeError, ValueError) as error:  # what releases raise that torch has left behind
+    raise ImportError(does_not_import(error)) from error
 
 from ucp.deepspeed.config import find, parse, with_config
 from ucp.deepspeed.engine import EngineUcp, bind
