@@ -114,6 +114,18 @@ def test_a_refusal_names_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None
     check_version(allow_untested=True)
 
 
+def test_an_untested_release_that_is_tried_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 1}}
+    check_version(True, config)
+    assert "has not been tested" not in caplog.text
+    monkeypatch.setattr(releases, "installed", lambda: "0.99.1")
+    check_version(True)  # before there is a config to look at
+    check_version(True, config)
+    assert caplog.text.count("DeepSpeed 0.99.1 has not been tested with this project; it is tried, by the conf") == 1
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_this_release_has_what_its_engines_need(stage: int) -> None:
     releases.require_package({"zero_optimization": {"stage": stage}})

@@ -32,6 +32,7 @@ def check_version(allow_untested: bool, config: Mapping[str, Any] | None = None)
                 f'{", ".join(TESTED_VERSIONS)}); set "ucp": {{"allow_untested_version": true}} to try it'
             )
         if config is not None:
+            warn(f"DeepSpeed {releases.installed()} has not been tested with this project; it is tried, by the config")
             releases.require_package(config)
     if config is not None:
         releases.require_asked(config)
