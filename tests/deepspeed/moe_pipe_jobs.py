@@ -235,6 +235,14 @@ def trained_without_zero(case: AutoCase, folder: str, stages: int) -> Any:
     return without_zero(engine), train(engine, case, STEPS, FURTHER + 1)
 
 
+def stock_without_zero(case: AutoCase, folder: str, stages: int) -> Any:
+    """A checkpoint in stock DeepSpeed's pipeline under AutoEP at stage 0: what every rank holds, and further losses."""
+    engine = pipeline(case, stages, True, STOCK, None)
+    if engine.load_checkpoint(folder)[0] is None:
+        raise FileNotFoundError(folder)
+    return without_zero(engine), train(engine, case, STEPS, FURTHER + 1)
+
+
 def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes: Any = None) -> Any:
     """AutoEP without ZeRO: what every rank holds after a load, of which each has whole tensors and its own experts."""
     if stages:
@@ -254,6 +262,11 @@ def at_stage_0(case: AutoCase, folder: str, save: str, stages: int = 0, changes:
 def folded_in_stages(case: AutoCase) -> None:
     """AutoEP with AutoTP in a pipeline's two stages, by stock DeepSpeed."""
     pipeline(case, 2, True, STOCK, {"tensor_parallel": {"autotp_size": 2, "partition_config": autoep.SLICES}})
+
+
+def auto_in_some_stages(case: AutoCase) -> None:
+    """Stock DeepSpeed's pipeline whose first stage has no experts."""
+    pipeline(case, 4, True, STOCK, None)
 
 
 def listed_in_slices() -> str:

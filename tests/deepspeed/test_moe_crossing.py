@@ -256,11 +256,24 @@ def test_deepspeeds_own_files_without_zero(ranks: RankPool, tmp_path: Path) -> N
         assert losses == further
         for name, (_, states) in mine.items():
             assert all(torch.equal(found[name][1][state], value) for state, value in states.items()), name
+    config = make_config(case.case) | {"expert_parallel": autoep.section(case)} | SPLIT
+    how: Any = {"to": "deepspeed", "layout": "dp=2,pp=2,ep=2,zero=0", "ds_config": config}
+    ucp.convert(tmp_path / "ours", tmp_path / "written", **how)
+    stock = ranks.run(jobs.stock_without_zero, case.but(seed=8), str(tmp_path / "written"), 2, **FOUR)
+    for (found, losses), (mine, further) in zip(stock, trained, strict=True):
+        assert losses == further
+        for name, (_, states) in mine.items():
+            assert all(torch.equal(found[name][1][state], value) for state, value in states.items()), name
 
 
-def test_stages_and_slices_together(ranks: RankPool) -> None:
-    """DeepSpeed itself has no AutoEP with both, and its own layers with both are refused by name."""
+def test_what_deepspeed_itself_does_not_train(ranks: RankPool) -> None:
+    """AutoEP in stages and slices together, and in some of the stages only."""
     with pytest.raises(RankError, match="folding currently supports pp_size=1 only"):
         ranks.run(jobs.folded_in_stages, AutoCase(TWO.but(dp=1), ep=2), **FOUR)
+    with pytest.raises(RankError, match="AutoEP: no MoE layers detected"):
+        ranks.run(jobs.auto_in_some_stages, AutoCase(TWO.but(dp=1), ep=1), **FOUR)
+
+
+def test_own_layers_in_slices_are_refused(ranks: RankPool) -> None:
     said = ranks.run(jobs.listed_in_slices, **FOUR)
     assert all("own mixture-of-experts layers together with tensor parallelism" in text for text in said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,19 @@ import torch
 import ucp
 from tests.deepspeed import moe_parallel_jobs as jobs
 from tests.engines import releases
-from tests.engines.pool import RankError, RankPool
+from tests.engines.pool import RankPool
+from ucp.inspection.planning import plan
+from ucp.parallel.mesh import parse_layout
 
 pytestmark = pytest.mark.slow
+
+
+def planned(folder: Path, zero: int, stages: int, ep: int) -> list[int]:
+    """What a plan says that each of four ranks reads, with the four layers divided evenly."""
+    layout = parse_layout(f"dp={4 // stages},pp={stages},ep={ep},zero={zero}")
+    split = {"pipeline": {"partition": [*range(0, 5, 4 // stages)]}}
+    with ucp.open(folder) as checkpoint:
+        return [rank.bytes for rank in plan(checkpoint, layout, ds_config=split).ranks]
 
 
 @pytest.mark.parametrize("stage", [1, 0])
@@ -35,10 +46,12 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
     targets = [("stock", stage, 2, 2), ("universal", 1 - stage, 2, 2), ("again", stage, 1, 4), ("less", 1, 2, 1)]
     for k, (source, zero, stages, ep) in enumerate(targets):
         saved = ("again", "", "less", "")[k] or f"last{k}"
-        found, complete, further = ranks.run(
+        every = ranks.run(
             jobs.live_in_stages, str(tmp_path / source), str(tmp_path / saved), zero, stages, ep, world_size=4
-        )[0]
+        )
+        found, complete, further, _ = every[0]
         assert complete
+        assert planned(tmp_path / source, zero, stages, ep) == [nbytes for *_, nbytes in every]
         assert found.keys() == truth.keys()
         for name, states in truth.items():
             assert all(torch.equal(found[name][state], value) for state, value in states.items()), (name, source)
@@ -52,7 +65,7 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
         config = {**checkpoint.training_state.config, **split}
     where = f"dp=2,pp=2,ep=1,zero={1 - stage}"
     ucp.convert(tmp_path / "stock", tmp_path / "written", to="deepspeed", layout=where, ds_config=config)
-    found = ranks.run(jobs.stock_in_stages, str(tmp_path / "written"), 1 - stage, 2, 1, world_size=4)[0]
+    found, _ = ranks.run(jobs.stock_in_stages, str(tmp_path / "written"), 1 - stage, 2, 1, world_size=4)[0]
     assert found.keys() == truth.keys()
     for name, states in truth.items():
         assert all(torch.equal(found[name][state], value) for state, value in states.items()), name
@@ -63,25 +76,60 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
 
 
 def test_only_the_last_stage_has_experts(ranks: RankPool, tmp_path: Path) -> None:
-    """One stage's model file is whole, the other's is in layer files. DeepSpeed trains this at stage 0 only: with ZeRO
-    its ranks wait for each other at the gradients' norm."""
-    truth, _ = ranks.run(jobs.in_stages, str(tmp_path / "stock"), 0, True, world_size=4)[0]
-    with ucp.open(tmp_path / "stock") as checkpoint:
-        assert (checkpoint.layout.pp, checkpoint.layout.ep) == (2, 2)
-        assert {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"} == truth.keys()
-        for name, states in truth.items():
-            assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), name
-        dense, experts = checkpoint.training_state.param_groups
-        assert {"0.weight", "2.weight"} < set(dense.names)
-        assert all("deepspeed_experts" in name for name in experts.names)
-    source, save = str(tmp_path / "stock"), str(tmp_path / "ours")
-    found, complete, _ = ranks.run(jobs.live_in_stages, source, save, 0, 1, 4, True, world_size=4)[0]
-    assert complete
+    """One stage's model file is whole, the other's is in layer files, and one has a param group less. DeepSpeed trains
+    this at stage 0 only: with ZeRO its ranks wait for each other at the gradients' norm, and do not here, where each
+    stage takes the norm of its own."""
+    truth, losses = ranks.run(jobs.in_stages, str(tmp_path / "stock"), 0, True, world_size=4)[0]
+    of_zero, _ = ranks.run(jobs.in_stages, str(tmp_path / "zero"), 1, True, world_size=4)[0]
+    for folder, expected in (("stock", truth), ("zero", of_zero)):
+        with ucp.open(tmp_path / folder) as checkpoint:
+            assert (checkpoint.layout.pp, checkpoint.layout.ep) == (2, 2)
+            held = {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"}
+            assert held == expected.keys()
+            for name, states in expected.items():
+                assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), name
+            dense, experts = checkpoint.training_state.param_groups
+            assert {"0.weight", "2.weight"} < set(dense.names)
+            assert all("deepspeed_experts" in name for name in experts.names)
+            assert checkpoint.training_state.lr_scheduler["base_lrs"] == [1e-3, 1e-3]
+    # (source, ZeRO stage, pipeline stages, ranks that share experts)
+    for source, zero, stages, ep in (("stock", 0, 2, 2), ("0-2-2", 1, 1, 4), ("1-1-4", 0, 4, 1), ("0-4-1", 1, 2, 2)):
+        save = f"{zero}-{stages}-{ep}"
+        every = ranks.run(
+            jobs.live_in_stages, str(tmp_path / source), str(tmp_path / save), zero, stages, ep, True, world_size=4
+        )
+        found, complete, further, _ = every[0]
+        assert complete
+        if stages == 1 or not zero:
+            assert planned(tmp_path / source, zero, stages, ep) == [nbytes for *_, nbytes in every]
+        assert found.keys() == truth.keys()
+        with ucp.open(tmp_path / save) as checkpoint:
+            assert checkpoint.layout.ep == ep
+            assert checkpoint.training_state.lr_scheduler["base_lrs"] == [1e-3, 1e-3]
+            assert [len(group.names) for group in checkpoint.training_state.param_groups] == [7, 20]
+            for name, states in truth.items():
+                assert all(torch.equal(found[name][state], value) for state, value in states.items()), (name, save)
+                assert all(torch.equal(checkpoint.read(name, s), value) for s, value in states.items()), (name, save)
+        if save == "0-2-2":
+            assert further == losses
+        elif stages == 2:  # elsewhere the ranks' batches are others
+            assert further == pytest.approx(losses, rel=0, abs=5e-5)
+    split = {"zero_optimization": {"stage": 0}, "pipeline": {"partition": [0, 3, 4]}}
+    with ucp.open(tmp_path / "0-2-2") as checkpoint:
+        config = {**checkpoint.training_state.config, **split}
+    how: Any = {"to": "deepspeed", "ds_config": config}
+    ucp.convert(tmp_path / "1-1-4", tmp_path / "written", layout="dp=2,pp=2,ep=1,zero=0", **how)
+    found, further = ranks.run(jobs.stock_in_stages, str(tmp_path / "written"), 0, 2, 1, True, world_size=4)[0]
     assert found.keys() == truth.keys()
     for name, states in truth.items():
         assert all(torch.equal(found[name][state], value) for state, value in states.items()), name
-    with pytest.raises(RankError, match="2 param groups on tp rank 0 of pipeline stage 1 and 1 on"):
-        ranks.run(jobs.live_in_stages, source, save, 0, 2, 2, True, world_size=4)
+    assert further == pytest.approx(losses, rel=0, abs=5e-5)
+    with ucp.open(tmp_path / "1-1-4") as checkpoint:
+        by_parameters = plan(checkpoint, parse_layout("dp=2,pp=2,ep=1,zero=0"), ds_config={})
+    assert by_parameters.stages == (0, 3, 4)
+    how["ds_config"] = {**config, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ucp.UcpError, match="stage 0 would have no experts, and others some"):
+        ucp.convert(tmp_path / "1-1-4", tmp_path / "no", layout="dp=2,pp=2,ep=1,zero=1", **how)
     (file,) = tmp_path.glob("stock/*/layer_01-model_states.pt")
     file.unlink()
     with pytest.raises(ucp.UcpError, match="no splits of its 1 layers make"):

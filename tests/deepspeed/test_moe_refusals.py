@@ -59,15 +59,9 @@ MIXTRAL = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
 
 
 @pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("own layers", "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"),
-        ("stage 0", "AutoEP together with tensor parallelism at ZeRO stage 0"),
-    ],
-)
-def test_experts_with_slices(ranks: RankPool, kind: str, words: str) -> None:
-    for said in ranks.run(moe_parallel_jobs.refused, kind, world_size=4, preload=MIXTRAL):
+def test_experts_with_slices(ranks: RankPool) -> None:
+    words = "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"
+    for said in ranks.run(moe_parallel_jobs.refused, world_size=4, preload=MIXTRAL):
         assert f"Unsupported: this engine uses {words}, which is not supported" in said
         assert 'use "ucp": {"save": {"format": "deepspeed"}}' in said
 

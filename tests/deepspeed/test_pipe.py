@@ -174,20 +174,24 @@ def test_converted_pipelines_resume(ranks: RankPool, pipes: ParallelSources, tmp
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "kind", "words"),
     [
         # Two of four stages have one; the others have nothing to complain of, and refuse all the same.
-        (PipeCase(pp=4, method="type:block", case=OPTIONS.but(groups=2)), "'3.gain'"),
+        (PipeCase(pp=4, method="type:block", case=OPTIONS.but(groups=2)), "Mismatch", "'3.gain'"),
         # Without a spec nothing says what the plain module calls them.
-        (replace(PLAIN, case=OPTIONS.but(stage=3, dp=2, frozen=False)), "'embed.weight'"),
+        (replace(PLAIN, case=OPTIONS.but(stage=3, dp=2, frozen=False)), "Mismatch", "'embed.weight'"),
+        # The tied module has a group of its own.
+        (PipeCase(pp=3, case=OPTIONS.but(stage=0, groups=3)), "Unsupported", "has 2 param groups on tp rank 0 of pipe"),
     ],
-    ids=("a stage lacks something", "other names"),
+    ids=("a stage lacks something", "other names", "a stage lacks a param group"),
 )
-def test_all_stages_refuse_together(ranks: RankPool, pipes: ParallelSources, target: PipeCase, words: str) -> None:
+def test_all_stages_refuse_together(
+    ranks: RankPool, pipes: ParallelSources, target: PipeCase, kind: str, words: str
+) -> None:
     run = pipes.get(PipeCase(pp=2, case=OPTIONS.but(dp=2, frozen=False)))
     outcome = ranks.attempt(parallel_runs.resume, target, run.folder, {}, world_size=target.world_size)
     assert outcome.all_raised
-    assert {failure.type_name for failure in outcome.failures} == {"ucp.errors.Mismatch"}
+    assert {failure.type_name for failure in outcome.failures} == {f"ucp.errors.{kind}"}
     assert any(words in failure.message for failure in outcome.failures)
 
 

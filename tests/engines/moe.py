@@ -158,6 +158,13 @@ def slots(engine: Any, names: Mapping[nn.Parameter, str]) -> Iterator[truth.Slot
             for param, master in zip(params, masters, strict=True):
                 states = optimizer.optimizer.state.get(master, {})
                 yield truth.Slot(names[param], 0, master, 0, master.numel(), states, replica=True)
+    elif kind == "FP16_Optimizer":
+        for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                states = optimizer.optimizer.state.get(flat, {})
+                yield truth.Slot(names[param], 0, flat, offset, param.numel(), states, replica=True)
+                offset += param.numel()
     else:
         for group in optimizer.param_groups:
             for param in group["params"]:

@@ -207,10 +207,43 @@ def test_experts(tmp_path: Path, data_first: bool, stage: int) -> None:
     assert [rank.bytes for rank in found.ranks] == [3 * 4 * n + beside for n in shared]
     with pytest.raises(Unsupported, match="do not train at ZeRO stage 3"):
         plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, zero=3))
-    with pytest.raises(Unsupported, match="experts together with tensor or pipeline parallelism"):
-        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, pp=2))
     with pytest.raises(UcpError, match=r"the 4 experts of .* cannot be spread over 3 ranks"):
         plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, dp=3, ep=3))
+
+
+SLICED = """\
+ucp: 1
+model: sliced
+sizes: {inner: 8, size: 3, experts: 4}
+parameters:
+  "{n}.w": "inner/tp size"
+  "{n}.gate": experts
+"""
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_experts_in_stages(tmp_path: Path, tp: int) -> None:
+    """Two stages of two ranks with two experts each, beside slices or not, and a stage without experts at stage 0."""
+    shapes: dict[str, tuple[int, ...]] = {"0.w": (8, 3), "1.gate": (4,)}
+    shapes |= {f"1.{EXPERT}.{e}.w": (5, 2 + e) for e in range(4)} | {"2.w": (8, 3), "3.gate": (4,)}
+    shapes |= {f"3.{EXPERT}.{e}.w": (5, 2 + e) for e in range(4)}
+    checkpoint = only(raw.make(tmp_path / "raw", shapes=shapes), shapes)
+    (tmp_path / "sliced.yaml").write_text(SLICED)
+    spec = tmp_path / "sliced.yaml" if tp > 1 else None
+    layout = Layout(dp=2 // tp, tp=tp, pp=2, ep=2, zero=1)
+    found = plan(checkpoint, layout, spec=spec, ds_config={"pipeline": {"partition": [0, 2, 4]}})
+    shared = [16] * 2 if tp > 1 else flat([24, 4], 2)  # a slice of the weight beside a whole gate
+    expected = [n + sum(10 + 5 * e for e in (2 * k, 2 * k + 1)) for k, n in enumerate(shared)]
+    assert [rank.bytes for rank in found.ranks] == [3 * 4 * n for n in expected * 2]
+    assert found.stages == (0, 2, 4)
+    # Layers divided by their parameters, of which a rank has half of the experts: 24, 4 + 35, 24, 4 + 35 elements.
+    assert plan(checkpoint, layout, spec=spec, ds_config={}).stages == (0, 2, 4)
+    uneven = {"pipeline": {"partition": [0, 1, 4]}}
+    if tp == 1:
+        found = plan(checkpoint, replace(layout, zero=0), ds_config=uneven)
+        assert [rank.bytes for rank in found.ranks] == [3 * 4 * n for n in (24, 24, 32 + 2 * 25, 32 + 2 * 45)]
+    with pytest.raises(Unsupported, match=r"stage 0 would have no experts.* ZeRO stage 0 only"):
+        plan(checkpoint, layout, spec=spec, ds_config=uneven)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -228,8 +261,10 @@ def test_stacks_of_experts(tmp_path: Path, stage: int) -> None:
     ]
     with pytest.raises(UcpError, match=r"autoep_size.*change one of them"):
         plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, ep=4), ds_config=config)
-    with pytest.raises(Unsupported, match="experts beside tensor parallelism cannot be planned yet"):
+    with pytest.raises(Unsupported, match="how tensor parallelism cuts the model is not known"):
         plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, tp=2), ds_config=config)
+    with pytest.raises(Unsupported, match="with ep > 1 and without pipeline parallelism only"):
+        plan(Checkpoint(tmp_path, made.catalog, Files()), replace(layout, tp=2, pp=2), ds_config=config)
 
 
 @pytest.mark.slow

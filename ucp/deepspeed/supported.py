@@ -134,11 +134,8 @@ def _unsupported(engine: Any) -> Iterator[str]:
     zero = config.zero_config
     if engine.has_moe_layers and engine.sequence_parallel_size > 1:
         yield "mixture-of-experts layers together with sequence parallelism"
-    if engine.has_moe_layers and layout_of(engine).tp > 1:
-        if any(map(releases.MOE.has, engine.module.modules())):
-            yield "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"
-        elif not engine.zero_optimization_stage():
-            yield "AutoEP together with tensor parallelism at ZeRO stage 0"
+    if engine.has_moe_layers and layout_of(engine).tp > 1 and any(map(releases.MOE.has, engine.module.modules())):
+        yield "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"
     for name in untied_parameters(engine.module):
         yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
     partitions = engine.zero_optimization_partition_weights()

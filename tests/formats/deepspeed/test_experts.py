@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of, ordered
+from ucp.formats.deepspeed.experts import Expert, Experts, counts, data_ranks, expert_of, group_places, ordered
 from ucp.geometry import concat, coverage_fault
 
 LAYER = "blocks.0.moe.deepspeed_moe.experts.deepspeed_experts"
@@ -79,3 +79,11 @@ def test_the_order_is_that_of_a_rank_with_all_experts(numbers: list[int], parame
     assert ordered([*dense, *met]) == [*dense, *whole]
     assert ordered([*met, *dense]) == [*whole, *dense]
     assert ordered(dense) == dense
+
+
+def test_stages_without_experts_lack_their_param_groups() -> None:
+    every = [False, True, False, True]
+    assert group_places(every, every) == [0, 1, 2, 3]
+    assert group_places([False, False], every) == [0, 2]
+    assert group_places([False, True], every) is None  # which of the two groups of experts is not told
+    assert group_places([False], every) is None

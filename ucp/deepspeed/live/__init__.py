@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ from ucp.parallel.mesh import Layout
 from ucp.saving.source import Source
 from ucp.spec.select import Choice
 from ucp.storage.dtypes import itemsize, to_torch
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class LiveEngine:
         self._experts = LiveExperts(engine)
         self._slots = tuple(self._experts.lift(slot) for slot in slots)
         self._placed: PlacedSlots | None = None
+        self._whole: _Whole | None = None
         self._to_come = MemoryToCome({})
         self._choice = Choice()
 
@@ -87,6 +90,10 @@ class LiveEngine:
         self._choice = choice
         experts = self._experts.in_slots(self._slots)
         self._placed = place_slots(self.engine, self._slots, self._own_groups, choice, experts)
+        if self._placed is not None and self._placed.some_lack:
+            scheduler = self.engine.lr_scheduler.state_dict() if to_save and self.engine.lr_scheduler else None
+            own = _Whole(self._own_groups, self._experts.ep, scheduler)
+            self._whole = next(filter(None, ranks.gather(own if self._placed.has_all else None)))
         optimizer = self._optimizer
         if to_save and self._placed is not None and isinstance(optimizer, Stage0):
             self._placed.refuse_averages()
@@ -136,7 +143,7 @@ class LiveEngine:
 
     @property
     def layout(self) -> Layout:
-        return replace(layout_of(self.engine), ep=self._experts.ep)
+        return replace(layout_of(self.engine), ep=self._experts.ep if self._whole is None else self._whole.ep)
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -160,10 +167,17 @@ class LiveEngine:
     @property
     def groups(self) -> Sequence[Group]:
         """The param groups. Under model parallelism they have the names from all parts of the model."""
-        groups = self._own_groups
+        groups = self._own_groups if self._whole is None else self._whole.groups
         if self._placed is None:
             return groups
         return [replace(g, names=names) for g, names in zip(groups, self._placed.groups, strict=True)]
+
+    @property
+    def scheduler_state(self) -> Any:
+        """The lr scheduler's state, with entries of all param groups; None without one."""
+        if self._whole is not None:
+            return self._whole.scheduler
+        return None if self.engine.lr_scheduler is None else self.engine.lr_scheduler.state_dict()
 
     def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
         """New memory for a state that the optimizer has not made yet. What it has is in use."""
@@ -209,12 +223,12 @@ class LiveEngine:
     @property
     def nbytes_to_save(self) -> int:
         """About how many bytes this rank writes when it saves, with the states that its optimizer has yet to make."""
-        return nbytes_to_save(self._slots, self.groups)
+        return nbytes_to_save(self._slots, self._own_groups)
 
     def staging(self, most: int) -> int:
         """How many bytes of host memory a save's copies take if nobody says it: at most so many, and where states lie
         on a disk, no more than those of the largest subgroup."""
-        away = [nbytes_to_save([s], self.groups) for s in self._slots if not self._is_in_memory(s.key)]
+        away = [nbytes_to_save([s], self._own_groups) for s in self._slots if not self._is_in_memory(s.key)]
         return min(most, max(away)) if away else most
 
     @property
@@ -233,7 +247,14 @@ class LiveEngine:
         """Raise before anything is changed if the rest of the training state does not fit this engine."""
         if isinstance(self._optimizer, Stage3):
             self._optimizer.check_room()
-        check_state(self.engine, training_state, sources, len(self.groups), self._load_lr_scheduler)
+        own = self._of_own_groups(sources)
+        check_state(self.engine, training_state, own, len(self._own_groups), self._load_lr_scheduler)
+
+    def _of_own_groups(self, found: Mapping[int, V]) -> dict[int, V]:
+        """What was found for the model's param groups, by this rank's own numbers of those that it has."""
+        if self._placed is None:
+            return dict(found)
+        return {own: found[g] for own, g in enumerate(self._placed.own_groups) if g in found}
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -254,11 +275,24 @@ class LiveEngine:
         if self._optimizer is not None:
             self._optimizer.finish()
         if loaded.training_state is not None:
-            restore_state(self.engine, loaded.training_state, self._load_lr_scheduler, loaded.sources)
+            sources = self._of_own_groups(loaded.sources)
+            restore_state(self.engine, loaded.training_state, self._load_lr_scheduler, sources)
         if self._optimizer is not None:
-            self._optimizer.set_options(loaded.options)
+            self._optimizer.set_options(self._of_own_groups(loaded.options))
         if loaded.training_state is not None and self._load_lr_scheduler:
             warn_of_scheduler(self.engine, loaded.training_state)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What a pipeline's stage that has all param groups says to those without experts.
+
+    ep: the number of ranks that experts are spread over. scheduler: the lr scheduler's state, for a save.
+    """
+
+    groups: Sequence[Group]
+    ep: int
+    scheduler: Any
 
 
 def _adapter(engine: Any) -> Optimizer | None:

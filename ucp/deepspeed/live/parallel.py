@@ -15,7 +15,7 @@ from typing import Any
 from ucp.deepspeed.live import releases
 from ucp.deepspeed.live.pipeline import declared_info
 from ucp.errors import Unsupported
-from ucp.formats.deepspeed.experts import CAPTURES
+from ucp.formats.deepspeed.experts import CAPTURES, group_places
 from ucp.formats.shared.apart import states_apart
 from ucp.geometry import Blocks, Shape, compose, numel, whole
 from ucp.job import ranks
@@ -29,19 +29,24 @@ from ucp.spec.select import Choice
 
 @dataclass(frozen=True)
 class RankTensors:
-    """One rank's local tensors: name -> (shape, kind), at its coordinate, and the names in each param group."""
+    """One rank's local tensors: name -> (shape, kind), at its coordinate, and the names in each param group.
+
+    of_experts: for each group, whether DeepSpeed made it for experts.
+    """
 
     at: Coordinate
     tensors: Mapping[str, tuple[Shape, str]]
     groups: tuple[tuple[str, ...], ...]
+    of_experts: tuple[bool, ...]
 
 
 class PlacedSlots:
     """Where this rank's local tensors lie in the whole model's.
 
     slots: everything that this rank holds, for loading. elsewhere: as in `Target`. groups: the names in each param
-    group, from all parts of the model. whole: this rank's local names -> the whole tensors' shapes. names_of_all: of
-    all tensors of the model.
+    group, from all parts of the model. own_groups: which of these are this rank's. has_all: whether those are all.
+    some_lack: whether some rank lacks some. whole: this rank's local names -> the whole tensors' shapes. names_of_all:
+    of all tensors of the model.
     """
 
     def __init__(
@@ -64,6 +69,10 @@ class PlacedSlots:
             for name in tables[of_rank[ranks.rank()]].tensors
         }
         self._held = {n for t in tables for n, (shape, _) in t.tensors.items() if numel(shape)}
+        places = _places_of_groups(tables)
+        self.own_groups = places[of_rank[ranks.rank()]]
+        count = max(map(len, places))
+        self.has_all, self.some_lack = len(self.own_groups) == count, min(map(len, places)) < count
         self.slots = tuple(self._lifted(slot, first_only=False) for slot in slots if not self._is_void(slot))
         own = {m.name for s in self.slots for m in s.members}
         kinds = {
@@ -73,7 +82,7 @@ class PlacedSlots:
             if numel(shape) or name not in self._held
             for placed in placements[table.at, name]
         }
-        self.groups = _all_groups(tables, placements)
+        self.groups = _all_groups(tables, places, placements)
         self.whole = {local: places[0].shape for (at, local), places in placements.items() if at == self._at}
         self.names_of_all = tuple(kinds)
         self.elsewhere = {name: kind for name, kind in kinds.items() if name not in own}
@@ -114,7 +123,8 @@ class PlacedSlots:
                 at += 1
         here = self._holders[slot.members[0].name]
         holders = tuple(r for r in slot.holders if r in here)
-        return replace(slot, members=tuple(members), placed=placed, holders=holders)
+        group = None if slot.group is None else self.own_groups[slot.group]
+        return replace(slot, members=tuple(members), placed=placed, holders=holders, group=group)
 
     def _placement(self, slot: Slot, placement: Placement, first_only: bool) -> Placement:
         blocks: list[Blocks] = []
@@ -138,18 +148,30 @@ def layout_of(engine: Any) -> Layout:
     return Layout(dp=engine.seq_dp_world_size, tp=tp, pp=pp, zero=engine.zero_optimization_stage())
 
 
-def _all_groups(tables: Sequence[RankTensors], placements: Placements) -> tuple[tuple[str, ...], ...]:
-    """The names in each param group, from all parts of the model. Raises Unsupported if parts have different numbers of
-    param groups."""
-    names: list[dict[str, None]] = [{} for _ in tables[0].groups]
+def _places_of_groups(tables: Sequence[RankTensors]) -> list[tuple[int, ...]]:
+    """Which of all param groups each part has. Raises Unsupported if a part lacks others than those of experts."""
+    every = max(tables, key=lambda table: len(table.groups))
+    out = []
     for table in tables:
-        if len(table.groups) != len(names):
+        places = group_places(table.of_experts, every.of_experts)
+        if places is None:
             raise Unsupported(
-                f"the optimizer has {len(table.groups)} param groups on {table.at} and {len(names)} on {tables[0].at}; "
-                "divide it so that every part has parameters of every group, since DeepSpeed drops empty ones"
+                f"the optimizer has {len(table.groups)} param groups on {table.at} and {len(every.groups)} on "
+                f"{every.at}; divide it so that every part has parameters of every group but those of experts, since "
+                "DeepSpeed drops empty ones"
             )
-        for group, into in zip(table.groups, names, strict=True):
-            into.update(dict.fromkeys(placed.name for name in group for placed in placements[table.at, name]))
+        out.append(tuple(places))
+    return out
+
+
+def _all_groups(
+    tables: Sequence[RankTensors], places: Sequence[Sequence[int]], placements: Placements
+) -> tuple[tuple[str, ...], ...]:
+    """The names in each param group, from all parts of the model."""
+    names: list[dict[str, None]] = [{} for _ in range(max(map(len, places)))]
+    for table, own in zip(tables, places, strict=True):
+        for g, group in zip(own, table.groups, strict=True):
+            names[g].update(dict.fromkeys(placed.name for name in group for placed in placements[table.at, name]))
     return tuple(tuple(group) for group in names)
 
 
@@ -168,6 +190,7 @@ def place_slots(
         Coordinate(slice_, stage),
         {m.name: (m.shape, s.kind) for s in slots for m in s.members},
         tuple(g.names for g in groups),
+        tuple(bool(g.options.get("moe")) for g in groups),
     )
     if layout.tp * layout.pp == 1:
         alike = ranks.all_or_none(lambda: _placements(engine, [own], layout, choice, experts))

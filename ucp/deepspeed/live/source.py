@@ -42,6 +42,9 @@ class EngineFacts(Protocol):
     @property
     def groups(self) -> Sequence[Group]: ...
 
+    @property
+    def scheduler_state(self) -> Any: ...
+
     def live(self, key: int) -> tuple[torch.Tensor, Mapping[str, Any]]: ...
 
 
@@ -54,7 +57,9 @@ def make_source(
     aliases = _aliases(live.engine.module)
     groups = live.groups
     counting = {slot.group for slot in slots if "step" in live.live(slot.key)[1]}
-    divided = [divide_step(options_of(group.options), g in counting) for g, group in enumerate(groups)]
+    held = {slot.group for slot in slots}  # other stages of a pipeline may have more
+    counts = [g in counting if g in held else bool(counting) for g in range(len(groups))]
+    divided = [divide_step(options_of(group.options), c) for group, c in zip(groups, counts, strict=True)]
     parameters: dict[str, ParameterInfo] = {}
     holdings: list[Holding] = []
     numbers: dict[tuple[str, str], torch.Tensor] = {}
@@ -148,7 +153,7 @@ def _training_state(
         extra["random_ltd"] = engine.random_ltd_scheduler.state_dict()
     return TrainingState(
         param_groups=groups,
-        lr_scheduler=None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
+        lr_scheduler=live.scheduler_state,
         loss_scaler=_loss_scaler(engine.optimizer),
         clip_grad=float(clip) if isinstance(clip, (int, float)) else None,
         global_steps=engine.global_steps,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ucp.catalog import TrainingState
 from ucp.deepspeed.live import generators, releases
 from ucp.errors import Mismatch
+from ucp.formats.shared.schedulers import entries_by_group, of_groups
 from ucp.job import ranks
 from ucp.loading.options import stays_at
 from ucp.printable import logger
@@ -20,8 +21,6 @@ log = logger(__name__)
 # A loss scaler's progress. Its other attributes are configuration, and stay as the target has them.
 _SCALER_PROGRESS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _SCALER_CONFIG = ("scale_factor", "scale_window", "min_scale", "delayed_shift", "consecutive_hysteresis")
-# Entries of torch.optim.lr_scheduler state dicts that have one element per param group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
 
 
 def check_state(
@@ -150,7 +149,7 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
     if not isinstance(saved, Mapping):
         return saved
     count = len(state.param_groups)
-    lists = [k for k in _PER_GROUP if isinstance(saved.get(k), (list, tuple)) and len(saved[k]) == count]
+    lists = entries_by_group(saved, count)
     order = [sources.get(g) for g in range(groups)]
     if not lists or order == list(range(count)):
         return dict(saved)
@@ -159,7 +158,7 @@ def _scheduler_state(state: TrainingState, sources: Mapping[int, int], groups: i
             f"nothing was loaded: the lr scheduler's '{lists[0]}' has one value for each of the checkpoint's {count} "
             f"param groups, and the engine's {groups} are no rearrangement of them; pass load_lr_scheduler_states=False"
         )
-    return {k: [v[i] for i in order if i is not None] if k in lists else v for k, v in saved.items()}
+    return of_groups(saved, count, [i for i in order if i is not None])
 
 
 def _restore_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:

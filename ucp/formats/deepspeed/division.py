@@ -75,19 +75,12 @@ def parts(catalog: Catalog, layout: Layout, choice: Choice, given: Mapping[str, 
     config = catalog.training_state.config if given is None else given
     config = experts.with_ep(config, layout, given is not None)
     plain = tp_slices.without_padding(catalog)
-    if layout.ep > 1 or counts(plain.parameters):
+    spread = None
+    if layout.ep > 1 or counts(plain.parameters) or (layout.pp > 1 and experts.is_auto(config)):
         spread = experts.spread(plain, layout, config)
-        if spread is not None and layout.tp > 1:
-            raise Unsupported(f"layout '{layout}': experts beside tensor parallelism cannot be planned yet")
-        if spread is not None and layout.pp > 1:
-            raise Unsupported(
-                f"layout '{layout}': experts together with tensor or pipeline parallelism cannot be planned yet"
-            )
-        if spread is not None:
-            return ModelParts(tuple(_with_experts(plain, spread)), None)
     if layout.tp * layout.pp == 1:
-        return ModelParts((ModelPart(plain, tuple(range(layout.dp))),), None)
-    return _model_parallel(catalog, layout, choice, config, given is not None)
+        return ModelParts(tuple(_with_experts(plain, spread, _ranks(layout, 0, 0), 0)), None)
+    return _model_parallel(catalog, layout, choice, config, given is not None, spread)
 
 
 def held(part: ModelPart, layout: Layout) -> Iterator[tuple[LogicalTensor, Blocks]]:
@@ -134,11 +127,17 @@ def _on_all(shape: Shape, dp: int) -> Blocks:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[ModelPart]:
-    """Each expert-parallel rank's experts on the ranks that have them, and the rest of the model on all."""
+def _with_experts(
+    catalog: Catalog, spread: Spread | None, ranks: tuple[int, ...], first: int | None
+) -> Iterator[ModelPart]:
+    """Each expert-parallel rank's experts on the ranks that have them, and the rest of the model on these ranks. first:
+    the first rank that has any of these experts; None to leave experts out."""
+    if spread is None:
+        yield ModelPart(catalog, ranks)
+        return
     shared = [name for name in catalog.parameters if not spread.layer_of(name)]
-    yield ModelPart(_only(catalog, shared), tuple(range(spread.layout.dp)))
-    for rank in range(spread.layout.ep):
+    yield ModelPart(_only(catalog, shared), ranks)
+    for rank in range(spread.layout.ep if first is not None else 0):
         names = [name for name in catalog.parameters if spread.layer_of(name) and _is_on(name, spread, rank)]
         own = _only(catalog, names)
         if spread.auto:
@@ -148,7 +147,7 @@ def _with_experts(catalog: Catalog, spread: Spread) -> Iterator[ModelPart]:
             }
             infos = {n: replace(info, shape=tensors[n, "param"].shape) for n, info in own.parameters.items()}
             own = replace(own, parameters=infos, tensors=tensors)
-        yield ModelPart(own, tuple(spread.data_ranks(rank)))
+        yield ModelPart(own, tuple((first or 0) + r for r in spread.data_ranks(rank)))
 
 
 def _is_on(name: str, spread: Spread, rank: int) -> bool:
@@ -174,7 +173,7 @@ def _only(catalog: Catalog, names: Sequence[str]) -> Catalog:
 
 
 def _model_parallel(
-    catalog: Catalog, layout: Layout, choice: Choice, config: Mapping[str, Any], is_given: bool
+    catalog: Catalog, layout: Layout, choice: Choice, config: Mapping[str, Any], is_given: bool, spread: Spread | None
 ) -> ModelParts:
     autotp = _is_autotp(catalog, config, is_given)
     bound = choice.bound(None, "autotp" if autotp else "megatron")
@@ -187,9 +186,10 @@ def _model_parallel(
     for tp in range(layout.tp):
         own = tp_slices.without_padding(catalog)
         if layout.tp > 1 and bound is not None:
-            own = tp_slices.sliced(catalog, bound, layout, tp, autotp)
+            left_out = (lambda name: False) if spread is None else spread.layer_of
+            own = tp_slices.sliced(catalog, bound, layout, tp, autotp, left_out)
         if layout.pp == 1:
-            out.append(ModelPart(own, _ranks(layout, 0, tp)))
+            out += _with_experts(own, spread, _ranks(layout, 0, tp), None if tp else 0)
             continue
         if bound is not None:
             own = best_names(own, bound, pipeline.is_name)
@@ -197,7 +197,11 @@ def _model_parallel(
             stages = _stages(own, layout, config)
         pipeline.check_names(own, stages)
         for pp in range(layout.pp):
-            out.append(ModelPart(pipeline.share(own, stages, pp), _ranks(layout, pp, tp)))
+            share = pipeline.share(own, stages, pp)
+            of_stage = None if spread is None else experts.of_stage(share, spread, pp)
+            if of_stage is not None and layout.zero:
+                share = experts.in_stage(share, of_stage, own)
+            out += _with_experts(share, of_stage, _ranks(layout, pp, tp), None if tp else _ranks(layout, pp, 0)[0])
     return ModelParts(tuple(out), None if stages is None else stages.bounds)
 
 
@@ -245,7 +249,9 @@ def _weights(catalog: Catalog, section: Mapping[str, Any], layout: Layout) -> li
                 f'{{"{rest.partition(".")[0]}": [0, 7]}}}}'
             )
         for layer in layers:
-            out[layer] += numel(info.shape) * (info.kind != "buffer")
+            # Stages are made of layers as a rank builds them: with its part of DeepSpeed's own experts, and with all
+            # of those that AutoEP then divides.
+            out[layer] += numel(info.shape) * (info.kind == "parameter") // (layout.ep if expert_of(name) else 1)
     return [out[layer] for layer in range(1 + max(out, default=-1))]
 
 

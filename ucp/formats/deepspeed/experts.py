@@ -116,6 +116,15 @@ def _stacked(name: str, shape: Shape, stack: Sequence[Sequence[int]], rank: int)
     return Placed(name, (count, *row), concat(rows, len(shape)))
 
 
+def group_places(own: Sequence[bool], every: Sequence[bool]) -> list[int] | None:
+    """Which of all param groups a pipeline stage's are; None if they don't fit. A stage without experts has no groups
+    of them. own, every: for each group, whether it is of experts."""
+    if len(own) == len(every):
+        return list(range(len(every)))
+    others = [g for g, of_experts in enumerate(every) if not of_experts]
+    return others if len(own) == len(others) and not any(own) else None
+
+
 def ordered(names: Collection[str]) -> list[str]:
     """These names in the order of a rank that holds every expert: a layer's experts follow each other by number.
 

@@ -6,7 +6,7 @@ elements of each are compared at once, since copies that have drifted apart are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ucp.catalog import LogicalTensor, ParameterInfo, ParamGroup, TrainingState
 from ucp.errors import DamagedCheckpoint
-from ucp.formats.deepspeed.experts import ordered
+from ucp.formats.deepspeed.experts import group_places, ordered
 from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.formats.shared.apart import COMPUTED_ANEW, is_apart
 from ucp.geometry import Blocks, compose, concat, numel
@@ -102,13 +102,14 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> TrainingState:
-    """The first part's training state, with the param groups of all parts."""
+    """The first part's training state, with the param groups of all parts, and the scheduler of one that has all."""
     first = parts[min(parts)].training_state
-    every = max((parts[at].training_state.param_groups for at in sorted(parts)), key=len)
+    fullest = max((parts[at].training_state for at in sorted(parts)), key=lambda state: len(state.param_groups))
+    every = fullest.param_groups
     names: list[dict[str, None]] = [{} for _ in every]
     for at, part in parts.items():
         groups = part.training_state.param_groups
-        places = _places(groups, every)
+        places = group_places([*map(_is_of_experts, groups)], [*map(_is_of_experts, every)])
         if places is None:
             raise DamagedCheckpoint(
                 f"{part.model.path}: has {len(groups)} param groups, and {len(names)} on another model-parallel "
@@ -118,16 +119,7 @@ def _state(parts: Mapping[Coordinate, LocalModel], placements: Placements) -> Tr
             _check_options(part, g, group, every[g])
             names[g].update(dict.fromkeys(placed.name for n in group.names for placed in placements[at, n]))
     joined = (ParamGroup(tuple(ordered(n)), g.options) for n, g in zip(names, every, strict=True))
-    return replace(first, param_groups=tuple(joined))
-
-
-def _places(groups: Sequence[ParamGroup], every: Sequence[ParamGroup]) -> list[int] | None:
-    """Which of all groups a part's are; None if they don't fit. A pipeline's stage without experts has no groups of
-    them."""
-    others = [g for g, group in enumerate(every) if not _is_of_experts(group)]
-    if len(groups) == len(others) and not any(map(_is_of_experts, groups)):
-        return others
-    return list(range(len(every))) if len(groups) == len(every) else None
+    return replace(first, param_groups=tuple(joined), lr_scheduler=fullest.lr_scheduler)
 
 
 def _is_of_experts(group: ParamGroup) -> bool:

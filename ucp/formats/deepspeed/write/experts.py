@@ -143,7 +143,7 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
 
     Raises BadArgument where they cannot be spread over so many ranks, Unsupported for layouts that DeepSpeed has not.
     """
-    auto = _is_auto(raw)
+    auto = is_auto(raw)
     totals = _stacked(catalog) if auto else counts(catalog.parameters)
     if not totals:
         if any((group.options or {}).get("moe") for group in catalog.training_state.param_groups):
@@ -154,18 +154,14 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
         if layout.ep > 1:
             raise Unsupported(f"layout '{layout}': the source has no experts of DeepSpeed's own layers to be spread")
         return None
-    if auto and layout.zero == 0:
-        raise Unsupported(
-            f"layout '{layout}': AutoEP's checkpoints at ZeRO stage 0 are not supported; use zero=1, 2 or 3"
-        )
     if not auto and layout.zero == 3:
         raise Unsupported(
             f"layout '{layout}': DeepSpeed's own experts do not train at ZeRO stage 3; use zero=0, 1 or 2"
         )
-    if layout.tp > 1 and (layout.pp > 1 or not auto or layout.ep == 1):
+    if auto and layout.tp > 1 and (layout.pp > 1 or layout.ep == 1):
         raise Unsupported(
-            f"layout '{layout}': experts together with tensor parallelism are not supported, but for AutoEP's with "
-            "ep > 1 and without pipeline parallelism"
+            f"layout '{layout}': DeepSpeed's AutoEP takes tensor parallelism with ep > 1 and without pipeline "
+            "parallelism only"
         )
     for layer, total in totals.items():
         if total % layout.ep:
@@ -181,7 +177,7 @@ def spread(catalog: Catalog, layout: Layout, raw: Mapping[str, Any]) -> Spread |
 
 def check_order(catalog: Catalog, how: Spread) -> None:
     """Raise Unsupported where the target has its parameters in another order than the source, and files don't tell."""
-    if how.auto != _is_auto(catalog.training_state.config):
+    if how.auto != is_auto(catalog.training_state.config):
         raise Unsupported(
             f"the source was trained {'without' if how.auto else 'with'} AutoEP, and the target's config is "
             f"{'with' if how.auto else 'without'}: DeepSpeed's own files know parameters by their order, which AutoEP "
@@ -189,7 +185,7 @@ def check_order(catalog: Catalog, how: Spread) -> None:
         )
 
 
-def _is_auto(raw: Mapping[str, Any]) -> bool:
+def is_auto(raw: Mapping[str, Any]) -> bool:
     """Whether a config asks for AutoEP."""
     parallel = raw.get("expert_parallel")
     return isinstance(parallel, Mapping) and bool(parallel.get("enabled"))
@@ -225,7 +221,7 @@ def with_ep(raw: Mapping[str, Any], layout: Layout, given: bool) -> dict[str, An
 
 def refuse_stacks(catalog: Catalog) -> None:
     """Raise Unsupported for a source whose experts AutoEP stacked."""
-    if _is_auto(catalog.training_state.config):
+    if is_auto(catalog.training_state.config):
         raise Unsupported("the source was trained with AutoEP, which has no place in this form; use --to universal")
 
 
@@ -302,19 +298,20 @@ def _check_groups(groups: Sequence[ParamGroup], how: Spread) -> None:
         seen.append(options)
 
 
-def of_stage(share: Catalog, how: Spread, stage: int) -> Spread:
-    """How a pipeline's stage spreads its own experts. share: what the stage holds.
+def of_stage(share: Catalog, how: Spread, stage: int) -> Spread | None:
+    """How a pipeline's stage spreads its own experts; None if it has none. share: what the stage holds.
 
-    Raises Unsupported for a stage without experts, whose files would be of another form.
+    Raises Unsupported for a stage without experts where DeepSpeed trains no such: under AutoEP, which finds none there,
+    and with ZeRO, under which its ranks wait for the others' at the gradients' norm.
     """
     held = {how.layer_of(name) for name in share.parameters}
     totals = {layer: total for layer, total in how.totals.items() if layer in held}
-    if not totals:
+    if not totals and (how.auto or how.layout.zero):
         raise Unsupported(
-            f"layout '{how.layout}': stage {stage} would have no experts, and others some; DeepSpeed writes the two "
-            "in different forms, which are not put together; choose another partition"
+            f"layout '{how.layout}': stage {stage} would have no experts, and others some, which DeepSpeed trains with "
+            "its own layers of experts and at ZeRO stage 0 only; choose another partition"
         )
-    return replace(how, totals=totals)
+    return replace(how, totals=totals) if totals else None
 
 
 def in_stage(share: Catalog, how: Spread, source: Catalog) -> Catalog:

@@ -62,7 +62,7 @@ def plan(
     config = replace(config, raw=experts.with_ep(config.raw, layout, ds_config is not None))
     spread = experts.spread(catalog, layout, config.raw)
     if spread is not None:
-        experts.check_order(catalog, spread)
+        _check_experts(catalog, layout, spread)
     if spread is not None and layout.tp > 1:
         return _folded(source, config, layout, spread, choice)
     stages = pipeline.stages(config.raw, layout)
@@ -98,6 +98,21 @@ def plan(
     return files
 
 
+def _check_experts(catalog: Catalog, layout: Layout, spread: Spread) -> None:
+    """Raise Unsupported for experts of another order, or beside tensor parallelism, that are not written."""
+    experts.check_order(catalog, spread)
+    if layout.tp > 1 and not spread.auto:
+        raise Unsupported(
+            f"layout '{layout}': DeepSpeed's own layers of experts under tensor parallelism are not written; use --to "
+            "universal, which the ucp plugin loads there"
+        )
+    if layout.tp > 1 and not layout.zero:
+        raise Unsupported(
+            f"layout '{layout}': AutoEP's experts at ZeRO stage 0 under tensor parallelism are not written; use --to "
+            "universal, which the ucp plugin loads there, or zero=1, 2 or 3"
+        )
+
+
 def _check_apart(catalog: Catalog, layout: Layout) -> None:
     """Raise Unsupported for states of other shapes than their parameter's where the layout cuts parameters."""
     for name, (owner, state) in states_apart(catalog.parameters, catalog.parameters).items():
@@ -121,7 +136,7 @@ def _share_files(share: ModelRank, config: EngineConfig, layout: Layout) -> list
 def _with_experts(
     catalog: Catalog, config: EngineConfig, layout: Layout, spread: Spread, stages: Stages | None
 ) -> list[TargetFile]:
-    """A model with experts, or each stage of a pipeline with some. Stages have no layer files then."""
+    """A model with experts, or a pipeline's stages: those without experts have layer files, and others none."""
     if stages is None:
         return _spread_files(catalog, config, layout, spread, 0)
     pipeline.check_names(catalog, stages)
@@ -129,6 +144,10 @@ def _with_experts(
     for stage in range(layout.pp):
         share = pipeline.share(catalog, stages, stage)
         own = experts.of_stage(share, spread, stage)
+        if own is None:
+            out += pipeline.layer_files(share, stages, lambda file, info: weight(file, config, info), stage=stage)
+            out += _share_files(ModelRank(stage, share, in_layers=True), config, layout)
+            continue
         out += _spread_files(experts.in_stage(share, own, catalog), config, layout, own, stage)
     return out
 

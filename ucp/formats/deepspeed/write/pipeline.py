@@ -16,6 +16,8 @@ from typing import Any
 
 from ucp.catalog import Catalog, ParameterInfo
 from ucp.errors import BadArgument, Unsupported
+from ucp.formats.deepspeed.experts import expert_of
+from ucp.formats.shared.schedulers import of_groups
 from ucp.formats.shared.torch_files import FileBuilder
 from ucp.parallel.mesh import Layout
 from ucp.storage.torch_pt.pickler import Placeholder
@@ -113,15 +115,20 @@ def _check_name(name: str, stages: Stages) -> None:
 
 
 def share(catalog: Catalog, stages: Stages, stage: int) -> Catalog:
-    """A stage's own parameters, in its module's order.
+    """A stage's own parameters, in its module's order. A stage without experts has no param group of them.
 
-    Raises Unsupported for a param group without any: DeepSpeed drops such a group, and hangs where stages differ in it.
+    Raises Unsupported for another param group without any: DeepSpeed drops such a group, and hangs where stages differ
+    in it.
     """
     keys = {name: key for name in catalog.parameters if (key := stages.key(name, stage)) is not None}
     state = catalog.training_state
     groups = []
+    held = []
     for index, group in enumerate(state.param_groups):
         names = sorted((name for name in group.names if name in keys), key=keys.__getitem__)
+        if not names and all(map(expert_of, group.names)):
+            continue
+        held.append(index)
         if not names:
             raise Unsupported(
                 f"param group {index} has no parameter on pipeline stage {stage}, and DeepSpeed needs all groups on "
@@ -132,24 +139,35 @@ def share(catalog: Catalog, stages: Stages, stage: int) -> Catalog:
         catalog,
         parameters={n: replace(catalog.parameters[n], aliases=()) for n in sorted(keys, key=keys.__getitem__)},
         tensors={key: tensor for key, tensor in catalog.tensors.items() if key[0] in keys},
-        training_state=replace(state, param_groups=tuple(groups)),
+        training_state=replace(
+            state,
+            param_groups=tuple(groups),
+            lr_scheduler=of_groups(state.lr_scheduler, len(state.param_groups), held),
+        ),
     )
 
 
 def layer_files(
-    catalog: Catalog, stages: Stages, weight: Callable[[FileBuilder, ParameterInfo], Placeholder], suffix: str = ""
+    catalog: Catalog,
+    stages: Stages,
+    weight: Callable[[FileBuilder, ParameterInfo], Placeholder],
+    suffix: str = "",
+    stage: int | None = None,
 ) -> list[TargetFile]:
     """A file for every layer, empty ones for those without tensors: loading a module without any needs one, too.
 
-    weight: a parameter or buffer as the module holds it. suffix: in the files' names, of a tensor-parallel rank.
+    weight: a parameter or buffer as the module holds it. suffix: in the files' names, of a tensor-parallel rank. stage:
+    only its layers; None for all.
     """
-    of_layer: dict[int, list[tuple[str, ParameterInfo]]] = {layer: [] for layer in stages.layers}
+    layers = stages.layers if stage is None else range(stages.bounds[stage], stages.bounds[stage + 1])
+    of_layer: dict[int, list[tuple[str, ParameterInfo]]] = {layer: [] for layer in layers}
     for name, info in catalog.parameters.items():
         first, _, rest = name.partition(".")
         if first == _TIED:
             tie, _, key = rest.partition(".")
             for layer in stages.tied[tie]:
-                of_layer[layer].append((key, info))
+                if layer in layers:
+                    of_layer[layer].append((key, info))
         else:
             of_layer[int(first)].append((rest, info))
     return [_layer_file(catalog, layer, held, weight, suffix) for layer, held in of_layer.items()]
