@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.engines.eight_bits import EightBits
+
 STEPS, FURTHER = range(3), range(3, 6)
 
 
@@ -22,6 +24,13 @@ def optimizer_of(name: str, module: nn.Module) -> torch.optim.Optimizer:
 
         made: torch.optim.Optimizer = getattr(pytorch_optimizer, name)(params)
         return made
+    if name == "EightBits":
+        return EightBits(params)
+    if name == "AdamW8bit":
+        import bitsandbytes
+
+        of_eight_bits: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=1e-2, min_8bit_size=1)
+        return of_eight_bits
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return kind(params, lr=1e-2)  # type: ignore[call-arg]
 
@@ -34,7 +43,7 @@ def model(name: str, seed: int, outputs: int = 3) -> nn.Sequential:
     )
 
 
-def engine(name: str, stage: int, dtype: str, seed: int, stock: bool = False) -> Any:
+def engine(name: str, stage: int, dtype: str, seed: int, stock: bool = False, changes: Any = None) -> Any:
     import deepspeed
 
     import ucp.deepspeed
@@ -50,7 +59,7 @@ def engine(name: str, stage: int, dtype: str, seed: int, stock: bool = False) ->
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if not stock:
-        config["ucp"] = {"enabled": True}
+        config["ucp"] = {"enabled": True, "load": {"prove": "always", **({"changes": changes} if changes else {})}}
     initialize = deepspeed.initialize if stock else ucp.deepspeed.initialize
     return initialize(model=module, optimizer=optimizer_of(name, module), config=config)[0]
 
@@ -96,11 +105,11 @@ def saved(name: str, stage: int, dtype: str, folder: str) -> tuple[dict[str, tor
     return held(running) if stage == 0 else {}, train(running, dtype, FURTHER)
 
 
-def resumed(name: str, stage: int, dtype: str, source: str, stock: bool = False) -> Any:
+def resumed(name: str, stage: int, dtype: str, source: str, stock: bool = False, changes: Any = None) -> Any:
     """What an engine that has not stepped gets, and its losses; or the refusal and whether it left the engine alone."""
     from ucp.errors import UcpError
 
-    fresh = engine(name, stage, dtype, 2, stock)
+    fresh = engine(name, stage, dtype, 2, stock, changes)
     try:
         fresh.load_checkpoint(source)
     except UcpError as error:

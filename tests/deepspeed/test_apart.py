@@ -14,6 +14,7 @@ import torch
 import ucp
 from tests.deepspeed import apart_jobs as jobs
 from tests.engines import releases
+from tests.engines.eight_bits import dequantised
 from tests.engines.pool import RankPool
 from ucp.errors import Unsupported
 
@@ -74,6 +75,35 @@ def test_adafactor_in_flat_buffers(ranks: RankPool, tmp_path: Path, stage: int, 
         assert further == losses
         _, further = ranks.run(jobs.resumed, "Adafactor", 3 - stage, dtype, str(tmp_path / place), world_size=1)[0]
         assert len(further) == 3
+
+
+@pytest.mark.parametrize("name", ["EightBits", "AdamW8bit"])
+def test_codes_of_8_bits(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """At stage 0 they come back bit for bit on any number of ranks, or as float32 in a plain AdamW; a flat buffer's are
+    not saved."""
+    if name == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
+    truth, losses = ranks.run(jobs.saved, name, 0, "fp32", str(tmp_path), world_size=2)[0]
+    assert {tensor.dtype for key, tensor in truth.items() if ":state" in key} == {torch.uint8}
+    for world in (1, 2):
+        found, further = ranks.run(jobs.resumed, name, 0, "fp32", str(tmp_path / "ours"), world_size=world)[0]
+        assert isinstance(found, dict), found
+        equal(found, truth)
+        assert further == losses if world == 2 else further == pytest.approx(losses, abs=5e-3)
+    into_adamw = ("AdamW", 0, "fp32", str(tmp_path / "ours"))
+    said, untouched = ranks.run(jobs.resumed, *into_adamw, world_size=1)[0]
+    assert untouched
+    assert '"states": "dequantised"' in said
+    found, further = ranks.run(jobs.resumed, *into_adamw, False, {"states": "dequantised"}, world_size=1)[0]
+    assert isinstance(found, dict), found
+    for key, tensor in found.items():
+        parameter, _, state = key.partition(":")
+        number = {"exp_avg": "1", "exp_avg_sq": "2"}[state]
+        held = {of.partition(":")[2]: value for of, value in truth.items() if of.startswith(f"{parameter}:")}
+        assert torch.equal(tensor, dequantised(held, number)), key
+    assert len(further) == 3
+    outcome = ranks.attempt(jobs.saved, name, 1, "fp32", str(tmp_path / "no"), world_size=1)
+    assert any("nothing is saved" in failure.message for failure in outcome.failures)
 
 
 def test_another_optimizer_is_refused(ranks: RankPool, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ucp.catalog import LogicalTensor
+from ucp.catalog import LogicalTensor, ParameterInfo
 from ucp.changes.build import PARAM, Build, few
 from ucp.errors import DamagedCheckpoint, Unsupported
+from ucp.formats.shared.apart import name_apart
 from ucp.geometry import flat_ranges, numel
 from ucp.storage.numbers import Bytes
 from ucp.transfer.gather import Reader, Want, gather
@@ -53,6 +54,7 @@ def dequantised(build: Build) -> list[str]:
 
     Raises Unsupported for states of other kinds, and of optimizers that are not Adam's.
     """
+    _codes_by_themselves(build)
     known = build.catalog.parameters
     found = [one for name in known if (one := _quantised(name)) is not None and one.name in known]
     owners: dict[str, list[LogicalTensor]] = {}
@@ -70,6 +72,22 @@ def dequantised(build: Build) -> list[str]:
         return []
     names = few([info.name for info, _ in made])
     return [f"states: those of {counted(len(made), 'parameter')} are float32 now, exactly ({names})"]
+
+
+def _codes_by_themselves(build: Build) -> None:
+    """Take codes that a checkpoint has as states of their parameter, which their shape is, for tensors by themselves,
+    as their maps are."""
+    made: list[tuple[ParameterInfo, list[LogicalTensor]]] = []
+    for info in build.catalog.parameters.values():
+        codes = [(info.name, state) for state in _STATES if state in info.states]
+        if not codes:
+            continue
+        kept = [tensor for tensor in build.tensors_of(info) if tensor.state not in _STATES]
+        made.append((info, kept))
+        for key in codes:
+            name, tensor = name_apart(*key), build.catalog.tensors[key]
+            made.append((ParameterInfo(name, tensor.shape, {}, "buffer"), [replace(tensor, name=name, state=PARAM)]))
+    build.put(made)
 
 
 def _quantised(name: str) -> _QuantisedState | None:

@@ -144,6 +144,8 @@ _OPTIMIZERS = {
     frozenset(("square_avg",)): "RMSprop's",
 }
 
+_OF_8_BITS = {"state1", "state2"}  # bitsandbytes' AdamW8bit
+
 
 def named(name: str, state: str) -> str:
     """A weight, a state (``name:state``) or a value, in one word."""
@@ -239,6 +241,8 @@ class Findings:
         elif not wanted or not {item.name for item in lacking} & {item.name for item in spare}:
             return ""
         alone = f"; {self.words.alone}" if self.words.alone else ""
+        if self.words.declare and set(kept) == _OF_8_BITS and wanted == ["exp_avg", "exp_avg_sq"]:
+            alone += "; for float32 states: " + self.words.declare % '{"states": "dequantised"}'
         return f"{said}, and the optimizer here {wants}{alone}"
 
     def refuse(self, checkpoint: object, here: object, kept: Collection[str] = ()) -> None:

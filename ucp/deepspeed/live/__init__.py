@@ -110,7 +110,7 @@ class LiveEngine:
             whole = {} if self._placed is None else self._placed.whole
             optimizer = self._optimizer
             to_come = ranks.all_or_none(lambda: optimizer.slots_to_come(catalog, self._numbers, whole))
-            self._slots = (*self._slots, *to_come)
+            self._slots = (*(optimizer.with_codes(slot, catalog) for slot in self._slots), *to_come)
         else:
             self._slots = tuple(slot for slot in self._slots if not self._optimizer.is_apart(slot.key))
         if self._placed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from ucp.loading.target import Group, Loaded, Member, Slot, Weights
 from ucp.parallel.zero import flat_offsets
 from ucp.spec.factored import kept_axes
 from ucp.storage.dtypes import from_torch, to_torch
+
+_CODES = ("uint8", "int8")
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,17 @@ class Stage0:
                 blank = torch.zeros(shape, dtype=dtype, device=unit.master.device)
                 slots.append(self._slot_apart(next(keys), _Apart(unit, state, blank)))
         return slots
+
+    def with_codes(self, slot: Slot, catalog: Catalog) -> Slot:
+        """A parameter's slot with the element types of codes, as the checkpoint has them: an optimizer that quantises
+        its states (bitsandbytes') and has not stepped does not tell that they will be no floating point."""
+        if slot.key not in self._keys or slot.states:
+            return slot
+        unit = self._units[self._keys.index(slot.key)]
+        info = catalog.parameters.get(self._names[unit.params[0]])
+        if len(unit.params) > 1 or info is None or self._expected(unit).tensors is not None:
+            return slot
+        return replace(slot, states={s: dtype for s, dtype in info.states.items() if dtype in _CODES})
 
     def _cut_as(self, unit: _Unit, state: LogicalTensor, name: str, whole_shapes: Mapping[str, Shape]) -> Shape:
         """What this rank will have of a state of another shape than its parameter's."""
