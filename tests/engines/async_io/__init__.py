@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib.machinery import ExtensionFileLoader
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ _CONSTANT = re.compile(r"^(?:static )?const [\w:]+ (c_\w+) =", re.MULTILINE)
 
 
 def library(folder: Path) -> Path:
-    return folder / NAME / f"{NAME}.so"
+    """The file that is built, for these releases alone."""
+    return folder / NAME / f"{NAME}-{version('deepspeed')}-{version('torch')}.so"
 
 
 def build(folder: Path) -> None:
