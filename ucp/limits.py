@@ -37,8 +37,11 @@ SCRATCH_BYTES = 8 * MIB
 CHUNKS_KEPT_COUNT = 2
 # Whole chunks read at once from a local file: few, so that they are verified while they are in the processor's cache.
 CHUNKS_AT_ONCE_COUNT = 4
-# The same where nothing but the comparison is done: with many threads, fewer calls count more than the cache.
+# The same where nothing but the comparison is done.
 CHUNKS_COMPARED_COUNT = 8
+# Up to so many processors of a rank, chunks are read one by one, so that they stay in a processor's second cache. With
+# more threads, fewer calls count more than that.
+CHUNKS_ONE_BY_ONE_PROCESSORS_COUNT = 4
 # Whole chunks read at once from a URL: many, since every request takes time.
 CHUNKS_FETCHED_COUNT = 32
 # Bytes are read straight into at most so many parts. For more parts they are read once and copied.
@@ -58,8 +61,8 @@ THREADS_MAX_COUNT = 8
 # How much `digest_file` and `verify_range` hold at once: a read of this size costs little beside its hashing.
 DIGEST_BATCH_BYTES = 16 * MIB
 
-# How much of a record with a CRC-32 is read at once, and checked while it is in the processor's cache.
-RECORD_STEP_BYTES = 4 * MIB
+# How much of a record with a CRC-32 is read at once, and checked while it is in the processor's second cache.
+RECORD_STEP_BYTES = 1 * MIB
 # A load reads what it lacks of a record, to compare the CRC-32, if that is at most this part of the record (padding).
 RECORD_MISSING_PART = 1 / 32
 # Pickles are kept to copy what came of them, if other files have the same ones: how long one may be together with what
@@ -210,8 +213,10 @@ LOAD_FILLING_THREADS_COUNT = 12
 LOAD_WINDOWS_AHEAD_COUNT = 4
 # Tensors on a device begin at such multiples in a window that holds several of them.
 WINDOW_ALIGNMENT_BYTES = 64
-# The size of the pieces in which several threads touch the memory that tensors get.
-HOST_MEMORY_PIECE_BYTES = 16 * MIB
+# The size of the pieces in which tensors get memory ahead of its use, and by which kinds of pages are tried.
+HOST_MEMORY_PIECE_BYTES = 4 * MIB
+# Huge pages that come slower than this are compared with ordinary ones, which take about 0.5e-9.
+SLOW_PAGES_SECONDS_PER_BYTE = 1e-9
 # Memory of this size or more gets pages of its own.
 OWN_PAGES_BYTES = 1 * MIB
 # Tensors in one memory begin at multiples of a processor's cache line.
@@ -365,6 +370,11 @@ def ranks_here() -> int:
         return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
     except ValueError:
         return 1
+
+
+def chunks_at_once(most: int) -> int:
+    """How many chunks of a local file to read at once, at most so many."""
+    return 1 if processors() // ranks_here() <= CHUNKS_ONE_BY_ONE_PROCESSORS_COUNT else most
 
 
 def digesters() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,10 +34,49 @@ def test_the_quicker_pages_are_taken() -> None:
     pages = Memory()
     if len(pages.cost) < 2:
         pytest.skip("no huge pages here")
+    assert pages.is_huge
     pages.cost = {True: 1.0, False: 0.0}
-    pages.take(64 << 20)
+    huge = _huge_bytes(pages.take(64 << 20).fill_(1))
     assert pages.cost[True] == 1.0  # never tried again while ordinary ones are quicker
     assert 0 < pages.cost[False] < 1
+    assert not pages.is_huge
+    assert huge == 0
+    pages.cost = {True: 2.0, False: 3.0}
+    assert pages.is_huge
+
+
+def test_the_kind_of_pages_holds_for_what_comes_later() -> None:
+    """A take tries a piece at most. The rest comes when it is written, in pages of the same kind."""
+    pages = Memory()
+    if len(pages.cost) < 2 or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("no huge pages here")
+    pages.cost = {True: 1e-12, False: 0.0}
+    taken = pages.take(64 << 20)
+    assert _resident(taken) == 0
+    assert _huge_bytes(taken.fill_(1)) >= 32 << 20  # the system may have too few for all of it
+    assert pages.cost == {True: 1e-12, False: 0.0}
+
+
+def _huge_bytes(tensor: torch.Tensor) -> int:
+    return _of_mapping(tensor, "AnonHugePages")
+
+
+def _resident(tensor: torch.Tensor) -> int:
+    return _of_mapping(tensor, "Rss")
+
+
+def _of_mapping(tensor: torch.Tensor, what: str) -> int:
+    """What the system says of the mappings that lie within a tensor, in bytes."""
+    low, high = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if not name.endswith(":"):
+            begin, end = (int(edge, 16) for edge in name.split("-"))
+            inside = low <= begin and end <= high
+        elif inside and name == f"{what}:":
+            found += int(line.split()[1]) << 10
+    return found
 
 
 @pytest.mark.parametrize("nbytes", [0, 5, (1 << 20) + 3, 3 << 20, 40 << 20])
@@ -78,24 +118,27 @@ def test_memory_to_come_is_memory_when_it_is_taken() -> None:
     assert bool((taken == 7).all())
 
 
-def test_memory_that_nobody_waits_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread gets one more piece at most, and ends."""
+@pytest.mark.parametrize("taken", [False, True])
+def test_memory_is_got_ahead_only_while_nobody_works_with_it(monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    """The thread gets one more piece at most, and ends: if some is taken, or nobody waits for it any more."""
     first, go = threading.Event(), threading.Event()
     pieces: list[int] = []
 
-    def by_pieces(_: Memory, tensors: list[torch.Tensor]) -> Iterator[None]:
-        for tensor in tensors:
-            pieces.append(len(tensor))
-            first.set()
-            go.wait()
-            yield
+    def by_pieces(_: Memory, tensor: torch.Tensor) -> Iterator[None]:
+        pieces.append(len(tensor))
+        first.set()
+        go.wait()
+        yield
 
     monkeypatch.setattr(Memory, "ready_by_pieces", by_pieces)
     before = set(threading.enumerate())
     coming = MemoryToCome({"a": 4 << 20, "b": 2 << 20})
     first.wait()
     (thread,) = set(threading.enumerate()) - before
-    del coming
+    if taken:
+        assert coming.take("b", 2 << 20) is not None
+    else:
+        del coming
     go.set()
     thread.join()
     assert pieces == [4 << 20]

@@ -2,7 +2,10 @@
 
 Getting the memory is a third of a load from a warm page cache. Huge pages usually come three times as fast as ordinary
 ones. They are several times slower if the system has to compact memory for them, or if a hypervisor to which free pages
-were given back has to find them. A few milliseconds show which is the case, so both kinds are tried.
+were given back has to find them. A few milliseconds show which is the case: if they are slow, both kinds are tried.
+
+Pages come when they are written for the first time, by what is read into them. So they are still in the processor's
+cache then, and all threads that read get some. Only where there is time to spare they come before.
 """
 
 from __future__ import annotations
@@ -21,18 +24,26 @@ import torch
 from ucp import limits
 
 HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
+ORDINARY = getattr(mmap, "MADV_NOHUGEPAGE", None)
 POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14 on; Python's mmap does not name it
 _kernel = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 class Memory:
-    """Gets memory whose pages are already there. Each load has one, which remembers which pages are fast now.
+    """Gives memory in the kind of pages that is fast. Each load has one, which remembers which kind that is now.
 
-    cost: seconds per byte for the last piece of huge (True) and of ordinary pages (False); 0 if not tried yet.
+    cost: a processor's seconds per byte for the last piece of huge (True) and of ordinary pages (False); 0 if not tried
+    yet.
     """
 
     def __init__(self) -> None:
         self.cost = {True: 0.0, False: 0.0} if HUGE is not None else {False: 0.0}
+
+    @property
+    def is_huge(self) -> bool:
+        """Whether huge pages are taken next."""
+        huge = self.cost.get(True)
+        return huge is not None and (huge < limits.SLOW_PAGES_SECONDS_PER_BYTE or huge < self.cost[False])
 
     def take(self, nbytes: int) -> torch.Tensor:
         """This many zero bytes, flat."""
@@ -55,66 +66,73 @@ class Memory:
         return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Get the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""
-        for _ in self.ready_by_pieces(tensors):
-            pass
-
-    def ready_by_pieces(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """`ready`, one piece at a time."""
-        size = limits.HOST_MEMORY_PIECE_BYTES
+        """Choose the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""
         for begin, end in joined(map(_pages, tensors)):
-            if end - begin < limits.OWN_PAGES_BYTES:
-                continue
-            cuts = [begin, *range((begin // size + 1) * size, end, size), end]
-            for low, high in itertools.pairwise(cuts):
-                self._populate(low, high - low)
-                yield
+            if end - begin >= limits.OWN_PAGES_BYTES:
+                pieces = self._populated(begin, end)
+                while not self._is_known and next(pieces, self) is not self:
+                    pass
+                self._advise(begin, end)
 
-    def _populate(self, address: int, count: int) -> None:
-        huge = min(self.cost, key=lambda kind: self.cost[kind])
-        began = time.perf_counter()
-        # A kernel that lacks these calls gives the pages when they are written.
-        if huge and HUGE is not None:
-            _madvise(address, count, HUGE)
-        _madvise(address, count, POPULATE)
-        self.cost[huge] = (time.perf_counter() - began) / count
+    def ready_by_pieces(self, tensor: torch.Tensor) -> Iterator[None]:
+        """Get the pages of a tensor as for `ready`, one piece at a time."""
+        yield from self._populated(*_pages(tensor))
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether another trial would not change which pages are taken."""
+        return self.cost[self.is_huge] > 0
+
+    def _populated(self, begin: int, end: int) -> Iterator[None]:
+        size = limits.HOST_MEMORY_PIECE_BYTES
+        for low, high in itertools.pairwise([begin, *range((begin // size + 1) * size, end, size), end]):
+            huge = self.is_huge
+            began = time.thread_time()
+            # A kernel that lacks these calls gives the pages when they are written.
+            self._advise(low, high)
+            _madvise(low, high - low, POPULATE)
+            self.cost[huge] = max(time.thread_time() - began, 1e-9) / (high - low)
+            yield
+
+    def _advise(self, begin: int, end: int) -> None:
+        advice = HUGE if self.is_huge else ORDINARY
+        if advice is not None:
+            _madvise(begin, end - begin, advice)
 
 
 class MemoryToCome:
     """Memory that will be needed, whose pages a thread gets while something else is done: `Memory.take` by keys.
 
     A load works out what it does with one processor at most, and waits for the rank that opens the checkpoint. The
-    thread ends early if nobody has this object any more.
+    thread ends once some of the memory is taken, since then there is other work, or nobody has this object any more.
     """
 
     def __init__(self, sizes: Mapping[Any, int]) -> None:
-        rooms = {key: _mapped(size) for key, size in sizes.items() if size >= limits.OWN_PAGES_BYTES}
-        self._rooms = {key: (room, threading.Event()) for key, room in rooms.items()}
-        if rooms:
-            given = weakref.ref(self), list(self._rooms.values())
+        self._rooms = {key: _mapped(size) for key, size in sizes.items() if size >= limits.OWN_PAGES_BYTES}
+        self._memory = Memory()
+        self._taken = threading.Event()
+        if self._rooms:
+            given = weakref.ref(self), self._memory, self._taken, list(self._rooms.values())
             threading.Thread(target=_get_pages, args=given, name="ucp-memory", daemon=True).start()
 
     def take(self, key: object, nbytes: int) -> torch.Tensor | None:
-        """The memory of this key, once its pages are there. It is the caller's then. None if there is none of this
-        size."""
-        room, there = self._rooms.pop(key, (None, None))
-        if room is None or there is None or len(room) != nbytes:
+        """The memory of this key, of whose pages some may be there. It is the caller's then. None if there is none of
+        this size."""
+        room = self._rooms.pop(key, None)
+        if room is None or len(room) != nbytes:
             return None
-        there.wait()
+        self._taken.set()
+        self._memory.ready([room])
         return room
 
 
-def _get_pages(owner: weakref.ref[MemoryToCome], rooms: Sequence[tuple[torch.Tensor, threading.Event]]) -> None:
-    memory = Memory()
-    try:
-        for room, there in rooms:
-            for _ in memory.ready_by_pieces([room]):
-                if owner() is None:
-                    return
-            there.set()
-    finally:
-        for _, there in rooms:  # whatever went wrong, nobody waits for this thread
-            there.set()
+def _get_pages(
+    owner: weakref.ref[MemoryToCome], memory: Memory, taken: threading.Event, rooms: Sequence[torch.Tensor]
+) -> None:
+    for room in rooms:
+        for _ in memory.ready_by_pieces(room):
+            if owner() is None or taken.is_set():
+                return
 
 
 def _mapped(nbytes: int) -> torch.Tensor:

@@ -104,7 +104,7 @@ def with_costs(own: ReadFacts, reader: Reader, compared: Ranges, threads: int) -
     began = time.perf_counter()
     compare(reader, some, threads)
     again = time.perf_counter()
-    Memory().take(limits.TRIAL_BYTES)
+    Memory().take(limits.TRIAL_BYTES).zero_()
     held = time.perf_counter()
     return replace(own, again_costs=(again - began) / nbytes(some), hold_costs=(held - again) / limits.TRIAL_BYTES)
 

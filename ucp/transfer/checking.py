@@ -128,8 +128,9 @@ def compare(reader: Reader, ranges: Ranges, threads: int) -> None:
 
 def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
     """The ranges in pieces for one read each: (file, first byte, bytes)."""
+    near = limits.chunks_at_once(limits.CHUNKS_COMPARED_COUNT)
     for file, held in ranges.items():
-        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if reader.is_far(file) else limits.CHUNKS_COMPARED_COUNT)
+        size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if reader.is_far(file) else near)
         for low, high in held:
             for at in range(low, high, size):
                 yield file, at, min(size, high - at)

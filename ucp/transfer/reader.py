@@ -60,6 +60,7 @@ class Reader:
         self._again = False
         self._paths = [f.path for f in catalog.files]
         self._files = files
+        self._at_once = limits.chunks_at_once(limits.CHUNKS_AT_ONCE_COUNT)
         self._computed = dict(catalog.computed)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
         self.records = RecordChecks(catalog.crc_records if verify else {}, self._paths, files, keeps_pieces)
@@ -149,7 +150,7 @@ class Reader:
             self._count(0.0, digested=stop - at)
             return
         rest = deque(parts)
-        most = limits.CHUNKS_FETCHED_COUNT if self._files.is_far(path) else limits.CHUNKS_AT_ONCE_COUNT
+        most = limits.CHUNKS_FETCHED_COUNT if self._files.is_far(path) else self._at_once
         while at < stop:
             index, within = divmod(at, CHUNK)
             end = min((index + 1) * CHUNK, stop)
@@ -186,7 +187,7 @@ class Reader:
         """Bytes of a file without digests, which may lie in records with CRC-32s."""
         checked = self.records.covers(file)
         for part in parts:
-            step = limits.RECORD_STEP_BYTES if checked and not self._files.is_far(path) else len(part)
+            step = limits.RECORD_STEP_BYTES * self._at_once if checked and not self._files.is_far(path) else len(part)
             for at in range(0, len(part), step or 1):
                 piece = part[at : at + step]
                 self._files.read_into(path, offset + at, piece.data)
