@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "notes": [
             "ratio: to DeepSpeed's native load, with FSDP2 to DCP's; the median of the turns' own ratios",
             "host MiB: a rank's anonymous memory at its peak, device MiB: allocated there, both over those before",
+            "the plain reader plans, opens and agrees upon nothing: what a load on these processors takes at least",
             "in place: a state dict of live tensors; resume: model and optimizer, which has no states yet",
             *(f"{work.label}: {_phases(turns[work.label])}" for work in works if "stages" in turns[work.label][0]),
             "limits, all ranks together: " + ", ".join(f"{name} {found:.1f} GB/s" for name, found in limits.items()),
@@ -86,6 +87,8 @@ def _works(args: argparse.Namespace) -> list[Work]:
             Work(f"ours, ZeRO-1 on {saved} to ZeRO-3 on {here}", native, "load", source),
             Work(f"ours, universal to ZeRO-3 on {here}", native, "load", universal),
         ]
+        if args.device == "cpu":
+            works.append(Work("a plain reader of the same bytes, checked, rounded", native, "plain", universal))
     for kind, into in (("in-place", "live"), ("resume", "new")):
         if kind in chosen:
             dcp, ours = bench_data.dcp(args), bench_data.fsdp(args)
