@@ -34,6 +34,7 @@ FLOORS = {
         "ucp.tested",
         "ucp.units",
         "ucp.progress",
+        "ucp.columns",
         "ucp.interpreter",
         "ucp.installed",
         "ucp.version",

@@ -102,7 +102,7 @@ class Digest(NamedTuple):
             wrong = next(text for text in texts if len(text) != 32 or text.strip(_HEXADECIMAL))
             raise ValueError(f"{wrong[:40]!r} is no logical digest: 32 hexadecimal digits are one")
         numbers = np.frombuffer(bytes.fromhex(joined), ">u8").tolist()
-        return list(map(cls, numbers[::2], numbers[1::2]))
+        return list(map(cls._make, zip(numbers[::2], numbers[1::2], strict=True)))
 
 
 def total(parts: Iterable[Digest]) -> Digest:

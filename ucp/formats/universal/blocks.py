@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,16 @@ from ucp.geometry import Blocks, Ints, Shape, dense_strides, empty
 from ucp.storage.dtypes import itemsize
 
 
+class _Encoded(NamedTuple):
+    """Blocks as the manifest has them. odd: those that do not lie densely, and their strides."""
+
+    odd: list[int]
+    strides: list[int]
+    file: list[int]
+    starts: list[int]
+    box: list[int]
+
+
 def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     """The manifest's columns."""
     file: list[int] = []
@@ -20,14 +30,23 @@ def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     boxes: list[int] = []
     strided: list[int] = []
     strides: list[int] = []
+    # By the blocks themselves, which tensors that are cut alike may share.
+    known: dict[int, _Encoded] = {}
     for tensor in tensors:
         b = tensor.blocks
-        odd = np.flatnonzero(np.any((b.strides != dense_strides(b.sizes)) & (b.sizes > 1), axis=1))
-        strided += (odd + len(file)).tolist()
-        strides += b.strides[odd].ravel().tolist()
-        file += b.buffers.tolist()
-        byte += (tensor.bases + b.starts * itemsize(tensor.dtype)).tolist()
-        boxes += np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
+        own = known.get(id(b))
+        if own is None:
+            odd = np.flatnonzero(np.any((b.strides != dense_strides(b.sizes)) & (b.sizes > 1), axis=1))
+            box = np.concatenate([b.offsets, b.sizes], axis=1).ravel().tolist()
+            own = _Encoded(odd.tolist(), b.strides[odd].ravel().tolist(), b.buffers.tolist(), b.starts.tolist(), box)
+            known[id(b)] = own
+        width = itemsize(tensor.dtype)
+        if own.odd:
+            strided += [k + len(file) for k in own.odd]
+            strides += own.strides
+        file += own.file
+        byte += [base + start * width for base, start in zip(tensor.bases.tolist(), own.starts, strict=True)]
+        boxes += own.box
     return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
 
 

@@ -21,7 +21,7 @@ from ucp.errors import DamagedCheckpoint, SaveFailed
 from ucp.formats.shared.apart import COMPUTED_ANEW
 from ucp.formats.shared.training_state import Tensors, encode
 from ucp.formats.universal import manifest, schema
-from ucp.geometry import concat, empty
+from ucp.geometry import Blocks, concat, empty
 from ucp.logical.record import Recorded
 from ucp.storage import locations, plain
 from ucp.storage.digests import ChunkDigests
@@ -124,21 +124,30 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     known: dict[str, ParameterInfo] = {}
     for rank, share in enumerate(shares):
         _add_parameters(known, share, rank)
-    parameters = {name: replace(info, scalars=_scalars(name, shares)) for name, info in known.items()}
+    parameters = {
+        # A value that the first rank has is that rank's.
+        name: info
+        if info.scalars.keys() == (scalars := _scalars(name, shares)).keys()
+        else replace(info, scalars=scalars)
+        for name, info in known.items()
+    }
+    shift = _Shift()
     tensors: dict[tuple[str, str], LogicalTensor] = {}
     for key, tensor in {key: t for share in reversed(shares) for key, t in share.tensors.items()}.items():
         # A rank that holds nothing of a parameter may not know what states it has.
-        held = [share.tensors.get(key, _nothing_of(tensor)) for share in shares]
+        held = [share.tensors.get(key) or _nothing_of(tensor) for share in shares]
         odd = next((rank for rank, t in enumerate(held) if t.dtype != tensor.dtype), None)
         if odd is not None:
             raise SaveFailed(
                 f"'{key[0]}' ({key[1]}) is {tensor.dtype} on rank 0 and {held[odd].dtype} on rank {odd}; nothing was "
                 "saved"
             )
-        shifted = [
-            replace(t.blocks, buffers=t.blocks.buffers + base) for t, base in zip(held, bases.tolist(), strict=False)
-        ]
-        blocks = concat(shifted, len(tensor.shape))
+        if len(held) == 1:
+            tensors[key] = tensor
+            continue
+        blocks = concat(
+            (shift.by(base, t.blocks) for t, base in zip(held, bases.tolist(), strict=False)), len(tensor.shape)
+        )
         bases_of = np.concatenate([t.bases for t in held])
         tensors[key] = replace(tensor, blocks=blocks, bases=bases_of, digest=_digest(held))
     bare = next((name for name in parameters if (name, "param") not in tensors), None)
@@ -148,6 +157,19 @@ def _join(shares: Sequence[Catalog]) -> Catalog:
     for base, share in zip(bases.tolist(), shares, strict=False):
         digests.update({base + k: table for k, table in share.chunk_digests.items()})
     return replace(first, files=tuple(files), parameters=parameters, tensors=tensors, chunk_digests=digests)
+
+
+class _Shift:
+    """Blocks whose files' numbers are changed. Tensors that share their blocks share the result."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Blocks, Blocks]] = {}  # with the blocks, which are kept while this is
+
+    def by(self, base: int, blocks: Blocks) -> Blocks:
+        key = base, id(blocks)
+        if key not in self._known:
+            self._known[key] = blocks, replace(blocks, buffers=blocks.buffers + base)
+        return self._known[key][1]
 
 
 def _digest(held: Sequence[LogicalTensor]) -> Recorded | None:

@@ -11,9 +11,11 @@ has each tensor's first block. Digests of a scheme that a reader doesn't know ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from ucp.catalog import LogicalTensor
+from ucp.columns import made_of
 from ucp.errors import DamagedCheckpoint
 from ucp.logical.digest import SCHEME, Digest
 from ucp.logical.record import Recorded
@@ -23,6 +25,9 @@ NAME = "logical_digests"
 
 _SCHEMES = {SCHEME: True, f"{SCHEME}-spread": False}
 """By their names: whether the sample has each tensor's first block."""
+
+
+_NONE = str(Digest())
 
 
 def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
@@ -56,22 +61,22 @@ def decode(path: str, body: Mapping[str, Any], count: int) -> list[Recorded | No
     if type(seed) is not int or not 0 <= seed < 1 << 64 or type(every) is not int or not 1 <= every < 1 << 31:
         raise DamagedCheckpoint(f"{path}: '{NAME}' has the sample {seed!r}, {every!r}; the manifest is damaged")
     sample = Sample(seed, every, _SCHEMES[scheme])
-    columns = [_column(path, found, name, count) for name in ("whole", "sampled")]
-    return [
-        None if whole is None or sampled is None else Recorded(whole, sampled, sample)
-        for whole, sampled in zip(*columns, strict=True)
-    ]
+    whole, sampled = (_column(path, found, name, count) for name in ("whole", "sampled"))
+    both: list[Recorded | None] = list(made_of(Recorded, count, whole, sampled, repeat(sample)))
+    if None in found["whole"] or None in found["sampled"]:
+        return [
+            None if first is None or second is None else one
+            for one, first, second in zip(both, found["whole"], found["sampled"], strict=True)
+        ]
+    return both
 
 
-def _column(path: str, found: dict[str, Any], name: str, count: int) -> list[Digest | None]:
+def _column(path: str, found: dict[str, Any], name: str, count: int) -> list[Digest]:
+    """One column; a tensor without a digest has that of nothing in it."""
     values = found.get(name)
     if not isinstance(values, list) or len(values) != count:
         raise DamagedCheckpoint(f"{path}: '{NAME}.{name}' has not {count} entries; the manifest is damaged")
-    known = [k for k, value in enumerate(values) if value is not None]
-    out: list[Digest | None] = [None] * count
     try:
-        for k, digest in zip(known, Digest.parse_all([str(values[k]) for k in known]), strict=True):
-            out[k] = digest
+        return Digest.parse_all([_NONE if value is None else str(value) for value in values])
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: '{NAME}.{name}': {error}; the manifest is damaged") from error
-    return out

@@ -26,6 +26,7 @@ from itertools import chain
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
+from ucp.columns import made_of
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 from ucp.formats.universal import approximate, blocks, logical, training
 from ucp.formats.universal.fields import LIMIT, Fields
@@ -308,11 +309,10 @@ def _decode_parameters(fields: Fields) -> tuple[list[ParameterInfo], list[dict[s
     if odd is not None:
         raise fields.damaged(f"'scalars[{odd}]' is not an object")
     states: list[dict[str, str]] = [{} for _ in names]
-    columns = zip(names, _decode_shapes(fields, names, shapes), states, kinds, which.tolist(), strict=True)
-    out = [
-        ParameterInfo(name, shape, kept, kind, shared[scalar], tuple(aliases.get(name, ())))
-        for name, shape, kept, kind, scalar in columns
-    ]
+    scalars = [shared[scalar] for scalar in which.tolist()]
+    others = [tuple(aliases[name]) if name in aliases else () for name in names]
+    whole = _decode_shapes(fields, names, shapes)
+    out = made_of(ParameterInfo, len(names), names, whole, states, kinds, scalars, others)
     return out, states
 
 
@@ -346,13 +346,14 @@ def _decode_tensors(
     dtype = fields.integers("tensors", "dtype", count, below=len(dtypes))
     shapes = [parameters[p].shape for p in parameter.tolist()]
     placed = blocks.decode(fields, shapes, fields.integers("tensors", "blocks", count), files)
-    out: dict[tuple[str, str], LogicalTensor] = {}
     digests = logical.decode(fields.path, fields.body, count)
-    rows = zip(parameter.tolist(), state.tolist(), dtype.tolist(), placed, digests, strict=True)
-    for p, s, d, (held, bases), digest in rows:
-        info, key, kind = parameters[p], states[s], dtypes[d]
-        name = info.name
-        out[name, key] = LogicalTensor(name, key, info.shape, kind, held, bases, digest)
+    names = [parameters[p].name for p in parameter.tolist()]
+    of = [states[s] for s in state.tolist()]
+    kinds = [dtypes[d] for d in dtype.tolist()]
+    bases = [base for _, base in placed]
+    tensors = made_of(LogicalTensor, count, names, of, shapes, kinds, [held for held, _ in placed], bases, digests)
+    out = dict(zip(zip(names, of, strict=True), tensors, strict=True))
+    for p, key, kind in zip(parameter.tolist(), of, kinds, strict=True):
         kept[p][key] = kind
     if len(out) < count:
         times = Counter(zip(parameter.tolist(), state.tolist(), strict=True))
