@@ -11,10 +11,10 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ _WORTH_A_THREAD = 128 << 20
 _logger = logger(__name__)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class LiveElements:
+class LiveElements(NamedTuple):
     """Elements of a logical tensor in memory, on any device.
 
     tensor: the memory, read as one flat row-major buffer. blocks: which elements of the logical tensor of this shape
@@ -81,11 +80,14 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
     """
     out: list[Digest] = [Digest()] * len(lives)
     by_device: dict[torch.device, list[int]] = {}
-    for k, live in enumerate(lives):
-        if len(live.blocks):
+    host = [k for k, live in enumerate(lives) if live.tensor.is_cpu]
+    if host:
+        by_device[torch.device("cpu")] = host
+    for k, live in enumerate(lives) if len(host) < len(lives) else ():
+        if not live.tensor.is_cpu and len(live.blocks):
             by_device.setdefault(live.tensor.device, []).append(k)
     for device, members in by_device.items():
-        own = [lives[k] for k in members]
+        own = lives if len(members) == len(lives) else [lives[k] for k in members]
         made = _on_host(own, sample, threads) if device.type in ("cpu", "mps") else on_device(own, sample)
         for k, found in zip(members, made, strict=True):
             out[k] = found
@@ -151,18 +153,19 @@ class _Lists:
         self._sample = sample
         self._known: dict[tuple[Any, ...], list[Run] | None] = {}
         # The same, by the blocks themselves, which tensors that are cut alike may share. They are kept while this is.
-        self._of_blocks: dict[tuple[int, Shape, int], tuple[Blocks, list[Run] | None]] = {}
+        self._of_blocks: dict[tuple[Any, ...], tuple[Blocks, list[Run] | None]] = {}
 
     def of(self, live: LiveElements) -> list[Run] | None:
         """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the
         bytes that are digested: where elements are converted first, those after that."""
-        if not live.tensor.is_contiguous() or len(live.blocks) > FEW:
+        if not live.tensor.is_contiguous():
             return None
-        blocks, width = live.blocks, live.width
-        same = id(blocks), live.shape, width
+        blocks = live.blocks
+        same = id(blocks), live.shape, live.tensor.dtype, live.dtype, live.back
         known = self._of_blocks.get(same)
         if known is None:
-            known = self._of_blocks[same] = blocks, self._find(live, blocks, width)
+            listed = None if len(blocks) > FEW else self._find(live, blocks, live.width)
+            known = self._of_blocks[same] = blocks, listed
         return known[1]
 
     def _find(self, live: LiveElements, blocks: Blocks, width: int) -> list[Run] | None:
@@ -188,8 +191,8 @@ class _Lists:
         return [(source + first * width, place, size) for source, place, size in found]
 
 
-_Few = tuple[int, list[Run]]
-"""The number of a tensor in host memory, and its few runs."""
+_Few = tuple[int, list[Run], int]
+"""The number of a tensor in host memory, its few runs, and their bytes."""
 
 
 def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
@@ -199,10 +202,14 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     lists = _Lists(sample)
     for k, live in enumerate(lives):
         listed = lists.of(live)
-        if listed is None or (sample is None and _nbytes(listed) >= _TOGETHER):
+        if listed is None:
             large.append(k)
         elif listed:
-            few.append((k, listed))
+            nbytes = listed[0][2] if len(listed) == 1 else sum([size for _, _, size in listed])
+            if sample is None and nbytes >= _TOGETHER:
+                large.append(k)
+            else:
+                few.append((k, listed, nbytes))
     out = [Digest()] * len(lives)
     shares = _shares(few, threads)
     with ThreadPoolExecutor(len(shares), "ucp-digest") if len(shares) > 1 else nullcontext() as pool:
@@ -214,28 +221,61 @@ def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int)
     return out
 
 
-def _nbytes(listed: list[Run]) -> int:
-    return listed[0][2] if len(listed) == 1 else sum(size for _, _, size in listed)
-
-
 def _shares(few: list[_Few], threads: int) -> list[list[_Few]]:
     """The tensors in as many shares as threads are worth it, with about as many bytes in each."""
-    ends = list(accumulate(_nbytes(listed) for _, listed in few))
+    ends = list(accumulate([nbytes for _, _, nbytes in few]))
     count = min(threads, ends[-1] // _WORTH_A_THREAD + 1) if few else 0
     cuts = [bisect_left(ends, ends[-1] * k // count) for k in range(1, count)]
     return [few[low:high] for low, high in pairwise([0, *cuts, len(few)])] if few else []
 
 
+@torch.no_grad()  # for this thread
 def _together(lives: Sequence[LiveElements], few: list[_Few]) -> list[tuple[int, Digest]]:
     batch = Batch(len(few))
-    for n, (k, listed) in enumerate(few):
+    whole = _WholeTensors(batch)
+    for n, (k, listed, _) in enumerate(few):
         live = lives[k]
-        if live.dtype is None and not live.one_nan:
+        if live.dtype is not None or live.one_nan:
+            for source, place, size in listed:
+                batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
+        elif not whole.takes(n, live.tensor, listed):
             batch.add(n, _flat_bytes(live.tensor), listed)
-            continue
-        for source, place, size in listed:
-            batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
-    return list(zip([k for k, _ in few], batch.finish(), strict=True))
+    whole.flush()
+    return list(zip([k for k, _, _ in few], batch.finish(), strict=True))
+
+
+class _WholeTensors:
+    """Contiguous tensors of whole rows, all of whose bytes are digested: they are put together in one call."""
+
+    _MOST = 1 << 20  # bytes of what is put together
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._tensors: list[torch.Tensor] = []
+        self._owners: list[int] = []
+        self._rows: list[int] = []
+        self._nbytes = 0
+
+    def takes(self, owner: int, tensor: torch.Tensor, listed: list[Run]) -> bool:
+        """Add a tensor, if it is one of those."""
+        if len(listed) > 1:
+            return False
+        ((source, place, size),) = listed
+        if source or place or size % ROW or size > self._MOST or size != tensor.nbytes:
+            return False
+        if self._nbytes + size > self._MOST or (self._tensors and self._tensors[0].dtype != tensor.dtype):
+            self.flush()
+        self._tensors.append(tensor)
+        self._owners.append(owner)
+        self._rows.append(size // ROW)
+        self._nbytes += size
+        return True
+
+    def flush(self) -> None:
+        if self._tensors:
+            flat = torch.cat([one if one.dim() == 1 else one.reshape(-1) for one in self._tensors])
+            self._batch.add_rows(self._owners, self._rows, flat.view(torch.uint8).numpy())
+        self._tensors, self._owners, self._rows, self._nbytes = [], [], [], 0
 
 
 def _flat_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -340,4 +380,4 @@ def digest_every_way(device: torch.device) -> None:
     tensors = [torch.zeros(n, dtype=torch.float32, device=device) for n in sizes]
     lives = [LiveElements(t, tuple(t.shape), whole(t.shape)) for t in tensors]
     on_device(lives)
-    on_device([replace(lives[-1], dtype="bfloat16", rounded=True)])
+    on_device([lives[-1]._replace(dtype="bfloat16", rounded=True)])

@@ -6,8 +6,9 @@ elements hold replicas, which have to agree. Different elements add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,49 @@ Key = tuple[str, ...]
 """A tensor's name and state, and what else tells it from others; the same on all ranks."""
 
 _ROW = np.dtype(
-    [("key", "<u8"), ("region", "<u8"), ("first", "<u8"), ("second", "<u8"), ("elements", "<i8"), ("flawed", "?")]
+    [("key", "<i8"), ("region", "<u8"), ("first", "<u8"), ("second", "<u8"), ("elements", "<i8"), ("flawed", "?")]
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What this rank holds of a tensor. region: `region_of` its blocks. flawed: it is wrong in a way that its digest
-    does not show."""
+@dataclass(frozen=True, eq=False)
+class RankParts:
+    """What this rank holds of tensors, as columns. keys: whose part it is; there may be several of one tensor. digests:
+    (n, 2) both lanes. elements: (n,) of the part. regions: (n,) `region_of` its blocks. flawed: (n,) whether it is
+    wrong in a way that its digest does not show."""
 
-    digest: Digest
-    elements: int
-    region: int
-    flawed: bool = False
+    keys: Sequence[Key]
+    digests: NDArray[np.uint64]
+    elements: NDArray[np.int64]
+    regions: NDArray[np.uint64]
+    flawed: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, keys: Sequence[Key], digests: Sequence[Digest], blocks: Sequence[Blocks], flawed: Collection[int] = ()
+    ) -> RankParts:
+        """Parts that hold these blocks, which tensors that are cut alike may share. flawed: the numbers of those."""
+        ids = list(map(id, blocks))
+        different = dict(zip(ids, blocks, strict=True))
+        known = {number: (found.elements, region_of(found)) for number, found in different.items()}
+        odd = np.zeros(len(ids), bool)
+        odd[list(flawed)] = True
+        return cls(
+            keys,
+            _lanes(digests),
+            np.array([known[number][0] for number in ids], np.int64),
+            np.array([known[number][1] for number in ids], np.uint64),
+            odd,
+        )
+
+    @classmethod
+    def of_region(cls, keys: Sequence[Key], digests: Sequence[Digest], region: int) -> RankParts:
+        """Parts of one region, of which nobody asks how many elements they have."""
+        n = len(keys)
+        return cls(keys, _lanes(digests), np.zeros(n, np.int64), np.full(n, region, np.uint64), np.zeros(n, bool))
+
+
+def _lanes(digests: Sequence[Digest]) -> NDArray[np.uint64]:
+    return np.array(digests, np.uint64).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +92,83 @@ def region_of(blocks: Blocks) -> int:
     return xxhash.xxh3_64_intdigest(blocks.offsets[order].tobytes() + b"/" + blocks.sizes[order].tobytes())
 
 
-def add_up(parts: Mapping[Key, Sequence[Part]]) -> dict[Key, SumOverRanks]:
+@dataclass(frozen=True, eq=False)
+class Sums(Mapping[Key, SumOverRanks]):
+    """The sums of all tensors that any rank has parts of, as columns in the order of the keys.
+
+    The columns are those of `SumOverRanks`: (n, 2) both lanes of digests, and (n,) of the rest.
+    """
+
+    keys_in_order: Sequence[Key]
+    digests: NDArray[np.uint64]
+    elements: NDArray[np.int64]
+    differ: NDArray[np.bool_]
+    flawed: NDArray[np.bool_]
+    every: NDArray[np.uint64]
+    held: NDArray[np.int64]
+
+    @cached_property
+    def _numbers(self) -> Mapping[Key, int]:
+        return {key: k for k, key in enumerate(self.keys_in_order)}
+
+    def __getitem__(self, key: Key) -> SumOverRanks:
+        k = self._numbers[key]
+        digest, every = (Digest(*lanes[k].tolist()) for lanes in (self.digests, self.every))
+        differ, flawed = bool(self.differ[k]), bool(self.flawed[k])
+        return SumOverRanks(digest, int(self.elements[k]), differ, flawed, every, int(self.held[k]))
+
+    def updated(self, others: Sums) -> Sums:
+        """The same, with the others' sums of the keys that they have."""
+        rest = self.without(others)
+        keys = [*rest.keys_in_order, *others.keys_in_order]
+        return Sums(keys, *map(np.concatenate, zip(rest._columns, others._columns, strict=True)))
+
+    def without(self, keys: Collection[Key]) -> Sums:
+        """The same, without the sums of these keys."""
+        if not keys:
+            return self
+        kept = [k for k, key in enumerate(self.keys_in_order) if key not in keys]
+        return Sums([self.keys_in_order[k] for k in kept], *(column[kept] for column in self._columns))
+
+    @property
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self.digests, self.elements, self.differ, self.flawed, self.every, self.held
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys_in_order)
+
+    def __len__(self) -> int:
+        return len(self.keys_in_order)
+
+
+def add_up(parts: RankParts) -> Sums:
     """The sums of all tensors that any rank has parts of, the same on every rank. Collective."""
-    named, _ = ranks.distinct(sorted(key for key, held in parts.items() if held))
-    numbers = {key: _hash(key) for found in named for key in found}
-    keys = {number: key for key, number in numbers.items()}
-    rows = np.array(
-        [
-            (numbers[key], part.region, part.digest.first, part.digest.second, part.elements, part.flawed)
-            for key, held in parts.items()
-            for part in held
-        ],
-        _ROW,
-    )
+    named, _ = ranks.distinct(sorted(set(parts.keys)))
+    keys = named[0] if len(named) == 1 else sorted({key for found in named for key in found})
+    numbers = {key: k for k, key in enumerate(keys)}
+    rows = np.empty(len(parts.keys), _ROW)
+    rows["key"] = list(map(numbers.__getitem__, parts.keys))
+    rows["first"], rows["second"] = parts.digests.T
+    rows["region"], rows["elements"], rows["flawed"] = parts.regions, parts.elements, parts.flawed
     told: list[bytes] = [rows.tobytes()] * ranks.world_size()
     if ranks.world_size() > 1:
         dist.all_gather_object(told, rows.tobytes())
     every = np.frombuffer(b"".join(told), _ROW)
-    _, first, of = np.unique(every[["key", "region"]], return_index=True, return_inverse=True)
-    held = every[first]
+    every = every[np.lexsort((every["region"], every["key"]))]
+    begins = np.ones(len(every), bool)
+    begins[1:] = (every["key"][1:] != every["key"][:-1]) | (every["region"][1:] != every["region"][:-1])
+    held, of = every[begins], np.cumsum(begins) - 1
     differ = (every["first"] != held["first"][of]) | (every["second"] != held["second"][of])
-    odd = set(every["key"][differ].tolist())
-    flawed = set(every["key"][every["flawed"]].tolist())
-    once = _by_key(held)
-    uneven = once if len(held) == len(every) else _by_key(every)
-    return {keys[key]: SumOverRanks(*found, key in odd, key in flawed, *uneven[key]) for key, found in once.items()}
+    odd, flawed = (np.bincount(every["key"][found], minlength=len(keys)) > 0 for found in (differ, every["flawed"]))
+    digests, elements = _by_key(held, len(keys))
+    whole, count = (digests, elements) if len(held) == len(every) else _by_key(every, len(keys))
+    return Sums(keys, digests, elements, odd, flawed, whole, count)
 
 
-def _by_key(rows: NDArray[Any]) -> dict[int, tuple[Digest, int]]:
-    """The digest and the elements of all rows of a key together."""
-    found, of = np.unique(rows["key"], return_inverse=True)
-    sums = np.zeros((3, len(found)), np.uint64)
-    for total, column in zip(sums, ("first", "second", "elements"), strict=True):
-        np.add.at(total, of, rows[column].astype(np.uint64))
-    return {
-        key: (Digest(first, second), count)
-        for key, first, second, count in zip(found.tolist(), *sums.tolist(), strict=True)
-    }
-
-
-def _hash(key: Key) -> int:
-    return xxhash.xxh3_64_intdigest("\0".join(key).encode("utf-8", "surrogatepass"))
+def _by_key(rows: NDArray[Any], keys: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The digest and the elements of all rows of a key together. The rows are in the order of the keys, which all have
+    some."""
+    begins = np.searchsorted(rows["key"], np.arange(keys))
+    lanes = [np.add.reduceat(rows[column], begins) if keys else rows[column] for column in ("first", "second")]
+    elements = np.add.reduceat(rows["elements"], begins) if keys else rows["elements"]
+    return np.stack(lanes, axis=1), elements

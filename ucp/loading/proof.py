@@ -13,11 +13,13 @@ of the bytes that was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
 from ucp.catalog import LogicalTensor
@@ -26,7 +28,8 @@ from ucp.geometry import numel
 from ucp.interpreter import no_collections
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
-from ucp.job.live_sums import Key, Part, SumOverRanks, add_up, region_of
+from ucp.job.live_sums import Key, RankParts, Sums, add_up
+from ucp.loading.held import ROUNDED, HeldTensors, find_held
 from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Target, Weights
 from ucp.logical.digest import Digest
@@ -34,7 +37,6 @@ from ucp.logical.record import drawn
 from ucp.logical.runs import SAMPLE_BLOCK, Sample
 from ucp.storage.dtypes import from_torch, itemsize
 from ucp.transfer.digesting import digest_files
-from ucp.transfer.exact import EXACT
 from ucp.transfer.gather import Want
 from ucp.transfer.reader import Reader
 from ucp.units import bytes_text, counted
@@ -51,7 +53,6 @@ CHOICES = (True, False, ALWAYS, FULL)
 SAMPLED_FROM = 32 << 20
 """Bytes in a rank's host memory from which on they are sampled: fewer take no time."""
 SHOWN = 8
-_ROUNDED = ", rounded"
 
 WEIGHTS, MASTERS = "weights", "masters"
 """In the place of a state: weights that are rounded, and what they are rounded from."""
@@ -80,7 +81,7 @@ class Proof:
     @property
     def rounded(self) -> tuple[str, ...]:
         """What was not proved since it is kept rounded, and what was read for it is no longer there."""
-        return tuple(name for name, why in self.unproved.items() if why.endswith(_ROUNDED))
+        return tuple(name for name, why in self.unproved.items() if why.endswith(ROUNDED))
 
     def __str__(self) -> str:
         text = f"proved: {counted(self.tensors, 'tensor')}, {bytes_text(self.nbytes)} live equal to {self.of}'s"
@@ -110,22 +111,6 @@ def is_wanted(catalog: Catalog, choice: bool | str) -> bool:
     return choice is not False and (choice == ALWAYS or any(t.digest is not None for t in catalog.tensors.values()))
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _LiveCopy:
-    """A tensor of the checkpoint in this rank's memory. turn: its number, if one tensor of the checkpoint fills
-    several. rounded: what the program keeps, if that has fewer bits than what was read. ``live`` is what was read then.
-    """
-
-    tensor: LogicalTensor
-    live: LiveElements
-    turn: int
-    rounded: torch.Tensor | None = None
-
-    @property
-    def key(self) -> Key:
-        return self.tensor.name, self.tensor.state, str(self.turn)
-
-
 @dataclass(frozen=True, eq=False)
 class _Pair:
     """Weights and what they are rounded from. which: tells pairs of one name apart."""
@@ -146,7 +131,7 @@ def sees_all(target: Target, entries: Mapping[Entry, Sequence[Want]]) -> bool:
         memory = target.memory(key, state)
         if memory is None:
             return False
-        if memory.device.type != "cpu":
+        if not memory.is_cpu:
             on_device += memory.nbytes
             continue
         on_host += memory.nbytes
@@ -190,7 +175,7 @@ def _prove(
     alone: bool,
 ) -> Proof:
     unproved: dict[str, str] = {}
-    held: list[_LiveCopy] = []
+    held = HeldTensors()
     pairs: list[_Pair] = []
 
     def found() -> bool:
@@ -201,20 +186,25 @@ def _prove(
     sums = _sums(held, pairs, sample, threads)
     if odd := {key for key in sums if key[1] == WEIGHTS and not _agree(sums, key)}:
         again = [pair for pair in pairs if (pair.name, WEIGHTS, pair.which) in odd]
-        sums.update(_sums([], again, sample, threads, one_nan=True))
-    wanted = _wanted(held, sums, catalog, reader, sample, threads)
+        sums = sums.updated(_sums(HeldTensors(), again, sample, threads, one_nan=True))
+    wanted = _wanted(sums, catalog, reader, sample, threads)
     of = f"step {catalog.training_state.global_steps}"
     if catalog.training_state.global_steps is None:
         of = "the checkpoint"
     if alone:
-        for name, state, _ in [key for key, found in sums.items() if not _is_whole(catalog, key, found)]:
+        parts = [
+            key
+            for key, elements in zip(sums, sums.elements.tolist(), strict=True)
+            if not _is_whole(catalog, key, elements)
+        ]
+        for name, state, _ in parts:
             unproved[f"{name}:{state}"] = "other ranks hold the rest of it, and do not take part"
-        sums = {key: found for key, found in sums.items() if _is_whole(catalog, key, found)}
+        sums = sums.without(set(parts))
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
 def _find(
-    held: list[_LiveCopy],
+    held: HeldTensors,
     pairs: list[_Pair],
     target: Target,
     what: LoadPlan,
@@ -223,47 +213,28 @@ def _find(
     unproved: dict[str, str],
 ) -> None:
     """What was brought to this rank, and the pairs of rounded weights with what they are rounded from."""
-    held += _held(target, what, always, brought, unproved)
+    find_held(held, target, what, always, brought, unproved)
     pairs += [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
-    for copy in held:
-        if copy.rounded is not None:
-            live, name = copy.live, copy.tensor.name
-            weights = Weights(name, (), live.shape, live.tensor, live.blocks, copy.rounded, live.blocks)
-            pairs.append(_Pair(f"copy {copy.turn}", weights))
+    for k, rounded in held.rounded.items():
+        live, name = held.lives[k], held.tensors[k].name
+        weights = Weights(name, (), live.shape, live.tensor, live.blocks, rounded, live.blocks)
+        pairs.append(_Pair(f"copy {held.turns[k]}", weights))
 
 
-def _held(
-    target: Target, what: LoadPlan, always: bool, brought: Mapping[Entry, torch.Tensor], unproved: dict[str, str]
-) -> Iterator[_LiveCopy]:
-    """What was brought to this rank, where it lies now."""
-    turns: dict[tuple[str, str], int] = {}
-    for (key, state, dtype), wants in what.wants.items():
-        memory = target.memory(key, state) if wants else None
-        for want in wants:
-            tensor = want.tensor
-            named = tensor.name, tensor.state
-            turn = turns[named] = turns.get(named, -1) + 1
-            if memory is None:
-                unproved[":".join(named)] = "its memory is not at hand"
-            elif tensor.digest is None and not always:
-                unproved[":".join(named)] = "the checkpoint has no digest of it"
-            elif (own := from_torch(memory.dtype)) == tensor.dtype:
-                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks), turn)
-            elif (tensor.dtype, own) in EXACT:
-                yield _LiveCopy(tensor, LiveElements(memory, tensor.shape, want.blocks, tensor.dtype), turn)
-            elif (read := brought.get((key, state, dtype))) is not None and dtype == tensor.dtype:
-                yield _LiveCopy(tensor, LiveElements(read, tensor.shape, want.blocks), turn, rounded=memory)
-            else:
-                unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}{_ROUNDED}"
-
-
-def _is_much(held: Sequence[_LiveCopy], pairs: Sequence[_Pair]) -> bool:
+def _is_much(held: HeldTensors, pairs: Sequence[_Pair]) -> bool:
     """Whether this rank has so much in host memory that it is to be sampled."""
     here = 0
-    for live in chain((h.live for h in held), (_ends(pair)[0] for pair in pairs)):
-        here += live.nbytes if live.tensor.device.type == "cpu" else 0
-        if here >= SAMPLED_FROM:
-            return True
+    # By the blocks themselves, which tensors that are cut alike may share.
+    elements: dict[int, int] = {}
+    for live in chain(held.lives, (_ends(pair)[0] for pair in pairs)):
+        if live.tensor.is_cpu:
+            blocks = live.blocks
+            count = elements.get(id(blocks))
+            if count is None:
+                count = elements[id(blocks)] = blocks.elements
+            here += count * live.width
+            if here >= SAMPLED_FROM:
+                return True
     return here >= SAMPLED_FROM
 
 
@@ -284,44 +255,34 @@ def _ends(pair: _Pair) -> tuple[LiveElements, LiveElements]:
 
 
 def _sums(
-    held: Sequence[_LiveCopy],
+    held: HeldTensors,
     pairs: Sequence[_Pair],
     sample: Sample | None,
     threads: int,
     *,
     one_nan: bool = False,
-) -> dict[Key, SumOverRanks]:
+) -> Sums:
     """What all ranks hold: of what was brought, and of weights twice, as they are and as their masters give them.
     one_nan: treat all NaNs of weights as equal. Collective, all at once: ranks wait for one another each time."""
     ends = [
-        (key, replace(live, one_nan=one_nan))
+        (key, live._replace(one_nan=one_nan))
         for pair in pairs
         for key, live in zip(
             ((pair.name, WEIGHTS, pair.which), (pair.name, MASTERS, pair.which)), _ends(pair), strict=True
         )
     ]
-    turned = [k for k, h in enumerate(held) if h.live.dtype is not None]
-    lives = [h.live for h in held]
-    lives += [replace(held[k].live, dtype=None) for k in turned]
-    lives += [replace(held[k].live, back=True) for k in turned]
-    lives += [live for _, live in ends]
+    turned = [k for k, live in enumerate(held.lives) if live.dtype is not None]
+    lives = [*held.lives, *(live for _, live in ends)]
+    lives += [held.lives[k]._replace(dtype=None) for k in turned]
+    lives += [held.lives[k]._replace(back=True) for k in turned]
     found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
-    exact = {k: found[len(held) + n] == found[len(held) + len(turned) + n] for n, k in enumerate(turned)}
-    parts: dict[Key, list[Part]] = {}
-    # By the blocks themselves, which tensors that are cut alike may share: elements, region.
-    known: dict[int, tuple[int, int]] = {}
-    of_held = ((h.key, h.live, found[k], not exact.get(k, True)) for k, h in enumerate(held))
-    of_ends = zip(ends, found[len(held) + 2 * len(turned) :], strict=True)
-    for key, live, digest, flawed in chain(of_held, ((*end, digest, False) for end, digest in of_ends)):
-        blocks = live.blocks
-        if len(blocks):
-            if id(blocks) not in known:
-                known[id(blocks)] = live.elements, region_of(blocks)
-            parts.setdefault(key, []).append(Part(digest, *known[id(blocks)], flawed))
-    return add_up(parts)
+    count = len(held.lives) + len(ends)
+    flawed = [k for n, k in enumerate(turned) if found[count + n] != found[count + len(turned) + n]]
+    keys = [*held.keys, *(key for key, _ in ends)]
+    return add_up(RankParts.of(keys, found[:count], [live.blocks for live in lives[:count]], flawed))
 
 
-def _agree(sums: Mapping[Key, SumOverRanks], key: Key) -> bool:
+def _agree(sums: Sums, key: Key) -> bool:
     """Whether weights are equal to their masters, rounded. True if no rank has the masters."""
     name, _, which = key
     masters = sums.get((name, MASTERS, which))
@@ -332,8 +293,7 @@ def _agree(sums: Mapping[Key, SumOverRanks], key: Key) -> bool:
 
 
 def _wanted(
-    held: Sequence[_LiveCopy],
-    sums: Mapping[Key, SumOverRanks],
+    sums: Sums,
     catalog: Catalog,
     reader: Reader,
     sample: Sample | None,
@@ -341,15 +301,16 @@ def _wanted(
 ) -> dict[tuple[str, str], Digest]:
     """The checkpoint's digests of the tensors that are held. Those that are not recorded are computed from the files;
     then it is collective."""
-    names = {(key[0], key[1]) for key in sums} & catalog.tensors.keys()
     out: dict[tuple[str, str], Digest] = {}
     missing: list[LogicalTensor] = []
-    for key in sorted(names):
-        tensor = catalog.tensors[key]
+    for key in {(name, state): None for name, state, _ in sums}:
+        tensor = catalog.tensors.get(key)
+        if tensor is None:
+            continue
         recorded = tensor.digest
         if recorded is not None and sample is None:
             out[key] = recorded.whole
-        elif recorded is not None and recorded.sample == sample:
+        elif recorded is not None and (recorded.sample is sample or recorded.sample == sample):
             out[key] = recorded.sampled
         else:
             missing.append(tensor)
@@ -359,18 +320,36 @@ def _wanted(
             lambda: digest_files(reader, missing, sample=sample, share=rank, shares=world, threads=threads)
         )
         # The rank stands for the region, so that the ranks' shares are added and not taken for replicas.
-        found = add_up({(t.name, t.state): [Part(digest, 0, rank)] for t, digest in zip(missing, mine, strict=True)})
+        found = add_up(RankParts.of_region([(t.name, t.state) for t in missing], mine, rank))
         out.update({(t.name, t.state): found[t.name, t.state].digest for t in missing})
     return out
 
 
-def _is_whole(catalog: Catalog, key: Key, found: SumOverRanks) -> bool:
+def _is_whole(catalog: Catalog, key: Key, elements: int) -> bool:
     tensor = catalog.tensors.get((key[0], key[1]))
-    return tensor is None or found.elements >= numel(tensor.shape)
+    return tensor is None or elements >= numel(tensor.shape)
+
+
+def _as_saved(
+    sums: Sums, wanted: Mapping[tuple[str, str], Digest], catalog: Catalog
+) -> tuple[dict[tuple[str, str], int], list[Key]]:
+    """The tensors that are whole and as they were saved, with their bytes, and the keys of all else."""
+    tensors = [None if key[1] in (WEIGHTS, MASTERS) else catalog.tensors.get((key[0], key[1])) for key in sums]
+    shapes = {shape: numel(shape) for shape in {t.shape for t in tensors if t is not None}}
+    counts = np.array([-1 if t is None else shapes[t.shape] for t in tensors], np.int64)
+    nothing = Digest()
+    digests = np.array([nothing if t is None else wanted[t.name, t.state] for t in tensors], np.uint64).reshape(-1, 2)
+    fine = (sums.elements == counts) & (sums.digests == digests).all(axis=1) & ~sums.differ & ~sums.flawed
+    proved = {
+        (t.name, t.state): count * itemsize(t.dtype)
+        for t, count, is_fine in zip(tensors, counts.tolist(), fine.tolist(), strict=True)
+        if t is not None and is_fine
+    }
+    return proved, [key for key, is_fine in zip(sums, fine.tolist(), strict=True) if not is_fine]
 
 
 def _judged(
-    sums: Mapping[Key, SumOverRanks],
+    sums: Sums,
     wanted: Mapping[tuple[str, str], Digest],
     catalog: Catalog,
     sample: Sample | None,
@@ -379,10 +358,10 @@ def _judged(
 ) -> Proof:
     """The proof. Raises ProofFailed."""
     wrong: list[str] = []
-    proved: dict[tuple[str, str], int] = {}
     weights = 0
-    for key, found in sums.items():
-        name, state, which = key
+    proved, rest = _as_saved(sums, wanted, catalog)
+    for key in rest:
+        found, (name, state, which) = sums[key], key
         if state == MASTERS and (name, WEIGHTS, which) in sums:
             continue
         if state == WEIGHTS and (name, MASTERS, which) in sums:
@@ -421,5 +400,8 @@ def _judged(
         )
     told, _ = ranks.distinct(sorted(unproved.items()))
     why = dict(pair for pairs in told for pair in pairs)
-    seen = sum(proved.values() if sample is None else map(sample.seen, proved.values()))
+    sizes = Counter(proved.values())
+    seen = sum(nbytes * times for nbytes, times in sizes.items())
+    if sample is not None:
+        seen = sum(sample.seen(nbytes) * times for nbytes, times in sizes.items())
     return Proof(of, len(proved), sum(proved.values()), weights, sample, why, seen)

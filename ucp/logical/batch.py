@@ -1,15 +1,17 @@
 """The digests of many buffers with few bytes each: their rows are multiplied and added up together.
 
 Calling for a product of matrices takes as long as multiplying a row of 1 KiB. So tensors of a few KiB, and the blocks
-that a sample picks, are copied one after the other into one memory. Nothing but that copy is done for each of them.
+that a sample picks, are copied one after the other into one memory. Nothing but that copy is done for each of them, and
+of whole tensors not even that: many are given in one memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ucp.geometry import Ints
 from ucp.logical import digest
 from ucp.logical.digest import COLUMNS, DIGITS, LANES, ROW, Bytes, Digest
 from ucp.logical.runs import Run
@@ -54,20 +56,30 @@ class Batch:
                 self._parts.append((index, first, rows))
                 at += take
 
+    def add_rows(self, owners: Sequence[int], counts: Sequence[int], rows: Bytes) -> None:
+        """Add whole rows of several tensors, each from its first row on, which lie one after the other in memory.
+
+        owners: the tensors' numbers. counts: how many rows each has. rows: at most about 1 MiB.
+        """
+        firsts = np.zeros(len(owners), np.int64)
+        self._add(np.array(owners, np.int64), firsts, np.array(counts, np.int64), rows.reshape(-1, ROW))
+
     def finish(self) -> list[Digest]:
         self._flush()
-        return [Digest(first, second) for first, second in self._sums.T.view(np.uint64).tolist()]
+        return list(map(Digest._make, self._sums.T.view(np.uint64).tolist()))
 
     def _flush(self) -> None:
-        if not self._parts:
-            return
-        owners, firsts, rows = np.array(self._parts, np.int64).T
-        begins = np.cumsum(rows) - rows
-        numbers = np.repeat(firsts - begins, rows) + np.arange(self._used)
-        exact = digest.products(self._rows[: self._used].view(np.int32).reshape(-1, COLUMNS))
+        if self._parts:
+            owners, firsts, counts = np.array(self._parts, np.int64).T
+            self._add(owners, firsts, counts, self._rows[: self._used])
+            self._parts.clear()
+            self._used = 0
+
+    def _add(self, owners: Ints, firsts: Ints, counts: Ints, rows: Bytes) -> None:
+        begins = np.cumsum(counts) - counts
+        numbers = np.repeat(firsts - begins, counts) + np.arange(len(rows))
+        exact = digest.products(rows.view(np.int32).reshape(-1, COLUMNS))
         keys = digest.keys_at(numbers)
         for lane in range(LANES):
             own = np.dot(exact[:, lane * DIGITS : (lane + 1) * DIGITS], digest.weights()) * keys[lane]
             np.add.at(self._sums[lane], owners, np.add.reduceat(own, begins))
-        self._parts.clear()
-        self._used = 0

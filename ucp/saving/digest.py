@@ -6,7 +6,7 @@ from ucp.errors import Mismatch
 from ucp.geometry import numel
 from ucp.job import ranks
 from ucp.job.live_digest import LiveElements, digests
-from ucp.job.live_sums import Key, Part, add_up, region_of
+from ucp.job.live_sums import RankParts, add_up
 from ucp.logical.digest import Digest
 from ucp.logical.listing import Digests, TensorDigest
 from ucp.saving.source import Source
@@ -21,11 +21,7 @@ def digest_source(source: Source, *, threads: int = 1) -> Digests:
     held = [h for h in source.holdings if len(h.blocks)]
     lives = [LiveElements(h.tensor, h.shape, h.blocks) for h in held]
     found = ranks.all_or_none(lambda: digests(lives, threads=threads))
-    parts: dict[Key, list[Part]] = {}
-    for h, live, digest in zip(held, lives, found, strict=True):
-        part = Part(digest, int(live.blocks.counts.sum()), region_of(live.blocks))
-        parts.setdefault((h.name, h.state), []).append(part)
-    sums = add_up(parts)
+    sums = add_up(RankParts.of([(h.name, h.state) for h in held], found, [live.blocks for live in lives]))
     described, _ = ranks.distinct(sorted({(h.name, h.state): (h.dtype, h.shape) for h in source.holdings}.items()))
     tensors = []
     for (name, state), (dtype, shape) in dict(pair for pairs in described for pair in pairs).items():
