@@ -249,8 +249,14 @@ class Catalog:
 
     def _check_names(self) -> None:
         """Raise DamagedCheckpoint for a name that is not valid text: nothing could write it."""
-        named = [(name, *info.aliases, *info.states) for name, info in self.parameters.items()]
-        for name in (name for several in named for name in several):
+        names: list[Any] = [*self.parameters]
+        for info in self.parameters.values():
+            names += info.states
+            if info.aliases:
+                names += info.aliases
+        if set(map(type, names)) <= {str} and "".join(names).isascii():
+            return
+        for name in names:
             if not isinstance(name, str) or not (name.isascii() or _is_unicode(name)):
                 raise DamagedCheckpoint(f"the name {name!r} is no text; the checkpoint's metadata is damaged")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ucp.loading.windows import Place, through_windows
 from ucp.storage.dtypes import from_torch, itemsize, to_torch
 from ucp.storage.files import Files
 from ucp.storage.rounding import ROUNDED
-from ucp.transfer.copies import Copy
+from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.gather import fill
 from ucp.transfer.reader import Bytes, Reader
 
@@ -43,7 +44,8 @@ class Brought(LoadedTensors):
     entries: dict[tuple[int, str], Entry] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.entries.update({entry[:2]: entry for entry in (*self.there, *self.later)})
+        for mapping in (self.there, self.later):
+            self.entries.update({(key, state): (key, state, dtype) for key, state, dtype in mapping})
 
     @property
     def as_read(self) -> Mapping[Entry, torch.Tensor]:
@@ -74,20 +76,32 @@ class Brought(LoadedTensors):
         return len(self.entries)
 
     def fill(self, key: int, state: str, live: torch.Tensor) -> None:
-        entry = self.entries[key, state]
-        found = self.there.get(entry)
-        if found is not None and found.data_ptr() == live.data_ptr() and found.device == live.device:
-            return
-        if found is not None:
-            live.detach().copy_(found.view(live.shape))
-            return
+        self.fill_all({(key, state): live})
+
+    def fill_all(self, lives: Mapping[tuple[int, str], torch.Tensor]) -> None:
+        into: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for key, live in lives.items():
+            found = self.there.get(self.entries[key])
+            if found is None:
+                self._read_later(key, live)
+            elif found.data_ptr() != live.data_ptr() or found.device != live.device:
+                into.append(live)
+                values.append(found if live.dim() == 1 else found.view(live.shape))
+        if into:
+            with torch.no_grad():
+                torch._foreach_copy_(into, values)
+
+    def _read_later(self, key: tuple[int, str], live: torch.Tensor) -> None:
+        """Give live memory what was not read yet: straight into it, if it has the same elements in a row."""
+        entry = self.entries[key]
         straight = live.device.type == "cpu" and live.is_contiguous() and from_torch(live.dtype) == entry[2]
-        if found is None and straight and self.share is not None and live.numel() == self.share.length(entry):
+        if straight and self.share is not None and live.numel() == self.share.length(entry):
             flat = live.detach().view(-1)
             clear(self.share, entry, flat)
             self._read(entry, flat)
         else:
-            live.detach().copy_(self[key, state].view(live.shape))
+            live.detach().copy_(self[key].view(live.shape))
 
     def _read(self, entry: Entry, flat: torch.Tensor) -> None:
         if self.reader is not None:
@@ -99,51 +113,73 @@ def bring(share: RankReads, reader: Reader, files: Files, threads: int, memory: 
 
     threads: that read. memory: bytes of host memory that may be taken beyond what is live.
     """
-    by_buffer: dict[int, list[Copy]] = {}
-    for copy in share.copies:
-        by_buffer.setdefault(copy.buffer, []).append(copy)
+    of = _ByBuffer(share.copies, len(share.wants))
     with watch.part("memory"):
         homes = {entry: share.rooms.get(entry) for entry in share.wants}
-        homes |= {e: share.target.home(*e, share.length(e)) for e, room in homes.items() if room is None}
+        for (entry, room), length in zip(homes.items(), share.lengths, strict=True):
+            if room is None:
+                homes[entry] = share.target.home(*entry, length)
         Memory().ready([room for room in share.rooms.values() if is_on_host(room)])
     rounding = _Rounding(share, homes, memory)
+    lengths = share.lengths
     there: dict[Entry, torch.Tensor] = {}
     later: dict[Entry, list[Copy]] = {}
     buffers: list[Bytes] = [np.empty(0, np.uint8)] * len(share.wants)
-    direct: set[int] = set()
+    direct = np.zeros(len(share.wants), bool)
+    partial = set(share.partial)
     places: list[Place] = []
     changed: dict[int, list[Copy]] = {}
     for k, entry in enumerate(share.wants):
-        own = by_buffer.get(k, [])
         flat = homes[entry]
         if flat is not None and from_torch(flat.dtype) != entry[2]:
             if rounding.is_done_in_place(entry, from_torch(flat.dtype)):
-                own = changed[k] = [_rounded(copy, from_torch(flat.dtype)) for copy in own]
+                changed[k] = [_rounded(copy, from_torch(flat.dtype)) for copy in of[k]]
             else:
                 flat = None if entry not in rounding.held else _fresh(share, entry)
         if flat is None and entry in share.shared:
             flat = _fresh(share, entry)
         if flat is None:
-            later[entry] = [replace(copy, buffer=0) for copy in own]
+            later[entry] = [replace(copy, buffer=0) for copy in of[k]]
             continue
         there[entry] = flat
         if is_on_host(flat):
-            clear(share, entry, flat)
+            if entry in share.shared or of.elements[k] < lengths[k]:
+                clear(share, entry, flat)
             buffers[k] = _bytes(flat)
-            direct.add(k)
+            direct[k] = True
         else:
-            places.append(Place(k, flat.view(torch.uint8), share.is_partial(entry), own))
-    copies = [copy for copy in share.copies if copy.buffer in direct and copy.buffer not in changed]
-    copies += [copy for k, own in changed.items() if k in direct for copy in own]
+            places.append(Place(k, flat.view(torch.uint8), k in partial, changed.get(k) or of[k]))
+    rounded = [copy for k, own in changed.items() if direct[k] for copy in own]
+    direct[list(changed)] = False
+    copies = CopyTable.joined([share.copies[direct[share.copies.buffer]], CopyTable.of(rounded)])
     with watched(files, share):
         fill(reader, copies, buffers, threads)
         through_windows(reader, places, threads, memory, watch)
     return Brought(there, later, reader, share)
 
 
+class _ByBuffer:
+    """Copies by the buffers that they fill, of which there are so many. elements: how many each buffer gets."""
+
+    def __init__(self, copies: CopyTable, count: int) -> None:
+        self._copies = copies
+        self.elements = np.bincount(copies.buffer, copies.elements, count).astype(np.int64).tolist()
+
+    @cached_property
+    def _ordered(self) -> tuple[CopyTable, list[int]]:
+        order = np.argsort(self._copies.buffer, kind="stable")
+        ends = np.searchsorted(self._copies.buffer[order], np.arange(len(self.elements) + 1))
+        return self._copies[order], ends.tolist()
+
+    def __getitem__(self, buffer: int) -> CopyTable:
+        """In the order of the files."""
+        copies, ends = self._ordered
+        return copies[ends[buffer] : ends[buffer + 1]]
+
+
 def is_on_host(flat: torch.Tensor) -> bool:
     """Whether files can be read straight into this memory."""
-    return flat.device.type == "cpu"
+    return flat.is_cpu
 
 
 def _bytes(flat: torch.Tensor) -> Bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -108,7 +108,7 @@ def shared_parts(what: LoadPlan, sharing: Sharing) -> dict[Entry, list[Want]]:
                 blocks = part(want.blocks, size, low - at, high - at)
                 at += nbytes_of(want)
                 if len(blocks):
-                    out[entry].append(replace(want, blocks=blocks))
+                    out[entry].append(want._replace(blocks=blocks))
     return out
 
 
@@ -161,7 +161,7 @@ def _sample(parts: Mapping[Entry, Sequence[Want]]) -> tuple[list[Want], int]:
                 width = itemsize(entry[2])
                 first, ends = extents(blocks)
                 low = int(first.min())
-                out.append(replace(want, blocks=blocks.in_buffer(0, -low), base=room))
+                out.append(want._replace(blocks=blocks.in_buffer(0, -low), base=room))
                 room += (int(ends.max()) - low) * width
                 held += int(blocks.counts.sum()) * itemsize(want.tensor.dtype)
     return out, room

@@ -53,17 +53,11 @@ class Memory:
         self.ready([out])
         return out
 
-    def take_all(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """As `take`, for several tensors. They lie one after the other in one memory, which lives as long as any of
-        them."""
-        starts = [
-            0,
-            *itertools.accumulate(
-                -(-size // limits.HOST_ALIGNMENT_BYTES) * limits.HOST_ALIGNMENT_BYTES for size in sizes
-            ),
-        ]
-        memory = self.take(starts[-1])
-        return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    def take_together(self, sizes: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """As `take`, for several tensors, which lie one after the other: their memory, and where in it each begins."""
+        whole = [-(-size // limits.HOST_ALIGNMENT_BYTES) * limits.HOST_ALIGNMENT_BYTES for size in sizes]
+        *starts, end = itertools.accumulate(whole, initial=0)
+        return self.take(end), starts
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
         """Choose the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""

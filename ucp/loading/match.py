@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
@@ -28,18 +29,21 @@ _WEIGHTS = frozenset((PARAM,))
 
 @dataclass(frozen=True)
 class _Sides:
-    """The two sides of a comparison, and its results so far. names: live name -> the checkpoint's. asked: live name ->
-    the states and values that slots say they ask for, all slots of that name together."""
+    """The two sides of a comparison, and its results so far. names: live name -> the checkpoint's."""
 
     catalog: Catalog
     target: Target
     wish: Wish
     names: dict[str, str]
     found: Findings
-    asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
     wants: dict[Entry, list[Want]] = field(default_factory=dict)
     scalars: dict[int, dict[str, Any]] = field(default_factory=dict)
     kept_in: set[Entry] = field(default_factory=set)
+
+    @cached_property
+    def asked(self) -> Mapping[str, frozenset[str]]:
+        """Live name -> the states and values that slots say they ask for, all slots of that name together."""
+        return _asked(self.target)
 
     def may_miss(self, name: str, state: str) -> bool:
         return allowed(self.target.words.spellings(name, state), self.wish.allow_missing)
@@ -52,11 +56,13 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
     """The plan of a load. Raises Mismatch with a list of all that does not fit. Changes nothing, and does not
     communicate."""
     found = Findings(target.words)
-    asked = [*(m.name for s in target.slots for m in s.members), *target.elsewhere]
+    asked = [m.name for s in target.slots for m in s.members] + [*target.elsewhere]
     asked += [name for group in target.groups for name in group.names]
-    sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found, _asked(target))
+    sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found)
     _without_other_padding(sides)
     for slot in target.slots:
+        if _weights_alone(sides, slot):
+            continue
         if slot.asked is None or PARAM in slot.asked.states:
             _weights(sides, slot)
         if slot.kind == "parameter" and wish.states:
@@ -116,12 +122,33 @@ def _without_other_padding(sides: _Sides) -> None:
 # --- weights and buffers ---------------------------------------------------------------------------------------------
 
 
+def _weights_alone(sides: _Sides, slot: Slot) -> bool:
+    """Want a slot's weights, if they are all that it asks for and all that the checkpoint has for it, and alike on both
+    sides, as is usual."""
+    asked = slot.asked
+    if asked is None or asked.values or slot.placed or len(slot.members) != 1 or asked.states != _WEIGHTS:
+        return False
+    (member,) = slot.members
+    source = sides.names.get(member.name)
+    if source is None:
+        return False
+    info, tensor = sides.catalog.parameters[source], sides.catalog.tensors.get((source, PARAM))
+    if tensor is None or info.scalars or len(info.states) > 1:
+        return False
+    if tensor.dtype != slot.dtype or tensor.shape != member.shape:
+        return False
+    sides.wants.setdefault((slot.key, PARAM, slot.dtype), []).append(Want(tensor, member.blocks, slot.dtype))
+    return True
+
+
 def _weights(sides: _Sides, slot: Slot) -> None:
+    dtype = slot.dtype
     for member in slot.members:
         source = sides.names.get(member.name)
         tensor = None if source is None else sides.catalog.tensors.get((source, PARAM))
-        if tensor is not None and _is_alike(slot, member, tensor):
-            sides.wants.setdefault((slot.key, PARAM, slot.dtype), []).append(Want(tensor, member.blocks, slot.dtype))
+        # The checkpoint's weight has the shape and the element type of the one here.
+        if tensor is not None and tensor.shape == member.shape and tensor.dtype == dtype and PARAM not in slot.placed:
+            sides.wants.setdefault((slot.key, PARAM, dtype), []).append(Want(tensor, member.blocks, dtype))
             continue
         item = Item(slot.kind, member.name, member.shape)
         if source is None:
@@ -137,17 +164,11 @@ def _weights(sides: _Sides, slot: Slot) -> None:
         blocks, grows = member.blocks, source in sides.wish.grown and tensor.shape != member.shape
         if grows:
             blocks, _ = restrict(member.blocks, whole(tensor.shape), tensor.shape)
-        dtype = _read_as(sides, slot, replace(item, shape=tensor.shape) if grows else item, tensor)
-        if dtype is not None:
-            want = Want(tensor, blocks, dtype)
+        read_as = _read_as(sides, slot, replace(item, shape=tensor.shape) if grows else item, tensor)
+        if read_as is not None:
             if grows:
-                sides.kept_in.add((slot.key, PARAM, dtype))
-            sides.wants.setdefault((slot.key, PARAM, dtype), []).append(want)
-
-
-def _is_alike(slot: Slot, member: Member, tensor: LogicalTensor) -> bool:
-    """Whether the checkpoint's weight has the shape and the element type of the one here, as nearly all have."""
-    return tensor.shape == member.shape and tensor.dtype == slot.dtype and PARAM not in slot.placed
+                sides.kept_in.add((slot.key, PARAM, read_as))
+            sides.wants.setdefault((slot.key, PARAM, read_as), []).append(Want(tensor, blocks, read_as))
 
 
 def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> str | None:
@@ -178,11 +199,11 @@ def _read_as(sides: _Sides, slot: Slot, item: Item, tensor: LogicalTensor) -> st
 
 def _states(sides: _Sides, slot: Slot) -> None:
     """Compare the optimizer states of one slot. All its members have the same states, and one value of 'step'."""
-    members = [(m, sides.catalog.parameters[sides.names[m.name]]) for m in slot.members if m.name in sides.names]
     if slot.asked is not None:
-        if _only_weights(slot.asked, slot, members):
+        if _only_weights(sides, slot.asked, slot):
             return
         _lacking_all(sides, slot)
+    members = [(m, sides.catalog.parameters[sides.names[m.name]]) for m in slot.members if m.name in sides.names]
     if not members:
         return
     kept = {m.name: set(info.states) - {PARAM} for m, info in members}
@@ -209,14 +230,16 @@ def _states(sides: _Sides, slot: Slot) -> None:
         _want_states(sides, slot, members, sorted(expects))
 
 
-def _only_weights(asked: Asked, slot: Slot, members: Sequence[tuple[Member, ParameterInfo]]) -> bool:
+def _only_weights(sides: _Sides, asked: Asked, slot: Slot) -> bool:
     """Whether weights are all that a slot asks for, and all that the checkpoint has for it."""
-    return (
-        asked.states <= _WEIGHTS
-        and not asked.values
-        and len(members) == len(slot.members)
-        and all(info.states.keys() <= _WEIGHTS and not info.scalars for _, info in members)
-    )
+    if asked.values or not asked.states <= _WEIGHTS:
+        return False
+    for member in slot.members:
+        source = sides.names.get(member.name)
+        info = None if source is None else sides.catalog.parameters[source]
+        if info is None or info.scalars or not info.states.keys() <= _WEIGHTS:
+            return False
+    return True
 
 
 def _unasked_values(sides: _Sides, slot: Slot, member: Member) -> None:
@@ -314,7 +337,7 @@ def _want_states(
         if not having and slot.asked is not None:
             continue
         placed = slot.placed.get(state)
-        places = {} if placed is None else dict(zip(slot.members, placed.blocks, strict=True))
+        places = {} if placed is None else dict(zip(map(id, slot.members), placed.blocks, strict=True))
         dtype = slot.states.get(state, slot.dtype)
         # A state that is not loaded, since the caller allows it, stays as it is, or starts from zero if it is new.
         of_state = sides.wants.setdefault((slot.key, state, dtype), [])
@@ -325,7 +348,7 @@ def _want_states(
             item = Item(slot.kind, member.name, member.shape, state)
             if _read_as(sides, slot, item, tensor) is None:
                 return
-            of_state.append(Want(tensor, places.get(member, member.blocks), dtype))
+            of_state.append(Want(tensor, places.get(id(member), member.blocks), dtype))
 
 
 def _steps_taken(catalog: Catalog) -> int | None:
@@ -356,8 +379,13 @@ def _some_trained(sides: _Sides) -> None:
 def _unused(sides: _Sides) -> None:
     """Note what the checkpoint has and nothing here takes."""
     used = {
-        sides.names[name] for name in (*_with_weights(sides.target), *sides.target.elsewhere) if name in sides.names
+        sides.names[member.name]
+        for slot in sides.target.slots
+        if slot.asked is None or PARAM in slot.asked.states
+        for member in slot.members
+        if member.name in sides.names
     }
+    used |= {sides.names[name] for name in sides.target.elsewhere if name in sides.names}
     owners = _owners(sides)
     wish = sides.wish
     states = {} if wish.states else states_apart(sides.catalog.parameters, sides.catalog.parameters)
@@ -384,13 +412,6 @@ def _unused(sides: _Sides) -> None:
                 sides.found.leaves(item, may)
                 if not may:
                     sides.found.changed("frozen", live)
-
-
-def _with_weights(target: Target) -> Iterator[str]:
-    """The names whose weights are asked for."""
-    for slot in target.slots:
-        if slot.asked is None or PARAM in slot.asked.states:
-            yield from (member.name for member in slot.members)
 
 
 def _owners(sides: _Sides) -> dict[str, str]:

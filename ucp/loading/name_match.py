@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 
 from ucp.catalog import Catalog, bare
 
@@ -15,16 +16,20 @@ def match(catalog: Catalog, targets: Iterable[str], copies: bool = False) -> dic
     checkpoint name is given to two targets, except with ``copies``: then an equal name is given to all that ask.
     """
     targets = list(dict.fromkeys(targets))
-    exact: dict[str, str] = {}
-    for info in catalog.parameters.values():
-        for name in (info.name, *info.aliases):
-            exact[name] = info.name
+    if not targets:
+        return {}
+    exact = {info.name: info.name for info in catalog.parameters.values()}
     out: dict[str, str] = {}
-    used: set[str] = set()
-    for target in targets:
-        if target in exact and (copies or exact[target] not in used):
-            out[target] = exact[target]
-            used.add(exact[target])
+    if any(map(attrgetter("aliases"), catalog.parameters.values())):
+        exact = {n: info.name for info in catalog.parameters.values() for n in (info.name, *info.aliases)}
+        used: set[str] = set()
+        for target in targets:
+            if target in exact and (copies or exact[target] not in used):
+                out[target] = exact[target]
+                used.add(exact[target])
+    else:
+        out = {target: target for target in targets if target in exact}
+        used = set(out)
     rest = [target for target in targets if target not in out]
     if not rest:
         return out

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from ucp import limits
+from ucp.geometry import Ints
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading import exchange
@@ -59,11 +61,12 @@ class RankReads:
         rooms = {}
         with watch.part("memory"):
             for entry in what.wants.keys() - parts.keys():
-                room = target.room(*entry, slots[entry[0]].length_of(entry[1]))
+                key, state, dtype = entry
+                room = target.room(key, state, dtype, slots[key].length_of(state))
                 if room is not None:
                     rooms[entry] = room
-        new = {entry: wants for entry, wants in what.wants.items() if entry in rooms}
-        rest = {entry: wants for entry, wants in what.wants.items() if entry not in rooms}
+        new = {entry: what.wants[entry] for entry in what.wants if entry in rooms} if rooms else {}
+        rest = {entry: what.wants[entry] for entry in what.wants if entry not in rooms} if rooms else what.wants
         return cls._of(target, what, new, {}, rooms), cls._of(target, what, rest, parts, {})
 
     @classmethod
@@ -75,10 +78,10 @@ class RankReads:
         parts: Mapping[Entry, Sequence[Want]],
         rooms: Mapping[Entry, torch.Tensor],
     ) -> RankReads:
-        read = {entry: parts.get(entry, found) for entry, found in entries.items()}
+        read = {entry: parts.get(entry, found) for entry, found in entries.items()} if parts else entries
         wants = [want for found in read.values() for want in found]
         copies = plan(wants, [k for k, found in enumerate(read.values()) for _ in found])
-        to_read = sum(map(exchange.nbytes_of, wants))
+        to_read = int(copies.nbytes.sum())
         total = exchange.nbytes(what, frozenset(entries)) if parts else to_read
         return cls(target, entries, frozenset(parts), copies, total, to_read, what.kept_in, rooms)
 
@@ -91,6 +94,28 @@ class RankReads:
         return self.slots[entry[0]].length_of(entry[1])
 
     @cached_property
+    def sizes(self) -> Sequence[int]:
+        """Bytes of the buffers."""
+        return [length * itemsize(dtype) for length, (_, _, dtype) in zip(self.lengths, self.wants, strict=True)]
+
+    @cached_property
+    def lengths(self) -> Sequence[int]:
+        """Elements of the buffers."""
+        slots = self.slots
+        found = [(slots[key], state) for key, state, _ in self.wants]
+        return [slot.length_of(state) if slot.placed else slot.length for slot, state in found]
+
+    @cached_property
+    def partial(self) -> Sequence[int]:
+        """The numbers of the entries of which some is not read."""
+        slots, kept_in = self.slots, self.kept_in
+        return [
+            k
+            for k, (entry, wants) in enumerate(self.wants.items())
+            if len(wants) < len(slots[entry[0]].members) or entry in kept_in
+        ]
+
+    @cached_property
     def slots(self) -> Mapping[int, Slot]:
         return {slot.key: slot for slot in self.target.slots}
 
@@ -101,17 +126,18 @@ class RankReads:
     @property
     def held(self) -> int:
         """Bytes of fresh host memory that `hold` takes."""
-        return sum(map(self.size, self.wants))
+        return sum(self.sizes)
 
 
 def hold(share: RankReads, reader: Reader, files: Files, threads: int) -> dict[Entry, torch.Tensor]:
     """Read everything into host memory: the slots, flat. Elements for which nothing is read keep their current values.
     If ranks share the reading, this rank's part is filled in, and the rest is zero."""
-    tensors = _memory(share)
-    buffers: list[Bytes] = [tensors[entry].view(torch.uint8).numpy() for entry in share.wants]
+    held = _memory(share)
+    copies = share.copies
     with watched(files, share):
-        fill(reader, share.copies, buffers, threads)
-    return tensors
+        into = copies.into(held.number[copies.buffer], copies.to + held.start[copies.buffer])
+        fill(reader, into, held.buffers, threads)
+    return held.tensors
 
 
 def watched(files: Files, share: RankReads) -> AbstractContextManager[None]:
@@ -120,28 +146,70 @@ def watched(files: Files, share: RankReads) -> AbstractContextManager[None]:
     return watching("loading", lambda: files.bytes_read - before, share.to_read, ranks.rank() == 0)
 
 
-def _memory(share: RankReads) -> dict[Entry, torch.Tensor]:
-    """A flat tensor for each entry, in the plan's order."""
+@dataclass(frozen=True, eq=False)
+class _HeldMemory:
+    """Memory for a share. tensors: flat, by entry, in the plan's order. buffers: what is read into. number, start: of
+    each entry the buffer that it lies in, and its first byte there."""
+
+    tensors: dict[Entry, torch.Tensor]
+    buffers: list[Bytes]
+    number: Ints
+    start: Ints
+
+
+def _memory(share: RankReads) -> _HeldMemory:
     memory = Memory()
-    tensors: dict[Entry, torch.Tensor] = {}
-    fresh: dict[Entry, int] = {}
-    for entry in share.wants:
-        if (kept := _present(share, entry)) is not None:
-            tensors[entry] = kept
-        else:
-            fresh[entry] = share.size(entry)
-    for entry in tensors.keys() & share.shared:
-        tensors[entry].zero_()
-    made = map(memory.take, fresh.values()) if share.target.keeps_memory else memory.take_all(list(fresh.values()))
-    for entry, raw in zip(fresh, made, strict=True):
-        tensors[entry] = raw.view(to_torch(entry[2]))
-    return tensors
+    entries = list(share.wants)
+    kept = {k: held for k in share.partial if (held := _present(share, entries[k])) is not None}
+    for k in kept:
+        if entries[k] in share.shared:
+            kept[k].zero_()
+    number, start = np.zeros(len(entries), np.int64), np.zeros(len(entries), np.int64)
+    fresh = _as_read(share.copies, [k for k in range(len(entries)) if k not in kept] if kept else range(len(entries)))
+    sizes = [share.sizes[k] for k in fresh]
+    alone = list(kept.items())
+    if share.target.keeps_memory:
+        alone += [(k, raw.view(to_torch(entries[k][2]))) for k, raw in zip(fresh, map(memory.take, sizes), strict=True)]
+        tensors, buffers = {}, []
+    else:
+        together, starts = memory.take_together(sizes)
+        start[fresh] = starts
+        tensors = dict(zip(fresh, _typed(together, starts, sizes, [entries[k][2] for k in fresh]), strict=True))
+        buffers = [together.numpy()]
+    for k, tensor in alone:
+        tensors[k], number[k] = tensor, len(buffers)
+        buffers.append(tensor.view(torch.uint8).numpy())
+    return _HeldMemory({entry: tensors[k] for k, entry in enumerate(entries)}, buffers, number, start)
+
+
+def _as_read(copies: CopyTable, buffers: Sequence[int]) -> list[int]:
+    """The buffers in the order in which they are read. So those that follow one another in a file do so in memory."""
+    first = np.full(max(buffers, default=-1) + 1, len(copies), np.int64)
+    inside = np.flatnonzero(copies.buffer < len(first))
+    np.minimum.at(first, copies.buffer[inside], inside)
+    return [buffers[k] for k in np.argsort(first[buffers], kind="stable").tolist()] if buffers else []
+
+
+def _typed(
+    memory: torch.Tensor, starts: Sequence[int], sizes: Sequence[int], dtypes: Sequence[str]
+) -> list[torch.Tensor]:
+    """The tensors of these element types that lie at these bytes. Those of one type without gaps are cut at once."""
+    out: list[torch.Tensor] = []
+    first = 0
+    while first < len(sizes):
+        last, end = first + 1, starts[first] + sizes[first]
+        while last < len(sizes) and starts[last] == end and dtypes[last] == dtypes[first]:
+            end += sizes[last]
+            last += 1
+        width = itemsize(dtypes[first])
+        typed = memory[starts[first] : end].view(to_torch(dtypes[first]))
+        out += typed.split_with_sizes([size // width for size in sizes[first:last]])
+        first = last
+    return out
 
 
 def _present(share: RankReads, entry: Entry) -> torch.Tensor | None:
-    """What the slot holds now, if some of its members are not read. None if all are, or if it holds nothing."""
-    if not share.is_partial(entry):
-        return None
+    """What a slot of which some is not read holds now. None if it holds nothing."""
     current = share.target.current(*entry[:2])
     return None if current is None else current.to(to_torch(entry[2]))
 

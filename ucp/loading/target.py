@@ -11,7 +11,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ucp.catalog import TrainingState
 from ucp.geometry import Blocks, Shape
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Member:
+class Member(NamedTuple):
     """A parameter (or buffer) of the model, and which part of it this rank's slot holds.
 
     name: the live module's own. shape: the whole parameter's. blocks: places in the slot's flat buffer, in elements;
@@ -66,8 +66,7 @@ class Asked:
     blank: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """One flat buffer of this rank that an optimizer treats as one tensor, or one tensor outside the optimizer.
 
     key: unique, in the adapter's order. kind: 'parameter' (an optimizer updates it), 'frozen' or 'buffer'. length: in
@@ -86,15 +85,15 @@ class Slot:
     dtype: str
     members: tuple[Member, ...]
     group: int | None = None
-    states: Mapping[str, str] = field(default_factory=dict)
-    placed: Mapping[str, Placement] = field(default_factory=dict)
+    states: Mapping[str, str] = MappingProxyType({})
+    placed: Mapping[str, Placement] = MappingProxyType({})
     holders: tuple[int, ...] = ()
     asked: Asked | None = None
     keeps: tuple[frozenset[str], frozenset[str]] | None = None
 
     def length_of(self, state: str) -> int:
         """How many elements a state has here."""
-        placed = self.placed.get(state)
+        placed = self.placed.get(state) if self.placed else None
         return self.length if placed is None else placed.length
 
     def placement(self, state: str) -> Placement:
@@ -148,6 +147,10 @@ class LoadedTensors(Mapping[tuple[int, str], "torch.Tensor"]):
     @abstractmethod
     def fill(self, key: int, state: str, live: torch.Tensor) -> None:
         """Give live memory of any shape the values that were loaded for it, unless it has them already."""
+
+    @abstractmethod
+    def fill_all(self, lives: Mapping[tuple[int, str], torch.Tensor]) -> None:
+        """`fill`, for much live memory at once."""
 
     @abstractmethod
     def own(self, key: int, state: str) -> torch.Tensor:

@@ -14,18 +14,21 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ucp import limits
+from ucp.geometry import Ints
 from ucp.job.stopwatch import Stopwatch
 from ucp.storage.digests import CHUNK
-from ucp.transfer.copies import Copy
+from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.gather import execute
 from ucp.transfer.reader import Cache, Reader
-from ucp.transfer.windows import MARGIN, Work, cut_at_windows
+from ucp.transfer.windows import MARGIN, cut_at_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +42,7 @@ class Place:
     copies: Sequence[Copy]
 
 
-@dataclass(frozen=True, eq=False)
-class _Segment:
+class _Segment(NamedTuple):
     """A part of a place that lies in a window. at: its first byte in the window. live: its bytes."""
 
     at: int
@@ -50,9 +52,27 @@ class _Segment:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    work: Work
+    """copies: into a buffer of a margin, the window's bytes, of which there are ``size``, and a margin. segments: in
+    their order."""
+
+    copies: CopyTable
     segments: Sequence[_Segment]
     size: int
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the copies overwrite all of its bytes, so that old ones need no clearing."""
+        to, nbytes = self.copies.to, self.copies.target_nbytes
+        inside = not np.any((to < MARGIN) | (to + nbytes > MARGIN + self.size))
+        return inside and int(nbytes.sum()) == self.size
+
+    def parts_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Each segment's bytes in the window's memory."""
+        cuts = [0]
+        for segment in self.segments:
+            cuts += (segment.at, segment.at + len(segment.live))
+        sizes = [high - low for low, high in pairwise(cuts)]
+        return list(memory[: cuts[-1]].split_with_sizes(sizes))[1::2]
 
 
 def through_windows(reader: Reader, places: Sequence[Place], threads: int, memory: int, watch: Stopwatch) -> None:
@@ -83,27 +103,43 @@ def _fillers(threads: int) -> int:
 
 def _windows(places: Sequence[Place], size: int) -> Iterator[_Window]:
     """The windows that fill these places, in their order."""
-    work: defaultdict[int, Work] = defaultdict(Work)
     segments: defaultdict[int, list[_Segment]] = defaultdict(list)
     ends: dict[int, int] = {}
+    begins: list[int] = []
     at = 0
     for place in places:
         nbytes = len(place.live)
         at = -(-at // limits.WINDOW_ALIGNMENT_BYTES) * limits.WINDOW_ALIGNMENT_BYTES
         if nbytes > size - at % size:
             at = -(-at // size) * size + _phase(place)
-        for copy in place.copies:
-            for index, piece in cut_at_windows(replace(copy, buffer=0, to=copy.to + at), size):
-                work[index].copies.append(replace(piece, to=piece.to - index * size + MARGIN))
+        begins.append(at)
         for index in range(at // size, -(-(at + nbytes) // size)):
             low, high = max(index * size, at), min((index + 1) * size, at + nbytes)
-            segments[index].append(_Segment(low - index * size, place.live[low - at : high - at], place.keeps))
+            live = place.live if high - low == nbytes else place.live[low - at : high - at]
+            segments[index].append(_Segment(low - index * size, live, place.keeps))
             ends[index] = high - index * size
         at += nbytes
+    copies, of = _copies_by_window([CopyTable.of(place.copies) for place in places], begins, size)
     for index in sorted(segments):
-        found = work.pop(index, Work())
-        found.copies.sort(key=lambda copy: (copy.file, copy.at))
-        yield _Window(found, segments[index], ends[index])
+        low, high = np.searchsorted(of, (index, index + 1)).tolist()
+        yield _Window(copies[low:high], segments[index], ends[index])
+
+
+def _copies_by_window(tables: Sequence[CopyTable], begins: Sequence[int], size: int) -> tuple[CopyTable, Ints]:
+    """The copies into places that begin at these bytes of all windows together, cut where windows meet, and the window
+    that each is in, ascending. In a window they are in the order of the files."""
+    table = CopyTable.joined(tables)
+    to = table.to + np.repeat(np.array(begins, np.int64), [len(one) for one in tables])
+    window = to // size
+    whole = (to + table.extents - 1) // size == window
+    into = np.zeros(len(table), np.int64)
+    pieces = [found for copy in table.into(into, to)[~whole] for found in cut_at_windows(copy, size)]
+    cut = CopyTable.of(piece for _, piece in pieces)
+    of = np.concatenate([window[whole], np.array([index for index, _ in pieces], np.int64)])
+    copies = CopyTable.joined([table.into(into, to)[whole], cut])
+    copies = copies.into(copies.buffer, copies.to - of * size + MARGIN)
+    order = np.lexsort((copies.at, copies.file, of))
+    return copies[order], of[order]
 
 
 def _phase(place: Place) -> int:
@@ -168,9 +204,9 @@ class _Passing:
                 if window is None or memory is None or self._failed.is_set():
                     return
                 with self._ring.watch.part("fill"):
-                    if not window.work.fills(window.size):
-                        self._ring.prepare(memory[MARGIN:], window.segments)
-                    execute(self._reader, window.work.copies, [memory.numpy()], cache)
+                    if not window.is_filled:
+                        self._ring.prepare(memory[MARGIN:], window)
+                    execute(self._reader, window.copies, [memory.numpy()], cache)
                 self._filled.put((window, memory))
         except BaseException:
             self._failed.set()
@@ -231,15 +267,13 @@ class _Ring:
             found = True
         return found
 
-    def prepare(self, inside: torch.Tensor, segments: Sequence[_Segment]) -> None:
-        """Clear a window, or fetch what is to stay."""
-        for segment in segments:
-            part = inside[segment.at : segment.at + len(segment.live)]
+    def prepare(self, inside: torch.Tensor, window: _Window) -> None:
+        """Clear a window, and fetch what is to stay."""
+        inside[: window.size].zero_()
+        for segment in window.segments:
             if segment.keeps:
                 with self._on_stream():
-                    part.copy_(segment.live)
-            else:
-                part.zero_()
+                    inside[segment.at : segment.at + len(segment.live)].copy_(segment.live)
 
     def send(self, window: _Window, memory: torch.Tensor) -> None:
         """Copy a window's parts to where they live. `give_again` makes it free after that."""
@@ -249,8 +283,7 @@ class _Ring:
                 segments[0].live.copy_(inside[segments[0].at :][: len(segments[0].live)], non_blocking=True)
             else:
                 there = inside.to(self._device, non_blocking=True)
-                parts = [there[segment.at : segment.at + len(segment.live)] for segment in segments]
-                torch._foreach_copy_([segment.live for segment in segments], parts)
+                torch._foreach_copy_([segment.live for segment in segments], window.parts_of(there))
             copied = None
             if self._stream is not None:
                 copied = self._cuda.Event()

@@ -120,9 +120,7 @@ def layout_of(values: Iterable[Any], world: int) -> Layout:
     values: among them the DTensors. world: the number of all ranks.
     """
     tp, sharded = 1, False
-    for tensor in values:
-        if not is_dtensor(tensor):
-            continue
+    for tensor in filter(is_dtensor, values) if "torch.distributed.tensor" in sys.modules else ():
         names = tensor.device_mesh.mesh_dim_names or ("",) * tensor.device_mesh.ndim
         for name, size, placement in zip(names, mesh_shape(tensor.device_mesh), tensor.placements, strict=True):
             if name == "tp":

@@ -21,6 +21,7 @@ from ucp.checkpoint import open_before
 from ucp.formats import beside
 from ucp.formats.nouns import ModuleOrder
 from ucp.formats.shared.roles import PARAM, Roles, StateEntry, assign
+from ucp.interpreter import no_collections
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load
@@ -98,6 +99,7 @@ def load(
     return _fill(state_dict, path, opening, allow_missing, changes, metrics, **how)
 
 
+@no_collections()  # objects are made, and no garbage
 def _fill(
     given: dict[str, Any],
     path: str | os.PathLike[str],

@@ -7,15 +7,17 @@ by dots. Mappings are followed, and so are lists and tuples with tensors or mapp
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from ucp.columns import made_of
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.roles import StateEntry
-from ucp.geometry import row_major
+from ucp.geometry import Shape, row_major
 from ucp.storage.dtypes import from_torch, to_safetensors
 from ucp.torchdist.dtensors import is_dtensor, local_tensor
 
@@ -42,25 +44,26 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
 
     Raises Unsupported for two entries of one flat name, and for tensors that cannot be kept.
     """
-    out: dict[str, StateEntry] = {}
-    for path, value in _leaves((), state_dict):
-        if isinstance(value, torch.Tensor) and is_in_parts(value):
-            for name, part in parts_of(".".join(map(str, path)), value).items():
-                _enter(out, (*path, name), part)
-            continue
-        _enter(out, path, value)
+    leaves: list[tuple[str, tuple[Any, ...], Any]] = []
+    for leaf in _leaves("", (), state_dict):
+        key, path, value = leaf
+        if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and is_in_parts(value):
+            leaves += ((f"{key}.{name}", (*path, name), part) for name, part in parts_of(key, value).items())
+        else:
+            leaves.append(leaf)
+    if not leaves:
+        return {}
+    keys, paths, values = zip(*leaves, strict=True)
+    shapes: list[Shape | None] = [None] * len(leaves)
+    for k, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            check_tensor(keys[k], value)
+            shapes[k] = tuple(value.shape)
+    out = dict(zip(keys, made_of(StateEntry, len(leaves), paths, shapes, values), strict=True))
+    if len(out) < len(leaves):
+        twice = next(key for key, times in Counter(keys).items() if times > 1)
+        raise Unsupported(f"two entries of the state dict have the flat name '{twice}'; rename one")
     return out
-
-
-def _enter(out: dict[str, StateEntry], path: tuple[Any, ...], value: Any) -> None:
-    key = ".".join(map(str, path))
-    if key in out:
-        raise Unsupported(f"two entries of the state dict have the flat name '{key}'; rename one")
-    if isinstance(value, torch.Tensor):
-        check_tensor(key, value)
-        out[key] = StateEntry(path, tuple(value.shape), value)
-    else:
-        out[key] = StateEntry(path, None, value)
 
 
 def is_in_parts(tensor: torch.Tensor) -> bool:
@@ -104,18 +107,19 @@ def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return out
 
 
-def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _leaves(prefix: str, path: tuple[Any, ...], value: Any) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """Flat name, path and value of what is inside. prefix: of the flat names, with a dot at its end."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(item, torch.Tensor):
-                yield (*path, key), item
+                yield f"{prefix}{key}", (*path, key), item
             else:
-                yield from _leaves((*path, key), item)
+                yield from _leaves(f"{prefix}{key}.", (*path, key), item)
     elif isinstance(value, (list, tuple)) and any(map(_is_inner, value)):
         for index, item in enumerate(value):
-            yield from _leaves((*path, index), item)
+            yield from _leaves(f"{prefix}{index}.", (*path, index), item)
     else:
-        yield path, value
+        yield prefix[:-1], path, value
 
 
 def _is_inner(value: Any) -> bool:
@@ -124,11 +128,14 @@ def _is_inner(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, Mapping))
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
 def check_tensor(key: str, tensor: torch.Tensor) -> None:
     """Raise Unsupported, naming the entry, for a tensor whose elements cannot be kept exactly as they are."""
     local = local_tensor(tensor)
     what = None
-    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(local) not in _PLAIN:
         what = f"of class {type(local).__name__}, a tensor subclass"
     elif local.layout != torch.strided or local.is_nested:
         what = "a sparse or nested tensor"

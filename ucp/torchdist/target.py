@@ -117,7 +117,11 @@ class StateDictWords(Words):
         )
 
 
-@dataclass
+_OF_WEIGHTS = Asked(frozenset({PARAM}))
+_NONE: Mapping[str, Any] = {}
+
+
+@dataclass(slots=True)
 class _OfName:
     """What is asked for under one name: state -> flat name, for tensors and for single values."""
 
@@ -167,12 +171,15 @@ class StateDictTarget:
         self.filled: set[str] = set()
         self.values: dict[str, Any] = {}
         self.named: dict[str, Any] = {}
+        self._entry_of: dict[tuple[int, str], str] = {}  # (slot key, state) -> flat name
+        self._memory: dict[tuple[int, str], torch.Tensor] = {}  # the same, for tensors -> what lies there
+        self._alike_places: dict[Any, _Place] = {}
         roles = assign(entries, complete=False) if roles is None else roles
         asked = self._take(roles, entries.keys() if only is None else only)
         self.tied: Mapping[str, str] = self._untie(asked, roles)
         self.groups: Sequence[Group] = self._groups(roles, entries.keys() if only is None else only)
         with torch.no_grad():  # once for all tensors, not for each
-            self.slots: Sequence[Slot] = [self._slot(k, name, found) for k, (name, found) in enumerate(asked.items())]
+            self.slots: Sequence[Slot] = self._slots(asked)
         saved = catalog.training_state.extra.get("ranks", ())
         own = {key: len(saved) for values in saved for key in values.get(VALUES, {})}
         self.words: Words = replace(
@@ -281,24 +288,42 @@ class StateDictTarget:
                 self._options[order[group], option] = key
         return [Group(names, options[group], None, takes=frozenset()) for group, names in roles.groups.items()]
 
+    def _slots(self, asked: Mapping[str, _OfName]) -> list[Slot]:
+        entries, none = self._entries, _NONE
+        out = []
+        for key, (name, found) in enumerate(asked.items()):
+            for state, entry in found.tensors.items():
+                self._entry_of[key, state] = entry
+                self._memory[key, state] = local_tensor(entries[entry].value)
+            for state, entry in found.values.items():
+                self._entry_of[key, state] = entry
+            if len(found.tensors) != 1 or found.values or self._blank or PARAM not in found.tensors:
+                out.append(self._slot(key, name, found))
+                continue
+            place = self._place(found.tensors[PARAM])  # the usual case
+            members = (Member(name, place.shape, place.blocks),)
+            length, dtype, holders = place.length, place.dtype, place.holders
+            out.append(Slot(key, "parameter", length, dtype, members, None, none, none, holders, _OF_WEIGHTS))
+        return out
+
     def _slot(self, key: int, name: str, asked: _OfName) -> Slot:
         places = {state: self._place(entry) for state, entry in asked.tensors.items()}
-        base = places.get(PARAM) or next(iter(places.values()), None)
-        states = {state: place.dtype for state, place in places.items() if state != PARAM}
-        values = {state: self._dtype(entry) for state, entry in asked.values.items()}
         blank = frozenset[str]()
         if self._blank:
             every = {**asked.tensors, **asked.values}
             blank = frozenset(state for state, entry in every.items() if entry in self._unseen)
+        values = {state: self._dtype(entry) for state, entry in asked.values.items()}
         wanted = Asked(frozenset(places), values, blank)
+        base = places.get(PARAM) or next(iter(places.values()), None)
         if base is None:
             return Slot(key, "parameter", 0, "", (Member(name, (), empty(0)),), asked=wanted)
+        member = Member(name, base.shape, base.blocks)
+        states = {state: place.dtype for state, place in places.items() if state != PARAM}
         placed = {
             state: Placement(place.length, (place.blocks,), (place.holders,), place.shape)
             for state, place in places.items()
             if place is not base and not place.lies_as(base)
         }
-        member = Member(name, base.shape, base.blocks)
         return Slot(
             key, "parameter", base.length, base.dtype, (member,), None, states, placed, base.holders, asked=wanted
         )
@@ -306,13 +331,20 @@ class StateDictTarget:
     def _place(self, key: str) -> _Place:
         entry = self._entries[key]
         tensor = entry.value
-        return _Place(
-            entry.shape or (),
-            local_tensor(tensor).numel(),
-            blocks_of(key, tensor),
-            holders_of(tensor, self._world),
-            from_torch(tensor.dtype),
-        )
+        # All that is asked of a tensor that is whole here depends on its shape and its element type.
+        alike = (entry.shape, tensor.dtype) if type(tensor) is torch.Tensor else None
+        found = self._alike_places.get(alike)
+        if found is None:
+            found = _Place(
+                entry.shape or (),
+                local_tensor(tensor).numel(),
+                blocks_of(key, tensor),
+                holders_of(tensor, self._world),
+                from_torch(tensor.dtype),
+            )
+            if alike is not None:
+                self._alike_places[alike] = found
+        return found
 
     def _dtype(self, key: str) -> str | None:
         value = self._entries[key].value
@@ -324,34 +356,27 @@ class StateDictTarget:
     def layout(self) -> Layout:
         return layout_of([entry.value for entry in self._entries.values()], self._world)
 
-    def _key(self, key: int, state: str) -> str:
-        """The flat name of what a slot asks for."""
-        return self._keys[self.slots[key].members[0].name, state]
-
     def _has(self, name: str) -> bool:
         return self._keys[name, PARAM] in self.filled
 
-    def _local(self, key: int, state: str) -> torch.Tensor:
-        return local_tensor(self._entries[self._key(key, state)].value)
-
     def room(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
-        if not self._unseen or self._key(key, state) not in self._unseen:
+        if not self._unseen or self._entry_of[key, state] not in self._unseen:
             return None
         return self.home(key, state, dtype, length)
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
-        local = self._local(key, state)
+        local = self._memory[key, state]
         return local.view(-1) if local.is_contiguous() and from_torch(local.dtype) == dtype else None
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
-        return self._local(key, state)
+        return self._memory[key, state]
 
     def weights(self) -> tuple[Weights, ...]:
         """None, since a state dict has weights and no masters of them."""
         return ()
 
     def current(self, key: int, state: str) -> torch.Tensor | None:
-        return self._local(key, state).cpu().reshape(-1).clone()
+        return self._memory[key, state].cpu().reshape(-1).clone()
 
     def check(self, training_state: TrainingState, sources: Mapping[int, int]) -> None:
         """Do nothing. The plan has compared all that a state dict asks for."""
@@ -362,14 +387,12 @@ class StateDictTarget:
     @torch.no_grad()
     def put(self, loaded: Loaded) -> None:
         """Fill the tensors. Other values are kept for `put_values`."""
-        for key, state in loaded.tensors:
-            local = self._local(key, state)
-            self.filled.add(self._key(key, state))
-            loaded.tensors.fill(key, state, local)
+        loaded.tensors.fill_all({key: self._memory[key] for key in loaded.tensors})
+        self.filled.update([self._entry_of[key] for key in loaded.tensors])
         self.filled.update(self._keys[name, PARAM] for name, owner in self.tied.items() if self._has(owner))
         for key, values in loaded.scalars.items():
             for state, value in values.items():
-                self._set(self._key(key, state), value)
+                self._set(self._entry_of[key, state], value)
         for index, options in loaded.options.items():
             for option, value in options.items():
                 self._set(self._options[index, option], value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 from typing import overload
 
@@ -45,6 +45,11 @@ class Copy:
     def span(self) -> int:
         """Bytes of the file from the first element to the end of the last, gaps included."""
         return span(self.sizes, self.steps) * itemsize(self.source_dtype)
+
+    @property
+    def extent(self) -> int:
+        """Bytes in the target from the first element to the end of the last, gaps included."""
+        return span(self.sizes, self.target_steps) * itemsize(self.target_dtype)
 
     @property
     def is_plain(self) -> bool:
@@ -106,10 +111,12 @@ class CopyTable(Sequence[Copy]):
             return tables[0]
         if not tables:
             return cls.of(())
-        before = np.cumsum([0, *(len(table.kinds) for table in tables)]).tolist()
-        kind = np.concatenate([table.kind + first for table, first in zip(tables, before, strict=False)])
-        rest = (np.concatenate([getattr(t, name) for t in tables]) for name in ("file", "at", "buffer", "to"))
-        return cls(tuple(chain.from_iterable(table.kinds for table in tables)), kind, *rest)
+        distinct = {id(table.kinds): table.kinds for table in tables}  # parts of one table share their kinds
+        before = dict(zip(distinct, accumulate(map(len, distinct.values()), initial=0), strict=False))
+        first = np.repeat([before[id(table.kinds)] for table in tables], [len(table) for table in tables])
+        columns = ([getattr(t, name) for t in tables] for name in ("kind", "file", "at", "buffer", "to"))
+        kind, *rest = map(np.concatenate, columns)
+        return cls(tuple(chain.from_iterable(distinct.values())), kind + first, *rest)
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -139,9 +146,24 @@ class CopyTable(Sequence[Copy]):
         return np.array([c.nbytes for c in self.kinds], np.int64)[self.kind]
 
     @property
+    def elements(self) -> Ints:
+        """(n,) elements that each reads."""
+        return np.array([prod(c.sizes) for c in self.kinds], np.int64)[self.kind]
+
+    @property
     def spans(self) -> Ints:
         """(n,) bytes of the file from each one's first element to the end of its last, gaps included."""
         return np.array([c.span for c in self.kinds], np.int64)[self.kind]
+
+    @property
+    def extents(self) -> Ints:
+        """(n,) bytes in the target from each one's first element to the end of its last, gaps included."""
+        return np.array([c.extent for c in self.kinds], np.int64)[self.kind]
+
+    @property
+    def target_nbytes(self) -> Ints:
+        """(n,) bytes that each fills, without the gaps."""
+        return np.array([prod(c.sizes) * itemsize(c.target_dtype) for c in self.kinds], np.int64)[self.kind]
 
     @property
     def is_plain(self) -> NDArray[np.bool_]:

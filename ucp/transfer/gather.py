@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,7 @@ from ucp.transfer.exact import check_exact, widen
 from ucp.transfer.reader import Bytes, Cache, Reader
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(NamedTuple):
     """Elements of one logical tensor that a target wants.
 
     blocks: which elements and where they go: ``blocks.buffers`` is an index into the buffers being filled and

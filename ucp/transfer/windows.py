@@ -15,7 +15,6 @@ import numpy as np
 
 from ucp import limits
 from ucp.errors import BadArgument
-from ucp.geometry import span
 from ucp.storage import names
 from ucp.storage.digests import CHUNK
 from ucp.storage.dtypes import itemsize
@@ -106,7 +105,7 @@ def check_files(files: Sequence[TargetFile]) -> None:
     for file in files:
         end = max((offset + len(raw) for offset, raw in file.literals), default=0)
         for copy in plan(file.wants):
-            end = max(end, copy.to + _extent(copy))
+            end = max(end, copy.to + copy.extent)
         if end > file.size:
             raise ValueError(f"the plan of '{file.name}' needs {end} bytes, but gives the file {file.size}")
 
@@ -132,7 +131,7 @@ def windows(file: TargetFile, window: int, first: int, last: int) -> Iterator[tu
     work: defaultdict[int, Work] = defaultdict(Work)
     wanted = range(first // window, -(-last // window))
     for copy in plan(file.wants):
-        if copy.to >= last or copy.to + _extent(copy) <= first:
+        if copy.to >= last or copy.to + copy.extent <= first:
             continue
         for index, piece in cut_at_windows(copy, window):
             if index in wanted:
@@ -147,14 +146,9 @@ def windows(file: TargetFile, window: int, first: int, last: int) -> Iterator[tu
         yield index * window, work.pop(index, Work())
 
 
-def _extent(copy: Copy) -> int:
-    """Bytes in the target from the copy's first element to the end of its last."""
-    return span(copy.sizes, copy.target_steps) * itemsize(copy.target_dtype)
-
-
 def cut_at_windows(copy: Copy, window: int) -> Iterator[tuple[int, Copy]]:
     """The copy in pieces that lie in one window each. An element on a boundary is in the pieces of both windows."""
-    size, extent = itemsize(copy.target_dtype), _extent(copy)
+    size, extent = itemsize(copy.target_dtype), copy.extent
     if copy.to // window == (copy.to + extent - 1) // window:
         yield copy.to // window, copy
         return

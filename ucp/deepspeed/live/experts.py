@@ -58,11 +58,11 @@ class LiveExperts:
                     "tensor; give experts a param group of their own "
                     "(split_params_into_different_moe_groups_for_optimizer)"
                 )
-            slot = replace(slot, holders=_holders(next(iter(found))))
+            slot = slot._replace(holders=_holders(next(iter(found))))
         lifted = {state: self._lifted(slot, slot.placement(state)) for state in ("param", *slot.placed)}
         members, weights = lifted["param"]
-        own = tuple(replace(m, blocks=b) for m, b in zip(members, weights.blocks, strict=True))
-        return replace(slot, members=own, placed={state: lifted[state][1] for state in slot.placed})
+        own = tuple(m._replace(blocks=b) for m, b in zip(members, weights.blocks, strict=True))
+        return slot._replace(members=own, placed={state: lifted[state][1] for state in slot.placed})
 
     def in_slots(self, slots: Sequence[Slot]) -> frozenset[str]:
         """The names of the experts' tensors in lifted slots. Tensor parallelism does not cut these."""

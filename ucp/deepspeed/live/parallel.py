@@ -8,7 +8,7 @@ padding.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -124,7 +124,7 @@ class PlacedSlots:
         here = self._holders[slot.members[0].name]
         holders = tuple(r for r in slot.holders if r in here)
         group = None if slot.group is None else self.own_groups[slot.group]
-        return replace(slot, members=tuple(members), placed=placed, holders=holders, group=group)
+        return slot._replace(members=tuple(members), placed=placed, holders=holders, group=group)
 
     def _placement(self, slot: Slot, placement: Placement, first_only: bool) -> Placement:
         blocks: list[Blocks] = []

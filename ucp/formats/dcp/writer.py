@@ -10,7 +10,7 @@ other in a few files.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class _Data:
         """Add a record's bytes. Returns where they begin."""
         start = -(-self.size // ALIGNMENT) * ALIGNMENT
         self.literals += [(start + at, raw) for at, raw in record.literals]
-        self.wants += [replace(want, base=start + want.base) for want in record.wants]
+        self.wants += [want._replace(base=start + want.base) for want in record.wants]
         self.crc32_entries += [
             Crc32Entry(start + e.offset, e.size, tuple(start + at for at in e.positions)) for e in record.crc32_entries
         ]

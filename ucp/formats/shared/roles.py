@@ -103,7 +103,7 @@ def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
         flat = not prefix and all(len(entries[n].path) == 1 for n in trained if n in entries)
         for key in [k for k, e in rest.items() if e.shape is not None and k.startswith(prefix)]:
             # Where the model's names stand alone, what is nested is something else (torchtitan's "train_state").
-            if any(_inside(key, o) for o in optimizers) or (flat and len(entries[key].path) > 1):
+            if (optimizers and any(_inside(key, o) for o in optimizers)) or (flat and len(entries[key].path) > 1):
                 continue
             name = key.removeprefix(prefix)
             _name(roles, key, (name, PARAM))
