@@ -34,20 +34,9 @@ def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind:
     """Stock DeepSpeed saves; the other stage resumes and saves in our format; the first stage goes on from that under
     the plugin and, from converted files, under stock DeepSpeed, with the same numbers: what of its powers of betas a
     kernel raises anew after a load, it raises alike."""
-    check_there_and_back(ranks, sources, tmp_path, KINDS[kind], first, second)
-
-
-def test_lion_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
-    """DeepSpeedCPULion keeps one state, and no count of steps."""
-    check_there_and_back(ranks, sources, tmp_path, Case(optimizer="lion", offload=True, groups=2), 2, 3)
-
-
-def check_there_and_back(
-    ranks: RankPool, sources: Sources, tmp_path: Path, case: Case, first: int, second: int
-) -> None:
-    if not operators.are_built(case.optimizer):
+    if not operators.are_built(kind):
         pytest.skip("DeepSpeed's operators are not built: python -m tests.engines.operators")
-    here, there = (case.but(stage=stage, dp=RANKS[stage]) for stage in (first, second))
+    here, there = (KINDS[kind].but(stage=stage, dp=RANKS[stage]) for stage in (first, second))
     run = sources.get(here)
     ours, native = str(tmp_path / "ours"), str(tmp_path / "native")
     preload, own = preload_for(here), here.but(seed=5)
