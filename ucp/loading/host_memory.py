@@ -60,7 +60,7 @@ class Memory:
         return self.take(end), starts
 
     def ready(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Choose the pages of tensors in dense host memory that were just allocated. Their elements stay as they are."""
+        """Choose the pages of tensors in dense host memory that are new. Their elements stay as they are."""
         for begin, end in joined(map(_pages, tensors)):
             if end - begin >= limits.OWN_PAGES_BYTES:
                 pieces = self._populated(begin, end)

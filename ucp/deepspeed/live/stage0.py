@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -195,7 +195,7 @@ class Stage0:
         info = catalog.parameters.get(self._names[unit.params[0]])
         if len(unit.params) > 1 or info is None or self._expected(unit).tensors is not None:
             return slot
-        return replace(slot, states={s: dtype for s, dtype in info.states.items() if dtype in _CODES})
+        return slot._replace(states={s: dtype for s, dtype in info.states.items() if dtype in _CODES})
 
     def _cut_as(self, unit: _Unit, state: LogicalTensor, name: str, whole_shapes: Mapping[str, Shape]) -> Shape:
         """What this rank will have of a state of another shape than its parameter's."""
