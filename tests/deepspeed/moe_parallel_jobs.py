@@ -12,7 +12,6 @@ from tests.engines import autoep, moe_models, sequences
 from tests.engines.autoep import AutoCase
 from tests.engines.configs import Case
 from tests.engines.zygote import resolve
-from ucp.errors import UcpError
 
 OURS = "ucp.deepspeed:initialize"
 STOCK = "deepspeed:initialize"
@@ -143,32 +142,16 @@ def step_of_sliced() -> None:
     engine.backward(engine(torch.randn(2, 3, moe_models.HIDDEN)).pow(2).mean())
 
 
-def refused() -> str:
-    """What is said when the engine is made."""
-    try:
-        sliced(OURS, {"ucp": {"enabled": True}})
-    except UcpError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def planned() -> None:
     """Mixtral under AutoEP and AutoTP by transformers' own plan."""
     autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2), STOCK, PLANNED)
 
 
-def ulysses(layers: str) -> None:
-    """Stock DeepSpeed's experts under sequence parallelism over two ranks, trained for a step."""
+def ulysses() -> None:
+    """Stock DeepSpeed's AutoEP under its own sequence parallelism over two ranks."""
     import deepspeed
 
     mesh = sequences.mesh(2)
     stock = deepspeed.initialize
     deepspeed.initialize = lambda **more: stock(mpu=mesh, **more)
-    if layers == "AutoEP":
-        autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2))
-        return
-    from tests.engines import moe
-    from tests.engines.resume import continue_training
-
-    case = moe.MoeCase(Case(stage=1, dp=4), ep=2)
-    continue_training(moe.build_engine(case), case.case, 0, 1)
+    autoep.build_engine(AutoCase(Case(stage=1, dp=4, model="llama"), ep=2))

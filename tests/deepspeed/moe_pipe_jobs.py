@@ -269,15 +269,19 @@ def auto_in_some_stages(case: AutoCase) -> None:
     pipeline(case, 4, True, STOCK, None)
 
 
-def listed_in_slices() -> str:
-    """DeepSpeed's own layers in two stages of two tensor-parallel ranks: what this project says of the engine."""
+def listed_in_slices(cut: bool) -> str:
+    """DeepSpeed's own layers in two stages of two tensor-parallel ranks: what this project says of the engine. cut:
+    they are to cut each expert, too."""
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     from tests.deepspeed.moe_parallel_jobs import Mixture
     from ucp.errors import UcpError
 
-    model = PipelineModule([Mixture(1), Mixture(1)], topology=PipeModelDataParallelTopology(2, 2, 1), loss_fn=loss)
+    layers = [Mixture(1), Mixture(1)]
+    for layer in layers:
+        layer.moe.enable_expert_tensor_parallelism = cut
+    model = PipelineModule(layers, topology=PipeModelDataParallelTopology(2, 2, 1), loss_fn=loss)
     config = make_config(Case(stage=1)) | {"ucp": {"enabled": True}}
     try:
         resolve(OURS)(model=model, model_parameters=list(model.parameters()), config=config)

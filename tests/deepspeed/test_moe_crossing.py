@@ -274,6 +274,12 @@ def test_what_deepspeed_itself_does_not_train(ranks: RankPool) -> None:
         ranks.run(jobs.auto_in_some_stages, AutoCase(TWO.but(dp=1), ep=1), **FOUR)
 
 
-def test_own_layers_in_slices_are_refused(ranks: RankPool) -> None:
-    said = ranks.run(jobs.listed_in_slices, **FOUR)
-    assert all("own mixture-of-experts layers together with tensor parallelism" in text for text in said)
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (True, "cuts, too (enable_expert_tensor_parallelism)"),
+        (False, "own mixture-of-experts layers together with tensor and pipeline parallelism"),
+    ],
+)
+def test_own_layers_in_slices_of_stages_are_refused(ranks: RankPool, cut: bool, words: str) -> None:
+    assert all(words in text for text in ranks.run(jobs.listed_in_slices, cut, **FOUR))

@@ -21,14 +21,13 @@ EP2 = MoeCase(FOUR, ep=2)
 EXPERT = r"deepspeed_moe\.experts\.deepspeed_experts"
 
 
-def refusals(sources: MoeSources, target: MoeCase, source: MoeCase = EP2, **options: int) -> list[str]:
+def refusals(sources: MoeSources, target: MoeCase, source: MoeCase = EP2) -> list[str]:
     run = sources.get(source)
     found = sources.pool.run(
         moe.refuse,
         target,
         run.folder,
         run.tag,
-        **options,
         world_size=target.case.dp,
         preload=moe.preload(target, ours=True),
     )
@@ -49,43 +48,27 @@ def test_fewer_experts_than_were_saved(moe_sources: MoeSources) -> None:
     assert re.search(rf"^Mismatch: .*would stay unused: parameter 'first\.{EXPERT}\.2\.", texts[0])
 
 
-def test_sequence_parallelism(moe_sources: MoeSources) -> None:
-    for text in refusals(moe_sources, EP2, ranks_of_sequences=2):
-        assert text.startswith("Unsupported: this engine uses mixture-of-experts layers together with sequence")
-        assert "nothing was changed" in text
-
-
 MIXTRAL = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
-
-
-@pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP"))
-def test_experts_with_slices(ranks: RankPool) -> None:
-    words = "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"
-    for said in ranks.run(moe_parallel_jobs.refused, world_size=4, preload=MIXTRAL):
-        assert f"Unsupported: this engine uses {words}, which is not supported" in said
-        assert 'use "ucp": {"save": {"format": "deepspeed"}}' in said
 
 
 @pytest.mark.skipif(not releases.is_pinned(), reason="what the pinned DeepSpeed does")
 @pytest.mark.parametrize(
     ("job", "arguments", "words"),
     [
-        (moe_parallel_jobs.ulysses, ("AutoEP",), "AutoEP does not currently support tensor model parallelism from mpu"),
-        (moe_parallel_jobs.ulysses, ("MoE",), "invalid tensor size"),
+        (moe_parallel_jobs.ulysses, (), "AutoEP does not currently support tensor model parallelism from mpu"),
         (moe_parallel_jobs.step_of_sliced, (), "invalid tensor size"),
         (moe_parallel_jobs.planned, (), "HuggingFace tp_plan contains unsupported partition style"),
     ],
     ids=[
-        "AutoEP with Ulysses",
-        "MoE layers with Ulysses",
-        "MoE layers with AutoTP",
+        "AutoEP with DeepSpeed's own mesh of sequences",
+        "MoE layers with AutoTP on a CPU",
         "AutoEP with AutoTP by Mixtral's plan",
     ],
 )
 def test_what_deepspeed_itself_cannot_do(
     ranks: RankPool, job: Callable[..., None], arguments: tuple[str, ...], words: str
 ) -> None:
-    """It takes the ranks that share a sequence for slices of tensor parallelism, and AutoEP knows no such; its MoE
-    layers gather tokens of slices into a buffer of a shape that gloo does not take."""
+    """Its own mesh passes for one of tensor parallelism, and AutoEP knows no such (`test_moe_beside.py` has another
+    mesh); its MoE layers gather tokens of slices into a buffer of a shape that gloo does not take."""
     outcome = ranks.attempt(job, *arguments, world_size=4, preload=MIXTRAL)
     assert any(words in failure.message for failure in outcome.failures)

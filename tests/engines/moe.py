@@ -279,12 +279,11 @@ def resume(
     return Run(case.case, folder, tag or "", STEPS, (), tuple(after), loaded, gather(engine) if last else None)
 
 
-def refuse(case: MoeCase, folder: str, tag: str | None, ranks_of_sequences: int = 1) -> tuple[str, str, list[str]]:
+def refuse(case: MoeCase, folder: str, tag: str | None) -> tuple[str, str, list[str]]:
     """Load where that is to be refused: the error's class, its text, and what of the engine it changed (rank 0)."""
     from ucp.errors import UcpError
 
     engine = build_engine(case, INITIALIZE, {"ucp": {"enabled": True}})
-    engine.sequence_parallel_size = ranks_of_sequences
     before = gather(engine)
     try:
         engine.load_checkpoint(folder, tag)

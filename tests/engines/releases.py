@@ -31,7 +31,7 @@ FAULTS = {
     r"DeepSpeed's Muon of 0\.17\.6 to 0\.19\.2 trains so": "ranks of its Muon keep other momenta of one matrix",
     r"(\d+) of \1 optimizer files are missing": "saves no state of the optimizer that it takes for BF16_Optimizer",
     r"bf16_master_weights_and_grads\n\s+Extra inputs are not permitted": "has no masters of few bits",
-    r"has experts of DeepSpeed's own layers under tensor parallelism": "saves stages with experts as if slices",
+    r"does not say whether its ranks were stages or slices": "saves stages with experts as if slices",
     r"nothing says how they cut its \d+ parameters \('model\.": "does not say how its AutoTP has cut a model",
     r"no multiple of \d+, so no cut of 'kv_heads' makes it": "its AutoTP cuts through heads that do not divide",
     r"super_offload\n\s+Extra inputs are not permitted": "has no SuperOffload",

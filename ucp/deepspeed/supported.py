@@ -91,6 +91,12 @@ def _odd_training(engine: Any) -> Iterator[str]:
             "never zeroes the gradients of bf16 weights at stage 0: each step adds to those of all steps before. Take "
             "stage 1, or a release since 0.18.6"
         )
+    if _mixes_sequences(engine):
+        yield (
+            "takes ranks that share a sequence for slices of one tensor in its layers of experts: each rank's tokens "
+            "get outputs that belong to others', without a word. Give initialize a mesh (mpu) whose "
+            "get_model_parallel_world_size() is 1"
+        )
     if releases.tensor_parallel_size(engine) > 1 and not releases.cuts_module(engine):
         yield (
             "cuts no model by itself: every rank of tensor parallelism trains all of it. Call "
@@ -102,6 +108,21 @@ def _odd_training(engine: Any) -> Iterator[str]:
             f"steps a pipeline with {gradients}, where plain modules and other releases take the mean; the learning "
             "rate and clipping count for that"
         )
+
+
+def _own_experts(engine: Any) -> list[Any]:
+    """DeepSpeed's own layers of experts, if tensor parallelism cuts the rest of the model."""
+    if not engine.has_moe_layers or layout_of(engine).tp == 1:
+        return []
+    return [layer for layer in engine.module.modules() if releases.MOE.has(layer)]
+
+
+def _mixes_sequences(engine: Any) -> bool:
+    """Whether DeepSpeed's own layers of experts take the ranks that share a sequence for slices of one tensor."""
+    if engine.sequence_parallel_size == 1 or layout_of(engine).tp > 1 or not engine.has_moe_layers:
+        return False
+    slices = releases.MESH.load().bwc_tensor_model_parallel_world_size(engine.mpu)
+    return slices > 1 and any(map(releases.MOE.has, engine.module.modules()))
 
 
 def _is_bf16_at_stage0(engine: Any) -> bool:
@@ -132,10 +153,10 @@ def check_features(engine: Any, consequence: str) -> None:
 def _unsupported(engine: Any) -> Iterator[str]:
     config = engine._config
     zero = config.zero_config
-    if engine.has_moe_layers and engine.sequence_parallel_size > 1:
-        yield "mixture-of-experts layers together with sequence parallelism"
-    if engine.has_moe_layers and layout_of(engine).tp > 1 and any(map(releases.MOE.has, engine.module.modules())):
-        yield "DeepSpeed's own mixture-of-experts layers together with tensor parallelism"
+    if any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in _own_experts(engine)):
+        yield "experts that tensor parallelism cuts, too (enable_expert_tensor_parallelism)"
+    if _own_experts(engine) and layout_of(engine).pp > 1:
+        yield "DeepSpeed's own mixture-of-experts layers together with tensor and pipeline parallelism"
     for name in untied_parameters(engine.module):
         yield f"a tied module with '{name}', which is not tied itself (tied_weight_attr): stages train own copies"
     partitions = engine.zero_optimization_partition_weights()

@@ -169,8 +169,8 @@ def test_what_is_not_supported(moe_sources: MoeSources, tmp_path: Path) -> None:
     assert "spread over different numbers of ranks (ep_size_2, ep_size_4)" in refusal(folder, Unsupported)
 
 
-def test_experts_of_its_own_layers_in_slices_are_refused(moe_sources: MoeSources, tmp_path: Path) -> None:
-    """DeepSpeed does not train that on a CPU, so files of one rank are given the look of two slices'."""
+def test_cut_experts_of_its_own_layers_are_refused(moe_sources: MoeSources, tmp_path: Path) -> None:
+    """Files of one rank are given the look of two slices' that each wrote all experts."""
     folder = moe_sources.copy(MoeCase(FOUR.but(dp=2), ep=2), tmp_path / "cut")
     model = folder / "mp_rank_00_model_states.pt"
     found = torch.load(model, weights_only=False)
@@ -178,5 +178,9 @@ def test_experts_of_its_own_layers_in_slices_are_refused(moe_sources: MoeSources
     torch.save(found, model)
     for path in list(folder.glob("*mp_rank_00*")):
         torch.save(torch.load(path, weights_only=False), path.with_name(path.name.replace("mp_rank_00", "mp_rank_01")))
-    with pytest.raises(Unsupported, match="experts of DeepSpeed's own layers under tensor parallelism"):
+    with pytest.raises(Unsupported, match="several tensor-parallel ranks wrote the same experts"):
+        ucp.open(tmp_path / "cut")
+    del found["checkpoint_parallel_dimensions"]
+    torch.save(found, model)
+    with pytest.raises(Unsupported, match="does not say whether its ranks were stages or slices"):
         ucp.open(tmp_path / "cut")

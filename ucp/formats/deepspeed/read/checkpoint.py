@@ -176,7 +176,7 @@ def _experts(
     beside = [one for one in found if one.mp // tp == folder.mp // tp]
     slice_ = folder.mp % tp
     experts = find_experts(beside, models[folder.mp][0], slice_)
-    if tp > 1 and experts.experts.stacks and not slice_ and folder.optim:
+    if tp > 1 and (experts.experts.stacks or experts.experts.held) and not slice_ and folder.optim:
         return replace(experts, optim=of_all_ranks(beside, models))
     return experts
 

@@ -15,10 +15,10 @@ is special about experts in the files:
   rank (of the largest such group), with that rank's experts and, again, everything else.
 - AutoEP's layers are listed in ``ds_autoep_layers``. Its experts' files have ``{prefix}.w1.{number}`` and so on, one
   row of the stack each. At stage 3 it has no such files.
-- Together with AutoTP ("folding", ``module_inject/auto_ep_folding.py``) experts are spread over all ranks in their
-  global order, and tensor parallelism does not cut them. So each tensor-parallel rank's files have some of the
+- Beside tensor parallelism (AutoEP's "folding", ``module_inject/auto_ep_folding.py``; ``moe/layer.py``) experts are
+  spread over all ranks in their global order, and not cut. So each tensor-parallel rank's files have some of the
   experts, and those that share an expert's flat buffer may be of several such ranks. An expert's own file has the name
-  of one of them, and is read only where the expert is not trained.
+  of one of them; AutoEP's is read only where the expert is not trained.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ExpertFiles:
     @property
     def ep(self) -> int:
         """The number of ranks that experts are spread over; the largest one if layers differ."""
-        native = (self.totals[layer] // held for layer, held in self.experts.held.items())
+        native = (self.totals.get(layer, 0) // held for layer, held in self.experts.held.items())
         return max([1, self.optim_ranks, *native, *(len(ranks) for ranks in self.experts.stacks.values())])
 
     def _with(self, model: ModelFile, tensors: Mapping[str, TensorRef]) -> ModelFile:
@@ -220,8 +220,8 @@ def find_experts(folders: Sequence[Folder], model: ModelFile, slice_: int = 0) -
 
     model: the model file of one of the ranks. slice_: its number; all experts are read with the first one's.
 
-    Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms, and under tensor parallelism
-    for experts of DeepSpeed's own layers.
+    Raises DamagedCheckpoint for missing or contradicting files, Unsupported for old forms, and for experts of stage 0
+    under tensor parallelism or that this cuts, too.
     """
     folder = folders[slice_]
     files = {key: path for one in reversed(folders) for key, path in one.experts.items()}
@@ -231,7 +231,7 @@ def find_experts(folders: Sequence[Folder], model: ModelFile, slice_: int = 0) -
     if totals is None and not files:
         return ExpertFiles(folder.path)
     if len(folders) > 1:
-        _check_folded(folder, model, stacks)
+        _check_folded(folders, folder, model, stacks)
     if not isinstance(totals, (list, tuple)):
         raise Unsupported(
             f"{model.path}: 'num_experts' is {short(totals)}, no list; experts of such old files cannot be read"
@@ -243,7 +243,7 @@ def find_experts(folders: Sequence[Folder], model: ModelFile, slice_: int = 0) -
         )
     tensors: dict[str, TensorRef] = {}
     rows: dict[str, dict[int, TensorRef]] = {}
-    unneeded = _trained_layers(model, stacks) if len(folders) > 1 else frozenset()
+    unneeded = _trained_layers(model, stacks) if len(folders) > 1 and stacks else frozenset()
     for layer, total in enumerate(() if slice_ or folder.partitioned_model else totals):
         for number in range(int(total)):
             path = files.get((layer, number))
@@ -283,14 +283,25 @@ def _trained_layers(model: ModelFile, stacks: Mapping[str, Any]) -> frozenset[in
     )
 
 
-def _check_folded(folder: Folder, model: ModelFile, stacks: Mapping[str, Any]) -> None:
-    """Raise Unsupported for experts under tensor parallelism of which no rule is known that says who holds them."""
-    if not stacks:
+def _check_folded(folders: Sequence[Folder], folder: Folder, model: ModelFile, stacks: Mapping[str, Any]) -> None:
+    """Raise Unsupported for experts under tensor parallelism of which no rule is known that says who holds them. Of
+    DeepSpeed's own layers one rank writes each expert's file, unless tensor parallelism cuts it, too."""
+    if any(one.expert_optim for one in folders):
         raise Unsupported(
-            f"{folder.path}: has experts of DeepSpeed's own layers under tensor parallelism, which is not supported"
+            f"{folder.path}: has experts of stage 0 under tensor parallelism, whose files are not supported; save "
+            "through ucp.deepspeed"
         )
-    if folder.expert_optim:
-        raise Unsupported(f"{folder.path}: AutoEP's experts at stage 0 under tensor parallelism are not supported")
+    if not stacks and "pp_degree" not in (model.raw.get("checkpoint_parallel_dimensions") or {}):
+        raise Unsupported(
+            f"{model.path}: does not say whether its ranks were stages or slices ('checkpoint_parallel_dimensions', "
+            "since DeepSpeed 0.19), of which both have experts' files with the same names"
+        )
+    written = [key for one in folders for key in one.experts]
+    if not stacks and len(set(written)) < len(written):
+        raise Unsupported(
+            f"{folder.path}: several tensor-parallel ranks wrote the same experts, so these are cut, too "
+            "(enable_expert_tensor_parallelism), which is not supported"
+        )
     said = model.raw.get(FOLDING)
     width = said.get("etp_size", 1) if isinstance(said, Mapping) else 1
     if width != 1:
