@@ -27,6 +27,9 @@ KINDS = {
     "fused_adam": Case(optimizer="fused_adam", groups=2),
 }
 
+UNREAD = "[amsgrad]: only in the first"
+"""DeepSpeedCPULion's own loading of its state adds this option to its groups, which nothing reads."""
+
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3), (3, 1)], ids=["1-2-1", "2-3-2", "3-1-3"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,9 +37,20 @@ def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind:
     """Stock DeepSpeed saves; the other stage resumes and saves in our format; the first stage goes on from that under
     the plugin and, from converted files, under stock DeepSpeed, with the same numbers: what of its powers of betas a
     kernel raises anew after a load, it raises alike."""
-    if not operators.are_built(kind):
+    check_there_and_back(ranks, sources, tmp_path, KINDS[kind], first, second)
+
+
+def test_lion_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path) -> None:
+    """DeepSpeedCPULion makes a second state, too, which its update never reads."""
+    check_there_and_back(ranks, sources, tmp_path, Case(optimizer="lion", offload=True, groups=2), 2, 3)
+
+
+def check_there_and_back(
+    ranks: RankPool, sources: Sources, tmp_path: Path, case: Case, first: int, second: int
+) -> None:
+    if not operators.are_built(case.optimizer):
         pytest.skip("DeepSpeed's operators are not built: python -m tests.engines.operators")
-    here, there = (KINDS[kind].but(stage=stage, dp=RANKS[stage]) for stage in (first, second))
+    here, there = (case.but(stage=stage, dp=RANKS[stage]) for stage in (first, second))
     run = sources.get(here)
     ours, native = str(tmp_path / "ours"), str(tmp_path / "native")
     preload, own = preload_for(here), here.but(seed=5)
@@ -51,4 +65,5 @@ def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind:
     stock = ranks.run(resume.resume, own, native, None, run.steps, world_size=here.dp, preload=preload)[0]
     assert differences(known(run.truth), known(stock.truth)) == []
     assert stock.further == back.further
-    assert compare(known(stock.truth_after), known(back.truth_after)) == []
+    told = [line for line in compare(known(stock.truth_after), known(back.truth_after)) if UNREAD not in line]
+    assert told == []

@@ -19,7 +19,7 @@ _DEEPSPEED = {
     "FusedAdam": ("exp_avg", "exp_avg_sq"),
     "DeepSpeedCPUAdam": ("exp_avg", "exp_avg_sq"),
     "FusedLion": ("exp_avg",),
-    "DeepSpeedCPULion": ("exp_avg",),
+    "DeepSpeedCPULion": ("exp_avg", "exp_avg_sq"),  # the second is zero: its update never reads it
     "DeepSpeedCPUAdagrad": ("exp_avg_sq",),
     "FusedLamb": ("exp_avg", "exp_avg_sq"),
 }
