@@ -197,6 +197,7 @@ def test_steps_of_a_release_that_does_not_wait_for_its_gathers_are_warned_of(
         zero_optimization_partition_weights=lambda: True,
         device=torch.device("cpu"),
         gradient_accumulation_steps=lambda: 1,
+        has_moe_layers=False,
         optimizer=None,
     )
     init = releases.PARTITIONS.load().Init
@@ -214,6 +215,7 @@ def test_a_model_that_nothing_has_cut_is_warned_of(caplog: pytest.LogCaptureFixt
         zero_optimization_partition_weights=lambda: False,
         zero_optimization_stage=lambda: 1,
         gradient_accumulation_steps=lambda: 1,
+        has_moe_layers=False,
         optimizer=None,
         autotp_size=lambda: 2,
         register_forward_hook=lambda hook: None,

@@ -119,7 +119,7 @@ def _own_experts(engine: Any) -> list[Any]:
 
 def _mixes_sequences(engine: Any) -> bool:
     """Whether DeepSpeed's own layers of experts take the ranks that share a sequence for slices of one tensor."""
-    if engine.sequence_parallel_size == 1 or layout_of(engine).tp > 1 or not engine.has_moe_layers:
+    if not engine.has_moe_layers or engine.sequence_parallel_size == 1 or layout_of(engine).tp > 1:
         return False
     slices = releases.MESH.load().bwc_tensor_model_parallel_world_size(engine.mpu)
     return slices > 1 and any(map(releases.MOE.has, engine.module.modules()))

@@ -85,7 +85,7 @@ def recorded(state: TrainingState) -> Gradients:
     """What this state's moments are of; the mean if it does not say."""
     said = state.extra.get(KEY)
     how = said.get("how") if isinstance(said, Mapping) else None
-    if not isinstance(said, Mapping) or how not in _WHERE:
+    if not isinstance(said, Mapping) or not isinstance(how, str) or how not in _WHERE:
         return Gradients()
     return Gradients(how, _count(said.get("micro_steps")), _count(said.get("stages")) or 1)
 
