@@ -14,6 +14,7 @@ import torch
 import ucp
 from tests.deepspeed import moe_beside_jobs as jobs
 from tests.deepspeed.agree import differences
+from tests.deepspeed.moe_read import check_read
 from tests.deepspeed.pairs import CLOSE
 from tests.engines import autoep, releases
 from tests.engines.autoep import AutoCase
@@ -59,12 +60,7 @@ parameters:
 def check(folder: Path, truth: Tensors, layout: str, spec: Path | None = None) -> None:
     with ucp.open(folder, spec=spec) as checkpoint:
         assert str(checkpoint.layout) == layout
-        held = {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"}
-        assert held == truth.keys()
-        for name, states in truth.items():
-            assert checkpoint.parameters[name].states.keys() == states.keys()
-            for state, value in states.items():
-                assert torch.equal(checkpoint.read(name, state), value), (name, state)
+        check_read(checkpoint, truth)
 
 
 def same(found: Tensors, truth: Tensors) -> None:

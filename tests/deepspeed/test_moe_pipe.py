@@ -10,6 +10,7 @@ import torch
 
 import ucp
 from tests.deepspeed import moe_parallel_jobs as jobs
+from tests.deepspeed.moe_read import check_read
 from tests.engines import releases
 from tests.engines.pool import RankPool
 from ucp.inspection.planning import plan
@@ -37,12 +38,7 @@ def test_files_of_stages_with_experts(ranks: RankPool, tmp_path: Path, stage: in
     for folder in ("stock", "universal"):
         with ucp.open(tmp_path / folder) as checkpoint:
             assert (checkpoint.layout.pp, checkpoint.layout.ep) == (2, 2)
-            held = {name for name, info in checkpoint.parameters.items() if info.kind == "parameter"}
-            assert held == truth.keys()
-            for name, states in truth.items():
-                assert checkpoint.parameters[name].states.keys() == states.keys()
-                for state, value in states.items():
-                    assert torch.equal(checkpoint.read(name, state), value), (name, state)
+            check_read(checkpoint, truth)
     targets = [("stock", stage, 2, 2), ("universal", 1 - stage, 2, 2), ("again", stage, 1, 4), ("less", 1, 2, 1)]
     for k, (source, zero, stages, ep) in enumerate(targets):
         saved = ("again", "", "less", "")[k] or f"last{k}"

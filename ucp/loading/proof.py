@@ -14,7 +14,7 @@ of the bytes that was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -179,7 +179,8 @@ def _prove(
     pairs: list[_Pair] = []
 
     def found() -> bool:
-        _find(held, pairs, target, what, choice == ALWAYS, brought, unproved)
+        find_held(held, target, what, choice == ALWAYS, brought, unproved)
+        pairs.extend(_pairs_of(held, target))
         return choice != FULL and _is_much(held, pairs)
 
     sample = _sample(catalog) if any(ranks.every(found)) else None
@@ -203,22 +204,14 @@ def _prove(
     return _judged(sums, wanted, catalog, sample, of, unproved)
 
 
-def _find(
-    held: HeldTensors,
-    pairs: list[_Pair],
-    target: Target,
-    what: LoadPlan,
-    always: bool,
-    brought: Mapping[Entry, torch.Tensor],
-    unproved: dict[str, str],
-) -> None:
-    """What was brought to this rank, and the pairs of rounded weights with what they are rounded from."""
-    find_held(held, target, what, always, brought, unproved)
-    pairs += [_Pair(",".join(map(str, weights.group)), weights) for weights in target.weights()]
+def _pairs_of(held: HeldTensors, target: Target) -> Iterator[_Pair]:
+    """Pairs of rounded weights with what they are rounded from."""
+    for weights in target.weights():
+        yield _Pair(",".join(map(str, weights.group)), weights)
     for k, rounded in held.rounded.items():
         live, name = held.lives[k], held.tensors[k].name
         weights = Weights(name, (), live.shape, live.tensor, live.blocks, rounded, live.blocks)
-        pairs.append(_Pair(f"copy {held.turns[k]}", weights))
+        yield _Pair(f"copy {held.turns[k]}", weights)
 
 
 def _is_much(held: HeldTensors, pairs: Sequence[_Pair]) -> bool:
