@@ -74,6 +74,11 @@ SMALL_ARCHIVE_BYTES = 256 * KIB
 # The most parts of records that all ranks of a job together tell one another of, each in 32 bytes. Records whose parts
 # are left out are not compared.
 RECORD_PIECES_COUNT = 1 << 18
+# The most parts of chunks that all ranks of a job together tell one another of. Of chunks whose parts are left out each
+# rank reads all.
+CHUNK_PARTS_ALL_COUNT = 1 << 18
+# The most parts of one chunk that a rank reads one by one, instead of all of it.
+CHUNK_PARTS_COUNT = 4
 # The record of a single value is read and compared whole if it has at most so many bytes.
 SMALL_RECORD_BYTES = 64 * KIB
 

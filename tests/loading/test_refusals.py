@@ -15,10 +15,11 @@ from tests.saving.parts import FakeTarget, Saved, catalog, slot, target
 from ucp import limits
 from ucp.catalog import ParamGroup
 from ucp.errors import BadArgument, Mismatch
-from ucp.loading.load import LoadReport, load
+from ucp.loading.load import load
 from ucp.loading.match import plan
 from ucp.loading.nouns import Wish
 from ucp.loading.refusals import Findings, Item
+from ucp.loading.report import LoadReport
 from ucp.loading.target import Target
 from ucp.torchdist.state_dicts import flatten
 from ucp.torchdist.target import StateDictTarget

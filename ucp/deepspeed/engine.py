@@ -28,9 +28,10 @@ from ucp.formats.nouns import ModuleOrder
 from ucp.job import ranks, streams
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load, record_save
-from ucp.loading.load import LoadReport, load
+from ucp.loading.load import load
 from ucp.loading.nouns import Wish
 from ucp.loading.read import reading_threads
+from ucp.loading.report import LoadReport
 from ucp.loading.spec_names import config_of, in_names_of, shapes_of
 from ucp.logical.listing import Digests
 from ucp.printable import logger

@@ -7,7 +7,7 @@ from typing import Any
 from ucp.catalog import Catalog
 from ucp.deepspeed.live.gradients import gradients_of
 from ucp.formats.shared import gradients
-from ucp.loading.load import LoadReport
+from ucp.loading.report import LoadReport
 
 
 def gradients_note(engine: Any, catalog: Catalog) -> list[str]:

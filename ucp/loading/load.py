@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,129 +24,24 @@ from ucp.errors import BadArgument, PartlyLoaded, ProofFailed, described
 from ucp.interpreter import no_collections, quick_turns
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
-from ucp.job.stopwatch import Stopwatch, stages_text
-from ucp.loading import exchange, proof, records, refusals, strategy, tied
+from ucp.job.stopwatch import Stopwatch
+from ucp.loading import exchange, proof, strategy, tied, together
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import plan
 from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.patterns import unmatched
 from ucp.loading.proof import Proof
 from ucp.loading.read import RankReads, hold, reading_threads, sample
+from ucp.loading.report import LoadReport
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer import checking
 from ucp.transfer.reader import Reader
-from ucp.units import bytes_text, counted
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did, for people and logs.
-
-    Attributes
-    ----------
-    tensors
-        How many tensors of the checkpoint were brought to this rank.
-    nbytes
-        How many bytes these have on this rank.
-    bytes_read
-        How many bytes were read from the files for them, with gaps between short runs and whole digest chunks, and
-        without those that were read before, to be checked.
-    source, target
-        The checkpoint's format and layout, and the layout of this run.
-    seconds
-        Stage -> seconds on this rank: open (the checkpoint on the first rank), plan, check (what is read before
-        anything is changed), read, exchange (of what is read once, and measuring whether that is worth it), apply,
-        prove, and wait (for the other ranks).
-    plan
-        What the load did in detail.
-    read_once
-        Whether ranks that want the same bytes read them once, and exchanged them.
-    overlapping
-        Seconds within those stages, summed over all threads. 'digest': checking what was read. 'memory': getting memory
-        for states that there are not yet. 'ring': getting windows of pinned memory. 'fill': reading into those windows.
-        'device': waiting until a window was copied to the device, or could be filled again. 'put' and 'round': putting
-        in place, and rounding the masters into the model.
-    path
-        The checkpoint's.
-    verified_bytes
-        How many of the bytes that this rank read were compared with the checkpoint's digests, or with CRC-32s of
-        records that the ranks together read whole.
-    unverified_bytes
-        How many were not compared, since there is neither of these, or the record was read only in part.
-    proof
-        The proof that what is live now is what the checkpoint has. None without one, as if there are no digests.
-    changes
-        What was changed on purpose since the checkpoint was saved, as it was declared, a line each.
-    strategy
-        In which order the load read, verified and changed what is live: one of `ucp.loading.strategy.STRATEGIES`.
-    """
-
-    tensors: int
-    nbytes: int
-    bytes_read: int
-    source: str
-    target: str
-    seconds: Mapping[str, float]
-    plan: LoadPlan
-    read_once: bool = False
-    overlapping: Mapping[str, float] = field(default_factory=dict)
-    path: str = ""
-    verified_bytes: int = 0
-    unverified_bytes: int = 0
-    proof: Proof | None = None
-    changes: tuple[str, ...] = ()
-    strategy: str = ""
-
-    @property
-    def left(self) -> tuple[str, ...]:
-        """What stayed as it was, since the caller allowed it or the checkpoint has no hyperparameters for it."""
-        return self.plan.left
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """What the checkpoint has and the load did not use, since the caller allowed it."""
-        return self.plan.unused
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What to warn of after the load."""
-        if not (odd := () if self.proof is None else self.proof.rounded):
-            return self.plan.notes
-        return (
-            *self.plan.notes,
-            f"the proof has not seen {counted(len(odd), 'tensor')} ('{odd[0]}'{', …' if len(odd) > 1 else ''}): they "
-            "are kept in fewer bits than in the checkpoint, and holding what was read of them would take more than a "
-            "quarter of the load's memory; give it more ('memory') to have them proved",
-        )
-
-    def noted(self, *notes: str) -> LoadReport:
-        """The same, with these to warn of as well."""
-        return replace(self, plan=replace(self.plan, notes=(*self.plan.notes, *notes))) if notes else self
-
-    def __str__(self) -> str:
-        text = (
-            f"restored {counted(self.tensors, 'tensor')} ({bytes_text(self.nbytes)} on this rank) from {self.source} "
-            f"to {self.target} in {stages_text(self.seconds)}"
-        )
-        if self.strategy:
-            text += f"; {self.strategy}"
-        if self.unverified_bytes:
-            text += f"; verified {bytes_text(self.verified_bytes)}, not {bytes_text(self.unverified_bytes)}"
-        if self.left:
-            text += f"; left as they were: {len(self.left)} ({refusals.listed(self.left)})"
-        if self.unused:
-            text += f"; not used: {len(self.unused)} ({refusals.listed(self.unused)})"
-        if self.changes:
-            text += f"; changed as declared: {'; '.join(self.changes)}"
-        if self.proof is not None:
-            text += f"; {self.proof}"
-        return f"{text} ({self.path})" if self.path else text
 
 
 @no_collections()  # objects are made, and no garbage
@@ -232,14 +127,15 @@ class _How:
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """What is known once nothing but I/O can go wrong. strategy: one of `strategy.STRATEGIES`. reader: for bringing.
-    marks: the files as they were. compared: what of them was compared with digests. new: what is in its place already,
-    where nobody has seen it. bytes_checked: how many bytes were read that will be read again. held: what was read of
-    the rest already."""
+    marks: the files as they were. compared: what of them was compared with digests. shared: what the ranks verify
+    together. new: what is in its place already, where nobody has seen it. bytes_checked: how many bytes were read that
+    will be read again. held: what was read of the rest already."""
 
     strategy: str
     reader: Reader
     marks: checking.FileMarks
     compared: checking.Ranges
+    shared: together.Together
     new: Brought
     bytes_checked: int = 0
     held: Mapping[Entry, torch.Tensor] | None = None
@@ -250,23 +146,22 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
 
     new: what goes to where nobody has seen anything, so that it is brought at once.
     """
-    looking, reader = Reader(how.catalog, files, how.verify), Reader(how.catalog, files, how.verify)
-    together = records.are_shared(how.catalog, how.alone, how.verify)
+    before = files.bytes_read
+    shared, every = _together_with(how, lambda: how.watch.timed("plan", lambda: _used(new, rest)))
+    looking, reader = (Reader(how.catalog, files, how.verify, parts=shared.parts) for _ in range(2))
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
         wanted = checking.used(rest.copies)
-        every = checking.used([*new.copies, *rest.copies]) if new.copies else wanted
-        if not together:
+        if not shared.records:
             looking.records.expect(every)
             reader.records.expect(every)
-        compared = checking.comparable(looking, wanted, every, together)
+        compared = checking.comparable(looking, wanted, every, shared.records)
         found = strategy.facts(looking, wanted, compared, rest.held, how.memory, limits.ranks_here())
         marks = checking.FileMarks.of(looking, files, every)
         if how.verify and not how.alone and how.prove is not False:
             found = replace(found, proved=proof.sees_all(how.live, rest.wants))
         return compared, strategy.with_costs(found, looking, compared, how.threads), marks
 
-    before = files.bytes_read
     compared, facts, marks = how.agreed(lambda: how.watch.timed("plan", look))
     chosen = strategy.agreed(facts, how.alone)
     held: Mapping[Entry, torch.Tensor] | None = None
@@ -288,11 +183,22 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         how.agreed(lambda: how.watch.timed("check", check))
     checked = files.bytes_read - before
     brought = how.agreed(lambda: how.watch.timed("read", read))
-    if together and chosen != strategy.VERIFY_WHILE_BRINGING:
-        how.watch.timed("check", lambda: records.compare_together(how.agreed, looking, reader))
+    if shared.is_needed and chosen != strategy.VERIFY_WHILE_BRINGING:
+        how.watch.timed("check", lambda: shared.compare(how.agreed, looking, reader))
     if chosen == strategy.VERIFY_READ_PROVE:
         reader = reader.again()
-    return _Ready(chosen, reader, marks, compared, brought, checked, held)
+    return _Ready(chosen, reader, marks, compared, shared, brought, checked, held)
+
+
+def _used(new: RankReads, rest: RankReads) -> checking.Ranges:
+    """The byte ranges of files that both read."""
+    return checking.used([*new.copies, *rest.copies] if new.copies else rest.copies)
+
+
+def _together_with(how: _How, used: Callable[[], checking.Ranges]) -> tuple[together.Together, checking.Ranges]:
+    if how.alone or not how.verify or ranks.world_size() == 1:
+        return together.Together(), how.agreed(used)
+    return together.find(how.catalog, how.agreed, used)
 
 
 def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought:
@@ -307,8 +213,8 @@ def _brought(how: _How, rest: RankReads, ready: _Ready, files: Files) -> Brought
         return replace(brought, there={**there, **brought.there})
 
     brought = _together(how, "apply" if ready.held is not None else "read", work)
-    if ready.strategy == strategy.VERIFY_WHILE_BRINGING and records.are_shared(how.catalog, how.alone, how.verify):
-        records.compare_together(partial(_together, how, "check"), ready.reader)
+    if ready.shared.is_needed and ready.strategy == strategy.VERIFY_WHILE_BRINGING:
+        ready.shared.compare(partial(_together, how, "check"), ready.reader)
     return brought
 
 
@@ -340,7 +246,7 @@ def _seen(how: _How, ready: _Ready, prove: Callable[[], Proof | None]) -> Proof 
     whole = proved is not None and proved.complete and proved.sample is None
     if ready.strategy == strategy.VERIFY_READ_PROVE and not whole:
         with _changing(how), Files() as files:
-            looking = Reader(how.catalog, files)
+            looking = Reader(how.catalog, files, parts=ready.shared.parts)
             _together(how, "check", lambda: checking.compare(looking, ready.compared, how.threads))
     if failed is not None:
         raise failed

@@ -24,9 +24,9 @@ from ucp.formats.megatron.write.common import state as common_state
 from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
-from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.nouns import Wish
+from ucp.loading.report import LoadReport
 from ucp.loading.spec_names import in_names_of
 from ucp.megatron import objects, parts
 from ucp.megatron.parts import Taken, take_apart

@@ -38,9 +38,10 @@ from ucp.errors import SaveFailed, Unsupported
 from ucp.formats.dcp import writer
 from ucp.formats.shared.roles import PARAM, VALUES, StateEntry
 from ucp.job import ranks
-from ucp.loading.load import LoadReport, load
+from ucp.loading.load import load
 from ucp.loading.name_match import bare
 from ucp.loading.nouns import Wish
+from ucp.loading.report import LoadReport
 from ucp.loading.spec_names import config_of, under_spec
 from ucp.printable import logger
 from ucp.saving import commit

@@ -26,9 +26,9 @@ from ucp.job import ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.job.timings import record_load
 from ucp.loading.exchange import ADAPTIVE
-from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.nouns import Wish
+from ucp.loading.report import LoadReport
 from ucp.loading.spec_names import under_spec
 from ucp.printable import logger
 from ucp.torchdist.changes import DECLARE, Given, as_changed

@@ -27,7 +27,7 @@ from ucp.checkpoint import open as open_checkpoint
 from ucp.errors import BadArgument, Mismatch, Unsupported
 from ucp.formats.shared.roles import MODEL
 from ucp.job import ranks
-from ucp.loading.load import LoadReport
+from ucp.loading.report import LoadReport
 from ucp.saving.save import SaveReport
 from ucp.spec.changes import AVERAGED, COPIED, KEPT, RESET
 from ucp.torchdist.dtensors import local_tensor

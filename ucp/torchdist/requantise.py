@@ -17,7 +17,7 @@ from ucp.catalog import Catalog
 from ucp.errors import BadArgument, Unsupported
 from ucp.formats.shared.roles import PARAM
 from ucp.job import ranks
-from ucp.loading.load import LoadReport
+from ucp.loading.report import LoadReport
 from ucp.storage.dtypes import from_torch
 from ucp.torchdist.dtensors import local_tensor
 from ucp.torchdist.optimizers import OPTIMIZER

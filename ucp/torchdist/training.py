@@ -20,11 +20,11 @@ from ucp.formats.shared.training_state import values_beside
 from ucp.job import data_loaders, generators, ranks
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.exchange import ADAPTIVE
-from ucp.loading.load import LoadReport
 from ucp.loading.load import load as load_target
 from ucp.loading.name_match import bare
 from ucp.loading.nouns import Wish
 from ucp.loading.options import stays_at
+from ucp.loading.report import LoadReport
 from ucp.loading.spec_names import config_of, shapes_of
 from ucp.loading.target import Loaded
 from ucp.printable import logger

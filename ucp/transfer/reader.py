@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from threading import Lock
@@ -18,6 +19,7 @@ from ucp.errors import DamagedCheckpoint
 from ucp.storage.digests import CHUNK, ChunkDigests, covering, verify_chunks, verify_parts
 from ucp.storage.files import Files
 from ucp.transfer.checksums import RecordChecks
+from ucp.transfer.chunk_parts import ChunkParts
 
 Bytes = NDArray[np.uint8]
 # A thread's verified chunks: (file, chunk) -> its bytes.
@@ -52,10 +54,18 @@ class Reader:
     """Byte ranges of a catalog's files, verified against its digests if it has them, else against the CRC-32s of
     torch's records if these are read whole. Thread-safe.
 
-    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`.
+    keeps_pieces: as for `ucp.transfer.checksums.RecordChecks`. parts: of chunks that this rank and others verify
+    together.
     """
 
-    def __init__(self, catalog: Catalog, files: Files, verify: bool = True, keeps_pieces: bool = False) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        files: Files,
+        verify: bool = True,
+        keeps_pieces: bool = False,
+        parts: ChunkParts | None = None,
+    ) -> None:
         self._tally = _Tally()
         self._again = False
         self._paths = [f.path for f in catalog.files]
@@ -63,6 +73,7 @@ class Reader:
         self._at_once = limits.chunks_at_once(limits.CHUNKS_AT_ONCE_COUNT)
         self._computed = dict(catalog.computed)
         self._digests: dict[int, ChunkDigests] = dict(catalog.chunk_digests) if verify else {}
+        self._parts = parts or ChunkParts({}, frozenset())
         self.records = RecordChecks(catalog.crc_records if verify else {}, self._paths, files, keeps_pieces)
 
     def again(self) -> Reader:
@@ -111,19 +122,27 @@ class Reader:
 
     def comparable(self, file: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """What can be compared of these byte ranges of a file, which are in order and disjoint: the whole chunks that
-        they touch, or the records that they cover."""
+        they touch, parts of chunks that may be read alone, or the records that they cover."""
         if file in self._computed:
             return []
         digests = self._digests.get(file)
         if digests is None:
             return self.records.whole_records(file, ranges)
         out: list[tuple[int, int]] = []
-        for low, high in (covering(low, high, max(digests.size, high)) for low, high in ranges):
+        alone: list[tuple[int, int]] = []
+        for low, high in ranges:
+            if (file, low, min(high, stop := (low // CHUNK + 1) * CHUNK)) in self._parts:
+                alone.append((low, min(high, stop)))
+                low = min(high, stop)
+            if low < high and (file, begin := max(low, (high - 1) // CHUNK * CHUNK), high) in self._parts:
+                alone.append((begin, high))
+                high = begin
+            low, high = covering(low, high, max(digests.size, high))
             if out and low <= out[-1][1]:
                 out[-1] = out[-1][0], max(high, out[-1][1])
-            else:
+            elif low < high:
                 out.append((low, high))
-        return out
+        return sorted([*out, *_outside(alone, out)])
 
     def read_into(self, file: int, offset: int, parts: Sequence[Bytes], cache: Cache) -> None:
         """Fill the parts, one after the other, with the bytes from ``offset`` on; ``cache`` is the calling thread's own
@@ -154,7 +173,10 @@ class Reader:
         while at < stop:
             index, within = divmod(at, CHUNK)
             end = min((index + 1) * CHUNK, stop)
-            if within or (end - at < CHUNK and end != digests.size):
+            is_part = within or (end - at < CHUNK and end != digests.size)
+            if is_part and (file, at, end) in self._parts:
+                self._read_part(file, at, end, _taken(rest, end - at))
+            elif is_part:
                 chunk = self._chunk(file, path, digests, index, cache)
                 _spread(chunk[within:], _taken(rest, end - at))
             else:
@@ -180,8 +202,21 @@ class Reader:
         digests = self._digests.get(file)
         if digests is None or offset + len(buffer) > digests.size:
             self.read_into(file, offset, [buffer], OrderedDict())
+        elif (file, offset, offset + len(buffer)) in self._parts:
+            self._read_part(file, offset, offset + len(buffer), [buffer])
         else:
             self._read_whole(self._paths[file], digests, offset, offset + len(buffer), [buffer])
+            if self._parts.owned:
+                for at in range(0, len(buffer), CHUNK):
+                    self._parts.add_chunk(file, (offset + at) // CHUNK, buffer[at : at + CHUNK])
+
+    def compare_parts(self, told: Sequence[NDArray[np.int64]]) -> None:
+        """Compare the parts of chunks that were read alone, as `ChunkParts.compare`. Raises what reading raises."""
+
+        def chunk_of(file: int, index: int) -> Bytes:
+            return self._chunk(file, self._paths[file], self._digests[file], index, OrderedDict())
+
+        self._parts.compare(told, self._paths, chunk_of)
 
     def _read_records(self, file: int, path: str, offset: int, parts: Sequence[Bytes]) -> None:
         """Bytes of a file without digests, which may lie in records with CRC-32s."""
@@ -210,6 +245,19 @@ class Reader:
         self._check(path, digests, at // CHUNK, [raw])
         _spread(raw, parts)
 
+    def _read_part(self, file: int, at: int, end: int, parts: list[Bytes]) -> None:
+        """Read a part of a chunk alone."""
+        path = self._paths[file]
+        if len(parts) <= limits.READ_PARTS_COUNT:
+            self._files.read_parts(path, at, [part.data for part in parts])
+        else:
+            raw = np.empty(end - at, np.uint8)
+            self._files.read_into(path, at, raw.data)
+            _spread(raw, parts)
+        began = perf_counter()
+        self._parts.add(path, (file, at, end), parts)
+        self._count(perf_counter() - began, digested=end - at)
+
     def _chunk(
         self, file: int, path: str, digests: ChunkDigests, index: int, cache: Cache, keep: int | None = None
     ) -> Bytes:
@@ -226,6 +274,7 @@ class Reader:
         chunk = room[:size] if len(room) >= size else np.empty(CHUNK, np.uint8)[:size]
         self._files.read_into(path, index * CHUNK, chunk.data)
         self._check(path, digests, index, [chunk])
+        self._parts.add_chunk(file, index, chunk)
         cache[key] = chunk
         return chunk
 
@@ -248,6 +297,14 @@ class Reader:
             tally.seconds += seconds
             tally.digested += digested
             tally.unchecked += unchecked
+
+
+def _outside(alone: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts of chunks that are in none of the ranges of whole chunks. Both are in order."""
+    for low, high in alone:
+        first = bisect_right(whole, low, key=lambda held: held[1])
+        if first == len(whole) or whole[first][0] >= high:
+            yield low, high
 
 
 def _spread(raw: Bytes, parts: Sequence[Bytes]) -> None:
