@@ -199,6 +199,11 @@ LOAD_THREAD_BYTES = 26 * MIB
 LOAD_ROUNDED_PART = 1 / 4
 # Threads of a load: copies out of the page cache gain from more threads than a disk or a network card does.
 LOAD_THREADS_MAX_COUNT = 16
+# How far ahead of what is read from cold files the system is told to read, and of how much it is told at once: it takes
+# no more of one call than a device's largest request. How often it is looked how much was read.
+READ_AHEAD_BYTES = 64 * MIB
+READ_AHEAD_STEP_BYTES = 256 * KIB
+READ_AHEAD_PAUSE_SECONDS = 0.001
 # A share of at most so many bytes is held before it is put in place, since reading it twice gains nothing.
 HELD_ANYWAY_BYTES = 32 * MIB
 # Files are warm if the page cache has this part of what is wanted of them.

@@ -68,6 +68,18 @@ class Files:
                 raise _unreadable(name, error) from error
         return far
 
+    def will_read(self, path: str | os.PathLike[str], first: int, last: int) -> None:
+        """Tell the system that bytes [first, last) will be read soon, if the file is not far away. Raises nothing."""
+        name = str(path)
+        with suppress(OSError, DamagedCheckpoint):
+            if self.is_far(name):
+                return
+            file = self._taken(name)
+            try:
+                os.posix_fadvise(file.fd, first, last - first, os.POSIX_FADV_WILLNEED)
+            finally:
+                self._give_back(name, file, 0)
+
     def read_into(self, path: str | os.PathLike[str], offset: int, buffer: Any) -> None:
         """Fill a writable contiguous buffer with the file's bytes from `offset` (bytes) on.
 

@@ -120,8 +120,10 @@ def compare(reader: Reader, ranges: Ranges, threads: int) -> None:
     if workers <= 1:
         _compare(reader, steps)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        shares = [steps[len(steps) * k // workers : len(steps) * (k + 1) // workers] for k in range(workers)]
+    shares = [steps[len(steps) * k // workers : len(steps) * (k + 1) // workers] for k in range(workers)]
+    with reader.reading_ahead(shares) as orders, ThreadPoolExecutor(workers) as pool:
+        if orders is not None:
+            shares = [[share[k] for k in order] for share, order in zip(shares, orders, strict=True)]
         for done in [pool.submit(_compare, reader, share) for share in shares]:
             done.result()
 

@@ -172,11 +172,21 @@ def fill(
     if workers <= 1:
         execute(reader, table, buffers, cache)
     else:
-        with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(execute, reader, part, buffers) for part in _split(table, total, workers)]:
+        parts = list(_split(table, total, workers))
+        much = total > limits.READ_AHEAD_BYTES
+        with reader.reading_ahead(map(_dense, parts) if much else ()) as orders, ThreadPoolExecutor(workers) as pool:
+            if orders is not None:
+                parts = [part[np.array(order, np.int64)] for part, order in zip(parts, orders, strict=True)]
+            for done in [pool.submit(execute, reader, part, buffers) for part in parts]:
                 done.result()
     reader.records.settle()
     return total
+
+
+def _dense(part: CopyTable) -> list[tuple[int, int, int]]:
+    """Of each copy the file, its first byte there and the bytes. Nothing of those with long gaps."""
+    nbytes = np.where(part.spans - part.nbytes < limits.LONG_GAP_BYTES, part.spans, 0)
+    return list(zip(part.file.tolist(), part.at.tolist(), nbytes.tolist(), strict=True))
 
 
 def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache | None = None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field
 from threading import Lock
@@ -18,6 +19,7 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.storage.digests import CHUNK, ChunkDigests, covering, verify_chunks, verify_parts
 from ucp.storage.files import Files
+from ucp.storage.read_ahead import Part, reading_ahead
 from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.chunk_parts import ChunkParts
 
@@ -115,6 +117,16 @@ class Reader:
     def is_far(self, file: int) -> bool:
         """Whether the bytes of a file have to be fetched from another machine."""
         return file not in self._computed and self._files.is_far(self._paths[file])
+
+    def reading_ahead(
+        self, shares: Iterable[Iterable[tuple[int, int, int]]]
+    ) -> AbstractContextManager[list[list[int]] | None]:
+        """As `ucp.storage.read_ahead.reading_ahead`. shares: what each thread reads, (file, first byte, bytes)."""
+        return reading_ahead(self._files, [[self._part(*one) for one in share] for share in shares])
+
+    def _part(self, file: int, at: int, size: int) -> Part:
+        path = self.path(file)
+        return ("", 0, 0) if path is None or self.is_far(file) else (path, at, at + size)
 
     def has_digests(self, file: int) -> bool:
         """Whether the file has digests of its chunks."""

@@ -26,6 +26,8 @@ from ucp.cli import main as commands
 from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle, Unsupported
 from ucp.inspection import bits
 from ucp.inspection.verify import verify
+from ucp.storage.files import Files
+from ucp.storage.page_cache import cached_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -70,6 +72,25 @@ def test_a_region_costs_its_bytes(tmp_path: Path) -> None:
         before = checkpoint.bytes_read
         assert same(checkpoint.read("w", region=(slice(7, 9),)), tensor[7:9].clone())
         assert checkpoint.bytes_read - before == 2 * 256 * 4
+
+
+def test_records_of_a_cold_file_are_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening reads where each begins, and the disk would be waited for each time."""
+    dcp.save({f"t{k}": torch.randn(50_000) for k in range(9)}, checkpoint_id=tmp_path / "cold")
+    told: list[tuple[str, int]] = []
+    monkeypatch.setattr(Files, "will_read", lambda self, path, first, last: told.append((Path(path).name, first)))
+    with open(data_file(tmp_path / "cold"), "rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_bytes(stream.name, [(0, 1 << 20)]):
+        pytest.skip("this file system keeps its files in memory")
+    with ucp.open(tmp_path / "cold"):
+        places = dcp.FileSystemReader(tmp_path / "cold").read_metadata().storage_data.values()
+    assert sorted(told) == sorted((place.relative_path, place.offset) for place in places)
+    told.clear()
+    Path(stream.name).read_bytes()
+    ucp.open(tmp_path / "cold").close()
+    assert told == []
 
 
 @pytest.mark.parametrize("writer", [{"thread_count": 3}, {"single_file_per_rank": False}])

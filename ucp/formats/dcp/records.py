@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ucp.geometry import Blocks, Shape, numel
 from ucp.storage import graphs, locations, safetensors, zstd
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize
+from ucp.storage.read_ahead import tell_of
 from ucp.storage.torch_pt import reader
 from ucp.storage.torch_pt.values import TensorRef
 
@@ -71,6 +72,14 @@ class Records:
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+    def expect(self, found: Iterable[metadata.Record]) -> None:
+        """Have the system read the beginnings of these records, all at once, if they have to come from a disk."""
+        starts: dict[str, list[int]] = {}
+        for record in found:
+            starts.setdefault(record.file, []).append(record.start)
+        for file, own in starts.items():
+            tell_of(self._builder.files, str(self._folder / file), own, limits.DCP_PREAMBLE_BYTES)
 
     def load(self, key: str, record: metadata.Record, unknown: UnknownObjects | None = None) -> Any:
         """What `torch.save` wrote in this record. unknown: for client state; None for tensors, which need no class."""
@@ -223,7 +232,9 @@ def tensors(found: Mapping[str, metadata.Tensor], records: Records) -> dict[str,
     """The tensors of all entries, under their flat names. Files are read from front to back."""
     chunks = [(key, tensor.dtype, chunk) for key, tensor in found.items() for chunk in tensor.chunks]
     placed: dict[str, list[tuple[metadata.Chunk, _ElementsAt]]] = {key: [] for key in found}
-    for key, dtype, chunk in sorted(chunks, key=lambda item: (item[2].record.file, item[2].record.start)):
+    chunks.sort(key=lambda item: (item[2].record.file, item[2].record.start))
+    records.expect(chunk.record for _, _, chunk in chunks)
+    for key, dtype, chunk in chunks:
         place = records.tensor(key, dtype, chunk)
         placed[key].append((chunk, place))
         if place.crc is not None:
