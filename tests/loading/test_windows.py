@@ -12,11 +12,11 @@ import torch
 import ucp
 from ucp import limits
 from ucp.errors import DigestMismatch
-from ucp.geometry import whole
+from ucp.geometry import box, whole
 from ucp.job.stopwatch import Stopwatch
 from ucp.loading.windows import Place, through_windows, window_bytes
 from ucp.storage.files import Files
-from ucp.transfer.copies import Copy
+from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.gather import Want, plan
 from ucp.transfer.reader import Reader
 
@@ -62,6 +62,55 @@ def test_every_place_is_filled(
     lives = blank()
     through_windows(reader, places(lives, copies), threads, limits.LOAD_MEMORY_BYTES, Stopwatch())
     assert all(torch.equal(live, value) for live, value in zip(lives, values, strict=True))
+
+
+@pytest.mark.parametrize("window", [4_000, 40_000, limits.LOAD_WINDOW_BYTES])
+def test_columns_and_wider_elements_are_cut_at_windows(
+    saved: tuple[Path, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", window)
+    path, values = saved
+    catalog = ucp.open(path).catalog
+    columns, wider, plain = box((0, 300), (1200, 450)), whole((17, 150_000)), whole((2_000_003,))
+    wants = [
+        Want(catalog.tensors["w00", "param"], columns.in_buffer(0), "float32"),
+        Want(catalog.tensors["w04", "param"], wider.in_buffer(1), "float64"),
+        Want(catalog.tensors["w02", "param"], plain.in_buffer(2), "float32"),
+    ]
+    table = plan(wants)
+    wanted = [values[0][:, 300:750].contiguous(), values[4].double(), values[2]]
+    lives = [torch.full_like(value, 7.0) for value in wanted]
+    own = [[copy for copy in table if copy.buffer == k] for k in range(3)]
+    reader = Reader(catalog, Files())
+    through_windows(reader, places(lives, own), 3, limits.LOAD_MEMORY_BYTES, Stopwatch())
+    assert all(torch.equal(live, value) for live, value in zip(lives, wanted, strict=True))
+
+
+def test_nothing_is_worked_out_window_by_window(
+    saved: tuple[Path, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What copies have in common is asked of all together: threads that fill windows would wait for one another."""
+    asked: list[str] = []
+
+    def counted(name: str) -> property:
+        own = getattr(CopyTable, name)
+
+        def get(table: CopyTable) -> object:
+            asked.append(name)
+            return own.fget(table)
+
+        return property(get)
+
+    for name in ("nbytes", "is_plain", "extents", "target_nbytes"):
+        monkeypatch.setattr(CopyTable, name, counted(name))
+    reader, copies = copies_of(saved[0])
+    counts = []
+    for window in (4 << 20, 100_000):
+        monkeypatch.setattr(limits, "LOAD_WINDOW_BYTES", window)
+        asked.clear()
+        through_windows(reader, places(blank(), copies), 2, limits.LOAD_MEMORY_BYTES, Stopwatch())
+        counts.append(len(asked))
+    assert 0 < counts[0] == counts[1] < 10
 
 
 @pytest.mark.parametrize("keeps", [True, False])

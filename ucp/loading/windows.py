@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp import limits
-from ucp.geometry import Ints
 from ucp.job.stopwatch import Stopwatch
 from ucp.storage.digests import CHUNK
 from ucp.transfer.copies import Copy, CopyTable
-from ucp.transfer.gather import execute
+from ucp.transfer.gather import Run, runs, serve
 from ucp.transfer.reader import Cache, Reader
 from ucp.transfer.windows import MARGIN, cut_at_windows
 
@@ -52,19 +52,15 @@ class _Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """copies: into a buffer of a margin, the window's bytes, of which there are ``size``, and a margin. segments: in
-    their order."""
+    """reads: into a buffer of this index, with a margin, the window's bytes, of which there are ``size``, and a margin.
+    segments: in their order. is_filled: whether the reads overwrite all of its bytes, so that old ones need no
+    clearing."""
 
-    copies: CopyTable
+    index: int
+    reads: Sequence[Run]
     segments: Sequence[_Segment]
     size: int
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether the copies overwrite all of its bytes, so that old ones need no clearing."""
-        to, nbytes = self.copies.to, self.copies.target_nbytes
-        inside = not np.any((to < MARGIN) | (to + nbytes > MARGIN + self.size))
-        return inside and int(nbytes.sum()) == self.size
+    is_filled: bool
 
     def parts_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """Each segment's bytes in the window's memory."""
@@ -119,34 +115,64 @@ def _windows(places: Sequence[Place], size: int) -> Iterator[_Window]:
             segments[index].append(_Segment(low - index * size, live, place.keeps))
             ends[index] = high - index * size
         at += nbytes
-    copies, of = _copies_by_window([CopyTable.of(place.copies) for place in places], begins, size)
-    for index in sorted(segments):
-        low, high = np.searchsorted(of, (index, index + 1)).tolist()
-        yield _Window(copies[low:high], segments[index], ends[index])
+    copies = _copies_by_window([CopyTable.of(place.copies) for place in places], begins, size)
+    # All that has to be worked out is, for all windows together: threads that fill them would wait for one another.
+    reads, firsts = runs(copies, apart=True)
+    filled = _filled(copies, ends)
+    of = copies.buffer[firsts]
+    indices = sorted(segments)
+    lows, highs = np.searchsorted(of, indices).tolist(), np.searchsorted(of, indices, "right").tolist()
+    for index, low, high in zip(indices, lows, highs, strict=True):
+        yield _Window(index, reads[low:high], segments[index], ends[index], filled[index])
 
 
-def _copies_by_window(tables: Sequence[CopyTable], begins: Sequence[int], size: int) -> tuple[CopyTable, Ints]:
-    """The copies into places that begin at these bytes of all windows together, cut where windows meet, and the window
-    that each is in, ascending. In a window they are in the order of the files."""
+def _copies_by_window(tables: Sequence[CopyTable], begins: Sequence[int], size: int) -> CopyTable:
+    """The copies into places that begin at these bytes of all windows together, cut where windows meet, each into the
+    window that it is in, ascending. In a window they are in the order of the files."""
     table = CopyTable.joined(tables)
     to = table.to + np.repeat(np.array(begins, np.int64), [len(one) for one in tables])
-    window = to // size
-    whole = (to + table.extents - 1) // size == window
-    into = np.zeros(len(table), np.int64)
-    pieces = [found for copy in table.into(into, to)[~whole] for found in cut_at_windows(copy, size)]
-    cut = CopyTable.of(piece for _, piece in pieces)
-    of = np.concatenate([window[whole], np.array([index for index, _ in pieces], np.int64)])
-    copies = CopyTable.joined([table.into(into, to)[whole], cut])
-    copies = copies.into(copies.buffer, copies.to - of * size + MARGIN)
-    order = np.lexsort((copies.at, copies.file, of))
-    return copies[order], of[order]
+    last, is_plain = to + table.extents - 1, table.is_plain
+    whole = to // size == last // size
+    apart = table.into(np.zeros(len(table), np.int64), to)
+    plain = _cut_bytes(apart[~whole & is_plain], size)
+    odd = [found for copy in apart[~whole & ~is_plain] for found in cut_at_windows(copy, size)]
+    copies = CopyTable.joined([apart[whole], plain, CopyTable.of(piece for _, piece in odd)])
+    window = copies.to // size
+    # An element on a boundary is in the pieces of both windows.
+    window[len(window) - len(odd) :] = [index for index, _ in odd]
+    order = np.lexsort((copies.at, copies.file, window))
+    return copies.into(window, copies.to - window * size + MARGIN)[order]
+
+
+def _cut_bytes(copies: CopyTable, size: int) -> CopyTable:
+    """Copies of plain bytes, cut where windows of this size meet."""
+    end = copies.to + copies.nbytes
+    first = copies.to // size
+    count = (end - 1) // size - first + 1
+    of = np.repeat(np.arange(len(copies)), count)
+    window = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count) + first[of]
+    low, high = np.maximum(window * size, copies.to[of]), np.minimum((window + 1) * size, end[of])
+    at = copies.at[of] + low - copies.to[of]
+    return CopyTable.plain(copies.file[of], at, copies.buffer[of], low, high - low)
+
+
+def _filled(copies: CopyTable, ends: Mapping[int, int]) -> NDArray[np.bool_]:
+    """By index, whether copies overwrite all bytes of a window. ends: how many each has."""
+    count = max(ends, default=-1) + 1
+    size = np.zeros(count, np.int64)
+    size[list(ends)] = list(ends.values())
+    window, low, nbytes = copies.buffer, copies.to - MARGIN, copies.target_nbytes
+    out = np.bincount(window, nbytes, count).astype(np.int64) == size
+    out[window[(low < 0) | (low + nbytes > size[window])]] = False
+    return out
 
 
 def _phase(place: Place) -> int:
     """How far from a window's beginning the place should lie, so that windows end where chunks of its file end. Chunks
     that lie in two windows are read twice."""
-    first = min(place.copies, key=lambda copy: copy.to, default=None)
-    phase = 0 if first is None else (first.at - first.to) % CHUNK
+    table = CopyTable.of(place.copies)
+    first = int(np.argmin(table.to)) if len(table) else None
+    phase = 0 if first is None else int(table.at[first] - table.to[first]) % CHUNK
     return phase if phase % limits.WINDOW_ALIGNMENT_BYTES == 0 else 0
 
 
@@ -206,7 +232,7 @@ class _Passing:
                 with self._ring.watch.part("fill"):
                     if not window.is_filled:
                         self._ring.prepare(memory[MARGIN:], window)
-                    execute(self._reader, window.copies, [memory.numpy()], cache)
+                    serve(self._reader, window.reads, {window.index: memory.numpy()}, cache)
                 self._filled.put((window, memory))
         except BaseException:
             self._failed.set()

@@ -118,6 +118,13 @@ class CopyTable(Sequence[Copy]):
         kind, *rest = map(np.concatenate, columns)
         return cls(tuple(chain.from_iterable(distinct.values())), kind + first, *rest)
 
+    @classmethod
+    def plain(cls, file: Ints, at: Ints, buffer: Ints, to: Ints, nbytes: Ints) -> CopyTable:
+        """Copies of so many bytes each, whatever elements they are."""
+        sizes, kind = np.unique(nbytes, return_inverse=True)
+        kinds = (Copy(0, 0, 0, 0, (size,), (1,), (1,), "uint8", "uint8") for size in sizes.tolist())
+        return cls(tuple(kinds), kind, file, at, buffer, to)
+
     def __len__(self) -> int:
         return len(self.kind)
 

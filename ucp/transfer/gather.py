@@ -9,7 +9,7 @@ digests, every chunk is verified as it passes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ from ucp.storage.rounding import ROUNDED, round_to
 from ucp.transfer.copies import Copy, CopyTable
 from ucp.transfer.exact import check_exact, widen
 from ucp.transfer.reader import Bytes, Cache, Reader
+
+Buffers = Sequence[Bytes] | Mapping[int, Bytes]
+"""What is filled, by number."""
 
 
 class Want(NamedTuple):
@@ -189,29 +192,56 @@ def _dense(part: CopyTable) -> list[tuple[int, int, int]]:
     return list(zip(part.file.tolist(), part.at.tolist(), nbytes.tolist(), strict=True))
 
 
-def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache | None = None) -> None:
-    """Do these copies in this order, in the calling thread. In addition to the buffers they take about
-    `limits.SCRATCH_BYTES` of memory. cache: chunks of the last copies before these."""
-    cache = OrderedDict() if cache is None else cache
-    table = CopyTable.of(copies)
+class Run(NamedTuple):
+    """Bytes that follow one another in a file and are read together. parts: where they go, one after the other: the
+    buffer, the first byte there and how many. odd: a copy that is no plain bytes; then there are no parts."""
+
+    file: int
+    at: int
+    parts: Sequence[tuple[int, int, int]]
+    odd: Copy | None = None
+
+
+def runs(table: CopyTable, apart: bool = False) -> tuple[list[Run], Ints]:
+    """The reads that do these copies in their order, and the number of each one's first copy. apart: what goes into
+    several buffers is read apart."""
     nbytes, is_plain = table.nbytes, table.is_plain
     # Plain bytes that follow one another in a file are read together, and as one part where they go to one place.
     follows = np.zeros(len(table) + 1, bool)
     follows[1:-1] = is_plain[1:] & is_plain[:-1] & (table.file[1:] == table.file[:-1])
     follows[1:-1] &= table.at[1:] == (table.at + nbytes)[:-1]
+    one_buffer = table.buffer[1:] == table.buffer[:-1]
+    if apart:
+        follows[1:-1] &= one_buffer
     joins = follows.copy()
-    joins[1:-1] &= (table.buffer[1:] == table.buffer[:-1]) & (table.to[1:] == (table.to + nbytes)[:-1])
+    joins[1:-1] &= one_buffer & (table.to[1:] == (table.to + nbytes)[:-1])
     begins, parts = np.flatnonzero(~follows), np.flatnonzero(~joins)
     ends = np.cumsum(nbytes)
     lengths = np.diff(np.concatenate([np.zeros(1, np.int64), ends])[parts])
-    firsts = np.searchsorted(parts, begins)
+    firsts = np.searchsorted(parts, begins).tolist()
     found = list(zip(table.buffer[parts[:-1]].tolist(), table.to[parts[:-1]].tolist(), lengths.tolist(), strict=True))
-    for first, low, high in zip(begins.tolist(), firsts.tolist(), firsts[1:].tolist(), strict=False):
-        if is_plain[first]:
-            into = [buffers[buffer][to : to + length] for buffer, to, length in found[low:high]]
-            reader.read_into(int(table.file[first]), int(table.at[first]), into, cache)
+    begins = begins[:-1]
+    places = zip(table.file[begins].tolist(), table.at[begins].tolist(), is_plain[begins].tolist(), strict=True)
+    out = [
+        Run(file, at, found[low:high]) if plain else Run(file, at, (), table[first])
+        for first, (file, at, plain), low, high in zip(begins.tolist(), places, firsts, firsts[1:], strict=False)
+    ]
+    return out, begins
+
+
+def execute(reader: Reader, copies: Sequence[Copy], buffers: Sequence[Bytes], cache: Cache | None = None) -> None:
+    """Do these copies in this order, in the calling thread. In addition to the buffers they take about
+    `limits.SCRATCH_BYTES` of memory. cache: chunks of the last copies before these."""
+    serve(reader, runs(CopyTable.of(copies))[0], buffers, OrderedDict() if cache is None else cache)
+
+
+def serve(reader: Reader, reads: Sequence[Run], buffers: Buffers, cache: Cache) -> None:
+    """`execute`, for reads that `runs` found: here nothing is worked out that could have been before."""
+    for file, at, parts, odd in reads:
+        if odd is None:
+            reader.read_into(file, at, [buffers[buffer][to : to + length] for buffer, to, length in parts], cache)
         else:
-            _serve(reader, table[first], buffers, cache)
+            _serve(reader, odd, buffers, cache)
 
 
 def _split(table: CopyTable, total: int, parts: int) -> Iterator[CopyTable]:
@@ -252,7 +282,7 @@ def _outermost(copy: Copy) -> int | None:
     return next((k for k, n in enumerate(copy.sizes) if n > 1), None)
 
 
-def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+def _serve(reader: Reader, copy: Copy, buffers: Buffers, cache: Cache) -> None:
     if copy.is_plain:
         reader.read_into(copy.file, copy.at, [buffers[copy.buffer][copy.to : copy.to + copy.nbytes]], cache)
         return
@@ -269,7 +299,7 @@ def _serve(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -
         _through_scratch(reader, copy, buffers, cache)
 
 
-def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+def _through_scratch(reader: Reader, copy: Copy, buffers: Buffers, cache: Cache) -> None:
     """Read the copy with its gaps, as much at a time as fits into the scratch, and place it by array assignment."""
     # A conversion makes up to seven arrays of the size of the bytes read, in addition to these (two when widening to
     # double).
@@ -278,7 +308,7 @@ def _through_scratch(reader: Reader, copy: Copy, buffers: Sequence[Bytes], cache
         _place(reader, piece, buffers, cache)
 
 
-def _place(reader: Reader, piece: Copy, buffers: Sequence[Bytes], cache: Cache) -> None:
+def _place(reader: Reader, piece: Copy, buffers: Buffers, cache: Cache) -> None:
     scratch = np.empty(piece.span, np.uint8)
     reader.read_into(piece.file, piece.at, [scratch], cache)
     source = _strided(scratch, 0, piece.sizes, piece.steps, piece.source_dtype)
