@@ -12,7 +12,11 @@ from dataclasses import fields
 from itertools import repeat
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 T = TypeVar("T")
+R = TypeVar("R", bound=tuple[Any, ...])
 
 
 def made_of(kind: type[T], count: int, *columns: Iterable[Any]) -> list[T]:
@@ -32,3 +36,29 @@ def made_of(kind: type[T], count: int, *columns: Iterable[Any]) -> list[T]:
             raise ValueError(f"there are {len(column)} values of {name} for {count} objects")  # type: ignore[arg-type]
         deque(map(getattr(kind, name).__set__, out, column), 0)
     return out
+
+
+def tuples_of(kind: type[R], *columns: Iterable[Any]) -> list[R]:
+    """Named tuples from the columns of all their fields, in their order, the first of which is as long as there are
+    tuples. Others may be `itertools.repeat`.
+
+    Raises TypeError for another number of fields.
+    """
+    if len(kind._fields) != len(columns):  # type: ignore[attr-defined]
+        raise TypeError(f"{kind.__name__} has {len(kind._fields)} fields, not {len(columns)}")  # type: ignore[attr-defined]
+    return list(map(tuple.__new__, repeat(kind), zip(*columns, strict=False)))
+
+
+def different(many: Iterable[T]) -> tuple[list[T], NDArray[np.int64]]:
+    """The objects that are not the same one, each once, and (n,) which of them each of the many is."""
+    held = list(many)
+    ids = list(map(id, held))
+    objects = dict(zip(ids, held, strict=True))
+    numbers = {found: k for k, found in enumerate(objects)}
+    return list(objects.values()), np.fromiter(map(numbers.__getitem__, ids), np.int64, len(ids))
+
+
+def firsts(numbers: NDArray[np.int64]) -> list[int]:
+    """Where each number is for the first time, of numbers that were given out in that order, from 0 on."""
+    highest = np.maximum.accumulate(np.concatenate([np.full(1, -1), numbers]))
+    return np.flatnonzero(np.diff(highest)).tolist()

@@ -7,24 +7,23 @@ by plain torch operations (`ucp.job.device_digest`). Both are equal bit for bit.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ucp.geometry import Blocks, Shape, numel, whole
+from ucp.columns import firsts
+from ucp.geometry import Blocks, Ints, Shape, numel, whole
 from ucp.job.device_digest import LONG, DeviceSums
 from ucp.job.device_kernel import KernelSums, launch_of
 from ucp.job.float_types import converted
-from ucp.logical.batch import Batch
+from ucp.logical.batch import Batch, lanes_of
 from ucp.logical.digest import ROW, Digest, digest_bytes
 from ucp.logical.runs import FEW, Run, Runs, Sample, few_runs, runs_of, within_buffer
 from ucp.printable import logger
@@ -72,13 +71,20 @@ class LiveElements(NamedTuple):
         return self.elements * self.width
 
 
-@torch.no_grad()
 def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, threads: int = 1) -> list[Digest]:
     """The digest of each. sample: of the blocks that it picks alone. threads: for those in host memory.
 
     A tensor that is not contiguous is copied.
     """
-    out: list[Digest] = [Digest()] * len(lives)
+    return list(map(Digest._make, digest_lanes(lives, sample=sample, threads=threads).tolist()))
+
+
+@torch.no_grad()
+def digest_lanes(
+    lives: Sequence[LiveElements], *, sample: Sample | None = None, threads: int = 1
+) -> NDArray[np.uint64]:
+    """As `digests`: (n, 2) both lanes of each digest."""
+    out = np.zeros((len(lives), 2), np.uint64)
     by_device: dict[torch.device, list[int]] = {}
     host = [k for k, live in enumerate(lives) if live.tensor.is_cpu]
     if host:
@@ -88,9 +94,10 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
             by_device.setdefault(live.tensor.device, []).append(k)
     for device, members in by_device.items():
         own = lives if len(members) == len(lives) else [lives[k] for k in members]
-        made = _on_host(own, sample, threads) if device.type in ("cpu", "mps") else on_device(own, sample)
-        for k, found in zip(members, made, strict=True):
-            out[k] = found
+        if device.type in ("cpu", "mps"):
+            out[members] = _on_host(own, sample, threads)
+        else:
+            out[members] = lanes_of(on_device(own, sample))
     return out
 
 
@@ -98,7 +105,7 @@ def _windows(
     live: LiveElements, listed: list[Run] | None, sample: Sample | None, most: int
 ) -> Iterator[tuple[torch.Tensor, Runs]]:
     """The tensor's memory in pieces of bytes, and the runs in each. A piece has at most about ``most`` bytes, since it
-    may be converted, or copied from a device. listed: its runs, as `_Lists` has them."""
+    may be converted, or copied from a device. listed: its runs, as `_Kind` has them."""
     if listed is not None:
         for source, place, size in listed:
             for at in range(0, size, most):
@@ -141,32 +148,69 @@ def _bits(piece: torch.Tensor, live: LiveElements) -> torch.Tensor:
     return piece.view(torch.uint8)
 
 
-def _is_converted(live: LiveElements) -> bool:
-    return live.dtype is not None or live.one_nan
+@dataclass(frozen=True)
+class _Kind:
+    """What tensors have in common that are cut alike and lie alike. listed: the runs to digest, if they are few and a
+    tensor lies in one piece of memory; else None. They count the bytes that are digested: where elements are converted
+    first, those after that. nbytes: of these runs. rows: how many rows of 1 KiB a tensor has, if it is digested as it
+    is, and whole; else 0. is_converted: whether its elements are converted."""
+
+    listed: list[Run] | None
+    nbytes: int
+    rows: int
+    is_converted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Kinds:
+    """The kinds of some tensors, and (n,) which of them each tensor is of."""
+
+    kinds: Sequence[_Kind]
+    which: Ints
+
+    @classmethod
+    def of(cls, lives: Sequence[LiveElements], sample: Sample | None) -> _Kinds:
+        """Layers have tensors alike, and finding what is to be digested of one takes longer than digesting a few KiB.
+        It is found once for all that share their blocks, as tensors that are cut alike may."""
+        numbers: dict[tuple[Any, ...], int] = {}
+        which = [
+            numbers.setdefault(
+                (id(blocks), shape, dtype, back, one_nan, t.dtype, t.shape, t.is_contiguous()), len(numbers)
+            )
+            for t, shape, blocks, dtype, back, _, one_nan in lives
+        ]
+        of = np.array(which, np.int64)
+        lists = _Lists(sample)
+        return cls([_kind_of(lives[k], lists.of(lives[k])) for k in firsts(of)], of)
+
+    def __getitem__(self, index: int) -> _Kind:
+        """The kind of a tensor."""
+        return self.kinds[self.which[index]]
+
+
+def _kind_of(live: LiveElements, listed: list[Run] | None) -> _Kind:
+    is_converted = live.dtype is not None or live.one_nan
+    rows = 0
+    if listed is not None and len(listed) == 1 and not is_converted:
+        ((source, place, size),) = listed
+        is_whole = not (source or place) and size == live.tensor.nbytes
+        rows = size // ROW if is_whole and size % ROW == 0 and size <= _TOGETHER and live.tensor.dim() else 0
+    return _Kind(listed, sum(size for _, _, size in listed or ()), rows, is_converted)
 
 
 class _Lists:
-    """The runs of tensors that have few. Layers have tensors alike, and finding their runs takes longer than digesting
-    a few KiB: they are found once, counted from each one's first block."""
+    """The runs of tensors that have few: they are found once for all that are cut alike, counted from each one's first
+    block."""
 
     def __init__(self, sample: Sample | None) -> None:
         self._sample = sample
         self._known: dict[tuple[Any, ...], list[Run] | None] = {}
-        # The same, by the blocks themselves, which tensors that are cut alike may share. They are kept while this is.
-        self._of_blocks: dict[tuple[Any, ...], tuple[Blocks, list[Run] | None]] = {}
 
     def of(self, live: LiveElements) -> list[Run] | None:
-        """The runs to digest, if they are few and the tensor lies in one piece of memory; else None. They count the
-        bytes that are digested: where elements are converted first, those after that."""
-        if not live.tensor.is_contiguous():
+        """As `_Kind.listed`."""
+        if not live.tensor.is_contiguous() or len(live.blocks) > FEW:
             return None
-        blocks = live.blocks
-        same = id(blocks), live.shape, live.tensor.dtype, live.dtype, live.back
-        known = self._of_blocks.get(same)
-        if known is None:
-            listed = None if len(blocks) > FEW else self._find(live, blocks, live.width)
-            known = self._of_blocks[same] = blocks, listed
-        return known[1]
+        return self._find(live, live.blocks, live.width)
 
     def _find(self, live: LiveElements, blocks: Blocks, width: int) -> list[Run] | None:
         if not len(blocks):
@@ -191,91 +235,62 @@ class _Lists:
         return [(source + first * width, place, size) for source, place, size in found]
 
 
-_Few = tuple[int, list[Run], int]
-"""The number of a tensor in host memory, its few runs, and their bytes."""
-
-
-def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> list[Digest]:
+def _on_host(lives: Sequence[LiveElements], sample: Sample | None, threads: int) -> NDArray[np.uint64]:
     """Digest tensors with little to read together, and the others in pieces."""
-    few: list[_Few] = []
-    large = []
-    lists = _Lists(sample)
-    for k, live in enumerate(lives):
-        listed = lists.of(live)
-        if listed is None:
-            large.append(k)
-        elif listed:
-            nbytes = listed[0][2] if len(listed) == 1 else sum([size for _, _, size in listed])
-            if sample is None and nbytes >= _TOGETHER:
-                large.append(k)
-            else:
-                few.append((k, listed, nbytes))
-    out = [Digest()] * len(lives)
-    shares = _shares(few, threads)
+    kinds = _Kinds.of(lives, sample)
+    is_few = [one.listed is not None and (sample is not None or one.nbytes < _TOGETHER) for one in kinds.kinds]
+    together = np.array(is_few, bool)[kinds.which]
+    few, large = np.flatnonzero(together), np.flatnonzero(~together)
+    out = np.zeros((len(lives), 2), np.uint64)
+    shares = _shares(few, np.array([one.nbytes for one in kinds.kinds], np.int64)[kinds.which[few]], threads)
     with ThreadPoolExecutor(len(shares), "ucp-digest") if len(shares) > 1 else nullcontext() as pool:
-        work = partial(_together, lives)
-        for k, found in chain.from_iterable(pool.map(work, shares) if pool is not None else map(work, shares)):
-            out[k] = found
-    for k, found in zip(large, _piecewise([lives[k] for k in large], lists, sample, threads), strict=True):
-        out[k] = found
+        work = partial(_together, lives, kinds)
+        for own, found in zip(shares, pool.map(work, shares) if pool is not None else map(work, shares), strict=True):
+            out[own] = found
+    if len(large):
+        out[large] = lanes_of(_piecewise(lives, kinds, large.tolist(), sample, threads))
     return out
 
 
-def _shares(few: list[_Few], threads: int) -> list[list[_Few]]:
-    """The tensors in as many shares as threads are worth it, with about as many bytes in each."""
-    ends = list(accumulate([nbytes for _, _, nbytes in few]))
-    count = min(threads, ends[-1] // _WORTH_A_THREAD + 1) if few else 0
-    cuts = [bisect_left(ends, ends[-1] * k // count) for k in range(1, count)]
-    return [few[low:high] for low, high in pairwise([0, *cuts, len(few)])] if few else []
+def _shares(few: Ints, nbytes: Ints, threads: int) -> list[Ints]:
+    """The tensors in as many shares as threads are worth it, with about as many bytes in each. nbytes: of each."""
+    if not len(few):
+        return []
+    ends = np.cumsum(nbytes)
+    count = min(threads, int(ends[-1]) // _WORTH_A_THREAD + 1)
+    return np.split(few, np.searchsorted(ends, [int(ends[-1]) * k // count for k in range(1, count)]))
 
 
 @torch.no_grad()  # for this thread
-def _together(lives: Sequence[LiveElements], few: list[_Few]) -> list[tuple[int, Digest]]:
-    batch = Batch(len(few))
-    whole = _WholeTensors(batch)
-    for n, (k, listed, _) in enumerate(few):
-        live = lives[k]
-        if live.dtype is not None or live.one_nan:
-            for source, place, size in listed:
-                batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
-        elif not whole.takes(n, live.tensor, listed):
-            batch.add(n, _flat_bytes(live.tensor), listed)
-    whole.flush()
-    return list(zip([k for k, _, _ in few], batch.finish(), strict=True))
+def _together(lives: Sequence[LiveElements], kinds: _Kinds, own: Ints) -> NDArray[np.uint64]:
+    batch = Batch(len(own))
+    order = np.argsort(kinds.which[own], kind="stable")
+    of = kinds.which[own][order]
+    for members in np.split(order, np.flatnonzero(of[1:] != of[:-1]) + 1) if len(own) else ():
+        kind = kinds[own[members[0]]]
+        some = [lives[k] for k in own[members].tolist()]
+        if kind.rows:
+            _add_whole(batch, members, kind.rows, [live.tensor for live in some])
+            continue
+        for n, live in zip(members.tolist(), some, strict=True):
+            if kind.is_converted:
+                for source, place, size in kind.listed or ():
+                    batch.add(n, _piece(live, source, size).numpy(), [(0, place, size)])
+            else:
+                batch.add(n, _flat_bytes(live.tensor), kind.listed or ())
+    return batch.finish()
 
 
-class _WholeTensors:
-    """Contiguous tensors of whole rows, all of whose bytes are digested: they are put together in one call."""
+_MOST = 1 << 20  # bytes of whole tensors that are put together
 
-    _MOST = 1 << 20  # bytes of what is put together
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._tensors: list[torch.Tensor] = []
-        self._owners: list[int] = []
-        self._rows: list[int] = []
-        self._nbytes = 0
-
-    def takes(self, owner: int, tensor: torch.Tensor, listed: list[Run]) -> bool:
-        """Add a tensor, if it is one of those."""
-        if len(listed) > 1:
-            return False
-        ((source, place, size),) = listed
-        if source or place or size % ROW or size > self._MOST or size != tensor.nbytes:
-            return False
-        if self._nbytes + size > self._MOST or (self._tensors and self._tensors[0].dtype != tensor.dtype):
-            self.flush()
-        self._tensors.append(tensor)
-        self._owners.append(owner)
-        self._rows.append(size // ROW)
-        self._nbytes += size
-        return True
-
-    def flush(self) -> None:
-        if self._tensors:
-            flat = torch.cat([one if one.dim() == 1 else one.reshape(-1) for one in self._tensors])
-            self._batch.add_rows(self._owners, self._rows, flat.view(torch.uint8).numpy())
-        self._tensors, self._owners, self._rows, self._nbytes = [], [], [], 0
+def _add_whole(batch: Batch, owners: Ints, rows: int, tensors: Sequence[torch.Tensor]) -> None:
+    """Add contiguous tensors of one shape, of so many rows each, many in one call."""
+    step = max(_MOST // (rows * ROW), 1)
+    for at in range(0, len(tensors), step):
+        some = tensors[at : at + step]
+        flat = torch.cat(list(some)) if len(some) > 1 else some[0]
+        batch.add_rows(owners[at : at + step], rows, flat.view(torch.uint8).numpy())
 
 
 def _flat_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -284,16 +299,20 @@ def _flat_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return out
 
 
-def _piecewise(lives: Sequence[LiveElements], lists: _Lists, sample: Sample | None, threads: int) -> list[Digest]:
+def _piecewise(
+    lives: Sequence[LiveElements], kinds: _Kinds, members: Sequence[int], sample: Sample | None, threads: int
+) -> list[Digest]:
     def work(job: tuple[int, torch.Tensor, Runs]) -> tuple[int, Digest]:
         k, raw, runs = job
         return k, digest_bytes(raw.cpu().numpy(), runs)
 
     jobs = (
-        (k, raw, runs) for k, live in enumerate(lives) for raw, runs in _windows(live, lists.of(live), sample, PIECE)
+        (n, raw, runs)
+        for n, k in enumerate(members)
+        for raw, runs in _windows(lives[k], kinds[k].listed, sample, PIECE)
     )
-    out = [Digest()] * len(lives)
-    if threads <= 1 or sum(live.nbytes for live in lives) < PIECE:
+    out = [Digest()] * len(members)
+    if threads <= 1 or sum(lives[k].nbytes for k in members) < PIECE:
         for k, found in map(work, jobs):
             out[k] += found
         return out
@@ -331,10 +350,10 @@ def on_device(
     sums = (
         DeviceSums(device, len(lives), by_bytes=by_bytes) if launch is None else KernelSums(device, len(lives), launch)
     )
-    lists = _Lists(sample)
+    kinds = _Kinds.of(lives, sample)
     for k, live in enumerate(lives):
-        listed = lists.of(live)
-        if listed is None or live.dtype is not None or live.one_nan:
+        listed = kinds[k].listed
+        if listed is None or kinds[k].is_converted:
             for raw, runs in _windows(live, listed, sample, PIECE):
                 sums.add(k, raw, runs)
         elif listed:

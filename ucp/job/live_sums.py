@@ -16,8 +16,10 @@ import torch.distributed as dist
 import xxhash
 from numpy.typing import NDArray
 
+from ucp.columns import different
 from ucp.geometry import Blocks
 from ucp.job import ranks
+from ucp.logical.batch import lanes_of
 from ucp.logical.digest import Digest
 
 Key = tuple[str, ...]
@@ -42,31 +44,21 @@ class RankParts:
 
     @classmethod
     def of(
-        cls, keys: Sequence[Key], digests: Sequence[Digest], blocks: Sequence[Blocks], flawed: Collection[int] = ()
+        cls, keys: Sequence[Key], digests: NDArray[np.uint64], blocks: Sequence[Blocks], flawed: Collection[int] = ()
     ) -> RankParts:
         """Parts that hold these blocks, which tensors that are cut alike may share. flawed: the numbers of those."""
-        ids = list(map(id, blocks))
-        different = dict(zip(ids, blocks, strict=True))
-        known = {number: (found.elements, region_of(found)) for number, found in different.items()}
-        odd = np.zeros(len(ids), bool)
+        cuts, which = different(blocks)
+        odd = np.zeros(len(blocks), bool)
         odd[list(flawed)] = True
-        return cls(
-            keys,
-            _lanes(digests),
-            np.array([known[number][0] for number in ids], np.int64),
-            np.array([known[number][1] for number in ids], np.uint64),
-            odd,
-        )
+        elements = np.array([found.elements for found in cuts], np.int64)
+        regions = np.array([region_of(found) for found in cuts], np.uint64)
+        return cls(keys, digests, elements[which], regions[which], odd)
 
     @classmethod
     def of_region(cls, keys: Sequence[Key], digests: Sequence[Digest], region: int) -> RankParts:
         """Parts of one region, of which nobody asks how many elements they have."""
         n = len(keys)
-        return cls(keys, _lanes(digests), np.zeros(n, np.int64), np.full(n, region, np.uint64), np.zeros(n, bool))
-
-
-def _lanes(digests: Sequence[Digest]) -> NDArray[np.uint64]:
-    return np.array(digests, np.uint64).reshape(-1, 2)
+        return cls(keys, lanes_of(digests), np.zeros(n, np.int64), np.full(n, region, np.uint64), np.zeros(n, bool))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +135,7 @@ class Sums(Mapping[Key, SumOverRanks]):
 
 def add_up(parts: RankParts) -> Sums:
     """The sums of all tensors that any rank has parts of, the same on every rank. Collective."""
-    named, _ = ranks.distinct(sorted(set(parts.keys)))
+    named, _ = ranks.distinct(list(dict.fromkeys(parts.keys)))
     keys = named[0] if len(named) == 1 else sorted({key for found in named for key in found})
     numbers = {key: k for k, key in enumerate(keys)}
     rows = np.empty(len(parts.keys), _ROW)

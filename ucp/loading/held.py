@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 from ucp.catalog import LogicalTensor
+from ucp.columns import tuples_of
+from ucp.geometry import Blocks, Shape
 from ucp.job.live_digest import LiveElements
 from ucp.job.live_sums import Key
 from ucp.loading.nouns import Entry, LoadPlan
@@ -47,31 +51,63 @@ def find_held(
     unproved: dict[str, str],
 ) -> None:
     """What was brought to this rank, where it lies now."""
-    turns: dict[tuple[str, str], int] = {}
-    tensors, lives = held.tensors, held.lives
-    for (key, state, dtype), wants in what.wants.items():
-        memory = target.memory(key, state) if wants else None
-        own = "" if memory is None else from_torch(memory.dtype)
-        for want in wants:
-            tensor = want.tensor
-            named = tensor.name, tensor.state
-            turn = turns[named] = turns.get(named, -1) + 1
-            if memory is None:
-                unproved[":".join(named)] = "its memory is not at hand"
-                continue
-            if tensor.digest is None and not always:
-                unproved[":".join(named)] = "the checkpoint has no digest of it"
-                continue
-            if own == tensor.dtype:
-                live = LiveElements(memory, tensor.shape, want.blocks)
-            elif (tensor.dtype, own) in EXACT:
-                live = LiveElements(memory, tensor.shape, want.blocks, tensor.dtype)
-            elif (read := brought.get((key, state, dtype))) is not None and dtype == tensor.dtype:
-                live = LiveElements(read, tensor.shape, want.blocks)
-                held.rounded[len(lives)] = memory
-            else:
-                unproved[":".join(named)] = f"it is {tensor.dtype} in the checkpoint and kept as {own}{ROUNDED}"
-                continue
-            tensors.append(tensor)
-            lives.append(live)
-            held.turns.append(turn)
+    lies = [
+        (memory, tensor, blocks, entry)
+        for entry, wants in what.wants.items()
+        if wants
+        for memory in (target.memory(entry[0], entry[1]),)
+        for tensor, blocks, *_ in wants
+    ]
+    lives: list[tuple[torch.Tensor, Shape, Blocks, str | None]] = []
+    ways: dict[Any, _Way] = {}  # of tensors that are kept alike it is asked once how they are proved
+    for (memory, tensor, blocks, entry), turn in zip(lies, _turns([tensor for _, tensor, *_ in lies]), strict=True):
+        kind = None if memory is None else memory.dtype, tensor.dtype, entry[2], tensor.digest is None
+        way = ways.get(kind) or ways.setdefault(kind, _way(memory, tensor, entry[2], always))
+        live = brought.get(entry) if way.is_rounded else memory
+        if live is None or (way.unproved and not way.is_rounded):
+            unproved[f"{tensor.name}:{tensor.state}"] = way.unproved
+            continue
+        if way.is_rounded and memory is not None:
+            held.rounded[len(lives)] = memory
+        lives.append((live, tensor.shape, blocks, way.dtype))
+        held.tensors.append(tensor)
+        held.turns.append(turn)
+    if lives:
+        held.lives.extend(tuples_of(LiveElements, *zip(*lives, strict=True), *repeat(repeat(False), 3)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a tensor is proved. dtype: into which its elements are converted first. is_rounded: what was read for it is
+    proved, if it is at hand. unproved: why it is not proved otherwise; empty if it is."""
+
+    dtype: str | None = None
+    is_rounded: bool = False
+    unproved: str = ""
+
+
+def _way(memory: torch.Tensor | None, tensor: LogicalTensor, read_as: str, always: bool) -> _Way:
+    if memory is None:
+        return _Way(unproved="its memory is not at hand")
+    if tensor.digest is None and not always:
+        return _Way(unproved="the checkpoint has no digest of it")
+    own = from_torch(memory.dtype)
+    if own == tensor.dtype:
+        return _Way()
+    if (tensor.dtype, own) in EXACT:
+        return _Way(tensor.dtype)
+    why = f"it is {tensor.dtype} in the checkpoint and kept as {own}{ROUNDED}"
+    return _Way(is_rounded=read_as == tensor.dtype, unproved=why)
+
+
+def _turns(tensors: Sequence[LogicalTensor]) -> list[int]:
+    """For each how many before it are the same tensor of the checkpoint, which may fill several here."""
+    names = [(tensor.name, tensor.state) for tensor in tensors]
+    if len(set(names)) == len(names):
+        return [0] * len(names)
+    seen = Counter[tuple[str, str]]()
+    turns = []
+    for name in names:
+        turns.append(seen[name])
+        seen[name] += 1
+    return turns

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo
+from ucp.columns import tuples_of
 from ucp.formats.shared.apart import states_apart
-from ucp.geometry import restrict, whole
+from ucp.geometry import Blocks, restrict, whole
 from ucp.loading.name_match import match
 from ucp.loading.nouns import Entry, LoadPlan, Wish
 from ucp.loading.options import holds, match_named, match_options
@@ -60,9 +62,7 @@ def plan(catalog: Catalog, target: Target, wish: Wish) -> LoadPlan:
     asked += [name for group in target.groups for name in group.names]
     sides = _Sides(catalog, target, wish, match(catalog, asked, target.copies), found)
     _without_other_padding(sides)
-    for slot in target.slots:
-        if _weights_alone(sides, slot):
-            continue
+    for slot in _but_weights_alone(sides):
         if slot.asked is None or PARAM in slot.asked.states:
             _weights(sides, slot)
         if slot.kind == "parameter" and wish.states:
@@ -111,7 +111,7 @@ def _without_other_padding(sides: _Sides) -> None:
     """Leave out padding that has another width in the checkpoint, since padding is no part of a parameter."""
     for slot in sides.target.slots:
         for member in slot.members:
-            source = sides.catalog.parameters.get(sides.names.get(member.name, ""))
+            source = sides.catalog.parameters.get(sides.names.get(member.name, "")) if member.padding else None
             if member.padding and (source is None or source.shape != member.shape):
                 sides.names.pop(member.name, None)
                 sides.found.notes.append(
@@ -122,23 +122,28 @@ def _without_other_padding(sides: _Sides) -> None:
 # --- weights and buffers ---------------------------------------------------------------------------------------------
 
 
-def _weights_alone(sides: _Sides, slot: Slot) -> bool:
-    """Want a slot's weights, if they are all that it asks for and all that the checkpoint has for it, and alike on both
-    sides, as is usual."""
-    asked = slot.asked
-    if asked is None or asked.values or slot.placed or len(slot.members) != 1 or asked.states != _WEIGHTS:
-        return False
-    (member,) = slot.members
-    source = sides.names.get(member.name)
-    if source is None:
-        return False
-    info, tensor = sides.catalog.parameters[source], sides.catalog.tensors.get((source, PARAM))
-    if tensor is None or info.scalars or len(info.states) > 1:
-        return False
-    if tensor.dtype != slot.dtype or tensor.shape != member.shape:
-        return False
-    sides.wants.setdefault((slot.key, PARAM, slot.dtype), []).append(Want(tensor, member.blocks, slot.dtype))
-    return True
+def _but_weights_alone(sides: _Sides) -> list[Slot]:
+    """Want the weights of slots that ask for nothing else, where the checkpoint has nothing else and they are alike, as
+    is usual. Returns the other slots."""
+    names, parameters, tensors = sides.names, sides.catalog.parameters, sides.catalog.tensors
+    others, plain = list[Slot](), list[tuple[Entry, LogicalTensor, Blocks, str]]()
+    asking = {id(slot.asked): slot.asked for slot in sides.target.slots if slot.asked is not None}
+    of_weights = {number for number, asked in asking.items() if asked.states == _WEIGHTS and not asked.values}
+    for slot in sides.target.slots:
+        if id(slot.asked) in of_weights and not slot.placed and len(slot.members) == 1:
+            name, shape, blocks, _ = slot.members[0]
+            info = parameters[names[name]] if name in names else None
+            tensor = None if info is None else tensors.get((info.name, PARAM))
+            alone = info is not None and len(info.states) == 1 and not info.scalars
+            if tensor is not None and alone and (tensor.dtype, tensor.shape) == (slot.dtype, shape):
+                plain.append(((slot.key, PARAM, slot.dtype), tensor, blocks, slot.dtype))
+                continue
+        others.append(slot)
+    if plain:
+        entries, *columns = zip(*plain, strict=True)
+        each = zip(tuples_of(Want, *columns, repeat(0), repeat(False)), strict=True)
+        sides.wants.update(zip(entries, map(list, each), strict=True))
+    return others
 
 
 def _weights(sides: _Sides, slot: Slot) -> None:
@@ -404,7 +409,7 @@ def _unused(sides: _Sides) -> None:
         return
     untrained = {m.name for s in sides.target.slots if s.kind != "parameter" for m in s.members}
     untrained |= {name for name, kind in sides.target.elsewhere.items() if kind != "parameter"}
-    for live, source in sides.names.items():
+    for live, source in sides.names.items() if untrained else ():
         if live in untrained:
             for state in sorted(set(sides.catalog.parameters[source].states) - {PARAM}):
                 item = Item("", live, (), state, note=", which is not trained here")

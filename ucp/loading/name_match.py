@@ -18,7 +18,7 @@ def match(catalog: Catalog, targets: Iterable[str], copies: bool = False) -> dic
     targets = list(dict.fromkeys(targets))
     if not targets:
         return {}
-    exact = {info.name: info.name for info in catalog.parameters.values()}
+    exact: dict[str, str] = {}
     out: dict[str, str] = {}
     if any(map(attrgetter("aliases"), catalog.parameters.values())):
         exact = {n: info.name for info in catalog.parameters.values() for n in (info.name, *info.aliases)}
@@ -28,12 +28,12 @@ def match(catalog: Catalog, targets: Iterable[str], copies: bool = False) -> dic
                 out[target] = exact[target]
                 used.add(exact[target])
     else:
-        out = {target: target for target in targets if target in exact}
-        used = set(out)
-    rest = [target for target in targets if target not in out]
-    if not rest:
+        out = {target: target for target in targets if target in catalog.parameters}
+        used = set(out.values())
+    if len(out) == len(targets):
         return out
-    by_bare = _unambiguous(exact)
+    rest = [target for target in targets if target not in out]
+    by_bare = _unambiguous(exact or {name: name for name in catalog.parameters})
     short = {target: bare(target) for target in targets}
     asked = Counter(short.values())
     for target in rest:

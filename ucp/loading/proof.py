@@ -23,15 +23,17 @@ import numpy as np
 import xxhash
 
 from ucp.catalog import LogicalTensor
+from ucp.columns import different
 from ucp.errors import BadArgument, ProofFailed
 from ucp.geometry import numel
 from ucp.interpreter import no_collections
 from ucp.job import ranks
-from ucp.job.live_digest import LiveElements, digests
+from ucp.job.live_digest import LiveElements, digest_lanes
 from ucp.job.live_sums import Key, RankParts, Sums, add_up
 from ucp.loading.held import ROUNDED, HeldTensors, find_held
 from ucp.loading.nouns import Entry, LoadPlan
 from ucp.loading.target import Target, Weights
+from ucp.logical.batch import lanes_of
 from ucp.logical.digest import Digest
 from ucp.logical.record import drawn
 from ucp.logical.runs import SAMPLE_BLOCK, Sample
@@ -216,19 +218,10 @@ def _pairs_of(held: HeldTensors, target: Target) -> Iterator[_Pair]:
 
 def _is_much(held: HeldTensors, pairs: Sequence[_Pair]) -> bool:
     """Whether this rank has so much in host memory that it is to be sampled."""
-    here = 0
-    # By the blocks themselves, which tensors that are cut alike may share.
-    elements: dict[int, int] = {}
-    for live in chain(held.lives, (_ends(pair)[0] for pair in pairs)):
-        if live.tensor.is_cpu:
-            blocks = live.blocks
-            count = elements.get(id(blocks))
-            if count is None:
-                count = elements[id(blocks)] = blocks.elements
-            here += count * live.width
-            if here >= SAMPLED_FROM:
-                return True
-    return here >= SAMPLED_FROM
+    lives = [live for live in chain(held.lives, (_ends(pair)[0] for pair in pairs)) if live.tensor.is_cpu]
+    cuts, which = different(live.blocks for live in lives)
+    elements = np.array([blocks.elements for blocks in cuts], np.int64)[which]
+    return int(np.dot(elements, np.fromiter((live.width for live in lives), np.int64, len(lives)))) >= SAMPLED_FROM
 
 
 def _sample(catalog: Catalog) -> Sample:
@@ -268,9 +261,10 @@ def _sums(
     lives = [*held.lives, *(live for _, live in ends)]
     lives += [held.lives[k]._replace(dtype=None) for k in turned]
     lives += [held.lives[k]._replace(back=True) for k in turned]
-    found = ranks.all_or_none(lambda: digests(lives, sample=sample, threads=threads))
+    found = ranks.all_or_none(lambda: digest_lanes(lives, sample=sample, threads=threads))
     count = len(held.lives) + len(ends)
-    flawed = [k for n, k in enumerate(turned) if found[count + n] != found[count + len(turned) + n]]
+    here, back = found[count : count + len(turned)], found[count + len(turned) :]
+    flawed = np.array(turned, np.int64)[(here != back).any(axis=1)].tolist()
     keys = [*held.keys, *(key for key, _ in ends)]
     return add_up(RankParts.of(keys, found[:count], [live.blocks for live in lives[:count]], flawed))
 
@@ -295,9 +289,9 @@ def _wanted(
     """The checkpoint's digests of the tensors that are held. Those that are not recorded are computed from the files;
     then it is collective."""
     out: dict[tuple[str, str], Digest] = {}
-    missing: list[LogicalTensor] = []
-    for key in {(name, state): None for name, state, _ in sums}:
-        tensor = catalog.tensors.get(key)
+    missing: dict[tuple[str, str], LogicalTensor] = {}
+    for name, state, *_ in sums:
+        tensor = catalog.tensors.get(key := (name, state))
         if tensor is None:
             continue
         recorded = tensor.digest
@@ -306,15 +300,15 @@ def _wanted(
         elif recorded is not None and (recorded.sample is sample or recorded.sample == sample):
             out[key] = recorded.sampled
         else:
-            missing.append(tensor)
+            missing[key] = tensor
     if missing:
-        rank, world = ranks.rank(), ranks.world_size()
+        rank, world, tensors = ranks.rank(), ranks.world_size(), list(missing.values())
         mine = ranks.all_or_none(
-            lambda: digest_files(reader, missing, sample=sample, share=rank, shares=world, threads=threads)
+            lambda: digest_files(reader, tensors, sample=sample, share=rank, shares=world, threads=threads)
         )
         # The rank stands for the region, so that the ranks' shares are added and not taken for replicas.
-        found = add_up(RankParts.of_region([(t.name, t.state) for t in missing], mine, rank))
-        out.update({(t.name, t.state): found[t.name, t.state].digest for t in missing})
+        found = add_up(RankParts.of_region([*missing], mine, rank))
+        out.update({key: found[key].digest for key in missing})
     return out
 
 
@@ -328,14 +322,14 @@ def _as_saved(
 ) -> tuple[dict[tuple[str, str], int], list[Key]]:
     """The tensors that are whole and as they were saved, with their bytes, and the keys of all else."""
     tensors = [None if key[1] in (WEIGHTS, MASTERS) else catalog.tensors.get((key[0], key[1])) for key in sums]
-    shapes = {shape: numel(shape) for shape in {t.shape for t in tensors if t is not None}}
-    counts = np.array([-1 if t is None else shapes[t.shape] for t in tensors], np.int64)
+    sizes = {shape: numel(shape) for shape in {t.shape for t in tensors if t is not None}}
+    counts = [-1 if t is None else sizes[t.shape] for t in tensors]
     nothing = Digest()
-    digests = np.array([nothing if t is None else wanted[t.name, t.state] for t in tensors], np.uint64).reshape(-1, 2)
+    digests = lanes_of([nothing if t is None else wanted[t.name, t.state] for t in tensors])
     fine = (sums.elements == counts) & (sums.digests == digests).all(axis=1) & ~sums.differ & ~sums.flawed
     proved = {
-        (t.name, t.state): count * itemsize(t.dtype)
-        for t, count, is_fine in zip(tensors, counts.tolist(), fine.tolist(), strict=True)
+        (key[0], key[1]): count * itemsize(t.dtype)
+        for key, t, count, is_fine in zip(sums, tensors, counts, fine.tolist(), strict=True)
         if t is not None and is_fine
     }
     return proved, [key for key, is_fine in zip(sums, fine.tolist(), strict=True) if not is_fine]

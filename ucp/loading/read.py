@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,10 +61,11 @@ class RankReads:
         slots = {slot.key: slot for slot in target.slots}
         rooms = {}
         with watch.part("memory"):
-            for entry in what.wants.keys() - parts.keys():
+            for entry in what.wants:
                 key, state, dtype = entry
-                room = target.room(key, state, dtype, slots[key].length_of(state))
-                if room is not None:
+                slot = slots[key]
+                length = slot.length_of(state) if slot.placed else slot.length
+                if entry not in parts and (room := target.room(key, state, dtype, length)) is not None:
                     rooms[entry] = room
         new = {entry: what.wants[entry] for entry in what.wants if entry in rooms} if rooms else {}
         rest = {entry: what.wants[entry] for entry in what.wants if entry not in rooms} if rooms else what.wants
@@ -96,7 +98,8 @@ class RankReads:
     @cached_property
     def sizes(self) -> Sequence[int]:
         """Bytes of the buffers."""
-        return [length * itemsize(dtype) for length, (_, _, dtype) in zip(self.lengths, self.wants, strict=True)]
+        widths = {dtype: itemsize(dtype) for dtype in {dtype for _, _, dtype in self.wants}}
+        return [length * widths[dtype] for length, (_, _, dtype) in zip(self.lengths, self.wants, strict=True)]
 
     @cached_property
     def lengths(self) -> Sequence[int]:
@@ -195,16 +198,13 @@ def _typed(
 ) -> list[torch.Tensor]:
     """The tensors of these element types that lie at these bytes. Those of one type without gaps are cut at once."""
     out: list[torch.Tensor] = []
-    first = 0
-    while first < len(sizes):
-        last, end = first + 1, starts[first] + sizes[first]
-        while last < len(sizes) and starts[last] == end and dtypes[last] == dtypes[first]:
-            end += sizes[last]
-            last += 1
+    begins, nbytes = np.array(starts, np.int64), np.array(sizes, np.int64)
+    follows = (begins[1:] == (begins + nbytes)[:-1]) & (np.array(dtypes[1:]) == np.array(dtypes[:-1]))
+    cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(sizes)] if sizes else []
+    for first, last in pairwise(cuts):
         width = itemsize(dtypes[first])
-        typed = memory[starts[first] : end].view(to_torch(dtypes[first]))
-        out += typed.split_with_sizes([size // width for size in sizes[first:last]])
-        first = last
+        typed = memory[starts[first] : starts[last - 1] + sizes[last - 1]].view(to_torch(dtypes[first]))
+        out += typed.split_with_sizes((nbytes[first:last] // width).tolist())
     return out
 
 

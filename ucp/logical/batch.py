@@ -8,8 +8,10 @@ of whole tensors not even that: many are given in one memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucp.geometry import Ints
 from ucp.logical import digest
@@ -17,6 +19,11 @@ from ucp.logical.digest import COLUMNS, DIGITS, LANES, ROW, Bytes, Digest
 from ucp.logical.runs import Run
 
 _ROWS = 1024
+
+
+def lanes_of(digests: Sequence[Digest]) -> NDArray[np.uint64]:
+    """(n, 2) both lanes of each."""
+    return np.fromiter(chain.from_iterable(digests), np.uint64, 2 * len(digests)).reshape(-1, 2)
 
 
 class Batch:
@@ -56,17 +63,17 @@ class Batch:
                 self._parts.append((index, first, rows))
                 at += take
 
-    def add_rows(self, owners: Sequence[int], counts: Sequence[int], rows: Bytes) -> None:
+    def add_rows(self, owners: Ints, count: int, rows: Bytes) -> None:
         """Add whole rows of several tensors, each from its first row on, which lie one after the other in memory.
 
-        owners: the tensors' numbers. counts: how many rows each has. rows: at most about 1 MiB.
+        owners: the tensors' numbers. count: how many rows each has. rows: at most 4 MiB.
         """
-        firsts = np.zeros(len(owners), np.int64)
-        self._add(np.array(owners, np.int64), firsts, np.array(counts, np.int64), rows.reshape(-1, ROW))
+        self._add(owners, np.zeros(len(owners), np.int64), np.full(len(owners), count), rows.reshape(-1, ROW))
 
-    def finish(self) -> list[Digest]:
+    def finish(self) -> NDArray[np.uint64]:
+        """(count, 2) both lanes of the tensors' digests."""
         self._flush()
-        return list(map(Digest._make, self._sums.T.view(np.uint64).tolist()))
+        return self._sums.T.view(np.uint64)
 
     def _flush(self) -> None:
         if self._parts:

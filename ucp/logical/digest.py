@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ucp.columns import tuples_of
 from ucp.logical.runs import SAMPLE_BLOCK, Runs, Sample, mixed
 
 Bytes = NDArray[np.uint8]
@@ -98,11 +99,15 @@ class Digest(NamedTuple):
     def parse_all(cls, texts: Sequence[str]) -> list[Digest]:
         """The inverse of ``str``, of many at once. Raises ValueError for the first that is no digest."""
         joined = "".join(texts)
-        if set(map(len, texts)) - {32} or joined.strip(_HEXADECIMAL):
+        try:
+            raw = bytes.fromhex(joined)
+        except ValueError:
+            raw = b""
+        if set(map(len, texts)) - {32} or raw.hex() != joined:
             wrong = next(text for text in texts if len(text) != 32 or text.strip(_HEXADECIMAL))
             raise ValueError(f"{wrong[:40]!r} is no logical digest: 32 hexadecimal digits are one")
-        numbers = np.frombuffer(bytes.fromhex(joined), ">u8").tolist()
-        return list(map(cls._make, zip(numbers[::2], numbers[1::2], strict=True)))
+        numbers = np.frombuffer(raw, ">u8").tolist()
+        return tuples_of(cls, numbers[::2], numbers[1::2])
 
 
 def total(parts: Iterable[Digest]) -> Digest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ucp.errors import Mismatch
 from ucp.geometry import numel
 from ucp.job import ranks
-from ucp.job.live_digest import LiveElements, digests
+from ucp.job.live_digest import LiveElements, digest_lanes
 from ucp.job.live_sums import RankParts, add_up
 from ucp.logical.digest import Digest
 from ucp.logical.listing import Digests, TensorDigest
@@ -20,7 +20,7 @@ def digest_source(source: Source, *, threads: int = 1) -> Digests:
     """
     held = [h for h in source.holdings if len(h.blocks)]
     lives = [LiveElements(h.tensor, h.shape, h.blocks) for h in held]
-    found = ranks.all_or_none(lambda: digests(lives, threads=threads))
+    found = ranks.all_or_none(lambda: digest_lanes(lives, threads=threads))
     sums = add_up(RankParts.of([(h.name, h.state) for h in held], found, [live.blocks for live in lives]))
     described, _ = ranks.distinct(sorted({(h.name, h.state): (h.dtype, h.shape) for h in source.holdings}.items()))
     tensors = []

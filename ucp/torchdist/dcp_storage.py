@@ -51,7 +51,8 @@ from ucp.storage.dtypes import to_torch
 from ucp.torchdist.save import split_path
 from ucp.torchdist.source import source_of_entries
 from ucp.torchdist.state_dicts import check_tensor
-from ucp.torchdist.target import StateDictTarget, StateDictWords
+from ucp.torchdist.target import StateDictTarget
+from ucp.torchdist.words import StateDictWords
 
 log = logger(__name__)
 

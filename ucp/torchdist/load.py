@@ -33,7 +33,8 @@ from ucp.loading.spec_names import under_spec
 from ucp.printable import logger
 from ucp.torchdist.changes import DECLARE, Given, as_changed
 from ucp.torchdist.state_dicts import flatten, is_stateful, unwrap
-from ucp.torchdist.target import StateDictTarget, StateDictWords
+from ucp.torchdist.target import StateDictTarget
+from ucp.torchdist.words import StateDictWords
 
 log = logger(__name__)
 

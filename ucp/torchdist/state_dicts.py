@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,21 +44,21 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
 
     Raises Unsupported for two entries of one flat name, and for tensors that cannot be kept.
     """
-    leaves: list[tuple[str, tuple[Any, ...], Any]] = []
-    for leaf in _leaves("", (), state_dict):
-        key, path, value = leaf
-        if type(value) is not torch.Tensor and isinstance(value, torch.Tensor) and is_in_parts(value):
-            leaves += ((f"{key}.{name}", (*path, name), part) for name, part in parts_of(key, value).items())
-        else:
-            leaves.append(leaf)
+    leaves: list[_Leaf] = []
+    _add_leaves(leaves, "", (), state_dict)
+    kinds = set(map(type, (value for _, _, value in leaves)))
+    if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in kinds):
+        leaves = [part for leaf in leaves for part in _parts(leaf)]
     if not leaves:
         return {}
     keys, paths, values = zip(*leaves, strict=True)
+    tensors = {k: value for k, value in enumerate(values) if isinstance(value, torch.Tensor)}
+    _check_all(keys, tensors)
+    known: dict[torch.Size, Shape] = {}
     shapes: list[Shape | None] = [None] * len(leaves)
-    for k, value in enumerate(values):
-        if isinstance(value, torch.Tensor):
-            check_tensor(keys[k], value)
-            shapes[k] = tuple(value.shape)
+    for k, tensor in tensors.items():
+        size = tensor.shape
+        shapes[k] = known.get(size) or known.setdefault(size, tuple(size))
     out = dict(zip(keys, made_of(StateEntry, len(leaves), paths, shapes, values), strict=True))
     if len(out) < len(leaves):
         twice = next(key for key, times in Counter(keys).items() if times > 1)
@@ -107,19 +107,31 @@ def parts_of(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return out
 
 
-def _leaves(prefix: str, path: tuple[Any, ...], value: Any) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
-    """Flat name, path and value of what is inside. prefix: of the flat names, with a dot at its end."""
+_Leaf = tuple[str, tuple[Any, ...], Any]
+"""Flat name, path and value of an entry."""
+
+
+def _add_leaves(out: list[_Leaf], prefix: str, path: tuple[Any, ...], value: Any) -> None:
+    """List what is inside. prefix: of the flat names, with a dot at its end."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(item, torch.Tensor):
-                yield f"{prefix}{key}", (*path, key), item
+                out.append((f"{prefix}{key}", (*path, key), item))
             else:
-                yield from _leaves(f"{prefix}{key}.", (*path, key), item)
+                _add_leaves(out, f"{prefix}{key}.", (*path, key), item)
     elif isinstance(value, (list, tuple)) and any(map(_is_inner, value)):
         for index, item in enumerate(value):
-            yield from _leaves(f"{prefix}{index}.", (*path, index), item)
+            _add_leaves(out, f"{prefix}{index}.", (*path, index), item)
     else:
-        yield prefix[:-1], path, value
+        out.append((prefix[:-1], path, value))
+
+
+def _parts(leaf: _Leaf) -> list[_Leaf]:
+    """The entry itself, or those of the plain tensors that it is made of."""
+    key, path, value = leaf
+    if isinstance(value, torch.Tensor) and type(value) not in _PLAIN and is_in_parts(value):
+        return [(f"{key}.{name}", (*path, name), part) for name, part in parts_of(key, value).items()]
+    return [leaf]
 
 
 def _is_inner(value: Any) -> bool:
@@ -129,6 +141,16 @@ def _is_inner(value: Any) -> bool:
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def _check_all(keys: Sequence[str], tensors: Mapping[int, torch.Tensor]) -> None:
+    """`check_tensor` of each, by its number. It is asked once of all that are alike in what it looks at."""
+    firsts: dict[Any, int] = {}
+    for k, tensor in tensors.items():
+        t = local_tensor(tensor)
+        firsts.setdefault((type(t), t.dtype, t.layout, t.is_nested, t.is_meta, t.is_conj(), t.is_neg()), k)
+    for k in firsts.values():
+        check_tensor(keys[k], tensors[k])
 
 
 def check_tensor(key: str, tensor: torch.Tensor) -> None:

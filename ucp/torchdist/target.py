@@ -10,123 +10,42 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import torch
 
 from ucp.catalog import Catalog, TrainingState
+from ucp.columns import tuples_of
 from ucp.errors import Unsupported
 from ucp.formats.shared.roles import PARAM, VALUES, Roles, StateEntry, assign
 from ucp.geometry import Blocks, Shape, empty, numel
 from ucp.job import ranks
 from ucp.loading.name_match import match
 from ucp.loading.options import OWN_OPTIONS, own_values, shared_values
-from ucp.loading.refusals import VALUE, Item, Words, named
+from ucp.loading.refusals import Words
 from ucp.loading.target import Asked, Group, Loaded, Member, Placement, Slot, Weights
 from ucp.parallel.mesh import Layout
 from ucp.storage.dtypes import from_torch
 from ucp.torchdist.dtensors import blocks_of, holders_of, layout_of, local_tensor
 from ucp.torchdist.state_dicts import put, storage_key
-
-
-@dataclass(frozen=True)
-class StateDictWords(Words):
-    """Entries are called by their flat names, as the caller's state dict has them.
-
-    begins: the first words of a refusal. apart: what to do if two entries are one tensor here and two in the
-    checkpoint. prefixes: those of the flat names of weights and of optimizer states; None if patterns with them mean
-    only what is asked for by such names. path: the checkpoint's. keys: (name, state) -> flat name. options: (group,
-    option) -> flat name. nested: flat name of an empty list here -> flat names of its entries in the checkpoint. own:
-    flat name -> how many ranks have saved values of their own.
-    """
-
-    whole: str = "the state dict"
-    allow: str = "allow_missing=[...] leaves what is missing as it is"
-    anew: str = "load again, or fill its tensors anew"
-    begins: str = "nothing was loaded"
-    apart: str = "leave one of them out of the state dict"
-    prefixes: tuple[str, str] | None = None
-    path: str = ""
-    keys: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    options: Mapping[tuple[int, str], str] = field(default_factory=dict)
-    nested: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    own: Mapping[str, int] = field(default_factory=dict)
-
-    unrestored = "are not in the checkpoint"
-
-    def opening(self, checkpoint: object, here: object) -> str:
-        return f"{self.path}: {self.begins}, since what is asked for is not what the checkpoint has"
-
-    def advice(self, missing: Sequence[str], unused: Sequence[str]) -> str:
-        return self.allow
-
-    def label(self, name: str, state: str) -> str:
-        return self.keys.get((name, state)) or named(name, state)
-
-    def spellings(self, name: str, state: str) -> Sequence[str]:
-        out = (self.label(name, state), *super().spellings(name, state))
-        if self.prefixes is None or state == VALUE:
-            return out
-        return (*out, f"{self.prefixes[0]}{name}" if state == PARAM else f"{self.prefixes[1]}{name}.{state}")
-
-    def live(self, item: Item) -> str:
-        return f"'{self.label(item.name, item.state)}'{item.note}"
-
-    def saved(self, item: Item) -> str:
-        return f"{named(item.name, item.state)}{item.note}"
-
-    def missing(self, items: Sequence[Item]) -> list[str]:
-        return [f"{self.live(item)}{self._why(self.label(item.name, item.state))}" for item in items]
-
-    def otherwise(self, item: Item) -> str | None:
-        entries = self.nested.get(self.label(item.name, item.state))
-        if entries is None:
-            return None
-        return f"{self.live(item)} is empty here and filled in the checkpoint ('{entries[0]}', …)"
-
-    def _why(self, key: str) -> str:
-        if key not in self.own:
-            return ""
-        return f" (each of {self.own[key]} ranks has its own, and {ranks.world_size()} load)"
-
-    def unused(self, items: Sequence[Item]) -> list[str]:
-        return sorted(map(self.saved, items))
-
-    def other_shape(self, item: Item, found: Shape) -> str:
-        return f"{self.live(item)} is {list(found)} in the checkpoint and {list(item.shape)} here"
-
-    def other_options(self, group: int, option: str, origins: Sequence[int], values: Sequence[Any]) -> str:
-        shown = ", ".join(map(repr, values))
-        what = self.option_of(group, option)
-        return f"{what} is for parameters of the checkpoint's groups {list(origins)}, which have {shown}"
-
-    def option(self, group: int, option: str) -> str | None:
-        return self.options[group, option]
-
-    def value_of(self, item: Item) -> str:
-        return self.live(item)
-
-    def option_of(self, group: int, option: str) -> str:
-        return f"'{self.options[group, option]}'"
-
-    def tied_differ(self, name: str, owner: str, states: str) -> str:
-        one, other = self.label(name, PARAM), self.label(owner, PARAM)
-        return (
-            f"{self.path}: {self.begins}: '{one}' and '{other}' are one tensor here, and the checkpoint has "
-            f"different values for them ({states}); {self.apart}"
-        )
-
+from ucp.torchdist.words import StateDictWords
 
 _OF_WEIGHTS = Asked(frozenset({PARAM}))
 _NONE: Mapping[str, Any] = {}
 
 
-@dataclass(slots=True)
-class _OfName:
-    """What is asked for under one name: state -> flat name, for tensors and for single values."""
+@dataclass(frozen=True)
+class _AskedEntries:
+    """What is asked for: name -> state -> flat name, of tensors and of single values."""
 
-    tensors: dict[str, str] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, str]] = field(default_factory=dict)
+    values: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Name -> flat name of its weight."""
+        return {name: found[PARAM] for name, found in self.tensors.items() if PARAM in found}
 
 
 class StateDictTarget:
@@ -173,6 +92,7 @@ class StateDictTarget:
         self.named: dict[str, Any] = {}
         self._entry_of: dict[tuple[int, str], str] = {}  # (slot key, state) -> flat name
         self._memory: dict[tuple[int, str], torch.Tensor] = {}  # the same, for tensors -> what lies there
+        self._local: dict[str, torch.Tensor] = {}  # flat name of a weight -> what lies here
         self._alike_places: dict[Any, _Place] = {}
         roles = assign(entries, complete=False) if roles is None else roles
         asked = self._take(roles, entries.keys() if only is None else only)
@@ -193,42 +113,51 @@ class StateDictTarget:
 
     # --- what is asked for ---
 
-    def _take(self, roles: Roles, only: Collection[str]) -> dict[str, _OfName]:
+    def _take(self, roles: Roles, only: Collection[str]) -> _AskedEntries:
         """The tensors and single values by name. Also fills ``named``."""
-        catalog = self._catalog
+        catalog, entries = self._catalog, self._entries
         own, shared = own_values(catalog), shared_values(catalog)
-        asked = {**roles.tensors, **roles.scalars}
-        names = match(catalog, [name for name, _ in asked.values()], copies=True)
-        out: dict[str, _OfName] = {}
-        for key, (name, state) in asked.items():
-            if key not in only:
+        names = match(catalog, [name for name, _ in chain(roles.tensors.values(), roles.scalars.values())], copies=True)
+        out = _AskedEntries()
+        # The usual ones first: tensors here and there.
+        found = {
+            key: what
+            for key, what in roles.tensors.items()
+            if (names.get(what[0]), what[1]) in catalog.tensors and key in only and entries[key].shape is not None
+        }
+        for key, (name, state) in found.items():
+            out.tensors.setdefault(name, {})[state] = key
+        self._keys.update(zip(found.values(), found, strict=True))
+        for key, (name, state) in chain(roles.tensors.items(), roles.scalars.items()):
+            if key in found or key not in only:
                 continue
-            is_tensor = self._entries[key].shape is not None
+            is_tensor = entries[key].shape is not None
             source = names.get(name)
             if source is not None and is_tensor and (source, state) in catalog.tensors:
-                out.setdefault(name, _OfName()).tensors[state] = key
+                out.tensors.setdefault(name, {})[state] = key
             elif source is not None and state in catalog.parameters[source].scalars and self._is_single(key):
-                out.setdefault(name, _OfName()).values[state] = key
+                out.values.setdefault(name, {})[state] = key
             elif is_tensor and isinstance(own.get(key), torch.Tensor):
-                self.named[key] = local_tensor(self._entries[key].value)
+                self.named[key] = local_tensor(entries[key].value)
                 continue
             elif is_tensor and (key, PARAM) in catalog.tensors:
                 name, state = key, PARAM
-                out.setdefault(name, _OfName()).tensors[state] = key
+                out.tensors.setdefault(name, {})[state] = key
             elif not is_tensor and key in shared:
-                self.named[key] = self._entries[key].value
+                self.named[key] = entries[key].value
                 continue
             elif is_tensor and key in roles.tensors:
-                out.setdefault(name, _OfName()).tensors[state] = key
+                out.tensors.setdefault(name, {})[state] = key
             else:
-                out.setdefault(name, _OfName()).values[state] = key
+                out.values.setdefault(name, {})[state] = key
             self._keys[name, state] = key
-        self.named.update((key, self._entries[key].value) for key in roles.values if key in only)
+        self.named.update((key, entries[key].value) for key in roles.values if key in only)
         return out
 
     def _filled_there(self) -> dict[str, list[str]]:
         """Lists that are empty here and hold tensors or mappings in the checkpoint -> their entries there."""
-        empty_here = {key for key, e in self._entries.items() if isinstance(e.value, (list, tuple)) and not e.value}
+        plain = {key: e.value for key, e in self._entries.items() if e.shape is None}
+        empty_here = {key for key, value in plain.items() if isinstance(value, (list, tuple)) and not value}
         out: dict[str, list[str]] = {}
         for name in (*self._catalog.parameters, *shared_values(self._catalog)) if empty_here else ():
             head = name
@@ -241,20 +170,22 @@ class StateDictTarget:
         shape = self._entries[key].shape
         return shape is None or numel(shape) == 1
 
-    def _untie(self, asked: dict[str, _OfName], roles: Roles) -> dict[str, str]:
+    def _untie(self, asked: _AskedEntries, roles: Roles) -> dict[str, str]:
         """Remove all names but one of tensors that are one memory. Returns removed name -> name that stays. A name that
         the checkpoint has is preferred."""
-        if self._lie_apart(asked):
-            return {}
+        weights = asked.weights
+        self._local.update((key, local_tensor(self._entries[key].value)) for key in weights.values())
+        begins = {local.data_ptr() for local in self._local.values()}
+        if 0 not in begins and len(begins) == len(weights):
+            return {}  # no two begin at one address; those without memory here can't tell
         same: dict[Any, list[str]] = {}
         views: dict[tuple[int, int], Any] = {}
-        for name, found in asked.items():
-            key = found.tensors.get(PARAM)
-            memory = None if key is None else storage_key(self._entries[key].value)
-            if key is None or memory is None:
+        for name, key in weights.items():
+            memory = storage_key(self._entries[key].value)
+            if memory is None:
                 continue
             same.setdefault(memory, []).append(name)
-            local = local_tensor(self._entries[key].value)
+            local = self._local[key]
             if local.numel() and views.setdefault((local.data_ptr(), local.nbytes), memory) != memory:
                 other = self._keys[same[views[local.data_ptr(), local.nbytes]][0], PARAM]
                 raise Unsupported(
@@ -267,16 +198,10 @@ class StateDictTarget:
                 owner, *others = sorted(together, key=lambda name: (name not in known, name not in roles.trained))
                 for name in others:
                     out[name] = owner
-                    del asked[name].tensors[PARAM]
-                    if not asked[name].tensors and not asked[name].values:
-                        del asked[name]
+                    del asked.tensors[name][PARAM]
+                    if not asked.tensors[name]:
+                        del asked.tensors[name]
         return out
-
-    def _lie_apart(self, asked: Mapping[str, _OfName]) -> bool:
-        """Whether no two of the weights begin at one address. Those without memory here can't tell."""
-        weights = [key for found in asked.values() if (key := found.tensors.get(PARAM)) is not None]
-        begins = {local_tensor(self._entries[key].value).data_ptr() for key in weights}
-        return 0 not in begins and len(begins) == len(weights)
 
     def _groups(self, roles: Roles, only: Collection[str]) -> list[Group]:
         options: dict[str, dict[str, Any]] = {group: {} for group in roles.groups}
@@ -288,31 +213,47 @@ class StateDictTarget:
                 self._options[order[group], option] = key
         return [Group(names, options[group], None, takes=frozenset()) for group, names in roles.groups.items()]
 
-    def _slots(self, asked: Mapping[str, _OfName]) -> list[Slot]:
-        entries, none = self._entries, _NONE
-        out = []
-        for key, (name, found) in enumerate(asked.items()):
-            for state, entry in found.tensors.items():
+    def _slots(self, asked: _AskedEntries) -> list[Slot]:
+        alone = (
+            {} if self._blank else {name: key for name, key in asked.weights.items() if len(asked.tensors[name]) == 1}
+        )
+        if asked.values:
+            alone = {name: key for name, key in alone.items() if name not in asked.values}
+        out = self._weights_alone(alone)
+        names = [name for name in asked.tensors if name not in alone]
+        names += [name for name in asked.values if name not in asked.tensors]
+        for key, name in enumerate(names, len(out)):
+            tensors, values = asked.tensors.get(name, {}), asked.values.get(name, {})
+            for state, entry in tensors.items():
                 self._entry_of[key, state] = entry
-                self._memory[key, state] = local_tensor(entries[entry].value)
-            for state, entry in found.values.items():
+                self._memory[key, state] = local_tensor(self._entries[entry].value)
+            for state, entry in values.items():
                 self._entry_of[key, state] = entry
-            if len(found.tensors) != 1 or found.values or self._blank or PARAM not in found.tensors:
-                out.append(self._slot(key, name, found))
-                continue
-            place = self._place(found.tensors[PARAM])  # the usual case
-            members = (Member(name, place.shape, place.blocks),)
-            length, dtype, holders = place.length, place.dtype, place.holders
-            out.append(Slot(key, "parameter", length, dtype, members, None, none, none, holders, _OF_WEIGHTS))
+            out.append(self._slot(key, name, tensors, values))
         return out
 
-    def _slot(self, key: int, name: str, asked: _OfName) -> Slot:
-        places = {state: self._place(entry) for state, entry in asked.tensors.items()}
+    def _weights_alone(self, keys: Mapping[str, str]) -> list[Slot]:
+        """The slots of names under which only a weight is asked for, as is usual. keys: name -> flat name."""
+        known, places = self._alike_places, []
+        for key in keys.values():
+            entry = self._entries[key]
+            alike = (entry.shape, entry.value.dtype) if type(entry.value) is torch.Tensor else None
+            places.append(known.get(alike) or self._place(key))
+        slots = list(zip(range(len(places)), repeat(PARAM), strict=False))
+        self._entry_of.update(zip(slots, keys.values(), strict=True))
+        self._memory.update(zip(slots, map(self._local.__getitem__, keys.values()), strict=True))
+        shapes, lengths, blocks, holders, dtypes = zip(*places, strict=True) if places else ((),) * 5
+        members = zip(tuples_of(Member, keys, shapes, blocks, repeat(False)), strict=True)
+        some = repeat("parameter"), lengths, dtypes, members, repeat(None), repeat(_NONE), repeat(_NONE), holders
+        return tuples_of(Slot, range(len(places)), *some, repeat(_OF_WEIGHTS), repeat(None))
+
+    def _slot(self, key: int, name: str, tensors: Mapping[str, str], values_of: Mapping[str, str]) -> Slot:
+        places = {state: self._place(entry) for state, entry in tensors.items()}
         blank = frozenset[str]()
         if self._blank:
-            every = {**asked.tensors, **asked.values}
+            every = {**tensors, **values_of}
             blank = frozenset(state for state, entry in every.items() if entry in self._unseen)
-        values = {state: self._dtype(entry) for state, entry in asked.values.items()}
+        values = {state: self._dtype(entry) for state, entry in values_of.items()}
         wanted = Asked(frozenset(places), values, blank)
         base = places.get(PARAM) or next(iter(places.values()), None)
         if base is None:
@@ -366,7 +307,9 @@ class StateDictTarget:
 
     def home(self, key: int, state: str, dtype: str, length: int) -> torch.Tensor | None:
         local = self._memory[key, state]
-        return local.view(-1) if local.is_contiguous() and from_torch(local.dtype) == dtype else None
+        if not local.is_contiguous() or from_torch(local.dtype) != dtype:
+            return None
+        return local if local.dim() == 1 else local.view(-1)
 
     def memory(self, key: int, state: str) -> torch.Tensor | None:
         return self._memory[key, state]
@@ -419,8 +362,7 @@ class StateDictTarget:
             put(state_dict, self._entries[key].path, value)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """A tensor of the state dict on this rank. length is in elements."""
 
     shape: Shape

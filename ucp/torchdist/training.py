@@ -50,7 +50,8 @@ from ucp.torchdist.save import PendingSave, write, write_in_background
 from ucp.torchdist.saved_options import with_saved_options
 from ucp.torchdist.source import make_source
 from ucp.torchdist.state_dicts import flatten
-from ucp.torchdist.target import StateDictTarget, StateDictWords
+from ucp.torchdist.target import StateDictTarget
+from ucp.torchdist.words import StateDictWords
 
 log = logger(__name__)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ucp import limits
 from ucp.catalog import LogicalTensor
+from ucp.columns import firsts
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, collapse, concat, intersect_grouped
 from ucp.storage.dtypes import itemsize, numpy_dtype
@@ -63,9 +64,9 @@ def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> CopyTab
         for want in wants
     ]
     which = np.array(of, np.int64)
-    firsts = np.unique(which, return_index=True)[1].tolist()
+    first = firsts(which)
     by_ndim: dict[int, list[int]] = {}
-    for kind, want in enumerate(wants[k] for k in firsts):
+    for kind, want in enumerate(wants[k] for k in first):
         if want.tensor.dtype != want.dtype and not (want.round and (want.tensor.dtype, want.dtype) in ROUNDED):
             check_exact(want.tensor, want.dtype)
         by_ndim.setdefault(want.blocks.ndim, []).append(kind)
@@ -78,7 +79,7 @@ def plan(wants: Sequence[Want], buffers: Sequence[int] | None = None) -> CopyTab
         some = wants if len(by_ndim) == 1 else [wants[k] for k in own.tolist()]
         tables.append(
             _copies(
-                [wants[firsts[k]] for k in alike], ndim, some, number[which[own]], into if into is None else into[own]
+                [wants[first[k]] for k in alike], ndim, some, number[which[own]], into if into is None else into[own]
             )
         )
     return CopyTable.joined(tables).in_order()

@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from ucp.catalog import ParamGroup
@@ -92,7 +93,6 @@ def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
     Raises Unsupported where two entries would have the same name.
     """
     roles = Roles()
-    rest = dict(entries)
     optimizers = [o for root in _roots(entries) if (o := _optimizer(root, entries)) is not None]
     trained = [name for o in optimizers for names in o.groups.values() for name in names]
     try:
@@ -100,20 +100,13 @@ def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
     except _Undecided:
         prefix, optimizers, trained = None, [], []
     if prefix is not None:
-        flat = not prefix and all(len(entries[n].path) == 1 for n in trained if n in entries)
-        for key in [k for k, e in rest.items() if e.shape is not None and k.startswith(prefix)]:
-            # Where the model's names stand alone, what is nested is something else (torchtitan's "train_state").
-            if (optimizers and any(_inside(key, o) for o in optimizers)) or (flat and len(entries[key].path) > 1):
-                continue
-            name = key.removeprefix(prefix)
-            _name(roles, key, (name, PARAM))
-            roles.model.add(name)
-            del rest[key]
+        _take_weights(roles, entries, prefix, optimizers, trained)
+    rest = {key: entry for key, entry in entries.items() if key not in roles.tensors}
     roles.trained.update(trained)
     for optimizer in optimizers:
         own = [name for names in optimizer.groups.values() for name in names]
-        weights = {name: e.shape if (e := entries.get(f"{prefix or ''}{name}")) else None for name in own}
-        known = {name: shape for name, shape in weights.items() if shape is not None or not complete}
+        shapes = {name: e.shape if (e := entries.get(f"{prefix or ''}{name}")) else None for name in own}
+        known = {name: shape for name, shape in shapes.items() if shape is not None or not complete}
         _take(roles, optimizer, rest, known)
     for key, entry in rest.items():
         if entry.shape is None:
@@ -121,6 +114,26 @@ def assign(entries: Mapping[str, StateEntry], complete: bool = True) -> Roles:
         else:
             _name(roles, key, (key, PARAM))
     return roles
+
+
+def _take_weights(
+    roles: Roles,
+    entries: Mapping[str, StateEntry],
+    prefix: str,
+    optimizers: Sequence[_OptimizerRoot],
+    trained: Sequence[str],
+) -> None:
+    """Give the model's tensors their roles."""
+    flat = not prefix and all(len(entries[n].path) == 1 for n in trained if n in entries)
+    weights = [k for k, e in entries.items() if e.shape is not None and k.startswith(prefix)]
+    if optimizers or flat:
+        # Where the model's names stand alone, what is nested is something else (torchtitan's "train_state").
+        weights = [
+            k for k in weights if not any(_inside(k, o) for o in optimizers) and not (flat and len(entries[k].path) > 1)
+        ]
+    names = [key.removeprefix(prefix) for key in weights]
+    _name_all(roles, weights, list(zip(names, repeat(PARAM))))
+    roles.model.update(names)
 
 
 def param_groups(
@@ -252,6 +265,17 @@ def _take(
 def _numbered(key: str, start: str) -> tuple[str, str, str]:
     number, dot, option = key.removeprefix(start).partition(".")
     return start + number, dot, option
+
+
+def _name_all(roles: Roles, keys: Sequence[str], whats: Sequence[tuple[str, str]]) -> None:
+    """`_name`, of many at once."""
+    found = dict(zip(whats, keys, strict=True))
+    if len(found) == len(keys) and roles.entry_of.keys().isdisjoint(found):
+        roles.entry_of.update(found)
+        roles.tensors.update(zip(keys, whats, strict=True))
+        return
+    for key, what in zip(keys, whats, strict=True):
+        _name(roles, key, what)
 
 
 def _name(roles: Roles, key: str, what: tuple[str, str]) -> None:

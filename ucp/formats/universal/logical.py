@@ -61,7 +61,9 @@ def decode(path: str, body: Mapping[str, Any], count: int) -> list[Recorded | No
     if type(seed) is not int or not 0 <= seed < 1 << 64 or type(every) is not int or not 1 <= every < 1 << 31:
         raise DamagedCheckpoint(f"{path}: '{NAME}' has the sample {seed!r}, {every!r}; the manifest is damaged")
     sample = Sample(seed, every, _SCHEMES[scheme])
-    whole, sampled = (_column(path, found, name, count) for name in ("whole", "sampled"))
+    whole = _column(path, found, "whole", count)
+    # A tensor of one block is a sample of itself.
+    sampled = whole if found["whole"] == found.get("sampled") else _column(path, found, "sampled", count)
     both: list[Recorded | None] = list(made_of(Recorded, count, whole, sampled, repeat(sample)))
     if None in found["whole"] or None in found["sampled"]:
         return [
