@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def test_values(folder: Path) -> None:
     with ucp.open(folder / "nested") as checkpoint:
         assert checkpoint.training_state.extra["state_dict"] == {"epoch": 3, "data.files": ["a", "b"]}
         assert same(checkpoint.read("data.position"), torch.tensor([4, 5]))
+
+
+def test_tensors_that_are_cut_alike_share_their_blocks(folder: Path) -> None:
+    """What other ranks are sent, and what is planned, is then once for all of them."""
+    with ucp.open(folder / "nested") as checkpoint:
+        tensors = checkpoint.catalog.tensors.values()
+    cuts = {(t.shape, *(getattr(t.blocks, column.name).tobytes() for column in fields(t.blocks))) for t in tensors}
+    assert len({id(t.blocks) for t in tensors}) == len(cuts) < len(tensors)
 
 
 def test_a_region_costs_its_bytes(tmp_path: Path) -> None:

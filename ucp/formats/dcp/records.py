@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,17 +239,27 @@ def tensors(found: Mapping[str, metadata.Tensor], records: Records) -> dict[str,
         placed[key].append((chunk, place))
         if place.crc is not None:
             records.crcs.setdefault(place.file, {})[place.crc.start] = place.crc
+    # Tensors that are cut alike share their blocks, so that what follows from these is worked out once.
+    alike: dict[Any, Blocks] = {}
     out = {}
     for key, tensor in found.items():
         held = [(chunk, place) for chunk, place in placed[key] if numel(chunk.sizes)]
-        grid = (len(held), len(tensor.shape))
-        blocks = Blocks(
-            np.array([chunk.offsets for chunk, _ in held], np.int64).reshape(grid),
-            np.array([chunk.sizes for chunk, _ in held], np.int64).reshape(grid),
-            np.zeros(len(held), np.int64),
-            np.array([place.strides for _, place in held], np.int64).reshape(grid),
-            np.array([place.file for _, place in held], np.int64),
-        )
+        cut = len(tensor.shape), tuple((c.offsets, c.sizes, place.strides, place.file) for c, place in held)
+        if cut not in alike:
+            alike[cut] = _blocks(*cut)
         bases = np.array([place.at for _, place in held], np.int64)
-        out[key] = LogicalTensor(key, "", tensor.shape, tensor.dtype, blocks, bases)
+        out[key] = LogicalTensor(key, "", tensor.shape, tensor.dtype, alike[cut], bases)
     return out
+
+
+def _blocks(ndim: int, held: Sequence[tuple[Shape, Shape, Shape, int]]) -> Blocks:
+    """held: of each chunk its offsets and sizes, its strides in the file, and the file's index."""
+    grid = len(held), ndim
+    offsets, sizes, strides, files = zip(*held, strict=True) if held else ((), (), (), ())
+    return Blocks(
+        np.array(offsets, np.int64).reshape(grid),
+        np.array(sizes, np.int64).reshape(grid),
+        np.zeros(len(held), np.int64),
+        np.array(strides, np.int64).reshape(grid),
+        np.array(files, np.int64),
+    )
