@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.engines import async_io, operators
+from tests.engines import operators
 from tests.loading.memory_program import peak
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -39,7 +39,7 @@ def engine(folder: str, nvme: str, seed: int, stage: int = 3, size: int = LARGE,
     zero: dict[str, Any] = {"stage": stage, "sub_group_size": size}
     disk = {"device": "nvme", "nvme_path": f"{folder}/nvme{seed}", "pin_memory": False}
     if nvme:
-        async_io.use(operators.folder())
+        operators.async_io.use(operators.folder())
         zero["offload_optimizer"] = {**disk, "buffer_count": 4}
     if nvme == "all":
         zero["offload_param"] = {**disk, "buffer_count": 20, "buffer_size": 600_000}
@@ -182,7 +182,7 @@ MEMORY = 64 << 20
 def large(folder: str, seed: int) -> Any:
     import ucp.deepspeed
 
-    async_io.use(operators.folder())
+    operators.async_io.use(operators.folder())
     torch.manual_seed(seed)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
     disk = {"device": "nvme", "nvme_path": f"{folder}/nvme{seed}", "pin_memory": False, "buffer_count": 4}

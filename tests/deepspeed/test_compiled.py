@@ -1,6 +1,6 @@
 """Optimizers that DeepSpeed compiles, saved and loaded both ways at stages 1 to 3, to the bit.
 
-With other releases: `python -m tests.engines.operators CPUAdamBuilder FusedAdamBuilder` builds them first, in a folder
+With other releases: `python -m tests.engines.operators` builds them first, in a folder
 of their own (``TORCH_EXTENSIONS_DIR``).
 """
 
@@ -19,7 +19,7 @@ from tests.engines.pool import RankPool
 from tests.engines.sources import Sources, preload_for
 from tests.engines.truth import compare, known
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=45)
 
 RANKS = {1: 2, 2: 2, 3: 3}
 KINDS = {
@@ -31,8 +31,11 @@ UNREAD = "[amsgrad]: only in the first"
 """DeepSpeedCPULion's own loading of its state adds this option to its groups, which nothing reads."""
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3), (3, 1)], ids=["1-2-1", "2-3-2", "3-1-3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [("cpu_adam", 1, 2), ("cpu_adam", 2, 3), ("cpu_adam", 3, 1), ("fused_adam", 3, 1)],
+    ids=str,
+)
 def test_there_and_back(ranks: RankPool, sources: Sources, tmp_path: Path, kind: str, first: int, second: int) -> None:
     """Stock DeepSpeed saves; the other stage resumes and saves in our format; the first stage goes on from that under
     the plugin and, from converted files, under stock DeepSpeed, with the same numbers: what of its powers of betas a

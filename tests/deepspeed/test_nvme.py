@@ -1,6 +1,6 @@
 """ZeRO-Infinity: engines whose optimizer lies on a disk, as sources and as targets, with real swap files.
 
-DeepSpeed's async_io writes and reads them (`tests.engines.async_io`); it needs a compiler, and this skips without.
+DeepSpeed's async_io writes and reads them (`tests.engines.operators.async_io`); without a compiler this skips.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NVME = {"nvme": "states", "size": SMALL}
 @pytest.fixture(scope="module", autouse=True)
 def _async_io() -> None:
     if not operators.has_async_io():
-        pytest.skip("DeepSpeed's async_io is not built: python -m tests.engines.operators AsyncIOBuilder")
+        pytest.skip("DeepSpeed's async_io is not built: python -m tests.engines.operators")
 
 
 @pytest.fixture(scope="module")

@@ -138,9 +138,8 @@ class RankPool:
 
         ``function`` is a module-level function of an importable module. ``timeout`` seconds bound the whole job; once
         a rank has failed, the others have ``grace`` seconds. ``preload`` names modules that are worth importing once
-        for all later jobs, or with ``operator:CPUAdamBuilder`` a native operator of DeepSpeed to build; that takes
-        minutes where it was never built, and does not count as the job's time. ``distributed=False`` leaves the
-        process group to the function.
+        for all later jobs, or with ``operator:CPUAdamBuilder`` a compiled optimizer that was built before
+        (`tests.engines.operators`). ``distributed=False`` leaves the process group to the function.
         """
         self.start()
         logs = [str(Path(self._folder.name) / f"rank-{rank}.log") for rank in range(world_size)]

@@ -252,7 +252,7 @@ def test_what_deepspeed_restores_inexactly(ranks: RankPool, sources: Sources, ca
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.label)
 def test_compiled_optimizers(ranks: RankPool, sources: Sources, case: Case) -> None:
     if not operators.are_built(case.optimizer):
-        pytest.skip("its operator is not built; python -m tests.engines.operators builds it in some minutes")
+        pytest.skip("its operator is not built; python -m tests.engines.operators builds it")
     run, loaded = round_trip(ranks, sources, case)
     assert compare(known(run.truth), known(loaded.truth)) == []
     assert loaded.further == pytest.approx(run.further, abs=1e-5)

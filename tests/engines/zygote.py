@@ -30,7 +30,7 @@ import traceback
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-OPERATOR = "operator:"  # in a job's preload: one of DeepSpeed's native operators, by its builder's name
+OPERATOR = "operator:"  # in a job's preload: a compiled optimizer of DeepSpeed, by its builder's name
 
 # Environment of every rank, set before anything is imported. One thread each: the machines that run these tests have
 # fewer cores than the jobs have ranks.
@@ -221,17 +221,13 @@ def run_job(job: dict[str, Any]) -> dict[int, tuple[Any, ...]]:
 
 
 def load_operator(builder_name: str) -> None:
-    """Build one of DeepSpeed's native operators unless it is built, and load it.
+    """Have all later ranks take one of DeepSpeed's native operators as `tests.engines.operators` has built it.
 
-    Never in a rank: a build takes minutes, and a rank that is ended in the middle of one leaves a lock behind on which
-    every later build waits for ever.
+    Never built in a rank: DeepSpeed's own build takes minutes, and a rank that is ended in the middle of one leaves a
+    lock behind on which every later build waits for ever.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder(builder_name)
-    if builder is None:
-        raise LookupError(f"this DeepSpeed has no operator {builder_name}")
-    builder.load(verbose=False)
+    operators = importlib.import_module("tests.engines.operators")
+    operators.optimizers.use(operators.folder(), builder_name)
 
 
 def warm_up() -> None:
