@@ -85,7 +85,10 @@ unlock_env() {
     fi
 }
 
-pip_install() { "$python" -m pip install -qq --disable-pip-version-check --constraint "$root/scripts/constraints.txt" "$@"; }
+# What is imported is compiled then; all that is installed would be three times as much.
+pip_install() {
+    "$python" -m pip install -qq --disable-pip-version-check --no-compile --constraint "$root/scripts/constraints.txt" "$@"
+}
 
 build_env() {
     local base version
@@ -131,11 +134,11 @@ build_env() {
 # DeepSpeed and most others are Python alone, or small. torch is built anew against nothing here; where only a CUDA build
 # of it is to be had, that brings its own libraries, which are several GB.
 overlay() { # overlay PACKAGE VERSION: prints the folder
-    local folder=$venv/with/$1-$2 options=(--no-deps)
+    local folder=$venv/with/$1-$2 options=(--no-deps --no-compile)
     if [ ! -d "$folder" ]; then
         say "  $1 $2, into .venv/with"
         [ "$1" != deepspeed ] || options+=(--no-build-isolation)
-        [ "$1" != torch ] || options=()
+        [ "$1" != torch ] || options=(--no-compile)
         rm -rf -- "$folder.new"
         DS_BUILD_OPS=0 "$python" -m pip install -qq --disable-pip-version-check "${options[@]+"${options[@]}"}" \
             --target "$folder.new" "$1==$2" || { rm -rf -- "$folder.new"; die "pip could not install $1 $2 (its message is above)"; }

@@ -38,8 +38,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     seconds: Counter[Path] = Counter()
     for item in items:
+        module = item.getparent(pytest.Module)
+        whole = [] if module is None else [mark for mark in module.own_markers if "seconds" in mark.kwargs]
         slow = item.get_closest_marker("slow")
-        seconds[item.path] += 0 if slow is None else slow.kwargs.get("seconds", 1)
+        if whole:
+            seconds[item.path] = whole[0].kwargs["seconds"]
+        elif slow is not None:
+            seconds[item.path] += slow.kwargs.get("seconds", 1)
     items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay together and in their order
 
 

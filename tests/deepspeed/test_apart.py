@@ -18,7 +18,7 @@ from tests.engines.eight_bits import dequantised
 from tests.engines.pool import RankPool
 from ucp.errors import Unsupported
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=30)
 
 APART = ("Adafactor", "transformers' Adafactor", "Shampoo")
 

@@ -14,7 +14,7 @@ from tests.engines.pool import RankPool
 from tests.engines.tp_models import ARGS
 from ucp.errors import Mismatch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=25)
 
 NAMES = ("Adafactor", "transformers' Adafactor")
 PLAIN = (Path(ucp.__file__).parent / "specs" / "megatron_gpt_plain.yaml").read_text()

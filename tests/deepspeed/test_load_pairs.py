@@ -18,7 +18,7 @@ from tests.engines.runs import CLIENT_STATE, Run
 from tests.engines.sources import Sources, preload_for
 from tests.engines.truth import Truth, compare, known
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=150)
 
 SEED = 5  # of the target's weights; sources have 0
 

@@ -21,7 +21,7 @@ from tests.formats.deepspeed.read.test_matrix import check_regions, check_tensor
 from tests.formats.deepspeed.read.test_moe import edit
 from ucp.errors import DamagedCheckpoint, UcpError, Unsupported
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=50)
 
 PRELOAD = ("transformers.models.mixtral.modeling_mixtral", "ucp.deepspeed")
 FOUR = Case(stage=1, dp=4, model="llama")

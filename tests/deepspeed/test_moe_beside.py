@@ -27,7 +27,7 @@ from ucp.inspection.planning import plan
 from ucp.parallel.mesh import parse_layout
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(seconds=60),
     pytest.mark.skipif(not releases.is_pinned(), reason="what the pinned DeepSpeed trains"),
 ]
 

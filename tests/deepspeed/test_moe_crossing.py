@@ -19,7 +19,7 @@ from tests.engines.pool import RankError, RankPool
 from tests.engines.truth import known
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(seconds=35),
     pytest.mark.skipif(not releases.knows("autoep_folding"), reason=releases.without("has no AutoEP")),
 ]
 

@@ -17,7 +17,7 @@ from tests.engines.moe import MoeCase, MoeSources
 from tests.engines.runs import Run
 from tests.engines.truth import compare, known
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=70)
 
 # The largest difference of a step's loss in another layout. In bf16, sums taken in another order may send a token whose
 # two best experts are nearly equal to the other one.

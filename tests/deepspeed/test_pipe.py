@@ -21,7 +21,7 @@ from tests.engines.pool import RankPool
 from tests.engines.truth import Truth, known
 from tests.formats.deepspeed.read.test_matrix import check_parameters, check_tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=110)
 
 V = TypeVar("V")
 

@@ -25,7 +25,7 @@ from tests.engines.sources import Sources
 from tests.engines.truth import Truth, compare, known
 from ucp.errors import Unsupported
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=90)
 
 PLAIN = Case(stage=1, dp=2)
 

@@ -21,7 +21,7 @@ from tests.memory.conftest import keepers
 from tests.memory.nodes import wait_for
 from ucp.inspection.listing import ListedCheckpoint, listing
 
-pytestmark = pytest.mark.slow(seconds=10)
+pytestmark = pytest.mark.slow(seconds=80)
 
 CLOSE = 5e-5
 

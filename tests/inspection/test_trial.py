@@ -15,7 +15,7 @@ from tests.engines.tp_runs import TpCase
 from tests.spec.models import config_of
 from ucp.spec.shipped import FOLDER
 
-pytestmark = pytest.mark.slow(seconds=10)
+pytestmark = pytest.mark.slow(seconds=30)
 
 GPT = "tests.inspection.trial_models:gpt"
 RIGHT = (FOLDER / "megatron_gpt_plain.yaml").read_text()
