@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,15 +58,14 @@ LINES_OF_A_FILE = 450
 LINES_OF_A_FUNCTION = 60
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
+    """The package's modules by name, read when the first test asks, which is in one worker alone."""
     out = {}
     for path in sorted((ROOT / "ucp").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         out[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(encoding="utf-8"))
     return out
-
-
-MODULES = modules()
 
 
 def room(module: str) -> str:
@@ -87,7 +87,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ucp":
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                if whole in MODULES:
+                if whole in modules():
                     yield whole, "", alias.asname or alias.name
                 else:
                     yield node.module, alias.name, alias.asname or alias.name
@@ -99,13 +99,13 @@ def is_private(name: str) -> bool:
 
 def test_every_room_has_a_floor() -> None:
     known = {name for rooms in FLOORS.values() for name in rooms}
-    assert {room(module) for module in MODULES} <= known
+    assert {room(module) for module in modules()} <= known
 
 
 def test_rooms_import_from_floors_below_only() -> None:
     found = {
         (room(module), room(other))
-        for module, tree in MODULES.items()
+        for module, tree in modules().items()
         for other, _, _ in imported(tree)
         if floor(other) > floor(module)
     }
@@ -114,7 +114,7 @@ def test_rooms_import_from_floors_below_only() -> None:
 
 def test_no_circles_between_rooms() -> None:
     uses: dict[str, set[str]] = defaultdict(set)
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         if module != "ucp":  # the public face is imported by whoever imports anything
             uses[room(module)] |= {
                 room(other) for other, _, _ in imported(tree) if room(other) not in (room(module), "ucp")
@@ -136,7 +136,7 @@ def reached(uses: dict[str, set[str]], start: str) -> set[str]:
 
 def test_no_private_name_of_another_module() -> None:
     found = []
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         here = {}
         for other, name, alias in imported(tree):
             if is_private(name):
@@ -151,7 +151,7 @@ def test_no_private_name_of_another_module() -> None:
 
 def privates() -> set[str]:
     """Every name with a leading underscore that the package gives to something of its own."""
-    nodes = [node for tree in MODULES.values() for node in ast.walk(tree)]
+    nodes = [node for tree in modules().values() for node in ast.walk(tree)]
     named = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     held = {
@@ -160,6 +160,15 @@ def privates() -> set[str]:
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) in ("self", "cls")
     }
     return {name for name in named | stored | held if is_private(name)}
+
+
+def by_its_text(function: ast.expr) -> bool:
+    """Whether this takes a name as text: getattr, setattr and their like, and patch.object."""
+    if isinstance(function, ast.Name):
+        return function.id.endswith("attr")
+    if not isinstance(function, ast.Attribute):
+        return False
+    return function.attr.endswith("attr") or ast.unparse(function).endswith("patch.object")
 
 
 def test_tests_and_scripts_use_no_private_name() -> None:
@@ -178,7 +187,7 @@ def test_tests_and_scripts_use_no_private_name() -> None:
                 owner = ast.unparse(node.value)
                 if owner in here or (owner not in ("self", "cls") and node.attr in known):
                     found.append(f"{path.name}:{node.lineno}: {owner}.{node.attr}")
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("attr", "patch.object")):
+            elif isinstance(node, ast.Call) and by_its_text(node.func):
                 names = {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
                 found += [f"{path.name}:{node.lineno}: {name} by its text" for name in sorted(names & known)]
             elif isinstance(node, ast.Constant) and "from ucp" in str(node.value):
@@ -198,7 +207,7 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     found = {
         f"{module}.{node.name}"
-        for module, tree in MODULES.items()
+        for module, tree in modules().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (node.end_lineno or 0) - node.lineno + 1 > LINES_OF_A_FUNCTION
@@ -209,7 +218,7 @@ def test_functions_are_short() -> None:
 def test_no_module_hides_behind_another_name() -> None:
     found = [
         f"{module}: {other} as {alias}"
-        for module, tree in MODULES.items()
+        for module, tree in modules().items()
         for other, name, alias in imported(tree)
         if not name and alias not in (other, other.rpartition(".")[2])
     ]
@@ -219,7 +228,7 @@ def test_no_module_hides_behind_another_name() -> None:
 def test_no_class_has_the_name_of_another_rooms() -> None:
     """Private ones, too; below `ucp.formats` each format is a room of its own."""
     places: dict[str, set[str]] = defaultdict(set)
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 places[node.name].add(".".join(module.split(".")[: 3 if room(module) == "ucp.formats" else 2]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytorch_optimizer  # here, so that ranks are forked from a process that has it
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.optimization import Adafactor
 
 from tests.engines.eight_bits import EightBits
 
@@ -16,12 +18,8 @@ STEPS, FURTHER = range(3), range(3, 6)
 def optimizer_of(name: str, module: nn.Module) -> torch.optim.Optimizer:
     params = list(module.parameters())
     if name == "transformers' Adafactor":
-        from transformers.optimization import Adafactor
-
         return Adafactor(params)
     if name in ("Shampoo", "SOAP", "CAME"):
-        import pytorch_optimizer
-
         made: torch.optim.Optimizer = getattr(pytorch_optimizer, name)(params)
         return made
     if name == "EightBits":

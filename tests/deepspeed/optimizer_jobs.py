@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import prodigyopt
+import pytorch_optimizer  # here, so that ranks are forked from a process that has it
 import torch
 from torch import nn
 
@@ -39,8 +41,6 @@ def resumed(name: str, stage: int, folder: str) -> dict[str, tuple[list[float], 
 
 def _engine(name: str, stage: int, *, seed: int, bound: bool) -> Any:
     import deepspeed
-    import prodigyopt
-    import pytorch_optimizer
 
     import ucp.deepspeed
 

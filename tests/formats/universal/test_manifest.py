@@ -264,7 +264,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_lie_is_refused_or_harmless(folder: Path, body: dict[str, Any], data: st.DataObject) -> None:
     """Whatever one value is replaced by: an error of ours, or a checkpoint that can be read; nothing else, and soon."""
