@@ -247,6 +247,14 @@ def warm_up() -> None:
         "deepspeed.runtime.superoffload.superoffload_stage3",  # since 0.17
         "deepspeed.runtime.zero.muon.muon_optimizer",  # since 0.18
         "torch._dynamo",
+        # What every engine, or every save, imports late.
+        "deepspeed.module_inject.auto_ep_comm",  # since 0.19
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.moe.ep_repack",
+        "torch._subclasses.schema_check_mode",
+        "torch.profiler._cupti_monitor",
+        "torch.utils.serialization.config",
+        "numpy.ma",
     ):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
