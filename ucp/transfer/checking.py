@@ -41,7 +41,7 @@ def _joined_in_files(file: Ints, low: Ints, high: Ints) -> dict[int, list[tuple[
     """File -> the ranges in it, in order and disjoint."""
     kept = np.flatnonzero(high > low)
     order = kept[np.lexsort((low[kept], file[kept]))]
-    out: dict[int, list[tuple[int, int]]] = {int(one): [] for one in np.unique(file)}
+    out: dict[int, list[tuple[int, int]]] = {one: [] for one in sorted(set(file.tolist()))}
     file, low, high = file[order], low[order], high[order]
     begins = np.concatenate([np.ones(1, bool), file[1:] != file[:-1]])[: len(file)]
     begins[1:] |= low[1:] > high[:-1]

@@ -144,7 +144,7 @@ def shared_out(tables: Sequence[NDArray[np.int64]], rank: int) -> ChunkParts:
     _, firsts, count = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     owner = np.where(count > 1, pairs[firsts, 1], -1)[chunk.reshape(-1)]
     owned: defaultdict[tuple[int, int], list[Part]] = defaultdict(list)
-    for file, low, high in np.unique(parts[owner == rank], axis=0).tolist():
+    for file, low, high in sorted(set(map(tuple, parts[owner == rank].tolist()))):
         owned[file, low // CHUNK].append((file, low, high))
     alone = parts[(ranks == rank) & (owner >= 0) & (owner != rank)]
     return ChunkParts(dict(owned), frozenset((file, low, high) for file, low, high in alone.tolist()))

@@ -136,7 +136,7 @@ class Builder:
                 f"{refs[min(refs)].file}: '{name}' ({state}) has element types {sorted(places.dtypes)} on different "
                 "ranks; files of two runs are mixed"
             )
-        for r in np.unique(blocks.buffers[~places.known[blocks.buffers]]).tolist():
+        for r in sorted(set(blocks.buffers[~places.known[blocks.buffers]].tolist())):
             places.files[r], places.bases[r], places.known[r] = self.file(refs[r]), refs[r].offset, True
         held = Blocks(blocks.offsets, blocks.sizes, blocks.starts, blocks.strides, places.files[blocks.buffers])
         return LogicalTensor(name, state, shape, next(iter(places.dtypes)), held, places.bases[blocks.buffers])

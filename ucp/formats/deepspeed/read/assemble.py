@@ -33,7 +33,7 @@ class _Gathered:
 
     def tensor(self, state: str, pieces: list[tuple[Blocks, np.ndarray]]) -> LogicalTensor:
         blocks = concat((b for b, _ in pieces), len(self.placed.shape))
-        bases = np.concatenate([base for _, base in pieces]) if pieces else np.zeros(0, np.int64)
+        bases = pieces[0][1] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *(b for _, b in pieces)])
         return LogicalTensor(self.placed.name, state, self.placed.shape, self.dtype, blocks, bases)
 
 
@@ -57,6 +57,7 @@ def assemble(
             known = parameters.setdefault(placed.name, info)
             if known is not info:
                 parameters[placed.name] = _joined(known, info, part)
+            own, again = placed.blocks.take(mask), placed.blocks.take(~mask)
             for state in local.states:
                 tensor = part.tensors[local.name, state]
                 found = gathered.setdefault((placed.name, state), _Gathered(placed, tensor.dtype))
@@ -65,9 +66,9 @@ def assemble(
                         f"{part.model.path}: '{local.name}' ({state}) is {tensor.dtype}, and {found.dtype} on "
                         "another model-parallel rank; files of two runs are mixed"
                     )
-                for pieces, which in ((found.first, mask), (found.again, ~mask)):
-                    if which.any():
-                        blocks, index = compose(tensor.blocks, placed.blocks.take(which), tensor.shape, placed.shape)
+                for pieces, outer in ((found.first, own), (found.again, again)):
+                    if len(outer):
+                        blocks, index = compose(tensor.blocks, outer, tensor.shape, placed.shape)
                         pieces.append((blocks, tensor.bases[index]))
     tensors = {key: found.tensor(key[1], found.first) for key, found in gathered.items()}
     copies = tuple(found.tensor(key[1], found.again) for key, found in gathered.items() if found.again)
