@@ -46,24 +46,26 @@ class Adding:
                 work = pool.submit(self._passing.of, at, window)
                 yield at, window
                 with watch.of("digest"):
-                    for k, part in work.result():
-                        self._found[k] += part
+                    self._add(work.result())
 
     def all_of(self, windows: Iterable[tuple[int, memoryview]]) -> bytes:
         """Digest windows that stay where they are. Returns the digests of their chunks, in the order of the windows."""
         tables = []
         for at, window in windows:
             tables.append(digest_chunks(window))
-            for k, part in self._passing.of(at, window):
-                self._found[k] += part
+            self._add(self._passing.of(at, window))
         return b"".join(tables)
 
     def by(self, crew: Crew, lease: Lease, windows: Iterable[tuple[int, memoryview]]) -> bytes:
         """As `all_of`, by other processes, each window as soon as it comes. Raises what `Crew.digest` raises."""
         table, parts = crew.digest(self._passing, lease, windows)
-        for k, part in parts:
-            self._found[k] += part
+        self._add(parts)
         return table
+
+    def _add(self, parts: Iterable[tuple[int, Recorded]]) -> None:
+        for k, part in parts:
+            before = self._found[k]
+            self._found[k] = part if before is self._nothing else before + part
 
     def catalog(self) -> Catalog:
         """The share's catalog, with the digests of what has passed."""
