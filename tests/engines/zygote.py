@@ -221,13 +221,13 @@ def run_job(job: dict[str, Any]) -> dict[int, tuple[Any, ...]]:
 
 
 def load_operator(builder_name: str) -> None:
-    """Have all later ranks take one of DeepSpeed's native operators as `tests.engines.operators` has built it.
+    """Load one of DeepSpeed's native operators once for all later ranks."""
+    from deepspeed.accelerator import get_accelerator
 
-    Never built in a rank: DeepSpeed's own build takes minutes, and a rank that is ended in the middle of one leaves a
-    lock behind on which every later build waits for ever.
-    """
-    operators = importlib.import_module("tests.engines.operators")
-    operators.optimizers.use(operators.folder(), builder_name)
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None:
+        raise LookupError(f"this DeepSpeed has no operator {builder_name}")
+    builder.load(verbose=False)
 
 
 def warm_up() -> None:
@@ -259,6 +259,10 @@ def warm_up() -> None:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     importlib.import_module("tests.engines.releases").mend()
+    # Never built in a rank: that takes minutes, and a rank that is ended in the middle of it leaves a lock behind, on
+    # which every later build waits for ever.
+    operators = importlib.import_module("tests.engines.operators")
+    operators.optimizers.use(operators.folder())
     import_ours()
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True

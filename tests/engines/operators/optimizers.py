@@ -3,6 +3,7 @@ each group of them as one unit. By DeepSpeed's own way each operator takes 121 s
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ def _build(folder: Path, builders: tuple[str, ...]) -> None:
         shutil.copyfile(first_library, copy)
 
 
-def use(folder: Path, builder: str) -> None:
-    """Have DeepSpeed take the operator that is built in this folder, in this process."""
-    _made(builder)  # imports its class
-    unit.use(builder, NAMES[builder], library(folder, builder))
+def use(folder: Path) -> None:
+    """Have DeepSpeed take what is built in this folder, then or later, in this process and its forks."""
+    for builder, name in NAMES.items():
+        with contextlib.suppress(LookupError):  # of another release
+            _made(builder)  # imports its class
+            unit.use(builder, name, library(folder, builder))
 
 
 def _made(builder: str) -> Any:

@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import version
 from pathlib import Path
@@ -58,14 +59,22 @@ def compile_unit(text: Sequence[str], options: Sequence[str], includes: Sequence
 
 
 def use(builder: str, name: str, path: Path) -> None:
-    """Have DeepSpeed's class ``builder`` give the operator ``name`` from this file, in this process."""
-    found = _module(name, path)
+    """Have DeepSpeed's class ``builder`` give the operator ``name`` from this file, in this process and its forks.
+    Where there is no such file, DeepSpeed builds it by itself."""
     for module in list(sys.modules.values()):  # the accelerator may have found a builder of its own
-        other = getattr(module, builder, None)
+        other: Any = getattr(module, builder, None)
         if isinstance(other, type):
-            other.load = lambda self, verbose=False: found  # type: ignore[attr-defined]
+            other.load = _loader(other.load, name, path)  # type: ignore[attr-defined]
 
 
+def _loader(own: Callable[..., ModuleType], name: str, path: Path) -> Callable[..., ModuleType]:
+    def load(self: Any, verbose: bool = True) -> ModuleType:
+        return _module(name, path) if path.exists() else own(self, verbose)
+
+    return load
+
+
+@cache
 def _module(name: str, path: Path) -> ModuleType:
     loader = ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
