@@ -10,7 +10,7 @@ import torch
 
 import ucp
 from tests.changes.test_changes import ROWS, WIDTH, Net, Run, adam, made, resumed, same, states
-from ucp.errors import BadArgument
+from ucp.errors import BadArgument, SpecError
 
 
 class WithRamp(Net):
@@ -125,3 +125,11 @@ def test_weights_that_are_kept_in_more_bits_are_not_rounded_at_each_restart(run:
     with pytest.raises(BadArgument, match=r"would be rounded to bfloat16, and here it is float32"):
         resumed(run, made(5), changes)
     resumed(run, made(5).bfloat16(), changes)
+
+
+@pytest.mark.parametrize("changes", [{"resized": {"*": [0, 4]}}, {"old_sizes": {"vocab": 0}}])
+def test_sizes_are_from_1(run: Run, changes: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"whole numbers? from 1") as caught:
+        converted(run, changes)
+    assert "\n" not in str(caught.value)
+    assert not run.folder.with_name("out").exists()

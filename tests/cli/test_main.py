@@ -176,6 +176,19 @@ def test_diff_says_no(capsys: pytest.CaptureFixture[str], source: Path, tmp_path
     assert call(capsys, "diff", source, other, "--atol", "-1")[0] == 2
 
 
+def test_diff_takes_a_tag_with_its_path(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    """As merge does, unless there is such a path."""
+    run = source.parent
+    raw.write_consolidated(run / "other@1", raw.make(tmp_path / "raw2", seed=1).catalog)
+    (run / "latest").write_text("other@1")
+    assert call(capsys, "diff", f"{run}@{source.name}", source)[0] == 0
+    assert call(capsys, "diff", run / "other@1", run)[0] == 0
+    assert call(capsys, "diff", f"{run}@{source.name}", run / "other@1", "--tensors-only")[0] == 1
+    code, _, err = call(capsys, "diff", f"{run}@x", source, "--tag-a", "y")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "names a tag, and so does --tag-a y" in err
+
+
 def test_ls_and_plan(capsys: pytest.CaptureFixture[str], source: Path) -> None:
     (source.parent / "latest").write_text("step7")
     code, out, _ = call(capsys, "ls", source.parent)

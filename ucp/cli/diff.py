@@ -19,14 +19,14 @@ APART = "  max abs: the largest |A - B|; max rel: the largest |A - B| / max(|A|,
 HELP = "compare two checkpoints of any formats and layouts: names, shapes, types, values, training state"
 EXAMPLES = """\
   ucp diff runs/llama universal                       0: the same to the bit; 1: they differ
-  ucp diff runs/llama --tag-a step100 runs/llama --tag-b step200 --state param
+  ucp diff runs/llama@step100 runs/llama@step200 --state param
   ucp diff --quick runs/llama universal               by their digests, in no time where both have recorded them
   ucp diff before after --rtol 1e-5 --ignore-types    as two runs' states are compared
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help=source.CHECKPOINT)
+    parser.add_argument("a", metavar="A", help=f"{source.CHECKPOINT}; A@TAG takes TAG")
     parser.add_argument("b", metavar="B", help="the same")
     parser.add_argument("--tag-a", metavar="TAG", help="the checkpoint of A to take, whatever --tag says")
     parser.add_argument("--tag-b", metavar="TAG", help="the checkpoint of B to take, whatever --tag says")
@@ -53,6 +53,17 @@ def _tolerance(text: str) -> float:
     return value
 
 
+def _taken(which: str, path: str, tag: str | None) -> tuple[str, str | None]:
+    """The path and the tag of a side, which can be said once."""
+    from ucp.errors import BadArgument
+    from ucp.storage.locations import tagged
+
+    folder, said = tagged(path)
+    if said is not None and tag is not None:
+        raise BadArgument(f"'{path}' names a tag, and so does --tag-{which} {tag}; give one of them")
+    return folder, tag if said is None else said
+
+
 def command(args: argparse.Namespace) -> int:
     from ucp.errors import BadArgument
     from ucp.inspection.difference import diff
@@ -61,8 +72,8 @@ def command(args: argparse.Namespace) -> int:
         raise BadArgument("--quick compares digests, to the bit: give it without --no-values, --atol and --rtol")
     out = Output(args)
     with (
-        source.open_checkpoint(args, args.a, args.tag_a) as a,
-        source.open_checkpoint(args, args.b, args.tag_b) as b,
+        source.open_checkpoint(args, *_taken("a", args.a, args.tag_a)) as a,
+        source.open_checkpoint(args, *_taken("b", args.b, args.tag_b)) as b,
         ProgressBar(args.quiet, "comparing") as bar,
     ):
         found = diff(

@@ -31,7 +31,7 @@ from ucp.parallel.mesh import Layout, parse_layout
 from ucp.settings import check_layout, check_replaced, divide_settings
 from ucp.spec.select import choose
 from ucp.storage.dtypes import FLOAT_SPELLINGS
-from ucp.storage.locations import exists, is_remote, locate
+from ucp.storage.locations import is_remote, locate, tagged
 from ucp.transfer.destination import Running, carry_out
 from ucp.transfer.targets import TargetFile, WritePlan
 from ucp.transfer.windows import LEAST_BYTES, budget, check_files
@@ -282,19 +282,13 @@ def _numbered(buffers: int, work: Assignment) -> int:
 def _opened(
     one: AssignedSource, spec: str | os.PathLike[str] | None, opening: Mapping[str, Any], stack: ExitStack
 ) -> MergeSource:
-    path, tag = _tagged(one.path)
+    path, tag = tagged(one.path)
     checkpoint = stack.enter_context(open_checkpoint(path, spec, **({**opening, "tag": tag} if tag else opening)))
     return MergeSource(one.name, checkpoint, one.is_mask)
 
 
-def _tagged(text: str) -> tuple[str, str | None]:
-    """A path and a tag. ``path@tag`` is taken apart, unless there is such a path."""
-    path, at, tag = text.rpartition("@")
-    return (path, tag) if at and not exists(locate(text)) else (text, None)
-
-
 def _metric(source: str | os.PathLike[str], form: str) -> float:
-    path, tag = _tagged(os.fspath(source))
+    path, tag = tagged(os.fspath(source))
     with open_checkpoint(path, tag=tag) as checkpoint:
         return recorded(checkpoint, form)
 

@@ -160,15 +160,15 @@ class _Reader(YamlReader):
 
     def _size(self, node: yaml.Node) -> int:
         text = self.text(node, "a size")
-        if not (text.text.isascii() and text.text.isdigit() and len(text.text) <= 12 and int(text.text)):
+        if not _is_size(text.text):
             raise text.refuse((0, len(text.text)), "a size is a whole number from 1, such as 32000")
         return int(text.text)
 
     def _shape(self, node: yaml.Node) -> tuple[int, ...]:
         nodes = node.value if isinstance(node, yaml.SequenceNode) else []
         texts = [self.text(each, "a size").text for each in nodes]
-        if not texts or not all(text.isascii() and text.isdigit() and 0 < len(text) <= 12 for text in texts):
-            raise self.refuse(node, "a shape is a list of whole numbers, such as [32064, 4096]")
+        if not texts or not all(_is_size(text) for text in texts):
+            raise self.refuse(node, "a shape is a list of whole numbers from 1, such as [32064, 4096]")
         return tuple(map(int, texts))
 
     def _dtypes(self, node: yaml.Node) -> tuple[tuple[str, str], ...]:
@@ -220,3 +220,7 @@ class _Reader(YamlReader):
                 (0, len(text.text)), f"adapters are '{ADDED}', '{SPLIT}', or merged with their scale: {{{MERGED}: 2.0}}"
             )
         return text.text, 1.0
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 12 and int(text) > 0

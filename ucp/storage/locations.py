@@ -118,6 +118,13 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return bool(attempted(path, lambda: fs.exists(name)))
 
 
+def tagged(text: str) -> tuple[str, str | None]:
+    """A path and a tag. ``path@tag`` is taken apart, unless there is such a path. Raises OSError if that cannot be
+    told."""
+    path, at, tag = text.rpartition("@")
+    return (path, tag) if at and not exists(locate(text)) else (text, None)
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether there is such a file. Raises OSError if that cannot be told for a URL."""
     if not is_remote(path):
