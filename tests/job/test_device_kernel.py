@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from ucp.geometry import flat_ranges, whole
-from ucp.job import device_kernel, live_digest
+from ucp.job import device_kernel, live_digest, runtime_compiler
 from ucp.job.device_kernel import SOURCE, KernelSums, is_right, launch_of
 from ucp.job.live_digest import LiveElements, digests, on_device
 from ucp.logical.digest import Digest
@@ -138,6 +140,33 @@ def test_there_is_no_kernel_where_it_cannot_be_compiled(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert launch_of(torch.device("cuda", 0)) is None or torch.cuda.is_available()
     launch_of.cache_clear()
+
+
+def test_torch_compiles_where_its_ways_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(source: str, name: str) -> None:
+        raise AttributeError("no such way")
+
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(runtime_compiler, "kernel", lacking)
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", lambda *what: asked.append(what), raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device_kernel, "is_right", lambda launch, device: True)
+    launch_of.cache_clear()
+    assert launch_of(torch.device("cuda", 0)) is not None
+    launch_of.cache_clear()
+    assert asked == [(SOURCE, "ucp_add_runs")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiling_imports_little() -> None:
+    """Imports keep the threads of a load from the interpreter."""
+    program = (
+        "import sys, torch; from ucp.job.device_kernel import launch_of; "
+        "assert launch_of(torch.device('cuda', 0)) is not None; print('torch.utils.cpp_extension' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,9 +3,9 @@
 Torch's operations read the bytes three times and take thousands of launches for a few hundred tensors. This kernel
 reads them once, where they lie, as fast as the memory gives them, and one launch takes all runs of all tensors: they
 are listed in a table. It also takes runs that begin at any byte and runs of a few bytes, so nothing is put together
-before. It is compiled through ``torch.cuda._compile_kernel`` (torch 2.9 and newer), which needs neither a C compiler
-nor Triton. Where there is none, or where it gives another result in the test that is made once, `ucp.job.device_digest`
-does the same with torch's operations.
+before. It is compiled by the ways of ``torch.cuda._compile_kernel`` (torch 2.9 and newer), which need neither a C
+compiler nor Triton. Where there is none, or where it gives another result in the test that is made once,
+`ucp.job.device_digest` does the same with torch's operations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ucp.geometry import Ints
+from ucp.job import runtime_compiler
 from ucp.job.device_products import column_keys
 from ucp.logical.digest import COLUMNS, KEY_SEED, LANES, ROW, Digest, digest_bytes
 from ucp.logical.runs import LIMIT, Runs, mixed
@@ -173,7 +174,12 @@ def launch_of(device: torch.device) -> Launch | None:
 
 
 def _compiled(device: torch.device) -> Launch:
-    kernel: Any = torch.cuda._compile_kernel(SOURCE, "ucp_add_runs")
+    kernel: Any
+    try:
+        kernel = runtime_compiler.kernel(SOURCE, "ucp_add_runs")
+    except (RuntimeError, AttributeError, OSError, ImportError, TypeError, ValueError) as error:
+        _logger.info("torch compiles for %s: %s", device, error)
+        kernel = torch.cuda._compile_kernel(SOURCE, "ucp_add_runs")
 
     def launch(table: torch.Tensor, keys: torch.Tensor, sums: torch.Tensor, count: int, blocks: int) -> None:
         with torch.cuda.device(device):

@@ -7,7 +7,8 @@ into one small buffer of each thread that is used again and again.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from ucp.transfer.reader import Reader
 
 Ranges = Mapping[int, Sequence[tuple[int, int]]]
 """A file's index -> byte ranges [first, last) of it, in order and disjoint."""
+
+_Step = tuple[int, int, int]
+"""A file's index, the first byte and how many to read at once."""
 
 
 def used(copies: Iterable[Copy]) -> dict[int, list[tuple[int, int]]]:
@@ -118,18 +122,20 @@ def compare(reader: Reader, ranges: Ranges, threads: int) -> None:
     steps = list(_steps(reader, ranges))
     workers = min(threads, 1 + nbytes(ranges) // limits.BYTES_PER_READER)
     if workers <= 1:
-        _compare(reader, steps)
+        _compare(reader, [deque(steps)], steps)
         return
     shares = [steps[len(steps) * k // workers : len(steps) * (k + 1) // workers] for k in range(workers)]
     with reader.reading_ahead(shares) as orders, ThreadPoolExecutor(workers) as pool:
         if orders is not None:
             shares = [[share[k] for k in order] for share, order in zip(shares, orders, strict=True)]
-        for done in [pool.submit(_compare, reader, share) for share in shares]:
+        left = [deque(share) for share in shares]
+        found = [pool.submit(_compare, reader, [*left[k:], *left[:k]], steps) for k in range(workers)]
+        for done in found:
             done.result()
 
 
-def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
-    """The ranges in pieces for one read each: (file, first byte, bytes)."""
+def _steps(reader: Reader, ranges: Ranges) -> Iterator[_Step]:
+    """The ranges in pieces for one read each."""
     near = limits.chunks_at_once(limits.CHUNKS_COMPARED_COUNT)
     for file, held in ranges.items():
         size = CHUNK * (limits.CHUNKS_FETCHED_COUNT if reader.is_far(file) else near)
@@ -138,10 +144,21 @@ def _steps(reader: Reader, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
                 yield file, at, min(size, high - at)
 
 
-def _compare(reader: Reader, steps: Sequence[tuple[int, int, int]]) -> None:
-    buffer = np.empty(max((size for _, _, size in steps), default=0), np.uint8)
-    for file, at, size in steps:
-        reader.compare(file, at, buffer[:size])
+def _compare(reader: Reader, shares: Sequence[deque[_Step]], every: Sequence[_Step]) -> None:
+    """Take steps from the first share, then from the ends of the others: no thread is done long before the others."""
+    buffer = np.empty(max((size for _, _, size in every), default=0), np.uint8)
+    for share in shares:
+        take = share.popleft if share is shares[0] else share.pop
+        while (step := _taken(take)) is not None:
+            file, at, size = step
+            reader.compare(file, at, buffer[:size])
+
+
+def _taken(take: Callable[[], _Step]) -> _Step | None:
+    try:
+        return take()
+    except IndexError:  # another thread was faster
+        return None
 
 
 @dataclass(frozen=True)
