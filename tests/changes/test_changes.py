@@ -364,11 +364,6 @@ class TestConversion:
                 assert not grown[ROWS:].any()
                 assert torch.equal(out.read("head.weight", state), run.had["head.weight"][state][: ROWS - 2])
 
-    def test_nothing_is_left_of_a_size_of_0(self, run: Run, tmp_path: Path) -> None:
-        ucp.convert(run.folder, tmp_path / "out", changes={"resized": {"embed.weight": [0, 9]}, "new_rows": "zeros"})
-        with ucp.open(tmp_path / "out") as out:
-            assert out.read("embed.weight", "exp_avg").shape == (0, 9)
-
     def test_what_is_computed_is_not_virtual(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match="is computed as it is read"):
             ucp.convert(run.folder, tmp_path / "out", changes={"dtype": {"*": "bfloat16"}}, virtual=True)
