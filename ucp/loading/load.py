@@ -25,6 +25,7 @@ from ucp.interpreter import no_collections, quick_turns
 from ucp.job import ranks
 from ucp.job.live_digest import prepared
 from ucp.job.stopwatch import Stopwatch
+from ucp.job.torch_threads import all_processors
 from ucp.loading import exchange, proof, strategy, tied, together
 from ucp.loading.bring import Brought, bring
 from ucp.loading.match import plan
@@ -224,14 +225,14 @@ def _exchange(how: _How, sharing: exchange.Sharing | None, tensors: Mapping[Entr
 
 
 def _put(how: _How, loaded: Loaded, ready: _Ready, files: Files) -> None:
-    with how.watch.part("put"):
+    with how.watch.part("put"), all_processors():
         how.live.put(loaded)
     if ready.held is None:
         ready.marks.check(files)
 
 
 def _applied(how: _How, loaded: Loaded) -> None:
-    with how.watch.part("round"):
+    with how.watch.part("round"), all_processors():
         how.live.apply(loaded)
 
 
