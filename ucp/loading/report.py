@@ -29,8 +29,8 @@ class LoadReport:
         The checkpoint's format and layout, and the layout of this run.
     seconds
         Stage -> seconds on this rank: open (the checkpoint on the first rank), plan, check (what is read before
-        anything is changed), read, exchange (of what is read once, and measuring whether that is worth it), apply,
-        prove, and wait (for the other ranks).
+        anything is changed, and what ranks verify together), read, exchange (of what is read once, and measuring
+        whether that is worth it), apply, prove, and wait (for the other ranks).
     plan
         What the load did in detail.
     read_once
