@@ -221,6 +221,10 @@ LOAD_WINDOW_BYTES = 15 * MIB
 LOAD_FILLING_THREADS_COUNT = 12
 # Windows beside one for each thread: so many may be on their way to the device while the threads fill others.
 LOAD_WINDOWS_AHEAD_COUNT = 4
+# Values of at most so many bytes that are held go to a device together, put into a room of so many bytes. For larger
+# ones a copy of their own costs little. Each room takes as much on the device.
+SENT_TOGETHER_BYTES = 256 * KIB
+SENDING_ROOM_BYTES = 4 * MIB
 # Tensors on a device begin at such multiples in a window that holds several of them.
 WINDOW_ALIGNMENT_BYTES = 64
 # The size of the pieces in which tensors get memory ahead of its use, and by which kinds of pages are tried.

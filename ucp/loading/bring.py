@@ -20,6 +20,7 @@ from ucp.job.stopwatch import Stopwatch
 from ucp.loading.host_memory import Memory
 from ucp.loading.nouns import Entry
 from ucp.loading.read import RankReads, watched
+from ucp.loading.spread import copy_all
 from ucp.loading.target import LoadedTensors
 from ucp.loading.windows import Place, through_windows
 from ucp.storage.dtypes import from_torch, itemsize, to_torch
@@ -90,10 +91,9 @@ class Brought(LoadedTensors):
                 self._read_later(key, live)
             elif found.data_ptr() != live.data_ptr() or found.device != live.device:
                 into.append(live)
-                values.append(found if live.dim() == 1 else found.view(live.shape))
+                values.append(found)
         if into:
-            with torch.no_grad():
-                torch._foreach_copy_(into, values)
+            copy_all(into, values, [is_on_host(live) for live in into])
 
     def _read_later(self, key: tuple[int, str], live: torch.Tensor) -> None:
         """Give live memory what was not read yet: straight into it, if it has the same elements in a row."""
