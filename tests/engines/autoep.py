@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.engines import truth
+from tests.engines import packing, truth
 from tests.engines.configs import Case, make_config
 from tests.engines.models import LLAMA_VOCABULARY
 from tests.engines.resume import continue_training
@@ -148,8 +148,6 @@ def build_engine(case: AutoCase, initialize: str = "deepspeed:initialize", extra
 
 def gather(engine: Any) -> Truth | None:
     """The truth, on rank 0; None on the others. Collective."""
-    import torch.distributed as dist
-
     placed = dict(stacks(engine.module))
     names = truth.names_of(engine.module)
     slots = list(_slots(engine, names))
@@ -163,9 +161,8 @@ def gather(engine: Any) -> Truth | None:
     }
     module = truth.module_weights(engine)
     parts = {name: (placed[name][0], module.pop(name)) for name in placed}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((pieces, scalars, module, parts), everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    everyone = packing.gather_object((pieces, scalars, module, parts))
+    if everyone is None:
         return None
     tp = max(engine.autotp_size(), 1)
     weights, params = {}, {}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.engines.packing import packed
+
 
 class Kept:
     """Values by key, each with a folder of its own under ``root``. Workers that have the same root share them."""
@@ -36,6 +38,6 @@ class Kept:
             shutil.rmtree(folder, ignore_errors=True)  # of one who failed
             value = make(str(folder))
             part = folder.with_suffix(".part")
-            part.write_bytes(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+            part.write_bytes(packed(value))
             os.replace(part, done)
             return value

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.engines import moe_models, releases, truth
+from tests.engines import moe_models, packing, releases, truth
 from tests.engines.configs import Case, make_config, parameter_groups
 from tests.engines.kept import Kept
 from tests.engines.pool import RankPool
@@ -99,8 +99,6 @@ def global_names(module: nn.Module) -> dict[str, str]:
 
 def gather(engine: Any) -> Truth | None:
     """The truth about an engine with experts, on rank 0; None on the others. Collective."""
-    import torch.distributed as dist
-
     renamed = global_names(engine.module)
     names = {p: renamed.get(n, n) for n, p in engine.module.named_parameters()}
     held = list(slots(engine, names))
@@ -114,10 +112,9 @@ def gather(engine: Any) -> Truth | None:
     buffers = {renamed.get(n, n): t for n, t in truth.buffers_of(engine.module).items()}
     frozen = {renamed.get(n, n) for n, p in engine.module.named_parameters() if not p.requires_grad}
     groups = _groups(engine, names)
-    everyone: list[Any] = [None] * dist.get_world_size()
     mine = (pieces, scalars, module, buffers, frozen, groups)
-    dist.gather_object(mine, everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    everyone = packing.gather_object(mine)
+    if everyone is None:
         return None
     weights = _joined([found[2] for found in everyone])
     not_trained = set().union(*(found[4] for found in everyone))

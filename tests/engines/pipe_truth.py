@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tests.engines import packing
 from tests.engines import truth as truths
 from tests.engines.truth import Truth, same
 
@@ -26,9 +26,8 @@ def gather(engine: Any) -> Truth | None:
     if grid is None:
         return own
     at = (grid.get_pipe_parallel_rank(), grid.get_slice_parallel_rank())
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((at, own), everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    everyone = packing.gather_object((at, own))
+    if everyone is None:
         return None
     parts = {at: found for at, found in everyone if found is not None}
     stages = sorted({stage for stage, _ in parts})

@@ -15,6 +15,7 @@ import torch
 
 from tests.engines import models, operators, rig_jobs
 from tests.engines.configs import Case, make_config
+from tests.engines.packing import packed
 from tests.engines.pool import ROOT, RankError, RankPool
 from tests.engines.resume import resume
 from tests.engines.runs import Run
@@ -101,6 +102,17 @@ def test_cases_are_hashable_and_travel() -> None:
     assert make_config(case)["zero_optimization"]["stage3_max_live_parameters"] == 7
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_packed_tensors_keep_their_bits(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64):
+        value = torch.randint(0, 2, shape).to(dtype)
+        for given in (value, value.T if value.dim() == 2 else value, torch.stack([value, value])[1]):
+            (back,) = pickle.loads(packed((given,)))
+            assert (back.dtype, back.shape) == (given.dtype, given.shape)
+            assert torch.equal(back, given)
+            back.zero_()  # may be changed
+
+
 def test_the_shares_of_a_batch_make_up_the_whole() -> None:
     whole = models.batch("odd", 5, 0, 1)
     for world_size in (2, 3, 4):
@@ -123,7 +135,7 @@ def test_compare_sees_every_kind_of_difference() -> None:
         loss_scaler=None,
         lr_scheduler=None,
     )
-    assert compare(truth, pickle.loads(pickle.dumps(truth))) == []
+    assert compare(truth, pickle.loads(packed(truth))) == []
     changes: tuple[dict[str, Any], ...] = (
         {"params": {"w": {"param": nan, "exp_avg": torch.tensor([0.0, -0.0])}}},
         {"params": {"w": {"param": nan}}},

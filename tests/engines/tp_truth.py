@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.engines import tp_models
+from tests.engines import packing, tp_models
 from tests.engines import truth as truths
 from tests.engines.tp_models import VOCABULARY
 from tests.engines.truth import Truth, same
@@ -36,9 +36,8 @@ def gather(engine: Any) -> Truth | None:
     """The truth on rank 0; None on the others. Collective; raises ValueError if ranks contradict each other."""
     own = truths.gather(engine, engine.seq_data_parallel_group)
     tp = dist.get_rank(engine.mpu.get_tensor_model_parallel_group()) if engine.mp_world_size > 1 else 0
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((tp, own), everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    everyone = packing.gather_object((tp, own))
+    if everyone is None:
         return None
     found = sorted(((t, f) for t, f in everyone if f is not None), key=lambda x: x[0])
     return _counted_once(_join([f for _, f in found]), engine)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.engines.packing import gather_object
+
 PARAM = "param"
 
 
@@ -96,10 +98,8 @@ def gather(engine: Any, group: Any = None) -> Truth | None:
         }
         scalars.setdefault(slot.name, {}).update(found)
     mine = (pieces, scalars, fingerprint_of(weights))
-    first = dist.get_rank(group) == 0
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.gather_object(mine, everyone if first else None, dist.get_global_rank(group, 0) if group else 0, group)
-    if not first:
+    everyone = gather_object(mine, dist.get_global_rank(group, 0) if group else 0, group)
+    if everyone is None:
         return None
     if len({weights_print for _, _, weights_print in everyone}) != 1:
         raise ValueError("the module's weights differ from rank to rank")

@@ -125,7 +125,7 @@ def run_rank(job: dict[str, Any], rank: int, listener: socket.socket) -> tuple[A
             init_process_group(rank, job["world_size"], listener)
         importlib.import_module("tests.engines.proving").install()
         value = function(*args, **kwargs)
-        return ("value", pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+        return ("value", importlib.import_module("tests.engines.packing").packed(value))
     except BaseException as error:  # noqa: BLE001 - a rank reports whatever stopped it, SystemExit included
         kind = type(error)
         return (
@@ -264,6 +264,8 @@ def warm_up() -> None:
     operators = importlib.import_module("tests.engines.operators")
     operators.optimizers.use(operators.folder())
     import_ours()
+    # Stage 3 writes out every parameter for a line that it then does not log.
+    torch.nn.Parameter.__repr__ = object.__repr__
     # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all of them.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     # DeepSpeed probes its native operators (compiler runs included) when it first joins a process group: once, here.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
+from tests.engines import packing
 from tests.engines import truth as truths
 from tests.engines.runs import STEPS
 from tests.engines.tp_runs import TpCase, build_engine, continue_training
@@ -24,8 +23,7 @@ def drift_apart(tp: TpCase, folder: str) -> list[Truth] | None:
     engine.optimizer.update_lp_params()
     own = truths.gather(engine, engine.seq_data_parallel_group)
     engine.save_checkpoint(folder)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((rank, own), everyone if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    everyone = packing.gather_object((rank, own))
+    if everyone is None:
         return None
     return [found for _, found in sorted((e for e in everyone if e[1] is not None), key=lambda e: e[0])]
