@@ -66,6 +66,7 @@ def test_beside_ucx_py_it_is_this_project(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_commands_run_as_modules_beside_it(tmp_path: Path) -> None:
     """As launchers start them: torchrun -m …; and what an issue report has says that there are two."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (rapids(tmp_path / "rapids"), ROOT)))}

@@ -15,6 +15,7 @@ import torch
 import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.read.test_damaged import OLDER, TAG
+from tests.slow_cases import slow_but
 from ucp.errors import DamagedCheckpoint, DigestMismatch
 from ucp.inspection.verify import verify
 from ucp.units import bytes_text
@@ -46,7 +47,7 @@ def convert(source: Path, dest: Path, target: str) -> ucp.ConversionReport:
     return ucp.convert(source, dest, to="universal" if target == "virtual" else target, **TARGETS[target])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", slow_but(list(TARGETS)[::3], TARGETS))
 @pytest.mark.parametrize("which", ["z1", pytest.param("z3", marks=pytest.mark.slow)])
 def test_one_flipped_bit_of_any_tensor(tmp_path: Path, which: str, target: str) -> None:
     source = tmp_path / "saved"

@@ -16,6 +16,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from tests.slow_cases import slow_but
 from ucp import limits
 from ucp.errors import DamagedCheckpoint, DestinationError
 
@@ -63,7 +64,7 @@ def check_continues(source: Path, dest: Path, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", FORMS, ids=["universal", "deepspeed"])
-@pytest.mark.parametrize("victim", ["rank0.bin", "rank2.bin"])
+@pytest.mark.parametrize("victim", slow_but(["rank2.bin"], ["rank0.bin", "rank2.bin"]))
 def test_a_source_file_goes_away(source: Path, tmp_path: Path, options: dict[str, Any], victim: str) -> None:
     """One that is open already, or one that comes later; once it is back the work goes on."""
     path = tmp_path / "raw" / victim
@@ -73,7 +74,7 @@ def test_a_source_file_goes_away(source: Path, tmp_path: Path, options: dict[str
     check_continues(source, tmp_path / "dest", options)
 
 
-@pytest.mark.parametrize("how", ["truncated", "overwritten", "longer"])
+@pytest.mark.parametrize("how", slow_but(["overwritten"], ["truncated", "overwritten", "longer"]))
 def test_a_source_file_changes(source: Path, tmp_path: Path, how: str) -> None:
     """What was written from it is worth nothing then, and does not stay."""
     path = tmp_path / "raw" / "rank2.bin"

@@ -17,6 +17,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from tests.slow_cases import slow_but
 from ucp.errors import DestinationError, DigestMismatch
 from ucp.storage.digests import CHUNK
 
@@ -97,7 +98,7 @@ def test_interrupted_again_and_again(source: Path, tmp_path: Path) -> None:
     assert raw.tree(tmp_path / "dest") == expected
 
 
-@pytest.mark.parametrize("change", ["source", "arguments", "no resume"])
+@pytest.mark.parametrize("change", slow_but(["source"], ["source", "arguments", "no resume"]))
 def test_another_conversion_begins_anew(source: Path, tmp_path: Path, made: raw.Raw, change: str) -> None:
     interrupted(source, tmp_path / "dest")
     options: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import torch
 
 import ucp
 from tests.formats import raw
+from tests.slow_cases import slow_but
 from ucp._neighbours import refuse_ucx_py
 
 ROOT = Path(ucp.__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ def test_a_format_is_imported_when_it_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "universal-out").is_dir()
 
 
+@pytest.mark.slow
 def test_a_program_without_dtensors_imports_none(tmp_path: Path) -> None:
     """torch takes three seconds to import them, which the first load of a small program would pay for."""
     code = "import sys, torch, ucp; state = {'w': torch.ones(3), 'layer': torch.nn.Linear(2, 2), 'step': 7};"
@@ -66,7 +68,7 @@ def test_a_plain_load_imports_only_what_it_uses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", ["dcp", "megatron"])
+@pytest.mark.parametrize("target", slow_but(["dcp"], ["dcp", "megatron"]))
 def test_writing_what_torch_reads_needs_no_torch(tmp_path: Path, target: str) -> None:
     weight = {"decoder.layers.0.mlp.linear_fc1.weight": torch.ones(8, 4)}
     torch.save({"model": weight}, tmp_path / "one.pt")

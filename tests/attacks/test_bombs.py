@@ -13,6 +13,7 @@ import torch
 import ucp
 from tests.attacks import bombs, plant
 from tests.attacks.arena import fight
+from tests.slow_cases import slow_but
 from ucp.errors import DamagedCheckpoint, Unsupported
 from ucp.formats.deepspeed.read.folder import OWN_KEYS
 from ucp.inspection.difference import diff
@@ -60,12 +61,10 @@ def attack(folder: Path, place: str, bomb: bytes) -> Callable[[], str]:
     return run
 
 
-QUICK = {"client state", "the whole optimizer file"}
+QUICK = {"the whole optimizer file"}
 
 
-@pytest.mark.parametrize(
-    "place", [place if place in QUICK else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
-)
+@pytest.mark.parametrize("place", slow_but(QUICK, PLACES))
 def test_a_bomb_is_refused_or_does_no_harm(tmp_path: Path, place: str) -> None:
     shutil.copytree(OLDER / "0.14.4-z1-bf16", tmp_path / "0.14.4-z1-bf16")
     attacks = [attack(tmp_path, place, bomb) for bomb in bombs.BOMBS.values()]

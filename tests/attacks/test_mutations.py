@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.attacks import configs, formats, fuzz
+from tests.slow_cases import slow_but
 
 QUICK = 3
 
 
-@pytest.mark.parametrize("target", fuzz.TARGETS)
+@pytest.mark.parametrize("target", slow_but(list(fuzz.TARGETS)[::3], fuzz.TARGETS))
 def test_a_few_mutations(tmp_path: Path, target: str) -> None:
     run(tmp_path, target, range(QUICK))
 

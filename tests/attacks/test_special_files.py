@@ -12,6 +12,7 @@ import pytest
 import ucp
 from tests.attacks import formats
 from tests.attacks.arena import fight
+from tests.slow_cases import slow_but
 from ucp.inspection.listing import listing
 from ucp.inspection.verify import verify
 from ucp.merging import language
@@ -49,7 +50,7 @@ KINDS = [pipe, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (link_to
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize("name", slow_but(list(formats.FORMATS)[::2], formats.FORMATS))
 def test_every_file_of_every_format(tmp_path: Path, name: str, kind: Callable[[Path], None]) -> None:
     run = formats.make(name, tmp_path)
     truth = formats.everything(run)

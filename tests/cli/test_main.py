@@ -16,6 +16,7 @@ import pytest
 
 import ucp
 from tests.formats import raw
+from tests.slow_cases import slow_but
 from ucp.cli import main as command
 from ucp.formats.universal import manifest
 from ucp.version import version
@@ -83,7 +84,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert best < 0.3  # seconds of processor time
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["ls"], ["verify"], ["plan", "--layout", "dp=2,zero=3"]])
+@pytest.mark.parametrize(
+    "arguments", slow_but([["verify"]], [["inspect"], ["ls"], ["verify"], ["plan", "--layout", "dp=2,zero=3"]])
+)
 def test_looking_needs_no_torch(source: Path, arguments: list[str]) -> None:
     code = f"""
 import sys
@@ -273,6 +276,7 @@ def test_debug_shows_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "Traceback" not in call(capsys, "inspect", tmp_path / "nowhere")[2]
 
 
+@pytest.mark.slow
 def test_a_diff_heads_its_columns_with_what_they_hold(source: Path, tmp_path: Path) -> None:
     made = raw.make(tmp_path / "raw2", seed=1)
     state = dataclasses.replace(made.catalog.training_state, global_steps=99)

@@ -16,6 +16,7 @@ import ucp
 from tests.formats import raw
 from tests.inspection.conftest import OLDER
 from tests.logical.test_digest import by_definition
+from tests.slow_cases import slow_but
 from ucp.cli.main import main
 from ucp.errors import BadArgument, DamagedCheckpoint
 from ucp.formats.universal import manifest
@@ -51,7 +52,7 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Files, "read_parts", refuse)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", slow_but(NATIVE[::4], NATIVE))
 def test_conversions_record_what_the_elements_say(tmp_path: Path, name: str) -> None:
     whole = converted(tmp_path, OLDER / name)
     with ucp.open(OLDER / name) as native, ucp.open(whole) as ours:

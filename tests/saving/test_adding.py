@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 import ucp
 from tests.logical.test_digest import by_definition
 from tests.saving import save_jobs as jobs
+from tests.slow_cases import slow_but
 from ucp.catalog import Catalog, LogicalTensor, TrainingState
 from ucp.geometry import box, whole
 from ucp.job.stopwatch import Stopwatch
@@ -25,8 +27,7 @@ from ucp.storage.digests import digest_chunks
 from ucp.storage.kept.files import Lease
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "world"), slow_but([(0, 2), (1, 3), (2, 4)], product(range(3), range(1, 5))))
 def test_saves_record_the_digest_of_every_whole_tensor(tmp_path: Path, world: int, seed: int) -> None:
     values = jobs.values(seed, True)
     assert jobs.save(tmp_path, "now", [jobs.source(values, rank, world, seed) for rank in range(world)]).code == 0
@@ -42,8 +43,8 @@ def test_saves_record_the_digest_of_every_whole_tensor(tmp_path: Path, world: in
         assert digest.sample.every == EVERY
 
 
-@pytest.mark.parametrize("digesters", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("window", [1 << 20, *(pytest.param(n, marks=pytest.mark.slow) for n in ((1 << 20) + 24, 999))])
+@pytest.mark.parametrize("digesters", slow_but([3], [0, 1, 3]))
+@pytest.mark.parametrize("window", slow_but([1 << 20], [1 << 20, (1 << 20) + 24, 999]))
 def test_windows_may_cut_anywhere(window: int, digesters: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are written one after the other, and where they stay and are digested by one process or by several."""
     rng = np.random.default_rng(window)

@@ -10,6 +10,7 @@ import pytest
 import ucp
 from tests.formats import raw
 from tests.formats.deepspeed.write.test_native import ADAMW
+from tests.slow_cases import slow_but
 from tests.transfer.test_write import LEAST
 from ucp.catalog import ParamGroup, TrainingState
 from ucp.geometry import box
@@ -30,7 +31,7 @@ def source(tmp_path: Path) -> Path:
     return raw.write_consolidated(tmp_path / "universal", made.catalog)
 
 
-@pytest.mark.parametrize("memory", [None, LEAST + 4 * CHUNK, LEAST])
+@pytest.mark.parametrize("memory", slow_but([LEAST], [None, LEAST + 4 * CHUNK, LEAST]))
 def test_short_pieces_for_many_files(source: Path, tmp_path: Path, memory: int | None) -> None:
     """To ZeRO-3 on 16 ranks, and back, in all memory."""
     nbytes = sum(path.stat().st_size for path in source.iterdir())

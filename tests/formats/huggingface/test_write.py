@@ -18,6 +18,7 @@ import ucp
 from tests.formats import raw
 from tests.formats.huggingface import engine_jobs
 from tests.formats.huggingface.test_read import INDEX, module_of
+from tests.slow_cases import slow_but
 from tests.spec.models import MODELS
 from ucp.cli import convert as command
 from ucp.errors import BadArgument, Mismatch, Unsupported
@@ -53,7 +54,7 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-@pytest.mark.parametrize("model", EVERY)
+@pytest.mark.parametrize("model", slow_but(("gpt2", "mixtral", "t5"), EVERY))
 def test_file_by_file_as_save_pretrained_writes(model: str, tmp_path: Path) -> None:
     """From the universal form, whose names are the module's own."""
     more = {"num_experts_per_tok": 2} if model.endswith("moe") else {}

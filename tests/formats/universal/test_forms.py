@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import ucp
 from tests.formats import raw
+from tests.slow_cases import slow_but
 from ucp.catalog import Catalog, ParamGroup, TrainingState
 from ucp.errors import BadArgument, DamagedCheckpoint, DigestMismatch, Unsupported
 from ucp.formats.shared.training_state import Tensors, encode
@@ -27,8 +28,10 @@ from ucp.formats.universal import consolidated, manifest, schema, virtual
 from ucp.storage.digests import CHUNK, digest_file
 from ucp.storage.torch_pt.values import TensorRef
 
+FAST = ["consolidated 3", "virtual 1"]
 
-@pytest.fixture(scope="module", params=["consolidated 1", "consolidated 3", "virtual 1", "virtual 3"])
+
+@pytest.fixture(scope="module", params=slow_but(FAST, ["consolidated 1", "consolidated 3", "virtual 1", "virtual 3"]))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, raw.Raw]:
     """A checkpoint of each form, made from stage-1 and stage-3 cuts."""
     form, stage = request.param.split()
