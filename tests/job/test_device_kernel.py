@@ -19,7 +19,6 @@ from ucp.geometry import flat_ranges, whole
 from ucp.job import device_kernel, live_digest, runtime_compiler
 from ucp.job.device_kernel import SOURCE, KernelSums, is_right, launch_of
 from ucp.job.live_digest import LiveElements, digests, on_device
-from ucp.logical.digest import Digest
 from ucp.logical.record import drawn
 
 _AROUND = """
@@ -127,11 +126,31 @@ def test_tensors_of_every_kind_at_once(monkeypatch: pytest.MonkeyPatch, launch: 
     assert 2 < len(launches) < len(lives)
 
 
+def test_no_function_is_called_for_each_of_many_that_are_alike(
+    monkeypatch: pytest.MonkeyPatch, launch: device_kernel.Launch
+) -> None:
+    monkeypatch.setattr(live_digest, "launch_of", lambda device: launch)
+    calls: list[int] = []
+    for count in (200, 20, 200):  # the first one does what is done once
+        shapes = [(300,), (5, 40)] * (count // 2)
+        cuts = {shape: whole(shape) for shape in shapes}
+        lives = [LiveElements(torch.full(shape, 1.5 + k), shape, cuts[shape]) for k, shape in enumerate(shapes)]
+        found: list[str] = []
+        sys.setprofile(lambda frame, event, _, found=found: found.append(event))
+        try:
+            made = on_device(lives)
+        finally:
+            sys.setprofile(None)
+        assert made == digests(lives)
+        calls.append(found.count("call"))
+    assert calls[2] - calls[1] < 18
+
+
 def test_runs_of_no_bytes_add_nothing(launch: device_kernel.Launch) -> None:
     sums = KernelSums(torch.device("cpu"), 2, launch)
     none = np.zeros(1, np.int64)
     sums.add(0, torch.zeros(4, dtype=torch.uint8), live_digest.Runs(none, none, none))
-    assert sums.finish() == [Digest(), Digest()]
+    assert not sums.finish().any()
 
 
 def test_there_is_no_kernel_where_it_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,16 @@ done for about 100 MiB of rows at once. Runs that are too short for that are put
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp.geometry import Ints
 from ucp.job.device_products import ByteProducts, DoubleProducts, column_keys, has_byte_products, keys_at, keys_of
-from ucp.logical.digest import COLUMNS, LANES, ROW, Digest, padded_batches
-from ucp.logical.runs import Runs
+from ucp.logical.digest import COLUMNS, LANES, ROW, padded_batches
+from ucp.logical.runs import Run, Runs
 
 PIECE = 16 << 20
 """How many bytes of a tensor are converted or copied at once."""
@@ -70,11 +73,18 @@ class DeviceSums:
             if high > low:
                 self._add_single(index, raw[source + low : source + high], place + low, high - low)
 
-    def finish(self) -> list[Digest]:
+    def add_alike(self, owners: Ints, tensors: Sequence[torch.Tensor], runs: Sequence[Run]) -> None:
+        """As `add`, of contiguous tensors that are cut alike. owners: (n,) which of them each is. runs: of each."""
+        for index, tensor in zip(owners.tolist(), tensors, strict=True):
+            raw = tensor.detach().reshape(-1).view(torch.uint8)
+            for run in runs:
+                self.add_run(index, raw, *run)
+
+    def finish(self) -> NDArray[np.uint64]:
+        """(count, 2) both lanes of the tensors' digests."""
         self._flush()
         self._flush_rows()
-        found = self._sums.cpu().numpy().view(np.uint64).tolist()
-        return [Digest(first, second) for first, second in found]
+        return self._sums.cpu().numpy().view(np.uint64)
 
     # --- whole rows ---
 

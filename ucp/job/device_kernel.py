@@ -10,18 +10,20 @@ compiler nor Triton. Where there is none, or where it gives another result in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucp.geometry import Ints
 from ucp.job import runtime_compiler
 from ucp.job.device_products import column_keys
-from ucp.logical.digest import COLUMNS, KEY_SEED, LANES, ROW, Digest, digest_bytes
-from ucp.logical.runs import LIMIT, Runs, mixed
+from ucp.logical.batch import lanes_of
+from ucp.logical.digest import COLUMNS, KEY_SEED, LANES, ROW, digest_bytes
+from ucp.logical.runs import LIMIT, Run, Runs, mixed
 from ucp.printable import logger
 
 ROWS = 64
@@ -108,7 +110,6 @@ class KernelSums:
         self._device = device
         self._launch = launch
         self._sums = torch.zeros((count, LANES), dtype=torch.int64, device=device)
-        self._single: list[tuple[int, int, int, int]] = []
         self._columns: list[Ints] = []
         self._held: list[torch.Tensor] = []
         self._runs = self._waiting = 0
@@ -120,30 +121,33 @@ class KernelSums:
             return
         columns = (there.sources + raw.data_ptr(), there.places, there.sizes, np.full(len(there), index))
         self._columns.append(np.stack(columns))
-        self._note(raw, len(there))
+        self._held.append(raw)
+        self._runs += len(there)
         self._waiting += raw.nbytes
         if self._waiting >= WAITING or self._runs >= LIMIT:
             self._flush()
 
-    def add_run(self, index: int, raw: torch.Tensor, source: int, place: int, size: int) -> None:
-        """As `add`, of one run in memory that is there anyway."""
-        self._single.append((raw.data_ptr() + source, place, size, index))
-        self._note(raw, 1)
+    def add_alike(self, owners: Ints, tensors: Sequence[torch.Tensor], runs: Sequence[Run]) -> None:
+        """Contiguous tensors that are cut alike, in memory that is there anyway. owners: (n,) which of them each is.
+        runs: of each, which have bytes."""
+        begins = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+        columns = np.empty((4, len(runs), len(begins)), np.int64)
+        for k, (source, place, size) in enumerate(runs):
+            columns[0, k] = begins + source
+            columns[1, k], columns[2, k], columns[3, k] = place, size, owners
+        self._columns.append(columns.reshape(4, -1))
+        self._held.extend(tensors)
+        self._runs += columns[0].size
 
-    def finish(self) -> list[Digest]:
+    def finish(self) -> NDArray[np.uint64]:
+        """(count, 2) both lanes of the tensors' digests."""
         self._flush()
-        found = self._sums.cpu().numpy().view(np.uint64).tolist()
-        return [Digest(first, second) for first, second in found]
-
-    def _note(self, raw: torch.Tensor, runs: int) -> None:
-        self._held.append(raw)
-        self._runs += runs
+        return self._sums.cpu().numpy().view(np.uint64)
 
     def _flush(self) -> None:
         """Have all runs that are noted added up."""
         if self._runs:
-            single = np.array(self._single, np.int64).reshape(-1, 4).T
-            address, place, size, owner = np.concatenate([single, *self._columns], axis=1)
+            address, place, size, owner = np.concatenate(self._columns, axis=1)
             rows = (place + size - 1) // ROW - place // ROW + 1
             blocks = -(-rows // ROWS)
             count, total = len(blocks), int(blocks.sum())
@@ -151,7 +155,6 @@ class KernelSums:
             table = np.concatenate([address, place, size, owner, np.cumsum(blocks) - blocks, which])
             sent = torch.from_numpy(table).to(self._device)
             self._launch(sent, column_keys(self._device), self._sums, count, total)
-        self._single.clear()
         self._columns.clear()
         self._held.clear()
         self._runs = self._waiting = 0
@@ -196,8 +199,8 @@ def is_right(launch: Launch, device: torch.device) -> bool:
     sums = KernelSums(device, len(several) + 1, launch)
     wanted = []
     for index, run in enumerate(several):
-        sums.add_run(index, raw, *run)
+        sums.add_alike(np.array([index]), [raw], [run])
         wanted.append(digest_bytes(words, Runs(*(np.array([n], np.int64) for n in run))))
     short = Runs(np.arange(100) * 37, np.arange(100) * 531 + 2, np.full(100, 30))
     sums.add(len(several), raw, short)
-    return sums.finish() == [*wanted, digest_bytes(words, short)]
+    return bool((sums.finish() == lanes_of([*wanted, digest_bytes(words, short)])).all())

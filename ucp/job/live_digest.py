@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ucp.columns import firsts
+from ucp.columns import firsts, tuples_of
 from ucp.geometry import Blocks, Ints, Shape, numel, whole
 from ucp.job.device_digest import LONG, DeviceSums
 from ucp.job.device_kernel import KernelSums, launch_of
@@ -76,7 +76,7 @@ def digests(lives: Sequence[LiveElements], *, sample: Sample | None = None, thre
 
     A tensor that is not contiguous is copied.
     """
-    return list(map(Digest._make, digest_lanes(lives, sample=sample, threads=threads).tolist()))
+    return tuples_of(Digest, *digest_lanes(lives, sample=sample, threads=threads).T.tolist())
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def digest_lanes(
         if device.type in ("cpu", "mps"):
             out[members] = _on_host(own, sample, threads)
         else:
-            out[members] = lanes_of(on_device(own, sample))
+            out[members] = _on_device(own, sample)
     return out
 
 
@@ -187,6 +187,13 @@ class _Kinds:
         """The kind of a tensor."""
         return self.kinds[self.which[index]]
 
+    def groups(self, own: Ints) -> Iterator[tuple[_Kind, Ints]]:
+        """Of these tensors those of each kind, by their places in ``own``."""
+        order = np.argsort(self.which[own], kind="stable")
+        of = self.which[own][order]
+        for members in np.split(order, np.flatnonzero(of[1:] != of[:-1]) + 1) if len(own) else ():
+            yield self[own[members[0]]], members
+
 
 def _kind_of(live: LiveElements, listed: list[Run] | None) -> _Kind:
     is_converted = live.dtype is not None or live.one_nan
@@ -264,10 +271,7 @@ def _shares(few: Ints, nbytes: Ints, threads: int) -> list[Ints]:
 @torch.no_grad()  # for this thread
 def _together(lives: Sequence[LiveElements], kinds: _Kinds, own: Ints) -> NDArray[np.uint64]:
     batch = Batch(len(own))
-    order = np.argsort(kinds.which[own], kind="stable")
-    of = kinds.which[own][order]
-    for members in np.split(order, np.flatnonzero(of[1:] != of[:-1]) + 1) if len(own) else ():
-        kind = kinds[own[members[0]]]
+    for kind, members in kinds.groups(own):
         some = [lives[k] for k in own[members].tolist()]
         if kind.rows:
             _add_whole(batch, members, kind.rows, [live.tensor for live in some])
@@ -345,21 +349,24 @@ def on_device(
     """As `digests`, of tensors of one device: by the kernel of `ucp.job.device_kernel`, or by torch's operations, which
     work in host memory, too. by_bytes: by torch's, and in this way, as `ucp.job.device_products` tells; None for the
     device's fastest."""
+    return tuples_of(Digest, *_on_device(lives, sample, by_bytes).T.tolist())
+
+
+def _on_device(
+    lives: Sequence[LiveElements], sample: Sample | None, by_bytes: bool | None = None
+) -> NDArray[np.uint64]:
     device = lives[0].tensor.device
     launch = launch_of(device) if by_bytes is None else None
     sums = (
         DeviceSums(device, len(lives), by_bytes=by_bytes) if launch is None else KernelSums(device, len(lives), launch)
     )
-    kinds = _Kinds.of(lives, sample)
-    for k, live in enumerate(lives):
-        listed = kinds[k].listed
-        if listed is None or kinds[k].is_converted:
-            for raw, runs in _windows(live, listed, sample, PIECE):
-                sums.add(k, raw, runs)
-        elif listed:
-            raw = live.tensor.detach().reshape(-1).view(torch.uint8)
-            for run in listed:
-                sums.add_run(k, raw, *run)
+    for kind, members in _Kinds.of(lives, sample).groups(np.arange(len(lives))):
+        if kind.listed is None or kind.is_converted:
+            for k in members.tolist():
+                for raw, runs in _windows(lives[k], kind.listed, sample, PIECE):
+                    sums.add(k, raw, runs)
+        elif kind.listed:
+            sums.add_alike(members, [lives[k].tensor for k in members.tolist()], kind.listed)
     return sums.finish()
 
 
