@@ -6,10 +6,10 @@ of small tensors is read in less time than thousands of those take. So what is d
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields
-from itertools import repeat
+from itertools import count, repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=tuple[Any, ...])
 
 
-def made_of(kind: type[T], count: int, *columns: Iterable[Any]) -> list[T]:
+def made_of(kind: type[T], many: int, *columns: Iterable[Any]) -> list[T]:
     """So many objects of a dataclass with slots and without ``__post_init__``. columns: the values of all its fields,
     in their order; one that is `itertools.repeat` gives all objects the same.
 
@@ -30,10 +30,10 @@ def made_of(kind: type[T], count: int, *columns: Iterable[Any]) -> list[T]:
         raise TypeError(f"{kind.__name__} is no dataclass with slots and nothing but fields")
     if len(names) != len(columns):
         raise ValueError(f"{kind.__name__} has {len(names)} fields, and there are {len(columns)} columns")
-    out = list(map(object.__new__, repeat(kind, count)))
+    out = list(map(object.__new__, repeat(kind, many)))
     for name, column in zip(names, columns, strict=True):
-        if not isinstance(column, repeat) and len(column) != count:  # type: ignore[arg-type]
-            raise ValueError(f"there are {len(column)} values of {name} for {count} objects")  # type: ignore[arg-type]
+        if not isinstance(column, repeat) and len(column) != many:  # type: ignore[arg-type]
+            raise ValueError(f"there are {len(column)} values of {name} for {many} objects")  # type: ignore[arg-type]
         deque(map(getattr(kind, name).__set__, out, column), 0)
     return out
 
@@ -56,6 +56,12 @@ def different(many: Iterable[T]) -> tuple[list[T], NDArray[np.int64]]:
     objects = dict(zip(ids, held, strict=True))
     numbers = {found: k for k, found in enumerate(objects)}
     return list(objects.values()), np.fromiter(map(numbers.__getitem__, ids), np.int64, len(ids))
+
+
+def numbered(values: Iterable[Hashable]) -> NDArray[np.int64]:
+    """(n,) a number for each value, the same for equal ones. They are given out in order, from 0 on."""
+    numbers: defaultdict[Hashable, int] = defaultdict(count().__next__)
+    return np.array(list(map(numbers.__getitem__, values)), np.int64)
 
 
 def firsts(numbers: NDArray[np.int64]) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ucp.catalog import LogicalTensor
-from ucp.columns import tuples_of
+from ucp.columns import firsts, numbered, tuples_of
 from ucp.geometry import Blocks, Shape
 from ucp.job.live_digest import LiveElements
 from ucp.job.live_sums import Key
@@ -51,18 +52,33 @@ def find_held(
     unproved: dict[str, str],
 ) -> None:
     """What was brought to this rank, where it lies now."""
+    memory_of = target.memory
     lies = [
-        (memory, tensor, blocks, entry)
+        (memory, entry, want[0], want[1])
         for entry, wants in what.wants.items()
         if wants
-        for memory in (target.memory(entry[0], entry[1]),)
-        for tensor, blocks, *_ in wants
+        for memory in (memory_of(entry[0], entry[1]),)
+        for want in wants
     ]
+    if not lies:
+        return
+    memories, entries, tensors, cuts = zip(*lies, strict=True)
+    # Of tensors that are kept alike it is asked once how they are proved.
+    kept = [None if memory is None else memory.dtype for memory in memories]
+    recorded = map(operator.is_not, map(operator.attrgetter("digest"), tensors), repeat(None))
+    looks = map(operator.attrgetter("dtype"), tensors), map(operator.itemgetter(2), entries), recorded
+    which = numbered(zip(kept, *looks, strict=True))
+    ways = [_way(memories[k], tensors[k], entries[k][2], always) for k in firsts(which)]
+    turns, of = _turns(tensors), which.tolist()
+    if not any(way.unproved for way in ways):
+        held.tensors.extend(tensors)
+        held.turns.extend(turns)
+        shapes, dtypes = map(operator.attrgetter("shape"), tensors), [ways[k].dtype for k in of]
+        held.lives.extend(tuples_of(LiveElements, memories, shapes, cuts, dtypes, *repeat(repeat(False), 3)))
+        return
     lives: list[tuple[torch.Tensor, Shape, Blocks, str | None]] = []
-    ways: dict[Any, _Way] = {}  # of tensors that are kept alike it is asked once how they are proved
-    for (memory, tensor, blocks, entry), turn in zip(lies, _turns([tensor for _, tensor, *_ in lies]), strict=True):
-        kind = None if memory is None else memory.dtype, tensor.dtype, entry[2], tensor.digest is None
-        way = ways.get(kind) or ways.setdefault(kind, _way(memory, tensor, entry[2], always))
+    for memory, entry, tensor, blocks, k, turn in zip(memories, entries, tensors, cuts, of, turns, strict=True):
+        way = ways[k]
         live = brought.get(entry) if way.is_rounded else memory
         if live is None or (way.unproved and not way.is_rounded):
             unproved[f"{tensor.name}:{tensor.state}"] = way.unproved
@@ -102,9 +118,9 @@ def _way(memory: torch.Tensor | None, tensor: LogicalTensor, read_as: str, alway
 
 def _turns(tensors: Sequence[LogicalTensor]) -> list[int]:
     """For each how many before it are the same tensor of the checkpoint, which may fill several here."""
+    if len(set(map(id, tensors))) == len(tensors):
+        return [0] * len(tensors)
     names = [(tensor.name, tensor.state) for tensor in tensors]
-    if len(set(names)) == len(names):
-        return [0] * len(names)
     seen = Counter[tuple[str, str]]()
     turns = []
     for name in names:

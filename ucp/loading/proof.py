@@ -16,14 +16,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from ucp.catalog import LogicalTensor
-from ucp.columns import different
+from ucp.columns import firsts, numbered
 from ucp.errors import BadArgument, ProofFailed
 from ucp.geometry import numel
 from ucp.interpreter import no_collections
@@ -219,9 +221,11 @@ def _pairs_of(held: HeldTensors, target: Target) -> Iterator[_Pair]:
 def _is_much(held: HeldTensors, pairs: Sequence[_Pair]) -> bool:
     """Whether this rank has so much in host memory that it is to be sampled."""
     lives = [live for live in chain(held.lives, (_ends(pair)[0] for pair in pairs)) if live.tensor.is_cpu]
-    cuts, which = different(live.blocks for live in lives)
-    elements = np.array([blocks.elements for blocks in cuts], np.int64)[which]
-    return int(np.dot(elements, np.fromiter((live.width for live in lives), np.int64, len(lives)))) >= SAMPLED_FROM
+    alike = numbered([(id(live.blocks), live.tensor.dtype, live.dtype) for live in lives])
+    return (
+        sum(lives[k].nbytes * times for k, times in zip(firsts(alike), np.bincount(alike).tolist(), strict=True))
+        >= SAMPLED_FROM
+    )
 
 
 def _sample(catalog: Catalog) -> Sample:
@@ -290,8 +294,8 @@ def _wanted(
     then it is collective."""
     out: dict[tuple[str, str], Digest] = {}
     missing: dict[tuple[str, str], LogicalTensor] = {}
-    for name, state, *_ in sums:
-        tensor = catalog.tensors.get(key := (name, state))
+    names = list(_names_of(sums))
+    for key, tensor in zip(names, map(catalog.tensors.get, names), strict=True):
         if tensor is None:
             continue
         recorded = tensor.digest
@@ -312,6 +316,10 @@ def _wanted(
     return out
 
 
+_names_of = partial(map, itemgetter(0, 1))
+"""Of keys their names and states."""
+
+
 def _is_whole(catalog: Catalog, key: Key, elements: int) -> bool:
     tensor = catalog.tensors.get((key[0], key[1]))
     return tensor is None or elements >= numel(tensor.shape)
@@ -321,15 +329,16 @@ def _as_saved(
     sums: Sums, wanted: Mapping[tuple[str, str], Digest], catalog: Catalog
 ) -> tuple[dict[tuple[str, str], int], list[Key]]:
     """The tensors that are whole and as they were saved, with their bytes, and the keys of all else."""
-    tensors = [None if key[1] in (WEIGHTS, MASTERS) else catalog.tensors.get((key[0], key[1])) for key in sums]
+    names = list(_names_of(sums))
+    tensors = [None if state in (WEIGHTS, MASTERS) else catalog.tensors.get((name, state)) for name, state in names]
     sizes = {shape: numel(shape) for shape in {t.shape for t in tensors if t is not None}}
     counts = [-1 if t is None else sizes[t.shape] for t in tensors]
     nothing = Digest()
-    digests = lanes_of([nothing if t is None else wanted[t.name, t.state] for t in tensors])
+    digests = lanes_of(list(map(wanted.get, names, repeat(nothing))))
     fine = (sums.elements == counts) & (sums.digests == digests).all(axis=1) & ~sums.differ & ~sums.flawed
     proved = {
-        (key[0], key[1]): count * itemsize(t.dtype)
-        for key, t, count, is_fine in zip(sums, tensors, counts, fine.tolist(), strict=True)
+        name: count * itemsize(t.dtype)
+        for name, t, count, is_fine in zip(names, tensors, counts, fine.tolist(), strict=True)
         if t is not None and is_fine
     }
     return proved, [key for key, is_fine in zip(sums, fine.tolist(), strict=True) if not is_fine]

@@ -17,6 +17,9 @@ from ucp import limits
 @torch.no_grad()
 def copy_all(lives: Sequence[torch.Tensor], values: Sequence[torch.Tensor], on_host: Sequence[bool]) -> None:
     """Give live memory, of any shape, these flat values. on_host: which of it lies on the host."""
+    if all(on_host):
+        _copy(lives, values)
+        return
     one_by_one: list[int] = []
     together: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for k, (live, value, is_here) in enumerate(zip(lives, values, on_host, strict=True)):
@@ -24,9 +27,6 @@ def copy_all(lives: Sequence[torch.Tensor], values: Sequence[torch.Tensor], on_h
             one_by_one.append(k)
         else:
             together[live.device, live.dtype].append(k)
-    if len(one_by_one) == len(lives):
-        _copy(lives, values)
-        return
     if one_by_one:
         _copy([lives[k] for k in one_by_one], [values[k] for k in one_by_one])
     for (device, _), members in together.items():

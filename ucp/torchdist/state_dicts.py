@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, StateEntry]:
     """
     leaves: list[_Leaf] = []
     _add_leaves(leaves, "", (), state_dict)
-    kinds = set(map(type, (value for _, _, value in leaves)))
+    kinds = set(map(type, map(itemgetter(2), leaves)))
     if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in kinds):
         leaves = [part for leaf in leaves for part in _parts(leaf)]
     if not leaves:

@@ -174,7 +174,7 @@ class StateDictTarget:
         """Remove all names but one of tensors that are one memory. Returns removed name -> name that stays. A name that
         the checkpoint has is preferred."""
         weights = asked.weights
-        self._local.update((key, local_tensor(self._entries[key].value)) for key in weights.values())
+        self._local.update([(key, local_tensor(self._entries[key].value)) for key in weights.values()])
         begins = {local.data_ptr() for local in self._local.values()}
         if 0 not in begins and len(begins) == len(weights):
             return {}  # no two begin at one address; those without memory here can't tell

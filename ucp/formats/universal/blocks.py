@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,20 +51,20 @@ def encode(tensors: Sequence[LogicalTensor]) -> dict[str, Any]:
     return {"file": file, "byte": byte, "box": boxes, "strides": {"block": strided, "values": strides}}
 
 
-def decode(fields: Fields, shapes: Sequence[Shape], counts: Ints, files: int) -> list[tuple[Blocks, Ints]]:
-    """Each tensor's blocks and their byte offsets. Tensors of as many dimensions are looked at together."""
+def decode(fields: Fields, shapes: Sequence[Shape], counts: Ints, files: int) -> tuple[list[Blocks], list[Ints]]:
+    """Each tensor's blocks, and their byte offsets. Tensors of as many dimensions are looked at together."""
     total = sum(counts.tolist())
     file = fields.integers("blocks", "file", total, below=files)
     byte = fields.integers("blocks", "byte", total)
     boxes = fields.integers("blocks", "box")
-    dims = np.array([len(shape) for shape in shapes], np.int64)
+    dims = np.fromiter(map(len, shapes), np.int64, len(shapes))
     if len(boxes) != int(np.sum(counts * dims * 2)):
         raise fields.damaged(f"'blocks.box' has {len(boxes)} numbers, which do not fit the tensors' shapes")
     owners = np.repeat(np.arange(len(shapes)), counts)
     wide = dims[owners]
     ends = np.cumsum(2 * wide)
-    which, values, at = _decode_strides(fields, wide)
-    out: list[tuple[Blocks, Ints]] = [(empty(0), np.zeros(0, np.int64))] * len(shapes)
+    which, values, begins = _decode_strides(fields, wide)
+    held, bases = [empty(0)] * len(shapes), [np.zeros(0, np.int64)] * len(shapes)
     for d in np.unique(dims).tolist():
         alike = np.flatnonzero(dims == d)
         own = np.flatnonzero(wide == d)
@@ -71,15 +72,17 @@ def decode(fields: Fields, shapes: Sequence[Shape], counts: Ints, files: int) ->
         offsets, sizes = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
         strides = dense_strides(sizes)
         odd = np.flatnonzero(wide[which] == d)
-        strides[np.searchsorted(own, which[odd])] = values[at[odd][:, None] + np.arange(d)]
-        limit = np.array([shapes[k] for k in alike.tolist()], np.int64).reshape(len(alike), d)
+        strides[np.searchsorted(own, which[odd])] = values[begins[odd][:, None] + np.arange(d)]
+        members = alike.tolist()
+        numbers = chain.from_iterable(map(shapes.__getitem__, members))
+        limit = np.fromiter(numbers, np.int64, len(members) * d).reshape(len(members), d)
         _check_boxes(fields, offsets, sizes, strides, np.repeat(limit, counts[alike], axis=0))
         shared = _Shared(offsets, sizes, strides, file[own])
-        bases, last = byte[own], 0
-        for k, count in zip(alike.tolist(), counts[alike].tolist(), strict=True):
-            first, last = last, last + count
-            out[k] = shared.of(first, last), bases[first:last]
-    return out
+        ranges = list(pairwise([0, *np.cumsum(counts[alike]).tolist()]))
+        at = byte[own]
+        for k, found, (first, last) in zip(members, shared.of(ranges), ranges, strict=True):
+            held[k], bases[k] = found, at[first:last]
+    return held, bases
 
 
 class _Shared:
@@ -92,14 +95,16 @@ class _Shared:
             column.flags.writeable = False
         rows = np.concatenate([offsets, sizes, strides, file[:, None]], axis=1)
         self._raw, self._width = rows.tobytes(), rows.shape[1] * rows.itemsize
-        self._known: dict[bytes, Blocks] = {}
 
-    def of(self, first: int, last: int) -> Blocks:
-        key = self._raw[first * self._width : last * self._width]
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = Blocks(*(column[first:last] for column in self._columns))
-        return found
+    def of(self, ranges: Sequence[tuple[int, int]]) -> list[Blocks]:
+        """The blocks of each of these ranges of rows."""
+        raw, width = self._raw, self._width
+        keys = [raw[first * width : last * width] for first, last in ranges]
+        known = {
+            key: Blocks(*(column[first:last] for column in self._columns))
+            for key, (first, last) in dict(zip(keys, ranges, strict=True)).items()
+        }
+        return list(map(known.__getitem__, keys))
 
 
 def _decode_strides(fields: Fields, wide: Ints) -> tuple[Ints, Ints, Ints]:

@@ -23,6 +23,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from ucp.catalog import Catalog, LogicalTensor, ParameterInfo, SourceFile
@@ -319,16 +320,12 @@ def _decode_parameters(fields: Fields) -> tuple[list[ParameterInfo], list[dict[s
 def _decode_shapes(fields: Fields, names: Sequence[str], shapes: Sequence[list[Any]]) -> list[Shape]:
     """The shapes; equal ones are one object."""
     whole = set(map(type, chain.from_iterable(shapes))) <= {int}
-    known: dict[Shape, Shape] = {}
-    out = []
-    for name, found in zip(names, shapes, strict=True):
-        shape = tuple(found)
-        if not whole or shape not in known:
-            if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
-                raise fields.damaged(f"'{name}' has the impossible shape {found}")
-            known[shape] = shape
-        out.append(known[shape])
-    return out
+    found: list[Shape] = list(map(tuple, shapes))
+    known = {shape: shape for shape in found} if whole else {}
+    for shape in known if whole else found:
+        if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
+            raise fields.damaged(f"'{names[found.index(shape)]}' has the impossible shape {list(shape)}")
+    return list(map(known.__getitem__, found))
 
 
 def _decode_tensors(
@@ -344,14 +341,14 @@ def _decode_tensors(
     count = len(parameter)
     state = fields.integers("tensors", "state", count, below=len(states))
     dtype = fields.integers("tensors", "dtype", count, below=len(dtypes))
-    shapes = [parameters[p].shape for p in parameter.tolist()]
+    owners = list(map(parameters.__getitem__, parameter.tolist()))
+    shapes = list(map(attrgetter("shape"), owners))
     placed = blocks.decode(fields, shapes, fields.integers("tensors", "blocks", count), files)
     digests = logical.decode(fields.path, fields.body, count)
-    names = [parameters[p].name for p in parameter.tolist()]
-    of = [states[s] for s in state.tolist()]
-    kinds = [dtypes[d] for d in dtype.tolist()]
-    bases = [base for _, base in placed]
-    tensors = made_of(LogicalTensor, count, names, of, shapes, kinds, [held for held, _ in placed], bases, digests)
+    names = list(map(attrgetter("name"), owners))
+    of = list(map(states.__getitem__, state.tolist()))
+    kinds = list(map(dtypes.__getitem__, dtype.tolist()))
+    tensors = made_of(LogicalTensor, count, names, of, shapes, kinds, *placed, digests)
     out = dict(zip(zip(names, of, strict=True), tensors, strict=True))
     for p, key, kind in zip(parameter.tolist(), of, kinds, strict=True):
         kept[p][key] = kind
