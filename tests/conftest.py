@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 gpu_builds.plain_architectures()
+
+# Until all is collected (below): what is imported stays.
+gc.disable()
 
 # The same examples in every run, wherever it is; --hypothesis-profile=explore looks for new ones.
 settings.register_profile("repeat", derandomize=True, database=None)
@@ -66,6 +70,11 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays until the end; collections of garbage need not look at it each time, nor
     need forks copy the pages that it lies in."""
     gc.freeze()
+    gc.enable()
+    # pytest goes to each logger that does not propagate six times a test, and torch has sixty.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "torch":
+            logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -59,13 +59,17 @@ LINES_OF_A_FUNCTION = 60
 
 
 @cache
-def modules() -> dict[str, ast.Module]:
-    """The package's modules by name, read when the first test asks, which is in one worker alone."""
+def modules() -> dict[str, list[ast.AST]]:
+    """The nodes of the package's modules by name, read when the first test asks, which is in one worker alone."""
     out = {}
     for path in sorted((ROOT / "ucp").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        out[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text(encoding="utf-8"))
+        out[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = nodes_of(path)
     return out
+
+
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def room(module: str) -> str:
@@ -77,9 +81,9 @@ def floor(module: str) -> int:
     return next(number for number, rooms in FLOORS.items() if room(module) in rooms)
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+def imported(nodes: list[ast.AST]) -> Iterator[tuple[str, str, str]]:
     """(module, name in it or nothing, the name here) of everything of ours that a module imports, wherever."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "ucp":
@@ -105,8 +109,8 @@ def test_every_room_has_a_floor() -> None:
 def test_rooms_import_from_floors_below_only() -> None:
     found = {
         (room(module), room(other))
-        for module, tree in modules().items()
-        for other, _, _ in imported(tree)
+        for module, nodes in modules().items()
+        for other, _, _ in imported(nodes)
         if floor(other) > floor(module)
     }
     assert found == UPWARD
@@ -114,10 +118,10 @@ def test_rooms_import_from_floors_below_only() -> None:
 
 def test_no_circles_between_rooms() -> None:
     uses: dict[str, set[str]] = defaultdict(set)
-    for module, tree in modules().items():
+    for module, nodes in modules().items():
         if module != "ucp":  # the public face is imported by whoever imports anything
             uses[room(module)] |= {
-                room(other) for other, _, _ in imported(tree) if room(other) not in (room(module), "ucp")
+                room(other) for other, _, _ in imported(nodes) if room(other) not in (room(module), "ucp")
             }
     found = {frozenset((a, b)) for a in uses for b in reached(uses, a) if a != b and a in reached(uses, b)}
     assert found == CIRCLES
@@ -136,14 +140,14 @@ def reached(uses: dict[str, set[str]], start: str) -> set[str]:
 
 def test_no_private_name_of_another_module() -> None:
     found = []
-    for module, tree in modules().items():
+    for module, nodes in modules().items():
         here = {}
-        for other, name, alias in imported(tree):
+        for other, name, alias in imported(nodes):
             if is_private(name):
                 found.append(f"{module}: from {other} import {name}")
             if not name:
                 here[alias] = other
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in here:
                 found.append(f"{module}: {ast.unparse(node)}")
     assert found == []
@@ -151,13 +155,15 @@ def test_no_private_name_of_another_module() -> None:
 
 def privates() -> set[str]:
     """Every name with a leading underscore that the package gives to something of its own."""
-    nodes = [node for tree in modules().values() for node in ast.walk(tree)]
+    nodes = [node for found in modules().values() for node in found]
     named = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     held = {
         n.attr
         for n in nodes
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) in ("self", "cls")
+        if isinstance(n, ast.Attribute)
+        and isinstance(n.ctx, ast.Store)
+        and getattr(n.value, "id", "") in ("self", "cls")
     }
     return {name for name in named | stored | held if is_private(name)}
 
@@ -168,7 +174,9 @@ def by_its_text(function: ast.expr) -> bool:
         return function.id.endswith("attr")
     if not isinstance(function, ast.Attribute):
         return False
-    return function.attr.endswith("attr") or ast.unparse(function).endswith("patch.object")
+    return function.attr.endswith("attr") or (
+        function.attr == "object" and ast.unparse(function).endswith("patch.object")
+    )
 
 
 def test_tests_and_scripts_use_no_private_name() -> None:
@@ -176,13 +184,13 @@ def test_tests_and_scripts_use_no_private_name() -> None:
     known = privates() - FOREIGN
     found = []
     for path in sorted((*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"))):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = nodes_of(path)
         here = set()
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("ucp", "tests", "scripts"):
                 here |= {alias.asname or alias.name for alias in node.names}
                 found += [f"{path.name}: import {alias.name}" for alias in node.names if is_private(alias.name)]
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Attribute) and is_private(node.attr):
                 owner = ast.unparse(node.value)
                 if owner in here or (owner not in ("self", "cls") and node.attr in known):
@@ -207,8 +215,8 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     found = {
         f"{module}.{node.name}"
-        for module, tree in modules().items()
-        for node in ast.walk(tree)
+        for module, nodes in modules().items()
+        for node in nodes
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (node.end_lineno or 0) - node.lineno + 1 > LINES_OF_A_FUNCTION
     }
@@ -218,8 +226,8 @@ def test_functions_are_short() -> None:
 def test_no_module_hides_behind_another_name() -> None:
     found = [
         f"{module}: {other} as {alias}"
-        for module, tree in modules().items()
-        for other, name, alias in imported(tree)
+        for module, nodes in modules().items()
+        for other, name, alias in imported(nodes)
         if not name and alias not in (other, other.rpartition(".")[2])
     ]
     assert found == []
@@ -228,8 +236,8 @@ def test_no_module_hides_behind_another_name() -> None:
 def test_no_class_has_the_name_of_another_rooms() -> None:
     """Private ones, too; below `ucp.formats` each format is a room of its own."""
     places: dict[str, set[str]] = defaultdict(set)
-    for module, tree in modules().items():
-        for node in tree.body:
+    for module, nodes in modules().items():
+        for node in nodes[0].body:
             if isinstance(node, ast.ClassDef):
                 places[node.name].add(".".join(module.split(".")[: 3 if room(module) == "ucp.formats" else 2]))
     assert {name for name, rooms in places.items() if len(rooms) > 1} == SAME_CLASSES

@@ -19,7 +19,8 @@ from ucp.storage.kept.wire import Frame
 SAVES = ("0" * 16, "1" * 16, "2" * 16)
 
 
-def test_ten_thousand_flips_are_all_found() -> None:
+@pytest.mark.parametrize("flips", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_flips_are_all_found(flips: int) -> None:
     shelf, luck = Shelf("a"), random.Random(3)
     body = luck.randbytes(3000)
     path = f"step1/{SAVES[0]}/rank-00000"
@@ -27,7 +28,7 @@ def test_ten_thousand_flips_are_all_found() -> None:
     files = {path: ChunkDigests(len(body), digest_chunks(body)).text}
     view = shelf.memory(kept.memory).view
     assert scrub(shelf, SAVES[0], files)["bad"] == {}
-    for _ in range(10_000):
+    for _ in range(flips):
         at, bit = luck.randrange(len(body)), 1 << luck.randrange(8)
         view[at] ^= bit
         assert scrub(shelf, SAVES[0], files)["bad"] == {path: [0]}
