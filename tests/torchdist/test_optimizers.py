@@ -198,3 +198,49 @@ def test_states_are_read_into_the_memory_that_they_stay_in(tmp_path: Path, monke
     monkeypatch.setattr(api, "get_optimizer_state_dict", noted)
     ucp.load_training(tmp_path / "now", model=new, optimizer=optimizer)
     assert asked == [s["exp_avg"].data_ptr() for s in optimizer.state.values()]
+
+
+class Compared:
+    """Equal to nothing. It counts how often it was compared."""
+
+    times = 0
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.times += 1
+        return False
+
+
+def test_torch_finds_a_parameter_in_its_group_without_looking_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for each state of each parameter, so that thousands of parameters took seconds."""
+    old, stepping = trained(TOLD["AdamW"])
+    ucp.save_training(tmp_path / "now", model=old, optimizer=stepping)
+    new = model(9)
+    weights, biases = ([p for p in new.parameters() if (p.dim() > 1) == is_weight] for is_weight in (True, False))
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases}])
+    seen: list[type] = []
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, given: seen.extend(type(group["params"]) for group in given["param_groups"])
+    )
+    asked: list[int] = []
+
+    def noted(param: Any, value: Any, param_id: Any, param_groups: Any, key: Any = None) -> torch.Tensor:
+        Compared.times = 0
+        assert not any(Compared() in group["params"] for group in param_groups)
+        assert any(param_id in group["params"] for group in param_groups)
+        asked.append(Compared.times)
+        return torchs(param, value, param_id, param_groups, key)
+
+    torchs = torch.optim.Optimizer._process_value_according_to_param_policy
+    monkeypatch.setattr(torch.optim.Optimizer, "_process_value_according_to_param_policy", staticmethod(noted))
+    ucp.load_training(tmp_path / "now", model=new, optimizer=optimizer)
+    assert asked == [0] * 12
+    assert seen == [list, list]
+    assert [group["params"] for group in optimizer.param_groups] == [weights, biases]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+    saved = dict(zip(old.parameters(), new.parameters(), strict=True))
+    assert same({saved[p]: states for p, states in stepping.state.items()}, dict(optimizer.state))
