@@ -248,13 +248,17 @@ def warm_up() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",  # since 0.18
         "torch._dynamo",
         # What every engine, or every save, imports late.
-        "deepspeed.module_inject.auto_ep_comm",  # since 0.19
+        "deepspeed.module_inject.auto_ep",  # since 0.19
+        "deepspeed.module_inject.auto_ep_comm",
         "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.moe.ep_kernels",
         "deepspeed.moe.ep_repack",
         "torch._subclasses.schema_check_mode",
         "torch.profiler._cupti_monitor",
         "torch.utils.serialization.config",
         "numpy.ma",
+        # With all of the rig, which imports pytest.
+        "tests.engines.moe",
     ):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
