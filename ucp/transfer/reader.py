@@ -246,26 +246,29 @@ class Reader:
         if not checked:
             self._count(0.0, unchecked=sum(map(len, parts)))
 
-    def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
-        """Read whole chunks and verify them."""
+    def _fetch(self, path: str, at: int, end: int, parts: list[Bytes]) -> list[Bytes]:
+        """Read bytes, straight into the parts unless there are too many of them. Returns what holds the bytes: the
+        parts, or one buffer that is yet to be spread over them."""
         if len(parts) <= limits.READ_PARTS_COUNT:
             self._files.read_parts(path, at, [part.data for part in parts])
-            self._check(path, digests, at // CHUNK, parts)
-            return
+            return parts
         raw = np.empty(end - at, np.uint8)
         self._files.read_into(path, at, raw.data)
-        self._check(path, digests, at // CHUNK, [raw])
-        _spread(raw, parts)
+        return [raw]
+
+    def _read_whole(self, path: str, digests: ChunkDigests, at: int, end: int, parts: list[Bytes]) -> None:
+        """Read whole chunks and verify them."""
+        held = self._fetch(path, at, end, parts)
+        self._check(path, digests, at // CHUNK, held)
+        if held is not parts:
+            _spread(held[0], parts)
 
     def _read_part(self, file: int, at: int, end: int, parts: list[Bytes]) -> None:
         """Read a part of a chunk alone."""
         path = self._paths[file]
-        if len(parts) <= limits.READ_PARTS_COUNT:
-            self._files.read_parts(path, at, [part.data for part in parts])
-        else:
-            raw = np.empty(end - at, np.uint8)
-            self._files.read_into(path, at, raw.data)
-            _spread(raw, parts)
+        held = self._fetch(path, at, end, parts)
+        if held is not parts:
+            _spread(held[0], parts)
         began = perf_counter()
         self._parts.add(path, (file, at, end), parts)
         self._count(perf_counter() - began, digested=end - at)
