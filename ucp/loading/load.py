@@ -37,6 +37,7 @@ from ucp.loading.report import LoadReport
 from ucp.loading.target import Loaded, Target
 from ucp.storage.files import Files
 from ucp.transfer import checking
+from ucp.transfer.copies import CopyTable
 from ucp.transfer.reader import Reader
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     new: what goes to where nobody has seen anything, so that it is brought at once.
     """
     before = files.bytes_read
-    shared, every = _together_with(how, lambda: how.watch.timed("plan", lambda: _used(new, rest)))
+    shared, every = _verified_together(how, lambda: how.watch.timed("plan", lambda: _used(new, rest)))
     looking, reader = (Reader(how.catalog, files, how.verify, parts=shared.parts) for _ in range(2))
 
     def look() -> tuple[checking.Ranges, strategy.ReadFacts, checking.FileMarks]:
-        wanted = checking.used(rest.copies)
+        wanted = checking.used(rest.copies) if new.copies else every
         if not shared.records:
             looking.records.expect(every)
             reader.records.expect(every)
@@ -166,11 +167,13 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     compared, facts, marks = how.agreed(lambda: how.watch.timed("plan", look))
     chosen = strategy.agreed(facts, how.alone)
     held: Mapping[Entry, torch.Tensor] | None = None
+    checked = files.bytes_read - before
 
     def check() -> None:
+        nonlocal checked
         if chosen in (strategy.VERIFY_THEN_READ, strategy.VERIFY_READ_PROVE):
             checking.compare(looking, compared, how.threads)
-        marks.check(files)
+        checked = files.bytes_read - before
 
     def read() -> Brought:
         nonlocal held
@@ -180,10 +183,12 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         marks.check(files)
         return brought
 
-    if chosen != strategy.HOLD:
-        how.agreed(lambda: how.watch.timed("check", check))
-    checked = files.bytes_read - before
-    brought = how.agreed(lambda: how.watch.timed("read", read))
+    def work() -> Brought:
+        if chosen != strategy.HOLD:
+            how.watch.timed("check", check)
+        return how.watch.timed("read", read)
+
+    brought = how.agreed(work)
     if shared.is_needed and chosen != strategy.VERIFY_WHILE_BRINGING:
         how.watch.timed("check", lambda: shared.compare(how.agreed, looking, reader))
     if chosen == strategy.VERIFY_READ_PROVE:
@@ -193,10 +198,11 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
 
 def _used(new: RankReads, rest: RankReads) -> checking.Ranges:
     """The byte ranges of files that both read."""
-    return checking.used([*new.copies, *rest.copies] if new.copies else rest.copies)
+    return checking.used(CopyTable.joined([new.copies, rest.copies]))
 
 
-def _together_with(how: _How, used: Callable[[], checking.Ranges]) -> tuple[together.Together, checking.Ranges]:
+def _verified_together(how: _How, used: Callable[[], checking.Ranges]) -> tuple[together.Together, checking.Ranges]:
+    """As `together.find`, if there are ranks to verify anything with."""
     if how.alone or not how.verify or ranks.world_size() == 1:
         return together.Together(), how.agreed(used)
     return together.find(how.catalog, how.agreed, used)

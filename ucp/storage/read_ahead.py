@@ -20,12 +20,12 @@ from ucp import limits
 from ucp.storage.files import Files
 from ucp.storage.page_cache import cached_bytes
 
-Part = tuple[str, int, int]
+FileRange = tuple[str, int, int]
 """A local file's path, and the range [first, last) of its bytes. Of no file: "", and nothing."""
 
 
 @contextmanager
-def reading_ahead(files: Files, shares: Sequence[Sequence[Part]]) -> Iterator[list[list[int]] | None]:
+def reading_ahead(files: Files, shares: Sequence[Sequence[FileRange]]) -> Iterator[list[list[int]] | None]:
     """While the block runs, keep the system `limits.READ_AHEAD_BYTES` ahead of what ``files`` have read, if the page
     cache lacks much of it. The value is the order in which each thread is to read its share; None for any order.
 
@@ -58,7 +58,7 @@ def tell_of(files: Files, path: str, starts: Sequence[int], size: int) -> None:
             files.will_read(path, start, start + size)
 
 
-def _cached_and_wanted(shares: Sequence[Sequence[Part]]) -> tuple[int, int]:
+def _cached_and_wanted(shares: Sequence[Sequence[FileRange]]) -> tuple[int, int]:
     """Bytes of all shares: how many are in the page cache, and all."""
     by_file: dict[str, list[tuple[int, int]]] = {}
     for path, first, last in chain.from_iterable(shares):
@@ -73,12 +73,12 @@ def _cached_and_wanted(shares: Sequence[Sequence[Part]]) -> tuple[int, int]:
     return sum(cached_bytes(path, held) for path, held in by_file.items() if held), wanted
 
 
-def _cached_first(share: Sequence[Part]) -> list[int]:
+def _cached_first(share: Sequence[FileRange]) -> list[int]:
     missing = [2 * cached_bytes(path, [(first, last)]) < last - first for path, first, last in share]
     return sorted(range(len(share)), key=missing.__getitem__)
 
 
-def _tell(files: Files, shares: Sequence[Sequence[Part]], over: threading.Event) -> None:
+def _tell(files: Files, shares: Sequence[Sequence[FileRange]], over: threading.Event) -> None:
     before, told = files.bytes_read, 0
     for path, first, last in _in_turns(shares):
         while told - (files.bytes_read - before) > limits.READ_AHEAD_BYTES:
@@ -90,13 +90,13 @@ def _tell(files: Files, shares: Sequence[Sequence[Part]], over: threading.Event)
         told += last - first
 
 
-def _in_turns(shares: Sequence[Sequence[Part]]) -> Iterator[Part]:
+def _in_turns(shares: Sequence[Sequence[FileRange]]) -> Iterator[FileRange]:
     """The shares in steps, one step of each in turn, since the threads read at the same time."""
     for turn in zip_longest(*map(_steps, shares)):
         yield from (step for step in turn if step is not None)
 
 
-def _steps(parts: Sequence[Part]) -> Iterator[Part]:
+def _steps(parts: Sequence[FileRange]) -> Iterator[FileRange]:
     size = limits.READ_AHEAD_STEP_BYTES
     for path, first, last in parts:
         for at in range(first, last, size):

@@ -43,10 +43,10 @@ class ChunkParts:
         """Whether these bytes may be read without the rest of their chunk."""
         return part in self.alone or part in self.known
 
-    def add(self, path: str, part: Part, data: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> None:
-        """Take a part that was read, in one piece or in several. Raises DigestMismatch if it is not what it was."""
+    def add(self, path: str, part: Part, data: Sequence[NDArray[np.uint8]]) -> None:
+        """Take a part that was read, in these pieces. Raises DigestMismatch if it is not what it was."""
         state = xxhash.xxh3_64()
-        for piece in data if isinstance(data, Sequence) else [data]:
+        for piece in data:
             state.update(piece.data)
         found = state.digest()
         if found != (wanted := self.known.get(part) or self.seen.setdefault(part, found)):

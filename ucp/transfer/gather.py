@@ -219,13 +219,13 @@ def runs(table: CopyTable, apart: bool = False) -> tuple[list[Run], Ints]:
     begins, parts = np.flatnonzero(~follows), np.flatnonzero(~joins)
     ends = np.cumsum(nbytes)
     lengths = np.diff(np.concatenate([np.zeros(1, np.int64), ends])[parts])
-    firsts = np.searchsorted(parts, begins).tolist()
+    starts = np.searchsorted(parts, begins).tolist()
     found = list(zip(table.buffer[parts[:-1]].tolist(), table.to[parts[:-1]].tolist(), lengths.tolist(), strict=True))
     begins = begins[:-1]
     places = zip(table.file[begins].tolist(), table.at[begins].tolist(), is_plain[begins].tolist(), strict=True)
     out = [
         Run(file, at, found[low:high]) if plain else Run(file, at, (), table[first])
-        for first, (file, at, plain), low, high in zip(begins.tolist(), places, firsts, firsts[1:], strict=False)
+        for first, (file, at, plain), low, high in zip(begins.tolist(), places, starts, starts[1:], strict=False)
     ]
     return out, begins
 

@@ -19,7 +19,7 @@ from ucp.catalog import Catalog
 from ucp.errors import DamagedCheckpoint
 from ucp.storage.digests import CHUNK, ChunkDigests, covering, verify_chunks, verify_parts
 from ucp.storage.files import Files
-from ucp.storage.read_ahead import Part, reading_ahead
+from ucp.storage.read_ahead import FileRange, reading_ahead
 from ucp.transfer.checksums import RecordChecks
 from ucp.transfer.chunk_parts import ChunkParts
 
@@ -122,9 +122,9 @@ class Reader:
         self, shares: Iterable[Iterable[tuple[int, int, int]]]
     ) -> AbstractContextManager[list[list[int]] | None]:
         """As `ucp.storage.read_ahead.reading_ahead`. shares: what each thread reads, (file, first byte, bytes)."""
-        return reading_ahead(self._files, [[self._part(*one) for one in share] for share in shares])
+        return reading_ahead(self._files, [[self._file_range(*one) for one in share] for share in shares])
 
-    def _part(self, file: int, at: int, size: int) -> Part:
+    def _file_range(self, file: int, at: int, size: int) -> FileRange:
         path = self.path(file)
         return ("", 0, 0) if path is None or self.is_far(file) else (path, at, at + size)
 
