@@ -10,7 +10,7 @@ import pytest
 from ucp.errors import SpecError
 from ucp.geometry import Shape
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.placement import Placements
+from ucp.spec.places import Placements
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice, choose
 

@@ -16,7 +16,8 @@ from ucp.spec.bound import Bound, bind
 from ucp.spec.evaluate import Cutting, shard
 from ucp.spec.factored import kept_axes
 from ucp.spec.language import loads
-from ucp.spec.placement import held_first, place, uncut
+from ucp.spec.placement import place
+from ucp.spec.places import held_first, uncut
 
 
 @given(generators)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ucp import limits
 from ucp.geometry import Blocks, Shape, concat, coverage_fault, empty, numel, row_major
-from ucp.spec.placement import Placed
+from ucp.spec.places import Placed
 
 
 class NotBoxes(Exception):

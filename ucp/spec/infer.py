@@ -20,7 +20,7 @@ from ucp.spec import affine, affine_places
 from ucp.spec.affine_places import AffinePlaces
 from ucp.spec.draft import Axes, Drafted, Pending, write
 from ucp.spec.language import Spec, loads
-from ucp.spec.placement import Parts
+from ucp.spec.places import Parts
 
 # The newest version of the info that is understood.
 VERSION = 0.4

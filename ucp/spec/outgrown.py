@@ -13,7 +13,7 @@ from ucp.errors import SpecError
 from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
 from ucp.spec.grammar import Axis, AxisName, Cut, Expression, Padded
-from ucp.spec.placement import Parts
+from ucp.spec.places import Parts
 from ucp.spec.select import Choice
 
 

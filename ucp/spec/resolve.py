@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ucp.errors import Unsupported
 from ucp.geometry import whole
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.bound import Bound, bind
-from ucp.spec.grammar import Padded, names
-from ucp.spec.outgrown import outgrown
-from ucp.spec.placement import NO_FACTORS, Factors, Parts, Placed, Placements, place, uncut
+from ucp.spec.places import NO_FACTORS, Factors, Parts, Placed, Placements, uncut
 from ucp.spec.select import Choice
+
+if TYPE_CHECKING:
+    from ucp.spec.bound import Bound
 
 AUTOTP = "autotp"
 """The section of cuts that DeepSpeed makes itself, which pads nothing."""
@@ -58,6 +58,9 @@ def find_placements(
     bound = choice.bound(config, section)
     if bound is None:
         return None
+    from ucp.spec.outgrown import outgrown  # late, as all that reads specs
+    from ucp.spec.placement import place
+
     padless = section == AUTOTP
     if choice.resized and (found := outgrown(bound, parts, layout, choice, padless)):
         bound = replace(choice, old={**choice.old, **found}).bound(config, section) or bound
@@ -71,6 +74,8 @@ def _config(choice: Choice, recorded: Callable[[], Mapping[str, Any] | None]) ->
 def _unpadded(bound: Bound, choice: Choice) -> set[str]:
     """The axes that have no padding where nothing is padded: AutoTP cuts what a model has, and its config says how much
     that is. Sizes that are given by hand may say less, and the rest is padding then."""
+    from ucp.spec.grammar import Padded, names
+
     if any(name.startswith("config.") for name in choice.settings):
         return set()
     axes = {axis.name for line in bound.lines for axis in names(line.expression) if isinstance(axis, Padded)}
@@ -108,7 +113,9 @@ def _said(
     factors: Factors,
 ) -> Placements:
     """What the model says of itself: by axes, and by an affine map's pieces where no axes say it."""
+    from ucp.spec.bound import bind
     from ucp.spec.infer import infer  # only models that describe themselves need it
+    from ucp.spec.placement import place
 
     weights = {at: {name: shape for name, shape in held.items() if name not in factors} for at, held in parts.items()}
     own = _pieced(info, weights)

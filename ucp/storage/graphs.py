@@ -26,6 +26,7 @@ HEAVY = 1024
 _TEXTS = (str, bytes, bytearray)
 _ITERABLE = frozenset((list, tuple, set, frozenset, deque, Size))
 _SMALL = frozenset((int, float, bool, type(None)))
+_ROWS = frozenset((list, tuple, Size))
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,9 @@ def measure(value: Any) -> Measure:
                 folded += _POINTER
                 frame[3] += _POINTER
                 continue
-            inner = _children(child, kind)
-            if inner is None:
-                own, spread = _bytes_of(child, kind)
-                if spread >= HEAVY:
-                    (again if id(child) in heavy else heavy).add(id(child))
-                folded += own
-                frame[3] += spread
+            if kind is str and len(child) < HEAVY:
+                folded += _POINTER + len(child)
+                frame[3] += _POINTER + len(child)
                 continue
             key = id(child)
             if key in done:
@@ -84,6 +81,20 @@ def measure(value: Any) -> Measure:
                 folded += _POINTER
                 frame[2] = max(frame[2], done[key][0])
                 frame[3] = min(frame[3] + done[key][1], _MOST)
+                continue
+            if kind in _ROWS and _SMALL.issuperset(map(type, child)):  # as shapes are
+                done[key] = 1, _OBJECT + _POINTER * len(child)
+                folded += done[key][1]
+                frame[2] = frame[2] or 1
+                frame[3] += done[key][1]
+                continue
+            inner = _children(child, kind)
+            if inner is None:
+                own, spread = _bytes_of(child, kind)
+                if spread >= HEAVY:
+                    (again if key in heavy else heavy).add(key)
+                folded += own
+                frame[3] += spread
                 continue
             if key in opened:
                 raise ContainsItselfError(f"a {kind.__name__} contains itself")

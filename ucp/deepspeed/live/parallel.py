@@ -22,7 +22,7 @@ from ucp.job import ranks
 from ucp.loading.spec_names import config_of
 from ucp.loading.target import Group, Member, Placement, Slot
 from ucp.parallel.mesh import Coordinate, Layout
-from ucp.spec.placement import Placed, Placements, held_first
+from ucp.spec.places import Placed, Placements, held_first
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 

@@ -92,8 +92,8 @@ def _interpret(path: str, found: Any) -> Metadata:
         raise DamagedCheckpoint(f"{path}: is not the metadata of a DCP checkpoint")
     records: dict[tuple[str, Shape | None], Record] = {}
     for index, info in (found.storage_data or {}).items():
-        offset = index.state.get("offset")
-        records[index.fqn, None if offset is None else tuple(offset)] = _record(path, index.fqn, info)
+        name, offset = index.state["fqn"], index.state.get("offset")
+        records[name, None if offset is None else tuple(offset)] = _record(path, name, info)
     tensors: dict[str, Tensor] = {}
     objects: dict[str, Record] = {}
     for key, entry in found.state_dict_metadata.items():
@@ -103,9 +103,8 @@ def _interpret(path: str, found: Any) -> Metadata:
         dtype = entry.properties.state["state"][0]
         if not isinstance(dtype, DtypeName):
             raise DamagedCheckpoint(f"{path}: '{key}' has no element type")
-        chunks = tuple(
-            Chunk(tuple(c.offsets), tuple(c.sizes), _find(path, records, key, tuple(c.offsets))) for c in entry.chunks
-        )
+        boxes = [(tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])) for chunk in entry.chunks]
+        chunks = tuple(Chunk(offsets, sizes, _find(path, records, key, offsets)) for offsets, sizes in boxes)
         shape = tuple(entry.size)
         if any(len(c.offsets) != len(shape) or len(c.sizes) != len(shape) for c in chunks):
             raise DamagedCheckpoint(f"{path}: a chunk of '{key}' has not the {len(shape)} dimensions of its tensor")
@@ -126,7 +125,7 @@ def _record(path: str, key: str, info: Standin) -> Record:
             "only records as torch.save writes them, or compressed by torch's own ZStandard, can be read; load it by "
             "torch's dcp.load, which undoes that, and save it without _extensions"
         )
-    name, start, length = info.relative_path, info.offset, info.length
+    name, start, length = (info.state[key] for key in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/"):
         raise DamagedCheckpoint(f"{path}: '{key}' lies in {short(name)}, which is not a file of this folder")
     if type(start) is not int or type(length) is not int or start < 0 or length < 0:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucp.geometry import Shape, box, concat, numel, whole
-from ucp.spec.placement import Placed
+from ucp.spec.places import Placed
 
 _EXPERT = re.compile(r"^((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts)\.(\d+)\.(.+)$")
 

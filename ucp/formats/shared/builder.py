@@ -13,7 +13,7 @@ from ucp import limits
 from ucp.catalog import ByteSource, LogicalTensor, ParameterInfo, SourceFile
 from ucp.errors import DamagedCheckpoint
 from ucp.geometry import Blocks, Ints, Shape, box, compose, concat, empty, numel
-from ucp.spec.placement import Placed
+from ucp.spec.places import Placed
 from ucp.storage import locations
 from ucp.storage.crc32 import StoredCrc32
 from ucp.storage.dtypes import itemsize, numpy_dtype

@@ -16,7 +16,7 @@ from ucp.errors import Mismatch, UcpError, Unsupported
 from ucp.geometry import Blocks, Ints, Shape, concat
 from ucp.spec.bound import Bound
 from ucp.spec.foreign_names import Moves, moves
-from ucp.spec.placement import padding_name
+from ucp.spec.places import padding_name
 
 Transform = Callable[[Blocks], tuple[Blocks, Ints]]
 

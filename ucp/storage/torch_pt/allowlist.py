@@ -94,6 +94,9 @@ def checked_keys(keys: Iterable[Any]) -> Any:
     Python hashes nested tuples without any limit. So a short pickle could overflow the stack and end the process, or
     take years.
     """
+    keys = list(keys)
+    if _NESTING.isdisjoint(map(type, keys)):
+        return keys
     for key in keys:
         if type(key) in _NESTING:
             todo, seen = [key], 0
@@ -107,7 +110,7 @@ def checked_keys(keys: Iterable[Any]) -> Any:
     return keys
 
 
-_NESTING = (tuple, Standin)
+_NESTING = frozenset((tuple, Standin))
 
 
 def build(obj: Any, state: Any) -> None:
@@ -138,10 +141,12 @@ _TEXTS = {str}
 
 
 def _attributes(state: Any) -> dict[str, Any]:
-    slots: Any = {}
-    if isinstance(state, tuple) and len(state) == 2:
-        state, slots = state
-    merged: dict[str, Any] = dict(state or {}, **(slots or {}))
+    merged: dict[str, Any]
+    if type(state) is dict:
+        merged = state
+    else:
+        state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, {})
+        merged = dict(state or {}, **(slots or {}))
     if not _TEXTS.issuperset(map(type, merged)):
         raise TypeError("attribute names must be text")
     return merged

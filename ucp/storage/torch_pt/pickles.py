@@ -23,9 +23,10 @@ from ucp.errors import DamagedCheckpoint, UcpError, UnsafePickle, Unsupported
 from ucp.storage.torch_pt import allowlist
 from ucp.storage.torch_pt.allowlist import GETATTR
 from ucp.storage.torch_pt.named import Global, StorageClass
-from ucp.storage.torch_pt.opcodes import ITEM_BYTES, OPCODES, STOP, Machine
+from ucp.storage.torch_pt.opcodes import ITEM_BYTES, MARK, OPCODES, STOP, Machine
 from ucp.storage.torch_pt.shared_out import is_part
 from ucp.storage.torch_pt.skipped import Skipped
+from ucp.storage.torch_pt.standins import STANDINS
 from ucp.storage.torch_pt.values import Size, Standin, TensorRef
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -36,6 +37,7 @@ _WAY_ON = (
     ". If you trust whoever wrote the file, ucp.open(..., trust_client_state=True) allows it (in a DeepSpeed config "
     '"ucp": {"trust_client_state": true}), which runs code from the file'
 )
+_MEMOIZE, _BINGET, _LONG_BINGET = b"\x94", b"h", b"j"
 _BETWEEN_CHECKS = range(4096)  # operations: few of them cannot take much by themselves
 
 
@@ -68,21 +70,15 @@ class Unpickler(Machine):
         self._skipped = skipped
         self._dtensors = dtensors
         self._globals: dict[tuple[str, str], Any] = {}
+        # The identities of those of them whose calls make stand-ins, whatever the arguments.
+        self._plain: set[int] = set()
 
     def load(self) -> Any:
         """The object. Raises `DamagedCheckpoint`, `UnsafePickle` or `Unsupported`, each naming the file."""
-        read, table = self.stream_read, OPCODES
         try:
-            while True:
-                for _ in _BETWEEN_CHECKS:
-                    code = read(1)
-                    operation = table[code[0]] if code else None
-                    if operation is None:
-                        what = f"unknown operation {code!r}" if code else "it ends too early"
-                        raise DamagedCheckpoint(f"not a readable pickle: {what}")
-                    if operation(self) is STOP:
-                        return self.pop()
+            while not self._stopped():
                 self._check_budget()
+            return self.pop()
         except UcpError as error:
             if error.file is not None:
                 raise
@@ -95,6 +91,27 @@ class Unpickler(Machine):
                 f"not a readable pickle: {type(error).__name__}: {error}", file=self._path
             ) from error
 
+    def _stopped(self) -> bool:
+        """Do some operations. Returns whether the last one of the pickle was among them."""
+        read, table, stack, memo = self.stream_read, OPCODES, self.stack, self.memo
+        for _ in _BETWEEN_CHECKS:
+            code = read(1)
+            # Half of the operations of a long pickle are these three, so they are done here and without any call.
+            if code == _MEMOIZE and stack[-1] is not MARK:
+                memo[len(memo)] = stack[-1]
+            elif code == _BINGET:
+                stack.append(memo[read(1)[0]])
+            elif code == _LONG_BINGET:
+                stack.append(memo[int.from_bytes(read(4), "little")])
+            else:
+                operation = table[code[0]] if code else None
+                if operation is None:
+                    what = f"unknown operation {code!r}" if code else "it ends too early"
+                    raise DamagedCheckpoint(f"not a readable pickle: {what}")
+                if operation(self) is STOP:
+                    return True
+        return False
+
     def _check_budget(self) -> None:
         spent = self.spent + len(self.memo) * _MEMO_BYTES
         if spent > limits.metadata_bytes(self.limit):
@@ -102,6 +119,12 @@ class Unpickler(Machine):
                 f"its pickle asks for more than {limits.metadata_bytes(self.limit)} bytes of memory, "
                 f"which is the most for a file of {self.limit}"
             )
+
+    def _spend(self, weight: int) -> None:
+        """Count what a single operation has made, which the file may have made again and again."""
+        self.spent += weight
+        if weight > _CALL_BYTES:
+            self._check_budget()
 
     # --- what operations may do --------------------------------------------------------------------------------------
 
@@ -112,6 +135,8 @@ class Unpickler(Machine):
             if found is None:
                 found = self._import(module, name)
             self._globals[key] = found
+            if key in STANDINS:
+                self._plain.add(id(found))
         return self._globals[key]
 
     def _import(self, module: str, name: str) -> Any:
@@ -140,6 +165,9 @@ class Unpickler(Machine):
     def call(self, target: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if type(args) is not tuple:
             raise TypeError("arguments must be a tuple")
+        if id(target) in self._plain and not kwargs:
+            self.spent += _CALL_BYTES
+            return Standin(target.module, target.name, args)
         if type(target) is Global and self._trust and target == GETATTR and args and not _is_inert(args[0]):
             target = getattr
         if type(target) is Global:
@@ -153,10 +181,8 @@ class Unpickler(Machine):
                     f"it holds a part of a tensor (a {made.class_name} of one rank); give the path of the folder that "
                     "all ranks' files are in"
                 )
-            weight = _weight(made)
-            self.spent += _CALL_BYTES + weight
-            if weight > _CALL_BYTES:
-                self._check_budget()  # the file may have it copied again and again
+            self.spent += _CALL_BYTES
+            self._spend(_weight(made))
             return made
         self._require_trust(target)
         return target(*self._real(args), **self._real(kwargs or {}))
@@ -182,10 +208,13 @@ class Unpickler(Machine):
             raise TypeError(f"a {type(target).__name__} is not something that can be called")
 
     def build(self, obj: Any, state: Any) -> None:
+        if type(obj) is Standin and type(state) is dict and _TEXTS.issuperset(map(type, state)):
+            obj.state.update(state)
+            self._spend(ITEM_BYTES * len(state))  # a copy of what others may have, too
+            return
         if not self._trust or _is_inert(obj):
             allowlist.build(obj, state)
-            self.spent += _weight(obj)
-            self._check_budget()
+            self._spend(_weight(obj))  # what is copied from the state, which others may have, too
             return
         state = self._real(state)
         setter = getattr(obj, "__setstate__", None)
@@ -215,10 +244,13 @@ class Unpickler(Machine):
             target = target.state
         if type(target) not in _DICTS and (not self._trust or _is_inert(target)):
             raise TypeError(f"items are set in a {type(target).__name__}")
-        allowlist.checked_keys(items[::2])
         self.spent += ITEM_BYTES * len(items)
-        for at in range(0, len(items), 2):
-            target[items[at]] = items[at + 1]
+        pairs = zip(allowlist.checked_keys(items[::2]), items[1::2], strict=True)
+        if type(target) is dict:
+            target.update(pairs)
+        else:
+            for key, value in pairs:
+                target[key] = value
 
     def persist(self, saved: Any) -> Any:
         if self._persistent is None:
@@ -229,6 +261,8 @@ class Unpickler(Machine):
 def _weight(made: Any) -> int:
     """About how many bytes a call has made: it may copy its arguments, which are in the file only once."""
     kind = type(made)
+    if kind is Standin:
+        return ITEM_BYTES * len(made.state)
     if kind in (str, bytes, bytearray):
         return len(made)
     if kind is np.ndarray:
@@ -238,6 +272,7 @@ def _weight(made: Any) -> int:
     return ITEM_BYTES * len(made) if kind in _COPIED else 0
 
 
+_TEXTS = {str}
 _COPIED = {*_DICTS, set, frozenset, collections.deque, Size}
 _INERT = {Global, StorageClass, Standin, TensorRef, argparse.Namespace, io.BytesIO, np.ndarray, *_DICTS}
 

@@ -19,7 +19,7 @@ from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.formats.shared.apart import COMPUTED_ANEW, is_apart
 from ucp.geometry import Blocks, compose, concat, numel
 from ucp.parallel.mesh import Coordinate
-from ucp.spec.placement import Placed, Placements, held_first
+from ucp.spec.places import Placed, Placements, held_first
 
 
 @dataclass

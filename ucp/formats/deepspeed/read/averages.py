@@ -19,7 +19,7 @@ from ucp.formats.deepspeed.read.mp_rank import LocalModel
 from ucp.geometry import numel, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.printable import logger
-from ucp.spec.placement import Placements
+from ucp.spec.places import Placements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.storage.numbers import FLOATS, as_bytes, as_numbers

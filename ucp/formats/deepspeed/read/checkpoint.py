@@ -34,7 +34,7 @@ from ucp.formats.shared.two_saves import far_apart
 from ucp.geometry import Shape, whole
 from ucp.parallel.mesh import Coordinate, Layout
 from ucp.printable import logger
-from ucp.spec.placement import Placed, Placements
+from ucp.spec.places import Placed, Placements
 from ucp.spec.resolve import find_placements
 from ucp.spec.select import Choice
 from ucp.storage import configs

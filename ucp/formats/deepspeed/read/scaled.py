@@ -29,7 +29,7 @@ from ucp.catalog import ByteSource, Catalog, LogicalTensor, SourceFile
 from ucp.errors import Unsupported
 from ucp.geometry import Blocks, concat, intersect, packed, take_elements
 from ucp.printable import logger
-from ucp.spec.placement import Placed, Placements
+from ucp.spec.places import Placed, Placements
 from ucp.storage.dtypes import itemsize
 from ucp.storage.files import Files
 from ucp.storage.numbers import FLOATS, as_bytes, as_numbers

@@ -20,7 +20,8 @@ from ucp.parallel.mesh import Layout
 from ucp.spec.bound import Bound
 from ucp.spec.evaluate import Cutting, shape_of, shard
 from ucp.spec.grammar import Expression, Padded, names
-from ucp.spec.placement import expression_of, factor_expression, padding_name
+from ucp.spec.placement import expression_of, factor_expression
+from ucp.spec.places import padding_name
 from ucp.spec.select import Choice
 
 
