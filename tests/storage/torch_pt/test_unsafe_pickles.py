@@ -14,6 +14,7 @@ import operator
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 from tests.storage.torch_pt.graphs import FORMATS, read_tensor, save
+from ucp import limits
 from ucp.errors import DamagedCheckpoint, UnsafePickle
 from ucp.storage.torch_pt.pickles import Unpickler
 from ucp.storage.torch_pt.reader import TensorRef, load
@@ -182,8 +184,6 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_short_pickle_cannot_take_much_memory(bomb: str) -> None:
-    import tracemalloc
-
     tracemalloc.start()
     try:
         if bomb == "memo":
@@ -198,6 +198,22 @@ def test_a_short_pickle_cannot_take_much_memory(bomb: str) -> None:
 
 DEEP = b")" + b"\x85" * 200_000
 SHARED = b"K\x01" + b"2\x86" * 5_000  # a tuple of itself twice, over and over: small to write, endless to hash
+
+
+@pytest.mark.parametrize("name", ["DTensorSpec", "Namespace"])
+def test_one_state_under_many_objects_is_counted_for_each(name: str) -> None:
+    """Each of them gets a copy of it."""
+    module = {"DTensorSpec": "torch.distributed.tensor._dtensor_spec", "Namespace": "argparse"}[name]
+    state = pickle.dumps({f"key{k}": k for k in range(20000)}, protocol=2)[2:-1]
+    one = b"c" + f"{module}\n{name}\n".encode() + b")\x81r\xff\xff\xff\x00" + state + b"r\xfe\xff\xff\x00b0"
+    more = b"c" + f"{module}\n{name}\n".encode() + b")\x81j\xfe\xff\xff\x00b"
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedCheckpoint, match="asks for more than"):
+            run(b"\x80\x02" + one + b"](" + more * 1000 + b"e.")
+        assert tracemalloc.get_traced_memory()[1] < limits.metadata_bytes(1 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("key", [pytest.param(DEEP, marks=pytest.mark.slow), SHARED])

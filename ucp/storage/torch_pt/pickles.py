@@ -261,8 +261,8 @@ class Unpickler(Machine):
 def _weight(made: Any) -> int:
     """About how many bytes a call has made: it may copy its arguments, which are in the file only once."""
     kind = type(made)
-    if kind is Standin:
-        return ITEM_BYTES * len(made.state)
+    if kind is Standin or kind is argparse.Namespace:
+        return ITEM_BYTES * len(made.state if kind is Standin else vars(made))
     if kind in (str, bytes, bytearray):
         return len(made)
     if kind is np.ndarray:
