@@ -52,6 +52,7 @@ def test_a_program_without_dtensors_imports_none(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_plain_load_imports_only_what_it_uses(tmp_path: Path) -> None:
     """No language of specs, no declared changes, nothing that saves: a restart would pay for them in its first load."""
     ucp.save({"w": torch.ones(3)}, tmp_path / "there")

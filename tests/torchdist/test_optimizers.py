@@ -111,6 +111,7 @@ def test_what_stand_ins_do_not_tell(make: Make) -> None:
     assert blank_states(make(parameters()[:1])) is None
 
 
+@pytest.mark.slow  # imports the most of torch
 def test_more_dimensions_than_stand_ins_have() -> None:
     assert blank_states(torch.optim.AdamW([torch.nn.Parameter(torch.zeros([1] * 9))])) is None
 
