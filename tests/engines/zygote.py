@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",  # where there are GPUs, modules of DeepSpeed's begin to use them, in a thread of theirs
     "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
