@@ -118,9 +118,9 @@ def _way(memory: torch.Tensor | None, tensor: LogicalTensor, read_as: str, alway
 
 def _turns(tensors: Sequence[LogicalTensor]) -> list[int]:
     """For each how many before it are the same tensor of the checkpoint, which may fill several here."""
-    if len(set(map(id, tensors))) == len(tensors):
-        return [0] * len(tensors)
-    names = [(tensor.name, tensor.state) for tensor in tensors]
+    names = list(map(operator.attrgetter("name", "state"), tensors))
+    if len(set(names)) == len(names):
+        return [0] * len(names)
     seen = Counter[tuple[str, str]]()
     turns = []
     for name in names:
