@@ -167,13 +167,11 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
     compared, facts, marks = how.agreed(lambda: how.watch.timed("plan", look))
     chosen = strategy.agreed(facts, how.alone)
     held: Mapping[Entry, torch.Tensor] | None = None
-    checked = files.bytes_read - before
+    checked = 0
 
     def check() -> None:
-        nonlocal checked
         if chosen in (strategy.VERIFY_THEN_READ, strategy.VERIFY_READ_PROVE):
             checking.compare(looking, compared, how.threads)
-        checked = files.bytes_read - before
 
     def read() -> Brought:
         nonlocal held
@@ -184,8 +182,10 @@ def _checked(how: _How, new: RankReads, rest: RankReads, files: Files) -> _Ready
         return brought
 
     def work() -> Brought:
+        nonlocal checked
         if chosen != strategy.HOLD:
             how.watch.timed("check", check)
+        checked = files.bytes_read - before
         return how.watch.timed("read", read)
 
     brought = how.agreed(work)

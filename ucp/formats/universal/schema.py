@@ -324,7 +324,8 @@ def _decode_shapes(fields: Fields, names: Sequence[str], shapes: Sequence[list[A
     known = {shape: shape for shape in found} if whole else {}
     for shape in known if whole else found:
         if any(type(n) is not int or not 0 <= n < LIMIT for n in shape) or numel(shape) >= LIMIT:
-            raise fields.damaged(f"'{names[found.index(shape)]}' has the impossible shape {list(shape)}")
+            name = next(name for name, one in zip(names, found, strict=True) if one is shape)  # [True] equals [1]
+            raise fields.damaged(f"'{name}' has the impossible shape {list(shape)}")
     return list(map(known.__getitem__, found))
 
 
