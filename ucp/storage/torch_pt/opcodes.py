@@ -187,17 +187,8 @@ _pusher(b"2", lambda self: self.top())  # DUP
 _pusher(b"Q", lambda self: self.persist(self.pop()))  # BINPERSID
 
 
-# Nine in ten operations of a long pickle are among these, so they make no further Python calls.
-@_opcode(b"h")  # BINGET
-def _get1(self: Machine) -> None:
-    self.stack.append(self.memo[self.stream_read(1)[0]])
-
-
-@_opcode(b"j")  # LONG_BINGET
-def _get4(self: Machine) -> None:
-    self.stack.append(self.memo[int.from_bytes(self.stream_read(4), "little")])
-
-
+# Nine in ten operations of a long pickle are among these, so they make no further Python calls. BINGET and LONG_BINGET
+# are done in `ucp.storage.torch_pt.pickles`, without any.
 @_opcode(b"q")  # BINPUT
 def _put1(self: Machine) -> None:
     item = self.stack[-1]
