@@ -374,3 +374,28 @@ def test_leftovers(tmp_path: Path) -> None:
     write_share(session, 0, made[0])
     commit.commit(session)
     assert names(tmp_path) == {kept.name, "now", "latest"}
+
+
+@pytest.mark.parametrize("what", ["weights", "new states"])
+def test_a_load_of_some_kinds_of_tensors_reads_little_else(tmp_path: Path, what: str) -> None:
+    """Tensors of one state lie together in a file: chunks are verified whole, and few hold what is not wanted."""
+
+    def training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.ModuleList(torch.nn.Linear(600, 600) for _ in range(40))
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = training()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    ucp.save_training(tmp_path / "run", model=model, optimizer=optimizer)
+    fresh, its_optimizer = training()
+    if what == "weights":
+        report = ucp.load({"model": fresh.state_dict()}, tmp_path / "run")
+    else:
+        report = ucp.load_training(tmp_path / "run", model=fresh, optimizer=its_optimizer).tensors
+        assert all(
+            map(torch.equal, its_optimizer.state_dict()["state"][0].values(), optimizer.state[model[0].weight].values())
+        )
+    assert all(map(torch.equal, fresh.parameters(), model.parameters()))
+    assert report.bytes_read <= 1.1 * report.nbytes

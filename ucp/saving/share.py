@@ -81,13 +81,16 @@ def nbytes_of(holding: Holding) -> int:
 def lay_out(holdings: Sequence[Holding]) -> tuple[safetensors.FilePlan, list[WrittenElements]]:
     """The file for these holdings: one flat tensor for each, without the gaps that they have in the buffer.
 
+    All weights come first, then all tensors of each state. A load verifies whole chunks, and one that wants the
+    weights alone, or new states apart from live weights, would else read much of what lies between.
+
     Raises Unsupported for element types that safetensors lacks.
     """
     pieces: list[WrittenElements] = []
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     seen: set[str] = set()
     arranged: dict[int, tuple[int, Blocks, tuple[int, int] | None]] = {}  # many tensors have the same blocks
-    for holding in holdings:
+    for holding in sorted(holdings, key=lambda holding: (holding.state != "param", holding.state)):
         if id(holding.blocks) not in arranged:
             arranged[id(holding.blocks)] = _arranged(holding.blocks)
         count, blocks, dense = arranged[id(holding.blocks)]
