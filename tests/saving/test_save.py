@@ -394,8 +394,9 @@ def test_a_load_of_some_kinds_of_tensors_reads_little_else(tmp_path: Path, what:
         report = ucp.load({"model": fresh.state_dict()}, tmp_path / "run")
     else:
         report = ucp.load_training(tmp_path / "run", model=fresh, optimizer=its_optimizer).tensors
-        assert all(
-            map(torch.equal, its_optimizer.state_dict()["state"][0].values(), optimizer.state[model[0].weight].values())
-        )
+        for ours, truth in zip(fresh.parameters(), model.parameters(), strict=True):
+            found, wanted = its_optimizer.state[ours], optimizer.state[truth]
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert all(map(torch.equal, fresh.parameters(), model.parameters()))
     assert report.bytes_read <= 1.1 * report.nbytes
