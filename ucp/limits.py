@@ -231,6 +231,9 @@ WINDOW_ALIGNMENT_BYTES = 64
 HOST_MEMORY_PIECE_BYTES = 4 * MIB
 # Huge pages that come slower than this are compared with ordinary ones, which take about 0.5e-9.
 SLOW_PAGES_SECONDS_PER_BYTE = 1e-9
+# The niceness of the thread that gets memory ahead of its use (Linux has one for each thread): whoever opens and plans
+# meanwhile is waited for.
+MEMORY_NICENESS = 10
 # Memory of this size or more gets pages of its own.
 OWN_PAGES_BYTES = 1 * MIB
 # Tensors in one memory begin at multiples of a processor's cache line.

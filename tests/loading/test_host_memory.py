@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ucp import limits
 from ucp.loading import host_memory
 from ucp.loading.host_memory import Memory, MemoryToCome, joined
 
@@ -134,9 +136,11 @@ def test_memory_is_got_ahead_only_while_nobody_works_with_it(monkeypatch: pytest
     """The thread gets one more piece at most, and ends: if some is taken, or nobody waits for it any more."""
     first, go = threading.Event(), threading.Event()
     pieces: list[int] = []
+    niceness: list[int] = []
 
     def by_pieces(_: Memory, tensor: torch.Tensor) -> Iterator[None]:
         pieces.append(len(tensor))
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         first.set()
         go.wait()
         yield
@@ -153,3 +157,6 @@ def test_memory_is_got_ahead_only_while_nobody_works_with_it(monkeypatch: pytest
     go.set()
     thread.join()
     assert pieces == [4 << 20]
+    # It makes way for those who are waited for; the others do as before.
+    assert niceness == [max(limits.MEMORY_NICENESS, own := os.getpriority(os.PRIO_PROCESS, 0))]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own

@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import os
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -123,6 +125,8 @@ class MemoryToCome:
 def _get_pages(
     owner: weakref.ref[MemoryToCome], memory: Memory, taken: threading.Event, rooms: Sequence[torch.Tensor]
 ) -> None:
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), limits.MEMORY_NICENESS)
     for room in rooms:
         for _ in memory.ready_by_pieces(room):
             if owner() is None or taken.is_set():
