@@ -14,6 +14,7 @@ import ctypes
 import itertools
 import mmap
 import os
+import sys
 import threading
 import time
 import weakref
@@ -125,12 +126,20 @@ class MemoryToCome:
 def _get_pages(
     owner: weakref.ref[MemoryToCome], memory: Memory, taken: threading.Event, rooms: Sequence[torch.Tensor]
 ) -> None:
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), limits.MEMORY_NICENESS)
+    _make_way()
     for room in rooms:
         for _ in memory.ready_by_pieces(room):
             if owner() is None or taken.is_set():
                 return
+
+
+def _make_way() -> None:
+    """Give this thread its niceness, unless the process has more. Elsewhere than on Linux a thread's number could be
+    another process's."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # where that is forbidden, only time is lost
+            niceness = max(os.getpriority(os.PRIO_PROCESS, 0), limits.MEMORY_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _mapped(nbytes: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ def check(builder: Builder, module: Mapping[str, TensorRef]) -> None:
     }
     _expect(builder, [spot for own in spots.values() for spot in own.values() if spot is not None])
     for file, own in spots.items():
-        verdicts = {fragment: spot and spot.agrees(builder) for fragment, spot in own.items()}
+        verdicts = {of: None if spot is None else spot.agrees(builder) for of, spot in own.items()}
         differ = [name for (name, _), verdict in verdicts.items() if verdict is False]
         agree = sum(verdict is True for verdict in verdicts.values())
         if len(differ) >= limits.SAME_RUN_ENOUGH_COUNT and len(differ) > agree:
@@ -91,7 +91,7 @@ class _Spot(NamedTuple):
     def agrees(self, builder: Builder) -> bool | None:
         """Whether the masters, rounded, are the model's weights, bit for bit. None if that tells nothing, since the
         weights are all equal, as those of norms are at first."""
-        high, low = (builder.bits(path, at, self.elements, dtype) for path, at, dtype in self[:2])
+        high, low = (builder.bits(path, at, self.elements, dtype) for path, at, dtype in (self.high, self.low))
         same = rounds_to(high, self.high[2], low, self.low[2])
         return None if same and np.all(low == low[0]) else same
 
